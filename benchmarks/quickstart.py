@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from trainer.cli.process import quiet_start
+from trainer.cli.process import suppress_import_noise
 from trainer.config.schema import Data
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordAt, index_shard, read_image
@@ -115,7 +115,7 @@ def write_fitted_random(path: Path, labels_per_class: int | None, seed: int) -> 
     within 50 layers, and nothing can be learned while the statistics are frozen. Here they are those of the training
     images of the run (without their labels), from one pass with momentum 0.
     """
-    with quiet_start():
+    with suppress_import_noise():
         import keras
 
     keras.utils.set_random_seed(seed)

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trainer.config.base import Duration, Section
-from trainer.config.keys import is_section, union_members
+from trainer.config.keys import is_section, list_union_members
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import RequestedConfig
 
@@ -94,7 +94,7 @@ def sections(
     """Prefix, meaning and plain fields of a section and of those below it; NAME is the name of any phase."""
     plain, below = {}, []
     for name, field in section.model_fields.items():
-        first, *others = union_members(field.annotation)
+        first, *others = list_union_members(field.annotation)
         whole = typing.get_origin(first) is dict and section is RequestedConfig
         inner = typing.get_args(first)[1] if whole else first
         if is_section(inner) and inner is not Duration:

@@ -11,7 +11,7 @@ from tests.cli.verbs import exit_code_of
 from tests.processes import ROOT
 from trainer import __main__ as main
 from trainer.cli.compose import compose, is_sweep, load_given
-from trainer.cli.overrides import typed_overrides
+from trainer.cli.overrides import translate_overrides
 from trainer.cli.source import choose_source
 from trainer.cli.sweep import _search_space_is_empty, _use_sweep_folder
 
@@ -75,7 +75,7 @@ def test_a_command_of_the_pages_is_accepted(
     if {"--help", "--cfg"} & set(arguments):
         assert exit_code_of(main.main, *arguments) == 0
     elif is_sweep(arguments):
-        arguments = typed_overrides(arguments, sweep=True)
+        arguments = translate_overrides(arguments, sweep=True)
         assert not _search_space_is_empty(arguments)
         arguments, _ = _use_sweep_folder(arguments)
         jobs: list[list[str]] = []

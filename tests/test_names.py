@@ -8,11 +8,11 @@ import pytest
 
 from tests.errors import raises
 from tests.nasty import file_names, paths
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.config.schema import load
 from trainer.errors import ConfigError, DataError
-from trainer.names import class_name, encoded, file_stem, path_fault, printable
-from trainer.storage.local import inside, temporary_file, write_json
+from trainer.names import encode_utf8, escape_unprintable, find_path_fault, make_file_stem, normalize_class_name
+from trainer.storage.local import join_inside, temporary_file, write_json
 from trainer.storage.path import storage_path
 
 
@@ -21,24 +21,24 @@ def test_what_does_not_print_is_escaped() -> None:
         "a\nb": r"a\nb", "caf\udce9": r"caf\xe9", "\x1b[31m": r"\x1b[31m", "\u2028": r"\u2028", "\u202etxt": r"\u202etxt",
         "\ud800": r"\ud800", "caf\u00e9 \u6f22": "caf\u00e9 \u6f22", "\U0001f469\u200d\U0001f467": "\U0001f469\u200d\U0001f467",
     }  # fmt: skip
-    assert {text: printable(text) for text in texts} == texts
+    assert {text: escape_unprintable(text) for text in texts} == texts
 
 
 def test_class_names_are_normalized() -> None:
     names = {"cafe\u0301": "caf\u00e9", " cat\n": r"cat\n", " ": r"\x20", "": r"\x20", "b\udce9": r"b\xe9", "12": "12"}
-    assert {name: class_name(name) for name in names} == names
+    assert {name: normalize_class_name(name) for name in names} == names
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_names_fit_on_a_line_and_are_stable(seed: int) -> None:
     for name in [*file_names(seed, 300), *paths(seed, 300)]:
-        for function in (printable, class_name):
+        for function in (escape_unprintable, normalize_class_name):
             text = function(name)
             assert len(text.splitlines()) <= 1, ascii(name)
             assert function(text) == text, ascii(name)
-            assert encoded(text) == text.encode(), ascii(name)
-        assert class_name(unicodedata.normalize("NFD", name)) == class_name(name), ascii(name)
-        stem = file_stem(name)
+            assert encode_utf8(text) == text.encode(), ascii(name)
+        assert normalize_class_name(unicodedata.normalize("NFD", name)) == normalize_class_name(name), ascii(name)
+        stem = make_file_stem(name)
         assert (Path("f") / f"r-{stem}").parent == Path("f"), ascii(name)
         assert len(stem.encode()) <= 100
 
@@ -47,7 +47,7 @@ def test_names_fit_on_a_line_and_are_stable(seed: int) -> None:
 def test_no_name_leaves_its_folder(tmp_path: Path, seed: int) -> None:
     refused = 0
     for name in paths(seed, 2000):
-        for join in (inside, lambda folder, name: Path(str(storage_path(folder) / name))):
+        for join in (join_inside, lambda folder, name: Path(str(storage_path(folder) / name))):
             try:
                 path = join(tmp_path / "f", name)
             except DataError:
@@ -67,9 +67,9 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "problem"), REFUSED.items(), ids=range(len(REFUSED)))
 def test_a_name_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
-    assert path_fault(name)
+    assert find_path_fault(name)
     with raises(DataError, problem=problem, fix="rename or remove it"):
-        inside(tmp_path, name)
+        join_inside(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", file_names(1, 120), ids=range(120))
@@ -114,4 +114,4 @@ def test_a_setting_that_is_not_utf8_is_refused(key: str) -> None:
 
 def test_an_argument_that_is_not_utf8_is_refused() -> None:
     with raises(ConfigError, "output", "caf\udce9", "rename it", "is not UTF-8"):
-        read_arguments(["output=caf\udce9"], "doc", {"output": ""})
+        parse_arguments(["output=caf\udce9"], "doc", {"output": ""})

@@ -71,14 +71,14 @@ def runs_a_network_with_other_operations() -> None:
 
 def returns_the_producer_of_a_tensor() -> None:
     model = network()
-    assert private_api.producer_of(model.outputs[0]) is model.get_layer("relu")
+    assert private_api.get_producer(model.outputs[0]) is model.get_layer("relu")
 
 
 def returns_the_index_of_a_variable() -> None:
     variables = [keras.Variable(float(i), name="v") for i in range(3)]
     optimizer = keras.optimizers.Adam()
     optimizer.build(variables)
-    assert [private_api.variable_index(optimizer, v) for v in reversed(variables)] == [2, 1, 0]
+    assert [private_api.get_variable_index(optimizer, v) for v in reversed(variables)] == [2, 1, 0]
 
 
 def swaps_the_class_of_a_layer() -> None:
@@ -87,10 +87,10 @@ def swaps_the_class_of_a_layer() -> None:
     before = layer.weights
     private_api.swap_class(layer, PaddingAwareBatchNormalization)
     assert type(layer) is PaddingAwareBatchNormalization
-    assert private_api.library_class(layer) is keras.layers.BatchNormalization
+    assert private_api.get_library_class(layer) is keras.layers.BatchNormalization
     assert [id(w) for w in layer.weights] == [id(w) for w in before]
     assert layer(tf.ones([2, 4])).shape == (2, 4)
-    private_api.swap_class(layer, private_api.library_class(layer))
+    private_api.swap_class(layer, private_api.get_library_class(layer))
     assert type(layer) is keras.layers.BatchNormalization
 
 
@@ -98,7 +98,7 @@ def parses_a_saved_model(tmp_path: Path) -> None:
     module = tf.Module()
     module.twice = tf.function(lambda x: 2 * x, input_signature=[tf.TensorSpec([], tf.float32)])
     tf.saved_model.save(module, str(tmp_path))
-    proto = private_api.new_saved_model_proto()
+    proto = private_api.make_saved_model_proto()
     proto.ParseFromString((tmp_path / "saved_model.pb").read_bytes())
     nodes = [node.op for part in proto.meta_graphs for f in part.graph_def.library.function for node in f.node_def]
     assert "Mul" in nodes
@@ -108,7 +108,7 @@ def ends_a_session_of_hparams() -> None:
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     info = plugin_data_pb2.SessionEndInfo(end_time_secs=7.0)
-    (value,) = private_api.session_end_summary(info).value
+    (value,) = private_api.make_session_end_summary(info).value
     assert value.tag == metadata.SESSION_END_INFO_TAG
     assert metadata.parse_session_end_info_plugin_data(value.metadata.plugin_data.content) == info
 
@@ -133,7 +133,7 @@ def disables_requests_for_the_bucket() -> None:
 
 
 def returns_the_credentials() -> None:
-    assert isinstance(private_api.credentials_of(client()), AnonymousCredentials)
+    assert isinstance(private_api.get_credentials(client()), AnonymousCredentials)
 
 
 def detects_a_grid_search(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.models.efficient_net import IMAGENET, normalized, set_normalization
 from tests.processes import run_python
-from trainer.cli.process import _hidden
+from trainer.cli.process import _hide_packages
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import load
@@ -43,8 +43,8 @@ def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bo
 def test_packages_of_the_report_are_imported_with_the_report() -> None:
     program = """
 import sys
-from trainer.cli.process import quiet_start
-with quiet_start():
+from trainer.cli.process import suppress_import_noise
+with suppress_import_noise():
     from trainer import train
 print(sorted({"sklearn", "scipy.stats", "matplotlib"} & set(sys.modules)))
 import matplotlib.pyplot, sklearn.metrics, trainer.report.build
@@ -58,7 +58,7 @@ print(matplotlib.pyplot.figure, sklearn.metrics.f1_score)
 def test_a_package_is_hidden_unless_it_is_imported_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_later.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with _hidden(["json", "imported_later"]):
+    with _hide_packages(["json", "imported_later"]):
         assert importlib.import_module("json") is json
         with pytest.raises(ImportError):
             importlib.import_module("imported_later")

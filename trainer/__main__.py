@@ -1,4 +1,4 @@
-"""`python -m trainer`: train the run of this command line, or resume it.
+"""`python -m trainer`: train or resume the run that the arguments configure.
 
 Hydra composes the configuration, `config.schema.load` validates it, and `train.train_run` trains.
 """
@@ -17,15 +17,15 @@ from trainer.cli.process import (
     choose_and_log_source,
     configure_log,
     exit_with_code,
-    log_labels,
-    quiet_start,
+    make_log_labels,
     start_monitoring,
+    suppress_import_noise,
 )
 from trainer.cli.sweep import compose_or_sweep
 from trainer.cluster import watchdog
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
-from trainer.config.diff import common_settings
+from trainer.config.diff import select_common_settings
 from trainer.config.schema import apply_overfit
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
@@ -40,9 +40,9 @@ from trainer.runs.folder import (
     require_output_dir,
     require_unfinished,
 )
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 
-DONE_CHECK_SECONDS = 15.0  # between checks whether the run is finished, while waiting for the other workers
+DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished, while waiting for other workers
 
 
 def main() -> None:
@@ -60,10 +60,10 @@ def main() -> None:
         stop, last_check = StopFlag(), time.monotonic()
 
         def check_cancelled() -> None:
-            """Raise `StopRequested` on a stop request, or `Finished` if the run is finished."""
+            """Raise StopRequested after a stop request, or Finished if the run is finished."""
             nonlocal last_check
             stop.check("while waiting for the other workers")
-            if time.monotonic() - last_check > DONE_CHECK_SECONDS:
+            if time.monotonic() - last_check > DONE_CHECK_INTERVAL_SECONDS:
                 last_check = time.monotonic()
                 require_unfinished(config)
 
@@ -77,18 +77,18 @@ def main() -> None:
             return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
-        # End at once: there is nothing to save yet, and importing TensorFlow takes longer than some grace periods.
+        # Nothing needs saving yet, and importing TensorFlow takes longer than some grace periods, so end at once.
         stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
-        with control.propagate_failures(), disk_errors():
-            control.require_equal("configuration", common_settings(config))
+        with control.propagate_failures(), translate_disk_errors():
+            control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
-            watchdog.start(config.runtime, control, stop.unread, listener, **log_labels(config, cluster.index))
+            watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
-            with quiet_start():
+            with suppress_import_noise():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 
             train_run(config, folder, control, stop, process_started)

@@ -12,23 +12,23 @@ Exit codes: 0 done; 2 the runs cannot be compared.
 import sys
 from pathlib import Path
 
-from trainer.cli.arguments import read_arguments, usage
+from trainer.cli.arguments import format_usage, parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
-from trainer.storage.path import same_folder_key
+from trainer.storage.path import canonicalize_address
 
 
 def main() -> None:
-    """Run the command `python -m trainer.compare`; exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.compare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, addresses = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
-        if len(addresses) < 2 or len(set(map(same_folder_key, addresses))) != len(addresses):
-            raise ConfigError("at least two different runs are required", fix=f"write {usage(__doc__)}")
+        options, addresses = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
+        if len(addresses) < 2 or len(set(map(canonicalize_address, addresses))) != len(addresses):
+            raise ConfigError("at least two different runs are required", fix=f"write {format_usage(__doc__)}")
         output = Path(options.get("output", "compare.html")).expanduser()
         if output.suffix != ".html":
             raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
-        from trainer.report import compare  # imports matplotlib, after the arguments are checked
+        from trainer.report import compare  # here, because it imports matplotlib
 
         names = compare.shorten_addresses(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))

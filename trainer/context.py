@@ -1,4 +1,4 @@
-"""The objects of one run on one worker, and the record of how the run failed or was stopped."""
+"""The objects of a run on one worker, and the record of how the run failed or was stopped."""
 
 import time
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.metrics import MetricsWriter
 from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 from trainer.training.state import RunState
 
 
 @dataclass
 class RunPlan:
-    """Decisions of each start, made before its first step."""
+    """The decisions that each start makes before its first step."""
 
     features: FeaturePlan
     sharding: ShardingPlan
@@ -39,7 +39,7 @@ class RunPlan:
 
 @dataclass
 class RunContext:
-    """The objects of one run on one worker; `train.make_plan` sets `plan` and `scorer`."""
+    """The objects of a run on one worker. `train.make_plan` sets `plan` and `scorer`."""
 
     config: RunConfig
     worker: Worker
@@ -58,30 +58,30 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
     Nothing is recorded before the folder has `begun`. An `OSError`, and any error of a full disk, becomes
-    `Interrupted`, because a restart may succeed. A TensorFlow error of one of several workers is
-    re-raised only after the heartbeat timeout: it may be the effect of a lost peer, for which the control channel then
-    ends the process with exit code 75. Other exceptions than these and `TrainerError` are not recorded.
+    `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised only after
+    the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with exit code
+    75. Exceptions other than these and `TrainerError` are not recorded.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
         if folder.begun:
             saver.restarts.record_failure(code, reason)
-            with suppress(OSError):  # the error that is recorded, once more
+            with suppress(OSError):  # probably the recorded error again
                 run.clock.write()
 
     def on_request(reason: str) -> None:
-        """Record the stop request; end a stalled process at once, because it would not reach the next step."""
+        """Record a stop request; end a stalled process at once, because it would not reach the next step."""
         if stalled := health.stall_reason():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # in case the process is killed before it has saved
-        stuck = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
-        end_without_progress(control.end, stuck)
+        timed_out = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
+        end_without_progress(control.end, timed_out)
 
     control.on_end, stop.on_request = record, on_request
-    disks, resumes = (saver.path, run.config.runtime.cache_folder), saver.resume_hint
+    folders = saver.path, run.config.runtime.cache_folder
     try:
-        with disk_errors(disks, "checkpoints are intact", f"make space there. {resumes}"):
+        with translate_disk_errors(folders, "checkpoints are intact", f"make space there. {saver.resume_hint}"):
             yield
     except OSError as error:
         problem = f"{saver.address}: {error.strerror or error}; checkpoints are intact"

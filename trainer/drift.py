@@ -18,14 +18,15 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import format_measures, measure_drift, most_severe_level, read_log, read_reference
 from trainer.monitoring.log import log
 from trainer.storage.path import storage_path
 
-ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}  # problem if one is missing
+# Key -> problem if it is missing, "" if it is optional.
+ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}
 
 
 def _parse_hours(text: str) -> float:
@@ -36,9 +37,9 @@ def _parse_hours(text: str) -> float:
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.drift`; exits with a documented code (`trainer.errors`)."""
+    """Run `python -m trainer.drift`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
+        arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
         hours = _parse_hours(arguments["hours"]) if "hours" in arguments else None
         output = arguments.get("output", "drift.png")
         if not output.endswith(".png"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trainer.names import printable
+from trainer.names import escape_unprintable
 
 DONE = 0
 BUG = 1
@@ -29,16 +29,16 @@ class TrainerError(Exception):
         self.problem, self.key, self.value, self.fix = problem, key, value, fix
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f"={printable(str(self.value))}"
+        value = "" if self.value is None else f"={escape_unprintable(str(self.value))}"
         subject = "" if self.key is None else f"{self.key}{value}: "
         return subject + self.problem + (f"; {self.fix}" if self.fix else "")
 
 
 class ConfigError(TrainerError):
-    """The configuration, an argument or an environment variable is wrong; a restart cannot help.
+    """The configuration, an argument or an environment variable is wrong. A restart cannot help.
 
     Attributes:
-        faults: the errors that this one summarises; empty if it is a single error.
+        faults: the errors that this one lists; empty if it is a single error.
     """
 
     exit_code = WRONG_INPUT
@@ -55,7 +55,7 @@ class ConfigError(TrainerError):
 
 
 class DataError(TrainerError):
-    """The data is missing, damaged or contradicts the configuration."""
+    """The data is missing or corrupt, or contradicts the configuration."""
 
     exit_code = WRONG_INPUT
 
@@ -67,13 +67,13 @@ class ModelError(TrainerError):
 
 
 class Diverged(TrainerError):
-    """The loss is not finite, or larger than that of any classifier; the same run would diverge again."""
+    """The loss is not finite, or larger than that of any classifier. The same run would diverge again."""
 
     exit_code = WRONG_INPUT
 
 
 class Interrupted(TrainerError):
-    """The run stopped for an external cause, such as a lost worker or unavailable storage; the same command resumes."""
+    """The run stopped for an external cause, such as a lost worker or unavailable storage. The same command resumes."""
 
     exit_code = INTERRUPTED
 
@@ -89,6 +89,6 @@ class GaveUp(TrainerError):
 
 
 class Drifted(TrainerError):
-    """The images or predictions of a served model have shifted from its reference: a result, not a failure."""
+    """The images or predictions of a served model have shifted from its reference. A result, not a failure."""
 
     exit_code = DRIFTED

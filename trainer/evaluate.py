@@ -8,7 +8,7 @@ score a checkpoint of a run on a split, and write a report.
 Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
 
 The data is that of the run unless `data=...` or `data.KEY=...` changes it. Other data that has no splits is scored as a
-whole unless `data.validation_fraction` or `data.test_fraction` is given, and may have only some of the classes.
+whole unless `data.validation_fraction` or `data.test_fraction` is given, and can have only some of the classes.
 `runtime...`, `training.batch_size` and `debug.max_examples` can be changed as well. Exit codes are those of a run.
 """
 
@@ -21,16 +21,16 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
-from trainer.cli.process import configure_log, exit_with_code, quiet_start
+from trainer.cli.process import configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 
-# The error if an argument is missing; "" for an optional one.
+# Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 FRACTIONS = ("validation_fraction", "test_fraction")
@@ -40,11 +40,11 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run.
 
     Returns:
-        The configuration of the evaluation. If the changes choose other data and no fractions of it, it does not divide
-        that data; the second value is then the configuration that divides it as the run divided its own.
+        The configuration of the evaluation, and None. If the changes choose another dataset and no fractions, the
+        evaluation does not split it, and the second value is the configuration that splits it like the run's dataset.
 
     Raises:
-        ConfigError: an argument is wrong or changes a key that an evaluation has to leave as it is.
+        ConfigError: an argument is invalid, or changes a key that an evaluation cannot change.
     """
     keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
@@ -54,7 +54,7 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        run_config["debug"]["overfit"] = False  # overfitting to one batch was for the run's own data
+        run_config["debug"]["overfit"] = False  # it applies only to the run's own dataset
     fractions = {key: run_config["data"][key] for key in FRACTIONS}
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
         old, new = run_config, composed
@@ -71,17 +71,17 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
 
 
 def main() -> None:
-    """Run the command `python -m trainer.evaluate`; exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.evaluate`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, changes = read_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
+        options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         home, run_config, run_json = read_run(options["run"])
         config, moved = apply_changes(run_config, changes)
         configure_log(config.runtime)
         run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
-        with quiet_start():
-            from trainer.report.evaluate_run import evaluate  # imports TensorFlow, after the arguments are checked
+        with suppress_import_noise():
+            from trainer.report.evaluate_run import evaluate  # here, because it imports TensorFlow
         evaluate(run, checkpoint, options, moved)
 
 

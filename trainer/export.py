@@ -24,25 +24,25 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.arguments import read_arguments
-from trainer.cli.overrides import typed_value
-from trainer.cli.process import exit_with_code, quiet_start
+from trainer.cli.arguments import parse_arguments
+from trainer.cli.overrides import parse_value
+from trainer.cli.process import exit_with_code, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import StoredRun, find_run, load_checkpoint
 
 EXPORT_KEYS = ("formats", "max_accuracy_drop")  # of the section `export` of the run's configuration
-# Key -> the problem if it is missing, "" if it is optional.
+# Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "output": "", **dict.fromkeys(EXPORT_KEYS, "")}
 
 
-def _config_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values that replace those of the run's configuration, such as {"export.formats": ["keras"]}."""
+def _parse_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Parse the changes of the run's configuration, such as {"export.formats": ["keras"]}."""
     keys = {f"export.{key}" if key in EXPORT_KEYS else key: text for key, text in arguments.items()}
-    return {key: typed_value(f"{key}={text}") for key, text in keys.items() if "." in key}
+    return {key: parse_value(f"{key}={text}") for key, text in keys.items() if "." in key}
 
 
-def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
+def _choose_output(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
     """Return the folder to write to, and whether it is the `export` folder of the run."""
     if output := arguments.get("output"):
         return Path(output).expanduser(), False
@@ -60,14 +60,14 @@ def _output_folder(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, 
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.export`; exits with a documented code (`trainer.errors`)."""
+    """Run `python -m trainer.export`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, _ = read_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+")
-        run = find_run(arguments["run"], _config_changes(arguments))
-        folder, in_run = _output_folder(run, arguments)
-        # Before the import of TensorFlow, so that a wrong checkpoint is reported immediately.
+        arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+")
+        run = find_run(arguments["run"], _parse_changes(arguments))
+        folder, in_run = _choose_output(run, arguments)
+        # Before the import of TensorFlow, so that an invalid checkpoint is reported immediately.
         checkpoint = load_checkpoint(run, arguments.get("checkpoint"))
-        with quiet_start():
+        with suppress_import_noise():
             from trainer.exporting.export import export_run, record_exports
             from trainer.exporting.formats import check_formats, raise_if_refused
         check_formats(run.config.export.formats, run.config.model.backbone)

@@ -1,15 +1,16 @@
-"""The rules for names from outside: of files, folders, objects in a bucket, records and classes.
+"""Rules for untrusted names: of files, folders, objects in a bucket, records and classes.
 
-A name of a file is the bytes of the file system, as Python decodes them (PEP 383). It is shown `printable`. A name that
-comes from a listing, a record or a file becomes a local path only through `storage.local.inside`, which refuses what
-`path_fault` names. The name of a class is its `class_name`, in every source and in every file that is written.
+A file name is a string with surrogate escapes (PEP 383), from which Python restores the bytes of the file system.
+`escape_unprintable` prepares it for display. A name from a listing, a record or a file becomes a local path only with
+`storage.local.join_inside`, which rejects the faults of `find_path_fault`. Every source normalizes its class names with
+`normalize_class_name`, and only normalized class names are written to files.
 """
 
 import re
 import unicodedata
 
-MAX_PART_BYTES = 255  # of one component of a path, on all usual file systems
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can show a text in another order
+MAX_COMPONENT_BYTES = 255  # per path component, on all common file systems
+_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can reorder the text on the screen
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
@@ -19,55 +20,55 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def printable(text: str) -> str:
-    r"""Escape line breaks, control characters, marks of bidirectional text, and bytes that are not UTF-8 (as "\xe9").
+def escape_unprintable(text: str) -> str:
+    r"""Escape line breaks, control characters, bidirectional marks, and bytes that are not UTF-8 (as "\xe9").
 
-    The result fits on one line and can be encoded as UTF-8; escaping it again does not change it.
+    The result fits on one line and can be encoded as UTF-8. The function is idempotent.
     """
     if text.isprintable() and not _BIDI.search(text):
         return text
     return "".join(_escape(c) if unicodedata.category(c) in _UNPRINTABLE or _BIDI.match(c) else c for c in text)
 
 
-def class_name(name: str) -> str:
-    """Return the name of a class: `printable`, normalized to NFC, and without spaces at its ends, which TFDS drops."""
-    return unicodedata.normalize("NFC", printable(name)).strip() or r"\x20"
+def normalize_class_name(name: str) -> str:
+    """Escape unprintable characters, normalize to NFC, and strip spaces at both ends, which TFDS strips too."""
+    return unicodedata.normalize("NFC", escape_unprintable(name)).strip() or r"\x20"
 
 
-def file_stem(text: str) -> str:
-    """Return a part of a file name for any text: letters, digits, ".", "-" and "_", at most 100 bytes."""
+def make_file_stem(text: str) -> str:
+    """Convert any text to a file stem of at most 100 bytes, of letters, digits, ".", "-" and "_"."""
     stem = re.sub(r"[^\w.-]+", "-", text)
     return stem.encode()[:100].decode(errors="ignore")
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text is UTF-8; an argument of the command line may be other bytes, as names of files may."""
-    return encoded(text).decode() == text
+    """Return whether a text has no surrogate escapes, which represent other bytes in arguments and file names."""
+    return encode_utf8(text).decode() == text
 
 
-def to_bytes(text: str) -> bytes:
-    """Encode the name of a file as the bytes that the file system has."""
+def encode_file_name(text: str) -> bytes:
+    """Restore the bytes that the file system has for a file name."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def encoded(content: bytes | str) -> bytes:
-    r"""Encode a text to be written as UTF-8; a byte that is not UTF-8, in the name of a file, becomes "\udcXX"."""
+def encode_utf8(content: bytes | str) -> bytes:
+    r"""Encode text as UTF-8 and return bytes unchanged. A surrogate escape, as in a file name, becomes "\udcXX"."""
     return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
-def path_fault(name: str) -> str | None:
-    """Return why a name, with "/" between its parts, cannot be that of a file below a folder; None if it can."""
-    parts = name.split("/")
+def find_path_fault(name: str) -> str | None:
+    """Return why a "/"-separated name cannot be a file below a folder; None if it can."""
+    components = name.split("/")
     if name.startswith("/"):
         return "it begins with a slash"
-    if "" in parts:
-        return "a part of it is empty"
-    if {".", ".."} & set(parts):
-        return "a part of it is . or .."
+    if "" in components:
+        return "a component of it is empty"
+    if {".", ".."} & set(components):
+        return "a component of it is . or .."
     if "\0" in name:
         return "it has a null character"
     try:
-        longest = max(len(to_bytes(part)) for part in parts)
+        longest = max(len(encode_file_name(component)) for component in components)
     except UnicodeEncodeError:
         return "it has half of a surrogate pair"
-    return f"a part of it is longer than {MAX_PART_BYTES} bytes" if longest > MAX_PART_BYTES else None
+    return f"a component of it is longer than {MAX_COMPONENT_BYTES} bytes" if longest > MAX_COMPONENT_BYTES else None

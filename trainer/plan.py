@@ -20,23 +20,23 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose, is_sweep, load_given
-from trainer.cli.process import choose_and_log_source, exit_with_code, quiet_start
+from trainer.cli.process import choose_and_log_source, exit_with_code, suppress_import_noise
 from trainer.cluster.discovery import discover
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
-from trainer.storage.base import within
+from trainer.storage.base import request_deadline
 
-BUCKET_TIMEOUT_SECONDS = 30.0  # per request, retries included; a run waits longer
+BUCKET_DEADLINE_SECONDS = 30.0  # per request, retries included; a run waits longer
 
 
 def main() -> None:
-    """Run the command, and exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.plan`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         summary = "--summary" in sys.argv[1:]
         arguments = [a for a in sys.argv[1:] if a != "--summary"]
-        options, run_arguments = read_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
+        options, run_arguments = parse_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
         plot = Path(options["--plot"]).expanduser() if "--plot" in options else None
         if plot and plot.suffix != ".png":
             raise ConfigError("is not a PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
@@ -47,10 +47,10 @@ def main() -> None:
         if composed is None:  # --cfg
             return
         config = apply_overfit(load_given(composed, run_arguments))
-        with quiet_start():
+        with suppress_import_noise():
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))
-        with within(BUCKET_TIMEOUT_SECONDS):
+        with request_deadline(BUCKET_DEADLINE_SECONDS):
             show_run(plan, run_arguments, plot, summary)
         plan.show_warnings_and_raise()
 

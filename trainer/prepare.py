@@ -19,15 +19,15 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.arguments import ALL, read_arguments, usage
+from trainer.cli.arguments import ALL, format_usage, parse_arguments
 from trainer.cli.compose import compose
-from trainer.cli.overrides import given_keys
+from trainer.cli.overrides import list_given_keys
 from trainer.cli.process import (
     choose_and_log_source,
     configure_log,
     exit_with_code,
-    quiet_start,
     start_monitoring,
+    suppress_import_noise,
 )
 from trainer.config.schema import load
 from trainer.config.unread import require_read
@@ -38,32 +38,32 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log_unbuffered
 
 
-def _exit_on_signal(number: int, _frame: object) -> None:
-    """Exit at once; finished shards stay."""
-    reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
+def _exit_on_signal(signum: int, _frame: object) -> None:
+    """Exit at once; finished shards remain."""
+    reason = f"{signal.Signals(signum).name}; start the same command again to write the missing shards"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     os._exit(INTERRUPTED)
 
 
 def main() -> None:
-    """Write the records that the command line describes; exit with a code of `trainer.errors`."""
+    """Run `python -m trainer.prepare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = read_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
+        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         if composed is None:  # --cfg printed the configuration
             return
         if "output" not in arguments:
-            raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
+            raise ConfigError("is missing", key="output", fix=f"write {format_usage(__doc__)}")
         config = load(composed)
-        require_read(config, given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
+        require_read(config, list_given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
         configure_log(config.runtime)
         part = part_of_job(os.environ)
         start_monitoring(config, *part)
         signal.signal(signal.SIGTERM, _exit_on_signal)
         health.enter_phase("prepare")
-        with quiet_start():
+        with suppress_import_noise():
             import tensorflow as tf  # decodes the images as training does
         tf.config.set_visible_devices([], "GPU")
         prepare(config, arguments["output"], part)

@@ -1,25 +1,25 @@
-"""Every use of the private API of other libraries.
+"""All uses of private APIs of other libraries.
 
-A library may rename or remove a private name in any release without notice. Therefore each use is a function in this
-module, no other module uses such a name, and `tests/test_private_api.py` tests every row of these tables on the
-installed versions: after an incompatible upgrade it fails and prints the library, its version and the name.
+A library can rename or remove a private name in any release without notice. Therefore each use is a function in this
+module, and no other module uses a private name. `tests/test_private_api.py` tests every row of these tables on the
+installed versions. After an incompatible upgrade it fails and prints the library, its version and the name.
 
-Names that are private, each with the function that wraps it:
+Private names, with the function that wraps each:
 
 | library | name | function | public API that would replace it |
 | --- | --- | --- | --- |
 | keras | `Function._run_through_graph` | `run_through_graph` | `clone_model(call_function=)`, if it took tensors |
-| keras | `KerasTensor._keras_history` | `producer_of` | an `operation` attribute of tensors; there is none |
-| keras | `Optimizer._get_variable_index` | `variable_index` | learning rates per variable; there are none |
+| keras | `KerasTensor._keras_history` | `get_producer` | an `operation` attribute of tensors; there is none |
+| keras | `Optimizer._get_variable_index` | `get_variable_index` | learning rates per variable; there are none |
 | keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
-| tensorflow | `tensorflow.core.protobuf` | `new_saved_model_proto` | a parser of `saved_model.pb`; there is none |
-| tensorboard | `summary_v2._summary_pb` | `session_end_summary` | a function in `hparams.api`; there is none |
+| tensorflow | `tensorflow.core.protobuf` | `make_saved_model_proto` | a parser of `saved_model.pb`; there is none |
+| tensorboard | `summary_v2._summary_pb` | `make_session_end_summary` | a function in `hparams.api`; there is none |
 | google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples use it |
 | google-cloud-storage | `Client._bucket_metadata_cache` | `disable_bucket_metadata` | an argument of `Client` |
-| google-cloud-storage | `Client._credentials` | `credentials_of` | a property of `Client`; there is none |
+| google-cloud-storage | `Client._credentials` | `get_credentials` | a property of `Client`; there is none |
 | hydra-core | `hydra._internal.core_plugins.basic_sweeper` | `is_grid` | a sweeper kind in `HydraConf`; there is none |
 
-Names without an underscore that are undocumented, with the modules that use them:
+Undocumented names without an underscore, with the modules that use them:
 
 | library | name | used in |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ Names without an underscore that are undocumented, with the modules that use the
 | uvicorn | `Server`: `servers`, `server_state`, `lifespan`, `capture_signals`, `shutdown` | serving/server.py |
 | ai-edge-litert | `schema_py_generated` | exporting/tflite.py |
 
-The functions import the libraries themselves, because modules that run without TensorFlow import this module.
+Each function imports its library, because modules that run without TensorFlow import this module.
 """
 
 from collections.abc import Callable
@@ -46,22 +46,22 @@ def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], C
     return network._run_through_graph(inputs, operation_fn=operation_fn)
 
 
-def producer_of(tensor: Any) -> Any:
+def get_producer(tensor: Any) -> Any:
     """Return the layer or operation whose output is this `keras.KerasTensor`."""
     return tensor._keras_history.operation
 
 
-def variable_index(optimizer: Any, variable: Any) -> int:
-    """Return the index of a variable in the list for which the optimizer was built."""
+def get_variable_index(optimizer: Any, variable: Any) -> int:
+    """Return the index of a variable in the list with which the optimizer was built."""
     return optimizer._get_variable_index(variable)
 
 
 def swap_class(layer: Any, cls: type) -> None:
-    """Change the class of a layer to a base class or subclass that adds no state; its variables do not change."""
+    """Change the class of a layer to a base class or subclass without more state. Its variables do not change."""
     layer.__class__ = cls
 
 
-def library_class(layer: Any) -> type:
+def get_library_class(layer: Any) -> type:
     """Return the class of a layer, or its nearest base class outside this package."""
     return next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] != __package__)
 
@@ -70,15 +70,15 @@ def library_class(layer: Any) -> type:
 # TensorFlow, TensorBoard
 
 
-def new_saved_model_proto() -> Any:
+def make_saved_model_proto() -> Any:
     """Make an empty `SavedModel` message, into which a `saved_model.pb` can be parsed."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     return SavedModel()
 
 
-def session_end_summary(session_end_info: Any) -> Any:
-    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row in TensorBoard's HParams page."""
+def make_session_end_summary(session_end_info: Any) -> Any:
+    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row on TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 
     data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)
@@ -100,7 +100,7 @@ def disable_bucket_metadata(client: Any) -> None:
     client._bucket_metadata_cache = None
 
 
-def credentials_of(client: Any) -> Any:
+def get_credentials(client: Any) -> Any:
     """Return the `google.auth.credentials.Credentials` of a `storage.Client`."""
     return client._credentials
 

@@ -19,8 +19,8 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.arguments import ALL, read_arguments
-from trainer.cli.process import exit_with_code, quiet_start
+from trainer.cli.arguments import ALL, parse_arguments
+from trainer.cli.process import exit_with_code, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.serving.export_files import Export, find_export
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 
 
 def _load_model(export: Export) -> ServedModel:
-    """Import TensorFlow and load the export; called in a thread while the server already listens."""
-    with quiet_start():
+    """Import TensorFlow and load the export, in a thread while the server already listens."""
+    with suppress_import_noise():
         from trainer.serving.model import ServedModel
     return ServedModel(export)
 
 
 def main() -> None:
-    """Entry point of `python -m trainer.serve`; exits with a documented code (`trainer.errors`)."""
+    """Run `python -m trainer.serve`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         fields = Settings.model_fields
         width = max(map(len, fields)) + 2
         shown = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
         rows = [f"    {f'{key}={shown[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
-        # All keys are accepted here: `parse_settings` reports unknown ones together with all other faults.
-        arguments, _ = read_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
+        # All keys are accepted here, because `parse_settings` reports unknown ones together with all other faults.
+        arguments, _ = parse_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
         settings = parse_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve

@@ -1,14 +1,13 @@
 """Stateless random numbers: pure functions of integer coordinates.
 
-The order of examples, augmentation and dropout draw their numbers here, with the seed, the epoch or step, and the
-example as coordinates. The numbers are therefore the same after a restart, on another worker, or with another sharding.
-Each coordinate is mixed in by the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
-number generators").
+Shuffling, augmentation and dropout use the seed, the epoch or step, and the example index as coordinates. The numbers
+are therefore the same after a restart, on another worker, or with another sharding. The SplitMix64 finalizer mixes in
+each coordinate (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
 import tensorflow as tf
 
-# Identifies the use, as one of the coordinates: without it, two uses with equal coordinates would have equal numbers.
+# One coordinate identifies the use. Without it, two uses with equal coordinates would get equal numbers.
 AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # these three as signed integers
@@ -26,10 +25,10 @@ def _mix(x: tf.Tensor) -> tf.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """Return 64 random bits, int64, per element of the int64 coordinates after broadcasting.
+def random_bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
+    """Return 64 random bits as int64, per element of the broadcast int64 coordinates.
 
-    The mixing is a bijection: coordinates that differ only in the last one always have different bits.
+    The mixing is bijective, so tuples that differ only in the last coordinate always give different bits.
     """
     state = tf.zeros([], tf.int64)
     for coordinate in coordinates:
@@ -37,6 +36,6 @@ def bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
     return state
 
 
-def uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
-    """Return uniform float32 in [0, 1), per element of the int64 coordinates after broadcasting."""
-    return tf.cast(_shift_right(bits(*coordinates), 40), tf.float32) * 2.0**-24
+def random_uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:
+    """Return uniform float32 numbers in [0, 1), per element of the broadcast int64 coordinates."""
+    return tf.cast(_shift_right(random_bits(*coordinates), 40), tf.float32) * 2.0**-24

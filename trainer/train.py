@@ -48,7 +48,7 @@ from trainer.training.losses import class_weights
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite, require_plausible
-from trainer.types import scored_split
+from trainer.types import choose_scored_split
 
 AFTER_TRAINING = "after the end of training"
 
@@ -56,12 +56,12 @@ AFTER_TRAINING = "after the end of training"
 def train_run(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
 ) -> None:
-    """Train, evaluate, export and report, or resume the run in `folder`; every worker of the run calls this.
+    """Train, evaluate, export and report, or resume the run in `folder`. Every worker of the run calls this.
 
     `process_started` is time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: the run failed or was stopped; its `exit_code` is that of the process.
+        TrainerError: the run failed or was stopped. Its `exit_code` is that of the process.
     """
     try:
         run, divisions, advice = set_up(config, folder, control, stop, process_started)
@@ -71,12 +71,12 @@ def train_run(
     with record_failures(run, folder):
         restored = restore(run, folder)
         features, teacher = choose_inputs(run, folder, divisions)
-        begin(run, folder, features, advice)
+        record_start(run, folder, features, advice)
         run.plan = make_plan(run, features, teacher)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
-                if run.worker.should_stop("before a phase"):  # compiling may take longer than the grace period
+                if run.worker.should_stop("before a phase"):  # compiling can take longer than the grace period
                     raise_stopped(run, "between phases")
                 train_phase(run, names[run.state.phase], restored)
                 restored = {}
@@ -91,9 +91,9 @@ def train_run(
 def set_up(
     requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
 ) -> tuple[RunContext, dict[str, Division], list[str]]:
-    """Open the data, configure the devices, build the model, and divide its layers into trunk and tail per phase.
+    """Open the dataset, configure the devices, build the model, and divide its layers into trunk and tail per phase.
 
-    Return also the reasons of the values that were chosen for `auto`.
+    Returns also the reasons for the choices of `auto` values.
     """
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
@@ -107,10 +107,10 @@ def set_up(
                           | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
     if control.is_chief:
         folder.check_data(dataset)
-    # First the values that are `auto`, then the devices (before the first tensor), then the model under the strategy.
+    # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto_once(requested, folder, control, dataset)
-    folder.config = config  # for config.yaml: with the batch size as requested
-    class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks them
+    folder.config = config  # for config.yaml, with the requested batch size
+    class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # only a check
     replicas = choose_devices(config.runtime, control.size)[1]
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
@@ -121,7 +121,7 @@ def set_up(
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now
+    divisions = divide(config, classifier)  # for all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     warnings = find_run_warnings(
         config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
@@ -147,10 +147,10 @@ def set_up(
 
 
 def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
-    """Load the weights of this run's newest checkpoint, or else of `warm_start`; nothing is written.
+    """Load the weights of this run's newest checkpoint, or else of `warm_start`. Writes no file.
 
     Returns:
-        the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+        The variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.broadcast_newest(folder.resuming)
@@ -170,7 +170,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
 ) -> tuple[FeaturePlan, TeacherAtAddress | None]:
-    """Choose whether each phase reads features or images, and find the teacher; nothing is written."""
+    """Choose whether each phase reads features or images, and find the teacher. Writes no file."""
     recorded = folder.run_json if folder.resuming else {}
     features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
@@ -178,23 +178,25 @@ def choose_inputs(
     return features, teacher
 
 
-def begin(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: list[str]) -> None:
-    """Record the start in the folder, which nothing has changed before; delete there what followed the checkpoint.
+def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: list[str]) -> None:
+    """Record the start in the folder, and delete results there that are newer than the checkpoint.
+
+    This is the first change of the folder by a start.
 
     Raises:
         GaveUp: too many restarts without progress.
     """
-    control, step, limit = run.worker.control, run.state.step, run.config.runtime.max_restarts_without_progress
+    control, step, max_restarts = run.worker.control, run.state.step, run.config.runtime.max_restarts_without_progress
     dataset = run.images.dataset
     fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source}
 
     def write() -> None:
         requested = folder.config
         assert isinstance(requested, RunConfig), "every `auto` is resolved"
-        run.saver.restarts.require_progress(step, limit)
+        run.saver.restarts.require_progress(step, max_restarts)
         kinds: dict[str, str] = dict(features.input_kinds)
         folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
-        run.saver.restarts.begin(step, limit)
+        run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
@@ -239,13 +241,13 @@ class PhaseRun:
 
     name: str
     phase: Phase
-    total_steps: int  # maximum; early stopping may end the phase before
+    total_steps: int  # maximum; early stopping can end the phase before
     step: TrainingStep
     schedule: Any  # learning rate as a function of the step within the phase
     inputs: Inputs
     batches: Any  # iterator over global batches
     gate: ShardGate  # waits for the shards of the next batches
-    checkpoint_variables: dict[str, Any]  # of the model and the training step, by name
+    checkpoint_variables: dict[str, Any]  # name -> variable of the model or the training step
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
@@ -264,7 +266,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
 
-    epoch_is_complete = state.epoch_step == 0  # False if stopped between the last step of an epoch and its validation
+    epoch_is_complete = state.epoch_step == 0  # False if stopped before the validation of the epoch
     if not (epoch_is_complete and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
@@ -272,10 +274,10 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
                 variables.write(current.step.checkpoint_variables(), restored, f"checkpoint step {state.step}")
         while True:
             train_epoch(run, current)
-            entry, best = validate(run, current)
+            entry, is_best = validate(run, current)
             state.history.append(entry)
             state.epoch, state.epoch_step, state.sums = state.epoch + 1, 0, [0.0, 0.0, 0.0]
-            if best or finished() or checkpoint_due(run):
+            if is_best or finished() or is_checkpoint_due(run):
                 save(run, current)
             if finished() and state.phase_step < total:
                 rule = phase.early_stopping
@@ -290,7 +292,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
 
 
 def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show the phase with its last epoch in the progress display."""
+    """Show the phase and its last epoch in the progress display."""
     state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
     last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
     run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
@@ -309,7 +311,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, stop=stop, teacher=live)
-    # The order of the examples is a function of the seed; batches begin at the current step of the current epoch.
+    # The example order is a function of the seed; batches begin at the current step of the current epoch.
     order = Order(
         batch_size=batch_size,
         seed=config.seed,
@@ -330,7 +332,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
-    """Open the cached features or the images of a phase; use images if there is no space for its features."""
+    """Open the cached features or the images of a phase. Uses images if there is no space for its features."""
     category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
         inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
@@ -351,7 +353,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
-    """Load the phase weights, which `training.keep` selects, and advance the state to the next phase."""
+    """Load the phase weights that `training.keep` selects, and advance the state to the next phase."""
     state, training = run.state, run.config.training
     best = early_stopping.best_step(state, run.config.phases[name].early_stopping)
     assert best is not None, "a phase ends after a validation"
@@ -375,21 +377,23 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 
 
 def train_epoch(run: RunContext, current: PhaseRun) -> None:
-    """Run the remaining steps of an epoch; log at each interval, save checkpoints that are due, stop on request.
+    """Run the remaining steps of an epoch.
+
+    Logs at each interval, saves a checkpoint when one is due, and stops on request.
 
     Raises:
         DataError: an example cannot be read.
         Diverged: the loss is not finite, or larger than that of any classifier.
-        StopRequested: a checkpoint was saved first, except if this worker is one of several and was waiting for shards.
+        StopRequested: after saving a checkpoint, except if this worker is one of several and was waiting for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
     left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
     log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
-    window = run.config.debug.profile_steps
+    profile_steps = run.config.debug.profile_steps
     began, waited = time.monotonic(), 0.0
     while left > 0:
-        run.metrics.profile(state.step, window)
+        run.metrics.profile(state.step, profile_steps)
         traced = current.step.traced
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
@@ -397,12 +401,12 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             try:
                 shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
             except StopRequested:
-                if run.worker.size > 1:  # without a checkpoint: peers may be inside a step that needs this worker
+                if run.worker.size > 1:  # without a checkpoint, since peers can be in a step that needs this worker
                     raise
                 save_and_stop(run, current)
             sums, batches_waited, stopped = current.step.run(current.batches, count, state.step, state.phase_step)
             run.clock.add_wait(batches_waited + shards_waited)
-        # Count the steps that were run, `count` or fewer.
+        # A stop request can end the call after fewer than `count` steps.
         waited += batches_waited + shards_waited
         taken = len(sums)
         left -= taken
@@ -413,38 +417,41 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         if not traced:
             show_phase(run, current.name, current.total_steps)
         require_finite(sums, state.step, current.name, state.epoch + 1)
-        for row in sums.astype(np.float64):
-            state.sums = [a + float(b) for a, b in zip(state.sums, row, strict=True)]
-            state.interval = [a + float(b) for a, b in zip(state.interval, row, strict=True)]
+        for step_sums in sums.astype(np.float64):
+            state.sums = [a + float(b) for a, b in zip(state.sums, step_sums, strict=True)]
+            state.interval = [a + float(b) for a, b in zip(state.interval, step_sums, strict=True)]
         state.images += float(sums[:, 2].sum())
         if state.step % log_every == 0 or left == 0:
             loss, correct, examples = state.interval
-            rate = float(current.schedule(state.phase_step - 1))
+            learning_rate = float(current.schedule(state.phase_step - 1))
             if examples:  # else all images of these steps were skipped
                 entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
-                         "accuracy": correct / examples, "learning_rate": rate}  # fmt: skip
+                         "accuracy": correct / examples, "learning_rate": learning_rate}  # fmt: skip
                 goodput, mean_rate = run.clock.goodput, run.clock.images_per_second(state.images)
                 run.metrics.write_interval(entry, examples, time.monotonic() - began, waited, goodput, mean_rate)
                 require_plausible_losses(run, current, {"loss": loss / examples})
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
-            if left and checkpoint_due(run) and not stopped:
+            if left and is_checkpoint_due(run) and not stopped:
                 save(run, current)
             began, waited = time.monotonic(), 0.0
         if stopped:
             save_and_stop(run, current)
-    run.metrics.profile(state.step, window)
+    run.metrics.profile(state.step, profile_steps)
 
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
-    """Raise `Diverged` unless these mean losses are ones that a classifier of these classes can have."""
+    """Raise `Diverged` if a mean loss is not finite, or larger than that of any classifier."""
     state, classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
     require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
-    """Score the validation split (the average of `training.ema`); return its history entry and whether it is best."""
+    """Score the validation split; return its history entry and whether it is the best one of the phase so far.
+
+    With `training.ema` the averaged weights are scored.
+    """
     state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
     began = time.monotonic()
     run.images.require_readable()
@@ -452,8 +459,8 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         if averages:
             averages.swap()
         try:
-            part = training.validation_share
-            scored = inputs.scorer.score(inputs.validation, training.batch_size, "validation", part)
+            fraction = training.validation_share
+            scored = inputs.scorer.score(inputs.validation, training.batch_size, "validation", fraction)
         finally:
             if averages:
                 averages.swap()
@@ -463,28 +470,28 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         arrays = scored.probabilities, scored.labels, scored.losses
         scores = control.broadcast("validation", lambda: validation_scores(*arrays))
     loss, correct, examples = state.sums
-    rate = float(current.schedule(state.phase_step))
+    learning_rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
-             "accuracy": correct / examples, **scores, "learning_rate": rate}  # fmt: skip
+             "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip
     require_plausible_losses(run, current, {"val_loss": scores["val_loss"]})
-    best = early_stopping.update_best(state, entry, current.phase.early_stopping)
+    is_best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
-    run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, best)
-    return {**entry, "seconds": seconds}, best
+    run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, is_best)
+    return {**entry, "seconds": seconds}, is_best
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Save and stop
 
 
-def checkpoint_due(run: RunContext) -> bool:
-    """Return whether the last checkpoint is at least `runtime.checkpoint_every` ago."""
+def is_checkpoint_due(run: RunContext) -> bool:
+    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
     every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
     return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
 def save(run: RunContext, current: PhaseRun) -> None:
-    """Commit a checkpoint of the current state; the chief writes it, and the other workers return at once."""
+    """Commit a checkpoint of the current state. The chief writes it, and the other workers return at once."""
     state = run.state
     with run.clock.span("checkpoint", "saving a checkpoint"):
         state.train_seconds = run.clock.seconds["train"]
@@ -494,7 +501,7 @@ def save(run: RunContext, current: PhaseRun) -> None:
 
 
 def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
-    """Save a checkpoint unless this step has one, wait on all workers until it is published; raise StopRequested."""
+    """Save a checkpoint unless this step has one, wait on all workers until it is published, raise StopRequested."""
     if run.saver.saved_step != run.state.step:
         save(run, current)
     run.saver.publisher.wait()
@@ -514,15 +521,15 @@ def raise_stopped(run: RunContext, when: str) -> NoReturn:
 
 
 def finish(run: RunContext) -> None:
-    """Score the test split, export and verify, report, and write DONE; a restart repeats all of this.
+    """Score the test split, export, verify, report, and write DONE. A restart repeats all of this.
 
-    All workers score; then the others wait while the chief exports and writes.
+    All workers score. Then the other workers wait while the chief exports and writes.
 
     Raises:
         StopRequested: the next start repeats this function.
-        ModelError: an export lost too much accuracy; all results are written, but not DONE.
+        ModelError: an export lost too much accuracy. All results are written, but not DONE.
     """
-    # Imported here, because SciPy and matplotlib would delay the first step by seconds.
+    # Imported here, because SciPy and matplotlib would delay the first training step by seconds.
     from trainer.exporting.export import export_classifier
     from trainer.exporting.formats import raise_if_refused
     from trainer.exporting.model_card import write_model_card
@@ -536,7 +543,7 @@ def finish(run: RunContext) -> None:
     health.enter_phase(FINISH)
     images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"):
-        split = scored_split(dataset.splits)
+        split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):

@@ -1,4 +1,4 @@
-"""Data types that several packages exchange: dataset, batch, predictions and scores."""
+"""Types that several packages exchange: dataset, batch, predictions and scores."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
-from trainer.names import printable
+from trainer.names import escape_unprintable
 
 if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-FINGERPRINT_KINDS = ("content", "sample", "ends")  # what a hash covers of each file, the most thorough one first
+FINGERPRINT_KINDS = ("content", "sample", "ends")  # the bytes of each file that are hashed, most thorough kind first
 LogMessage = Callable[[str], None]  # logs a line
-Purpose = Literal["train", "prepare", "evaluate"]  # what data is opened for
+Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One TFRecord file with `count` records, of which the split uses records [`start`, `stop`)."""
+    """A TFRecord file with `count` records, of which a split uses the indices [`start`, `stop`)."""
 
     path: str
     count: int
@@ -29,9 +29,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split, with indices 0 to `count` - 1.
+    """The examples of one split, with indices 0 to `count` - 1.
 
-    Either `files` is set, with one image file per example, or `shards`, whose records are the examples in order.
+    Either `files` lists one image file per example, or the records in `shards` are the examples, in order.
     """
 
     name: str  # train | validation | test
@@ -39,22 +39,22 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
-    orientation: Literal["exif", "ignore"] = "exif"  # whether images are turned upright by their EXIF orientation
-    groups: tuple[str, ...] | None = None  # value of data.group_field per example; set for `scored_split` only
+    orientation: Literal["exif", "ignore"] = "exif"  # exif: rotate images upright
+    groups: tuple[str, ...] | None = None  # data.group_field of each example; only in the split that is scored
 
     @property
     def count(self) -> int:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an example, or its shard and record as `PATH#RECORD`; printable."""
+        """Return the image file of an example, or its shard and record index as `PATH#RECORD`, escaped for display."""
         if self.files:
-            return printable(self.files[index])
+            return escape_unprintable(self.files[index])
         path, record = self.record_of(index)
-        return f"{printable(path)}#{record}"
+        return f"{escape_unprintable(path)}#{record}"
 
     def record_of(self, index: int) -> tuple[str, int]:
-        """Return the shard of an example, and the number of its record in the shard."""
+        """Return the shard path of an example, and its record index in the shard."""
         for shard in self.shards:
             if index < shard.stop - shard.start:
                 return shard.path, shard.start + index
@@ -64,21 +64,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images with their class names and splits."""
+    """Labeled images with their class names and splits."""
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split]  # train, and validation and test if the data has them
-    fingerprint: str  # hash of file names, labels, sizes and checksums: the most thorough one of `fingerprints`
+    splits: dict[str, Split]  # train, and validation and test if there are any
+    fingerprint: str  # the most thorough of `fingerprints`
     skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
-    notes: tuple[str, ...] = ()  # log lines about the data: class imbalance, an empty split, ...
-    fingerprints: Mapping[str, str] = field(default_factory=dict)  # by `FINGERPRINT_KINDS`
+    notes: tuple[str, ...] = ()  # log lines about the dataset: class imbalance, an empty split, ...
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # kind -> hash of names, labels, sizes and checksums
 
 
 def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
-    """Return whether run.json recorded the same data: by the most thorough hash that both have.
+    """Return whether run.json recorded the same dataset, by the most thorough hash that both have.
 
-    A run of an older version recorded a single hash, of kind "ends".
+    Older versions recorded a single hash, of kind "ends".
     """
     earlier = {"ends": recorded} if isinstance(recorded, str) else recorded
     common = [kind for kind in FINGERPRINT_KINDS if kind in earlier and kind in dataset.fingerprints]
@@ -86,13 +86,13 @@ def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> boo
 
 
 class Batch(TypedDict):
-    """Examples of one replica for one step; b is the batch size per replica, S the image side in pixels."""
+    """The examples of one replica for one step. b is the batch size per replica, S the image side in pixels."""
 
     image: tf.Tensor  # uint8 [b, S, S, 3], or cached features of the frozen layers
     label: tf.Tensor  # int32 [b]
     weight: tf.Tensor  # float32 [b]: 1 for an example, 0 for padding
-    index: tf.Tensor  # int64 [b]: index in the split
-    position: tf.Tensor  # int64 [b]: index in the global batch
+    index: tf.Tensor  # int64 [b]: example index in the split
+    position: tf.Tensor  # int64 [b]: example index in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: label of the image that mixup or cutmix mixes in
     mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; `other_label` has 1 - mix
     teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: soft labels, the teacher's probabilities
@@ -100,10 +100,10 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Scored:
-    """Predictions of a network for examples of a split, ordered by example index."""
+    """A network's predictions for examples of a split, ordered by example index."""
 
     split: str
-    indices: np.ndarray  # int64 [n]: index in the split
+    indices: np.ndarray  # int64 [n]: example index in the split
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes]
     losses: np.ndarray | tuple[()] = ()  # float32 [n], cross-entropy of the logits, if they were computed
@@ -111,16 +111,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores of a classifier on one split, with the predictions that they are computed from."""
+    """The scores of a classifier on one split, and the predictions that they summarize."""
 
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
     names: tuple[str, ...]  # file or record of each example
-    metrics: dict[str, object]  # by name: accuracy, loss, per-class scores, ...
+    metrics: dict[str, object]  # name -> value: accuracy, loss, per-class scores, ...
 
 
-def scored_split(splits: Container[str]) -> str:
-    """Return the split of the final scores: test, or validation if the data has no test split."""
+def choose_scored_split(splits: Container[str]) -> str:
+    """Return the split that is scored at the end: test, or validation if there is no test split."""
     return "test" if "test" in splits else "validation"

@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from scripts.configuration_page import bounds, default, kind, sections
 from tests.cli.verbs import exit_code_of
-from trainer.cli.arguments import usage
-from trainer.cli.compose import GROUPS, conf_folder
+from trainer.cli.arguments import format_usage
+from trainer.cli.compose import GROUPS, find_conf_folder
 from trainer.serving.settings import Settings
 
 FILE = Path(__file__).with_name("surface.txt")
@@ -23,7 +23,7 @@ VERBS = ("prepare", "plan", "evaluate", "export", "compare", "serve", "drift")
 
 
 def arguments(verb: ModuleType) -> list[str]:
-    """The keys that a verb passes to `read_arguments`; required ones are marked."""
+    """The keys that a verb passes to `parse_arguments`; required ones are marked."""
     keys: dict[str, str] = {}
 
     def read(_arguments: Any, _doc: Any, own: dict[str, str], **_: Any) -> NoReturn:
@@ -31,7 +31,7 @@ def arguments(verb: ModuleType) -> list[str]:
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verb, "read_arguments", read)
+        patch.setattr(verb, "parse_arguments", read)
         assert exit_code_of(verb.main) == 0
     return [key + " (required)" * bool(problem) for key, problem in keys.items()]
 
@@ -43,11 +43,11 @@ def _line(of: str, key: str, field: FieldInfo) -> str:
 def text() -> str:
     """Every key with its type, bounds and default, every group with its choices, every verb with its arguments."""
     lines = [_line("key", key, field) for _, _, fields in sections() for key, field in fields.items()]
-    lines += [f"group {path.parent.relative_to(conf_folder())}: {path.stem}" for group in GROUPS
-              for path in sorted((conf_folder() / group).rglob("*.yaml"))]  # fmt: skip
+    lines += [f"group {path.parent.relative_to(find_conf_folder())}: {path.stem}" for group in GROUPS
+              for path in sorted((find_conf_folder() / group).rglob("*.yaml"))]  # fmt: skip
     for name in VERBS:
         verb = import_module(f"trainer.{name}")
-        lines += [f"verb {name}: {usage(verb.__doc__)}", *(f"verb {name}: {key}" for key in arguments(verb))]
+        lines += [f"verb {name}: {format_usage(verb.__doc__)}", *(f"verb {name}: {key}" for key in arguments(verb))]
     lines += [_line("serve", key, field) for key, field in Settings.model_fields.items()]
     return "\n".join(lines) + "\n"
 

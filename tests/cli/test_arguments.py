@@ -4,7 +4,7 @@ import pytest
 
 from tests.errors import raises
 from trainer import compare, drift, evaluate, export, plan, prepare, serve
-from trainer.cli.arguments import ALL, read_arguments, usage
+from trainer.cli.arguments import ALL, format_usage, parse_arguments
 from trainer.errors import ConfigError
 
 DOC = """`python -m trainer.paint what=IMAGE [colour=red] [output=FILE]`:
@@ -18,7 +18,7 @@ KEYS = {"what": "an image is required", "colour": "", "output": ""}
 
 def test_a_verb_reads_its_own_arguments_and_returns_the_rest() -> None:
     arguments = ["seed=1", "what=a=b", "--cfg", "job", "output=x", "data.root=", "brush.size=3", "~a\nb"]
-    own, rest = read_arguments(arguments, DOC, KEYS, more=r"brush\..+", rest=ALL)
+    own, rest = parse_arguments(arguments, DOC, KEYS, more=r"brush\..+", rest=ALL)
     assert own == {"what": "a=b", "output": "x", "brush.size": "3"}
     assert rest == ["seed=1", "--cfg", "job", "data.root=", "~a\nb"]
 
@@ -40,19 +40,19 @@ def test_a_verb_reads_its_own_arguments_and_returns_the_rest() -> None:
 )
 def test_each_fault_has_its_key_and_the_usage(arguments: list[str], key: str, value: str | None, problem: str) -> None:
     with raises(ConfigError, key=key, value=value, problem=problem, fix=USAGE.replace("[", r"\[")) as caught:
-        read_arguments(arguments, DOC, KEYS, more=r"brush\..+")
+        parse_arguments(arguments, DOC, KEYS, more=r"brush\..+")
     assert ("did you mean colour?" in str(caught.value.fix)) == (key == "color")
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_the_docstring(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        read_arguments(["red", option], DOC, KEYS)
+        parse_arguments(["red", option], DOC, KEYS)
     assert not stop.value.code
     assert capsys.readouterr().out == f"{DOC}\n"
 
 
 @pytest.mark.parametrize("verb", [compare, drift, evaluate, export, plan, prepare, serve])
 def test_the_docstring_of_each_verb_begins_with_its_usage(verb: object) -> None:
-    assert usage(verb.__doc__).startswith(f"python -m {verb.__name__} ")  # type: ignore[attr-defined]
-    assert len(usage(verb.__doc__)) < 130
+    assert format_usage(verb.__doc__).startswith(f"python -m {verb.__name__} ")  # type: ignore[attr-defined]
+    assert len(format_usage(verb.__doc__)) < 130

@@ -14,8 +14,8 @@ from tests.cli.surface import VERBS, arguments
 from tests.cli.verbs import exit_code_of
 from tests.processes import ROOT
 from trainer import __main__, compare, drift, evaluate, export, plan, prepare, serve
-from trainer.cli.compose import help_text
-from trainer.config.keys import keys_of
+from trainer.cli.compose import format_help
+from trainer.config.keys import list_keys
 from trainer.config.schema import RequestedConfig
 
 MODULES = [compare, drift, evaluate, export, plan, prepare, serve]
@@ -41,8 +41,8 @@ def test_the_version_is_that_of_kubetune(verb: ModuleType, capsys: pytest.Captur
 
 def test_the_main_help_names_the_verbs_and_the_documentation() -> None:
     for name in VERBS:
-        assert f"python -m trainer.{name} " in help_text()
-    assert "docs/README.md" in help_text()
+        assert f"python -m trainer.{name} " in format_help()
+    assert "docs/README.md" in format_help()
 
 
 @pytest.mark.parametrize("given", [["data=digits"], ["data=image_folder"], ["data=tfrecords", "phases=auto"]])
@@ -50,7 +50,7 @@ def test_the_printed_configuration_has_every_key(given: list[str], capsys: pytes
     assert exit_code_of(__main__.main, *given, "--cfg", "job") == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert list(tree) == list(RequestedConfig.model_fields)
-    for key in keys_of(RequestedConfig, tree):
+    for key in list_keys(RequestedConfig, tree):
         branch = tree
         for part in key.split(".") if not key.startswith("distillation.") else []:
             assert part in branch, key

@@ -13,7 +13,7 @@ from trainer.cli import sweep as hparams
 def sweep(tmp_path: Path) -> Path:
     """Two jobs with two hyperparameters; the second one failed."""
     names = ["phases.head.optimizer.learning_rate", "augmentation"]
-    (tmp_path / hparams.EVENTS_FILE).write_bytes(hparams.columns_event_file(names))
+    (tmp_path / hparams.EVENT_FILE).write_bytes(hparams.serialize_columns(names))
     jobs: list[tuple[list[Any], dict[str, float]]] = [
         ([0.01, "light"], {"val_accuracy": 0.75, "test_accuracy": 0.5}),
         ([1e38, "none"], {}),
@@ -21,8 +21,8 @@ def sweep(tmp_path: Path) -> Path:
     for number, (values, scores) in enumerate(jobs):
         folder = tmp_path / str(number)
         folder.mkdir()
-        row = hparams.job_event_file(str(number), dict(zip(names, values, strict=True)), scores, bool(scores))
-        (folder / hparams.EVENTS_FILE).write_bytes(row)
+        row = hparams.serialize_job(str(number), dict(zip(names, values, strict=True)), scores, bool(scores))
+        (folder / hparams.EVENT_FILE).write_bytes(row)
     return tmp_path
 
 

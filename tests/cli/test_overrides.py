@@ -8,9 +8,17 @@ import pytest
 
 from tests.errors import raises
 from trainer.cli.compose import compose
-from trainer.cli.overrides import elements, given_keys, parse, shown, typed_overrides, typed_value, value_of
+from trainer.cli.overrides import (
+    evaluate_override,
+    format_override,
+    list_given_keys,
+    parse_override,
+    parse_value,
+    split_elements,
+    translate_overrides,
+)
 from trainer.cli.sweep import _use_sweep_folder
-from trainer.config.typed import argument, quote, typed
+from trainer.config.typed import format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
 TEXTS = [
@@ -24,9 +32,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_taken_as_it_is_typed(text: str) -> None:
     if "\\$" not in text:
-        assert typed_value(f"data.root={text}") == text
-    (translated,) = typed_overrides([f"data.root={text}"])
-    assert typed_overrides([translated]) == [translated]  # jobs of a sweep translate again
+        assert parse_value(f"data.root={text}") == text
+    (translated,) = translate_overrides([f"data.root={text}"])
+    assert translate_overrides([translated]) == [translated]  # jobs of a sweep translate again
 
 
 @pytest.mark.parametrize(
@@ -47,15 +55,15 @@ def test_exceptions_are_null_quotes_and_references(text: str, value: str | None)
 
 
 def test_what_is_printed_for_the_user_reads_back_as_the_same_value() -> None:
-    """Any text, quoted by `typed` for Hydra and by `argument` for the shell, through both parsers."""
+    """Any text, quoted by `quote_if_needed` for Hydra and by `format_argument` for the shell, through both parsers."""
     draw = random.Random(0)
     alphabet = [*"ab/.~=,:;#!&|<>*?%@ \t\n'\"\\$()[]{}-_0é猫", "null", "${", "}", "choice(", "..", "//", "🐈", "\udce9"]
     for text in [*TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 9))) for _ in range(40))]:
-        (word,) = shlex.split(argument("data.root", text))
+        (word,) = shlex.split(format_argument("data.root", text))
         assert compose(["data=image_folder", word])["data"]["root"] == text, word  # type: ignore[index]
-        assert typed_value(f"data.root={quote(text)}") == text
-    assert typed("photos (1)") == "photos (1)"
-    assert argument("output_dir", "o/lr=1, a b") == "'output_dir=o/lr=1, a b'"
+        assert parse_value(f"data.root={quote(text)}") == text
+    assert quote_if_needed("photos (1)") == "photos (1)"
+    assert format_argument("output_dir", "o/lr=1, a b") == "'output_dir=o/lr=1, a b'"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_what_is_printed_for_the_user_reads_back_as_the_same_value() -> None:
     ],
 )
 def test_a_list_of_texts_is_taken_as_it_is_typed(text: str, names: list[str] | None) -> None:
-    assert typed_value(f"data.class_names={text}") == names
+    assert parse_value(f"data.class_names={text}") == names
 
 
 def test_weights_are_given_by_names_as_they_are_typed() -> None:
@@ -93,19 +101,19 @@ def test_weights_are_given_by_names_as_they_are_typed() -> None:
     ],
 )
 def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]) -> None:
-    (translated,) = typed_overrides([given], sweep=True)
-    parsed = parse(translated)
+    (translated,) = translate_overrides([given], sweep=True)
+    parsed = parse_override(translated)
     assert parsed.is_sweep_override()
-    values = [parse(f"x={text}").value() for text in parsed.sweep_string_iterator()]
+    values = [parse_override(f"x={text}").value() for text in parsed.sweep_string_iterator()]
     assert values == expected
     for text in parsed.sweep_string_iterator():  # what a job of the sweep gets, and is printed with
         key = given.partition("=")[0]
-        assert typed_value(shown(f"++{key}={text}")) in expected
+        assert parse_value(format_override(f"++{key}={text}")) in expected
 
 
 def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
-    assert elements("a, 'b,c' ,d(e,f),g[h,i],j(k") == ["a", " 'b,c' ", "d(e,f)", "g[h,i]", "j(k"]
-    assert elements("") == [""]
+    assert split_elements("a, 'b,c' ,d(e,f),g[h,i],j(k") == ["a", " 'b,c' ", "d(e,f)", "g[h,i]", "j(k"]
+    assert split_elements("") == [""]
 
 
 @pytest.mark.parametrize(
@@ -151,14 +159,14 @@ def test_a_folder_alone_is_the_root(tmp_path: Any) -> None:
      ("output_dir=null", None), ("output_dir='a,b'", "a,b"), ("output_dir=a${b", "a${b")],
 )  # fmt: skip
 def test_the_folder_of_a_sweep_may_have_any_name(given: str, folder: str | None) -> None:
-    arguments, name = _use_sweep_folder(typed_overrides(["-m", "seed=1", given], sweep=True))
+    arguments, name = _use_sweep_folder(translate_overrides(["-m", "seed=1", given], sweep=True))
     assert name == folder
     assert arguments[:2] == ["-m", "seed=1"]
     if folder:
-        assert value_of(arguments[2]) == folder
+        assert evaluate_override(arguments[2]) == folder
 
 
 def test_the_keys_of_a_command_line() -> None:
-    assert given_keys(["seed=1", "++data.root=x=y", "model=xception", "-m", "hydra.job.name=x", "~sweep"]) == {
+    assert list_given_keys(["seed=1", "++data.root=x=y", "model=xception", "-m", "hydra.job.name=x", "~sweep"]) == {
         "seed", "data.root",
     }  # fmt: skip

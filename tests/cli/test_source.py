@@ -8,7 +8,7 @@ from tests.cli.verbs import exit_code_of
 from tests.errors import raises
 from trainer import plan
 from trainer.cli.compose import compose
-from trainer.cli.source import choose_source, find_source
+from trainer.cli.source import choose_source, detect_source
 from trainer.errors import ConfigError, DataError
 
 
@@ -51,7 +51,7 @@ def test_record_files_become_a_pattern(tmp_path: Path) -> None:
 def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     root = photos(tmp_path, *names)
     with raises(DataError, key="data.root", value=str(root), fix="one folder per class"):
-        find_source(str(root))
+        detect_source(str(root))
 
 
 def test_other_keys_name_their_source() -> None:

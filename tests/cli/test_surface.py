@@ -5,7 +5,7 @@ import pytest
 from tests.cli import surface
 from tests.cli.verbs import exit_code_of
 from trainer import plan, prepare
-from trainer.cli.compose import GROUPS, choices, conf_folder, help_text
+from trainer.cli.compose import GROUPS, find_conf_folder, format_help, list_choices
 
 
 def test_the_surface_is_the_recorded_one() -> None:
@@ -13,11 +13,11 @@ def test_the_surface_is_the_recorded_one() -> None:
 
 
 def test_help_shows_each_group_with_its_meaning_and_choices() -> None:
-    assert set(GROUPS) == {path.name for path in conf_folder().iterdir() if path.is_dir()}
-    text = " ".join(help_text().split())
+    assert set(GROUPS) == {path.name for path in find_conf_folder().iterdir() if path.is_dir()}
+    text = " ".join(format_help().split())
     for group, meaning in GROUPS.items():
-        assert f"{group} {meaning} {', '.join(choices(group))} " in text
-    assert not set(choices("phases")) & set(choices("experiment"))  # those are in a folder of their own
+        assert f"{group} {meaning} {', '.join(list_choices(group))} " in text
+    assert not set(list_choices("phases")) & set(list_choices("experiment"))  # those are in a folder of their own
 
 
 @pytest.mark.parametrize(("verb", "shown"), [(plan, ("--plot=FILE.png", "--summary")), (prepare, ("output=FOLDER",))])

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from trainer.cli.compose import is_sweep
-from trainer.cli.overrides import typed_overrides
+from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
     Job,
     Sweep,
-    _hyperparameter,
+    _get_hyperparameter,
     _search_space_is_empty,
     _swept_keys,
     _use_sweep_folder,
@@ -31,7 +31,7 @@ from trainer.errors import TrainerError
     ],
 )
 def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: list[str], folder: str | None) -> None:
-    assert _use_sweep_folder(typed_overrides(given, sweep=True)) == (arguments, folder)
+    assert _use_sweep_folder(translate_overrides(given, sweep=True)) == (arguments, folder)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_a_search_of_nothing_is_recognised(arguments: list[str], nothing: bool) 
 
 def test_the_table_shows_values_with_their_type_and_choices_as_typed() -> None:
     tree = {"training": {"batch_size": 8, "loss": "focal"}, "augmentation": {"flip": True}}
-    assert _hyperparameter(tree, "training.batch_size", "8") == 8
-    assert _hyperparameter(tree, "training.loss", "'focal'") == "focal"
-    assert _hyperparameter(tree, "augmentation", "light") == "light"
+    assert _get_hyperparameter(tree, "training.batch_size", "8") == 8
+    assert _get_hyperparameter(tree, "training.loss", "'focal'") == "focal"
+    assert _get_hyperparameter(tree, "augmentation", "light") == "light"
     assert may_change_on_resume("runtime.progress")
     assert may_change_on_resume("export.formats")
     assert not may_change_on_resume("runtime.precision")

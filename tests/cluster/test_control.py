@@ -18,7 +18,7 @@ import pytest
 
 from scripts.same_bits import free_ports
 from tests.errors import raises
-from trainer.cluster.control import Connection, ProtocolError, differences
+from trainer.cluster.control import Connection, ProtocolError, list_differences
 from trainer.cluster.discovery import Cluster, discover
 from trainer.cluster.rendezvous import rendezvous
 from trainer.errors import ConfigError, Interrupted
@@ -86,7 +86,7 @@ def test_collective_operations_and_stop_requests() -> None:
 
 
 def test_differences_name_each_fact_once() -> None:
-    assert differences([{"a": 1, "b": 2}, {"a": 1}, {"a": 3, "b": 2}]) == [
+    assert list_differences([{"a": 1, "b": 2}, {"a": 1}, {"a": 3, "b": 2}]) == [
         "a: 1 on worker 0, 3 on worker 2",
         "b: 2 on worker 0, null on worker 1",
     ]

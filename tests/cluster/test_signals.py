@@ -111,7 +111,7 @@ def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypa
     checked = threading.Event()
     monkeypatch.setattr(Health, "seconds_since_progress", property(lambda _: checked.set() or 0.1))
     signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
-    current.progress()  # the step has ended: there is time to save
+    current.record_progress()  # the step has ended: there is time to save
     assert checked.wait(10)
     time.sleep(0.05)
     assert ended.empty()

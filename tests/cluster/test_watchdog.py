@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from scripts.same_bits import free_ports
-from trainer.cluster.protocol import HEADER, MAGIC
+from trainer.cluster.protocol import MAGIC, PREFIX
 from trainer.cluster.watchdog_process import (
     INTERVAL_SECONDS,
-    SIGNAL_SECONDS,
-    SILENCE_SECONDS,
+    PEER_TIMEOUT_SECONDS,
+    SIGNAL_TIMEOUT_SECONDS,
     UNRESPONSIVE_SECONDS,
     Observation,
     Peer,
-    reason_to_end,
-    unread_messages,
+    decide_end_reason,
+    parse_unread_messages,
 )
 from trainer.errors import INTERRUPTED
 
@@ -211,15 +211,17 @@ def test_a_peer_that_leaves_as_planned_ends_nothing(tmp_path: Path) -> None:
 
 def test_the_decision() -> None:
     def decide(seconds: float, *peers: Peer, name: str | None = None) -> str | None:
-        return reason_to_end(Observation(seconds, 900.0, "compiling", name, list(peers)))
+        return decide_end_reason(Observation(seconds, 900.0, "compiling", name, list(peers)))
 
-    lost, silent = Peer(1, "b:1", closed=True), Peer(2, "c:1", silent_seconds=SILENCE_SECONDS + 1)
+    lost, silent = Peer(1, "b:1", closed=True), Peer(2, "c:1", silent_seconds=PEER_TIMEOUT_SECONDS + 1)
     assert decide(UNRESPONSIVE_SECONDS - 1, lost, silent, name="SIGTERM") is None
     assert "lost worker 1 (b:1): connection closed" in (decide(UNRESPONSIVE_SECONDS, Peer(2, "c:1"), lost) or "")
     assert "lost worker 2 (c:1): no heartbeat for 61 s" in (decide(100, silent) or "")
     assert decide(100, Peer(1, "b:1", closed=True, messages=[{"kind": "left"}])) is None
-    assert decide(SIGNAL_SECONDS, name="SIGTERM") is None
-    assert (decide(SIGNAL_SECONDS + 1, name="SIGTERM") or "").startswith("SIGTERM, and Python had not run for 13 s")
+    assert decide(SIGNAL_TIMEOUT_SECONDS, name="SIGTERM") is None
+    assert (decide(SIGNAL_TIMEOUT_SECONDS + 1, name="SIGTERM") or "").startswith(
+        "SIGTERM, and Python had not run for 13 s"
+    )
     assert decide(900) is None
     assert "longer than its limit of 900 s" in (decide(901) or "")
     assert UNRESPONSIVE_SECONDS > 2 * INTERVAL_SECONDS
@@ -228,13 +230,13 @@ def test_the_decision() -> None:
 def test_unread_messages_may_begin_within_one() -> None:
     def message(payload: bytes = b"", **header: object) -> bytes:
         text = json.dumps(header).encode()
-        return HEADER.pack(MAGIC, len(text), len(payload)) + text + payload
+        return PREFIX.pack(MAGIC, len(text), len(payload)) + text + payload
 
     data = message(b"\0" * 100, kind="value", topic="a") + message(kind="heartbeat") + message(kind="failed", code=2)
-    kinds = [header["kind"] for header in unread_messages(data)]
+    kinds = [header["kind"] for header in parse_unread_messages(data)]
     assert kinds == ["value", "heartbeat", "failed"]
-    assert [header["kind"] for header in unread_messages(data[5:])] == ["heartbeat", "failed"]
+    assert [header["kind"] for header in parse_unread_messages(data[5:])] == ["heartbeat", "failed"]
     # The process has read the lengths of the first message, and waits for the GIL.
-    assert [header["kind"] for header in unread_messages(data[HEADER.size :])] == kinds
-    assert [header["kind"] for header in unread_messages(data[:-3])] == ["value", "heartbeat"]
-    assert unread_messages(b"") == unread_messages(b"kubetune") == []
+    assert [header["kind"] for header in parse_unread_messages(data[PREFIX.size :])] == kinds
+    assert [header["kind"] for header in parse_unread_messages(data[:-3])] == ["value", "heartbeat"]
+    assert parse_unread_messages(b"") == parse_unread_messages(b"kubetune") == []

@@ -11,14 +11,14 @@ from tests.config.test_schema import tree
 from tests.errors import raises
 from trainer.cli.compose import compose
 from trainer.config.base import Duration
-from trainer.config.keys import is_section, keys_of, kind_of, suggest_key, union_members, with_defaults
+from trainer.config.keys import add_defaults, classify_key, is_section, list_keys, list_union_members, suggest_key
 from trainer.config.schema import RequestedConfig, load
-from trainer.config.unread import _SOURCES, require_read, unread_keys
+from trainer.config.unread import _SOURCES, find_unread_keys, require_read
 from trainer.errors import ConfigError
 from trainer.serving.settings import Settings
 
 TREE = {"phases": {"head": {}, "fine_tune": {}}}
-KEYS = keys_of(RequestedConfig, TREE)
+KEYS = list_keys(RequestedConfig, TREE)
 EXTREMES = ["-1", "0", "nan", "inf", "-inf", "1e308", "-1e308", "1e-308", "1e30", "true", "x", ""]
 
 
@@ -30,7 +30,7 @@ EXTREMES = ["-1", "0", "nan", "inf", "-inf", "1e308", "-1e308", "1e-308", "1e30"
      ("runtime.log_every", "other"), ("phases.auto.few_similar.head.thaw", "text"), ("data.root.x", "other")],
 )  # fmt: skip
 def test_each_key_has_a_kind(key: str, kind: str) -> None:
-    assert kind_of(RequestedConfig, key) == kind
+    assert classify_key(RequestedConfig, key) == kind
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons
 
 def test_a_value_that_an_experiment_brings_is_not_refused() -> None:
     config = load(compose(["experiment=beans_xception", "data=image_folder", "data.root=x"]) or {})
-    assert "data.name" in unread_keys(config)
+    assert "data.name" in find_unread_keys(config)
     require_read(config, ["data.root"])
 
 
@@ -209,8 +209,8 @@ def test_the_table_of_sources_has_keys_and_sources_that_exist() -> None:
 
 def test_the_printed_configuration_has_every_key() -> None:
     composed: Any = compose(["data=digits"])
-    whole = with_defaults(RequestedConfig, composed)
-    printed = set(keys_of(RequestedConfig, composed))
+    whole = add_defaults(RequestedConfig, composed)
+    printed = set(list_keys(RequestedConfig, composed))
 
     def has(branch: Any, key: str) -> bool:
         for part in key.split("."):
@@ -224,4 +224,4 @@ def test_the_printed_configuration_has_every_key() -> None:
     assert [key for key in sorted(printed) if not has(whole, key)] == []
     assert load(whole) == load(composed)
     assert whole["runtime"]["checkpoint_every"] == "1 epochs"
-    assert union_members(int | None) == [int]
+    assert list_union_members(int | None) == [int]

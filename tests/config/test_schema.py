@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from tests.errors import raises
-from trainer.cli.compose import compose, conf_folder
+from trainer.cli.compose import compose, find_conf_folder
 from trainer.config.base import RENAMED, Duration
-from trainer.config.diff import common_settings, differences, flat
-from trainer.config.schema import RunConfig, load, load_resolved, read_config
+from trainer.config.diff import flatten, list_forbidden_changes, select_common_settings
+from trainer.config.schema import RunConfig, load, load_resolved, parse_config
 from trainer.errors import ConfigError
 
 
@@ -104,7 +104,7 @@ def test_auto_is_a_value_until_the_data_is_open() -> None:
     config = load({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
     assert not isinstance(config, RunConfig)
     assert config.autos == ["phases", "model.backbone", "training.batch_size"]
-    assert common_settings(config)["training.batch_size"] == "auto"  # two workers must request the same
+    assert select_common_settings(config)["training.batch_size"] == "auto"  # two workers must request the same
     assert load(config.model_dump(mode="json")) == config
     assert isinstance(load(tree()), RunConfig)
     with raises(ConfigError, key="training.batch_size", value="auto"):
@@ -129,7 +129,7 @@ def test_durations(text: Any, steps: int) -> None:
 
 def test_some_differences_make_another_run() -> None:
     def changed(**changes: Any) -> list[str]:
-        return differences(load_resolved(tree()), load_resolved(tree(**changes)))
+        return list_forbidden_changes(load_resolved(tree()), load_resolved(tree(**changes)))
 
     assert changed(seed=3) == ["seed: 42 -> 3"]
     assert changed(training__batch_size=64) == ["training.batch_size: 32 -> 64"]
@@ -144,17 +144,17 @@ def test_some_differences_make_another_run() -> None:
 def test_a_saved_configuration_loads_again_and_renamed_keys_in_it_too() -> None:
     config = load(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
     saved = yaml.safe_dump(config.model_dump(mode="json"))
-    assert RunConfig.model_validate(read_config(saved)) == config
+    assert RunConfig.model_validate(parse_config(saved)) == config
     for old, new in RENAMED.items():
-        assert load(read_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
+        assert load(parse_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
 
 
 def test_the_values_in_conf_are_the_defaults_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBETUNE_CACHE")
     files = {"": "config.yaml", "runtime.": "runtime/default.yaml", "debug.": "debug/none.yaml"}
     written = {prefix + key: value for prefix, file in files.items()
-               for key, value in flat(yaml.safe_load((conf_folder() / file).read_text())).items()}  # fmt: skip
-    composed, default = flat(compose(["data=digits"])), load(tree())
+               for key, value in flatten(yaml.safe_load((find_conf_folder() / file).read_text())).items()}  # fmt: skip
+    composed, default = flatten(compose(["data=digits"])), load(tree())
     keys = [key for key in written if not key.startswith(("hydra", "defaults"))]
     assert len(keys) > 30
     for key in keys:

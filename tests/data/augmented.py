@@ -6,7 +6,7 @@ import tensorflow as tf
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.draws import LEVELS, levels
-from trainer.stateless_random import AUGMENTATION, uniform
+from trainer.stateless_random import AUGMENTATION, random_uniform
 
 SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
 INDEX = np.arange(100, 100 + COUNT)
@@ -28,7 +28,7 @@ def assert_rounded(rounded: np.ndarray, expected: np.ndarray, error: float = 0.0
 
 def drawn(kind: int) -> np.ndarray:
     """The uniform number of each example for one purpose."""
-    return uniform(SEED, AUGMENTATION, EPOCH, INDEX, kind).numpy()
+    return random_uniform(SEED, AUGMENTATION, EPOCH, INDEX, kind).numpy()
 
 
 def value(kind: int, low: float, high: float) -> np.ndarray:

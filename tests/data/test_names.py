@@ -23,7 +23,7 @@ from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import decode_cell, write_predictions
 from trainer.exporting.model_card import format_labels
-from trainer.names import class_name, printable
+from trainer.names import escape_unprintable, normalize_class_name
 from trainer.types import Dataset
 
 
@@ -56,7 +56,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     """Every image of every folder arrives; all files have one line per class, in UTF-8; a reader gets the names back."""
     folders: dict[str, str] = {}
     for name in file_names(seed, 30):
-        folders.setdefault(class_name(name), name)
+        folders.setdefault(normalize_class_name(name), name)
     fill(tmp_path / "photos", list(folders.values()), image_names(seed + 100, 10))
     dataset = opened(tmp_path)
     assert dataset.class_names == tuple(sorted(folders))
@@ -64,7 +64,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     assert format_labels(dataset.class_names).splitlines() == list(dataset.class_names)
     train = dataset.splits["train"]
     for file, label in zip(train.files, train.labels, strict=True):
-        assert class_name(Path(file).parent.name) == dataset.class_names[label]
+        assert normalize_class_name(Path(file).parent.name) == dataset.class_names[label]
     sums = []
     for where in ("memory", "disk", "none"):
         pixels = Pixels(train, 12, "stretch", "fail")
@@ -89,7 +89,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
         tmp_path / "p.csv", evaluate_arrays("train", dataset.class_names, train.labels, probabilities, names)
     )
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text("utf-8").splitlines()))
-    assert [decode_cell(row["file"]) for row in rows] == names == [printable(file) for file in train.files]
+    assert [decode_cell(row["file"]) for row in rows] == names == [escape_unprintable(file) for file in train.files]
     assert [decode_cell(row["truth"]) for row in rows] == [dataset.class_names[label] for label in train.labels]
     for row in rows:
         assert not any(cell.lstrip().startswith(("=", "+", "-", "@")) for cell in (row["file"], row["truth"]))
@@ -143,7 +143,9 @@ def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
     names = ("cafe\u0301", "li\nne", " sp ")
     expected = ("caf\u00e9", r"li\nne", "sp")
     examples = [(noise(i), i % 3) for i in range(12)]
-    write_dataset(tmp_path / "tfds", LabelledImages("pets", [class_name(n) for n in names], {"train": examples}))
+    write_dataset(
+        tmp_path / "tfds", LabelledImages("pets", [normalize_class_name(n) for n in names], {"train": examples})
+    )
     labels = tmp_path / "tfds" / "label.labels.txt"
     labels.write_text(unicodedata.normalize("NFD", labels.read_text()))
     assert opened(tmp_path, source="tfds", root=str(tmp_path / "tfds")).class_names == expected

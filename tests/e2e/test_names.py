@@ -11,7 +11,7 @@ from tests.data.test_names import fill, image_names
 from tests.e2e.running import ROOT, program, train
 from tests.nasty import file_names
 from trainer.evaluation.predictions import decode_cell
-from trainer.names import class_name
+from trainer.names import normalize_class_name
 from trainer.serving.export_files import find_export
 
 TINY = (
@@ -29,7 +29,7 @@ def tree_of(folder: Path) -> set[str]:
 def test_a_whole_run_with_nasty_names(tmp_path: Path) -> None:
     folders: dict[str, str] = {}
     for name in file_names(5, 16):
-        folders.setdefault(class_name(name), name)
+        folders.setdefault(normalize_class_name(name), name)
     fill(tmp_path / "photos [2024]", list(folders.values()), image_names(6, 8))
     before, home = tree_of(tmp_path), tmp_path / "work"
     home.mkdir()

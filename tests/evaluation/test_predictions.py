@@ -9,7 +9,7 @@ import pytest
 from tests.nasty import file_names
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import decode_cell, encode_cell, write_predictions
-from trainer.names import printable
+from trainer.names import escape_unprintable
 
 
 def test_the_bytes(tmp_path: Path) -> None:
@@ -49,15 +49,15 @@ FORMULAS = (
 
 def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) -> None:
     names = [*FORMULAS, *file_names(3, 200)]
-    classes = [*dict.fromkeys(map(printable, names))]
-    labels = np.array([classes.index(printable(name)) for name in names], np.int32)
+    classes = [*dict.fromkeys(map(escape_unprintable, names))]
+    labels = np.array([classes.index(escape_unprintable(name)) for name in names], np.int32)
     result = evaluate_arrays("test", classes, labels, np.eye(len(classes), dtype=np.float32)[labels], names)
     write_predictions(tmp_path / "p.csv", result)
     with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for row, name in zip(rows, names, strict=True):
         for key in ("file", "truth", "prediction"):
-            assert decode_cell(row[key]) == printable(name)
+            assert decode_cell(row[key]) == escape_unprintable(name)
             assert row[key].lstrip("\ufeff \u00a0")[:1] not in ("=", "+", "-", "@", "\t", "\r", "\uff1d"), ascii(
                 row[key]
             )

@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from tests.nasty import file_names
 from trainer.config import schema as config
 from trainer.exporting.model_card import escape_markdown, format_code_span, write_model_card
-from trainer.names import class_name, printable
+from trainer.names import escape_unprintable, normalize_class_name
 
 SCORED: dict[str, Any] = {
     "examples": 512, "accuracy": 0.91, "trainer_accuracy": 0.912, "lost": 2, "gained": 1,
@@ -122,7 +122,7 @@ def test_a_card_of_many_classes_stays_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_names_cannot_leave_their_position(tmp_path: Path, seed: int) -> None:
     """A renderer of Markdown gets every name back, in the structure that the card has with plain names."""
-    names = [*{class_name(name): None for name in file_names(seed, 40)}, "`", "``a", "b|c", "<script>"]
+    names = [*{normalize_class_name(name): None for name in file_names(seed, 40)}, "`", "``a", "b|c", "<script>"]
     renderer = MarkdownIt().enable("table")
 
     def kinds(title: str, classes: list[str]) -> list[tuple[str, str]]:
@@ -145,7 +145,7 @@ def test_names_cannot_leave_their_position(tmp_path: Path, seed: int) -> None:
     "name", [*file_names(7, 100), "1. a", "- a", "# a", "=", "a_b _c_", "&lt;", "!a", "*a*", "> a"]
 )
 def test_a_name_is_rendered_as_it_is(name: str) -> None:
-    renderer, shown = MarkdownIt().enable("table"), printable(name)
+    renderer, shown = MarkdownIt().enable("table"), escape_unprintable(name)
     (code,) = renderer.parseInline(format_code_span(shown))[0].children or ()
     assert (code.type, code.content) == ("code_inline", shown)
     tokens = renderer.parse(escape_markdown(shown.strip() or "x"))

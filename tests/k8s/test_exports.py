@@ -8,7 +8,7 @@ import yaml
 from tests.k8s.rendered import only
 from tests.k8s.test_schemas import VERSIONS, faults
 from trainer import drift as verb
-from trainer.cli.arguments import read_arguments
+from trainer.cli.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def test_the_nightly_run_first_checks_for_drift() -> None:
     shell, option, script, name = drift["command"]
     assert (shell, option, name) == ("sh", "-c", "drift")  # the name is $0, so that all arguments are in $@
     assert script.startswith('python -m trainer.drift "$@" ||')  # training follows in any case
-    settings, _ = read_arguments(drift["args"], verb.__doc__, verb.ARGUMENTS)
+    settings, _ = parse_arguments(drift["args"], verb.__doc__, verb.ARGUMENTS)
     assert all(settings[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
     assert drift["image"] == pod["containers"][0]["image"]
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 import yaml
 
 from tests.errors import raises
-from trainer.cli.compose import compose, conf_folder
+from trainer.cli.compose import compose, find_conf_folder
 from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models.backbones import backbones, find_backbone
@@ -63,7 +63,7 @@ def test_preprocessing_in_the_graph_is_keras_own(name: str, mode: str) -> None:
     np.testing.assert_allclose(ours, PREPROCESSING[mode](pixels), rtol=1e-5, atol=1e-4)
 
 
-GROUPS = sorted((conf_folder() / "model").glob("*.yaml"))
+GROUPS = sorted((find_conf_folder() / "model").glob("*.yaml"))
 QUICK = ("mobilenet", "mobilenet_v2", "vgg16", "efficientnet_b0")
 
 
@@ -93,7 +93,7 @@ def test_the_configuration_groups_have_these_backbones() -> None:
               for p in GROUPS if p.stem not in ("auto", "glyphs_mobilenet_v2")]
 )  # fmt: skip
 def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str) -> None:
-    model = config.Model(**yaml.safe_load((conf_folder() / "model" / f"{group}.yaml").read_text()))
+    model = config.Model(**yaml.safe_load((find_conf_folder() / "model" / f"{group}.yaml").read_text()))
     kind = find_backbone(model.backbone)
     small = max(kind.smallest_size, 32)
     classifier = build_classifier(model.model_copy(update={"weights": "none", "image_size": small}), 3, seed=1)

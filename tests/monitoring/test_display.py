@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminal import on_terminal, screen
-from trainer.monitoring.display import PhaseProgress, format_duration, progress_line
+from trainer.monitoring.display import PhaseProgress, format_duration, format_progress_line
 from trainer.monitoring.health import FINISH, Health
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +28,13 @@ for step in range(200, 601, 100):
     health.record_steps(step, 7)
     time.sleep(0.3)
     health.set_activity("validation")
-    health.progress(3, 4)
+    health.record_progress(3, 4)
     time.sleep(0.3)
 log.info("fine_tune  epoch 7 done")
 health.enter_phase(FINISH)
 for stage in ("evaluation", "export", "report"):
     health.set_activity(stage)
-    health.progress(1, 2)
+    health.record_progress(1, 2)
     time.sleep(0.4)
 display.stop()
 print("the end")
@@ -59,18 +59,18 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     phase = PhaseProgress("head", 0, 100, 5, began_step=20, began=1000.0)
     current.enter_phase("head")
     current.record_steps(20, 2)
-    assert progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
+    assert format_progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
     current.record_steps(60, 3)  # 40 steps in 20 s, 40 left
-    assert progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
+    assert format_progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
     current.set_activity("saving a checkpoint")
     current.activity_began = 1000.0
-    assert progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
+    assert format_progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
-    current.progress(3, 4)
-    assert progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
-    assert len(progress_line(30, phase, FIGURES, now=1009.0)) < 30
+    current.record_progress(3, 4)
+    assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
+    assert len(format_progress_line(30, phase, FIGURES, now=1009.0)) < 30
 
 
 def test_format_duration() -> None:
@@ -80,8 +80,8 @@ def test_format_duration() -> None:
 def test_an_activity_has_its_own_progress() -> None:
     own = Health()
     own.set_activity("export")
-    own.progress(1, 3)
-    own.progress()
+    own.record_progress(1, 3)
+    own.record_progress()
     assert own.work == (1, 3)
     own.set_activity("export")
     assert own.work == (1, 3)

@@ -15,7 +15,7 @@ def test_the_stall_reason_names_activity_and_step() -> None:
     time.sleep(0.3)
     stall = "stalled: no progress for 0 s (runtime.stuck_after=0.2) in: training after step 40"
     assert health.stall_reason() == stall
-    health.progress()
+    health.record_progress()
     assert health.stall_reason() is None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_python
-from trainer.monitoring.termination import MAX_BYTES, shortened
+from trainer.monitoring.termination import MAX_BYTES, truncate_message
 
 PROGRAM = """
 import sys
@@ -58,11 +58,11 @@ def test_a_file_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["x" * 5000, "ä" * 3000, "𝄞" * 1500, "x" + "€" * 2000])
 def test_kubernetes_reads_4096_bytes(text: str) -> None:
-    data = shortened(text)
+    data = truncate_message(text)
     assert MAX_BYTES - 6 <= len(data) <= MAX_BYTES
     assert data.decode().endswith(text[-1] + "…")
 
 
 def test_a_short_message_is_unchanged() -> None:
-    assert shortened("ä" * 2048) == ("ä" * 2048).encode()
-    assert shortened("\ud800") == b"\\ud800"
+    assert truncate_message("ä" * 2048) == ("ä" * 2048).encode()
+    assert truncate_message("\ud800") == b"\\ud800"

@@ -254,7 +254,7 @@ def test_other_damaged_files_are_renamed(
         assert not aside.exists()  # an object without these keys is one of an earlier version
         return
     assert aside.read_bytes() == content
-    assert f"{file} is damaged" in caplog.text
+    assert f"{file} is corrupt" in caplog.text
     assert aside.name in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == FINGERPRINT
 

@@ -34,7 +34,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of milliseconds, a deadline of seconds."""
-    monkeypatch.setattr(gcs_client, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(gcs_client, "INITIAL_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(gcs_client, "MAX_BACKOFF_SECONDS", 0.05)
     monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 15.0)
 

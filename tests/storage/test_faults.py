@@ -15,7 +15,7 @@ from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from trainer.errors import Interrupted
 from trainer.storage import gcs_client
-from trainer.storage.base import within
+from trainer.storage.base import request_deadline
 from trainer.storage.path import Conflict, StoragePath, storage_path
 
 
@@ -169,7 +169,7 @@ def test_a_server_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.Monk
         acts += [lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source")]
         for act in acts:
             began = time.monotonic()
-            problem = r"^gs://bucket/x: the storage did not respond for 0.6 s \(connection refused\)$"
+            problem = r"^gs://bucket/x: no request succeeded within 0.6 s \(connection refused\)$"
             with raises(Interrupted, problem=problem, fix="start the same command again"):
                 act(file)
             assert time.monotonic() - began < 2
@@ -182,13 +182,13 @@ def test_a_busy_server_is_named_by_its_code(
 ) -> None:
     monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.3)
     proxy.odds = {"unavailable": 1.0}
-    with raises(Interrupted, problem=r"did not respond for 0\.3 s \(503 Service Unavailable\)"):
+    with raises(Interrupted, problem=r"no request succeeded within 0\.3 s \(503 Service Unavailable\)"):
         in_bucket.list()
 
 
 def test_another_deadline_in_a_block(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds = {"unavailable": 1.0}
-    with within(0.2), raises(Interrupted, problem=r"did not respond for 0\.2 s"):
+    with request_deadline(0.2), raises(Interrupted, problem=r"no request succeeded within 0\.2 s"):
         in_bucket.delete()
     proxy.odds = dict(EVENLY)
     in_bucket.delete()

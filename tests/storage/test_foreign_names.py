@@ -20,10 +20,10 @@ from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
 from trainer.storage.gcs import GcsPath
-from trainer.storage.local import inside
+from trainer.storage.local import join_inside
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import VERSIONS, files_below, plan_copy, stage
+from trainer.storage.staging import VERSIONS, divide_listing, plan_copy, stage
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_objects_with_empty_parts_are_left_out_and_named(in_bucket: StoragePath,
     assert not escaped.exists()
     left_out = (
         f"2 objects cannot be files and are left out: {in_bucket}/{escaped}/x.jpg (it begins with a slash), "
-        f"{in_bucket}/dog//2.jpg (a part of it is empty)"
+        f"{in_bucket}/dog//2.jpg (a component of it is empty)"
     )
     assert notes[0] == f"{in_bucket}: {left_out}"
     assert plan_staging(str(in_bucket), tmp_path / "other", 10**9)[1].endswith(f"; {left_out}")
@@ -78,15 +78,15 @@ def test_an_address_with_two_slashes_is_that_with_one(in_bucket: StoragePath, tm
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_object_leaves_the_folder_of_its_copy(tmp_path: Path, seed: int) -> None:
-    """`files_below` and `inside` agree on every name of a listing."""
+    """`divide_listing` and `join_inside` agree on every name of a listing."""
     root = GcsPath("bucket", "p")
     names = {name for name in paths(seed, 1000) if name}
     infos = [ObjectInfo(replace(root, key=f"p/{name}"), 1, 1) for name in names]
-    entries, left_out = files_below(root, infos)
+    entries, left_out = divide_listing(root, infos)
     assert len(entries) + len(left_out) == len(names)
     assert not any("\n" in line for line in left_out)
     for name in entries:
-        path = inside(tmp_path, name)
+        path = join_inside(tmp_path, name)
         assert Path(os.path.normpath(path)).is_relative_to(tmp_path)
         assert not any(other.startswith(f"{name}/") for other in entries)
 

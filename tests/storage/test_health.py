@@ -10,7 +10,7 @@ from trainer.runs import publisher
 from trainer.runs.publisher import Publisher
 from trainer.storage import gcs
 from trainer.storage.base import StoragePath
-from trainer.storage.lease import take
+from trainer.storage.lease import acquire_lease
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_age_of_a_committed_checkpoint_in_a_bucket_begins_when_it_is_written
     in_bucket: StoragePath, tmp_path: Path, health: Health
 ) -> None:
     checkpoint_in(tmp_path)
-    lease = take(in_bucket, "a test", None)
+    lease = acquire_lease(in_bucket, "a test", None)
     publishing = Publisher(tmp_path, lease)
     began = time.monotonic()
     publishing.publish_checkpoints()
@@ -56,7 +56,7 @@ def test_parts_of_a_large_file_are_progress(in_bucket: StoragePath, tmp_path: Pa
     whole = tmp_path / "large"
     whole.write_bytes(bytes(40 << 20))
     moments: list[float] = []
-    health.progress = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
+    health.record_progress = lambda: moments.append(time.monotonic())  # type: ignore[method-assign]
     (in_bucket / "large").upload(whole)
     sent = len(moments)
     (in_bucket / "large").download(tmp_path / "again")

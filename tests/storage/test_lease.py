@@ -18,8 +18,8 @@ from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import faults
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.storage import lease as leases
-from trainer.storage.base import within
-from trainer.storage.lease import holder_of, take
+from trainer.storage.base import request_deadline
+from trainer.storage.lease import acquire_lease, describe_holder
 from trainer.storage.path import StoragePath, storage_path
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def at_the_same_time(function: Callable[[int], object], count: int) -> None:
 
 @both
 def test_a_lease_is_taken_renewed_and_released(home: StoragePath) -> None:
-    with take(home, "host-a/1") as lease:
+    with acquire_lease(home, "host-a/1") as lease:
         first = (home / ".lease").version()
         time.sleep(SECONDS)
         assert (home / ".lease").version() != first
@@ -124,21 +124,21 @@ def test_a_lease_is_taken_renewed_and_released(home: StoragePath) -> None:
     assert (home / "LATEST").read() == b"step-2"
     refused(f"^{home}: the lease was released; this process publishes nothing more$", lease.check)
     began = time.monotonic()
-    take(home, "host-b/1").release()
+    acquire_lease(home, "host-b/1").release()
     assert time.monotonic() - began < SECONDS / 2
 
 
 @both
 def test_the_holder_of_a_folder(home: StoragePath) -> None:
-    assert holder_of(home, None) is None
-    with take(home, "host-a/1", "job-1"):
-        assert str(holder_of(home, None)).startswith("host-a/1, last renewed at 20")
-        assert str(holder_of(home, "job-2")).startswith("host-a/1, ")
-        assert holder_of(home, "job-1") is None  # a process of the same Job takes it at once
-    assert holder_of(home, None) is None
+    assert describe_holder(home, None) is None
+    with acquire_lease(home, "host-a/1", "job-1"):
+        assert str(describe_holder(home, None)).startswith("host-a/1, last renewed at 20")
+        assert str(describe_holder(home, "job-2")).startswith("host-a/1, ")
+        assert describe_holder(home, "job-1") is None  # a process of the same Job takes it at once
+    assert describe_holder(home, None) is None
     (home / ".lease").write("rubbish")
     with raises(DataError, problem="is not a lease", fix="delete it if no run uses this folder"):
-        holder_of(home, None)
+        describe_holder(home, None)
 
 
 @both
@@ -147,7 +147,7 @@ def test_one_of_many_takes_it(home: StoragePath) -> None:
 
     def request(number: int) -> None:
         try:
-            taken.append(take(home, f"host-{number}", wait=number % 2 == 0))
+            taken.append(acquire_lease(home, f"host-{number}", wait=number % 2 == 0))
         except ConfigError as error:
             problems.append(error.problem)
 
@@ -161,7 +161,7 @@ def test_one_of_many_takes_it(home: StoragePath) -> None:
 def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath, holder: Holder) -> None:
     problem = re.escape("is in use by host-a/1 (uid job-1)")
     with raises(ConfigError, key="output_dir", value=home, problem=f"^{problem}$", fix="give another one"):
-        take(home, "host-b/1", "job-2", note="")
+        acquire_lease(home, "host-b/1", "job-2", note="")
     other = Holder(home, "host-c/1", "job-3")
     assert other.receive().startswith("ConfigError")
     assert other.process.wait(10) == 2
@@ -172,7 +172,7 @@ def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath
 def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:
     assert holder.commit("step-1").startswith("done")
     began = time.monotonic()
-    with take(home, "host-b/1", "job-1") as lease:
+    with acquire_lease(home, "host-b/1", "job-1") as lease:
         assert time.monotonic() - began < SECONDS / 2
         lease.commit("LATEST", "step-2")
         lost = f"Interrupted: {home}: the lease was taken over by host-b/1 (uid job-1)"
@@ -184,9 +184,9 @@ def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> N
 def test_the_lease_of_a_dead_holder_expires(home: StoragePath, holder: Holder) -> None:
     os.kill(holder.process.pid, signal.SIGKILL)
     with raises(ConfigError, key="output_dir", value=home, problem="is in use by host-a/1"):
-        take(home, "host-b/1", "job-2", wait=False)
+        acquire_lease(home, "host-b/1", "job-2", wait=False)
     began = time.monotonic()
-    with take(home, "host-b/1", "job-2"):
+    with acquire_lease(home, "host-b/1", "job-2"):
         assert SECONDS < time.monotonic() - began < 3 * SECONDS
 
 
@@ -195,7 +195,7 @@ def test_a_frozen_holder_that_resumes_cannot_commit(home: StoragePath, holder: H
     assert holder.commit("step-1").startswith("done")
     os.kill(holder.process.pid, signal.SIGSTOP)
     holder.send("step-2 of the frozen")
-    with take(home, "host-b/1", "job-2") as lease:
+    with acquire_lease(home, "host-b/1", "job-2") as lease:
         lease.commit("LATEST", "step-2")
         os.kill(holder.process.pid, signal.SIGCONT)
         assert holder.receive().startswith(f"Interrupted: {home}: ")
@@ -212,11 +212,11 @@ def test_a_frozen_holder_that_resumes_cannot_commit(home: StoragePath, holder: H
 @pytest.mark.parametrize("before", [None, "step-1"])
 def test_frozen_between_the_check_and_the_commit(home: StoragePath, before: str | None) -> None:
     """No clock is involved: a holder that has just checked cannot commit after a takeover."""
-    old = take(home, "host-a/1", "job-1")
+    old = acquire_lease(home, "host-a/1", "job-1")
     if before:
         old.commit("LATEST", before)
     old.check()  # here it freezes
-    new = take(home, "host-b/1", "job-1")
+    new = acquire_lease(home, "host-b/1", "job-1")
     refused("taken over by host-b/1", lambda: old._write(leases._Commit("LATEST", "late", None)))
     assert ((home / "LATEST").fetch() or (None,))[0] == (before.encode() if before else None)
     new.release()
@@ -227,12 +227,12 @@ def test_frozen_between_the_check_and_the_commit(home: StoragePath, before: str 
 @pytest.mark.parametrize("before", [None, "step-1"])
 def test_frozen_between_the_two_writes_of_a_commit(home: StoragePath, before: str | None) -> None:
     """A commit in the lease is published exactly once, if necessary by the next holder."""
-    old = take(home, "host-a/1", "job-1")
+    old = acquire_lease(home, "host-a/1", "job-1")
     if before:
         old.commit("LATEST", before)
     version = (home / "LATEST").version()
     old._write(leases._Commit("LATEST", "accepted", version))  # here it freezes
-    new = take(home, "host-b/1", "job-1")
+    new = acquire_lease(home, "host-b/1", "job-1")
     assert (home / "LATEST").read() == b"accepted"
     new.commit("LATEST", "newer")
     with pytest.raises(leases.Conflict):
@@ -241,14 +241,14 @@ def test_frozen_between_the_two_writes_of_a_commit(home: StoragePath, before: st
     new.release()
     old.release()
     assert (home / ".lease").exists()  # the release of a lost lease does not free it
-    take(home, "host-c/1").release()
+    acquire_lease(home, "host-c/1").release()
 
 
 def test_a_marker_that_is_deleted_between_two_runs_stays_deleted(home: StoragePath) -> None:
-    with take(home, "host-a/1") as lease:
+    with acquire_lease(home, "host-a/1") as lease:
         lease.commit("DONE", "yes")
     (home / "DONE").delete()
-    with take(home, "host-a/2"):
+    with acquire_lease(home, "host-a/2"):
         assert not (home / "DONE").exists()
 
 
@@ -259,7 +259,7 @@ def test_two_runs_that_commit_concurrently(home: StoragePath) -> None:
 
     def run(number: int) -> None:
         for attempt in range(4):
-            lease = take(home, f"host-{number}", "one-job")
+            lease = acquire_lease(home, f"host-{number}", "one-job")
             with contextlib.suppress(Interrupted):
                 for step in range(5):
                     text = f"{number} {attempt} {step}"
@@ -278,7 +278,7 @@ def test_two_runs_that_commit_concurrently(home: StoragePath) -> None:
 def test_an_outage_of_the_storage_longer_than_the_lease(tmp_path: Path) -> None:
     with running(tmp_path / "server") as server:
         home = storage_path(f"gs://{BUCKET}/run")
-        lease = take(home, "host-a/1")
+        lease = acquire_lease(home, "host-a/1")
         lease.commit("LATEST", "step-1")
         server.stop()
         time.sleep(1.5 * SECONDS)
@@ -298,9 +298,9 @@ def test_a_lost_response_is_not_a_lost_lease(
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 20.0)
     with faults(emulator.url, {"lost": 0.4, "reset": 0.1}, seed=3) as proxy, environment(proxy.url):
-        lease = take(in_bucket, "host-a/1")
+        lease = acquire_lease(in_bucket, "host-a/1")
         for step in range(20):
-            with contextlib.suppress(Interrupted), within(0.05):  # so short that many end without a response
+            with contextlib.suppress(Interrupted), request_deadline(0.05):  # so short that many end without a response
                 lease._write(None)
             lease.commit("LATEST", f"step-{step}")
         assert proxy.counts["lost"] > 5
@@ -313,4 +313,4 @@ def test_a_lost_response_is_not_a_lost_lease(
 def test_an_invalid_lease(home: StoragePath) -> None:
     (home / ".lease").write("{}")
     with raises(DataError, problem=r"\.lease: is not a lease \('commit'\)", fix="delete it if no run uses"):
-        take(home, "host-a/1")
+        acquire_lease(home, "host-a/1")

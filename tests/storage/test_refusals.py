@@ -117,7 +117,7 @@ def test_the_permission_that_the_storage_names_is_reported(monkeypatch: pytest.M
 def test_a_user(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
     use(user, tmp_path, monkeypatch)
-    assert client.identity() == "application default credentials (user)"
+    assert client.describe_identity() == "application default credentials (user)"
     assert server
 
 
@@ -126,13 +126,13 @@ def test_a_workload_identity_pool(server: str, tmp_path: Path, monkeypatch: pyte
     pool = {"type": "external_account", "audience": POOL, "token_url": f"{server}/token"}
     pool |= {"subject_token_type": "urn:ietf:params:oauth:token-type:jwt"}
     use(pool | {"credential_source": {"file": str(tmp_path / "token")}}, tmp_path, monkeypatch)  # type: ignore[operator]
-    assert client.identity() == f"workload identity pool {POOL}"
+    assert client.describe_identity() == f"workload identity pool {POOL}"
 
 
 def test_no_credentials_at_all(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr(Refusing, "status", 401)
     refused("^gs://b/x: is not public, and there are no credentials$", HOW)
-    assert client.identity() == "nobody (anonymous)"
+    assert client.describe_identity() == "nobody (anonymous)"
 
 
 def test_a_missing_file_of_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001

@@ -96,5 +96,5 @@ def test_no_project_is_sent_to_other_buckets(
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "payer")
     storage_path(f"gs://{BUCKET}/free/x").write(b"x")
     assert storage_path(f"gs://{BUCKET}/free/x").read() == b"x"
-    assert gcs_client.bucket(BUCKET).user_project is None
+    assert gcs_client.get_bucket(BUCKET).user_project is None
     assert gcs_client._requester_pays == set()

@@ -9,32 +9,39 @@ from tests.errors import raises
 from trainer.errors import DataError
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.base import is_unfinished
-from trainer.storage.local import delete_unfinished, temporary_file, temporary_folder, write_whole
+from trainer.storage.local import delete_unfinished, temporary_file, temporary_folder, write_atomically
 from trainer.storage.path import storage_path
-from trainer.storage.small_files import finite, intact, json_object, json_objects, read_json, set_aside
+from trainer.storage.small_files import (
+    read_json,
+    read_json_or_default,
+    require_json_object,
+    require_json_objects,
+    require_nonnegative,
+    set_aside,
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b"[" * 100_000, b"NaN"])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
-    with raises(DataError, fix="restore it", problem=f"^{file} is damaged"):
-        read_json(file, json_object, "restore it")
-    assert intact(file, json_object, None) is None
+    with raises(DataError, fix="restore it", problem=f"^{file} is corrupt"):
+        read_json(file, require_json_object, "restore it")
+    assert read_json_or_default(file, require_json_object, None) is None
     assert set_aside(file).read_bytes() == content
     assert not file.exists()
-    assert read_json(file, json_object, "") is None
+    assert read_json(file, require_json_object, "") is None
 
 
 def test_the_shapes_of_values() -> None:
-    assert json_objects([{"a": 1}]) == [{"a": 1}]
-    assert finite(3) == 3.0
+    assert require_json_objects([{"a": 1}]) == [{"a": 1}]
+    assert require_nonnegative(3) == 3.0
     for wrong in (None, {"a": 1}, [1], "a"):
         with pytest.raises(ValueError, match="not a JSON"):
-            json_objects(wrong)
+            require_json_objects(wrong)
     for wrong in (float("nan"), float("inf"), -1, True, "1", None):
         with pytest.raises(ValueError, match="finite"):
-            finite(wrong)
+            require_nonnegative(wrong)
 
 
 def test_temporary_files_and_folders_have_one_pattern_and_are_deleted(tmp_path: Path) -> None:
@@ -47,7 +54,7 @@ def test_temporary_files_and_folders_have_one_pattern_and_are_deleted(tmp_path: 
             assert storage_path(tmp_path).list() == []
             file.rename(f"{file}1")  # as if this process were killed
             folder.rename(f"{folder}1")
-    write_whole(tmp_path / "sub" / "a.txt", "mine")
+    write_atomically(tmp_path / "sub" / "a.txt", "mine")
     delete_unfinished(tmp_path, age=3600.0)  # they may be in use
     assert len(list(tmp_path.iterdir())) == 7
     delete_unfinished(tmp_path)

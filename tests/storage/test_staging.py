@@ -9,7 +9,7 @@ import pytest
 from tests.errors import raises
 from trainer.errors import DataError, StopRequested
 from trainer.storage.base import StoragePath
-from trainer.storage.staging import VERSIONS, prepared_folder, stage
+from trainer.storage.staging import VERSIONS, find_prepared_folder, stage
 
 
 def staged(address: str, cache: Path, budget: int = 10**9) -> tuple[Path, list[str]]:
@@ -86,9 +86,9 @@ def test_staging_stops_on_request_and_resumes_later(in_bucket: StoragePath, tmp_
 def test_versions_of_a_prepared_dataset(in_bucket: StoragePath) -> None:
     for version in ("1.0.0", "2.9.0", "2.10.0", "not-a-version"):
         (in_bucket / "datasets" / "beans" / version / "dataset_info.json").write("{}")
-    assert prepared_folder(f"{in_bucket}/datasets", "beans") == f"{in_bucket}/datasets/beans/2.10.0"
-    assert prepared_folder(f"{in_bucket}/datasets", "beans:1.0.0") == f"{in_bucket}/datasets/beans/1.0.0"
+    assert find_prepared_folder(f"{in_bucket}/datasets", "beans") == f"{in_bucket}/datasets/beans/2.10.0"
+    assert find_prepared_folder(f"{in_bucket}/datasets", "beans:1.0.0") == f"{in_bucket}/datasets/beans/1.0.0"
     with raises(DataError, key="data.name", value="beans:3.0.0", problem="no version 3.0.0", fix="gs://tfds-data"):
-        prepared_folder(f"{in_bucket}/datasets", "beans:3.0.0")
+        find_prepared_folder(f"{in_bucket}/datasets", "beans:3.0.0")
     with raises(DataError, key="data.name", value="cats", problem="no prepared dataset in .*/cats", fix="prepare it"):
-        prepared_folder(f"{in_bucket}/datasets", "cats")
+        find_prepared_folder(f"{in_bucket}/datasets", "cats")

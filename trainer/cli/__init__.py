@@ -1,1 +1,1 @@
-"""The parts that every `python -m trainer...` uses."""
+"""The command line: arguments, configuration, sweeps, and what all commands have in common."""

@@ -1,4 +1,4 @@
-"""Read the `key=value` arguments of the commands other than training: `python -m trainer.evaluate` and the like."""
+"""Parse the `key=value` arguments of the commands other than training, such as `python -m trainer.evaluate`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,32 @@ from trainer.config.keys import suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
-NOTHING = "(?!)"  # a regular expression that matches no text
-ALL = "(?s:.*)"  # one that matches every text
+NOTHING = "(?!)"  # regular expression that matches no text
+ALL = "(?s:.*)"  # regular expression that matches any text
 
 
-def usage(doc: str | None) -> str:
-    """Return the usage line of a command: its module docstring up to the first colon."""
+def format_usage(doc: str | None) -> str:
+    """Format the usage line of a command, which is its module docstring up to the first colon."""
     return " ".join(re.split(r":\s", doc or "")[0].replace("`", "").split())
 
 
-def read_arguments(
+def parse_arguments(
     arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the values by key, and the arguments that match `rest`; `--help` prints `doc`,
-    `--version` the version, and both exit.
+    """Parse the arguments of a command. `--help` prints `doc`, `--version` prints the version, and both exit.
 
     Args:
-        doc: the module docstring of the command, which begins with its usage.
-        keys: the keys of the command, each with the problem to report if it is missing, or "" if it is optional.
-        more: regular expression of additional keys.
-        rest: regular expression of the arguments that are returned unchanged.
+        doc: module docstring of the command, which begins with its usage.
+        keys: key -> problem to report if it is missing, or "" if it is optional.
+        more: regular expression for additional keys.
+        rest: regular expression for arguments that are returned unchanged.
+
+    Returns:
+        The values by key, and the arguments that match `rest`.
 
     Raises:
         ConfigError: an argument is not `key=value`, unknown, empty or given twice, or a required one is missing.
-        SystemExit: `doc` was printed.
+        SystemExit: after `--help` or `--version`.
     """
     if {"-h", "--help"} & set(arguments):
         print(doc)
@@ -41,7 +43,7 @@ def read_arguments(
         raise SystemExit
     values: dict[str, str] = {}
     unchanged: list[str] = []
-    fix = f"write {usage(doc)}"
+    fix = f"write {format_usage(doc)}"
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not is_utf8(argument):

@@ -1,4 +1,4 @@
-"""Compose the configuration from the arguments of a command, with Hydra."""
+"""Compose the configuration from command-line arguments with Hydra."""
 
 import datetime
 import os
@@ -19,64 +19,65 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import trainer
-from trainer.cli.overrides import GROUPS, given_keys, read_weights, typed_overrides
-from trainer.config.keys import keys_of, suggest_key, suggest_name, with_defaults
+from trainer.cli.overrides import GROUPS, list_given_keys, parse_weights, translate_overrides
+from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
 from trainer.config.schema import RequestedConfig, load
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 
 
-def conf_folder() -> Path:
-    """Return `conf/`, which is inside an installed package, but next to the package in a checkout."""
+def find_conf_folder() -> Path:
+    """Return the folder `conf`, which is inside an installed package, but next to the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def choices(group: str) -> list[str]:
-    """List the files that can be chosen in a group; those in its subfolders are parts of one experiment each."""
-    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+def list_choices(group: str) -> list[str]:
+    """List the choices of a group: the files directly in its folder. Those in subfolders belong to one experiment."""
+    return sorted(path.stem for path in (find_conf_folder() / group).glob("*.yaml"))
 
 
-def help_text() -> str:
-    """Return the text of `--help`, with the meaning and the choices of every group."""
-    template = yaml.safe_load((conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
-    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(choices(group)), 106), '    ')}"
+def format_help() -> str:
+    """Format the text of `--help`, with the meaning and the choices of each group."""
+    template = yaml.safe_load((find_conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
+    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(list_choices(group)), 106), '    ')}"
               for group, meaning in GROUPS.items()]  # fmt: skip
     return Template(template).substitute(APP_CONFIG_GROUPS="\n".join(groups) + "\n")
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1`, but not groups and Hydra's keys, into `++a.b=1`: the validator suggests names for wrong keys."""
+    """Turn `a.b=1` into `++a.b=1`, so that the validator gets unknown keys; keep groups and Hydra's keys unchanged."""
     match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
     unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
     return argument if unchanged else "++" + argument.lstrip("+")
 
 
 def is_sweep(arguments: list[str]) -> bool:
-    """Return whether the arguments request several runs: by `-m`, a sweeper, or a file of the group `sweep`."""
+    """Return whether the arguments request several runs, by `-m`, a sweeper, or a choice of the group `sweep`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
-# Runs a job of a sweep, given its configuration, its overrides and Hydra's settings for it; returns its score.
+# Runs a job of a sweep with its configuration, its overrides and Hydra's settings, and returns its score.
 RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
 def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, Any] | None:
-    """Compose and resolve the configuration of these arguments; without `experiment` or `data` it is the quickstart.
+    """Compose and resolve the configuration. Without `experiment` and `data` it is that of the quickstart.
 
-    None after `--help` or `--cfg`, or if `run_job` ran the jobs of a sweep.
+    Returns:
+        The configuration; None after `--help`, `--version` or `--cfg`, or if `run_job` ran the jobs of a sweep.
 
     Raises:
         ConfigError: a group or file is unknown, a value cannot be parsed, or a required one (`???`) is missing.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        print(format_help())
         return None
     if "--version" in arguments:
         print(f"kubetune {trainer.__version__}")
         return None
-    arguments, show = _without_cfg_job(typed_overrides(arguments, sweep=is_sweep(arguments)))
+    arguments, print_config = _remove_cfg_job(translate_overrides(arguments, sweep=is_sweep(arguments)))
     composed: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
@@ -98,38 +99,38 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
     original, sys.argv = sys.argv, ["python -m trainer", *arguments]
     try:
-        hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
+        hydra.main(config_path=str(find_conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _config_error(error) from None
     finally:
         sys.argv = original
-    if composed and show:
+    if composed and print_config:
         tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
-        print(yaml.safe_dump(with_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(add_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
         return None
     return resolve(composed[0]) if composed else None
 
 
-def _without_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
-    """Return the arguments without `--cfg job`, and whether it was there; with other options it is left to Hydra."""
-    rest, show = [], False
+def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
+    """Remove `--cfg job`, and return also whether it was there. With other options, it remains for Hydra."""
+    rest, has_cfg_job = [], False
     for previous, text in zip(["", *arguments], arguments, strict=False):
-        show = show or text in ("--cfg=job", "-c=job") or (text == "job" and previous in ("--cfg", "-c"))
+        has_cfg_job |= text in ("--cfg=job", "-c=job") or (text == "job" and previous in ("--cfg", "-c"))
         if text not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
             rest.append(text)
-    show = show and not any(text.startswith("-") for text in rest)
-    return (rest, True) if show else (arguments, False)
+    is_only_option = has_cfg_job and not any(text.startswith("-") for text in rest)
+    return (rest, True) if is_only_option else (arguments, False)
 
 
 def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
-    """Validate a composed configuration; a ConfigError lists its faults, or the keys in `arguments` that it ignores."""
+    """Validate a composed configuration. A ConfigError lists its faults, or keys in `arguments` that are not read."""
     config = load(composed)
-    require_read(config, given_keys(arguments))
+    require_read(config, list_given_keys(arguments))
     return config
 
 
 def resolve(tree: DictConfig) -> dict[str, Any]:
-    """Return the values of a composed configuration with its interpolations resolved.
+    """Resolve the interpolations of a composed configuration.
 
     Raises ConfigError if a required value (`???`) is missing, or an interpolation cannot be resolved.
     """
@@ -141,13 +142,13 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise _config_error(error) from None
     if isinstance(training := values.get("training"), dict) and "class_weights" in training:
-        training["class_weights"] = read_weights(training["class_weights"])
+        training["class_weights"] = parse_weights(training["class_weights"])
     return values
 
 
 def _config_error(error: Exception) -> ConfigError:
     """Translate an error of Hydra or OmegaConf."""
-    text = str(error) or str(error.__cause__)  # the reason of some errors of Hydra is only in their cause
+    text = str(error) or str(error.__cause__)  # some errors of Hydra have no text of their own
     if "Could not find 'hydra/sweeper/optuna'" in text:
         problem = "a search by Optuna needs the extra `sweep`, which is not installed"
         return ConfigError(problem, fix="pip install 'kubetune[sweep]'")
@@ -155,10 +156,12 @@ def _config_error(error: Exception) -> ConfigError:
         group, name = choice.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
-        return ConfigError(f"there is no such {group}", key=group, value=name, fix=suggest_name(name, choices(group)))
+        return ConfigError(
+            f"there is no such {group}", key=group, value=name, fix=suggest_name(name, list_choices(group))
+        )
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(
-            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *keys_of(RequestedConfig)])
+            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *list_keys(RequestedConfig)])
         )
     lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     if key := re.search(r"full_key: (\S+)", text):

@@ -1,4 +1,4 @@
-"""What every command has in common: a quiet import of TensorFlow, monitoring, and the exit code."""
+"""What all commands have in common: the import of TensorFlow, monitoring, and the exit code."""
 
 import importlib
 import logging
@@ -18,19 +18,19 @@ from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, Trainer
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, discard_if_closed, drop_stderr_lines, log, log_traceback
-from trainer.storage.disk import disk_errors
+from trainer.storage.disk import translate_disk_errors
 
-# Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
+# TensorFlow prints these lines on every machine without a GPU, before its log level takes effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-# Keras imports these for wrappers and plots that are not used here; importing them takes seconds.
+# Keras imports these for wrappers and plots that are not used here, which takes seconds.
 _UNUSED_BY_KERAS = ("sklearn", "matplotlib")
 
 _log_is_configured = False
 
 
 @contextmanager
-def _hidden(names: Iterable[str]) -> Iterator[None]:
-    """Make packages that are not imported yet appear not to be installed within this block."""
+def _hide_packages(names: Iterable[str]) -> Iterator[None]:
+    """Hide packages in this block, as if they were not installed, unless they are already imported."""
     absent = [name for name in names if name not in sys.modules]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -42,25 +42,25 @@ def _hidden(names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_start() -> Iterator[None]:
-    """Suppress what TensorFlow prints on every start when it is imported in this block; other lines reach stderr.
+def suppress_import_noise() -> Iterator[None]:
+    """Suppress what TensorFlow always prints when it is imported in this block. Other lines reach stderr.
 
-    Keras is imported first, while scikit-learn and matplotlib are hidden, so that it does not import them.
+    The block begins with an import of Keras while scikit-learn and matplotlib are hidden from it.
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, errors of CUDA are expected
     with drop_stderr_lines(_TENSORFLOW_NOISE):
-        with _hidden(_UNUSED_BY_KERAS):
+        with _hide_packages(_UNUSED_BY_KERAS):
             importlib.import_module("keras")
         yield
 
 
 def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
-    """Set up what `runtime` configures: log, termination message, `/healthz` and `/metrics`; return its socket.
+    """Set up the log, the termination message and the HTTP server that `runtime` configures.
 
-    Raises ConfigError if the process cannot listen on `runtime.http_port`.
+    Returns the socket of the server, None without one. Raises ConfigError if it cannot listen on `runtime.http_port`.
     """
-    configure_log(config.runtime, **log_labels(config, worker))
+    configure_log(config.runtime, **make_log_labels(config, worker))
     health.set_gauges(workers=workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
@@ -69,13 +69,13 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
     return None
 
 
-def log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
-    """Return the labels of the log lines of a worker."""
+def make_log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
+    """Make the labels for the log lines of a worker."""
     return {"worker": str(worker)} | ({"run": config.output_dir} if config.output_dir else {})
 
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
-    """Set up the log, with these labels in JSON, the termination message and the limit of a stall."""
+    """Set up the log (with labels in JSON only), the termination message and the stall timeout."""
     global _log_is_configured
     health.stuck_after = runtime.stuck_after
     termination.set_path(runtime.termination_log)
@@ -84,8 +84,8 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 
 def _configure_log_from_arguments() -> None:
-    """Set up the log from the `runtime` arguments only, for a message before the configuration is loaded."""
-    # The second pattern leaves out the other keys of `runtime`, one of which may be the error.
+    """Set up the log from the `runtime` arguments only, for messages before the configuration is loaded."""
+    # The second pattern omits the other keys of `runtime`, one of which can be the error.
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
@@ -93,7 +93,7 @@ def _configure_log_from_arguments() -> None:
 
 
 def choose_and_log_source(arguments: list[str]) -> list[str]:
-    """Choose the source of the data (`choose_source`), and log what was chosen unless `--cfg` prints it."""
+    """Choose the data source (`choose_source`), and log the choice unless `--cfg` prints it."""
     arguments, note = choose_source(arguments)
     if note and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
         _configure_log_from_arguments()
@@ -103,14 +103,14 @@ def choose_and_log_source(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Run a whole command in this block, then exit with a code of `trainer.errors`.
+    """Run a command in this block, then exit with a code of `trainer.errors`.
 
-    A `TrainerError` is logged as one message, any other exception with its traceback; both set the termination message.
+    A `TrainerError` is logged as one message, any other exception with its traceback. Both set the termination message.
     """
     code, reason = DONE, ""
     configure()
     try:
-        with disk_errors():
+        with translate_disk_errors():
             yield
     except TrainerError as error:
         if not _log_is_configured:
@@ -119,8 +119,8 @@ def exit_with_code() -> Iterator[None]:
         named = {"key": error.key, "value": error.value, "fix": error.fix}
         fields: dict[str, object] = {"exit_code": code} | {k: value for k, value in named.items() if value is not None}
         if isinstance(error, ConfigError) and error.faults:
-            parts = ("key", "value", "problem", "fix")
-            fields["faults"] = [{part: getattr(fault, part) for part in parts} for fault in error.faults]
+            names = ("key", "value", "problem", "fix")
+            fields["faults"] = [{name: getattr(fault, name) for name in names} for fault in error.faults]
         outcome = {INTERRUPTED: "interrupted", DRIFTED: "drift"}.get(code, "error")
         level = logging.ERROR if outcome == "error" else logging.WARNING
         log.log(level, f"{outcome}: {reason}", extra={"fields": fields})

@@ -1,29 +1,30 @@
-"""Choose the source of the data where the arguments give an address but no `data=`."""
+"""Choose the data source if the arguments give an address but no `data=`."""
 
 import glob
 import re
 from collections.abc import Sequence
 
-from trainer.cli.overrides import given_values, typed_value
+from trainer.cli.overrides import map_given_values, parse_value
 from trainer.config.base import InvalidValue, check_address
-from trainer.config.typed import typed
+from trainer.config.typed import quote_if_needed
 from trainer.errors import ConfigError, DataError
 from trainer.storage.path import storage_path
 
 _RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
-_INFO = "dataset_info.json"  # the file that marks a folder prepared by TensorFlow Datasets
+_INFO = "dataset_info.json"  # marks a folder that TensorFlow Datasets prepared
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Add `data=...` if the arguments give data.root, data.name or data.pattern, but no source and no experiment.
 
-    Returns the arguments, and a line that states what was chosen and why; "" if nothing was.
+    Returns:
+        The arguments, and a log line about the choice and its reason, "" if nothing was chosen.
 
     Raises:
-        ConfigError: data.root has another scheme than gs://.
-        DataError: there is nothing at data.root that is one of the sources.
+        ConfigError: the scheme of data.root is not supported.
+        DataError: data.root is none of the supported sources.
     """
-    given = given_values(arguments)
+    given = map_given_values(arguments)
     unchanged = {"data", "experiment", "data.source"} & given.keys() or {"-h", "--help", "--version"} & set(arguments)
     key = next((k for k in ("data.root", "data.name", "data.pattern") if given.get(k)), None)
     if unchanged or key is None:
@@ -31,11 +32,11 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     if key != "data.root":
         group, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
         return [f"data={group}", *arguments], f"{key}={given[key]}: {reason}, so data={group}"
-    root = typed_value(f"data.root={given['data.root']}")
+    root = parse_value(f"data.root={given['data.root']}")
     if root is None:
         return list(arguments), ""
     try:
-        group, reason, changes = find_source(check_address(root))
+        group, reason, changes = detect_source(check_address(root))
     except InvalidValue as error:
         raise ConfigError(error.problem, key="data.root", value=root, fix=error.fix) from None
     replaced = [a for a in arguments if not (changes and re.match(r"\+*data\.root=", a))]
@@ -46,10 +47,11 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     ], f"data.root={root}: {reason}, so {' '.join([f'data={group}', *changes])}"
 
 
-def find_source(root: str) -> tuple[str, str, list[str]]:
-    """Return the group of `data=` for what is at an address, the reason, and arguments that replace data.root.
+def detect_source(root: str) -> tuple[str, str, list[str]]:
+    """Detect the kind of data source at an address.
 
-    Raises DataError if it is a single file or has neither folders nor records.
+    Returns its choice for `data=`, the reason, and arguments that replace data.root. Raises DataError if the address is
+    a single file, or has neither folders nor record files.
     """
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
@@ -60,11 +62,15 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
     if _INFO in names:
         return "tfds", f"{_INFO}, a prepared dataset", []
     if len(nested) == 1:
-        return "tfds", f"{_INFO} in {nested[0].name}, a prepared dataset", [f"data.root={typed(str(nested[0]))}"]
+        return (
+            "tfds",
+            f"{_INFO} in {nested[0].name}, a prepared dataset",
+            [f"data.root={quote_if_needed(str(nested[0]))}"],
+        )
     if records := sorted(name for name in names if _RECORDS.search(name)):
-        ending = _RECORDS.search(records[0])
-        pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"
-        return "tfrecords", f"{len(records)} record files", [f"data.pattern={typed(pattern)}"]
+        suffix = _RECORDS.search(records[0])
+        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix[0] if suffix else ''}*"
+        return "tfrecords", f"{len(records)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
     problem = f"has {len(names)} files and no folders" if names else "does not exist, or is empty"

@@ -1,6 +1,6 @@
-"""A sweep: several runs of one command line, each in a separate process, and their scores.
+"""A sweep: several runs from one command line, each in a separate process, and their scores.
 
-Hydra chooses the values (every combination, or a search by Optuna) and calls `Sweep.run` for each job.
+Hydra chooses the values (every combination, or an Optuna search) and calls `Sweep.run` for each job.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from trainer.cli.compose import compose, is_sweep, load_given, resolve
-from trainer.cli.overrides import parse, shown, typed_overrides, value_of
+from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
-from trainer.config.diff import flat, may_change_on_resume
+from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
-from trainer.config.typed import INTERPOLATION, argument, quote, typed
+from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
 from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
-from trainer.private_api import is_grid, session_end_summary
+from trainer.private_api import is_grid, make_session_end_summary
 from trainer.runs.folder import inspect_folder, is_finished
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import read_json
@@ -41,31 +41,31 @@ if TYPE_CHECKING:
 METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
 OBJECTIVE = "val_accuracy"
 SEEDS = ("seed", "data.split_seed")
-EVENTS_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
+EVENT_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
 Value = bool | int | float | str
 
 
-def columns_event_file(names: list[str]) -> bytes:
-    """Serialize the event file of the sweep: TensorBoard shows these hyperparameters and `METRICS` as columns."""
+def serialize_columns(names: list[str]) -> bytes:
+    """Serialize the sweep's event file, from which TensorBoard shows hyperparameters and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
     metrics = [summary_v2.Metric(tag, display_name=name) for tag, name in METRICS.items()]
-    return _events([summary_v2.hparams_config_pb(hparams, metrics)])
+    return _serialize_events([summary_v2.hparams_config_pb(hparams, metrics)])
 
 
-def job_event_file(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """Serialize the event file of one job, a row in TensorBoard; `scores` by `METRICS`, empty for a failed job."""
+def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
+    """Serialize a job's event file, a row in TensorBoard. `scores` has keys of `METRICS`, or none for a failed job."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
     status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
-    end = session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
+    end = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
     start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
-    return _events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
+    return _serialize_events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
 
 
-def _events(summaries: list[Summary]) -> bytes:
+def _serialize_events(summaries: list[Summary]) -> bytes:
     """Serialize an event file without TensorFlow, whose import takes seconds."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -78,8 +78,8 @@ def _events(summaries: list[Summary]) -> bytes:
     return file.getvalue()
 
 
-def scores_of(report: Any) -> dict[str, float]:
-    """Return the scores of a job, by the keys of `METRICS`, from its report.json."""
+def extract_scores(report: Any) -> dict[str, float]:
+    """Extract the scores of a job, by the keys of `METRICS`, from its report.json."""
     scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
     if report["test"]["split"] == "test":
         scores["test_accuracy"] = float(report["test"]["accuracy"])
@@ -87,7 +87,7 @@ def scores_of(report: Any) -> dict[str, float]:
 
 
 class SweepEnded(BaseException):
-    """The end of the whole sweep. It is not an `Exception`, which Hydra would treat as the failure of one job."""
+    """Ends the whole sweep. Not an `Exception`, which Hydra would treat as the failure of one job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -99,35 +99,35 @@ class Job:
 
     name: str
     folder: str
-    arguments: list[str]  # of the command line, without those that choose the sweep and output_dir
-    overrides: dict[str, str]  # the values in `arguments` by key: {"seed": "1", ...}
+    arguments: list[str]  # of the command line, without the sweep and output_dir
+    overrides: dict[str, str]  # key -> value in `arguments`: {"seed": "1", ...}
     code: int = DONE  # exit code of the process
-    scores: dict[str, float] = field(default_factory=dict)  # by the keys of METRICS
+    scores: dict[str, float] = field(default_factory=dict)  # key of METRICS -> score
 
 
 @dataclass
 class Sweep:
-    """A sweep and its jobs so far; `folder` holds one folder per job and defaults to the one that Hydra names."""
+    """A sweep and its jobs so far."""
 
-    folder: str | None
+    folder: str | None  # parent of the job folders; None: the one that Hydra names
     jobs: list[Job] = field(default_factory=list)
-    columns: dict[str, None] = field(default_factory=dict)  # the hyperparameters of all jobs so far, as an ordered set
-    stop_signal: str | None = None  # the signal that requested the stop
-    search: bool = False  # by Optuna, instead of a grid of all combinations
-    swept: set[str] = field(default_factory=set)  # the keys whose values differ between jobs
-    child: subprocess.Popen[bytes] | None = None  # the process of the current job
+    columns: dict[str, None] = field(default_factory=dict)  # hyperparameters of all jobs so far, as an ordered set
+    stop_signal: str | None = None  # name of the signal that requested the stop
+    is_search: bool = False  # a search by Optuna instead of a grid of all combinations
+    swept: set[str] = field(default_factory=set)  # keys whose values differ between jobs
+    child: subprocess.Popen[bytes] | None = None  # process of the current job
 
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
-        """Run one job unless it is finished already, in a separate process: TensorFlow cannot be set up twice in one.
+        """Run one job, unless it is finished, in a separate process, since TensorFlow cannot be set up twice in one.
 
-        Returns its score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
+        Returns the score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
         SweepEnded on a stop request, after an interrupted job, or if an exception occurred in this process.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, self._forward_stop)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(signum, self._forward_stop)
         self.folder = self.folder or str(settings.sweep.dir)
-        self.search = not is_grid(settings)
+        self.is_search = not is_grid(settings)
         self.swept |= {str(key).lstrip("+") for key in settings.sweeper.get("params") or ()}
         try:
             job = self._run_job(resolve(tree), overrides, str(settings.sweep.subdir))
@@ -136,9 +136,9 @@ class Sweep:
         return job.scores.get(OBJECTIVE)
 
     def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
-        """Train or resume a job unless it is finished, read its scores and write its event files."""
+        """Train or resume a job unless it is finished, read its scores, and write its event files."""
         self._raise_if_stopped()
-        arguments = [shown(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+        arguments = [format_override(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
         if ".." in name.split("/") or name.startswith("/"):
             problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
             raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
@@ -151,7 +151,7 @@ class Sweep:
         job = Job(name, output_dir, arguments, dict(a.split("=", 1) for a in arguments if "=" in a))
         outcome = " is finished already" if finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{outcome}")
-        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={typed(output_dir)}"])
+        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={quote_if_needed(output_dir)}"])
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
             cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
@@ -159,7 +159,7 @@ class Sweep:
         self.jobs.append(job)
         if job.code == DONE:
             fix = f"delete {output_dir}/DONE, and start the same command again to write the report again"
-            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", scores_of, fix) or {}
+            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", extract_scores, fix) or {}
         self._write_events(job, tree)
         return job
 
@@ -172,8 +172,8 @@ class Sweep:
         self.child = None
         return code
 
-    def _forward_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = signal.Signals(number).name
+    def _forward_stop(self, signum: int, _frame: object) -> None:
+        self.stop_signal = signal.Signals(signum).name
         if self.child:
             self.child.send_signal(signal.SIGTERM)
 
@@ -182,28 +182,28 @@ class Sweep:
             raise Interrupted(f"{self.stop_signal}: the sweep has stopped, nothing is lost", fix=self._resume_hint())
 
     def _resume_hint(self) -> str:
-        return f"start the same command again with {argument('output_dir', self.folder)} to resume"
+        return f"start the same command again with {format_argument('output_dir', self.folder)} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
         swept = {key: text for key, text in job.overrides.items() if key in self.swept}
         overrides = {key: text for key, text in swept.items() if not may_change_on_resume(key)}
-        values = {key: _hyperparameter(tree, key, text) for key, text in overrides.items()}
+        values = {key: _get_hyperparameter(tree, key, text) for key, text in overrides.items()}
         previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
-        if not (folder / "config.yaml").exists():  # it failed early; in an empty folder the run can begin later
+        if not (folder / "config.yaml").exists():  # it failed early; a later start requires an empty folder
             return
-        (folder / EVENTS_FILE).write(job_event_file(job.name, values, job.scores, job.code == DONE))
+        (folder / EVENT_FILE).write(serialize_job(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
-            (storage_path(self.folder or "") / EVENTS_FILE).write(columns_event_file(list(self.columns)))
+            (storage_path(self.folder or "") / EVENT_FILE).write(serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
-        """Describe the overrides of a job that differ from another job so far; all of them for the first job."""
+        """Describe the overrides of a job that differ from those of any other job so far; all for the first job."""
         others = [other.overrides for other in self.jobs if other is not job]
         differing = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
         return " ".join(differing) or ("as the others" if others else "no overrides")
 
     def _describe_seeds(self) -> list[str]:
-        """Return a line of mean and standard deviation for each setting that was run with several seeds."""
+        """Describe the mean and standard deviation of each setting with several seeds, in one line per setting."""
         settings: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs if self.swept.intersection(SEEDS) else ():
             others = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
@@ -222,9 +222,10 @@ class Sweep:
         return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
 
     def close(self) -> None:
-        """Log every job with its score, mean and standard deviation over seeds, and the best job.
+        """Log the score of each job, mean and standard deviation over seeds, and the best job.
 
-        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all of a search failed.
+        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all jobs of a search
+        failed.
         """
         scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         text = [""]
@@ -234,7 +235,7 @@ class Sweep:
         text += self._describe_seeds()
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            arguments = [*best.arguments, f"output_dir={typed(best.folder)}"]
+            arguments = [*best.arguments, f"output_dir={quote_if_needed(best.folder)}"]
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
                 f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
@@ -242,7 +243,7 @@ class Sweep:
             ]
             termination.set_success_message(text[-3])  # the best job
         log.info("\n".join(text))
-        if failed and (not self.search or not scored):
+        if failed and (not self.is_search or not scored):
             problem = f"{len(failed)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed)})"
             error = TrainerError(problem, fix="read their errors above")
             error.exit_code = failed[0].code
@@ -250,13 +251,14 @@ class Sweep:
 
 
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
-    """Compose the configuration of these arguments, or run their sweep; None after `--help`, `--cfg` or a sweep.
+    """Compose the configuration, or run the sweep that the arguments request.
 
-    Raises TrainerError if the arguments cannot be composed, or the sweep was stopped or failed.
+    Returns None after `--help`, `--version`, `--cfg` or a sweep. Raises TrainerError if the configuration cannot be
+    composed, or the sweep was stopped or failed.
     """
     if not is_sweep(arguments):
         return compose(arguments)
-    arguments = typed_overrides(arguments, sweep=True)
+    arguments = translate_overrides(arguments, sweep=True)
     if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
@@ -279,7 +281,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _search_space_is_empty(arguments: list[str]) -> bool:
-    """Return whether Optuna has no value to search, so that it would run the same job again and again."""
+    """Return whether Optuna has no values to search, so that it would repeat the same job."""
     sweepers = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
     if not sweepers or {"--cfg", "-c", "--help"} & set(arguments):
         return False
@@ -289,17 +291,17 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
-    """Return the keys and groups for which the arguments give several values."""
-    overrides = [parse(a) for a in arguments if "=" in a and not a.startswith("-")]
+    """List the keys and groups with several values."""
+    overrides = [parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
     return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Make an `output_dir` that is equal for all jobs the folder of the sweep; return the new arguments and folder."""
+    """Use an `output_dir` that is equal for all jobs as the sweep folder; return the new arguments and folder."""
     outputs = [a for a in arguments if re.match(r"\+*output_dir=", a)]
-    if not outputs or parse(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
+    if not outputs or parse_override(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
         return arguments, None
-    rest, folder = [a for a in arguments if a not in outputs], value_of(outputs[-1])
+    rest, folder = [a for a in arguments if a not in outputs], evaluate_override(outputs[-1])
     if not folder:
         return rest, None
     if is_remote(folder):
@@ -308,7 +310,7 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
 
 
-def _hyperparameter(tree: Any, key: str, text: str) -> Value:
-    """Return the value of a key in the configuration; for a group, the choice `text`."""
-    value = flat(tree).get(key)
+def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
+    """Return the configured value of a key; for a group, its choice `text`."""
+    value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

@@ -1,1 +1,1 @@
-"""Workers and devices of a run, and the signals that stop it."""
+"""The workers and devices of a run, and the signals that stop it."""

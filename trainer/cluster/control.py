@@ -1,8 +1,8 @@
 """Control channel: a TCP connection from each worker to the chief, next to TensorFlow's collectives.
 
-It carries what must be equal on all workers (scores, plans, a checkpoint on resume), stop requests, failures, and a
-heartbeat every two seconds. A collective may block forever on a dead or frozen peer, so a worker that loses a peer ends
-its own process.
+It carries values that must be equal on all workers (scores, plans, a checkpoint on resume), stop requests, failures,
+and a heartbeat every two seconds. A collective can block forever on a dead or frozen peer, so a worker that loses a
+peer ends its own process.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from trainer.cluster.discovery import Cluster
-from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
+from trainer.cluster.protocol import MAGIC, PREFIX, translate_peer_failure
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -27,14 +27,14 @@ from trainer.monitoring.log import log_unbuffered
 from trainer.storage.arrays import pack, unpack
 
 MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker
-RECV_BYTES = 1 << 20  # per call of recv
+MAX_RECV_BYTES = 1 << 20  # per recv call
 HEARTBEAT_INTERVAL_SECONDS = 2.0
 HEARTBEAT_TIMEOUT_SECONDS = 20.0
-MAX_COMMIT_SECONDS = 5.0  # `end` waits at most this long for a write in `committing`
+COMMIT_TIMEOUT_SECONDS = 5.0  # of `end`, which waits for a write in `committing`
 
 
 class ProtocolError(ConnectionError):
-    """The bytes received are not from a worker."""
+    """The received bytes are not from a worker."""
 
 
 class Connection:
@@ -42,7 +42,7 @@ class Connection:
 
     def __init__(self, connected_socket: socket.socket) -> None:
         self.socket = connected_socket
-        self.last_received = time.monotonic()  # when the last bytes arrived
+        self.last_received = time.monotonic()  # arrival time of the last bytes
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._send_lock = threading.Lock()
 
@@ -50,31 +50,30 @@ class Connection:
         """Send one message with these header fields. Raises OSError if the connection is closed."""
         header = json.dumps({"kind": kind, **fields}).encode()
         with self._send_lock:
-            self.socket.sendall(HEADER.pack(MAGIC, len(header), len(payload)) + header)
+            self.socket.sendall(PREFIX.pack(MAGIC, len(header), len(payload)) + header)
             if payload:
                 self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for one message, and return its header and payload.
 
-        Raises OSError if the connection is closed or timed out, or its subclass `ProtocolError` if no worker sent the
-        bytes.
+        Raises ProtocolError if the bytes are not from a worker, and OSError if the connection is closed or timed out.
         """
-        magic, header_bytes, payload_bytes = HEADER.unpack(self._receive_exactly(HEADER.size))
+        magic, header_bytes, payload_bytes = PREFIX.unpack(self._receive_exactly(PREFIX.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
             raise ProtocolError("the peer is not a worker")
         return json.loads(self._receive_exactly(header_bytes)), self._receive_exactly(payload_bytes)
 
     def _receive_exactly(self, count: int) -> bytes:
-        parts, missing = [], count
+        chunks, missing = [], count
         while missing:
-            part = self.socket.recv(min(missing, RECV_BYTES))
-            if not part:
+            chunk = self.socket.recv(min(missing, MAX_RECV_BYTES))
+            if not chunk:
                 raise ConnectionError("the peer closed the connection")
             self.last_received = time.monotonic()
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+            chunks.append(chunk)
+            missing -= len(chunk)
+        return b"".join(chunks)
 
     def close(self) -> None:
         """Close the connection in both directions without waiting."""
@@ -84,18 +83,18 @@ class Connection:
 
 
 class ControlChannel:
-    """The messages between this worker and its peers; with a single worker nothing is sent.
+    """The message channel between this worker and its peers. A single worker sends nothing.
 
-    The chief has a connection to every other worker, the others have one to the chief. All workers must call the
-    collective operations in the same order with the same topics: gather, broadcast, reduce, barrier and those built on
-    them.
+    The chief has a connection to every other worker, and each of these has one to the chief. All workers must call the
+    collective operations (gather, broadcast, reduce, barrier and those built on them) in the same order with the same
+    topics.
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
         self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
-        self.on_stop: Callable[[str], None] = lambda _reason: None  # called on the stop request of another worker
-        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called before `end` exits the process
+        self.on_stop: Callable[[str], None] = lambda _reason: None  # called on a stop request of another worker
+        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called before `end` exits
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}
         self._departed_peers: set[int] = set()
         self._shutting_down = False
@@ -110,7 +109,7 @@ class ControlChannel:
             threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
-        """Send bytes to the chief; return those of all workers, by index, on the chief and None on the others."""
+        """Send bytes to the chief. The chief returns those of all workers, by index; the others return None."""
         if not self.is_chief:
             self._send(0, topic, payload)
             return None
@@ -125,30 +124,30 @@ class ControlChannel:
         return payload
 
     def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
-        """Call `make` on the chief only, and return its result, JSON values, on every worker."""
+        """Call `make` on the chief only, and return its JSON result on every worker."""
         if self.size == 1:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
     def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
-        """Apply `function` on the chief to the list of all workers' JSON values; return the result on every worker."""
+        """Apply `function` to the list of all workers' JSON values on the chief; return the result on every worker."""
         gathered = self.gather(topic, json.dumps(value).encode())
         return self.broadcast(topic, lambda: function([json.loads(content) for content in gathered or ()]))
 
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the chief's arrays, by name, on every worker."""
+        """Return the chief's named arrays on every worker."""
         if self.size == 1:
             return arrays
         return unpack(self.broadcast_bytes(topic, pack(arrays) if self.is_chief else b""))
 
     def gather_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
-        """Send arrays to the chief; return those of all workers, by index, on the chief and None on the others."""
+        """Send named arrays to the chief. The chief returns those of all workers, by index; the others return None."""
         gathered = self.gather(topic, pack(arrays))
         return None if gathered is None else [unpack(content) for content in gathered]
 
     def require_equal(self, topic: str, values: dict[str, Any]) -> None:
-        """Raise a ConfigError with the differences unless all workers have the same JSON values, by name."""
-        if lines := self.reduce(topic, values, differences):
+        """Raise a ConfigError that lists the differences unless all workers have the same named JSON values."""
+        if lines := self.reduce(topic, values, list_differences):
             problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
             raise ConfigError(problem, fix="start all of them with the same image and arguments")
 
@@ -178,12 +177,12 @@ class ControlChannel:
         self._send_to_all("stop", reason=reason)
 
     def committing(self) -> contextlib.AbstractContextManager[bool]:
-        """Let the write in this block finish, within `MAX_COMMIT_SECONDS`, before `end` exits the process."""
+        """Let `end` wait up to `COMMIT_TIMEOUT_SECONDS` for the write in this block before it exits the process."""
         return self._commit_lock
 
     @contextlib.contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """If the block raises an exception, end the other workers with its exit code and message, and re-raise it."""
+        """End the other workers with the exit code and message of an exception in this block, and re-raise it."""
         try:
             yield
         except BaseException as error:
@@ -197,18 +196,18 @@ class ControlChannel:
             raise
 
     def disconnect(self) -> None:
-        """Announce that this worker ends as planned, so that its peers do not fail when its connection closes."""
+        """Announce a planned end of this worker, so that its peers do not fail when its connection closes."""
         self._shutting_down = True
         health.on_change()
         self._send_to_all("left")
 
     def ignore_peer_failures(self) -> None:
-        """Ignore lost peers, their failures and stop requests from now on, when the chief continues without them."""
+        """Ignore lost peers, their failures and stop requests from now on. The chief then continues without them."""
         self._ignore_peers = True
         health.on_change()
 
     def watched_peers(self) -> list[int]:
-        """Return the connected workers whose end or failure ends this process."""
+        """Return the indices of the peers whose end or failure ends this process."""
         return [] if self._shutting_down or self._ignore_peers else sorted({*self.connections} - self._departed_peers)
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
@@ -235,7 +234,9 @@ class ControlChannel:
                 self._departed_peers.add(peer)
                 health.on_change()
                 if header["kind"] == "failed" and not self._ignore_peers:
-                    code, message = failure_of_peer(header["code"], header["message"], header["worker"], sender=peer)
+                    code, message = translate_peer_failure(
+                        header["code"], header["message"], header["worker"], sender=peer
+                    )
                     self.end(code, message, header["worker"])
 
     def _send_heartbeats(self) -> None:
@@ -251,26 +252,26 @@ class ControlChannel:
             self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {cause}")
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process and its peers. Any thread may call this: the main thread may be blocked in a collective."""
+        """End this process and its peers. Thread-safe, because the main thread can be blocked in a collective."""
         with self._end_lock:
             if self._shutting_down:
                 return
             self._shutting_down = True
             self._send_to_all("failed", code=code, message=message, worker=self.index if worker is None else worker)
-            self._commit_lock.acquire(timeout=MAX_COMMIT_SECONDS)
+            self._commit_lock.acquire(timeout=COMMIT_TIMEOUT_SECONDS)
             kind = "interrupted" if code == INTERRUPTED else "error"
             try:
                 with contextlib.suppress(OSError):  # the log is on a full disk
                     log_unbuffered(f"{kind}: {message}")
-                termination.write(code, message)  # before `on_end`, which writes to the run's disk and may block
+                termination.write(code, message)  # before `on_end`, which writes to the run's disk and can block
                 self.on_end(code, message)
                 sys.stdout.flush()
             finally:
                 os._exit(code)
 
 
-def differences(by_worker: list[dict[str, Any]]) -> list[str]:
-    """List the values that differ as "name: V on worker 0, W on worker N"; N is the first worker that differs."""
+def list_differences(by_worker: list[dict[str, Any]]) -> list[str]:
+    """List each differing value as "name: V on worker 0, W on worker N", with the first worker N that differs."""
     lines = []
     for name in sorted({name for worker in by_worker for name in worker}):
         values = [json.dumps(worker.get(name)) for worker in by_worker]

@@ -1,4 +1,4 @@
-"""Devices, precision, determinism and the distribution strategy, set before any tensor exists."""
+"""Devices, precision, determinism and the distribution strategy, which must be set before the first tensor."""
 
 import os
 import subprocess
@@ -20,15 +20,15 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixe
 def build_strategy(
     config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], cpus: int
 ) -> tf.distribute.Strategy:
-    """Size the thread pools for `cpus`, and choose the devices and the strategy over them, before any tensor exists.
+    """Size the thread pools for `cpus`, choose the devices, and build the strategy. No tensor must exist yet.
 
     Returns:
         The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
         MultiWorkerMirroredStrategy for several workers.
 
     Raises:
-        ConfigError: there are fewer GPUs than replicas, the workers have different numbers of devices, or the global
-            batch cannot be divided evenly among them (into pairs, with mixup or cutmix).
+        ConfigError: there are fewer GPUs than replicas, the workers have different devices, or the global batch cannot
+            be divided evenly among the replicas (into pairs, with mixup or cutmix).
     """
     runtime = config.runtime
     set_thread_pools(cpus)
@@ -54,16 +54,16 @@ def build_strategy(
 
 
 def set_thread_pools(count: int) -> None:
-    """Set the sizes of TensorFlow's thread pools: within an operation, and for parallel operations, `tf.data` included.
+    """Set the sizes of TensorFlow's intra-op and inter-op thread pools; `tf.data` uses the latter.
 
-    A pool that exceeds the CPU quota of the container uses up the quota of each period early and is then throttled.
+    A pool larger than the container's CPU quota uses up the quota of each period early and is then throttled.
     """
     tf.config.threading.set_intra_op_parallelism_threads(count)
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
-def gpu_memory() -> int | None:
-    """Return the bytes of memory of all GPUs together, by nvidia-smi; None without GPUs or if it is not known."""
+def query_gpu_memory() -> int | None:
+    """Query nvidia-smi for the total GPU memory in bytes; None without GPUs or if it is unknown."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
@@ -74,9 +74,9 @@ def gpu_memory() -> int | None:
 
 
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
-    """Choose the kind ("GPU" or "CPU") and number of the devices of one worker.
+    """Choose the kind ("GPU" or "CPU") and number of devices of one worker.
 
-    Raises ConfigError if `runtime.replicas` exceeds the GPUs, or is above 1 on one of several workers without GPUs.
+    Raises ConfigError if `runtime.replicas` exceeds the number of GPUs, or 1 on one of several workers without GPUs.
     """
     gpus = tf.config.list_physical_devices("GPU")
     kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
@@ -95,25 +95,25 @@ def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig)
     if replicas == 1:
         return f"device: one {kind}, {precision}"
     devices = f"{count} {kind}{'s' if count > 1 else ''}"
-    part = f"; a batch of {batch_size} is {batch_size // replicas} for each"
+    batch = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
-        return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{part}"
+        return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{batch}"
     why = "runtime.replicas" if config.runtime.replicas else "all devices"
-    return f"devices: {devices} mirrored ({why}), {precision}{part}"
+    return f"devices: {devices} mirrored ({why}), {precision}{batch}"
 
 
 def check_batch_size(config: RunConfig, replicas: int) -> None:
-    """Raise a ConfigError unless the global batch can be divided evenly among `replicas` (see `build_strategy`)."""
+    """Raise a ConfigError unless `replicas` can divide the global batch evenly (see `build_strategy`)."""
     batch_size, micro_batches = config.training.batch_size, config.training.accumulate
-    parts, rows, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
-    if batch_size % parts:
+    divisor, per_replica, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
+    if batch_size % divisor:
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
-        smaller = f"{batch_size // parts * parts} or " if batch_size > parts else ""
-        fix = f"use {smaller}{-(-batch_size // parts) * parts}"
+        smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
+        fix = f"use {smaller}{-(-batch_size // divisor) * divisor}"
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
-    if config.augmentation.mixes and rows % 2:
-        each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
+    if config.augmentation.mixes and per_replica % 2:
+        each = f"{per_replica} for each of {replicas} replicas are" if replicas > 1 else f"{per_replica} is"
         smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
         fix = f"use {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
@@ -123,9 +123,10 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
 def _multi_worker_strategy(
     runtime: Runtime, control: ControlChannel, log_message: Callable[[str], None]
 ) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers. They wait for each other without a timeout, so a timer or the watchdog ends them.
+    """Start TensorFlow's servers, which wait for each other without a timeout.
 
-    Raises Interrupted if another process has taken the port of this worker.
+    A timer, or the watchdog, ends the process after `runtime.start_timeout`. Raises Interrupted if another process uses
+    the port of this worker.
     """
     os.environ["TF_CONFIG"] = control.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]

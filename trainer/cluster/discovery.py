@@ -1,9 +1,9 @@
-"""Discover the index and addresses of the workers from the environment, from the first of these sources that is set:
+"""Discover the index and addresses of the workers from the first of these sources that the environment has:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
-   The chief (old name: master) is worker 0, the workers follow. Evaluators in the cluster are ignored, because the run
-   itself evaluates. If it is empty, `{}` or has no cluster, it counts as not set.
+   The chief (old name: master) is worker 0, and the workers follow. Evaluators in the cluster are ignored, because the
+   run itself evaluates. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
 2. A JobSet with all workers in one replicatedJob: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0) and
    REPLICATED_JOB_REPLICAS (default 1), set by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
    `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`; WORKER_COUNT counts the pods of all child Jobs.
@@ -41,10 +41,10 @@ _MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error
 class Cluster:
     """One worker's view of a run."""
 
-    index: int  # number of this worker, 0 <= index < size; 0 is the chief
-    addresses: tuple[str, ...]  # "host:port" of every worker, in the order of their indices; empty for a single worker
-    source: str  # of the index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
-    job: str  # equal on the workers of a job, different from other jobs; "" for a single worker without a name
+    index: int  # of this worker, 0 <= index < size; 0 is the chief
+    addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
+    source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
+    job: str  # unique per Job or JobSet, and equal on all of its workers; "" for a single worker without a name
 
     @property
     def size(self) -> int:
@@ -53,7 +53,7 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """True for worker 0, the only one that writes to the folder of the run."""
+        """Whether this is worker 0, the only one that writes to the folder of the run."""
         return self.index == 0
 
     def tf_config(self) -> str:
@@ -65,9 +65,9 @@ class Cluster:
 
 
 def discover(environment: Mapping[str, str]) -> Cluster:
-    """Discover the cluster from the sources that the module docstring lists, in their order.
+    """Discover the cluster from the first available source, in the order of the module docstring.
 
-    Raises ConfigError if a variable is missing or wrong, or two of them contradict each other.
+    Raises ConfigError if a variable is missing or invalid, or two variables contradict each other.
     """
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
     if not _in_jobset(env):  # without a JobSet these two have no meaning
@@ -79,15 +79,15 @@ def discover(environment: Mapping[str, str]) -> Cluster:
 
 
 def _from_tf_config(text: str) -> Cluster | None:
-    """Parse the cluster in TF_CONFIG; None if it has none."""
+    """Parse TF_CONFIG; None if it has no cluster."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem, fix = f"is not JSON ({error})", "correct it or unset it"
-        raise ConfigError(problem, key="TF_CONFIG", value=_short_repr(text), fix=fix) from error
+        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(text), fix=fix) from error
     if not isinstance(tree, dict):
         problem, fix = "is not a JSON object", 'give {"cluster": ..., "task": ...} or unset it'
-        raise ConfigError(problem, key="TF_CONFIG", value=_short_repr(text), fix=fix)
+        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(text), fix=fix)
     if tree.get("sparseCluster"):
         problem, fix = "has a sparseCluster, for parameter servers only", "set enableDynamicWorker: false"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
@@ -95,19 +95,19 @@ def _from_tf_config(text: str) -> Cluster | None:
     if not cluster:
         return None
     if not isinstance(cluster, dict):
-        problem, fix = f"the cluster {_short_repr(cluster)} is not an object", 'give {"worker": ["host:port", ...]}'
+        problem, fix = f"the cluster {_abbreviate(cluster)} is not an object", 'give {"worker": ["host:port", ...]}'
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
     if not isinstance(task, dict) or not {"type", "index"} <= task.keys():
-        problem, fix = f"the task is {_short_repr(task)}", 'give type and index, as in {"type": "worker", "index": 0}'
+        problem, fix = f"the task is {_abbreviate(task)}", 'give type and index, as in {"type": "worker", "index": 0}'
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
-    role, number = task["type"], task["index"]
-    roles = _roles(cluster, role)
+    role, task_index = task["type"], task["index"]
+    roles = _parse_roles(cluster, role)
     if not isinstance(role, str) or role not in roles:
         available = ", ".join(roles) or "no workers"
-        problem = f"the task type {_short_repr(role)} is not in the cluster, which has {available}"
+        problem = f"the task type {_abbreviate(role)} is not in the cluster, which has {available}"
         raise ConfigError(problem, key="TF_CONFIG", fix="make the two agree")
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(roles[role]):
-        problem = f"the task index {_short_repr(number)} is not one of the {len(roles[role])} in {role}"
+    if not isinstance(task_index, int) or isinstance(task_index, bool) or not 0 <= task_index < len(roles[role]):
+        problem = f"the task index {_abbreviate(task_index)} is not one of the {len(roles[role])} in {role}"
         raise ConfigError(problem, key="TF_CONFIG", fix=f"give 0 to {len(roles[role]) - 1}")
     workers = roles.pop("worker", [])
     chiefs = [address for addresses in roles.values() for address in addresses]
@@ -118,12 +118,12 @@ def _from_tf_config(text: str) -> Cluster | None:
     if duplicate := next((address for i, address in enumerate(addresses) if address in addresses[:i]), None):
         problem, fix = f"the address {duplicate} occurs twice", "give every worker (and the chief) a different address"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
-    index = number + (len(chiefs) if role == "worker" else 0)
+    index = task_index + (len(chiefs) if role == "worker" else 0)
     return Cluster(index, addresses if len(addresses) > 1 else (), "TF_CONFIG", ",".join(addresses))
 
 
-def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
-    """Return the addresses of each role (chief, master, worker) that has any."""
+def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
+    """Parse the addresses of each role (chief, master, worker); a role without addresses is omitted."""
     if "ps" in (*(role for role in cluster if cluster[role]), task_type):
         raise ConfigError("parameter servers (ps) are not supported", key="TF_CONFIG", fix="run workers only")
     if task_type == "evaluator":
@@ -134,15 +134,15 @@ def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
         if role in ("ps", "evaluator"):
             continue
         if role not in ("chief", "master", "worker"):
-            problem = f"the cluster has the unknown role {_short_repr(role)}"
+            problem = f"the cluster has the unknown role {_abbreviate(role)}"
             raise ConfigError(problem, key="TF_CONFIG", fix="use chief and worker")
         if not isinstance(addresses, list):
-            problem = f"{role} is {_short_repr(addresses)}"
+            problem = f"{role} is {_abbreviate(addresses)}"
             raise ConfigError(problem, key="TF_CONFIG", fix=f'give a list of addresses, as in ["host:{DEFAULT_PORT}"]')
         for address in addresses:
             match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
             if not match or not 1 <= int(match[1]) <= 65535:
-                problem = f"the {role} address {_short_repr(address)} is not host:port with a port from 1 to 65535"
+                problem = f"the {role} address {_abbreviate(address)} is not host:port with a port from 1 to 65535"
                 raise ConfigError(problem, key="TF_CONFIG", fix=f"write it as in host:{DEFAULT_PORT}")
         if addresses:
             roles[role] = addresses
@@ -150,14 +150,14 @@ def _roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
 
 
 def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -> None:
-    """Check that TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the index of the pod."""
-    count = _integer(env, "WORKER_COUNT", 1)
+    """Raise a ConfigError unless TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the pod index."""
+    count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         return
     if count != from_tf_config.size:
         problem = f"TF_CONFIG has a different number of workers, {from_tf_config.size}"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix="unset one of them or make them agree")
-    index = _index(env, count)
+    index = _compute_index(env, count)
     if index is not None and index != from_tf_config.index:
         problem = f"makes this worker {index}, but TF_CONFIG makes it worker {from_tf_config.index}"
         fix, value = "unset TF_CONFIG or WORKER_COUNT, or make them agree", env["JOB_COMPLETION_INDEX"]
@@ -165,12 +165,12 @@ def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -
 
 
 def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
-    """Return the cluster of a pod of a JobSet or Indexed Job, or of a single worker."""
-    count = _integer(env, "WORKER_COUNT", 1)
+    """Discover the cluster of a JobSet or Indexed Job, or of a single worker."""
+    count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         _check_alone(env)
         return Cluster(0, (), ALONE, "")
-    index = _index(env, count)
+    index = _compute_index(env, count)
     if count == 1:
         names = [env[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in env]
         job = "-".join(names) or env.get("JOB_NAME", "")
@@ -179,15 +179,15 @@ def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
     if index is None:
         problem, fix = "JOB_COMPLETION_INDEX, the index of this worker, is not set", "set completionMode: Indexed"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
-    port = _integer(env, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
+    port = _parse_integer(env, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
     if _in_jobset(env):
-        jobset, name = _name(env, "JOBSET_NAME", count), _name(env, "REPLICATED_JOB_NAME", count)
-        service = _name(env, "SERVICE_NAME", count) if "SERVICE_NAME" in env else jobset
+        jobset, name = _require_name(env, "JOBSET_NAME", count), _require_name(env, "REPLICATED_JOB_NAME", count)
+        service = _require_name(env, "SERVICE_NAME", count) if "SERVICE_NAME" in env else jobset
         job, source = f"{jobset}-{name}", f"JobSet {jobset}"
-        pods = count // (_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
+        pods = count // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
         hosts = [f"{job}-{i // pods}-{i % pods}" for i in range(count)]
     else:
-        job, service = _name(env, "JOB_NAME", count), _name(env, "SERVICE_NAME", count)
+        job, service = _require_name(env, "JOB_NAME", count), _require_name(env, "SERVICE_NAME", count)
         source = f"Indexed Job {job}"
         hosts = [f"{job}-{i}" for i in range(count)]
     return Cluster(index, tuple(f"{host}.{service}:{port}" for host in hosts), source, job)
@@ -196,7 +196,7 @@ def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
 def _check_alone(env: Mapping[str, str]) -> None:
     """Raise a ConfigError if the pod has peers but WORKER_COUNT is not set."""
     for name, single in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
-        value = _integer(env, name, single)
+        value = _parse_integer(env, name, single)
         if value is not None and value > single:
             problem = "WORKER_COUNT is not set, so several pods would train the same run independently"
             raise ConfigError(problem, key=name, value=value, fix="set WORKER_COUNT to the number of pods")
@@ -206,14 +206,14 @@ def _in_jobset(env: Mapping[str, str]) -> bool:
     return "JOBSET_NAME" in env or "REPLICATED_JOB_NAME" in env
 
 
-def _index(env: Mapping[str, str], count: int) -> int | None:
+def _compute_index(env: Mapping[str, str], count: int) -> int | None:
     """Compute the index of this worker among all `count`; None if the pod has no index."""
-    replicas = _integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
+    replicas = _parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
     if count % replicas:
         problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={replicas}", "set it to the number of all pods"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
     pods = count // replicas
-    job = _integer(env, "JOB_INDEX", 0)
+    job = _parse_integer(env, "JOB_INDEX", 0)
     if job is None and replicas > 1:
         fix = "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)"
         raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=replicas, fix=fix)
@@ -223,18 +223,18 @@ def _index(env: Mapping[str, str], count: int) -> int | None:
         problem = f"is not below REPLICATED_JOB_REPLICAS={replicas}{default}"
         fix = "set that to the pod label jobset.sigs.k8s.io/replicatedjob-replicas (by the downward API)"
         raise ConfigError(problem, key="JOB_INDEX", value=job, fix=fix)
-    pod = _integer(env, "JOB_COMPLETION_INDEX", 0)
+    pod = _parse_integer(env, "JOB_COMPLETION_INDEX", 0)
     if pod is None:
         return None
     if pod >= pods:
-        limit = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
-        problem, fix = f"is not below {limit}", "set WORKER_COUNT to the number of all pods"
+        bound = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
+        problem, fix = f"is not below {bound}", "set WORKER_COUNT to the number of all pods"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=pod, fix=fix)
     return job * pods + pod
 
 
-def _integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
-    """Parse a variable as a whole number; None if it is not set."""
+def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
+    """Parse an integer variable; None if it is not set."""
     text = env.get(name)
     if text is None:
         return None
@@ -242,22 +242,22 @@ def _integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999
         # Kubernetes sets variables for every Service: one named `worker` sets WORKER_PORT=tcp://10.0.0.7:80.
         fix = "set it in the manifest" + " or set enableServiceLinks: false" * text.startswith("tcp://")
         problem = f"is not a whole number from {minimum} to {maximum}"
-        raise ConfigError(problem, key=name, value=_short_repr(text), fix=fix)
+        raise ConfigError(problem, key=name, value=_abbreviate(text), fix=fix)
     return int(text)
 
 
-def _name(env: Mapping[str, str], name: str, count: int) -> str:
-    """Return a required variable that is part of host names."""
+def _require_name(env: Mapping[str, str], name: str, count: int) -> str:
+    """Return a required variable that becomes part of host names; raise a ConfigError if it is missing or invalid."""
     fix = f"set it in the manifest to {_MANIFEST_SOURCES[name]}"
     if name not in env:
         raise ConfigError(f"is not set, but WORKER_COUNT={count}", key=name, fix=fix)
-    parts = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
-    if not all(re.fullmatch(_DNS_LABEL, part) for part in parts):
-        raise ConfigError("cannot be part of a host name", key=name, value=_short_repr(env[name]), fix=fix)
+    dns_labels = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
+    if not all(re.fullmatch(_DNS_LABEL, label) for label in dns_labels):
+        raise ConfigError("cannot be part of a host name", key=name, value=_abbreviate(env[name]), fix=fix)
     return env[name]
 
 
-def _short_repr(value: Any) -> str:
-    """Format a value for a message, in at most 80 characters."""
+def _abbreviate(value: Any) -> str:
+    """Return the repr of a value for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,15 +1,18 @@
-"""Messages between workers: a header with the lengths, one JSON object, and a payload."""
+"""The format of messages between workers: a prefix with the lengths, a JSON object (the header), and a payload."""
 
 import struct
 
 from trainer.errors import BUG, INTERRUPTED
 
 MAGIC = b"kubetune"  # distinguishes workers from other servers (TensorFlow's own, a web server)
-HEADER = struct.Struct("!8sIQ")  # magic, bytes of JSON, bytes of payload
+PREFIX = struct.Struct("!8sIQ")  # magic, bytes of the header, bytes of the payload
 
 
-def failure_of_peer(code: int, message: str, worker: int, sender: int) -> tuple[int, str]:
-    """Exit code and message for the failure of a `worker`: its own, but 75 after a bug, as a restart may succeed."""
+def translate_peer_failure(code: int, message: str, worker: int, sender: int) -> tuple[int, str]:
+    """Return the exit code and message of a peer for the failure of `worker`.
+
+    The code is that of the failed worker. After a bug it is 75, because a restart might succeed.
+    """
     if code == BUG:
         return INTERRUPTED, f"worker {worker} failed with a bug ({message}); its log has the traceback"
     return code, f"worker {worker}: {message}" if worker == sender else message

@@ -1,7 +1,7 @@
 """Rendezvous before TensorFlow starts: all workers connect, or log which ones are missing and why.
 
 TensorFlow itself waits for absent peers forever, without a message. Here each worker listens on its port, and workers
-1, 2, ... connect to the chief, worker 0; these connections become the `ControlChannel`. Then each worker connects to
+1, 2, ... connect to the chief, worker 0. These connections become the `ControlChannel`. Then each worker connects to
 the port of every other one, because the collectives need all these routes, and frees its own port for TensorFlow.
 """
 
@@ -22,8 +22,8 @@ from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
-OWN_TIMEOUT_SECONDS = 1.0  # to connect to the address of this worker itself, and for the response
-MAX_REACH_SECONDS = 30.0  # to reach the port of each other worker
+OWN_TIMEOUT_SECONDS = 1.0  # to connect to the own address of this worker, and for the response
+REACH_TIMEOUT_SECONDS = 30.0  # to reach the port of each other worker, with retries
 
 RETRY = "start all workers again"
 
@@ -33,12 +33,12 @@ def rendezvous(
 ) -> ControlChannel:
     """Connect all workers within `timeout` seconds, and log every few seconds which ones are missing and why.
 
-    `check_cancelled` is called several times per second; it raises an exception to cancel, as after a signal.
+    `check_cancelled` is called several times per second. It raises an exception to cancel, as after a signal.
 
     Raises:
-        Interrupted: a worker is missing after `timeout`, or cannot reach another one; a restart may succeed.
-        ConfigError: the chief refuses this worker, which has another job, size or list of addresses; or another process
-            has the index of this one.
+        Interrupted: a worker is missing after `timeout`, or cannot reach another one. A restart might succeed.
+        ConfigError: the chief refuses this worker, because its job, size or addresses differ, or another process has
+            the same index.
     """
     if cluster.size == 1:
         return ControlChannel(cluster, {})
@@ -55,7 +55,7 @@ def rendezvous(
 class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     """A server on this worker's port until TensorFlow uses the port.
 
-    It responds with the job and index of this worker. On the chief it also accepts the connections of the others.
+    It responds with the job and index of this worker. On the chief it also accepts connections of the other workers.
     """
 
     cluster: Cluster
@@ -65,7 +65,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
     def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}
-        self._token = uuid.uuid4().hex  # of this process, different from another one with the same index
+        self._token = uuid.uuid4().hex  # distinguishes this process from another one with the same index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
@@ -116,9 +116,9 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 connection, _ = self._socket.accept()
             except OSError:  # closed by `__exit__`
                 return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._respond, args=(connection,), daemon=True).start()
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _respond(self, connection: socket.socket) -> None:
         peer = Connection(connection)
         connection.settimeout(RESPONSE_TIMEOUT_SECONDS)
         joins = False
@@ -126,20 +126,21 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             header, _ = peer.receive()
             if header["kind"] != "join":
                 peer.send("identity", job=self.cluster.job, index=self.cluster.index, token=self._token)
-            elif refusal := self._refusal_reason(header):
-                peer.send("refused", reason=refusal)
+            elif reason := self._check_join(header):
+                peer.send("refused", reason=reason)
             else:
                 joins = True
         if not joins:
             return peer.close()
-        connection.setblocking(False)  # `_remove_closed` only checks whether it is still open
+        connection.setblocking(False)  # for `_remove_closed`
         with self._changed:
             if old := self.connections.pop(header["index"], None):  # its connection broke, or the process restarted
                 old.close()
             self.connections[header["index"]] = peer
             self._changed.notify_all()
 
-    def _refusal_reason(self, header: dict[str, Any]) -> str | None:
+    def _check_join(self, header: dict[str, Any]) -> str | None:
+        """Return why a request to join is refused; None if it is accepted."""
         cluster = self.cluster
         if not cluster.is_chief:
             problem = "the workers have different lists of addresses"
@@ -183,22 +184,22 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     def _remove_closed(self) -> None:
         for index, peer in list(self.connections.items()):
             try:
-                ended = peer.socket.recv(1, socket.MSG_PEEK) == b""
+                closed = peer.socket.recv(1, socket.MSG_PEEK) == b""
             except BlockingIOError:
-                ended = False
+                closed = False
             except OSError:
-                ended = True
-            if ended:
+                closed = True
+            if closed:
                 peer.close()
                 del self.connections[index]
 
     def join(self) -> dict[int, Connection]:
-        """Connect to the chief, wait until all other workers have connected too, and return the connection."""
+        """Connect to the chief, wait until all other workers are connected too, and return the connection."""
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
         cluster, address = self.cluster, self.cluster.addresses[0]
         while True:
             self.check_cancelled()
-            self._require_own_index()  # each time: the chief closes this connection if the other process joins
+            self._require_own_index()  # in each iteration, since the chief drops this connection if a duplicate joins
             try:
                 peer = _connect(address)
                 try:
@@ -208,7 +209,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                     peer.close()
                     raise
             except ProtocolError:
-                reason = "another server uses its port; it may be training already, without this worker"
+                reason = "another server uses its port; it might be training already, without this worker"
             except socket.gaierror:
                 reason = "the name does not resolve yet"
             except OSError as error:
@@ -222,7 +223,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             time.sleep(0.3)
 
     def _await_start(self, peer: Connection) -> Connection:
-        """Wait for the chief's "go", sent when all workers are connected, and log which are missing until then."""
+        """Wait until the chief sends "go", when all workers are connected; log which are missing until then."""
         while True:
             self.check_cancelled()
             if not select.select([peer.socket], [], [], 0.5)[0]:
@@ -244,7 +245,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
 
 def _describe_missing(address: str, index: int) -> str:
-    """Describe a missing worker: its name does not resolve yet, or it has not connected."""
+    """Describe a missing worker, and whether its name resolves."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, int(port))
@@ -259,17 +260,17 @@ def _connect(address: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connect
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
-    """Connect to every other worker's port; raise `Interrupted` on all workers if one of them cannot."""
+    """Connect to the port of every other worker. Raises Interrupted on all workers if one of them cannot."""
     others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
-    faults = [fault for i, address in others for fault in _reach_faults(cluster, i, address)]
+    faults = [fault for i, address in others for fault in _check_reachable(cluster, i, address)]
     if faults := control.reduce("reach", faults, lambda gathered: list(itertools.chain(*gathered))):
         problem = "not all workers can reach each other: " + ", ".join(faults[:5])
         raise Interrupted(problem, fix="check network policies, then start all workers again")
 
 
-def _reach_faults(cluster: Cluster, index: int, address: str) -> list[str]:
-    """Connect to one worker, with retries; return the reason if this fails or another process responds, else []."""
-    deadline = time.monotonic() + MAX_REACH_SECONDS
+def _check_reachable(cluster: Cluster, index: int, address: str) -> list[str]:
+    """Connect to one worker, with retries. Returns a fault if this fails or another process responds, else []."""
+    deadline = time.monotonic() + REACH_TIMEOUT_SECONDS
     while True:
         try:
             with contextlib.closing(_connect(address)) as peer:

@@ -1,11 +1,11 @@
-"""Watchdog of a training process: a process of its own, because every other guard is a thread and needs Python's GIL.
+"""Watchdog of a training process: a separate process, because every other guard is a thread and needs Python's GIL.
 
-TensorFlow holds the GIL in some calls, above all while its servers connect, which has no limit if a peer has failed. No
-signal handler, timer, control channel or HTTP thread of the process runs then. So `start` creates the process of
-`watchdog_process`, which receives the state of this one every second and at each change.
+TensorFlow holds the GIL in some calls, above all while its servers connect, which takes forever if a peer has failed.
+No signal handler, timer, control channel or HTTP thread runs then. Therefore `start` creates a process that runs
+`watchdog_process` and receives the state of this process every second and at each change.
 
-A process that is blocked in C can end itself with a chosen exit code only in C: `_arm_exit` has the C library wait for
-a byte of the watchdog and then call `_exit`. If that fails, the watchdog sends SIGKILL.
+A process that is blocked in C can choose its exit code only in C. `_arm_exit` lets the C library wait for a byte from
+the watchdog and then call `_exit`. If that fails, the watchdog sends SIGKILL.
 """
 
 import contextlib
@@ -49,17 +49,20 @@ class _ReadRequest(ctypes.Structure):
 
 
 _SIGEV_THREAD = 2
-_keep: list[Any] = []  # what the C library and the watchdog use until the end of the process
+_keep_alive: list[Any] = []  # objects that the C library and the watchdog use until the process ends
 
 
 def start(
     runtime: Runtime, control: ControlChannel, signals: socket.socket, listener: socket.socket | None, **labels: str
 ) -> int | None:
-    """Start the watchdog of this process, before TensorFlow is imported; return its process ID, None if it cannot run.
+    """Start the watchdog of this process, and return its process ID; None if it cannot start.
+
+    Must be called before TensorFlow is imported.
 
     Args:
-        signals: the descriptor of `StopFlag` that has the numbers of signals that no thread has read.
-        listener: the socket of `/healthz`, on which the watchdog responds while this process cannot; None without.
+        signals: `StopFlag.unread`, the socket with the signal numbers that no thread has read.
+        listener: the socket of `/healthz`, on which the watchdog responds while this process cannot; None if there is
+            no server.
         labels: of the log, as in `monitoring.log.configure`.
     """
     exit_reader, exit_writer = os.pipe()
@@ -79,8 +82,8 @@ def start(
         "termination_log": runtime.termination_log, "json_lines": runtime.log_format == "json", "labels": labels,
     }  # fmt: skip
     if listener:
-        listener.setblocking(False)  # both processes accept: the connection may be gone
-    passed = [state_reader, exit_writer, stack_reader, signals.fileno(), *(number for number, _ in peers.values())]
+        listener.setblocking(False)  # since both processes accept, the connection can be gone
+    passed = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
@@ -92,13 +95,13 @@ def start(
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # The writing end of `exit` remains open here, so that the end of the watchdog does not end this process.
-    _keep.extend([child, exit_writer])
+    # The write end of `exit` remains open here, so that the end of the watchdog does not end this process.
+    _keep_alive.extend([child, exit_writer])
     os.close(state_reader)
     os.close(stack_reader)
 
     def send_state() -> None:
-        # A full pipe means that the watchdog is stopped, a closed one that it was killed: training continues.
+        # A full pipe means that the watchdog is suspended, a closed one that it was killed. Training continues.
         with contextlib.suppress(OSError):
             os.write(state_writer, _encode_state(control))
 
@@ -114,19 +117,19 @@ def start(
 
 
 def _encode_state(control: ControlChannel) -> bytes:
-    """Encode what the watchdog needs to know of this process, in one line that a pipe writes at once."""
+    """Encode the state of this process for the watchdog, in one line that a pipe writes atomically."""
     state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
-             "limit": health.unresponsive_limit, "watched": control.watched_peers()}  # fmt: skip
+             "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
     return json.dumps(state).encode() + b"\n"
 
 
 def _arm_exit(descriptor: int) -> None:
-    """Have the C library end this process with exit code 75 as soon as a byte can be read from a descriptor."""
+    """Let the C library end this process with exit code 75 as soon as a byte can be read from a descriptor."""
     library = ctypes.CDLL(None, use_errno=True)
     function = ctypes.cast(library["_exit"], ctypes.c_void_p).value
     buffer = ctypes.create_string_buffer(1)
     event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, function)
     request = _ReadRequest(descriptor, 0, 0, ctypes.addressof(buffer), 1, event)
-    _keep.extend([buffer, request])
+    _keep_alive.extend([buffer, request])
     if library.aio_read(ctypes.byref(request)):
         raise OSError(ctypes.get_errno(), "aio_read")

@@ -1,10 +1,10 @@
-"""The process of a watchdog: it acts for a training process in which Python does not run, as TensorFlow holds the GIL.
+"""The watchdog process: it acts for a training process in which Python does not run, because TensorFlow holds the GIL.
 
-While the state of the process is missing, it observes what the kernel has for the process (signals, bytes of the peers
-and closed connections, requests to `/healthz`), responds to `/healthz`, and ends the process if one of its threads
-would have ended it, or after the limit, with its stacks in the log, a termination message and exit code 75.
+While the process sends no state, the watchdog observes what the kernel has received for it: signals, messages of peers,
+closed connections, and requests to `/healthz`, to which the watchdog responds. It ends the process if one of its
+threads would have done so, or after a timeout, with stacks in the log, a termination message and exit code 75.
 
-It imports little, because every training process starts one.
+The watchdog imports little, because every training process starts one.
 """
 
 import contextlib
@@ -23,87 +23,87 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.cluster.protocol import HEADER, MAGIC, failure_of_peer
+from trainer.cluster.protocol import MAGIC, PREFIX, translate_peer_failure
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, log_unbuffered
 
 INTERVAL_SECONDS = 1.0  # between states of the process, and between checks of the watchdog
-UNRESPONSIVE_SECONDS = 4.0  # without a state: then the watchdog acts for the threads of the process
-SIGNAL_SECONDS = 12.0  # without a state, after a signal: longer than any known call that holds the GIL
-SILENCE_SECONDS = 60.0  # without bytes of a peer, which may be unresponsive for the same cause
-EXIT_SECONDS = 3.0  # from the request to exit until SIGKILL
-STACK_SIGNAL = signal.SIGUSR1  # the process writes the stacks of its threads
+UNRESPONSIVE_SECONDS = 4.0  # without a state, after which the watchdog acts for the process
+SIGNAL_TIMEOUT_SECONDS = 12.0  # without a state after a signal; longer than any known call that holds the GIL
+PEER_TIMEOUT_SECONDS = 60.0  # without bytes of a peer, which can be unresponsive for the same cause
+EXIT_TIMEOUT_SECONDS = 3.0  # from the request to exit until SIGKILL
+STACK_SIGNAL = signal.SIGUSR1  # makes the process write the stacks of its threads
 RETRY = "nothing that was saved is lost; start the same command again to resume"
 
 
 @dataclass
 class Peer:
-    """What the kernel has of the connection to a peer while the process does not read it."""
+    """The connection to a peer, as the kernel has it while the process does not read it."""
 
     index: int
     address: str
     closed: bool = False  # by the peer
     silent_seconds: float = 0.0  # without further bytes
-    messages: list[dict[str, Any]] = field(default_factory=list)  # headers that the process has not read
+    messages: list[dict[str, Any]] = field(default_factory=list)  # message headers that the process has not read
 
 
 @dataclass
 class Observation:
-    """What the watchdog knows of an unresponsive process."""
+    """What the watchdog knows about an unresponsive process."""
 
     seconds: float  # since its last state
-    limit: float  # seconds that it may be unresponsive
+    timeout: float  # seconds without a state after which it ends
     activity: str
     signal_name: str | None  # of a signal that no thread has read
-    peers: list[Peer]  # those whose end would end this process
+    peers: list[Peer]  # those whose end ends this process
 
 
-def reason_to_end(seen: Observation) -> str | None:
-    """Decide whether an unresponsive process ends, and for which reason."""
+def decide_end_reason(seen: Observation) -> str | None:
+    """Return the reason to end an unresponsive process; None if there is none yet."""
     if seen.seconds < UNRESPONSIVE_SECONDS:
         return None
     blocked = f"Python had not run for {seen.seconds:.0f} s in: {seen.activity}"
     for peer in seen.peers:
         failed = next((m for m in peer.messages if m.get("kind") == "failed"), None)
         if failed:
-            _, message = failure_of_peer(failed["code"], failed["message"], failed["worker"], sender=peer.index)
+            _, message = translate_peer_failure(failed["code"], failed["message"], failed["worker"], sender=peer.index)
             return f"{message}; {blocked}"
         cause = "connection closed without notice" if peer.closed else f"no heartbeat for {peer.silent_seconds:.0f} s"
         left = any(m.get("kind") == "left" for m in peer.messages)
-        if (peer.closed or peer.silent_seconds > SILENCE_SECONDS) and not left:
+        if (peer.closed or peer.silent_seconds > PEER_TIMEOUT_SECONDS) and not left:
             return f"lost worker {peer.index} ({peer.address}): {cause}; {blocked}"
-    if seen.signal_name and seen.seconds > SIGNAL_SECONDS:
+    if seen.signal_name and seen.seconds > SIGNAL_TIMEOUT_SECONDS:
         return f"{seen.signal_name}, and {blocked}; {RETRY}"
-    return f"{blocked}, longer than its limit of {seen.limit:g} s; {RETRY}" if seen.seconds > seen.limit else None
+    return f"{blocked}, longer than its limit of {seen.timeout:g} s; {RETRY}" if seen.seconds > seen.timeout else None
 
 
-def unread_messages(data: bytes) -> list[dict[str, Any]]:
-    """Parse the headers of messages of the control channel, in bytes that may begin within a message."""
+def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
+    """Parse message headers of the control channel, in bytes that can begin within a message."""
     headers, start = [], data.find(MAGIC)
-    with contextlib.suppress(ValueError):  # the process has read the lengths of this message
+    with contextlib.suppress(ValueError):  # the process has read the prefix of this message
         first, _ = json.JSONDecoder().raw_decode(data[: max(start, 0) or None].decode())
         headers += [first] if isinstance(first, dict) else []
-    while start >= 0 and len(data) >= start + HEADER.size:
-        _, header_bytes, _ = HEADER.unpack_from(data, start)
+    while start >= 0 and len(data) >= start + PREFIX.size:
+        _, header_bytes, _ = PREFIX.unpack_from(data, start)
         with contextlib.suppress(ValueError):
-            headers.append(json.loads(data[start + HEADER.size : start + HEADER.size + header_bytes]))
-        start = data.find(MAGIC, start + HEADER.size)
+            headers.append(json.loads(data[start + PREFIX.size : start + PREFIX.size + header_bytes]))
+        start = data.find(MAGIC, start + PREFIX.size)
     return headers
 
 
 class _Watchdog:
-    """The descriptors that the watchdog has in common with its process."""
+    """The watchdog of one process, with which it has the descriptors in `settings` in common."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.process, self.settings = settings["process"], settings
         self.signals = socket.socket(fileno=settings["signals"])
-        self.connections = {int(i): (socket.socket(fileno=n), a) for i, (n, a) in settings["peers"].items()}
+        self.connections = {int(i): (socket.socket(fileno=fd), a) for i, (fd, a) in settings["peers"].items()}
         self.listener = socket.socket(fileno=settings["listener"]) if settings["listener"] is not None else None
         self.state: dict[str, Any] = {"activity": "starting", "limit": float("inf"), "watched": []}
-        self.seconds = 0.0  # since the last state, without the time in which a process of the two was stopped
-        self._unread_bytes: dict[int, tuple[int, float]] = {}  # by peer: their number, and since which `seconds`
+        self.seconds = 0.0  # since the last state, without the time in which either process was suspended
+        self._unread_bytes: dict[int, tuple[int, float]] = {}  # peer -> count of unread bytes, `seconds` of its change
 
     def run(self) -> None:
         """Receive states until the process ends; act for it while it sends none."""
@@ -114,7 +114,7 @@ class _Watchdog:
         while os.getppid() == self.process:
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
-                # At most twice the interval: after a pause of the machine or container the process first has to run.
+                # At most twice the interval, so that the process can run first after the machine was suspended.
                 self.seconds += min(now - before, 2 * INTERVAL_SECONDS)
                 before = now
                 self.check()
@@ -126,7 +126,7 @@ class _Watchdog:
             self.seconds, self._unread_bytes, before = 0.0, {}, time.monotonic()
 
     def check(self) -> None:
-        """Respond to `/healthz` and end the process if there is a reason, unless it is stopped (SIGSTOP)."""
+        """Respond to `/healthz`, and end the process if there is a reason, unless it is suspended (SIGSTOP)."""
         if self.seconds < UNRESPONSIVE_SECONDS:
             return
         if _is_stopped(self.process):
@@ -138,7 +138,7 @@ class _Watchdog:
         if select.select([self.signals], [], [], 0)[0]:
             name = signal.Signals(self.signals.recv(1, socket.MSG_PEEK)[0]).name
         seen = Observation(self.seconds, self.state["limit"], self.state["activity"], name, peers)
-        if reason := reason_to_end(seen):
+        if reason := decide_end_reason(seen):
             self.end(reason)
 
     def observe(self, index: int) -> Peer:
@@ -147,14 +147,14 @@ class _Watchdog:
         poll = select.poll()
         poll.register(connection, select.POLLRDHUP)
         unread = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))[0]
-        number, since = self._unread_bytes.get(index, (unread, 0.0))
-        since = since if number == unread else self.seconds
+        previous, since = self._unread_bytes.get(index, (unread, 0.0))
+        since = since if previous == unread else self.seconds
         self._unread_bytes[index] = (unread, since)
         data = connection.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
-        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, unread_messages(data))
+        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, parse_unread_messages(data))
 
     def respond(self) -> None:
-        """Respond to waiting requests on the port of `/healthz`: 503 after the limit, 200 before."""
+        """Respond to waiting requests: 200 to `/healthz` before the timeout, 503 after it and to any other path."""
         text = f"{self.state['activity']}; Python has not run for {self.seconds:.0f} s"
         while self.listener:
             try:
@@ -163,13 +163,13 @@ class _Watchdog:
                 return
             with contextlib.suppress(OSError), client:
                 client.settimeout(INTERVAL_SECONDS)
-                known = client.recv(1024).startswith(b"GET /healthz")
-                code = "503 Service Unavailable" if not known or self.seconds > self.state["limit"] else "200 OK"
+                is_healthz = client.recv(1024).startswith(b"GET /healthz")
+                code = "200 OK" if is_healthz and self.seconds <= self.state["limit"] else "503 Service Unavailable"
                 header = f"HTTP/1.0 {code}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
                 client.sendall(f"{header}{text}\n".encode())
 
     def end(self, reason: str) -> None:
-        """End the process with 75, after its stack is in the log."""
+        """End the process with exit code 75 after logging its stacks; send SIGKILL if it does not exit."""
         health.phase = self.state["phase"]
         if self.state["step"] is not None:
             health.set_gauges(step=self.state["step"])
@@ -180,37 +180,37 @@ class _Watchdog:
         log_unbuffered(f"interrupted: {reason}")
         termination.write(INTERRUPTED, reason)
         os.write(self.settings["exit"], b"x")
-        if not _wait_until(lambda: os.getppid() != self.process, EXIT_SECONDS):
+        if not _wait_until(lambda: os.getppid() != self.process, EXIT_TIMEOUT_SECONDS):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
 
 
 def _is_stopped(process: int) -> bool:
-    """Return whether a process is stopped by a signal or a debugger (`man 5 proc`, state T or t)."""
+    """Return whether a signal or debugger has suspended a process (`man 5 proc`, state T or t)."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     return False
 
 
 def _read_all(descriptor: int) -> str:
-    """Read what another process writes to a pipe, until it has paused for half a second."""
-    parts: list[bytes] = []
-    while select.select([descriptor], [], [], 0.5)[0] and len(parts) < 100 and (part := os.read(descriptor, 1 << 16)):
-        parts.append(part)
-    return b"".join(parts).decode(errors="replace").strip()
+    """Read what another process writes to a pipe, until it pauses for half a second."""
+    chunks: list[bytes] = []
+    while select.select([descriptor], [], [], 0.5)[0] and len(chunks) < 100 and (chunk := os.read(descriptor, 1 << 16)):
+        chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace").strip()
 
 
-def _wait_until(true: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
+def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return true()
+    return condition()
 
 
 def main(arguments: Iterable[str]) -> None:
-    """Be the watchdog of the process that started this one, with its settings as JSON in the only argument."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the watchdog ends with its process
+    """Run the watchdog of the process that started this one. The only argument has its settings as JSON."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # the watchdog ends with its process
     (text,) = arguments
     settings = json.loads(text)
     configure(settings["json_lines"], **settings["labels"])

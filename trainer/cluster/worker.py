@@ -19,12 +19,12 @@ class Worker:
 
     @property
     def index(self) -> int:
-        """Number of this worker, from 0."""
+        """The index of this worker; 0 is the chief."""
         return self.control.index
 
     @property
     def size(self) -> int:
-        """Number of workers of the run."""
+        """The number of workers."""
         return self.control.size
 
     @property
@@ -33,14 +33,14 @@ class Worker:
 
     @property
     def replicas(self) -> int:
-        """Replicas on this worker."""
+        """The number of replicas on this worker."""
         return self.strategy.num_replicas_in_sync // self.size
 
     def stop_requested(self) -> bool:
-        """Record progress, and return whether this worker has a stop request; the compiled step calls this."""
-        health.progress()
+        """Record progress, and return whether this worker has a stop request. The compiled step calls this."""
+        health.record_progress()
         return self.stop.reason is not None
 
     def should_stop(self, when: str) -> bool:
-        """Return whether any worker has a stop request; all workers must call this at the same point."""
+        """Return whether any worker has a stop request. All workers must call this at the same point."""
         return self.control.any_worker(f"stop {when}", self.stop.reason is not None)

@@ -1,5 +1,5 @@
-"""Resolve the values that are `auto` with rules of thumb from published recipes, by the numbers of training images and
-classes (docs/phases.md).
+"""Resolve `auto` values by the numbers of training images and classes, with rules from published recipes
+(docs/phases.md).
 """
 
 import math
@@ -7,17 +7,18 @@ import math
 from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import RequestedConfig, RunConfig, with_choices
 
-FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a data set below one of these, in total or per class, has few images
-MANY_IMAGES, MANY_CLASSES = 50_000, 50  # from these on a larger backbone or batch
+FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset below one of these, in total or per class, has few images
+MANY_IMAGES, MANY_CLASSES = 50_000, 50  # thresholds of a larger backbone or batch
 
 
 def resolve_auto(
     config: RequestedConfig, images: int = 0, classes: int = 0, begun: RunConfig | None = None
 ) -> tuple[RunConfig, list[str]]:
-    """Choose a value for every key that is `auto`; return the configuration and a line with the reason of each choice.
+    """Choose a value for every key that is `auto`.
 
-    The choices of `begun`, the configuration that a resumed run began with, are adopted. Otherwise they depend on the
-    numbers of training images and classes.
+    A resumed run passes `begun`, the configuration that it began with, and keeps its choices. Otherwise the choices
+    depend on the numbers of training images and classes. Returns the configuration, and a line per choice with its
+    reason.
     """
     if isinstance(config, RunConfig):
         return config, []
@@ -27,10 +28,10 @@ def resolve_auto(
         texts = {key: f"{value}, as this run began" for key, value in texts.items()}
     else:
         counted = f"for {images:,} training images of {classes} classes"
-        backbone, size = _backbone(images, classes)
+        backbone, size = _choose_backbone(images, classes)
         batch_size = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
         rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
-        phases, row, hint = _phases(config, images, classes)
+        phases, row, hint = _choose_phases(config, images, classes)
         texts = {
             "model.backbone": f"{backbone}, {counted} ({size})",
             "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
@@ -40,26 +41,26 @@ def resolve_auto(
     return with_choices(config, backbone, batch_size, phases), reasons
 
 
-def batch_parts(config: RunConfig, replicas: int) -> int:
-    """Return the number that divides a valid batch: replicas, times micro-batches or pairs of mixed examples."""
+def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
+    """Compute the divisor of a valid batch size, from replicas, micro-batches and pairs of mixed examples."""
     return math.lcm(replicas * config.training.accumulate, replicas * (2 if config.augmentation.mixes else 1))
 
 
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
-    """Limit the batch to an epoch of `images` examples; return the configuration, and the reason if it changed.
+    """Limit the batch size to an epoch of `images` examples; return the configuration, and the reason if it changed.
 
-    The limit is rounded up to a batch that can be divided over replicas, micro-batches and pairs (`batch_parts`). The
-    gradients are those of the larger batch, the rest of which would be padding.
+    The limit is rounded up to a multiple of `compute_batch_divisor`. The gradients are those of the larger batch, the
+    rest of which would be padding.
     """
-    training, parts = config.training, batch_parts(config, replicas)
-    limit = -(-images // parts) * parts
+    training, divisor = config.training, compute_batch_divisor(config, replicas)
+    limit = -(-images // divisor) * divisor
     if training.batch_size <= limit:
         return config, ""
     reason = f"training.batch_size={training.batch_size} is more than the {images:,} examples: a batch has {limit}"
     return config.model_copy(update={"training": training.model_copy(update={"batch_size": limit})}), reason
 
 
-def _backbone(images: int, classes: int) -> tuple[str, str]:
+def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
     """Choose the backbone: larger networks transfer better (Kornblith et al. 2019), but need more images and time."""
     if images < FEW_IMAGES and classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
@@ -68,8 +69,8 @@ def _backbone(images: int, classes: int) -> tuple[str, str]:
     return "EfficientNetB3", f"large: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
-def _phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
-    """Choose the phases; return them, a text with their row of the table, and a hint if `domain` is not set."""
+def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
+    """Choose the phases; return them, a description of their row in the table, and a hint if `domain` is not set."""
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
     table, few = config.phases.auto, images < max(FEW_IMAGES, FEW_PER_CLASS * classes)

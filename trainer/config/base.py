@@ -1,4 +1,4 @@
-"""The base class of the sections of the configuration, and the translation of pydantic's errors to `ConfigError`."""
+"""The base class of configuration sections, and the translation of pydantic's errors to `ConfigError`."""
 
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from trainer.config.keys import is_section, keys_of, suggest_key, suggest_name, union_members
+from trainer.config.keys import is_section, list_keys, list_union_members, suggest_key, suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
@@ -14,32 +14,32 @@ RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progr
 
 
 class Section(BaseModel):
-    """A frozen section of the configuration, without unknown keys; docs/configuration.md prints its docstrings."""
+    """A frozen section of the configuration, without unknown keys. docs/configuration.md prints the docstrings."""
 
-    # A class or a run may be called 2024.
+    # Numbers are coerced to text, because a class or run can be named 2024.
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, coerce_numbers_to_str=True
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false as numbers, which pydantic reads as 1 and 0."""
-        kinds = union_members(cls.model_fields[str(info.field_name)].annotation)
+    def _reject_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject true and false for numbers, since pydantic would convert them to 1 and 0."""
+        kinds = list_union_members(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
             raise InvalidValue("is not a number", value=str(value).lower(), fix="use a number")
         return value
 
     @field_validator("*")
     @classmethod
-    def _is_utf8(cls, value: Any) -> Any:
+    def _require_utf8(cls, value: Any) -> Any:
         if isinstance(value, str) and not is_utf8(value):
             raise InvalidValue("is not UTF-8", value=value, fix="rename it, or give a link to it with such a name")
         return value
 
 
 class InvalidValue(ConfigError, ValueError):
-    """An error raised by a validator; its `key` is relative to the validated section, and None means the section."""
+    """An error of a validator. Its `key` is relative to the validated section; None is the section itself."""
 
 
 class Duration(Section):
@@ -56,11 +56,11 @@ class Duration(Section):
         return max(round(self.count * per_unit), 1 if self.count > 0 else 0)
 
 
-MAX_COUNT = 2**31 - 1  # the largest of most integers: TensorFlow counts many steps and sizes with 32 bits
+MAX_COUNT = 2**31 - 1  # of steps and sizes, many of which TensorFlow stores with 32 bits
 _DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(epoch|step|example)s?\s*")
 
 
-def _read_duration(value: Any) -> Any:
+def _parse_duration(value: Any) -> Any:
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
         if not match:
@@ -72,7 +72,7 @@ def _read_duration(value: Any) -> Any:
 
 
 _DurationInput = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")] | float | Duration  # for the JSON schema
-DurationSetting = Annotated[Duration, BeforeValidator(_read_duration, json_schema_input_type=_DurationInput)]
+DurationSetting = Annotated[Duration, BeforeValidator(_parse_duration, json_schema_input_type=_DurationInput)]
 
 
 def _require_some(duration: Duration) -> Duration:
@@ -85,7 +85,7 @@ PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
 
 
 def check_address(text: str) -> str:
-    """Return the address of a local file or a `gs://` object unchanged; raise InvalidValue for another scheme."""
+    """Return a local or `gs://` address unchanged; raise an InvalidValue for any other scheme."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", text, re.S)
     if not scheme or text.startswith("gs://"):
         return text
@@ -103,25 +103,25 @@ Address = Annotated[str, AfterValidator(check_address)]
 
 def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
     """Return the key at pydantic's `path`, without its names of union members, and the section that holds the key."""
-    parts, section, kinds = [], root, union_members(root)
-    for part in path:
-        kind = next((k for k in kinds if is_section(k) and part in k.model_fields), kinds[0])
+    names, section, kinds = [], root, list_union_members(root)
+    for name in path:
+        kind = next((k for k in kinds if is_section(k) and name in k.model_fields), kinds[0])
         if is_section(kind):
             section = kind
-            field = kind.model_fields.get(str(part))
-            kinds = union_members(field.annotation) if field else [None]
+            field = kind.model_fields.get(str(name))
+            kinds = list_union_members(field.annotation) if field else [None]
         elif get_origin(kind) in (dict, tuple):
-            kinds = union_members(get_args(kind)[get_origin(kind) is dict])
-        elif str(part).startswith("dict["):  # pydantic's name of the member of a union
+            kinds = list_union_members(get_args(kind)[get_origin(kind) is dict])
+        elif str(name).startswith("dict["):  # pydantic's name of a union member
             kinds = [next(k for k in kinds if get_origin(k) is dict)]
             continue
         else:
             break
-        parts.append(str(part))
-    return ".".join(parts), section
+        names.append(str(name))
+    return ".".join(names), section
 
 
-_FIXES = {  # type of an error of pydantic -> the fix; its own texts name types of Python
+_FIXES = {  # error type of pydantic -> fix, since its own messages name Python types
     "string_type": "use a text",
     "tuple_type": "use a list, such as [a,b]",
     "dict_type": "use a value for each name, such as {a: 1, b: 2}",
@@ -138,7 +138,7 @@ _FIXES = {  # type of an error of pydantic -> the fix; its own texts name types 
 
 
 def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate one entry of `ValidationError.errors()`; `tree` is the validated one."""
+    """Translate one entry of `ValidationError.errors()` for the validated `tree`."""
     (key, _), kind, path = _locate(root, details["loc"]), details["type"], details["loc"]
     value = None if isinstance(details["input"], dict | BaseModel) else details["input"]
     if isinstance(error := details.get("ctx", {}).get("error"), InvalidValue):
@@ -148,10 +148,12 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     if kind == "extra_forbidden":
         if key in RENAMED:
             return ConfigError("has been renamed", key=key, fix=f"use {RENAMED[key]}")
-        return ConfigError("there is no such key", key=key, fix=suggest_key(key, keys_of(root, tree), details["input"]))
+        return ConfigError(
+            "there is no such key", key=key, fix=suggest_key(key, list_keys(root, tree), details["input"])
+        )
     if kind.startswith("model_") and not isinstance(details["input"], dict):
         rest = {n: v for n, v in tree.get("phases", {}).items() if isinstance(v, dict)} if path[0] == "phases" else {}
-        fix = suggest_key(key, keys_of(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
+        fix = suggest_key(key, list_keys(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
         inside = f"set a key in it, such as {key}.{next(iter(_locate(root, (*path, ''))[1].model_fields))}"
         return ConfigError(
             "has keys, not a value", key=key, value=value, fix=inside if fix.startswith("known") else fix
@@ -170,22 +172,22 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     return ConfigError("is not valid", key=key, value=value, fix=f"use {allowed}")
 
 
-def _has_longer(path: tuple[Any, ...], error: ValidationError) -> bool:
-    """Return whether there is also an error below another member of the union at `path`."""
+def _has_nested_error(path: tuple[Any, ...], error: ValidationError) -> bool:
+    """Return whether another member of the union at `path` has an error at a nested key."""
     return any(d["loc"][: len(path) - 1] == path[:-1] and len(d["loc"]) > len(path) for d in error.errors())
 
 
-def config_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate the errors that pydantic lists for `tree` into one error, whose `faults` are one per key."""
+def translate_validation_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
+    """Translate pydantic's errors for `tree` into one error, with one of its `faults` per key."""
     faults: dict[str | None, ConfigError] = {}
     for details in error.errors():
         if (
             details["type"] == "literal_error"
             and isinstance(details["input"], dict)
-            and _has_longer(details["loc"], error)
+            and _has_nested_error(details["loc"], error)
         ):
-            continue  # the value is one of another member of the union, which has the fault
+            continue  # the value belongs to another member of the union, which has the fault
         fault = _translate(details, root, tree)
-        if (first := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
-            first.fix = f"{first.fix} or {str(fault.fix).removeprefix('use ')}"
+        if (other := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
+            other.fix = f"{other.fix} or {str(fault.fix).removeprefix('use ')}"
     return ConfigError.of_faults(faults.values())

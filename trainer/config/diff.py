@@ -1,11 +1,11 @@
-"""Rules for comparing configurations: what a resumed run may change, and what may differ between its workers."""
+"""Compare configurations: what can change when a run is resumed, and what can differ between its workers."""
 
 from typing import Any
 
 from trainer.config.phases import UNITS
 from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
-# Keys and sections that a resumed run may change; none of them affects the weights.
+# Keys and sections that can change on resume, because they do not affect the weights.
 CHANGEABLE_ON_RESUME = (
     "output_dir",
     "resume",
@@ -15,9 +15,9 @@ CHANGEABLE_ON_RESUME = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
-# Addresses; a resumed run may change them if what is there has the recorded fingerprint.
+# Addresses that can change on resume if the content has the recorded fingerprint.
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "distillation.teacher")
-# Keys that may differ between the workers of a run.
+# Keys that can differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
               "progress", "http_port", "log_format", "termination_log")}  # fmt: skip
 
@@ -27,37 +27,37 @@ def may_change_on_resume(key: str) -> bool:
     return f"{key}.".startswith(tuple(f"{name}." for name in CHANGEABLE_ON_RESUME))
 
 
-def common_settings(config: RequestedConfig) -> dict[str, Any]:
-    """Return the values that must be equal on all workers of a run: {"training.batch_size": 32, ...}."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in PER_WORKER}
+def select_common_settings(config: RequestedConfig) -> dict[str, Any]:
+    """Select the values that must be equal on all workers of a run: {"training.batch_size": 32, ...}."""
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_WORKER}
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}; an empty dict is a value."""
     if isinstance(tree, dict) and tree:
-        return {k: v for name, branch in tree.items() for k, v in flat(branch, f"{prefix}{name}.").items()}
+        return {k: v for name, branch in tree.items() for k, v in flatten(branch, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): tree}
 
 
-def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """List the changes that a resumed run must not have, each as "key: before -> now".
+def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
+    """List the changes that are forbidden on resume, each as "key: before -> now".
 
-    The last phase may become longer (so that a finished run can be extended), and `CHANGEABLE_ON_RESUME` and
-    `ADDRESSES` may change; fingerprints are compared instead of the latter.
+    Allowed are a longer last phase, which extends a finished run, and changes of `CHANGEABLE_ON_RESUME` and
+    `ADDRESSES`. Fingerprints are compared instead of addresses.
     """
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
     changed = []
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = old.get(key), new.get(key)
-        longer = key in lengths and old_value is not None and (new_value is None or new_value >= old_value)
+        is_longer = key in lengths and old_value is not None and (new_value is None or new_value >= old_value)
         is_moved = key in ADDRESSES and old_value is not None and new_value is not None
-        if old_value != new_value and not may_change_on_resume(key) and not longer and not is_moved:
+        if old_value != new_value and not may_change_on_resume(key) and not is_longer and not is_moved:
             changed.append(f"{key}: {old_value} -> {new_value}")
     return changed
 
 
-def moved(before: RunConfig, now: RunConfig) -> list[str]:
+def list_moved_addresses(before: RunConfig, now: RunConfig) -> list[str]:
     """List the `ADDRESSES` that have changed, each as "key: before -> now"."""
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return [f"{key}: {old[key]} -> {new[key]}" for key in ADDRESSES if key in old and old[key] != new.get(key)]

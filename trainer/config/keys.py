@@ -1,4 +1,4 @@
-"""The keys of the configuration: what kind of value each has, and which ones are similar to a mistyped one."""
+"""The configuration keys: their kinds of values, and suggestions for mistyped ones."""
 
 import difflib
 from types import UnionType
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-# Names that other tools have for a key.
+# Name in other tools -> key.
 _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "gpus": "replicas", "epoch": "epochs",
             "num_epochs": "epochs", "img_size": "image_size", "size": "image_size", "input_size": "image_size",
             "output": "output_dir", "run_name": "experiment_name", "num_workers": "data_threads", "path": "root",
@@ -16,39 +16,39 @@ _MAX_SUGGESTED = 3
 Kind = Literal["text", "texts", "weights", "other"]
 
 
-def union_members(annotation: Any) -> list[Any]:
-    """List the types of a union except None, without their constraints; any other type is returned as the only one."""
+def list_union_members(annotation: Any) -> list[Any]:
+    """List the types of a union except None, or the only type otherwise, without constraints (`Annotated`)."""
     union = get_origin(annotation) in (Union, UnionType)
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if union else [annotation]
     return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
 
 
 def is_section(annotation: Any) -> bool:
-    """Return whether a type is a section of the configuration."""
+    """Return whether a type is a configuration section."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def suggest_name(name: str, known: list[str]) -> str:
-    """Return the fix for an unknown name: a known one that is similar, or else all of them."""
+    """Suggest a similar known name, or list all known names."""
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def keys_of(root: type[BaseModel], tree: Any = None) -> list[str]:
-    """List the keys below a section, depth first; those of named phases for the names in `tree`."""
+def list_keys(root: type[BaseModel], tree: Any = None) -> list[str]:
+    """List the keys below a section, depth first. Keys of phases are listed for the phase names in `tree`."""
     keys = []
     for name, field in root.model_fields.items():
         branch = (tree.get(name) if isinstance(tree, dict) else None) or {}
         section, named = _sections(field.annotation, branch)
         if named:
-            keys += [f"{name}.{phase}.{key}" for phase in branch for key in keys_of(named, branch[phase])]
+            keys += [f"{name}.{phase}.{key}" for phase in branch for key in list_keys(named, branch[phase])]
         else:
-            keys += [f"{name}.{key}" for key in keys_of(section, branch)] if section else [name]
+            keys += [f"{name}.{key}" for key in list_keys(section, branch)] if section else [name]
     return keys
 
 
-def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a composed tree with the default of each key that it lacks, in the order of the schema."""
+def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults of missing keys to a composed tree, in the order of the schema."""
     values: dict[str, Any] = {}
     for name, field in root.model_fields.items():
         value = tree.get(name, field.default)
@@ -57,17 +57,20 @@ def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
             dumped = value.model_dump(mode="json")
             value = f"{dumped['count']:g} {dumped['unit']}" if "unit" in dumped else dumped  # a Duration
         elif named and isinstance(value, dict):
-            value = {n: with_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
+            value = {n: add_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
         elif section and isinstance(value, dict):
-            value = with_defaults(section, value)
+            value = add_defaults(section, value)
         if name in tree or not field.is_required():
             values[name] = list(value) if isinstance(value, tuple) else value
     return values | {name: value for name, value in tree.items() if name not in values}
 
 
 def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
-    """Return the section of a key's type, and the section of each name if it is a dict of them, as `tree` chooses."""
-    members = union_members(annotation)
+    """Return the section in a key's type, and the section that is the value type of a dict in it; None for none.
+
+    If there are both, the keys of `tree` decide which one is used.
+    """
+    members = list_union_members(annotation)
     section = next((kind for kind in members if is_section(kind) and "unit" not in kind.model_fields), None)
     named = next((get_args(k)[1] for k in members if get_origin(k) is dict and is_section(get_args(k)[1])), None)
     if named and section and isinstance(tree, dict) and section.model_fields.keys() & tree.keys():
@@ -75,14 +78,14 @@ def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[
     return section, named
 
 
-def kind_of(root: type[BaseModel], key: str) -> Kind:
-    """Return the kind of value of a key: text, a list of texts, weights by class name, or other."""
+def classify_key(root: type[BaseModel], key: str) -> Kind:
+    """Classify the value of a key: text, a list of texts, weights by class name, or other."""
     kinds: list[Any] = [root]
-    for part in key.split("."):
-        section = next((k for k in kinds if is_section(k) and part in k.model_fields), None)
+    for name in key.split("."):
+        section = next((k for k in kinds if is_section(k) and name in k.model_fields), None)
         named = next((k for k in kinds if get_origin(k) is dict and is_section(get_args(k)[1])), None)
         if section:
-            kinds = union_members(section.model_fields[part].annotation)
+            kinds = list_union_members(section.model_fields[name].annotation)
         elif named:
             kinds = [get_args(named)[1]]
         else:
@@ -98,9 +101,9 @@ def kind_of(root: type[BaseModel], key: str) -> Kind:
 
 
 def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
-    """Return the fix for an unknown key: similar keys anywhere in the tree, or else those of its section.
+    """Suggest similar keys anywhere in the configuration for an unknown one, or list the keys of its section.
 
-    `tree` is its value: of `head: {epochs: 3}` the key that is meant is one that ends with `head.epochs`.
+    `tree` is the value of the key. For `head: {epochs: 3}`, keys that end with `head.epochs` are suggested.
     """
     if isinstance(tree, dict) and tree:
         name, branch = next(iter(tree.items()))
@@ -114,13 +117,13 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
     wanted = _ALIASES.get(name, name)
     near = (
-        _close(key, siblings, prefix, 0.75)
+        _match_similar(key, siblings, prefix, 0.75)
         or [k for k in known if f".{k}".endswith(f".{key}")]
-        or _named(wanted, [k for k in known if k.startswith(prefix)])
-        or _named(wanted, known)
-        or _close(key, siblings, prefix, 0.5)
+        or _match_names(wanted, [k for k in known if k.startswith(prefix)])
+        or _match_names(wanted, known)
+        or _match_similar(key, siblings, prefix, 0.5)
         or [k for last in difflib.get_close_matches(wanted, {k.rpartition(".")[2] for k in known}, 1, 0.7)
-            for k in _named(last, known)]
+            for k in _match_names(last, known)]
     )  # fmt: skip
     if not near:
         names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known))
@@ -129,13 +132,13 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
 
 
-def _named(name: str, keys: list[str]) -> list[str]:
-    """Return the keys with this last part, or else the first one in each section of this name."""
+def _match_names(name: str, keys: list[str]) -> list[str]:
+    """Return the keys with this last component, or else the first key in each section with this name."""
     same = [key for key in keys if key.rpartition(".")[2] == name]
     inside = {f"{key}.".partition(f"{name}.")[0]: key for key in reversed(keys) if f".{name}." in f".{key}"}
     return same or list(reversed(inside.values()))
 
 
-def _close(key: str, siblings: list[str], prefix: str, cutoff: float) -> list[str]:
+def _match_similar(key: str, siblings: list[str], prefix: str, cutoff: float) -> list[str]:
     names = [sibling.removeprefix(prefix) for sibling in siblings]
     return [prefix + name for name in difflib.get_close_matches(key.removeprefix(prefix), names, 1, cutoff)]

@@ -1,4 +1,4 @@
-"""The configuration of the phases: trainable layers, length, optimizer and schedule, explained in docs/phases.md."""
+"""The configuration of phases: trainable layers, length, optimizer and schedule (docs/phases.md)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
 
 from trainer.config.base import MAX_COUNT, Duration, DurationSetting, InvalidValue, PositiveDuration, Section
-from trainer.names import path_fault
+from trainer.names import find_path_fault
 
 
 class Optimizer(Section):
-    """A Keras optimizer. Set only options that it has; null is the default of Keras."""
+    """A Keras optimizer. Set only options that it has; null is the Keras default."""
 
     name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
     """Class in `keras.optimizers`."""
@@ -35,7 +35,7 @@ class Optimizer(Section):
     """All but sgd: constant added to the denominator."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Optimizer:
+    def _check_options(self) -> Optimizer:
         adam = {"beta_1", "beta_2", "epsilon"}
         others = {"adamw": adam | {"weight_decay"}, "sgd": {"momentum", "nesterov"},
                   "rmsprop": {"momentum", "rho", "epsilon"}}  # fmt: skip
@@ -59,16 +59,16 @@ class Schedule(Section):
     warmup: DurationSetting = Duration(count=0, unit="steps")
     """Length of the linear warm-up, before the schedule."""
     final: float = Field(0.0, ge=0, le=1)
-    """cosine: last learning rate, as a fraction of the first."""
+    """cosine: final learning rate, as a fraction of the initial one."""
     decay: float | None = Field(None, gt=0, le=1e3)
     """exponential, step: factor by which the learning rate is multiplied; time: d in rate / (1 + d x step)."""
     every: PositiveDuration | None = None
     """exponential: length over which the learning rate is multiplied by `decay` once."""
     at: tuple[DurationSetting, ...] = ()
-    """step: positions, from the start of the schedule, at which the learning rate is multiplied by `decay`."""
+    """step: times since the start of the schedule at which the learning rate is multiplied by `decay`."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Schedule:
+    def _check_complete(self) -> Schedule:
         needed = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(self.name, ())
         if missing := [key for key in needed if not getattr(self, key)]:
             raise InvalidValue("is incomplete", key="name", value=self.name, fix=f"set {' and '.join(missing)}")
@@ -86,7 +86,7 @@ class EarlyStopping(Section):
     metric: Literal["accuracy", "loss"] = "accuracy"
     """Validation metric that is monitored; it also determines the best epoch."""
     min_delta: float = Field(0.0, ge=0, le=1e3)
-    """Smallest change of the metric that counts as an improvement; accuracy is a fraction."""
+    """Minimum change of the metric that counts as an improvement; accuracy is a fraction."""
 
 
 UNITS: tuple[str, ...] = ("epochs", "steps", "examples")
@@ -125,7 +125,7 @@ class Phase(Section):
     """Number of fixed augmented versions per image, which can be cached; null: a new augmentation in each epoch."""
 
     @model_validator(mode="after")
-    def _valid(self) -> Phase:
+    def _check_length_and_thaw(self) -> Phase:
         lengths = [key for key in UNITS if getattr(self, key) is not None]
         if len(lengths) != 1:
             problem = f"has several lengths: {', '.join(lengths)}" if lengths else "has no length"
@@ -136,14 +136,14 @@ class Phase(Section):
 
     @property
     def duration(self) -> Duration:
-        """The length of the phase; early stopping and debug.max_steps may shorten it."""
+        """The length of the phase, which early stopping and debug.max_steps can shorten."""
         unit = next(key for key in UNITS if getattr(self, key) is not None)
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
 
 def _check_name(name: str) -> str:
-    """Refuse the name of a phase that could not be that of its folder below logs/."""
-    if "/" in name or path_fault(name):
+    """Reject a phase name that cannot be the name of its folder below logs/."""
+    if "/" in name or find_path_fault(name):
         raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
     return name
 
@@ -152,7 +152,7 @@ NamedPhases = Annotated[dict[Annotated[str, AfterValidator(_check_name)], Phase]
 
 
 class PhaseTable(Section):
-    """The phases to choose from, by the number of training images and their similarity to those of the backbone."""
+    """The phases to choose from, by the number of training images and their similarity to the pretraining images."""
 
     domain: Literal["similar", "different"] | None = None
     """Whether the images are similar to those that the backbone was trained on; null: similar."""
@@ -173,7 +173,7 @@ class AutoPhases(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _alone(cls, phases: Any) -> Any:
+    def _require_alone(cls, phases: Any) -> Any:
         if others := ", ".join(name for name in phases if name != "auto"):
             fix = f"unset {others}, or choose a group such as phases=two_phase"
             raise InvalidValue(f"chooses all phases, but {others} is set as well", key="auto", fix=fix)
@@ -183,12 +183,12 @@ class AutoPhases(Section):
 _NAMED = TypeAdapter(NamedPhases)
 
 
-def _read_phases(phases: Any, _union: Any) -> Any:
-    """Validate the member of the union that the keys choose, so that errors are of this member only."""
+def _validate_phases(phases: Any, _union: Any) -> Any:
+    """Validate only the union member that the keys choose, so that all errors belong to this member."""
     is_auto = isinstance(phases, AutoPhases) or (isinstance(phases, dict) and "auto" in phases)
     return AutoPhases.model_validate(phases) if is_auto else _NAMED.validate_python(phases)
 
 
 Phases = Annotated[
-    dict[str, Phase] | AutoPhases, WrapValidator(_read_phases, json_schema_input_type=NamedPhases | AutoPhases)
+    dict[str, Phase] | AutoPhases, WrapValidator(_validate_phases, json_schema_input_type=NamedPhases | AutoPhases)
 ]

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen, validated tree.
 
-Hydra composes a plain tree from the YAML in `conf/`. `load` validates it: the result is a `RunConfig` if nothing is
-`auto`, else a `RequestedConfig`; one `ConfigError` lists all faults. Nothing here imports TensorFlow.
+Hydra composes a plain tree from the YAML in `conf/`. `load` validates it and returns a `RunConfig` if nothing is
+`auto`, else a `RequestedConfig`. One `ConfigError` lists all faults. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.config.base import (
     InvalidValue,
     PositiveDuration,
     Section,
-    config_error,
+    translate_validation_error,
 )
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
@@ -45,13 +45,13 @@ class Data(Section):
     image_field: str = "image"
     """tfds, tfrecords: field of the encoded image."""
     label_field: str = "label"
-    """tfds, tfrecords: field of the class number."""
+    """tfds, tfrecords: field of the class index."""
     class_names: tuple[str, ...] | None = None
-    """tfrecords: names of the classes, in the order of their numbers. Data with class names of its own: the same names
-    in another order."""
+    """tfrecords: class names, in the order of their indices. A dataset with its own class names: the same names in
+    another order."""
     label_kind: Literal["index", "index1", "text", "onehot"] = "index"
-    """tfds, tfrecords: what data.label_field holds. index: numbers from 0; index1: numbers from 1; text: one of
-    data.class_names; onehot: one 1 among 0s."""
+    """tfds, tfrecords: content of data.label_field. index: class index from 0; index1: class index from 1; text: one
+    of data.class_names; onehot: a one-hot vector."""
     train_split: str = "train"
     """tfds: split of the training examples, slices included, such as train[:80%]."""
     validation_split: str | None = None
@@ -65,16 +65,16 @@ class Data(Section):
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Fraction of the training examples that become the test split if the data has none."""
     split_seed: int = Field(42, ge=0, lt=2**63)
-    """Seed of the random choice of these fractions."""
+    """Seed of the random split into these fractions."""
     labels_per_class: int | None = Field(None, ge=1, le=MAX_COUNT)
-    """Training examples per class that are used; null: all."""
+    """Number of training examples per class; null: all."""
     shuffle_window: int = Field(8192, ge=1, le=MAX_COUNT)
     """Number of records that are shuffled together."""
     shards: int | None = Field(None, ge=1, le=MAX_COUNT)
     """`trainer.prepare`: shards of the largest split; others have shards of the same size. null: one per 100 MB."""
     orientation: Literal["exif", "ignore"] = "exif"
-    """exif: turn images upright by their EXIF orientation, in the exported model too; ignore: for data with wrong
-    marks."""
+    """exif: rotate images upright by their EXIF orientation, in the exported model too; ignore: for images with wrong
+    tags."""
     on_error: Literal["fail", "skip"] = "fail"
     """Whether an image or record that cannot be read ends the run or is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
@@ -87,7 +87,7 @@ class Data(Section):
     """tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the report."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Data:
+    def _check_complete(self) -> Data:
         needed = {"image_folder": ("root",), "tfrecords": ("pattern", "class_names")}.get(self.source, ())
         missing = [f"data.{key}" for key in needed if not getattr(self, key)]
         if self.source == "tfds" and not (self.name or self.root):
@@ -109,7 +109,7 @@ class Model(Section):
     backbone: str
     """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
     weights: Address = "imagenet"
-    """imagenet, glyphs (part of the package), none (random), or the path of a .weights.h5 or .keras file."""
+    """imagenet, glyphs (included in the package), none (random), or the path of a .weights.h5 or .keras file."""
     alpha: float | None = Field(None, gt=0, le=4)
     """MobileNet, MobileNetV2: width multiplier; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
@@ -126,17 +126,17 @@ class Model(Section):
     """L2 regularization factor of the head's kernels."""
 
     @model_validator(mode="after")
-    def _auto_backbone_fits(self) -> Model:
+    def _check_auto_backbone(self) -> Model:
         if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
-            problem = f"may choose any network, but weights={self.weights} are of a single one"
+            problem = f"can choose any network, but weights={self.weights} are of a single one"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
         if self.backbone == "auto" and self.alpha is not None:
-            problem = f"may choose a network without alpha, but alpha={self.alpha:g}"
+            problem = f"can choose a network without alpha, but alpha={self.alpha:g}"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.alpha=null")
         return self
 
 
-def _read_rotation(value: Any) -> Any:
+def _check_rotation(value: Any) -> Any:
     ranges = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 180 for x in ranges):
         fix = "use degrees from 0 to 180, or [40, 108] to add a draw from each range"
@@ -144,64 +144,64 @@ def _read_rotation(value: Any) -> Any:
     return value
 
 
-Rotation = Annotated[float | tuple[float, float], BeforeValidator(_read_rotation)]
+Rotation = Annotated[float | tuple[float, float], BeforeValidator(_check_rotation)]
 
 
 class Augmentation(Section):
-    """Random changes of training images; each change is a function of (seed, epoch, index). 0 is off."""
+    """Random changes of training images. Each change is a function of (seed, epoch, index). 0 is off."""
 
     flip_horizontal: bool = False
     """Flip half of the images left to right."""
     flip_vertical: bool = False
     """Flip half of the images upside down."""
     rotation: Rotation = 0.0
-    """Largest rotation in degrees, in either direction; [40, 108]: the sum of a draw from each range."""
+    """Maximum rotation in degrees, in either direction; [40, 108]: the sum of a draw from each range."""
     shift: float = Field(0.0, ge=0, le=1)
-    """Largest shift in each direction, as a fraction of the side."""
+    """Maximum shift in each direction, as a fraction of the side."""
     shear: float = Field(0.0, ge=0, lt=90)
-    """Largest shear in degrees."""
+    """Maximum shear in degrees."""
     zoom: float = Field(0.0, ge=0, lt=1)
     """Range of the scale around 1: 0.2 draws from [0.8, 1.2]."""
     stretch: float = Field(0.0, ge=0, lt=1)
     """Range of the scales of width and height, drawn separately: 0.2 draws from [0.8, 1.2]."""
     crop: float = Field(0.0, ge=0, lt=1)
-    """Smallest area of a random crop, as a fraction of the image; its aspect ratio is between 3/4 and 4/3."""
+    """Minimum area of a random crop, as a fraction of the image; its aspect ratio is between 3/4 and 4/3."""
     contrast: float = Field(0.0, ge=0, lt=1)
     """Range of the contrast factor around 1."""
     brightness: float = Field(0.0, ge=0, lt=1)
-    """Largest change of brightness, as a fraction of 255."""
+    """Maximum change of brightness, as a fraction of 255."""
     saturation: float = Field(0.0, ge=0, le=1)
     """Range of the saturation factor around 1."""
     hue: float = Field(0.0, ge=0, le=0.5)
-    """Largest change of hue, as a fraction of the colour circle."""
+    """Maximum change of hue, as a fraction of the color circle."""
     randaugment: int = Field(0, ge=0, le=14)
     """Number of random operations per image (RandAugment)."""
     magnitude: int = Field(9, ge=0, le=30)
     """Magnitude of the operations of RandAugment."""
     cutout: float = Field(0.0, ge=0, le=1)
-    """Side of a grey square, as a fraction of the image's side."""
+    """Side of a gray square, as a fraction of the image side."""
     mixup: float = Field(0.0, ge=0, le=100)
     """alpha of Beta(alpha, alpha), from which the mixing weight of two neighbours in a batch is drawn."""
     cutmix: float = Field(0.0, ge=0, le=100)
     """alpha, as for mixup, of the area of a pasted rectangle; with mixup too, each applies to half of the examples."""
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
-    """Pixels outside of the image: the nearest one, black, or the reflected image."""
+    """Values of pixels outside the image: the nearest pixel, black, or the reflected image."""
 
     @property
     def active(self) -> bool:
-        """True if images are changed; `fill` and `magnitude` alone change nothing."""
+        """Whether images are changed; `fill` and `magnitude` alone change nothing."""
         return any(value for name, value in self if name not in ("fill", "magnitude"))
 
     @property
     def mixes(self) -> bool:
-        """True if examples are mixed with others."""
+        """Whether examples are mixed with others."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def rotations(self) -> tuple[float, ...]:
         """The ranges of rotation in degrees; empty if it is off."""
         ranges = self.rotation if isinstance(self.rotation, tuple) else (self.rotation,)
-        return tuple(most for most in ranges if most)
+        return tuple(degrees for degrees in ranges if degrees)
 
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -224,16 +224,16 @@ class Training(Section):
     clip_norm: float | None = Field(None, gt=0, le=1e12)
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
-    """Number of micro-batches in which a replica computes its examples of a batch, to save memory."""
+    """Number of micro-batches into which a replica splits its batch, to save memory."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, which is validated and exported. null: off."""
+    """Decay per step of an exponential moving average of the weights, which is validated and exported; null: off."""
     keep: Literal["best", "last"] = "best"
-    """Weights that the next phase and the export use: those of the best epoch, or of the last step."""
+    """Weights for the next phase and the export: those of the best epoch, or of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
-    """Fraction of the validation batches that is scored after each epoch; the end of a run uses all."""
+    """Fraction of the validation batches that is scored after each epoch. The end of a run scores all."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Training:
+    def _check_focal_gamma(self) -> Training:
         if self.loss != "focal" and self.focal_gamma != 2.0:
             problem, value = f"has no effect with training.loss={self.loss}", f"{self.focal_gamma:g}"
             raise InvalidValue(problem, key="focal_gamma", value=value, fix="set training.loss=focal")
@@ -255,14 +255,14 @@ GIGABYTE = 1024**3
 
 
 class Runtime(Section):
-    """Devices, logs and caches. Of these, only precision, xla, deterministic and replicas may change the weights."""
+    """Devices, logs and caches. Only precision, xla, deterministic and replicas can affect the weights."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the computation; weights and loss are float32."""
+    """Data type of computations; weights and loss are float32."""
     xla: bool = False
     """Compile the training step with XLA; on CPUs these networks are 7 to 15 times slower with it."""
     deterministic: bool = True
-    """Compute the same bits in every run on the same machine."""
+    """Make runs on the same machine bitwise reproducible."""
     replicas: int | None = Field(None, ge=1, le=1024)
     """Replicas per worker; null: one per GPU, or one without GPUs. On CPUs they are logical devices."""
     collectives: Literal["auto", "nccl", "ring"] = "auto"
@@ -272,11 +272,11 @@ class Runtime(Section):
     start_timeout: float = Field(600.0, gt=0, le=1e6)
     """Seconds after which a worker stops waiting for the others at the rendezvous."""
     max_restarts_without_progress: int = Field(5, ge=1, le=MAX_COUNT)
-    """Consecutive restarts without a new step after which the run ends with exit code 3."""
+    """Number of consecutive restarts without a new step after which the run ends with exit code 3."""
     steps_per_call: int = Field(10, ge=1, le=MAX_COUNT)
     """Optimizer steps per call of the compiled function."""
     log_every: PositiveDuration = Duration(count=20, unit="steps")
-    """Interval at which the metrics of training are logged."""
+    """Interval at which training metrics are logged."""
     checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
     """Interval between checkpoints, checked at each log interval; best epochs and the end of a phase are saved too."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
@@ -288,7 +288,7 @@ class Runtime(Section):
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
     """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
     disk_budget_gb: float = Field(50.0, ge=0, le=1e9)
-    """Gigabytes in `cache_dir` that each cache may use."""
+    """Maximum gigabytes in `cache_dir` per cache."""
     data_threads: int | None = Field(None, ge=1, le=1024)
     """Number of threads that read and decode images (also in `trainer.prepare`); null: by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
@@ -301,7 +301,7 @@ class Runtime(Section):
     """File that receives the exit code and its reason; in a pod /dev/termination-log. null: none."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Runtime:
+    def _check_progress(self) -> Runtime:
         if self.log_format == "json" and self.progress == "bar":
             fix = "set runtime.progress=lines or runtime.log_format=text"
             raise InvalidValue("cannot be used with runtime.log_format=json", key="progress", value="bar", fix=fix)
@@ -319,7 +319,7 @@ class Runtime(Section):
 
     @property
     def disk_budget(self) -> int:
-        """Bytes in `cache_folder` that each cache may use."""
+        """Maximum bytes in `cache_folder` per cache."""
         return int(self.disk_budget_gb * GIGABYTE)
 
 
@@ -327,13 +327,12 @@ ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tfli
 
 
 class Export(Section):
-    """The files that are made from the trained model at the end of a run."""
+    """The exported files of the trained model."""
 
     formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")
     """Formats to export (docs/exports.md)."""
     max_accuracy_drop: float = Field(0.01, ge=0, le=1)
-    """Largest drop of accuracy in an export, as a fraction of the scored examples; above it the run ends with exit code
-    2."""
+    """Maximum accuracy drop of an export, as a fraction of scored examples; above it the run ends with exit code 2."""
 
 
 def _require_order(steps: tuple[int, int]) -> tuple[int, int]:
@@ -352,7 +351,7 @@ class Debug(Section):
     max_steps: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Optimizer steps after which each phase ends; null: no limit."""
     max_examples: int | None = Field(None, ge=1, le=MAX_COUNT)
-    """Number of examples that are used of each split; null: all."""
+    """Maximum number of examples per split; null: all."""
     overfit: bool = False
     """Train on a single batch without regularization, and score that batch."""
     profile_steps: ProfileSteps | None = None
@@ -360,7 +359,7 @@ class Debug(Section):
 
 
 class RequestedConfig(Section):
-    """The configuration as requested; the backbone, the batch size and the phases may be `auto`."""
+    """The configuration as requested. The backbone, the batch size and the phases can be `auto`."""
 
     data: Data
     model: Model
@@ -372,7 +371,7 @@ class RequestedConfig(Section):
     debug: Debug = Debug()
     distillation: Distillation | None = None
     seed: int = Field(42, ge=0, lt=2**31)
-    """Seed of the random numbers of a run: head, order of the examples, augmentation, dropout."""
+    """Seed of the random numbers of a run: head weights, example order, augmentation, dropout."""
     output_dir: Address | None = None
     """Folder of the run, local or gs://; a start with the same folder resumes it. null: a new one in outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -409,12 +408,12 @@ class RunConfig(RequestedConfig):
     training: ResolvedTraining = ResolvedTraining()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
-        """Compute the maximum number of optimizer steps of a phase; early stopping may end it before."""
+        """Compute the maximum number of optimizer steps of a phase. Early stopping can end it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
     def why_not_cacheable(self, phase: Phase) -> str | None:
-        """Return the reason why the features of the phase's frozen layers cannot be cached; None if they can."""
+        """Return why the features of a phase cannot be cached; None if they can."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
@@ -424,7 +423,7 @@ class RunConfig(RequestedConfig):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def feature_fault(self, name: str) -> ConfigError | None:
-        """Check the settings of a phase for cached features; return the error, or None if they are consistent."""
+        """Return the error in a phase's settings for cached features; None if there is none."""
         phase, active = self.phases[name], self.augmentation.active
         if phase.augmented_views and phase.augmented_views > 1 and not active:
             return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
@@ -439,14 +438,14 @@ class RunConfig(RequestedConfig):
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
-    """Validate a composed tree; the result is a `RunConfig` if nothing in it is `auto`.
+    """Validate a composed tree, and return a `RunConfig` if nothing in it is `auto`.
 
-    A ConfigError lists all faults of the tree in its `faults`.
+    Raises a ConfigError whose `faults` lists all faults.
     """
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, RequestedConfig, tree) from None
+        raise translate_validation_error(error, RequestedConfig, tree) from None
     if config.autos:
         return config
     resolved = with_choices(config)
@@ -456,18 +455,18 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree such as the config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
+    """Validate a tree such as config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
     config = load(tree)
     if not isinstance(config, RunConfig):
         raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")
     return config
 
 
-def read_config(text: str | bytes) -> dict[str, Any]:
-    """Parse a config.yaml; keys that have been renamed since it was written get their current names.
+def parse_config(text: str | bytes) -> dict[str, Any]:
+    """Parse a config.yaml, and translate old keys to their current names.
 
-    A run that was written without data.orientation was trained on images as they are stored. Raises ConfigError if the
-    text is not YAML, or not a mapping.
+    Older versions had no data.orientation and trained on images as stored, so it defaults to "ignore". Raises
+    ConfigError if the text is not YAML, or not a mapping.
     """
     try:
         tree = yaml.safe_load(text)
@@ -488,7 +487,7 @@ def read_config(text: str | bytes) -> dict[str, Any]:
 def with_choices(
     config: RequestedConfig, backbone: str = "", batch_size: int = 0, phases: dict[str, Phase] | None = None
 ) -> RunConfig:
-    """Resolve the configuration, with these values for the keys that are `auto`."""
+    """Resolve a configuration: use these values for the keys that are `auto`."""
     size = config.training.batch_size
     training = dict(config.training) | {"batch_size": batch_size if size == "auto" else size}
     values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}

@@ -1,9 +1,9 @@
-"""Values as they are typed on the command line: quoted for Hydra only where that is necessary, and for the shell."""
+"""Quote values for the command line: for Hydra only where necessary, and for the shell."""
 
 import re
 import shlex
 
-# A text that is not taken as it is typed: null, quoted, an interpolation, or a function of a sweep.
+# Texts that are not literal: quoted, an interpolation, a function of a sweep, or null.
 QUOTED = r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'"
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]+\}")
 FUNCTION = re.compile(r"\s*(choice|range|interval|glob|tag|shuffle|sort)\s*\((.*)\)\s*", re.S)
@@ -11,22 +11,22 @@ _SPECIAL = re.compile(rf"(?i:null)|{QUOTED}", re.S)
 
 
 def quote(text: str, interpolate: bool = False) -> str:
-    r"""Quote a text for Hydra: `it's` -> `"it's"`, `a\` -> `"a\\"`; `interpolate` leaves `${...}` to OmegaConf."""
+    r"""Quote a text for Hydra: `it's` -> `"it's"`, `a\` -> `"a\\"`. `interpolate` keeps `${...}` for OmegaConf."""
     if not interpolate:
         text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + (r"\"" if match[2] else ""), text) + '"'
 
 
-def is_taken_as_typed(text: str) -> bool:
-    """Return whether the value of a text key means these characters themselves."""
+def is_literal(text: str) -> bool:
+    """Return whether these characters themselves are the value of a text key."""
     return not (_SPECIAL.fullmatch(text) or INTERPOLATION.search(text) or FUNCTION.fullmatch(text))
 
 
-def typed(text: object) -> str:
-    """Return a text as it is to be typed after `KEY=`: unchanged, or quoted for Hydra where it needs that."""
-    return str(text) if is_taken_as_typed(str(text)) else quote(str(text))
+def quote_if_needed(text: object) -> str:
+    """Return a text as it is typed after `KEY=`: quoted for Hydra if needed, otherwise unchanged."""
+    return str(text) if is_literal(str(text)) else quote(str(text))
 
 
-def argument(key: str, value: object) -> str:
-    """Return `KEY=VALUE` quoted for the shell, so that it can be pasted into a command."""
-    return shlex.quote(f"{key}={typed(value)}")
+def format_argument(key: str, value: object) -> str:
+    """Format `KEY=VALUE`, quoted for the shell, so that it can be pasted into a command."""
+    return shlex.quote(f"{key}={quote_if_needed(value)}")

@@ -1,4 +1,4 @@
-"""Which keys of a configuration are not read, because of the source, optimizer, loss or phase that it chooses."""
+"""Find configuration keys that are not read because of the chosen source, augmentation, optimizer or phase."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import Data, RequestedConfig
 from trainer.errors import ConfigError
 
-# Keys of `data` -> the sources that read them; the others are read for every source.
+# Key of `data` -> sources that read it; the other keys are read for every source.
 _SOURCES: dict[str, tuple[str, ...]] = {
     "root": ("image_folder", "tfds"),
     "name": ("tfds",),
@@ -25,21 +25,21 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "split_seed": ("image_folder", "tfds"),
     "shuffle_window": ("digits", "tfds", "tfrecords"),
 }
-_GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # what leaves pixels to fill
+_GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # these leave pixels to fill
 Reasons = Iterator[tuple[str, str]]
 
 
-def unread_keys(config: RequestedConfig) -> dict[str, str]:
-    """Return the keys that differ from their default but are not read, each with the reason."""
+def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
+    """Find the keys that differ from their default but are not read, each with the reason."""
     sections: list[tuple[str, Section, Reasons]] = [
-        ("data", config.data, _of_data(config.data)),
-        ("augmentation", config.augmentation, _of_augmentation(config)),
+        ("data", config.data, _check_data(config.data)),
+        ("augmentation", config.augmentation, _check_augmentation(config)),
     ]
     phases = {} if isinstance(config.phases, AutoPhases) else config.phases
     for name, phase in phases.items():
-        sections += [(f"phases.{name}", phase, _of_phase(phase)),
-                  (f"phases.{name}.optimizer", phase.optimizer, _of_optimizer(phase)),
-                  (f"phases.{name}.schedule", phase.schedule, _of_schedule(phase))]  # fmt: skip
+        sections += [(f"phases.{name}", phase, _check_phase(phase)),
+                  (f"phases.{name}.optimizer", phase.optimizer, _check_optimizer(phase)),
+                  (f"phases.{name}.schedule", phase.schedule, _check_schedule(phase))]  # fmt: skip
     return {
         f"{prefix}.{key}": reason
         for prefix, section, reasons in sections
@@ -48,7 +48,7 @@ def unread_keys(config: RequestedConfig) -> dict[str, str]:
     }
 
 
-def _of_data(data: Data) -> Reasons:
+def _check_data(data: Data) -> Reasons:
     for key, sources in _SOURCES.items():
         if data.source not in sources:
             yield key, f"is not read with data.source={data.source}, only with {' or '.join(sources)}"
@@ -60,14 +60,14 @@ def _of_data(data: Data) -> Reasons:
                 yield f"{split}_fraction", f"is not read when data.{split}_split is set"
 
 
-def _of_augmentation(config: RequestedConfig) -> Reasons:
+def _check_augmentation(config: RequestedConfig) -> Reasons:
     if not config.augmentation.randaugment:
         yield "magnitude", "is not read without augmentation.randaugment"
     if not any(getattr(config.augmentation, key) for key in _GEOMETRY):
         yield "fill", f"is not read without one of {', '.join(_GEOMETRY)}"
 
 
-def _of_phase(phase: Phase) -> Reasons:
+def _check_phase(phase: Phase) -> Reasons:
     if phase.thaw == "none":
         for key in ("backbone_rate", "layer_decay", "batch_norm"):
             yield key, "is not read with thaw=none, where no layer of the backbone trains"
@@ -75,20 +75,20 @@ def _of_phase(phase: Phase) -> Reasons:
         yield "features_dtype", "is not read with features=live, which stores none"
 
 
-def _of_optimizer(phase: Phase) -> Reasons:
+def _check_optimizer(phase: Phase) -> Reasons:
     if not phase.optimizer.momentum:
         yield "nesterov", "is not read without momentum"
 
 
-def _of_schedule(phase: Phase) -> Reasons:
+def _check_schedule(phase: Phase) -> Reasons:
     read = {"cosine": {"final"}, "exponential": {"decay", "every"}, "time": {"decay"}, "step": {"decay", "at"}}
     for key in {"final", "decay", "every", "at"} - read.get(phase.schedule.name, set()):
         yield key, f"is not read with schedule.name={phase.schedule.name}"
 
 
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
-    """Raise a ConfigError if one of these keys, those of a command line, has a value that is not read."""
-    unread = unread_keys(config)
+    """Raise a ConfigError if the value of one of the command-line `keys` is not read."""
+    unread = find_unread_keys(config)
     if faults := [ConfigError(unread[key], key=key, value=_value(config, key), fix="remove it")
                   for key in sorted(set(keys) & unread.keys())]:  # fmt: skip
         raise ConfigError.of_faults(faults)
@@ -96,6 +96,6 @@ def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
 
 def _value(config: RequestedConfig, key: str) -> Any:
     value: Any = config
-    for part in key.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    for name in key.split("."):
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
     return str(value).lower() if isinstance(value, bool) else value

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.data.order import Block
 from trainer.data.orientation import Orientation, centre_offsets, exif_data, turn_upright
-from trainer.names import printable, to_bytes
+from trainer.names import encode_file_name, escape_unprintable
 from trainer.types import Split
 
 Resize = Literal["stretch", "crop"]
@@ -127,7 +127,7 @@ def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
 def decoding_problem(error: tf.errors.OpError | UnicodeDecodeError) -> str:
     """Return the first line of TensorFlow's message, without names of graph nodes."""
     text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
-    return printable(text.strip().rstrip("."))
+    return escape_unprintable(text.strip().rstrip("."))
 
 
 Row = dict[str, tf.Tensor]  # one example or a batch of them, by column
@@ -145,7 +145,7 @@ def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.
 
 def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     """Add to each block its serialized `records`, string [n]; a record that cannot be read is an empty string."""
-    paths = tf.constant([to_bytes(shard.path) for shard in split.shards], tf.string)
+    paths = tf.constant([encode_file_name(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
     @without_autograph
@@ -167,7 +167,7 @@ def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.T
 
     A row holds its serialized `record` if the split has shards, else its `index`.
     """
-    paths = None if split.shards else tf.constant([*map(to_bytes, split.files)], tf.string)
+    paths = None if split.shards else tf.constant([*map(encode_file_name, split.files)], tf.string)
 
     def decode(row: Row) -> tf.Tensor:
         if split.shards:

@@ -61,7 +61,7 @@ def examine_images(split: Split) -> list[str]:
             data = read()
         except (OSError, DataError):  # reported when it is decoded
             return 1, b""
-        health.progress()
+        health.record_progress()
         is_deep = data[:4] == b"\x89PNG" and data[24:25] == b"\x10"
         return orientation_of(data), data if is_deep else b""
 

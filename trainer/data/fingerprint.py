@@ -22,7 +22,7 @@ import numpy as np
 from trainer.data.splits import RawData, fingerprint
 from trainer.monitoring.health import health
 from trainer.storage.arrays import pack, unpack
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.types import LogMessage
 
 WHOLE_BYTES = 1 << 30  # data of at most this size is read completely by default
@@ -84,7 +84,7 @@ def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path)
     checksum = partial(_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
-        health.progress()
+        health.record_progress()
         return [checksum(path) for path in new[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each read costs a round trip
@@ -114,7 +114,7 @@ def _checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | N
 
 def _read_whole(handle: int, _size: int) -> Iterable[bytes]:
     while block := os.read(handle, _READ_BYTES):
-        health.progress()
+        health.record_progress()
         yield block
 
 
@@ -148,6 +148,6 @@ def _read_table(file: Path) -> dict[int, int]:
 def _write_table(file: Path, checksums: dict[int, int]) -> None:
     keys, values = np.array(list(checksums), np.uint64), np.array(list(checksums.values()), np.uint32)
     try:
-        write_whole(file, pack({"keys": keys, "checksums": values}))
+        write_atomically(file, pack({"keys": keys, "checksums": values}))
     except OSError:  # a full or read-only disk: the next start reads the files again
         return

@@ -11,13 +11,13 @@ from itertools import accumulate, chain, combinations
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.config.typed import argument
+from trainer.config.typed import format_argument
 from trainer.data.records import join_first
 from trainer.data.splits import SPLITS, RawData, empty_split, head_and_tail_digest, split_sizes
 from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import class_name, printable
+from trainer.names import escape_unprintable, normalize_class_name
 from trainer.types import Purpose, Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
@@ -63,7 +63,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     try:
         class_names, images, notes, ignored = _scan(root, purpose)
     except OSError as error:
-        problem = f"{error.strerror}: {printable(str(error.filename))} (working directory {os.getcwd()})"
+        problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
     identities, faults = _inspect(list(chain.from_iterable(images.values())))
     if faults and data.on_error == "fail":
@@ -102,13 +102,13 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
     for split, folder in folders.items():
         if not classes[split]:
             count = sum(_is_image(name, extensions) for name in os.listdir(folder))
-            problem = f"{printable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
+            problem = f"{escape_unprintable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         if classes[split].keys() != classes["train"].keys():
             train, other = set(classes["train"]), set(classes[split])
             extra = {folders["train"]: sorted(train - other), folder: sorted(other - train)}
             differences = ", and ".join(
-                f"only {printable(path)} has {', '.join(names)}" for path, names in extra.items() if names
+                f"only {escape_unprintable(path)} has {', '.join(names)}" for path, names in extra.items() if names
             )
             problem, fix = f"the class folders differ: {differences}", "use the same class folders in each split"
             raise DataError(problem, key="data.root", value=root, fix=fix)
@@ -127,7 +127,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
         only_class = os.path.join(root, classes["train"][class_names[0]])
         nested = folders["train"] == root and len(_subfolders(only_class)) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
-        fix = f"set {argument('data.root', only_class)}" if nested else LAYOUT
+        fix = f"set {format_argument('data.root', only_class)}" if nested else LAYOUT
         raise DataError(problem, key="data.root", value=root, fix=fix)
     return class_names, images, notes, {label: _list_kinds(kinds) for label, kinds in ignored.items() if kinds}
 
@@ -174,10 +174,11 @@ def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
 def _class_folders(root: str, folder: str) -> dict[str, str]:
     """Return the class folders by class name, sorted by name; a DataError if two of them have one class name."""
     names = _subfolders(folder)
-    classes = {class_name(name): name for name in reversed(names)}
+    classes = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
-        if (other := classes[class_name(name)]) != name:
-            problem = f"the folders {other!a} and {name!a} of {printable(folder)} are both the class {class_name(name)}"
+        if (other := classes[normalize_class_name(name)]) != name:
+            both = f"are both the class {normalize_class_name(name)}"
+            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} {both}"
             fix = "rename one, or move its images to the other (class names are in NFC, without spaces at their ends)"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return dict(sorted(classes.items()))
@@ -206,13 +207,16 @@ def _split_folders(root: str) -> dict[str, str]:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
         if not _subfolders(train):  # "train" is a class
             return {"train": root}
-        problem = f"has both split folders ({', '.join(splits)}) and others ({', '.join(map(printable, others[:5]))})"
+        named = ", ".join(map(escape_unprintable, others[:5]))
+        problem = f"has both split folders ({', '.join(splits)}) and others ({named})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
     for name, split in splits.items():
         folder = os.path.join(root, name)
         if split in folders:
-            problem = f"{printable(folders[split])} and {printable(folder)} are both the {split} split"
+            problem = (
+                f"{escape_unprintable(folders[split])} and {escape_unprintable(folder)} are both the {split} split"
+            )
             raise DataError(problem, key="data.root", value=root, fix="remove one of them")
         folders[split] = folder
     for (split, folder), (other_split, other_folder) in combinations(folders.items(), 2):
@@ -262,13 +266,13 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
         return f"{image.name} {size} {digest}", fault if size else "is empty"
 
     def inspect_batch(first: int) -> list[tuple[str, str]]:
-        health.progress()
+        health.record_progress()
         return [inspect(image) for image in images[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
         results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
     inspected = list(zip(images, results, strict=True))
-    faults = {image.path: f"{printable(image.path)}: {fault}" for image, (_, fault) in inspected if fault}
+    faults = {image.path: f"{escape_unprintable(image.path)}: {fault}" for image, (_, fault) in inspected if fault}
     return {image.path: identity for image, (identity, _) in inspected}, faults
 
 

@@ -36,9 +36,9 @@ from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.names import printable, to_bytes
-from trainer.storage.disk import free_bytes
-from trainer.storage.local import delete_unfinished, temporary_file, write_whole
+from trainer.names import encode_file_name, escape_unprintable
+from trainer.storage.disk import get_free_bytes
+from trainer.storage.local import delete_unfinished, temporary_file, write_atomically
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
@@ -158,7 +158,7 @@ def failure_reason(pixels: Pixels, index: int) -> str:
             path, number = split.record_of(index)
             if pixels.shards:
                 pixels.shards.require("one", [os.path.basename(path)])
-            records = list(tf.data.TFRecordDataset(to_bytes(path)).skip(number).take(1))
+            records = list(tf.data.TFRecordDataset(encode_file_name(path)).skip(number).take(1))
             if not records:
                 return "the shard ends before this record"
             row["record"] = records[0]
@@ -263,7 +263,7 @@ def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
     with open(file, "rb") as content:
         while block := content.read(_CRC_BYTES):
             crc = google_crc32c.extend(crc, block)
-            health.progress()
+            health.record_progress()
             check()
     return crc
 
@@ -280,7 +280,7 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, stem.with_suffix(".u8"))
-    write_whole(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
+    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
 
 
 def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
@@ -289,7 +289,7 @@ def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
     parts = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
-    digest = hashlib.sha256(to_bytes("\n".join(map(str, parts)))).hexdigest()[:16]
+    digest = hashlib.sha256(encode_file_name("\n".join(map(str, parts)))).hexdigest()[:16]
     return f"pixels-{split.name}-{size}-{digest}"
 
 
@@ -370,7 +370,7 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
                 _open_stored(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
-                free = megabytes(free_bytes(folder))
+                free = megabytes(get_free_bytes(folder))
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
 
@@ -444,8 +444,8 @@ class ImageStore:
 
     def _with_address(self, name: str) -> str:
         for path, address in self._data.addresses.items():
-            if name.startswith(f"{printable(path)}/"):
-                return printable(address) + name[len(printable(path)) :]
+            if name.startswith(f"{escape_unprintable(path)}/"):
+                return escape_unprintable(address) + name[len(escape_unprintable(path)) :]
         return name
 
     def undecodable(self) -> list[str]:

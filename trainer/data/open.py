@@ -18,10 +18,10 @@ from trainer.data.remote import local_copies, named_by_address
 from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
-from trainer.names import class_name, printable
-from trainer.storage.disk import refused_write
+from trainer.names import escape_unprintable, normalize_class_name
+from trainer.storage.disk import make_write_error
 from trainer.storage.shard_cache import ShardCache
-from trainer.types import Dataset, LogMessage, Purpose, scored_split
+from trainer.types import Dataset, LogMessage, Purpose, choose_scored_split
 
 SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
 MAX_CLASS_RATIO = 3  # largest / smallest number of training examples of a class without a note on imbalance
@@ -110,8 +110,8 @@ def open_dataset(
     """
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
-    raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
-    raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
+    raw.name, raw.class_names = escape_unprintable(raw.name), tuple(map(normalize_class_name, raw.class_names))
+    raw = with_class_names(raw, data.class_names and tuple(map(normalize_class_name, data.class_names)))
     _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
@@ -124,7 +124,7 @@ def open_dataset(
     if max_examples:
         raw.splits = {name: select_at_most(split, max_examples, seed) for name, split in raw.splits.items()}
     if data.group_field:
-        for name in raw.splits if purpose == "prepare" else {scored_split(raw.splits)} & raw.splits.keys():
+        for name in raw.splits if purpose == "prepare" else {choose_scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
     raw.notes += _quality_notes(raw, limited=max_examples is not None) + _copy_notes(raw)
@@ -145,7 +145,7 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
         try:
             root = str(digits_folder(cache_dir))
         except OSError as error:
-            raise refused_write(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
+            raise make_write_error(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
         data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, log_message, streamed)
 
@@ -232,5 +232,5 @@ def _copy_notes(raw: RawData) -> list[str]:
         pairs = [(path, other) for path, other in alike if cmp(path, other, shallow=False)]
         if pairs:
             copies = f"{len(pairs)} of the {len(files)} files of {name} also occur byte for byte in train"
-            notes.append(f"{copies}, the first: {printable(pairs[0][0])} = {printable(pairs[0][1])}")
+            notes.append(f"{copies}, the first: {escape_unprintable(pairs[0][0])} = {escape_unprintable(pairs[0][1])}")
     return notes

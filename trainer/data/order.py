@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
-from trainer.stateless_random import ORDER, SHARDS, SUBSET, bits
+from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
 BLOCK_RECORDS = 1024  # records that a block spans if they are not shuffled
@@ -93,7 +93,7 @@ def windows(
     def file_window(epoch: tf.Tensor, _number: tf.Tensor) -> Window:
         index = tf.range(split.count, dtype=tf.int64)
         if shuffle:
-            index = _permutation(bits(seed, ORDER, epoch, index))
+            index = _permutation(random_bits(seed, ORDER, epoch, index))
         return tf.zeros([0, 3], tf.int64), tf.zeros_like(index), index
 
     if not split.shards:
@@ -103,12 +103,12 @@ def windows(
     def record_window(epoch: tf.Tensor, number: tf.Tensor) -> Window:
         order = tf.constant(records.shards, tf.int64)
         if shuffle:
-            order = tf.gather(order, _permutation(bits(seed, SHARDS, epoch, order)))
+            order = tf.gather(order, _permutation(random_bits(seed, SHARDS, epoch, order)))
         start, stop = number * window, tf.minimum((number + 1) * window, records.total)
         ranges, index = records.read(order, start, stop)
         if not shuffle:
             return ranges, tf.range(stop - start), index
-        offset = _permutation(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        offset = _permutation(random_bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return ranges, offset, tf.gather(index, offset)
 
     return -(-records.total // window), record_window
@@ -211,6 +211,6 @@ def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: 
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-        shuffled = _permutation(bits(SUBSET, tf.constant(indices))).numpy()
+        shuffled = _permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
     return np.array_split(indices, sharding.workers)[sharding.worker]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trainer.config.schema import RequestedConfig
-from trainer.config.typed import argument
+from trainer.config.typed import format_argument
 from trainer.data.host import usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import SOURCE_FIELD, read_source_name, records_of
@@ -16,8 +16,8 @@ from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.monitoring.progress import written_images
-from trainer.names import printable
+from trainer.monitoring.progress import show_image_progress
+from trainer.names import escape_unprintable
 from trainer.storage.path import storage_path
 from trainer.types import Split
 
@@ -37,7 +37,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    local, addresses, _ = local_copies(config, log.info, lambda _address: health.progress())
+    local, addresses, _ = local_copies(config, log.info, lambda _address: health.record_progress())
     data = local.data
     with named_by_address(addresses):
         dataset = open_dataset(
@@ -60,7 +60,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     )  # fmt: skip
     target = storage_path(output)
     images = LabelledImages(dataset.name, dataset.class_names, splits, texts)
-    with written_images(config.runtime.progress) as progress:
+    with show_image_progress(config.runtime.progress) as progress:
         entries = write_dataset(target, images, options, progress)
     if entries is None:
         outcome = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
@@ -70,7 +70,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         outcome = (
             f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
-            f"python -m trainer data=tfds {argument('data.root', target)}"
+            f"python -m trainer data=tfds {format_argument('data.root', target)}"
         )
     log.info(outcome)
     termination.set_success_message(outcome)
@@ -80,7 +80,7 @@ def source_names(split: Split, root: str | None) -> list[str]:
     """Return the name of each image file below the root of its dataset; of records, [] unless all store such names."""
     if split.files:
         above = os.path.abspath(os.path.expanduser(root or ""))
-        return [printable(os.path.relpath(path, above)) for path in split.files]
+        return [escape_unprintable(os.path.relpath(path, above)) for path in split.files]
     names = [read_source_name(record) for record in records_of(split)]
     return names if all(names) else []
 

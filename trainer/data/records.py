@@ -18,7 +18,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from trainer.errors import DataError
-from trainer.names import printable
+from trainer.names import escape_unprintable
 from trainer.types import Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
@@ -36,7 +36,7 @@ class RecordAt(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{printable(self.path)}#{self.number}"
+        return f"{escape_unprintable(self.path)}#{self.number}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def frame_record(payload: bytes) -> bytes:
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
     """Return the error of a file that cannot be read because of an operating system error."""
-    problem = f"{printable(str(path))} cannot be read: {error.strerror}"
+    problem = f"{escape_unprintable(str(path))} cannot be read: {error.strerror}"
     return DataError(problem, fix="check that it exists and its permissions")
 
 
@@ -100,7 +100,7 @@ def index_shard(path: str | Path) -> ShardIndex:
             if size == 0:
                 return ShardIndex(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read_headers(printable(str(path)), data, size)
+                return _read_headers(escape_unprintable(str(path)), data, size)
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -140,7 +140,7 @@ def read_examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Itera
             start = int(index.offsets[number])
             end = start + int(index.lengths[number])
             parsed = _parse(data[start:end], data[end : end + FOOTER_BYTES])
-            yield number, f"record {number} of shard {printable(path)}", *parsed
+            yield number, f"record {number} of shard {escape_unprintable(path)}", *parsed
 
 
 # tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
@@ -346,7 +346,7 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             group = values[0]
             if isinstance(group, bytes):
-                groups.append(printable(group.decode("utf-8", "backslashreplace")))
+                groups.append(escape_unprintable(group.decode("utf-8", "backslashreplace")))
             elif names is None:
                 groups.append(str(group))
             elif 0 <= group < len(names):

@@ -11,7 +11,7 @@ from trainer.errors import DataError, TrainerError
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
+from trainer.storage.staging import fetch_missing, find_prepared_folder, is_remote, stage
 from trainer.types import LogMessage
 
 
@@ -22,7 +22,7 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     tfds, and with data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
-        folder = prepared_folder(str(data.data_dir), data.name)
+        folder = find_prepared_folder(str(data.data_dir), data.name)
         data = data.model_copy(update={"root": folder, "data_dir": None})
     streams = data.source == "tfds" and is_remote(data.root) and not data.group_field
     return data, str(data.root).rstrip("/") if streams else None

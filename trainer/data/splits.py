@@ -17,9 +17,9 @@ from trainer.data.sharding import shard_sizes
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import printable, to_bytes
+from trainer.names import encode_file_name, escape_unprintable
 from trainer.storage.arrays import pack, unpack
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.storage.staging import has_wildcard
 from trainer.types import LogMessage, Shard, Split
 
@@ -116,7 +116,7 @@ def fingerprint(raw: RawData) -> str:
     for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
         for path in split.files:
-            digest.update(to_bytes(raw.identities[path]))
+            digest.update(encode_file_name(raw.identities[path]))
         for shard in split.shards:
             digest.update(repr((raw.identities[shard.path], shard.start, shard.stop)).encode())
         digest.update(split.labels.astype("<i4").tobytes())
@@ -159,11 +159,11 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     skipped: list[str] = []
     stored = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
     for number, path in enumerate(paths):
-        health.progress()
+        health.record_progress()
         name, (entries, stored_labels) = os.path.basename(path), stored[os.path.dirname(path)]
         if source.streamed:
             if name not in entries:
-                problem = f"shard {printable(path)} is not in the manifest of its folder"
+                problem = f"shard {escape_unprintable(path)} is not in the manifest of its folder"
                 raise DataError(problem, fix="prepare the dataset again")
             identities[path], labels[path] = entries[name].identity, stored_labels[name]
             continue
@@ -187,7 +187,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         faults += [index.fault] if index.fault else []
         if not faults:
             with suppress(OSError):  # a later start reads the shard again
-                write_whole(cached, pack({"labels": labels[path]}))
+                write_atomically(cached, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
             fix = "fetch or write it again, or set data.on_error=skip to leave out damaged records"
             raise DataError(faults[0], fix=fix)
@@ -214,7 +214,8 @@ def split_of(
     for shard in ranges:
         count = len(labels[shard.path])
         if count != shard.count and source.data.on_error == "fail":
-            problem = f"shard {printable(shard.path)} holds {count} records, but dataset_info.json lists {shard.count}"
+            path = escape_unprintable(shard.path)
+            problem = f"shard {path} holds {count} records, but dataset_info.json lists {shard.count}"
             raise DataError(problem, fix="prepare the dataset again, or set data.on_error=skip to use it nevertheless")
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])

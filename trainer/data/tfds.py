@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.config.typed import argument
+from trainer.config.typed import format_argument
 from trainer.data.splits import (
     RawData,
     RecordSource,
@@ -23,7 +23,7 @@ from trainer.data.splits import (
 )
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import path_fault, printable
+from trainer.names import escape_unprintable, find_path_fault
 from trainer.types import LogMessage, Shard, Split
 
 
@@ -110,7 +110,11 @@ def _open_folder(root: str) -> Any:
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
         nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
-        fix = f"set {argument('data.root', nested[0].parent)}" if nested else "write one with python -m trainer.prepare"
+        fix = (
+            f"set {format_argument('data.root', nested[0].parent)}"
+            if nested
+            else "write one with python -m trainer.prepare"
+        )
         raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
@@ -208,8 +212,10 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     folder = str(info.data_dir)
     for file in (os.path.relpath(shard.path, folder) for shard in shards):
-        if fault := path_fault(file):
-            problem = f"dataset_info.json lists the shard {printable(file)}, which is not below {folder} ({fault})"
+        if fault := find_path_fault(file):
+            problem = (
+                f"dataset_info.json lists the shard {escape_unprintable(file)}, which is not below {folder} ({fault})"
+            )
             raise DataError(problem, key=key, value=spec, fix="prepare the dataset again")
     if not shards:
         raise DataError(f"is empty in {info.name}", key=key, value=spec, fix=fix)

@@ -13,12 +13,12 @@ import google_crc32c
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.names import printable
+from trainer.names import escape_unprintable
 from trainer.storage.arrays import unpack
 from trainer.storage.base import StoragePath, is_unfinished
-from trainer.storage.disk import refused_write
+from trainer.storage.disk import make_write_error
 from trainer.storage.local import delete_unfinished
-from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import ABANDONED_SECONDS
 
 MANIFEST = "kubetune_shards.json"
@@ -73,9 +73,9 @@ class DatasetFolder:
             others = sorted({file.name for file in files} - names)
             others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
         except OSError as error:
-            raise refused_write(error, str(self.folder), "output", fix, DataError) from None
+            raise make_write_error(error, str(self.folder), "output", fix, DataError) from None
         if others:
-            problem = f"has other files ({', '.join(map(printable, others[:3]))}{', ...' * (len(others) > 3)})"
+            problem = f"has other files ({', '.join(map(escape_unprintable, others[:3]))}{', ...' * (len(others) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def entries(self) -> dict[str, ShardEntry]:
@@ -159,7 +159,7 @@ def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
     """Return the entries of a manifest by file name; empty if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
-    except WRONG_CONTENT:
+    except CONTENT_ERRORS:
         return {}
 
 
@@ -170,7 +170,7 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
     """
     try:
         entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
-    except (OSError, *WRONG_CONTENT):
+    except (OSError, *CONTENT_ERRORS):
         return {}, {}
     consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
     return (entries, labels) if consistent else ({}, {})

@@ -23,11 +23,11 @@ import numpy as np
 from trainer.data.records import RecordAt, frame_record, join_first, read_image, serialize, unreadable
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
-from trainer.names import file_stem, printable
+from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.base import StoragePath
-from trainer.storage.local import naming
+from trainer.storage.local import add_path_to_errors
 from trainer.storage.path import storage_path
-from trainer.storage.staging import origin
+from trainer.storage.staging import identify_staged_file
 
 ImageSource = str | Path | bytes | RecordAt
 Orientation = Literal["exif", "ignore"]  # data.orientation
@@ -81,7 +81,7 @@ class ShardJob:
 def _name_of(source: ImageSource) -> str:
     if isinstance(source, RecordAt):
         return source.name
-    return "an image in memory" if isinstance(source, bytes) else printable(str(source))
+    return "an image in memory" if isinstance(source, bytes) else escape_unprintable(str(source))
 
 
 def _size_of(source: ImageSource) -> int:
@@ -95,7 +95,7 @@ def _identity(source: ImageSource) -> str:
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     path = source.path if isinstance(source, RecordAt) else source
-    if address := origin(path):  # in other pods, the local copy has another path and time
+    if address := identify_staged_file(path):  # in other pods, the local copy has another path and time
         return f"{address} {source.number}" if isinstance(source, RecordAt) else address
     status = os.stat(path)
     return f"{_name_of(source)} {status.st_size} {status.st_mtime_ns}"
@@ -149,7 +149,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
     """Write one shard to a new temporary file in `folder`; return its path and the entry of the shard."""
     temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
     crc = size = records = 0
-    with naming(temporary), open(temporary, "wb") as file:
+    with add_path_to_errors(temporary), open(temporary, "wb") as file:
         for number, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
             try:
                 image = _read(source)
@@ -213,7 +213,7 @@ def write_dataset(
     """
     out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
-    name = file_stem(name if name[0].isalpha() else f"data_{name}")
+    name = make_file_stem(name if name[0].isalpha() else f"data_{name}")
     try:
         jobs = _plan_shards(name, images, options)
     except OSError as error:

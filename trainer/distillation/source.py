@@ -10,12 +10,12 @@ import numpy as np
 
 from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
-from trainer.names import class_name
+from trainer.names import normalize_class_name
 from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, select_inference_weights
-from trainer.storage.local import inside
+from trainer.storage.local import join_inside
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import WRONG_CONTENT
-from trainer.storage.staging import files_below
+from trainer.storage.small_files import CONTENT_ERRORS
+from trainer.storage.staging import divide_listing
 
 KEY = "distillation.teacher"
 ROWS_PER_CALL = 32  # images per replica and device call; constant, so that bits do not depend on the batch size
@@ -69,7 +69,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
-    infos, _ = files_below(home, home.list())
+    infos, _ = divide_listing(home, home.list())
     digest = hashlib.sha256()
     for name, info in sorted(infos.items()):
         crc32c = f"{info.crc32c:08x}" if info.crc32c is not None else crc32c_hex(info.path.read())
@@ -85,7 +85,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
 
 def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
-        settings = config.load_resolved(config.read_config((home / "config.yaml").read()))
+        settings = config.load_resolved(config.parse_config((home / "config.yaml").read()))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None
@@ -101,7 +101,7 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
         manifest = json.loads((folder / "manifest.json").read())["variables.npz"]
         size = int(manifest["bytes"])
         classes = tuple(json.loads((home / "run.json").read())["classes"])
-    except WRONG_CONTENT:
+    except CONTENT_ERRORS:
         raise DataError(f"{folder} or run.json is damaged", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
     fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
@@ -110,7 +110,7 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
     """Raise a DataError unless the classes of the teacher are those of the data, in the same order."""
-    teacher, data = (tuple(map(class_name, names)) for names in (teacher, data))
+    teacher, data = (tuple(map(normalize_class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
     differences = {"only the teacher has": _difference(teacher, data), "only the data has": _difference(data, teacher)}
@@ -152,6 +152,6 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
     """Write the files of a SavedModel, which `read_teacher` returned, to a folder."""
     for name, content in files.items():
-        file = inside(folder, name)
+        file = join_inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.tobytes())

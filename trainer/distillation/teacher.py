@@ -23,8 +23,8 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import rebuild_classifier
 from trainer.storage.arrays import pack, unpack
-from trainer.storage.local import write_whole
-from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.local import write_atomically
+from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.training.losses import log_probs
 
 _FORMAT = 1  # version of the soft labels on disk; incremented when their values change
@@ -175,7 +175,7 @@ def _soft_labels(
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
     if worker.is_chief:
         try:
-            write_whole(file, pack({"answers": labels}))
+            write_atomically(file, pack({"answers": labels}))
         except OSError as error:
             problem = f"soft labels cannot be stored in {file.parent} ({error.strerror})"
             log.info(f"  {problem}; a restart computes them again")
@@ -186,6 +186,6 @@ def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Return the soft labels in a file; None if it is missing or damaged."""
     try:
         labels = unpack(file.read_bytes())["answers"]
-    except (OSError, *WRONG_CONTENT):
+    except (OSError, *CONTENT_ERRORS):
         return None
     return labels if labels.shape == shape and labels.dtype == np.float32 else None

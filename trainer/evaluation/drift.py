@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
-from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.small_files import CONTENT_ERRORS
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
@@ -210,7 +210,7 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
         histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
         valid &= all(np.isfinite(np.asarray(values, np.float64)).all() for values in histograms)
         valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
-    except WRONG_CONTENT:
+    except CONTENT_ERRORS:
         return None
     return reference if valid else None
 

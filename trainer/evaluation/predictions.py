@@ -5,8 +5,8 @@ import io
 import re
 from pathlib import Path
 
-from trainer.names import printable
-from trainer.storage.local import write_whole
+from trainer.names import escape_unprintable
+from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
@@ -16,7 +16,7 @@ _FORMULA = re.compile(r"[\s\ufeff]*['=+@\-\uff1d\uff0b\uff20\uff0d]")
 
 def encode_cell(name: str) -> str:
     """Make a name printable, and prefix it with ' if a spreadsheet would evaluate it as a formula."""
-    text = printable(name)
+    text = escape_unprintable(name)
     return f"'{text}" if _FORMULA.match(text) else text
 
 
@@ -39,4 +39,4 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
         names = (result.names[index], result.class_names[truth], result.class_names[prediction])
         probability = f"{result.probabilities[index, prediction]:.6f}"
         writer.writerow((index, *map(encode_cell, names), probability, "true" if truth == prediction else "false"))
-    write_whole(path, text.getvalue())
+    write_atomically(path, text.getvalue())

@@ -48,7 +48,7 @@ class Predictor:
         per_replica: list[tuple[np.ndarray, ...]] = []
         stream, local = iter(batches), self.strategy.experimental_local_results
         for i in range(count):
-            health.progress(i, count)
+            health.record_progress(i, count)
             if not is_ready():
                 break
             outputs, losses, batch = self._predict(next(stream))
@@ -131,7 +131,7 @@ class Scorer:
             return False
         if seconds > 0:
             self.on_wait(seconds)
-        health.progress()
+        health.record_progress()
         return self.worker.stop.reason is None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.data.decoding import Resize
 from trainer.data.orientation import Orientation
-from trainer.private_api import library_class, swap_class
+from trainer.private_api import get_library_class, swap_class
 
 if TYPE_CHECKING:
     import keras
@@ -58,8 +58,8 @@ def plain_float32(model: keras.Model) -> Iterator[None]:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, kind in originals:
             layer.dtype_policy = "float32"
-            if library_class(layer) is not kind:  # a subclass of this package
-                swap_class(layer, library_class(layer))
+            if get_library_class(layer) is not kind:  # a subclass of this package
+                swap_class(layer, get_library_class(layer))
         yield
     finally:
         for layer, mean, variance in norms:

@@ -17,9 +17,9 @@ from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, open_classifier, without_weights
-from trainer.storage.local import write_json, write_whole
-from trainer.storage.small_files import intact, json_object
-from trainer.types import Scored, scored_split
+from trainer.storage.local import write_atomically, write_json
+from trainer.storage.small_files import read_json_or_default, require_json_object
+from trainer.types import Scored, choose_scored_split
 
 BATCH_SIZE = 256  # images that are read and scored at a time
 MAX_PARITY_EXAMPLES = 1000  # of the scored split
@@ -64,7 +64,7 @@ def export_classifier(
         calibration_images=lambda: images.rows("train", calibration),
         orientation=config.data.orientation,
     )
-    write_whole(folder / "labels.txt", format_labels(names))
+    write_atomically(folder / "labels.txt", format_labels(names))
     write_reference(folder / "reference.json", bundle.reference)
     held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
@@ -99,15 +99,19 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     """Export a checkpoint of a finished run to `folder`; return the scores by format."""
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
-    split = scored_split(images.dataset.splits)
+    split = choose_scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
     return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
 def _parse_report(report: Any) -> dict[str, Any]:
-    """Return a report, with the section `export` if it has none; raise one of `WRONG_CONTENT` for anything else."""
-    return {**json_object(report), "export": json_object(report.get("export", {})), "test": json_object(report["test"])}
+    """Return a report, with the section `export` if it has none; raise one of `CONTENT_ERRORS` for anything else."""
+    return {
+        **require_json_object(report),
+        "export": require_json_object(report.get("export", {})),
+        "test": require_json_object(report["test"]),
+    }
 
 
 def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
@@ -116,7 +120,7 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
     The report is updated only if it exists and the export is `in_run`: `folder` is the run's own `export`.
     """
     path = folder.parent / "report" / "report.json"
-    report = intact(path, _parse_report, {}) if in_run else {}
+    report = read_json_or_default(path, _parse_report, {}) if in_run else {}
     if not report:
         if in_run and path.exists():
             log.info(f"{path} is corrupt: it is not updated; the scores are in {folder}/export.json")

@@ -19,7 +19,7 @@ from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
 from trainer.exporting.verify import is_accuracy_drop_too_large, load_export, score
 from trainer.monitoring.health import health
-from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_whole
+from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_atomically
 
 ONNX_OPSET = 18  # of ONNX 1.13 (2022); supported by TensorRT 10
 
@@ -50,7 +50,7 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
         predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
         converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
     onnx.helper.set_model_props(converted, {"labels": format_labels(bundle.class_names)})
-    write_whole(path, converted.SerializeToString())
+    write_atomically(path, converted.SerializeToString())
 
 
 # Format -> (path below the export folder, function that writes it)
@@ -115,7 +115,7 @@ def export_formats(
     delete_unfinished(folder)
     for i, name in enumerate(names := list(formats)):
         check()
-        health.progress(i, len(names))
+        health.record_progress(i, len(names))
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)

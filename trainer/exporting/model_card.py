@@ -7,26 +7,26 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from trainer.names import class_name, printable
-from trainer.storage.local import write_whole
+from trainer.names import escape_unprintable, normalize_class_name
+from trainer.storage.local import write_atomically
 
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 
 
 def format_labels(class_names: Sequence[str]) -> str:
     """Format labels.txt: one class name per line, in the order of the probabilities."""
-    return "".join(class_name(name) + "\n" for name in class_names)
+    return "".join(normalize_class_name(name) + "\n" for name in class_names)
 
 
 def escape_markdown(name: object) -> str:
     """Escape a name for a line or table cell of Markdown, so that none of its characters is markup."""
-    text = re.sub(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(str(name)))
+    text = re.sub(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", escape_unprintable(str(name)))
     return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # would begin a list or heading
 
 
 def format_code_span(name: object) -> str:
     """Format a name as a Markdown code span. In a table, the caller must escape its vertical bars."""
-    text = printable(str(name))
+    text = escape_unprintable(str(name))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if fence != "`" or text.startswith(" ") or text.endswith(" ") else ""
     return f"{fence}{pad}{text}{pad}{fence}"
@@ -37,4 +37,4 @@ def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str,
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": escape_markdown, "code": format_code_span}
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report, config=config)
-    write_whole(path, re.sub(r"\n{3,}", "\n\n", card).strip() + "\n")
+    write_atomically(path, re.sub(r"\n{3,}", "\n\n", card).strip() + "\n")

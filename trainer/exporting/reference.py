@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.drift import CONFIDENCE_BINS, Window
-from trainer.names import class_name
-from trainer.storage.local import write_whole
+from trainer.names import normalize_class_name
+from trainer.storage.local import write_atomically
 
 MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs more examples than most splits have
 PROJECTION_SEED = 8
@@ -46,7 +46,7 @@ def compute_reference(
     embedding = {"n": len(vectors), "mean": _round(vectors.mean(0)), "covariance": _round(covariance)}
     edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
     return {
-        "classes": [class_name(name) for name in class_names],
+        "classes": [normalize_class_name(name) for name in class_names],
         "n": len(probabilities),
         "split": split,
         "class_frequencies": (window.classes / max(window.n, 1)).tolist(),
@@ -75,4 +75,4 @@ def _round(values: np.ndarray) -> Any:
 
 def write_reference(path: Path, reference: Mapping[str, Any]) -> None:
     """Write reference.json atomically."""
-    write_whole(path, json.dumps(reference, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(reference, ensure_ascii=False, allow_nan=False) + "\n")

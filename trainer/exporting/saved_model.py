@@ -12,7 +12,7 @@ from trainer.data.decoding import decode_image
 from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.reference import write_reference
-from trainer.storage.local import temporary_folder, write_whole
+from trainer.storage.local import temporary_folder, write_atomically
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 WARMUP_BATCH = 4  # images of the second request, as a graph that is warm for one image can be cold for several
@@ -90,7 +90,7 @@ def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
     # The temporary name has a dot, so a model server that lists the folder before the rename ignores it.
     with temporary_folder(folder) as temporary:
         labels, reference, saved = (temporary / name for name in ("labels.txt", "reference.json", "model"))
-        write_whole(labels, format_labels(bundle.class_names))
+        write_atomically(labels, format_labels(bundle.class_names))
         write_reference(reference, bundle.reference)
         module = _ServedModule(bundle, labels, reference)
         signatures = {name: getattr(module, name) for name in ("image_bytes", "images", "explain")}

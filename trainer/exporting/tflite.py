@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from trainer.exporting.bundle import ExportBundle, plain_float32
 from trainer.exporting.model_card import format_labels
 from trainer.monitoring.log import drop_stderr_lines
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 
 _LOG_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
 # Context manager without the stderr lines that every conversion and every new interpreter prints.
@@ -120,7 +120,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         with suppress_litert_output():
             content = converter.convert()
-    write_whole(path, add_metadata(content, bundle.class_names))
+    write_atomically(path, add_metadata(content, bundle.class_names))
 
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:

@@ -109,7 +109,7 @@ class FeaturePass:
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
                 self._store_block(requests, pixels, view, index, outputs, exchange)
-                health.progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
+                health.record_progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
         return True
 
     def _batches(
@@ -127,7 +127,7 @@ class FeaturePass:
         with closing(source) as stream:
             for images, weights in stream:
                 outputs = compute(images, weights)
-                health.progress()
+                health.record_progress()
                 # np.asarray avoids the copy that Tensor.numpy() makes.
                 yield [_concatenated([np.asarray(values) for values in local(output)]) for output in outputs]
 

@@ -20,7 +20,7 @@ from trainer.data.order import Read
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
-from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import LogMessage, Split
 
 # NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
@@ -198,7 +198,7 @@ def _load_stored(features: Features) -> None:
                 view, first, count = (int(block[key]) for key in ("view", "first", "count"))
                 checksum = str(block["crc32c"])
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
-            except WRONG_CONTENT:  # the process died while it wrote the line
+            except CONTENT_ERRORS:  # the process died while it wrote the line
                 continue
             if not (0 <= view < features.views and first >= 0 and 0 < count < size - first):
                 continue

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from trainer.models.batch_norm import NORM
-from trainer.private_api import producer_of, run_through_graph
+from trainer.private_api import get_producer, run_through_graph
 
 CONVOLUTIONS = {
     keras.layers.Conv2D: keras.ops.conv,
@@ -67,7 +67,7 @@ def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
                 consumers[id(tensor)].append(operation)
-    output_producers = {id(producer_of(tensor)) for tensor in network.outputs}
+    output_producers = {id(get_producer(tensor)) for tensor in network.outputs}
     pairs = []
     for operation in network.operations:
         if type(operation) in CONVOLUTIONS and id(operation) not in output_producers:

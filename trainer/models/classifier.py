@@ -14,7 +14,7 @@ from trainer.models.backbones import BackboneSpec, find_backbone
 from trainer.models.batch_norm import example_weights
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
-from trainer.stateless_random import DROPOUT, uniform
+from trainer.stateless_random import DROPOUT, random_uniform
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Classifier:
             x = self.hidden(x)
         if training and self.dropout > 0:
             assert position is not None, "dropout needs the positions of the examples in the global batch"
-            draws = uniform(seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :])
+            draws = random_uniform(
+                seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :]
+            )
             # Inverted dropout: scaled here, not at inference.
             x = tf.where(draws >= self.dropout, x / (1.0 - self.dropout), 0.0)
         return self.output(x)

@@ -1,7 +1,7 @@
-"""HTTP server of `/healthz` and `/metrics` of this process, on `runtime.http_port`.
+"""HTTP server for `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
-It runs in threads, so that it responds while the main thread is blocked in TensorFlow. If the main thread holds
-Python's GIL, the watchdog of a training process responds on the same socket.
+It runs in threads, so that it responds while the main thread is blocked in TensorFlow. While the main thread holds the
+GIL, the watchdog of a training process responds on the same socket.
 """
 
 import socket
@@ -34,11 +34,11 @@ GAUGES = {
     "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
     "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-CLIENT_TIMEOUT_SECONDS = 10.0  # for a client to send its request
+CLIENT_TIMEOUT_SECONDS = 10.0  # for receiving a request
 
 
 class HealthCollector(Collector):
-    """The health of a process as Prometheus metrics, read at each scrape; gauges that are not set yet are left out."""
+    """The health of a process as Prometheus metrics, read at each scrape. Unset gauges are omitted."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
@@ -67,16 +67,16 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
-        TCPServer.server_bind(self)  # HTTPServer.server_bind would resolve the name of this host, perhaps slowly
+        TCPServer.server_bind(self)  # HTTPServer.server_bind would resolve the host name, which can be slow
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """Log the exception of a request handler, except that its client disconnected or was too slow."""
+        """Log an exception of a request handler, unless the client disconnected or timed out."""
         if not isinstance(error := sys.exception(), ConnectionError | TimeoutError):
             log_traceback(error)
 
 
 def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
-    """Start a server of `/healthz` and `/metrics` on `port`. Raises ConfigError if it cannot listen there."""
+    """Start a server for `/healthz` and `/metrics`. Raises ConfigError if it cannot listen on `port`."""
     metrics = CollectorRegistry()
     metrics.register(HealthCollector(health, run))
     ProcessCollector(registry=metrics)
@@ -114,7 +114,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
 
 
 def _log_stall_once(reason: str | None, stall_logged: threading.Event) -> None:
-    """Log a stall, with the stack of the main thread, unless it is in the log; None ends the stall."""
+    """Log a stall and the stack of the main thread, unless they are in the log. A `reason` of None ends the stall."""
     if reason is None:
         stall_logged.clear()
     elif not stall_logged.is_set():

@@ -1,7 +1,7 @@
-"""The log of a process, by the standard `logging`, as text or as one JSON object per line.
+"""The log of a process, through the standard `logging`, as text or as one JSON object per line.
 
-`log` is the logger of this package: INFO goes to stdout, WARNING and above to stderr. With JSON, warnings and errors
-of other libraries and Python's warnings become JSON on stderr too; what a library prints itself is unchanged.
+`log` is the logger of this package. INFO goes to stdout, WARNING and above to stderr. In JSON mode, Python's warnings
+and the warnings and errors of other libraries also become JSON on stderr. What a library prints itself is unchanged.
 """
 
 import datetime
@@ -31,8 +31,8 @@ _stderr = os.dup(2)  # the original: descriptor 2 is redirected while TensorFlow
 class JsonFormatter(logging.Formatter):
     """Format a record as one JSON object with the field names of Cloud Logging.
 
-    It has the phase and step of the run, the labels, and the `extra={"fields": {...}}` of the record; nan and infinity
-    become strings.
+    The object has the phase and step of the run, the labels, and the `extra={"fields": {...}}` of the record. NaN and
+    infinity become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -41,7 +41,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         severity = record.levelname if record.levelname in SEVERITIES else "INFO"
-        entry = {"severity": severity, "time": timestamp(), "message": super().format(record).strip("\n")}
+        entry = {"severity": severity, "time": format_utc_now(), "message": super().format(record).strip("\n")}
         entry |= {} if record.name == log.name else {"logger": record.name}
         step = {"step": int(health.values["step"])} if "step" in health.values else {}
         entry |= {"phase": health.phase} | step | getattr(record, "fields", {}) | self._labels
@@ -49,7 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _StandardStream(logging.StreamHandler[TextIO]):
-    """A handler that writes to the object that `sys.stdout` or `sys.stderr` is at the time of the record."""
+    """A handler that writes to the current value of `sys.stdout` or `sys.stderr`."""
 
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
@@ -61,12 +61,12 @@ class _StandardStream(logging.StreamHandler[TextIO]):
         return stream
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record, and escape what the encoding of the stream lacks, such as bytes in the name of a file."""
+        """Format a record, and escape what the stream cannot encode, such as surrogate escapes in file names."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discard the stream if its reader has ended: the run does not depend on who reads its log."""
+        """Discard the stream if its reader has ended, because the run does not depend on its log reader."""
         if not discard_if_closed(self.stream):
             super().handleError(record)
 
@@ -77,7 +77,7 @@ _err.setLevel(logging.WARNING)
 
 
 def configure(json_lines: bool = False, **labels: str) -> None:
-    """Set up `log` to write text, or JSON with these labels and for uncaught exceptions and Python's warnings too."""
+    """Set up `log` for text or JSON. The labels are in JSON only, as are uncaught exceptions and Python's warnings."""
     log.setLevel(logging.INFO)
     log.propagate = False
     log.handlers = [_out, _err]
@@ -95,7 +95,7 @@ def configure(json_lines: bool = False, **labels: str) -> None:
 
 
 def discard_if_closed(stream: TextIO) -> bool:
-    """Return whether a stream is a pipe that nobody reads any more; what is written to it is then discarded."""
+    """Redirect a stream to /dev/null if it is a pipe without a reader, and return whether it is."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # a substitute without a descriptor, or closed
@@ -117,9 +117,9 @@ def log_traceback(error: BaseException | None) -> None:
 
 
 def log_unbuffered(text: str) -> None:
-    """Log a WARNING straight to the file descriptor of stderr, so that it is written even right before `os._exit`.
+    """Log a WARNING directly to the file descriptor of stderr, so that it is written even before `os._exit`.
 
-    Any thread may call this: it waits at most one second for the lock of the handler, whose holder may be blocked.
+    The function is thread-safe. It waits at most one second for the handler's lock, whose holder might be blocked.
     """
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
@@ -133,13 +133,13 @@ def log_unbuffered(text: str) -> None:
             lock.release()
 
 
-def timestamp() -> str:
-    """The current time as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
+def format_utc_now() -> str:
+    """Format the current time as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _without_nan(value: Any) -> Any:
-    """Replace nan and infinity, which JSON does not have, by strings, in nested dicts too."""
+    """Replace NaN and infinity, which JSON lacks, with strings, in nested dicts too."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return {k: _without_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -147,7 +147,7 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
-    """Drop the lines on stderr in which `pattern` matches, including those of C++ libraries, which bypass `logging`.
+    """Drop the stderr lines that match `pattern`, including those of C++ libraries, which bypass `logging`.
 
     The other lines are printed at the end of the block, also after an exception. Without space for a temporary file,
     all lines are printed.

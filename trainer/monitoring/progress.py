@@ -1,4 +1,4 @@
-"""Progress of writing images, as a bar on a terminal or as log lines."""
+"""Progress display for writing images, as a bar on a terminal or as log lines."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-ShowProgress = Callable[[int, int], None]  # arguments: images written so far, and in total
+ShowProgress = Callable[[int, int], None]  # arguments: numbers of written images and of all images
 
 
 @contextmanager
-def written_images(kind: str) -> Iterator[ShowProgress]:
-    """Yield a function that shows how many images are written: in a bar, or in a log line every ten seconds.
+def show_image_progress(kind: str) -> Iterator[ShowProgress]:
+    """Yield a function that shows the number of written images in a bar, or in a log line every ten seconds.
 
-    It is a bar if `kind` (`runtime.progress`) is "bar", or "auto" and stdout is a terminal. A call with a new number of
-    images counts as progress of the process (`health`).
+    It is a bar if `kind` (`runtime.progress`) is "bar", or "auto" and stdout is a terminal. A call with a new number
+    counts as progress of the process (`health`).
     """
     start = last_logged = time.monotonic()
     previous = logged = -1
@@ -25,7 +25,7 @@ def written_images(kind: str) -> Iterator[ShowProgress]:
         nonlocal previous, last_logged, logged
         if done != previous:
             previous = done
-            health.progress()
+            health.record_progress()
         now = time.monotonic()
         if done != logged and (done == total or now - last_logged >= 10):
             last_logged, logged = now, done
@@ -43,7 +43,7 @@ def written_images(kind: str) -> Iterator[ShowProgress]:
 
         def show_bar(done: int, total: int) -> None:
             if done != bar.tasks[0].completed:
-                health.progress()
+                health.record_progress()
             bar.update(task, completed=done, total=total)
 
         yield show_bar

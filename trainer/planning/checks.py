@@ -17,16 +17,16 @@ from trainer.distillation import source
 from trainer.distillation.teacher import saved_model_as_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, variable_bytes
-from trainer.names import class_name
+from trainer.names import normalize_class_name
 from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
 from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
 from trainer.runs.stored_run import without_weights
-from trainer.storage.disk import free_bytes, refused_write
-from trainer.storage.local import inside, temporary_file
+from trainer.storage.disk import get_free_bytes, make_write_error
+from trainer.storage.local import join_inside, temporary_file
 from trainer.storage.path import ObjectInfo, storage_path
-from trainer.storage.small_files import json_object, read_json
-from trainer.storage.staging import describe_left_out, is_remote, missing_from, plan_copy
+from trainer.storage.small_files import read_json, require_json_object
+from trainer.storage.staging import describe_left_out, is_remote, plan_copy, select_missing
 from trainer.training import variables
 from trainer.types import Dataset, Split
 
@@ -38,7 +38,7 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
         folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
         folder.mkdir()
         for file in files:
-            file.path.download(inside(folder, file.path.name), expected=file)
+            file.path.download(join_inside(folder, file.path.name), expected=file)
         yield str(folder)
 
 
@@ -55,11 +55,11 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     with fetch_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
-            own_names = tuple(map(class_name, info.features[data.label_field].names))
+            own_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
         except Exception as error:  # TFDS passes on the exceptions of its parsers
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
-    given = data.class_names and tuple(map(class_name, data.class_names))
+    given = data.class_names and tuple(map(normalize_class_name, data.class_names))
     names = with_class_names(RawData(info.name, own_names, {}, {}), given).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
@@ -78,7 +78,7 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
         DataError: the address does not exist, cannot be read, or exceeds the budget.
     """
     copy = plan_copy(address, cache, budget)
-    missing, entries = missing_from(copy.folder, copy.entries), list(copy.entries.values())
+    missing, entries = select_missing(copy.folder, copy.entries), list(copy.entries.values())
     suffix = f"; {describe_left_out(copy.left_out)}" if copy.left_out else ""
     if not missing:
         return copy.path, f"{address}: is in {copy.folder} already{suffix}", entries
@@ -97,7 +97,7 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
                 return checkpoints.read(step)[0]
         return None
     names = read_pointer(folder / "checkpoints" / "LATEST")
-    return read_json(folder / "checkpoints" / names[0] / "state.json", json_object, "") if names else None
+    return read_json(folder / "checkpoints" / names[0] / "state.json", require_json_object, "") if names else None
 
 
 def probe_output(config: RequestedConfig) -> str:
@@ -119,8 +119,8 @@ def probe_output(config: RequestedConfig) -> str:
         with temporary_file(existing / "probe") as file:
             file.write_bytes(b"probe")
     except OSError as error:
-        raise refused_write(error, folder, "output_dir", "use a folder that this process may write to") from None
-    free = free_bytes(existing)
+        raise make_write_error(error, folder, "output_dir", "use a folder that this process may write to") from None
+    free = get_free_bytes(existing)
     parent = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
     return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
 

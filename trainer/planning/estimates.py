@@ -9,8 +9,8 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from trainer.cluster.devices import gpu_memory
-from trainer.config.auto import batch_parts
+from trainer.cluster.devices import query_gpu_memory
+from trainer.config.auto import compute_batch_divisor
 from trainer.config.phases import Optimizer
 from trainer.config.schema import RunConfig
 from trainer.data.host import memory_limit
@@ -175,7 +175,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     if total <= limit:
         return ""
     growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
-    divisor = batch_parts(config, replicas)
+    divisor = compute_batch_divisor(config, replicas)
     largest = int(batch * (limit - total + growing) / max(growing, 1)) // divisor * divisor
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {largest} or less" if largest >= divisor else "use a smaller model.image_size or another model.backbone"
@@ -188,7 +188,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
 
 def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
     """Apply `check_device_memory` to this worker and to its GPUs; return the warnings."""
-    gpus = gpu_memory()
+    gpus = query_gpu_memory()
     device = select_gpu_uses(uses) if gpus else []
     checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
     if gpus:

@@ -14,7 +14,7 @@ from rich.text import Text
 from trainer.cli.compose import GROUPS, compose
 from trainer.cluster.discovery import Cluster
 from trainer.config.auto import resolve_auto
-from trainer.config.diff import flat
+from trainer.config.diff import flatten
 from trainer.config.schema import RequestedConfig, RunConfig, load
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
@@ -108,7 +108,10 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     choices = [a for a in arguments if a.split("=")[0] in GROUPS]
     rows: Rows = [("choices", "  ".join(choices) or "experiment=quickstart"), ("seed", str(config.seed))]
     with suppress(ConfigError):  # the groups alone may lack required keys
-        base, now = flat(load(compose(choices) or {}).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        base, now = (
+            flatten(load(compose(choices) or {}).model_dump(mode="json")),
+            flatten(config.model_dump(mode="json")),
+        )
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
         rows += [("" if i else "changed", line) for i, line in enumerate(changed)]
     state = "a new run in a new folder below outputs/"

@@ -17,7 +17,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
-from trainer.types import Dataset, scored_split
+from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # for all measurements; later ones are not started
 BATCH_SIZE = 8  # images per measured step
@@ -120,4 +120,4 @@ def estimate_time(
             passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring * counts["validation"] * passes * config.training.validation_share
         estimates[name] = seconds
-    return estimates | {"scoring": scoring * counts[scored_split(dataset.splits)]}
+    return estimates | {"scoring": scoring * counts[choose_scored_split(dataset.splits)]}

@@ -119,7 +119,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
             thumbnails[start : start + READ_BATCH] = make_thumbnails(next(stream)["image"].numpy())
-            health.progress(start, len(indices))
+            health.record_progress(start, len(indices))
             check()
     del stream
     gate.close()

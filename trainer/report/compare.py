@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.config.diff import flat
+from trainer.config.diff import flatten
 from trainer.data.records import RecordAt, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson_interval
@@ -27,9 +27,9 @@ from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare
 from trainer.evaluation.predictions import decode_cell
 from trainer.report.figures import SERIES, Line, line_chart, to_svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import WRONG_CONTENT
+from trainer.storage.small_files import CONTENT_ERRORS
 
 SIGNIFICANCE_LEVEL = 0.05  # a run is better or worse than the first one if p is below this level
 _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
@@ -80,7 +80,7 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
         predictions = {file: (truth, prediction) for file, truth, prediction in cells}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
-    except (*WRONG_CONTENT, yaml.YAMLError, csv.Error) as error:
+    except (*CONTENT_ERRORS, yaml.YAMLError, csv.Error) as error:
         raise DataError(f"{address} is corrupt: {error}", fix="evaluate the run again") from None
 
 
@@ -170,7 +170,7 @@ def describe_outcome(pair: PairedComparison, p: float) -> str:
 
 def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (key, value in each run) for each configuration key whose values differ."""
-    trees = [flat(dict(run.config)) for run in runs]
+    trees = [flatten(dict(run.config)) for run in runs]
     phases = [list(run.config.get("phases", {})) for run in runs]
     only_some = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
     keys = [key for key in sorted(set().union(*trees) - _IGNORED_KEYS) if not key.startswith(only_some)]
@@ -310,4 +310,4 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         significance_level=SIGNIFICANCE_LEVEL,
         color_count=len(SERIES),
     )
-    write_whole(path, page)
+    write_atomically(path, page)

@@ -24,7 +24,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
-from trainer.names import file_stem
+from trainer.names import make_file_stem
 from trainer.report.build import build_report
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, rebuild_classifier, without_weights
 from trainer.storage.path import storage_path
@@ -106,7 +106,7 @@ def evaluate(
         report_fields["note"] = UNSPLIT_NOTE if is_unsplit else None
     elif trained_on:
         report_fields["note"] = TRAINED_ON_NOTE
-    name = f"{checkpoint.name}-{file_stem(dataset.name)}-{split}"
+    name = f"{checkpoint.name}-{make_file_stem(dataset.name)}-{split}"
     output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:

@@ -25,8 +25,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from trainer.names import printable
-from trainer.storage.local import write_whole
+from trainer.names import escape_unprintable
+from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
 DPI = 110
@@ -55,7 +55,7 @@ def create_figure(height: float, width: float = WIDTH, fit_labels: bool = True) 
 
 def shorten_name(name: str, max_length: int) -> str:
     """Make a name printable, and replace its middle by an ellipsis if it is too long."""
-    name, tail = printable(name), max_length // 2
+    name, tail = escape_unprintable(name), max_length // 2
     return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
 
 
@@ -99,7 +99,7 @@ def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
     padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in drawn]
     content = io.BytesIO()
     Image.fromarray(np.concatenate(padded)).save(content, "PNG", compress_level=PNG_COMPRESSION, dpi=(DPI, DPI))
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())
     return path
 
 
@@ -235,14 +235,14 @@ def line_chart(
                   gid=str(i), **marker)  # fmt: skip
         if marker:
             shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
-            tips[str(i)] = [f"{printable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
+            tips[str(i)] = [f"{escape_unprintable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
     if best_points:
         axes.plot(*zip(*best_points, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
                   markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
         tips["rings"] = [f"best epoch of a phase: {epoch:g}" for epoch, _ in best_points]
     if legend:
         axes.legend(frameon=False, fontsize=11, loc="lower right" if fractions else "upper right", labelcolor=MUTED)
-    return Chart(figure, f"{title}: {', '.join(printable(line.name) for line in lines)}", tips)
+    return Chart(figure, f"{title}: {', '.join(escape_unprintable(line.name) for line in lines)}", tips)
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
@@ -333,7 +333,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         count, gid = table[row, column], f"cell {row} {column}"
         color = "white" if opacity[row, column] > 0.7 else INK
         axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=11, color=color, gid=gid)
-        tips[gid] = [f"{100 * count / support[row]:.1f} % of {printable(class_names[row])}"]
+        tips[gid] = [f"{100 * count / support[row]:.1f} % of {escape_unprintable(class_names[row])}"]
     return [Chart(figure, "Confusion matrix", tips)]
 
 

@@ -15,12 +15,11 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
-from trainer.config.diff import flat
-from trainer.names import printable
+from trainer.names import escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,7 +30,7 @@ MISSING = "\u2013"  # en dash, shown instead of a missing value
 
 def shorten(name: object, max_length: int = 28) -> str:
     """Replace the middle of a name by an ellipsis if it is too long, and show the whole name in a tooltip."""
-    full_name = printable(str(name))
+    full_name = escape_unprintable(str(name))
     shortened = figures.shorten_name(full_name, max_length)
     return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
 
@@ -65,10 +64,20 @@ def format_count(count: int, singular: str, plural: str | None = None) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True,
-                              finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))  # fmt: skip
-    environment.filters |= {"short": shorten, "percent": format_percent, "interval": format_interval, "flat": flat}
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda v: v if isinstance(v, Markup) else escape_unprintable(str(v)),
+    )
+    environment.filters |= {
+        "short": shorten,
+        "percent": format_percent,
+        "interval": format_interval,
+        "flatten": flatten,
+    }
     environment.filters |= {"number": format_number, "duration": format_duration, "plural": format_count}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -98,7 +107,7 @@ def _embed_image(image: Image.Image, image_format: str, alt: str = "", css_class
     image.save(out, image_format, **options)
     data = base64.b64encode(out.getvalue()).decode("ascii")
     tag = Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">')
-    return tag.format(css_class, printable(alt), image_format.lower(), data)
+    return tag.format(css_class, escape_unprintable(alt), image_format.lower(), data)
 
 
 def embed_thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
@@ -241,4 +250,4 @@ def write_page(
         time_breakdown=[(*CATEGORY_COLORS.get(name, (name, "--soft")), s) for name, s in seconds.items() if s >= 0.05],
         timing={key: value for key, value in report["timing"].items() if key != "command"},
     )
-    write_whole(path, page)
+    write_atomically(path, page)

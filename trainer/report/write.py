@@ -19,7 +19,7 @@ from trainer.report import figures
 from trainer.report.figures import Chart
 from trainer.report.page import ReportImages, write_page
 from trainer.report.schema import Report
-from trainer.storage.local import write_whole
+from trainer.storage.local import write_atomically
 from trainer.types import FINGERPRINT_KINDS, Dataset, EvaluationResult
 
 VALIDATION_NOTE = (
@@ -141,5 +141,5 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     text = json.dumps(report, indent=2, allow_nan=False)
     # Write each list of numbers, such as a row of the confusion matrix, on one line.
     text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
-    write_whole(folder / "report.json", text + "\n")
+    write_atomically(folder / "report.json", text + "\n")
     return report

@@ -19,9 +19,9 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.arrays import pack, unpack
-from trainer.storage.local import sync, temporary_folder, write_whole
+from trainer.storage.local import sync, temporary_folder, write_atomically
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import WRONG_CONTENT, json_object, parse_json
+from trainer.storage.small_files import CONTENT_ERRORS, parse_json, require_json_object
 from trainer.types import LogMessage
 
 PREFIX = "step-"
@@ -73,22 +73,22 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
     """
     fix = "give another one, or delete it and start the run again"
     try:
-        manifest = parse_json((folder / "manifest.json").read(), json_object, folder / "manifest.json", fix)
+        manifest = parse_json((folder / "manifest.json").read(), require_json_object, folder / "manifest.json", fix)
         contents = {name: (folder / name).read() for name in ("variables.npz", "state.json")}
         actual = {name: {"bytes": len(content), "crc32c": crc32c_hex(content)} for name, content in contents.items()}
         corrupt = [name for name in contents if actual[name] != manifest[name]]
         if not corrupt:
             state = parse_json(contents["state.json"], _parse_state, folder / "state.json", fix)
             return state, unpack(contents["variables.npz"])
-    except (DataError, *WRONG_CONTENT) as error:
+    except (DataError, *CONTENT_ERRORS) as error:
         reason = error.problem if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         raise DataError(f"checkpoint {folder} cannot be read ({reason})", fix=fix) from None
     raise DataError(f"{folder / corrupt[0]} does not match its size or checksum", fix=fix)
 
 
 def _parse_state(value: Any) -> dict[str, Any]:
-    """Validate the state of a checkpoint; raise one of `WRONG_CONTENT` for anything else."""
-    step_is_valid = int(json_object(value)["step"]) >= 0
+    """Validate the state of a checkpoint; raise one of `CONTENT_ERRORS` for anything else."""
+    step_is_valid = int(require_json_object(value)["step"]) >= 0
     best_is_valid = value.get("best") is None or "step" in value["best"]
     if not (step_is_valid and best_is_valid):
         raise ValueError("not the state of a run")
@@ -132,15 +132,15 @@ class CheckpointFolder:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
             manifest = {name: {"bytes": len(c), "crc32c": crc32c_hex(c)} for name, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
-                write_whole(temporary / name, content)
+                write_atomically(temporary / name, content)
             if final.exists():  # an earlier checkpoint of the same step
                 final.rename(self.folder / f"{_REPLACED}{final.name}")
             temporary.rename(final)
         sync(self.folder)
         self._complete_replacement()
-        write_whole(self.folder / "LATEST", final.name + "\n")
+        write_atomically(self.folder / "LATEST", final.name + "\n")
         if best_step is not None:
-            write_whole(self.folder / "BEST", self.path(best_step).name + "\n")
+            write_atomically(self.folder / "BEST", self.path(best_step).name + "\n")
         self._prune()
         return final
 
@@ -156,7 +156,7 @@ class CheckpointFolder:
         newest = steps[-self.keep :]
         needed = set(newest)
         for step in newest:
-            with contextlib.suppress(OSError, *WRONG_CONTENT):  # a corrupt one is logged when it is read
+            with contextlib.suppress(OSError, *CONTENT_ERRORS):  # a corrupt one is logged when it is read
                 state = json.loads((self.path(step) / "state.json").read_bytes())
                 needed |= {state["best"]["step"]} if state["best"] else set()
                 needed |= {state["carried"]} if state.get("carried") else set()

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.monitoring.health import health
 from trainer.storage.local import write_json
-from trainer.storage.small_files import finite, intact, json_object
+from trainer.storage.small_files import read_json_or_default, require_json_object, require_nonnegative
 
 CATEGORIES = (
     "train",  # training steps that were not lost
@@ -27,10 +27,14 @@ WRITE_SECONDS = 5.0  # minimum interval between two writes of the file
 
 
 def parse_breakdown(value: Any) -> dict[str, float]:
-    """Parse ledger.json: seconds by category, and `as_of`. Raises one of `WRONG_CONTENT` for anything else."""
-    fields = json_object(value)
-    seconds = {name: finite(spent) for name, spent in json_object(fields["seconds"]).items() if name in CATEGORIES}
-    return seconds | {"as_of": finite(fields["as_of"])}
+    """Parse ledger.json: seconds by category, and `as_of`. Raises one of `CONTENT_ERRORS` for anything else."""
+    fields = require_json_object(value)
+    seconds = {
+        name: require_nonnegative(spent)
+        for name, spent in require_json_object(fields["seconds"]).items()
+        if name in CATEGORIES
+    }
+    return seconds | {"as_of": require_nonnegative(fields["as_of"])}
 
 
 class Clock:
@@ -47,7 +51,7 @@ class Clock:
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        saved: dict[str, float] = intact(file, parse_breakdown, {}) if file else {}
+        saved: dict[str, float] = read_json_or_default(file, parse_breakdown, {}) if file else {}
         if saved:
             as_of = saved.pop("as_of")
             self.seconds |= saved

@@ -20,22 +20,27 @@ import yaml
 import trainer
 from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
-from trainer.config.diff import differences, moved
-from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, read_config
+from trainer.config.diff import list_forbidden_changes, list_moved_addresses
+from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
-from trainer.names import file_stem, printable
+from trainer.names import escape_unprintable, make_file_stem
 from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.publisher import DONE, LATEST, Publisher
 from trainer.runs.restarts import ATTEMPTS, parse_entries
 from trainer.storage.base import is_unfinished
-from trainer.storage.disk import refused_write
-from trainer.storage.lease import holder_of
-from trainer.storage.lease import take as take_lease
+from trainer.storage.disk import make_write_error
+from trainer.storage.lease import acquire_lease, describe_holder
 from trainer.storage.local import delete_unfinished, sync, temporary_file, write_json
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import intact, json_object, json_objects, read_json, set_aside
+from trainer.storage.small_files import (
+    read_json,
+    read_json_or_default,
+    require_json_object,
+    require_json_objects,
+    set_aside,
+)
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset, has_fingerprints
 
@@ -84,7 +89,7 @@ class RunFolder:
         """
         self.begun = True
         delete_unfinished(self.path)
-        for line in moved(self.previous, config) if self.previous and self.resuming else ():
+        for line in list_moved_addresses(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
         with temporary_file(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -141,18 +146,18 @@ _LOSSES = {
 
 
 def parse_run_json(value: Any) -> dict[str, Any]:
-    """Validate the content of run.json; raise one of `WRONG_CONTENT` for anything else."""
-    fields = json_object(value)
-    json_object(fields.get("features", {}))
-    for start in json_objects(fields.get("attempts", [])):
-        json_object(start.get("versions", {}))
+    """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
+    fields = require_json_object(value)
+    require_json_object(fields.get("features", {}))
+    for start in require_json_objects(fields.get("attempts", [])):
+        require_json_object(start.get("versions", {}))
         shlex.join(start.get("command", []))
     return fields
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read run.json in the folder of a run; return {} if it does not exist or is corrupt."""
-    return intact(folder / RUN_JSON, parse_run_json, {})
+    return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
 
 
 def read_last_command(folder: Path) -> str:
@@ -202,7 +207,7 @@ def _git_commit() -> str | None:
 
 def _create_output_folder(name: str | None) -> Path:
     """Create a new folder under outputs/, named after the time and the experiment."""
-    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{file_stem(name)}" if name else "")
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{make_file_stem(name)}" if name else "")
     for i in range(1, 1000):
         folder = Path("outputs") / (stem if i == 1 else f"{stem}-{i}")
         try:
@@ -211,7 +216,7 @@ def _create_output_folder(name: str | None) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise refused_write(error, folder, "output_dir", "give output_dir=FOLDER") from None
+            raise make_write_error(error, folder, "output_dir", "give output_dir=FOLDER") from None
     raise ConfigError("outputs/ already has 999 runs that started in this second", fix="give output_dir=FOLDER")
 
 
@@ -221,7 +226,7 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
-        raise refused_write(error, folder, "output_dir", "give a folder with write permission") from None
+        raise make_write_error(error, folder, "output_dir", "give a folder with write permission") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -234,7 +239,7 @@ def _lock_folder(folder: Path, workers: int) -> TextIO:
         os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())  # not buffered, see `close`
     except OSError as error:
         lock.close()
-        raise refused_write(error, folder, "output_dir", "give a folder on another disk") from None
+        raise make_write_error(error, folder, "output_dir", "give a folder on another disk") from None
     return lock
 
 
@@ -242,7 +247,7 @@ def find_folder_holder(config: RequestedConfig) -> str | None:
     """Describe the process that holds the lock or lease of output_dir; return None if there is none. Write nothing."""
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
-        return holder_of(folder, os.environ.get("JOB_UID") or None)
+        return describe_holder(folder, os.environ.get("JOB_UID") or None)
     file = Path(str(folder)) / LOCK
     try:
         with open(file) as lock:
@@ -270,7 +275,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     lock, lease = _lock_folder(path, workers), None
     if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
-        lease = take_lease(storage_path(address), holder, os.environ.get("JOB_UID") or None)
+        lease = acquire_lease(storage_path(address), holder, os.environ.get("JOB_UID") or None)
     publisher = Publisher(path, lease)
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
@@ -321,7 +326,10 @@ def check_folder(
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
         if contents.names:
-            problem, fix = f"is not empty and holds no run ({printable(min(contents.names))})", "give an empty folder"
+            problem, fix = (
+                f"is not empty and holds no run ({escape_unprintable(min(contents.names))})",
+                "give an empty folder",
+            )
             raise ConfigError(problem, key="output_dir", value=address, fix=fix)
         return None, None
     if config.resume == "never":
@@ -339,7 +347,7 @@ def check_folder(
 def parse_stored_config(content: bytes, address: str) -> RunConfig:
     """Parse the config.yaml of the run in output_dir `address`; raise a ConfigError if it is corrupt or invalid."""
     try:
-        return load_resolved(read_config(content))
+        return load_resolved(parse_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
         fix = f"restore the file, or give another folder with warm_start={address}, which needs only the checkpoints"
@@ -374,7 +382,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
     Raises ConfigError if `before`, the configuration of that run, differs in a value that a resumed run cannot change.
     """
     config, _ = resolve_auto(config, begun=before)
-    if changed := differences(before, config):
+    if changed := list_forbidden_changes(before, config):
         problem = "\n".join(["holds a run with another configuration:", *(f"  {line}" for line in changed)])
         raise ConfigError(problem, key="output_dir", value=address, fix="give another folder, or the same values")
     return config
@@ -383,7 +391,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
 def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
     """List the differences that a resumed run must not have, and addresses that moved."""
     config, _ = resolve_auto(config, begun=before)
-    return [*differences(before, config), *moved(before, config)]
+    return [*list_forbidden_changes(before, config), *list_moved_addresses(before, config)]
 
 
 def is_finished(config: RequestedConfig) -> bool:

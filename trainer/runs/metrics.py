@@ -18,8 +18,8 @@ from trainer.monitoring.display import Display, PhaseProgress, format_duration
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.disk import describe_failure
-from trainer.storage.local import naming, temporary_file, write_whole
-from trainer.storage.small_files import WRONG_CONTENT, finite
+from trainer.storage.local import add_path_to_errors, temporary_file, write_atomically
+from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
 TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # one point per epoch
 
@@ -35,7 +35,7 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
             lines_are = "1 line is" if corrupt == 1 else f"{corrupt} lines are"
             log.info(f"{metrics}: {lines_are} corrupt and deleted; {copy.name} is a copy of the file")
         lines = zip(content.splitlines(keepends=True), steps, strict=True)
-        write_whole(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
+        write_atomically(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
     for file in list(logs.glob("*/events.out.tfevents.*")):
         with temporary_file(file) as shortened:
             # Data loss: the last record was truncated by a kill.
@@ -49,8 +49,8 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
 def _parse_step(line: bytes) -> float | None:
     """Parse the step of a line of metrics.jsonl; return None if the line is corrupt."""
     try:
-        return finite(json.loads(line)["step"])
-    except WRONG_CONTENT:
+        return require_nonnegative(json.loads(line)["step"])
+    except CONTENT_ERRORS:
         return None
 
 
@@ -135,7 +135,7 @@ class MetricsWriter:
     def _write(self, entry: dict[str, Any]) -> None:
         if self.folder:
             path = self.folder / "metrics.jsonl"
-            with naming(path), open(path, "a") as file:
+            with add_path_to_errors(path), open(path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def _write_scalars(self, phase: str, step: int, values: dict[str, float]) -> None:

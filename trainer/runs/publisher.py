@@ -19,8 +19,8 @@ from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, is_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
-from trainer.storage.local import inside
-from trainer.storage.staging import describe_left_out, files_below
+from trainer.storage.local import join_inside
+from trainer.storage.staging import describe_left_out, divide_listing
 
 PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
@@ -37,7 +37,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     local.mkdir(parents=True)
     committed = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
-    entries, left_out = files_below(remote, remote.list())
+    entries, left_out = divide_listing(remote, remote.list())
     if left_out:
         log.warning(f"{remote}: {describe_left_out(left_out)}")
     for name, info in entries.items():
@@ -49,7 +49,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             if checkpoint not in committed or len(rest) != 1:
                 continue
             local_name = f"checkpoints/{_strip_token(checkpoint)}/{rest[0]}"
-        downloads.append((info.path, inside(local, local_name)))
+        downloads.append((info.path, join_inside(local, local_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
@@ -160,7 +160,7 @@ class Publisher:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
                     (remote / f"checkpoints/{published}/{file.name}").upload(file)
-                    health.progress()
+                    health.record_progress()
                 self._names[name] = published
         self._names = {name: published for name, published in self._names.items() if name in names}
         self._publish_files()  # before the commit: a resumed run can delete later metrics, but not add missing ones
@@ -187,7 +187,7 @@ class Publisher:
             current = (status.st_size, status.st_mtime_ns)
             if self._published.get(name) != current:
                 (self.lease.folder / name).write(file.read_bytes())
-                health.progress()
+                health.record_progress()
                 self._published[name] = current
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.errors import BUG, INTERRUPTED, GaveUp
 from trainer.monitoring.log import log
 from trainer.storage.local import write_json
-from trainer.storage.small_files import intact, json_objects
+from trainer.storage.small_files import read_json_or_default, require_json_objects
 
 ATTEMPTS = "checkpoints/attempts.json"  # in the folder of a run
 MAX_ENTRIES = 100  # in the file
@@ -19,10 +19,10 @@ STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"  # stop request; exit 
 
 
 def parse_entries(value: Any) -> list[dict[str, Any]]:
-    """Validate the content of attempts.json; raise one of `WRONG_CONTENT` for anything else."""
+    """Validate the content of attempts.json; raise one of `CONTENT_ERRORS` for anything else."""
     return [
         {"step": int(entry["step"]), "started": str(entry["started"]), **{k: entry[k] for k in ("kind", "reason")}}
-        for entry in json_objects(value)
+        for entry in require_json_objects(value)
     ]
 
 
@@ -36,7 +36,9 @@ class RestartHistory:
     def __init__(self, file: Path | None, is_new: bool = False) -> None:
         """Read `file` (None on workers other than the chief) unless the run `is_new`; corrupt counts as empty."""
         self.file, self._begun = file, False  # _begun: the last entry is this process
-        self.entries: list[dict[str, Any]] = intact(file, parse_entries, []) if file and not is_new else []
+        self.entries: list[dict[str, Any]] = (
+            read_json_or_default(file, parse_entries, []) if file and not is_new else []
+        )
 
     def require_progress(self, step: int, max_failures: int) -> None:
         """Raise GaveUp if `max_failures` restarts failed or were killed without progress beyond `step`.

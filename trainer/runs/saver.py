@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
-from trainer.config.typed import argument
+from trainer.config.typed import format_argument
 from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights
@@ -74,4 +74,4 @@ class Saver:
     @property
     def resume_hint(self) -> str:
         """The `fix` of an error after an interruption."""
-        return f"Start the same command again with {argument('output_dir', self.address)} to resume"
+        return f"Start the same command again with {format_argument('output_dir', self.address)} to resume"

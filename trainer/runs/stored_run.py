@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.schema import Model, RunConfig, load_resolved, read_config
+from trainer.config.schema import Model, RunConfig, load_resolved, parse_config
 from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
-from trainer.names import class_name
+from trainer.names import normalize_class_name
 from trainer.runs.checkpoints import is_checkpoint, parse_step, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import json_object, read_json
+from trainer.storage.small_files import read_json, require_json_object
 from trainer.types import Dataset
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
     if config is None:
         raise DataError("has no config.yaml", key="run", value=address, fix="give the output_dir of a run")
     try:
-        tree = read_config(config[0])
+        tree = parse_config(config[0])
     except ConfigError as error:
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
@@ -56,12 +56,12 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
 
 
 def _parse_run_json(value: Any) -> dict[str, Any]:
-    """Validate run.json and normalize its class names; raise one of `WRONG_CONTENT` for anything else."""
+    """Validate run.json and normalize its class names; raise one of `CONTENT_ERRORS` for anything else."""
     names, fingerprint = value["classes"], value["data_fingerprint"]
     hashes = list(fingerprint.values()) if isinstance(fingerprint, dict) else [fingerprint]
     if not (isinstance(names, list) and all(isinstance(text, str) for text in [*names, *hashes])):
         raise ValueError("not the run.json of a run")
-    return json_object(value) | {"classes": [class_name(name) for name in names]}
+    return require_json_object(value) | {"classes": [normalize_class_name(name) for name in names]}
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
@@ -111,7 +111,7 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
 
 
 def _parse_phases(report: Any) -> dict[str, Any]:
-    return {name: json_object(phase) for name, phase in json_object(report["phases"]).items()}
+    return {name: require_json_object(phase) for name, phase in require_json_object(report["phases"]).items()}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 import trainer
 from trainer.errors import ConfigError
 from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability_index
-from trainer.monitoring.log import log, timestamp
+from trainer.monitoring.log import format_utc_now, log
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.settings import Settings, batch_sizes
 
@@ -60,7 +60,7 @@ class ServingMetrics(Collector):
 
     def record(self, predictions: Sequence[Prediction]) -> None:
         """Count predictions and log a sample of them; only the thread that runs the model may call it."""
-        time, lines = timestamp(), ""
+        time, lines = format_utc_now(), ""
         for prediction in predictions:
             predicted = int(prediction.probabilities.argmax())
             confidence = float(prediction.probabilities[predicted])

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import DataError
-from trainer.private_api import new_saved_model_proto
+from trainer.private_api import make_saved_model_proto
 from trainer.serving.export_files import GRAPH, Export, Prediction
 from trainer.serving.settings import batch_sizes
 
@@ -96,7 +96,7 @@ def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_operations(export: Export) -> None:
     """Raise a DataError if the graph can read or write files, print or call Python, as no export of kubetune does."""
-    model = new_saved_model_proto()
+    model = make_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
     except Exception:  # DecodeError; its module is not public

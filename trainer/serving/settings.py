@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from trainer.config.base import InvalidValue, Section, config_error
+from trainer.config.base import InvalidValue, Section, translate_validation_error
 
 
 class Settings(Section):
@@ -64,4 +64,4 @@ def parse_settings(values: Mapping[str, str], cache_dir: str | None = None) -> S
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, Settings, tree) from None
+        raise translate_validation_error(error, Settings, tree) from None

@@ -1,1 +1,1 @@
-"""Files on disk and in buckets: atomic writes, leases, staging and a cache of shards."""
+"""Files on disk and in buckets: atomic writes, leases, staging and a shard cache."""

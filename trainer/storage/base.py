@@ -1,4 +1,7 @@
-"""The interface that local paths and `gs://` addresses have in common; imports no Google client, which is slow."""
+"""The interface that local paths and `gs://` addresses have in common.
+
+This module does not import Google's client, whose import is slow.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,39 @@ from trainer.errors import DataError, TrainerError
 
 
 class Conflict(TrainerError):
-    """The file no longer has the version that a conditional write replaces; nothing was written."""
+    """A conditional write failed because the file has another version. Nothing was written."""
 
 
 ANY = -1  # for an unconditional write; no file has this version
 
-# `.name.<digits>-<digits>` is a temporary local file or folder; `name.parts-<token>/` has the parts of a large object.
+# `.name.<digits>-<digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
 _UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether this is the name of a temporary file or part, of a transfer that is in progress or was killed."""
+    """Return whether this is the name of a temporary file or upload part, of a running or killed transfer."""
     return bool(_UNFINISHED.search(name))
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """A file or object as it was listed."""
+    """The metadata of a file or object."""
 
     path: StoragePath
     size: int  # in bytes
-    version: int  # differs for each write: the modification time in ns of a file, the generation of an object
+    version: int  # unique per write: modification time of a file in ns, generation of an object
     crc32c: int | None = None  # None for local files
 
 
 class StoragePath(ABC):
-    """A file or folder, local or in a bucket. Equal addresses are equal values; `str` returns the address as written.
+    """A file or folder, local or in a bucket.
 
-    Writing creates missing parent folders. Every operation raises `DataError` for a permanent error (no such bucket, no
-    permission, no credentials) and `Interrupted` if a bucket does not respond in time. Writing and deleting local files
-    raises `OSError`, so that callers can handle a full disk. `read`, `read_text`, `size` and `download` also raise
-    `DataError` if there is no such file.
+    Equal addresses are equal values. `str` returns the address as written. Writes create missing parent folders.
+
+    Every operation raises `DataError` for a permanent error (no such bucket, no permission, no credentials) and
+    `Interrupted` if no request to a bucket succeeds in time. `read`, `read_text`, `size` and `download` also raise
+    `DataError` if there is no such file. Local writes and deletions raise `OSError`, so that callers can handle a full
+    disk.
     """
 
     is_local: bool
@@ -58,7 +63,7 @@ class StoragePath(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The last component of the path; of a bucket itself, its name."""
+        """The last path component, or the bucket name if the path is a bucket."""
 
     @property
     @abstractmethod
@@ -66,11 +71,11 @@ class StoragePath(ABC):
 
     @abstractmethod
     def stat(self) -> ObjectInfo | None:
-        """Return size and version of the file; None if it does not exist or is a folder."""
+        """Return the size and version of the file; None if it does not exist or is a folder."""
 
     @abstractmethod
     def fetch(self) -> tuple[bytes, int] | None:
-        """Read the content (of an object, verified by its CRC32C) and its version; None if there is no such file."""
+        """Read the content and its version; None if there is no such file. The CRC32C of an object is verified."""
 
     @abstractmethod
     def read_range(self, start: int, length: int) -> bytes:
@@ -78,15 +83,16 @@ class StoragePath(ABC):
 
     @abstractmethod
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
-        """Write atomically and return the new version; `only_if`: None to create the file, or the version to replace.
+        """Write atomically and return the new version.
 
-        Raises Conflict if the file exists or has another version. If the response to a write was lost, its retry
-        recognizes the version as its own and succeeds.
+        `only_if` makes the write conditional: None requires that the file does not exist, and a version requires that
+        the file has this version. Otherwise Conflict is raised. If the response to a write was lost, its retry
+        recognizes the new version as its own and succeeds.
         """
 
     @abstractmethod
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
-        """List the files below this folder, or only directly in it, by path; empty if there is no such folder."""
+        """List the files below this folder, or only directly in it, sorted by path; empty without such a folder."""
 
     @abstractmethod
     def folders(self) -> Sequence[StoragePath]:
@@ -98,14 +104,14 @@ class StoragePath(ABC):
 
     @abstractmethod
     def delete_tree(self) -> None:
-        """Delete everything below this folder, including temporary files and parts."""
+        """Delete everything below this folder, including temporary files and upload parts."""
 
     @abstractmethod
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file atomically and return the size and version that were copied.
 
-        An object is verified by its CRC32C. The copy is not flushed to disk: a power failure may lose it. If an item of
-        `list` is `expected`, only this version is copied, and a bucket is not queried for it again.
+        The CRC32C of an object is verified. The copy is not flushed to disk, so a power failure can lose it. With
+        `expected`, an item of `list`, only this version is copied, without another metadata request.
         """
 
     @abstractmethod
@@ -113,7 +119,7 @@ class StoragePath(ABC):
         """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
-        """Read the content (of an object, verified by its CRC32C)."""
+        """Read the content. The CRC32C of an object is verified."""
         content = self.fetch()
         if content is None:
             raise self._absent()
@@ -136,7 +142,7 @@ class StoragePath(ABC):
         return self.stat() is not None
 
     def version(self) -> int | None:
-        """Return a number that differs for each write to this path; None if there is no such file."""
+        """Return the version of the file, which is unique per write; None if there is no such file."""
         info = self.stat()
         return None if info is None else info.version
 
@@ -145,7 +151,7 @@ class StoragePath(ABC):
         """Return whether there is anything below this path."""
 
     def require_info(self) -> ObjectInfo:
-        """Return size and version of the file; raise a DataError if there is none."""
+        """Return the size and version of the file; raise a DataError if there is none."""
         info = self.stat()
         if info is None:
             raise self._absent()
@@ -153,15 +159,15 @@ class StoragePath(ABC):
 
     @abstractmethod
     def _absent(self) -> TrainerError:
-        """Return the error for a path without a file."""
+        """Make the error for a missing file."""
 
 
-deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # set by `within`
+deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # see `request_deadline`
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Limit each request to a bucket in the block to `seconds`, its retries included, instead of the default."""
+def request_deadline(seconds: float) -> Iterator[None]:
+    """Set the deadline of each bucket request in this block, retries included, instead of the default."""
     token = deadline_seconds.set(seconds)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The process-wide client of Google Cloud Storage: credentials, retries, deadlines, and errors with a fix."""
+"""The process-wide client for Google Cloud Storage: credentials, retries, deadlines, and errors with a fix."""
 
 import http.client
 import os
@@ -23,18 +23,18 @@ from requests.adapters import HTTPAdapter
 
 from trainer.errors import DataError, Interrupted
 from trainer.monitoring.log import log
-from trainer.private_api import credentials_of, disable_bucket_metadata, mount_transport
+from trainer.private_api import disable_bucket_metadata, get_credentials, mount_transport
 from trainer.storage import base
 
-DEADLINE_SECONDS = 120.0  # of one request, its retries included
+DEADLINE_SECONDS = 120.0  # of a request, retries included
 CONNECT_SECONDS = 10.0  # connect timeout
 READ_SECONDS = 30.0  # read timeout
-FIRST_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniform between 0 and the backoff
+INITIAL_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniform between 0 and the backoff
 MAX_BACKOFF_SECONDS = 16.0
-MAX_BAD_REQUESTS = 5  # responses 400 per operation that are retried, since a request can be damaged in transit
-POD_CREDENTIALS_SECONDS = 20.0  # time that a new pod has until its credentials are available
+MAX_BAD_REQUESTS = 5  # retries after a response 400, since a request can be corrupted in transit
+POD_CREDENTIALS_SECONDS = 20.0  # timeout for the credentials of a new pod
 CONNECTION_POOL_SIZE = 16
-NO_BUCKET = "there is no such bucket, or this account may not see it"
+NO_BUCKET = "there is no such bucket, or this account has no access to it"
 CHECK_BUCKET = "check the address"
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -48,25 +48,29 @@ _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSch
 # Not seeded: with the seed of the run, all workers would retry at the same moment.
 _jitter = random.SystemRandom()
 _lock = threading.Lock()
-_requester_pays: set[str] = set()  # names of buckets that have refused a request without a payer
+_requester_pays: set[str] = set()  # names of the buckets that have rejected a request without a payer
 
-Limits = tuple[float, float]  # connect and read timeout in seconds
+Timeouts = tuple[float, float]  # connect and read timeout in seconds
 Result = TypeVar("Result")
 
 
-class Damaged(Exception):
+class CorruptTransfer(Exception):
     """Transferred data has a wrong checksum or length."""
 
 
-def persist(address: str, permission: str, request: Callable[[Limits], Result]) -> Result:
-    """Send a request, and repeat it after transient errors until the deadline. Other errors of `request` are re-raised.
+def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
+    """Call `request`, and retry after transient errors until the deadline. Its other errors are re-raised.
 
-    `request` is called with the timeouts of each try. Raises Interrupted after the deadline, and DataError if Google's
-    client reports a permanent error; it names the address, and `permission` unless the response names another one.
+    `request` gets the timeouts of each attempt. It must get its bucket from `get_bucket` in each call, because a retry
+    can add a payer. `permission` is the one that it needs, for error messages if the response does not name one.
+
+    Raises:
+        Interrupted: no attempt succeeded before the deadline.
+        DataError: Google's client reports a permanent error.
     """
     deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
     start = time.monotonic()
-    backoff, bad_requests, paid = FIRST_BACKOFF_SECONDS, 0, False
+    backoff, bad_requests, paid = INITIAL_BACKOFF_SECONDS, 0, False
     while True:
         remaining = max(deadline - (time.monotonic() - start), 0.05)
         try:
@@ -77,7 +81,7 @@ def persist(address: str, permission: str, request: Callable[[Limits], Result]) 
             reason = _transient_reason(error)
             if isinstance(error, GoogleAPICallError) and error.code == 400 and not _lacks_payer(error):
                 bad_requests += 1
-                reason = None if bad_requests > MAX_BAD_REQUESTS else "400 damaged request"
+                reason = None if bad_requests > MAX_BAD_REQUESTS else "400 corrupt request"
             if reason is None:
                 explanation = _explain(error, address, permission)
                 if explanation is None:
@@ -85,7 +89,7 @@ def persist(address: str, permission: str, request: Callable[[Limits], Result]) 
                 raise explanation from error
             remaining = deadline - (time.monotonic() - start)
             if remaining <= 0:
-                problem = f"{address}: the storage did not respond for {deadline:g} s ({reason})"
+                problem = f"{address}: no request succeeded within {deadline:g} s ({reason})"
                 raise Interrupted(problem, fix="start the same command again: everything saved is intact") from error
             retry_after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
             pause = max(_jitter.uniform(0, backoff), float(retry_after) if retry_after.isdigit() else 0.0)
@@ -94,9 +98,9 @@ def persist(address: str, permission: str, request: Callable[[Limits], Result]) 
 
 
 def _transient_reason(error: Exception) -> str | None:
-    """Describe an error after which a retry may succeed; None for a permanent one."""
-    if isinstance(error, Damaged | DataCorruption):
-        return f"damaged response: {error}"
+    """Describe an error after which a retry can succeed; None for a permanent one."""
+    if isinstance(error, CorruptTransfer | DataCorruption):
+        return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
         rate_limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
         if error.code in _TRANSIENT_CODES or rate_limited:
@@ -117,17 +121,17 @@ def _transient_reason(error: Exception) -> str | None:
     return type(error).__name__ if isinstance(error, _TRANSIENT) else None
 
 
-def bucket(name: str) -> Any:
-    """Return the `storage.Bucket`, whose requests GOOGLE_CLOUD_PROJECT pays for if it is known as requester-pays."""
-    return client().bucket(name, user_project=_payer() if name in _requester_pays else None)
+def get_bucket(name: str) -> Any:
+    """Return a `storage.Bucket`. If it is known as requester-pays, GOOGLE_CLOUD_PROJECT pays for its requests."""
+    return get_client().bucket(name, user_project=_get_payer() if name in _requester_pays else None)
 
 
 def _add_payer(address: str) -> bool:
-    """Let `bucket` add a payer to requests to the bucket of an address, which requires one; False if there is none.
+    """Register the bucket of an address as requester-pays, and return whether `get_bucket` has a payer to add.
 
-    A project is sent only to buckets that require it, since it is charged.
+    A payer is added only for these buckets, since it is charged.
     """
-    name, project = address.removeprefix("gs://").partition("/")[0], _payer()
+    name, project = address.removeprefix("gs://").partition("/")[0], _get_payer()
     with _lock:
         is_new = name not in _requester_pays
         _requester_pays.add(name)
@@ -136,7 +140,7 @@ def _add_payer(address: str) -> bool:
     return bool(project)
 
 
-def _payer() -> str | None:
+def _get_payer() -> str | None:
     return os.environ.get("GOOGLE_CLOUD_PROJECT") or None
 
 
@@ -144,10 +148,10 @@ def _lacks_payer(error: Exception) -> bool:
     return isinstance(error, ClientError) and error.code == 400 and "requester pays" in str(error.message).lower()
 
 
-def client() -> Any:
-    """Return the `storage.Client` of this process, created at the first call; anonymous if there are no credentials.
+def get_client() -> Any:
+    """Return the `storage.Client` of this process, which the first call creates; anonymous if there are no credentials.
 
-    A client cannot be used after a fork, nor for another STORAGE_EMULATOR_HOST, so each pair has one.
+    A client cannot be used after a fork or for another STORAGE_EMULATOR_HOST, so each process and host has its own.
     """
     with _lock:
         return _create_client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
@@ -172,7 +176,7 @@ def _create_client(_process: int, emulator: str | None) -> Any:
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Return credentials and project; retry in a new pod, where GKE's metadata server may not respond yet."""
+    """Return credentials and project. Retries in a new pod, where GKE's metadata server might not be ready yet."""
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     deadline = time.monotonic() + (POD_CREDENTIALS_SECONDS if in_pod else 0.0)
     while True:
@@ -185,9 +189,9 @@ def _find_credentials() -> tuple[Credentials, str | None]:
             time.sleep(1.0)
 
 
-def identity() -> str:
-    """Describe the account that requests are made with."""
-    credentials = credentials_of(client())
+def describe_identity() -> str:
+    """Describe the account that sends the requests."""
+    credentials = get_credentials(get_client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
         return "nobody (anonymous)"
@@ -203,12 +207,12 @@ def identity() -> str:
 
 
 def _explain(error: Exception, address: str, permission: str) -> DataError | None:
-    """Return a `DataError` with a fix for a permanent error of Google's client; None for any other error."""
+    """Translate a permanent error of Google's client to a `DataError` with a fix; None for any other error."""
     if isinstance(error, NotFound):
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
     denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
     if denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
-        anonymous = isinstance(credentials_of(client()), AnonymousCredentials)
+        anonymous = isinstance(get_credentials(get_client()), AnonymousCredentials)
         if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and there are no credentials", fix=_CREDENTIALS_FIX)
     if _lacks_payer(error):
@@ -219,8 +223,8 @@ def _explain(error: Exception, address: str, permission: str) -> DataError | Non
         if not denied:
             return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
         missing = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
-        problem = f"{address}: {identity()} lacks the permission {missing} {response}"
+        problem = f"{address}: {describe_identity()} lacks the permission {missing} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):
-        return DataError(f"{address}: {identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)
+        return DataError(f"{address}: {describe_identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)
     return None

@@ -1,19 +1,19 @@
-"""A lease on a run's folder: only the process that holds it can commit a marker, a small file such as LATEST or DONE.
+"""A lease on a run's folder. Only its holder can commit a marker, a small file such as LATEST or DONE.
 
-`.lease` in the folder names the holder. Every write to it is conditional on the version that was read (`only_if`), so
-exactly one of several concurrent writers succeeds. Guarantees, none of which compares the clocks of two machines:
+The file `.lease` in the folder names the holder. Every write to it is conditional on the version that was read
+(`only_if`), so exactly one of several concurrent writers succeeds. No guarantee compares the clocks of two machines:
 
-- **One holder.** `take` succeeds for one of several processes. A lease that was not released passes to another process
-  only after that process has seen no write to `.lease` for `LEASE_SECONDS` by its own clock. A process with the same
-  uid (that of the Kubernetes Job) takes over without waiting.
+- **One holder.** `acquire_lease` succeeds for one of several processes. Another process can take over an unreleased
+  lease only if it has seen no write to `.lease` for `LEASE_SECONDS` by its own clock. A process with the same uid
+  (that of the Kubernetes Job) takes over without waiting.
 - **A process that lost the lease commits nothing.** `commit` first writes its intent (name, content, replaced version)
   into `.lease`, conditional on holding the lease, and then the marker, conditional on the replaced version. The first
   write is the commit. It fails if the lease was lost, however long the process was frozen between `check` and the
-  write. Before `take` returns, the next holder completes a commit whose second write is missing, so that the delayed
-  second write of a frozen holder fails too: the marker has another version by then.
-- **Other files are not protected** (the files of a checkpoint, logs): a frozen process that continues can write them
-  until it calls `check`. Their names must be used only once (`checkpoints/step-00000420-<token>/...`), and they count
-  only if a marker names them.
+  write. If the second write is missing, `acquire_lease` completes the commit for the next holder before it returns. The
+  delayed second write of a frozen holder then fails too, because the marker has another version.
+- **Other files are not protected** (checkpoint files, logs). A frozen process that continues can write them until it
+  calls `check`. Their names must be used only once (`checkpoints/step-00000420-<token>/...`), and they count only if a
+  marker names them.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import ConfigError, DataError, Interrupted
-from trainer.storage.base import Conflict, StoragePath, within
-from trainer.storage.small_files import WRONG_CONTENT, finite
+from trainer.storage.base import Conflict, StoragePath, request_deadline
+from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
 LEASE_SECONDS = 30.0
 NAME = ".lease"
@@ -34,7 +34,7 @@ NAME = ".lease"
 
 @dataclass(frozen=True)
 class _Commit:
-    """The intent to write a marker; `replaces` is the version that it replaces, None if it does not exist yet."""
+    """The intent to write a marker. `replaces` is the version that it replaces, None if it does not exist yet."""
 
     name: str
     content: str
@@ -47,15 +47,15 @@ class _State:
 
     holder: str | None  # describes the process for messages; None if the lease was released
     uid: str | None  # processes with the same uid take over from each other without waiting
-    note: str  # further text about the holder for messages
-    token: str  # identifies the call of `take` that wrote this
+    note: str  # more about the holder, for messages
+    token: str  # identifies the `acquire_lease` call that wrote this
     seconds: float  # `LEASE_SECONDS` of the holder
     renewed: str  # time of the last renewal, for messages only
-    commit: _Commit | None  # the last commit if its marker may not be written yet
+    commit: _Commit | None  # the last commit, unless its marker is known to be written
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
-    """A lease that this process holds, made by `take`. Thread-safe; a background thread renews it until `release`."""
+    """A lease that this process holds, made by `acquire_lease`. Thread-safe. A thread renews it until `release`."""
 
     def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
         self.folder = folder
@@ -79,8 +79,8 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
     def commit(self, name: str, content: str) -> int:
         """Write a marker (a small text file in the folder) atomically and return its new version.
 
-        Raises Interrupted if the lease was lost, and nothing was committed; or if the storage did not respond, and the
-        marker is written now, by the next holder, or not at all.
+        Raises Interrupted if the lease was lost; then nothing was committed. Also raises it if no request succeeded in
+        time; then the marker has been written, will be written by the next holder, or will never be written.
         """
         with self._commit_lock:
             self.check()
@@ -97,7 +97,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             return version
 
     def delete(self, name: str) -> None:
-        """Delete a marker if it exists. Raises Interrupted if the lease was lost, and nothing was deleted."""
+        """Delete a marker if it exists. Raises Interrupted if the lease was lost; then nothing was deleted."""
         with self._commit_lock:
             self.check()
             marker = self.folder / name
@@ -108,14 +108,17 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 marker.delete()
 
     def release(self) -> None:
-        """Release the lease, so that the next run does not wait; ignore a lost lease and errors of the storage."""
+        """Release the lease, so that the next run need not wait. Ignores a lost lease and storage errors."""
         self._released.set()
         self._renewal.join()
         with self._write_lock:
             if self._lost is None:
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
                 # After an error the next run waits until the lease expires.
-                with contextlib.suppress(Conflict, Interrupted, DataError, OSError), within(self._state.seconds / 3):
+                with (
+                    contextlib.suppress(Conflict, Interrupted, DataError, OSError),
+                    request_deadline(self._state.seconds / 3),
+                ):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
             self._lost = self._lost or "the lease was released"
 
@@ -135,7 +138,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                     self._version = file.write(_dump(state), only_if=self._version)
                     break
                 except Conflict as error:
-                    current, version = _read(file)  # an earlier write of ours may have succeeded unnoticed
+                    current, version = _read(file)  # our last write may have succeeded although its response was lost
                     if current is None or version is None or current.token != state.token or current.holder is None:
                         self._lost = f"the lease was taken over by {_describe(current)}"
                         raise Interrupted(f"{self.folder}: {self._lost}") from error
@@ -147,24 +150,24 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         while not self._released.wait(pause) and self._lost is None:
             pause = interval
             try:
-                with within(interval):
+                with request_deadline(interval):
                     self._write(None)
-            except Interrupted:  # lost, which `_write` records; or no response: `check` fails after `LEASE_SECONDS`
+            except Interrupted:  # lost, which `_write` records, or a timeout: `check` fails after `LEASE_SECONDS`
                 pause = interval / 10
             except (DataError, OSError) as error:
                 self._lost = f"the lease cannot be renewed ({error})"
 
 
-def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
-    """Take the lease on a folder, and complete a commit that the last holder began.
+def acquire_lease(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
+    """Acquire the lease on a folder, and complete a commit that the last holder began.
 
     Args:
-        holder: describes this process to others.
+        holder: describes this process in messages of others.
         uid: take over from a holder with the same uid without waiting.
-        note: further text about this process for others.
+        note: more about this process, for messages of others.
         wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
 
-    Raises ConfigError if another process holds the lease, and renews it or `wait` is False.
+    Raises ConfigError if another process holds the lease, and either renews it or `wait` is False.
     """
     file, seconds = folder / NAME, LEASE_SECONDS
     first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
@@ -193,7 +196,7 @@ def take(folder: StoragePath, holder: str, uid: str | None = None, note: str = "
         return lease
 
 
-def holder_of(folder: StoragePath, uid: str | None) -> str | None:
+def describe_holder(folder: StoragePath, uid: str | None) -> str | None:
     """Describe the holder of a folder's lease; None if a process with this `uid` can take it without waiting."""
     other = _other_holder(_read(folder / NAME)[0], uid)
     return f"{other.holder}, last renewed at {other.renewed}" if other else None
@@ -219,7 +222,7 @@ def _dump(state: _State) -> str:
 
 
 def _read(file: StoragePath) -> tuple[_State | None, int | None]:
-    """Read the content of `.lease` and its version; None and None if it does not exist."""
+    """Read `.lease` and its version; None and None if it does not exist."""
     content = file.fetch()
     if content is None:
         return None, None
@@ -230,6 +233,6 @@ def _read(file: StoragePath) -> tuple[_State | None, int | None]:
         texts = (state.holder or "", state.uid or "", state.note, state.token, state.renewed)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a field is not a text")
-        return replace(state, seconds=finite(state.seconds)), content[1]
-    except WRONG_CONTENT as error:
+        return replace(state, seconds=require_nonnegative(state.seconds)), content[1]
+    except CONTENT_ERRORS as error:
         raise DataError(f"{file}: is not a lease ({error})", fix="delete it if no run uses this folder") from error

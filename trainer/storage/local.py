@@ -15,54 +15,56 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.errors import DataError
-from trainer.names import MAX_PART_BYTES, encoded, path_fault, printable, to_bytes
+from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
 from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished
 
-_COPY_BYTES = 1 << 22  # copied at a time
+_COPY_BYTES = 1 << 22  # per read
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file atomically and flush it to disk; create its folder if needed."""
     with temporary_file(path) as temporary:
-        temporary.write_bytes(encoded(content))
+        temporary.write_bytes(encode_utf8(content))
         sync(temporary)
         os.replace(temporary, path)
     sync(path.parent)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file below a folder; `name`, which may come from outside, has "/" between its parts.
+def join_inside(folder: Path, name: str) -> Path:
+    """Join a folder and an untrusted "/"-separated name.
 
     Raises DataError if the name leads out of the folder, or no file can have it.
     """
-    if fault := path_fault(name):
-        problem = f"{printable(name)}: cannot be the name of a file in {printable(str(folder))} ({fault})"
+    if fault := find_path_fault(name):
+        problem = (
+            f"{escape_unprintable(name)}: cannot be the name of a file in {escape_unprintable(str(folder))} ({fault})"
+        )
         raise DataError(problem, fix="rename or remove it where it comes from")
     return folder / name
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically and flush it to disk."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield an unused temporary path in the folder of `path`, created if needed; delete the file at the end."""
+    """Yield an unused temporary path next to `path`; create the folder if needed, and delete the file at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             yield temporary
     finally:
         with contextlib.suppress(OSError):  # must not hide the error of the block
@@ -76,22 +78,22 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary_name(path)
     temporary.mkdir()
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _temporary_name(path: Path) -> Path:
-    """Return a path next to `path` for which `is_unfinished` is true."""
-    # Random, since process ids are not unique on a disk that several pods use.
+    """Return a path next to `path` that `is_unfinished` recognizes."""
+    # Random, since process IDs are not unique on a disk that several pods use.
     suffix = f".{os.getpid()}-{secrets.randbelow(10**15)}"
-    return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_PART_BYTES - 1 - len(suffix)]) + suffix)
+    return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError of this block that names no file, as those of writing to an open file."""
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError in this block that names no file, such as one from writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -100,7 +102,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def delete_unfinished(folder: Path, age: float = 0.0) -> None:
-    """Delete the temporary files and folders below `folder` that killed processes left, at least `age` seconds old."""
+    """Delete temporary files and folders of killed processes below `folder`, if they are at least `age` seconds old."""
     for parent, folders, names in os.walk(folder):
         for name in filter(is_unfinished, [*names, *folders]):
             path = Path(parent, name)
@@ -121,7 +123,7 @@ class LocalPath(StoragePath):
         return str(self.path)
 
     def __truediv__(self, name: str) -> LocalPath:
-        return LocalPath(inside(self.path, name))
+        return LocalPath(join_inside(self.path, name))
 
     @property
     def name(self) -> str:
@@ -153,7 +155,7 @@ class LocalPath(StoragePath):
 
     def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
         with temporary_file(self.path) as temporary:
-            temporary.write_bytes(encoded(content))
+            temporary.write_bytes(encode_utf8(content))
             return self._commit(temporary, only_if)
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
@@ -166,7 +168,7 @@ class LocalPath(StoragePath):
                         with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                             infos.append(LocalPath(path)._info(path.stat()))
                 folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
-        return sorted(infos, key=lambda info: to_bytes(str(info.path)))
+        return sorted(infos, key=lambda info: encode_file_name(str(info.path)))
 
     def folders(self) -> Sequence[StoragePath]:
         with self._reading():
@@ -213,7 +215,7 @@ class LocalPath(StoragePath):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Convert an OSError of reading this path to a DataError."""
+        """Translate an OSError in this block to a DataError."""
         try:
             yield
         except OSError as error:
@@ -223,11 +225,11 @@ class LocalPath(StoragePath):
             raise DataError(problem, fix="check the path and its permissions") from error
 
     def _commit(self, temporary: Path, only_if: int | None) -> int:
-        """Rename a temporary file to this path if the current version fulfills the condition; return the new version.
+        """Rename a temporary file to this path if the condition `only_if` holds, and return the new version.
 
-        A conditional write holds a lock on the folder from the check to the rename. An unconditional one does not take
-        the lock, so all writers of a file must be conditional for the condition to hold. The modification time is set
-        explicitly, because the kernel's clock ticks in milliseconds and versions must not repeat.
+        A conditional write locks the folder from the check to the rename. An unconditional one does not, so the
+        condition is reliable only if all writers of the file are conditional. The modification time is set explicitly,
+        because the kernel's clock ticks in milliseconds and versions must be unique.
         """
         sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)

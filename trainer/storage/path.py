@@ -1,9 +1,9 @@
-"""Parse an address into a `StoragePath`, the common type of paths on disk and addresses in a bucket.
+"""Parse an address into a `StoragePath`, the common type of local paths and `gs://` addresses.
 
     folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
     version = (folder / "LATEST").write("step-420", only_if=None)  # only if it does not exist yet
 
-The path libraries for buckets do not offer such conditional writes, on which leases are built (docs/storage.md).
+Path libraries for buckets lack conditional writes, which leases need (docs/storage.md).
 """
 
 import os
@@ -18,7 +18,7 @@ __all__ = ["Conflict", "ObjectInfo", "StoragePath", "storage_path"]
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
-    """Parse `gs://bucket/a/b` or a local path; `~` is expanded in a string.
+    """Parse `gs://bucket/a/b` or a local path, and expand `~` in a string.
 
     Raises ConfigError for another scheme, an address without a bucket, or a `gs://` address as a pathlib.Path.
     """
@@ -38,6 +38,6 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)
 
 
-def same_folder_key(address: str) -> str:
-    """Return one spelling of all addresses of a folder: absolute, without `~`, `.`, `..`, links and a last slash."""
+def canonicalize_address(address: str) -> str:
+    """Return the canonical address of a folder: absolute, without `~`, `.`, `..`, symbolic links and trailing slash."""
     return str(storage_path(address.rstrip("/"))) if "://" in address else os.path.realpath(os.path.expanduser(address))

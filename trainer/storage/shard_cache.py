@@ -1,8 +1,8 @@
-"""Disk cache of the shards of a dataset in a bucket, with a byte budget and prefetch.
+"""Disk cache for the shards of a dataset in a bucket, with a byte budget and prefetching.
 
-A reader (one input pipeline) requires the shards that it may open next, waits for them, and names the shards that it
-needs later. Required shards stay on disk until the reader requires others; later ones are prefetched in the background
-within the budget. Shards that no reader needs, or that are needed last, are evicted first.
+A reader is one input pipeline. It requires the shards that it can open next, waits for them, and lists the shards that
+it needs later. Required shards stay on disk until the reader requires others. Later ones are prefetched in the
+background within the budget. Shards that no reader needs are evicted first, then those that are needed last.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.storage.base import ObjectInfo
-from trainer.storage.local import inside
+from trainer.storage.local import join_inside
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
@@ -29,12 +29,12 @@ REPORT_SECONDS = 5.0  # a longer wait is logged
 def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
     """Lock a local folder for the shards of `address`, and return it with the open lock file.
 
-    Each process on a machine (several workers or runs) gets its own folder. The lock ends with the process, and a later
-    process reuses the folder with its shards.
+    Each process on a machine (several workers or runs) gets its own folder. The lock ends with the process, after which
+    another process can reuse the folder and its shards.
     """
     digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-    for number in itertools.count():
-        parent = cache_dir / "shards" / f"{digest}-{number}"
+    for index in itertools.count():
+        parent = cache_dir / "shards" / f"{digest}-{index}"
         parent.mkdir(parents=True, exist_ok=True)
         lock = open(parent / ".lock", "a")  # noqa: SIM115 - locked until `close` or the process ends
         try:
@@ -50,7 +50,7 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
 
 
 class ShardCache:
-    """The shards of one folder in a bucket, cached in a local folder. Methods may be called from any thread."""
+    """The shards of one folder in a bucket, cached in a local folder. The public methods are thread-safe."""
 
     def __init__(
         self,
@@ -62,38 +62,42 @@ class ShardCache:
         check: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:
-        """Reuse cached shards of the same version, and delete all other files; a DataError if a name is not a file's.
+        """Reuse cached shards of the same version, and delete all other files.
 
         Args:
-            entries: object info of the shards in the folder `address`, by file name.
-            budget: bytes on disk; a shard in transfer counts with its full size.
-            note: logs a message: reused shards, and waits longer than `REPORT_SECONDS`.
-            check: called while a reader waits; raises to cancel.
+            entries: file name -> object info of each shard in the folder `address`.
+            budget: maximum bytes on disk; a shard in transfer counts with its full size.
+            note: logs reused shards, and waits longer than `REPORT_SECONDS`.
+            check: is called while a reader waits, and raises to cancel.
             other_files: names of other files in the local folder that are not deleted.
+
+        Raises:
+            DataError: a shard name cannot be a file name.
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
         for name in entries:
-            inside(self.folder, name)
+            join_inside(self.folder, name)
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard
-        # reader -> required and later shards; the reader that called `require` last is last
+        # reader -> required and later shards, ordered by the last call of `require`
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-        self._rank: dict[str, int] = {}  # name -> position in the order in which shards are needed
+        self._rank: dict[str, int] = {}  # name -> rank in the order in which shards are needed
         self._failed: dict[str, Exception] = {}
         self._closed = False
         self._reuse_cached({*other_files})
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
-        """Wait until these shards are on disk, where they stay until the reader requires others or is released.
+        """Wait until these shards are on disk, and return the seconds waited.
 
-        `then` are the shards that the reader needs later, soonest first. Return the seconds waited.
+        They stay there until the reader requires others or is released. `then` lists the shards that the reader needs
+        later, soonest first.
 
         Raises:
-            DataError: a shard was deleted or replaced in the bucket, or the required shards of all readers exceed the
-                budget together.
-            Interrupted: the bucket does not respond.
+            DataError: a shard was deleted or replaced in the bucket, or the required shards of all readers together
+                exceed the budget.
+            Interrupted: a transfer did not succeed in time.
             OSError: the disk is full.
         """
         names = tuple(dict.fromkeys(names))
@@ -111,13 +115,13 @@ class ShardCache:
             return self._wait(names)
 
     def release(self, reader: str) -> None:
-        """Drop the needs of a reader that has ended."""
+        """Discard the needs of a reader that has ended."""
         with self._changed:
             self._needs.pop(reader, None)
             self._rank_shards()
 
     def close(self) -> None:
-        """Begin no more transfers and unlock the folder; transfers in progress are not awaited."""
+        """Begin no more transfers and unlock the folder, without waiting for transfers in progress."""
         with self._changed:
             self._closed = True
         self._lock.close()
@@ -128,7 +132,7 @@ class ShardCache:
         return sum(self._cached.values()) + sum(self._in_transfer.values())
 
     def _reuse_cached(self, other_files: set[str]) -> None:
-        """Register the shards in the folder that have the bucket's version, and delete other files."""
+        """Register the local shards that have the bucket's version, and delete other files."""
         for file in sorted(self.folder.iterdir()):
             if file.name in self.entries and self._is_intact(file.name):
                 self._cached[file.name] = self.entries[file.name].size
@@ -139,7 +143,7 @@ class ShardCache:
             self.note(f"{self.address}: {count} are already in {self.folder}")
 
     def _is_intact(self, name: str) -> bool:
-        """Return whether the file is complete and of the bucket's version, which is set as its modification time."""
+        """Return whether the file is complete and has the bucket's version, stored as its modification time."""
         try:
             status = (self.folder / name).stat()
         except OSError:
@@ -174,7 +178,7 @@ class ShardCache:
         return waited
 
     def _rank_shards(self) -> None:
-        """Rank the needs of all readers, required shards before later ones, and begin transfers in this order."""
+        """Rank the shards that readers need, required ones first, and begin transfers in this order."""
         ordered = [name for names, _ in reversed(self._needs.values()) for name in names]
         ordered += [name for _, then in reversed(self._needs.values()) for name in then]
         self._rank = {name: rank for rank, name in enumerate(dict.fromkeys(ordered))}
@@ -193,7 +197,7 @@ class ShardCache:
             threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
 
     def _evict(self, size: int, rank: int) -> bool:
-        """Evict shards needed later than `rank`, latest first, until `size` bytes fit; return False if they cannot."""
+        """Evict shards that rank after `rank`, last first, until `size` bytes fit. Returns False if they cannot fit."""
         excess = self.used + size - self.budget
         required, unneeded = self._required(), len(self._rank)  # a shard that no reader needs ranks last
         later = [n for n in self._cached if self._rank.get(n, unneeded) > rank and n not in required]
@@ -218,7 +222,7 @@ class ShardCache:
             size = self._in_transfer.pop(name)
             if failure is None:
                 self._cached[name] = size
-                # The bucket responds: retry transfers that failed without a response.
+                # The bucket is available again: retry the transfers that timed out.
                 self._failed = {n: e for n, e in self._failed.items() if not isinstance(e, Interrupted)}
             else:
                 self._failed[name] = failure

@@ -1,4 +1,4 @@
-"""Staging: download files from a bucket in parallel, and cache them for the next start on this machine."""
+"""Staging: download files from a bucket in parallel, and cache them for later starts on this machine."""
 
 import fnmatch
 import hashlib
@@ -13,17 +13,17 @@ from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.names import path_fault, printable
+from trainer.names import escape_unprintable, find_path_fault
 from trainer.storage.base import ObjectInfo, is_unfinished
-from trainer.storage.local import inside, write_json
+from trainer.storage.local import join_inside, write_json
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import intact, json_object
+from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
-REPORT_SECONDS = 5.0  # between two log lines with the progress
-ABANDONED_SECONDS = 3600.0  # an older temporary file is deleted
-VERSIONS = ".versions.json"  # in the local folder: version in the bucket of each downloaded file
+REPORT_SECONDS = 5.0  # between log lines about the progress
+ABANDONED_SECONDS = 3600.0  # age from which a temporary file is deleted
+VERSIONS = ".versions.json"  # in the local folder: name -> object version of each downloaded file
 
 
 def is_remote(address: str | None) -> bool:
@@ -34,15 +34,17 @@ def is_remote(address: str | None) -> bool:
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
 
-    A local address is returned unchanged. An address that exists as it is written is no pattern, whatever characters it
-    has. Objects that cannot be local files (`files_below`) are left out and logged. Files cached in the same version
-    are not downloaded again; local files that the bucket no longer has are deleted. Raises DataError if nothing matches
-    the address or it exceeds the budget.
+    A local address is returned unchanged. An address that exists literally is not a pattern. Objects that cannot be
+    local files (`divide_listing`) are logged and skipped. Files cached in the same version are not downloaded again.
+    Local files that the bucket no longer has are deleted.
 
     Args:
-        budget: limit of the bytes on disk for this address.
+        budget: maximum bytes on disk for this address.
         note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; raises to cancel.
+        check: is called after each file, and raises to cancel.
+
+    Raises:
+        DataError: nothing matches the address, or its files exceed the budget.
     """
     if not is_remote(address):
         return address
@@ -56,17 +58,17 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
 
 @dataclass(frozen=True)
 class Copy:
-    """The files that an address in a bucket matches, and the local folder of their copies."""
+    """The files in a bucket that match an address, and the local folder for their copies."""
 
     folder: Path
-    end: str  # the part of the address below the folder: a pattern, or the name of a single file; "" for a folder
+    end: str  # the address below the folder: a pattern or a file name, "" for the folder itself
     is_pattern: bool
     entries: dict[str, ObjectInfo]  # files in the bucket, by name relative to the folder
     left_out: tuple[str, ...] = ()  # objects that cannot be local files, each with the reason
 
     @property
     def path(self) -> str:
-        """The local path that replaces the address, a pattern included."""
+        """The local path or pattern that replaces the address."""
         return str(self.folder / self.end)
 
     def matches(self, name: str) -> bool:
@@ -74,22 +76,23 @@ class Copy:
         return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
 
 
-def files_below(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
-    """Return the listed files of a folder by relative name, and those that cannot be local files, with the reason.
+def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
+    """Divide a listing into files by name relative to the folder, and objects that cannot be local files.
 
-    An empty object next to a folder of the same name, which some tools write to mark the folder, is in neither.
+    The latter are described with the reason. Empty objects with the name of a folder are in neither: some tools write
+    them to mark the folder.
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
-    faults = {name: fault for name in entries if (fault := path_fault(name))}
+    faults = {name: fault for name in entries if (fault := find_path_fault(name))}
     folders = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
     same = folders & entries.keys()
     faults |= {name: "there is a folder of the same name" for name in same if entries[name].size}
-    left_out = [f"{printable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
+    left_out = [f"{escape_unprintable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
     return {name: info for name, info in entries.items() if name not in faults and name not in same}, left_out
 
 
 def describe_left_out(left_out: Iterable[str]) -> str:
-    """Describe the objects that `files_below` left out, the first three by name."""
+    """Describe the objects that `divide_listing` left out, the first three by name."""
     names = tuple(left_out)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
     objects = "1 object cannot be a file and is" if len(names) == 1 else f"{len(names)} objects cannot be files and are"
@@ -97,10 +100,10 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """List the files that `stage` would download, and determine their folder. Raises the errors of `stage`."""
-    root, end, is_pattern = _divide_address(address)
+    """List the files that `stage` would download, and choose their local folder. Raises the errors of `stage`."""
+    root, end, is_pattern = _split_address(address)
     folder = cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
-    entries, left_out = files_below(root, [(root / end).require_info()] if end and not is_pattern else root.list())
+    entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
     copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
     copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
     if not copy.entries:
@@ -115,10 +118,10 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     return copy
 
 
-def prepared_folder(data_dir: str, name: str) -> str:
+def find_prepared_folder(data_dir: str, name: str) -> str:
     """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
 
-    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`; the version defaults to the newest one.
+    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The default version is the newest one.
     Raises DataError if the dataset or version does not exist.
     """
     builder, _, version = name.partition(":")
@@ -128,28 +131,28 @@ def prepared_folder(data_dir: str, name: str) -> str:
         problem = f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}"
         fix = "prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones"
         raise DataError(problem, key="data.name", value=name, fix=fix)
-    return str(folder / (version or max(versions, key=lambda v: [int(part) for part in v.split(".")])))
+    return str(folder / (version or max(versions, key=lambda v: [int(number) for number in v.split(".")])))
 
 
-def _divide_address(address: str) -> tuple[StoragePath, str, bool]:
-    """Divide an address into a folder, the pattern or file name below it, and whether it is a pattern.
+def _split_address(address: str) -> tuple[StoragePath, str, bool]:
+    """Split an address into a folder and the rest below it, and return also whether the rest is a pattern.
 
-    The second part is "" for a folder. What exists is no pattern, as `photos [2024]`. If an object and a folder have
-    this name, it is the folder.
+    The rest is a pattern, a file name, or "" for the folder itself. A name that exists literally, such as
+    `photos [2024]`, is not a pattern. If an object and a folder have the same name, the folder is used.
     """
     whole = storage_path(address)
-    parts = str(whole).split("/")
-    for i in [i for i, part in enumerate(parts) if has_wildcard(part)]:
-        literal = storage_path("/".join(parts[: i + 1]))
-        if not literal.is_folder() and not (i + 1 == len(parts) and literal.exists()):
-            return storage_path("/".join(parts[:i])), "/".join(parts[i:]), True
+    components = str(whole).split("/")
+    for i in [i for i, component in enumerate(components) if has_wildcard(component)]:
+        literal = storage_path("/".join(components[: i + 1]))
+        if not literal.is_folder() and not (i + 1 == len(components) and literal.exists()):
+            return storage_path("/".join(components[:i])), "/".join(components[i:]), True
     if whole.exists() and not whole.is_folder():
         return whole.parent, whole.name, False
     return whole, "", False
 
 
 def has_wildcard(text: str) -> bool:
-    """Return whether a part of a path would be a pattern if no file or folder has this name."""
+    """Return whether a path component is a pattern, unless a file or folder has this name."""
     return any(character in text for character in "*?[")
 
 
@@ -157,7 +160,7 @@ def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
     """Download the entries (by relative name) that the local folder does not have in the same version."""
-    versions, missing = _versions(folder) or {}, missing_from(folder, entries)
+    versions, missing = _read_versions(folder) or {}, select_missing(folder, entries)
     if not missing:
         note(f"{address}: all files are already in {folder}")
         return
@@ -167,7 +170,7 @@ def fetch_missing(
     began = reported = time.monotonic()
 
     def download(name: str) -> str:
-        missing[name].path.download(inside(folder, name), expected=missing[name])
+        missing[name].path.download(join_inside(folder, name), expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
@@ -187,9 +190,9 @@ def fetch_missing(
             write_json(folder / VERSIONS, versions)
 
 
-def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
+def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
     """Return the entries that a local folder does not have in the same version and size."""
-    versions = _versions(folder) or {}
+    versions = _read_versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
         try:
@@ -200,26 +203,26 @@ def missing_from(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Obje
     return {name: info for name, info in entries.items() if not is_cached(name, info)}
 
 
-def origin(path: str | Path) -> str | None:
-    """Identify a staged file by its name and version in the bucket, equal on every machine; None for other files."""
+def identify_staged_file(path: str | Path) -> str | None:
+    """Return the name and version of a staged file in the bucket, equal on every machine; None for other files."""
     path = Path(path)
     for folder in path.parents:
-        if (versions := _cached_versions(folder)) is not None:
+        if (versions := _read_versions_cached(folder)) is not None:
             name = path.relative_to(folder).as_posix()
             return f"{name} {versions[name]}" if name in versions else None
     return None
 
 
-def _versions(folder: Path) -> dict[str, int] | None:
-    """Read the versions of the files staged in a folder, by name; None if it is not a folder of staged files."""
-    return intact(folder / VERSIONS, json_object, None)
+def _read_versions(folder: Path) -> dict[str, int] | None:
+    """Read the versions of the staged files in a folder, by name; None if nothing was staged there."""
+    return read_json_or_default(folder / VERSIONS, require_json_object, None)
 
 
-_cached_versions = cache(_versions)
+_read_versions_cached = cache(_read_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete what the bucket no longer has, and temporary files too old to be of a running download."""
+    """Delete files that the bucket no longer has, and temporary files that are too old for a running download."""
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:

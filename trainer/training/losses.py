@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import DataError
-from trainer.names import class_name
+from trainer.names import normalize_class_name
 
 # Guessing all classes equally has the loss ln(classes). The first steps of a published recipe, RMSprop at 0.1 on pooled
 # features, reach up to a hundred times as much and recover.
@@ -48,7 +48,7 @@ def class_weights(
         counts = np.bincount(labels, minlength=len(class_names))
         return tuple(float(w) for w in counts.sum() / (len(class_names) * np.maximum(counts, 1)))
     assert isinstance(setting, dict)
-    weights = {class_name(name): weight for name, weight in setting.items()}
+    weights = {normalize_class_name(name): weight for name, weight in setting.items()}
     if unknown := ", ".join(sorted(set(weights) - set(class_names))):
         problem, fix = f"the data has no class {unknown}", f"use {', '.join(class_names)}"
         raise DataError(problem, key="training.class_weights", fix=fix)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.config.phases import Optimizer, Schedule
-from trainer.private_api import variable_index
+from trainer.private_api import get_variable_index
 
 schedules = keras.optimizers.schedules
 
@@ -85,7 +85,7 @@ def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-            multiplier = lr_multipliers[variable_index(self, variable)]
+            multiplier = lr_multipliers[get_variable_index(self, variable)]
             rate = learning_rate if multiplier == 1 else learning_rate * multiplier
             if self.decay is not None:
                 self.assign_sub(variable, variable * self.decay * rate)

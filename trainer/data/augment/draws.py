@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from trainer.stateless_random import AUGMENTATION, uniform
+from trainer.stateless_random import AUGMENTATION, random_uniform
 
 # Number of the draw for each purpose; another numbering would change the images of every run.
 FLIP_HORIZONTAL, FLIP_VERTICAL, ROTATION, SHIFT_X, SHIFT_Y, SHEAR, ZOOM, CONTRAST, BRIGHTNESS = range(9)
@@ -30,7 +30,7 @@ class Draws:
         epoch, index = (tf.cast(tensor, tf.int64)[:, None] for tensor in (epoch, index))
         self.first = first
         draws = tf.range(first, first + count, dtype=tf.int64)
-        self.numbers = uniform(seed, AUGMENTATION, epoch, index, draws)  # float32 [b, count]
+        self.numbers = random_uniform(seed, AUGMENTATION, epoch, index, draws)  # float32 [b, count]
 
     def uniform(self, draw: int) -> tf.Tensor:
         """Return uniform float32 [b] in [0, 1)."""
