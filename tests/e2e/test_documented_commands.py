@@ -79,7 +79,8 @@ def test_plan_and_resume(shell: Shell) -> None:
     # The same command again exits with 0; a plan has the same arguments.
     shell.run("README.md", f".venv/bin/python -m trainer {FLOWERS}", SMALL)
     out = shell.run("README.md", "python -m trainer.plan", f"{FLOWERS} {SMALL}")
-    assert "daisy" in out and "steps" in out
+    assert "daisy" in out
+    assert "steps" in out
     shell.run("README.md", "python -m trainer.plan", f"{FLOWERS} {SMALL} --plot=model.png --summary")
     assert (shell.folder / "model.png").read_bytes().startswith(b"\x89PNG")
     assert "seed" in shell.run("docs/configuration.md", "python -m trainer --cfg job")

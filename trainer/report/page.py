@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
+from trainer.config.diff import flatten
 from trainer.names import escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
