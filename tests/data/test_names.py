@@ -17,7 +17,7 @@ from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record
-from trainer.data.splits import matching_files
+from trainer.data.splits import find_matching_files
 from trainer.data.tfds_writer import LabelledImages, write_dataset
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
@@ -164,12 +164,12 @@ def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None
     for path in (home / "1.tfrec", home / "[2].tfrec", tmp_path / "photos 2" / "in" / "3.tfrec"):
         path.write_bytes(b"")
     both = [str(home / "1.tfrec"), str(home / "[2].tfrec")]
-    assert matching_files(f"{home}/*.tfrec") == both
-    assert matching_files(f"{tmp_path}/{folder}/i[n]/*.tfrec") == both
-    assert matching_files(f"{home}/[2].tfrec") == both[1:]
-    assert matching_files(f"{home}/[1-9].tfrec") == both[:1]
-    assert matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
-    assert matching_files(f"{home}") == []
+    assert find_matching_files(f"{home}/*.tfrec") == both
+    assert find_matching_files(f"{tmp_path}/{folder}/i[n]/*.tfrec") == both
+    assert find_matching_files(f"{home}/[2].tfrec") == both[1:]
+    assert find_matching_files(f"{home}/[1-9].tfrec") == both[:1]
+    assert find_matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
+    assert find_matching_files(f"{home}") == []
     with raises(DataError, "data.pattern", str(home), r"set data.pattern=.*/\*.tfrec\*", "is a folder"):
         opened(tmp_path, source="tfrecords", pattern=str(home), class_names=("a", "b"))
 

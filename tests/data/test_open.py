@@ -19,8 +19,8 @@ from tests.errors import ANY, raises
 from trainer.config.schema import Data, load
 from trainer.data.image_folder import LAYOUT
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
-from trainer.data.records import index_shard, read_image, records_of
-from trainer.data.splits import SPLITS, select_at_most, select_per_class, split_sizes, take
+from trainer.data.records import index_shard, locate_records, read_image
+from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
 from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset, Shard, Split
@@ -45,7 +45,7 @@ def counts(dataset: Dataset) -> dict[str, int]:
 
 
 def images(split: Split) -> list[bytes]:
-    return [read_image(record) for record in records_of(split)]
+    return [read_image(record) for record in locate_records(split)]
 
 
 def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> Path:
@@ -341,9 +341,9 @@ def test_limits_on_records_select_the_right_records() -> None:
 
 def test_split_sizes_leave_something_to_train_on() -> None:
     fractions = {"validation": 0.2, "test": 0.1}
-    sizes = {n: tuple(split_sizes(n, fractions).values()) for n in (1, 2, 3, 10, 100)}
+    sizes = {n: tuple(compute_split_sizes(n, fractions).values()) for n in (1, 2, 3, 10, 100)}
     assert sizes == {1: (0, 0), 2: (1, 0), 3: (1, 1), 10: (2, 1), 100: (20, 10)}
-    assert split_sizes(10, {"validation": 0.0}) == {"validation": 0}
+    assert compute_split_sizes(10, {"validation": 0.0}) == {"validation": 0}
 
 
 def test_imbalance_tiny_splits_and_copies_are_noted(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from tests.data.images import fill_folder, noise, record
 from tests.errors import raises
 from trainer.data.records import (
     LabelFields,
-    example_class,
     frame_record,
+    get_example_class,
     index_shard,
+    locate_records,
     read_groups,
     read_image,
     read_labels,
-    records_of,
     serialize,
 )
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
@@ -47,7 +47,7 @@ def write(out: Path, examples: Sequence[tuple[ImageSource, int]], **options: Any
 def images(path: Path, field: str = "image") -> list[bytes]:
     count = index_shard(path).count
     split = Split("train", np.zeros(count, np.int32), shards=(Shard(str(path), count, 0, count),), image_field=field)
-    return [read_image(record) for record in records_of(split)]
+    return [read_image(record) for record in locate_records(split)]
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def labels_of(path: Path, values: list[Any], kind: str = "index") -> list[int]:
     """The labels of records with these values, which are numbers, text, or lists of them."""
     payloads = []
     for value in values:
-        example = example_class().FromString(record(image=b"image"))
+        example = get_example_class().FromString(record(image=b"image"))
         feature = example.features.feature["label"]
         listed = value if isinstance(value, list) else [value]
         lists = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
@@ -328,6 +328,6 @@ def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: byte
     assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum is right{more}"]
     split = Split("train", labels, shards=(Shard(path, 2, 0, 2),))
     with raises(DataError, problem="a.tfrec#1 is not a tf.train.Example"):
-        read_image(records_of(split)[1])
+        read_image(locate_records(split)[1])
     with raises(DataError, problem="record 1 of shard .* is not a tf.train.Example"):
         read_groups(split, "label")

@@ -10,7 +10,7 @@ from tests.errors import raises
 from tests.processes import run_python
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, example_weights
+from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, use_example_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import GROUPS, apply_thaw
 
@@ -200,7 +200,7 @@ def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None
         if affine:
             layer.gamma.assign([1, 2, 3, 4, 5])
             layer.beta.assign([5, 4, 3, 2, 1])
-    with tf.GradientTape() as tape, example_weights(tf.constant(weight)):
+    with tf.GradientTape() as tape, use_example_weights(tf.constant(weight)):
         tape.watch(inputs := tf.constant(x))
         out = ours(inputs, training=True)
         loss = tf.reduce_sum(tf.gather(out, real) ** 3)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.order import Block
-from trainer.data.orientation import Orientation, centre_offsets, exif_data, turn_upright
+from trainer.data.orientation import Orientation, compute_center_offsets, extract_exif, turn_upright
 from trainer.names import printable, to_bytes
 from trainer.types import Split
 
@@ -51,7 +51,7 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) ->
             return tf.io.decode_jpeg(data, channels=3, ratio=ratio)
         scaled = -(-shape[:2] // ratio)
         side = tf.reduce_min(scaled, keepdims=True)
-        window = tf.concat([centre_offsets(scaled - side, exif), side, side], 0)
+        window = tf.concat([compute_center_offsets(scaled - side, exif), side, side], 0)
         return tf.io.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
 
     fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in JPEG_RATIOS[1:]]
@@ -74,7 +74,7 @@ def _decode_other(data: tf.Tensor, resize: Resize, exif: tf.Tensor) -> tf.Tensor
         return pixels
     shape = tf.shape(pixels)[:2]
     side = tf.reduce_min(shape)
-    top, left = tf.unstack(centre_offsets(shape - side, exif))
+    top, left = tf.unstack(compute_center_offsets(shape - side, exif))
     return pixels[top : top + side, left : left + side]
 
 
@@ -97,7 +97,7 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
     """
 
     def decode(is_jpeg: bool) -> tf.Tensor:
-        exif = exif_data(data, is_jpeg) if orientation == "exif" else tf.constant([], tf.string)
+        exif = extract_exif(data, is_jpeg) if orientation == "exif" else tf.constant([], tf.string)
         pixels = _decode_jpeg(data, size, resize, exif) if is_jpeg else _decode_other(data, resize, exif)
         return turn_upright(pixels, exif) if orientation == "exif" else pixels
 
@@ -109,12 +109,12 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [size, size, 3])
 
 
-def decode_whole(data: bytes, orientation: Orientation) -> tf.Tensor:
+def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
     """Decode one image at its full size, eagerly, to uint8 [H, W, 3]; a tf.errors.OpError if it is unreadable."""
     encoded = tf.constant(data)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
     pixels = tf.io.decode_jpeg(encoded, channels=3) if is_jpeg else decode_pixels(encoded)
-    return turn_upright(pixels, exif_data(encoded, is_jpeg)) if orientation == "exif" else pixels
+    return turn_upright(pixels, extract_exif(encoded, is_jpeg)) if orientation == "exif" else pixels
 
 
 def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
@@ -124,7 +124,7 @@ def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
     return str(error.message)
 
 
-def decoding_problem(error: tf.errors.OpError | UnicodeDecodeError) -> str:
+def describe_decoding_error(error: tf.errors.OpError | UnicodeDecodeError) -> str:
     """Return the first line of TensorFlow's message, without names of graph nodes."""
     text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
     return printable(text.strip().rstrip("."))
@@ -136,14 +136,14 @@ COLUMNS = ("index", "weight", "position", "epoch")
 without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph takes half of the time of building a pipeline
 
 
-def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
+def build_block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
     """Return blocks 0 to `count` - 1 without the empty ones; prefetches one; infinite if `count` is None."""
     blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
     return blocks.filter(without_autograph(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
 
 
-def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
+def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     """Add to each block its serialized `records`, string [n]; a record that cannot be read is an empty string."""
     paths = tf.constant([to_bytes(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
@@ -162,7 +162,7 @@ def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     return blocks.flat_map(read).prefetch(1)
 
 
-def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
+def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
     """Return a function that decodes the image of a row, uint8 [S, S, 3]; a tf.errors.OpError if it is unreadable.
 
     A row holds its serialized `record` if the split has shards, else its `index`.
@@ -180,7 +180,7 @@ def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.T
     return decode
 
 
-def decoded_rows(
+def decode_blocks(
     blocks: tf.data.Dataset, split: Split, size: int, resize: Resize, *, threads: int, failures: str | None
 ) -> tf.data.Dataset:
     """Return each row of the blocks as an element: index, weight, position, epoch, image uint8 [S, S, 3].
@@ -190,7 +190,7 @@ def decoded_rows(
     image, which costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a
     tf.errors.OpError.
     """
-    decode, black_image = row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode, black_image = make_row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
     @without_autograph
     def row_numbers(block: Block) -> tf.data.Dataset:
@@ -240,7 +240,7 @@ def decoded_rows(
         examples["weight"] = tf.where(is_decoded, examples["weight"], 0.0)
         return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:rows]})
 
-    blocks = _with_records(blocks, split) if split.shards else blocks
+    blocks = _add_records(blocks, split) if split.shards else blocks
     rows = blocks.flat_map(row_numbers).map(with_image, num_parallel_calls=threads, deterministic=True)
     if failures is None:
         return rows

@@ -14,7 +14,7 @@ from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
 TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 are for training
 
 
-def digits_folder(cache_dir: Path) -> Path:
+def prepare_digits(cache_dir: Path) -> Path:
     """Return the folder of the digits in TFDS's format below the cache folder; the first call writes it.
 
     The images are 8-bit grayscale PNGs of white ink on black; the values 0..16 are scaled to 0..255. The split into

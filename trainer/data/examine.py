@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.records import read_image, records_of
+from trainer.data.records import locate_records, read_image
 from trainer.data.splits import take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -22,7 +22,7 @@ _MAX_DECODED = 8  # PNGs of 16 bits whose largest value is determined
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-def orientation_of(data: bytes) -> int:
+def parse_orientation(data: bytes) -> int:
     """Return the EXIF orientation of an encoded image or its beginning, 1 to 8; 1 if it has none."""
     from PIL import Image
 
@@ -37,7 +37,7 @@ def orientation_of(data: bytes) -> int:
     return 1
 
 
-def _sample(split: Split) -> list[Callable[[], bytes]]:
+def _make_sample_readers(split: Split) -> list[Callable[[], bytes]]:
     """Return functions that read some examples of a split: their beginning if they are files, else whole images."""
 
     def read_file(path: str) -> bytes:
@@ -48,13 +48,13 @@ def _sample(split: Split) -> list[Callable[[], bytes]]:
         chosen = np.unique(np.linspace(0, split.count - 1, min(split.count, MAX_FILES)).astype(int))
         return [partial(read_file, split.files[i]) for i in chosen]
     # The first records: those of few shards, as finding a record requires the headers of its whole shard.
-    records = records_of(take(split, np.arange(min(split.count, MAX_RECORDS))))
+    records = locate_records(take(split, np.arange(min(split.count, MAX_RECORDS))))
     return [partial(read_image, record) for record in records]
 
 
 def examine_images(split: Split) -> list[str]:
     """Return notes on a sample of the training images, which are local; [] if nothing is remarkable."""
-    readers = _sample(split)
+    readers = _make_sample_readers(split)
 
     def examine(read: Callable[[], bytes]) -> tuple[int, bytes]:
         try:
@@ -63,7 +63,7 @@ def examine_images(split: Split) -> list[str]:
             return 1, b""
         health.progress()
         is_deep = data[:4] == b"\x89PNG" and data[24:25] == b"\x10"
-        return orientation_of(data), data if is_deep else b""
+        return parse_orientation(data), data if is_deep else b""
 
     with warnings.catch_warnings(), ThreadPoolExecutor(16) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about damaged EXIF data
@@ -75,11 +75,11 @@ def examine_images(split: Split) -> list[str]:
         have = f"{marked} of {examined} {'has' if marked == 1 else 'have'} an EXIF orientation"
         notes.append(f"{have}: {done} (data.orientation={split.orientation})")
     if deep:
-        notes.append(_note_on_depth(split, [(i, readers[i]) for i in deep], examined))
+        notes.append(_note_depth(split, [(i, readers[i]) for i in deep], examined))
     return notes
 
 
-def _note_on_depth(split: Split, readers: list[tuple[int, Callable[[], bytes]]], examined: str) -> str:
+def _note_depth(split: Split, readers: list[tuple[int, Callable[[], bytes]]], examined: str) -> str:
     """Return a note on PNGs with 16 bits per channel, with the largest value in some of them."""
     from PIL import Image
 

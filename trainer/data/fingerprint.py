@@ -19,7 +19,7 @@ from typing import Literal
 import google_crc32c
 import numpy as np
 
-from trainer.data.splits import RawData, fingerprint
+from trainer.data.splits import RawData, hash_raw_data
 from trainer.monitoring.health import health
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_whole
@@ -35,7 +35,7 @@ _SETTLED_NS = 2 * 10**9  # a file changed within this time may change again with
 Kind = Literal["content", "sample"]
 
 
-def fingerprints(
+def compute_fingerprints(
     raw: RawData, setting: Literal["auto", "content"], cache_dir: Path, streamed: bool, log_message: LogMessage
 ) -> dict[str, str]:
     """Return the fingerprints of a dataset (16 hex digits) by kind: "ends", and either "content" or "sample".
@@ -47,41 +47,41 @@ def fingerprints(
     """
     splits = raw.splits.values()
     paths = sorted({path for s in splits for path in (*s.files, *(shard.path for shard in s.shards))})
-    weakest = {"ends": fingerprint(raw)}
+    weakest = {"ends": hash_raw_data(raw)}
     if streamed:
         return weakest | {"content": weakest["ends"]}
-    statuses = {path: status for path in paths if (status := _status(path))}
+    statuses = {path: status for path in paths if (status := _stat(path))}
     size = sum(status.st_size for status in statuses.values())
     kind: Kind = "content" if setting == "content" or size <= WHOLE_BYTES else "sample"
-    checksums = _checksums(statuses, kind, cache_dir)
-    identities = {path: _identity(raw, path, statuses, checksums) for path in paths}
-    value = fingerprint(replace(raw, identities=identities))
+    checksums = _compute_checksums(statuses, kind, cache_dir)
+    identities = {path: _format_identity(raw, path, statuses, checksums) for path in paths}
+    value = hash_raw_data(replace(raw, identities=identities))
     part = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
     files = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
     log_message(f"data fingerprint: {value}, of the {part} of {files}, {size / 1e6:,.1f} MB")
     return weakest | {kind: value}
 
 
-def _status(path: str) -> os.stat_result | None:
+def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError:  # decoding reports the file
         return None
 
 
-def _identity(raw: RawData, path: str, statuses: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
+def _format_identity(raw: RawData, path: str, statuses: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
     """Return name, size and checksum, as in the manifest of prepared shards."""
     name = raw.identities[path].rsplit(" ", 2)[0]
     return f"{name} {statuses[path].st_size} {checksums[path]:08x}" if path in checksums else f"{name} unreadable"
 
 
-def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
+def _compute_checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
     """Return the checksum of each readable file; those of unchanged files are read from the cache."""
-    keys = {path: _key(path, status) for path, status in statuses.items()}
+    keys = {path: _hash_status(path, status) for path, status in statuses.items()}
     table = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(statuses), 8).hex() if statuses else ''}.npz"
     known = _read_table(table)
     new = [path for path in statuses if keys[path] not in known]
-    checksum = partial(_checksum, read=_read_whole if kind == "content" else _read_sample)
+    checksum = partial(_compute_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
         health.progress()
@@ -97,7 +97,7 @@ def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path)
     return result
 
 
-def _checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
+def _compute_checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
     """Return the CRC32C of what `read(handle, size)` yields; None if the file is unreadable, which decoding reports."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -130,7 +130,7 @@ def _digest(text: str, size: int) -> bytes:
     return hashlib.blake2b(os.fsencode(text), digest_size=size).digest()
 
 
-def _key(path: str, status: os.stat_result) -> int:
+def _hash_status(path: str, status: os.stat_result) -> int:
     """Hash the path of a file and everything in its status that a change of its content changes."""
     times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return int.from_bytes(_digest(f"{os.path.abspath(path)} {times}", 8), "big")

@@ -24,12 +24,12 @@ def memory_limit(cgroup: Path = CGROUP) -> int:
     return min([machine, *v2, *v1])
 
 
-def memory_budget_default(cgroup: Path = CGROUP) -> int:
+def default_memory_budget(cgroup: Path = CGROUP) -> int:
     """Return the default memory budget of decoded images, in bytes: a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 
 
-def usable_cpus(cgroup: Path = CGROUP) -> int:
+def count_usable_cpus(cgroup: Path = CGROUP) -> int:
     """Return the number of CPUs in the affinity of this process, or its container's quota (rounded up) if lower."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     v1 = [number for name in ("quota", "period") for number in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
@@ -37,7 +37,7 @@ def usable_cpus(cgroup: Path = CGROUP) -> int:
     return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
 
 
-def fresh_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return zeros in newly mapped pages: aligned for DLPack, and resident in memory only once they are written."""
     size = int(np.prod(shape)) * dtype.itemsize
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -20,18 +20,18 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.data.decoding import (
     Resize,
-    block_dataset,
-    decoded_rows,
-    decoding_problem,
+    build_block_dataset,
+    decode_blocks,
+    describe_decoding_error,
     error_message,
-    row_decoder,
+    make_row_decoder,
     without_autograph,
 )
-from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
+from trainer.data.host import allocate_array, count_usable_cpus, default_memory_budget
 from trainer.data.open import OpenedData
-from trainer.data.order import Block, Read, block_reads, sequence_blocks
-from trainer.data.records import read_source_name, records_of
-from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
+from trainer.data.order import Block, BlockShards, compute_block_shards, make_sequence_blocks
+from trainer.data.records import locate_records, read_source_name
+from trainer.data.shard_gate import LocalShards, ShardGate, max_rows_ahead
 from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -67,13 +67,13 @@ class BatchSource(Protocol):
     def bad(self) -> dict[int, str]: ...  # index -> reason of each example that could not be read so far (weight 0)
     def tensor(self) -> tf.Tensor: ...  # all rows, without a copy
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         """Gather rows of `tensor()` in a pipeline; `index` (`split.count` in padding) and `epoch` are int64 [b]."""
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate: ...
+    def open_gate(self, reader: str, reads: Iterator[BlockShards], ahead: int) -> ShardGate: ...
 
 
-def tensor_over(array: np.ndarray | None) -> tf.Tensor:
+def wrap_array(array: np.ndarray | None) -> tf.Tensor:
     """Return a CPU tensor that uses the memory of an array (DLPack); pages of a mapped file load on demand."""
     assert array is not None
     with tf.device("CPU:0"):
@@ -96,7 +96,7 @@ class Pixels:
     shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are on local disks
     known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason of each unreadable example
     stored_count: int = 0  # images that are in the cache so far, while it is filled
-    # The pipeline appends the index of each unreadable example to this file; see `decoded_rows`.
+    # The pipeline appends the index of each unreadable example to this file; see `decode_blocks`.
     failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
 
     @property
@@ -108,7 +108,7 @@ class Pixels:
         """Move the indices that the pipeline has written to `failures` into `known_bad`, and log the first ones."""
         for index in map(int, self.failures):
             if index not in self.known_bad:
-                self.known_bad[index] = failure_reason(self, index)
+                self.known_bad[index] = find_failure_reason(self, index)
                 if len(self.known_bad) <= _MAX_LOGGED:
                     self.log_message(f"skipped {describe_example(self, index)}: {self.known_bad[index]}")
                 if len(self.known_bad) == _MAX_LOGGED:
@@ -116,15 +116,15 @@ class Pixels:
 
     @property
     def parallel(self) -> int:
-        return self.threads or usable_cpus()
+        return self.threads or count_usable_cpus()
 
     def tensor(self) -> tf.Tensor:
-        return tensor_over(self.array)
+        return wrap_array(self.array)
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         return tf.gather(tensor, index)
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, reads: Iterator[BlockShards], ahead: int) -> ShardGate:
         shards = self.shards or (LocalShards() if self.split.shards else None)
         return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
 
@@ -134,9 +134,11 @@ class Pixels:
             return np.array(self.array[indices])
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         empty = np.zeros((0, self.size, self.size, 3), np.uint8)
-        with data_errors(self):
+        with convert_data_errors(self):
             # One row at a time from a bucket: the rows of a batch can be in more shards than the shard cache can hold.
-            return np.concatenate([empty, *_decode(self, ascending, "rows", 1 if self.shards else _BATCH)])[inverse]
+            return np.concatenate([empty, *_iterate_decoded(self, ascending, "rows", 1 if self.shards else _BATCH)])[
+                inverse
+            ]
 
 
 def describe_example(pixels: Pixels, index: int) -> str:
@@ -144,13 +146,13 @@ def describe_example(pixels: Pixels, index: int) -> str:
     name = pixels.split.name_of(index)
     if pixels.split.shards:
         with suppress(OSError, DataError, IndexError):  # a shard that is missing, damaged or truncated
-            (record,) = records_of(take(pixels.split, np.array([index])))
+            (record,) = locate_records(take(pixels.split, np.array([index])))
             source = read_source_name(record)
             return f"{name} ({source})" if source else name
     return name
 
 
-def failure_reason(pixels: Pixels, index: int) -> str:
+def find_failure_reason(pixels: Pixels, index: int) -> str:
     """Read an example again, and return the reason why that fails."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
@@ -162,14 +164,14 @@ def failure_reason(pixels: Pixels, index: int) -> str:
             if not records:
                 return "the shard ends before this record"
             row["record"] = records[0]
-        row_decoder(split, pixels.size, pixels.resize)(row)
+        make_row_decoder(split, pixels.size, pixels.resize)(row)
     except _READ_ERRORS as error:
-        return decoding_problem(error)
+        return describe_decoding_error(error)
     return "could not be read at first, but can be read now"
 
 
 @contextmanager
-def data_errors(source: BatchSource) -> Iterator[None]:
+def convert_data_errors(source: BatchSource) -> Iterator[None]:
     """Convert TensorFlow's error for an unreadable example into a `DataError`; every loop over batches runs within it.
 
     TensorFlow's error does not name the example, so the split is decoded up to it, which can take as long as an epoch.
@@ -186,10 +188,10 @@ def data_errors(source: BatchSource) -> Iterator[None]:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
         s = source
         probe = Pixels(s.split, s.size, s.resize, "skip", s.threads, check=s.check, shards=s.shards)
-        index = next((min(probe.bad) for _ in _all_from(probe, source.stored_count) if probe.bad), None)
+        index = next((min(probe.bad) for _ in _iterate_from(probe, source.stored_count) if probe.bad), None)
         if index is None:
             raise
-        problem = f"cannot decode {describe_example(source, index)}: {failure_reason(source, index)}"
+        problem = f"cannot decode {describe_example(source, index)}: {find_failure_reason(source, index)}"
         raise DataError(problem, fix="repair or remove it, or set data.on_error=skip") from None
 
 
@@ -209,18 +211,18 @@ def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
     raise DataError(problem, fix="repair them, or remove the class or split")
 
 
-def rows_decoded_on_read(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
+def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
     """Return the rows of blocks 0 to `count` - 1 (infinite if None), decoded each time they are read."""
     failures = pixels.failures.name if pixels.on_error == "skip" else None
-    blocks = block_dataset(block, count)
-    return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
+    blocks = build_block_dataset(block, count)
+    return decode_blocks(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
-def _decode(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
+def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
     """Yield the images of examples (increasing indices) as uint8 [<= rows, S, S, 3]; `reader` names the shard gate."""
-    count, block = sequence_blocks(pixels.split, indices, 1)
-    gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
-    images = rows_decoded_on_read(pixels, block, count).map(without_autograph(lambda row: row["image"]))
+    count, block = make_sequence_blocks(pixels.split, indices, 1)
+    gate = pixels.open_gate(reader, compute_block_shards(block, count), max_rows_ahead(rows, pixels.parallel, 2))
+    images = build_row_dataset(pixels, block, count).map(without_autograph(lambda row: row["image"]))
     batches = iter(images.batch(rows).prefetch(2))
     for _ in range(0, len(indices), rows):
         gate.wait_for(rows)
@@ -231,14 +233,14 @@ def _decode(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH
     gate.close()
 
 
-def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
+def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     """Yield batches of all images from index `start` on; count each in `pixels.stored_count` after it is consumed."""
-    for images in _decode(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
+    for images in _iterate_decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.stored_count += len(images)
 
 
-def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
+def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     """Open the cache on disk; return False if it is incomplete or damaged, or has bad examples with on_error "fail"."""
     data = stem.with_suffix(".u8")
     try:
@@ -246,7 +248,7 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
         bad, crc32c = dict(about["bad"]), about["crc32c"]
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        if _crc32c_of(data, pixels.check) != crc32c:
+        if _compute_crc32c(data, pixels.check) != crc32c:
             pixels.log_message(f"{data} is damaged (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
@@ -257,7 +259,7 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
+def _compute_crc32c(file: Path, check: Callable[[], None]) -> int:
     """Read a file and return its CRC32C; `check` is called between blocks and may raise to stop."""
     crc = 0
     with open(file, "rb") as content:
@@ -268,13 +270,13 @@ def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
     return crc
 
 
-def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
+def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write the cache to a temporary file and rename it; then write the JSON file that marks the cache as complete."""
     delete_unfinished(stem.parent, ABANDONED_SECONDS)
     crc, black = 0, np.zeros((1, *shape[1:]), np.uint8)
     with temporary_file(stem.with_suffix(".u8")) as partial:
         with open(partial, "wb") as file:  # not mapped: on a full disk, a write to a mapped file kills the process
-            for images in chain(_all_from(pixels), [black]):
+            for images in chain(_iterate_from(pixels), [black]):
                 file.write(images.data)
                 crc = google_crc32c.extend(crc, images.tobytes())
             file.flush()
@@ -283,7 +285,7 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     write_whole(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
 
 
-def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
+def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
     """Return the file name, without extension, of the disk cache of a split; it identifies the pixels."""
     # Without the folder of the shards, which may differ at the next start; the fingerprint identifies their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
@@ -293,7 +295,7 @@ def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str
     return f"pixels-{split.name}-{size}-{digest}"
 
 
-def megabytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format a number of bytes as MB or GB, such as "1.2 GB"."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
@@ -313,7 +315,7 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
     With `cache` "auto" that is in memory or on disk, whichever first has a sufficient budget (in bytes), and nowhere if
     training reads the images only `once`. Any other value of `cache` is used regardless of the budgets.
     """
-    budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
+    budgets = f"memory budget {format_bytes(memory_budget)}, disk budget {format_bytes(disk_budget)}"
     if cache != "auto":
         return CachePlan(cache, needed, "as configured")
     if once:
@@ -328,15 +330,15 @@ def plan_image_caches(
 ) -> dict[str, CachePlan]:
     """Plan the cache of each split, in the order of `SPLITS`; images have `size` pixels a side."""
     plans: dict[str, CachePlan] = {}
-    memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
+    memory, disk = config.runtime.memory_budget or default_memory_budget(), config.runtime.disk_budget
     for name in [split for split in SPLITS if split in dataset.splits]:
-        once, needed = name == "train" and train_images_read_once, image_bytes(dataset.splits[name], size)
+        once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
         plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
         memory -= needed if plans[name].where == "memory" else 0
     return plans
 
 
-def image_bytes(split: Split, size: int) -> int:
+def count_image_bytes(split: Split, size: int) -> int:
     """Return the size in bytes of the decoded images of a split, including the black image for padding."""
     return (split.count + 1) * size * size * 3
 
@@ -349,28 +351,28 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
     """
     split, log_message = pixels.split, pixels.log_message
     shape = (split.count + 1, pixels.size, pixels.size, 3)
-    subject = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {megabytes(plan.bytes)})"
+    subject = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {format_bytes(plan.bytes)})"
     suffix = "" if plan.reason == "as configured" else f" ({plan.reason})"
-    stem = folder / cache_name(split, pixels.size, pixels.resize, fingerprint)
-    with data_errors(pixels):
+    stem = folder / build_cache_name(split, pixels.size, pixels.resize, fingerprint)
+    with convert_data_errors(pixels):
         if plan.where == "memory":
             log_message(f"{subject}: cached in memory{suffix}")
-            array = fresh_array(shape, np.dtype(np.uint8))
-            for images in _all_from(pixels):
+            array = allocate_array(shape, np.dtype(np.uint8))
+            for images in _iterate_from(pixels):
                 array[pixels.stored_count : pixels.stored_count + len(images)] = images
             pixels.array, pixels.cached_in = array, "memory"
         elif plan.where == "none":
             log_message(f"{subject}: not cached, decoded each time they are read ({plan.reason})")
-        elif _open_stored(pixels, stem, shape):
+        elif _open_disk_cache(pixels, stem, shape):
             log_message(f"{subject}: read from {stem}.u8, written by an earlier start")
         else:
             log_message(f"{subject}: cached in {stem}.u8{suffix}")
             try:
-                _fill_disk(pixels, stem, shape)
-                _open_stored(pixels, stem, shape)
+                _fill_disk_cache(pixels, stem, shape)
+                _open_disk_cache(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
-                free = megabytes(free_bytes(folder))
+                free = format_bytes(free_bytes(folder))
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
 
@@ -399,7 +401,7 @@ class ImageStore:
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
-        needed, once = image_bytes(split, size), name == "train" and self.train_images_read_once
+        needed, once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
@@ -410,7 +412,7 @@ class ImageStore:
         for pixels in self._opened.values():
             require_readable(pixels, self.dataset.class_names)
 
-    def left_after_skipping(self) -> list[str]:
+    def describe_left(self) -> list[str]:
         """Return for each split with undecodable images a line with the number that is left in all and per class."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
@@ -435,8 +437,10 @@ class ImageStore:
     @property
     def memory_left(self) -> int:
         """Bytes of the memory budget that are not used by decoded images."""
-        budget = self.config.runtime.memory_budget or memory_budget_default()
-        return budget - sum(image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory")
+        budget = self.config.runtime.memory_budget or default_memory_budget()
+        return budget - sum(
+            count_image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory"
+        )
 
     def name_of(self, split: str, index: int) -> str:
         """Return the file or shard#record of an example; in a bucket, its address there instead of the local copy."""

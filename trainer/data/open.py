@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data, RequestedConfig
-from trainer.data.digits import digits_folder
+from trainer.data.digits import prepare_digits
 from trainer.data.examine import examine_images
-from trainer.data.fingerprint import fingerprints
+from trainer.data.fingerprint import compute_fingerprints
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
-from trainer.data.remote import local_copies, named_by_address
+from trainer.data.remote import addresses_in_errors, fetch_local_copies
 from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
@@ -44,9 +44,9 @@ def open_run_data(
     stream: bool = True,
     purpose: Purpose = "train",
 ) -> OpenedData:
-    """Copy data and weights in buckets to the local disk (`local_copies`), then open the data (`open_dataset`)."""
-    local, addresses, shards = local_copies(config, log_message, check, stream)
-    with named_by_address(addresses):
+    """Copy data and weights in buckets to the local disk (`fetch_local_copies`), then open the data (`open_dataset`)."""
+    local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
+    with addresses_in_errors(addresses):
         dataset = open_run_dataset(config, local.data, log_message, shards is not None, purpose)
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
@@ -111,7 +111,7 @@ def open_dataset(
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
-    raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
+    raw = apply_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
     _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
@@ -127,12 +127,12 @@ def open_dataset(
         for name in raw.splits if purpose == "prepare" else {scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
-    raw.notes += _quality_notes(raw, limited=max_examples is not None) + _copy_notes(raw)
+    raw.notes += _note_quality(raw, limited=max_examples is not None) + _note_copies(raw)
     raw.notes += [] if streamed else examine_images(raw.splits["train"])
     for line in raw.notes:
         log_message(line)
     skipped, notes = tuple(raw.skipped), tuple(raw.notes)
-    hashes = fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
+    hashes = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
     return Dataset(raw.name, raw.class_names, raw.splits, [*hashes.values()][-1], skipped, notes, hashes)
 
 
@@ -143,14 +143,14 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
         return open_tfrecords(data, cache_dir, log_message)
     if data.source == "digits":
         try:
-            root = str(digits_folder(cache_dir))
+            root = str(prepare_digits(cache_dir))
         except OSError as error:
             raise refused_write(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
         data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, log_message, streamed)
 
 
-def with_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
+def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
     """Return the dataset with its classes in the order of data.class_names, and labels to match.
 
     Raises:
@@ -192,7 +192,7 @@ def _check_classes(raw: RawData, purpose: Purpose) -> None:
         raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
 
 
-def _quality_notes(raw: RawData, limited: bool) -> list[str]:
+def _note_quality(raw: RawData, limited: bool) -> list[str]:
     """Return notes on class imbalance, small splits, absent classes and skipped files; `limited` by max_examples."""
     notes = []
     counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))
@@ -216,7 +216,7 @@ def _quality_notes(raw: RawData, limited: bool) -> list[str]:
     return notes
 
 
-def _copy_notes(raw: RawData) -> list[str]:
+def _note_copies(raw: RawData) -> list[str]:
     """Return notes on files that are both in train and in another split; read only files of equal size and ends."""
 
     def size_and_digest(path: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
+from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shard_records, steps_per_epoch
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, bits
 from trainer.types import Split
 
@@ -26,7 +26,7 @@ class Order:
 
     batch_size: int  # rows of a global batch; a multiple of the number of workers
     seed: int
-    window: int  # records that are shuffled together (data.shuffle_window); see `windows`
+    window: int  # records that are shuffled together (data.shuffle_window); see `plan_windows`
     first_epoch: int = 0
     first_step: int = 0  # in that epoch
     shuffle: bool = True  # False: by index, except with sharding by file
@@ -50,7 +50,7 @@ Block = dict[str, tf.Tensor]
 Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # ranges, offset and index of a block, without padding
 
 
-def _permutation(keys: tf.Tensor) -> tf.Tensor:
+def _sort_permutation(keys: tf.Tensor) -> tf.Tensor:
     """Return the permutation that sorts random keys, int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
 
@@ -62,7 +62,7 @@ class _ShardRecords:
         """Use the shards of these numbers, int64 [s]; `shards` defaults to all of them."""
         self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
-        self.sizes = shard_sizes(split)
+        self.sizes = count_shard_records(split)
         self.first_index = np.cumsum(self.sizes) - self.sizes
         self.total = int(self.sizes[self.shards].sum())
 
@@ -79,7 +79,7 @@ class _ShardRecords:
         return ranges, tf.repeat(index_minus_position, high - low) + tf.range(start, stop)
 
 
-def windows(
+def plan_windows(
     split: Split, seed: int, window: int, shuffle: bool = True, shards: np.ndarray | None = None, worker: int = 0
 ) -> tuple[int, Callable[..., Window]]:
     """Return the number of windows per epoch, and a function of (epoch, number) that computes a window.
@@ -93,7 +93,7 @@ def windows(
     def file_window(epoch: tf.Tensor, _number: tf.Tensor) -> Window:
         index = tf.range(split.count, dtype=tf.int64)
         if shuffle:
-            index = _permutation(bits(seed, ORDER, epoch, index))
+            index = _sort_permutation(bits(seed, ORDER, epoch, index))
         return tf.zeros([0, 3], tf.int64), tf.zeros_like(index), index
 
     if not split.shards:
@@ -103,18 +103,18 @@ def windows(
     def record_window(epoch: tf.Tensor, number: tf.Tensor) -> Window:
         order = tf.constant(records.shards, tf.int64)
         if shuffle:
-            order = tf.gather(order, _permutation(bits(seed, SHARDS, epoch, order)))
+            order = tf.gather(order, _sort_permutation(bits(seed, SHARDS, epoch, order)))
         start, stop = number * window, tf.minimum((number + 1) * window, records.total)
         ranges, index = records.read(order, start, stop)
         if not shuffle:
             return ranges, tf.range(stop - start), index
-        offset = _permutation(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        offset = _sort_permutation(bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return ranges, offset, tf.gather(index, offset)
 
     return -(-records.total // window), record_window
 
 
-def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
+def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
     """Return the block of a window whose first row is row `start` of `total`; pad the last one of an epoch."""
     ranges, offset, index = window
     rows = tf.size(index, tf.int64)
@@ -130,7 +130,7 @@ def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.T
     }
 
 
-def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
+def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     """Return a function that computes block 0, 1, ... of the infinite stream that begins at the order's first step.
 
     The first block is in the window of the first step, so earlier windows of its epoch are not read. A block has only
@@ -138,13 +138,13 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     each epoch with padding.
     """
     sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
-    shards = shards_of_workers(split, sharding.workers)[sharding.worker] if by_file else None
-    total, batch = (int(shard_sizes(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
+    shards = assign_shards(split, sharding.workers)[sharding.worker] if by_file else None
+    total, batch = (int(count_shard_records(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
     steps = steps_per_epoch(split, order.batch_size, sharding)
     shuffle = order.shuffle or by_file
     window_size = (order.window if shuffle else BLOCK_RECORDS) if split.shards else total
     worker = sharding.worker if by_file else 0
-    per_epoch, make_window = windows(split, order.seed, window_size, shuffle, shards, worker)
+    per_epoch, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
     first_epoch, first_row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
     # If the first step has only padding, the stream begins in the last window, all of whose examples precede the step.
     first_number = min(first_row // window_size, per_epoch - 1)
@@ -153,7 +153,7 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
         number = tf.cast(number, tf.int64) + first_number
         epochs_done, number = number // per_epoch, number % per_epoch
         epoch, start = first_epoch + epochs_done, number * window_size
-        padded = _block(make_window(epoch, number), start, total, batch, epoch, steps * batch - total)
+        padded = _build_block(make_window(epoch, number), start, total, batch, epoch, steps * batch - total)
         rows_done = tf.where(tf.equal(epochs_done, 0), tf.maximum(first_row - start, 0), 0)
         block = {name: value if name == "ranges" else value[rows_done:] for name, value in padded.items()}
         if by_file:
@@ -166,7 +166,9 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     return compute_block
 
 
-def sequence_blocks(split: Split, indices: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
+def make_sequence_blocks(
+    split: Split, indices: np.ndarray, batch_size: int
+) -> tuple[int, Callable[[tf.Tensor], Block]]:
     """Return the number of blocks of examples (increasing, int64 [n]), padded to whole batches, and their function."""
     edges = np.array([0, len(indices)], np.int64)
     if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them are read
@@ -180,15 +182,17 @@ def sequence_blocks(split: Split, indices: np.ndarray, batch_size: int) -> tuple
         ranges, offset = tf.zeros([0, 3], tf.int64), index - index[0]
         if split.shards:
             ranges, _ = records.read(tf.constant(records.shards, tf.int64), index[0], index[-1] + 1)
-        return _block((ranges, offset, index), first, len(indices), batch_size, zero, -len(indices) % batch_size)
+        return _build_block((ranges, offset, index), first, len(indices), batch_size, zero, -len(indices) % batch_size)
 
     return len(edges) - 1 if len(indices) else 0, compute_block
 
 
-Read = tuple[int, np.ndarray]  # rows of this worker in a block, and int64 [k], the numbers of the shards it reads
+BlockShards = tuple[
+    int, np.ndarray
+]  # rows of this worker in a block, and int64 [k], the numbers of the shards it reads
 
 
-def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[Read]:
+def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[BlockShards]:
     """Compute on the host what blocks 0 to `count` - 1 read, for each nonempty one; infinite if `count` is None."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
@@ -203,7 +207,9 @@ def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Itera
             yield int(rows), shards.numpy()
 
 
-def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED) -> np.ndarray:
+def select_examples_to_score(
+    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED
+) -> np.ndarray:
     """Return the increasing indices, int64 [n], of the examples that this worker scores.
 
     A `fraction` below 1 selects that fraction of the batches, always with the same examples of a random permutation.
@@ -211,6 +217,6 @@ def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: 
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-        shuffled = _permutation(bits(SUBSET, tf.constant(indices))).numpy()
+        shuffled = _sort_permutation(bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
     return np.array_split(indices, sharding.workers)[sharding.worker]

@@ -12,12 +12,12 @@ _MAX_ENTRIES = 128  # of the first directory of the EXIF data; cameras write abo
 _ENTRY = 12  # bytes
 
 
-def as_one_node(function: Callable[..., tf.Tensor]) -> Any:
+def compile_as_one_node(function: Callable[..., tf.Tensor]) -> Any:
     """Compile a function for the branch of a condition as one node, so that it costs nothing in the other branch."""
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 
-def exif_data(data: tf.Tensor, is_jpeg: bool) -> tf.Tensor:
+def extract_exif(data: tf.Tensor, is_jpeg: bool) -> tf.Tensor:
     """Return what follows the marker of EXIF data in an encoded image, string [1]; string [0] if there is none.
 
     Args:
@@ -37,7 +37,7 @@ def _bytes_at(data: tf.Tensor, position: tf.Tensor | int, count: int) -> tf.Tens
     return tf.cast(tf.io.decode_raw(text, tf.uint8, fixed_length=count), tf.int32)
 
 
-def orientation_of(exif: tf.Tensor) -> tf.Tensor:
+def parse_orientation(exif: tf.Tensor) -> tf.Tensor:
     """Return the orientation in EXIF data, a string scalar, as int32, 1 to 8; 1 if there is none or it is damaged."""
     # In a WebP the length of the chunk precedes the data, and some programs repeat the marker of JPEG.
     start = tf.where(tf.reduce_any(_bytes_at(exif, 0, 2)[None] == [[73, 73], [77, 77]]), 0, 4)
@@ -61,31 +61,31 @@ def orientation_of(exif: tf.Tensor) -> tf.Tensor:
 
 def _flips(exif: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Return whether rows and columns are stored in reverse order, bool [2], and whether they are exchanged."""
-    orientation = orientation_of(exif)
+    orientation = parse_orientation(exif)
     return tf.reduce_any(orientation == [[3, 4, 6, 7], [2, 3, 7, 8]], axis=1), orientation >= 5
 
 
-@as_one_node
-def _turned(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
+@compile_as_one_node
+def _turn(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
     flips, exchanged = _flips(exif)
     pixels = tf.reverse(pixels, tf.reshape(tf.where(flips), [-1]))
     return tf.cond(exchanged, lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
 
 
-@as_one_node
-def _crop_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
+@compile_as_one_node
+def _compute_crop_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
     return (spare + tf.cast(_flips(exif)[0], tf.int32)) // 2
 
 
 def turn_upright(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
-    """Return pixels [H, W, C] turned as the orientation in their `exif_data` specifies."""
-    return tf.cond(tf.size(exif) > 0, lambda: _turned(pixels, exif[0]), lambda: pixels)
+    """Return pixels [H, W, C] turned as the orientation in their `extract_exif` specifies."""
+    return tf.cond(tf.size(exif) > 0, lambda: _turn(pixels, exif[0]), lambda: pixels)
 
 
-def centre_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
+def compute_center_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
     """Return the offset of the centred square among the stored rows and columns, int32 [2].
 
     `spare`, int32 [2], is how many of them are outside of it; of an odd number, one more is at the end of the upright
     image.
     """
-    return tf.cond(tf.size(exif) > 0, lambda: _crop_offsets(spare, exif[0]), lambda: spare // 2)
+    return tf.cond(tf.size(exif) > 0, lambda: _compute_crop_offsets(spare, exif[0]), lambda: spare // 2)

@@ -7,10 +7,10 @@ import numpy as np
 
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import argument
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 from trainer.data.open import open_dataset
-from trainer.data.records import SOURCE_FIELD, read_source_name, records_of
-from trainer.data.remote import local_copies, named_by_address
+from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
+from trainer.data.remote import addresses_in_errors, fetch_local_copies
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
@@ -37,9 +37,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    local, addresses, _ = local_copies(config, log.info, lambda _address: health.progress())
+    local, addresses, _ = fetch_local_copies(config, log.info, lambda _address: health.progress())
     data = local.data
-    with named_by_address(addresses):
+    with addresses_in_errors(addresses):
         dataset = open_dataset(
             data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, purpose="prepare"
         )
@@ -47,13 +47,13 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     texts: dict[str, dict[str, list[str]]] = {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
-        sources: Sequence[ImageSource] = split.files or records_of(split)
+        sources: Sequence[ImageSource] = split.files or locate_records(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
         if split.groups and field and field != "label":  # the label is stored anyway, and can also be the group
             texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
-        if field != SOURCE_FIELD and (names := source_names(split, data.root)):
+        if field != SOURCE_FIELD and (names := list_source_names(split, data.root)):
             texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
-    workers = config.runtime.data_threads or usable_cpus()
+    workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
         data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
         orientation=data.orientation,
@@ -76,16 +76,16 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     termination.set_success_message(outcome)
 
 
-def source_names(split: Split, root: str | None) -> list[str]:
+def list_source_names(split: Split, root: str | None) -> list[str]:
     """Return the name of each image file below the root of its dataset; of records, [] unless all store such names."""
     if split.files:
         above = os.path.abspath(os.path.expanduser(root or ""))
         return [printable(os.path.relpath(path, above)) for path in split.files]
-    names = [read_source_name(record) for record in records_of(split)]
+    names = [read_source_name(record) for record in locate_records(split)]
     return names if all(names) else []
 
 
-def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
+def parse_job_part(environment: Mapping[str, str]) -> tuple[int, int]:
     """Return the index of this pod and the number of pods, from JOB_COMPLETION_INDEX and WORKER_COUNT (0 and 1).
 
     A ConfigError is raised if one of them is not a whole number, or the index is not below the number of pods.

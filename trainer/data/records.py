@@ -25,7 +25,7 @@ HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
 MAX_GROUPS = 100  # different values of data.group_field
 
 
-class RecordAt(NamedTuple):
+class RecordLocation(NamedTuple):
     """One record of a shard: the position of its payload, and the name of the feature with the encoded image."""
 
     path: str
@@ -52,11 +52,11 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def records_of(split: Split) -> list[RecordAt]:
+def locate_records(split: Split) -> list[RecordLocation]:
     """Return the records of a split, in the order of its examples."""
     index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
     return [
-        RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+        RecordLocation(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
         for s in split.shards
         for n in range(s.start, s.stop)
     ]
@@ -74,7 +74,7 @@ def frame_record(payload: bytes) -> bytes:
     return length + struct.pack("<I", masked_crc32c(length)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
-def unreadable(path: str | Path, error: OSError) -> DataError:
+def unreadable_error(path: str | Path, error: OSError) -> DataError:
     """Return the error of a file that cannot be read because of an operating system error."""
     problem = f"{printable(str(path))} cannot be read: {error.strerror}"
     return DataError(problem, fix="check that it exists and its permissions")
@@ -102,7 +102,7 @@ def index_shard(path: str | Path) -> ShardIndex:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read_headers(printable(str(path)), data, size)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable_error(path, error) from None
 
 
 def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
@@ -163,7 +163,7 @@ message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MES
 
 
 @cache
-def example_class() -> Any:
+def get_example_class() -> Any:
     """Return the message class of `tf.train.Example`, declared without TensorFlow."""
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
@@ -172,7 +172,7 @@ def example_class() -> Any:
 
 def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
     """Serialize a `tf.train.Example` with the features `image`, `label`, and a bytes feature for each of `texts`."""
-    example = example_class()()
+    example = get_example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
     for name, text in (texts or {}).items():
@@ -189,7 +189,7 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
-NO_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
+NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
 
 
 def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
@@ -197,26 +197,26 @@ def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
     if struct.pack("<I", masked_crc32c(payload)) != crc:
         return None, "is damaged (checksum mismatch)"
     try:
-        example = example_class().FromString(payload)
+        example = get_example_class().FromString(payload)
     except Exception:  # protobuf's DecodeError, and other exceptions that arbitrary bytes raise
-        return None, NO_EXAMPLE
-    return (example, "") if example.features.feature else (None, f"{NO_EXAMPLE}: it has no fields")
+        return None, NOT_AN_EXAMPLE
+    return (example, "") if example.features.feature else (None, f"{NOT_AN_EXAMPLE}: it has no fields")
 
 
-def _read_example(record: RecordAt) -> tuple[Any, str]:
+def _read_example(record: RecordLocation) -> tuple[Any, str]:
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         return _parse(file.read(record.length), file.read(FOOTER_BYTES))
 
 
-def read_image(record: RecordAt) -> bytes:
+def read_image(record: RecordLocation) -> bytes:
     """Read the encoded image of one record; raise a DataError if it is damaged, or the field is not one bytes value."""
     example, fault = _read_example(record)
     if fault:
         raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
-        raise _no_image(record.name, record.image_field, example)
+        raise _missing_image_error(record.name, record.image_field, example)
     return value.bytes_list.value[0]
 
 
@@ -224,7 +224,7 @@ SOURCE_FIELD = "filename"  # where `trainer.prepare` stores the name of the imag
 _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of other programs too
 
 
-def read_source_name(record: RecordAt) -> str:
+def read_source_name(record: RecordLocation) -> str:
     """Return the file name that a record stores for its image, "" if there is none or the record is damaged."""
     example, fault = _read_example(record)
     for field in () if fault else _SOURCE_FIELDS:
@@ -234,7 +234,7 @@ def read_source_name(record: RecordAt) -> str:
     return ""
 
 
-def _no_image(record: str, field: str, example: Any) -> DataError:
+def _missing_image_error(record: str, field: str, example: Any) -> DataError:
     problem, fix = f"{record} has no image bytes in this field", f"set one of {describe_fields(example)}"
     return DataError(problem, key="data.image_field", value=field, fix=fix)
 
@@ -268,7 +268,7 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
             problem, fix = f"{record} has no such field", f"set one of {describe_fields(example)}"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
         if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
-            raise _no_image(record, fields.image, example)
+            raise _missing_image_error(record, fields.image, example)
         labels[number] = _read_label(record, example, fields)
     return labels, faults
 

@@ -28,7 +28,7 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     return data, str(data.root).rstrip("/") if streams else None
 
 
-def local_copies(
+def fetch_local_copies(
     config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = False
 ) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """Copy the data and weights of a configuration from buckets to the local disk.
@@ -66,7 +66,7 @@ def local_copies(
 
 
 @contextmanager
-def named_by_address(addresses: dict[str, str]) -> Iterator[None]:
+def addresses_in_errors(addresses: dict[str, str]) -> Iterator[None]:
     """In an error of the block, replace the paths of local copies by the addresses that they are copies of."""
     try:
         yield
@@ -86,7 +86,7 @@ class Prepared:
     metadata: dict[str, ObjectInfo]
 
 
-def prepared_at(address: str) -> Prepared | None:
+def find_prepared(address: str) -> Prepared | None:
     """Return the prepared dataset in a bucket folder; None if it lacks manifest, labels or dataset_info.json.
 
     A shard that is missing or differs from the manifest raises a DataError.
@@ -109,7 +109,7 @@ def _open_shards(
     address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
 ) -> ShardCache | None:
     """Fetch the metadata of a prepared folder, and return the cache that fetches its shards; None if not prepared."""
-    prepared = prepared_at(address)
+    prepared = find_prepared(address)
     if prepared is None:
         return None
     folder, budget, checked = runtime.cache_folder, runtime.disk_budget, partial(check, address)

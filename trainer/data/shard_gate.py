@@ -2,7 +2,7 @@
 
 A pipeline cannot wait for a file: it contains no Python (`trainer.data.order`), and treats a missing file as unreadable
 records. So before the host takes rows from a pipeline, it waits at a gate for every shard that the pipeline may open
-until the next wait. `order.block_reads` computes these shards with the same function that computes the pipeline's
+until the next wait. `order.compute_block_shards` computes these shards with the same function that computes the pipeline's
 blocks.
 """
 
@@ -11,18 +11,18 @@ import os
 from collections import deque
 from collections.abc import Iterator
 
-from trainer.data.order import Read
+from trainer.data.order import BlockShards
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
 # Blocks after the one with the last row pulled whose shards may be open. One thread reads blocks into the `prefetch(1)`
-# of `decoding._with_records`: while rows of block b are pulled, block b + 1 is read and then buffered. Reading of b + 2
+# of `decoding._add_records`: while rows of block b are pulled, block b + 1 is read and then buffered. Reading of b + 2
 # begins when b + 1 leaves the buffer, that is when its first row is pulled.
 BLOCKS_AHEAD = 1
 
 
-def rows_ahead(size: int, threads: int, elements: int) -> int:
+def max_rows_ahead(size: int, threads: int, elements: int) -> int:
     """Return the most rows that a pipeline may have pulled beyond those taken from it.
 
     An element has `size` rows, `threads` rows are decoded in parallel, and the buffers after `batch` hold `elements`,
@@ -58,9 +58,14 @@ class ShardGate:
     """The gate of one iteration of a pipeline over a split; it never waits if `shards` is None."""
 
     def __init__(
-        self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
+        self,
+        shards: ShardCache | LocalShards | None,
+        split: Split,
+        reader: str,
+        reads: Iterator[BlockShards],
+        ahead: int,
     ) -> None:
-        """Start before the first block; `reader` names the pipeline to the cache, `ahead` is from `rows_ahead`."""
+        """Start before the first block; `reader` names the pipeline to the cache, `ahead` is from `max_rows_ahead`."""
         self.shards, self.reader, self.split, self.ahead, self._reads = shards, reader, split, ahead, reads
         is_cached = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if is_cached else shard.path for shard in split.shards]

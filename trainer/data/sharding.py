@@ -9,8 +9,8 @@ import numpy as np
 from trainer.errors import ConfigError
 from trainer.types import Split
 
-By = Literal["record", "file"]
-ShardBy = By | Literal["auto"]  # data.shard_by
+ShardingMode = Literal["record", "file"]
+ShardBy = ShardingMode | Literal["auto"]  # data.shard_by
 CheckpointState = Mapping[str, Any]  # by, workers and steps_per_epoch of a `ShardingPlan`; empty for a new run
 
 
@@ -25,7 +25,7 @@ class Sharding:
 
     worker: int = 0
     workers: int = 1
-    by: By = "record"
+    by: ShardingMode = "record"
 
     @property
     def by_file(self) -> bool:
@@ -35,14 +35,14 @@ class Sharding:
 UNSHARDED = Sharding()
 
 
-def shard_sizes(split: Split) -> np.ndarray:
+def count_shard_records(split: Split) -> np.ndarray:
     """Return the number of records of each shard that the split uses, int64 [shards]."""
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
-def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
+def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
     """Return increasing shard numbers per worker, int64, balanced by longest-processing-time-first (Graham 1969)."""
-    sizes = shard_sizes(split)
+    sizes = count_shard_records(split)
     loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
         owner[shard] = np.argmin(loads)
@@ -50,19 +50,19 @@ def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
     return [np.flatnonzero(owner == worker) for worker in range(workers)]
 
 
-def own_examples(split: Split, sharding: Sharding) -> np.ndarray:
+def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the increasing indices, int64 [n], of the training examples that a worker may read; by record all."""
     if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
-    shards, sizes = shards_of_workers(split, sharding.workers)[sharding.worker], shard_sizes(split)
+    shards, sizes = assign_shards(split, sharding.workers)[sharding.worker], count_shard_records(split)
     return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), shards))
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
     """Return the global batches per epoch, the last one padded; by file, as many as the largest worker needs."""
     if sharding.by_file:
-        sizes, rows = shard_sizes(split), batch_size // sharding.workers
-        return max(-(-int(sizes[shards].sum()) // rows) for shards in shards_of_workers(split, sharding.workers))
+        sizes, rows = count_shard_records(split), batch_size // sharding.workers
+        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, sharding.workers))
     return -(-split.count // batch_size)
 
 
@@ -70,7 +70,7 @@ def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDE
 class ShardingPlan:
     """Sharding of the training split over all workers, and the reason for it."""
 
-    by: By
+    by: ShardingMode
     workers: int
     steps_per_epoch: int
     reason: str
@@ -87,7 +87,7 @@ class ShardingPlan:
         """Return the log line about the records of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        shards, sizes = shards_of_workers(split, self.workers)[worker], shard_sizes(split)
+        shards, sizes = assign_shards(split, self.workers)[worker], count_shard_records(split)
         paths = [shard.path for shard in split.shards]  # a split may use several ranges of a file
         files, records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
@@ -107,7 +107,7 @@ def plan_sharding(
     `image_cache` is where decoded images are cached, "memory", "disk" or "none"; "features" if training reads images
     only once, to compute features.
     """
-    by: By = "record"
+    by: ShardingMode = "record"
     if workers > 1 and len(split.shards) >= workers:
         by = checkpoint.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
     if shard_by == by:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable
-from trainer.data.sharding import shard_sizes
+from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable_error
+from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -40,7 +40,7 @@ class RawData:
     group_names: tuple[str, ...] | None = None  # names of the values 0, 1, ... of data.group_field
 
 
-def head_and_tail_digest(path: str | Path, length: int) -> tuple[int, bytes, str]:
+def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str]:
     """Return the size of a file in bytes, its first `length` bytes, and a hash of its first and last `length` bytes."""
     handle = os.open(path, os.O_RDONLY)  # faster: a Python file object doubles the time of this function
     try:
@@ -65,7 +65,7 @@ def take(split: Split, positions: np.ndarray) -> Split:
     labels = split.labels[positions]
     if split.files:
         return replace(split, labels=labels, files=tuple(split.files[i] for i in positions))
-    shard_of = np.repeat(np.arange(len(split.shards)), shard_sizes(split))[positions]
+    shard_of = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[positions]
     record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[positions]
     breaks = np.flatnonzero((np.diff(shard_of) != 0) | (np.diff(record) != 1)) + 1
     runs = [run for run in np.split(np.arange(len(positions)), breaks) if len(run)]  # of consecutive records
@@ -73,7 +73,7 @@ def take(split: Split, positions: np.ndarray) -> Split:
     return replace(split, labels=labels, shards=tuple(shards))
 
 
-def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+def rank_within_classes(labels: np.ndarray, seed: int) -> np.ndarray:
     """Return the rank of each example, from 0, in a random order of its class, int64 [n]."""
     shuffled = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -85,17 +85,17 @@ def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
 
 def select_per_class(split: Split, limit: int, seed: int) -> Split:
     """Select at most `limit` examples of each class at random, in their order."""
-    return take(split, np.flatnonzero(rank_in_class(split.labels, seed) < limit))
+    return take(split, np.flatnonzero(rank_within_classes(split.labels, seed) < limit))
 
 
 def select_at_most(split: Split, limit: int, seed: int) -> Split:
     """Select at most `limit` examples at random, in their order, and equally many of each class that has enough."""
     if split.count <= limit:
         return split
-    return take(split, np.sort(np.argsort(rank_in_class(split.labels, seed), kind="stable")[:limit]))
+    return take(split, np.sort(np.argsort(rank_within_classes(split.labels, seed), kind="stable")[:limit]))
 
 
-def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
+def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
     """Return the size of each new split: its rounded fraction of `count`, at least 1 if above 0; train retains 1."""
     sizes, left = {}, count - 1
     for name, fraction in fractions.items():
@@ -110,7 +110,7 @@ def count_overlap(first: Split, second: Split) -> int:
     return sum(max(0, min(one.stop, other.stop) - max(one.start, other.start)) for one, other in pairs)
 
 
-def fingerprint(raw: RawData) -> str:
+def hash_raw_data(raw: RawData) -> str:
     """Return a hash, 16 hex digits, of class names, splits, labels and file identities, without the root folder."""
     digest = hashlib.sha256(repr(raw.class_names).encode())
     for name, split in sorted(raw.splits.items()):
@@ -170,10 +170,10 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         try:
             status = os.stat(path)
             prepared = name in entries and entries[name].bytes == status.st_size
-            digest = "" if prepared else head_and_tail_digest(path, _END_BYTES)[2]
+            digest = "" if prepared else digest_head_and_tail(path, _END_BYTES)[2]
             identities[path] = entries[name].identity if prepared else f"{name} {status.st_size} {digest}"
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise unreadable_error(path, error) from None
         key = repr((identities[path], status.st_mtime_ns, fields.label, fields.image, source.classes))
         key += repr(how) if data.label_kind != "index" else ""
         cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -195,14 +195,14 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     return labels, identities, skipped
 
 
-def empty_split(name: str, content: str, skipped: Sequence[str]) -> DataError:
+def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
     """Return the error of a split that has no example, though the data or the configuration defines it."""
     unreadable_ones = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
     fix = "repair them, or remove the split" if skipped else "add examples to it, or use another split"
     return DataError(f"the {name} split has no example: {content}{unreadable_ones}", fix=fix)
 
 
-def split_of(
+def build_split(
     name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource, skipped: Sequence[str]
 ) -> Split:
     """Build the split of the undamaged records in `ranges`.
@@ -223,11 +223,11 @@ def split_of(
     if not readable.size:
         paths = list(dict.fromkeys(shard.path for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
-        raise empty_split(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
+        raise empty_split_error(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
     return take(split, readable)
 
 
-def matching_files(pattern: str) -> list[str]:
+def find_matching_files(pattern: str) -> list[str]:
     """Return the files that a pattern matches, sorted; its parts that exist as they are written are no patterns."""
     parts = pattern.split("/")
     for i, part in enumerate(parts):
@@ -247,7 +247,7 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     """
     assert data.pattern
     assert data.class_names
-    paths = matching_files(os.path.expanduser(data.pattern))
+    paths = find_matching_files(os.path.expanduser(data.pattern))
     if not paths:
         if os.path.isdir(os.path.expanduser(data.pattern)):
             files = f"set data.pattern={os.path.join(data.pattern, '*.tfrec*')}"
@@ -261,12 +261,12 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         zero = " and ".join(f"data.{name}_fraction=0" for name in names[1:])
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
-    sizes = split_sizes(len(paths), fractions)
+    sizes = compute_split_sizes(len(paths), fractions)
     source = RecordSource(data, len(data.class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
     test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
-    splits = {name: split_of(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
+    splits = {name: build_split(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
     return RawData(name, data.class_names, splits, identities, skipped)

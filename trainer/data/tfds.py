@@ -14,11 +14,11 @@ from trainer.config.typed import argument
 from trainer.data.splits import (
     RawData,
     RecordSource,
+    build_split,
+    compute_split_sizes,
     count_overlap,
-    rank_in_class,
+    rank_within_classes,
     read_shards,
-    split_of,
-    split_sizes,
     take,
 )
 from trainer.errors import DataError
@@ -43,21 +43,21 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     file_format = info.file_format.value if info.file_format else "tfrecord"
     if file_format != "tfrecord":
         raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
-    class_names, group_names = _class_names(info, data), _group_names(info, data)
+    class_names, group_names = _get_class_names(info, data), _get_group_names(info, data)
     specs, ranges, split_notes = resolve_splits(info, data)
     source = RecordSource(data, len(class_names), cache_dir, log_message, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
-    splits = {name: split_of(name, shards, labels, source, skipped) for name, shards in ranges.items()}
+    splits = {name: build_split(name, shards, labels, source, skipped) for name, shards in ranges.items()}
     notes = split_notes + _check_overlaps(splits, specs)
-    if fractions := missing_fractions(data, splits):
-        new_splits, new_notes = carve(splits["train"], fractions, data.split_seed)
+    if fractions := select_missing_fractions(data, splits):
+        new_splits, new_notes = carve_splits(splits["train"], fractions, data.split_seed)
         splits |= new_splits
         notes += new_notes
     return RawData(info.name, class_names, splits, identities, skipped, notes, group_names=group_names)
 
 
-def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
+def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
     """Return the TFDS split string of each split; null means the split of that name, if it is in `existing`."""
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
@@ -71,10 +71,10 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
     A validation or test split that the configuration does not name (null) is the dataset's split of that name without
     the records of data.train_split; if none are left, there is no such split.
     """
-    specs, notes = split_specs(data, info.splits), []
+    specs, notes = list_split_specs(data, info.splits), []
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
     for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
-        rest = _without(ranges[name], ranges["train"])
+        rest = _subtract_ranges(ranges[name], ranges["train"])
         if rest != ranges[name]:
             all_records, left = (sum(s.stop - s.start for s in shards) for shards in (ranges[name], rest))
             used = f"{all_records - left} of the {all_records} examples of {name} are in data.train_split"
@@ -86,7 +86,7 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
     return specs, ranges, notes
 
 
-def _without(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
+def _subtract_ranges(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
     """Return the records of `ranges` that are not in `removed`."""
     for other in removed:
         parts = [
@@ -99,7 +99,7 @@ def _without(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
     return ranges
 
 
-def missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
+def select_missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
     """Return the fraction of the training records for each split that is not in `splits`, if it is above 0."""
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
@@ -115,11 +115,11 @@ def _open_folder(root: str) -> Any:
     try:
         return tfds.builder_from_directory(root)
     except Exception as error:  # including those of TFDS's JSON and protobuf parsers
-        problem = f"TFDS cannot read this folder: {_first_line(error)}"
+        problem = f"TFDS cannot read this folder: {_get_first_line(error)}"
         raise DataError(problem, key="data.root", value=root, fix="prepare the dataset again") from None
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -138,7 +138,7 @@ def _open_by_name(data: Data) -> Any:
         problem = f"TFDS has no dataset of this name, and none is prepared in {prepared_in}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
-        problem, fix = f"TFDS cannot open it: {_first_line(error)}", "set a version and config that TFDS lists"
+        problem, fix = f"TFDS cannot open it: {_get_first_line(error)}", "set a version and config that TFDS lists"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     if builder.info.splits:
         return builder
@@ -149,13 +149,13 @@ def _open_by_name(data: Data) -> Any:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
     except Exception as error:  # network, checksums, missing packages or disk space
-        problem = f"TFDS cannot download and prepare it: {_first_line(error)}"
+        problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
         fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 
 
-def _class_names(info: Any, data: Data) -> tuple[str, ...]:
+def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
     """Return the class names, after checking that the image and label fields have suitable types."""
     import tensorflow_datasets as tfds
 
@@ -183,7 +183,7 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
     return tuple(own) if own else data.class_names or ()
 
 
-def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
+def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
     """Return the names of the values 0, 1, ... of data.group_field; None if they have no names."""
     if not data.group_field:
         return None
@@ -204,7 +204,9 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
-        raise DataError(f"{info.name} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix) from None
+        raise DataError(
+            f"{info.name} has no such split ({_get_first_line(error)})", key=key, value=spec, fix=fix
+        ) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     folder = str(info.data_dir)
     for file in (os.path.relpath(shard.path, folder) for shard in shards):
@@ -228,13 +230,13 @@ def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str
     return []
 
 
-def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
+def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
     """Move fractions of the training records to new splits.
 
     The new splits are the last records, so that each split is one range of them; or a stratified random sample, if a
     class is absent from the last records or from those that are left for training. Return all splits, and notes.
     """
-    count, sizes = train.count, split_sizes(train.count, fractions)
+    count, sizes = train.count, compute_split_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
@@ -251,7 +253,7 @@ def carve(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[st
 
     cuts, notes = cut(np.arange(count)), []
     if any(lacks_a_class(name, positions) for name, positions in cuts.items()):
-        rank = (rank_in_class(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
+        rank = (rank_within_classes(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
         cuts = cut(np.argsort(rank, kind="stable"))
         drawn = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
         notes.append(

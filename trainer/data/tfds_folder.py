@@ -69,7 +69,7 @@ class DatasetFolder:
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            files = self.scratch.iterdir() if self.folder.is_local else self._files()
+            files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             others = sorted({file.name for file in files} - names)
             others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
         except OSError as error:
@@ -83,12 +83,12 @@ class DatasetFolder:
 
         A shard whose entry is damaged is written again.
         """
-        files = self._files()
+        files = self._list_files()
         manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
         sidecars = [parse_manifest(b"[%s]" % path.read()) for path in files if _is_sidecar(path.name)]
         return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
-    def _files(self) -> list[StoragePath]:
+    def _list_files(self) -> list[StoragePath]:
         return [info.path for info in self.folder.list(recursive=False)]
 
     def holds(self, entry: ShardEntry) -> bool:
@@ -96,7 +96,7 @@ class DatasetFolder:
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
-        crc = _crc_of(self.scratch / entry.file) if info.crc32c is None else info.crc32c
+        crc = _compute_crc32c(self.scratch / entry.file) if info.crc32c is None else info.crc32c
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
@@ -146,7 +146,7 @@ class DatasetFolder:
             for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
-        for path in self._files():
+        for path in self._list_files():
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
@@ -180,7 +180,7 @@ def _is_sidecar(name: str) -> bool:
     return name.startswith(".") and name.endswith(".json")
 
 
-def _crc_of(path: Path) -> int:
+def _compute_crc32c(path: Path) -> int:
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(2**22):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
-from trainer.data.records import RecordAt, frame_record, join_first, read_image, serialize, unreadable
+from trainer.data.records import RecordLocation, frame_record, join_first, read_image, serialize, unreadable_error
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import file_stem, printable
@@ -29,7 +29,7 @@ from trainer.storage.local import naming
 from trainer.storage.path import storage_path
 from trainer.storage.staging import origin
 
-ImageSource = str | Path | bytes | RecordAt
+ImageSource = str | Path | bytes | RecordLocation
 Orientation = Literal["exif", "ignore"]  # data.orientation
 TIFF_MAGIC = (b"II*\0", b"MM\0*")
 SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
@@ -78,36 +78,36 @@ class ShardJob:
         return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
-def _name_of(source: ImageSource) -> str:
-    if isinstance(source, RecordAt):
+def _describe_source(source: ImageSource) -> str:
+    if isinstance(source, RecordLocation):
         return source.name
     return "an image in memory" if isinstance(source, bytes) else printable(str(source))
 
 
-def _size_of(source: ImageSource) -> int:
-    if isinstance(source, RecordAt):
+def _get_size(source: ImageSource) -> int:
+    if isinstance(source, RecordLocation):
         return source.length
     return len(source) if isinstance(source, bytes) else os.path.getsize(source)
 
 
-def _identity(source: ImageSource) -> str:
+def _format_identity(source: ImageSource) -> str:
     """Return a text that changes when the image changes: hash of the bytes, address in a bucket, or size and time."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    path = source.path if isinstance(source, RecordAt) else source
+    path = source.path if isinstance(source, RecordLocation) else source
     if address := origin(path):  # in other pods, the local copy has another path and time
-        return f"{address} {source.number}" if isinstance(source, RecordAt) else address
+        return f"{address} {source.number}" if isinstance(source, RecordLocation) else address
     status = os.stat(path)
-    return f"{_name_of(source)} {status.st_size} {status.st_mtime_ns}"
+    return f"{_describe_source(source)} {status.st_size} {status.st_mtime_ns}"
 
 
 def _read(source: ImageSource) -> bytes:
-    if isinstance(source, RecordAt):
+    if isinstance(source, RecordLocation):
         return read_image(source)
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def as_stored(data: bytes, orientation: Orientation) -> bytes:
+def convert_for_storage(data: bytes, orientation: Orientation) -> bytes:
     """Verify an encoded image with the decoder of training, and return it as records store it.
 
     JPEG and PNG are stored unchanged. Others become PNG with the pixels that training would read: the first frame,
@@ -118,13 +118,13 @@ def as_stored(data: bytes, orientation: Orientation) -> bytes:
     """
     import tensorflow as tf
 
-    from trainer.data.decoding import decode_whole, decoding_problem
+    from trainer.data.decoding import decode_full_size, describe_decoding_error
 
     is_tiff = data[:4] in TIFF_MAGIC
     try:
-        pixels = _decode_tiff(data, orientation) if is_tiff else decode_whole(data, orientation)
+        pixels = _decode_tiff(data, orientation) if is_tiff else decode_full_size(data, orientation)
     except tf.errors.OpError as error:
-        raise ValueError(decoding_problem(error)) from None
+        raise ValueError(describe_decoding_error(error)) from None
     unchanged = data.startswith((b"\xff\xd8\xff", b"\x89PNG"))
     return data if unchanged else tf.io.encode_png(pixels).numpy()
 
@@ -153,9 +153,9 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
         for number, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
             try:
                 image = _read(source)
-                payload = serialize(as_stored(image, job.orientation) if job.verify else image, label, texts)
+                payload = serialize(convert_for_storage(image, job.orientation) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
-                faults.append(f"{_name_of(source)}: {error.problem if isinstance(error, DataError) else error}")
+                faults.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing.append(number)
             else:
                 record = frame_record(payload)
@@ -170,7 +170,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
 def _plan_shards(name: str, images: LabelledImages, options: WriteOptions) -> list[ShardJob]:
     """Divide the examples of each split into shards of about equal size."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
-    sizes = {split: sum(_size_of(source) for source, _ in examples) for split, examples in splits.items()}
+    sizes = {split: sum(_get_size(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
     jobs: list[ShardJob] = []
     for split, examples in splits.items():
@@ -179,7 +179,7 @@ def _plan_shards(name: str, images: LabelledImages, options: WriteOptions) -> li
         for number in range(count):
             rows = slice(bounds[number], bounds[number + 1])
             members = list(examples[rows])
-            identities = [(_identity(source), int(label)) for source, label in members]
+            identities = [(_format_identity(source), int(label)) for source, label in members]
             content: list[Any] = [list(images.class_names), options.verify, options.orientation, identities]
             columns = {field: values[split][rows] for field, values in images.texts.items()}
             texts = [{field: values[i] for field, values in columns.items()} for i in range(len(members))]
@@ -217,16 +217,16 @@ def write_dataset(
     try:
         jobs = _plan_shards(name, images, options)
     except OSError as error:
-        raise unreadable(error.filename, error) from None
+        raise unreadable_error(error.filename, error) from None
     out.create({job.file for job in jobs})
 
-    def finished() -> dict[str, ShardEntry]:
+    def find_finished() -> dict[str, ShardEntry]:
         """Return the entries of shards that exist, are intact and were written from the same images."""
         entries = {file: e for file, e in out.entries().items() if not e.skipped or options.on_error == "skip"}
         known = [(job, entries[job.file]) for job in jobs if job.file in entries]
         return {job.file: entry for job, entry in known if job.fits(entry) and out.holds(entry)}
 
-    entries = finished()
+    entries = find_finished()
     first, step = options.part
     part_jobs = jobs[first::step]
     missing_jobs = [job for job in part_jobs if job.file not in entries]
@@ -236,7 +236,9 @@ def write_dataset(
     done_before = total - sum(len(job.examples) for job in missing_jobs)
     faults: list[str] = []
     failed = False  # a shard has faults that must not be skipped, or no readable image
-    written = _run(missing_jobs, out.scratch, options.workers, lambda done: progress(done_before + done, total))
+    written = _write_shards(
+        missing_jobs, out.scratch, options.workers, lambda done: progress(done_before + done, total)
+    )
     for temporary, entry in written:
         faults += entry.skipped
         if entry.skipped and (options.on_error == "fail" or not entry.count):
@@ -251,7 +253,7 @@ def write_dataset(
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     progress(total, total)
     if step > 1:  # other parts may have written their shards meanwhile
-        entries = finished()
+        entries = find_finished()
     if len(entries) < len(jobs):
         return None
     manifest: dict[str, list[ShardEntry]] = {}
@@ -264,7 +266,7 @@ def write_dataset(
     return [entries[job.file] for job in jobs]
 
 
-def _run(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
+def _write_shards(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
     """Yield the temporary file and the entry of each shard when it is written, in threads: decoding needs no lock."""
     done: list[None] = []  # one element per image: appending needs no lock
     if workers <= 1 or len(jobs) <= 1:

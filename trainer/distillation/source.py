@@ -46,7 +46,7 @@ class TeacherFiles:
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
-def find_teacher(address: str) -> TeacherFiles:
+def describe_teacher(address: str) -> TeacherFiles:
     """Describe the teacher at an address, the folder of a SavedModel or the output_dir of a run.
 
     The teacher of a run is its best checkpoint if `training.keep` is best, otherwise the newest one. Weights are read
@@ -58,14 +58,14 @@ def find_teacher(address: str) -> TeacherFiles:
     """
     home = storage_path(address)
     if (home / _GRAPH).exists():
-        return _saved_model(address, home)
+        return _describe_saved_model(address, home)
     if (home / "config.yaml").exists():
-        return _checkpoint(address, home)
+        return _describe_checkpoint(address, home)
     problem = f"is neither the output_dir of a run (no config.yaml) nor the folder of a SavedModel (no {_GRAPH})"
     raise DataError(problem, key=KEY, value=address, fix="give the output_dir of a run, or its export/saved_model/1")
 
 
-def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
+def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
@@ -83,7 +83,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     return TeacherFiles(address, home, classes, digest.hexdigest()[:16], sizes)
 
 
-def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
+def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
         settings = config.load_resolved(config.read_config((home / "config.yaml").read()))
     except ConfigError as error:
@@ -113,7 +113,10 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
     teacher, data = (tuple(map(class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
-    differences = {"only the teacher has": _difference(teacher, data), "only the data has": _difference(data, teacher)}
+    differences = {
+        "only the teacher has": _list_difference(teacher, data),
+        "only the data has": _list_difference(data, teacher),
+    }
     detail = " and ".join(f"{prefix} {names}" for prefix, names in differences.items() if names)
     detail = detail or f"they are in a different order ({', '.join(teacher[:5])}; {', '.join(data[:5])})"
     problem = f"has {len(teacher)} classes and the data has {len(data)}: {detail}"
@@ -127,13 +130,13 @@ def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 
-def _difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+def _list_difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
     """List the names that are not in `others`, at most five."""
     extra = [name for name in names if name not in others]
     return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
 
-def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
+def read_teacher_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     """Read the weights of a teacher; raise a DataError if a file is missing or does not match its size or checksum.
 
     Returns:
@@ -150,7 +153,7 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, which `read_teacher` returned, to a folder."""
+    """Write the files of a SavedModel, which `read_teacher_weights` returned, to a folder."""
     for name, content in files.items():
         file = inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

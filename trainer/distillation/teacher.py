@@ -48,7 +48,7 @@ class Teacher:
         return tf.stop_gradient(self.forward(pixels))
 
 
-def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
+def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
     """Load a SavedModel that kubetune exported as a teacher; call it in the scope of the strategy.
 
     Raises:
@@ -76,7 +76,7 @@ class OpenedTeacher:
     network: Teacher | None = None
     soft_labels: np.ndarray | None = None  # probabilities, float32 [count, classes], by example index
 
-    def with_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+    def add_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """Add the soft labels, if there are any, to training batches as `teacher`."""
         if self.soft_labels is None:
             return batches
@@ -86,14 +86,14 @@ class OpenedTeacher:
 
 
 @dataclass(frozen=True)
-class TeacherAtAddress:
+class ConfiguredTeacher:
     """The teacher that is configured, before its weights are read."""
 
     properties: dict[str, Any]  # of `TeacherFiles`
     files: source.TeacherFiles | None  # None on workers other than the chief
 
 
-def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> TeacherAtAddress:
+def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
     """Find and check the configured teacher on all workers; only the chief reads its files.
 
     `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began, None for a new run.
@@ -104,14 +104,16 @@ def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     """
     assert images.config.distillation
     address = images.config.distillation.teacher
-    files = source.find_teacher(address) if worker.is_chief else None
+    files = source.describe_teacher(address) if worker.is_chief else None
     properties: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.properties if files else None)
     check_classes(address, tuple(properties["classes"]), images.dataset.class_names)
     check_same_teacher(run, recorded, properties["fingerprint"])
-    return TeacherAtAddress(properties, files)
+    return ConfiguredTeacher(properties, files)
 
 
-def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_address: TeacherAtAddress) -> OpenedTeacher:
+def open_teacher(
+    worker: Worker, images: ImageStore, sharding: Sharding, at_address: ConfiguredTeacher
+) -> OpenedTeacher:
     """Open a teacher on all workers; the chief reads its files and broadcasts them.
 
     Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
@@ -126,12 +128,14 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_addr
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
     def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
+        arrays = worker.control.broadcast_arrays(
+            "teacher's weights", source.read_teacher_weights(files) if files else {}
+        )
         with worker.strategy.scope():
             if properties["model"] is None:
                 with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
                     source.write_saved_model(arrays, Path(folder))
-                    return saved_model_as_teacher(Path(folder), address)
+                    return load_saved_model_teacher(Path(folder), address)
             model, setting = Model(**properties["model"]), f"{KEY}={address}"
             classifier = rebuild_classifier(model, len(images.dataset.class_names), config.seed, arrays, setting)
         return Teacher(classifier.image_size, classifier.logits)
@@ -140,11 +144,11 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_addr
         network = build()
         log.info("  it predicts in every step, for the augmented images")
         return OpenedTeacher(properties["fingerprint"], network=network)
-    soft_labels = _soft_labels(worker, images, sharding, properties, build)
+    soft_labels = _compute_soft_labels(worker, images, sharding, properties, build)
     return OpenedTeacher(properties["fingerprint"], soft_labels=soft_labels)
 
 
-def _soft_labels(
+def _compute_soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
     """Read or compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""

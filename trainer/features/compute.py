@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import ImageStore, Pixels, data_errors
-from trainer.data.pipeline import View, chosen_batches
+from trainer.data.images import ImageStore, Pixels, convert_data_errors
+from trainer.data.pipeline import View, build_chosen_batches
 from trainer.errors import StopRequested
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
@@ -62,7 +62,7 @@ class FeaturePass:
         Raises DataError if an image cannot be read or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
-        missing = [[self._missing(request, view, exchange) for view in range(views)] for request in requests]
+        missing = [[self._find_missing(request, view, exchange) for view in range(views)] for request in requests]
         incomplete = []
         for request, missing_in_views in zip(requests, missing, strict=True):
             if np.any(missing_in_views):
@@ -75,14 +75,14 @@ class FeaturePass:
         targets = " and ".join(request.features.location for request in incomplete)
         log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
         pixels = self.images.split(split.name)
-        with data_errors(pixels):
+        with convert_data_errors(pixels):
             return all(
                 self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing)
                 for view, is_missing in enumerate(missing_by_view)
                 if is_missing.any()
             )
 
-    def _missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
+    def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
         """Return which features this worker, or with `exchange` any worker, lacks: bool [count]."""
         missing, control = request.features.missing(view), self.worker.control
         if not exchange:
@@ -102,7 +102,7 @@ class FeaturePass:
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
-        with closing(self._batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
+        with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             for first in range(0, len(shards[0]), calls * self.rows):  # the first shard is the largest
                 index = shard[first : first + calls * self.rows]
                 outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
@@ -112,26 +112,26 @@ class FeaturePass:
                 health.progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
         return True
 
-    def _batches(
+    def _compute_batches(
         self, cuts: Sequence[Cut], pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
         """Yield the outputs of each device call: weights float32 [rows], then the features at each cut.
 
         The weight of padding and of images that cannot be read is 0. A stop request ends the iteration early.
         """
-        compute, local = self._compute(cuts), self.worker.strategy.experimental_local_results
+        compute, local = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
         if pixels.array is not None and not augmentation.active:
-            source = self._from_memory(pixels, shard)
+            source = self._iterate_memory(pixels, shard)
         else:
-            source = self._from_pipeline(pixels, shard, augmentation, view)
+            source = self._iterate_pipeline(pixels, shard, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outputs = compute(images, weights)
                 health.progress()
                 # np.asarray avoids the copy that Tensor.numpy() makes.
-                yield [_concatenated([np.asarray(values) for values in local(output)]) for output in outputs]
+                yield [_concatenate([np.asarray(values) for values in local(output)]) for output in outputs]
 
-    def _from_pipeline(
+    def _iterate_pipeline(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
         """Yield images and weights for each device call, decoded and augmented by an input pipeline."""
@@ -139,9 +139,11 @@ class FeaturePass:
         # Decode while the trunk is compiled, unless shards have to be fetched.
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
         ahead = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
-        batches = chosen_batches(pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
+        batches = build_chosen_batches(
+            pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead
+        )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
-        gate = batches.gate()
+        gate = batches.open_gate()
         try:
             while self.worker.stop.reason is None:
                 gate.wait_for(self.rows)
@@ -152,7 +154,7 @@ class FeaturePass:
         finally:
             gate.close()
 
-    def _from_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+    def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """Yield images and weights for each device call from the cache in memory; consecutive images are not copied."""
         cached, padding, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad = list(pixels.bad)
@@ -172,7 +174,7 @@ class FeaturePass:
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
-    def _compute(self, cuts: Sequence[Cut]) -> Any:
+    def _compile_trunk(self, cuts: Sequence[Cut]) -> Any:
         """Return the compiled function (images, weights) -> weights, features at the first cut, ..."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
@@ -188,7 +190,7 @@ class FeaturePass:
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
     ) -> None:
         """Store the features of the examples `index`, and with `exchange` those that the other workers computed."""
-        columns = [_concatenated(column)[: len(index)] for column in zip(*outputs, strict=True)]
+        columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
         failed = index[columns[0] == 0] if columns else index
         reasons = np.array([pixels.bad.get(int(i), "") for i in failed] if len(failed) else [], str)
         rows = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
@@ -209,5 +211,5 @@ class FeaturePass:
                 log.info(f"  features cannot be stored in {request.features.location}: {error.strerror}")
 
 
-def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

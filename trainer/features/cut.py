@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import NORM, example_weights
+from trainer.models.batch_norm import NORM, use_example_weights
 from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
@@ -114,7 +114,7 @@ class Tail:
         """Compute logits as `Classifier.logits`; `images` is the trunk's output [b, *shape] of any floating dtype."""
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
-            with example_weights(weight if batch_norm_training else None):
+            with use_example_weights(weight if batch_norm_training else None):
                 maps = apply_folded(self._network, maps, batch_norm_training)
         return self.classifier.head_logits(maps, training, seed, step, position)
 

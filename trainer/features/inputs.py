@@ -9,13 +9,13 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import BatchSource, ImageStore, cache_name
-from trainer.data.order import examples_to_score
-from trainer.data.sharding import Sharding, own_examples
+from trainer.data.images import BatchSource, ImageStore, build_cache_name
+from trainer.data.order import select_examples_to_score
+from trainer.data.sharding import Sharding, select_worker_examples
 from trainer.evaluation.scoring import Scorer
 from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
 from trainer.features.cut import Tail
-from trainer.features.plan import FeaturePlan, stored_dtype
+from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.log import log
@@ -139,15 +139,15 @@ class FeatureCache:
         augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if augmented else 1
         if split == "validation":
-            indices = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+            indices = select_examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
         else:
-            indices = own_examples(examples, self.sharding)
-        dtype, threads = stored_dtype(options, cut), runtime.data_threads
+            indices = select_worker_examples(examples, self.sharding)
+        dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         if memory_budget is None and disk_used + features.bytes > runtime.disk_budget:
             return None
         fingerprint = self.images.dataset.fingerprint
-        decoded_name = cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
+        decoded_name = build_cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
         key = (
             _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,

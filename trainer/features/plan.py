@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
-from trainer.data.images import ImageStore, megabytes
+from trainer.data.images import ImageStore, format_bytes
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut, updates_moving_averages
-from trainer.features.store import bytes_of
+from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
@@ -54,12 +54,12 @@ class FeaturePlan:
         return cut
 
 
-def stored_dtype(phase: Phase, cut: Cut) -> str:
+def select_stored_dtype(phase: Phase, cut: Cut) -> str:
     """Return the dtype of stored features: that of the trunk's output, or if that is float32, the configured one."""
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
-def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
+def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
     """Apply the freezing rules of each phase in turn and return its division; the rules of the last one stay applied.
 
     Raises ModelError if a thaw rule cannot be applied; the key of the error names the phase.
@@ -106,9 +106,9 @@ def plan_features(
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
         if cut and choice.input_kind != "cached" and phase.features == "auto" and epochs > 1:
-            needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, validation_count)
+            needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), 1, validation_count)
             if needed <= budget:
-                validation = f"validation on features of {validation_count:,} images at {cut}, {megabytes(needed)}"
+                validation = f"validation on features of {validation_count:,} images at {cut}, {format_bytes(needed)}"
                 choice = FeatureChoice("validation", f"{choice.reason}; {validation}")
         choices[name] = choice
     return choices
@@ -149,9 +149,9 @@ def _choose(
     if cut is None:
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
-    needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
+    needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), views, examples)
     views_text = f"{views} view{'s' * (views > 1)}"
-    description = f"{views_text} of {examples:,} images at {cut}, {megabytes(needed)}"
+    description = f"{views_text} of {examples:,} images at {cut}, {format_bytes(needed)}"
     if needed > budget:
         return FeatureChoice("live", f"{description} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     epoch_count = math.ceil(epochs)

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.host import fresh_array, usable_cpus
-from trainer.data.images import tensor_over
-from trainer.data.order import Read
+from trainer.data.host import allocate_array, count_usable_cpus
+from trainer.data.images import wrap_array
+from trainer.data.order import BlockShards
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
@@ -48,11 +48,11 @@ class Features:
 
     @property
     def parallel(self) -> int:
-        return self.threads or usable_cpus()
+        return self.threads or count_usable_cpus()
 
     @property
     def row_bytes(self) -> int:
-        return bytes_of(self.shape, self.dtype, 1, 1)
+        return count_feature_bytes(self.shape, self.dtype, 1, 1)
 
     @property
     def location(self) -> str:
@@ -62,18 +62,18 @@ class Features:
     @property
     def bytes(self) -> int:
         """Bytes of all views of the examples that this worker reads."""
-        return bytes_of(self.shape, self.dtype, self.views, len(self.indices))
+        return count_feature_bytes(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
         """Return a tensor over all rows, without a copy."""
-        return tensor_over(self.array)
+        return wrap_array(self.array)
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         """Gather rows [b, *shape] of the examples `index`, int64 [b], in the view for their `epoch`, int64 [b]."""
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, reads: Iterator[BlockShards], ahead: int) -> ShardGate:
         """Return a gate that never waits: features do not need the shards of the images."""
         return ShardGate(None, self.split, reader, reads, ahead)
 
@@ -129,7 +129,7 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                remove(self.file)
+                delete_features(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
@@ -143,13 +143,13 @@ class Features:
             self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
 
 
-def remove(file: Path) -> None:
+def delete_features(file: Path) -> None:
     """Delete features from disk; a process that has mapped them can still read them."""
     for suffix in (".rows", ".list"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
+def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
     """Return the size in bytes of stored features of `shape` per view and example."""
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
@@ -169,7 +169,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     rows = features.views * (features.split.count + 1)
     features.stored = np.zeros((features.views, features.split.count), bool)
     if in_memory:
-        features.array = fresh_array((rows, *features.shape), STORED[features.dtype])
+        features.array = allocate_array((rows, *features.shape), STORED[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
                 sparse.truncate(rows * features.row_bytes)
             file.with_suffix(".list").touch()
             features.file = file
-            _load_stored(features)
+            _load_rows(features)
         except OSError as error:
             features.log_message(f"features cannot be stored in {file.parent} ({error.strerror})")
             if not in_memory:
@@ -187,7 +187,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     return features
 
 
-def _load_stored(features: Features) -> None:
+def _load_rows(features: Features) -> None:
     """Mark the rows on disk that match their checksums as stored, and read them if the features are in memory."""
     assert features.file
     damaged, size = 0, features.split.count + 1
@@ -229,5 +229,5 @@ def _evict(file: Path, needed: int, budget: int) -> None:
     for _, size, other in sorted(others):
         if total <= budget:
             return
-        remove(other)
+        delete_features(other)
         total -= size

@@ -30,7 +30,7 @@ class BackboneSpec:
     name: str  # of the constructor in keras.applications, such as "MobileNetV2"
     module: str  # of keras.applications that has its preprocess_input, such as "mobilenet_v2"
     default_size: int  # image side in pixels with which the ImageNet weights were trained
-    smallest_size: int  # smallest image side in pixels
+    min_size: int  # smallest image side in pixels
     block_pattern: str  # regular expression, searched in layer names
     block_name: str = r"\1"  # template of the block's name, expanded with the match
     stem_end: str | None = None  # last layer before the first block
@@ -51,9 +51,9 @@ class BackboneSpec:
         """
         import keras
 
-        if image_size < self.smallest_size:
+        if image_size < self.min_size:
             problem = f"is too small for {self.name} (ImageNet weights: {self.default_size} px)"
-            fix = f"use at least {self.smallest_size}"
+            fix = f"use at least {self.min_size}"
             raise ModelError(problem, key="model.image_size", value=image_size, fix=fix)
         if alpha is not None and not self.takes_alpha:
             names = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
@@ -70,17 +70,17 @@ class BackboneSpec:
         _renumber_automatic_names(network)
         return network
 
-    def block_of(self, layer_name: str) -> str | None:
+    def find_block(self, layer_name: str) -> str | None:
         """Return the block that a layer name contains; None for the stem, the top and automatic names."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
-    def block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
+    def find_block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
         """Map each block to the index of its first layer, in layer order."""
         starts: dict[str, int] = {}
         previous = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
-            if block := self.block_of(name):
+            if block := self.find_block(name):
                 starts.setdefault(block, previous + 1 if self.stem_end else index)
                 previous = index
         return starts
@@ -139,10 +139,10 @@ def backbones() -> dict[str, BackboneSpec]:
         for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
-    return {_normalized(backbone.name): backbone for backbone in networks}
+    return {_normalize(backbone.name): backbone for backbone in networks}
 
 
-def _normalized(name: str) -> str:
+def _normalize(name: str) -> str:
     """Return a name in lower case, without separators."""
     return re.sub(r"[\s_.-]", "", name).lower()
 
@@ -153,7 +153,7 @@ def find_backbone(name: str) -> BackboneSpec:
     Raises:
         ModelError: no backbone has that name; the fix suggests the closest name, or lists all.
     """
-    registry, normalized = backbones(), _normalized(name)
+    registry, normalized = backbones(), _normalize(name)
     if normalized in registry:
         return registry[normalized]
     close = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 NORM = keras.layers.BatchNormalization
 
-_example_weights: ContextVar[Any] = ContextVar("example_weights", default=None)
+_example_weights: ContextVar[Any] = ContextVar("use_example_weights", default=None)
 
 
 @contextmanager
-def example_weights(weights: Any) -> Iterator[None]:
+def use_example_weights(weights: Any) -> Iterator[None]:
     """Let the layers called in this context exclude examples with weight 0 from their batch statistics.
 
     `weights` are 0 or 1, float32 [b]; None includes the entire batch.
@@ -29,7 +29,7 @@ def example_weights(weights: Any) -> Iterator[None]:
 class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
     """Keras' layer with `synchronized=True`, except that it excludes padding and needs two collectives, not three.
 
-    Outside training, or without `example_weights`, it is Keras' layer as it is. Keras' mask does not help: statistics
+    Outside training, or without `use_example_weights`, it is Keras' layer as it is. Keras' mask does not help: statistics
     with a mask are not synchronized, and the layers of a backbone do not propagate it.
     """
 

@@ -38,7 +38,7 @@ def apply_folded(
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
-    norm_of = {conv.name: norm for conv, norm in foldable_pairs(network) if not (training and norm.trainable)}
+    norm_of = {conv.name: norm for conv, norm in find_foldable_pairs(network) if not (training and norm.trainable)}
     folded_norms = {norm.name for norm in norm_of.values()}
 
     def operation_fn(operation: Any) -> Callable[..., Any]:
@@ -57,10 +57,10 @@ def apply_folded(
 
 def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
     """Fold all foldable layers with the current values of the variables; keys are the names of the convolutions."""
-    return {convolution.name: _fold(convolution, norm) for convolution, norm in foldable_pairs(network)}
+    return {convolution.name: _fold(convolution, norm) for convolution, norm in find_foldable_pairs(network)}
 
 
-def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
+def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
     """List the convolutions without an activation whose output only a BatchNormalization uses, each with that layer."""
     consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
     for operation in network.operations:

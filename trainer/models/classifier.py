@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.config.schema import Model as ModelConfig
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
-from trainer.models.batch_norm import example_weights
+from trainer.models.batch_norm import use_example_weights
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, uniform
@@ -42,7 +42,7 @@ class Classifier:
         could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
-        with example_weights(weight if batch_norm_training else None):
+        with use_example_weights(weight if batch_norm_training else None):
             return apply_folded(self.backbone, pixels, batch_norm_training)
 
     def pool(self, features: Any) -> Any:
@@ -88,7 +88,7 @@ class Classifier:
         kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
 
-    def keras_model(self) -> keras.Model:
+    def build_keras_model(self) -> keras.Model:
         """Build an inference model with the same variables: float32 [b, S, S, 3] in 0..255 -> `probabilities`."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
@@ -119,7 +119,7 @@ def count_parameters(variables: Iterable[Any]) -> int:
     return sum(math.prod(v.shape) for v in variables)
 
 
-def variable_bytes(variables: Iterable[Any]) -> int:
+def count_variable_bytes(variables: Iterable[Any]) -> int:
     """Count the bytes of variables."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
@@ -145,16 +145,16 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
             layer.rate = 0.0
     hidden, width = None, backbone.output_shape[-1]
     if config.hidden is not None:
-        hidden = _dense(config.hidden, width, "hidden", seed, "relu")
+        hidden = _build_dense(config.hidden, width, "hidden", seed, "relu")
         width = config.hidden
-    output = _dense(class_count, width, "output", seed + 1, None)
+    output = _build_dense(class_count, width, "output", seed + 1, None)
     return Classifier(
         spec, backbone, hidden, output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,
     )  # fmt: skip
 
 
-def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
+def _build_dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
     glorot = keras.initializers.GlorotUniform(seed=seed)
     layer = keras.layers.Dense(units, activation, kernel_initializer=glorot, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))

@@ -10,7 +10,7 @@ import keras
 
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization
-from trainer.models.classifier import Classifier, count_parameters, variable_bytes
+from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
 GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
@@ -41,7 +41,7 @@ class ThawPlan:
                        f"{self.first_thawed} ({self.first_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
-            sizes = f"{count_parameters(group):,}", f"{variable_bytes(group) / 1e6:,.2f} MB"
+            sizes = f"{count_parameters(group):,}", f"{count_variable_bytes(group) / 1e6:,.2f} MB"
             table.append((group_name, f"{len(group):,}", *sizes))
         name_width, *widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         rows = ["  " + "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)]) for name, *cells in table]
@@ -111,7 +111,7 @@ def _lr_multipliers(
 ) -> tuple[tuple[float, ...], str]:
     """Return the multiplier of each trainable variable, and a text with that of each block; both empty if all are 1."""
     layers = classifier.backbone.layers
-    starts = {"stem": 0, **classifier.spec.block_starts([layer.name for layer in layers])}
+    starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
     names, firsts = sorted(starts, key=starts.__getitem__), sorted(starts.values())
     by_variable: dict[int, float] = {}  # by id
     by_block: dict[str, float] = {}  # only blocks with trainable weights
@@ -131,7 +131,7 @@ def _lr_multipliers(
 def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
     """Return the indices of the backbone layers that a rule selects."""
     names = [layer.name for layer in classifier.backbone.layers]
-    starts = classifier.spec.block_starts(names)
+    starts = classifier.spec.find_block_starts(names)
     rule, _, value = thaw.partition(":")
     count, network = len(names), classifier.spec.name
 

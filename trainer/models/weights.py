@@ -39,7 +39,7 @@ def build_with_weights(
     if weights == "glyphs":
         path = GLYPHS_WEIGHTS
         if (spec.name, alpha) != ("MobileNetV2", 0.35):
-            problem, fix = f"does not fit {_display_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
+            problem, fix = f"does not fit {_format_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
         if not path.is_file():
             problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
@@ -55,7 +55,7 @@ def build_with_weights(
         # Only Keras' sentence about the first object that does not fit, without the lists around it.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
-        raise _mismatch(path, spec, alpha, detail.strip()) from error
+        raise _mismatch_error(path, spec, alpha, detail.strip()) from error
     if spec.module == "efficientnet":
         _set_published_variance(network)
     return network
@@ -102,17 +102,19 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
         raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
 
 
-def _display_name(spec: BackboneSpec, alpha: float | None) -> str:
+def _format_name(spec: BackboneSpec, alpha: float | None) -> str:
     return spec.name + (f" with alpha {alpha or 1.0:g}" if spec.takes_alpha else "")
 
 
-def _mismatch(path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
-    problem = f"does not fit {_display_name(spec, alpha)} without its top: {detail}"
+def _mismatch_error(
+    path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None
+) -> ModelError:
+    problem = f"does not fit {_format_name(spec, alpha)} without its top: {detail}"
     return ModelError(problem, key="model.weights", value=path,
-                      fix=fix or _warm_start_fix(path) or f"use weights of {spec.name}")  # fmt: skip
+                      fix=fix or _suggest_warm_start(path) or f"use weights of {spec.name}")  # fmt: skip
 
 
-def _warm_start_fix(path: Path) -> str | None:
+def _suggest_warm_start(path: Path) -> str | None:
     """Return the argument that begins with the weights of a run, if `path` is in its output_dir or is that folder."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
@@ -125,17 +127,17 @@ def _check_file(path: Path) -> None:
     if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
-        raise ModelError(reason, key="model.weights", value=path, fix=_warm_start_fix(path) or fix)
+        raise ModelError(reason, key="model.weights", value=path, fix=_suggest_warm_start(path) or fix)
     if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
-        raise _damaged(path, "possibly a Git LFS pointer")
+        raise _corrupt_error(path, "possibly a Git LFS pointer")
 
 
-def _damaged(path: Path, reason: object) -> ModelError:
+def _corrupt_error(path: Path, reason: object) -> ModelError:
     problem = f"is not a Keras weights file or is damaged ({reason})"
     return ModelError(problem, key="model.weights", value=path, fix="replace the file")
 
 
-def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
+def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
     """Count the arrays of each shape in a Keras 3 file, except states of optimizers and random generators."""
     shapes: Counter[tuple[int, ...]] = Counter()
 
@@ -150,24 +152,24 @@ def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
                 file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
             stack.enter_context(h5py.File(file)).visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+        raise _corrupt_error(path, error) from error
     return shapes
 
 
-def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
+def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 
 def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
     """Raise a ModelError unless the file has exactly the shapes of the network; Keras would ignore extra arrays."""
-    actual, expected = _shapes_in_file(path), _shapes(network)
+    actual, expected = _count_shapes_in_file(path), _count_shapes(network)
     if actual == expected:
         return
     for other in [a for a in ALPHAS if a != (alpha or 1.0)] if spec.takes_alpha else []:
-        if _shapes(spec.build(image_size, other, None)) == actual:
-            raise _mismatch(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
+        if _count_shapes(spec.build(image_size, other, None)) == actual:
+            raise _mismatch_error(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
     detail = f"the file has {sum(actual.values())} arrays, the backbone {sum(expected.values())}"
     if missing := expected - actual:
         shape = max(missing, key=lambda s: (len(s), s))
         detail += f", and the file has {actual[shape]} of shape {list(shape)}, the backbone {expected[shape]}"
-    raise _mismatch(path, spec, alpha, detail)
+    raise _mismatch_error(path, spec, alpha, detail)

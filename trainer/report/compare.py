@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.config.diff import flat
-from trainer.data.records import RecordAt, index_shard, read_image
+from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson
 from trainer.evaluation.paired import PairedComparison, compare_paired, holm
@@ -231,7 +231,9 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
         if record.isdigit() and path:
             index, number = _index_once(path), int(record)
             field = run.config.get("data", {}).get("image_field", "image")
-            content = read_image(RecordAt(path, number, int(index.offsets[number]), int(index.lengths[number]), field))
+            content = read_image(
+                RecordLocation(path, number, int(index.offsets[number]), int(index.lengths[number]), field)
+            )
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws as draw_ids
-from trainer.data.augment.draws import LEVELS, Draws, levels
+from trainer.data.augment.draws import LEVELS, Draws, tabulate_levels
 
 MAX_ASPECT = 4 / 3  # of a crop, width : height; the smallest is 1 / MAX_ASPECT
 
@@ -44,17 +44,17 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
     if a.flip_vertical:
         matrix = times([[1.0, 0.0], [0.0, tf.where(draws.coin(draw_ids.FLIP_VERTICAL), -1.0, 1.0)]])
     if a.zoom:
-        scale = draws.select(draw_ids.ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
+        scale = draws.select(draw_ids.ZOOM, 1 / tabulate_levels(1 - a.zoom, 1 + a.zoom))
         matrix = times([[scale, 0.0], [0.0, scale]])
     if a.shear:
-        tangents = np.tan(np.radians(levels(-a.shear, a.shear)))
+        tangents = np.tan(np.radians(tabulate_levels(-a.shear, a.shear)))
         matrix = times([[1.0, -draws.select(draw_ids.SHEAR, tangents)], [0.0, 1.0]])
     for draw, limit in zip((draw_ids.ROTATION, draw_ids.SECOND_ROTATION), a.rotations, strict=False):
-        angles = np.radians(levels(-limit, limit))
+        angles = np.radians(tabulate_levels(-limit, limit))
         cos, sin = draws.select(draw, np.cos(angles)), draws.select(draw, np.sin(angles))
         matrix = times([[cos, sin], [-sin, cos]])
     if a.stretch:
-        scales = 1 / levels(1 - a.stretch, 1 + a.stretch)
+        scales = 1 / tabulate_levels(1 - a.stretch, 1 + a.stretch)
         scale_x, scale_y = (draws.select(draw, scales) for draw in (draw_ids.STRETCH_X, draw_ids.STRETCH_Y))
         matrix = times([[scale_x, 0.0], [0.0, scale_y]])
     return matrix
@@ -66,18 +66,18 @@ def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     zero, centre, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
     crop_matrix, crop_centre = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
     if a.crop:
-        (width, height), (left, top) = windows(a.crop, draws)
+        (width, height), (left, top) = draw_crops(a.crop, draws)
         crop_matrix = [[width, 0.0], [0.0, height]]
         crop_centre = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
     (xx, xy), (yx, yy) = _matrix(a, draws, crop_matrix)
-    shifts = levels(-max_shift, max_shift)
+    shifts = tabulate_levels(-max_shift, max_shift)
     centre_x = centre + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
     centre_y = centre + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
     x, y = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
     return resample(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
 
 
-def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
+def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     """Tabulate equally likely aspect ratios of a crop, and the largest area that a crop of each can have.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
@@ -86,7 +86,7 @@ def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     area is uniform in [min_area, 1 / q]; q and 1 / q are equally likely and have the same areas.
 
     Returns:
-        float64 [LEVELS] each: square roots of the aspects, and the largest areas as fractions of the image.
+        float64 [LEVELS] each: square roots of the tabulate_aspects, and the largest areas as fractions of the image.
     """
     limit = min(np.log(MAX_ASPECT), -np.log(min_area))
     grid = np.linspace(0, limit, 100_001)
@@ -96,9 +96,9 @@ def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 
 
-def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+def draw_crops(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """Draw a crop per image: (width, height) and (left, top) as fractions of the image, float32 [b] each."""
-    roots, max_areas = aspects(min_area)
+    roots, max_areas = tabulate_aspects(min_area)
     root = draws.select(draw_ids.CROP_ASPECT, roots)
     max_area = draws.select(draw_ids.CROP_ASPECT, max_areas)
     area = min_area + (max_area - min_area) * draws.uniform(draw_ids.CROP_AREA)
@@ -110,7 +110,7 @@ def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor],
     return (width, height), (left, top)
 
 
-def xla_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_with_xla(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function with XLA, once per combination of argument shapes."""
     return tf.function(function, jit_compile=True, autograph=False)
 
@@ -127,8 +127,8 @@ def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
         uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
     """
     source = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]) if fill == "constant" else images
-    upper_left, right, down = _positions(images.shape[1], fill)(transforms)
-    neighbours = _neighbours(_pack_images(source), upper_left)
+    upper_left, right, down = _make_position_function(images.shape[1], fill)(transforms)
+    neighbours = _gather_neighbors(_pack_images(source), upper_left)
     return unpack(_interpolate(*neighbours, right, down), images.shape)
 
 
@@ -142,13 +142,13 @@ def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     return tf.ensure_shape(tf.bitcast(pixels, tf.uint8)[..., :3], shape)
 
 
-@xla_compiled
+@compile_with_xla
 def _pack_images(images: tf.Tensor) -> tf.Tensor:
     return pack(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
 @cache
-def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     """Compile the map from transforms [b, 6] to source positions, [b, S, S] each.
 
     They are the int32 index, in the batch, of the pixel at or to the upper left, and float32 distances right and down.
@@ -174,30 +174,30 @@ def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, t
         upper_left = (image * row_length + top) * row_length + left
         return upper_left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
 
-    return xla_compiled(positions)
+    return compile_with_xla(positions)
 
 
-@xla_compiled
-def _neighbours(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
+@compile_with_xla
+def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Gather the pixels at, right of, below, and below right of `upper_left`; any beyond the edge, with weight 0."""
     row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     steps = (0, 1, row_length, row_length + 1)
     return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)
 
 
-@xla_compiled
+@compile_with_xla
 def _interpolate(
     a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
 ) -> tf.Tensor:
     """Interpolate the four neighbours a b / c d, packed pixels, per channel; round and pack the result."""
 
-    def colour(packed: tf.Tensor, shift: int) -> tf.Tensor:
+    def color(packed: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, shift), 255), tf.float32)
 
     planes = []
     for shift in (0, 8, 16):
-        above, below = colour(a, shift), colour(c, shift)
-        above += right * (colour(b, shift) - above)
-        below += right * (colour(d, shift) - below)
+        above, below = color(a, shift), color(c, shift)
+        above += right * (color(b, shift) - above)
+        below += right * (color(d, shift) - below)
         planes.append(tf.cast(above + down * (below - above) + 0.5, tf.int32))
     return pack(planes)

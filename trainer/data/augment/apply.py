@@ -4,9 +4,9 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import flip, warp
-from trainer.data.augment.colour import recolour
+from trainer.data.augment.color import recolor
 from trainer.data.augment.draws import RANDAUGMENT, Draws
-from trainer.data.augment.mixing import with_cutout
+from trainer.data.augment.mixing import apply_cutout
 from trainer.data.augment.randaugment import apply_randaugment
 
 
@@ -35,11 +35,11 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     if not resamples:
         images = flip(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
-        images = recolour(images, a, draws)
+        images = recolor(images, a, draws)
     if resamples:
         images = warp(images, a, draws)
     if a.randaugment:
         images = apply_randaugment(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
-        images = with_cutout(images, a.cutout, draws)
+        images = apply_cutout(images, a.cutout, draws)
     return images

@@ -17,7 +17,7 @@ RANDAUGMENT = 1000  # first draw of RandAugment: 1000 + 2 k selects operation k 
 LEVELS = 4096
 
 
-def levels(low: float, high: float) -> np.ndarray:
+def tabulate_levels(low: float, high: float) -> np.ndarray:
     """Return the midpoints of LEVELS equal intervals of [low, high], float64: the values of a uniform parameter."""
     return low + (high - low) * (np.arange(LEVELS) + 0.5) / LEVELS
 

@@ -5,8 +5,8 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.affine import pack, unpack, xla_compiled
-from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, levels
+from trainer.data.augment.affine import compile_with_xla, pack, unpack
+from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, tabulate_levels
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the grey of a pixel (ITU-R BT.601)
 
@@ -14,20 +14,20 @@ Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
 Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
-def recolour(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def recolor(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Change contrast and brightness, then saturation, then hue, of images uint8 [b, S, S, 3], as drawn."""
-    pixels = _recolour(
+    pixels = _recolor(
         images,
-        draws.select(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
-        draws.select(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
-        draws.select(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
-        draws.select(HUE, levels(-a.hue, a.hue)) if a.hue else None,
+        draws.select(CONTRAST, tabulate_levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
+        draws.select(BRIGHTNESS, tabulate_levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
+        draws.select(SATURATION, tabulate_levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
+        draws.select(HUE, tabulate_levels(-a.hue, a.hue)) if a.hue else None,
     )
     return unpack(pixels, images.shape)
 
 
-@xla_compiled
-def _recolour(
+@compile_with_xla
+def _recolor(
     images: tf.Tensor, contrast: Parameter, brightness: Parameter, saturation: Parameter, hue: Parameter
 ) -> tf.Tensor:
     """Return packed pixels int32 [b, S, S]; parameters are factors, offsets, factors and fractions of a turn."""
