@@ -109,7 +109,7 @@ def test_a_damaged_byte_of_the_disk_cache_is_noticed(position: int, tmp_path: Pa
     data.write_bytes(content)
     pixels = opened(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
-    assert notes[1] == f"{data} is damaged (checksum mismatch); decoding the images again"
+    assert notes[1] == f"{data} is corrupt (checksum mismatch); decoding the images again"
     opened(split, "disk", tmp_path, notes)
     assert "written by an earlier start" in notes[-1]
 

@@ -296,7 +296,7 @@ def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) 
         for name, split in plain.splits.items():
             by_name = [[d.class_names[i] for i in d.splits[name].labels] for d in (plain, renumbered)]
             assert by_name[0] == by_name[1], split.name
-        assert "the classes are numbered in the order of data.class_names, not in that of the data" in renumbered.notes
+        assert "the class indices follow the order of data.class_names, not that of the dataset" in renumbered.notes
         assert opened(tmp_path, **data, class_names=CLASSES).fingerprint == plain.fingerprint
         for names, problem in (
             (("cat", "dog", "yak"), "only .* has owl, only data.class_names has yak"),
@@ -524,7 +524,7 @@ def test_damaged_shards_fail_or_are_skipped(tmp_path: Path) -> None:
     content = bytearray(first.read_bytes())
     content[int(index_shard(first).offsets[3]) + 50] ^= 1
     first.write_bytes(bytes(content))
-    damaged = f"record 3 of shard {first} is damaged (checksum mismatch)"
+    damaged = f"record 3 of shard {first} is corrupt (checksum mismatch)"
     with raises(DataError, fix="write it again, or set data.on_error=skip", problem=re.escape(damaged)):
         opened(tmp_path, **data)
     dataset = opened(tmp_path, **data, on_error="skip", validation_fraction=0)

@@ -187,7 +187,7 @@ def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
 
 
 def test_evaluation_of_a_fraction(pixels: Pixels) -> None:
-    scoring = build_evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
+    scoring = build_evaluation_batches(pixels, batch_size=BATCH, replicas=1, fraction=0.5)
     assert scoring.count == 3
     batches = list(scoring.dataset.take(3).as_numpy_iterator())
     index = np.concatenate([b["index"] for b in batches])

@@ -214,7 +214,7 @@ def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) ->
     path.write_bytes(content[: 2 * 66 + 5])
     assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).fault)
     path.write_bytes(content[:66] + b"\xff" + content[67:])
-    assert "is damaged at the header of record 1" in str(index_shard(path).fault)
+    assert "is corrupt at the header of record 1" in str(index_shard(path).fault)
 
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[A
             r"holds 3 numbers \(1, 1, 0\), and a classifier needs one",
         ),
         ("index", [], "label_field", "set one of image", "holds no label, and a classifier needs one label"),
-        ("index", 1.5, "label_field", "as integers", "holds the decimal number 1.5, which is no class number"),
+        ("index", 1.5, "label_field", "as integers", "holds the decimal number 1.5, which is not a class index"),
         ("text", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),
         ("text", b"yak", "label_field", "add it to cat, dog, owl", "the text yak, which is not in data.class_names"),
         ("onehot", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),

@@ -40,7 +40,9 @@ def make_step(
 ) -> TrainingStep:
     """A training step of all weights, on one device."""
     chosen, strategy = StepSettings(seed=1, **settings), tf.distribute.get_strategy()
-    return TrainingStep(strategy, network, network.variables, optimizer, chosen, should_stop=should_stop, teacher=teacher)
+    return TrainingStep(
+        strategy, network, network.variables, optimizer, chosen, should_stop=should_stop, teacher=teacher
+    )
 
 
 def compiled(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Model:

@@ -1,7 +1,7 @@
 """Best epoch, patience and phase weights."""
 
 from trainer.config.phases import EarlyStopping
-from trainer.training.early_stopping import is_out_of_patience, update_best
+from trainer.training.early_stopping import find_best_step, is_out_of_patience, update_best
 from trainer.training.state import RunState
 
 

@@ -1,4 +1,4 @@
-"""Prepare the embedded dataset: 1,797 scanned handwritten digits of 8x8 pixels, from scikit-learn."""
+"""Prepare the embedded dataset, scikit-learn's 1,797 scanned handwritten digits of 8x8 pixels."""
 
 import io
 import os
@@ -15,9 +15,9 @@ TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257
 
 
 def prepare_digits(cache_dir: Path) -> Path:
-    """Return the folder of the digits in TFDS's format below the cache folder; the first call writes it.
+    """Return the folder of the digits in TFDS's format, below the cache folder. The first call writes it.
 
-    The images are 8-bit grayscale PNGs of white ink on black; the values 0..16 are scaled to 0..255. The split into
+    The images are 8-bit grayscale PNGs of white ink on black, scaled from 0..16 to 0..255. The split into
     1,257 / 180 / 360 examples is fixed and stratified by class. Source: test set of Optical Recognition of Handwritten
     Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
 
@@ -31,7 +31,7 @@ def prepare_digits(cache_dir: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    # Two runs may write it concurrently: the first rename succeeds.
+    # Two runs can write it concurrently: the first rename succeeds.
     temporary = cache_dir / f".digits-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     digits, images = load_digits(), []

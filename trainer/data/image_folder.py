@@ -1,4 +1,4 @@
-"""Open a dataset of image files in class folders: list the files, check their first bytes, divide them into splits."""
+"""Open a dataset of image files in class folders: list the files, check their first bytes, and split them."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from trainer.types import Purpose, Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
 PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
-# Folders of file systems, archives and network disks, and files of their thumbnails; hidden ones are left out too.
+# Folders of file systems, archives and network disks, and thumbnail files. Hidden ones are left out too.
 SYSTEM_NAMES = frozenset((
     "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -30,7 +30,7 @@ SYSTEM_NAMES = frozenset((
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
 _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _FORMATS = "JPEG, PNG, BMP, GIF or WebP"
-_END_BYTES = 64  # at the beginning and at the end of each file, covered by the fingerprint of the dataset
+_END_BYTES = 64  # of the beginning and the end of each file, covered by the dataset fingerprint
 _FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
 
@@ -38,7 +38,7 @@ LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ a
 @dataclass(frozen=True)
 class _Image:
     path: str
-    name: str  # the path below the root, with forward slashes
+    name: str  # path relative to the root, with forward slashes
     label: int
 
     def sort_key(self, seed: int) -> tuple[bytes, str]:
@@ -49,14 +49,14 @@ class _Image:
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
-    Images are sorted by a hash of data.split_seed and the path below the root, which mixes the classes. Splits without
-    a folder get a fraction of each class: the first images become the validation split, the next the test split, all
-    others stay in train. So a new image moves hardly any other image to another split. To prepare, files of formats
-    that only Pillow decodes are images too.
+    Images are sorted by a hash of data.split_seed and their relative path, which mixes the classes. Splits without a
+    folder get a fraction of each class: the first images become the validation split, the next the test split, and all
+    others stay in train. So a new image moves hardly any other image to another split. With `purpose` "prepare", files
+    of formats that only Pillow decodes are images too.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
-            two classes, unless to evaluate; the splits have different classes or are the same folder; with
+            two classes and `purpose` is not "evaluate"; the splits have different classes or are the same folder; with
             on_error="fail", a file cannot be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
@@ -90,7 +90,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
 
 
 def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
-    """Return the class names, the images of each split that has a folder, notes, and the ignored files by class."""
+    """Return the class names, the images of each split that has a folder, notes, and the ignored files per class."""
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
     folders = _find_split_folders(root)
     classes = {split: _find_class_folders(root, folder) for split, folder in folders.items()}
@@ -159,12 +159,12 @@ def is_system_name(name: str) -> bool:
 
 
 def _list_system_names(names: list[str]) -> list[str]:
-    """Return the system's names among `names`, and "hidden" for each of its others."""
+    """Return each system name among `names`, as "hidden" if it is not one of `SYSTEM_NAMES`."""
     return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
 def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
-    """Return a note if no class folder has images of its own, as with a root that is one folder too high."""
+    """Return a note if all images are in subfolders of the class folders, as if the root were one folder too high."""
     paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
     nested = sorted({path[1] for path in paths})
     if len(nested) < 2 or min(map(len, paths)) < 3:
@@ -174,7 +174,7 @@ def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
 
 
 def _find_class_folders(root: str, folder: str) -> dict[str, str]:
-    """Return the class folders by class name, sorted by name; a DataError if two of them have one class name."""
+    """Return the class folders by class name, sorted. Raise a DataError if two of them have the same class name."""
     names = _list_subfolders(folder)
     classes = {class_name(name): name for name in reversed(names)}
     for name in names:
@@ -195,7 +195,7 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def _find_split_folders(root: str) -> dict[str, str]:
-    """Return the folder of each split; {"train": root} if the class folders are directly in the root."""
+    """Return the folder of each split, or {"train": root} if the class folders are directly in the root."""
     names = _list_subfolders(root)
     splits = {name: _SPLIT_NAMES[name.lower()] for name in names if name.lower() in _SPLIT_NAMES}
     others = [name for name in names if name not in splits]
@@ -230,7 +230,7 @@ def _find_image_files(
 ) -> list[str]:
     """Return the image files below a class folder, sorted.
 
-    Count other files by extension in `ignored`, and by name those that the system made or hides in `system`.
+    Count system and hidden files in `system` by name, and all other files in `ignored` by extension.
     """
     files, seen = [], set()
 
@@ -252,7 +252,7 @@ def _find_image_files(
 
 
 def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return by path the identity of each file (name, size, hash of its ends), and the fault of each unreadable one."""
+    """Return the identity of each file (name, size, hash of its ends) and the faults of unreadable ones, by path."""
 
     def inspect(image: _Image) -> tuple[str, str]:
         try:
@@ -277,7 +277,7 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _divide(images: list[_Image], fractions: dict[str, float]) -> dict[str, list[_Image]]:
-    """Move the first images of each class to the splits of `fractions`, in this order; the others stay in train."""
+    """Move the first images of each class to the splits of `fractions`, in their order. The others stay in train."""
     totals = Counter(image.label for image in images)
     edges = {label: list(accumulate(compute_split_sizes(total, fractions).values())) for label, total in totals.items()}
     names = [*fractions, "train"]

@@ -1,4 +1,4 @@
-"""Write the dataset of a configuration as sharded TFRecords in TFDS's folder format, in one or several pods."""
+"""Write a configured dataset as sharded TFRecords in TFDS's folder format, in one or several pods."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from trainer.types import Split
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset of a configuration to the folder `output`; a restart writes only the missing shards.
+    """Write the dataset of a configuration to the folder `output`. A restart writes only the missing shards.
 
-    With `part` (i, n), shards i, i + n, i + 2n, ... are written; the process that completes them writes the metadata.
+    `part` (i, n) selects shards i, i + n, i + 2n, ... The process that completes the shards writes the metadata.
 
     Raises:
         ConfigError: data.group_field would overwrite a field of the records.
@@ -49,7 +49,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
         sources: Sequence[ImageSource] = split.files or locate_records(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
-        if split.groups and field and field != "label":  # the label is stored anyway, and can also be the group
+        if split.groups and field and field != "label":  # the label, which can also be the group, is stored anyway
             texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
         if field != SOURCE_FIELD and (names := list_source_names(split, data.root)):
             texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
@@ -77,18 +77,19 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
 
 def list_source_names(split: Split, root: str | None) -> list[str]:
-    """Return the name of each image file below the root of its dataset; of records, [] unless all store such names."""
+    """Return the path of each image file relative to the root. For records, return the stored names if all have one."""
     if split.files:
-        above = os.path.abspath(os.path.expanduser(root or ""))
-        return [printable(os.path.relpath(path, above)) for path in split.files]
+        root_path = os.path.abspath(os.path.expanduser(root or ""))
+        return [printable(os.path.relpath(path, root_path)) for path in split.files]
     names = [read_source_name(record) for record in locate_records(split)]
     return names if all(names) else []
 
 
 def parse_job_part(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod and the number of pods, from JOB_COMPLETION_INDEX and WORKER_COUNT (0 and 1).
+    """Return the pod index and the pod count, from JOB_COMPLETION_INDEX (default 0) and WORKER_COUNT (default 1).
 
-    A ConfigError is raised if one of them is not a whole number, or the index is not below the number of pods.
+    Raises:
+        ConfigError: one of them is not a whole number, or the index is not below the count.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():

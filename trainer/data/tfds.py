@@ -30,14 +30,14 @@ from trainer.types import LogMessage, Shard, Split
 def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool = False) -> RawData:
     """Open the dataset of data.root or data.name, and read the labels of its splits.
 
-    If data.validation_split is null, the dataset's split "validation" is used. If it has none, the last
-    data.validation_fraction of the training records becomes the validation split, or a stratified random sample of them
-    if a class is absent there, as in records that are sorted by class. The same applies to the test split. A `streamed`
-    folder has only manifest and labels; its shards are fetched later.
+    If data.validation_split is null, the dataset's own split "validation" is used. Without one, the last
+    data.validation_fraction of the training records becomes the validation split. If a class is absent there, because
+    the records are sorted by class, a stratified random sample is used instead. The same applies to the test split. A
+    `streamed` folder has only manifest and labels. Its shards are fetched later.
 
     Raises:
-        DataError: the dataset is missing, damaged or not stored as TFRecords, has no such split or field, or train has
-            records in common with another split.
+        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or train shares
+            records with another split.
     """
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
     file_format = info.file_format.value if info.file_format else "tfrecord"
@@ -58,7 +58,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split; null means the split of that name, if it is in `existing`."""
+    """Return the TFDS split string of each split. Null means the split of that name, if it is in `existing`."""
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
         name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
@@ -66,10 +66,10 @@ def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
 
 
 def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
-    """Return the split string and the ranges of shards of each split, and notes.
+    """Return the split string and the shard ranges of each split, and notes.
 
-    A validation or test split that the configuration does not name (null) is the dataset's split of that name without
-    the records of data.train_split; if none are left, there is no such split.
+    A validation or test split that is not configured (null) is the dataset's split of that name without the records of
+    data.train_split. If none are left, there is no such split.
     """
     specs, notes = list_split_specs(data, info.splits), []
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
@@ -89,18 +89,18 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
 def _subtract_ranges(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
     """Return the records of `ranges` that are not in `removed`."""
     for other in removed:
-        parts = [
+        pieces = [
             (shard, ((shard.start, min(shard.stop, other.start)), (max(shard.start, other.stop), shard.stop)))
             if shard.path == other.path and max(shard.start, other.start) < min(shard.stop, other.stop)
             else (shard, ((shard.start, shard.stop),))
             for shard in ranges
         ]
-        ranges = [replace(shard, start=a, stop=b) for shard, bounds in parts for a, b in bounds if a < b]
+        ranges = [replace(shard, start=a, stop=b) for shard, bounds in pieces for a, b in bounds if a < b]
     return ranges
 
 
 def select_missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
-    """Return the fraction of the training records for each split that is not in `splits`, if it is above 0."""
+    """Return the nonzero fractions of the training records that become the splits missing from `splits`."""
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
 
@@ -156,7 +156,7 @@ def _open_by_name(data: Data) -> Any:
 
 
 def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
-    """Return the class names, after checking that the image and label fields have suitable types."""
+    """Return the class names. Check first that the image and label fields have suitable types."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
@@ -184,7 +184,7 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
 
 
 def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
-    """Return the names of the values 0, 1, ... of data.group_field; None if they have no names."""
+    """Return the names of the values 0, 1, ... of data.group_field. None if they have no names."""
     if not data.group_field:
         return None
     features = dict(info.features)
@@ -198,7 +198,7 @@ def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
-    """Resolve the split string of split `name` to ranges of shards; raise a DataError if it is unknown or empty."""
+    """Resolve the split string of split `name` to shard ranges. Raise a DataError if it is unknown or empty."""
     existing = ", ".join(f"{split} ({split_info.num_examples})" for split, split_info in info.splits.items())
     key, fix = f"data.{name}_split", f"set a split string over {existing}"
     try:
@@ -219,7 +219,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
-    """Refuse records that are both in train and in another split; return a note on those in validation and test."""
+    """Raise a DataError if train shares records with another split. Return a note if validation and test do."""
     for name in ("validation", "test"):
         if name in splits and (common := count_overlap(splits["train"], splits[name])):
             problem = f"has {common} examples in common with data.train_split={specs['train']}"
@@ -231,28 +231,28 @@ def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str
 
 
 def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Move fractions of the training records to new splits.
+    """Move fractions of the training records to new splits. Return all splits, and notes.
 
-    The new splits are the last records, so that each split is one range of them; or a stratified random sample, if a
-    class is absent from the last records or from those that are left for training. Return all splits, and notes.
+    The new splits are the last records, so that each split is one range of records. If a class is then absent from one
+    of the splits, they are a stratified random sample instead.
     """
     count, sizes = train.count, compute_split_sizes(train.count, fractions)
     classes = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut the new splits off the end of an order of the records; return ascending positions for each split."""
+        """Cut the new splits off the end of `order`, indices of all records. Return increasing indices per split."""
         names = [*reversed(fractions), "train"]
-        parts = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
-        return {name: np.sort(part) for name, part in zip(names, parts, strict=True)}
+        sections = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
+        return {name: np.sort(section) for name, section in zip(names, sections, strict=True)}
 
-    def lacks_a_class(name: str, positions: np.ndarray) -> bool:
-        """Return whether train lacks a class, or a new split lacks one that 95 % of random samples of its size have."""
-        absent = np.bincount(train.labels[positions], minlength=len(classes)) == 0
-        expected = classes * len(positions) / count  # a sample lacks a class with probability exp(-expected)
+    def lacks_a_class(name: str, indices: np.ndarray) -> bool:
+        """Return whether train lacks a class, or a new split one that 95 % of random samples of its size have."""
+        absent = np.bincount(train.labels[indices], minlength=len(classes)) == 0
+        expected = classes * len(indices) / count  # a sample lacks a class with probability exp(-expected)
         return bool((absent & ((expected >= 3) | ((name == "train") & (classes > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
-    if any(lacks_a_class(name, positions) for name, positions in cuts.items()):
+    if any(lacks_a_class(name, indices) for name, indices in cuts.items()):
         rank = (rank_within_classes(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
         cuts = cut(np.argsort(rank, kind="stable"))
         drawn = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
@@ -260,4 +260,4 @@ def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[
             f"the tail of the training records lacks classes (they are sorted), so {drawn} with data.split_seed="
             f"{seed}; shards written by python -m trainer.prepare read faster, or set data.validation_split"
         )
-    return {name: replace(take(train, positions), name=name) for name, positions in cuts.items()}, notes
+    return {name: replace(take(train, indices), name=name) for name, indices in cuts.items()}, notes

@@ -118,7 +118,7 @@ class Scorer:
             if opened is source and settings == (batch_size, part):
                 return batches, stream
         batches = build_evaluation_batches(
-            source, batch_size=batch_size, replicas=self.worker.replicas, part=part, sharding=self.sharding
+            source, batch_size=batch_size, replicas=self.worker.replicas, fraction=part, sharding=self.sharding
         )
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
         self._opened.append((source, (batch_size, part), batches, stream))

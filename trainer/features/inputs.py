@@ -63,7 +63,7 @@ def open_inputs(
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
     """Let a phase read images instead of the features for which there is no space."""
     if plan.input_kinds[name] == "cached":
-        images.forget("train")  # drop the uncached images, so that the next call may fill the image cache
+        images.drop("train")  # drop the uncached images, so that the next call may fill the image cache
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 

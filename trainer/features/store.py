@@ -73,9 +73,9 @@ class Features:
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
-    def open_gate(self, reader: str, reads: Iterator[BlockShards], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
         """Return a gate that never waits: features do not need the shards of the images."""
-        return ShardGate(None, self.split, reader, reads, ahead)
+        return ShardGate(None, self.split, reader, blocks, ahead)
 
     def missing(self, view: int) -> np.ndarray:
         """Return which examples this worker reads but has no features of, bool [count]."""

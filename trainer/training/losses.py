@@ -35,8 +35,8 @@ def compute_class_weights(
     """Compute a loss weight per class. Return None if all are 1.
 
     Args:
-        setting: "none"; "balanced", which is n / (classes * class count) as in scikit-learn; or a weight per class name,
-            with 1 for the classes that it does not name.
+        setting: "none"; "balanced", which is n / (classes * class count) as in scikit-learn; or weights by class name,
+            which default to 1.
         labels: class indices of the training examples, int32 [n].
 
     Raises:
@@ -82,8 +82,9 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
 def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: float = 0.0) -> tf.Tensor:
     """Compute the focal loss per example (Lin et al. 2017), float32 [b].
 
-    The loss is the sum of -y (1 - p)^gamma log p over the classes. It equals Keras' `CategoricalFocalCrossentropy(alpha=1)`, and cross-entropy if gamma is 0. It is linear in the
-    target y, so the loss of a smoothed or mixed target is the weighted mean of the losses of its classes.
+    The loss is the sum of -y (1 - p)^gamma log p over the classes. It equals Keras'
+    `CategoricalFocalCrossentropy(alpha=1)`, and cross-entropy if gamma is 0. It is linear in the target y, so the loss
+    of a smoothed or mixed target is the weighted mean of the losses of its classes.
     """
     targets = _smooth_labels(labels, logits.shape[-1], smoothing)
     log_p = tf.nn.log_softmax(logits)
@@ -94,9 +95,10 @@ def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: fl
 def distillation_loss(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
     """Compute the distillation loss per example, float32 [b].
 
-    The loss is T^2 * KL(teacher, student) at temperature T. The gradients of soft labels scale with 1 / T^2; the factor T^2 makes their weight relative to the labels
-    independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Both logits, float32
-    [b, classes], are divided by T; log-probabilities of the teacher are equivalent to its logits.
+    The loss is T^2 * KL(teacher, student) at temperature T. The gradients of soft labels scale with 1 / T^2, and the
+    factor T^2 makes their weight relative to the labels independent of T (Hinton et al. 2015, "Distilling the knowledge
+    in a neural network"). Both logits, float32 [b, classes], are divided by T. Log-probabilities of the teacher are
+    equivalent to its logits.
     """
     teacher, student = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
     return temperature**2 * tf.reduce_sum(tf.exp(teacher) * (teacher - student), -1)
