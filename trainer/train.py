@@ -257,7 +257,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     log.info(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
-    for line in thaw.lines():
+    for line in thaw.format_lines():
         log.info(f"  {line}")
     run.images.train_images_read_once = train_images_read_once(run.config, run.plan.features.input_kinds, state.phase)
 

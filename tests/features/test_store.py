@@ -123,7 +123,7 @@ def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     notes: list[str] = []
     second = opened(tmp_path, notes)
     assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
-    assert notes == [f"1 block of {tmp_path}/f/x.rows damaged; computing the features again"]
+    assert notes == [f"1 block of {tmp_path}/f/x.rows corrupt; computing the features again"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])

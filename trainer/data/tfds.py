@@ -36,8 +36,8 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     `streamed` folder has only manifest and labels. Its shards are fetched later.
 
     Raises:
-        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or train shares
-            records with another split.
+        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or train and
+            another split overlap.
     """
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
     file_format = info.file_format.value if info.file_format else "tfrecord"
@@ -219,7 +219,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
-    """Raise a DataError if train shares records with another split. Return a note if validation and test do."""
+    """Raise a DataError if train overlaps another split. Return a note if validation and test overlap."""
     for name in ("validation", "test"):
         if name in splits and (common := count_overlap(splits["train"], splits[name])):
             problem = f"has {common} examples in common with data.train_split={specs['train']}"

@@ -1,4 +1,4 @@
-"""Opens the teacher of a run with knowledge distillation (Hinton et al. 2015), and computes its soft labels."""
+"""The teacher of a run with knowledge distillation (Hinton et al. 2015), and its soft labels."""
 
 import hashlib
 import tempfile
@@ -27,7 +27,7 @@ from trainer.storage.local import write_whole
 from trainer.storage.small_files import WRONG_CONTENT
 from trainer.training.losses import log_probs
 
-_FORMAT = 1  # version of the soft labels on disk; incremented when their values change
+_FORMAT = 1  # version of the soft labels on disk; increment it when their values change
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Teacher:
     forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
 
     def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - as `Network.logits`
-        """Compute logits, float32 [b, classes], up to a constant per row; no gradient flows through them.
+        """Compute logits, float32 [b, classes], up to a constant per row. No gradient flows through them.
 
-        Images are uint8 or float32 [b, s, s, 3] in 0..255, and are resized bilinearly if s is not S.
+        Images are uint8 or float32 [b, s, s, 3] in 0..255. They are resized bilinearly if s is not S.
         """
         pixels = tf.cast(images, tf.float32)
         if pixels.shape[1] != self.image_size:
@@ -49,7 +49,7 @@ class Teacher:
 
 
 def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
-    """Load a SavedModel that kubetune exported as a teacher; call it in the scope of the strategy.
+    """Load a SavedModel of kubetune as a teacher. Must be called in the scope of the strategy.
 
     Raises:
         DataError: it has no signature `images` with a fixed image size and an output `probabilities`.
@@ -62,7 +62,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         raise DataError(problem, key=KEY, value=address, fix=f"{fix}, or its output_dir")
 
     def forward(images: Any) -> Any:
-        assert loaded is not None  # keeps it alive: its variables would be deleted with it
+        assert loaded is not None  # the reference keeps its variables alive
         return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward)
@@ -70,7 +70,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
 
 @dataclass(frozen=True)
 class OpenedTeacher:
-    """Teacher of a run: a network for every step, or the soft labels of all examples; neither after a stop request."""
+    """Opened teacher: a network for every step, or the soft labels of all examples. Neither after a stop request."""
 
     fingerprint: str  # hash of its weights
     network: Teacher | None = None
@@ -87,16 +87,16 @@ class OpenedTeacher:
 
 @dataclass(frozen=True)
 class ConfiguredTeacher:
-    """The teacher that is configured, before its weights are read."""
+    """The configured teacher, before its weights are read."""
 
     properties: dict[str, Any]  # of `TeacherFiles`
     files: source.TeacherFiles | None  # None on workers other than the chief
 
 
 def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
-    """Find and check the configured teacher on all workers; only the chief reads its files.
+    """Find and check the configured teacher on all workers. Only the chief reads its files.
 
-    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began, None for a new run.
+    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began. None for a new run.
 
     Raises:
         DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
@@ -114,11 +114,14 @@ def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
 def open_teacher(
     worker: Worker, images: ImageStore, sharding: Sharding, at_address: ConfiguredTeacher
 ) -> OpenedTeacher:
-    """Open a teacher on all workers; the chief reads its files and broadcasts them.
+    """Open a teacher on all workers. The chief reads its files and broadcasts them.
 
-    Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
-    augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
-    `Worker.should_stop` afterwards. Raises DataError if the files are damaged.
+    Without augmentation, every epoch has the same images, so their soft labels are computed now or read from disk. With
+    augmentation, the teacher predicts in every step. A stop request ends the computation of soft labels early, so
+    `Worker.should_stop` must be checked afterwards.
+
+    Raises:
+        DataError: the files are corrupt.
     """
     config, properties, files = images.config, at_address.properties, at_address.files
     assert config.distillation
@@ -151,7 +154,7 @@ def open_teacher(
 def _compute_soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
-    """Read or compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""
+    """Read or compute the soft labels of training images, resized for the teacher. None if the run should stop."""
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
@@ -173,7 +176,7 @@ def _compute_soft_labels(
     scored = Scorer(worker, teacher, sharding).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
-    # Examples without a prediction have an image that cannot be decoded, and weight 0.
+    # Examples without a prediction have an undecodable image, and weight 0.
     labels = np.full((split.count, classes), 1 / classes, np.float32)
     labels[scored.indices] = scored.probabilities
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
@@ -187,7 +190,7 @@ def _compute_soft_labels(
 
 
 def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Return the soft labels in a file; None if it is missing or damaged."""
+    """Read the soft labels in a file. None if it is missing or corrupt."""
     try:
         labels = unpack(file.read_bytes())["answers"]
     except (OSError, *WRONG_CONTENT):

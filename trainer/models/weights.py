@@ -15,16 +15,16 @@ from trainer.models.backbones import BackboneSpec
 
 # This project's own backbone, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel (red, green, blue), in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
 def build_with_weights(
     spec: BackboneSpec, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
-    """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file.
+    """Build a backbone with `weights`, which is imagenet, glyphs, none or the path of a Keras file.
 
-    With `none`, the values depend on `seed` only: Keras draws the seeds of its initializers from Python's global random
+    With `none`, the values depend on `seed` only. Keras draws the seeds of its initializers from Python's global random
     generator, which is therefore seeded here. Nothing else in a run uses it.
 
     Raises:
@@ -52,7 +52,7 @@ def build_with_weights(
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        # Only Keras' sentence about the first object that does not fit, without the lists around it.
+        # Only Keras' sentence about the first object that does not fit, without lists.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
         raise _mismatch_error(path, spec, alpha, detail.strip()) from error
@@ -62,18 +62,18 @@ def build_with_weights(
 
 
 def _set_published_variance(network: keras.Model) -> None:
-    """Set the input normalization of EfficientNet B0 to B7 to that of the published weights.
+    """Set the variance of EfficientNet B0 to B7's input normalization to that of the published weights.
 
     Published weights expect (x - mean) / std^1.5. Keras builds that as Normalization (/ std) plus Rescaling
     (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without it, variance
-    std^3 gives the same result. A variance that is not that of ImageNet remains.
+    std^3 gives the same result. Other means or variances than those of ImageNet are not changed.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    variance_of_other_build, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
+    other_variance, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        variance_of_other_build, published = published, variance_of_other_build
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, variance_of_other_build, atol=1e-3):
+        other_variance, published = published, other_variance
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other_variance, atol=1e-3):
         norm.adapt_variance.assign(published)
         norm.finalize_state()
 
@@ -90,7 +90,7 @@ def refresh_normalization(network: keras.Model) -> None:
 
 
 def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
-    """Build a backbone with the ImageNet weights that Keras downloads, or has downloaded earlier."""
+    """Build a backbone with ImageNet weights, which Keras downloads or has cached."""
     try:
         return spec.build(image_size, alpha, "imagenet")
     except ModelError:
@@ -115,7 +115,7 @@ def _mismatch_error(
 
 
 def _suggest_warm_start(path: Path) -> str | None:
-    """Return the argument that begins with the weights of a run, if `path` is in its output_dir or is that folder."""
+    """Return the argument for a warm start, if `path` is the output_dir of a run or in it."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
             return f"set warm_start={folder} to begin with all weights of this run"
@@ -133,12 +133,12 @@ def _check_file(path: Path) -> None:
 
 
 def _corrupt_error(path: Path, reason: object) -> ModelError:
-    problem = f"is not a Keras weights file or is damaged ({reason})"
+    problem = f"is not a Keras weights file or is corrupt ({reason})"
     return ModelError(problem, key="model.weights", value=path, fix="replace the file")
 
 
 def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
-    """Count the arrays of each shape in a Keras 3 file, except states of optimizers and random generators."""
+    """Count the arrays of each shape in a Keras 3 file, except optimizer and random generator states."""
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -161,7 +161,7 @@ def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
 
 
 def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless the file has exactly the shapes of the network; Keras would ignore extra arrays."""
+    """Raise a ModelError unless the file has exactly the shapes of the network. Keras would ignore extra arrays."""
     actual, expected = _count_shapes_in_file(path), _count_shapes(network)
     if actual == expected:
         return

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2019): random operations out of fourteen per image, all with the same magnitude.
+"""RandAugment (Cubuk et al. 2019), which applies random operations, of fourteen, per image with one magnitude.
 
 Operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on uint8 images, except that geometric
 operations interpolate bilinearly and fill as `augmentation.fill` configures.
@@ -21,11 +21,11 @@ Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]; `draws` begin at `RANDAUGMENT`."""
+    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]. `draws` begin at `RANDAUGMENT`."""
     for k in range(a.randaugment):
-        numbers = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
+        choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
         direction = tf.where(draws.coin(RANDAUGMENT + 2 * k + 1), -1.0, 1.0)
-        groups = tf.dynamic_partition(tf.range(tf.size(numbers)), numbers, len(OPERATIONS))
+        groups = tf.dynamic_partition(tf.range(tf.size(choices)), choices, len(OPERATIONS))
         changed = [
             operation(tf.gather(images, rows), tf.gather(direction, rows), a.magnitude / MAX_MAGNITUDE, a.fill)
             for operation, rows in zip(OPERATIONS.values(), groups, strict=True)
@@ -51,9 +51,9 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
             return [[1, 0, x, 0, 1, 0] for x in (-shift, shift)]
         case "translate_y":
             return [[1, 0, 0, 0, 1, y] for y in (-shift, shift)]
-    centre, angle = (size - 1) / 2, math.radians(30 * strength)
+    center, angle = (size - 1) / 2, math.radians(30 * strength)
     cos, sin = math.cos(angle), math.sin(angle)  # direction 1 is counter-clockwise
-    return [[cos, s, centre * (1 - cos - s), -s, cos, centre * (1 - cos + s)] for s in (sin, -sin)]
+    return [[cos, s, center * (1 - cos - s), -s, cos, center * (1 - cos + s)] for s in (sin, -sin)]
 
 
 def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
@@ -71,13 +71,13 @@ def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strengt
 
 
 def _to_gray(images: tf.Tensor) -> tf.Tensor:
-    """Return the luminance, int32 [m, S, S], computed as in Pillow."""
+    """Compute the luminance, int32 [m, S, S], as Pillow does."""
     red, green, blue = tf.unstack(tf.cast(images, tf.int32), axis=-1)
     return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
 
 def _blend(images: tf.Tensor, base: tf.Tensor, direction: tf.Tensor, strength: float) -> tf.Tensor:
-    """Return base + factor * (images - base), as in Pillow, with a factor of 1 +- 0.9 * strength and float32 `base`."""
+    """Compute base + factor * (images - base), as Pillow does, with factor 1 +- 0.9 * strength and float32 `base`."""
     factor = (1 + direction * (0.9 * strength))[:, None, None, None]
     return _to_uint8(base + factor * (tf.cast(images, tf.float32) - base))
 
@@ -88,7 +88,7 @@ def brightness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: 
 
 
 def color(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with the grey image."""
+    """Blend with the gray image."""
     return _blend(images, tf.cast(_to_gray(images), tf.float32)[..., None], direction, strength)
 
 
@@ -142,7 +142,7 @@ def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: 
     return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
 
 
-# An operation is drawn by its position in this table; any change of the table changes the images of every run.
+# An operation is drawn by its index in this table, so any change of the table changes the images of every run.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, _direction, _strength, _fill: images,
     **{n: partial(_apply_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
