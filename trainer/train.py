@@ -542,7 +542,7 @@ def finish(run: RunContext) -> None:
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
-    for line in images.describe_left():
+    for line in images.describe_remaining():
         log.info(line)
     if not control.is_chief:
         stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")

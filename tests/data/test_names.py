@@ -18,7 +18,7 @@ from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record
 from trainer.data.splits import find_matching_files
-from trainer.data.tfds_writer import LabelledImages, write_dataset
+from trainer.data.tfds_writer import LabeledImages, write_dataset
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import from_cell, write_predictions
@@ -143,7 +143,7 @@ def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
     names = ("cafe\u0301", "li\nne", " sp ")
     expected = ("caf\u00e9", r"li\nne", "sp")
     examples = [(noise(i), i % 3) for i in range(12)]
-    write_dataset(tmp_path / "tfds", LabelledImages("pets", [class_name(n) for n in names], {"train": examples}))
+    write_dataset(tmp_path / "tfds", LabeledImages("pets", [class_name(n) for n in names], {"train": examples}))
     labels = tmp_path / "tfds" / "label.labels.txt"
     labels.write_text(unicodedata.normalize("NFD", labels.read_text()))
     assert opened(tmp_path, source="tfds", root=str(tmp_path / "tfds")).class_names == expected
@@ -182,7 +182,7 @@ def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> 
 
 def test_metadata_cannot_name_shards_elsewhere(tmp_path: Path) -> None:
     write_dataset(
-        tmp_path / "secret", LabelledImages("pets", ("a", "b"), {"train": [(noise(i), i % 2) for i in range(8)]})
+        tmp_path / "secret", LabeledImages("pets", ("a", "b"), {"train": [(noise(i), i % 2) for i in range(8)]})
     )
     root = tmp_path / "data"
     os.rename(tmp_path / "secret", root)

@@ -21,7 +21,7 @@ from trainer.data.image_folder import LAYOUT
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
 from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset, Shard, Split
 
@@ -54,7 +54,7 @@ def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> 
     for name, values in labels.items():
         splits[name] = [(noise(first + k), label) for k, label in enumerate(values)]
         first += len(values)
-    write_dataset(root, LabelledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
+    write_dataset(root, LabeledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
     return root
 
 

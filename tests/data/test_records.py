@@ -27,7 +27,7 @@ from trainer.data.records import (
     serialize,
 )
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
-from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Shard, Split
 
@@ -41,7 +41,7 @@ def write_shard(path: Path, payloads: list[bytes]) -> Path:
 
 
 def write(out: Path, examples: Sequence[tuple[ImageSource, int]], **options: Any) -> list[ShardEntry]:
-    return write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
+    return write_dataset(out, LabeledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
 
 
 def images(path: Path, field: str = "image") -> list[bytes]:
@@ -85,7 +85,7 @@ def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
 def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
     import tensorflow_datasets as tfds
 
-    photos = LabelledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
+    photos = LabeledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
     manifest = write_dataset(tmp_path / "out", photos, WriteOptions(shards=2))
     builder = tfds.builder_from_directory(tmp_path / "out")
     assert builder.info.name == "my_photos"
@@ -110,7 +110,7 @@ def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
 
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path, examples: Examples) -> None:
     seen: list[tuple[int, int]] = []
-    dataset = LabelledImages("x", CLASSES, {"train": examples})
+    dataset = LabeledImages("x", CLASSES, {"train": examples})
     one = write(tmp_path / "one", examples, shards=3)
     two = write_dataset(tmp_path / "two", dataset, WriteOptions(3, workers=2), lambda *counts: seen.append(counts))
     assert one == two
@@ -144,7 +144,7 @@ def test_an_interrupted_write_leaves_finished_shards_and_no_dataset(tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), interrupt)
+        write_dataset(out, LabeledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), interrupt)
     assert not (out / "dataset_info.json").exists()
     first = out / "x-train.tfrecord-00000-of-00003"
     time = first.stat().st_mtime_ns

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.tfds_folder import INFO
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 
 TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 are for training
 
@@ -47,7 +47,7 @@ def prepare_digits(cache_dir: Path) -> Path:
     train, validation = split_off(train_and_validation, VALIDATION_EXAMPLES)
     indices = {"train": train, "validation": validation, "test": test}
     splits = {name: [(images[i], int(digits.target[i])) for i in members] for name, members in indices.items()}
-    write_dataset(temporary, LabelledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
+    write_dataset(temporary, LabeledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
     try:
         os.rename(temporary, folder)
     except OSError:

@@ -419,7 +419,7 @@ class ImageStore:
         for pixels in self._opened.values():
             require_readable(pixels, self.dataset.class_names)
 
-    def describe_left(self) -> list[str]:
+    def describe_remaining(self) -> list[str]:
         """Return a line per split with undecodable images, with the counts that are left, in total and per class."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
@@ -459,7 +459,7 @@ class ImageStore:
                 return printable(address) + name[len(printable(path)) :]
         return name
 
-    def undecodable(self) -> list[str]:
+    def list_undecodable(self) -> list[str]:
         """List the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
         opened = sorted(self._opened.items())
         return [

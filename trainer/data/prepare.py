@@ -11,7 +11,7 @@ from trainer.data.host import count_usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
 from trainer.data.remote import addresses_in_errors, fetch_local_copies
-from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -59,7 +59,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         orientation=data.orientation,
     )  # fmt: skip
     target = storage_path(output)
-    images = LabelledImages(dataset.name, dataset.class_names, splits, texts)
+    images = LabeledImages(dataset.name, dataset.class_names, splits, texts)
     with written_images(config.runtime.progress) as progress:
         entries = write_dataset(target, images, options, progress)
     if entries is None:

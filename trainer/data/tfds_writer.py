@@ -36,7 +36,7 @@ SHARD_BYTES = 100 * 2**20  # approximate shard size if the shard count is not co
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """A dataset to write. Splits have (image, label) pairs in record order. Empty splits are omitted."""
 
     name: str
@@ -49,9 +49,7 @@ class LabelledImages:
 class WriteOptions:
     """Options of `write_dataset`."""
 
-    shards: int | None = (
-        None  # of the largest split; those of other splits have the same size. None: `SHARD_BYTES` each
-    )
+    shards: int | None = None  # of the largest split; others get shards of equal size. None: `SHARD_BYTES`
     workers: int = 1  # number of threads
     verify: bool = True  # before an image is written, decode it as in training
     on_error: str = "fail"  # fail | skip, for images that cannot be read or decoded
@@ -169,7 +167,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
     return temporary, ShardEntry(job.file, records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
-def _plan_shards(name: str, images: LabelledImages, options: WriteOptions) -> list[ShardJob]:
+def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardJob]:
     """Divide the examples of each split into shards of about equal size."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_get_size(source) for source, _ in examples) for split, examples in splits.items()}
@@ -194,7 +192,7 @@ def _plan_shards(name: str, images: LabelledImages, options: WriteOptions) -> li
 
 def write_dataset(
     folder: str | Path | StoragePath,
-    images: LabelledImages,
+    images: LabeledImages,
     options: WriteOptions = DEFAULT_OPTIONS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[ShardEntry] | None:

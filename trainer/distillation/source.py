@@ -113,10 +113,7 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
     teacher, data = (tuple(map(class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
-    differences = {
-        "only the teacher has": _list_difference(teacher, data),
-        "only the data has": _list_difference(data, teacher),
-    }
+    differences = {"only the teacher has": _list_extra(teacher, data), "only the data has": _list_extra(data, teacher)}
     detail = " and ".join(f"{prefix} {names}" for prefix, names in differences.items() if names)
     detail = detail or f"they are in a different order ({', '.join(teacher[:5])}; {', '.join(data[:5])})"
     problem = f"has {len(teacher)} classes and the data has {len(data)}: {detail}"
@@ -130,13 +127,13 @@ def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 
-def _list_difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+def _list_extra(names: tuple[str, ...], others: tuple[str, ...]) -> str:
     """List the names that are not in `others`, at most five, and the count of the rest."""
     extra = [name for name in names if name not in others]
     return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
 
-def read_teacher_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
+def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     """Read the weights of a teacher.
 
     Returns:
@@ -156,7 +153,7 @@ def read_teacher_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, as `read_teacher_weights` returns them, to a folder."""
+    """Write the files of a SavedModel, as `read_weights` returns them, to a folder."""
     for name, content in files.items():
         file = inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

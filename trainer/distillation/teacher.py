@@ -111,9 +111,7 @@ def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     return ConfiguredTeacher(properties, files)
 
 
-def open_teacher(
-    worker: Worker, images: ImageStore, sharding: Sharding, at_address: ConfiguredTeacher
-) -> OpenedTeacher:
+def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, teacher: ConfiguredTeacher) -> OpenedTeacher:
     """Open a teacher on all workers. The chief reads its files and broadcasts them.
 
     Without augmentation, every epoch has the same images, so their soft labels are computed now or read from disk. With
@@ -123,7 +121,7 @@ def open_teacher(
     Raises:
         DataError: the files are corrupt.
     """
-    config, properties, files = images.config, at_address.properties, at_address.files
+    config, properties, files = images.config, teacher.properties, teacher.files
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
     loss = f"{alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
@@ -131,9 +129,7 @@ def open_teacher(
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
     def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays(
-            "teacher's weights", source.read_teacher_weights(files) if files else {}
-        )
+        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
         with worker.strategy.scope():
             if properties["model"] is None:
                 with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:

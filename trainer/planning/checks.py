@@ -181,9 +181,7 @@ def plan_teacher(
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
-        variables.assign_values(
-            classifier.variables, source.read_teacher_weights(files), f"distillation.teacher={address}"
-        )
+        variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {parameter_count(classifier):,} parameters; {use}"
     weights = ("the teacher's variables", count_variable_bytes(classifier.variables.values()) * replicas)
     activations = activation_bytes(classifier, None, rows if every_step else source.ROWS_PER_CALL)

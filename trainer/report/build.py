@@ -56,7 +56,7 @@ def build_report(
     data = describe_data(dataset)
     run = {
         "seed": config.seed,
-        "data": data | {"undecodable": images.undecodable(), "notes": data["notes"] + images.describe_left()},
+        "data": data | {"undecodable": images.list_undecodable(), "notes": data["notes"] + images.describe_remaining()},
         "config": config.model_dump(mode="json"),
         "versions": versions(),
         **report_fields,
