@@ -110,9 +110,7 @@ def set_up(
     # First the values that are `auto`, then the devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto_once(requested, folder, control, dataset)
     folder.config = config  # for config.yaml: with the batch size as requested
-    compute_class_weights(
-        config.training.class_weights, dataset.class_names, dataset.splits["train"].labels
-    )  # checks them
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks
     replicas = choose_devices(config.runtime, control.size)[1]
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")

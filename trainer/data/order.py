@@ -57,10 +57,10 @@ def _sort_permutation(keys: tf.Tensor) -> tf.Tensor:
 
 
 class _ShardRecords:
-    """Maps the concatenated records of some shards of a split to record ranges and example indices."""
+    """Map the concatenated records of some shards of a split to record ranges and example indices."""
 
     def __init__(self, split: Split, shards: np.ndarray | None = None) -> None:
-        """`shards` are indices of shards, int64 [s], by default of all."""
+        """`shards` are indices of the split's shards, int64 [s], by default all."""
         self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
         self.sizes = count_shard_records(split)

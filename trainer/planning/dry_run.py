@@ -100,9 +100,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
         _, run_facts = inspect_folder(config)
         check_same_data(config.output_dir, run_facts, dataset)
         plan.warnings += filter(None, [describe_versions(run_facts)])
-    compute_class_weights(
-        config.training.class_weights, dataset.class_names, dataset.splits["train"].labels
-    )  # checks them
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks
     return True
 
 

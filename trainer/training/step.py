@@ -2,8 +2,7 @@
 
 The loss of a step is one mean over the global batch, sum(loss * weight) / sum(weight), so that it does not depend on
 padding, which has weight 0, or on how examples are distributed over replicas. Replicas therefore all-reduce the sum of
-weights before they compute gradients. The same all-reduce adds up stop flags, so that all workers stop after the same
-step.
+weights before they compute gradients. That all-reduce also sums stop flags: all workers stop after the same step.
 
 `TrainingStep.run` executes several steps in a compiled loop (`_loop`); `_gradients` is the forward and backward pass.
 """
