@@ -153,7 +153,7 @@ def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
 
     @without_autograph
     def read_range(record_range: tf.Tensor) -> tf.data.Dataset:
-        shard, first, count = tf.unstack(record_range)
+        shard, first, count = (record_range[i] for i in range(3))  # tf.unstack crashes TensorFlow 2.21 here
         records = tf.data.TFRecordDataset(tf.gather(paths, shard)).skip(first).take(count)
         return records.ignore_errors().concatenate(empty).take(count)
 
