@@ -22,12 +22,12 @@ from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import GIGABYTE, Augmentation, load
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
 from trainer.features.cut import Cut, Trunk
-from trainer.features.plan import divide
+from trainer.features.plan import divide_phases
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier, build_classifier
 
@@ -47,7 +47,7 @@ def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple
     assert tree is not None
     config = load(tree)
     data, control = open_run_data(config, print, lambda _: None), ControlChannel(discover(os.environ), {})
-    worker = Worker(control, build_strategy(config, control, print, usable_cpus()), StopFlag())
+    worker = Worker(control, build_strategy(config, control, print, count_usable_cpus()), StopFlag())
     classifier = build_classifier(config.model, len(data.dataset.class_names), config.seed)
     return worker, ImageStore(data, config, classifier.image_size, lambda _: None), classifier
 
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> Result:
     with photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         worker, images, classifier = open_recipe(root, options, scratch)
-        divisions = divide(images.config, classifier)
+        divisions = divide_phases(images.config, classifier)
         for phase, layers in PHASES.items():
             cut = divisions[phase].cut
             assert cut is not None

@@ -6,11 +6,11 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation, Data
-from trainer.data.host import memory_budget_default
-from trainer.data.images import Cache, Pixels, fill_cache, image_bytes, plan_image_cache
+from trainer.data.host import default_memory_budget
+from trainer.data.images import Cache, Pixels, count_image_bytes, fill_cache, plan_image_cache
 from trainer.data.open import open_dataset
 from trainer.data.order import Order
-from trainer.data.pipeline import training_batches
+from trainer.data.pipeline import build_training_batches
 from trainer.types import Dataset
 
 
@@ -19,11 +19,13 @@ def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixe
     cache = Path(tempfile.mkdtemp())
     dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, log_message=print)
     pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", log_message=print)
-    plan = plan_image_cache(cached, image_bytes(pixels.split, size), memory_budget_default(), 0, once=False)
+    plan = plan_image_cache(cached, count_image_bytes(pixels.split, size), default_memory_budget(), 0, once=False)
     fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels
 
 
 def stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
     """Infinite stream of shuffled training batches of one replica."""
-    return training_batches(pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation).dataset
+    return build_training_batches(
+        pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation
+    ).dataset

@@ -32,7 +32,7 @@ from sklearn.svm import SVC
 from trainer.cli.process import suppress_import_noise
 from trainer.config.schema import Data
 from trainer.data.open import open_dataset
-from trainer.data.records import RecordAt, index_shard, read_image
+from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.evaluation.intervals import wilson_interval
 from trainer.types import Dataset, Split
 
@@ -82,7 +82,7 @@ def images_of(split: Split) -> np.ndarray:
         index = index_shard(shard.path)
         for number in range(shard.start, shard.stop):
             offset, length = int(index.offsets[number]), int(index.lengths[number])
-            encoded = read_image(RecordAt(shard.path, number, offset, length, split.image_field))
+            encoded = read_image(RecordLocation(shard.path, number, offset, length, split.image_field))
             images.append(np.asarray(Image.open(io.BytesIO(encoded))))
     return np.stack(images)
 

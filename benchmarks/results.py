@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 
 Unit = Literal["s", "images/s", "MB"]
 
@@ -70,7 +70,7 @@ def this_machine() -> str:
     """Usable cores, kind of processor, versions."""
     packages = ", ".join(f"{name} {version(name.lower())}" for name in ("TensorFlow", "Keras"))
     gpu = "a GPU" if os.path.exists("/dev/nvidia0") else "no GPU"
-    return f"{usable_cpus()} cores ({platform.machine()}), {gpu}, {packages}, Python {platform.python_version()}"
+    return f"{count_usable_cpus()} cores ({platform.machine()}), {gpu}, {packages}, Python {platform.python_version()}"
 
 
 def spread(values: Sequence[float], form: str = "{:.2f}") -> str:

@@ -103,7 +103,7 @@ def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(
     trained = build_classifier(config.model, len(CLASSES), 1)
 
     run, images, output = tmp_path / "run", tmp_path / "images.npy", tmp_path / "output.npy"
-    values = variables.read(trained.variables)
+    values = variables.copy_values(trained.variables)
     CheckpointFolder(run / "checkpoints", 1, print).save(RunState(step=1).to_json(), values, None)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))

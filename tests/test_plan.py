@@ -19,7 +19,7 @@ from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose
 from trainer.config.schema import load
-from trainer.data.digits import digits_folder
+from trainer.data.digits import prepare_digits
 from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
 from trainer.planning import estimates, timing
@@ -186,7 +186,7 @@ def test_a_bucket_that_is_not_there_is_named(planned: Planned, tmp_path: Path) -
 
 
 def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: Path) -> None:
-    local = digits_folder(tmp_path / "made")
+    local = prepare_digits(tmp_path / "made")
     with running(tmp_path / "buckets"):
         there = storage_path(f"gs://{BUCKET}/digits")
         for file in local.iterdir():
@@ -282,7 +282,7 @@ def leave_teacher(home: Path) -> Path:
     begin_run(home, "data=digits", "model=glyphs_mobilenet_v2")
     (home / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
     model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
-    values = variables.read(build_classifier(model, 10, 1).variables)
+    values = variables.copy_values(build_classifier(model, 10, 1).variables)
     CheckpointFolder(home / "checkpoints", 2, print).save(RunState(step=240).to_json(), values, 240)
     return home
 

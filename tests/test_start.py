@@ -29,7 +29,7 @@ def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bo
     one, other = (build_classifier(config.model, 3, seed) for seed in (1, 2))
     set_normalization(one, *IMAGENET)
     refresh_normalization(one.backbone)
-    values = variables.read(one.variables)
+    values = variables.copy_values(one.variables)
     if resumed:
         assign_values(other, other.variables, values, "a checkpoint")
     else:

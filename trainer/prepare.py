@@ -31,7 +31,7 @@ from trainer.cli.process import (
 )
 from trainer.config.schema import load
 from trainer.config.unread import require_read
-from trainer.data.prepare import part_of_job, prepare
+from trainer.data.prepare import parse_job_part, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -59,7 +59,7 @@ def main() -> None:
         config = load(composed)
         require_read(config, list_given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
         configure_log(config.runtime)
-        part = part_of_job(os.environ)
+        part = parse_job_part(os.environ)
         start_monitoring(config, *part)
         signal.signal(signal.SIGTERM, _exit_on_signal)
         health.enter_phase("prepare")

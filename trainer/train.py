@@ -19,19 +19,19 @@ from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
 from trainer.config.schema import Phase, RequestedConfig, RunConfig
 from trainer.context import RunContext, RunPlan, record_failures
-from trainer.data.host import usable_cpus
-from trainer.data.images import ImageStore, data_errors
+from trainer.data.host import count_usable_cpus
+from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.order import Order
-from trainer.data.pipeline import training_batches
+from trainer.data.pipeline import build_training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
-from trainer.distillation.teacher import TeacherAtAddress, find_teacher, open_teacher
+from trainer.distillation.teacher import ConfiguredTeacher, find_teacher, open_teacher
 from trainer.errors import INTERRUPTED, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
-from trainer.features.plan import Division, FeaturePlan, choose_features, divide, train_images_read_once
+from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
@@ -44,7 +44,7 @@ from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.training import early_stopping, variables
-from trainer.training.losses import class_weights
+from trainer.training.losses import compute_class_weights
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
 from trainer.training.step import StepSettings, TrainingStep, require_finite, require_plausible
@@ -110,18 +110,18 @@ def set_up(
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
     config, reasons = resolve_auto_once(requested, folder, control, dataset)
     folder.config = config  # for config.yaml, with the requested batch size
-    class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # only a check
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
     replicas = choose_devices(config.runtime, control.size)[1]
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
     health.set_activity("building the model")
-    worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
+    worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
     memory_before = measure_resident_bytes()
     with worker.strategy.scope():
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    divisions = divide(config, classifier)  # for all phases, so that an error in the last one ends the run now
+    divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
     warnings = find_run_warnings(
         config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
@@ -169,7 +169,7 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
-) -> tuple[FeaturePlan, TeacherAtAddress | None]:
+) -> tuple[FeaturePlan, ConfiguredTeacher | None]:
     """Choose whether each phase reads features or images, and find the teacher. Writes no file."""
     recorded = folder.run_json if folder.resuming else {}
     features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
@@ -206,7 +206,7 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     run.state.starts += 1
 
 
-def make_plan(run: RunContext, features: FeaturePlan, at_address: TeacherAtAddress | None) -> RunPlan:
+def make_plan(run: RunContext, features: FeaturePlan, at_address: ConfiguredTeacher | None) -> RunPlan:
     """Choose how workers shard the data, and open the teacher."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     control, split = worker.control, images.dataset.splits["train"]
@@ -259,19 +259,19 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     log.info(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
-    for line in thaw.lines():
+    for line in thaw.format_lines():
         log.info(f"  {line}")
     run.images.train_images_read_once = train_images_read_once(run.config, run.plan.features.input_kinds, state.phase)
 
     def finished() -> bool:
-        return state.phase_step >= total or early_stopping.out_of_patience(state, phase.early_stopping)
+        return state.phase_step >= total or early_stopping.is_out_of_patience(state, phase.early_stopping)
 
     epoch_is_complete = state.epoch_step == 0  # False if stopped before the validation of the epoch
     if not (epoch_is_complete and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
             if restored:
-                variables.write(current.step.checkpoint_variables(), restored, f"checkpoint step {state.step}")
+                variables.assign_values(current.step.checkpoint_variables(), restored, f"checkpoint step {state.step}")
         while True:
             train_epoch(run, current)
             entry, is_best = validate(run, current)
@@ -310,7 +310,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable
-    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, stop=stop, teacher=live)
+    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
     # The example order is a function of the seed; batches begin at the current step of the current epoch.
     order = Order(
         batch_size=batch_size,
@@ -320,13 +320,13 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         first_step=state.epoch_step,
         sharding=run.scorer.sharding,
     )
-    batches = training_batches(
+    batches = build_training_batches(
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
-    dataset = teacher.with_soft_labels(batches.dataset) if teacher else batches.dataset
+    dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     return PhaseRun(
-        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.gate(),
+        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.open_gate(),
         checkpoint_variables=run.classifier.variables | step.checkpoint_variables(),
     )  # fmt: skip
 
@@ -355,12 +355,12 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     """Load the phase weights that `training.keep` selects, and advance the state to the next phase."""
     state, training = run.state, run.config.training
-    best = early_stopping.best_step(state, run.config.phases[name].early_stopping)
+    best = early_stopping.find_best_step(state, run.config.phases[name].early_stopping)
     assert best is not None, "a phase ends after a validation"
     selected = best if training.keep == "best" else state.step
     step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
-    variables.write(run.classifier.variables, weights, f"checkpoint step {step}")
-    summary, entry = early_stopping.summarise_phase(state, name, step)
+    variables.assign_values(run.classifier.variables, weights, f"checkpoint step {step}")
+    summary, entry = early_stopping.summarize_phase(state, name, step)
     state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
     epoch, accuracy = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}", entry["val_accuracy"]
     if "kept_from" in summary:
@@ -397,7 +397,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         traced = current.step.traced
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
-        with run.clock.span(*activity), data_errors(current.inputs.training):
+        with run.clock.span(*activity), convert_data_errors(current.inputs.training):
             try:
                 shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
             except StopRequested:
@@ -496,7 +496,7 @@ def save(run: RunContext, current: PhaseRun) -> None:
     with run.clock.span("checkpoint", "saving a checkpoint"):
         state.train_seconds = run.clock.seconds["train"]
         run.metrics.flush()
-        best_step = early_stopping.best_step(state, current.phase.early_stopping)
+        best_step = early_stopping.find_best_step(state, current.phase.early_stopping)
         run.saver.save(state.to_json(), current.checkpoint_variables, best_step)
 
 
@@ -549,7 +549,7 @@ def finish(run: RunContext) -> None:
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
-    for line in images.left_after_skipping():
+    for line in images.describe_remaining():
         log.info(line)
     if not control.is_chief:
         stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")

@@ -11,9 +11,9 @@ import sys, time
 from pathlib import Path
 import tensorflow as tf
 from trainer.cluster.devices import set_thread_pools
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 
-set_thread_pools(usable_cpus(Path(sys.argv[1])))
+set_thread_pools(count_usable_cpus(Path(sys.argv[1])))
 numbers = tf.random.stateless_normal([1000, 1000], [1, 2])
 for _ in range(2):
     began, used = time.perf_counter(), time.process_time()

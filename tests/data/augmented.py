@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.draws import LEVELS, levels
+from trainer.data.augment.draws import LEVELS, tabulate_levels
 from trainer.stateless_random import AUGMENTATION, random_uniform
 
 SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
@@ -33,7 +33,7 @@ def drawn(kind: int) -> np.ndarray:
 
 def value(kind: int, low: float, high: float) -> np.ndarray:
     """The value of each example between two bounds."""
-    return levels(low, high)[level(kind)]
+    return tabulate_levels(low, high)[level(kind)]
 
 
 def level(kind: int) -> np.ndarray:

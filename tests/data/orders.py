@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.order import windows
+from trainer.data.order import plan_windows
 from trainer.types import Split
 
 Batches = list[dict[str, np.ndarray]]
@@ -11,7 +11,7 @@ Batches = list[dict[str, np.ndarray]]
 
 def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
     """Example indices in the order of an epoch, int64 [count]."""
-    count, make = windows(split, seed, window)
+    count, make = plan_windows(split, seed, window)
     indices = [make(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64))[2].numpy() for n in range(count)]
     return np.concatenate([np.zeros(0, np.int64), *indices])
 

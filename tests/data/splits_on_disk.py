@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.data.images import noise, record
-from trainer.data.images import Pixels, fill_cache, image_bytes, plan_image_cache
+from trainer.data.images import Pixels, count_image_bytes, fill_cache, plan_image_cache
 from trainer.types import Shard, Split
 
 COUNT, SIDE = 37, 10
@@ -51,7 +51,7 @@ def opened(
     """Decoded images of a split, with their cache in `folder`."""
     options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
     pixels = Pixels(split, log_message=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
-    needed = image_bytes(split, pixels.size)
+    needed = count_image_bytes(split, pixels.size)
     plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
     fill_cache(pixels, plan, folder / "cache", fingerprint)
     return pixels

@@ -8,14 +8,14 @@ from scipy import stats
 from tests.data.augmented import COUNT, IMAGES, SIDE, assert_rounded, augmented, drawn, level
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
-from trainer.data.augment.affine import aspects, resample, windows
+from trainer.data.augment.affine import draw_crops, resample, tabulate_aspects
 from trainer.data.augment.apply import augment
 from trainer.data.augment.draws import Draws
 
 
 def boxes(least: float) -> np.ndarray:
     """Left, top, width and height of each crop, float64 [n, 4]."""
-    root, largest = (values[level(draws.CROP_ASPECT)] for values in aspects(least))
+    root, largest = (values[level(draws.CROP_ASPECT)] for values in tabulate_aspects(least))
     area = least + (largest - least) * drawn(draws.CROP_AREA)
     width, height = np.sqrt(area) * root, np.sqrt(area) / root
     return np.stack([(1 - width) * drawn(draws.CROP_X), (1 - height) * drawn(draws.CROP_Y), width, height], axis=1)
@@ -52,7 +52,9 @@ def test_with_an_affine_transform_the_window_is_the_same() -> None:
 def test_windows_are_drawn_as_published(least: float) -> None:
     """Area uniform in [least, 1], log aspect uniform in +-log(4/3), rejected if it does not fit."""
     count = 20_000
-    (width, height), (left, top) = windows(least, Draws(1, tf.zeros(count, tf.int64), tf.range(count, dtype=tf.int64)))
+    (width, height), (left, top) = draw_crops(
+        least, Draws(1, tf.zeros(count, tf.int64), tf.range(count, dtype=tf.int64))
+    )
     rng = np.random.default_rng(0)
     area, aspect = rng.uniform(least, 1, 10 * count), np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3), 10 * count))
     fits = np.maximum(area * aspect, area / aspect) <= 1

@@ -40,7 +40,7 @@ def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
         "translate_y": _affine((1, 0, 0, 0, 1, sign * FAR)),
         "rotate": lambda image: image.rotate(sign * 30 * STRENGTH, Image.Resampling.BILINEAR),
         "brightness": lambda image: ImageEnhance.Brightness(image).enhance(factor),
-        "colour": lambda image: ImageEnhance.Color(image).enhance(factor),
+        "color": lambda image: ImageEnhance.Color(image).enhance(factor),
         "contrast": lambda image: ImageEnhance.Contrast(image).enhance(factor),
         "sharpness": lambda image: ImageEnhance.Sharpness(image).enhance(factor),
         "posterize": lambda image: ImageOps.posterize(image, 6),
@@ -75,7 +75,7 @@ def test_an_operation_takes_an_empty_batch(name: str) -> None:
 @pytest.mark.parametrize("flat", [0, 7, 255])
 def test_flat_images_stay_as_they_are(flat: int) -> None:
     images = tf.fill([2, SIDE, SIDE, 3], tf.constant(flat, tf.uint8))
-    for name in ("autocontrast", "equalize", "sharpness", "colour", "shear_x", "rotate"):
+    for name in ("autocontrast", "equalize", "sharpness", "color", "shear_x", "rotate"):
         np.testing.assert_array_equal(OPERATIONS[name](images, tf.constant([-1.0, 1.0]), 1.0, "nearest"), images)
 
 
@@ -95,7 +95,7 @@ def test_each_image_goes_through_the_operations_it_drew() -> None:
 
 def test_the_order_of_operations_is_what_a_draw_means() -> None:
     assert list(OPERATIONS) == [
-        "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "colour", "contrast",
+        "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
         "sharpness", "posterize", "solarize", "autocontrast", "equalize",
     ]  # fmt: skip
 

@@ -14,10 +14,10 @@ from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, sha
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
-from trainer.data.host import memory_budget_default, memory_limit, usable_cpus
-from trainer.data.images import Pixels, data_errors, plan_image_caches
+from trainer.data.host import count_usable_cpus, default_memory_budget, memory_limit
+from trainer.data.images import Pixels, convert_data_errors, plan_image_caches
 from trainer.data.order import Order
-from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.pipeline import build_evaluation_batches, build_training_batches
 from trainer.errors import DataError, StopRequested
 from trainer.types import Dataset, Split
 
@@ -109,7 +109,7 @@ def test_a_damaged_byte_of_the_disk_cache_is_noticed(position: int, tmp_path: Pa
     data.write_bytes(content)
     pixels = opened(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
-    assert notes[1] == f"{data} is damaged (checksum mismatch); decoding the images again"
+    assert notes[1] == f"{data} is corrupt (checksum mismatch); decoding the images again"
     opened(split, "disk", tmp_path, notes)
     assert "written by an earlier start" in notes[-1]
 
@@ -185,13 +185,15 @@ def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool
     split = make(tmp_path / "data")  # type: ignore[operator]
     damage(split, 12)
     pixels = opened(split, "none", tmp_path)
-    with raises(DataError, problem=r"cannot decode .*: Invalid JPEG data"), data_errors(pixels):
-        for _ in first_epoch(pixels) if training else evaluation_batches(pixels, batch_size=8, replicas=1).dataset:
+    with raises(DataError, problem=r"cannot decode .*: Invalid JPEG data"), convert_data_errors(pixels):
+        for _ in (
+            first_epoch(pixels) if training else build_evaluation_batches(pixels, batch_size=8, replicas=1).dataset
+        ):
             pass
 
 
 def first_epoch(pixels: Pixels) -> tf.data.Dataset:
-    batches = training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
+    batches = build_training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
     return batches.dataset.take(2 * 5)
 
 
@@ -233,7 +235,7 @@ def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, tmp
     with raises(DataError, problem=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}$"):
         opened(split, "memory", tmp_path)
     pixels = opened(split, "none", tmp_path)
-    with raises(DataError, problem=r"3\.tfrec#"), data_errors(pixels):
+    with raises(DataError, problem=r"3\.tfrec#"), convert_data_errors(pixels):
         list(first_epoch(pixels))
     skipping = opened(split, "memory", tmp_path, on_error="skip")
     assert list(skipping.bad) == lost
@@ -269,35 +271,35 @@ def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: 
             total += tf.reduce_sum(strategy.experimental_local_results(next(batches)["weight"])[0])
         return total
 
-    with raises(DataError, problem=r"cannot decode .*30\.jpg: Invalid JPEG data"), data_errors(pixels):
+    with raises(DataError, problem=r"cannot decode .*30\.jpg: Invalid JPEG data"), convert_data_errors(pixels):
         several()  # a call runs a whole epoch
     assert notes[-1] == "an image of train cannot be read; searching for it"
 
 
 def test_errors_outside_the_pipeline_are_not_converted(tmp_path: Path) -> None:
     pixels = opened(file_split(tmp_path), "none", tmp_path)
-    with pytest.raises(tf.errors.InvalidArgumentError), data_errors(pixels):
+    with pytest.raises(tf.errors.InvalidArgumentError), convert_data_errors(pixels):
         tf.ensure_shape(tf.zeros([2]), [3])
 
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
     machine = memory_limit(tmp_path)
-    assert memory_budget_default(tmp_path) == machine // 4
+    assert default_memory_budget(tmp_path) == machine // 4
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_limit(tmp_path) == machine
     (tmp_path / "memory.max").write_text("400000000\n")
-    assert memory_budget_default(tmp_path) == 100_000_000
+    assert default_memory_budget(tmp_path) == 100_000_000
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("40000000\n")
-    assert memory_budget_default(tmp_path) == 10_000_000
+    assert default_memory_budget(tmp_path) == 10_000_000
 
 
 def test_processor_quota_of_a_container_counts(tmp_path: Path) -> None:
-    all_of_them = usable_cpus(tmp_path)
+    all_of_them = count_usable_cpus(tmp_path)
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert usable_cpus(tmp_path) == all_of_them
+    assert count_usable_cpus(tmp_path) == all_of_them
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert usable_cpus(tmp_path) == 1
+    assert count_usable_cpus(tmp_path) == 1
 
 
 def test_the_caches_of_all_splits_are_under_one_memory_budget() -> None:

@@ -106,6 +106,6 @@ def test_an_image_store_refuses_such_a_split_when_it_is_cached(tmp_path: Path) -
     images = ImageStore(OpenedData(Dataset("x", ("cat", "dog"), splits, "f"), {}, None, ""), config, 10, lambda _: None)  # type: ignore[arg-type]
     images.split("validation")
     line = "validation: 1 of 6 images could not be decoded, left are 5 (cat 2, dog 3)"
-    assert images.left_after_skipping() == [line]
+    assert images.describe_remaining() == [line]
     with raises(DataError, problem="none of the 3 training images of dog can be decoded"):
         images.split("train")

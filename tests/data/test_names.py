@@ -17,8 +17,8 @@ from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record
-from trainer.data.splits import matching_files
-from trainer.data.tfds_writer import LabelledImages, write_dataset
+from trainer.data.splits import find_matching_files
+from trainer.data.tfds_writer import LabeledImages, write_dataset
 from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import decode_cell, write_predictions
@@ -144,7 +144,7 @@ def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
     expected = ("caf\u00e9", r"li\nne", "sp")
     examples = [(noise(i), i % 3) for i in range(12)]
     write_dataset(
-        tmp_path / "tfds", LabelledImages("pets", [normalize_class_name(n) for n in names], {"train": examples})
+        tmp_path / "tfds", LabeledImages("pets", [normalize_class_name(n) for n in names], {"train": examples})
     )
     labels = tmp_path / "tfds" / "label.labels.txt"
     labels.write_text(unicodedata.normalize("NFD", labels.read_text()))
@@ -166,12 +166,12 @@ def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None
     for path in (home / "1.tfrec", home / "[2].tfrec", tmp_path / "photos 2" / "in" / "3.tfrec"):
         path.write_bytes(b"")
     both = [str(home / "1.tfrec"), str(home / "[2].tfrec")]
-    assert matching_files(f"{home}/*.tfrec") == both
-    assert matching_files(f"{tmp_path}/{folder}/i[n]/*.tfrec") == both
-    assert matching_files(f"{home}/[2].tfrec") == both[1:]
-    assert matching_files(f"{home}/[1-9].tfrec") == both[:1]
-    assert matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
-    assert matching_files(f"{home}") == []
+    assert find_matching_files(f"{home}/*.tfrec") == both
+    assert find_matching_files(f"{tmp_path}/{folder}/i[n]/*.tfrec") == both
+    assert find_matching_files(f"{home}/[2].tfrec") == both[1:]
+    assert find_matching_files(f"{home}/[1-9].tfrec") == both[:1]
+    assert find_matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
+    assert find_matching_files(f"{home}") == []
     with raises(DataError, "data.pattern", str(home), r"set data.pattern=.*/\*.tfrec\*", "is a folder"):
         opened(tmp_path, source="tfrecords", pattern=str(home), class_names=("a", "b"))
 
@@ -184,7 +184,7 @@ def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> 
 
 def test_metadata_cannot_name_shards_elsewhere(tmp_path: Path) -> None:
     write_dataset(
-        tmp_path / "secret", LabelledImages("pets", ("a", "b"), {"train": [(noise(i), i % 2) for i in range(8)]})
+        tmp_path / "secret", LabeledImages("pets", ("a", "b"), {"train": [(noise(i), i % 2) for i in range(8)]})
     )
     root = tmp_path / "data"
     os.rename(tmp_path / "secret", root)

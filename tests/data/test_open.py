@@ -19,9 +19,9 @@ from tests.errors import ANY, raises
 from trainer.config.schema import Data, load
 from trainer.data.image_folder import LAYOUT
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
-from trainer.data.records import index_shard, read_image, records_of
-from trainer.data.splits import SPLITS, select_at_most, select_per_class, split_sizes, take
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from trainer.data.records import index_shard, locate_records, read_image
+from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset, Shard, Split
 
@@ -45,7 +45,7 @@ def counts(dataset: Dataset) -> dict[str, int]:
 
 
 def images(split: Split) -> list[bytes]:
-    return [read_image(record) for record in records_of(split)]
+    return [read_image(record) for record in locate_records(split)]
 
 
 def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> Path:
@@ -54,7 +54,7 @@ def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> 
     for name, values in labels.items():
         splits[name] = [(noise(first + k), label) for k, label in enumerate(values)]
         first += len(values)
-    write_dataset(root, LabelledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
+    write_dataset(root, LabeledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
     return root
 
 
@@ -296,7 +296,7 @@ def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) 
         for name, split in plain.splits.items():
             by_name = [[d.class_names[i] for i in d.splits[name].labels] for d in (plain, renumbered)]
             assert by_name[0] == by_name[1], split.name
-        assert "the classes are numbered in the order of data.class_names, not in that of the data" in renumbered.notes
+        assert "the class indices follow the order of data.class_names, not that of the dataset" in renumbered.notes
         assert opened(tmp_path, **data, class_names=CLASSES).fingerprint == plain.fingerprint
         for names, problem in (
             (("cat", "dog", "yak"), "only .* has owl, only data.class_names has yak"),
@@ -341,9 +341,9 @@ def test_limits_on_records_select_the_right_records() -> None:
 
 def test_split_sizes_leave_something_to_train_on() -> None:
     fractions = {"validation": 0.2, "test": 0.1}
-    sizes = {n: tuple(split_sizes(n, fractions).values()) for n in (1, 2, 3, 10, 100)}
+    sizes = {n: tuple(compute_split_sizes(n, fractions).values()) for n in (1, 2, 3, 10, 100)}
     assert sizes == {1: (0, 0), 2: (1, 0), 3: (1, 1), 10: (2, 1), 100: (20, 10)}
-    assert split_sizes(10, {"validation": 0.0}) == {"validation": 0}
+    assert compute_split_sizes(10, {"validation": 0.0}) == {"validation": 0}
 
 
 def test_imbalance_tiny_splits_and_copies_are_noted(tmp_path: Path) -> None:
@@ -524,7 +524,7 @@ def test_damaged_shards_fail_or_are_skipped(tmp_path: Path) -> None:
     content = bytearray(first.read_bytes())
     content[int(index_shard(first).offsets[3]) + 50] ^= 1
     first.write_bytes(bytes(content))
-    damaged = f"record 3 of shard {first} is damaged (checksum mismatch)"
+    damaged = f"record 3 of shard {first} is corrupt (checksum mismatch)"
     with raises(DataError, fix="write it again, or set data.on_error=skip", problem=re.escape(damaged)):
         opened(tmp_path, **data)
     dataset = opened(tmp_path, **data, on_error="skip", validation_fraction=0)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data.orders import epoch_order
-from trainer.data.order import Order, examples_to_score, sequence_blocks, training_blocks
+from trainer.data.order import Order, make_sequence_blocks, make_training_blocks, select_examples_to_score
 from trainer.data.sharding import steps_per_epoch
 from trainer.types import Shard, Split
 
@@ -64,7 +64,7 @@ def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -
 
     def rows(epoch: int, step: int, count: int) -> np.ndarray:
         order = Order(batch_size=8, seed=7, window=10, first_epoch=epoch, first_step=step, shuffle=shuffle)
-        block = training_blocks(split, order)
+        block = make_training_blocks(split, order)
         parts, number = [], 0
         while sum(len(p) for p in parts) < count:
             b = arrays(block(number))
@@ -85,7 +85,7 @@ def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -
 
 
 def test_a_block_reads_the_records_of_its_rows() -> None:
-    block = training_blocks(MANY, Order(batch_size=8, seed=7, window=10, first_epoch=2, first_step=3))
+    block = make_training_blocks(MANY, Order(batch_size=8, seed=7, window=10, first_epoch=2, first_step=3))
     first_index = np.cumsum([0] + [s.stop - s.start for s in MANY.shards])
     for number in range(12):
         b = arrays(block(number))
@@ -98,7 +98,7 @@ def test_a_block_reads_the_records_of_its_rows() -> None:
 
 def test_a_resume_reads_no_window_but_its_own() -> None:
     split = shards(*[(0, 100)] * 10)
-    block = training_blocks(split, Order(batch_size=10, seed=0, window=200, first_step=71))
+    block = make_training_blocks(split, Order(batch_size=10, seed=0, window=200, first_step=71))
     assert block(0)["ranges"].numpy()[:, 2].sum() == 200
     assert len(block(0)["index"]) == 90  # rows 710 to 799
 
@@ -106,7 +106,7 @@ def test_a_resume_reads_no_window_but_its_own() -> None:
 def test_a_sequence_holds_the_chosen_once_and_pads() -> None:
     split = shards((0, 1500), (10, 1700))
     chosen = np.array([3, 1023, 1024, 1499, 1500, 2048, 3189])
-    count, block = sequence_blocks(split, chosen, 4)
+    count, block = make_sequence_blocks(split, chosen, 4)
     blocks = [arrays(block(i)) for i in range(count)]
     weight = np.concatenate([b["weight"] for b in blocks])
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in blocks])[weight > 0], chosen)
@@ -116,9 +116,9 @@ def test_a_sequence_holds_the_chosen_once_and_pads() -> None:
 
 def test_a_fraction_to_score_is_fixed_and_shuffled() -> None:
     split = files(1000)  # as if class by class
-    chosen = examples_to_score(split, 10, 0.301)
+    chosen = select_examples_to_score(split, 10, 0.301)
     assert len(chosen) == 310  # 31 batches
     assert (np.diff(chosen) > 0).all()
     assert (np.bincount(chosen // 100, minlength=10) > 15).all()
-    np.testing.assert_array_equal(chosen, examples_to_score(split, 10, 0.301))
-    np.testing.assert_array_equal(examples_to_score(split, 10, 1.0), np.arange(1000))
+    np.testing.assert_array_equal(chosen, select_examples_to_score(split, 10, 0.301))
+    np.testing.assert_array_equal(select_examples_to_score(split, 10, 1.0), np.arange(1000))

@@ -15,8 +15,8 @@ from tests.data.test_decoding import encoded, smooth
 from tests.data.test_open import folder
 from trainer.data import examine
 from trainer.data.decoding import decode_image
-from trainer.data.images import cache_name
-from trainer.data.orientation import exif_data, orientation_of
+from trainer.data.images import build_cache_name
+from trainer.data.orientation import extract_exif, parse_orientation
 from trainer.types import Split
 
 ORIENTATIONS = range(1, 9)
@@ -75,7 +75,7 @@ def tiff(order: str, kind: int, value: bytes) -> bytes:
 
 
 def read(data: bytes) -> int:
-    return int(orientation_of(tf.strings.reduce_join(exif_data(tf.constant(data), True))))
+    return int(parse_orientation(tf.strings.reduce_join(extract_exif(tf.constant(data), True))))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def read(data: bytes) -> int:
 def test_both_byte_orders_and_damaged_exif_data(exif: bytes, expected: int) -> None:
     plain = encoded(smooth(20, 30), "JPEG")
     marked = plain[:2] + segment(0xE1, b"Exif\0\0" + exif) + plain[2:]
-    assert read(marked) == examine.orientation_of(marked) == expected
+    assert read(marked) == examine.parse_orientation(marked) == expected
     decoded(marked)
 
 
@@ -133,7 +133,7 @@ def test_the_switch_decides_in_every_cache(tmp_path: Path, cache: str) -> None:
     np.testing.assert_array_equal(turned, decoded(photo(6), 20))
     np.testing.assert_array_equal(stored, decoded(photo(6), 20, orientation="ignore"))
     assert not np.array_equal(turned, stored)
-    names = {cache_name(split, 20, "stretch", "abc") for split in splits}
+    names = {build_cache_name(split, 20, "stretch", "abc") for split in splits}
     assert len(names) == 2  # the cache of features contains this name too
 
 

@@ -15,8 +15,8 @@ from tests.processes import run_python
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order
-from trainer.data.pipeline import evaluation_batches, training_batches
-from trainer.data.sharding import Sharding, shards_of_workers, steps_per_epoch
+from trainer.data.pipeline import build_evaluation_batches, build_training_batches
+from trainer.data.sharding import Sharding, assign_shards, steps_per_epoch
 from trainer.types import Split
 
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
@@ -33,7 +33,7 @@ def take(
     **changes: Any,
 ) -> Batches:  # fmt: skip
     order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
-    batches = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    batches = build_training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
     return list(batches.dataset.take(count).as_numpy_iterator())
 
 
@@ -62,7 +62,7 @@ def pixels(request: pytest.FixtureRequest, splits: dict[str, Split], tmp_path: P
 def test_elements_are_batches_of_static_shape(pixels: Pixels) -> None:
     mixing = {"other_label": tf.TensorSpec([4], tf.int32), "mix": tf.TensorSpec([4], tf.float32)}
     for augmentation, more in ((Augmentation(), {}), (EVERYTHING, {}), (MIXING, mixing)):
-        batches = training_batches(pixels, ORDER, replicas=2, augmentation=augmentation)
+        batches = build_training_batches(pixels, ORDER, replicas=2, augmentation=augmentation)
         assert batches.dataset.element_spec == {
             "image": tf.TensorSpec([4, SIDE, SIDE, 3], tf.uint8),
             "label": tf.TensorSpec([4], tf.int32),
@@ -140,7 +140,7 @@ def test_windows_can_be_empty_on_a_worker_by_record(splits: dict[str, Split], tm
 def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_path: Path) -> None:
     split = splits["shards"]  # 9, 10, 1 and 17 records
     pixels = opened(split, "none", tmp_path)
-    own = shards_of_workers(split, 2)
+    own = assign_shards(split, 2)
     steps = steps_per_epoch(split, BATCH, Sharding(0, 2, "file"))
     assert [list(shards) for shards in own] == [[2, 3], [0, 1]]
     assert steps == 5  # 19 records in rows of 4
@@ -167,7 +167,7 @@ def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels,
     seen = []
     for worker in range(workers):
         sharding = Sharding(worker, workers)
-        batches = evaluation_batches(pixels, batch_size=workers * 4, replicas=2, sharding=sharding)
+        batches = build_evaluation_batches(pixels, batch_size=workers * 4, replicas=2, sharding=sharding)
         for batch in batches.dataset.take(batches.count * 2).as_numpy_iterator():
             assert len(batch["index"]) == 2
             seen += list(batch["index"][batch["weight"] > 0])
@@ -175,7 +175,7 @@ def test_evaluation_by_several_workers_counts_every_example_once(pixels: Pixels,
 
 
 def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
-    scoring = evaluation_batches(pixels, batch_size=BATCH, replicas=2)
+    scoring = build_evaluation_batches(pixels, batch_size=BATCH, replicas=2)
     assert scoring.count == STEPS
     batches = list(scoring.dataset.take(STEPS * 2).as_numpy_iterator())
     weight, index = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index"))
@@ -187,7 +187,7 @@ def test_evaluation_counts_every_example_once(pixels: Pixels) -> None:
 
 
 def test_evaluation_of_a_fraction(pixels: Pixels) -> None:
-    scoring = evaluation_batches(pixels, batch_size=BATCH, replicas=1, part=0.5)
+    scoring = build_evaluation_batches(pixels, batch_size=BATCH, replicas=1, fraction=0.5)
     assert scoring.count == 3
     batches = list(scoring.dataset.take(3).as_numpy_iterator())
     index = np.concatenate([b["index"] for b in batches])
@@ -233,7 +233,7 @@ from tests.data.splits_on_disk import file_split, opened
 from trainer.config.schema import Augmentation
 from trainer.features.store import Features
 from trainer.data.order import Order
-from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.pipeline import build_evaluation_batches, build_training_batches
 tf.config.experimental.enable_op_determinism()
 many, side, folder = 6000, 160, Path(sys.argv[1])
 
@@ -254,8 +254,8 @@ features.array = mapped("features", np.float32, (many + 1, 5, 5, 512))
 before, running = own_mb(), []
 for source in (pixels, features):
     assert source.array.nbytes > 300e6
-    running.append(iter(training_batches(source, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
-    running.append(iter(evaluation_batches(source, batch_size=32, replicas=1).dataset))
+    running.append(iter(build_training_batches(source, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
+    running.append(iter(build_evaluation_batches(source, batch_size=32, replicas=1).dataset))
 for batches in running:
     next(batches)
 print(own_mb() - before)

@@ -15,7 +15,7 @@ from tests.data.test_orientation import photo
 from tests.errors import raises
 from trainer.config.schema import load
 from trainer.data.prepare import prepare
-from trainer.data.records import frame_record, read_source_name, records_of, serialize
+from trainer.data.records import frame_record, locate_records, read_source_name, serialize
 from trainer.errors import DataError
 from trainer.types import Split
 
@@ -65,7 +65,7 @@ def test_prepared_images_have_the_pixels_of_the_files(tmp_path: Path, orientatio
     out = prepared(tmp_path, root, orientation=orientation)
     data = {"source": "tfds", "root": str(out), "orientation": orientation, "validation_fraction": 0}
     records = opened(tmp_path, **data).splits["train"]
-    names = [read_source_name(record) for record in records_of(records)]
+    names = [read_source_name(record) for record in locate_records(records)]
     again = pixels_by_name(records, names, tmp_path)
     assert (
         again.keys()
@@ -86,7 +86,7 @@ def test_a_tiff_is_converted_and_one_with_16_bits_refused(tmp_path: Path) -> Non
     image.transpose(Image.Transpose.ROTATE_180).save(png)
     data = {"source": "tfds", "root": str(prepared(tmp_path, root)), "validation_fraction": 0}
     records = opened(tmp_path, **data).splits["train"]
-    names = [read_source_name(record) for record in records_of(records)]
+    names = [read_source_name(record) for record in locate_records(records)]
     by_name = pixels_by_name(records, names, tmp_path)
     np.testing.assert_array_equal(by_name["dog/a.tif"], by_name["dog/same.png"])
     Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(root / "dog" / "deep.tiff")

@@ -17,17 +17,17 @@ from tests.data.images import fill_folder, noise, record
 from tests.errors import raises
 from trainer.data.records import (
     LabelFields,
-    example_class,
     frame_record,
+    get_example_class,
     index_shard,
+    locate_records,
     read_groups,
     read_image,
     read_labels,
-    records_of,
     serialize,
 )
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
-from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Shard, Split
 
@@ -41,13 +41,13 @@ def write_shard(path: Path, payloads: list[bytes]) -> Path:
 
 
 def write(out: Path, examples: Sequence[tuple[ImageSource, int]], **options: Any) -> list[ShardEntry]:
-    return write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
+    return write_dataset(out, LabeledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
 
 
 def images(path: Path, field: str = "image") -> list[bytes]:
     count = index_shard(path).count
     split = Split("train", np.zeros(count, np.int32), shards=(Shard(str(path), count, 0, count),), image_field=field)
-    return [read_image(record) for record in records_of(split)]
+    return [read_image(record) for record in locate_records(split)]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
 def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
     import tensorflow_datasets as tfds
 
-    photos = LabelledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
+    photos = LabeledImages("My photos", CLASSES, {"train": examples[:10], "test": examples[10:]})
     manifest = write_dataset(tmp_path / "out", photos, WriteOptions(shards=2))
     builder = tfds.builder_from_directory(tmp_path / "out")
     assert builder.info.name == "my_photos"
@@ -110,7 +110,7 @@ def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
 
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path, examples: Examples) -> None:
     seen: list[tuple[int, int]] = []
-    dataset = LabelledImages("x", CLASSES, {"train": examples})
+    dataset = LabeledImages("x", CLASSES, {"train": examples})
     one = write(tmp_path / "one", examples, shards=3)
     two = write_dataset(tmp_path / "two", dataset, WriteOptions(3, workers=2), lambda *counts: seen.append(counts))
     assert one == two
@@ -144,7 +144,7 @@ def test_an_interrupted_write_leaves_finished_shards_and_no_dataset(tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(out, LabelledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), interrupt)
+        write_dataset(out, LabeledImages("x", CLASSES, {"train": examples}), WriteOptions(shards=3), interrupt)
     assert not (out / "dataset_info.json").exists()
     first = out / "x-train.tfrecord-00000-of-00003"
     time = first.stat().st_mtime_ns
@@ -214,7 +214,7 @@ def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) ->
     path.write_bytes(content[: 2 * 66 + 5])
     assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).fault)
     path.write_bytes(content[:66] + b"\xff" + content[67:])
-    assert "is damaged at the header of record 1" in str(index_shard(path).fault)
+    assert "is corrupt at the header of record 1" in str(index_shard(path).fault)
 
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def labels_of(path: Path, values: list[Any], kind: str = "index") -> list[int]:
     """The labels of records with these values, which are numbers, text, or lists of them."""
     payloads = []
     for value in values:
-        example = example_class().FromString(record(image=b"image"))
+        example = get_example_class().FromString(record(image=b"image"))
         feature = example.features.feature["label"]
         listed = value if isinstance(value, list) else [value]
         lists = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
@@ -308,7 +308,7 @@ def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[A
             r"holds 3 numbers \(1, 1, 0\), and a classifier needs one",
         ),
         ("index", [], "label_field", "set one of image", "holds no label, and a classifier needs one label"),
-        ("index", 1.5, "label_field", "as integers", "holds the decimal number 1.5, which is no class number"),
+        ("index", 1.5, "label_field", "as integers", "holds the decimal number 1.5, which is not a class index"),
         ("text", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),
         ("text", b"yak", "label_field", "add it to cat, dog, owl", "the text yak, which is not in data.class_names"),
         ("onehot", 1, "label_kind", "set data.label_kind=index", "holds the number 1$"),
@@ -328,6 +328,6 @@ def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: byte
     assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum is right{more}"]
     split = Split("train", labels, shards=(Shard(path, 2, 0, 2),))
     with raises(DataError, problem="a.tfrec#1 is not a tf.train.Example"):
-        read_image(records_of(split)[1])
+        read_image(locate_records(split)[1])
     with raises(DataError, problem="record 1 of shard .* is not a tf.train.Example"):
         read_groups(split, "label")

@@ -17,8 +17,8 @@ from tests.data.splits_on_disk import COUNT, opened, shard_split
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
-from trainer.data.order import Order, block_reads, sequence_blocks, training_blocks
-from trainer.data.pipeline import evaluation_batches, training_batches
+from trainer.data.order import Order, compute_block_shards, make_sequence_blocks, make_training_blocks
+from trainer.data.pipeline import build_evaluation_batches, build_training_batches
 from trainer.data.sharding import UNSHARDED, Sharding, steps_per_epoch
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
@@ -90,8 +90,8 @@ def taken(
     pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
 ) -> Batches:
     """Training batches, `call` steps between two gates, as in the training loop."""
-    training = training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
-    gate, stream = training.gate(), iter(training.dataset)
+    training = build_training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    gate, stream = training.open_gate(), iter(training.dataset)
     batches: Batches = []
     for first in range(0, steps, call):
         now = min(call, steps - first)
@@ -142,7 +142,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
 ) -> None:
     """The bound of the test above is tight."""
     monkeypatch.setattr("trainer.data.shard_gate.BLOCKS_AHEAD", 0)
-    monkeypatch.setattr("trainer.data.pipeline.rows_ahead", lambda *_: 0)
+    monkeypatch.setattr("trainer.data.pipeline.max_rows_ahead", lambda *_: 0)
     strict = arriving(split, tmp_path)
     taken(strict, ORDER, 100, 10)
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
@@ -156,8 +156,8 @@ def test_an_evaluation_opens_only_what_was_required(
     options = {"batch_size": 12, "replicas": 2, "part": part, "sharding": sharding}
 
     def scored(pixels: Pixels) -> Batches:
-        scoring = evaluation_batches(pixels, **options)  # type: ignore[arg-type]
-        gate, stream, seen = scoring.gate(), iter(scoring.dataset), []
+        scoring = build_evaluation_batches(pixels, **options)  # type: ignore[arg-type]
+        gate, stream, seen = scoring.open_gate(), iter(scoring.dataset), []
         for _ in range(scoring.count or 0):
             gate.wait_for(12 // sharding.workers)
             seen += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(2)]
@@ -232,8 +232,8 @@ def test_reads_are_those_of_the_blocks_that_have_rows(
     firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
     for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
         order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, sharding=sharding)
-        block, number = training_blocks(split, order), 0
-        for rows, shards in itertools.islice(block_reads(block, None), 6):
+        block, number = make_training_blocks(split, order), 0
+        for rows, shards in itertools.islice(compute_block_shards(block, None), 6):
             made = block(tf.constant(number, tf.int64))
             while not len(made["index"]):
                 number += 1
@@ -245,7 +245,7 @@ def test_reads_are_those_of_the_blocks_that_have_rows(
 
 def test_reads_of_a_sequence_end_with_it(split: Split) -> None:
     for chosen in (np.arange(split.count), np.arange(7, split.count, 31), np.array([3]), np.arange(0)):
-        count, block = sequence_blocks(split, chosen, 16)
-        reads = list(block_reads(block, count))
+        count, block = make_sequence_blocks(split, chosen, 16)
+        reads = list(compute_block_shards(block, count))
         assert len(reads) == count
         assert sum(rows for rows, _ in reads) == -(-len(chosen) // 16) * 16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
-from trainer.data.sharding import ShardingPlan, check_resumable, own_examples, plan_sharding
+from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding, select_worker_examples
 from trainer.errors import ConfigError
 from trainer.types import Shard, Split
 
@@ -57,10 +57,10 @@ def test_the_choice_and_its_reason(
 
 def test_workers_by_file_read_each_example_once() -> None:
     plan = plan_sharding("file", RECORDS, 2, 8, "none", {})
-    own = [own_examples(RECORDS, plan.of_worker(worker)) for worker in range(2)]
+    own = [select_worker_examples(RECORDS, plan.of_worker(worker)) for worker in range(2)]
     assert sorted(np.concatenate(own).tolist()) == list(range(40))
     by_record = plan_sharding("record", RECORDS, 2, 8, "none", {})
-    assert len(own_examples(RECORDS, by_record.of_worker(1))) == 40
+    assert len(select_worker_examples(RECORDS, by_record.of_worker(1))) == 40
 
 
 def test_a_checkpoint_between_epochs_resumes_with_the_same_steps() -> None:

@@ -10,7 +10,7 @@ from tests.data.images import noise
 from tests.data.test_open import CLASSES, opened
 from tests.errors import raises
 from trainer.data.tfds_folder import LABELS, MANIFEST, read_manifest_and_labels
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset
 
@@ -18,7 +18,7 @@ from trainer.types import Dataset
 def write(folder: Path, *, broken: int | None = None) -> Path:
     train = [(b"no image" if i == broken else noise(i), i % 3) for i in range(40)]
     splits = {"train": train, "test": [(noise(100 + i), i % 3) for i in range(12)]}
-    write_dataset(folder, LabelledImages("pets", CLASSES, splits), WriteOptions(shards=4, on_error="skip"))
+    write_dataset(folder, LabeledImages("pets", CLASSES, splits), WriteOptions(shards=4, on_error="skip"))
     return folder
 
 

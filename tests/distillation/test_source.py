@@ -12,7 +12,7 @@ import yaml
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import load
-from trainer.distillation.source import check_classes, find_teacher, read_teacher, write_saved_model
+from trainer.distillation.source import check_classes, describe_teacher, read_weights, write_saved_model
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
@@ -53,32 +53,32 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_best_checkpoint_of_a_run_with_its_averages(run: str) -> None:
-    teacher = find_teacher(run + "/")
+    teacher = describe_teacher(run + "/")
     assert (teacher.classes, teacher.home.name[:13]) == (CLASSES, "step-00000001")
     assert (teacher.model.backbone, teacher.model.image_size) == ("Xception", 96)
     assert teacher.summary.startswith(f"{run}/ (Xception, checkpoint step-00000001")
-    values = read_teacher(teacher)
+    values = read_weights(teacher)
     assert not any(name.startswith("optimizer") for name in values)
     np.testing.assert_array_equal(values["a/kernel"], [2, 2, 2])
 
 
 def test_the_last_checkpoint_with_keep_last(tmp_path: Path) -> None:
-    teacher = find_teacher(str(leave_run(tmp_path / "t", keep="last")))
-    np.testing.assert_array_equal(read_teacher(teacher)["a/kernel"], [3, 3, 3])
+    teacher = describe_teacher(str(leave_run(tmp_path / "t", keep="last")))
+    np.testing.assert_array_equal(read_weights(teacher)["a/kernel"], [3, 3, 3])
 
 
 def test_the_fingerprint_depends_on_the_weights_only(tmp_path: Path) -> None:
-    one, same = (find_teacher(str(leave_run(tmp_path / name))) for name in "ab")
-    other = find_teacher(str(leave_run(tmp_path / "c", {"a/kernel": np.full(3, 5, np.float32)})))
+    one, same = (describe_teacher(str(leave_run(tmp_path / name))) for name in "ab")
+    other = describe_teacher(str(leave_run(tmp_path / "c", {"a/kernel": np.full(3, 5, np.float32)})))
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_only_read_teacher_reads_weights(tmp_path: Path) -> None:
     folder = leave_run(tmp_path / "run")
     (folder / "checkpoints" / "step-00000001" / "variables.npz").unlink()
-    teacher = find_teacher(str(folder))
+    teacher = describe_teacher(str(folder))
     with pytest.raises(DataError):
-        read_teacher(teacher)
+        read_weights(teacher)
 
 
 def test_a_saved_model_has_the_same_fingerprint_in_a_bucket(tmp_path: Path) -> None:
@@ -87,15 +87,15 @@ def test_a_saved_model_has_the_same_fingerprint_in_a_bucket(tmp_path: Path) -> N
     for name, content in contents.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(content)
-    local = find_teacher(str(home))
+    local = describe_teacher(str(home))
     assert (local.classes, local.model) == (CLASSES, None)
     with running(tmp_path / "objects"):
         for name in contents:
             (storage_path(f"gs://{BUCKET}/m") / name).upload(home / name)
-        remote = find_teacher(f"gs://{BUCKET}/m")
-        remote_files = read_teacher(remote)
+        remote = describe_teacher(f"gs://{BUCKET}/m")
+        remote_files = read_weights(remote)
     assert remote.fingerprint == local.fingerprint
-    for files in (remote_files, read_teacher(local)):
+    for files in (remote_files, read_weights(local)):
         write_saved_model(files, tmp_path / "copy")
         assert {name: (tmp_path / "copy" / name).read_bytes() for name in files} == contents
 
@@ -103,7 +103,7 @@ def test_a_saved_model_has_the_same_fingerprint_in_a_bucket(tmp_path: Path) -> N
 def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
     def check(address: Path, problem: str, fix: str, kind: type[TrainerError] = DataError) -> None:
         with raises(kind, "distillation.teacher", str(address), fix=fix, problem=problem):
-            read_teacher(find_teacher(str(address)))
+            read_weights(describe_teacher(str(address)))
 
     check(tmp_path, "no config.yaml.*no saved_model.pb", "output_dir of a run")
     (tmp_path / "m").mkdir()
@@ -117,7 +117,7 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     check(damaged, f"{file}.* does not match its size or checksum", "")
     (damaged / "run.json").write_text("{")
-    check(damaged, f"{file.parent} or run.json is damaged", "restore")
+    check(damaged, f"{file.parent} or run.json is corrupt", "restore")
     (damaged / "config.yaml").write_text("modle: {}")
     check(damaged, "(?s)config.yaml cannot be used: .*modle", "of this version", ConfigError)
 

@@ -11,7 +11,7 @@ from tests.errors import raises
 from tests.exporting.subjects import SIZE, bundle_for, small_model, some_images
 from tests.processes import result_of
 from trainer.config import schema as config
-from trainer.distillation.teacher import Teacher, saved_model_as_teacher
+from trainer.distillation.teacher import Teacher, load_saved_model_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Predictor
 from trainer.exporting.saved_model import export_saved_model
@@ -31,7 +31,7 @@ def exported(model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_saved_model_predicts_at_its_own_size(model: keras.Model, exported: Path) -> None:
-    teacher = saved_model_as_teacher(exported, "x")
+    teacher = load_saved_model_teacher(exported, "x")
     assert teacher.image_size == SIZE
     images = some_images(5)
     expected = model.predict(images.astype("float32"), verbose=0)
@@ -63,7 +63,7 @@ def test_a_saved_model_of_another_tool_is_an_error(tmp_path: Path) -> None:
     double = tf.function(lambda x: 2 * x, input_signature=[tf.TensorSpec([None], tf.float32, "x")])
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": double})
     with raises(DataError, "distillation.teacher", "gs://b/m", fix="output_dir", problem="no signature `images`"):
-        saved_model_as_teacher(tmp_path / "m", "gs://b/m")
+        load_saved_model_teacher(tmp_path / "m", "gs://b/m")
 
 
 MIRRORED = """
@@ -72,12 +72,12 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from pathlib import Path
-from trainer.distillation.teacher import saved_model_as_teacher
+from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.evaluation.scoring import Predictor
 images = np.load(sys.argv[2])
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
-    teacher = saved_model_as_teacher(Path(sys.argv[1]), "x")
+    teacher = load_saved_model_teacher(Path(sys.argv[1]), "x")
 batch = {"image": images, "label": np.zeros(4, np.int32), "weight": np.ones(4, np.float32), "index": np.arange(4)}
 parts = tf.data.Dataset.from_tensor_slices(batch).batch(2)
 stream = strategy.distribute_datasets_from_function(lambda _: parts)
@@ -97,7 +97,7 @@ def test_scoring_takes_a_teacher(model: keras.Model, exported: Path) -> None:
     images = some_images(4)
     rows = {"image": images, "label": np.zeros(4, np.int32), "weight": np.array([1, 1, 0, 1], np.float32)}
     batches = tf.data.Dataset.from_tensor_slices(rows | {"index": np.array([3, 1, 0, 2])}).batch(2)
-    teacher = saved_model_as_teacher(exported, "x")
+    teacher = load_saved_model_teacher(exported, "x")
     probabilities, _, indices, _ = Predictor(tf.distribute.get_strategy(), teacher).predict(batches, 2)
     assert indices.tolist() == [1, 2, 3]
     np.testing.assert_allclose(probabilities, model.predict(images.astype("float32"), verbose=0)[[1, 3, 0]], atol=1e-5)

@@ -15,7 +15,7 @@ import yaml
 from tests.data.images import noise, record
 from tests.e2e.running import train, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, TABLE, preset
-from trainer.data.tfds_writer import LabelledImages, write_dataset
+from trainer.data.tfds_writer import LabeledImages, write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
 HANDS = ("rock", "paper", "scissors")
@@ -66,7 +66,7 @@ def tfds_folder(root: Path, name: str) -> tuple[str, ...]:
         split: [(jpeg(100 * at + label), label) for at in range(each) for label in range(len(names))]
         for split, each in splits.items()
     }
-    write_dataset(root / "set", LabelledImages(name, names, examples))
+    write_dataset(root / "set", LabeledImages(name, names, examples))
     return ("data.name=null", f"data.root={root / 'set'}")
 
 

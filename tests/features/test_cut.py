@@ -62,10 +62,10 @@ def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: st
     keras.utils.clear_session()  # resets the counter of automatic layer names
     classifier = build(name, size)
     plan, cut = cut_of(classifier, thaw)
-    assert (cut.number, cut.layer, cut.shape) == (number, layer, shape)
+    assert (cut.layer_index, cut.layer, cut.shape) == (number, layer, shape)
     assert cut.pooled == (thaw == "none")
     names = [each.name for each in classifier.backbone.layers]
-    assert names[cut.number] == layer or layer not in names  # ConvNeXt adds without a layer
+    assert names[cut.layer_index] == layer or layer not in names  # ConvNeXt adds without a layer
     assert not cut.variables.keys() & plan.trainable.keys()
     images, _ = photos(classifier)
     (features,) = Trunk(classifier, [cut]).features(images)
@@ -167,13 +167,13 @@ def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
     classifier = build(name, size, hidden=5)
     images, labels = photos(classifier)
     calibrate(classifier, images)
-    begin = variables.read(classifier.variables)
+    begin = variables.copy_values(classifier.variables)
     plan, cut = cut_of(classifier, thaw, batch_norm)
     live = train(plan, classifier, images, labels)
-    expected = variables.read(classifier.variables)
-    variables.write(classifier.variables, begin, "the beginning")
+    expected = variables.copy_values(classifier.variables)
+    variables.assign_values(classifier.variables, begin, "the beginning")
     cached = train(plan, Tail(classifier, cut), features_of(classifier, cut, images), labels)
-    trained = variables.read(classifier.variables)
+    trained = variables.copy_values(classifier.variables)
     np.testing.assert_allclose(cached, live, rtol=1e-4, atol=1e-4)
     moved = 0
     for key in expected:

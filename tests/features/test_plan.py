@@ -9,7 +9,13 @@ from tests.errors import raises
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut
-from trainer.features.plan import FeatureChoice, divide, plan_features, stored_dtype, train_images_read_once
+from trainer.features.plan import (
+    FeatureChoice,
+    divide_phases,
+    plan_features,
+    select_stored_dtype,
+    train_images_read_once,
+)
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.types import Dataset, Split
 
@@ -37,7 +43,7 @@ def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) 
     counts = {"train": COUNT, "validation": SCORED}
     splits = {name: Split(name, np.zeros(count, np.int32)) for name, count in counts.items()}
     dataset = Dataset("x", ("a", "b"), splits, "")
-    return plan_features(configured, divide(configured, classifier), dataset, budget)["head"]
+    return plan_features(configured, divide_phases(configured, classifier), dataset, budget)["head"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_features_that_do_not_fit_are_live_or_an_error(classifier: Classifier) -
 @pytest.mark.parametrize(("computed", "stored"), [("float32", "float16"), ("bfloat16", "bfloat16")])
 def test_features_of_lower_precision_are_stored_in_it(computed: str, stored: str) -> None:
     phase = config(features_dtype="float16").phases["head"]
-    assert stored_dtype(phase, Cut("x", 1, None, False, (2,), computed, {})) == stored
+    assert select_stored_dtype(phase, Cut("x", 1, None, False, (2,), computed, {})) == stored
 
 
 def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
@@ -115,7 +121,7 @@ def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
             "all": {"thaw": "all", "epochs": 1},
         },
     })  # fmt: skip
-    parts = divide(configured, classifier)
+    parts = divide_phases(configured, classifier)
     assert parts["head"].updated == {"head/output/kernel", "head/output/bias"}
     assert "backbone/block_16_project_BN/moving_mean" in parts["norms"].updated
     assert parts["norms"].cut is not None
@@ -130,4 +136,4 @@ def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> 
     phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
     configured = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
     with pytest.raises(ModelError, match=r"^phases\.second(: |\.)thaw=last_blocks:99: "):
-        divide(configured, classifier)
+        divide_phases(configured, classifier)

@@ -17,9 +17,9 @@ from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.order import Order
-from trainer.data.pipeline import View, chosen_batches, training_batches
+from trainer.data.pipeline import View, build_chosen_batches, build_training_batches
 from trainer.errors import DataError
-from trainer.features.store import Features, bytes_of, open_features
+from trainer.features.store import Features, count_feature_bytes, open_features
 from trainer.types import Split
 
 COUNT, SHAPE, VIEWS = 11, (2, 3), 2
@@ -63,7 +63,7 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
     features.complete()
     features.bad[3] = "damaged"
     assert features.cached_in == ("memory" if memory == NEEDED else "disk")
-    batches = training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
+    batches = build_training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
     stream = batches.dataset.as_numpy_iterator()
     for epoch in range(3):
         parts = [next(stream) for _ in range(3)]
@@ -80,7 +80,7 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
 def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> None:
     features = filled(tmp_path, dtype=dtype, memory_budget=NEEDED // 2)
     features.complete()
-    rows = features.rows_of(features.tensor(), tf.constant([4, 10], tf.int64), tf.constant([1, 0], tf.int64))
+    rows = features.gather_rows(features.tensor(), tf.constant([4, 10], tf.int64), tf.constant([1, 0], tf.int64))
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows, tf.cast(np.stack([values(1, [4])[0], values(0, [10])[0]]), dtype))
 
@@ -123,7 +123,7 @@ def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     notes: list[str] = []
     second = opened(tmp_path, notes)
     assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
-    assert notes == [f"1 block of {tmp_path}/f/x.rows damaged; computing the features again"]
+    assert notes == [f"1 block of {tmp_path}/f/x.rows corrupt; computing the features again"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
@@ -143,7 +143,7 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
 def test_a_worker_stores_and_counts_only_its_own_rows(tmp_path: Path) -> None:
     indices = np.array([1, 2, 9])
     features = filled(tmp_path, indices=indices, memory_budget=0)
-    assert features.bytes == VIEWS * 3 * 24 == bytes_of(SHAPE, "float32", VIEWS, 3)
+    assert features.bytes == VIEWS * 3 * 24 == count_feature_bytes(SHAPE, "float32", VIEWS, 3)
     features.complete()
     assert not any(features.missing(view).any() for view in range(VIEWS))
     assert np.flatnonzero(~opened(tmp_path).missing(1)).tolist() == [1, 2, 9]
@@ -189,7 +189,7 @@ def test_without_room_there_are_no_features(tmp_path: Path, small_files: Any) ->
 
 def test_the_least_recently_used_features_are_deleted(tmp_path: Path) -> None:
     big = (64, 64)  # some pages of a file
-    size = bytes_of(big, "float32", 1, COUNT)
+    size = count_feature_bytes(big, "float32", 1, COUNT)
 
     def open_on_disk(name: str, budget: int) -> Features:
         return opened(tmp_path, shape=big, views=1, file=tmp_path / "f" / name, memory_budget=0, disk_budget=budget)
@@ -210,7 +210,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
     chosen = np.array([2, 3, 11, 30])
     seen = []
     for view in (0, 1):
-        batches = chosen_batches(pixels, chosen, rows=4, replicas=1, view=View(augmentation, 5, view))
+        batches = build_chosen_batches(pixels, chosen, rows=4, replicas=1, view=View(augmentation, 5, view))
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
         expected = augment(pixels.rows(chosen), augmentation, 5, np.full(4, view), chosen)
         np.testing.assert_array_equal(batch["image"], expected)
@@ -219,7 +219,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
     assert (seen[0] != seen[1]).any()
     count = splits_on_disk.COUNT
     order = Order(count, seed=5, window=count, first_epoch=2)
-    batches = training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
+    batches = build_training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
     third, fourth = batches.dataset.take(2).as_numpy_iterator()
     for view, batch in enumerate((third, fourth)):
         rows = np.argsort(batch["index"])[chosen]

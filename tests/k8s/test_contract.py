@@ -14,7 +14,7 @@ from trainer import errors
 from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RunConfig, load
-from trainer.data.prepare import part_of_job
+from trainer.data.prepare import parse_job_part
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|HOSTNAME|HOME"
@@ -101,7 +101,9 @@ def host_domain(pods: Pods) -> str:
 
 def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
     (pods,) = [pods for pods in JOBS if pods.overlay == "overlays/prepare"]
-    assert [part_of_job(pods.environment(i)) for i in range(pods.count)] == [(i, pods.count) for i in range(pods.count)]
+    assert [parse_job_part(pods.environment(i)) for i in range(pods.count)] == [
+        (i, pods.count) for i in range(pods.count)
+    ]
 
 
 def configuration(pods: Pods) -> RunConfig:

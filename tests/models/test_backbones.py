@@ -29,7 +29,7 @@ def test_names_sizes_and_alpha_are_those_of_keras(name: str) -> None:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     assert find_backbone(snake) is find_backbone(name.upper()) is find_backbone(name)
     backbone, make = find_backbone(name), getattr(keras.applications, name)
-    with pytest.raises(ValueError, match=rf"at least {backbone.smallest_size}x{backbone.smallest_size}"):
+    with pytest.raises(ValueError, match=rf"at least {backbone.min_size}x{backbone.min_size}"):
         make(weights=None, include_top=False, input_shape=(8, 8, 3))
     size = backbone.default_size
     if backbone.module != "mobilenet_v3":  # accepts any size with the weights of 224
@@ -95,7 +95,7 @@ def test_the_configuration_groups_have_these_backbones() -> None:
 def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str) -> None:
     model = config.Model(**yaml.safe_load((find_conf_folder() / "model" / f"{group}.yaml").read_text()))
     kind = find_backbone(model.backbone)
-    small = max(kind.smallest_size, 32)
+    small = max(kind.min_size, 32)
     classifier = build_classifier(model.model_copy(update={"weights": "none", "image_size": small}), 3, seed=1)
     images = np.random.default_rng(0).integers(0, 256, (2, small, small, 3)).astype("uint8")
     prepared = getattr(keras.applications, kind.module).preprocess_input(images.astype("float32"))
@@ -140,7 +140,7 @@ def test_an_alpha_or_a_size_that_the_network_does_not_have_is_refused() -> None:
 def test_blocks_begin_where_their_layers_do(name: str, block: str, first_layer: str, index: int) -> None:
     backbone = find_backbone(name)
     names = [layer.name for layer in backbone.build(32, None, None).layers]
-    starts = backbone.block_starts(names)
+    starts = backbone.find_block_starts(names)
     assert (starts[block], names[index]) == (index, first_layer)
     assert list(starts.values()) == sorted(starts.values())
 
@@ -162,13 +162,13 @@ def test_blocks_begin_where_their_layers_do(name: str, block: str, first_layer: 
     ],
 )
 def test_block_of_a_layer(name: str, layer: str, block: str | None) -> None:
-    assert find_backbone(name).block_of(layer) == block
+    assert find_backbone(name).find_block(layer) == block
 
 
 def test_blocks_of_anonymous_layers_begin_after_the_block_before() -> None:
     inception = find_backbone("InceptionV3")
     names = [layer.name for layer in inception.build(75, None, None).layers]
-    starts = inception.block_starts(names)
+    starts = inception.find_block_starts(names)
     assert list(starts) == [f"mixed{n}" for n in range(11)]
     ends = ["max_pooling2d_1", *(f"mixed{n}" for n in range(10))]
     assert [names[first - 1] for first in starts.values()] == ends

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.models.batch_norm import NORM
-from trainer.models.bn_folding import apply_folded, fold_weights, foldable_pairs
+from trainer.models.bn_folding import apply_folded, find_foldable_pairs, fold_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
 
@@ -49,7 +49,7 @@ def operations(function: Any, *arguments: Any) -> set[str]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_kind_of_convolution_has_the_same_outputs(bias: bool) -> None:
     network, maps = every_kind(bias), tf.random.stateless_uniform([2, 9, 9, 4], [1, 2])
-    assert len(foldable_pairs(network)) == 4
+    assert len(find_foldable_pairs(network)) == 4
     folded = apply_folded(network, maps)
     np.testing.assert_allclose(folded, network(maps, training=False), rtol=1e-5)
     np.testing.assert_array_equal(apply_folded(network, maps, weights=fold_weights(network)), folded)
@@ -57,7 +57,7 @@ def test_every_kind_of_convolution_has_the_same_outputs(bias: bool) -> None:
 
 def test_no_operation_of_normalization_is_left(classifier: Classifier, pixels: tf.Tensor) -> None:
     backbone = classifier.backbone
-    assert len(foldable_pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
+    assert len(find_foldable_pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
     assert "Rsqrt" in operations(lambda x: backbone(x, training=False), pixels)
     weights = fold_weights(backbone)
     left = operations(lambda x: apply_folded(backbone, x, weights=weights), pixels)
@@ -102,12 +102,12 @@ def test_a_convolution_with_other_consumers_or_an_activation_is_not_folded() -> 
     network = keras.Model(inputs, [put_out, NORM()(put_out), curved])
     rng = np.random.default_rng(1)
     network.set_weights([rng.uniform(0.2, 1.5, w.shape) for w in network.get_weights()])
-    assert foldable_pairs(network) == []
+    assert find_foldable_pairs(network) == []
     maps = tf.random.stateless_uniform([2, 5, 5, 2], [1, 2])
     for mine, theirs in zip(apply_folded(network, maps), network(maps, training=False), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
 def test_the_inference_model_has_the_layers_of_keras(classifier: Classifier) -> None:
-    (backbone,) = (layer for layer in classifier.keras_model().layers if isinstance(layer, keras.Model))
+    (backbone,) = (layer for layer in classifier.build_keras_model().layers if isinstance(layer, keras.Model))
     assert sum(isinstance(layer, NORM) for layer in backbone.layers) == 52

@@ -66,7 +66,7 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
     expected = np.maximum(maps.max((1, 2)) @ w1 + b1, 0) @ w2 + b2
     np.testing.assert_allclose(classifier.logits(images), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(classifier.head_logits(maps.max((1, 2))), expected, rtol=1e-4, atol=1e-5)
-    model = classifier.keras_model()
+    model = classifier.build_keras_model()
     np.testing.assert_allclose(model(images.astype("float32")), classifier.probabilities(images), atol=1e-6)
     classifier.output.bias.assign([9.0, 0.0, 0.0])
     np.testing.assert_allclose(model(images.astype("float32")), classifier.probabilities(images), atol=1e-6)

@@ -10,7 +10,7 @@ from tests.errors import raises
 from tests.processes import run_python
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, example_weights
+from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, use_example_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import GROUPS, apply_thaw
 
@@ -82,7 +82,7 @@ def test_multipliers_decay_per_block(classifier: Classifier) -> None:
     for start, factor in expected.items():
         (multiplier,) = {factors[name] for name in factors if name.startswith(start)}
         assert multiplier == pytest.approx(factor)
-    line = plan.lines()[-1]
+    line = plan.format_lines()[-1]
     assert "x 0.5 in the backbone, x 0.9 per block down: head 1, block_16 0.45, block_15 0.405" in line
     assert line.endswith("expanded_conv 0.0834, stem 0.075")
 
@@ -93,14 +93,14 @@ def test_a_multiplier_does_not_depend_on_other_thawed_layers(classifier: Classif
     top = apply_thaw(classifier, "last_blocks:3", "train", layer_decay=0.8)
     assert set(top.trainable) < set(multipliers)
     assert top.lr_multipliers == tuple(multipliers[name] for name in top.trainable)
-    assert "stem" not in top.lines()[-1]
+    assert "stem" not in top.format_lines()[-1]
 
 
 def test_plans_without_multipliers(classifier: Classifier) -> None:
     assert apply_thaw(classifier, "none", "frozen", 0.1, 0.9).lr_multipliers == ()  # only the head trains
     plain = apply_thaw(classifier, "all", "frozen")
     assert plain.lr_multipliers == ()
-    assert len(plain.lines()) + 1 == len(apply_thaw(classifier, "all", "frozen", 0.1).lines())
+    assert len(plain.format_lines()) + 1 == len(apply_thaw(classifier, "all", "frozen", 0.1).format_lines())
 
 
 def test_none_trains_the_head_alone(classifier: Classifier) -> None:
@@ -110,11 +110,11 @@ def test_none_trains_the_head_alone(classifier: Classifier) -> None:
     assert list(plan.trainable) == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
     assert plan.first_thawed is None
     assert not plan.batch_norm_training
-    assert plan.lines()[0] == "thaw none, batch_norm train: all 154 layers of the backbone are frozen"
+    assert plan.format_lines()[0] == "thaw none, batch_norm train: all 154 layers of the backbone are frozen"
 
 
 def test_the_table_has_every_group_and_the_sum(classifier: Classifier) -> None:
-    lines = apply_thaw(classifier, "from_layer:100", "train").lines()
+    lines = apply_thaw(classifier, "from_layer:100", "train").format_lines()
     assert lines[0].startswith("thaw from_layer:100, batch_norm train: 54 of 154 layers thawed")
     assert lines[0].endswith("101 (block_11_depthwise)")
     assert [line.split("  ")[1] for line in lines[2:]] == [*GROUPS, "all"]
@@ -200,7 +200,7 @@ def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None
         if affine:
             layer.gamma.assign([1, 2, 3, 4, 5])
             layer.beta.assign([5, 4, 3, 2, 1])
-    with tf.GradientTape() as tape, example_weights(tf.constant(weight)):
+    with tf.GradientTape() as tape, use_example_weights(tf.constant(weight)):
         tape.watch(inputs := tf.constant(x))
         out = ours(inputs, training=True)
         loss = tf.reduce_sum(tf.gather(out, real) ** 3)

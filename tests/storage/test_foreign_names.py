@@ -13,7 +13,7 @@ from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
 from trainer.data.open import open_run_data
-from trainer.distillation.source import find_teacher
+from trainer.distillation.source import describe_teacher
 from trainer.errors import DataError
 from trainer.planning.checks import plan_staging
 from trainer.runs.checkpoints import read_pointer
@@ -196,7 +196,7 @@ def test_pointers_name_checkpoints_only(tmp_path: Path) -> None:
 def test_a_teacher_has_only_files_that_can_be_written(in_bucket: StoragePath) -> None:
     for name in ("saved_model.pb", "assets/labels.txt", "variables/a", "//etc/x"):
         put(in_bucket, name)
-    assert set(find_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
+    assert set(describe_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
 
 
 def test_a_shard_is_written_below_the_cache(in_bucket: StoragePath, tmp_path: Path) -> None:

@@ -36,11 +36,13 @@ class SmallNetwork:
 
 
 def make_step(
-    network: SmallNetwork, optimizer: Any, *, stop: Any = lambda: False, teacher: Any = None, **settings: Any
+    network: SmallNetwork, optimizer: Any, *, should_stop: Any = lambda: False, teacher: Any = None, **settings: Any
 ) -> TrainingStep:
     """A training step of all weights, on one device."""
     chosen, strategy = StepSettings(seed=1, **settings), tf.distribute.get_strategy()
-    return TrainingStep(strategy, network, network.variables, optimizer, chosen, stop=stop, teacher=teacher)
+    return TrainingStep(
+        strategy, network, network.variables, optimizer, chosen, should_stop=should_stop, teacher=teacher
+    )
 
 
 def compiled(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Model:

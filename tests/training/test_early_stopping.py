@@ -1,17 +1,17 @@
 """Best epoch, patience and phase weights."""
 
 from trainer.config.phases import EarlyStopping
-from trainer.training.early_stopping import best_step, out_of_patience, update_best
+from trainer.training.early_stopping import find_best_step, is_out_of_patience, update_best
 from trainer.training.state import RunState
 
 
 def after(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
-    """Update with (val_accuracy, val_loss) per epoch; return `best` per epoch, the state, and `out_of_patience`."""
+    """Update with (val_accuracy, val_loss) per epoch; return `best` per epoch, the state, and `is_out_of_patience`."""
     state, best, over = RunState(), [], []
     for epoch, (accuracy, loss) in enumerate(scores, 1):
         state.step = epoch * 10
         best.append(update_best(state, {"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss}, rule))
-        over.append(out_of_patience(state, rule))
+        over.append(is_out_of_patience(state, rule))
     return best, state, over
 
 
@@ -25,14 +25,14 @@ def test_accuracy_decides_and_ties_go_to_the_lower_loss() -> None:
 def test_the_best_epoch_of_earlier_phases_stays_best_until_an_epoch_is_better() -> None:
     state, rule = RunState(carried=10), EarlyStopping()
     state.history = [{"step": 10, "val_accuracy": 0.9, "val_loss": 0.3}]
-    assert best_step(state, rule) == 10
+    assert find_best_step(state, rule) == 10
     for step, accuracy, loss, best in ((20, 0.8, 0.1, 10), (30, 0.9, 0.4, 10), (40, 0.9, 0.2, 40), (50, 0.7, 0.1, 40)):
         state.step = step
         state.history.append({"step": step, "epoch": step // 10, "val_accuracy": accuracy, "val_loss": loss})
         update_best(state, state.history[-1], rule)
-        assert best_step(state, rule) == best
-    assert best_step(RunState(), rule) is None
-    assert best_step(state, EarlyStopping(metric="loss")) == 40  # loss 0.2 against 0.3
+        assert find_best_step(state, rule) == best
+    assert find_best_step(RunState(), rule) is None
+    assert find_best_step(state, EarlyStopping(metric="loss")) == 40  # loss 0.2 against 0.3
 
 
 def test_the_metric_can_be_the_loss() -> None:

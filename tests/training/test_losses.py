@@ -13,13 +13,13 @@ from trainer.errors import DataError, Diverged
 from trainer.training import variables
 from trainer.training.losses import (
     LossSettings,
-    class_weights,
+    compute_class_weights,
     cross_entropy,
-    divergence,
+    distillation_loss,
     example_accuracy,
-    focal,
-    largest_plausible_loss,
+    focal_loss,
     log_probs,
+    max_plausible_loss,
     weighted_losses,
 )
 from trainer.training.step import require_plausible
@@ -35,10 +35,10 @@ WEIGHT = np.array([1, 1, 1, 1, 1, 0], np.float32)
 
 def test_a_loss_that_no_classifier_has_is_that_of_a_diverged_run() -> None:
     weighted = LossSettings(class_weights=(4.0, 0.5))
-    assert largest_plausible_loss(LossSettings(), 2) == pytest.approx(300 * np.log(2))
-    assert largest_plausible_loss(weighted, 2) == pytest.approx(1200 * np.log(2))
+    assert max_plausible_loss(LossSettings(), 2) == pytest.approx(300 * np.log(2))
+    assert max_plausible_loss(weighted, 2) == pytest.approx(1200 * np.log(2))
     distilled = LossSettings(alpha=0.1, temperature=3.0)
-    assert largest_plausible_loss(distilled, 10) == pytest.approx(2700 * np.log(10))
+    assert max_plausible_loss(distilled, 10) == pytest.approx(2700 * np.log(10))
     where: dict[str, Any] = {"classes": 2, "step": 7, "phase": "head", "epoch": 1}
     require_plausible({"loss": 800.0, "val_loss": 200.0}, weighted, **where)
     fix, at = "phases.head.optimizer.learning_rate", r"at step 7 \(phase head, epoch 1\)"
@@ -91,13 +91,13 @@ def test_focal_is_keras_own_without_its_alpha(gamma: float, smoothing: float) ->
     theirs = keras.losses.CategoricalFocalCrossentropy(
         alpha=1.0, gamma=gamma, from_logits=True, label_smoothing=smoothing, reduction=None
     )
-    ours = focal(LABELS, LOGITS, gamma, smoothing)
+    ours = focal_loss(LABELS, LOGITS, gamma, smoothing)
     np.testing.assert_allclose(ours, theirs(tf.one_hot(LABELS, 4), LOGITS), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours, against(one_hot(LABELS, smoothing), LOGITS, gamma), rtol=1e-5, atol=1e-6)
 
 
 def test_focal_without_gamma_is_cross_entropy() -> None:
-    np.testing.assert_allclose(focal(LABELS, LOGITS, 0.0), cross_entropy(LABELS, LOGITS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(focal_loss(LABELS, LOGITS, 0.0), cross_entropy(LABELS, LOGITS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -105,7 +105,7 @@ def test_focal_has_a_finite_gradient_for_certain_predictions(gamma: float) -> No
     logits = tf.constant([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0]])
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        loss = focal(tf.constant([0, 0]), logits, gamma)
+        loss = focal_loss(tf.constant([0, 0]), logits, gamma)
     gradient = tape.gradient(loss, logits).numpy()
     assert np.isfinite(loss).all()
     assert np.isfinite(gradient).all()
@@ -136,10 +136,12 @@ def test_unmixed_rows_of_a_mixed_batch_have_the_loss_of_an_unmixed_batch() -> No
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_divergence(temperature: float) -> None:
     expected = kl(TEACHER, LOGITS, temperature)
-    np.testing.assert_allclose(divergence(tf.constant(TEACHER), tf.constant(LOGITS), temperature), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        distillation_loss(tf.constant(TEACHER), tf.constant(LOGITS), temperature), expected, rtol=1e-5
+    )
     cached = log_probs(tf.constant(softmax(TEACHER).astype(np.float32)))  # log-probabilities are equivalent to logits
-    np.testing.assert_allclose(divergence(cached, tf.constant(LOGITS), temperature), expected, rtol=1e-4)
-    np.testing.assert_allclose(divergence(tf.constant(LOGITS), tf.constant(LOGITS), temperature), 0, atol=1e-5)
+    np.testing.assert_allclose(distillation_loss(cached, tf.constant(LOGITS), temperature), expected, rtol=1e-4)
+    np.testing.assert_allclose(distillation_loss(tf.constant(LOGITS), tf.constant(LOGITS), temperature), 0, atol=1e-5)
     if temperature == 1:
         theirs = keras.losses.KLDivergence(reduction=None)(softmax(TEACHER), softmax(LOGITS))
         np.testing.assert_allclose(expected, theirs, rtol=1e-4)
@@ -147,7 +149,7 @@ def test_divergence(temperature: float) -> None:
 
 def test_a_certain_teacher_gives_a_finite_loss() -> None:
     certain = log_probs(tf.constant([[1.0, 0.0, 0.0]]))
-    np.testing.assert_allclose(divergence(certain, tf.zeros([1, 3])), [np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(distillation_loss(certain, tf.zeros([1, 3])), [np.log(3)], rtol=1e-6)
 
 
 def test_accuracy_of_mixed_examples_is_a_fraction() -> None:
@@ -158,11 +160,11 @@ def test_accuracy_of_mixed_examples_is_a_fraction() -> None:
 
 def test_class_weights() -> None:
     names, labels = ("cat", "dog", "owl"), np.array([0, 0, 0, 1, 0, 0])
-    assert class_weights("none", names, labels) is None
-    assert class_weights("balanced", names, labels) == pytest.approx((6 / 15, 6 / 3, 6 / 3))  # no owl: count 1
-    assert class_weights({"dog": 3}, names, labels) == (1.0, 3.0, 1.0)
+    assert compute_class_weights("none", names, labels) is None
+    assert compute_class_weights("balanced", names, labels) == pytest.approx((6 / 15, 6 / 3, 6 / 3))  # no owl: count 1
+    assert compute_class_weights({"dog": 3}, names, labels) == (1.0, 3.0, 1.0)
     with raises(DataError, "training.class_weights", fix="use cat, dog, owl", problem="no class ant, bat"):
-        class_weights({"dog": 3, "bat": 2, "ant": 1}, names, labels)
+        compute_class_weights({"dog": 3, "bat": 2, "ant": 1}, names, labels)
 
 
 # --- in the step -----------------------------------------------------------------------------------------------------
@@ -192,13 +194,13 @@ def one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = Non
     if soft_labels is not None:
         batches = batches.map(lambda rows: {**rows, "teacher": tf.gather(soft_labels, rows["index"])})
     rows, _, _ = step.run(iter(batches), 1, 0, 0)
-    return variables.read(network.variables), rows[0]
+    return variables.copy_values(network.variables), rows[0]
 
 
 def test_the_distillation_step_has_the_gradient_of_the_written_out_loss() -> None:
     network, teacher = SmallNetwork(), LinearTeacher()
     images, labels = (part[:8] for part in arrays(20))
-    before = variables.read(network.variables)
+    before = variables.copy_values(network.variables)
     with tf.GradientTape() as tape:
         logits = network.logits(images)
         soft_labels = tf.nn.softmax(teacher.logits(images) / 3)

@@ -59,7 +59,7 @@ def stepwise(optimizer: Any) -> list[np.ndarray]:
 
 
 def flat(network: SmallNetwork) -> np.ndarray:
-    return np.concatenate([value.ravel() for value in variables.read(network.variables).values()])
+    return np.concatenate([value.ravel() for value in variables.copy_values(network.variables).values()])
 
 
 def keras_stepwise(optimizer: Any, rate: Callable[[int], float]) -> list[np.ndarray]:
@@ -151,7 +151,7 @@ def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[fl
         for variable in network.variables.values():
             first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
             assert all(np.array_equal(first, other) for other in others)
-        values = variables.read(network.variables | step.checkpoint_variables())
+        values = variables.copy_values(network.variables | step.checkpoint_variables())
         results[str(settings["name"])] = {name: value.ravel().tolist() for name, value in values.items()}
     return results
 

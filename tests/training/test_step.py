@@ -24,7 +24,7 @@ def trained(
     for length in steps:
         rows.append(step.run(batches, length, done, done)[0])
         done += length
-    return variables.read(network.variables), np.concatenate(rows), step
+    return variables.copy_values(network.variables), np.concatenate(rows), step
 
 
 def keras_trained(optimizer: Any, epochs: int) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def test_many_steps_in_one_call_are_bitwise_single_steps() -> None:
 def test_stop_ends_the_call_after_the_step_and_the_next_call_continues() -> None:
     network, calls = SmallNetwork(), []
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-    step = make_step(network, optimizer, stop=lambda: calls.append(1) or len(calls) == 3)
+    step = make_step(network, optimizer, should_stop=lambda: calls.append(1) or len(calls) == 3)
     batches = iter(stream(20, 8))
     rows, _, stopped = step.run(batches, 7, 0, 0)
     assert (len(rows), stopped) == (3, True)
@@ -70,7 +70,7 @@ def test_stop_ends_the_call_after_the_step_and_the_next_call_continues() -> None
     assert (len(more), stopped) == (4, False)
     unbroken, all_rows, _ = trained([7])
     np.testing.assert_array_equal(np.concatenate([rows, more]), all_rows)
-    np.testing.assert_equal(variables.read(network.variables), unbroken)
+    np.testing.assert_equal(variables.copy_values(network.variables), unbroken)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
@@ -81,7 +81,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
 
 
 def test_clipping_is_by_the_norm_of_the_global_gradient() -> None:
-    before = variables.read(SmallNetwork().variables)
+    before = variables.copy_values(SmallNetwork().variables)
     after, _, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), clip_norm=0.01)
     change = np.sqrt(sum(np.square(after[n] - before[n]).sum() for n in before))
     np.testing.assert_allclose(change, 0.01, rtol=1e-4)
@@ -99,26 +99,26 @@ def test_class_weights_multiply_the_loss_only() -> None:
         losses = cross_entropy(labels, network.logits(images)) * np.array(weights, np.float32)[labels]
         loss = tf.reduce_sum(losses) / 8
     gradient = tape.gradient(loss, network.second.bias.value)
-    expected = variables.read(network.variables)["second/bias"] - gradient.numpy()
+    expected = variables.copy_values(network.variables)["second/bias"] - gradient.numpy()
     np.testing.assert_allclose(ours["second/bias"], expected, atol=1e-6)
 
 
 def test_averages_of_the_weights_and_two_swaps() -> None:
     network = SmallNetwork()
-    start = variables.read(network.variables)
+    start = variables.copy_values(network.variables)
     step = make_step(network, keras.optimizers.SGD(0.1), ema=0.99)
     batches, expected = iter(stream(20, 8)), dict(start)
     for t in range(5):
         step.run(batches, 1, t, t)
         decay = min(0.99, (1 + t) / (10 + t))
-        now = variables.read(network.variables)
+        now = variables.copy_values(network.variables)
         expected = {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
     assert step.averages is not None
-    assert_near(variables.read(step.averages.shadows), expected)
+    assert_near(variables.copy_values(step.averages.shadows), expected)
     step.averages.swap()
-    assert_near(variables.read(network.variables), expected)
+    assert_near(variables.copy_values(network.variables), expected)
     step.averages.swap()
-    np.testing.assert_equal(variables.read(network.variables), now)
+    np.testing.assert_equal(variables.copy_values(network.variables), now)
 
 
 def test_loss_scaling_changes_nothing_while_all_is_finite() -> None:
@@ -135,9 +135,9 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     assert step.loss_scale is not None
     step.loss_scale[0].assign(3e38)
     network.second.kernel.assign(network.second.kernel * 1000)  # gradients of the first layer beyond float32
-    before = variables.read(network.variables)
+    before = variables.copy_values(network.variables)
     step.run(iter(stream(20, 8)), 1, 0, 0)
-    np.testing.assert_equal(variables.read(network.variables), before)
+    np.testing.assert_equal(variables.copy_values(network.variables), before)
     assert float(step.loss_scale[0]) == pytest.approx(1.5e38)
     assert float(step.loss_scale[1]) == 0
 
@@ -172,7 +172,7 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1, **extra))
         batches = iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas)))
         rows, _, _ = step.run(batches, 7, 0, 0)
-        values = variables.read(network.variables | step.checkpoint_variables())
+        values = variables.copy_values(network.variables | step.checkpoint_variables())
         validation = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
         p, labels, index, _ = Predictor(strategy, network).predict(validation, 3)
         out[f"{name}-{len(extra)}"] = [

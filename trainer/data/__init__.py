@@ -1,1 +1,1 @@
-"""Read datasets of labelled images: sources, splits, order, decoding, augmentation and batches."""
+"""Datasets of labeled images: sources, splits, order, decoding, augmentation and batches."""

@@ -1,4 +1,4 @@
-"""Decode images to pixels, identically in training, evaluation and export, and build datasets of decoded rows."""
+"""Decode images to pixels, in the same way in training, evaluation and export, and build datasets of decoded rows."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.order import Block
-from trainer.data.orientation import Orientation, centre_offsets, exif_data, turn_upright
+from trainer.data.orientation import Orientation, compute_center_offsets, extract_exif, turn_upright
 from trainer.names import encode_file_name, escape_unprintable
 from trainer.types import Split
 
@@ -25,7 +25,10 @@ JPEG_RATIOS = (1, 2, 4, 8)  # decode at 1 / ratio of the size, as in Pillow's dr
 
 
 def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
-    """Decode a BMP, and apply the palette of an 8-bit one, whose palette indices TensorFlow returns as grey values."""
+    """Decode a BMP, and apply its palette if it has 8 bits per pixel.
+
+    TensorFlow returns the palette indices of such an image as gray values.
+    """
 
     def header_field(offset: int, dtype: tf.DType) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(tf.strings.substr(data, offset, dtype.size), dtype)[0], tf.int32)
@@ -34,16 +37,16 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     has_palette = tf.logical_and(tf.equal(header_field(28, tf.uint16), 8), tf.equal(tf.shape(pixels)[2], 1))
 
     def apply_palette() -> tf.Tensor:
-        offset, colours = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
-        colours = tf.where(colours > 0, colours, 256)
-        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, offset, 4 * colours), tf.uint8), [-1, 4])
+        offset, colors = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
+        colors = tf.where(colors > 0, colors, 256)
+        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, offset, 4 * colors), tf.uint8), [-1, 4])
         return tf.gather(palette[:, 2::-1], tf.cast(pixels[:, :, 0], tf.int32))  # stored as blue, green, red, unused
 
     return tf.cond(has_palette, apply_palette, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
 
 
 def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
-    """Decode a JPEG (its centred square for a crop) at the smallest scale that leaves both sides >= `size` pixels."""
+    """Decode a JPEG, or its centered square, at the smallest scale that leaves both sides >= `size` pixels."""
     shape = tf.io.extract_jpeg_shape(data)
 
     def decode(ratio: int) -> tf.Tensor:
@@ -51,7 +54,7 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) ->
             return tf.io.decode_jpeg(data, channels=3, ratio=ratio)
         scaled = -(-shape[:2] // ratio)
         side = tf.reduce_min(scaled, keepdims=True)
-        window = tf.concat([centre_offsets(scaled - side, exif), side, side], 0)
+        window = tf.concat([compute_center_offsets(scaled - side, exif), side, side], 0)
         return tf.io.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
 
     fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in JPEG_RATIOS[1:]]
@@ -59,7 +62,7 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) ->
 
 
 def decode_pixels(data: tf.Tensor) -> tf.Tensor:
-    """Decode a PNG, BMP, GIF (first frame) or WebP as it is stored, uint8 [H, W, 3]; alpha is dropped."""
+    """Decode a PNG, BMP, GIF (first frame) or WebP as it is stored, to uint8 [H, W, 3] without alpha."""
     decode = partial(tf.io.decode_image, data, expand_animations=False)
     is_bmp, is_webp = (tf.strings.substr(data, 0, len(magic)) == magic for magic in (b"BM", b"RIFF"))
     # TensorFlow cannot drop the alpha of a WebP itself.
@@ -68,36 +71,36 @@ def decode_pixels(data: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_other(data: tf.Tensor, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
-    """Decode a PNG, BMP, GIF or WebP, and crop it to its centred square if `resize` is "crop"."""
+    """Decode a PNG, BMP, GIF or WebP. Crop it to its centered square if `resize` is "crop"."""
     pixels = decode_pixels(data)
     if resize == "stretch":
         return pixels
     shape = tf.shape(pixels)[:2]
     side = tf.reduce_min(shape)
-    top, left = tf.unstack(centre_offsets(shape - side, exif))
+    top, left = tf.unstack(compute_center_offsets(shape - side, exif))
     return pixels[top : top + side, left : left + side]
 
 
 def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orientation = "exif") -> tf.Tensor:
-    """Decode and resize one image; works in `Dataset.map` and in a SavedModel signature.
+    """Decode and resize one image. Works in `Dataset.map` and in a SavedModel signature.
 
-    JPEG (also CMYK), PNG, BMP, GIF (first frame) and WebP become 8-bit RGB: grey is repeated, and alpha is
+    JPEG (also CMYK), PNG, BMP, GIF (first frame) and WebP become 8-bit RGB: gray is repeated, and alpha is
     dropped as in `tf.io.decode_image(channels=3)`. A JPEG with both sides at least 2, 4 or 8 times `size` is decoded at
-    1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centres, antialiased
-    if the longer decoded side is more than `ANTIALIAS_ABOVE` times `size`; values are rounded.
+    1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centers, and antialiased if the longer decoded
+    side is more than `ANTIALIAS_ABOVE` times `size`. Values are rounded.
 
     Args:
         data: the encoded image, a string scalar.
-        size: side S of the result, uint8 [S, S, 3].
-        resize: "stretch" changes the aspect ratio; "crop" takes the largest centred square.
+        size: the side S of the result, uint8 [S, S, 3].
+        resize: "stretch" changes the aspect ratio; "crop" takes the largest centered square.
         orientation: "exif" turns an image upright by its EXIF orientation; "ignore" leaves it as it is stored.
 
     Raises:
-        tf.errors.InvalidArgumentError: the image is damaged, truncated or of an unknown format.
+        tf.errors.InvalidArgumentError: the image is corrupt, truncated or of an unknown format.
     """
 
     def decode(is_jpeg: bool) -> tf.Tensor:
-        exif = exif_data(data, is_jpeg) if orientation == "exif" else tf.constant([], tf.string)
+        exif = extract_exif(data, is_jpeg) if orientation == "exif" else tf.constant([], tf.string)
         pixels = _decode_jpeg(data, size, resize, exif) if is_jpeg else _decode_other(data, resize, exif)
         return turn_upright(pixels, exif) if orientation == "exif" else pixels
 
@@ -109,23 +112,23 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [size, size, 3])
 
 
-def decode_whole(data: bytes, orientation: Orientation) -> tf.Tensor:
-    """Decode one image at its full size, eagerly, to uint8 [H, W, 3]; a tf.errors.OpError if it is unreadable."""
+def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
+    """Decode one image at its full size, eagerly, to uint8 [H, W, 3]. Raise a tf.errors.OpError if it is unreadable."""
     encoded = tf.constant(data)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
     pixels = tf.io.decode_jpeg(encoded, channels=3) if is_jpeg else decode_pixels(encoded)
-    return turn_upright(pixels, exif_data(encoded, is_jpeg)) if orientation == "exif" else pixels
+    return turn_upright(pixels, extract_exif(encoded, is_jpeg)) if orientation == "exif" else pixels
 
 
 def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the message of a reading error; one that names a file that is not UTF-8 is a UnicodeDecodeError."""
+    """Return the message of a read error, which is a UnicodeDecodeError if a file name in it is not UTF-8."""
     if isinstance(error, UnicodeDecodeError):
         return error.object.decode(errors="surrogateescape")
     return str(error.message)
 
 
-def decoding_problem(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the first line of TensorFlow's message, without names of graph nodes."""
+def describe_decoding_error(error: tf.errors.OpError | UnicodeDecodeError) -> str:
+    """Return the first line of TensorFlow's message, without graph node names."""
     text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
     return escape_unprintable(text.strip().rstrip("."))
 
@@ -133,25 +136,26 @@ def decoding_problem(error: tf.errors.OpError | UnicodeDecodeError) -> str:
 Row = dict[str, tf.Tensor]  # one example or a batch of them, by column
 COLUMNS = ("index", "weight", "position", "epoch")
 
-without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph takes half of the time of building a pipeline
+without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph doubles the time to build a pipeline
 
 
-def block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Return blocks 0 to `count` - 1 without the empty ones; prefetches one; infinite if `count` is None."""
+def build_block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
+    """Return a dataset of blocks 0 to `count` - 1, infinite if None. It skips empty blocks and prefetches one."""
     blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
     return blocks.filter(without_autograph(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
 
 
-def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Add to each block its serialized `records`, string [n]; a record that cannot be read is an empty string."""
+def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
+    """Add to each block its serialized `records`, string [n]. An unreadable record is an empty string."""
     paths = tf.constant([encode_file_name(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
     @without_autograph
-    def read_range(row: tf.Tensor) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(tf.gather(paths, row[0])).skip(row[1]).take(row[2])
-        return records.ignore_errors().concatenate(empty).take(row[2])
+    def read_range(record_range: tf.Tensor) -> tf.data.Dataset:
+        shard, first, count = (record_range[i] for i in range(3))  # tf.unstack crashes TensorFlow 2.21 here
+        records = tf.data.TFRecordDataset(tf.gather(paths, shard)).skip(first).take(count)
+        return records.ignore_errors().concatenate(empty).take(count)
 
     @without_autograph
     def read(block: Block) -> tf.data.Dataset:
@@ -162,10 +166,11 @@ def _with_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
     return blocks.flat_map(read).prefetch(1)
 
 
-def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Return a function that decodes the image of a row, uint8 [S, S, 3]; a tf.errors.OpError if it is unreadable.
+def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
+    """Make a function that decodes the image of a row to uint8 [S, S, 3].
 
-    A row holds its serialized `record` if the split has shards, else its `index`.
+    A row has its serialized `record` if the split has shards, else the `index` of its file. The function raises a
+    tf.errors.OpError for an unreadable image.
     """
     paths = None if split.shards else tf.constant([*map(encode_file_name, split.files)], tf.string)
 
@@ -180,53 +185,53 @@ def row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.T
     return decode
 
 
-def decoded_rows(
+def decode_blocks(
     blocks: tf.data.Dataset, split: Split, size: int, resize: Resize, *, threads: int, failures: str | None
 ) -> tf.data.Dataset:
-    """Return each row of the blocks as an element: index, weight, position, epoch, image uint8 [S, S, 3].
+    """Return a dataset of the rows of blocks: index, weight, position, epoch and image, uint8 [S, S, 3].
 
-    Images are decoded by `threads` parallel calls, in the order of the rows; padding has a black image. The index of
-    each unreadable example is appended to the file `failures`, one per line; its row then has weight 0 and a black
-    image, which costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a
-    tf.errors.OpError.
+    Images are decoded by `threads` parallel calls, in row order. Padding has a black image. With a file `failures`, the
+    index of each unreadable example is appended to it, one per line, and its row has weight 0 and a black image. This
+    costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a tf.errors.OpError.
     """
-    decode, black_image = row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode, black_image = make_row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
     @without_autograph
-    def row_numbers(block: Block) -> tf.data.Dataset:
-        """Return the row numbers of a block, each with the block, and an end marker after them if `failures` is set.
+    def enumerate_rows(block: Block) -> tf.data.Dataset:
+        """Return each row index of a block, with the block. If `failures` is set, one more index is an end marker.
 
-        Unreadable rows vanish in `ignore_errors`. A gap in the numbers shows which failed; the end marker shows
-        failures at the end of the block.
+        Unreadable rows vanish in `ignore_errors`. A gap in the row indices shows which ones failed, and the end marker
+        shows failures at the end of the block.
         """
-        numbers = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
-        return numbers.map(without_autograph(lambda number: {"number": number, "block": block}))
+        row_indices = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
+        return row_indices.map(without_autograph(lambda i: {"row_index": i, "block": block}))
 
     @without_autograph
-    def with_image(row: Row) -> Row:
-        block, number = row["block"], row["number"]
-        row_index = tf.minimum(number, tf.size(block["index"], tf.int64) - 1)
-        example = {k: block[k][row_index] for k in COLUMNS}
-        record = {"record": tf.gather(block["records"], block["offset"][row_index])} if split.shards else {}
-        used = tf.logical_and(tf.equal(number, row_index), example["weight"] > 0)
+    def add_image(row: Row) -> Row:
+        block, row_index = row["block"], row["row_index"]
+        last_index = tf.size(block["index"], tf.int64) - 1
+        source = tf.minimum(row_index, last_index)  # an end marker has the columns of the last row, unused
+        example = {k: block[k][source] for k in COLUMNS}
+        record = {"record": tf.gather(block["records"], block["offset"][source])} if split.shards else {}
+        used = tf.logical_and(row_index <= last_index, example["weight"] > 0)
         image = tf.cond(used, lambda: decode({**example, **record}), lambda: black_image)
         if failures is None:
             return {**example, "image": image}
         columns = {k: block[k] for k in COLUMNS}
-        return {"number": number, "is_marker": number > row_index, "block": columns, "image": image}
+        return {"row_index": row_index, "is_marker": row_index > last_index, "block": columns, "image": image}
 
     @without_autograph
-    def with_first_missing_number(first_missing: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Add `first_missing`, the number after the last decoded row; rows from there to before this one failed."""
-        following = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["number"] + 1)
+    def add_first_missing(first_missing: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
+        """Add `first_missing`, the index after the last decoded row. The rows from it up to this one failed."""
+        following = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["row_index"] + 1)
         return following, {**row, "first_missing": first_missing}
 
     @without_autograph
-    def with_failed_rows(row: Row) -> tf.data.Dataset:
-        """Return a black row of weight 0 for each that failed to decode, then this row unless it is an end marker."""
-        first, number = row["first_missing"], row["number"]
-        examples = {k: v[first : number + 1] for k, v in row["block"].items()}  # a marker adds no row
-        failed, rows = row["block"]["index"][first:number], tf.shape(examples["index"])[0]
+    def insert_failed_rows(row: Row) -> tf.data.Dataset:
+        """Return a black row of weight 0 for each failed row before this one, then this row, unless it is a marker."""
+        first, row_index = row["first_missing"], row["row_index"]
+        examples = {k: v[first : row_index + 1] for k, v in row["block"].items()}  # a marker adds no row
+        failed, rows = row["block"]["index"][first:row_index], tf.shape(examples["index"])[0]
         any_failed = tf.size(failed) > 0
 
         def record_failures() -> tf.Operation:
@@ -240,8 +245,8 @@ def decoded_rows(
         examples["weight"] = tf.where(is_decoded, examples["weight"], 0.0)
         return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:rows]})
 
-    blocks = _with_records(blocks, split) if split.shards else blocks
-    rows = blocks.flat_map(row_numbers).map(with_image, num_parallel_calls=threads, deterministic=True)
+    blocks = _add_records(blocks, split) if split.shards else blocks
+    rows = blocks.flat_map(enumerate_rows).map(add_image, num_parallel_calls=threads, deterministic=True)
     if failures is None:
         return rows
-    return rows.ignore_errors().scan(tf.zeros([], tf.int64), with_first_missing_number).flat_map(with_failed_rows)
+    return rows.ignore_errors().scan(tf.zeros([], tf.int64), add_first_missing).flat_map(insert_failed_rows)

@@ -1,4 +1,4 @@
-"""Prepare the embedded dataset: 1,797 scanned handwritten digits of 8x8 pixels, from scikit-learn."""
+"""Prepare the embedded dataset, scikit-learn's 1,797 scanned handwritten digits of 8x8 pixels."""
 
 import io
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.tfds_folder import INFO
-from trainer.data.tfds_writer import LabelledImages, WriteOptions, write_dataset
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 
 TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 are for training
 
 
-def digits_folder(cache_dir: Path) -> Path:
-    """Return the folder of the digits in TFDS's format below the cache folder; the first call writes it.
+def prepare_digits(cache_dir: Path) -> Path:
+    """Return the folder of the digits in TFDS's format, below the cache folder. The first call writes it.
 
-    The images are 8-bit grayscale PNGs of white ink on black; the values 0..16 are scaled to 0..255. The split into
+    The images are 8-bit grayscale PNGs of white ink on black, scaled from 0..16 to 0..255. The split into
     1,257 / 180 / 360 examples is fixed and stratified by class. Source: test set of Optical Recognition of Handwritten
     Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
 
@@ -31,7 +31,7 @@ def digits_folder(cache_dir: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    # Two runs may write it concurrently: the first rename succeeds.
+    # Two runs can write it concurrently: the first rename succeeds.
     temporary = cache_dir / f".digits-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     digits, images = load_digits(), []
@@ -47,7 +47,7 @@ def digits_folder(cache_dir: Path) -> Path:
     train, validation = split_off(train_and_validation, VALIDATION_EXAMPLES)
     indices = {"train": train, "validation": validation, "test": test}
     splits = {name: [(images[i], int(digits.target[i])) for i in members] for name, members in indices.items()}
-    write_dataset(temporary, LabelledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
+    write_dataset(temporary, LabeledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
     try:
         os.rename(temporary, folder)
     except OSError:

@@ -1,8 +1,7 @@
-"""Fingerprints of a dataset: hashes by which a run recognizes the data that it began with.
+"""Dataset fingerprints, the hashes by which a run recognizes the data that it began with.
 
-There are up to three, by what they cover of each file in addition to its name and size: "ends" (the hash of its first
-and last bytes, or the checksum in the manifest of prepared shards), "sample" (blocks spread over the file) and
-"content" (the CRC32C of the whole file).
+There are three kinds. In addition to the name and size of each file, "ends" covers its first and last bytes (or, for
+prepared shards, the checksum in the manifest), "sample" blocks spread over the file, and "content" the whole file.
 """
 
 import hashlib
@@ -19,69 +18,69 @@ from typing import Literal
 import google_crc32c
 import numpy as np
 
-from trainer.data.splits import RawData, fingerprint
+from trainer.data.splits import RawData, hash_raw_data
 from trainer.monitoring.health import health
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
 from trainer.types import LogMessage
 
-WHOLE_BYTES = 1 << 30  # data of at most this size is read completely by default
-_BLOCK_BYTES = 4096  # of a sample
+WHOLE_BYTES = 1 << 30  # by default, a dataset of at most this size is read completely
+_BLOCK_BYTES = 4096  # size of a sampled block
 _MAX_BLOCKS = 16  # per file
 _READ_BYTES = 1 << 20
 _FILES_PER_TASK = 32
-_SETTLED_NS = 2 * 10**9  # a file changed within this time may change again without a new modification time
+_SETTLED_NS = 2 * 10**9  # a file modified this recently could change again without a new modification time
 
 Kind = Literal["content", "sample"]
 
 
-def fingerprints(
+def compute_fingerprints(
     raw: RawData, setting: Literal["auto", "content"], cache_dir: Path, streamed: bool, log_message: LogMessage
 ) -> dict[str, str]:
     """Return the fingerprints of a dataset (16 hex digits) by kind: "ends", and either "content" or "sample".
 
-    The content is covered if `setting` is "content", the files have at most `WHOLE_BYTES`, or `streamed` shards have
-    the checksums of their manifest, which the bucket has confirmed. Checksums are cached in `cache_dir` by path, size
-    and times of each file, so an unchanged file is read once; a file that was moved or touched is read again, and has
-    the same fingerprint.
+    The kind is "content" if `setting` is, if the files have at most `WHOLE_BYTES`, or if the shards are `streamed`: the
+    bucket has confirmed the checksums in their manifest. Checksums are cached in `cache_dir` by file path, size and
+    times, so an unchanged file is read once. A file that was moved or touched is read again, and has the same
+    fingerprint.
     """
     splits = raw.splits.values()
     paths = sorted({path for s in splits for path in (*s.files, *(shard.path for shard in s.shards))})
-    weakest = {"ends": fingerprint(raw)}
+    weakest = {"ends": hash_raw_data(raw)}
     if streamed:
         return weakest | {"content": weakest["ends"]}
-    statuses = {path: status for path in paths if (status := _status(path))}
+    statuses = {path: status for path in paths if (status := _stat(path))}
     size = sum(status.st_size for status in statuses.values())
     kind: Kind = "content" if setting == "content" or size <= WHOLE_BYTES else "sample"
-    checksums = _checksums(statuses, kind, cache_dir)
-    identities = {path: _identity(raw, path, statuses, checksums) for path in paths}
-    value = fingerprint(replace(raw, identities=identities))
-    part = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
+    checksums = _compute_checksums(statuses, kind, cache_dir)
+    identities = {path: _format_identity(raw, path, statuses, checksums) for path in paths}
+    value = hash_raw_data(replace(raw, identities=identities))
+    coverage = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
     files = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
-    log_message(f"data fingerprint: {value}, of the {part} of {files}, {size / 1e6:,.1f} MB")
+    log_message(f"data fingerprint: {value}, of the {coverage} of {files}, {size / 1e6:,.1f} MB")
     return weakest | {kind: value}
 
 
-def _status(path: str) -> os.stat_result | None:
+def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError:  # decoding reports the file
         return None
 
 
-def _identity(raw: RawData, path: str, statuses: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
-    """Return name, size and checksum, as in the manifest of prepared shards."""
+def _format_identity(raw: RawData, path: str, statuses: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
+    """Format file name, size and checksum, as in the manifest of prepared shards."""
     name = raw.identities[path].rsplit(" ", 2)[0]
     return f"{name} {statuses[path].st_size} {checksums[path]:08x}" if path in checksums else f"{name} unreadable"
 
 
-def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
-    """Return the checksum of each readable file; those of unchanged files are read from the cache."""
-    keys = {path: _key(path, status) for path, status in statuses.items()}
+def _compute_checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
+    """Compute the checksum of each readable file. Those of unchanged files are read from the cache."""
+    keys = {path: _hash_status(path, status) for path, status in statuses.items()}
     table = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(statuses), 8).hex() if statuses else ''}.npz"
     known = _read_table(table)
     new = [path for path in statuses if keys[path] not in known]
-    checksum = partial(_checksum, read=_read_whole if kind == "content" else _read_sample)
+    checksum = partial(_compute_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
         health.record_progress()
@@ -97,8 +96,8 @@ def _checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path)
     return result
 
 
-def _checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
-    """Return the CRC32C of what `read(handle, size)` yields; None if the file is unreadable, which decoding reports."""
+def _compute_checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
+    """Compute the CRC32C of what `read(handle, size)` yields. None if the file is unreadable: decoding reports it."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -119,7 +118,7 @@ def _read_whole(handle: int, _size: int) -> Iterable[bytes]:
 
 
 def _read_sample(handle: int, size: int) -> Iterable[bytes]:
-    """Yield evenly spaced blocks, the first and the last one included; the whole file if it is small."""
+    """Yield evenly spaced blocks, including the first and the last one, or the whole of a small file."""
     count = min(_MAX_BLOCKS, 3 + size // _READ_BYTES)
     if size <= count * _BLOCK_BYTES:
         return _read_whole(handle, size)
@@ -130,14 +129,14 @@ def _digest(text: str, size: int) -> bytes:
     return hashlib.blake2b(os.fsencode(text), digest_size=size).digest()
 
 
-def _key(path: str, status: os.stat_result) -> int:
-    """Hash the path of a file and everything in its status that a change of its content changes."""
+def _hash_status(path: str, status: os.stat_result) -> int:
+    """Hash the path of a file, and the fields of its status that change with its content."""
     times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return int.from_bytes(_digest(f"{os.path.abspath(path)} {times}", 8), "big")
 
 
 def _read_table(file: Path) -> dict[int, int]:
-    """Read the checksums by key; empty if the file is missing or damaged."""
+    """Read the checksums by key. Empty if the file is missing or corrupt."""
     try:
         arrays = unpack(file.read_bytes())
         return dict(zip(arrays["keys"].tolist(), arrays["checksums"].tolist(), strict=True))

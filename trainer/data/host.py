@@ -1,4 +1,4 @@
-"""Memory and CPUs that this process may use, limited by its container (cgroup) and the machine; page-aligned arrays."""
+"""The memory and CPUs available to this process, given its container (cgroup), and page-aligned arrays."""
 
 import contextlib
 import mmap
@@ -18,27 +18,27 @@ def _read_integers(file: Path) -> list[int]:
 
 
 def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Return the bytes of memory of the machine, or the container's limit (cgroup v2 or v1) if that is lower."""
+    """Return the memory of the machine in bytes, or the container's limit (cgroup v2 or v1) if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     v2, v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
     return min([machine, *v2, *v1])
 
 
-def memory_budget_default(cgroup: Path = CGROUP) -> int:
-    """Return the default memory budget of decoded images, in bytes: a quarter of the memory limit."""
+def default_memory_budget(cgroup: Path = CGROUP) -> int:
+    """Return the default memory budget of decoded images in bytes, a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 
 
-def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """Return the number of CPUs in the affinity of this process, or its container's quota (rounded up) if lower."""
+def count_usable_cpus(cgroup: Path = CGROUP) -> int:
+    """Count the CPUs in the affinity of this process, or in its container's quota (rounded up) if that is lower."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    v1 = [number for name in ("quota", "period") for number in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
+    v1 = [value for name in ("quota", "period") for value in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
     quota = _read_integers(cgroup / "cpu.max") or v1  # quota and period in microseconds; without a quota "max" or -1
     return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
 
 
-def fresh_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return zeros in newly mapped pages: aligned for DLPack, and resident in memory only once they are written."""
+def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate zeros in newly mapped pages, aligned for DLPack. A page occupies memory only once it is written."""
     size = int(np.prod(shape)) * dtype.itemsize
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

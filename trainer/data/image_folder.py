@@ -1,4 +1,4 @@
-"""Open a dataset of image files in class folders: list the files, check their first bytes, divide them into splits."""
+"""Open a dataset of image files in class folders: list the files, check their first bytes, and split them."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
 from trainer.data.records import join_first
-from trainer.data.splits import SPLITS, RawData, empty_split, head_and_tail_digest, split_sizes
+from trainer.data.splits import SPLITS, RawData, compute_split_sizes, digest_head_and_tail, empty_split_error
 from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -22,7 +22,7 @@ from trainer.types import Purpose, Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
 PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
-# Folders of file systems, archives and network disks, and files of their thumbnails; hidden ones are left out too.
+# Folders of file systems, archives and network disks, and thumbnail files. Hidden ones are left out too.
 SYSTEM_NAMES = frozenset((
     "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -30,7 +30,7 @@ SYSTEM_NAMES = frozenset((
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
 _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _FORMATS = "JPEG, PNG, BMP, GIF or WebP"
-_END_BYTES = 64  # at the beginning and at the end of each file, covered by the fingerprint of the dataset
+_END_BYTES = 64  # of the beginning and the end of each file, covered by the dataset fingerprint
 _FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
 
@@ -38,7 +38,7 @@ LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ a
 @dataclass(frozen=True)
 class _Image:
     path: str
-    name: str  # the path below the root, with forward slashes
+    name: str  # path relative to the root, with forward slashes
     label: int
 
     def sort_key(self, seed: int) -> tuple[bytes, str]:
@@ -49,14 +49,14 @@ class _Image:
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
-    Images are sorted by a hash of data.split_seed and the path below the root, which mixes the classes. Splits without
-    a folder get a fraction of each class: the first images become the validation split, the next the test split, all
-    others stay in train. So a new image moves hardly any other image to another split. To prepare, files of formats
-    that only Pillow decodes are images too.
+    Images are sorted by a hash of data.split_seed and their relative path, which mixes the classes. Splits without a
+    folder get a fraction of each class: the first images become the validation split, the next the test split, and all
+    others stay in train. So a new image moves hardly any other image to another split. With `purpose` "prepare", files
+    of formats that only Pillow decodes are images too.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
-            two classes, unless to evaluate; the splits have different classes or are the same folder; with
+            two classes and `purpose` is not "evaluate"; the splits have different classes or are the same folder; with
             on_error="fail", a file cannot be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
@@ -74,7 +74,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     for name, members in images.items():
         if not readable[name]:
             content = f"its folder has {len(members)} images below {root}"
-            raise empty_split(name, content, [faults[image.path] for image in members])
+            raise empty_split_error(name, content, [faults[image.path] for image in members])
     ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
     missing = {"validation": data.validation_fraction} if "validation" not in images else {}
     if set(images) == {"train"}:
@@ -90,15 +90,15 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
 
 
 def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
-    """Return the class names, the images of each split that has a folder, notes, and the ignored files by class."""
+    """Return the class names, the images of each split that has a folder, notes, and the ignored files per class."""
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
-    folders = _split_folders(root)
-    classes = {split: _class_folders(root, folder) for split, folder in folders.items()}
+    folders = _find_split_folders(root)
+    classes = {split: _find_class_folders(root, folder) for split, folder in folders.items()}
     images: dict[str, list[_Image]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system = Counter[str]()
     for folder in {root, *folders.values()}:
-        system.update(_system_names(os.listdir(folder)))
+        system.update(_list_system_names(os.listdir(folder)))
     for split, folder in folders.items():
         if not classes[split]:
             count = sum(_is_image(name, extensions) for name in os.listdir(folder))
@@ -115,17 +115,19 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
         images[split] = [
             _Image(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
             for label, name in enumerate(classes["train"])
-            for path in _image_files(os.path.join(folder, classes[split][name]), extensions, ignored[label], system)
+            for path in _find_image_files(
+                os.path.join(folder, classes[split][name]), extensions, ignored[label], system
+            )
         ]
     class_names = tuple(classes["train"])
-    notes = _notes_on_ignored(sum(ignored.values(), Counter()), system, extensions)
-    notes += _nesting_note(folders["train"], images["train"])
+    notes = _note_ignored(sum(ignored.values(), Counter()), system, extensions)
+    notes += _note_nesting(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     if len(class_names) == 1 and purpose != "evaluate":
         only_class = os.path.join(root, classes["train"][class_names[0]])
-        nested = folders["train"] == root and len(_subfolders(only_class)) > 1
+        nested = folders["train"] == root and len(_list_subfolders(only_class)) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
         fix = f"set {format_argument('data.root', only_class)}" if nested else LAYOUT
         raise DataError(problem, key="data.root", value=root, fix=fix)
@@ -138,7 +140,7 @@ def _list_kinds(kinds: Counter[str]) -> str:
     return f"{', '.join(listed)}{', ...' * (len(kinds) > 10)} ignored"
 
 
-def _notes_on_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple[str, ...]) -> list[str]:
+def _note_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple[str, ...]) -> list[str]:
     notes = []
     if ignored:
         known = "/".join(extension[1:] for extension in extensions)
@@ -151,18 +153,18 @@ def _notes_on_ignored(ignored: Counter[str], system: Counter[str], extensions: t
     return notes
 
 
-def is_system(name: str) -> bool:
+def is_system_name(name: str) -> bool:
     """Return whether a file or folder is hidden, or was made by a file system, an archive or a photo viewer."""
     return name.startswith((".", "SYNOPHOTO_THUMB")) or name.lower() in SYSTEM_NAMES
 
 
-def _system_names(names: list[str]) -> list[str]:
-    """Return the system's names among `names`, and "hidden" for each of its others."""
-    return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system(name)]
+def _list_system_names(names: list[str]) -> list[str]:
+    """Return each system name among `names`, as "hidden" if it is not one of `SYSTEM_NAMES`."""
+    return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
-def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
-    """Return a note if no class folder has images of its own, as with a root that is one folder too high."""
+def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
+    """Return a note if all images are in subfolders of the class folders, as if the root were one folder too high."""
     paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
     nested = sorted({path[1] for path in paths})
     if len(nested) < 2 or min(map(len, paths)) < 3:
@@ -171,9 +173,9 @@ def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
     return [f"all images are two folders deep ({join_first(nested)} below the class folders): {fix}"]
 
 
-def _class_folders(root: str, folder: str) -> dict[str, str]:
-    """Return the class folders by class name, sorted by name; a DataError if two of them have one class name."""
-    names = _subfolders(folder)
+def _find_class_folders(root: str, folder: str) -> dict[str, str]:
+    """Return the class folders by class name, sorted. Raise a DataError if two of them have the same class name."""
+    names = _list_subfolders(folder)
     classes = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
         if (other := classes[normalize_class_name(name)]) != name:
@@ -184,18 +186,18 @@ def _class_folders(root: str, folder: str) -> dict[str, str]:
     return dict(sorted(classes.items()))
 
 
-def _subfolders(folder: str) -> list[str]:
+def _list_subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_system_name(entry.name))
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
-    return name.lower().endswith(extensions) and not is_system(name)
+    return name.lower().endswith(extensions) and not is_system_name(name)
 
 
-def _split_folders(root: str) -> dict[str, str]:
-    """Return the folder of each split; {"train": root} if the class folders are directly in the root."""
-    names = _subfolders(root)
+def _find_split_folders(root: str) -> dict[str, str]:
+    """Return the folder of each split, or {"train": root} if the class folders are directly in the root."""
+    names = _list_subfolders(root)
     splits = {name: _SPLIT_NAMES[name.lower()] for name in names if name.lower() in _SPLIT_NAMES}
     others = [name for name in names if name not in splits]
     if "train" not in splits.values():
@@ -205,7 +207,7 @@ def _split_folders(root: str) -> dict[str, str]:
         return {"train": root}
     if others:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
-        if not _subfolders(train):  # "train" is a class
+        if not _list_subfolders(train):  # "train" is a class
             return {"train": root}
         named = ", ".join(map(escape_unprintable, others[:5]))
         problem = f"has both split folders ({', '.join(splits)}) and others ({named})"
@@ -227,10 +229,12 @@ def _split_folders(root: str) -> dict[str, str]:
     return {split: folders[split] for split in SPLITS if split in folders}
 
 
-def _image_files(folder: str, extensions: tuple[str, ...], ignored: Counter[str], system: Counter[str]) -> list[str]:
+def _find_image_files(
+    folder: str, extensions: tuple[str, ...], ignored: Counter[str], system: Counter[str]
+) -> list[str]:
     """Return the image files below a class folder, sorted.
 
-    Count other files by extension in `ignored`, and by name those that the system made or hides in `system`.
+    Count system and hidden files in `system` by name, and all other files in `ignored` by extension.
     """
     files, seen = [], set()
 
@@ -243,20 +247,20 @@ def _image_files(folder: str, extensions: tuple[str, ...], ignored: Counter[str]
             folders.clear()
             continue
         seen.add(real)
-        system.update(_system_names([*folders, *names]))
-        folders[:] = [name for name in folders if not is_system(name)]
+        system.update(_list_system_names([*folders, *names]))
+        folders[:] = [name for name in folders if not is_system_name(name)]
         files += [os.path.join(parent, name) for name in names if _is_image(name, extensions)]
-        others = [name for name in names if not _is_image(name, extensions) and not is_system(name)]
+        others = [name for name in names if not _is_image(name, extensions) and not is_system_name(name)]
         ignored.update(os.path.splitext(name)[1].lower() for name in others)
     return sorted(files)
 
 
 def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return by path the identity of each file (name, size, hash of its ends), and the fault of each unreadable one."""
+    """Return the identity of each file (name, size, hash of its ends) and the faults of unreadable ones, by path."""
 
     def inspect(image: _Image) -> tuple[str, str]:
         try:
-            size, head, digest = head_and_tail_digest(image.path, _END_BYTES)
+            size, head, digest = digest_head_and_tail(image.path, _END_BYTES)
         except OSError as error:
             return "", f"cannot be read ({error.strerror})"
         is_webp, is_tiff = head[8:12] == b"WEBP", head.startswith(TIFF_MAGIC)
@@ -277,9 +281,9 @@ def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _divide(images: list[_Image], fractions: dict[str, float]) -> dict[str, list[_Image]]:
-    """Move the first images of each class to the splits of `fractions`, in this order; the others stay in train."""
+    """Move the first images of each class to the splits of `fractions`, in their order. The others stay in train."""
     totals = Counter(image.label for image in images)
-    edges = {label: list(accumulate(split_sizes(total, fractions).values())) for label, total in totals.items()}
+    edges = {label: list(accumulate(compute_split_sizes(total, fractions).values())) for label, total in totals.items()}
     names = [*fractions, "train"]
     splits: dict[str, list[_Image]] = {name: [] for name in names}
     seen: Counter[int] = Counter()

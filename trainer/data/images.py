@@ -1,4 +1,4 @@
-"""Read the images of a split: decoded once and cached in memory or on disk, or decoded each time they are read."""
+"""The decoded images of a split, cached in memory or on disk, or decoded each time they are read."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.data.decoding import (
     Resize,
-    block_dataset,
-    decoded_rows,
-    decoding_problem,
+    build_block_dataset,
+    decode_blocks,
+    describe_decoding_error,
     error_message,
-    row_decoder,
+    make_row_decoder,
     without_autograph,
 )
-from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
+from trainer.data.host import allocate_array, count_usable_cpus, default_memory_budget
 from trainer.data.open import OpenedData
-from trainer.data.order import Block, Read, block_reads, sequence_blocks
-from trainer.data.records import read_source_name, records_of
-from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
+from trainer.data.order import Block, BlockShards, compute_block_shards, make_sequence_blocks
+from trainer.data.records import locate_records, read_source_name
+from trainer.data.shard_gate import LocalShards, ShardGate, max_rows_ahead
 from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -44,37 +44,39 @@ from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
-# Errors that damaged data never causes.
+# Errors that corrupt images never cause.
 _NOT_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
                     tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
-# TensorFlow raises the second one if its message has the name of a file that is not UTF-8.
+# TensorFlow raises the second one if a file name in its message is not UTF-8.
 _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED = 20  # skipped images that are logged by name
-_CRC_BYTES = 8 << 20  # read at once to verify the cache on disk
-_BATCH = 64  # images per batch of those that are decoded outside of training and evaluation
+_CRC_BYTES = 8 << 20  # read per call to verify the cache on disk
+_BATCH = 64  # images per batch, outside of training and evaluation
 _FORMAT_VERSION = 4  # of the cache on disk; increment it when decoding changes
 
 
 class BatchSource(Protocol):
-    """The rows of a split that batches are made of: decoded images (`Pixels`) or features of a trunk."""
+    """The rows of a split that batches are built from: decoded images (`Pixels`) or features of a trunk."""
 
     split: Split
     threads: int | None
 
     @property
-    def parallel(self) -> int: ...  # number of examples that a pipeline decodes in parallel
+    def parallel(self) -> int: ...  # examples that a pipeline decodes in parallel
     @property
-    def bad(self) -> dict[int, str]: ...  # index -> reason of each example that could not be read so far (weight 0)
+    def bad(
+        self,
+    ) -> dict[int, str]: ...  # index -> reason, for examples that were unreadable so far; they have weight 0
     def tensor(self) -> tf.Tensor: ...  # all rows, without a copy
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Gather rows of `tensor()` in a pipeline; `index` (`split.count` in padding) and `epoch` are int64 [b]."""
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        """Gather rows of `tensor()` in a pipeline. `index` (`split.count` in padding) and `epoch` are int64 [b]."""
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate: ...
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate: ...
 
 
-def tensor_over(array: np.ndarray | None) -> tf.Tensor:
-    """Return a CPU tensor that uses the memory of an array (DLPack); pages of a mapped file load on demand."""
+def wrap_array(array: np.ndarray | None) -> tf.Tensor:
+    """Return a CPU tensor that uses the memory of an array (DLPack). Pages of a mapped file load on demand."""
     assert array is not None
     with tf.device("CPU:0"):
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -82,21 +84,21 @@ def tensor_over(array: np.ndarray | None) -> tf.Tensor:
 
 @dataclass
 class Pixels:
-    """The decoded images of a split; their batches are bit-identical with each kind of cache."""
+    """The decoded images of a split. Batches are bit-identical with every kind of cache."""
 
     split: Split
     size: int  # side of an image, in pixels
     resize: Resize
     on_error: Literal["fail", "skip"]
-    threads: int | None = None  # in a private pool of the pipeline; None: one decode per CPU, in TensorFlow's pool
+    threads: int | None = None  # of a private thread pool; None: one decode per CPU, in TensorFlow's pool
     log_message: LogMessage = lambda _: None
-    check: Callable[[], None] = lambda: None  # called between batches that fill a cache; raises to stop
+    check: Callable[[], None] = lambda: None  # called between the batches that fill a cache; can raise to stop
     array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
     cached_in: Literal["memory", "disk", "none"] = "none"
-    shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are on local disks
-    known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason of each unreadable example
-    stored_count: int = 0  # images that are in the cache so far, while it is filled
-    # The pipeline appends the index of each unreadable example to this file; see `decoded_rows`.
+    shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are local
+    known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
+    stored_count: int = 0  # images in the cache so far, while it is filled
+    # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
     failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
 
     @property
@@ -108,7 +110,7 @@ class Pixels:
         """Move the indices that the pipeline has written to `failures` into `known_bad`, and log the first ones."""
         for index in map(int, self.failures):
             if index not in self.known_bad:
-                self.known_bad[index] = failure_reason(self, index)
+                self.known_bad[index] = find_failure_reason(self, index)
                 if len(self.known_bad) <= _MAX_LOGGED:
                     self.log_message(f"skipped {describe_example(self, index)}: {self.known_bad[index]}")
                 if len(self.known_bad) == _MAX_LOGGED:
@@ -116,64 +118,66 @@ class Pixels:
 
     @property
     def parallel(self) -> int:
-        return self.threads or usable_cpus()
+        return self.threads or count_usable_cpus()
 
     def tensor(self) -> tf.Tensor:
-        return tensor_over(self.array)
+        return wrap_array(self.array)
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         return tf.gather(tensor, index)
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
         shards = self.shards or (LocalShards() if self.split.shards else None)
-        return ShardGate(None if self.array is not None else shards, self.split, reader, reads, ahead)
+        return ShardGate(None if self.array is not None else shards, self.split, reader, blocks, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images, uint8 [k, S, S, 3]; an unreadable one is black, or a DataError if `on_error` is fail."""
+        """Return these images, uint8 [k, S, S, 3]. An unreadable one is black, or with on_error=fail a DataError."""
         if self.array is not None:
             return np.array(self.array[indices])
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         empty = np.zeros((0, self.size, self.size, 3), np.uint8)
-        with data_errors(self):
-            # One row at a time from a bucket: the rows of a batch can be in more shards than the shard cache can hold.
-            return np.concatenate([empty, *_decode(self, ascending, "rows", 1 if self.shards else _BATCH)])[inverse]
+        with convert_data_errors(self):
+            # One row at a time from a bucket: the rows of a batch can be in more shards than fit the shard cache.
+            return np.concatenate([empty, *_iterate_decoded(self, ascending, "rows", 1 if self.shards else _BATCH)])[
+                inverse
+            ]
 
 
 def describe_example(pixels: Pixels, index: int) -> str:
-    """Return the file of an example, or its shard and record with the name of the file that the record stores."""
+    """Return the file of an example, or its shard and record, and the file name that the record stores, if any."""
     name = pixels.split.name_of(index)
     if pixels.split.shards:
-        with suppress(OSError, DataError, IndexError):  # a shard that is missing, damaged or truncated
-            (record,) = records_of(take(pixels.split, np.array([index])))
+        with suppress(OSError, DataError, IndexError):  # a shard that is missing, corrupt or truncated
+            (record,) = locate_records(take(pixels.split, np.array([index])))
             source = read_source_name(record)
             return f"{name} ({source})" if source else name
     return name
 
 
-def failure_reason(pixels: Pixels, index: int) -> str:
-    """Read an example again, and return the reason why that fails."""
+def find_failure_reason(pixels: Pixels, index: int) -> str:
+    """Decode an example again, and return why that fails."""
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
-            path, number = split.record_of(index)
+            path, record_index = split.record_of(index)
             if pixels.shards:
                 pixels.shards.require("one", [os.path.basename(path)])
-            records = list(tf.data.TFRecordDataset(encode_file_name(path)).skip(number).take(1))
+            records = list(tf.data.TFRecordDataset(encode_file_name(path)).skip(record_index).take(1))
             if not records:
                 return "the shard ends before this record"
             row["record"] = records[0]
-        row_decoder(split, pixels.size, pixels.resize)(row)
+        make_row_decoder(split, pixels.size, pixels.resize)(row)
     except _READ_ERRORS as error:
-        return decoding_problem(error)
+        return describe_decoding_error(error)
     return "could not be read at first, but can be read now"
 
 
 @contextmanager
-def data_errors(source: BatchSource) -> Iterator[None]:
-    """Convert TensorFlow's error for an unreadable example into a `DataError`; every loop over batches runs within it.
+def convert_data_errors(source: BatchSource) -> Iterator[None]:
+    """Convert TensorFlow's error for an unreadable example into a `DataError`. Every loop over batches runs within it.
 
     TensorFlow's error does not name the example, so the split is decoded up to it, which can take as long as an epoch.
-    An error that is not of the input pipeline, or for which no unreadable example is detected, is raised unchanged.
+    Errors from outside the input pipeline, or for which no unreadable example is detected, are raised unchanged.
     """
     try:
         yield
@@ -186,15 +190,15 @@ def data_errors(source: BatchSource) -> Iterator[None]:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
         s = source
         probe = Pixels(s.split, s.size, s.resize, "skip", s.threads, check=s.check, shards=s.shards)
-        index = next((min(probe.bad) for _ in _all_from(probe, source.stored_count) if probe.bad), None)
+        index = next((min(probe.bad) for _ in _iterate_from(probe, source.stored_count) if probe.bad), None)
         if index is None:
             raise
-        problem = f"cannot decode {describe_example(source, index)}: {failure_reason(source, index)}"
+        problem = f"cannot decode {describe_example(source, index)}: {find_failure_reason(source, index)}"
         raise DataError(problem, fix="repair or remove it, or set data.on_error=skip") from None
 
 
 def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
-    """Raise a DataError if no image of the split could be decoded so far, or none of a class of the train split."""
+    """Raise a DataError if no image of the split, or for train no image of some class, could be decoded so far."""
     split, bad = pixels.split, pixels.bad
     if not bad:
         return
@@ -209,18 +213,21 @@ def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
     raise DataError(problem, fix="repair them, or remove the class or split")
 
 
-def rows_decoded_on_read(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Return the rows of blocks 0 to `count` - 1 (infinite if None), decoded each time they are read."""
+def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
+    """Build a dataset of the rows of blocks 0 to `count` - 1 (infinite if None), decoded each time they are read."""
     failures = pixels.failures.name if pixels.on_error == "skip" else None
-    blocks = block_dataset(block, count)
-    return decoded_rows(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
+    blocks = build_block_dataset(block, count)
+    return decode_blocks(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
-def _decode(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
-    """Yield the images of examples (increasing indices) as uint8 [<= rows, S, S, 3]; `reader` names the shard gate."""
-    count, block = sequence_blocks(pixels.split, indices, 1)
-    gate = pixels.gate(reader, block_reads(block, count), rows_ahead(rows, pixels.parallel, 2))
-    images = rows_decoded_on_read(pixels, block, count).map(without_autograph(lambda row: row["image"]))
+def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
+    """Yield the images of examples as uint8 [<= rows, S, S, 3].
+
+    `indices` are increasing. `reader` identifies this pipeline to the shard cache.
+    """
+    count, block = make_sequence_blocks(pixels.split, indices, 1)
+    gate = pixels.open_gate(reader, compute_block_shards(block, count), max_rows_ahead(rows, pixels.parallel, 2))
+    images = build_row_dataset(pixels, block, count).map(without_autograph(lambda row: row["image"]))
     batches = iter(images.batch(rows).prefetch(2))
     for _ in range(0, len(indices), rows):
         gate.wait_for(rows)
@@ -231,23 +238,23 @@ def _decode(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH
     gate.close()
 
 
-def _all_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
-    """Yield batches of all images from index `start` on; count each in `pixels.stored_count` after it is consumed."""
-    for images in _decode(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
+def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
+    """Yield batches of all images from index `start`. `pixels.stored_count` counts those that are consumed."""
+    for images in _iterate_decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.stored_count += len(images)
 
 
-def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
-    """Open the cache on disk; return False if it is incomplete or damaged, or has bad examples with on_error "fail"."""
+def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
+    """Open the cache on disk. Return False if it is incomplete or corrupt, or has bad examples with on_error "fail"."""
     data = stem.with_suffix(".u8")
     try:
         about = json.loads(stem.with_suffix(".json").read_bytes())
         bad, crc32c = dict(about["bad"]), about["crc32c"]
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        if _crc32c_of(data, pixels.check) != crc32c:
-            pixels.log_message(f"{data} is damaged (checksum mismatch); decoding the images again")
+        if _compute_crc32c(data, pixels.check) != crc32c:
+            pixels.log_message(f"{data} is corrupt (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
         pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"
@@ -257,8 +264,8 @@ def _open_stored(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
-    """Read a file and return its CRC32C; `check` is called between blocks and may raise to stop."""
+def _compute_crc32c(file: Path, check: Callable[[], None]) -> int:
+    """Read a file and return its CRC32C. `check` is called between blocks and can raise to stop."""
     crc = 0
     with open(file, "rb") as content:
         while block := content.read(_CRC_BYTES):
@@ -268,13 +275,13 @@ def _crc32c_of(file: Path, check: Callable[[], None]) -> int:
     return crc
 
 
-def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
-    """Write the cache to a temporary file and rename it; then write the JSON file that marks the cache as complete."""
+def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
+    """Write the cache to a temporary file and rename it. Then write the JSON file that marks it as complete."""
     delete_unfinished(stem.parent, ABANDONED_SECONDS)
     crc, black = 0, np.zeros((1, *shape[1:]), np.uint8)
     with temporary_file(stem.with_suffix(".u8")) as partial:
         with open(partial, "wb") as file:  # not mapped: on a full disk, a write to a mapped file kills the process
-            for images in chain(_all_from(pixels), [black]):
+            for images in chain(_iterate_from(pixels), [black]):
                 file.write(images.data)
                 crc = google_crc32c.extend(crc, images.tobytes())
             file.flush()
@@ -283,18 +290,18 @@ def _fill_disk(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
 
 
-def cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
-    """Return the file name, without extension, of the disk cache of a split; it identifies the pixels."""
-    # Without the folder of the shards, which may differ at the next start; the fingerprint identifies their content.
+def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
+    """Return the file name, without extension, of the disk cache of a split. It identifies the pixels."""
+    # Without the folder of the shards, which can differ at the next start. The fingerprint identifies their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
-    parts = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
-    digest = hashlib.sha256(encode_file_name("\n".join(map(str, parts)))).hexdigest()[:16]
+    key = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
+    digest = hashlib.sha256(encode_file_name("\n".join(map(str, key)))).hexdigest()[:16]
     return f"pixels-{split.name}-{size}-{digest}"
 
 
-def megabytes(count: int) -> str:
-    """Format a number of bytes as MB or GB, such as "1.2 GB"."""
+def format_bytes(count: int) -> str:
+    """Format a byte count in MB or GB, such as "1.2 GB"."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
@@ -310,10 +317,10 @@ class CachePlan:
 def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
     """Choose where to cache decoded images of `needed` bytes.
 
-    With `cache` "auto" that is in memory or on disk, whichever first has a sufficient budget (in bytes), and nowhere if
-    training reads the images only `once`. Any other value of `cache` is used regardless of the budgets.
+    With `cache` "auto", they are cached in memory or else on disk if its budget (in bytes) suffices, and not cached if
+    training reads them only `once`. Any other value of `cache` applies regardless of the budgets.
     """
-    budgets = f"memory budget {megabytes(memory_budget)}, disk budget {megabytes(disk_budget)}"
+    budgets = f"memory budget {format_bytes(memory_budget)}, disk budget {format_bytes(disk_budget)}"
     if cache != "auto":
         return CachePlan(cache, needed, "as configured")
     if once:
@@ -326,51 +333,53 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
 def plan_image_caches(
     config: RunConfig, dataset: Dataset, size: int, train_images_read_once: bool
 ) -> dict[str, CachePlan]:
-    """Plan the cache of each split, in the order of `SPLITS`; images have `size` pixels a side."""
+    """Plan the cache of each split, in the order of `SPLITS`, for images with a side of `size` pixels."""
     plans: dict[str, CachePlan] = {}
-    memory, disk = config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget
+    memory, disk = config.runtime.memory_budget or default_memory_budget(), config.runtime.disk_budget
     for name in [split for split in SPLITS if split in dataset.splits]:
-        once, needed = name == "train" and train_images_read_once, image_bytes(dataset.splits[name], size)
+        once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
         plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
         memory -= needed if plans[name].where == "memory" else 0
     return plans
 
 
-def image_bytes(split: Split, size: int) -> int:
-    """Return the size in bytes of the decoded images of a split, including the black image for padding."""
+def count_image_bytes(split: Split, size: int) -> int:
+    """Count the bytes of the decoded images of a split, including the black image for padding."""
     return (split.count + 1) * size * size * 3
 
 
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
-    """Fill the cache of `plan`, or open the disk cache that an earlier start has completed in `folder`.
+    """Fill the cache of `plan`, or open the disk cache that an earlier start completed in `folder`.
 
-    If the disk cannot be written, nothing is cached, and images are decoded each time they are read. An image that
-    cannot be decoded raises a DataError if `on_error` is "fail", and so does a missing shard.
+    If the disk cannot be written, nothing is cached, and images are decoded each time they are read.
+
+    Raises:
+        DataError: a shard is missing, or an image cannot be decoded and `on_error` is "fail".
     """
     split, log_message = pixels.split, pixels.log_message
     shape = (split.count + 1, pixels.size, pixels.size, 3)
-    subject = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {megabytes(plan.bytes)})"
+    subject = f"decoded {split.name} images ({split.count:,} at {pixels.size} px, {format_bytes(plan.bytes)})"
     suffix = "" if plan.reason == "as configured" else f" ({plan.reason})"
-    stem = folder / cache_name(split, pixels.size, pixels.resize, fingerprint)
-    with data_errors(pixels):
+    stem = folder / build_cache_name(split, pixels.size, pixels.resize, fingerprint)
+    with convert_data_errors(pixels):
         if plan.where == "memory":
             log_message(f"{subject}: cached in memory{suffix}")
-            array = fresh_array(shape, np.dtype(np.uint8))
-            for images in _all_from(pixels):
+            array = allocate_array(shape, np.dtype(np.uint8))
+            for images in _iterate_from(pixels):
                 array[pixels.stored_count : pixels.stored_count + len(images)] = images
             pixels.array, pixels.cached_in = array, "memory"
         elif plan.where == "none":
             log_message(f"{subject}: not cached, decoded each time they are read ({plan.reason})")
-        elif _open_stored(pixels, stem, shape):
+        elif _open_disk_cache(pixels, stem, shape):
             log_message(f"{subject}: read from {stem}.u8, written by an earlier start")
         else:
             log_message(f"{subject}: cached in {stem}.u8{suffix}")
             try:
-                _fill_disk(pixels, stem, shape)
-                _open_stored(pixels, stem, shape)
+                _fill_disk_cache(pixels, stem, shape)
+                _open_disk_cache(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
-                free = megabytes(get_free_bytes(folder))
+                free = format_bytes(get_free_bytes(folder))
                 problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
 
@@ -379,13 +388,13 @@ class ImageStore:
     """The decoded images of all splits of a run, under one memory budget."""
 
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
-        """Open no split yet; `check` is called with "while the train images were decoded", and may raise to stop."""
+        """Open no split yet. `check` is called with "while the train images were decoded", and can raise to stop."""
         self.dataset, self.config, self.size = data.dataset, config, size
-        self.train_images_read_once = False  # if set True, data.cache=auto does not cache the training images
+        self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
 
     def split(self, name: str) -> Pixels:
-        """Return the images of a split; the first call opens the split and may fill a cache."""
+        """Return the images of a split. The first call opens the split and can fill a cache."""
         if name not in self._opened:
             self._opened[name] = self._open(name, self.size, self.config.model.resize, self.config.data.cache)
         return self._opened[name]
@@ -399,19 +408,19 @@ class ImageStore:
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
-        needed, once = image_bytes(split, size), name == "train" and self.train_images_read_once
+        needed, once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
         return pixels
 
     def require_readable(self) -> None:
-        """Raise a DataError if no image of a split, or none of a class of train, could be decoded so far."""
+        """Apply `require_readable` to each opened split."""
         for pixels in self._opened.values():
             require_readable(pixels, self.dataset.class_names)
 
-    def left_after_skipping(self) -> list[str]:
-        """Return for each split with undecodable images a line with the number that is left in all and per class."""
+    def describe_remaining(self) -> list[str]:
+        """Return a line per split with undecodable images, with the counts that are left, in total and per class."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
             + count_classes(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
@@ -424,22 +433,24 @@ class ImageStore:
         return self.split(name).rows(np.asarray(indices, np.int64))
 
     def close(self) -> None:
-        """Begin no more transfers of shards from a bucket."""
+        """Start no more transfers of shards from a bucket."""
         if self._data.shards:
             self._data.shards.close()
 
-    def forget(self, name: str) -> None:
-        """Drop the images of a split and their cache in memory; the next call of `split` opens it again."""
+    def drop(self, name: str) -> None:
+        """Drop the images of a split and their cache in memory. The next call of `split` opens it again."""
         self._opened.pop(name, None)
 
     @property
     def memory_left(self) -> int:
         """Bytes of the memory budget that are not used by decoded images."""
-        budget = self.config.runtime.memory_budget or memory_budget_default()
-        return budget - sum(image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory")
+        budget = self.config.runtime.memory_budget or default_memory_budget()
+        return budget - sum(
+            count_image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory"
+        )
 
     def name_of(self, split: str, index: int) -> str:
-        """Return the file or shard#record of an example; in a bucket, its address there instead of the local copy."""
+        """Return the file, or SHARD#RECORD, of an example. For a copy from a bucket, this is the address there."""
         return self._with_address(self.dataset.splits[split].name_of(index))
 
     def _with_address(self, name: str) -> str:
@@ -448,8 +459,8 @@ class ImageStore:
                 return escape_unprintable(address) + name[len(escape_unprintable(path)) :]
         return name
 
-    def undecodable(self) -> list[str]:
-        """Return the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
+    def list_undecodable(self) -> list[str]:
+        """List the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
         opened = sorted(self._opened.items())
         return [
             f"{self._with_address(describe_example(pixels, i))}: {why}"

@@ -1,4 +1,4 @@
-"""Open the dataset that `data.*` configures: its class names, splits and fingerprint, and notes on its quality."""
+"""Open the dataset that `data.*` configures, with its class names, splits, fingerprint and notes on its quality."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data, RequestedConfig
-from trainer.data.digits import digits_folder
+from trainer.data.digits import prepare_digits
 from trainer.data.examine import examine_images
-from trainer.data.fingerprint import fingerprints
+from trainer.data.fingerprint import compute_fingerprints
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
-from trainer.data.remote import local_copies, named_by_address
+from trainer.data.remote import addresses_in_errors, fetch_local_copies
 from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
@@ -24,15 +24,15 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset, LogMessage, Purpose, choose_scored_split
 
 SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
-MAX_CLASS_RATIO = 3  # largest / smallest number of training examples of a class without a note on imbalance
+MAX_CLASS_RATIO = 3  # above this ratio of the most to the least training examples of a class, a note on imbalance
 
 
 @dataclass(frozen=True)
 class OpenedData:
-    """The dataset of a run, with local paths for the files and weights that are in buckets."""
+    """The dataset of a run, with local paths for files and weights in buckets."""
 
     dataset: Dataset
-    addresses: dict[str, str]  # local path -> the bucket address that it is a copy of
+    addresses: dict[str, str]  # local path -> the address of the original in a bucket
     shards: ShardCache | None  # fetches shards while they are read; None: all files are local
     weights: str  # model.weights, or the path of its local copy
 
@@ -44,9 +44,9 @@ def open_run_data(
     stream: bool = True,
     purpose: Purpose = "train",
 ) -> OpenedData:
-    """Copy data and weights in buckets to the local disk (`local_copies`), then open the data (`open_dataset`)."""
-    local, addresses, shards = local_copies(config, log_message, check, stream)
-    with named_by_address(addresses):
+    """Copy a dataset and weights in buckets to the local disk, and open the dataset."""
+    local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
+    with addresses_in_errors(addresses):
         dataset = open_run_dataset(config, local.data, log_message, shards is not None, purpose)
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
@@ -54,7 +54,7 @@ def open_run_data(
 def open_run_dataset(
     config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False, purpose: Purpose = "train"
 ) -> Dataset:
-    """Open `data` (`config.data`, but with local paths); with debug.overfit, one batch is both train and validation."""
+    """Open `data`, which is `config.data` with local paths. debug.overfit makes one batch both train and validation."""
     cache, limit = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
         data,
@@ -98,20 +98,20 @@ def open_dataset(
     Args:
         seed: selects the examples of data.labels_per_class and `max_examples`.
         cache_dir: stores the digits and the labels of record shards for later runs.
-        max_examples: limit per split, which takes equally many examples of each class where it can.
-        log_message: logs one line before slow work, and each of `Dataset.notes`.
-        streamed: data.root has only manifest and labels; its shards are fetched while they are used.
-        purpose: "prepare" reads data.group_field of every split, not only of the one of the final scores, and lists
-            image files that only Pillow decodes; "evaluate" accepts data of one class, or without training examples of
-            some.
+        max_examples: maximum per split, balanced over the classes as far as possible.
+        log_message: logs a line before slow work, and each of `Dataset.notes`.
+        streamed: data.root has only manifest and labels. Its shards are fetched while they are used.
+        purpose: "prepare" reads data.group_field of every split, not only of the split of the final scores, and accepts
+            image files that only Pillow decodes. "evaluate" accepts a single class, and classes without training
+            examples.
 
     Raises:
-        DataError: the data is missing, damaged, or contradicts the configuration.
+        DataError: the dataset is missing, corrupt, or contradicts the configuration.
     """
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = escape_unprintable(raw.name), tuple(map(normalize_class_name, raw.class_names))
-    raw = with_class_names(raw, data.class_names and tuple(map(normalize_class_name, data.class_names)))
+    raw = apply_class_names(raw, data.class_names and tuple(map(normalize_class_name, data.class_names)))
     _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
@@ -127,12 +127,12 @@ def open_dataset(
         for name in raw.splits if purpose == "prepare" else {choose_scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
-    raw.notes += _quality_notes(raw, limited=max_examples is not None) + _copy_notes(raw)
+    raw.notes += _note_quality(raw, limited=max_examples is not None) + _note_copies(raw)
     raw.notes += [] if streamed else examine_images(raw.splits["train"])
     for line in raw.notes:
         log_message(line)
     skipped, notes = tuple(raw.skipped), tuple(raw.notes)
-    hashes = fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
+    hashes = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
     return Dataset(raw.name, raw.class_names, raw.splits, [*hashes.values()][-1], skipped, notes, hashes)
 
 
@@ -143,32 +143,32 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
         return open_tfrecords(data, cache_dir, log_message)
     if data.source == "digits":
         try:
-            root = str(digits_folder(cache_dir))
+            root = str(prepare_digits(cache_dir))
         except OSError as error:
             raise make_write_error(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
         data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, log_message, streamed)
 
 
-def with_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
-    """Return the dataset with its classes in the order of data.class_names, and labels to match.
+def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
+    """Reorder the classes of a dataset as in data.class_names, and map its labels.
 
     Raises:
-        DataError: the data has names of its own, and they are not the same set.
+        DataError: the dataset has other class names of its own.
     """
     if not names or names == raw.class_names:
         return raw
     if sorted(names) != sorted(raw.class_names):
         only = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
-        parts = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
-        differences = ", ".join(parts) or "a name is repeated"
+        sides = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
+        differences = ", ".join(sides) or "a name is repeated"
         problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
         fix = "leave it out (null), since this data has class names, or name exactly these classes"
         raise DataError(problem, key="data.class_names", value=f"[{','.join(names)}]", fix=fix)
-    number = np.array([names.index(name) for name in raw.class_names], np.int32)
-    splits = {name: replace(split, labels=number[split.labels]) for name, split in raw.splits.items()}
-    ignored = {int(number[label]): files for label, files in raw.ignored.items()}
-    note = "the classes are numbered in the order of data.class_names, not in that of the data"
+    new_index = np.array([names.index(name) for name in raw.class_names], np.int32)
+    splits = {name: replace(split, labels=new_index[split.labels]) for name, split in raw.splits.items()}
+    ignored = {int(new_index[label]): files for label, files in raw.ignored.items()}
+    note = "the class indices follow the order of data.class_names, not that of the dataset"
     return replace(raw, class_names=names, splits=splits, notes=[*raw.notes, note], ignored=ignored)
 
 
@@ -192,8 +192,11 @@ def _check_classes(raw: RawData, purpose: Purpose) -> None:
         raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
 
 
-def _quality_notes(raw: RawData, limited: bool) -> list[str]:
-    """Return notes on class imbalance, small splits, absent classes and skipped files; `limited` by max_examples."""
+def _note_quality(raw: RawData, limited: bool) -> list[str]:
+    """Return notes on class imbalance, small splits, absent classes and skipped files.
+
+    `limited`: max_examples is set, so splits are small on purpose.
+    """
     notes = []
     counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))
     if counts.max() > MAX_CLASS_RATIO * counts.min():
@@ -216,8 +219,8 @@ def _quality_notes(raw: RawData, limited: bool) -> list[str]:
     return notes
 
 
-def _copy_notes(raw: RawData) -> list[str]:
-    """Return notes on files that are both in train and in another split; read only files of equal size and ends."""
+def _note_copies(raw: RawData) -> list[str]:
+    """Return notes on files that are both in train and in another split. Read only files of equal size and ends."""
 
     def size_and_digest(path: str) -> tuple[str, ...]:
         return tuple(raw.identities[path].rsplit(" ", 2)[1:])

@@ -1,8 +1,9 @@
-"""Compute the order of examples in blocks, each a pure function of its number: a stream can begin at any step.
+"""The order of examples, computed in blocks.
 
-Everything is computed in the graph, without `tf.py_function`: under op determinism (`runtime.deterministic`),
-TensorFlow removes all parallelism and prefetching from a pipeline that has a stateful op (grappler's
-make_deterministic).
+A block is a pure function of its index, so a stream can begin at any step.
+
+Everything is computed in the graph, without `tf.py_function`. Under op determinism (`runtime.deterministic`),
+TensorFlow removes all parallelism and prefetching from a pipeline with a stateful op (grappler's make_deterministic).
 """
 
 import itertools
@@ -12,110 +13,110 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.sharding import UNSHARDED, Sharding, shard_sizes, shards_of_workers, steps_per_epoch
+from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shard_records, steps_per_epoch
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
-BLOCK_RECORDS = 1024  # records that a block spans if they are not shuffled
+BLOCK_RECORDS = 1024  # span of a block in records, if they are not shuffled
 ROWS_PER_WORKER = 1 << 40  # more than any worker has; offset between the random streams of two workers
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the training examples, and the step at which the stream begins."""
+    """The order of the training examples, and the step at which their stream begins."""
 
     batch_size: int  # rows of a global batch; a multiple of the number of workers
     seed: int
-    window: int  # records that are shuffled together (data.shuffle_window); see `windows`
+    window: int  # records that are shuffled together (data.shuffle_window); see `plan_windows`
     first_epoch: int = 0
-    first_step: int = 0  # in that epoch
-    shuffle: bool = True  # False: by index, except with sharding by file
+    first_step: int = 0  # counted from the beginning of `first_epoch`; can exceed its length
+    shuffle: bool = True  # False: in index order, except with sharding by file
     sharding: Sharding = UNSHARDED
 
     @property
     def rows(self) -> int:
-        """Rows of this worker in each global batch."""
+        """Rows of each worker in a global batch."""
         return self.batch_size // self.sharding.workers
 
 
 # A block: r consecutive rows of an epoch, and the record ranges to read for them.
-#   ranges   int64 [k, 3]  shard number, first record, number of records; k = 0 for image files
-#   offset   int64 [r]     position of the row's record in the concatenated ranges (unused for image files)
+#   ranges   int64 [k, 3]  shard index, first record, record count; k = 0 for image files
+#   offset   int64 [r]     index of the row's record in the concatenated ranges (unused for image files)
 #   index    int64 [r]     example index (0 in padding)
 #   weight   float32 [r]   1 for an example, 0 for padding
-#   position int64 [r]     position in the global batch
+#   position int64 [r]     row of the global batch
 #   epoch    int64 [r]
 Block = dict[str, tf.Tensor]
 
 Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # ranges, offset and index of a block, without padding
 
 
-def _permutation(keys: tf.Tensor) -> tf.Tensor:
+def _sort_permutation(keys: tf.Tensor) -> tf.Tensor:
     """Return the permutation that sorts random keys, int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
 class _ShardRecords:
-    """The positions of the records of a split in its shards."""
+    """Map the concatenated records of some shards of a split to record ranges and example indices."""
 
     def __init__(self, split: Split, shards: np.ndarray | None = None) -> None:
-        """Use the shards of these numbers, int64 [s]; `shards` defaults to all of them."""
+        """`shards` are indices of the split's shards, int64 [s], by default all."""
         self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
-        self.sizes = shard_sizes(split)
+        self.sizes = count_shard_records(split)
         self.first_index = np.cumsum(self.sizes) - self.sizes
         self.total = int(self.sizes[self.shards].sum())
 
-    def read(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the record ranges and example indices at positions [start, stop) of the concatenated `shards`."""
+    def locate(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the record ranges and example indices of records [start, stop) of the concatenated `shards`."""
         sizes = tf.gather(tf.constant(self.sizes), shards)
         ends = tf.cumsum(sizes)
         begins = ends - sizes
-        touched = tf.logical_and(tf.logical_and(ends > start, begins < stop), sizes > 0)
-        shards, begins, ends = (tf.boolean_mask(x, touched) for x in (shards, begins, ends))
+        overlaps = tf.logical_and(tf.logical_and(ends > start, begins < stop), sizes > 0)
+        shards, begins, ends = (tf.boolean_mask(x, overlaps) for x in (shards, begins, ends))
         low, high = tf.maximum(begins, start), tf.minimum(ends, stop)
         ranges = tf.stack([shards, tf.gather(tf.constant(self.starts), shards) + low - begins, high - low], axis=1)
-        index_minus_position = tf.gather(tf.constant(self.first_index), shards) - begins
-        return ranges, tf.repeat(index_minus_position, high - low) + tf.range(start, stop)
+        index_shift = tf.gather(tf.constant(self.first_index), shards) - begins
+        return ranges, tf.repeat(index_shift, high - low) + tf.range(start, stop)
 
 
-def windows(
+def plan_windows(
     split: Split, seed: int, window: int, shuffle: bool = True, shards: np.ndarray | None = None, worker: int = 0
 ) -> tuple[int, Callable[..., Window]]:
-    """Return the number of windows per epoch, and a function of (epoch, number) that computes a window.
+    """Return the number of windows per epoch, and a function (epoch, window index) that computes a window.
 
-    In each epoch the shards are permuted and concatenated, then divided into windows of `window` records, and each
-    window is shuffled. All image files form one window: opening them in random order costs nothing extra. Without
-    `shuffle` the examples are in the order of their indices. Where workers read different `shards` (None: all shards),
+    A window is a range of examples that are shuffled together. In each epoch the shards are permuted, concatenated and
+    divided into windows of `window` records. All image files are one window, since opening them in random order costs
+    nothing extra. Without `shuffle`, the examples are in index order. If workers read different `shards` (None: all),
     `worker` selects the random stream.
     """
 
-    def file_window(epoch: tf.Tensor, _number: tf.Tensor) -> Window:
+    def file_window(epoch: tf.Tensor, _index: tf.Tensor) -> Window:
         index = tf.range(split.count, dtype=tf.int64)
         if shuffle:
-            index = _permutation(random_bits(seed, ORDER, epoch, index))
+            index = _sort_permutation(random_bits(seed, ORDER, epoch, index))
         return tf.zeros([0, 3], tf.int64), tf.zeros_like(index), index
 
     if not split.shards:
         return 1, file_window
     records = _ShardRecords(split, shards)
 
-    def record_window(epoch: tf.Tensor, number: tf.Tensor) -> Window:
+    def record_window(epoch: tf.Tensor, window_index: tf.Tensor) -> Window:
         order = tf.constant(records.shards, tf.int64)
         if shuffle:
-            order = tf.gather(order, _permutation(random_bits(seed, SHARDS, epoch, order)))
-        start, stop = number * window, tf.minimum((number + 1) * window, records.total)
-        ranges, index = records.read(order, start, stop)
+            order = tf.gather(order, _sort_permutation(random_bits(seed, SHARDS, epoch, order)))
+        start, stop = window_index * window, tf.minimum((window_index + 1) * window, records.total)
+        ranges, index = records.locate(order, start, stop)
         if not shuffle:
             return ranges, tf.range(stop - start), index
-        offset = _permutation(random_bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        offset = _sort_permutation(random_bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
         return ranges, offset, tf.gather(index, offset)
 
     return -(-records.total // window), record_window
 
 
-def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
-    """Return the block of a window whose first row is row `start` of `total`; pad the last one of an epoch."""
+def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
+    """Build the block of a window, whose first row is row `start` of `total`. The last block of an epoch is padded."""
     ranges, offset, index = window
     rows = tf.size(index, tf.int64)
     padding = tf.where(start + rows >= total, tf.constant(padding, tf.int64), 0)
@@ -130,30 +131,30 @@ def _block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.T
     }
 
 
-def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
-    """Return a function that computes block 0, 1, ... of the infinite stream that begins at the order's first step.
+def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
+    """Make a function from the index of a block to the block, for an infinite stream that begins at the first step.
 
-    The first block is in the window of the first step, so earlier windows of its epoch are not read. A block has only
-    the rows of this worker, so it may be empty. With sharding by file, a worker with fewer records than others ends
-    each epoch with padding.
+    Block 0 is in the window of the first step, so earlier windows of its epoch are not read. A block has only the rows
+    of this worker, so it can be empty. With sharding by file, a worker with fewer records than others ends each epoch
+    with padding.
     """
     sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
-    shards = shards_of_workers(split, sharding.workers)[sharding.worker] if by_file else None
-    total, batch = (int(shard_sizes(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
+    shards = assign_shards(split, sharding.workers)[sharding.worker] if by_file else None
+    total, batch = (int(count_shard_records(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
     steps = steps_per_epoch(split, order.batch_size, sharding)
     shuffle = order.shuffle or by_file
     window_size = (order.window if shuffle else BLOCK_RECORDS) if split.shards else total
     worker = sharding.worker if by_file else 0
-    per_epoch, make_window = windows(split, order.seed, window_size, shuffle, shards, worker)
+    per_epoch, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
     first_epoch, first_row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
-    # If the first step has only padding, the stream begins in the last window, all of whose examples precede the step.
-    first_number = min(first_row // window_size, per_epoch - 1)
+    # If the first step is only padding, the stream begins in the last window, whose examples all precede the step.
+    first_window = min(first_row // window_size, per_epoch - 1)
 
-    def compute_block(number: tf.Tensor) -> Block:
-        number = tf.cast(number, tf.int64) + first_number
-        epochs_done, number = number // per_epoch, number % per_epoch
-        epoch, start = first_epoch + epochs_done, number * window_size
-        padded = _block(make_window(epoch, number), start, total, batch, epoch, steps * batch - total)
+    def compute_block(block_index: tf.Tensor) -> Block:
+        windows_done = tf.cast(block_index, tf.int64) + first_window
+        epochs_done, window_index = windows_done // per_epoch, windows_done % per_epoch
+        epoch, start = first_epoch + epochs_done, window_index * window_size
+        padded = _build_block(make_window(epoch, window_index), start, total, batch, epoch, steps * batch - total)
         rows_done = tf.where(tf.equal(epochs_done, 0), tf.maximum(first_row - start, 0), 0)
         block = {name: value if name == "ranges" else value[rows_done:] for name, value in padded.items()}
         if by_file:
@@ -166,51 +167,58 @@ def training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
     return compute_block
 
 
-def sequence_blocks(split: Split, indices: np.ndarray, batch_size: int) -> tuple[int, Callable[[tf.Tensor], Block]]:
-    """Return the number of blocks of examples (increasing, int64 [n]), padded to whole batches, and their function."""
+def make_sequence_blocks(
+    split: Split, indices: np.ndarray, batch_size: int
+) -> tuple[int, Callable[[tf.Tensor], Block]]:
+    """Return the number of blocks for given examples, and a function from the index of a block to the block.
+
+    `indices` are increasing, int64 [n]. The last block is padded to whole batches.
+    """
     edges = np.array([0, len(indices)], np.int64)
-    if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them are read
+    if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them it has
         limits = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
         edges = np.unique(np.searchsorted(indices, limits)).astype(np.int64)
     records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
 
-    def compute_block(number: tf.Tensor) -> Block:
-        first, last = tf.gather(tf.constant(edges), number), tf.gather(tf.constant(edges), number + 1)
+    def compute_block(block_index: tf.Tensor) -> Block:
+        first, last = tf.gather(tf.constant(edges), block_index), tf.gather(tf.constant(edges), block_index + 1)
         index = tf.constant(indices, tf.int64)[first:last]
         ranges, offset = tf.zeros([0, 3], tf.int64), index - index[0]
         if split.shards:
-            ranges, _ = records.read(tf.constant(records.shards, tf.int64), index[0], index[-1] + 1)
-        return _block((ranges, offset, index), first, len(indices), batch_size, zero, -len(indices) % batch_size)
+            ranges, _ = records.locate(tf.constant(records.shards, tf.int64), index[0], index[-1] + 1)
+        return _build_block((ranges, offset, index), first, len(indices), batch_size, zero, -len(indices) % batch_size)
 
     return len(edges) - 1 if len(indices) else 0, compute_block
 
 
-Read = tuple[int, np.ndarray]  # rows of this worker in a block, and int64 [k], the numbers of the shards it reads
+BlockShards = tuple[int, np.ndarray]  # rows of this worker in a block, and the indices of its shards, int64 [k]
 
 
-def block_reads(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[Read]:
-    """Compute on the host what blocks 0 to `count` - 1 read, for each nonempty one; infinite if `count` is None."""
+def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[BlockShards]:
+    """Compute on the host the rows and shards of nonempty blocks 0 to `count` - 1, infinite if None."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-    def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        columns = block(number)
+    def compute(block_index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        columns = block(block_index)
         return tf.size(columns["index"]), columns["ranges"][:, 0]
 
-    for number in itertools.count() if count is None else range(count):
+    for block_index in itertools.count() if count is None else range(count):
         with tf.device("CPU:0"):
-            rows, shards = read(tf.constant(number, tf.int64))
+            rows, shards = compute(tf.constant(block_index, tf.int64))
         if int(rows):
             yield int(rows), shards.numpy()
 
 
-def examples_to_score(split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED) -> np.ndarray:
-    """Return the increasing indices, int64 [n], of the examples that this worker scores.
+def select_examples_to_score(
+    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED
+) -> np.ndarray:
+    """Return the indices, int64 [n], increasing, of the examples that this worker scores.
 
-    A `fraction` below 1 selects that fraction of the batches, always with the same examples of a random permutation.
+    A `fraction` below 1 selects that fraction of the batches, from a random permutation that is always the same.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
-        shuffled = _permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
+        shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
     return np.array_split(indices, sharding.workers)[sharding.worker]

@@ -12,27 +12,36 @@ import tensorflow as tf
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mix_pairs
-from trainer.data.decoding import COLUMNS, Row, block_dataset, without_autograph
-from trainer.data.images import BatchSource, Pixels, rows_decoded_on_read
-from trainer.data.order import Block, Order, block_reads, examples_to_score, sequence_blocks, training_blocks
-from trainer.data.shard_gate import ShardGate, rows_ahead
+from trainer.data.decoding import COLUMNS, Row, build_block_dataset, without_autograph
+from trainer.data.images import BatchSource, Pixels, build_row_dataset
+from trainer.data.order import (
+    Block,
+    Order,
+    compute_block_shards,
+    make_sequence_blocks,
+    make_training_blocks,
+    select_examples_to_score,
+)
+from trainer.data.shard_gate import ShardGate, max_rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
-DEVICE_BUFFER = 2  # elements per replica that a tf.distribute strategy prefetches to its device
+DEVICE_BUFFER = 2  # elements per replica that a `tf.distribute` strategy prefetches to its device
 
 
-def _batches(source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int) -> tf.data.Dataset:
-    """Return the rows of blocks 0 to `count` - 1 in batches of `size`: image, weight, index, position, epoch, label."""
+def _build_batches(
+    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int
+) -> tf.data.Dataset:
+    """Build batches of `size` rows of blocks 0 to `count` - 1: image, weight, index, position, epoch and label."""
     if isinstance(source, Pixels) and source.array is None:
-        batches = rows_decoded_on_read(source, block, count).batch(size, drop_remainder=True)
+        batches = build_row_dataset(source, block, count).batch(size, drop_remainder=True)
     else:
-        batches = _cached_batches(source, block_dataset(block, count), size)
+        batches = _build_cached_batches(source, build_block_dataset(block, count), size)
     labels = tf.constant(source.split.labels, tf.int32)
     return batches.map(without_autograph(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
-def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Return batches of rows that are stored in an array, with one gather per batch."""
+def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
+    """Build batches of rows that are in an array, with one gather per batch."""
     # When TensorFlow creates an iterator it allocates a second tensor of the shape of each tensor that a function has
     # captured, which would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
@@ -45,7 +54,7 @@ def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> 
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
         index = tf.where(weight > 0, rows["index"], source.split.count)
-        return {**rows, "weight": weight, "image": source.rows_of(content.get_value(), index, rows["epoch"])}
+        return {**rows, "weight": weight, "image": source.gather_rows(content.get_value(), index, rows["epoch"])}
 
     rows = blocks.map(without_autograph(lambda block: {name: block[name] for name in COLUMNS}))
     return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
@@ -54,7 +63,7 @@ def _cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> 
 def _prefetch(
     batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
 ) -> tuple[tf.data.Dataset, int]:
-    """Prefetch elements of `rows` rows, with a fixed order and parallelism; return also the rows pulled ahead."""
+    """Prefetch elements of `rows` rows, with a fixed order and parallelism. Return also `max_rows_ahead`."""
     elements = elements or 2 * replicas
     options = tf.data.Options()
     options.deterministic = True
@@ -62,40 +71,40 @@ def _prefetch(
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if source.threads:
         options.threading.private_threadpool_size = source.threads
-    ahead = rows_ahead(rows, source.parallel, elements + DEVICE_BUFFER * replicas + (parallel or 0))
+    ahead = max_rows_ahead(rows, source.parallel, elements + DEVICE_BUFFER * replicas + (parallel or 0))
     return batches.prefetch(elements).with_options(options), ahead
 
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and the gate at which the host waits for the shards of the dataset."""
+    """A dataset of batches, and the gate at which the host waits for its shards."""
 
     dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
-    count: int | None  # global batches before only padding follows; None for training
-    gate: Callable[[], ShardGate]  # makes the gate of one iteration; call its `wait_for` before taking rows
+    count: int | None  # global batches, after which only padding follows; None for training
+    open_gate: Callable[[], ShardGate]  # for one iteration; call `wait_for` of the gate before taking rows
 
 
 @dataclass(frozen=True)
 class View:
-    """The augmentation of training epoch `number`, for a single pass over a split."""
+    """The augmentation of one training epoch, for a single pass over a split."""
 
     augmentation: Augmentation
     seed: int
-    number: int
+    epoch: int
 
 
-def training_batches(
+def build_training_batches(
     source: BatchSource, order: Order, *, replicas: int, augmentation: Augmentation, views: int | None = None
 ) -> Batches:
-    """Return the infinite stream of training batches in this order.
+    """Build the infinite stream of training batches in this order.
 
     An epoch has `steps_per_epoch` global batches; the last one is padded with rows of weight 0. An element has
     batch_size / workers / replicas rows; `replicas` consecutive elements are this worker's rows of a global batch.
-    Iterate within `images.data_errors`, so that an error names the unreadable example.
+    Iterate within `images.convert_data_errors`, so that an error names the unreadable example.
 
     Args:
-        augmentation: with mixup or cutmix, elements also hold `other_label` and `mix`, and need an even number of rows.
-        views: number of augmentations per image: epoch e repeats that of epoch e % views; None for one per epoch.
+        augmentation: with mixup or cutmix, elements also have `other_label` and `mix`, and need an even number of rows.
+        views: number of augmentations per image. Epoch e repeats that of epoch e % views. None: each epoch differs.
     """
 
     @without_autograph
@@ -107,52 +116,54 @@ def training_batches(
             batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
-    block, rows = training_blocks(source.split, order), order.rows // replicas
+    block, rows = make_training_blocks(source.split, order), order.rows // replicas
     parallel = source.parallel if augmentation.active else None
-    # Without a known infinite cardinality, a strategy has all workers check at each step for the end of the data.
+    # Without a known infinite cardinality, a strategy makes all workers check for the end of the dataset at each step.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    batches = _batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
+    batches = _build_batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
     dataset, ahead = _prefetch(batches, source, rows, replicas, parallel, 0)
-    return Batches(dataset, None, lambda: source.gate("training", block_reads(block, None), ahead))
+    return Batches(dataset, None, lambda: source.open_gate("training", compute_block_shards(block, None), ahead))
 
 
-def evaluation_batches(
-    source: BatchSource, *, batch_size: int, replicas: int, part: float = 1.0, sharding: Sharding = UNSHARDED
+def build_evaluation_batches(
+    source: BatchSource, *, batch_size: int, replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED
 ) -> Batches:
-    """Return the batches that this worker scores; together the workers have each example of the split once.
+    """Build the batches that this worker scores. Together the workers score each example of the split once.
 
-    Each worker has consecutive examples in the order of their indices, not augmented; a worker without any has `count`
-    0. A `part` below 1 is the fraction of the batches to score: always the same examples of a random permutation.
+    Each worker has consecutive examples in index order, without augmentation. A worker without any has `count` 0.
+    See `select_examples_to_score` for a `fraction` below 1.
     """
-    indices = examples_to_score(source.split, batch_size, part, sharding)
-    return chosen_batches(source, indices, rows=batch_size // sharding.workers, replicas=replicas)
+    indices = select_examples_to_score(source.split, batch_size, fraction, sharding)
+    return build_chosen_batches(source, indices, rows=batch_size // sharding.workers, replicas=replicas)
 
 
-def chosen_batches(
+def build_chosen_batches(
     source: BatchSource, indices: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
-    """Return batches of the given examples, followed by infinite padding.
+    """Build batches of the given examples, followed by infinite padding.
 
     Args:
         indices: the examples, int64 [n], increasing.
-        rows: rows of this worker in a global batch; an element has rows / replicas of them.
-        prefetched: number of elements to prefetch; 0 for 2 per replica.
+        rows: rows of this worker in a global batch. An element has rows / replicas rows.
+        prefetched: number of elements to prefetch. 0: 2 per replica.
     """
-    count, block = sequence_blocks(source.split, indices, rows)
+    count, block = make_sequence_blocks(source.split, indices, rows)
 
     @without_autograph
     def change(batch: Row) -> Row:
         del batch["epoch"]
         if view is not None:
-            views = tf.fill(tf.shape(batch["index"]), tf.constant(view.number, tf.int64))
+            views = tf.fill(tf.shape(batch["index"]), tf.constant(view.epoch, tf.int64))
             batch["image"] = augment(batch["image"], view.augmentation, view.seed, views, batch["index"])
         return batch
 
     parallel = source.parallel if view is not None and view.augmentation.active else None
-    batches = _batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
+    batches = _build_batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
-    # Infinite, so that a strategy does not check for the end of the data.
+    # Infinite, so that a strategy does not check for the end of the dataset.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
     dataset, ahead = _prefetch(endless, source, rows // replicas, replicas, parallel, prefetched)
     batch_count = -(-len(indices) // rows)
-    return Batches(dataset, batch_count, lambda: source.gate("evaluation", block_reads(block, count), ahead))
+    return Batches(
+        dataset, batch_count, lambda: source.open_gate("evaluation", compute_block_shards(block, count), ahead)
+    )

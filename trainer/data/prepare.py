@@ -1,4 +1,4 @@
-"""Write the dataset of a configuration as sharded TFRecords in TFDS's folder format, in one or several pods."""
+"""Write a configured dataset as sharded TFRecords in TFDS's folder format, in one or several pods."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ import numpy as np
 
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import format_argument
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 from trainer.data.open import open_dataset
-from trainer.data.records import SOURCE_FIELD, read_source_name, records_of
-from trainer.data.remote import local_copies, named_by_address
-from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
+from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
+from trainer.data.remote import addresses_in_errors, fetch_local_copies
+from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -23,9 +23,9 @@ from trainer.types import Split
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset of a configuration to the folder `output`; a restart writes only the missing shards.
+    """Write the dataset of a configuration to the folder `output`. A restart writes only the missing shards.
 
-    With `part` (i, n), shards i, i + n, i + 2n, ... are written; the process that completes them writes the metadata.
+    `part` (i, n) selects shards i, i + n, i + 2n, ... The process that completes the shards writes the metadata.
 
     Raises:
         ConfigError: data.group_field would overwrite a field of the records.
@@ -37,9 +37,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         problem, fix = "is the name under which records store the image or the label", "set another field"
         raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
     cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    local, addresses, _ = local_copies(config, log.info, lambda _address: health.record_progress())
+    local, addresses, _ = fetch_local_copies(config, log.info, lambda _address: health.record_progress())
     data = local.data
-    with named_by_address(addresses):
+    with addresses_in_errors(addresses):
         dataset = open_dataset(
             data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, purpose="prepare"
         )
@@ -47,19 +47,19 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     texts: dict[str, dict[str, list[str]]] = {}
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
-        sources: Sequence[ImageSource] = split.files or records_of(split)
+        sources: Sequence[ImageSource] = split.files or locate_records(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
-        if split.groups and field and field != "label":  # the label is stored anyway, and can also be the group
+        if split.groups and field and field != "label":  # the label, which can also be the group, is stored anyway
             texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
-        if field != SOURCE_FIELD and (names := source_names(split, data.root)):
+        if field != SOURCE_FIELD and (names := list_source_names(split, data.root)):
             texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
-    workers = config.runtime.data_threads or usable_cpus()
+    workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
         data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
         orientation=data.orientation,
     )  # fmt: skip
     target = storage_path(output)
-    images = LabelledImages(dataset.name, dataset.class_names, splits, texts)
+    images = LabeledImages(dataset.name, dataset.class_names, splits, texts)
     with show_image_progress(config.runtime.progress) as progress:
         entries = write_dataset(target, images, options, progress)
     if entries is None:
@@ -76,19 +76,20 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     termination.set_success_message(outcome)
 
 
-def source_names(split: Split, root: str | None) -> list[str]:
-    """Return the name of each image file below the root of its dataset; of records, [] unless all store such names."""
+def list_source_names(split: Split, root: str | None) -> list[str]:
+    """Return the path of each image file relative to the root. For records, return the stored names if all have one."""
     if split.files:
-        above = os.path.abspath(os.path.expanduser(root or ""))
-        return [escape_unprintable(os.path.relpath(path, above)) for path in split.files]
-    names = [read_source_name(record) for record in records_of(split)]
+        root_path = os.path.abspath(os.path.expanduser(root or ""))
+        return [escape_unprintable(os.path.relpath(path, root_path)) for path in split.files]
+    names = [read_source_name(record) for record in locate_records(split)]
     return names if all(names) else []
 
 
-def part_of_job(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod and the number of pods, from JOB_COMPLETION_INDEX and WORKER_COUNT (0 and 1).
+def parse_job_part(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return the pod index and the pod count, from JOB_COMPLETION_INDEX (default 0) and WORKER_COUNT (default 1).
 
-    A ConfigError is raised if one of them is not a whole number, or the index is not below the number of pods.
+    Raises:
+        ConfigError: one of them is not a whole number, or the index is not below the count.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():

@@ -22,26 +22,26 @@ from trainer.names import escape_unprintable
 from trainer.types import Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
-MAX_GROUPS = 100  # different values of data.group_field
+MAX_GROUPS = 100  # distinct values of data.group_field
 
 
-class RecordAt(NamedTuple):
-    """One record of a shard: the position of its payload, and the name of the feature with the encoded image."""
+class RecordLocation(NamedTuple):
+    """Location of a record in a shard, and the name of the feature with the encoded image."""
 
     path: str
-    number: int  # of the record in its shard, from 0
-    offset: int  # bytes
-    length: int  # bytes
+    record_index: int  # in the shard
+    offset: int  # of the payload, in bytes
+    length: int  # of the payload, in bytes
     image_field: str
 
     @property
     def name(self) -> str:
-        return f"{escape_unprintable(self.path)}#{self.number}"
+        return f"{escape_unprintable(self.path)}#{self.record_index}"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Positions of the payloads in one TFRecord file."""
+    """Offsets and lengths of the payloads in one TFRecord file."""
 
     offsets: np.ndarray  # int64 [n], bytes
     lengths: np.ndarray  # int64 [n], bytes
@@ -52,18 +52,18 @@ class ShardIndex:
         return len(self.offsets)
 
 
-def records_of(split: Split) -> list[RecordAt]:
-    """Return the records of a split, in the order of its examples."""
+def locate_records(split: Split) -> list[RecordLocation]:
+    """Locate the records of a split, in the order of its examples. Read the record headers of its shards."""
     index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
     return [
-        RecordAt(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+        RecordLocation(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
         for s in split.shards
         for n in range(s.start, s.stop)
     ]
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Return the checksum that TFRecord stores: CRC32C, rotated right by 15 bits, plus a constant."""
+    """Compute the checksum that TFRecord stores, which is CRC32C rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -74,22 +74,22 @@ def frame_record(payload: bytes) -> bytes:
     return length + struct.pack("<I", masked_crc32c(length)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
-def unreadable(path: str | Path, error: OSError) -> DataError:
-    """Return the error of a file that cannot be read because of an operating system error."""
+def unreadable_error(path: str | Path, error: OSError) -> DataError:
+    """Build the error for a file that the operating system cannot read."""
     problem = f"{escape_unprintable(str(path))} cannot be read: {error.strerror}"
     return DataError(problem, fix="check that it exists and its permissions")
 
 
 def join_first(items: Sequence[str], separator: str = ", ") -> str:
-    """Join the first five items for a message, and state how many others there are."""
+    """Join the first five items for a message, followed by the count of the others."""
     more = [f"and {len(items) - 5} more"] if len(items) > 5 else []
     return separator.join([*items[:5], *more])
 
 
 def index_shard(path: str | Path) -> ShardIndex:
-    """Compute the position of each record from the record headers (about a million records per second).
+    """Read the record headers of a shard, about a million per second, and return the location of each payload.
 
-    A file that is truncated, or damaged after its first header, is indexed up to that point; `fault` is the reason.
+    A file that is truncated, or corrupt after its first header, is indexed up to that point. `fault` is the reason.
 
     Raises:
         DataError: the file is missing, unreadable, compressed, or not a TFRecord file.
@@ -102,7 +102,7 @@ def index_shard(path: str | Path) -> ShardIndex:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read_headers(escape_unprintable(str(path)), data, size)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable_error(path, error) from None
 
 
 def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
@@ -119,7 +119,7 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
                     kind = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
                     fix = "write its tf.train.Example records as an uncompressed TFRecord file"
                     raise DataError(f"shard {path} {kind}", fix=fix)
-                fault = f"shard {path} is damaged at the header of record {len(offsets)}"
+                fault = f"shard {path} is corrupt at the header of record {len(offsets)}"
                 break
             end += length + FOOTER_BYTES
         if end > size:
@@ -131,16 +131,16 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
     return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
 
 
-def read_examples(path: str, index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, str, Any, str]]:
-    """Yield for each of these records of a shard its number, its name, its Example, and why that cannot be read."""
+def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Iterator[tuple[int, str, Any, str]]:
+    """Yield index, name, Example and fault ("" if it is readable) of each of these records of a shard."""
     if not index.count:  # an empty file cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for number in numbers:
-            start = int(index.offsets[number])
-            end = start + int(index.lengths[number])
+        for record_index in records:
+            start = int(index.offsets[record_index])
+            end = start + int(index.lengths[record_index])
             parsed = _parse(data[start:end], data[end : end + FOOTER_BYTES])
-            yield number, f"record {number} of shard {escape_unprintable(path)}", *parsed
+            yield record_index, f"record {record_index} of shard {escape_unprintable(path)}", *parsed
 
 
 # tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
@@ -163,8 +163,8 @@ message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MES
 
 
 @cache
-def example_class() -> Any:
-    """Return the message class of `tf.train.Example`, declared without TensorFlow."""
+def get_example_class() -> Any:
+    """Return the message class of `tf.train.Example`, built without TensorFlow."""
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
@@ -172,7 +172,7 @@ def example_class() -> Any:
 
 def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
     """Serialize a `tf.train.Example` with the features `image`, `label`, and a bytes feature for each of `texts`."""
-    example = example_class()()
+    example = get_example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
     for name, text in (texts or {}).items():
@@ -189,43 +189,43 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
-NO_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
+NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
 
 
 def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
-    """Parse the Example of a record; return also why it cannot be parsed, "" if it can."""
+    """Parse the Example of a record. Return also the fault, "" if there is none."""
     if struct.pack("<I", masked_crc32c(payload)) != crc:
-        return None, "is damaged (checksum mismatch)"
+        return None, "is corrupt (checksum mismatch)"
     try:
-        example = example_class().FromString(payload)
+        example = get_example_class().FromString(payload)
     except Exception:  # protobuf's DecodeError, and other exceptions that arbitrary bytes raise
-        return None, NO_EXAMPLE
-    return (example, "") if example.features.feature else (None, f"{NO_EXAMPLE}: it has no fields")
+        return None, NOT_AN_EXAMPLE
+    return (example, "") if example.features.feature else (None, f"{NOT_AN_EXAMPLE}: it has no fields")
 
 
-def _read_example(record: RecordAt) -> tuple[Any, str]:
+def _read_example(record: RecordLocation) -> tuple[Any, str]:
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         return _parse(file.read(record.length), file.read(FOOTER_BYTES))
 
 
-def read_image(record: RecordAt) -> bytes:
-    """Read the encoded image of one record; raise a DataError if it is damaged, or the field is not one bytes value."""
+def read_image(record: RecordLocation) -> bytes:
+    """Read the encoded image of a record. Raise a DataError if it is corrupt, or the field is not one bytes value."""
     example, fault = _read_example(record)
     if fault:
         raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
-        raise _no_image(record.name, record.image_field, example)
+        raise _missing_image_error(record.name, record.image_field, example)
     return value.bytes_list.value[0]
 
 
-SOURCE_FIELD = "filename"  # where `trainer.prepare` stores the name of the image file
+SOURCE_FIELD = "filename"  # in which `trainer.prepare` stores the name of the image file
 _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of other programs too
 
 
-def read_source_name(record: RecordAt) -> str:
-    """Return the file name that a record stores for its image, "" if there is none or the record is damaged."""
+def read_source_name(record: RecordLocation) -> str:
+    """Read the file name that a record stores for its image. "" if there is none or the record is corrupt."""
     example, fault = _read_example(record)
     for field in () if fault else _SOURCE_FIELDS:
         value = example.features.feature.get(field)
@@ -234,32 +234,32 @@ def read_source_name(record: RecordAt) -> str:
     return ""
 
 
-def _no_image(record: str, field: str, example: Any) -> DataError:
+def _missing_image_error(record: str, field: str, example: Any) -> DataError:
     problem, fix = f"{record} has no image bytes in this field", f"set one of {describe_fields(example)}"
     return DataError(problem, key="data.image_field", value=field, fix=fix)
 
 
 @dataclass(frozen=True)
 class LabelFields:
-    """Where records store image and label, and how the label is to be read."""
+    """Fields of image and label in records, and how to interpret the label."""
 
     label: str  # name of the field
     image: str  # name of the field
     classes: int
     kind: str = "index"  # data.label_kind
-    names: tuple[str, ...] = ()  # of the classes, for labels of the kind "text"
+    names: tuple[str, ...] = ()  # class names, for labels of the kind "text"
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
-    """Read the label of each record, int32 [n], -1 if it cannot be read; return also a description of each such one.
+    """Read the label of each record, int32 [n], -1 if it is unreadable. Return also the faults of such records.
 
     Raises:
-        DataError: a record has no image field of bytes, or its label is missing, of another kind than `fields.kind`, or
+        DataError: a record has no bytes in the image field, or its label is missing, not of the kind `fields.kind`, or
             not one of the classes.
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    for number, record, example, fault in read_examples(path, index, range(index.count)):
+    for record_index, record, example, fault in read_examples(path, index, range(index.count)):
         if fault:
             faults.append(f"{record} {fault}")
             continue
@@ -268,13 +268,13 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
             problem, fix = f"{record} has no such field", f"set one of {describe_fields(example)}"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
         if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
-            raise _no_image(record, fields.image, example)
-        labels[number] = _read_label(record, example, fields)
+            raise _missing_image_error(record, fields.image, example)
+        labels[record_index] = _parse_label(record, example, fields)
     return labels, faults
 
 
-def _read_label(record: str, example: Any, fields: LabelFields) -> int:
-    """Return the class of an Example as a number from 0; raise a DataError that describes what it holds instead."""
+def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
+    """Return the class index of an Example. Raise a DataError that describes any other content of the label field."""
     feature = example.features.feature[fields.label]
     kind = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, kind).value) if kind else []
@@ -289,8 +289,8 @@ def _read_label(record: str, example: Any, fields: LabelFields) -> int:
         problem = f"{holds}, and a classifier needs one label"
         raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
     if kind == "float_list" and not is_onehot:
-        fix = f"write class numbers as integers, or set one of {describe_fields(example)}"
-        raise DataError(f"{holds}, which is no class number", key="data.label_field", value=fields.label, fix=fix)
+        fix = f"write class indices as integers, or set one of {describe_fields(example)}"
+        raise DataError(f"{holds}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
     if actual != fields.kind.removesuffix("1"):
         fix = f"set data.label_kind={actual}, or another data.label_field of {describe_fields(example)}"
         raise DataError(f"{holds}", key="data.label_kind", value=fields.kind, fix=fix)
@@ -320,17 +320,17 @@ def _describe_label(values: Sequence[Any], fields: LabelFields) -> str:
         return f"{kind} {values[0]}"
     if not values:
         return "no label"
-    numbers = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
-    return f"{len(values)} numbers {numbers}" if len(values) == fields.classes else f"{len(values)} labels {numbers}"
+    listed = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
+    return f"{len(values)} {'numbers' if len(values) == fields.classes else 'labels'} {listed}"
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Read the value of `field`, one text or whole number, for each example of a record split, in their order.
+    """Read the group of each example of a split of records, which is one text or whole number in `field`.
 
-    `names` are those of the numbers 0, 1, ...; with None, a number is its own name.
+    `names` are the names of the numbers 0, 1, ... If None, a number is its own name.
 
     Raises:
-        DataError: a record has no such value, or there are more than `MAX_GROUPS` different values.
+        DataError: a record has no such value, or there are more than `MAX_GROUPS` distinct values.
     """
     groups: list[str] = []
     for shard in split.shards:
@@ -354,9 +354,9 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
             else:
                 problem, fix = f"{record} holds {group}, but there are {len(names)} names", "set another field"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
-    different = set(groups)
-    if len(different) > MAX_GROUPS:
-        count = f"{len(different):,} different values among the {split.count:,} {split.name} examples"
-        problem, fix = f"{count}, such as {min(different)!r}", f"set a field of at most {MAX_GROUPS} different values"
+    distinct = set(groups)
+    if len(distinct) > MAX_GROUPS:
+        count = f"{len(distinct):,} different values among the {split.count:,} {split.name} examples"
+        problem, fix = f"{count}, such as {min(distinct)!r}", f"set a field of at most {MAX_GROUPS} different values"
         raise DataError(problem, key="data.group_field", value=field, fix=fix)
     return tuple(groups)

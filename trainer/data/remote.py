@@ -1,4 +1,4 @@
-"""Copy the data and weights that a configuration names in buckets to the local disk."""
+"""Copy the dataset and weights of a configuration from buckets to the local disk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Replace data.name and data.data_dir in a bucket by data.root; return also the bucket folder to stream.
+    """Replace data.name and data.data_dir in a bucket by data.root. Return also the bucket folder to stream.
 
-    The shards of this folder may be fetched while they are used. It is None for local data, for sources other than
+    The shards of this folder can be fetched while they are used. It is None for a local dataset, for sources other than
     tfds, and with data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
@@ -28,18 +28,18 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     return data, str(data.root).rstrip("/") if streams else None
 
 
-def local_copies(
+def fetch_local_copies(
     config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = False
 ) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
-    """Copy the data and weights of a configuration from buckets to the local disk.
+    """Copy the dataset and weights of a configuration from buckets to the local disk.
 
     Args:
-        check: called with an address while it is copied; may raise to stop.
+        check: called with an address while it is copied; can raise to stop.
         stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
 
     Returns:
-        The configuration with local paths; the address of each local path; and the cache that fetches the shards
-        while they are read, None if everything is copied.
+        The configuration with local paths, the address of each local copy, and the cache that fetches the shards while
+        they are read (None if everything is copied).
 
     Raises:
         DataError: an address is missing, exceeds the disk budget, or has a shard that differs from its manifest.
@@ -48,7 +48,7 @@ def local_copies(
     runtime = config.runtime
     addresses: dict[str, str] = {}
 
-    def copy_of(address: str | None) -> str | None:
+    def copy_to_disk(address: str | None) -> str | None:
         if not address or not is_remote(address):
             return address
         path = stage(address, runtime.cache_folder, runtime.disk_budget, log_message, partial(check, address))
@@ -60,14 +60,14 @@ def local_copies(
     if address and shards:
         addresses[str(shards.folder)] = address
         data = data.model_copy(update={"root": str(shards.folder)})
-    data = data.model_copy(update={key: copy_of(getattr(data, key)) for key in ("root", "pattern")})
-    model = config.model.model_copy(update={"weights": copy_of(config.model.weights)})
+    data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
+    model = config.model.model_copy(update={"weights": copy_to_disk(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
 
 
 @contextmanager
-def named_by_address(addresses: dict[str, str]) -> Iterator[None]:
-    """In an error of the block, replace the paths of local copies by the addresses that they are copies of."""
+def addresses_in_errors(addresses: dict[str, str]) -> Iterator[None]:
+    """In errors raised within this context, replace the paths of local copies by their addresses in buckets."""
     try:
         yield
     except TrainerError as error:
@@ -80,16 +80,17 @@ def named_by_address(addresses: dict[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A bucket folder that `python -m trainer.prepare` wrote: its shards and its metadata files by name."""
+    """The files, by name, of a bucket folder that `python -m trainer.prepare` wrote."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
 
 
-def prepared_at(address: str) -> Prepared | None:
-    """Return the prepared dataset in a bucket folder; None if it lacks manifest, labels or dataset_info.json.
+def find_prepared(address: str) -> Prepared | None:
+    """Return the prepared dataset in a bucket folder. None if manifest, labels or dataset_info.json are missing.
 
-    A shard that is missing or differs from the manifest raises a DataError.
+    Raises:
+        DataError: a shard is missing or differs from the manifest.
     """
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= files.keys():
@@ -108,19 +109,19 @@ def prepared_at(address: str) -> Prepared | None:
 def _open_shards(
     address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
 ) -> ShardCache | None:
-    """Fetch the metadata of a prepared folder, and return the cache that fetches its shards; None if not prepared."""
-    prepared = prepared_at(address)
+    """Fetch the metadata of a prepared folder, and return the cache that fetches its shards. None if not prepared."""
+    prepared = find_prepared(address)
     if prepared is None:
         return None
-    folder, budget, checked = runtime.cache_folder, runtime.disk_budget, partial(check, address)
-    shards = ShardCache(address, prepared.shards, folder, budget, log_message, checked, prepared.metadata)
-    fetch_missing(address, prepared.metadata, shards.folder, log_message, checked)
+    folder, budget, check_address = runtime.cache_folder, runtime.disk_budget, partial(check, address)
+    shards = ShardCache(address, prepared.shards, folder, budget, log_message, check_address, prepared.metadata)
+    fetch_missing(address, prepared.metadata, shards.folder, log_message, check_address)
     log_message(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
     return shards
 
 
 def describe_shards(prepared: Prepared, budget: int) -> str:
-    """Describe the number and size of the shards, and the size of the disk cache that they are fetched to."""
+    """Describe the count and size of the shards, and the size of the disk cache."""
     size = sum(info.size for info in prepared.shards.values())
     count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
     at_most = f"{min(size, budget) / 1e6:,.1f} MB at a time"

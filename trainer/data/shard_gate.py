@@ -1,9 +1,9 @@
 """Wait on the host for shards before a pipeline opens them.
 
 A pipeline cannot wait for a file: it contains no Python (`trainer.data.order`), and treats a missing file as unreadable
-records. So before the host takes rows from a pipeline, it waits at a gate for every shard that the pipeline may open
-until the next wait. `order.block_reads` computes these shards with the same function that computes the pipeline's
-blocks.
+records. So before the host takes rows from a pipeline, it waits at a gate for every shard that the pipeline can open
+before the next wait. `order.compute_block_shards` computes these shards with the function that also computes the blocks
+of the pipeline.
 """
 
 import itertools
@@ -11,37 +11,37 @@ import os
 from collections import deque
 from collections.abc import Iterator
 
-from trainer.data.order import Read
+from trainer.data.order import BlockShards
 from trainer.errors import DataError
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
-# Blocks after the one with the last row pulled whose shards may be open. One thread reads blocks into the `prefetch(1)`
-# of `decoding._with_records`: while rows of block b are pulled, block b + 1 is read and then buffered. Reading of b + 2
+# Blocks after that of the last pulled row whose shards can be open. One thread reads blocks into the `prefetch(1)` of
+# `decoding._add_records`: while rows of block b are pulled, block b + 1 is read and then buffered. Reading of b + 2
 # begins when b + 1 leaves the buffer, that is when its first row is pulled.
 BLOCKS_AHEAD = 1
 
 
-def rows_ahead(size: int, threads: int, elements: int) -> int:
-    """Return the most rows that a pipeline may have pulled beyond those taken from it.
+def max_rows_ahead(size: int, threads: int, elements: int) -> int:
+    """Return the maximum number of rows that a pipeline has pulled beyond those taken from it.
 
-    An element has `size` rows, `threads` rows are decoded in parallel, and the buffers after `batch` hold `elements`,
-    each stage one more.
+    An element has `size` rows, and `threads` rows are decoded in parallel. The buffers after `batch` hold `elements`
+    elements, and each transformation holds one more.
     """
     # Where TensorFlow fuses map and batch, it fills ceil(threads / size) batches concurrently while another is taken.
     return (elements + 4) * size + 2 * threads
 
 
 class LocalShards:
-    """Shards on local disks, by path, with the interface of a `ShardCache`.
+    """Local shards by path, with the interface of a `ShardCache`.
 
-    Missing shards are detected here, because a pipeline that skips unreadable examples retries a missing one forever.
+    It detects missing shards, because a pipeline that skips unreadable examples retries a missing one forever.
     """
 
     budget = 0  # nothing is prefetched
 
     def require(self, reader: str, paths: list[str], then: list[str]) -> float:  # noqa: ARG002 - as `ShardCache.require`
-        """Raise a DataError for a shard that cannot be opened; return 0 seconds of waiting."""
+        """Raise a DataError for a shard that cannot be opened. Return 0 seconds of waiting."""
         for path in paths:
             try:
                 open(path, "rb").close()
@@ -55,22 +55,27 @@ class LocalShards:
 
 
 class ShardGate:
-    """The gate of one iteration of a pipeline over a split; it never waits if `shards` is None."""
+    """The gate of one iteration of a pipeline over a split. It never waits if `shards` is None."""
 
     def __init__(
-        self, shards: ShardCache | LocalShards | None, split: Split, reader: str, reads: Iterator[Read], ahead: int
+        self,
+        shards: ShardCache | LocalShards | None,
+        split: Split,
+        reader: str,
+        blocks: Iterator[BlockShards],
+        ahead: int,
     ) -> None:
-        """Start before the first block; `reader` names the pipeline to the cache, `ahead` is from `rows_ahead`."""
-        self.shards, self.reader, self.split, self.ahead, self._reads = shards, reader, split, ahead, reads
+        """Begin before the first block. `reader` names the pipeline to the cache; `ahead` is `max_rows_ahead`."""
+        self.shards, self.reader, self.split, self.ahead, self._source = shards, reader, split, ahead, blocks
         is_cached = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if is_cached else shard.path for shard in split.shards]
-        self._blocks: deque[tuple[int, list[str]]] = deque()  # rows up to the end of the block, and names of its shards
-        self._first_number = 0  # number of the first block in `_blocks`
-        self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks read from `reads`
-        self._required = (-1, -1)  # numbers of the first and last block of the latest `require`; -1: none yet
+        self._blocks: deque[tuple[int, list[str]]] = deque()  # rows up to the end of a block, and its shard names
+        self._first_index = 0  # index of the first block in `_blocks`
+        self._taken = self._rows = 0  # rows taken from the pipeline; rows of all blocks taken from `_source`
+        self._required = (-1, -1)  # indices of the first and last block of the latest `require`; -1: none yet
 
     def wait_for(self, rows: int) -> float:
-        """Wait for every shard that the pipeline may open while `rows` more rows are taken; return the seconds waited.
+        """Wait for every shard that the pipeline can open while `rows` more rows are taken. Return the seconds waited.
 
         Raises:
             DataError: a shard is missing or has changed, or the required shards exceed the disk budget.
@@ -81,13 +86,13 @@ class ShardGate:
             return 0.0
         while self._blocks and self._blocks[0][0] <= self._taken:
             self._blocks.popleft()
-            self._first_number += 1
+            self._first_index += 1
         self._taken += rows
-        position = 0  # in `_blocks`, of the block with the last row that may be pulled
+        position = 0  # in `_blocks`, of the block with the last row that can be pulled
         while self._has_block(position) and self._blocks[position][0] <= self._taken + self.ahead:
             position += 1
         last = position + BLOCKS_AHEAD
-        required = (self._first_number, self._first_number + last)
+        required = (self._first_index, self._first_index + last)
         if required == self._required:
             return 0.0
         waited = self.shards.require(self.reader, *self._shards_until(last))
@@ -95,19 +100,19 @@ class ShardGate:
         return waited
 
     def close(self) -> None:
-        """Release the shards; call it after the iterator of the pipeline is deleted."""
+        """Release the shards. Call it after the iterator of the pipeline is deleted."""
         if self.shards is not None:
             self.shards.release(self.reader)
 
     def _has_block(self, position: int) -> bool:
-        """Extend `_blocks` up to this position; return False if the reads end before it."""
-        for rows, shards in itertools.islice(self._reads, max(position + 1 - len(self._blocks), 0)):
+        """Extend `_blocks` up to this position. Return False if there are fewer blocks."""
+        for rows, shards in itertools.islice(self._source, max(position + 1 - len(self._blocks), 0)):
             self._rows += rows
             self._blocks.append((self._rows, [self._names[shard] for shard in shards]))
         return position < len(self._blocks)
 
     def _shards_until(self, last: int) -> tuple[list[str], list[str]]:
-        """Return the shards up to position `last`, and those after it to prefetch: an epoch, or the cache's budget."""
+        """Return the shards up to position `last`, and later ones to prefetch, up to an epoch or the cache's budget."""
         assert self.shards is not None
         self._has_block(last)
         required = dict.fromkeys(name for _, names in list(self._blocks)[: last + 1] for name in names)

@@ -9,23 +9,23 @@ import numpy as np
 from trainer.errors import ConfigError
 from trainer.types import Split
 
-By = Literal["record", "file"]
-ShardBy = By | Literal["auto"]  # data.shard_by
-CheckpointState = Mapping[str, Any]  # by, workers and steps_per_epoch of a `ShardingPlan`; empty for a new run
+ShardingMode = Literal["record", "file"]
+ShardBy = ShardingMode | Literal["auto"]  # data.shard_by
+CheckpointState = Mapping[str, Any]  # `ShardingPlan.checkpoint_state`; empty for a new run
 
 
 @dataclass(frozen=True)
 class Sharding:
     """The subset of the training split that one worker reads.
 
-    By record, the global batches are those of a run on one worker, and each worker takes its rows of each of them. By
-    file, each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them:
-    each record is read by one worker only, but records are shuffled only within the shards of a worker.
+    By record, the global batches are those of a run on one worker, and each worker takes its rows of them. By file,
+    each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them: a record
+    is read by one worker only, but is shuffled only within the shards of that worker.
     """
 
     worker: int = 0
     workers: int = 1
-    by: By = "record"
+    by: ShardingMode = "record"
 
     @property
     def by_file(self) -> bool:
@@ -35,14 +35,17 @@ class Sharding:
 UNSHARDED = Sharding()
 
 
-def shard_sizes(split: Split) -> np.ndarray:
-    """Return the number of records of each shard that the split uses, int64 [shards]."""
+def count_shard_records(split: Split) -> np.ndarray:
+    """Count the records of each shard that the split uses, int64 [shards]."""
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
-def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
-    """Return increasing shard numbers per worker, int64, balanced by longest-processing-time-first (Graham 1969)."""
-    sizes = shard_sizes(split)
+def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
+    """Return the shard indices of each worker, increasing, int64.
+
+    The record counts are balanced by longest-processing-time-first scheduling (Graham 1969).
+    """
+    sizes = count_shard_records(split)
     loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
         owner[shard] = np.argmin(loads)
@@ -50,19 +53,19 @@ def shards_of_workers(split: Split, workers: int) -> list[np.ndarray]:
     return [np.flatnonzero(owner == worker) for worker in range(workers)]
 
 
-def own_examples(split: Split, sharding: Sharding) -> np.ndarray:
-    """Return the increasing indices, int64 [n], of the training examples that a worker may read; by record all."""
+def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
+    """Return the indices, int64 [n], increasing, of the training examples that a worker can read: all if by record."""
     if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
-    shards, sizes = shards_of_workers(split, sharding.workers)[sharding.worker], shard_sizes(split)
+    shards, sizes = assign_shards(split, sharding.workers)[sharding.worker], count_shard_records(split)
     return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), shards))
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Return the global batches per epoch, the last one padded; by file, as many as the largest worker needs."""
+    """Count the global batches per epoch, the last one padded. By file, the worker with the most records decides."""
     if sharding.by_file:
-        sizes, rows = shard_sizes(split), batch_size // sharding.workers
-        return max(-(-int(sizes[shards].sum()) // rows) for shards in shards_of_workers(split, sharding.workers))
+        sizes, rows = count_shard_records(split), batch_size // sharding.workers
+        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, sharding.workers))
     return -(-split.count // batch_size)
 
 
@@ -70,7 +73,7 @@ def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDE
 class ShardingPlan:
     """Sharding of the training split over all workers, and the reason for it."""
 
-    by: By
+    by: ShardingMode
     workers: int
     steps_per_epoch: int
     reason: str
@@ -80,15 +83,15 @@ class ShardingPlan:
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
-        """The content of a checkpoint with which `check_resumable` compares the plan of a later start."""
+        """What a checkpoint stores, so that `check_resumable` can compare the plan of a later start with it."""
         return {"by": self.by, "workers": self.workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """Return the log line about the records of a worker."""
+        """Format the log line about the records of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        shards, sizes = shards_of_workers(split, self.workers)[worker], shard_sizes(split)
-        paths = [shard.path for shard in split.shards]  # a split may use several ranges of a file
+        shards, sizes = assign_shards(split, self.workers)[worker], count_shard_records(split)
+        paths = [shard.path for shard in split.shards]  # a split can use several ranges of a file
         files, records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
             f"sharding: by file ({self.reason}); worker {worker} has {files} of {len(set(paths))} shards with "
@@ -101,13 +104,13 @@ def plan_sharding(
 ) -> ShardingPlan:
     """Choose the sharding of the training split.
 
-    Sharding by file requires at least one shard per worker. "auto" continues with the sharding of the checkpoint; a new
-    run is sharded by file if decoded images are not cached, so that each record is read and decoded by one worker only.
+    Sharding by file requires at least one shard per worker. "auto" keeps the sharding of the checkpoint. It shards a
+    new run by file if decoded images are not cached, so that each record is read and decoded by one worker only.
 
-    `image_cache` is where decoded images are cached, "memory", "disk" or "none"; "features" if training reads images
-    only once, to compute features.
+    `image_cache` is where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
+    images only once, to compute features.
     """
-    by: By = "record"
+    by: ShardingMode = "record"
     if workers > 1 and len(split.shards) >= workers:
         by = checkpoint.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
     if shard_by == by:
@@ -130,7 +133,7 @@ def plan_sharding(
 def check_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
     """Raise a ConfigError if a run cannot resume from a checkpoint with this plan.
 
-    Sharding by file can change only between epochs, and only if the steps per epoch stay the same. `epoch_step` is the
+    Sharding by file can change only between epochs, and only to equal steps per epoch. `epoch_step` is the
     number of steps of the current epoch in the checkpoint.
     """
     if not checkpoint or checkpoint == plan.checkpoint_state or "file" not in (plan.by, checkpoint["by"]):

@@ -1,4 +1,4 @@
-"""Build splits of examples, limit and fingerprint them, and read the labels of TFRecord shards."""
+"""Build splits of examples, select from them, hash them, and read the labels of TFRecord shards."""
 
 import glob
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data
-from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable
-from trainer.data.sharding import shard_sizes
+from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable_error
+from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -28,19 +28,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class RawData:
-    """The dataset that a source provides, before the limits and checks that all sources have in common."""
+    """A dataset as a source provides it, before the selections and checks that all sources have in common."""
 
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]
-    identities: dict[str, str]  # path of a file or shard -> name, size in bytes, and checksum or hash of its ends
+    identities: dict[str, str]  # path of a file or shard -> its name, size in bytes, and checksum or hash of its ends
     skipped: list[str] = field(default_factory=list)  # unreadable files and records, with the reason
     notes: list[str] = field(default_factory=list)
-    ignored: dict[int, str] = field(default_factory=dict)  # class -> the files that are not images, for messages
+    ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
     group_names: tuple[str, ...] | None = None  # names of the values 0, 1, ... of data.group_field
 
 
-def head_and_tail_digest(path: str | Path, length: int) -> tuple[int, bytes, str]:
+def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str]:
     """Return the size of a file in bytes, its first `length` bytes, and a hash of its first and last `length` bytes."""
     handle = os.open(path, os.O_RDONLY)  # faster: a Python file object doubles the time of this function
     try:
@@ -53,28 +53,28 @@ def head_and_tail_digest(path: str | Path, length: int) -> tuple[int, bytes, str
 
 
 def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """Return the number of examples in all and in each class, such as "7 (cat 3, dog 4)"; of many, the ten rarest."""
+    """Describe the example counts in total and per class, such as "7 (cat 3, dog 4)", for at most the ten rarest."""
     counts = np.bincount(labels, minlength=len(class_names))
     shown = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
     more = ", ..." * (len(counts) > 10)
     return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in shown)}{more})"
 
 
-def take(split: Split, positions: np.ndarray) -> Split:
-    """Return the split of the examples at `positions`, int [k]; ascending if the split has shards."""
-    labels = split.labels[positions]
+def take(split: Split, indices: np.ndarray) -> Split:
+    """Return a split of the examples `indices`, int [k], which must be increasing if the split has shards."""
+    labels = split.labels[indices]
     if split.files:
-        return replace(split, labels=labels, files=tuple(split.files[i] for i in positions))
-    shard_of = np.repeat(np.arange(len(split.shards)), shard_sizes(split))[positions]
-    record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[positions]
+        return replace(split, labels=labels, files=tuple(split.files[i] for i in indices))
+    shard_of = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[indices]
+    record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[indices]
     breaks = np.flatnonzero((np.diff(shard_of) != 0) | (np.diff(record) != 1)) + 1
-    runs = [run for run in np.split(np.arange(len(positions)), breaks) if len(run)]  # of consecutive records
+    runs = [run for run in np.split(np.arange(len(indices)), breaks) if len(run)]  # of consecutive records
     shards = [replace(split.shards[shard_of[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in runs]
     return replace(split, labels=labels, shards=tuple(shards))
 
 
-def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return the rank of each example, from 0, in a random order of its class, int64 [n]."""
+def rank_within_classes(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Rank each example, from 0, in a random order of its class, int64 [n]."""
     shuffled = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)
@@ -84,19 +84,19 @@ def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def select_per_class(split: Split, limit: int, seed: int) -> Split:
-    """Select at most `limit` examples of each class at random, in their order."""
-    return take(split, np.flatnonzero(rank_in_class(split.labels, seed) < limit))
+    """Select at most `limit` random examples of each class, in unchanged order."""
+    return take(split, np.flatnonzero(rank_within_classes(split.labels, seed) < limit))
 
 
 def select_at_most(split: Split, limit: int, seed: int) -> Split:
-    """Select at most `limit` examples at random, in their order, and equally many of each class that has enough."""
+    """Select at most `limit` random examples, balanced over the classes as far as possible, in unchanged order."""
     if split.count <= limit:
         return split
-    return take(split, np.sort(np.argsort(rank_in_class(split.labels, seed), kind="stable")[:limit]))
+    return take(split, np.sort(np.argsort(rank_within_classes(split.labels, seed), kind="stable")[:limit]))
 
 
-def split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Return the size of each new split: its rounded fraction of `count`, at least 1 if above 0; train retains 1."""
+def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
+    """Compute the size of each new split, its rounded fraction of `count`, at least 1 if above 0. Train retains 1."""
     sizes, left = {}, count - 1
     for name, fraction in fractions.items():
         sizes[name] = min(left, max(1, round(count * fraction))) if fraction > 0 else 0
@@ -110,8 +110,8 @@ def count_overlap(first: Split, second: Split) -> int:
     return sum(max(0, min(one.stop, other.stop) - max(one.start, other.start)) for one, other in pairs)
 
 
-def fingerprint(raw: RawData) -> str:
-    """Return a hash, 16 hex digits, of class names, splits, labels and file identities, without the root folder."""
+def hash_raw_data(raw: RawData) -> str:
+    """Hash class names, splits, labels and file identities, independent of the root folder, to 16 hex digits."""
     digest = hashlib.sha256(repr(raw.class_names).encode())
     for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
@@ -123,7 +123,7 @@ def fingerprint(raw: RawData) -> str:
     return digest.hexdigest()[:16]
 
 
-_END_BYTES = 2**16  # at the beginning and at the end of a shard, covered by the fingerprint of the dataset
+_END_BYTES = 2**16  # of the beginning and the end of a shard, covered by the dataset fingerprint
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,22 @@ class RecordSource:
     classes: int  # number of classes
     cache_dir: Path  # stores the labels of shards for later runs
     log_message: LogMessage
-    streamed: bool = False  # the shards are fetched later: use the manifest and the labels file
+    streamed: bool = False  # the shards are fetched later: use manifest and labels file
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Read the labels and identities of shards, and cache the labels of undamaged shards on disk.
+    """Read the labels and identities of shards. Cache the labels of intact shards on disk.
 
     In a folder that `python -m trainer.prepare` wrote, the identities are those of its manifest, so that a dataset has
     the same fingerprint on a local disk and in a bucket. Local records are still read, to verify their checksums.
 
     Returns:
-        The labels by path, int32 [records], -1 for a damaged record; the file's name, size, and CRC32C or hash of its
-        ends, by path; and a description of each damaged shard or record.
+        By path, the labels of each shard, int32 [records], -1 for a corrupt record. By path, its identity: file name,
+        size, and CRC32C or hash of its ends. A description of each corrupt shard or record.
 
     Raises:
-        DataError: a shard is missing, damaged (on_error="fail") or not in the manifest, or a record has no valid image
-            or label field.
+        DataError: a shard is missing, corrupt (with on_error="fail") or not in the manifest, or a record has no valid
+            image or label field.
     """
     data = source.data
     fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, data.class_names or ())
@@ -158,7 +158,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     identities: dict[str, str] = {}
     skipped: list[str] = []
     stored = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
-    for number, path in enumerate(paths):
+    for done, path in enumerate(paths):
         health.record_progress()
         name, (entries, stored_labels) = os.path.basename(path), stored[os.path.dirname(path)]
         if source.streamed:
@@ -170,18 +170,18 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         try:
             status = os.stat(path)
             prepared = name in entries and entries[name].bytes == status.st_size
-            digest = "" if prepared else head_and_tail_digest(path, _END_BYTES)[2]
+            digest = "" if prepared else digest_head_and_tail(path, _END_BYTES)[2]
             identities[path] = entries[name].identity if prepared else f"{name} {status.st_size} {digest}"
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise unreadable_error(path, error) from None
         key = repr((identities[path], status.st_mtime_ns, fields.label, fields.image, source.classes))
         key += repr(how) if data.label_kind != "index" else ""
         cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-        with suppress(OSError, ValueError, KeyError):  # missing or damaged: read the shard again
+        with suppress(OSError, ValueError, KeyError):  # missing or corrupt: read the shard again
             labels[path] = unpack(cached.read_bytes())["labels"]
             continue
-        if number % 100 == 0:
-            source.log_message(f"reading the labels of {len(paths) - number} shards (once, cached in {cached.parent})")
+        if done % 100 == 0:
+            source.log_message(f"reading the labels of {len(paths) - done} shards (once, cached in {cached.parent})")
         index = index_shard(path)
         labels[path], faults = read_labels(path, index, fields)
         faults += [index.fault] if index.fault else []
@@ -189,26 +189,26 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             with suppress(OSError):  # a later start reads the shard again
                 write_atomically(cached, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
-            fix = "fetch or write it again, or set data.on_error=skip to leave out damaged records"
+            fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
             raise DataError(faults[0], fix=fix)
         skipped += faults
     return labels, identities, skipped
 
 
-def empty_split(name: str, content: str, skipped: Sequence[str]) -> DataError:
-    """Return the error of a split that has no example, though the data or the configuration defines it."""
+def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
+    """Build the error for a split that the dataset or the configuration defines, but that has no example."""
     unreadable_ones = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
     fix = "repair them, or remove the split" if skipped else "add examples to it, or use another split"
     return DataError(f"the {name} split has no example: {content}{unreadable_ones}", fix=fix)
 
 
-def split_of(
+def build_split(
     name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource, skipped: Sequence[str]
 ) -> Split:
-    """Build the split of the undamaged records in `ranges`.
+    """Build the split of the intact records in `ranges`.
 
     Raises:
-        DataError: no record is left, or a count differs from that of dataset_info.json (on_error="fail").
+        DataError: no record is left, or a count differs from dataset_info.json (with on_error="fail").
     """
     shards = []
     for shard in ranges:
@@ -224,31 +224,31 @@ def split_of(
     if not readable.size:
         paths = list(dict.fromkeys(shard.path for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
-        raise empty_split(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
+        raise empty_split_error(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
     return take(split, readable)
 
 
-def matching_files(pattern: str) -> list[str]:
-    """Return the files that a pattern matches, sorted; its parts that exist as they are written are no patterns."""
-    parts = pattern.split("/")
-    for i, part in enumerate(parts):
-        if has_wildcard(part) and not os.path.lexists("/".join(parts[: i + 1])):
-            literal = [glob.escape(part) for part in parts[:i]]
-            return sorted(filter(os.path.isfile, glob.glob("/".join([*literal, *parts[i:]]), recursive=True)))
+def find_matching_files(pattern: str) -> list[str]:
+    """Return the files that a pattern matches, sorted. A path component that exists literally is not a pattern."""
+    components = pattern.split("/")
+    for i, component in enumerate(components):
+        if has_wildcard(component) and not os.path.lexists("/".join(components[: i + 1])):
+            literal = [glob.escape(earlier) for earlier in components[:i]]
+            return sorted(filter(os.path.isfile, glob.glob("/".join([*literal, *components[i:]]), recursive=True)))
     return [pattern] if os.path.isfile(pattern) else []
 
 
 def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
-    """Open the TFRecord files that match data.pattern, and divide them, sorted by path, by the configured fractions.
+    """Open the TFRecord files that match data.pattern, and assign them to splits by the configured fractions.
 
-    The first files are the validation split, the next the test split, and all others the train split.
+    In path order, the first files are the validation split, the next the test split, and all others the train split.
 
     Raises:
         DataError: no file matches the pattern, there are fewer files than splits, or a shard cannot be read.
     """
     assert data.pattern
     assert data.class_names
-    paths = matching_files(os.path.expanduser(data.pattern))
+    paths = find_matching_files(os.path.expanduser(data.pattern))
     if not paths:
         if os.path.isdir(os.path.expanduser(data.pattern)):
             files = f"set data.pattern={os.path.join(data.pattern, '*.tfrec*')}"
@@ -262,12 +262,12 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         zero = " and ".join(f"data.{name}_fraction=0" for name in names[1:])
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
-    sizes = split_sizes(len(paths), fractions)
+    sizes = compute_split_sizes(len(paths), fractions)
     source = RecordSource(data, len(data.class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
     test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
-    splits = {name: split_of(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
+    splits = {name: build_split(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
     return RawData(name, data.class_names, splits, identities, skipped)

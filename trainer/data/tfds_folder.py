@@ -1,4 +1,4 @@
-"""Write a folder in TFDS's format, local or in a bucket, shards first and metadata last; read its manifest."""
+"""Write a dataset folder in TFDS's format, local or in a bucket, metadata last. Read its manifest."""
 
 import io
 import json
@@ -22,32 +22,32 @@ from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import ABANDONED_SECONDS
 
 MANIFEST = "kubetune_shards.json"
-LABELS = "kubetune_labels.npz"  # int32 [records] by file name of the shard; makes reading shards for labels unnecessary
+LABELS = "kubetune_labels.npz"  # int32 [records] by shard file name, so that shards need not be read for labels
 INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
 METADATA = (INFO, "features.json", "label.labels.txt")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A finished shard: an entry of the manifest, and until that is written the content of the shard's sidecar file."""
+    """The manifest entry of a finished shard. Until the manifest is written, it is the content of a sidecar file."""
 
     file: str
     count: int  # records
     bytes: int
     crc32c: str  # of the file, 8 hex digits
-    made_of: str  # hash of the class names, source images (name, size and time, or content), labels and texts
+    made_of: str  # hash of class names, source images (name, size and time, or content), labels and texts
     skipped: tuple[str, ...] = ()  # images that could not be read or decoded, with the reason
-    missing: tuple[int, ...] = ()  # their positions among the source images
+    missing: tuple[int, ...] = ()  # their indices among the source images
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return the entry of a JSON object; unknown or absent keys raise TypeError or KeyError."""
+        """Build an entry from a JSON object. Unknown or absent keys raise TypeError or KeyError."""
         lists = {"skipped": tuple(value["skipped"]), "missing": tuple(map(int, value.get("missing", ())))}
         return cls(**{**value, **lists, "count": int(value["count"]), "bytes": int(value["bytes"])})
 
     @property
     def identity(self) -> str:
-        """Name, size and checksum, for the fingerprint of a dataset."""
+        """Name, size and checksum, for the dataset fingerprint."""
         return f"{self.file} {self.bytes} {self.crc32c}"
 
 
@@ -58,18 +58,18 @@ class DatasetFolder:
     """
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
-        """For a bucket, unfinished shards are written in `scratch`, which defaults to a new temporary folder."""
+        """`scratch` is where unfinished shards of a bucket are written, by default a new temporary folder."""
         local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
         self.folder, self.scratch = folder, local
 
     def create(self, shards: set[str]) -> None:
-        """Create the folder; raise a DataError if it is not writable, or has files of another dataset."""
+        """Create the folder. Raise a DataError if it is not writable, or has files of another dataset."""
         names = {MANIFEST, LABELS, *METADATA} | shards
         temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            files = self.scratch.iterdir() if self.folder.is_local else self._files()
+            files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             others = sorted({file.name for file in files} - names)
             others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
         except OSError as error:
@@ -78,25 +78,25 @@ class DatasetFolder:
             problem = f"has other files ({', '.join(map(escape_unprintable, others[:3]))}{', ...' * (len(others) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
-    def entries(self) -> dict[str, ShardEntry]:
-        """Return the entries of the shards that earlier starts or other pods have written, by file name.
+    def read_entries(self) -> dict[str, ShardEntry]:
+        """Read the entries of the shards that earlier starts or other pods have written, by file name.
 
-        A shard whose entry is damaged is written again.
+        A shard whose entry is corrupt is written again.
         """
-        files = self._files()
+        files = self._list_files()
         manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
         sidecars = [parse_manifest(b"[%s]" % path.read()) for path in files if _is_sidecar(path.name)]
         return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
-    def _files(self) -> list[StoragePath]:
+    def _list_files(self) -> list[StoragePath]:
         return [info.path for info in self.folder.list(recursive=False)]
 
-    def holds(self, entry: ShardEntry) -> bool:
+    def has_intact(self, entry: ShardEntry) -> bool:
         """Return whether the shard exists with the size and checksum of its entry."""
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
-        crc = _crc_of(self.scratch / entry.file) if info.crc32c is None else info.crc32c
+        crc = _compute_crc32c(self.scratch / entry.file) if info.crc32c is None else info.crc32c
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
@@ -116,9 +116,9 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_fields: Sequence[str],
     ) -> None:
-        """Write manifest, labels (int32 [records] by file name) and metadata, then delete the sidecar files.
+        """Write manifest, labels (int32 [records] by file name) and metadata. Then delete the sidecar files.
 
-        Several pods may do so. `text_fields` are additional text features of the records.
+        Several pods can do so concurrently. `text_fields` are additional text features of the records.
         """
         import tensorflow_datasets as tfds
 
@@ -146,7 +146,7 @@ class DatasetFolder:
             for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
                 if file.stat().st_size:
                     (self.folder / file.name).write(file.read_bytes())
-        for path in self._files():
+        for path in self._list_files():
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
@@ -156,7 +156,7 @@ class DatasetFolder:
 
 
 def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
-    """Return the entries of a manifest by file name; empty if the content is not a manifest."""
+    """Parse the entries of a manifest, by file name. Empty if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
     except CONTENT_ERRORS:
@@ -164,9 +164,9 @@ def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
 
 
 def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
-    """Return the entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
+    """Read the entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
 
-    Both are empty if manifest or labels file are missing, damaged or inconsistent; then the shards have to be read.
+    Both are empty if manifest or labels file are missing, corrupt or inconsistent. Then the shards must be read.
     """
     try:
         entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
@@ -180,7 +180,7 @@ def _is_sidecar(name: str) -> bool:
     return name.startswith(".") and name.endswith(".json")
 
 
-def _crc_of(path: Path) -> int:
+def _compute_crc32c(path: Path) -> int:
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(2**22):

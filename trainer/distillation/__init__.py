@@ -1,1 +1,1 @@
-"""Knowledge distillation: the teacher of a run, its files and its soft labels."""
+"""Knowledge distillation: the teacher of a run, its files, and its soft labels."""

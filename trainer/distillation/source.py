@@ -1,4 +1,4 @@
-"""The teacher's files at the address `distillation.teacher`, in a local folder or a bucket."""
+"""The files of the teacher at `distillation.teacher`, in a local folder or a bucket."""
 
 import hashlib
 import json
@@ -18,24 +18,24 @@ from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import divide_listing
 
 KEY = "distillation.teacher"
-ROWS_PER_CALL = 32  # images per replica and device call; constant, so that bits do not depend on the batch size
+ROWS_PER_CALL = 32  # images per replica and device call; constant, so that the bits do not depend on the batch size
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """Description of a teacher: its files, classes and weights, none of which are loaded."""
+    """A teacher whose weights are not loaded: its address, files and classes."""
 
     address: str  # as configured
     home: StoragePath  # folder of the files
     classes: tuple[str, ...]
     fingerprint: str  # 16 hex digits of a hash of its weights and model
     files: dict[str, int]  # path relative to `home` -> size in bytes
-    model: config.Model | None = None  # settings of a checkpoint's network; None for a SavedModel
+    model: config.Model | None = None  # configuration of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
-        """Description for the log."""
+        """A description for the log."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
@@ -46,26 +46,26 @@ class TeacherFiles:
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
 
-def find_teacher(address: str) -> TeacherFiles:
-    """Describe the teacher at an address, the folder of a SavedModel or the output_dir of a run.
+def describe_teacher(address: str) -> TeacherFiles:
+    """Describe the teacher at an address, which is the folder of a SavedModel or the output_dir of a run.
 
-    The teacher of a run is its best checkpoint if `training.keep` is best, otherwise the newest one. Weights are read
+    The teacher of a run is its best checkpoint if `training.keep` is best, otherwise its newest one. Weights are read
     only if the storage has no checksums of them.
 
     Raises:
-        DataError: the address has neither, the run has no checkpoint yet, or its files are damaged.
+        DataError: the address has neither, the run has no checkpoint yet, or its files are corrupt.
         ConfigError: the run's config.yaml is not valid in this version.
     """
     home = storage_path(address)
     if (home / _GRAPH).exists():
-        return _saved_model(address, home)
+        return _describe_saved_model(address, home)
     if (home / "config.yaml").exists():
-        return _checkpoint(address, home)
+        return _describe_checkpoint(address, home)
     problem = f"is neither the output_dir of a run (no config.yaml) nor the folder of a SavedModel (no {_GRAPH})"
     raise DataError(problem, key=KEY, value=address, fix="give the output_dir of a run, or its export/saved_model/1")
 
 
-def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
+def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
@@ -83,7 +83,7 @@ def _saved_model(address: str, home: StoragePath) -> TeacherFiles:
     return TeacherFiles(address, home, classes, digest.hexdigest()[:16], sizes)
 
 
-def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
+def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     try:
         settings = config.load_resolved(config.parse_config((home / "config.yaml").read()))
     except ConfigError as error:
@@ -102,18 +102,18 @@ def _checkpoint(address: str, home: StoragePath) -> TeacherFiles:
         size = int(manifest["bytes"])
         classes = tuple(json.loads((home / "run.json").read())["classes"])
     except CONTENT_ERRORS:
-        raise DataError(f"{folder} or run.json is damaged", key=KEY, value=address, fix=fix) from None
+        raise DataError(f"{folder} or run.json is corrupt", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
     fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
     return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
 
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
-    """Raise a DataError unless the classes of the teacher are those of the data, in the same order."""
+    """Raise a DataError unless the teacher has the classes of the dataset, in the same order."""
     teacher, data = (tuple(map(normalize_class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
-    differences = {"only the teacher has": _difference(teacher, data), "only the data has": _difference(data, teacher)}
+    differences = {"only the teacher has": _list_extra(teacher, data), "only the data has": _list_extra(data, teacher)}
     detail = " and ".join(f"{prefix} {names}" for prefix, names in differences.items() if names)
     detail = detail or f"they are in a different order ({', '.join(teacher[:5])}; {', '.join(data[:5])})"
     problem = f"has {len(teacher)} classes and the data has {len(data)}: {detail}"
@@ -121,24 +121,27 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
 
 
 def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
-    """Raise a DataError if the run in output_dir `run` began with a teacher whose fingerprint is not `current`."""
+    """Raise a DataError if the run in output_dir `run` began with a teacher of another fingerprint than `current`."""
     if recorded not in (None, current):
         problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 
-def _difference(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    """List the names that are not in `others`, at most five."""
+def _list_extra(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """List the names that are not in `others`, at most five, and the count of the rest."""
     extra = [name for name in names if name not in others]
     return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
 
-def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
-    """Read the weights of a teacher; raise a DataError if a file is missing or does not match its size or checksum.
+def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
+    """Read the weights of a teacher.
 
     Returns:
-        for a checkpoint, the variables by name, with their moving averages if the run computed them; for a SavedModel,
-        the content of each file, uint8 [bytes], by its relative path.
+        For a checkpoint, the variables by name, or their moving averages if the run computed them. For a SavedModel,
+        the content of each file, uint8 [bytes], by relative path.
+
+    Raises:
+        DataError: a file of a checkpoint is missing, or does not match its size or checksum.
     """
     if teacher.model is None:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
@@ -150,7 +153,7 @@ def read_teacher(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, which `read_teacher` returned, to a folder."""
+    """Write the files of a SavedModel, as `read_weights` returns them, to a folder."""
     for name, content in files.items():
         file = join_inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

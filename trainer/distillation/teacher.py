@@ -1,4 +1,4 @@
-"""Opens the teacher of a run with knowledge distillation (Hinton et al. 2015), and computes its soft labels."""
+"""The teacher of a run with knowledge distillation (Hinton et al. 2015), and its soft labels."""
 
 import hashlib
 import tempfile
@@ -27,7 +27,7 @@ from trainer.storage.local import write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.training.losses import log_probs
 
-_FORMAT = 1  # version of the soft labels on disk; incremented when their values change
+_FORMAT = 1  # version of the soft labels on disk; increment it when their values change
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Teacher:
     forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
 
     def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - as `Network.logits`
-        """Compute logits, float32 [b, classes], up to a constant per row; no gradient flows through them.
+        """Compute logits, float32 [b, classes], up to a constant per row. No gradient flows through them.
 
-        Images are uint8 or float32 [b, s, s, 3] in 0..255, and are resized bilinearly if s is not S.
+        Images are uint8 or float32 [b, s, s, 3] in 0..255. They are resized bilinearly if s is not S.
         """
         pixels = tf.cast(images, tf.float32)
         if pixels.shape[1] != self.image_size:
@@ -48,8 +48,8 @@ class Teacher:
         return tf.stop_gradient(self.forward(pixels))
 
 
-def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
-    """Load a SavedModel that kubetune exported as a teacher; call it in the scope of the strategy.
+def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
+    """Load a SavedModel of kubetune as a teacher. Must be called in the scope of the strategy.
 
     Raises:
         DataError: it has no signature `images` with a fixed image size and an output `probabilities`.
@@ -62,7 +62,7 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
         raise DataError(problem, key=KEY, value=address, fix=f"{fix}, or its output_dir")
 
     def forward(images: Any) -> Any:
-        assert loaded is not None  # keeps it alive: its variables would be deleted with it
+        assert loaded is not None  # the reference keeps its variables alive
         return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward)
@@ -70,13 +70,13 @@ def saved_model_as_teacher(folder: Path, address: str) -> Teacher:
 
 @dataclass(frozen=True)
 class OpenedTeacher:
-    """Teacher of a run: a network for every step, or the soft labels of all examples; neither after a stop request."""
+    """Opened teacher: a network for every step, or the soft labels of all examples. Neither after a stop request."""
 
     fingerprint: str  # hash of its weights
     network: Teacher | None = None
     soft_labels: np.ndarray | None = None  # probabilities, float32 [count, classes], by example index
 
-    def with_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+    def add_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """Add the soft labels, if there are any, to training batches as `teacher`."""
         if self.soft_labels is None:
             return batches
@@ -86,17 +86,17 @@ class OpenedTeacher:
 
 
 @dataclass(frozen=True)
-class TeacherAtAddress:
-    """The teacher that is configured, before its weights are read."""
+class ConfiguredTeacher:
+    """The configured teacher, before its weights are read."""
 
     properties: dict[str, Any]  # of `TeacherFiles`
     files: source.TeacherFiles | None  # None on workers other than the chief
 
 
-def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> TeacherAtAddress:
-    """Find and check the configured teacher on all workers; only the chief reads its files.
+def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
+    """Find and check the configured teacher on all workers. Only the chief reads its files.
 
-    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began, None for a new run.
+    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began. None for a new run.
 
     Raises:
         DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
@@ -104,21 +104,24 @@ def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     """
     assert images.config.distillation
     address = images.config.distillation.teacher
-    files = source.find_teacher(address) if worker.is_chief else None
+    files = source.describe_teacher(address) if worker.is_chief else None
     properties: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.properties if files else None)
     check_classes(address, tuple(properties["classes"]), images.dataset.class_names)
     check_same_teacher(run, recorded, properties["fingerprint"])
-    return TeacherAtAddress(properties, files)
+    return ConfiguredTeacher(properties, files)
 
 
-def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_address: TeacherAtAddress) -> OpenedTeacher:
-    """Open a teacher on all workers; the chief reads its files and broadcasts them.
+def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, teacher: ConfiguredTeacher) -> OpenedTeacher:
+    """Open a teacher on all workers. The chief reads its files and broadcasts them.
 
-    Without augmentation every epoch has the same images, so their soft labels are computed or read from disk now; with
-    augmentation the teacher predicts in every step. Computing soft labels ends early on a stop request: check
-    `Worker.should_stop` afterwards. Raises DataError if the files are damaged.
+    Without augmentation, every epoch has the same images, so their soft labels are computed now or read from disk. With
+    augmentation, the teacher predicts in every step. A stop request ends the computation of soft labels early, so
+    `Worker.should_stop` must be checked afterwards.
+
+    Raises:
+        DataError: the files are corrupt.
     """
-    config, properties, files = images.config, at_address.properties, at_address.files
+    config, properties, files = images.config, teacher.properties, teacher.files
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
     loss = f"{alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
@@ -126,12 +129,12 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_addr
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
     def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_teacher(files) if files else {})
+        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
         with worker.strategy.scope():
             if properties["model"] is None:
                 with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
                     source.write_saved_model(arrays, Path(folder))
-                    return saved_model_as_teacher(Path(folder), address)
+                    return load_saved_model_teacher(Path(folder), address)
             model, setting = Model(**properties["model"]), f"{KEY}={address}"
             classifier = rebuild_classifier(model, len(images.dataset.class_names), config.seed, arrays, setting)
         return Teacher(classifier.image_size, classifier.logits)
@@ -140,14 +143,14 @@ def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, at_addr
         network = build()
         log.info("  it predicts in every step, for the augmented images")
         return OpenedTeacher(properties["fingerprint"], network=network)
-    soft_labels = _soft_labels(worker, images, sharding, properties, build)
+    soft_labels = _compute_soft_labels(worker, images, sharding, properties, build)
     return OpenedTeacher(properties["fingerprint"], soft_labels=soft_labels)
 
 
-def _soft_labels(
+def _compute_soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
 ) -> np.ndarray | None:
-    """Read or compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""
+    """Read or compute the soft labels of training images, resized for the teacher. None if the run should stop."""
     control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
@@ -169,7 +172,7 @@ def _soft_labels(
     scored = Scorer(worker, teacher, sharding).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
-    # Examples without a prediction have an image that cannot be decoded, and weight 0.
+    # Examples without a prediction have an undecodable image, and weight 0.
     labels = np.full((split.count, classes), 1 / classes, np.float32)
     labels[scored.indices] = scored.probabilities
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
@@ -183,7 +186,7 @@ def _soft_labels(
 
 
 def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Return the soft labels in a file; None if it is missing or damaged."""
+    """Read the soft labels in a file. None if it is missing or corrupt."""
     try:
         labels = unpack(file.read_bytes())["answers"]
     except (OSError, *CONTENT_ERRORS):

@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.cluster.worker import Worker
-from trainer.data.images import BatchSource, data_errors
-from trainer.data.pipeline import Batches, evaluation_batches
+from trainer.data.images import BatchSource, convert_data_errors
+from trainer.data.pipeline import Batches, build_evaluation_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import DataError, StopRequested
@@ -94,8 +94,8 @@ class Scorer:
             DataError: an example cannot be read (data.on_error=fail), or none can.
         """
         batches, stream = self._open(source, batch_size, fraction)
-        gate, examples = batches.gate(), batch_size // self.sharding.workers
-        with data_errors(source):
+        gate, examples = batches.open_gate(), batch_size // self.sharding.workers
+        with convert_data_errors(source):
             arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, examples))
         gate.close()
         if self.worker.size > 1:
@@ -116,8 +116,8 @@ class Scorer:
         for opened, settings, batches, stream in self._opened:
             if opened is source and settings == (batch_size, fraction):
                 return batches, stream
-        batches = evaluation_batches(
-            source, batch_size=batch_size, replicas=self.worker.replicas, part=fraction, sharding=self.sharding
+        batches = build_evaluation_batches(
+            source, batch_size=batch_size, replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding
         )
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
         self._opened.append((source, (batch_size, fraction), batches, stream))

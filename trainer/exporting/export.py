@@ -55,7 +55,7 @@ def export_classifier(
     reference = compute_reference(scored.split, names, scored.probabilities, embeddings, size, resize)
     reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
-        model=classifier.keras_model(),
+        model=classifier.build_keras_model(),
         explain=lambda pixels: explain(classifier, pixels),
         class_names=names,
         image_size=size,

@@ -1,4 +1,4 @@
-"""The pass over the images of a split that computes their features, on all workers in parallel."""
+"""The pass over the images of a split that computes their features, in parallel on all workers."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import ImageStore, Pixels, data_errors
-from trainer.data.pipeline import View, chosen_batches
+from trainer.data.images import ImageStore, Pixels, convert_data_errors
+from trainer.data.pipeline import View, build_chosen_batches
 from trainer.errors import StopRequested
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
@@ -19,9 +19,9 @@ from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-# Images per replica and device call; constant, so that the bits do not depend on batch size and number of workers.
+# Images per replica and device call. Constant, so that the bits do not depend on batch size and worker count.
 ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
-BLOCK_BYTES = 32 << 20  # approximate size of the features that are computed, then exchanged and stored, as one block
+BLOCK_BYTES = 32 << 20  # approximate size of a block, the features that are computed, exchanged and stored together
 MAX_CALLS_PER_BLOCK = 8
 MAX_DECODED_BYTES = 256 << 20  # images decoded while the first call compiles
 
@@ -33,11 +33,11 @@ def rows_per_call() -> int:
 
 @dataclass
 class FeatureRequest:
-    """Features to compute at one cut."""
+    """A request for the features at one cut."""
 
     cut: Cut
     features: Features
-    required: bool  # by the phase that begins; otherwise they are for a later phase, and optional
+    required: bool  # by the phase that begins; features for a later phase are optional
     failed: bool = False  # this worker could not store them
 
 
@@ -45,7 +45,7 @@ Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """Computes the features of one split per `fill` call; the same cuts are compiled once."""
+    """Compute the features of one split per call of `fill`. The same cuts are compiled once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
@@ -53,16 +53,17 @@ class FeaturePass:
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
-        """Compute and store the missing features of one split; return False if the run should stop.
+        """Compute and store the missing features of one split. Return False if the run should stop.
 
         Each worker computes the features that it reads. With `exchange`, all workers read the same features: each
-        computes a part of them, and they exchange the results. If this worker cannot store the features of a request,
-        it sets `failed` there, without notice to the other workers.
+        computes a shard of them, and they exchange the results. If this worker cannot store the features of a request,
+        it sets `failed` of the request, without notice to the other workers.
 
-        Raises DataError if an image cannot be read or a feature is too large for float16.
+        Raises:
+            DataError: an image cannot be read, or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
-        missing = [[self._missing(request, view, exchange) for view in range(views)] for request in requests]
+        missing = [[self._find_missing(request, view, exchange) for view in range(views)] for request in requests]
         incomplete = []
         for request, missing_in_views in zip(requests, missing, strict=True):
             if np.any(missing_in_views):
@@ -75,15 +76,15 @@ class FeaturePass:
         targets = " and ".join(request.features.location for request in incomplete)
         log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
         pixels = self.images.split(split.name)
-        with data_errors(pixels):
+        with convert_data_errors(pixels):
             return all(
                 self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing)
                 for view, is_missing in enumerate(missing_by_view)
                 if is_missing.any()
             )
 
-    def _missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
-        """Return which features this worker, or with `exchange` any worker, lacks: bool [count]."""
+    def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
+        """Return which features this worker, or with `exchange` any worker, lacks, bool [count]."""
         missing, control = request.features.missing(view), self.worker.control
         if not exchange:
             return missing
@@ -96,14 +97,14 @@ class FeaturePass:
         self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchange: bool, view: int,
         is_missing: np.ndarray,
     ) -> bool:  # fmt: skip
-        """Compute and store the missing features of one view, in blocks; return False if the run should stop."""
+        """Compute and store the missing features of one view, in blocks. Return False if the run should stop."""
         worker = self.worker
         shards = np.array_split(np.flatnonzero(is_missing), worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
-        with closing(self._batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
-            for first in range(0, len(shards[0]), calls * self.rows):  # the first shard is the largest
+        with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
+            for first in range(0, len(shards[0]), calls * self.rows):  # no shard is larger than the first
                 index = shard[first : first + calls * self.rows]
                 outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
@@ -112,48 +113,50 @@ class FeaturePass:
                 health.record_progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
         return True
 
-    def _batches(
+    def _compute_batches(
         self, cuts: Sequence[Cut], pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
-        """Yield the outputs of each device call: weights float32 [rows], then the features at each cut.
+        """Yield the outputs of each device call, weights float32 [rows] and then the features at each cut.
 
         The weight of padding and of images that cannot be read is 0. A stop request ends the iteration early.
         """
-        compute, local = self._compute(cuts), self.worker.strategy.experimental_local_results
+        compute, local = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
         if pixels.array is not None and not augmentation.active:
-            source = self._from_memory(pixels, shard)
+            source = self._iterate_memory(pixels, shard)
         else:
-            source = self._from_pipeline(pixels, shard, augmentation, view)
+            source = self._iterate_pipeline(pixels, shard, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outputs = compute(images, weights)
                 health.record_progress()
                 # np.asarray avoids the copy that Tensor.numpy() makes.
-                yield [_concatenated([np.asarray(values) for values in local(output)]) for output in outputs]
+                yield [_concatenate([np.asarray(values) for values in local(output)]) for output in outputs]
 
-    def _from_pipeline(
+    def _iterate_pipeline(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call, decoded and augmented by an input pipeline."""
+        """Yield images and weights for each device call, from an input pipeline that decodes and augments."""
         replicas, one_view = self.worker.replicas, View(augmentation, self.images.config.seed, view)
         # Decode while the trunk is compiled, unless shards have to be fetched.
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
         ahead = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
-        batches = chosen_batches(pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead)
+        batches = build_chosen_batches(
+            pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead
+        )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
-        gate = batches.gate()
+        gate = batches.open_gate()
         try:
             while self.worker.stop.reason is None:
                 gate.wait_for(self.rows)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
-        except StopRequested:  # while it waited for a shard file
+        except StopRequested:  # while waiting for a shard file
             return
         finally:
             gate.close()
 
-    def _from_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call from the cache in memory; consecutive images are not copied."""
+    def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+        """Yield images and weights for each device call, from the memory cache. Consecutive images are not copied."""
         cached, padding, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad = list(pixels.bad)
         for first in range(0, len(shard), self.rows):
@@ -172,8 +175,8 @@ class FeaturePass:
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
-    def _compute(self, cuts: Sequence[Cut]) -> Any:
-        """Return the compiled function (images, weights) -> weights, features at the first cut, ..."""
+    def _compile_trunk(self, cuts: Sequence[Cut]) -> Any:
+        """Compile the function (images, weights) -> weights, features at the first cut, ..."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -187,27 +190,27 @@ class FeaturePass:
     def _store_block(
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
     ) -> None:
-        """Store the features of the examples `index`, and with `exchange` those that the other workers computed."""
-        columns = [_concatenated(column)[: len(index)] for column in zip(*outputs, strict=True)]
+        """Store the features of the examples `index`, and with `exchange` those that other workers computed."""
+        columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
         failed = index[columns[0] == 0] if columns else index
         reasons = np.array([pixels.bad.get(int(i), "") for i in failed] if len(failed) else [], str)
         rows = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
         block = {"index": index, "failed": failed, "reasons": reasons}
-        for number, (request, values) in enumerate(zip(requests, rows, strict=True)):
-            block[f"rows{number}"] = request.features.encode(values)
+        for i, (request, values) in enumerate(zip(requests, rows, strict=True)):
+            block[f"rows{i}"] = request.features.encode(values)
         if exchange:
             gathered = self.worker.control.gather_arrays("features", block)
             joined = {key: np.concatenate([values[key] for values in gathered]) for key in block} if gathered else {}
             block = self.worker.control.broadcast_arrays("features", joined)
         bad = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
-        for number, request in enumerate(requests):
+        for i, request in enumerate(requests):
             try:
                 if not request.failed:
-                    request.features.write(view, block["index"], block[f"rows{number}"], bad)
+                    request.features.write(view, block["index"], block[f"rows{i}"], bad)
             except OSError as error:
                 request.failed = True
                 log.info(f"  features cannot be stored in {request.features.location}: {error.strerror}")
 
 
-def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,4 +1,4 @@
-"""The cut of a classifier into a frozen trunk, whose output is computed once, and a tail, which is trained on it."""
+"""The cut of a classifier into a frozen trunk, whose output is computed once, and a tail that is trained on it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import NORM, example_weights
+from trainer.models.batch_norm import NORM, use_example_weights
 from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor of the backbone: the layers below are frozen, and those above are computed from this tensor alone."""
+    """A tensor of the backbone. The layers below it are frozen, and those above depend on this tensor alone."""
 
     layer: str  # name of the layer or operation whose output it is
-    number: int  # index of that layer in `backbone.layers`; for an operation, of the last layer before it
-    tensor: Any  # KerasTensor [None, ...] of the backbone
-    pooled: bool  # the cut is at the backbone's end, and the trunk's output is pooled: float32 [b, C]
-    shape: tuple[int, ...]  # of the trunk's output for one example
+    layer_index: int  # of that layer in `backbone.layers`; for an operation, of the last layer before it
+    tensor: Any  # KerasTensor [None, ...]
+    pooled: bool  # the cut is the output of the backbone, and the trunk pools it to float32 [b, C]
+    shape: tuple[int, ...]  # of the trunk's output per example
     dtype: str  # of the trunk's output: float32 if pooled, otherwise the compute dtype
     variables: dict[str, keras.Variable]  # of the trunk, named as in `Classifier.variables`
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a hash of the trunk's variables."""
+        """Hash the variables of the trunk to 16 hex digits."""
         digest = hashlib.sha256()
         for name, variable in self.variables.items():
             value = tf.distribute.get_strategy().experimental_local_results(variable.value)[0]
@@ -34,45 +34,45 @@ class Cut:
         return digest.hexdigest()[:16]
 
     def __str__(self) -> str:
-        where = f"layer {self.number} ({self.layer})"
+        where = f"layer {self.layer_index} ({self.layer})"
         shape = " x ".join(map(str, self.shape))
         return f"the backbone's end, pooled to {shape}" if self.pooled else f"{where}, {shape}"
 
 
 def updates_moving_averages(layer: keras.Layer) -> bool:
-    """Return whether a layer is a BatchNormalization whose moving averages training updates."""
+    """Return whether training updates the moving averages of a layer, which then is a BatchNormalization."""
     return isinstance(layer, NORM) and layer.trainable
 
 
 def find_cut(classifier: Classifier) -> Cut | None:
-    """Return the cut with the most layers below it, after `apply_thaw`; None if no layer below any cut has weights."""
+    """Return the cut with the most layers below it, given `apply_thaw`. None if no layer below any cut has weights."""
     backbone, operations = classifier.backbone, classifier.backbone.operations
     uses = enumerate(operations[1:], 1)
-    last_use = {id(tensor): number for number, op in uses for tensor in keras.tree.flatten(op.input)}
+    last_use = {id(tensor): index for index, op in uses for tensor in keras.tree.flatten(op.input)}
     (end,) = backbone.outputs
     last_use[id(end)] = len(operations)
-    # Tensors that an operation up to the current one computes and a later one uses; a single one is a cut.
+    # Tensors that an operation up to the current one computes and a later one uses. If there is one, it is a cut.
     crossing: dict[int, tuple[int, Any]] = {}
     deepest, has_weights = None, False
-    for number, operation in enumerate(operations):
+    for index, operation in enumerate(operations):
         is_layer = isinstance(operation, keras.Layer)  # else a function, such as the addition of two tensors
         if is_layer and (operation.trainable_weights or updates_moving_averages(operation)):
             break
         has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
         for tensor in keras.tree.flatten(operation.output):
-            crossing[id(tensor)] = (number, tensor)
-        crossing = {key: value for key, value in crossing.items() if last_use.get(key, -1) > number}
+            crossing[id(tensor)] = (index, tensor)
+        crossing = {key: value for key, value in crossing.items() if last_use.get(key, -1) > index}
         if len(crossing) == 1 and has_weights:
-            deepest = (number, *next(iter(crossing.values())))
+            deepest = (index, *next(iter(crossing.values())))
     if deepest is None:
         return None
-    last_below, number, tensor = deepest
+    last_below, producer, tensor = deepest
     layers = [operation for operation in operations[: last_below + 1] if isinstance(operation, keras.Layer)]
     trunk_ids = {id(variable) for layer in layers for variable in layer.weights}
     pooled = tensor is end
     return Cut(
-        layer=operations[number].name,
-        number=sum(isinstance(operation, keras.Layer) for operation in operations[: number + 1]) - 1,
+        layer=operations[producer].name,
+        layer_index=sum(isinstance(operation, keras.Layer) for operation in operations[: producer + 1]) - 1,
         tensor=tensor,
         pooled=pooled,
         shape=(tensor.shape[-1],) if pooled else tuple(tensor.shape[1:]),
@@ -84,7 +84,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
 class Trunk:
     """The layers below one or more cuts of a classifier, for inference.
 
-    It folds BatchNormalization when it is constructed: the variables of the layers must not change afterwards.
+    The constructor folds BatchNormalization, so the variables of the layers must not change afterwards.
     """
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
@@ -93,7 +93,7 @@ class Trunk:
         self._folded = fold_weights(self._network)
 
     def features(self, images: Any) -> tuple[Any, ...]:
-        """Compute the features at each cut, [b, *shape] of its dtype, of uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute the features at each cut, [b, *shape], of images uint8 or float32 [b, S, S, 3] in 0..255."""
         pixels = self.classifier.spec.preprocess(keras.ops.cast(images, "float32"))
         maps = keras.tree.flatten(apply_folded(self._network, pixels, weights=self._folded))
         outputs = zip(self.cuts, maps, strict=True)
@@ -101,7 +101,7 @@ class Trunk:
 
 
 class Tail:
-    """The layers above a cut, as a network that training and scoring use with the trunk's output instead of images."""
+    """The layers above a cut, as a network whose input is the output of the trunk instead of images."""
 
     def __init__(self, classifier: Classifier, cut: Cut) -> None:
         self.classifier, self.cut = classifier, cut
@@ -111,10 +111,10 @@ class Tail:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute logits as `Classifier.logits`; `images` is the trunk's output [b, *shape] of any floating dtype."""
+        """Compute logits as `Classifier.logits`. `images` is the trunk's output [b, *shape], of any float dtype."""
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
-            with example_weights(weight if batch_norm_training else None):
+            with use_example_weights(weight if batch_norm_training else None):
                 maps = apply_folded(self._network, maps, batch_norm_training)
         return self.classifier.head_logits(maps, training, seed, step, position)
 

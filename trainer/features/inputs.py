@@ -1,4 +1,4 @@
-"""Inputs of a phase: images, or cached features, the output of the frozen layers (the trunk)."""
+"""The inputs of a phase: images, or cached features, which are the output of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,39 +9,39 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
-from trainer.data.images import BatchSource, ImageStore, cache_name
-from trainer.data.order import examples_to_score
-from trainer.data.sharding import Sharding, own_examples
+from trainer.data.images import BatchSource, ImageStore, build_cache_name
+from trainer.data.order import select_examples_to_score
+from trainer.data.sharding import Sharding, select_worker_examples
 from trainer.evaluation.scoring import Scorer
 from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
 from trainer.features.cut import Tail
-from trainer.features.plan import FeaturePlan, stored_dtype
+from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.log import log
 from trainer.training.step import Network
 
-_FORMAT = 2  # version of the features on disk; incremented when their values change
+_FORMAT = 2  # version of the features on disk; increment it when their values change
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a phase reads, and the network that the phase trains: the classifier on images, or its tail on features."""
+    """The inputs of a phase, and the network that it trains: the classifier on images, or its tail on features."""
 
     network: Network
     scorer: Scorer
     training: BatchSource
     validation: BatchSource
     augmentation: Augmentation  # applied to batches of `training`; disabled for features, which include it
-    views: int | None  # fixed augmented views per example, cycled over the epochs; None: each epoch draws new views
+    views: int | None  # augmented views per example, cycled over the epochs; None: each epoch draws new views
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open the inputs of a phase after `apply_thaw`; all workers compute the missing features together.
+    """Open the inputs of a phase after `apply_thaw`. All workers compute the missing features together.
 
-    `scorer` is that of the complete classifier. Return None, and raise errors, as `FeatureCache.open` does.
+    `scorer` is that of the complete classifier. Results of None, and errors, are those of `FeatureCache.open`.
     """
     augmentation, kind = images.config.augmentation, plan.input_kinds[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
@@ -61,16 +61,16 @@ def open_inputs(
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Let a phase read images instead of the features for which there is no space."""
+    """Make a phase read images, because there is no space for its features."""
     if plan.input_kinds[name] == "cached":
-        images.forget("train")  # drop the uncached images, so that the next call may fill the image cache
+        images.drop("train")  # uncached images are dropped, so that the next call can fill the image cache
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Opens the features of the phases of a run; those that an earlier start stored on disk are read."""
+    """Opens the features of phases. Those that an earlier start stored on disk are read."""
 
     worker: Worker
     images: ImageStore
@@ -81,9 +81,11 @@ class FeatureCache:
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
         """Return the complete features of these splits for a phase.
 
-        The same pass computes features for later phases whose trunk is not trained before they begin.
-        Return None, on all workers, if one of them has no space for the features of `phase` or the run should stop.
-        Raises DataError if an image cannot be read or a feature is too large for float16.
+        The same pass computes features for later phases whose trunk is not trained before they begin. Return None on
+        all workers if the run should stop, or if one of them has no space for the features of `phase`.
+
+        Raises:
+            DataError: an image cannot be read, or a feature is too large for float16.
         """
         feature_pass, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
         opened: list[Features] = []
@@ -94,11 +96,11 @@ class FeatureCache:
                 return None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later in self._later_phases_in_same_pass(phase, split):
-                # On disk only: the memory that will be free in that phase is not yet known.
+                # On disk only, because the memory that will be free in that phase is not yet known.
                 optional = self._open(later, split, None, disk_used=sum(r.features.bytes for r in requests))
                 if not control.any_worker("no space for later features", optional is None) and optional is not None:
                     requests.append(FeatureRequest(self.plan.cut(later), optional, required=False))
-            # If all workers read the same features, each computes a part, then they exchange them.
+            # If all workers read the same features, each computes a shard, and they exchange them.
             exchange = split == "train" and self.sharding.by == "record" and self.worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
             done = feature_pass.fill(requests, augmentation, exchange)
@@ -133,21 +135,21 @@ class FeatureCache:
         return later_phases
 
     def _open(self, phase: str, split: str, memory_budget: int | None, disk_used: int = 0) -> Features | None:
-        """Open the features of a split; return None if there is no space. `memory_budget` None: on disk only."""
+        """Open the features of a split. Return None if there is no space. `memory_budget` None: on disk only."""
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
         cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
         augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if augmented else 1
         if split == "validation":
-            indices = examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+            indices = select_examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
         else:
-            indices = own_examples(examples, self.sharding)
-        dtype, threads = stored_dtype(options, cut), runtime.data_threads
+            indices = select_worker_examples(examples, self.sharding)
+        dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         if memory_budget is None and disk_used + features.bytes > runtime.disk_budget:
             return None
         fingerprint = self.images.dataset.fingerprint
-        decoded_name = cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
+        decoded_name = build_cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
         key = (
             _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
-from trainer.data.images import ImageStore, megabytes
+from trainer.data.images import ImageStore, format_bytes
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut, updates_moving_averages
-from trainer.features.store import bytes_of
+from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
@@ -28,13 +28,13 @@ class FeatureChoice:
     reason: str
 
     def describe(self, name: str) -> str:
-        """Format the log line of phase `name`, about its training images."""
+        """Format the log line about the training images of phase `name`."""
         return f"features of phase {name}: {'cached' if self.input_kind == 'cached' else 'live'}, {self.reason}"
 
 
 @dataclass(frozen=True)
 class Division:
-    """The cut of the classifier in a phase, if it has one, and the names of all variables that the phase updates."""
+    """The cut of the classifier in a phase, if any, and the names of the variables that the phase updates."""
 
     cut: Cut | None
     updated: frozenset[str]
@@ -42,7 +42,7 @@ class Division:
 
 @dataclass
 class FeaturePlan:
-    """Inputs of all phases of a run; a phase without space for its features becomes "live"."""
+    """The inputs of all phases of a run. A phase without space for its features becomes "live"."""
 
     divisions: Mapping[str, Division]
     input_kinds: dict[str, InputKind]
@@ -54,15 +54,16 @@ class FeaturePlan:
         return cut
 
 
-def stored_dtype(phase: Phase, cut: Cut) -> str:
-    """Return the dtype of stored features: that of the trunk's output, or if that is float32, the configured one."""
+def select_stored_dtype(phase: Phase, cut: Cut) -> str:
+    """Return the dtype of stored features: the configured one if the trunk's output is float32, otherwise its own."""
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
-def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Apply the freezing rules of each phase in turn and return its division; the rules of the last one stay applied.
+def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
+    """Apply the thaw rule of each phase in turn, and return its division. The last rule stays applied.
 
-    Raises ModelError if a thaw rule cannot be applied; the key of the error names the phase.
+    Raises:
+        ModelError: a thaw rule cannot be applied. The key of the error names the phase.
     """
     divisions = {}
     for name, phase in config.phases.items():
@@ -81,7 +82,7 @@ def divide(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
 
 
 def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
-    """Return whether the phases from index `first` on only read the training images to compute features, once."""
+    """Return whether phases `first` and later read the training images only once, to compute features."""
     reread = config.augmentation.active or config.distillation is not None
     return not reread and all(input_kinds.get(name) == "cached" for name in list(config.phases)[first:])
 
@@ -89,16 +90,17 @@ def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKin
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose cached features or images for each phase; its features may occupy `budget` bytes, in memory or on disk.
+    """Choose cached features or images for each phase. Its features can use `budget` bytes, in memory or on disk.
 
-    Raises ConfigError if a phase with `features=cached` cannot have cached features.
+    Raises:
+        ConfigError: a phase with `features=cached` cannot have cached features.
     """
     train_count = dataset.splits["train"].count
     validation_count = dataset.splits["validation"].count if "validation" in dataset.splits else 0
     steps_per_epoch = -(-train_count // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if fault := config.feature_fault(name):  # automatic phases are not validated earlier
+        if fault := config.feature_fault(name):  # automatic phases were not validated before
             raise fault
         cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose(config, phase, cut, epochs, train_count + validation_count, budget)
@@ -106,9 +108,9 @@ def plan_features(
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
         if cut and choice.input_kind != "cached" and phase.features == "auto" and epochs > 1:
-            needed = bytes_of(cut.shape, stored_dtype(phase, cut), 1, validation_count)
+            needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), 1, validation_count)
             if needed <= budget:
-                validation = f"validation on features of {validation_count:,} images at {cut}, {megabytes(needed)}"
+                validation = f"validation on features of {validation_count:,} images at {cut}, {format_bytes(needed)}"
                 choice = FeatureChoice("validation", f"{choice.reason}; {validation}")
         choices[name] = choice
     return choices
@@ -119,8 +121,8 @@ def choose_features(
 ) -> dict[str, InputKind]:
     """Return the input of each phase, the same on all workers.
 
-    The chief takes them from the `run_json` of a run that resumes, and chooses them if that is empty. If it has none,
-    the version that began the run had no cached features: every phase reads images.
+    The chief takes them from `run_json` if the run resumes, and chooses them if that is empty. A run.json without them
+    is of a version without cached features: every phase reads images.
     """
     config = images.config
 
@@ -149,9 +151,9 @@ def _choose(
     if cut is None:
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
-    needed = bytes_of(cut.shape, stored_dtype(phase, cut), views, examples)
+    needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), views, examples)
     views_text = f"{views} view{'s' * (views > 1)}"
-    description = f"{views_text} of {examples:,} images at {cut}, {megabytes(needed)}"
+    description = f"{views_text} of {examples:,} images at {cut}, {format_bytes(needed)}"
     if needed > budget:
         return FeatureChoice("live", f"{description} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     epoch_count = math.ceil(epochs)

@@ -1,8 +1,8 @@
-"""Features of the images of a split: computed once, stored in memory or on disk, and read instead of the images.
+"""Features of the images of a split, which are computed once, stored in memory or on disk, and read instead of images.
 
-On disk, `NAME.rows` has a row per view and example, at a fixed offset. After a block of rows is written there, a
+On disk, `NAME.rows` has a row per view and example, at a fixed offset. After a block of consecutive rows is written, a
 JSON line with its range and checksum is appended to `NAME.list`. A restart therefore reads the rows of all earlier
-starts; missing and damaged rows are computed again.
+starts. Missing and corrupt rows are computed again.
 """
 
 import json
@@ -14,16 +14,16 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.host import fresh_array, usable_cpus
-from trainer.data.images import tensor_over
-from trainer.data.order import Read
+from trainer.data.host import allocate_array, count_usable_cpus
+from trainer.data.images import wrap_array
+from trainer.data.order import BlockShards
 from trainer.data.shard_gate import ShardGate
 from trainer.errors import DataError
 from trainer.runs.checkpoints import crc32c_hex
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import LogMessage, Split
 
-# NumPy dtypes of stored rows. NumPy has no bfloat16; its bits are stored as uint16.
+# NumPy dtypes of stored rows. NumPy has no bfloat16, so its bits are stored as uint16.
 STORED: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16),
 }  # fmt: skip
@@ -31,62 +31,63 @@ STORED: dict[str, np.dtype] = {
 
 @dataclass
 class Features:
-    """Features of the examples of a split that this worker reads; a `BatchSource`, like `Pixels`, its images."""
+    """The features of the examples of a split that this worker reads, as a `BatchSource`."""
 
     split: Split
     shape: tuple[int, ...]  # of one example
     dtype: str  # float32 | float16 | bfloat16
     views: int  # per example; epoch e reads view e % views
-    indices: np.ndarray  # int64, increasing: the examples that this worker reads
-    threads: int | None = None  # of a private thread pool for pipelines; None for TensorFlow's own pool
+    indices: np.ndarray  # int64, increasing; the examples that this worker reads
+    threads: int | None = None  # of a private thread pool for pipelines; None: TensorFlow's pool
     log_message: LogMessage = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
-    array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
-    file: Path | None = None  # path of NAME.rows and NAME.list without the suffix; None if nothing is on disk
-    stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]: rows available here
-    bad: dict[int, str] = field(default_factory=dict)  # index -> why the image could not be read; it has weight 0
+    array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of a view is 0, for padding
+    file: Path | None = None  # path of NAME.rows and NAME.list without suffix; None if nothing is on disk
+    stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count], which rows are stored
+    bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable images; they have weight 0
 
     @property
     def parallel(self) -> int:
-        return self.threads or usable_cpus()
+        return self.threads or count_usable_cpus()
 
     @property
     def row_bytes(self) -> int:
-        return bytes_of(self.shape, self.dtype, 1, 1)
+        return count_feature_bytes(self.shape, self.dtype, 1, 1)
 
     @property
     def location(self) -> str:
-        """Storage of the features, for log lines."""
+        """Where the features are stored, for log lines."""
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
     def bytes(self) -> int:
-        """Bytes of all views of the examples that this worker reads."""
-        return bytes_of(self.shape, self.dtype, self.views, len(self.indices))
+        """Size of all views of the examples that this worker reads, in bytes."""
+        return count_feature_bytes(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
         """Return a tensor over all rows, without a copy."""
-        return tensor_over(self.array)
+        return wrap_array(self.array)
 
-    def rows_of(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+    def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         """Gather rows [b, *shape] of the examples `index`, int64 [b], in the view for their `epoch`, int64 [b]."""
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
-    def gate(self, reader: str, reads: Iterator[Read], ahead: int) -> ShardGate:
-        """Return a gate that never waits: features do not need the shards of the images."""
-        return ShardGate(None, self.split, reader, reads, ahead)
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
+        """Return a gate that never waits, because features do not need the shards of the images."""
+        return ShardGate(None, self.split, reader, blocks, ahead)
 
     def missing(self, view: int) -> np.ndarray:
-        """Return which examples this worker reads but has no features of, bool [count]."""
+        """Return the examples that this worker reads but has no features of, bool [count]."""
         required = np.zeros(self.split.count, bool)
         required[self.indices] = True
         return required & ~self.stored[view]
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Convert rows [n, *shape] of any floating dtype to the stored dtype, as `write` requires.
+        """Convert rows [n, *shape] of any float dtype to the stored dtype, as `write` requires.
 
-        Raises DataError if a finite value is too large for float16.
+        Raises:
+            DataError: a finite value is too large for float16.
         """
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
@@ -100,7 +101,8 @@ class Features:
     def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
         """Store encoded `rows` [n, *shape] of the examples `index`, int64 [n], increasing, and `bad`.
 
-        Raises OSError if the rows cannot be written to disk and the features are not in memory.
+        Raises:
+            OSError: the rows cannot be written to disk, and the features are not in memory.
         """
         gaps = np.flatnonzero(np.diff(index) != 1) + 1
         for consecutive, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
@@ -109,7 +111,7 @@ class Features:
         self.bad |= bad
 
     def _write_block(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store rows of consecutive examples; if the disk fails, features in memory are no longer written to it."""
+        """Store rows of consecutive examples. If the disk fails, features in memory are no longer written to it."""
         count, start = len(rows), view * (self.split.count + 1) + first
         if self.cached_in == "memory":
             assert self.array is not None
@@ -129,7 +131,7 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                remove(self.file)
+                delete_features(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
@@ -138,28 +140,28 @@ class Features:
         assert not any(self.missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
-            # Mode "c", copy on write: DLPack requires writable memory, although nothing writes to it.
+            # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
             shape = (self.views * (self.split.count + 1), *self.shape)
             self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
 
 
-def remove(file: Path) -> None:
-    """Delete features from disk; a process that has mapped them can still read them."""
+def delete_features(file: Path) -> None:
+    """Delete features from disk. A process that has mapped them can still read them."""
     for suffix in (".rows", ".list"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def bytes_of(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
-    """Return the size in bytes of stored features of `shape` per view and example."""
+def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
+    """Count the bytes of stored features, of `shape` per view and example."""
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
     """Prepare new `features` for writing, load the rows that earlier starts stored in `file`, and return `features`.
 
-    Features that fit the memory budget (bytes) are in memory, and also on disk if they fit the disk budget; all others
-    are on disk only. The least recently used features of other files are deleted to stay within the disk budget. Return
-    None if there is no space. `memory_budget` None: on disk only. `file` has no suffix.
+    Features that fit the memory budget (in bytes) are in memory, and also on disk if they fit the disk budget. All
+    others are on disk only, as with a `memory_budget` of None. The least recently used features of other files are
+    deleted to stay within the disk budget. Return None if there is no space. `file` has no suffix.
     """
     in_memory = memory_budget is not None and features.bytes <= memory_budget
     on_disk = features.bytes <= disk_budget
@@ -169,7 +171,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     rows = features.views * (features.split.count + 1)
     features.stored = np.zeros((features.views, features.split.count), bool)
     if in_memory:
-        features.array = fresh_array((rows, *features.shape), STORED[features.dtype])
+        features.array = allocate_array((rows, *features.shape), STORED[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
                 sparse.truncate(rows * features.row_bytes)
             file.with_suffix(".list").touch()
             features.file = file
-            _load_stored(features)
+            _load_rows(features)
         except OSError as error:
             features.log_message(f"features cannot be stored in {file.parent} ({error.strerror})")
             if not in_memory:
@@ -187,10 +189,10 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     return features
 
 
-def _load_stored(features: Features) -> None:
-    """Mark the rows on disk that match their checksums as stored, and read them if the features are in memory."""
+def _load_rows(features: Features) -> None:
+    """Mark the rows on disk that match their checksums as stored. Read them if the features are in memory."""
     assert features.file
-    damaged, size = 0, features.split.count + 1
+    corrupt, size = 0, features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:
@@ -206,16 +208,16 @@ def _load_stored(features: Features) -> None:
             rows.seek(start * features.row_bytes)
             content = rows.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == checksum
-            damaged += not is_intact
+            corrupt += not is_intact
             features.stored[view, first : first + count] = is_intact  # a later line replaces an earlier one
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
                     values = np.frombuffer(content, STORED[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
-    if damaged:
-        blocks = f"{damaged} block{'s' * (damaged > 1)}"
-        features.log_message(f"{blocks} of {features.file}.rows damaged; computing the features again")
+    if corrupt:
+        blocks = f"{corrupt} block{'s' * (corrupt > 1)}"
+        features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 
 def _evict(file: Path, needed: int, budget: int) -> None:
@@ -229,5 +231,5 @@ def _evict(file: Path, needed: int, budget: int) -> None:
     for _, size, other in sorted(others):
         if total <= budget:
             return
-        remove(other)
+        delete_features(other)
         total -= size

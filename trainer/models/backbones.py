@@ -1,4 +1,4 @@
-"""Registry of backbones: every classification network of keras.applications, by name.
+"""Registry of backbones, the classification networks of keras.applications, by name.
 
 Only `BackboneSpec.build` and `BackboneSpec.preprocess` import Keras, so that listing and finding backbones is fast.
 """
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 class BackboneSpec:
     """A network of keras.applications.
 
-    The names of blocks are derived from the names of layers, by `block_pattern`. In the Inception and NASNet families
-    most layers of a block have automatic names (`conv2d_17`) and precede the layer that names the block: there a block
-    begins right after the previous one, and the first one after the layer `stem_end`.
+    Block names are derived from layer names, with `block_pattern`. In the Inception and NASNet families, most layers of
+    a block have automatic names (`conv2d_17`) and precede the layer that names the block. There a block begins right
+    after the previous one, and the first block right after the layer `stem_end`.
     """
 
-    name: str  # of the constructor in keras.applications, such as "MobileNetV2"
-    module: str  # of keras.applications that has its preprocess_input, such as "mobilenet_v2"
+    name: str  # constructor in keras.applications, such as "MobileNetV2"
+    module: str  # module of keras.applications with its preprocess_input, such as "mobilenet_v2"
     default_size: int  # image side in pixels with which the ImageNet weights were trained
-    smallest_size: int  # smallest image side in pixels
+    min_size: int  # minimum image side in pixels
     block_pattern: str  # regular expression, searched in layer names
-    block_name: str = r"\1"  # template of the block's name, expanded with the match
+    block_name: str = r"\1"  # template of the block name, expanded with the match
     stem_end: str | None = None  # last layer before the first block
     takes_alpha: bool = False  # has a width multiplier, as the MobileNet families do
 
@@ -43,17 +43,17 @@ class BackboneSpec:
         return getattr(keras.applications, self.module).preprocess_input(images)
 
     def build(self, image_size: int, alpha: float | None, weights: str | None) -> keras.Model:
-        """Build the network without its classification top: float [b, S, S, 3] -> float [b, h, w, C].
+        """Build the network without its classification top. It maps float [b, S, S, 3] to float [b, h, w, C].
 
         Raises:
             ModelError: the image size is too small, the network takes no `alpha`, or Keras rejects the arguments.
-            Exception: Keras cannot download the weights `imagenet`.
+            Exception: Keras cannot download the `imagenet` weights.
         """
         import keras
 
-        if image_size < self.smallest_size:
+        if image_size < self.min_size:
             problem = f"is too small for {self.name} (ImageNet weights: {self.default_size} px)"
-            fix = f"use at least {self.smallest_size}"
+            fix = f"use at least {self.min_size}"
             raise ModelError(problem, key="model.image_size", value=image_size, fix=fix)
         if alpha is not None and not self.takes_alpha:
             names = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
@@ -70,25 +70,26 @@ class BackboneSpec:
         _renumber_automatic_names(network)
         return network
 
-    def block_of(self, layer_name: str) -> str | None:
-        """Return the block that a layer name contains; None for the stem, the top and automatic names."""
+    def find_block(self, layer_name: str) -> str | None:
+        """Return the block that a layer name contains. None for the stem, the top and automatic names."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
-    def block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
+    def find_block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
         """Map each block to the index of its first layer, in layer order."""
         starts: dict[str, int] = {}
         previous = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
-            if block := self.block_of(name):
+            if block := self.find_block(name):
                 starts.setdefault(block, previous + 1 if self.stem_end else index)
                 previous = index
         return starts
 
 
 def _renumber_automatic_names(network: keras.Model) -> None:
-    """Number the layers with automatic names from 0: Keras numbers them across all networks of a process, but freezing
-    patterns and checkpoints need stable names.
+    """Number the layers with automatic names from 0.
+
+    Keras numbers them across all networks of a process, but freezing patterns and checkpoints need stable names.
     """
     import keras
 
@@ -100,14 +101,14 @@ def _renumber_automatic_names(network: keras.Model) -> None:
         if match and not isinstance(layer, keras.layers.InputLayer):
             by_kind.setdefault(kind, []).append((int(match[1] or 0), layer))
     for kind, layers in by_kind.items():
-        first = min(number for number, _ in layers)
-        for number, layer in layers:
-            layer.name = f"{kind}_{number - first}" if number > first else kind
+        first = min(suffix for suffix, _ in layers)
+        for suffix, layer in layers:
+            layer.name = f"{kind}_{suffix - first}" if suffix > first else kind
 
 
 @cache
 def backbones() -> dict[str, BackboneSpec]:
-    """Return all backbones by their lower-case names without separators, such as "mobilenetv2"."""
+    """Return all backbones by normalized name, such as "mobilenetv2"."""
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
     cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
@@ -139,21 +140,21 @@ def backbones() -> dict[str, BackboneSpec]:
         for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
-    return {_normalized(backbone.name): backbone for backbone in networks}
+    return {_normalize(backbone.name): backbone for backbone in networks}
 
 
-def _normalized(name: str) -> str:
-    """Return a name in lower case, without separators."""
+def _normalize(name: str) -> str:
+    """Convert a name to lower case without separators."""
     return re.sub(r"[\s_.-]", "", name).lower()
 
 
 def find_backbone(name: str) -> BackboneSpec:
-    """Return the backbone with a name; case, spaces, dots, underscores and hyphens do not matter.
+    """Return the backbone of a name. Case, spaces, dots, underscores and hyphens are ignored.
 
     Raises:
-        ModelError: no backbone has that name; the fix suggests the closest name, or lists all.
+        ModelError: no backbone has that name. The fix suggests the closest name, or lists all.
     """
-    registry, normalized = backbones(), _normalized(name)
+    registry, normalized = backbones(), _normalize(name)
     if normalized in registry:
         return registry[normalized]
     close = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)

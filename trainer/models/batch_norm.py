@@ -14,10 +14,10 @@ _example_weights: ContextVar[Any] = ContextVar("example_weights", default=None)
 
 
 @contextmanager
-def example_weights(weights: Any) -> Iterator[None]:
-    """Let the layers called in this context exclude examples with weight 0 from their batch statistics.
+def use_example_weights(weights: Any) -> Iterator[None]:
+    """Make layers that are called in this context exclude examples of weight 0 from their batch statistics.
 
-    `weights` are 0 or 1, float32 [b]; None includes the entire batch.
+    `weights` are 0 or 1, float32 [b]. None includes the entire batch.
     """
     token = _example_weights.set(weights)
     try:
@@ -27,10 +27,10 @@ def example_weights(weights: Any) -> Iterator[None]:
 
 
 class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
-    """Keras' layer with `synchronized=True`, except that it excludes padding and needs two collectives, not three.
+    """Keras' layer with `synchronized=True`, but it excludes padding and needs two collectives, not three.
 
-    Outside training, or without `example_weights`, it is Keras' layer as it is. Keras' mask does not help: statistics
-    with a mask are not synchronized, and the layers of a backbone do not propagate it.
+    Outside training, or without `use_example_weights`, it behaves as Keras' layer. Keras' mask does not help:
+    statistics with a mask are not synchronized, and the layers of a backbone do not propagate it.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -58,6 +58,6 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
 
 
 def _sum_over_replicas(sums: tf.Tensor) -> tf.Tensor:
-    """Add the sums of all replicas."""
+    """Add up sums over all replicas. In cross-replica context, return them unchanged."""
     replica = tf.distribute.get_replica_context()
     return sums if replica is None else replica.all_reduce(tf.distribute.ReduceOp.SUM, sums)

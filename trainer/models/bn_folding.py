@@ -1,4 +1,4 @@
-"""BatchNormalization folding: for speed, the convolution before a frozen layer computes both.
+"""BatchNormalization folding: for speed, a convolution also computes the frozen layer that follows it.
 
 With constant moving averages, BatchNormalization is a scale and a shift per channel, so a convolution with a scaled
 kernel and another bias computes the same in one operation. Variables do not change: kernels are scaled in the graph, in
@@ -23,22 +23,22 @@ CONVOLUTIONS = {
     keras.layers.DepthwiseConv2D: keras.ops.depthwise_conv,
     keras.layers.SeparableConv2D: keras.ops.separable_conv,
 }
-# Kernels (two if separable: depthwise, pointwise) and bias of a convolution with its BatchNormalization, compute dtype.
+# Kernels (depthwise and pointwise if separable, otherwise one) and bias of a folded convolution, in the compute dtype.
 FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
 
 
 def apply_folded(
     network: keras.Model, inputs: Any, training: bool = False, weights: Mapping[str, FoldedWeights] | None = None
 ) -> Any:
-    """Compute `network(inputs, training=training)` with folded layers; the result is equal up to rounding.
+    """Compute `network(inputs, training=training)` with folded layers. The result is equal up to rounding.
 
-    With `training`, trainable BatchNormalization layers are not folded, because they use the batch statistics. For
-    symbolic inputs nothing is folded. `weights` are those of `fold_weights`, if no variable of the network changes
-    afterwards; None folds in the graph, with the current variables at each execution.
+    With `training`, trainable BatchNormalization layers are not folded, because they use batch statistics. With
+    symbolic inputs nothing is folded. `weights` is the result of `fold_weights`, for a network whose variables do not
+    change afterwards. None folds in the graph, with the values of the variables at each execution.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
-    norm_of = {conv.name: norm for conv, norm in foldable_pairs(network) if not (training and norm.trainable)}
+    norm_of = {conv.name: norm for conv, norm in find_foldable_pairs(network) if not (training and norm.trainable)}
     folded_norms = {norm.name for norm in norm_of.values()}
 
     def operation_fn(operation: Any) -> Callable[..., Any]:
@@ -56,12 +56,12 @@ def apply_folded(
 
 
 def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
-    """Fold all foldable layers with the current values of the variables; keys are the names of the convolutions."""
-    return {convolution.name: _fold(convolution, norm) for convolution, norm in foldable_pairs(network)}
+    """Fold all foldable layers with the current values of their variables. Keys are convolution names."""
+    return {convolution.name: _fold(convolution, norm) for convolution, norm in find_foldable_pairs(network)}
 
 
-def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
-    """List the convolutions without an activation whose output only a BatchNormalization uses, each with that layer."""
+def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
+    """Find the pairs of a convolution without activation and the BatchNormalization that alone uses its output."""
     consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
     for operation in network.operations:
         if not isinstance(operation, keras.layers.InputLayer):
@@ -80,7 +80,7 @@ def foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers
 
 
 def _fold(convolution: Any, norm: Any) -> FoldedWeights:
-    """Scale the kernels of a convolution, and shift its bias, as the BatchNormalization after it does."""
+    """Scale kernels and shift the bias of a convolution as the BatchNormalization after it would."""
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma

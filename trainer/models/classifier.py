@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.config.schema import Model as ModelConfig
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
-from trainer.models.batch_norm import example_weights
+from trainer.models.batch_norm import use_example_weights
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
@@ -19,7 +19,7 @@ from trainer.stateless_random import DROPOUT, random_uniform
 
 @dataclass(frozen=True)
 class Classifier:
-    """Image classifier; S is the image side in pixels, C the number of output channels of the backbone.
+    """Image classifier. S is the image side in pixels, C the number of output channels of the backbone.
 
     The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function
     and in the replicas of a strategy.
@@ -35,18 +35,18 @@ class Classifier:
     image_size: int
 
     def features(self, images: Any, batch_norm_training: bool = False, weight: Any = None) -> Any:
-        """Compute feature maps [b, h, w, C], of the compute dtype, of uint8 or float32 [b, S, S, 3] in 0..255.
+        """Compute feature maps [b, h, w, C], in the compute dtype, of images uint8 or float32 [b, S, S, 3] in 0..255.
 
         With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their moving
         averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
         could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
-        with example_weights(weight if batch_norm_training else None):
+        with use_example_weights(weight if batch_norm_training else None):
             return apply_folded(self.backbone, pixels, batch_norm_training)
 
     def pool(self, features: Any) -> Any:
-        """Pool feature maps [b, h, w, C] to float32 [b, C]; rank-2 features are pooled already."""
+        """Pool feature maps [b, h, w, C] to float32 [b, C]. Features of rank 2 are pooled already."""
         features = keras.ops.cast(features, "float32")
         if len(features.shape) == 2:
             return features
@@ -57,8 +57,8 @@ class Classifier:
     ) -> Any:
         """Compute logits, float32 [b, classes], of feature maps [b, h, w, C] or pooled features [b, C].
 
-        The dropout mask depends only on `seed`, the `step` of the run, the `position` in the global batch, int64 [b],
-        and the unit: not on how the batch is split over replicas.
+        The dropout mask depends on `seed`, the `step` of the run, the `position` in the global batch, int64 [b], and
+        the unit, but not on how the batch is split over replicas.
         """
         x = self.pool(features)
         if self.hidden is not None:
@@ -76,28 +76,28 @@ class Classifier:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute logits, float32 [b, classes], of uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute logits, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
         return self.head_logits(self.features(images, batch_norm_training, weight), training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
-        """Compute class probabilities, float32 [b, classes], of uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute class probabilities, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
         return keras.ops.softmax(self.logits(images))
 
     def l2_loss(self) -> tf.Tensor:
-        """Return the L2 penalty, a float32 scalar: `l2` times the sum of squares of the head's kernels."""
+        """Compute the L2 penalty, `l2` times the sum of squares of the head's kernels, a float32 scalar."""
         if self.l2 == 0:
             return tf.constant(0.0)
         kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
 
-    def keras_model(self) -> keras.Model:
-        """Build an inference model with the same variables: float32 [b, S, S, 3] in 0..255 -> `probabilities`."""
+    def build_keras_model(self) -> keras.Model:
+        """Build a Keras model, with the same variables, that computes `probabilities` of float32 images."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
-        """Variables of the head by name: head/hidden/kernel, ..., head/output/bias."""
+        """Variables of the head by name, such as head/output/bias."""
         layers = {"hidden": self.hidden, "output": self.output}
         return {
             f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
@@ -105,31 +105,31 @@ class Classifier:
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """All variables by names that are stable across processes: backbone in layer order, then head."""
+        """All variables, the backbone in layer order, then the head, by names that are stable across processes."""
         named: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in named:  # a layer with sublayers can have several variables of one name
+                while key in named:  # a layer with sublayers can have several variables of the same name
                     key += "_"
                 named[key] = variable
         return named | self.head_variables
 
 
 def count_parameters(variables: Iterable[Any]) -> int:
-    """Count the parameters in variables."""
+    """Count the parameters of variables."""
     return sum(math.prod(v.shape) for v in variables)
 
 
-def variable_bytes(variables: Iterable[Any]) -> int:
+def count_variable_bytes(variables: Iterable[Any]) -> int:
     """Count the bytes of variables."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classifier:
-    """Build the classifier that `config` describes; random initial values depend on `seed` only.
+    """Build the classifier that `config` describes. Random initial values depend on `seed` only.
 
-    Call it in the scope of the strategy, after setting Keras' global precision policy.
+    Must be called in the scope of the strategy, after setting Keras' global precision policy.
 
     Raises:
         ModelError: there are fewer than two classes, or the backbone cannot be built or its weights loaded.
@@ -141,22 +141,22 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
     image_size = config.image_size or spec.default_size
     backbone = build_with_weights(spec, image_size, config.alpha, config.weights, seed)
     for layer in backbone.layers:
-        # Some families have drop-connect layers. They draw from a stateful generator that checkpoints do not save, so a
-        # resumed run would differ.
+        # Drop-connect layers, which some families have, draw from a stateful generator. Checkpoints do not save it, so
+        # a resumed run would differ.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     hidden, width = None, backbone.output_shape[-1]
     if config.hidden is not None:
-        hidden = _dense(config.hidden, width, "hidden", seed, "relu")
+        hidden = _build_dense(config.hidden, width, "hidden", seed, "relu")
         width = config.hidden
-    output = _dense(class_count, width, "output", seed + 1, None)
+    output = _build_dense(class_count, width, "output", seed + 1, None)
     return Classifier(
         spec, backbone, hidden, output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,
     )  # fmt: skip
 
 
-def _dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
+def _build_dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
     glorot = keras.initializers.GlorotUniform(seed=seed)
     layer = keras.layers.Dense(units, activation, kernel_initializer=glorot, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))

@@ -1,4 +1,4 @@
-"""Freezing: selects the trainable layers of a phase and their learning-rate multipliers."""
+"""Freezing: the selection of the trainable layers of a phase and their learning-rate multipliers."""
 
 import bisect
 import difflib
@@ -10,7 +10,7 @@ import keras
 
 from trainer.errors import ModelError
 from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization
-from trainer.models.classifier import Classifier, count_parameters, variable_bytes
+from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
 GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
@@ -19,29 +19,29 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 
 @dataclass(frozen=True)
 class ThawPlan:
-    """Trainable and frozen variables of the classifier in one phase."""
+    """The trainable and frozen variables of a classifier in one phase."""
 
     thaw: str
     batch_norm: str  # frozen | train
-    trainable: dict[str, keras.Variable]  # the variables of the optimizer, in a fixed order
-    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by its name in `GROUPS`
+    trainable: dict[str, keras.Variable]  # variables of the optimizer, in a fixed order
+    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the names in `GROUPS`
     first_thawed: int | None  # index in backbone.layers of the first layer with trainable weights
     first_name: str | None  # name of that layer
-    thawed_layers: int  # layers that the rule selects
-    layer_count: int  # layers of the backbone
+    thawed_layers: int  # count of the layers that the rule selects
+    layer_count: int  # count of the backbone layers
     batch_norm_training: bool  # whether training updates moving averages
     lr_multipliers: tuple[float, ...]  # per variable of `trainable`; empty if all are 1
-    lr_summary: str  # the multipliers per block, as text; empty if all are 1
+    lr_summary: str  # text with the multiplier of each block; empty if all are 1
 
-    def lines(self) -> list[str]:
-        """Format the plan: a heading, a table with a row per group, and the multipliers."""
+    def format_lines(self) -> list[str]:
+        """Format the plan as a heading, a table with a row per group, and the multipliers."""
         summary = f"all {self.layer_count} layers of the backbone are frozen"
         if self.first_thawed is not None:
             summary = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
                        f"{self.first_thawed} ({self.first_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
-            sizes = f"{count_parameters(group):,}", f"{variable_bytes(group) / 1e6:,.2f} MB"
+            sizes = f"{count_parameters(group):,}", f"{count_variable_bytes(group) / 1e6:,.2f} MB"
             table.append((group_name, f"{len(group):,}", *sizes))
         name_width, *widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         rows = ["  " + "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)]) for name, *cells in table]
@@ -51,17 +51,17 @@ class ThawPlan:
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` of every backbone layer according to the rule `thaw` (docs/phases.md); the head always trains.
+    """Set `.trainable` of every backbone layer by the rule `thaw` (docs/phases.md). The head always trains.
 
-    `batch_norm=frozen` freezes all BatchNormalization layers; `train` trains the thawed ones, with statistics over the
-    examples of all replicas. Trace training steps after this call: a traced function ignores the change.
+    `batch_norm=frozen` freezes all BatchNormalization layers. `train` trains the thawed ones, with statistics over the
+    examples of all replicas. Training steps must be traced after this call, as a traced function ignores the change.
 
-    The head is trained with the learning rate, a backbone layer with `backbone_rate * layer_decay ** d` times as much;
-    d is 1 in the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018;
-    d as in BEiT, Bao et al. 2022).
+    The learning rate of a backbone layer is that of the head times `backbone_rate * layer_decay ** d`, where d is 1 in
+    the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018; d as in
+    BEiT, Bao et al. 2022).
 
     Raises:
-        ModelError: the rule is invalid, matches no layer, or none with trainable weights; its `key` is "thaw".
+        ModelError: the rule is invalid, matches no layer, or none with trainable weights. Its `key` is "thaw".
     """
     layers, head = classifier.backbone.layers, classifier.head_variables
     matching = _matching_layers(classifier, thaw)
@@ -109,14 +109,14 @@ def apply_thaw(
 def _lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
-    """Return the multiplier of each trainable variable, and a text with that of each block; both empty if all are 1."""
+    """Return the multiplier of each trainable variable, and a text with that of each block. Both empty if all are 1."""
     layers = classifier.backbone.layers
-    starts = {"stem": 0, **classifier.spec.block_starts([layer.name for layer in layers])}
-    names, firsts = sorted(starts, key=starts.__getitem__), sorted(starts.values())
+    starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
+    names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
     by_variable: dict[int, float] = {}  # by id
     by_block: dict[str, float] = {}  # only blocks with trainable weights
     for index, layer in enumerate(layers):
-        block = bisect.bisect_right(firsts, index) - 1  # a block ends where the next one begins
+        block = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
         multiplier = backbone_rate * layer_decay ** (len(names) - block)
         by_variable |= {id(variable): multiplier for variable in layer.weights}
         if layer.trainable_weights:
@@ -131,7 +131,7 @@ def _lr_multipliers(
 def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
     """Return the indices of the backbone layers that a rule selects."""
     names = [layer.name for layer in classifier.backbone.layers]
-    starts = classifier.spec.block_starts(names)
+    starts = classifier.spec.find_block_starts(names)
     rule, _, value = thaw.partition(":")
     count, network = len(names), classifier.spec.name
 

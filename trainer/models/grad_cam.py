@@ -1,4 +1,4 @@
-"""Grad-CAM heatmaps, probabilities and embeddings of images, in one pass through the backbone."""
+"""Grad-CAM heatmaps, probabilities and embeddings, in one pass through the backbone."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ import tensorflow as tf
 
 from trainer.models.classifier import Classifier
 
-BATCH_SIZE = 32  # largest number of images per call of the compiled function
+BATCH_SIZE = 32  # maximum number of images per call of the compiled function
 Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the results of `explain`
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
-    """Compile `explain` for any number of images; the first call traces it, once."""
+    """Compile `explain` for any number of images. The first call traces it."""
     signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)
     compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
 
@@ -27,13 +27,13 @@ def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None
     """Compute probabilities, embeddings and Grad-CAM heatmaps of images, eagerly or in a graph.
 
     Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization") is the ReLU of a weighted sum of the feature maps; the weight of a map is the spatial mean of the
+    Localization") is the ReLU of a weighted sum of the feature maps. The weight of a map is the spatial mean of the
     gradient of the class logit. Only the head is differentiated, so a heatmap costs little more than a prediction.
-    Images are uint8 or float32 [b, S, S, 3] in 0..255; `classes`, int32 [b], defaults to the predicted classes.
+    Images are uint8 or float32 [b, S, S, 3] in 0..255. `classes`, int32 [b], defaults to the predicted classes.
 
     Returns:
-        `probabilities` float32 [b, classes]; `embedding` float32 [b, C], the pooled features; `heatmap` float32
-        [b, h, w], of the size of the feature maps, with a maximum of 1, or all 0 if no feature supports the class.
+        `probabilities`, float32 [b, number of classes]; `embedding`, float32 [b, C], the pooled features; `heatmap`,
+        float32 [b, h, w], of the size of the feature maps. Its maximum is 1, or 0 if no feature supports the class.
     """
     features = tf.cast(classifier.features(images), tf.float32)  # in half precision, small gradients would underflow
     with tf.GradientTape(watch_accessed_variables=False) as tape:

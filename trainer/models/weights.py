@@ -15,16 +15,16 @@ from trainer.models.backbones import BackboneSpec
 
 # This project's own backbone, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green, blue in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel (red, green, blue), in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
 def build_with_weights(
     spec: BackboneSpec, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
-    """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file.
+    """Build a backbone with `weights`, which is imagenet, glyphs, none or the path of a Keras file.
 
-    With `none`, the values depend on `seed` only: Keras draws the seeds of its initializers from Python's global random
+    With `none`, the values depend on `seed` only. Keras draws the seeds of its initializers from Python's global random
     generator, which is therefore seeded here. Nothing else in a run uses it.
 
     Raises:
@@ -39,7 +39,7 @@ def build_with_weights(
     if weights == "glyphs":
         path = GLYPHS_WEIGHTS
         if (spec.name, alpha) != ("MobileNetV2", 0.35):
-            problem, fix = f"does not fit {_display_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
+            problem, fix = f"does not fit {_format_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
         if not path.is_file():
             problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
@@ -52,28 +52,28 @@ def build_with_weights(
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        # Only Keras' sentence about the first object that does not fit, without the lists around it.
+        # Only Keras' sentence about the first object that does not fit, without lists.
         reasons = [line for line in str(error).splitlines() if line.strip()]
         detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
-        raise _mismatch(path, spec, alpha, detail.strip()) from error
+        raise _mismatch_error(path, spec, alpha, detail.strip()) from error
     if spec.module == "efficientnet":
         _set_published_variance(network)
     return network
 
 
 def _set_published_variance(network: keras.Model) -> None:
-    """Set the input normalization of EfficientNet B0 to B7 to that of the published weights.
+    """Set the variance of EfficientNet B0 to B7's input normalization to that of the published weights.
 
     Published weights expect (x - mean) / std^1.5. Keras builds that as Normalization (/ std) plus Rescaling
     (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without it, variance
-    std^3 gives the same result. A variance that is not that of ImageNet remains.
+    std^3 gives the same result. Other means or variances than those of ImageNet are not changed.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    variance_of_other_build, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
+    other_variance, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        variance_of_other_build, published = published, variance_of_other_build
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, variance_of_other_build, atol=1e-3):
+        other_variance, published = published, other_variance
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other_variance, atol=1e-3):
         norm.adapt_variance.assign(published)
         norm.finalize_state()
 
@@ -90,7 +90,7 @@ def refresh_normalization(network: keras.Model) -> None:
 
 
 def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
-    """Build a backbone with the ImageNet weights that Keras downloads, or has downloaded earlier."""
+    """Build a backbone with ImageNet weights, which Keras downloads or has cached."""
     try:
         return spec.build(image_size, alpha, "imagenet")
     except ModelError:
@@ -102,18 +102,20 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
         raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
 
 
-def _display_name(spec: BackboneSpec, alpha: float | None) -> str:
+def _format_name(spec: BackboneSpec, alpha: float | None) -> str:
     return spec.name + (f" with alpha {alpha or 1.0:g}" if spec.takes_alpha else "")
 
 
-def _mismatch(path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None) -> ModelError:
-    problem = f"does not fit {_display_name(spec, alpha)} without its top: {detail}"
+def _mismatch_error(
+    path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None
+) -> ModelError:
+    problem = f"does not fit {_format_name(spec, alpha)} without its top: {detail}"
     return ModelError(problem, key="model.weights", value=path,
-                      fix=fix or _warm_start_fix(path) or f"use weights of {spec.name}")  # fmt: skip
+                      fix=fix or _suggest_warm_start(path) or f"use weights of {spec.name}")  # fmt: skip
 
 
-def _warm_start_fix(path: Path) -> str | None:
-    """Return the argument that begins with the weights of a run, if `path` is in its output_dir or is that folder."""
+def _suggest_warm_start(path: Path) -> str | None:
+    """Return the argument for a warm start, if `path` is the output_dir of a run or in it."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
             return f"set warm_start={folder} to begin with all weights of this run"
@@ -125,18 +127,18 @@ def _check_file(path: Path) -> None:
     if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
-        raise ModelError(reason, key="model.weights", value=path, fix=_warm_start_fix(path) or fix)
+        raise ModelError(reason, key="model.weights", value=path, fix=_suggest_warm_start(path) or fix)
     if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
-        raise _damaged(path, "possibly a Git LFS pointer")
+        raise _corrupt_error(path, "possibly a Git LFS pointer")
 
 
-def _damaged(path: Path, reason: object) -> ModelError:
-    problem = f"is not a Keras weights file or is damaged ({reason})"
+def _corrupt_error(path: Path, reason: object) -> ModelError:
+    problem = f"is not a Keras weights file or is corrupt ({reason})"
     return ModelError(problem, key="model.weights", value=path, fix="replace the file")
 
 
-def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
-    """Count the arrays of each shape in a Keras 3 file, except states of optimizers and random generators."""
+def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
+    """Count the arrays of each shape in a Keras 3 file, except optimizer and random generator states."""
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -150,24 +152,24 @@ def _shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
                 file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
             stack.enter_context(h5py.File(file)).visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+        raise _corrupt_error(path, error) from error
     return shapes
 
 
-def _shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
+def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 
 def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless the file has exactly the shapes of the network; Keras would ignore extra arrays."""
-    actual, expected = _shapes_in_file(path), _shapes(network)
+    """Raise a ModelError unless the file has exactly the shapes of the network. Keras would ignore extra arrays."""
+    actual, expected = _count_shapes_in_file(path), _count_shapes(network)
     if actual == expected:
         return
     for other in [a for a in ALPHAS if a != (alpha or 1.0)] if spec.takes_alpha else []:
-        if _shapes(spec.build(image_size, other, None)) == actual:
-            raise _mismatch(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
+        if _count_shapes(spec.build(image_size, other, None)) == actual:
+            raise _mismatch_error(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
     detail = f"the file has {sum(actual.values())} arrays, the backbone {sum(expected.values())}"
     if missing := expected - actual:
         shape = max(missing, key=lambda s: (len(s), s))
         detail += f", and the file has {actual[shape]} of shape {list(shape)}, the backbone {expected[shape]}"
-    raise _mismatch(path, spec, alpha, detail)
+    raise _mismatch_error(path, spec, alpha, detail)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import Distillation, RequestedConfig, RunConfig
-from trainer.data.open import with_class_names
-from trainer.data.splits import RawData, split_sizes
-from trainer.data.tfds import missing_fractions, resolve_splits
+from trainer.data.open import apply_class_names
+from trainer.data.splits import RawData, compute_split_sizes
+from trainer.data.tfds import resolve_splits, select_missing_fractions
 from trainer.distillation import source
-from trainer.distillation.teacher import saved_model_as_teacher
+from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
-from trainer.models.classifier import Classifier, build_classifier, variable_bytes
+from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
 from trainer.names import normalize_class_name
 from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
@@ -60,10 +60,10 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     given = data.class_names and tuple(map(normalize_class_name, data.class_names))
-    names = with_class_names(RawData(info.name, own_names, {}, {}), given).class_names
+    names = apply_class_names(RawData(info.name, own_names, {}, {}), given).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
-    carved = split_sizes(counts["train"], missing_fractions(data, counts))
+    carved = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
     counts |= carved | {"train": counts["train"] - sum(carved.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
@@ -149,7 +149,7 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
 
     `classes` are the class names of the dataset, None if they are unknown.
     """
-    files = source.find_teacher(address)
+    files = source.describe_teacher(address)
     if classes is not None:
         source.check_classes(address, files.classes, classes)
     return files
@@ -174,15 +174,15 @@ def plan_teacher(
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
-            saved_model_as_teacher(Path(str(files.home)), address)  # checks its signature
+            load_saved_model_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
         weights = ("the teacher's variables", size * replicas)
         return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", [weights, *logits]
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
-        variables.write(classifier.variables, source.read_teacher(files), f"distillation.teacher={address}")
+        variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
-    weights = ("the teacher's variables", variable_bytes(classifier.variables.values()) * replicas)
+    weights = ("the teacher's variables", count_variable_bytes(classifier.variables.values()) * replicas)
     activations = estimate_activation_bytes(classifier, None, examples if every_step else source.ROWS_PER_CALL)
     return text, [weights, ("its activations", activations * replicas), *logits]

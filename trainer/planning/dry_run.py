@@ -5,16 +5,16 @@ from pathlib import Path
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, RunConfig
-from trainer.data.host import memory_budget_default
+from trainer.data.host import default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import describe_shards, prepared_at, resolve_addresses
+from trainer.data.remote import describe_shards, find_prepared, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.errors import DataError
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import divide, plan_features, train_images_read_once
+from trainer.features.plan import divide_phases, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
-from trainer.models.classifier import Classifier, build_classifier, count_parameters, variable_bytes
+from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.estimates import format_bytes
 from trainer.planning.sections import WIDTH, Plan, Rows, format_names
@@ -23,7 +23,7 @@ from trainer.planning.warnings import find_dataset_warnings, find_settings_warni
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
 from trainer.storage.staging import is_remote
-from trainer.training.losses import class_weights
+from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
 
@@ -58,7 +58,7 @@ def _open_data(plan: Plan) -> Rows:
     data, streamed_folder = resolve_addresses(config.data)
     cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
     rows: Rows = []
-    if streamed_folder and (prepared := prepared_at(streamed_folder)):
+    if streamed_folder and (prepared := find_prepared(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
         with checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder:
@@ -100,7 +100,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
         _, run_facts = inspect_folder(config)
         check_same_data(config.output_dir, run_facts, dataset)
         plan.warnings += filter(None, [describe_versions(run_facts)])
-    class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks them
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks
     return True
 
 
@@ -142,8 +142,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if remote else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
-    budget = max(config.runtime.memory_budget or memory_budget_default(), config.runtime.disk_budget)
-    divisions = divide(config, classifier)
+    budget = max(config.runtime.memory_budget or default_memory_budget(), config.runtime.disk_budget)
+    divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
     caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
@@ -176,7 +176,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
     plan.print_section("model", model_rows)
     if summary:
-        classifier.keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
+        classifier.build_keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
@@ -185,7 +185,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         seconds = estimate_time(config, classifier, dataset, inputs, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
-    checkpoint = variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
+    checkpoint = count_variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
 
 

@@ -16,8 +16,8 @@ from trainer.config.schema import RunConfig
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError
-from trainer.models.bn_folding import foldable_pairs
-from trainer.models.classifier import Classifier, count_parameters, variable_bytes
+from trainer.models.bn_folding import find_foldable_pairs
+from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.types import Split
 
@@ -73,7 +73,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = config.phase_steps(phase, epoch_steps)
-        sizes = variable_bytes(thaw.trainable.values())
+        sizes = count_variable_bytes(thaw.trainable.values())
         saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=sizes,
@@ -109,7 +109,7 @@ def estimate_activation_bytes(
     time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one that
     trains stores its output, the centered and the scaled input (measured: 0.75 to 1.1 of the estimate).
     """
-    folded = {norm.name for _, norm in foldable_pairs(classifier.backbone)}
+    folded = {norm.name for _, norm in find_foldable_pairs(classifier.backbone)}
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
@@ -150,7 +150,7 @@ def estimate_memory(
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
     return [
         ("TensorFlow and libraries, measured here", baseline),
-        ("variables", variable_bytes(classifier.variables.values()) * replicas),
+        ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
         (f"gradients (phase {largest.name})", largest.gradients * replicas),
         ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
         (ACTIVATIONS, largest.activations * replicas),

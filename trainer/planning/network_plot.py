@@ -35,8 +35,8 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output,
 def divide_into_stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
     spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
-    edges = list(spec.block_starts(names).items())
-    top = 1 + max(i for i, name in enumerate(names) if spec.block_of(name) == edges[-1][0])
+    edges = list(spec.find_block_starts(names).items())
+    top = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == edges[-1][0])
     if edges[0][1] > 0:
         edges.insert(0, ("stem", 0))
     if top < len(names):

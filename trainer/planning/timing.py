@@ -12,7 +12,7 @@ from trainer.config.schema import Augmentation, Phase, RunConfig
 from trainer.data.augment.apply import augment
 from trainer.evaluation.scoring import Predictor
 from trainer.features.cut import Cut, Tail
-from trainer.features.plan import Division, FeatureChoice, stored_dtype
+from trainer.features.plan import Division, FeatureChoice, select_stored_dtype
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -79,7 +79,7 @@ def measure_training(
                         dataclasses.replace(settings, accumulate=1))  # fmt: skip
     side = classifier.image_size
     if cut:
-        batches = _make_batches(cut.shape, stored_dtype(phase, cut), Augmentation(), config.seed)
+        batches = _make_batches(cut.shape, select_stored_dtype(phase, cut), Augmentation(), config.seed)
     else:
         batches = _make_batches((side, side, 3), "uint8", config.augmentation, config.seed)
     return measure_call(lambda: step.run(batches, 1, 0, 0)) / BATCH_SIZE

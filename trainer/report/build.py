@@ -11,8 +11,8 @@ import tensorflow as tf
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mix_pairs
-from trainer.data.images import ImageStore, Pixels, data_errors
-from trainer.data.pipeline import chosen_batches
+from trainer.data.images import ImageStore, Pixels, convert_data_errors
+from trainer.data.pipeline import build_chosen_batches
 from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.models.grad_cam import Explainer
@@ -56,7 +56,7 @@ def build_report(
     data = describe_data(dataset)
     run = {
         "seed": config.seed,
-        "data": data | {"undecodable": images.undecodable(), "notes": data["notes"] + images.left_after_skipping()},
+        "data": data | {"undecodable": images.list_undecodable(), "notes": data["notes"] + images.describe_remaining()},
         "config": config.model_dump(mode="json"),
         "versions": collect_versions(),
         **report_fields,
@@ -111,11 +111,11 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     if pixels.shards and len(indices) > FETCH_BATCH:
         batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch, check) for batch in batches])
-    chosen = chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
-    stream, gate = iter(chosen.dataset), chosen.gate()
+    chosen = build_chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
+    stream, gate = iter(chosen.dataset), chosen.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)
-    with data_errors(pixels):
+    with convert_data_errors(pixels):
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
             thumbnails[start : start + READ_BATCH] = make_thumbnails(next(stream)["image"].numpy())

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.config.diff import flatten
-from trainer.data.records import RecordAt, index_shard, read_image
+from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
@@ -233,7 +233,7 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
         if record.isdigit() and path:
             index, k = _index_once(path), int(record)
             field = run.config.get("data", {}).get("image_field", "image")
-            content = read_image(RecordAt(path, k, int(index.offsets[k]), int(index.lengths[k]), field))
+            content = read_image(RecordLocation(path, k, int(index.offsets[k]), int(index.lengths[k]), field))
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:

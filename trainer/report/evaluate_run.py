@@ -17,7 +17,7 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
 from trainer.config.schema import RunConfig
-from trainer.data.host import usable_cpus
+from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, open_run_data
 from trainer.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def evaluate(
     data = replace(data, dataset=dataset)
     largest, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
     config, _ = limit_batch_size(config, largest, replicas)  # as in the run
-    worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
+    worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
         classes, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"

@@ -24,7 +24,7 @@ def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[
 
     Raises DataError if a value is missing or has another shape; then nothing was assigned. `source` names the values.
     """
-    variables.write(targets, values, source)
+    variables.assign_values(targets, values, source)
     refresh_normalization(classifier.backbone)
 
 

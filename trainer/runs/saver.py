@@ -50,7 +50,7 @@ class Saver:
         if self.control.is_chief:
             self.publisher.wait()
             with self.control.committing():
-                self.checkpoints.save(state, variables.read(current), best_step)
+                self.checkpoints.save(state, variables.copy_values(current), best_step)
             self.publisher.publish_checkpoints()
 
     def broadcast_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:

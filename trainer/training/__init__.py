@@ -1,1 +1,1 @@
-"""Training: step, losses, optimizers, learning-rate schedules, early stopping and the state of a run."""
+"""Training: step, losses, optimizers, learning-rate schedules, early stopping and the run state."""

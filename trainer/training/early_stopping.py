@@ -1,4 +1,4 @@
-"""Best epochs: when a phase stops early, and which weights the next phase or the export starts from."""
+"""Early stopping, and the choice of the best epoch, whose weights the next phase or the export starts from."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from trainer.training.state import RunState
 
 
 def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
-    """Update `state.best` and `state.bad_epochs` with an entry of `state.history`; return whether it is the new best.
+    """Update `state.best` and `state.bad_epochs` after an epoch, and return whether it is the new best epoch.
 
-    At equal accuracy, a lower validation loss makes an epoch the best one, so that a saturated accuracy does not select
-    the earliest epoch. It still counts as an epoch without improvement.
+    `epoch` is its entry of `state.history`. At equal accuracy, a lower validation loss makes an epoch the best one, so
+    that a saturated accuracy does not select the earliest epoch. It still counts as an epoch without improvement.
     """
     value = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
@@ -24,13 +24,13 @@ def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> 
     return improved or wins_tie
 
 
-def out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
-    """Return whether the last `patience` epochs did not improve; a patience of 0 disables early stopping."""
+def is_out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
+    """Return whether the last `patience` epochs brought no improvement. A patience of 0 disables early stopping."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
 
 
-def best_step(state: RunState, rule: EarlyStopping) -> int | None:
-    """Return the step of the best epoch of this and all earlier phases; None before the first validation."""
+def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
+    """Return the step of the best epoch so far, over all phases. Return None before the first validation."""
     if state.best is None or state.carried is None:
         return state.best["step"] if state.best else state.carried
     entries = {entry["step"]: entry for entry in state.history}
@@ -39,15 +39,15 @@ def best_step(state: RunState, rule: EarlyStopping) -> int | None:
         accuracy, loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
         return (accuracy, -loss) if rule.metric == "accuracy" else (-loss,)
 
-    return max(state.best["step"], state.carried, key=rank)  # at equal ranks the first
+    return max(state.best["step"], state.carried, key=rank)  # `max` returns the first of equal ranks
 
 
-def summarise_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Summarise a finished phase whose phase weights are those of `step`.
+def summarize_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Summarize the finished phase `name`, whose phase weights are those of `step`.
 
     Returns:
-        the summary, and the history entry of `step`. If `step` is of an earlier phase, the summary has the name of
-        that phase as `kept_from`, and the accuracy of the best epoch of this phase as `own_val_accuracy`.
+        The summary, and the history entry of `step`. If `step` belongs to an earlier phase, `kept_from` in the summary
+        is the name of that phase, and `own_val_accuracy` the accuracy of the best epoch of this phase.
     """
     assert state.best is not None
     epochs = [entry for entry in state.history if entry["phase"] == name]

@@ -1,4 +1,4 @@
-"""Builds Keras optimizers and learning-rate schedules from the configuration."""
+"""Keras optimizers and learning-rate schedules, built from the configuration."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ def build_schedule(
 ) -> LearningRateSchedule:
     """Build the learning rate as a function of the step within the phase, 0 <= step < total_steps.
 
-    After the warm-up, with s = 0 at its end, the rate is for each schedule
-    - constant: `rate`;
+    The schedules, where s is the number of steps since the end of the warm-up:
+    - constant: always `rate`;
     - cosine: from `rate` at s = 0 to final * rate at the end of the phase (Loshchilov & Hutter 2017);
     - exponential: rate * decay ** (s / every);
     - time: rate / (1 + decay * s);
@@ -61,12 +61,12 @@ def build_schedule(
 def build_optimizer(
     optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
-    """Build a Keras optimizer; `lr_multipliers` has a factor of `rate` per variable, and is empty if all are 1."""
+    """Build a Keras optimizer. `lr_multipliers` has one factor of `rate` per variable, or is empty if all are 1."""
     names = {"adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop"}
     cls = getattr(keras.optimizers, names[optimizer.name])
     if lr_multipliers:
         cls = _with_lr_multipliers(cls, lr_multipliers)
-    # A fixed name, because checkpoints need stable names and Keras numbers the optimizers of a process.
+    # A fixed name: checkpoints need stable names, and Keras would append a counter.
     return cls(learning_rate=rate, name="optimizer", **optimizer.options)
 
 
@@ -81,7 +81,7 @@ def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            # Keras decays all variables with one rate before it updates the first; here each decays before its update.
+            # Keras decays all variables at one rate before the first update. Here each decays before its own update.
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

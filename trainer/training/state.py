@@ -1,4 +1,4 @@
-"""Run state: what a checkpoint stores in addition to variables."""
+"""The run state, which a checkpoint stores in addition to the variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class RunState:
     """Progress of a run, saved as JSON in every checkpoint; JSON represents the floats exactly."""
 
     phase: int = 0  # index of the current phase
-    epoch: int = 0  # finished epochs of all phases; seeds order and augmentation
+    epoch: int = 0  # finished epochs of all phases; determines example order and augmentation
     step: int = 0  # optimizer steps of the run
     phase_step: int = 0  # optimizer steps of the current phase
     epoch_step: int = 0  # optimizer steps of the current epoch
@@ -23,8 +23,8 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry per finished phase
     images: float = 0.0  # training examples processed
-    train_seconds: float = 0.0  # seconds of training until this checkpoint
-    starts: int = 0  # of the process, restarts included
+    train_seconds: float = 0.0  # training time up to this checkpoint
+    starts: int = 0  # starts of the process, including restarts
     sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"}
     teacher: str | None = None  # fingerprint of the teacher's weights
 

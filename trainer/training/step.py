@@ -2,7 +2,7 @@
 
 The loss of a step is one mean over the global batch, sum(loss * weight) / sum(weight), so that it does not depend on
 padding, which has weight 0, or on how examples are distributed over replicas. Replicas therefore all-reduce the sum of
-weights before they compute gradients, and with it their votes to stop, so that all workers stop after the same step.
+weights before they compute gradients. That all-reduce also sums stop flags: all workers stop after the same step.
 
 `TrainingStep.run` executes several steps in a compiled loop (`_loop`); `_gradients` is the forward and backward pass.
 """
@@ -23,19 +23,19 @@ from trainer.errors import Diverged
 from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
-    class_weights,
+    compute_class_weights,
     example_accuracy,
-    largest_plausible_loss,
     log_probs,
+    max_plausible_loss,
     weighted_losses,
 )
 from trainer.types import Batch, Dataset
 
-FIRST_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
+INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
 class Network(Protocol):
-    """What a training step needs of the network it trains: a classifier, or its tail on cached features."""
+    """The network that a step trains: a classifier, or its tail on cached features."""
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
@@ -52,11 +52,11 @@ class StepSettings(LossSettings):
     """Settings of a training step."""
 
     seed: int
-    clip_norm: float | None = None  # largest norm of the global gradient
+    clip_norm: float | None = None  # maximum global norm of the gradients
     accumulate: int = 1  # micro-batches per step
-    ema: float | None = None  # decay of the moving averages of weights; None for no averages
+    ema: float | None = None  # decay of the moving averages of the weights; None: no averages
     batch_norm_training: bool = False  # trainable BatchNormalization layers use batch statistics
-    loss_scaling: bool = False  # dynamic loss scale, for float16
+    loss_scaling: bool = False  # dynamic loss scaling, for float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
 
     @classmethod
@@ -68,7 +68,9 @@ class StepSettings(LossSettings):
             seed=config.seed,
             label_smoothing=training.label_smoothing,
             focal_gamma=training.focal_gamma if training.loss == "focal" else None,
-            class_weights=class_weights(training.class_weights, dataset.class_names, dataset.splits["train"].labels),
+            class_weights=compute_class_weights(
+                training.class_weights, dataset.class_names, dataset.splits["train"].labels
+            ),
             clip_norm=training.clip_norm,
             accumulate=training.accumulate,
             ema=training.ema,
@@ -80,31 +82,31 @@ class StepSettings(LossSettings):
 
 
 def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
-    """Raise `Diverged` unless all `sums` are finite: the result of `TrainingStep.run` for the steps up to `step`."""
+    """Raise `Diverged` unless all `sums` are finite. `TrainingStep.run` returned them, for the steps up to `step`."""
     if not np.isfinite(sums).all():
         first = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
-        raise _diverged("loss", "not finite", first, phase, epoch)
+        raise _divergence_error("loss", "not finite", first, phase, epoch)
 
 
 def require_plausible(
     losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
 ) -> None:
-    """Raise `Diverged` unless each mean loss, by its name, is at most the `largest_plausible_loss`.
+    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss`, or is not finite.
 
-    The validation loss, "val_loss", has neither class weights nor a teacher.
+    `losses` are by name. The validation loss, "val_loss", has neither class weights nor a teacher.
     """
     for name, loss in losses.items():
-        limit = largest_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
-        if not loss <= limit:  # nor NaN
+        limit = max_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
+        if not loss <= limit:  # also true for NaN
             kind = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
-                raise _diverged(kind, "not finite", step, phase, epoch)
+                raise _divergence_error(kind, "not finite", step, phase, epoch)
             why = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
-            raise _diverged(kind, f"{loss:,.0f}", step, phase, epoch, why)
+            raise _divergence_error(kind, f"{loss:,.0f}", step, phase, epoch, why)
 
 
-def _diverged(kind: str, value: str, step: int, phase: str, epoch: int, why: str = "") -> Diverged:
-    """Build the error with the position in the run and what to change."""
+def _divergence_error(kind: str, value: str, step: int, phase: str, epoch: int, why: str = "") -> Diverged:
+    """Build the error, with the step, phase and epoch, and what to change."""
     fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
     return Diverged(f"the {kind} is {value} at step {step} (phase {phase}, epoch {epoch}){why}", fix=fix)
 
@@ -117,28 +119,28 @@ class Averages:
     weights: dict[str, keras.Variable]  # the trained weights, by the same names
 
     def swap(self) -> None:
-        """Exchange the values of averages and weights; a second call restores them."""
-        averaged, raw = by_name.read(self.shadows), by_name.read(self.weights)
-        by_name.write(self.weights, averaged, "the averages")
-        by_name.write(self.shadows, raw, "the weights")
+        """Exchange the values of averages and weights. A second call restores them."""
+        averaged, raw = by_name.copy_values(self.shadows), by_name.copy_values(self.weights)
+        by_name.assign_values(self.weights, averaged, "the averages")
+        by_name.assign_values(self.shadows, raw, "the weights")
 
 
-def _host_value(function: Callable[[], float]) -> tf.Tensor:
-    """Call a Python function whenever the graph executes, and return its result as a float64 scalar."""
+def _call_on_host(function: Callable[[], float]) -> tf.Tensor:
+    """Add a graph operation that calls a Python function, and return its result, a float64 scalar."""
     value = tf.numpy_function(lambda: np.float64(function()), [], tf.float64)
     value.set_shape([])
     return value
 
 
 def _all_reduce(values: Any, replicas: int) -> Any:
-    """In a replica: add the values of all replicas."""
+    """Sum values over all replicas. Must be called in replica context."""
     if replicas == 1:
         return values
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 class TrainingStep:
-    """Runs training steps, several per call, under any distribution strategy."""
+    """Run training steps, several per call, under any distribution strategy."""
 
     def __init__(
         self,
@@ -148,35 +150,35 @@ class TrainingStep:
         optimizer: keras.optimizers.Optimizer,
         settings: StepSettings,
         *,
-        stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
         teacher: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Build the variables of optimizer, averages and loss scale in the scope of the strategy.
+        """Create the variables of optimizer, averages and loss scale in the scope of the strategy.
 
         Args:
-            stop: called in each step, in a thread of TensorFlow; if it returns true on any worker, all workers stop
-                after that step.
-            teacher: computes logits without gradients, float32 [b, classes], of the images in each step; None if
+            should_stop: called in each step, in a TensorFlow thread. If it returns true on any worker, all workers
+                stop after that step.
+            teacher: computes logits, float32 [b, classes], of the images of each step, without gradients. None if the
                 batches have soft labels, or without distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
-        self.variables, self.settings, self.stop = list(trained.values()), settings, stop
+        self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
         self.replicas = strategy.num_replicas_in_sync  # of all workers
         with strategy.scope():
             optimizer.build(self.variables)
-            self.loss_scale: list[tf.Variable] | None = None  # float32 [scale, finite steps in a row]
+            self.loss_scale: list[tf.Variable] | None = None  # float32 scalars: scale, consecutive finite steps
             if settings.loss_scaling:
-                self.loss_scale = [tf.Variable(value, trainable=False) for value in (FIRST_LOSS_SCALE, 0.0)]
+                self.loss_scale = [tf.Variable(value, trainable=False) for value in (INITIAL_LOSS_SCALE, 0.0)]
             self.averages: Averages | None = None
             if settings.ema:
-                shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.read(trained).items()}
+                shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.copy_values(trained).items()}
                 self.averages = Averages(shadows, trained)
         self.traced = False  # whether `run` has been called; the first call traces and compiles
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_gradients: Callable[..., Any] = self._gradients
         if settings.xla:
             compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
-            # A lambda, because `strategy.run` would make one function for all replicas of a bare tf.function.
+            # A lambda, because for a bare tf.function `strategy.run` would trace one function for all replicas.
             self._replica_gradients = lambda *arguments: compiled(*arguments)
 
     def checkpoint_variables(self) -> dict[str, Any]:
@@ -186,15 +188,16 @@ class TrainingStep:
         return by_name.optimizer_variables(self.optimizer) | shadows | scale
 
     def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
-        """Run `steps` steps on the iterator `batches`, or fewer if a worker votes to stop.
+        """Run `steps` steps on the iterator `batches`, or fewer if a worker requests a stop.
 
         Args:
             run_step: steps of the run so far; dropout depends on it.
             phase_step: steps of the phase so far; the decay of the averages depends on it.
 
         Returns:
-            the sum of losses, the correct examples and the examples of each step over all workers, float32 [steps, 3];
-            the seconds for which this worker waited for data; whether the steps were stopped, the same on all workers.
+            - For each step run, the loss sum, the correct examples and all examples of all workers, float32 [n, 3].
+            - The seconds for which this worker waited for data.
+            - Whether a stop was requested, the same on all workers.
         """
         sums, waited, stopped = self._compiled_loop(
             batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
@@ -203,54 +206,55 @@ class TrainingStep:
         return sums.numpy(), float(waited), bool(stopped)
 
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        """Run the steps in a graph; return what `run` does, as tensors: float32 [steps, 3], float64 and bool."""
+        """Run the steps in a graph. Return what `run` returns, as tensors: float32 [n, 3], float64 and bool."""
         on_replicas, local = self.strategy.run, self.strategy.experimental_local_results
         gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
 
-        def unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+        def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped))
 
         def one_step(i: Any, _stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, seconds, stop_vote = self._fetch(batches, after=last)
+            batch, seconds, stop_flag = self._fetch(batches, after=last)
             done = tf.cast(i, tf.int64)
-            examples, stop_votes = on_replicas(self._global_counts, args=(batch, stop_vote))
+            examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             gradients, sums = on_replicas(gradients_of, args=(batch, run_step + done, examples))
             self._update(gradients)
             if self.averages:
                 self._update_averages(phase_step + done)
             row = tf.add_n(local(sums))
-            return i + 1, local(stop_votes)[0] > 0, row, waited + seconds, per_step.write(i, row)
+            return i + 1, local(stop_flags)[0] > 0, row, waited + seconds, per_step.write(i, row)
 
-        # `tf.while_loop`, not a Python loop: the first use of autograph in a process takes a third of a second.
+        # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
         initial = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(unfinished, one_step, initial)
+        _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
         if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # `sums` are of the local replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
-        """Fetch a batch once `after` is computed; also return the seconds waited and the stop vote, 1 or 0."""
+        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0."""
         with tf.control_dependencies([after]):
-            start = _host_value(time.perf_counter)  # tf.timestamp is not allowed with deterministic ops
+            start = _call_on_host(time.perf_counter)  # tf.timestamp is not allowed with deterministic ops
         with tf.control_dependencies([start]):
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-            waited = _host_value(time.perf_counter) - start
-            return batch, waited, tf.cast(_host_value(self.stop), tf.float32)
+            waited = _call_on_host(time.perf_counter) - start
+            return batch, waited, tf.cast(_call_on_host(self.should_stop), tf.float32)
 
-    def _global_counts(self, batch: Batch, stop_vote: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """In a replica: count the examples and the votes to stop of all replicas; float32 scalars."""
-        counts = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_vote]), self.replicas)
+    def _count_globally(self, batch: Batch, stop_flag: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Sum examples and stop flags over all replicas, float32 scalars. Must be called in replica context."""
+        counts = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_flag]), self.replicas)
         return tuple(tf.unstack(counts))
 
     def _gradients(
         self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: compute gradients of its part of the mean loss over the `examples` of the global batch.
+        """Compute the gradients of the local terms of the mean loss over the `examples` of the global batch.
 
-        Return the gradients times the loss scale, and the sums of losses, correct examples and all examples, [3].
+        Must be called in replica context. Return the gradients, multiplied by the loss scale, and the loss sum, correct
+        examples and all examples of the replica, float32 [3].
         """
         settings, values = self.settings, dict[str, Any](batch)
         teacher_logits = None
@@ -276,7 +280,7 @@ class TrainingStep:
     def _accumulated_gradients(
         self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Add up `_gradients` over micro-batches in sequence, so that memory holds the activations of one at a time."""
+        """Sum `_gradients` over micro-batches, in sequence: memory holds the activations of one at a time."""
         count = self.settings.accumulate
         micro_batches: dict[str, Any] = {
             k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
@@ -292,14 +296,14 @@ class TrainingStep:
         return gradients, sums
 
     def _update(self, gradients: Any) -> None:
-        """Apply the optimizer; with loss scaling, only if all gradients are finite."""
+        """Apply the optimizer. With loss scaling, skip the step unless all gradients are finite."""
 
         def apply() -> bool:
             self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
             return True
 
         if self.settings.clip_norm or self.loss_scale:
-            gradients, finite = self.strategy.run(self._clip, args=(gradients,))
+            gradients, finite = self.strategy.run(self._unscale_and_clip, args=(gradients,))
         if self.loss_scale is None:
             apply()
         else:
@@ -307,8 +311,11 @@ class TrainingStep:
             tf.cond(all_finite, apply, lambda: False)
             self._adjust_loss_scale(all_finite)
 
-    def _clip(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """In a replica: undo the loss scale and clip by the global norm; also return whether all are finite."""
+    def _unscale_and_clip(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Sum gradients over replicas, undo the loss scale, and clip by global norm. Must be called in replica context.
+
+        Return also whether all gradients are finite, which is checked only with loss scaling.
+        """
         # The norm needs the sum over replicas. `optimizer.apply` adds the replicas again, hence the final division.
         gradients, finite = _all_reduce(gradients, self.replicas), tf.constant(True)
         if self.loss_scale:
@@ -319,7 +326,7 @@ class TrainingStep:
         return [g / self.replicas for g in gradients], finite
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
-        """Halve the loss scale on overflow; double it after 2,000 finite steps (Micikevicius et al. 2018)."""
+        """Halve the loss scale on overflow. Double it after 2,000 finite steps (Micikevicius et al. 2018)."""
         assert self.loss_scale is not None
         scale, finite_steps = self.loss_scale
         count = tf.where(finite, finite_steps + 1.0, 0.0)
@@ -328,7 +335,7 @@ class TrainingStep:
         finite_steps.assign(tf.where(grows, 0.0, count))
 
     def _update_averages(self, phase_step: tf.Tensor) -> None:
-        """Update: shadow += (1 - decay) * (weight - shadow), where decay is at most (1 + t) / (10 + t) at step t."""
+        """Add (1 - decay) * (weight - shadow) to each average. At step t, decay is at most (1 + t) / (10 + t)."""
         assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)
         rate = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))

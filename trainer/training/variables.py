@@ -1,4 +1,4 @@
-"""Reads and writes variables by name, under any distribution strategy."""
+"""Copy and assign the values of named variables, under any distribution strategy."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ def _tf_variable(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def read(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Copy the values of variables from the first local replica; all replicas have equal values."""
+def copy_values(variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Copy the values of variables from the first local replica. All replicas hold equal values."""
     tensors = {name: _tf_variable(variable) for name, variable in variables.items()}
     replicated = tf.distribute.DistributedValues
     return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tensors.items()}
 
 
-def write(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign `values` to all `variables`, or to none; `source` is the origin of the values, for errors.
+def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
+    """Assign `values` to all `variables`, or to none if one does not fit. `source` names their origin in errors.
 
     Raises:
-        DataError: a variable is missing from `values` or has another shape there.
+        DataError: a variable is missing from `values`, or its shape differs.
     """
     for name, variable in variables.items():
         if name not in values:

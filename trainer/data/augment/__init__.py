@@ -1,1 +1,1 @@
-"""Augmentation of training images; random values are functions of the seed, the epoch and the example."""
+"""Augmentation of training images, with random values that are functions of seed, epoch and example."""

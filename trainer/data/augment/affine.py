@@ -1,7 +1,7 @@
 """Affine transforms of a batch of images, each in one bilinear resampling, compiled by XLA.
 
-TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel and takes 2.6 ms of CPU
-time for an image of 224 x 224 pixels; this module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
+TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel, and takes 2.6 ms of
+CPU time for an image of 224 x 224 pixels. This module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
 interpolation are compiled separately: a single XLA loop would be slower, because XLA vectorizes no loop that gathers.
 """
 
@@ -14,17 +14,17 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws as draw_ids
-from trainer.data.augment.draws import LEVELS, Draws, levels
+from trainer.data.augment.draws import LEVELS, Draws, tabulate_levels
 
-MAX_ASPECT = 4 / 3  # of a crop, width : height; the smallest is 1 / MAX_ASPECT
+MAX_ASPECT = 4 / 3  # of a crop, width : height; the minimum is 1 / MAX_ASPECT
 
 
 def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Flip images as drawn, without resampling; the dtype does not change."""
+    """Flip images as drawn, without resampling. The dtype does not change."""
     horizontal = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
     for is_on, draw, axis in (horizontal, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
         if is_on:
-            # One flag per image: takes half the time of `tf.where` with a flag per pixel.
+            # One flag per image takes half the time of `tf.where` with a flag per pixel.
             images = tf.raw_ops.Select(condition=draws.coin(draw), x=tf.reverse(images, [axis]), y=images)
     return images
 
@@ -32,7 +32,8 @@ def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    The product maps output coordinates about the output's centre to source coordinates about the crop's centre.
+    The product maps output coordinates relative to the output's center to source coordinates relative to that of the
+    crop.
     """
 
     def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
@@ -44,17 +45,17 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
     if a.flip_vertical:
         matrix = times([[1.0, 0.0], [0.0, tf.where(draws.coin(draw_ids.FLIP_VERTICAL), -1.0, 1.0)]])
     if a.zoom:
-        scale = draws.select(draw_ids.ZOOM, 1 / levels(1 - a.zoom, 1 + a.zoom))
+        scale = draws.select(draw_ids.ZOOM, 1 / tabulate_levels(1 - a.zoom, 1 + a.zoom))
         matrix = times([[scale, 0.0], [0.0, scale]])
     if a.shear:
-        tangents = np.tan(np.radians(levels(-a.shear, a.shear)))
+        tangents = np.tan(np.radians(tabulate_levels(-a.shear, a.shear)))
         matrix = times([[1.0, -draws.select(draw_ids.SHEAR, tangents)], [0.0, 1.0]])
     for draw, limit in zip((draw_ids.ROTATION, draw_ids.SECOND_ROTATION), a.rotations, strict=False):
-        angles = np.radians(levels(-limit, limit))
+        angles = np.radians(tabulate_levels(-limit, limit))
         cos, sin = draws.select(draw, np.cos(angles)), draws.select(draw, np.sin(angles))
         matrix = times([[cos, sin], [-sin, cos]])
     if a.stretch:
-        scales = 1 / levels(1 - a.stretch, 1 + a.stretch)
+        scales = 1 / tabulate_levels(1 - a.stretch, 1 + a.stretch)
         scale_x, scale_y = (draws.select(draw, scales) for draw in (draw_ids.STRETCH_X, draw_ids.STRETCH_Y))
         matrix = times([[scale_x, 0.0], [0.0, scale_y]])
     return matrix
@@ -63,22 +64,22 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
 def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Crop, flip, zoom, shear, rotate, stretch and shift images uint8 [b, S, S, 3], in one resampling."""
     count, size = tf.shape(images)[0], images.shape[1]
-    zero, centre, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
-    crop_matrix, crop_centre = [[1.0, 0.0], [0.0, 1.0]], (centre, centre)
+    zero, center, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
+    crop_matrix, crop_center = [[1.0, 0.0], [0.0, 1.0]], (center, center)
     if a.crop:
-        (width, height), (left, top) = windows(a.crop, draws)
+        (width, height), (left, top) = draw_crops(a.crop, draws)
         crop_matrix = [[width, 0.0], [0.0, height]]
-        crop_centre = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
+        crop_center = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
     (xx, xy), (yx, yy) = _matrix(a, draws, crop_matrix)
-    shifts = levels(-max_shift, max_shift)
-    centre_x = centre + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
-    centre_y = centre + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
-    x, y = crop_centre[0] - xx * centre_x - xy * centre_y, crop_centre[1] - yx * centre_x - yy * centre_y
+    shifts = tabulate_levels(-max_shift, max_shift)
+    center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
+    center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
+    x, y = crop_center[0] - xx * center_x - xy * center_y, crop_center[1] - yx * center_x - yy * center_y
     return resample(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
 
 
-def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate equally likely aspect ratios of a crop, and the largest area that a crop of each can have.
+def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
+    """Tabulate equally likely aspect ratios of a crop, and the maximum area of a crop of each.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
     the area is uniform in [min_area, 1] and the log of the aspect (width : height) in +- log(4/3), given that the crop
@@ -86,19 +87,19 @@ def aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     area is uniform in [min_area, 1 / q]; q and 1 / q are equally likely and have the same areas.
 
     Returns:
-        float64 [LEVELS] each: square roots of the aspects, and the largest areas as fractions of the image.
+        Square roots of the aspects, and maximum areas as fractions of the image, float64 [LEVELS] each.
     """
     limit = min(np.log(MAX_ASPECT), -np.log(min_area))
     grid = np.linspace(0, limit, 100_001)
-    cumulative = 1 - np.exp(-grid) - min_area * grid  # distribution function of the log aspect, not normalised
+    cumulative = 1 - np.exp(-grid) - min_area * grid  # distribution function of the log aspect, not normalized
     half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * cumulative[-1], cumulative, grid)
     log_aspects = np.concatenate([-half[::-1], half])
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 
 
-def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Draw a crop per image: (width, height) and (left, top) as fractions of the image, float32 [b] each."""
-    roots, max_areas = aspects(min_area)
+def draw_crops(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Draw (width, height) and (left, top) of a crop per image, as fractions of the image, float32 [b] each."""
+    roots, max_areas = tabulate_aspects(min_area)
     root = draws.select(draw_ids.CROP_ASPECT, roots)
     max_area = draws.select(draw_ids.CROP_ASPECT, max_areas)
     area = min_area + (max_area - min_area) * draws.uniform(draw_ids.CROP_AREA)
@@ -110,26 +111,26 @@ def windows(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor],
     return (width, height), (left, top)
 
 
-def xla_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_with_xla(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function with XLA, once per combination of argument shapes."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
 def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
-    """Compute output pixel (x, y) from the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), by bilinear interpolation.
+    """Resample images: output (x, y) is the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), interpolated bilinearly.
 
     Args:
         images: uint8 [b, S, S, 3] with b * (S + 2)^2 < 2^31, the limit of an int32 index.
         transforms: t0 to t5 of each image, in pixels, float32 [b, 6].
-        fill: pixels outside the source: `nearest` (the nearest source pixel), `constant` (black) or `reflect`.
+        fill: pixels outside the source, `nearest` (the nearest source pixel), `constant` (black) or `reflect`.
 
     Returns:
-        uint8 [b, S, S, 3]; the bits of an image do not depend on the rest of the batch.
+        uint8 [b, S, S, 3]. The bits of an image do not depend on the rest of the batch.
     """
     source = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]) if fill == "constant" else images
-    upper_left, right, down = _positions(images.shape[1], fill)(transforms)
-    neighbours = _neighbours(_pack_images(source), upper_left)
-    return unpack(_interpolate(*neighbours, right, down), images.shape)
+    upper_left, right, down = _make_position_function(images.shape[1], fill)(transforms)
+    neighbors = _gather_neighbors(_pack_images(source), upper_left)
+    return unpack(_interpolate(*neighbors, right, down), images.shape)
 
 
 def pack(planes: list[tf.Tensor]) -> tf.Tensor:
@@ -142,16 +143,17 @@ def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     return tf.ensure_shape(tf.bitcast(pixels, tf.uint8)[..., :3], shape)
 
 
-@xla_compiled
+@compile_with_xla
 def _pack_images(images: tf.Tensor) -> tf.Tensor:
     return pack(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
 @cache
-def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Compile the map from transforms [b, 6] to source positions, [b, S, S] each.
+def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+    """Make a compiled function that maps transforms [b, 6] to source positions.
 
-    They are the int32 index, in the batch, of the pixel at or to the upper left, and float32 distances right and down.
+    It returns the int32 index, in the flattened batch, of the pixel at or to the upper left of each position, and the
+    float32 distances to the right and down from there, [b, S, S] each.
     """
 
     def apply_fill(x: tf.Tensor) -> tf.Tensor:
@@ -174,30 +176,30 @@ def _positions(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, t
         upper_left = (image * row_length + top) * row_length + left
         return upper_left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
 
-    return xla_compiled(positions)
+    return compile_with_xla(positions)
 
 
-@xla_compiled
-def _neighbours(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Gather the pixels at, right of, below, and below right of `upper_left`; any beyond the edge, with weight 0."""
+@compile_with_xla
+def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Gather the pixels at, right of, below, and below right of `upper_left`. Those beyond the edge get weight 0."""
     row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     steps = (0, 1, row_length, row_length + 1)
     return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)
 
 
-@xla_compiled
+@compile_with_xla
 def _interpolate(
     a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
 ) -> tf.Tensor:
-    """Interpolate the four neighbours a b / c d, packed pixels, per channel; round and pack the result."""
+    """Interpolate the four neighbors a b / c d, packed pixels, per channel. Round and pack the result."""
 
-    def colour(packed: tf.Tensor, shift: int) -> tf.Tensor:
+    def channel(packed: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, shift), 255), tf.float32)
 
     planes = []
     for shift in (0, 8, 16):
-        above, below = colour(a, shift), colour(c, shift)
-        above += right * (colour(b, shift) - above)
-        below += right * (colour(d, shift) - below)
+        above, below = channel(a, shift), channel(c, shift)
+        above += right * (channel(b, shift) - above)
+        below += right * (channel(d, shift) - below)
         planes.append(tf.cast(above + down * (below - above) + 0.5, tf.int32))
     return pack(planes)

@@ -1,29 +1,29 @@
-"""Augmentation of single images, which depends on the seed, the epoch and the example, not on the rest of the batch."""
+"""Augmentation of single images, which depends on seed, epoch and example, but not on the rest of the batch."""
 
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import flip, warp
-from trainer.data.augment.colour import recolour
+from trainer.data.augment.color import recolor
 from trainer.data.augment.draws import RANDAUGMENT, Draws
-from trainer.data.augment.mixing import with_cutout
+from trainer.data.augment.mixing import apply_cutout
 from trainer.data.augment.randaugment import apply_randaugment
 
 
 def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Augment each image, uint8 [b, S, S, 3], with its own random numbers; disabled operations are not in the graph.
+    """Augment each image, uint8 [b, S, S, 3], with its own random numbers. Disabled operations are not in the graph.
 
-    1. Colours: contrast, mean + factor * (x - mean) with the mean of the image and a factor in 1 +- `contrast`;
-       brightness, x +- 255 * `brightness`; saturation, grey + factor * (x - grey) with the grey of the pixel and a
+    1. Colors: contrast, mean + factor * (x - mean) with the mean of the image and a factor in 1 +- `contrast`;
+       brightness, x +- 255 * `brightness`; saturation, gray + factor * (x - gray) with the gray of the pixel and a
        factor in 1 +- `saturation`; a rotation of the HSV hue by up to `hue` turns either way. Values are clipped to
        0..255.
     2. Geometry, in one bilinear resampling: a crop to between the fraction `crop` and all of the area, with an aspect
-       ratio of 3/4 to 4/3; then, about the centre, flips, zoom (magnification 1 +- `zoom`), shear (x + y * tan(angle)),
+       ratio of 3/4 to 4/3; then, about the center, flips, zoom (magnification 1 +- `zoom`), shear (x + y * tan(angle)),
        rotation (the sum of one draw per range; positive angles are clockwise), stretch (a separate zoom of width and
        height) and shift (up to `shift` * S pixels per axis). `fill` sets the pixels outside the source. Flips alone
        need no resampling; they copy pixels, before step 1.
-    3. RandAugment: `randaugment` operations, chosen per image.
-    4. Cutout. Mixup and cutmix, which need pairs of examples, follow later (`mixing.py`).
+    3. RandAugment: `randaugment` operations, drawn per image.
+    4. Cutout. Mixup and cutmix, which need pairs of examples, are applied later (`mixing.py`).
 
     Every step takes and returns uint8. `epoch` and `index` are int64 [b]. The bits of an image do not depend on the
     rest of the batch.
@@ -35,11 +35,11 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     if not resamples:
         images = flip(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
-        images = recolour(images, a, draws)
+        images = recolor(images, a, draws)
     if resamples:
         images = warp(images, a, draws)
     if a.randaugment:
         images = apply_randaugment(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
-        images = with_cutout(images, a.cutout, draws)
+        images = apply_cutout(images, a.cutout, draws)
     return images

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from trainer.stateless_random import AUGMENTATION, random_uniform
 
-# Number of the draw for each purpose; another numbering would change the images of every run.
+# Index of the draw for each purpose. Other indices would change the images of every run.
 FLIP_HORIZONTAL, FLIP_VERTICAL, ROTATION, SHIFT_X, SHIFT_Y, SHEAR, ZOOM, CONTRAST, BRIGHTNESS = range(9)
 SECOND_ROTATION, STRETCH_X, STRETCH_Y, CROP_AREA, CROP_ASPECT, CROP_X, CROP_Y = range(9, 16)
 SATURATION, HUE, CUTOUT_X, CUTOUT_Y, MIX, MIX_KIND, CUTMIX_X, CUTMIX_Y = range(16, 24)
@@ -17,16 +17,16 @@ RANDAUGMENT = 1000  # first draw of RandAugment: 1000 + 2 k selects operation k 
 LEVELS = 4096
 
 
-def levels(low: float, high: float) -> np.ndarray:
-    """Return the midpoints of LEVELS equal intervals of [low, high], float64: the values of a uniform parameter."""
+def tabulate_levels(low: float, high: float) -> np.ndarray:
+    """Return the values of a uniform parameter, the midpoints of LEVELS equal intervals of [low, high], float64."""
     return low + (high - low) * (np.arange(LEVELS) + 0.5) / LEVELS
 
 
 class Draws:
-    """Random numbers of the examples of a batch; those of an example do not depend on the other examples."""
+    """Random numbers per example of a batch, which do not depend on the other examples."""
 
     def __init__(self, seed: int, epoch: tf.Tensor, index: tf.Tensor, first: int = 0, count: int = DRAW_COUNT) -> None:
-        """Compute draws `first` to `first` + `count` - 1 of the examples `index` in the epochs `epoch`, int64 [b]."""
+        """Compute draws `first` to `first` + `count` - 1 of each example. `index` and `epoch` are int64 [b]."""
         epoch, index = (tf.cast(tensor, tf.int64)[:, None] for tensor in (epoch, index))
         self.first = first
         draws = tf.range(first, first + count, dtype=tf.int64)
@@ -41,6 +41,6 @@ class Draws:
         return self.uniform(draw) < 0.5
 
     def select(self, draw: int, values: np.ndarray) -> tf.Tensor:
-        """Return float32 [b]: per example one of `values` [LEVELS], each equally likely."""
+        """Return one of `values` [LEVELS] per example, equally likely, float32 [b]."""
         indices = tf.cast(self.uniform(draw) * LEVELS, tf.int32)
         return tf.gather(tf.constant(values, tf.float32), indices)

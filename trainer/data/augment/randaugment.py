@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2019): random operations out of fourteen per image, all with the same magnitude.
+"""RandAugment (Cubuk et al. 2019), which applies random operations, of fourteen, per image with one magnitude.
 
 Operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on uint8 images, except that geometric
 operations interpolate bilinearly and fill as `augmentation.fill` configures.
@@ -21,11 +21,11 @@ Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]; `draws` begin at `RANDAUGMENT`."""
+    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]. `draws` begin at `RANDAUGMENT`."""
     for k in range(a.randaugment):
-        numbers = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
+        choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
         direction = tf.where(draws.coin(RANDAUGMENT + 2 * k + 1), -1.0, 1.0)
-        groups = tf.dynamic_partition(tf.range(tf.size(numbers)), numbers, len(OPERATIONS))
+        groups = tf.dynamic_partition(tf.range(tf.size(choices)), choices, len(OPERATIONS))
         changed = [
             operation(tf.gather(images, rows), tf.gather(direction, rows), a.magnitude / MAX_MAGNITUDE, a.fill)
             for operation, rows in zip(OPERATIONS.values(), groups, strict=True)
@@ -34,7 +34,7 @@ def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Te
     return images
 
 
-def _bytes(values: tf.Tensor) -> tf.Tensor:
+def _to_uint8(values: tf.Tensor) -> tf.Tensor:
     """Clip float32 values to 0..255 and truncate to uint8."""
     return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
 
@@ -51,12 +51,12 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
             return [[1, 0, x, 0, 1, 0] for x in (-shift, shift)]
         case "translate_y":
             return [[1, 0, 0, 0, 1, y] for y in (-shift, shift)]
-    centre, angle = (size - 1) / 2, math.radians(30 * strength)
+    center, angle = (size - 1) / 2, math.radians(30 * strength)
     cos, sin = math.cos(angle), math.sin(angle)  # direction 1 is counter-clockwise
-    return [[cos, s, centre * (1 - cos - s), -s, cos, centre * (1 - cos + s)] for s in (sin, -sin)]
+    return [[cos, s, center * (1 - cos - s), -s, cos, center * (1 - cos + s)] for s in (sin, -sin)]
 
 
-def _geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
+def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
     transforms = tf.constant([[*m, 0.0, 0.0] for m in _transforms(name, strength, images.shape[1])], tf.float32)
     # `affine.resample` takes a third of the time, but XLA would compile it again for every group size.
     warped = tf.raw_ops.ImageProjectiveTransformV3(
@@ -67,36 +67,36 @@ def _geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: flo
         interpolation="BILINEAR",
         fill_mode=fill.upper(),
     )
-    return _bytes(tf.round(warped))
+    return _to_uint8(tf.round(warped))
 
 
-def _grey(images: tf.Tensor) -> tf.Tensor:
-    """Return the luminance, int32 [m, S, S], computed as in Pillow."""
+def _to_gray(images: tf.Tensor) -> tf.Tensor:
+    """Compute the luminance, int32 [m, S, S], as Pillow does."""
     red, green, blue = tf.unstack(tf.cast(images, tf.int32), axis=-1)
     return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
 
-def _blended(images: tf.Tensor, base: tf.Tensor, direction: tf.Tensor, strength: float) -> tf.Tensor:
-    """Return base + factor * (images - base), as in Pillow, with a factor of 1 +- 0.9 * strength and float32 `base`."""
+def _blend(images: tf.Tensor, base: tf.Tensor, direction: tf.Tensor, strength: float) -> tf.Tensor:
+    """Compute base + factor * (images - base), as Pillow does, with factor 1 +- 0.9 * strength and float32 `base`."""
     factor = (1 + direction * (0.9 * strength))[:, None, None, None]
-    return _bytes(base + factor * (tf.cast(images, tf.float32) - base))
+    return _to_uint8(base + factor * (tf.cast(images, tf.float32) - base))
 
 
 def brightness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
     """Blend with black."""
-    return _blended(images, tf.zeros([]), direction, strength)
+    return _blend(images, tf.zeros([]), direction, strength)
 
 
-def colour(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with the grey image."""
-    return _blended(images, tf.cast(_grey(images), tf.float32)[..., None], direction, strength)
+def color(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
+    """Blend with the gray image."""
+    return _blend(images, tf.cast(_to_gray(images), tf.float32)[..., None], direction, strength)
 
 
 def contrast(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
     """Blend with the mean luminance of the image."""
-    total = tf.reduce_sum(tf.cast(tf.reduce_sum(_grey(images), axis=2), tf.int64), axis=1)
+    total = tf.reduce_sum(tf.cast(tf.reduce_sum(_to_gray(images), axis=2), tf.int64), axis=1)
     mean = tf.cast(tf.cast(total, tf.float64) / images.shape[1] ** 2, tf.float32)
-    return _blended(images, mean[:, None, None, None], direction, strength)
+    return _blend(images, mean[:, None, None, None], direction, strength)
 
 
 def sharpness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
@@ -105,7 +105,7 @@ def sharpness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: s
     columns = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
     sums = columns[:, :, :-2] + columns[:, :, 1:-1] + columns[:, :, 2:] + 4 * pixels[:, 1:-1, 1:-1]
     smooth = tf.round(tf.cast(sums, tf.float32) / 13)
-    middle = _blended(images[:, 1:-1, 1:-1], smooth, direction, strength)
+    middle = _blend(images[:, 1:-1, 1:-1], smooth, direction, strength)
     rows = tf.concat([images[:, 1:-1, :1], middle, images[:, 1:-1, -1:]], axis=2)
     return tf.concat([images[:, :1], rows, images[:, -1:]], axis=1)
 
@@ -124,7 +124,7 @@ def autocontrast(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fi
     """Stretch the values of each channel to 0..255; a constant channel does not change."""
     low, high = (tf.cast(f(images, axis=[1, 2], keepdims=True), tf.float32) for f in (tf.reduce_min, tf.reduce_max))
     stretched = (tf.cast(images, tf.float32) - low) * (255 / tf.maximum(high - low, 1))
-    return tf.where(high > low, _bytes(stretched), images)
+    return tf.where(high > low, _to_uint8(stretched), images)
 
 
 def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
@@ -142,9 +142,9 @@ def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: 
     return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
 
 
-# An operation is drawn by its position in this table; any change of the table changes the images of every run.
+# An operation is drawn by its index in this table, so any change of the table changes the images of every run.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, _direction, _strength, _fill: images,
-    **{n: partial(_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
-    **{f.__name__: f for f in (brightness, colour, contrast, sharpness, posterize, solarize, autocontrast, equalize)},
+    **{n: partial(_apply_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
+    **{f.__name__: f for f in (brightness, color, contrast, sharpness, posterize, solarize, autocontrast, equalize)},
 }

@@ -1,36 +1,36 @@
-"""Colour augmentation: contrast, brightness, saturation and hue; values are clipped to 0..255."""
+"""Color augmentation: contrast, brightness, saturation and hue, clipped to 0..255."""
 
 from typing import TypeAlias
 
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.affine import pack, unpack, xla_compiled
-from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, levels
+from trainer.data.augment.affine import compile_with_xla, pack, unpack
+from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, tabulate_levels
 
-LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the grey of a pixel (ITU-R BT.601)
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the gray of a pixel (ITU-R BT.601)
 
 Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
 Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
-def recolour(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def recolor(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     """Change contrast and brightness, then saturation, then hue, of images uint8 [b, S, S, 3], as drawn."""
-    pixels = _recolour(
+    pixels = _recolor(
         images,
-        draws.select(CONTRAST, levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
-        draws.select(BRIGHTNESS, levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
-        draws.select(SATURATION, levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
-        draws.select(HUE, levels(-a.hue, a.hue)) if a.hue else None,
+        draws.select(CONTRAST, tabulate_levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
+        draws.select(BRIGHTNESS, tabulate_levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
+        draws.select(SATURATION, tabulate_levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
+        draws.select(HUE, tabulate_levels(-a.hue, a.hue)) if a.hue else None,
     )
     return unpack(pixels, images.shape)
 
 
-@xla_compiled
-def _recolour(
+@compile_with_xla
+def _recolor(
     images: tf.Tensor, contrast: Parameter, brightness: Parameter, saturation: Parameter, hue: Parameter
 ) -> tf.Tensor:
-    """Return packed pixels int32 [b, S, S]; parameters are factors, offsets, factors and fractions of a turn."""
+    """Return packed pixels int32 [b, S, S]. Parameters are factors, offsets, factors and fractions of a turn."""
     planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
     offset = tf.zeros([]) if brightness is None else brightness[:, None, None]
     if contrast is not None:  # (x - mean) * factor + mean
@@ -39,28 +39,28 @@ def _recolour(
         planes = [plane * factor for plane in planes]
     if contrast is not None or brightness is not None:
         planes = [tf.clip_by_value(plane + offset, 0.0, 255.0) for plane in planes]
-    if saturation is not None:  # (x - grey) * factor + grey
+    if saturation is not None:  # (x - gray) * factor + gray
         factor = saturation[:, None, None]
-        grey = planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]
-        planes = [tf.clip_by_value(plane * factor + grey * (1 - factor), 0.0, 255.0) for plane in planes]
+        gray = planes[0] * LUMA[0] + planes[1] * LUMA[1] + planes[2] * LUMA[2]
+        planes = [tf.clip_by_value(plane * factor + gray * (1 - factor), 0.0, 255.0) for plane in planes]
     if hue is not None:
         planes = _rotate_hue(planes, hue[:, None, None])
     return pack([tf.cast(plane + 0.5, tf.int32) for plane in planes])
 
 
 def _mean(images: tf.Tensor) -> tf.Tensor:
-    """Return the mean of each uint8 image, float32 [b, 1, 1]; integer sums do not depend on the order."""
+    """Compute the mean of each uint8 image, float32 [b, 1, 1]. Integer sums do not depend on their order."""
     columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
     total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
     return tf.cast(total / (3 * images.shape[1] * images.shape[2]), tf.float32)[:, None, None]
 
 
 def _rotate_hue(planes: Planes, turns: tf.Tensor) -> Planes:
-    """Rotate the HSV hue by fractions of a turn; HSV value and saturation do not change."""
+    """Rotate the HSV hue by fractions of a turn. HSV value and saturation do not change."""
     red, green, blue = planes
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
-    unit = 1 / tf.where(chroma > 0, chroma, 1.0)  # the hue of grey has no effect
+    unit = 1 / tf.where(chroma > 0, chroma, 1.0)  # the hue of gray has no effect
     hue_sixths = tf.where(
         value == red,
         (green - blue) * unit,
