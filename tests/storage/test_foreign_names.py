@@ -114,6 +114,39 @@ def test_an_object_next_to_its_folder_is_not_the_data(
     opened(f"{in_bucket}/p", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["p", "p [1]"])
+def test_a_folder_may_begin_with_any_number_of_placeholders(in_bucket: StoragePath, tmp_path: Path, name: str) -> None:
+    """The web console makes one for each folder; an object of the same name does not hide the folder."""
+    for placeholder in (name, f"{name}/", f"{name}/cat/", f"{name}/cat/a/", f"{name}/cat/b/"):
+        put(in_bucket, placeholder, "")
+    assert not (in_bucket / name).is_folder()
+    put(in_bucket, f"{name}/cat/c.jpg")
+    assert (in_bucket / name).is_folder()
+    assert files(staged(f"{in_bucket}/{name}", tmp_path)[0]) == {"cat/c.jpg"}
+
+
+def test_the_first_page_of_a_listing_may_have_only_placeholders(
+    in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(in_bucket, GcsPath)
+    for placeholder in ("p/", "p/cat/", "p/cat/a/"):
+        put(in_bucket, placeholder, "")
+    put(in_bucket, "p/cat/c.jpg")
+    page = GcsPath._page
+    monkeypatch.setattr(GcsPath, "_page", lambda path, token, delimiter: page(path, token, delimiter, 1))
+    assert (in_bucket / "p").is_folder()
+
+
+@pytest.mark.parametrize("key", ["", "p"])
+def test_an_empty_part_is_no_folder(emulator: Emulator, key: str) -> None:
+    """An object `p//x` has an empty part: `p` is not a folder of itself."""
+    emulator.make_bucket(f"empty-{key}-parts")
+    folder = GcsPath(f"empty-{key}-parts", key)
+    for name in ("/x", "a/x"):
+        replace(folder, key=f"{key}/{name}" if key else name).write("x")
+    assert [path.name for path in folder.folders()] == ["a"]
+
+
 def test_errors_name_the_address_and_not_the_copy(in_bucket: StoragePath, tmp_path: Path) -> None:
     address = f"{in_bucket}/p"
     (in_bucket / "p").write("a file")
