@@ -103,6 +103,24 @@ def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]
         assert typed_value(shown(f"++{key}={text}")) in expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{1:1,2:2},{1:2,2:1}", [{"1": "1", "2": "2"}, {"1": "2", "2": "1"}]),
+        ("{a b: 1, 'c,d': 2}, balanced, none", [{"a b": "1", "c,d": "2"}, "balanced", "none"]),
+        ("choice({it's: 1, a's: 2}, {é: 3}, balanced)", [{"it's": "1", "a's": "2"}, {"é": "3"}, "balanced"]),
+        ("balanced,none", ["balanced", "none"]),
+        ("{'a}b': 1},{'{': 2}", [{"a}b": "1"}, {"{": "2"}]),
+    ],
+)
+def test_a_sweep_over_weights_has_a_job_for_each(given: str, expected: list[Any]) -> None:
+    (translated,) = typed_overrides([f"training.class_weights={given}"], sweep=True)
+    jobs = [shown(f"training.class_weights={text}") for text in parse(translated).sweep_string_iterator()]
+    assert [typed_value(job) for job in jobs] == expected
+    with raises(ConfigError, "training.class_weights", given, "add -m for a run with each", "has several values"):
+        typed_overrides([f"training.class_weights={given}"])
+
+
 def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
     assert elements("a, 'b,c' ,d(e,f),g[h,i],j(k") == ["a", " 'b,c' ", "d(e,f)", "g[h,i]", "j(k"]
     assert elements("") == [""]

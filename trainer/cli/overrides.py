@@ -171,8 +171,10 @@ def _override(text: str, sweep: bool) -> str:
         plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
         parts = [f"[{value}]"] if plain else elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
         value = ",".join(_list(part.strip()) for part in parts)
-    elif kind == "weights" and re.fullmatch(r"\s*\{.*\}\s*", value, re.S):
-        value = quote(value.strip())
+    elif kind == "weights":
+        if not sweep and len(_weight_values(value)) > 1:
+            raise _several_values(text)
+        value = ",".join(_weight_values(value) if sweep else [_weights(value)])
     if not sweep and parse(f"{plus}{key}={value}").is_sweep_override():
         raise _several_values(text)
     if sweep:
@@ -194,6 +196,19 @@ def _texts(value: str) -> str:
         return value
     # As a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
     return ",".join(_text(part.strip()) for part in elements(function[2] if function else value))
+
+
+def _weights(text: str) -> str:
+    """Quote `{a b: 1, c: 2}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
+    return quote(text.strip()) if re.fullmatch(r"\s*\{.*\}\s*", text, re.S) else text
+
+
+def _weight_values(value: str) -> list[str]:
+    """Quote each of the values of a sweep: `{a: 1},{a: 2},balanced` or choice(...)."""
+    function = FUNCTION.fullmatch(value)
+    if function and function[1] != "choice":
+        return [value]
+    return [_weights(part) for part in elements(function[2] if function else value)]
 
 
 def _list(text: str) -> str:
