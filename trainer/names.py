@@ -10,6 +10,7 @@ import unicodedata
 
 MAX_PART_BYTES = 255  # of one component of a path, on all usual file systems
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can show a text in another order
+_ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
@@ -30,8 +31,11 @@ def printable(text: str) -> str:
 
 
 def class_name(name: str) -> str:
-    """Return the name of a class: `printable`, normalized to NFC, and without spaces at its ends, which TFDS drops."""
-    return unicodedata.normalize("NFC", printable(name)).strip() or r"\x20"
+    """Return the name of a class: `printable`, normalized to NFC, and without spaces at its ends, which TFDS drops.
+
+    A byte order mark at an end, as of the first cell of some CSV files, counts as a space.
+    """
+    return _ENDS.sub("", unicodedata.normalize("NFC", printable(name))) or r"\x20"
 
 
 def file_stem(text: str) -> str:

@@ -156,6 +156,23 @@ def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
         opened(tmp_path, source="tfrecords", pattern=pattern, class_names=("caf\u00e9", "cafe\u0301", "x"))
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("cat ", "cat"), ("cat", " cat"), ("\ufeffcat", "cat"),
+     ("a\nb", r"a\nb")],
+)  # fmt: skip
+def test_a_label_that_is_text_names_its_class_in_any_spelling(tmp_path: Path, text: str, name: str) -> None:
+    for i in range(2):
+        labels = (text.encode(), b"dog", text.encode())
+        shard = b"".join(frame_record(record(image=noise(3 * i + k), label=label)) for k, label in enumerate(labels))
+        (tmp_path / f"{i}.tfrec").write_bytes(shard)
+    pattern, names = str(tmp_path / "*.tfrec"), ("dog", name)
+    for _ in range(2):  # the second time the labels are cached
+        dataset = opened(tmp_path, source="tfrecords", pattern=pattern, class_names=names, label_kind="text")
+        assert dataset.class_names == ("dog", class_name(name))
+        assert dataset.splits["train"].labels.tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize("folder", ["photos [2024]", "a*b", "what?", "[x]"])
 def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None:
     home = tmp_path / folder / "in"

@@ -18,7 +18,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from trainer.errors import DataError
-from trainer.names import printable
+from trainer.names import class_name, printable
 from trainer.types import Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
@@ -247,7 +247,7 @@ class LabelFields:
     image: str  # name of the field
     classes: int
     kind: str = "index"  # data.label_kind
-    names: tuple[str, ...] = ()  # of the classes, for labels of the kind "text"
+    names: tuple[str, ...] = ()  # of the classes, as `class_name` returns them, for labels of the kind "text"
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
@@ -295,11 +295,12 @@ def _read_label(record: str, example: Any, fields: LabelFields) -> int:
         fix = f"set data.label_kind={actual}, or another data.label_field of {describe_fields(example)}"
         raise DataError(f"{holds}", key="data.label_kind", value=fields.kind, fix=fix)
     if fields.kind == "text":
-        if shown[0] not in fields.names:
+        name = class_name(shown[0])
+        if name not in fields.names:
             problem = f"{holds}, which is not in data.class_names"
             fix = f"add it to {join_first(fields.names)}, or set another field"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-        return fields.names.index(shown[0])
+        return fields.names.index(name)
     if is_onehot:
         return int(np.argmax(values))
     first = 1 if fields.kind == "index1" else 0

@@ -17,7 +17,7 @@ from trainer.data.sharding import shard_sizes
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import printable, to_bytes
+from trainer.names import class_name, printable, to_bytes
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_whole
 from trainer.storage.staging import has_wildcard
@@ -152,8 +152,9 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             or label field.
     """
     data = source.data
-    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, data.class_names or ())
-    how = (data.label_kind, data.class_names if data.label_kind == "text" else None)
+    names = tuple(map(class_name, data.class_names or ()))
+    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, names)
+    how = (data.label_kind, names if data.label_kind == "text" else None)
     labels: dict[str, np.ndarray] = {}
     identities: dict[str, str] = {}
     skipped: list[str] = []
