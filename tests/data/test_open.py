@@ -155,6 +155,21 @@ def test_image_files_are_selected_by_name(tmp_path: Path) -> None:
         assert name in left_out
 
 
+@pytest.mark.parametrize(
+    ("classes_in", "loose_in"),
+    [(("",), ""), (("train", "test"), ""), (("train", "test"), "train"), (("train",), "train")],
+)
+def test_files_beside_the_class_folders_are_noted(tmp_path: Path, classes_in: tuple[str, ...], loose_in: str) -> None:
+    root = tmp_path / "pets"
+    for i, split in enumerate(classes_in):
+        fill_folder(root / split, {"cat": 5, "dog": 5}, start=10 * i)
+    assert not any("directly in" in note for note in folder(tmp_path, root).notes)
+    for name in ("a.JPG", "b.jpg", "labels.csv", ".hidden.jpg", "Thumbs.db"):
+        (root / loose_in / name).write_bytes(noise(1))
+    where = root / loose_in
+    assert f"2 .jpg, 1 .csv ignored: directly in {where}, not in a class folder" in folder(tmp_path, root).notes
+
+
 @pytest.mark.parametrize("validation", ["validation", "val", "valid"])
 def test_split_folders_are_the_splits(tmp_path: Path, validation: str) -> None:
     for start, (name, count) in enumerate({"train": 10, validation: 4, "test": 3}.items()):

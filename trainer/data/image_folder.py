@@ -97,8 +97,11 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
     images: dict[str, list[_Image]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system = Counter[str]()
-    for folder in {root, *folders.values()}:
+    loose = []
+    for folder in dict.fromkeys([root, *folders.values()]):
         system.update(_system_names(os.listdir(folder)))
+        if kinds := _loose_files(folder):
+            loose.append(f"{_list_kinds(kinds)}: directly in {printable(folder)}, not in a class folder")
     for split, folder in folders.items():
         if not classes[split]:
             count = sum(_is_image(name, extensions) for name in os.listdir(folder))
@@ -118,7 +121,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
             for path in _image_files(os.path.join(folder, classes[split][name]), extensions, ignored[label], system)
         ]
     class_names = tuple(classes["train"])
-    notes = _notes_on_ignored(sum(ignored.values(), Counter()), system, extensions)
+    notes = _notes_on_ignored(sum(ignored.values(), Counter()), system, extensions) + loose
     notes += _nesting_note(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
@@ -186,6 +189,13 @@ def _class_folders(root: str, folder: str) -> dict[str, str]:
 def _subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not is_system(entry.name))
+
+
+def _loose_files(folder: str) -> Counter[str]:
+    """Count the files directly in a folder of class folders by extension, without those of the system."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.is_dir() and not is_system(entry.name)]
+    return Counter(os.path.splitext(name)[1].lower() for name in names)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
