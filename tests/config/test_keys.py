@@ -195,6 +195,12 @@ def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons
         assert reasons[str(fault.key)] in fault.problem
 
 
+@pytest.mark.parametrize("split", ["null", "none"])
+def test_a_fraction_is_read_where_the_split_of_the_dataset_is_not_named(split: str) -> None:
+    arguments = ["data=tfds", "data.name=x", f"data.test_split={split}", "data.test_fraction=0.1"]
+    require_read(load(compose(arguments) or {}), ["data.test_fraction"])
+
+
 def test_a_value_that_an_experiment_brings_is_not_refused() -> None:
     config = load(compose(["experiment=beans_xception", "data=image_folder", "data.root=x"]) or {})
     assert "data.name" in unread_keys(config)

@@ -477,6 +477,28 @@ def test_a_split_that_is_trained_on_is_not_scored(
         opened(tmp_path, source="tfds", root=str(root), **data, test_split="test")
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_split_that_is_not_labelled_is_left_out(tmp_path: Path, name: str) -> None:
+    """TFDS gives the label -1 to examples whose labels are not published."""
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [-1] * 6}, shards=2)
+    data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
+    notes: list[str] = []
+    assert counts(opened(tmp_path, notes, **data)) == {"train": 18, "validation": 6}
+    assert f"the split {name} of the dataset is not used: its examples have no label (-1)" in notes
+    fix = "leave its split out .*data.test_split=none"
+    with raises(DataError, "data.label_field", "label", fix, r"record 0 of shard .* is not labelled \(-1\)"):
+        opened(tmp_path, **data, **{f"{name}_split": name})
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_split_of_the_dataset_can_be_left_out(tmp_path: Path, name: str) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [0, -1, 1]}, shards=2)
+    data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
+    with raises(DataError, "data.label_field", "label", problem="record 1 of shard .* is not labelled"):
+        opened(tmp_path, **data)
+    assert counts(opened(tmp_path, **data, **{f"{name}_split": "none"})) == {"train": 18, "validation": 6}
+
+
 def test_a_dataset_of_one_split_is_trained_on(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"test": [0, 1, 2] * 10})
     data = {"source": "tfds", "root": str(root), "train_split": "test"}

@@ -56,10 +56,10 @@ class Data(Section):
     """tfds: split of the training examples, slices included, such as train[:80%]."""
     validation_split: str | None = None
     """tfds: split of the validation examples; null: what data.train_split leaves of the split "validation" if it
-    exists, else data.validation_fraction."""
+    exists, else data.validation_fraction; none: data.validation_fraction, as if the dataset had no such split."""
     test_split: str | None = None
     """tfds: split of the test examples; null: what data.train_split leaves of the split "test" if it exists, else
-    data.test_fraction."""
+    data.test_fraction; none: data.test_fraction, as if the dataset had no such split."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
     """Fraction of the training examples that become the validation split if the data has none."""
     test_fraction: float = Field(0.0, ge=0, lt=1)

@@ -19,9 +19,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 from trainer.errors import DataError
 from trainer.names import class_name, printable
-from trainer.types import Split
+from trainer.types import Shard, Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
+UNLABELLED = -1  # the label of TFDS for an example that has none
 MAX_GROUPS = 100  # different values of data.group_field
 
 
@@ -273,6 +274,19 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
     return labels, faults
 
 
+def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
+    """Return whether every record has the label -1, which TFDS gives to examples that are not labelled.
+
+    Reading ends at the first record that has a label.
+    """
+    for shard in shards:
+        index = index_shard(shard.path)
+        for _, _, example, fault in read_examples(shard.path, index, range(shard.start, min(shard.stop, index.count))):
+            if not fault and list(example.features.feature[label_field].int64_list.value) != [UNLABELLED]:
+                return False
+    return bool(shards)
+
+
 def _read_label(record: str, example: Any, fields: LabelFields) -> int:
     """Return the class of an Example as a number from 0; raise a DataError that describes what it holds instead."""
     feature = example.features.feature[fields.label]
@@ -304,6 +318,9 @@ def _read_label(record: str, example: Any, fields: LabelFields) -> int:
     if is_onehot:
         return int(np.argmax(values))
     first = 1 if fields.kind == "index1" else 0
+    if values[0] == UNLABELLED:
+        fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"
+        raise DataError(f"{record} is not labelled (-1)", key="data.label_field", value=fields.label, fix=fix)
     if not first <= values[0] < first + fields.classes:
         problem = f"the label {values[0]} of {record} is outside {first}..{first + fields.classes - 1}"
         other = "index" if first else "index1"

@@ -11,6 +11,7 @@ import numpy as np
 
 from trainer.config.schema import Data
 from trainer.config.typed import argument
+from trainer.data.records import has_no_labels
 from trainer.data.splits import (
     RawData,
     RecordSource,
@@ -32,8 +33,9 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
     If data.validation_split is null, the dataset's split "validation" is used. If it has none, the last
     data.validation_fraction of the training records becomes the validation split, or a stratified random sample of them
-    if a class is absent there, as in records that are sorted by class. The same applies to the test split. A `streamed`
-    folder has only manifest and labels; its shards are fetched later.
+    if a class is absent there, as in records that are sorted by class. The same applies to the test split, and to a
+    split whose examples are not labelled. A `streamed` folder has only manifest and labels; its shards are fetched
+    later.
 
     Raises:
         DataError: the dataset is missing, damaged or not stored as TFRecords, has no such split or field, or train has
@@ -45,6 +47,10 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
         raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
     class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs, ranges, split_notes = resolve_splits(info, data)
+    for name in [n for n in ("validation", "test") if n in ranges and getattr(data, f"{n}_split") is None]:
+        if not streamed and has_no_labels(ranges[name], data.label_field):
+            del ranges[name], specs[name]
+            split_notes.append(f"the split {name} of the dataset is not used: its examples have no label (-1)")
     source = RecordSource(data, len(class_names), cache_dir, log_message, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
@@ -58,10 +64,15 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split; null means the split of that name, if it is in `existing`."""
+    """Return the TFDS split string of each split; null means the split of that name, if it is in `existing`.
+
+    A validation or test split that is configured as "none" is not returned.
+    """
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
-        name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
+        name: name if spec is None else spec
+        for name, spec in specs.items()
+        if (name in existing if spec is None else name == "train" or spec != "none")
     }
 
 
