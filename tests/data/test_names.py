@@ -16,7 +16,8 @@ from trainer.config.schema import Data, load
 from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
-from trainer.data.records import frame_record
+from trainer.data.records import frame_record, index_shard, read_source_name, records_of
+from trainer.data.shard_gate import LocalShards
 from trainer.data.splits import matching_files
 from trainer.data.tfds_writer import LabelledImages, write_dataset
 from trainer.errors import DataError
@@ -24,7 +25,7 @@ from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import from_cell, write_predictions
 from trainer.exporting.model_card import label_lines
 from trainer.names import class_name, printable
-from trainer.types import Dataset
+from trainer.types import Dataset, Shard, Split
 
 
 def opened(tmp_path: Path, notes: list[str] | None = None, **data: object) -> Dataset:
@@ -171,6 +172,64 @@ def test_a_label_that_is_text_names_its_class_in_any_spelling(tmp_path: Path, te
         dataset = opened(tmp_path, source="tfrecords", pattern=pattern, class_names=names, label_kind="text")
         assert dataset.class_names == ("dog", class_name(name))
         assert dataset.splits["train"].labels.tolist() == [1, 0, 1]
+
+
+FOREIGN = "a\n\x1b[31m\u202eb"  # another line, a colour, and text in another order
+SHOWN = r"a\n\x1b[31m\u202eb"
+
+
+def shard_at(path: Path, **values: bytes | int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(frame_record(record(**values)))
+    return path
+
+
+def test_what_a_record_holds_is_shown_on_one_line(tmp_path: Path) -> None:
+    text, options = FOREIGN.encode(), {"source": "tfrecords", "class_names": ("a", "b"), "validation_fraction": 0}
+    named = shard_at(tmp_path / "name.tfrec", image=b"no image", label=0, filename=text)
+    index = index_shard(named)
+    (at,) = records_of(Split("train", np.zeros(1, np.int32), shards=(Shard(str(named), 1, 0, 1),)))
+    assert (index.count, read_source_name(at)) == (1, SHOWN)
+    label = shard_at(tmp_path / "text.tfrec", image=b"x", label=text)
+    field = shard_at(tmp_path / "field.tfrec", **{FOREIGN: 1, "image": b"x"})
+    for path, changes in ((label, {"label_kind": "text"}), (label, {}), (field, {})):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, **options, pattern=str(path), **changes)
+        assert SHOWN in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+def test_the_path_of_a_shard_is_shown_on_one_line(tmp_path: Path) -> None:
+    path = shard_at(tmp_path / FOREIGN / f"{FOREIGN}.tfrec", image=b"x", label=0)
+    path.write_bytes(path.read_bytes()[:-1])
+    options = {"source": "tfrecords", "class_names": ("a", "b"), "validation_fraction": 0, "pattern": str(path)}
+    for on_error in ("fail", "skip"):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, **options, on_error=on_error)
+        assert "is truncated" in str(caught.value)
+        assert str(caught.value).isprintable()
+    with pytest.raises(DataError) as caught:
+        LocalShards().require("reader", [f"{path}x"], [])
+    assert str(caught.value).isprintable()
+
+
+def test_names_in_a_folder_of_images_are_shown_on_one_line(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", [f"all/{FOREIGN}", "all/b", f"all2/{FOREIGN}"], ["1.jpg", "2.jpg", f"x.{FOREIGN}"])
+    notes: list[str] = []
+    opened(tmp_path, notes, root=str(root))
+    assert any("two folders deep" in note for note in notes)
+    assert any(f"3 .{SHOWN} ignored" in note for note in notes)
+    assert all(note.isprintable() for note in notes), notes
+
+
+def test_the_features_of_a_dataset_are_shown_on_one_line(tmp_path: Path) -> None:
+    examples = [(noise(i), i % 2) for i in range(8)]
+    texts = {FOREIGN: {"train": ["x"] * 8}}
+    write_dataset(tmp_path / "set", LabelledImages("pets", ("a", "b"), {"train": examples}, texts))
+    for change in ({"label_field": "x"}, {"image_field": "x"}, {"group_field": "x"}, {"train_split": "x"}):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, source="tfds", root=str(tmp_path / "set"), **change)
+        assert str(caught.value).isprintable(), str(caught.value)
 
 
 @pytest.mark.parametrize("folder", ["photos [2024]", "a*b", "what?", "[x]"])

@@ -8,6 +8,7 @@ from trainer.cli.overrides import given_values, typed_value
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import typed
 from trainer.errors import ConfigError, DataError
+from trainer.names import printable
 from trainer.storage.path import storage_path
 
 _RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
@@ -60,7 +61,11 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
     if _INFO in names:
         return "tfds", f"{_INFO}, a prepared dataset", []
     if len(nested) == 1:
-        return "tfds", f"{_INFO} in {nested[0].name}, a prepared dataset", [f"data.root={typed(str(nested[0]))}"]
+        return (
+            "tfds",
+            f"{_INFO} in {printable(nested[0].name)}, a prepared dataset",
+            [f"data.root={typed(str(nested[0]))}"],
+        )
     if records := sorted(name for name in names if _RECORDS.search(name)):
         ending = _RECORDS.search(records[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"

@@ -73,7 +73,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
     for name, members in images.items():
         if not readable[name]:
-            content = f"its folder has {len(members)} images below {root}"
+            content = f"its folder has {len(members)} images below {printable(root)}"
             raise empty_split(name, content, [faults[image.path] for image in members])
     ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
     missing = {"validation": data.validation_fraction} if "validation" not in images else {}
@@ -137,7 +137,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
 
 def _list_kinds(kinds: Counter[str]) -> str:
     ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    listed = (f"{count} {kind or 'without extension'}" for kind, count in ordered[:10])
+    listed = (f"{count} {printable(kind) or 'without extension'}" for kind, count in ordered[:10])
     return f"{', '.join(listed)}{', ...' * (len(kinds) > 10)} ignored"
 
 
@@ -170,8 +170,8 @@ def _nesting_note(folder: str, images: list[_Image]) -> list[str]:
     nested = sorted({path[1] for path in paths})
     if len(nested) < 2 or min(map(len, paths)) < 3:
         return []
-    fix = f"if these are the classes, set data.root={os.path.join(folder, paths[0][0])}"
-    return [f"all images are two folders deep ({join_first(nested)} below the class folders): {fix}"]
+    fix = f"if these are the classes, set {printable(argument('data.root', os.path.join(folder, paths[0][0])))}"
+    return [f"all images are two folders deep ({printable(join_first(nested))} below the class folders): {fix}"]
 
 
 def _class_folders(root: str, folder: str) -> dict[str, str]:
@@ -227,7 +227,7 @@ def _split_folders(root: str) -> dict[str, str]:
         folders[split] = folder
     for (split, folder), (other_split, other_folder) in combinations(folders.items(), 2):
         if os.path.samefile(folder, other_folder):
-            problem = f"{split} and {other_split} are the same folder ({os.path.realpath(folder)})"
+            problem = f"{split} and {other_split} are the same folder ({printable(os.path.realpath(folder))})"
             fix = "use a separate folder for each split: training images must not be scored"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return {split: folders[split] for split in SPLITS if split in folders}

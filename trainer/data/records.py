@@ -184,9 +184,14 @@ def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) 
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
+def _text(value: bytes) -> str:
+    """Return the text that a record stores, `printable`."""
+    return printable(value.decode("utf-8", "backslashreplace"))
+
+
 def describe_fields(example: Any) -> str:
     """List the fields of an Example, such as "image (bytes), label (int64)"."""
-    kinds = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
+    kinds = {printable(name): _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
@@ -226,12 +231,12 @@ _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of 
 
 
 def read_source_name(record: RecordAt) -> str:
-    """Return the file name that a record stores for its image, "" if there is none or the record is damaged."""
+    """Return the file name that a record stores for its image, `printable`; "" if it has none or is damaged."""
     example, fault = _read_example(record)
     for field in () if fault else _SOURCE_FIELDS:
         value = example.features.feature.get(field)
         if value is not None and len(value.bytes_list.value) == 1:
-            return value.bytes_list.value[0].decode("utf-8", "backslashreplace")
+            return _text(value.bytes_list.value[0])
     return ""
 
 
@@ -292,7 +297,7 @@ def _read_label(record: str, example: Any, fields: LabelFields) -> int:
     feature = example.features.feature[fields.label]
     kind = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, kind).value) if kind else []
-    shown = [v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else v for v in values]
+    shown = [_text(v) if isinstance(v, bytes) else v for v in values]
     holds = f"{record} holds {_describe_label(shown, fields)}"
     is_onehot = (
         kind != "bytes_list" and len(values) == fields.classes and sorted(values) == [0] * (len(values) - 1) + [1]
@@ -364,7 +369,7 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             group = values[0]
             if isinstance(group, bytes):
-                groups.append(printable(group.decode("utf-8", "backslashreplace")))
+                groups.append(_text(group))
             elif names is None:
                 groups.append(str(group))
             elif 0 <= group < len(names):

@@ -8,6 +8,7 @@ from functools import partial
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
 from trainer.errors import DataError, TrainerError
+from trainer.names import printable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
@@ -98,9 +99,11 @@ def prepared_at(address: str) -> Prepared | None:
     for shard in manifest.values():
         info = files.get(shard.file)
         if info is None:
-            raise DataError(f"{address}/{shard.file} is missing", fix="prepare the dataset again")
+            raise DataError(f"{address}/{printable(shard.file)} is missing", fix="prepare the dataset again")
         if info.size != shard.bytes or (info.crc32c is not None and f"{info.crc32c:08x}" != shard.crc32c):
-            raise DataError(f"{address}/{shard.file} differs from {MANIFEST}", fix="prepare the dataset again")
+            raise DataError(
+                f"{address}/{printable(shard.file)} differs from {MANIFEST}", fix="prepare the dataset again"
+            )
     metadata = {name: files[name] for name in (*METADATA, MANIFEST, LABELS) if name in files}
     return Prepared({name: files[name] for name in manifest}, metadata)
 

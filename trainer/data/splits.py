@@ -222,7 +222,7 @@ def split_of(
     split = Split(name, all_labels, shards=tuple(shards), image_field=source.data.image_field)
     readable = np.flatnonzero(all_labels >= 0)
     if not readable.size:
-        paths = list(dict.fromkeys(shard.path for shard in ranges))
+        paths = list(dict.fromkeys(printable(shard.path) for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
         raise empty_split(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
     return take(split, readable)

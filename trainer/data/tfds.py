@@ -44,7 +44,9 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
     file_format = info.file_format.value if info.file_format else "tfrecord"
     if file_format != "tfrecord":
-        raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
+        raise DataError(
+            f"{printable(info.name)} is stored as {file_format}", fix="prepare it with file_format=tfrecord"
+        )
     class_names, group_names = _class_names(info, data), _group_names(info, data)
     specs, ranges, split_notes = resolve_splits(info, data)
     for name in [n for n in ("validation", "test") if n in ranges and getattr(data, f"{n}_split") is None]:
@@ -131,7 +133,7 @@ def _open_folder(root: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _open_by_name(data: Data) -> Any:
@@ -171,7 +173,8 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
-    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
+    title = printable(info.name)
+    listed = ", ".join(f"{printable(name)} ({type(feature).__name__})" for name, feature in sorted(features.items()))
     required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
     for kind, name, expected in required:
         feature = features.get(name)
@@ -181,14 +184,18 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
         if numbered or (named and data.class_names):
             continue
         if kind == "label" and isinstance(feature, expected):
-            problem, fix = f"{name} of {info.name} is a {expected.__name__}, which counts from 0", "leave it out"
+            problem, fix = f"{name} of {title} is a {expected.__name__}, which counts from 0", "leave it out"
             raise DataError(problem, key="data.label_kind", value=data.label_kind, fix=fix)
         suitable = [n for n, f in features.items() if isinstance(f, expected)]
         required_type = expected.__name__
-        fix = f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {required_type}"
+        fix = (
+            f"set {printable(argument(f'data.{kind}_field', suitable[0]))}"
+            if suitable
+            else f"use a dataset with a feature {required_type}"
+        )
         if kind == "label" and isinstance(feature, tfds.features.Text):
             fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
-        problem = f"{info.name} has no {required_type} of this name; it has {listed}"
+        problem = f"{title} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     own = getattr(features[data.label_field], "names", None)
     return tuple(own) if own else data.class_names or ()
@@ -202,20 +209,23 @@ def _group_names(info: Any, data: Data) -> tuple[str, ...] | None:
     if data.group_field not in features:
         close = difflib.get_close_matches(data.group_field, list(features), 1)
         fix = "set another field, or prepare the data again with data.group_field (python -m trainer.prepare)"
-        fix = f"set data.group_field={close[0]}" if close else fix
-        problem = f"{info.name} has no such feature; it has {', '.join(sorted(features))}"
+        fix = f"set {printable(argument('data.group_field', close[0]))}" if close else fix
+        listed = ", ".join(map(printable, sorted(features)))
+        problem = f"{printable(info.name)} has no such feature; it has {listed}"
         raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
-    return tuple(getattr(features[data.group_field], "names", None) or ()) or None
+    return tuple(map(printable, getattr(features[data.group_field], "names", None) or ())) or None
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     """Resolve the split string of split `name` to ranges of shards; raise a DataError if it is unknown or empty."""
-    existing = ", ".join(f"{split} ({split_info.num_examples})" for split, split_info in info.splits.items())
+    existing = ", ".join(f"{printable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items())
     key, fix = f"data.{name}_split", f"set a split string over {existing}"
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
-        raise DataError(f"{info.name} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix) from None
+        raise DataError(
+            f"{printable(info.name)} has no such split ({_first_line(error)})", key=key, value=spec, fix=fix
+        ) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     folder = str(info.data_dir)
     for file in (os.path.relpath(shard.path, folder) for shard in shards):
@@ -223,7 +233,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
             problem = f"dataset_info.json lists the shard {printable(file)}, which is not below {folder} ({fault})"
             raise DataError(problem, key=key, value=spec, fix="prepare the dataset again")
     if not shards:
-        raise DataError(f"is empty in {info.name}", key=key, value=spec, fix=fix)
+        raise DataError(f"is empty in {printable(info.name)}", key=key, value=spec, fix=fix)
     return shards
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer.errors import DataError, Interrupted
+from trainer.names import printable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.local import inside
 from trainer.storage.staging import VERSIONS
@@ -167,7 +168,7 @@ class ShardCache:
             self.check()
             if not reported and time.monotonic() - began > REPORT_SECONDS:
                 reported = True
-                self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {missing[0]}")
+                self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {printable(missing[0])}")
         waited = time.monotonic() - began
         if reported:
             self.note(f"{self.address}: continuing after {waited:.0f} s of waiting for shards")
