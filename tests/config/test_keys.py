@@ -132,6 +132,13 @@ def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
     [
         ({"training__class_weights": {"cat": -1, "dog": 1}}, "training.class_weights.cat", -1, "greater than or equal to 0"),
         ({"training__class_weights": {"cat": float("nan")}}, "training.class_weights.cat", None, "finite number"),
+        ({"training__class_weights": {"cat": 1e-60, "dog": 1}}, "training.class_weights.cat", 1e-60, "use 0, or a weight of"),
+        ({"phases__head__optimizer": {"learning_rate": 1e-300}}, "phases.head.optimizer.learning_rate", 1e-300, "or equal to 0.000000000001"),
+        ({"phases__head__optimizer": {"epsilon": 1e-300}}, "phases.head.optimizer.epsilon", 1e-300, "or equal to 0.000000000001"),
+        ({"phases__head__backbone_rate": 1e-300}, "phases.head.backbone_rate", 1e-300, "or equal to 0.000001"),
+        ({"phases__head__layer_decay": 1e-300}, "phases.head.layer_decay", 1e-300, "or equal to 0.000001"),
+        ({"training__clip_norm": 1e-300}, "training.clip_norm", 1e-300, "or equal to 0.000000000001"),
+        ({"distillation": {"teacher": "t", "temperature": 1e-300}}, "distillation.temperature", 1e-300, "or equal to 0.01"),
         ({"seed": True}, "seed", "true", "use a number"),
         ({"training__batch_size": False}, "training.batch_size", "false", "use a number"),
         ({"runtime__log_every": "0 steps"}, "runtime.log_every", "0 steps", "above 0"),
