@@ -593,14 +593,45 @@ def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
     assert list(opened(tmp_path, **one).splits) == ["train"]
 
 
+UNNAMED: list[tuple[tuple[str, ...], str | None, str, str]] = [
+    (CLASSES[:2], "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
+    (("cat", "cat", "owl"), None, "use each class name once", "pets has duplicate class names: cat"),
+    ((*CLASSES, "yak"), None, "remove the class", "no training example of yak"),
+]
+
+
+@pytest.mark.parametrize(("names", "key", "fix", "problem"), UNNAMED)
+def test_wrong_names_of_records_without_names_are_named(
+    tmp_path: Path, names: tuple[str, ...], key: str | None, fix: str, problem: str
+) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").unlink()
+    with raises(DataError, key, ANY, fix, problem):
+        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=names)
+
+
+def test_records_next_to_class_names_have_the_labels_of_these(tmp_path: Path) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
+    data = {"source": "tfrecords", "pattern": f"{root}/*.tfrecord*"}
+    order = ("owl", "cat", "dog")
+    split = opened(tmp_path, **data, class_names=order).splits["validation"]
+    assert [order[label] for label in split.labels] == [*CLASSES, *CLASSES]
+    (root / "label.labels.txt").unlink()
+    assert opened(tmp_path, **data, class_names=order).splits["validation"].labels.tolist() == [0, 1, 2] * 2
+    write_records(tmp_path / "more", {"train": [0, 1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").write_text("dog\ncat\nowl\n")
+    with raises(DataError, "data.pattern", fix="of one of them", problem="numbered differently: .* has dog, cat, owl"):
+        opened(tmp_path, source="tfrecords", pattern=f"{tmp_path}/*/*.tfrecord*", class_names=CLASSES)
+
+
 FIRST = "{root}/pets-train.tfrecord-00000-of-00005"
 WRONG_PATTERNS: list[tuple[dict[str, Any], str | None, str, str]] = [
     ({"pattern": FIRST}, "data.pattern", "set data.validation_fraction=0$", "1 file, too few .* train, validation"),
     ({"pattern": "{root}/*.rec"}, "data.pattern", "", f"no file matches .searched from {os.getcwd()}"),
     ({"label_field": "class"}, "data.label_field", "image .bytes., label .int64.", f"0 of shard {FIRST} has no such"),
-    ({"class_names": CLASSES[:2]}, "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
-    ({"class_names": ("cat", "cat", "owl")}, None, "", "pets has duplicate class names: cat"),
-    ({"class_names": (*CLASSES, "yak")}, None, "remove the class", "no training example of yak"),
+    ({"class_names": CLASSES[:2]}, "data.class_names", "exactly", "the 3 classes of the data: only pets has owl"),
+    ({"class_names": ("cat", "cat", "owl")}, "data.class_names", "exactly", "only pets has dog"),
+    ({"class_names": (*CLASSES, "yak")}, "data.class_names", "exactly", "only data.class_names has yak"),
 ]
 
 
@@ -611,7 +642,8 @@ def test_wrong_patterns_are_named(
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"pattern": "{root}/*.tfrecord*", "class_names": CLASSES, **change}
     data["pattern"] = data["pattern"].replace("{root}", str(root))
-    value = data[key.removeprefix("data.")] if key and key.removeprefix("data.") in change else ANY
+    value = change.get(key.removeprefix("data."), ANY) if key and key != "data.class_names" else ANY
+    value = value.replace("{root}", str(root)) if isinstance(value, str) else value
     with raises(DataError, key, value, fix, problem.replace("{root}", str(root))):
         opened(tmp_path, source="tfrecords", **data)
 

@@ -13,6 +13,7 @@ from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
 from trainer.data.open import open_run_data
+from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.distillation.source import find_teacher
 from trainer.errors import DataError
 from trainer.planning.checks import plan_staging
@@ -46,6 +47,17 @@ def staged(address: str, cache: Path) -> tuple[Path, list[str]]:
 
 def files(folder: Path) -> set[str]:
     return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != VERSIONS}
+
+
+def test_class_names_next_to_records_in_a_bucket_number_the_classes(in_bucket: StoragePath, tmp_path: Path) -> None:
+    examples: list[tuple[ImageSource, int]] = [(noise(i), i % 2) for i in range(12)]
+    write_dataset(in_bucket, LabelledImages("pets", ("cat", "dog"), {"train": examples}), WriteOptions(shards=3))
+    data = {"source": "tfrecords", "pattern": f"{in_bucket}/*.tfrecord*", "class_names": ["dog", "cat"]}
+    tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
+    config = load(tree | {"runtime": {"cache_dir": str(tmp_path)}})
+    for _ in range(2):
+        dataset = open_run_data(config, lambda _: None, lambda _: None).dataset
+        assert dataset.splits["validation"].labels.tolist() == [1, 0, 1, 0]
 
 
 def opened(root: str, cache: Path) -> object:

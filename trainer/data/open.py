@@ -163,7 +163,7 @@ def with_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
         parts = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
         differences = ", ".join(parts) or "a name is repeated"
         problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
-        fix = "leave it out (null), since this data has class names, or name exactly these classes"
+        fix = "name exactly these classes in any order, or leave it out (null) where the source is not tfrecords"
         raise DataError(problem, key="data.class_names", value=f"[{','.join(names)}]", fix=fix)
     number = np.array([names.index(name) for name in raw.class_names], np.int32)
     splits = {name: replace(split, labels=number[split.labels]) for name, split in raw.splits.items()}

@@ -12,7 +12,7 @@ from trainer.names import printable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
+from trainer.storage.staging import fetch_missing, has_wildcard, is_remote, prepared_folder, stage
 from trainer.types import LogMessage
 
 
@@ -62,8 +62,19 @@ def local_copies(
         addresses[str(shards.folder)] = address
         data = data.model_copy(update={"root": str(shards.folder)})
     data = data.model_copy(update={key: copy_of(getattr(data, key)) for key in ("root", "pattern")})
+    if names := _stored_class_names(config.data):
+        copy_of(names)
     model = config.model.model_copy(update={"weights": copy_of(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
+
+
+def _stored_class_names(data: Data) -> str | None:
+    """Return the address of the class names next to record files in a bucket; None if there are none."""
+    if data.source != "tfrecords" or data.label_kind != "index" or not is_remote(data.pattern):
+        return None
+    folder = str(data.pattern).rpartition("/")[0]
+    names = storage_path(f"{folder}/{data.label_field}.labels.txt")
+    return str(names) if not has_wildcard(folder) and names.exists() else None
 
 
 @contextmanager

@@ -241,7 +241,8 @@ def matching_files(pattern: str) -> list[str]:
 def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
     """Open the TFRecord files that match data.pattern, and divide them, sorted by path, by the configured fractions.
 
-    The first files are the validation split, the next the test split, and all others the train split.
+    The first files are the validation split, the next the test split, and all others the train split. In a folder that
+    stores class names, as `trainer.prepare` and TFDS write it, the labels are numbers of these.
 
     Raises:
         DataError: no file matches the pattern, there are fewer files than splits, or a shard cannot be read.
@@ -263,11 +264,30 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
     sizes = split_sizes(len(paths), fractions)
-    source = RecordSource(data, len(data.class_names), cache_dir, log_message)
+    class_names = _stored_names(paths, data) or data.class_names
+    source = RecordSource(data, len(class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
     test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
     splits = {name: split_of(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
-    return RawData(name, data.class_names, splits, identities, skipped)
+    return RawData(name, class_names, splits, identities, skipped)
+
+
+def _stored_names(paths: list[str], data: Data) -> tuple[str, ...]:
+    """Return the class names that the folders of the shards store, as TFDS does, for labels that are indexes; or ().
+
+    Raises DataError if two folders number their classes differently.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for folder in {os.path.dirname(path): None for path in paths} if data.label_kind == "index" else ():
+        with suppress(OSError, UnicodeDecodeError):  # without names, or none that TFDS could read
+            stored = Path(folder, f"{data.label_field}.labels.txt").read_text().splitlines()
+            names[folder] = tuple(map(class_name, filter(None, stored)))
+    if len(set(names.values())) > 1:
+        (one, first), (other, second) = [*{v: (k, v) for k, v in names.items()}.values()][:2]
+        differ = f"{printable(one)} has {join_first(first)}, {printable(other)} has {join_first(second)}"
+        problem = f"matches folders whose classes are numbered differently: {differ}"
+        raise DataError(problem, key="data.pattern", value=data.pattern, fix="give a pattern of one of them")
+    return next(iter(names.values()), ())
