@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.keys import keys_of, kind_of, suggest_key, suggest_name
+from trainer.config.keys import how_to_write, keys_of, kind_of, suggest_key, suggest_name, takes_list
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, argument, quote, typed
 from trainer.errors import ConfigError
@@ -93,7 +93,8 @@ def value_of(override: str) -> Any:
     except OmegaConfBaseException:
         fix = "give the value itself; a reference to another key is for runs only"
         raise ConfigError("cannot be resolved", key=parsed.key_or_group, value=parsed.value(), fix=fix) from None
-    return read_weights(value) if kind_of(RequestedConfig, parsed.key_or_group) == "weights" else value
+    key = parsed.key_or_group
+    return read_weights(value, key) if kind_of(RequestedConfig, key) == "weights" else value
 
 
 def shown(override: str) -> str:
@@ -139,12 +140,24 @@ def elements(text: str) -> list[str]:
         start = match.end() + 1
 
 
-def read_weights(value: Any) -> Any:
-    """Parse "{a b: 1, c: 2}", whose names are as they are typed; any other value is returned unchanged."""
+def read_weights(value: Any, key: str) -> Any:
+    """Parse "{a b: 1, c: 2}", whose names are as they are typed; any other value is returned unchanged.
+
+    Raises ConfigError, which names `key`, if a part has no number, or a name occurs twice.
+    """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
-    pairs = [part.rpartition(":") for part in elements(value[1:-1])]
-    return {_unquoted(name.strip()): number.strip() for name, _, number in pairs if name or number.strip()}
+    weights: dict[str, str] = {}
+    for part in filter(str.strip, elements(value[1:-1])):
+        name, colon, number = part.rpartition(":")
+        name = _unquoted(name.strip())
+        if not colon:
+            fix = f"write it as NAME: NUMBER, as in {{{part.strip()}: 2}}"
+            raise ConfigError(f"has no number for {part.strip()}", key=key, value=value, fix=fix)
+        if name in weights:
+            raise ConfigError(f"has several numbers for {name}", key=key, value=value, fix="give each class one number")
+        weights[name] = number.strip()
+    return weights
 
 
 def _unquoted(text: str) -> str:
@@ -175,10 +188,12 @@ def _override(text: str, sweep: bool) -> str:
         if not sweep and len(_weight_values(value)) > 1:
             raise _several_values(text)
         value = ",".join(_weight_values(value) if sweep else [_weights(value)])
-    if not sweep and parse(f"{plus}{key}={value}").is_sweep_override():
+    try:
+        parsed = parse(f"{plus}{key}={value}")
+    except ConfigError as error:
+        raise _unreadable(text, error) from None
+    if not sweep and parsed.is_sweep_override():
         raise _several_values(text)
-    if sweep:
-        parse(f"{plus}{key}={value}")
     return f"{plus}{key}={value}"
 
 
@@ -234,12 +249,25 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
 
 def _several_values(text: str) -> ConfigError:
     key, _, value = text.lstrip("+").partition("=")
-    kind = kind_of(RequestedConfig, key)
     fix = "add -m for a run with each of them"
     if key not in GROUPS:
-        single, how = (quote(value), "in quotes") if kind == "text" else (f"[{value}]", "as a list")
-        fix += f", or write it {how}: {shlex.quote(f'{key}={single}')}"
+        if kind_of(RequestedConfig, key) == "text":
+            fix += f", or write it in quotes: {shlex.quote(f'{key}={quote(value)}')}"
+        elif takes_list(RequestedConfig, key):
+            fix += f", or write it as a list: {shlex.quote(f'{key}=[{value}]')}"
+        elif how := how_to_write(RequestedConfig, key):
+            fix += f", or {how}"
     return ConfigError("has several values", key=key, value=value, fix=fix)
+
+
+def _unreadable(text: str, error: ConfigError) -> ConfigError:
+    """Return the error of a value that is not in Hydra's grammar, with the value as it was typed."""
+    key, _, value = text.lstrip("+").partition("=")
+    inside = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
+    listed = elements(inside[1] if inside else value)
+    if takes_list(RequestedConfig, key) and len(listed) > 1 and not all(map(str.strip, listed)):
+        return ConfigError("has an empty element", key=key, value=value, fix="remove the empty element")
+    return ConfigError(error.problem, key=key, value=value, fix=how_to_write(RequestedConfig, key) or error.fix)
 
 
 def _no_key(text: str) -> ConfigError:
