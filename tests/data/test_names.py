@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 from tests.data.images import noise, record
 from tests.errors import raises
 from tests.nasty import file_names
+from trainer.cli.overrides import typed_value
 from trainer.config.schema import Data, load
+from trainer.config.typed import argument
 from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
@@ -20,11 +24,12 @@ from trainer.data.records import frame_record, index_shard, read_source_name, re
 from trainer.data.shard_gate import LocalShards
 from trainer.data.splits import matching_files
 from trainer.data.tfds_writer import LabelledImages, write_dataset
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import from_cell, write_predictions
 from trainer.exporting.model_card import label_lines
 from trainer.names import class_name, printable
+from trainer.runs.folder import stored_config
 from trainer.types import Dataset, Shard, Split
 
 
@@ -246,7 +251,13 @@ def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None
     assert matching_files(f"{home}/[1-9].tfrec") == both[:1]
     assert matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
     assert matching_files(f"{home}") == []
-    with raises(DataError, "data.pattern", str(home), r"set data.pattern=.*/\*.tfrec\*", "is a folder"):
+    with raises(
+        DataError,
+        "data.pattern",
+        str(home),
+        rf"set {re.escape(argument('data.pattern', f'{home}/*.tfrec*'))}$",
+        "is a folder",
+    ):
         opened(tmp_path, source="tfrecords", pattern=str(home), class_names=("a", "b"))
 
 
@@ -254,6 +265,30 @@ def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> 
     fill(tmp_path / "photos [2024]", ["cat*", "[d]og"], ["1?.jpg", "[2].jpg"])
     dataset = opened(tmp_path, root=str(tmp_path / "photos [2024]"))
     assert (dataset.class_names, sum(s.count for s in dataset.splits.values())) == (("[d]og", "cat*"), 4)
+
+
+def first_word(advice: str) -> str:
+    """The value of `KEY=VALUE` after `set ` or `with `, as a shell and this program read it."""
+    (word, *_) = shlex.split(re.split("set |with ", advice, maxsplit=1)[1].replace(",", " ,"))
+    return str(typed_value(word))
+
+
+@pytest.mark.parametrize("name", ["photos", "my photos (1)", "it's", "a${b", "[2024]"])
+def test_a_path_in_advice_can_be_pasted(tmp_path: Path, name: str) -> None:
+    root = fill(tmp_path / name, ["all/cat", "all/dog"], ["1.jpg", "2.jpg"])
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, root=str(root))
+    assert first_word(str(caught.value.fix)) == str(root / "all")
+    fill(root, ["more/cat"], ["1.jpg"])
+    notes: list[str] = []
+    opened(tmp_path, notes, root=str(root))
+    assert first_word(next(note for note in notes if "two folders deep" in note)) == str(root / "all")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, source="tfrecords", pattern=str(root), class_names=("a", "b"))
+    assert first_word(str(caught.value.fix)) == f"{root}/*.tfrec*"
+    with pytest.raises(ConfigError) as refused:
+        stored_config(b"[", str(root))
+    assert first_word(str(refused.value.fix)) == str(root)
 
 
 def test_metadata_cannot_name_shards_elsewhere(tmp_path: Path) -> None:

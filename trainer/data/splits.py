@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data
+from trainer.config.typed import argument
 from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable
 from trainer.data.sharding import shard_sizes
 from trainer.data.tfds_folder import read_manifest_and_labels
@@ -252,7 +253,7 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     paths = matching_files(os.path.expanduser(data.pattern))
     if not paths:
         if os.path.isdir(os.path.expanduser(data.pattern)):
-            files = f"set data.pattern={os.path.join(data.pattern, '*.tfrec*')}"
+            files = f"set {argument('data.pattern', os.path.join(data.pattern, '*.tfrec*'))}"
             raise DataError("is a folder", key="data.pattern", value=data.pattern, fix=files)
         problem, fix = f"no file matches (searched from {os.getcwd()})", "set the pattern of the shards"
         raise DataError(problem, key="data.pattern", value=data.pattern, fix=fix)

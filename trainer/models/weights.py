@@ -10,6 +10,7 @@ import h5py
 import keras
 import numpy as np
 
+from trainer.config.typed import argument
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec
 
@@ -116,7 +117,7 @@ def _warm_start_fix(path: Path) -> str | None:
     """Return the argument that begins with the weights of a run, if `path` is in its output_dir or is that folder."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
-            return f"set warm_start={folder} to begin with all weights of this run"
+            return f"set {argument('warm_start', folder)} to begin with all weights of this run"
     return None
 
 

@@ -22,6 +22,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import differences, moved
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, read_config
+from trainer.config.typed import argument
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.names import file_stem, printable
@@ -342,7 +343,7 @@ def stored_config(content: bytes, address: str) -> RunConfig:
         return load_resolved(read_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
-        fix = f"restore the file, or give another folder with warm_start={address}, which needs only the checkpoints"
+        fix = f"restore the file, or give another folder with {argument('warm_start', address)}, which needs only the checkpoints"
         raise ConfigError(problem, key="output_dir", value=address, fix=fix) from None
 
 
