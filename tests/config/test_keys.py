@@ -139,6 +139,8 @@ def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
         ({"phases__head__layer_decay": 1e-300}, "phases.head.layer_decay", 1e-300, "or equal to 0.000001"),
         ({"training__clip_norm": 1e-300}, "training.clip_norm", 1e-300, "or equal to 0.000000000001"),
         ({"distillation": {"teacher": "t", "temperature": 1e-300}}, "distillation.temperature", 1e-300, "or equal to 0.01"),
+        ({"data__root": "a\0b"}, "data.root", "a\0b", "without that character"),
+        ({"experiment_name": "a\0b"}, "experiment_name", "a\0b", "without that character"),
         ({"seed": True}, "seed", "true", "use a number"),
         ({"training__batch_size": False}, "training.batch_size", "false", "use a number"),
         ({"runtime__log_every": "0 steps"}, "runtime.log_every", "0 steps", "above 0"),

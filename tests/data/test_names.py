@@ -267,6 +267,16 @@ def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> 
     assert (dataset.class_names, sum(s.count for s in dataset.splits.values())) == (("[d]og", "cat*"), 4)
 
 
+@pytest.mark.parametrize(
+    "data", [{"source": "tfds"}, {"source": "image_folder"}, {"source": "tfrecords", "class_names": ("a", "b")}]
+)
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, data: dict[str, object]) -> None:
+    key = "pattern" if data["source"] == "tfrecords" else "root"
+    for name in ("x" * 300, f"{tmp_path}/{'x' * 300}/y", "/".join(["x" * 200] * 30)):
+        with raises(DataError, f"data.{key}", name):
+            opened(tmp_path, **data, root=name, pattern=name)
+
+
 def first_word(advice: str) -> str:
     """The value of `KEY=VALUE` after `set ` or `with `, as a shell and this program read it."""
     (word, *_) = shlex.split(re.split("set |with ", advice, maxsplit=1)[1].replace(",", " ,"))

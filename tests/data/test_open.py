@@ -610,6 +610,26 @@ def test_wrong_names_of_records_without_names_are_named(
         opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=names)
 
 
+def test_labels_that_begin_with_1_are_suspected_where_0_is_absent(tmp_path: Path) -> None:
+    root = write_records(tmp_path / "pets", {"train": [1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").unlink()
+    with raises(DataError, fix="if labels begin with 1, set data.label_kind=index1", problem="no training .* of cat"):
+        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fix"), [((), r"data.label_kind=index \(index1 if"), ((3,), "data.label_kind=onehot to read")]
+)
+def test_numbers_of_tfds_that_are_no_class_label_can_be_read(tmp_path: Path, shape: tuple[int, ...], fix: str) -> None:
+    import tensorflow_datasets as tfds
+
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 5})
+    feature = tfds.features.Tensor(shape=shape, dtype=np.int64) if shape else tfds.features.Scalar(np.int64)
+    tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": feature}).save_config(str(root))
+    with raises(DataError, "data.label_field", "label", f"set data.class_names, and {fix}"):
+        opened(tmp_path, source="tfds", root=str(root))
+
+
 def test_records_next_to_class_names_have_the_labels_of_these(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"source": "tfrecords", "pattern": f"{root}/*.tfrecord*"}

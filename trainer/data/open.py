@@ -112,7 +112,7 @@ def open_dataset(
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
     raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
-    _check_classes(raw, purpose)
+    _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
@@ -176,7 +176,7 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
     return join_first([raw.class_names[i] for i in classes])
 
 
-def _check_classes(raw: RawData, purpose: Purpose) -> None:
+def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) -> None:
     count = len(raw.class_names)
     if count < 2 and purpose != "evaluate":
         classes = "".join(raw.class_names) or "no classes"
@@ -189,6 +189,8 @@ def _check_classes(raw: RawData, purpose: Purpose) -> None:
         skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
         skipped += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"
+        if may_begin_with_1 and absent[0] == 0 and raw.splits["train"].shards:
+            fix = f"if labels begin with 1, set data.label_kind=index1; otherwise {fix}"
         raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
 
 

@@ -299,9 +299,12 @@ def _read_label(record: str, example: Any, fields: LabelFields) -> int:
     values: list[Any] = list(getattr(feature, kind).value) if kind else []
     shown = [_text(v) if isinstance(v, bytes) else v for v in values]
     holds = f"{record} holds {_describe_label(shown, fields)}"
-    is_onehot = (
-        kind != "bytes_list" and len(values) == fields.classes and sorted(values) == [0] * (len(values) - 1) + [1]
-    )
+    has_one_hot = kind != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
+    is_onehot = has_one_hot and len(values) == fields.classes
+    if has_one_hot and not is_onehot:
+        problem = f"{holds}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
+        fix = f"give {len(values)} class names, or set another data.label_field"
+        raise DataError(problem, key="data.class_names", fix=fix)
     actual = "onehot" if is_onehot else "text" if kind == "bytes_list" else "index"
     if len(values) != 1 and not is_onehot:
         fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def _open_folder(root: str) -> Any:
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        nested: list[Path] = []
+        with suppress(OSError, ValueError):  # a name that no folder can have: there is none
+            nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
         fix = f"set {argument('data.root', nested[0].parent)}" if nested else "write one with python -m trainer.prepare"
         raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
@@ -195,6 +198,9 @@ def _class_names(info: Any, data: Data) -> tuple[str, ...]:
         )
         if kind == "label" and isinstance(feature, tfds.features.Text):
             fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
+        elif kind == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected):
+            read = "data.label_kind=onehot" if feature.shape else "data.label_kind=index (index1 if they begin with 1)"
+            fix = f"{fix}, or set data.class_names, and {read} to read its numbers as labels"
         problem = f"{title} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     own = getattr(features[data.label_field], "names", None)

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
-from trainer.data.records import RecordAt, frame_record, join_first, read_image, serialize, unreadable
+from trainer.data.records import RecordAt, frame_record, join_first, read_image, read_source_name, serialize, unreadable
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import file_stem, printable
@@ -82,6 +83,15 @@ def _name_of(source: ImageSource) -> str:
     if isinstance(source, RecordAt):
         return source.name
     return "an image in memory" if isinstance(source, bytes) else printable(str(source))
+
+
+def _describe(source: ImageSource) -> str:
+    """Return the name of a source, with the name of the file that a record stores, for messages."""
+    stored = ""
+    if isinstance(source, RecordAt):
+        with suppress(OSError):
+            stored = read_source_name(source)
+    return f"{_name_of(source)} ({stored})" if stored else _name_of(source)
 
 
 def _size_of(source: ImageSource) -> int:
@@ -155,7 +165,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
                 image = _read(source)
                 payload = serialize(as_stored(image, job.orientation) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
-                faults.append(f"{_name_of(source)}: {error.problem if isinstance(error, DataError) else error}")
+                faults.append(f"{_describe(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing.append(number)
             else:
                 record = frame_record(payload)

@@ -343,7 +343,8 @@ def stored_config(content: bytes, address: str) -> RunConfig:
         return load_resolved(read_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
-        fix = f"restore the file, or give another folder with {argument('warm_start', address)}, which needs only the checkpoints"
+        warm_start = argument("warm_start", address)
+        fix = f"restore the file, or give another folder with {warm_start}, which needs only the checkpoints"
         raise ConfigError(problem, key="output_dir", value=address, fix=fix) from None
 
 
