@@ -16,7 +16,7 @@ from trainer.data.open import open_run_data
 from trainer.data.tfds_writer import ImageSource, LabelledImages, WriteOptions, write_dataset
 from trainer.distillation.source import find_teacher
 from trainer.errors import DataError
-from trainer.planning.checks import plan_staging
+from trainer.planning.checks import fetched_metadata, plan_staging
 from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
@@ -247,6 +247,17 @@ def test_a_teacher_has_only_files_that_can_be_written(in_bucket: StoragePath) ->
     for name in ("saved_model.pb", "assets/labels.txt", "variables/a", "//etc/x"):
         put(in_bucket, name)
     assert set(find_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
+
+
+@pytest.mark.parametrize("end", ["", "/", "/.", "/./", "//"])
+def test_the_copy_of_a_folder_has_its_name(in_bucket: StoragePath, tmp_path: Path, end: str) -> None:
+    address = f"{in_bucket}{end}"
+    one, other = (ShardCache(address, {}, tmp_path, 10**6, lambda _: None, lambda: None, ()) for _ in range(2))
+    assert (one.folder.name, other.folder.name) == (in_bucket.name, in_bucket.name)
+    assert one.folder != other.folder  # each process has its own
+    assert (one.folder.parent / ".lock").exists()
+    with fetched_metadata(address, []) as folder:
+        assert Path(folder).name == in_bucket.name
 
 
 def test_a_shard_is_written_below_the_cache(in_bucket: StoragePath, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from trainer.errors import DataError, Interrupted
 from trainer.names import printable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.local import inside
+from trainer.storage.path import storage_path
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
@@ -45,7 +46,7 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
             lock.close()
         except OSError:  # the file system has no locks
             break
-    folder = parent / address.rstrip("/").rpartition("/")[2]
+    folder = parent / storage_path(address).name
     folder.mkdir(exist_ok=True)
     return folder, lock
 
