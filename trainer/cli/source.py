@@ -9,7 +9,7 @@ from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import typed
 from trainer.errors import ConfigError, DataError
 from trainer.names import printable
-from trainer.storage.path import storage_path
+from trainer.storage.path import StoragePath, storage_path
 
 _RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
 _INFO = "dataset_info.json"  # the file that marks a folder prepared by TensorFlow Datasets
@@ -50,11 +50,15 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 def find_source(root: str) -> tuple[str, str, list[str]]:
     """Return the group of `data=` for what is at an address, the reason, and arguments that replace data.root.
 
+    Folders with images precede record files beside them; folders of the system, such as lost+found, do not count.
+
     Raises DataError if it is a single file or has neither folders nor records.
     """
+    from trainer.data.image_folder import is_system  # slow: imports NumPy
+
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
-    folders = folder.folders()
+    folders = [f for f in folder.folders() if not is_system(f.name)]
     nested = [f for f in folders if (f / _INFO).exists()] + [
         f for g in folders[:9] for f in g.folders() if (f / _INFO).exists()
     ]
@@ -66,7 +70,8 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
             f"{_INFO} in {printable(nested[0].name)}, a prepared dataset",
             [f"data.root={typed(str(nested[0]))}"],
         )
-    if records := sorted(name for name in names if _RECORDS.search(name)):
+    records = sorted(name for name in names if _RECORDS.search(name))
+    if records and not any(map(_holds_images, folders[:9])):
         ending = _RECORDS.search(records[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"
         return "tfrecords", f"{len(records)} record files", [f"data.pattern={typed(pattern)}"]
@@ -77,3 +82,12 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
     raise DataError(problem, key="data.root", value=root, fix=fix)
+
+
+def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
+    """Return whether a folder, or one of its first folders, has an image, as a class or a split has."""
+    from trainer.data.image_folder import EXTENSIONS
+
+    if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):
+        return True
+    return depth > 1 and any(_holds_images(below, depth - 1) for below in folder.folders()[:3])
