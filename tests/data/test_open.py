@@ -159,7 +159,7 @@ def test_image_files_are_selected_by_name(tmp_path: Path) -> None:
     ("classes_in", "loose_in"),
     [(("",), ""), (("train", "test"), ""), (("train", "test"), "train"), (("train",), "train")],
 )
-def test_files_beside_the_class_folders_are_noted(tmp_path: Path, classes_in: tuple[str, ...], loose_in: str) -> None:
+def test_files_next_to_the_class_folders_are_noted(tmp_path: Path, classes_in: tuple[str, ...], loose_in: str) -> None:
     root = tmp_path / "pets"
     for i, split in enumerate(classes_in):
         fill_folder(root / split, {"cat": 5, "dog": 5}, start=10 * i)

@@ -50,7 +50,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 def find_source(root: str) -> tuple[str, str, list[str]]:
     """Return the group of `data=` for what is at an address, the reason, and arguments that replace data.root.
 
-    Folders with images precede record files beside them; folders of the system, such as lost+found, do not count.
+    Folders with images precede record files next to them; folders of the system, such as lost+found, do not count.
 
     Raises DataError if it is a single file or has neither folders nor records.
     """
