@@ -25,7 +25,8 @@ def test_what_does_not_print_is_escaped() -> None:
 
 
 def test_class_names_are_normalized() -> None:
-    names = {"cafe\u0301": "caf\u00e9", " cat\n": r"cat\n", " ": r"\x20", "": r"\x20", "b\udce9": r"b\xe9", "12": "12"}
+    names = {"cafe\u0301": "caf\u00e9", " cat\n": r"cat\n", " ": r"\x20", "": r"\x20", "b\udce9": r"b\xe9", "12": "12",
+             "\ufeffcat": "cat", "\ufeff cat \ufeff": "cat", "a\ufeffb": "a\ufeffb"}  # fmt: skip
     assert {name: normalize_class_name(name) for name in names} == names
 
 

@@ -11,6 +11,7 @@ import unicodedata
 
 MAX_COMPONENT_BYTES = 255  # per path component, on all common file systems
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can reorder the text on the screen
+_ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
@@ -31,8 +32,11 @@ def escape_unprintable(text: str) -> str:
 
 
 def normalize_class_name(name: str) -> str:
-    """Escape unprintable characters, normalize to NFC, and strip spaces at both ends, which TFDS strips too."""
-    return unicodedata.normalize("NFC", escape_unprintable(name)).strip() or r"\x20"
+    """Escape unprintable characters, normalize to NFC, and strip spaces at both ends, which TFDS strips too.
+
+    A byte order mark at an end, as of the first cell of some CSV files, counts as a space.
+    """
+    return _ENDS.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
 
 
 def make_file_stem(text: str) -> str:

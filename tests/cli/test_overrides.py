@@ -111,6 +111,26 @@ def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]
         assert parse_value(format_override(f"++{key}={text}")) in expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{1:1,2:2},{1:2,2:1}", [{"1": "1", "2": "2"}, {"1": "2", "2": "1"}]),
+        ("{a b: 1, 'c,d': 2}, balanced, none", [{"a b": "1", "c,d": "2"}, "balanced", "none"]),
+        ("choice({it's: 1, a's: 2}, {é: 3}, balanced)", [{"it's": "1", "a's": "2"}, {"é": "3"}, "balanced"]),
+        ("balanced,none", ["balanced", "none"]),
+        ("{'a}b': 1},{'{': 2}", [{"a}b": "1"}, {"{": "2"}]),
+    ],
+)
+def test_a_sweep_over_weights_has_a_job_for_each(given: str, expected: list[Any]) -> None:
+    (translated,) = translate_overrides([f"training.class_weights={given}"], sweep=True)
+    jobs = [
+        format_override(f"training.class_weights={text}") for text in parse_override(translated).sweep_string_iterator()
+    ]
+    assert [parse_value(job) for job in jobs] == expected
+    with raises(ConfigError, "training.class_weights", given, "add -m for a run with each", "has several values"):
+        translate_overrides([f"training.class_weights={given}"])
+
+
 def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
     assert split_elements("a, 'b,c' ,d(e,f),g[h,i],j(k") == ["a", " 'b,c' ", "d(e,f)", "g[h,i]", "j(k"]
     assert split_elements("") == [""]
@@ -119,7 +139,18 @@ def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
 @pytest.mark.parametrize(
     ("argument", "key", "value", "problem", "fix"),
     [
-        ("seed=[1", "seed", "[1", "cannot be read", r"'seed=\"\[1\"'"),
+        ("seed=[1", "seed", "[1", "cannot be read", "^use a whole number$"),
+        ("training.batch_size=1,000", "training.batch_size", "1,000", "several", "each of them, or use a whole number$"),
+        ("training.ema=0,9", "training.ema", "0,9", "several values", "each of them, or use a number$"),
+        ("runtime.log_every=[1", "runtime.log_every", "[1", "cannot be read", "500 steps"),
+        ("debug.profile_steps=[1", "debug.profile_steps", "[1", "cannot be read", r"^write a list, such as \[1,2\]$"),
+        ("debug.profile_steps=[1,,2]", "debug.profile_steps", "[1,,2]", "an empty element", "remove"),
+        ("data.class_names=[a,,b]", "data.class_names", "[a,,b]", "an empty element", "^remove the empty element$"),
+        ("data.class_names=a,,b", "data.class_names", "a,,b", "an empty element", "^remove the empty element$"),
+        ("training.class_weights={cat: 1", "training.class_weights", "{cat: 1", "cannot", "^write {cat: 1, dog: 2}$"),
+        ("training.class_weights={a}", "training.class_weights", "{a}", "no number for a$", "as in {a: 2}"),
+        ("training.class_weights={a: 1, a: 2}", "training.class_weights", "{a: 1, a: 2}", "several .* for a", "one"),
+        ("hydra.x=[1", "hydra.x", "[1", "cannot be read", r"'hydra.x=\"\[1\"'"),
         ("training.loss=focal,cross_entropy", "training.loss", "focal,cross_entropy", "several values", "add -m"),
         ("debug.profile_steps=15,25", "debug.profile_steps", "15,25", "several", r"'?debug.profile_steps=\[15,25\]"),
         ("data=digits,tfds", "data", "digits,tfds", "several values", "add -m"),

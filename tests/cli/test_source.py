@@ -47,7 +47,20 @@ def test_record_files_become_a_pattern(tmp_path: Path) -> None:
     assert "2 record files" in note
 
 
-@pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg")])
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (("notes.tfrecord", "cat/1.jpg", "dog/2.PNG"), "image_folder"),
+        (("notes.tfrecord", "train/cat/1.jpg", "train/dog/2.jpg"), "image_folder"),
+        (("a.tfrecord", "b.tfrecord", "logs/1.txt", "@eaDir/thumb.jpg"), "tfrecords"),
+        (("lost+found/x", "cat/1.jpg"), "image_folder"),
+    ],
+)
+def test_folders_of_images_precede_stray_records(tmp_path: Path, names: tuple[str, ...], group: str) -> None:
+    assert detect_source(str(photos(tmp_path, *names)))[0] == group
+
+
+@pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg"), ("lost+found/x", "@eaDir/1.jpg", ".git/x")])
 def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     root = photos(tmp_path, *names)
     with raises(DataError, key="data.root", value=str(root), fix="one folder per class"):

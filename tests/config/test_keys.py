@@ -132,6 +132,15 @@ def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
     [
         ({"training__class_weights": {"cat": -1, "dog": 1}}, "training.class_weights.cat", -1, "greater than or equal to 0"),
         ({"training__class_weights": {"cat": float("nan")}}, "training.class_weights.cat", None, "finite number"),
+        ({"training__class_weights": {"cat": 1e-60, "dog": 1}}, "training.class_weights.cat", 1e-60, "use 0, or a weight of"),
+        ({"phases__head__optimizer": {"learning_rate": 1e-300}}, "phases.head.optimizer.learning_rate", 1e-300, "or equal to 0.000000000001"),
+        ({"phases__head__optimizer": {"epsilon": 1e-300}}, "phases.head.optimizer.epsilon", 1e-300, "or equal to 0.000000000001"),
+        ({"phases__head__backbone_rate": 1e-300}, "phases.head.backbone_rate", 1e-300, "or equal to 0.000001"),
+        ({"phases__head__layer_decay": 1e-300}, "phases.head.layer_decay", 1e-300, "or equal to 0.000001"),
+        ({"training__clip_norm": 1e-300}, "training.clip_norm", 1e-300, "or equal to 0.000000000001"),
+        ({"distillation": {"teacher": "t", "temperature": 1e-300}}, "distillation.temperature", 1e-300, "or equal to 0.01"),
+        ({"data__root": "a\0b"}, "data.root", "a\0b", "without that character"),
+        ({"experiment_name": "a\0b"}, "experiment_name", "a\0b", "without that character"),
         ({"seed": True}, "seed", "true", "use a number"),
         ({"training__batch_size": False}, "training.batch_size", "false", "use a number"),
         ({"runtime__log_every": "0 steps"}, "runtime.log_every", "0 steps", "above 0"),
@@ -193,6 +202,12 @@ def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons
     assert {fault.key for fault in caught.value.faults} == set(reasons)
     for fault in caught.value.faults:
         assert reasons[str(fault.key)] in fault.problem
+
+
+@pytest.mark.parametrize("split", ["null", "none"])
+def test_a_fraction_is_read_where_the_split_of_the_dataset_is_not_named(split: str) -> None:
+    arguments = ["data=tfds", "data.name=x", f"data.test_split={split}", "data.test_fraction=0.1"]
+    require_read(load(compose(arguments) or {}), ["data.test_fraction"])
 
 
 def test_a_value_that_an_experiment_brings_is_not_refused() -> None:

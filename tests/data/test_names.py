@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -12,19 +14,23 @@ import pytest
 from tests.data.images import noise, record
 from tests.errors import raises
 from tests.nasty import file_names
+from trainer.cli.overrides import parse_value
 from trainer.config.schema import Data, load
+from trainer.config.typed import format_argument
 from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
 from trainer.data.prepare import prepare
-from trainer.data.records import frame_record
+from trainer.data.records import frame_record, index_shard, locate_records, read_source_name
+from trainer.data.shard_gate import LocalShards
 from trainer.data.splits import find_matching_files
 from trainer.data.tfds_writer import LabeledImages, write_dataset
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import decode_cell, write_predictions
 from trainer.exporting.model_card import format_labels
 from trainer.names import escape_unprintable, normalize_class_name
-from trainer.types import Dataset
+from trainer.runs.folder import parse_stored_config
+from trainer.types import Dataset, Shard, Split
 
 
 def opened(tmp_path: Path, notes: list[str] | None = None, **data: object) -> Dataset:
@@ -158,6 +164,81 @@ def test_class_names_of_every_source_are_normalized(tmp_path: Path) -> None:
         opened(tmp_path, source="tfrecords", pattern=pattern, class_names=("caf\u00e9", "cafe\u0301", "x"))
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("cat ", "cat"), ("cat", " cat"), ("\ufeffcat", "cat"),
+     ("a\nb", r"a\nb")],
+)  # fmt: skip
+def test_a_label_that_is_text_names_its_class_in_any_spelling(tmp_path: Path, text: str, name: str) -> None:
+    for i in range(2):
+        labels = (text.encode(), b"dog", text.encode())
+        shard = b"".join(frame_record(record(image=noise(3 * i + k), label=label)) for k, label in enumerate(labels))
+        (tmp_path / f"{i}.tfrec").write_bytes(shard)
+    pattern, names = str(tmp_path / "*.tfrec"), ("dog", name)
+    for _ in range(2):  # the second time the labels are cached
+        dataset = opened(tmp_path, source="tfrecords", pattern=pattern, class_names=names, label_kind="text")
+        assert dataset.class_names == ("dog", normalize_class_name(name))
+        assert dataset.splits["train"].labels.tolist() == [1, 0, 1]
+
+
+FOREIGN = "a\n\x1b[31m\u202eb"  # another line, a colour, and text in another order
+SHOWN = r"a\n\x1b[31m\u202eb"
+
+
+def shard_at(path: Path, **values: bytes | int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(frame_record(record(**values)))
+    return path
+
+
+def test_what_a_record_holds_is_shown_on_one_line(tmp_path: Path) -> None:
+    text, options = FOREIGN.encode(), {"source": "tfrecords", "class_names": ("a", "b"), "validation_fraction": 0}
+    named = shard_at(tmp_path / "name.tfrec", image=b"no image", label=0, filename=text)
+    index = index_shard(named)
+    (at,) = locate_records(Split("train", np.zeros(1, np.int32), shards=(Shard(str(named), 1, 0, 1),)))
+    assert (index.count, read_source_name(at)) == (1, SHOWN)
+    label = shard_at(tmp_path / "text.tfrec", image=b"x", label=text)
+    field = shard_at(tmp_path / "field.tfrec", **{FOREIGN: 1, "image": b"x"})
+    for path, changes in ((label, {"label_kind": "text"}), (label, {}), (field, {})):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, **options, pattern=str(path), **changes)
+        assert SHOWN in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+def test_the_path_of_a_shard_is_shown_on_one_line(tmp_path: Path) -> None:
+    path = shard_at(tmp_path / FOREIGN / f"{FOREIGN}.tfrec", image=b"x", label=0)
+    path.write_bytes(path.read_bytes()[:-1])
+    options = {"source": "tfrecords", "class_names": ("a", "b"), "validation_fraction": 0, "pattern": str(path)}
+    for on_error in ("fail", "skip"):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, **options, on_error=on_error)
+        assert "is truncated" in str(caught.value)
+        assert str(caught.value).isprintable()
+    with pytest.raises(DataError) as caught:
+        LocalShards().require("reader", [f"{path}x"], [])
+    assert str(caught.value).isprintable()
+
+
+def test_names_in_a_folder_of_images_are_shown_on_one_line(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", [f"all/{FOREIGN}", "all/b", f"all2/{FOREIGN}"], ["1.jpg", "2.jpg", f"x.{FOREIGN}"])
+    notes: list[str] = []
+    opened(tmp_path, notes, root=str(root))
+    assert any("two folders deep" in note for note in notes)
+    assert any(f"3 .{SHOWN} ignored" in note for note in notes)
+    assert all(note.isprintable() for note in notes), notes
+
+
+def test_the_features_of_a_dataset_are_shown_on_one_line(tmp_path: Path) -> None:
+    examples = [(noise(i), i % 2) for i in range(8)]
+    texts = {FOREIGN: {"train": ["x"] * 8}}
+    write_dataset(tmp_path / "set", LabeledImages("pets", ("a", "b"), {"train": examples}, texts))
+    for change in ({"label_field": "x"}, {"image_field": "x"}, {"group_field": "x"}, {"train_split": "x"}):
+        with pytest.raises(DataError) as caught:
+            opened(tmp_path, source="tfds", root=str(tmp_path / "set"), **change)
+        assert str(caught.value).isprintable(), str(caught.value)
+
+
 @pytest.mark.parametrize("folder", ["photos [2024]", "a*b", "what?", "[x]"])
 def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None:
     home = tmp_path / folder / "in"
@@ -172,7 +253,13 @@ def test_a_folder_that_exists_is_no_pattern(tmp_path: Path, folder: str) -> None
     assert find_matching_files(f"{home}/[1-9].tfrec") == both[:1]
     assert find_matching_files(f"{tmp_path}/**/3.tfrec") == [f"{tmp_path}/photos 2/in/3.tfrec"]
     assert find_matching_files(f"{home}") == []
-    with raises(DataError, "data.pattern", str(home), r"set data.pattern=.*/\*.tfrec\*", "is a folder"):
+    with raises(
+        DataError,
+        "data.pattern",
+        str(home),
+        rf"set {re.escape(format_argument('data.pattern', f'{home}/*.tfrec*'))}$",
+        "is a folder",
+    ):
         opened(tmp_path, source="tfrecords", pattern=str(home), class_names=("a", "b"))
 
 
@@ -180,6 +267,40 @@ def test_a_folder_with_the_characters_of_a_pattern_is_opened(tmp_path: Path) -> 
     fill(tmp_path / "photos [2024]", ["cat*", "[d]og"], ["1?.jpg", "[2].jpg"])
     dataset = opened(tmp_path, root=str(tmp_path / "photos [2024]"))
     assert (dataset.class_names, sum(s.count for s in dataset.splits.values())) == (("[d]og", "cat*"), 4)
+
+
+@pytest.mark.parametrize(
+    "data", [{"source": "tfds"}, {"source": "image_folder"}, {"source": "tfrecords", "class_names": ("a", "b")}]
+)
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, data: dict[str, object]) -> None:
+    key = "pattern" if data["source"] == "tfrecords" else "root"
+    for name in ("x" * 300, f"{tmp_path}/{'x' * 300}/y", "/".join(["x" * 200] * 30)):
+        with raises(DataError, f"data.{key}", name):
+            opened(tmp_path, **data, root=name, pattern=name)
+
+
+def first_word(advice: str) -> str:
+    """The value of `KEY=VALUE` after `set ` or `with `, as a shell and this program read it."""
+    (word, *_) = shlex.split(re.split("set |with ", advice, maxsplit=1)[1].replace(",", " ,"))
+    return str(parse_value(word))
+
+
+@pytest.mark.parametrize("name", ["photos", "my photos (1)", "it's", "a${b", "[2024]"])
+def test_a_path_in_advice_can_be_pasted(tmp_path: Path, name: str) -> None:
+    root = fill(tmp_path / name, ["all/cat", "all/dog"], ["1.jpg", "2.jpg"])
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, root=str(root))
+    assert first_word(str(caught.value.fix)) == str(root / "all")
+    fill(root, ["more/cat"], ["1.jpg"])
+    notes: list[str] = []
+    opened(tmp_path, notes, root=str(root))
+    assert first_word(next(note for note in notes if "two folders deep" in note)) == str(root / "all")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, source="tfrecords", pattern=str(root), class_names=("a", "b"))
+    assert first_word(str(caught.value.fix)) == f"{root}/*.tfrec*"
+    with pytest.raises(ConfigError) as refused:
+        parse_stored_config(b"[", str(root))
+    assert first_word(str(refused.value.fix)) == str(root)
 
 
 def test_metadata_cannot_name_shards_elsewhere(tmp_path: Path) -> None:

@@ -155,6 +155,21 @@ def test_image_files_are_selected_by_name(tmp_path: Path) -> None:
         assert name in left_out
 
 
+@pytest.mark.parametrize(
+    ("classes_in", "loose_in"),
+    [(("",), ""), (("train", "test"), ""), (("train", "test"), "train"), (("train",), "train")],
+)
+def test_files_next_to_the_class_folders_are_noted(tmp_path: Path, classes_in: tuple[str, ...], loose_in: str) -> None:
+    root = tmp_path / "pets"
+    for i, split in enumerate(classes_in):
+        fill_folder(root / split, {"cat": 5, "dog": 5}, start=10 * i)
+    assert not any("directly in" in note for note in folder(tmp_path, root).notes)
+    for name in ("a.JPG", "b.jpg", "labels.csv", ".hidden.jpg", "Thumbs.db"):
+        (root / loose_in / name).write_bytes(noise(1))
+    where = root / loose_in
+    assert f"2 .jpg, 1 .csv ignored: directly in {where}, not in a class folder" in folder(tmp_path, root).notes
+
+
 @pytest.mark.parametrize("validation", ["validation", "val", "valid"])
 def test_split_folders_are_the_splits(tmp_path: Path, validation: str) -> None:
     for start, (name, count) in enumerate({"train": 10, validation: 4, "test": 3}.items()):
@@ -462,6 +477,28 @@ def test_a_split_that_is_trained_on_is_not_scored(
         opened(tmp_path, source="tfds", root=str(root), **data, test_split="test")
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_split_that_is_not_labelled_is_left_out(tmp_path: Path, name: str) -> None:
+    """TFDS gives the label -1 to examples whose labels are not published."""
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [-1] * 6}, shards=2)
+    data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
+    notes: list[str] = []
+    assert counts(opened(tmp_path, notes, **data)) == {"train": 18, "validation": 6}
+    assert f"the split {name} of the dataset is not used: its examples have no label (-1)" in notes
+    fix = "leave its split out .*data.test_split=none"
+    with raises(DataError, "data.label_field", "label", fix, r"record 0 of shard .* is not labelled \(-1\)"):
+        opened(tmp_path, **data, **{f"{name}_split": name})
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_split_of_the_dataset_can_be_left_out(tmp_path: Path, name: str) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [0, -1, 1]}, shards=2)
+    data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
+    with raises(DataError, "data.label_field", "label", problem="record 1 of shard .* is not labelled"):
+        opened(tmp_path, **data)
+    assert counts(opened(tmp_path, **data, **{f"{name}_split": "none"})) == {"train": 18, "validation": 6}
+
+
 def test_a_dataset_of_one_split_is_trained_on(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"test": [0, 1, 2] * 10})
     data = {"source": "tfds", "root": str(root), "train_split": "test"}
@@ -556,14 +593,65 @@ def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
     assert list(opened(tmp_path, **one).splits) == ["train"]
 
 
+UNNAMED: list[tuple[tuple[str, ...], str | None, str, str]] = [
+    (CLASSES[:2], "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
+    (("cat", "cat", "owl"), None, "use each class name once", "pets has duplicate class names: cat"),
+    ((*CLASSES, "yak"), None, "remove the class", "no training example of yak"),
+]
+
+
+@pytest.mark.parametrize(("names", "key", "fix", "problem"), UNNAMED)
+def test_wrong_names_of_records_without_names_are_named(
+    tmp_path: Path, names: tuple[str, ...], key: str | None, fix: str, problem: str
+) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").unlink()
+    with raises(DataError, key, ANY, fix, problem):
+        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=names)
+
+
+def test_labels_that_begin_with_1_are_suspected_where_0_is_absent(tmp_path: Path) -> None:
+    root = write_records(tmp_path / "pets", {"train": [1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").unlink()
+    with raises(DataError, fix="if labels begin with 1, set data.label_kind=index1", problem="no training .* of cat"):
+        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fix"), [((), r"data.label_kind=index \(index1 if"), ((3,), "data.label_kind=onehot to read")]
+)
+def test_numbers_of_tfds_that_are_no_class_label_can_be_read(tmp_path: Path, shape: tuple[int, ...], fix: str) -> None:
+    import tensorflow_datasets as tfds
+
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 5})
+    feature = tfds.features.Tensor(shape=shape, dtype=np.int64) if shape else tfds.features.Scalar(np.int64)
+    tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": feature}).save_config(str(root))
+    with raises(DataError, "data.label_field", "label", f"set data.class_names, and {fix}"):
+        opened(tmp_path, source="tfds", root=str(root))
+
+
+def test_records_next_to_class_names_have_the_labels_of_these(tmp_path: Path) -> None:
+    root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
+    data = {"source": "tfrecords", "pattern": f"{root}/*.tfrecord*"}
+    order = ("owl", "cat", "dog")
+    split = opened(tmp_path, **data, class_names=order).splits["validation"]
+    assert [order[label] for label in split.labels] == [*CLASSES, *CLASSES]
+    (root / "label.labels.txt").unlink()
+    assert opened(tmp_path, **data, class_names=order).splits["validation"].labels.tolist() == [0, 1, 2] * 2
+    write_records(tmp_path / "more", {"train": [0, 1, 2] * 10}, shards=5)
+    (root / "label.labels.txt").write_text("dog\ncat\nowl\n")
+    with raises(DataError, "data.pattern", fix="of one of them", problem="numbered differently: .* has dog, cat, owl"):
+        opened(tmp_path, source="tfrecords", pattern=f"{tmp_path}/*/*.tfrecord*", class_names=CLASSES)
+
+
 FIRST = "{root}/pets-train.tfrecord-00000-of-00005"
 WRONG_PATTERNS: list[tuple[dict[str, Any], str | None, str, str]] = [
     ({"pattern": FIRST}, "data.pattern", "set data.validation_fraction=0$", "1 file, too few .* train, validation"),
     ({"pattern": "{root}/*.rec"}, "data.pattern", "", f"no file matches .searched from {os.getcwd()}"),
     ({"label_field": "class"}, "data.label_field", "image .bytes., label .int64.", f"0 of shard {FIRST} has no such"),
-    ({"class_names": CLASSES[:2]}, "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
-    ({"class_names": ("cat", "cat", "owl")}, None, "", "pets has duplicate class names: cat"),
-    ({"class_names": (*CLASSES, "yak")}, None, "remove the class", "no training example of yak"),
+    ({"class_names": CLASSES[:2]}, "data.class_names", "exactly", "the 3 classes of the data: only pets has owl"),
+    ({"class_names": ("cat", "cat", "owl")}, "data.class_names", "exactly", "only pets has dog"),
+    ({"class_names": (*CLASSES, "yak")}, "data.class_names", "exactly", "only data.class_names has yak"),
 ]
 
 
@@ -574,7 +662,8 @@ def test_wrong_patterns_are_named(
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"pattern": "{root}/*.tfrecord*", "class_names": CLASSES, **change}
     data["pattern"] = data["pattern"].replace("{root}", str(root))
-    value = data[key.removeprefix("data.")] if key and key.removeprefix("data.") in change else ANY
+    value = change.get(key.removeprefix("data."), ANY) if key and key != "data.class_names" else ANY
+    value = value.replace("{root}", str(root)) if isinstance(value, str) else value
     with raises(DataError, key, value, fix, problem.replace("{root}", str(root))):
         opened(tmp_path, source="tfrecords", **data)
 

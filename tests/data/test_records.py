@@ -194,6 +194,15 @@ def test_damaged_images_are_named_or_skipped(tmp_path: Path, examples: Examples)
         write(out, examples, shards=2)
 
 
+def test_a_damaged_image_of_a_record_is_named_with_its_file(tmp_path: Path) -> None:
+    payloads = [serialize(noise(i)[: 300 if i == 1 else None], i % 2, {"filename": f"cat/{i}.jpg"}) for i in range(3)]
+    path = write_shard(tmp_path / "a.tfrec", payloads)
+    split = Split("train", np.zeros(3, np.int32), shards=(Shard(str(path), 3, 0, 3),))
+    examples: Examples = [(at, 0) for at in locate_records(split)]
+    with raises(DataError, problem=rf"1 image cannot be read or decoded:\n  {path}#1 \(cat/1.jpg\): "):
+        write(tmp_path / "out", examples)
+
+
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with raises(DataError, fix="exists", problem=f"^{tmp_path}/gone.jpg cannot be read: No such file or directory"):
         write(tmp_path / "out", [(tmp_path / "gone.jpg", 0)])
@@ -317,6 +326,14 @@ def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[A
 )
 def test_other_labels_are_described(tmp_path: Path, kind: str, value: Any, key: str, fix: str, problem: str) -> None:
     with raises(DataError, f"data.{key}", kind if key == "label_kind" else "label", fix, problem):
+        labels_of(tmp_path, [value], kind)
+
+
+@pytest.mark.parametrize("kind", ["index", "onehot"])
+@pytest.mark.parametrize("value", [[0, 1], [1.0, 0.0, 0.0, 0.0]])
+def test_a_one_hot_label_of_another_number_of_classes_is_named(tmp_path: Path, kind: str, value: list[Any]) -> None:
+    problem = rf"holds .* one-hot for {len(value)} classes, but there are 3 class names$"
+    with raises(DataError, "data.class_names", None, f"give {len(value)} class names", problem):
         labels_of(tmp_path, [value], kind)
 
 

@@ -74,6 +74,21 @@ def test_a_grid_continues_after_a_job_that_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_jobs_get_their_values_and_folders_as_they_were_typed(tmp_path: Path) -> None:
+    weights = "training.class_weights={1:2,2:1},balanced"
+    result = train("-m", *TINY, weights, 'output_dir="o/lr=1, a"', "experiment_name=it's (1)", cwd=tmp_path)
+    home = tmp_path / "o" / "lr=1, a"
+    trees = [yaml.safe_load((home / job / "config.yaml").read_text()) for job in ("0", "1")]
+    assert [tree["training"]["class_weights"] for tree in trees] == [{"1": 2.0, "2": 1.0}, "balanced"]
+    assert [(tree["output_dir"], tree["experiment_name"]) for tree in trees] == [
+        (f"o/lr=1, a/{job}", "it's (1)") for job in ("0", "1")
+    ]
+    assert all((home / job / "DONE").exists() for job in ("0", "1"))
+    assert "training.class_weights={1:2,2:1}\n" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.slow
 def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     search = (*TINY, "hydra/sweeper=optuna", "phases.head.optimizer.name=sgd", f"{RATE}=choice(0.01,1e38)")

@@ -251,13 +251,14 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "export/saved_model/1", "export/model.keras"])
 def test_a_run_as_weights_names_warm_start(name: str, tmp_path: Path) -> None:
-    (tmp_path / "export" / "saved_model" / "1").mkdir(parents=True)
+    run = tmp_path / "my run"
+    (run / "export" / "saved_model" / "1").mkdir(parents=True)
     for file in ("config.yaml", "run.json"):
-        (tmp_path / file).write_text("{}")
+        (run / file).write_text("{}")
     if name.endswith(".keras"):
-        build(backbone="VGG16", alpha=None).backbone.save(tmp_path / name)
-    with raises(ModelError, "model.weights", tmp_path / name, f"warm_start={tmp_path} ", "is a folder|does not fit"):
-        build(weights=str(tmp_path / name))
+        build(backbone="VGG16", alpha=None).backbone.save(run / name)
+    with raises(ModelError, "model.weights", run / name, f"set 'warm_start={run}' ", "is a folder|does not fit"):
+        build(weights=str(run / name))
 
 
 def test_the_packaged_weights_separate_strokes_better_than_random_ones() -> None:

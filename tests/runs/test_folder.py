@@ -16,7 +16,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.folder import (
     RunFolder,
-    check_fingerprint,
+    check_same_data,
     describe_versions,
     inspect_folder,
     is_finished,
@@ -260,7 +260,7 @@ def test_other_damaged_files_are_renamed(
 
 
 def test_a_run_is_only_compared_with_a_fingerprint_that_is_recorded() -> None:
-    check_fingerprint("run", {}, FINGERPRINT)
-    check_fingerprint("run", {"data_fingerprint": FINGERPRINT}, FINGERPRINT)
+    check_same_data("run", {}, FINGERPRINT)
+    check_same_data("run", {"data_fingerprint": FINGERPRINT}, FINGERPRINT)
     with raises(DataError, "output_dir", "run", problem=FINGERPRINT):
-        check_fingerprint("run", {"data_fingerprint": FINGERPRINT}, "fedcba9876543210")
+        check_same_data("run", {"data_fingerprint": FINGERPRINT}, "fedcba9876543210")

@@ -13,9 +13,10 @@ from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
 from trainer.data.open import open_run_data
+from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.distillation.source import describe_teacher
 from trainer.errors import DataError
-from trainer.planning.checks import plan_staging
+from trainer.planning.checks import fetch_metadata, plan_staging
 from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
@@ -46,6 +47,17 @@ def staged(address: str, cache: Path) -> tuple[Path, list[str]]:
 
 def files(folder: Path) -> set[str]:
     return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != VERSIONS}
+
+
+def test_class_names_next_to_records_in_a_bucket_number_the_classes(in_bucket: StoragePath, tmp_path: Path) -> None:
+    examples: list[tuple[ImageSource, int]] = [(noise(i), i % 2) for i in range(12)]
+    write_dataset(in_bucket, LabeledImages("pets", ("cat", "dog"), {"train": examples}), WriteOptions(shards=3))
+    data = {"source": "tfrecords", "pattern": f"{in_bucket}/*.tfrecord*", "class_names": ["dog", "cat"]}
+    tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
+    config = load(tree | {"runtime": {"cache_dir": str(tmp_path)}})
+    for _ in range(2):
+        dataset = open_run_data(config, lambda _: None, lambda _: None).dataset
+        assert dataset.splits["validation"].labels.tolist() == [1, 0, 1, 0]
 
 
 def opened(root: str, cache: Path) -> object:
@@ -114,6 +126,39 @@ def test_an_object_next_to_its_folder_is_not_the_data(
     opened(f"{in_bucket}/p", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["p", "p [1]"])
+def test_a_folder_may_begin_with_any_number_of_placeholders(in_bucket: StoragePath, tmp_path: Path, name: str) -> None:
+    """The web console makes one for each folder; an object of the same name does not hide the folder."""
+    for placeholder in (name, f"{name}/", f"{name}/cat/", f"{name}/cat/a/", f"{name}/cat/b/"):
+        put(in_bucket, placeholder, "")
+    assert not (in_bucket / name).is_folder()
+    put(in_bucket, f"{name}/cat/c.jpg")
+    assert (in_bucket / name).is_folder()
+    assert files(staged(f"{in_bucket}/{name}", tmp_path)[0]) == {"cat/c.jpg"}
+
+
+def test_the_first_page_of_a_listing_may_have_only_placeholders(
+    in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(in_bucket, GcsPath)
+    for placeholder in ("p/", "p/cat/", "p/cat/a/"):
+        put(in_bucket, placeholder, "")
+    put(in_bucket, "p/cat/c.jpg")
+    page = GcsPath._page
+    monkeypatch.setattr(GcsPath, "_page", lambda path, token, delimiter: page(path, token, delimiter, 1))
+    assert (in_bucket / "p").is_folder()
+
+
+@pytest.mark.parametrize("key", ["", "p"])
+def test_an_empty_part_is_no_folder(emulator: Emulator, key: str) -> None:
+    """An object `p//x` has an empty part: `p` is not a folder of itself."""
+    emulator.make_bucket(f"empty-{key}-parts")
+    folder = GcsPath(f"empty-{key}-parts", key)
+    for name in ("/x", "a/x"):
+        replace(folder, key=f"{key}/{name}" if key else name).write("x")
+    assert [path.name for path in folder.folders()] == ["a"]
+
+
 def test_errors_name_the_address_and_not_the_copy(in_bucket: StoragePath, tmp_path: Path) -> None:
     address = f"{in_bucket}/p"
     (in_bucket / "p").write("a file")
@@ -177,7 +222,7 @@ def test_names_of_250_bytes_are_fetched(in_bucket: StoragePath, tmp_path: Path) 
 def test_a_run_in_a_bucket_writes_only_into_its_folder(in_bucket: StoragePath, tmp_path: Path) -> None:
     escaped = Path(f"/kubetune-run-{os.getpid()}")
     (in_bucket / "config.yaml").write("a: 1")
-    (in_bucket / "checkpoints" / "LATEST").write("step-00000010-ab\n../../step-1\nstep-/../../x\n")
+    (in_bucket / "checkpoints" / "LATEST").write("step-00000010-ab\n")
     for name in (
         "checkpoints/step-00000010-ab/state.json", "checkpoints/step-00000010-ab", "checkpoints/step-00000099",
         f"{escaped}", "checkpoints/step-00000010-ab//x",
@@ -188,15 +233,31 @@ def test_a_run_in_a_bucket_writes_only_into_its_folder(in_bucket: StoragePath, t
     assert not escaped.exists()
 
 
-def test_pointers_name_checkpoints_only(tmp_path: Path) -> None:
-    (tmp_path / "LATEST").write_bytes(b"step-00000010\n../../etc step-00000020-ab\nstep-/../x \xff\n")
-    assert read_pointer(storage_path(tmp_path / "LATEST")) == ["step-00000010", "step-00000020-ab"]
+@pytest.mark.parametrize("name", ["../../step-1", "step-/../../x", "step-00000010/../../x", "\\xff"])
+def test_pointers_name_checkpoints_only(tmp_path: Path, name: str) -> None:
+    pointer = tmp_path / "LATEST"
+    pointer.write_text("step-00000010\nstep-00000020-ab\n")
+    assert read_pointer(storage_path(pointer)) == ["step-00000010", "step-00000020-ab"]
+    pointer.write_text(f"step-00000010\n{name}\n")
+    with raises(DataError, problem="is damaged", fix="write the names of its checkpoints there"):
+        read_pointer(storage_path(pointer))
 
 
 def test_a_teacher_has_only_files_that_can_be_written(in_bucket: StoragePath) -> None:
     for name in ("saved_model.pb", "assets/labels.txt", "variables/a", "//etc/x"):
         put(in_bucket, name)
     assert set(describe_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
+
+
+@pytest.mark.parametrize("end", ["", "/", "/.", "/./", "//"])
+def test_the_copy_of_a_folder_has_its_name(in_bucket: StoragePath, tmp_path: Path, end: str) -> None:
+    address = f"{in_bucket}{end}"
+    one, other = (ShardCache(address, {}, tmp_path, 10**6, lambda _: None, lambda: None, ()) for _ in range(2))
+    assert (one.folder.name, other.folder.name) == (in_bucket.name, in_bucket.name)
+    assert one.folder != other.folder  # each process has its own
+    assert (one.folder.parent / ".lock").exists()
+    with fetch_metadata(address, []) as folder:
+        assert Path(folder).name == in_bucket.name
 
 
 def test_a_shard_is_written_below_the_cache(in_bucket: StoragePath, tmp_path: Path) -> None:

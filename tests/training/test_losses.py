@@ -165,6 +165,30 @@ def test_class_weights() -> None:
     assert compute_class_weights({"dog": 3}, names, labels) == (1.0, 3.0, 1.0)
     with raises(DataError, "training.class_weights", fix="use cat, dog, owl", problem="no class ant, bat"):
         compute_class_weights({"dog": 3, "bat": 2, "ant": 1}, names, labels)
+    with raises(DataError, "training.class_weights", fix="one weight", problem="several weights .* ' dog', 'dog '"):
+        compute_class_weights({" dog": 3, "cat": 2, "dog ": 1}, names, labels)
+
+
+@pytest.mark.parametrize(
+    ("weights", "others"),
+    [
+        ({"cat": 0, "dog": 0, "owl": 0}, ""),
+        ({"cat": 0, "dog": 0}, ""),  # no example is an owl
+        ({"cat": 0, "dog": 1, "owl": 1}, " that is not dog"),
+        ({"dog": 0}, " that is not cat"),
+    ],
+)
+def test_weights_that_leave_less_than_two_classes_are_refused(weights: dict[str, float], others: str) -> None:
+    names, labels = ("cat", "dog", "owl"), np.array([0, 0, 1, 0])
+    fix, problem = "above 0 for at least two classes", f"is 0 for every training example{others}, so"
+    with raises(DataError, "training.class_weights", fix=fix, problem=problem):
+        compute_class_weights(weights, names, labels)
+    assert compute_class_weights({"cat": 1e-6, "owl": 0}, names, labels) == (1e-6, 1.0, 0.0)
+    assert compute_class_weights({"owl": 0}, names, np.zeros(3, np.int32)) == (
+        1.0,
+        1.0,
+        0.0,
+    )  # a trial run of one example
 
 
 # --- in the step -----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise _config_error(error) from None
     if isinstance(training := values.get("training"), dict) and "class_weights" in training:
-        training["class_weights"] = parse_weights(training["class_weights"])
+        training["class_weights"] = parse_weights(training["class_weights"], "training.class_weights")
     return values
 
 

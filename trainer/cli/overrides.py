@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.keys import classify_key, list_keys, suggest_key, suggest_name
+from trainer.config.keys import classify_key, how_to_write, list_keys, suggest_key, suggest_name, takes_list
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
@@ -93,7 +93,8 @@ def evaluate_override(override: str) -> Any:
     except OmegaConfBaseException:
         fix = "give the value itself; a reference to another key is for runs only"
         raise ConfigError("cannot be resolved", key=parsed.key_or_group, value=parsed.value(), fix=fix) from None
-    return parse_weights(value) if classify_key(RequestedConfig, parsed.key_or_group) == "weights" else value
+    key = parsed.key_or_group
+    return parse_weights(value, key) if classify_key(RequestedConfig, key) == "weights" else value
 
 
 def format_override(override: str) -> str:
@@ -139,12 +140,24 @@ def split_elements(text: str) -> list[str]:
         start = match.end() + 1
 
 
-def parse_weights(value: Any) -> Any:
-    """Parse "{a b: 1, c: 2}", in which names need no quotes. Any other value is returned unchanged."""
+def parse_weights(value: Any, key: str) -> Any:
+    """Parse "{a b: 1, c: 2}", in which names need no quotes. Any other value is returned unchanged.
+
+    Raises ConfigError, which names `key`, if a part has no number, or a name occurs twice.
+    """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
-    pairs = [element.rpartition(":") for element in split_elements(value[1:-1])]
-    return {_unquote(name.strip()): number.strip() for name, _, number in pairs if name or number.strip()}
+    weights: dict[str, str] = {}
+    for part in filter(str.strip, split_elements(value[1:-1])):
+        name, colon, number = part.rpartition(":")
+        name = _unquote(name.strip())
+        if not colon:
+            fix = f"write it as NAME: NUMBER, as in {{{part.strip()}: 2}}"
+            raise ConfigError(f"has no number for {part.strip()}", key=key, value=value, fix=fix)
+        if name in weights:
+            raise ConfigError(f"has several numbers for {name}", key=key, value=value, fix="give each class one number")
+        weights[name] = number.strip()
+    return weights
 
 
 def _unquote(text: str) -> str:
@@ -168,15 +181,21 @@ def _translate_override(text: str, sweep: bool) -> str:
             raise _several_values_error(text)
         value = _quote_sweep_values(value) if sweep else _quote_text(value)
     elif kind == "texts":
-        is_plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
-        values = split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
-        value = ",".join(_quote_list(v.strip()) for v in ([f"[{value}]"] if is_plain else values))
-    elif kind == "weights" and re.fullmatch(r"\s*\{.*\}\s*", value, re.S):
-        value = quote(value.strip())
-    if not sweep and parse_override(f"{plus}{key}={value}").is_sweep_override():
+        plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
+        parts = (
+            [f"[{value}]"] if plain else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
+        )
+        value = ",".join(_quote_list(part.strip()) for part in parts)
+    elif kind == "weights":
+        if not sweep and len(_weight_values(value)) > 1:
+            raise _several_values_error(text)
+        value = ",".join(_weight_values(value) if sweep else [_quote_weights(value)])
+    try:
+        parsed = parse_override(f"{plus}{key}={value}")
+    except ConfigError as error:
+        raise _unreadable_error(text, error) from None
+    if not sweep and parsed.is_sweep_override():
         raise _several_values_error(text)
-    if sweep:
-        parse_override(f"{plus}{key}={value}")
     return f"{plus}{key}={value}"
 
 
@@ -194,6 +213,19 @@ def _quote_sweep_values(value: str) -> str:
         return value
     # As a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
     return ",".join(_quote_text(element.strip()) for element in split_elements(function[2] if function else value))
+
+
+def _quote_weights(text: str) -> str:
+    """Quote `{a b: 1, c: 2}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
+    return quote(text.strip()) if re.fullmatch(r"\s*\{.*\}\s*", text, re.S) else text
+
+
+def _weight_values(value: str) -> list[str]:
+    """Quote each of the values of a sweep: `{a: 1},{a: 2},balanced` or choice(...)."""
+    function = FUNCTION.fullmatch(value)
+    if function and function[1] != "choice":
+        return [value]
+    return [_quote_weights(part) for part in split_elements(function[2] if function else value)]
 
 
 def _quote_list(text: str) -> str:
@@ -221,12 +253,25 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
 
 def _several_values_error(text: str) -> ConfigError:
     key, _, value = text.lstrip("+").partition("=")
-    kind = classify_key(RequestedConfig, key)
     fix = "add -m for a run with each of them"
     if key not in GROUPS:
-        single, how = (quote(value), "in quotes") if kind == "text" else (f"[{value}]", "as a list")
-        fix += f", or write it {how}: {shlex.quote(f'{key}={single}')}"
+        if classify_key(RequestedConfig, key) == "text":
+            fix += f", or write it in quotes: {shlex.quote(f'{key}={quote(value)}')}"
+        elif takes_list(RequestedConfig, key):
+            fix += f", or write it as a list: {shlex.quote(f'{key}=[{value}]')}"
+        elif how := how_to_write(RequestedConfig, key):
+            fix += f", or {how}"
     return ConfigError("has several values", key=key, value=value, fix=fix)
+
+
+def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
+    """Return the error of a value that is not in Hydra's grammar, with the value as it was typed."""
+    key, _, value = text.lstrip("+").partition("=")
+    inside = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
+    listed = split_elements(inside[1] if inside else value)
+    if takes_list(RequestedConfig, key) and len(listed) > 1 and not all(map(str.strip, listed)):
+        return ConfigError("has an empty element", key=key, value=value, fix="remove the empty element")
+    return ConfigError(error.problem, key=key, value=value, fix=how_to_write(RequestedConfig, key) or error.fix)
 
 
 def _no_key_error(text: str) -> ConfigError:

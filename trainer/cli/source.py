@@ -8,7 +8,8 @@ from trainer.cli.overrides import map_given_values, parse_value
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import quote_if_needed
 from trainer.errors import ConfigError, DataError
-from trainer.storage.path import storage_path
+from trainer.names import escape_unprintable
+from trainer.storage.path import StoragePath, storage_path
 
 _RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
 _INFO = "dataset_info.json"  # marks a folder that TensorFlow Datasets prepared
@@ -50,12 +51,15 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
-    Returns its choice for `data=`, the reason, and arguments that replace data.root. Raises DataError if the address is
-    a single file, or has neither folders nor record files.
+    Folders with images precede record files next to them; folders of the system, such as lost+found, do not count.
+
+    Raises DataError if it is a single file or has neither folders nor records.
     """
+    from trainer.data.image_folder import is_system_name  # slow: imports NumPy
+
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
-    folders = folder.folders()
+    folders = [f for f in folder.folders() if not is_system_name(f.name)]
     nested = [f for f in folders if (f / _INFO).exists()] + [
         f for g in folders[:9] for f in g.folders() if (f / _INFO).exists()
     ]
@@ -64,10 +68,11 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     if len(nested) == 1:
         return (
             "tfds",
-            f"{_INFO} in {nested[0].name}, a prepared dataset",
+            f"{_INFO} in {escape_unprintable(nested[0].name)}, a prepared dataset",
             [f"data.root={quote_if_needed(str(nested[0]))}"],
         )
-    if records := sorted(name for name in names if _RECORDS.search(name)):
+    records = sorted(name for name in names if _RECORDS.search(name))
+    if records and not any(map(_holds_images, folders[:9])):
         suffix = _RECORDS.search(records[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix[0] if suffix else ''}*"
         return "tfrecords", f"{len(records)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
@@ -78,3 +83,12 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
     raise DataError(problem, key="data.root", value=root, fix=fix)
+
+
+def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
+    """Return whether a folder, or one of its first folders, has an image, as a class or a split has."""
+    from trainer.data.image_folder import EXTENSIONS
+
+    if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):
+        return True
+    return depth > 1 and any(_holds_images(below, depth - 1) for below in folder.folders()[:3])

@@ -35,6 +35,8 @@ class Section(BaseModel):
     def _require_utf8(cls, value: Any) -> Any:
         if isinstance(value, str) and not is_utf8(value):
             raise InvalidValue("is not UTF-8", value=value, fix="rename it, or give a link to it with such a name")
+        if isinstance(value, str) and "\0" in value:
+            raise InvalidValue("has a null character", value=value, fix="write it without that character")
         return value
 
 

@@ -80,6 +80,39 @@ def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[
 
 def classify_key(root: type[BaseModel], key: str) -> Kind:
     """Classify the value of a key: text, a list of texts, weights by class name, or other."""
+    kinds = _types_of(root, key)
+    if str in kinds and not {int, float} & set(kinds):
+        return "text"
+    if any(
+        get_origin(kind) is dict and get_args(kind)[0] is str and not is_section(get_args(kind)[1]) for kind in kinds
+    ):
+        return "weights"
+    items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    return "texts" if any(item is str or get_origin(item) is Literal for item in items) else "other"
+
+
+def takes_list(root: type[BaseModel], key: str) -> bool:
+    """Return whether the value of a key may be a list, or the key is not known."""
+    kinds = _types_of(root, key)
+    return not kinds or any(get_origin(kind) is tuple for kind in kinds)
+
+
+def how_to_write(root: type[BaseModel], key: str) -> str:
+    """Return how the value of a key is written, such as "use a whole number"; "" if any text may be meant."""
+    kinds, kind = _types_of(root, key), classify_key(root, key)
+    if kind == "weights":
+        return "write {cat: 1, dog: 2}"
+    if kind == "texts":
+        return "write a list, such as [a,b]"
+    if any(is_section(k) and "unit" in k.model_fields for k in kinds):
+        return 'write "500 steps", "2 epochs" or "10000 examples"'
+    numbers = {int: "use a whole number", float: "use a number", bool: "use true or false"}
+    listed = "write a list, such as [1,2]" if any(get_origin(k) is tuple for k in kinds) else ""
+    return next((fix for number, fix in numbers.items() if number in kinds), listed)
+
+
+def _types_of(root: type[BaseModel], key: str) -> list[Any]:
+    """Return the types that the value of a key may have; [] for a key that does not exist."""
     kinds: list[Any] = [root]
     for name in key.split("."):
         section = next((k for k in kinds if is_section(k) and name in k.model_fields), None)
@@ -89,15 +122,8 @@ def classify_key(root: type[BaseModel], key: str) -> Kind:
         elif named:
             kinds = [get_args(named)[1]]
         else:
-            return "other"
-    if str in kinds and not {int, float} & set(kinds):
-        return "text"
-    if any(
-        get_origin(kind) is dict and get_args(kind)[0] is str and not is_section(get_args(kind)[1]) for kind in kinds
-    ):
-        return "weights"
-    items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
-    return "texts" if any(item is str or get_origin(item) is Literal for item in items) else "other"
+            return []
+    return kinds
 
 
 def suggest_key(key: str, known: list[str], tree: Any = None) -> str:

@@ -17,7 +17,7 @@ class Optimizer(Section):
 
     name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
     """Class in `keras.optimizers`."""
-    learning_rate: float = Field(1e-3, gt=0, le=1e38)
+    learning_rate: float = Field(1e-3, ge=1e-12, le=1e38)
     """Learning rate of the head at the start of the schedule, after the warm-up."""
     momentum: float | None = Field(None, ge=0, lt=1)
     """sgd, rmsprop: momentum."""
@@ -31,7 +31,7 @@ class Optimizer(Section):
     """adam, adamw, adamax: decay rate of the second moment (adamax: of the infinity norm), per step."""
     rho: float | None = Field(None, ge=0, lt=1)
     """rmsprop: decay rate of the mean square, per step."""
-    epsilon: float | None = Field(None, gt=0, le=1e3)
+    epsilon: float | None = Field(None, ge=1e-12, le=1e3)
     """All but sgd: constant added to the denominator."""
 
     @model_validator(mode="after")
@@ -110,9 +110,9 @@ class Phase(Section):
     """Length of the phase in training examples."""
     batch_norm: Literal["frozen", "train"] = "frozen"
     """BatchNormalization layers of the backbone: always frozen, or trained where `thaw` includes them."""
-    backbone_rate: float = Field(1.0, gt=0, le=1)
+    backbone_rate: float = Field(1.0, ge=1e-6, le=1)
     """Learning-rate multiplier of the backbone, relative to the head."""
-    layer_decay: float = Field(1.0, gt=0, le=1)
+    layer_decay: float = Field(1.0, ge=1e-6, le=1)
     """Learning-rate multiplier of a block, relative to the block above it."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

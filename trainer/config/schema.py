@@ -56,10 +56,10 @@ class Data(Section):
     """tfds: split of the training examples, slices included, such as train[:80%]."""
     validation_split: str | None = None
     """tfds: split of the validation examples; null: what data.train_split leaves of the split "validation" if it
-    exists, else data.validation_fraction."""
+    exists, else data.validation_fraction; none: data.validation_fraction, as if the dataset had no such split."""
     test_split: str | None = None
     """tfds: split of the test examples; null: what data.train_split leaves of the split "test" if it exists, else
-    data.test_fraction."""
+    data.test_fraction; none: data.test_fraction, as if the dataset had no such split."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
     """Fraction of the training examples that become the validation split if the data has none."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
@@ -204,7 +204,16 @@ class Augmentation(Section):
         return tuple(degrees for degrees in ranges if degrees)
 
 
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+MIN_WEIGHT = 1e-6  # smaller ones vanish in the rounding of float32, or are 0 there
+
+
+def _check_weight(weight: float) -> float:
+    if 0 < weight < MIN_WEIGHT:
+        raise InvalidValue("is too small", value=weight, fix=f"use 0, or a weight of at least {MIN_WEIGHT:g}")
+    return weight
+
+
+Weight = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_check_weight)]
 
 
 class Training(Section):
@@ -221,7 +230,7 @@ class Training(Section):
     class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
     """Weight of an example's loss by its class: equal, inversely proportional to the frequency of the class, or
     {class: weight}."""
-    clip_norm: float | None = Field(None, gt=0, le=1e12)
+    clip_norm: float | None = Field(None, ge=1e-12, le=1e12)
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
     """Number of micro-batches into which a replica splits its batch, to save memory."""
@@ -247,7 +256,7 @@ class Distillation(Section):
     """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or gs://."""
     alpha: float = Field(0.1, ge=0, lt=1)
     """Weight of the loss with the labels as targets."""
-    temperature: float = Field(1.0, gt=0, le=1e3)
+    temperature: float = Field(1.0, ge=0.01, le=1e3)
     """Temperature that softens the predictions of teacher and student."""
 
 

@@ -56,7 +56,7 @@ def _check_data(data: Data) -> Reasons:
         for key in ("name", "data_dir", "download") if data.root else ():
             yield key, "is not read when data.root is set"
         for split in ("validation", "test"):
-            if getattr(data, f"{split}_split"):
+            if getattr(data, f"{split}_split") not in (None, "", "none"):
                 yield f"{split}_fraction", f"is not read when data.{split}_split is set"
 
 

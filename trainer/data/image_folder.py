@@ -73,7 +73,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
     for name, members in images.items():
         if not readable[name]:
-            content = f"its folder has {len(members)} images below {root}"
+            content = f"its folder has {len(members)} images below {escape_unprintable(root)}"
             raise empty_split_error(name, content, [faults[image.path] for image in members])
     ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
     missing = {"validation": data.validation_fraction} if "validation" not in images else {}
@@ -97,8 +97,11 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
     images: dict[str, list[_Image]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system = Counter[str]()
-    for folder in {root, *folders.values()}:
+    loose = []
+    for folder in dict.fromkeys([root, *folders.values()]):
         system.update(_list_system_names(os.listdir(folder)))
+        if kinds := _loose_files(folder):
+            loose.append(f"{_list_kinds(kinds)}: directly in {escape_unprintable(folder)}, not in a class folder")
     for split, folder in folders.items():
         if not classes[split]:
             count = sum(_is_image(name, extensions) for name in os.listdir(folder))
@@ -120,7 +123,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
             )
         ]
     class_names = tuple(classes["train"])
-    notes = _note_ignored(sum(ignored.values(), Counter()), system, extensions)
+    notes = _note_ignored(sum(ignored.values(), Counter()), system, extensions) + loose
     notes += _note_nesting(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
@@ -136,7 +139,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
 
 def _list_kinds(kinds: Counter[str]) -> str:
     ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    listed = (f"{count} {kind or 'without extension'}" for kind, count in ordered[:10])
+    listed = (f"{count} {escape_unprintable(kind) or 'without extension'}" for kind, count in ordered[:10])
     return f"{', '.join(listed)}{', ...' * (len(kinds) > 10)} ignored"
 
 
@@ -169,8 +172,11 @@ def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
     nested = sorted({path[1] for path in paths})
     if len(nested) < 2 or min(map(len, paths)) < 3:
         return []
-    fix = f"if these are the classes, set data.root={os.path.join(folder, paths[0][0])}"
-    return [f"all images are two folders deep ({join_first(nested)} below the class folders): {fix}"]
+    deeper = format_argument("data.root", os.path.join(folder, paths[0][0]))
+    fix = f"if these are the classes, set {escape_unprintable(deeper)}"
+    return [
+        f"all images are two folders deep ({escape_unprintable(join_first(nested))} below the class folders): {fix}"
+    ]
 
 
 def _find_class_folders(root: str, folder: str) -> dict[str, str]:
@@ -189,6 +195,13 @@ def _find_class_folders(root: str, folder: str) -> dict[str, str]:
 def _list_subfolders(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not is_system_name(entry.name))
+
+
+def _loose_files(folder: str) -> Counter[str]:
+    """Count the files directly in a folder of class folders by extension, without those of the system."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.is_dir() and not is_system_name(entry.name)]
+    return Counter(os.path.splitext(name)[1].lower() for name in names)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
@@ -223,7 +236,7 @@ def _find_split_folders(root: str) -> dict[str, str]:
         folders[split] = folder
     for (split, folder), (other_split, other_folder) in combinations(folders.items(), 2):
         if os.path.samefile(folder, other_folder):
-            problem = f"{split} and {other_split} are the same folder ({os.path.realpath(folder)})"
+            problem = f"{split} and {other_split} are the same folder ({escape_unprintable(os.path.realpath(folder))})"
             fix = "use a separate folder for each split: training images must not be scored"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return {split: folders[split] for split in SPLITS if split in folders}

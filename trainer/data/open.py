@@ -112,7 +112,7 @@ def open_dataset(
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = escape_unprintable(raw.name), tuple(map(normalize_class_name, raw.class_names))
     raw = apply_class_names(raw, data.class_names and tuple(map(normalize_class_name, data.class_names)))
-    _check_classes(raw, purpose)
+    _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
@@ -163,7 +163,7 @@ def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
         sides = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
         differences = ", ".join(sides) or "a name is repeated"
         problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
-        fix = "leave it out (null), since this data has class names, or name exactly these classes"
+        fix = "name exactly these classes in any order, or leave it out (null) where the source is not tfrecords"
         raise DataError(problem, key="data.class_names", value=f"[{','.join(names)}]", fix=fix)
     new_index = np.array([names.index(name) for name in raw.class_names], np.int32)
     splits = {name: replace(split, labels=new_index[split.labels]) for name, split in raw.splits.items()}
@@ -176,7 +176,7 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
     return join_first([raw.class_names[i] for i in classes])
 
 
-def _check_classes(raw: RawData, purpose: Purpose) -> None:
+def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) -> None:
     count = len(raw.class_names)
     if count < 2 and purpose != "evaluate":
         classes = "".join(raw.class_names) or "no classes"
@@ -189,6 +189,8 @@ def _check_classes(raw: RawData, purpose: Purpose) -> None:
         skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
         skipped += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"
+        if may_begin_with_1 and absent[0] == 0 and raw.splits["train"].shards:
+            fix = f"if labels begin with 1, set data.label_kind=index1; otherwise {fix}"
         raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
 
 

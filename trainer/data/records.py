@@ -18,10 +18,11 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from trainer.errors import DataError
-from trainer.names import escape_unprintable
-from trainer.types import Split
+from trainer.names import escape_unprintable, normalize_class_name
+from trainer.types import Shard, Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
+UNLABELLED = -1  # the label of TFDS for an example that has none
 MAX_GROUPS = 100  # distinct values of data.group_field
 
 
@@ -183,9 +184,16 @@ def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) 
 _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
+def _escape_text(value: bytes) -> str:
+    """Return the text that a record stores, escaped."""
+    return escape_unprintable(value.decode("utf-8", "backslashreplace"))
+
+
 def describe_fields(example: Any) -> str:
     """List the fields of an Example, such as "image (bytes), label (int64)"."""
-    kinds = {name: _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()}
+    kinds = {
+        escape_unprintable(name): _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()
+    }
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
@@ -225,12 +233,12 @@ _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of 
 
 
 def read_source_name(record: RecordLocation) -> str:
-    """Read the file name that a record stores for its image. "" if there is none or the record is corrupt."""
+    """Read the file name that a record stores for its image. `printable`; "" if it has none or is corrupt."""
     example, fault = _read_example(record)
     for field in () if fault else _SOURCE_FIELDS:
         value = example.features.feature.get(field)
         if value is not None and len(value.bytes_list.value) == 1:
-            return value.bytes_list.value[0].decode("utf-8", "backslashreplace")
+            return _escape_text(value.bytes_list.value[0])
     return ""
 
 
@@ -247,7 +255,7 @@ class LabelFields:
     image: str  # name of the field
     classes: int
     kind: str = "index"  # data.label_kind
-    names: tuple[str, ...] = ()  # class names, for labels of the kind "text"
+    names: tuple[str, ...] = ()  # class names, as `class_name` returns them, for labels of the kind "text"
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
@@ -273,16 +281,32 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
     return labels, faults
 
 
+def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
+    """Return whether every record has the label -1, which TFDS gives to examples that are not labelled.
+
+    Reading ends at the first record that has a label.
+    """
+    for shard in shards:
+        index = index_shard(shard.path)
+        for _, _, example, fault in read_examples(shard.path, index, range(shard.start, min(shard.stop, index.count))):
+            if not fault and list(example.features.feature[label_field].int64_list.value) != [UNLABELLED]:
+                return False
+    return bool(shards)
+
+
 def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
-    """Return the class index of an Example. Raise a DataError that describes any other content of the label field."""
+    """Return the class of an Example as a number from 0; raise a DataError that describes what it holds instead."""
     feature = example.features.feature[fields.label]
     kind = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, kind).value) if kind else []
-    shown = [v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else v for v in values]
+    shown = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
     holds = f"{record} holds {_describe_label(shown, fields)}"
-    is_onehot = (
-        kind != "bytes_list" and len(values) == fields.classes and sorted(values) == [0] * (len(values) - 1) + [1]
-    )
+    has_one_hot = kind != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
+    is_onehot = has_one_hot and len(values) == fields.classes
+    if has_one_hot and not is_onehot:
+        problem = f"{holds}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
+        fix = f"give {len(values)} class names, or set another data.label_field"
+        raise DataError(problem, key="data.class_names", fix=fix)
     actual = "onehot" if is_onehot else "text" if kind == "bytes_list" else "index"
     if len(values) != 1 and not is_onehot:
         fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"
@@ -295,14 +319,18 @@ def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
         fix = f"set data.label_kind={actual}, or another data.label_field of {describe_fields(example)}"
         raise DataError(f"{holds}", key="data.label_kind", value=fields.kind, fix=fix)
     if fields.kind == "text":
-        if shown[0] not in fields.names:
+        name = normalize_class_name(shown[0])
+        if name not in fields.names:
             problem = f"{holds}, which is not in data.class_names"
             fix = f"add it to {join_first(fields.names)}, or set another field"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-        return fields.names.index(shown[0])
+        return fields.names.index(name)
     if is_onehot:
         return int(np.argmax(values))
     first = 1 if fields.kind == "index1" else 0
+    if values[0] == UNLABELLED:
+        fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"
+        raise DataError(f"{record} is not labelled (-1)", key="data.label_field", value=fields.label, fix=fix)
     if not first <= values[0] < first + fields.classes:
         problem = f"the label {values[0]} of {record} is outside {first}..{first + fields.classes - 1}"
         other = "index" if first else "index1"
@@ -346,7 +374,7 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             group = values[0]
             if isinstance(group, bytes):
-                groups.append(escape_unprintable(group.decode("utf-8", "backslashreplace")))
+                groups.append(_escape_text(group))
             elif names is None:
                 groups.append(str(group))
             elif 0 <= group < len(names):

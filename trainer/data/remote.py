@@ -8,10 +8,11 @@ from functools import partial
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
 from trainer.errors import DataError, TrainerError
+from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import fetch_missing, find_prepared_folder, is_remote, stage
+from trainer.storage.staging import fetch_missing, find_prepared_folder, has_wildcard, is_remote, stage
 from trainer.types import LogMessage
 
 
@@ -61,8 +62,19 @@ def fetch_local_copies(
         addresses[str(shards.folder)] = address
         data = data.model_copy(update={"root": str(shards.folder)})
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
+    if names := _stored_class_names(config.data):
+        copy_to_disk(names)
     model = config.model.model_copy(update={"weights": copy_to_disk(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
+
+
+def _stored_class_names(data: Data) -> str | None:
+    """Return the address of the class names next to record files in a bucket; None if there are none."""
+    if data.source != "tfrecords" or data.label_kind != "index" or not is_remote(data.pattern):
+        return None
+    folder = str(data.pattern).rpartition("/")[0]
+    names = storage_path(f"{folder}/{data.label_field}.labels.txt")
+    return str(names) if not has_wildcard(folder) and names.exists() else None
 
 
 @contextmanager
@@ -99,9 +111,11 @@ def find_prepared(address: str) -> Prepared | None:
     for shard in manifest.values():
         info = files.get(shard.file)
         if info is None:
-            raise DataError(f"{address}/{shard.file} is missing", fix="prepare the dataset again")
+            raise DataError(f"{address}/{escape_unprintable(shard.file)} is missing", fix="prepare the dataset again")
         if info.size != shard.bytes or (info.crc32c is not None and f"{info.crc32c:08x}" != shard.crc32c):
-            raise DataError(f"{address}/{shard.file} differs from {MANIFEST}", fix="prepare the dataset again")
+            raise DataError(
+                f"{address}/{escape_unprintable(shard.file)} differs from {MANIFEST}", fix="prepare the dataset again"
+            )
     metadata = {name: files[name] for name in (*METADATA, MANIFEST, LABELS) if name in files}
     return Prepared({name: files[name] for name in manifest}, metadata)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from trainer.data.order import BlockShards
 from trainer.errors import DataError
+from trainer.names import escape_unprintable
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
@@ -46,7 +47,9 @@ class LocalShards:
             try:
                 open(path, "rb").close()
             except OSError as error:
-                problem = f"{path}: {error.strerror}, but it was readable when the dataset was opened"
+                problem = (
+                    f"{escape_unprintable(path)}: {error.strerror}, but it was readable when the dataset was opened"
+                )
                 raise DataError(problem, fix="restore the file and start the same command again to resume") from None
         return 0.0
 

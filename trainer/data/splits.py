@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data
+from trainer.config.typed import format_argument
 from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable_error
 from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import encode_file_name, escape_unprintable
+from trainer.names import encode_file_name, escape_unprintable, normalize_class_name
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
 from trainer.storage.staging import has_wildcard
@@ -152,8 +153,9 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             image or label field.
     """
     data = source.data
-    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, data.class_names or ())
-    how = (data.label_kind, data.class_names if data.label_kind == "text" else None)
+    names = tuple(map(normalize_class_name, data.class_names or ()))
+    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, names)
+    how = (data.label_kind, names if data.label_kind == "text" else None)
     labels: dict[str, np.ndarray] = {}
     identities: dict[str, str] = {}
     skipped: list[str] = []
@@ -222,7 +224,7 @@ def build_split(
     split = Split(name, all_labels, shards=tuple(shards), image_field=source.data.image_field)
     readable = np.flatnonzero(all_labels >= 0)
     if not readable.size:
-        paths = list(dict.fromkeys(shard.path for shard in ranges))
+        paths = list(dict.fromkeys(escape_unprintable(shard.path) for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
         raise empty_split_error(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
     return take(split, readable)
@@ -241,7 +243,8 @@ def find_matching_files(pattern: str) -> list[str]:
 def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
     """Open the TFRecord files that match data.pattern, and assign them to splits by the configured fractions.
 
-    In path order, the first files are the validation split, the next the test split, and all others the train split.
+    In path order, the first files are the validation split, the next the test split, and all others the train split. In
+    a folder that stores class names, as `trainer.prepare` and TFDS write it, the labels are indices of these.
 
     Raises:
         DataError: no file matches the pattern, there are fewer files than splits, or a shard cannot be read.
@@ -251,7 +254,7 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     paths = find_matching_files(os.path.expanduser(data.pattern))
     if not paths:
         if os.path.isdir(os.path.expanduser(data.pattern)):
-            files = f"set data.pattern={os.path.join(data.pattern, '*.tfrec*')}"
+            files = f"set {format_argument('data.pattern', os.path.join(data.pattern, '*.tfrec*'))}"
             raise DataError("is a folder", key="data.pattern", value=data.pattern, fix=files)
         problem, fix = f"no file matches (searched from {os.getcwd()})", "set the pattern of the shards"
         raise DataError(problem, key="data.pattern", value=data.pattern, fix=fix)
@@ -263,11 +266,32 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
     sizes = compute_split_sizes(len(paths), fractions)
-    source = RecordSource(data, len(data.class_names), cache_dir, log_message)
+    class_names = _stored_names(paths, data) or data.class_names
+    source = RecordSource(data, len(class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
     test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
     splits = {name: build_split(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
-    return RawData(name, data.class_names, splits, identities, skipped)
+    return RawData(name, class_names, splits, identities, skipped)
+
+
+def _stored_names(paths: list[str], data: Data) -> tuple[str, ...]:
+    """Return the class names that the folders of the shards store, as TFDS does, for labels that are indexes; or ().
+
+    Raises DataError if two folders number their classes differently.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for folder in {os.path.dirname(path): None for path in paths} if data.label_kind == "index" else ():
+        with suppress(OSError, UnicodeDecodeError):  # without names, or none that TFDS could read
+            stored = Path(folder, f"{data.label_field}.labels.txt").read_text().splitlines()
+            names[folder] = tuple(map(normalize_class_name, filter(None, stored)))
+    if len(set(names.values())) > 1:
+        (one, first), (other, second) = [*{v: (k, v) for k, v in names.items()}.values()][:2]
+        differ = (
+            f"{escape_unprintable(one)} has {join_first(first)}, {escape_unprintable(other)} has {join_first(second)}"
+        )
+        problem = f"matches folders whose classes are numbered differently: {differ}"
+        raise DataError(problem, key="data.pattern", value=data.pattern, fix="give a pattern of one of them")
+    return next(iter(names.values()), ())

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
+from trainer.data.records import has_no_labels
 from trainer.data.splits import (
     RawData,
     RecordSource,
@@ -32,8 +34,9 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
     If data.validation_split is null, the dataset's own split "validation" is used. Without one, the last
     data.validation_fraction of the training records becomes the validation split. If a class is absent there, because
-    the records are sorted by class, a stratified random sample is used instead. The same applies to the test split. A
-    `streamed` folder has only manifest and labels. Its shards are fetched later.
+    the records are sorted by class, a stratified random sample is used instead. The same applies to the test split,
+    and to a split whose examples are not labelled. A `streamed` folder has only manifest and labels. Its shards are
+    fetched later.
 
     Raises:
         DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or train and
@@ -42,9 +45,15 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
     file_format = info.file_format.value if info.file_format else "tfrecord"
     if file_format != "tfrecord":
-        raise DataError(f"{info.name} is stored as {file_format}", fix="prepare it with file_format=tfrecord")
+        raise DataError(
+            f"{escape_unprintable(info.name)} is stored as {file_format}", fix="prepare it with file_format=tfrecord"
+        )
     class_names, group_names = _get_class_names(info, data), _get_group_names(info, data)
     specs, ranges, split_notes = resolve_splits(info, data)
+    for name in [n for n in ("validation", "test") if n in ranges and getattr(data, f"{n}_split") is None]:
+        if not streamed and has_no_labels(ranges[name], data.label_field):
+            del ranges[name], specs[name]
+            split_notes.append(f"the split {name} of the dataset is not used: its examples have no label (-1)")
     source = RecordSource(data, len(class_names), cache_dir, log_message, streamed)
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
@@ -58,10 +67,15 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split. Null means the split of that name, if it is in `existing`."""
+    """Return the TFDS split string of each split. Null means the split of that name, if it is in `existing`.
+
+    A validation or test split that is configured as "none" is not returned.
+    """
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
-        name: name if spec is None else spec for name, spec in specs.items() if spec is not None or name in existing
+        name: name if spec is None else spec
+        for name, spec in specs.items()
+        if (name in existing if spec is None else name == "train" or spec != "none")
     }
 
 
@@ -109,7 +123,9 @@ def _open_folder(root: str) -> Any:
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        nested: list[Path] = []
+        with suppress(OSError, ValueError):  # a name that no folder can have: there is none
+            nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
         fix = (
             f"set {format_argument('data.root', nested[0].parent)}"
             if nested
@@ -124,7 +140,7 @@ def _open_folder(root: str) -> Any:
 
 
 def _get_first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _open_by_name(data: Data) -> Any:
@@ -164,7 +180,10 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
-    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(features.items()))
+    title = escape_unprintable(info.name)
+    listed = ", ".join(
+        f"{escape_unprintable(name)} ({type(feature).__name__})" for name, feature in sorted(features.items())
+    )
     required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
     for kind, name, expected in required:
         feature = features.get(name)
@@ -174,14 +193,21 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
         if numbered or (named and data.class_names):
             continue
         if kind == "label" and isinstance(feature, expected):
-            problem, fix = f"{name} of {info.name} is a {expected.__name__}, which counts from 0", "leave it out"
+            problem, fix = f"{name} of {title} is a {expected.__name__}, which counts from 0", "leave it out"
             raise DataError(problem, key="data.label_kind", value=data.label_kind, fix=fix)
         suitable = [n for n, f in features.items() if isinstance(f, expected)]
         required_type = expected.__name__
-        fix = f"set data.{kind}_field={suitable[0]}" if suitable else f"use a dataset with a feature {required_type}"
+        fix = (
+            f"set {escape_unprintable(format_argument(f'data.{kind}_field', suitable[0]))}"
+            if suitable
+            else f"use a dataset with a feature {required_type}"
+        )
         if kind == "label" and isinstance(feature, tfds.features.Text):
             fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
-        problem = f"{info.name} has no {required_type} of this name; it has {listed}"
+        elif kind == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected):
+            read = "data.label_kind=onehot" if feature.shape else "data.label_kind=index (index1 if they begin with 1)"
+            fix = f"{fix}, or set data.class_names, and {read} to read its numbers as labels"
+        problem = f"{title} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     own = getattr(features[data.label_field], "names", None)
     return tuple(own) if own else data.class_names or ()
@@ -195,21 +221,27 @@ def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
     if data.group_field not in features:
         close = difflib.get_close_matches(data.group_field, list(features), 1)
         fix = "set another field, or prepare the data again with data.group_field (python -m trainer.prepare)"
-        fix = f"set data.group_field={close[0]}" if close else fix
-        problem = f"{info.name} has no such feature; it has {', '.join(sorted(features))}"
+        fix = f"set {escape_unprintable(format_argument('data.group_field', close[0]))}" if close else fix
+        listed = ", ".join(map(escape_unprintable, sorted(features)))
+        problem = f"{escape_unprintable(info.name)} has no such feature; it has {listed}"
         raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
-    return tuple(getattr(features[data.group_field], "names", None) or ()) or None
+    return tuple(map(escape_unprintable, getattr(features[data.group_field], "names", None) or ())) or None
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     """Resolve the split string of split `name` to shard ranges. Raise a DataError if it is unknown or empty."""
-    existing = ", ".join(f"{split} ({split_info.num_examples})" for split, split_info in info.splits.items())
+    existing = ", ".join(
+        f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items()
+    )
     key, fix = f"data.{name}_split", f"set a split string over {existing}"
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
         raise DataError(
-            f"{info.name} has no such split ({_get_first_line(error)})", key=key, value=spec, fix=fix
+            f"{escape_unprintable(info.name)} has no such split ({_get_first_line(error)})",
+            key=key,
+            value=spec,
+            fix=fix,
         ) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     folder = str(info.data_dir)
@@ -220,7 +252,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
             )
             raise DataError(problem, key=key, value=spec, fix="prepare the dataset again")
     if not shards:
-        raise DataError(f"is empty in {info.name}", key=key, value=spec, fix=fix)
+        raise DataError(f"is empty in {escape_unprintable(info.name)}", key=key, value=spec, fix=fix)
     return shards
 
 

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,15 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
-from trainer.data.records import RecordLocation, frame_record, join_first, read_image, serialize, unreadable_error
+from trainer.data.records import (
+    RecordLocation,
+    frame_record,
+    join_first,
+    read_image,
+    read_source_name,
+    serialize,
+    unreadable_error,
+)
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, make_file_stem
@@ -78,10 +87,19 @@ class ShardJob:
         return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
-def _describe_source(source: ImageSource) -> str:
+def _get_source_name(source: ImageSource) -> str:
     if isinstance(source, RecordLocation):
         return source.name
     return "an image in memory" if isinstance(source, bytes) else escape_unprintable(str(source))
+
+
+def _describe_source(source: ImageSource) -> str:
+    """Return the name of a source, with the name of the file that a record stores, for messages."""
+    stored = ""
+    if isinstance(source, RecordLocation):
+        with suppress(OSError):
+            stored = read_source_name(source)
+    return f"{_get_source_name(source)} ({stored})" if stored else _get_source_name(source)
 
 
 def _get_size(source: ImageSource) -> int:
@@ -98,7 +116,7 @@ def _format_identity(source: ImageSource) -> str:
     if address := identify_staged_file(path):  # in other pods, the local copy has another path and time
         return f"{address} {source.record_index}" if isinstance(source, RecordLocation) else address
     status = os.stat(path)
-    return f"{_describe_source(source)} {status.st_size} {status.st_mtime_ns}"
+    return f"{_get_source_name(source)} {status.st_size} {status.st_mtime_ns}"
 
 
 def _read(source: ImageSource) -> bytes:

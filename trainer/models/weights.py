@@ -10,6 +10,7 @@ import h5py
 import keras
 import numpy as np
 
+from trainer.config.typed import format_argument
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec
 
@@ -115,10 +116,10 @@ def _mismatch_error(
 
 
 def _suggest_warm_start(path: Path) -> str | None:
-    """Return the argument for a warm start, if `path` is the output_dir of a run or in it."""
+    """Return the format_argument for a warm start, if `path` is the output_dir of a run or in it."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
-            return f"set warm_start={folder} to begin with all weights of this run"
+            return f"set {format_argument('warm_start', folder)} to begin with all weights of this run"
     return None
 
 

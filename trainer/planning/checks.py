@@ -35,7 +35,7 @@ from trainer.types import Dataset, Split
 def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
     """Download files of a bucket to a temporary folder of the same name, and yield its path."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / address.rstrip("/").rpartition("/")[2]
+        folder = Path(scratch) / storage_path(address).name
         folder.mkdir()
         for file in files:
             file.path.download(join_inside(folder, file.path.name), expected=file)

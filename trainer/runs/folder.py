@@ -22,6 +22,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import list_forbidden_changes, list_moved_addresses
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
+from trainer.config.typed import format_argument
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.log import log
 from trainer.names import escape_unprintable, make_file_stem
@@ -350,7 +351,8 @@ def parse_stored_config(content: bytes, address: str) -> RunConfig:
         return load_resolved(parse_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
-        fix = f"restore the file, or give another folder with warm_start={address}, which needs only the checkpoints"
+        warm_start = format_argument("warm_start", address)
+        fix = f"restore the file, or give another folder with {warm_start}, which needs only the checkpoints"
         raise ConfigError(problem, key="output_dir", value=address, fix=fix) from None
 
 

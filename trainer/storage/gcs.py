@@ -105,7 +105,7 @@ class GcsPath(StoragePath):
         return call_with_retries(str(self), "storage.objects.get", get) if self.key else None
 
     def is_folder(self) -> bool:
-        return bool(self._page(None, "", 2)[0])
+        return any(page for page, _ in self._pages(""))  # the first pages may have placeholders only
 
     def fetch(self, generation: int | None = None) -> tuple[bytes, int] | None:
         def get(timeouts: Timeouts) -> tuple[bytes, int] | None:
@@ -168,8 +168,9 @@ class GcsPath(StoragePath):
         return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
 
     def folders(self) -> Sequence[StoragePath]:
-        names = {prefix for _, prefixes in self._pages("/") for prefix in prefixes if not is_unfinished(prefix)}
-        return [replace(self, key=name.rstrip("/")) for name in sorted(names)]
+        prefixes = {prefix for _, page in self._pages("/") for prefix in page if not is_unfinished(prefix)}
+        # An object such as "p//x" makes "p//" a prefix, whose path would be that of this folder again.
+        return [replace(self, key=name.rstrip("/")) for name in sorted(prefixes) if not f"/{name}".endswith("//")]
 
     def delete(self) -> None:
         def request(timeouts: Timeouts) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import IO
 
 from trainer.errors import DataError, Interrupted
+from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.local import join_inside
+from trainer.storage.path import storage_path
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
@@ -44,7 +46,7 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
             lock.close()
         except OSError:  # the file system has no locks
             break
-    folder = parent / address.rstrip("/").rpartition("/")[2]
+    folder = parent / storage_path(address).name
     folder.mkdir(exist_ok=True)
     return folder, lock
 
@@ -171,7 +173,8 @@ class ShardCache:
             self.check()
             if not reported and time.monotonic() - began > REPORT_SECONDS:
                 reported = True
-                self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {missing[0]}")
+                first = escape_unprintable(missing[0])
+                self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {first}")
         waited = time.monotonic() - began
         if reported:
             self.note(f"{self.address}: continuing after {waited:.0f} s of waiting for shards")

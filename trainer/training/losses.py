@@ -40,7 +40,8 @@ def compute_class_weights(
         labels: class indices of the training examples, int32 [n].
 
     Raises:
-        DataError: the setting names a class that is not in the data, or all weights are 0.
+        DataError: the setting names a class twice or one that is not in the data, or only examples of one class have a
+            weight above 0.
     """
     if setting == "none":
         return None
@@ -49,12 +50,22 @@ def compute_class_weights(
         return tuple(float(w) for w in counts.sum() / (len(class_names) * np.maximum(counts, 1)))
     assert isinstance(setting, dict)
     weights = {normalize_class_name(name): weight for name, weight in setting.items()}
+    if len(weights) < len(setting):
+        twice = ", ".join(
+            repr(name)
+            for name in setting
+            if [*map(normalize_class_name, setting)].count(normalize_class_name(name)) > 1
+        )
+        problem = f"has several weights for one class: {twice}"
+        raise DataError(problem, key="training.class_weights", fix="give each class one weight")
     if unknown := ", ".join(sorted(set(weights) - set(class_names))):
         problem, fix = f"the data has no class {unknown}", f"use {', '.join(class_names)}"
         raise DataError(problem, key="training.class_weights", fix=fix)
     per_class = tuple(float(weights.get(name, 1.0)) for name in class_names)
-    if not np.take(per_class, labels).any():
-        problem = "is 0 for every training example, so nothing would be learned"
+    weighted = np.unique(labels[np.take(per_class, labels) > 0])
+    if len(weighted) < min(2, len(np.unique(labels))):
+        others = f" that is not {class_names[weighted[0]]}" if len(weighted) else ""
+        problem = f"is 0 for every training example{others}, so nothing would be learned"
         raise DataError(problem, key="training.class_weights", fix="use a weight above 0 for at least two classes")
     return per_class
 
