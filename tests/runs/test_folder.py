@@ -112,6 +112,24 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
     assert is_finished(config)
 
 
+@pytest.mark.parametrize("result", ["DONE", "report/index.html", "export/model_card.md"])
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"phases__head__epochs": 9}])
+def test_results_whose_checkpoints_are_deleted_are_not_overwritten(
+    home: StoragePath, tmp_path: Path, result: str, changes: dict[str, Any]
+) -> None:
+    config = settings(home, tmp_path / "cache")
+    leave(config, SAVED)
+    (home / "checkpoints").delete_tree()
+    (home / result).write("{}\n")
+    before, other = contents(home), settings(home, tmp_path / "cache", **changes)
+    for function in (open_run_folder, inspect_folder):
+        problem = rf"results of a run \({result.split('/')[0]}\), but not its checkpoints"
+        with raises(ConfigError, "output_dir", str(home), "another folder", problem):
+            function(other)
+    assert contents(home) == before
+    assert is_finished(config) == (result == "DONE")
+
+
 def test_an_extended_run_is_not_finished_before_its_end(home: StoragePath, tmp_path: Path) -> None:
     config = settings(home, tmp_path / "cache")
     leave(config, FINISHED)

@@ -41,6 +41,7 @@ from trainer.types import Dataset, has_fingerprints
 
 LOCK = ".lock"  # file in a local folder, on which the process that trains into it holds a flock
 RUN_JSON = "run.json"
+RESULTS = ("export", "report", DONE)
 
 
 @dataclass
@@ -275,7 +276,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
         publisher.fetch()
-        folder.before, resumed = check_folder(config, address, _contents(storage_path(path)))
+        folder.before, resumed = check_folder(config, address, _contents(storage_path(address)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
@@ -292,14 +293,19 @@ class FolderContents:
     config: bytes | None  # the content of config.yaml, None if there is none
     has_checkpoint: bool
 
+    @property
+    def results(self) -> list[str]:
+        """The names of what a run writes after its last step."""
+        return [name for name in RESULTS if name in self.names]
+
 
 def _contents(folder: StoragePath) -> FolderContents:
-    """Read what `check_folder` needs; of a bucket only what a run downloads from there."""
+    """Read what `check_folder` needs, of a folder on disk or in a bucket."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
-    checkpoints = folder / "checkpoints"
-    begun = holds_checkpoints(child.name for child in checkpoints.folders())
-    if not folder.is_local:
-        names = {n for n in names if not n.startswith(".") and n not in (DONE, "report", "export")}
+    if folder.is_local:
+        begun = holds_checkpoints(child.name for child in (folder / "checkpoints").folders())
+    else:
+        names = {name for name in names if not name.startswith(".")}  # the lease
         begun = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
     names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
@@ -314,7 +320,8 @@ def check_folder(
     The first is None if there was none, or if its config.yaml is damaged and it has saved no checkpoint. The second is
     None if the run begins: no start has saved a checkpoint, so that nothing is lost if its settings are others.
 
-    Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
+    Raises ConfigError if the folder has another run or other files, results without the checkpoints that a run needs
+    to continue, or `resume` forbids it.
     """
     if contents.config is None:
         if config.resume == "must":
@@ -327,6 +334,10 @@ def check_folder(
     if config.resume == "never":
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
+    if contents.results and not contents.has_checkpoint:
+        problem = f"holds the results of a run ({', '.join(contents.results)}), but not its checkpoints"
+        fix = "give another folder; without checkpoints a run cannot continue, and its results would be overwritten"
+        raise ConfigError(problem, key="output_dir", value=address, fix=fix)
     try:
         before = stored_config(contents.config, address)
     except ConfigError:
