@@ -27,7 +27,7 @@ from trainer.data.pipeline import training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import TeacherAtAddress, find_teacher, open_teacher
-from trainer.errors import INTERRUPTED, Interrupted, StopRequested
+from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
@@ -444,8 +444,12 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
     """Score the validation split (the average of `training.ema`); return its history entry and whether it is best."""
     state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
-    began = time.monotonic()
+    began, (loss, correct, examples) = time.monotonic(), state.sums
+    run.images.gather_unreadable(run.worker.control)  # each worker knows those of its shard
     run.images.require_readable()
+    if not examples:  # the phase ends soon after the epoch begins
+        problem = f"no image of epoch {state.epoch + 1} (phase {current.name}, {state.epoch_step} steps) could be read"
+        raise DataError(problem, fix=f"repair the images, or make phases.{current.name} longer")
     with run.clock.span("evaluation", "validation"):
         if averages:
             averages.swap()
@@ -460,7 +464,6 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         control = run.worker.control
         arrays = scored.probabilities, scored.labels, scored.losses
         scores = control.broadcast("validation", lambda: validation_scores(*arrays))
-    loss, correct, examples = state.sums
     rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": rate}  # fmt: skip
@@ -540,6 +543,7 @@ def finish(run: RunContext) -> None:
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
+    images.gather_unreadable(control)
     for line in images.left_after_skipping():
         log.info(line)
     if not control.is_chief:

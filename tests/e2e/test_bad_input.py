@@ -70,6 +70,21 @@ def test_nothing_is_left_of_a_split_or_class(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
+def test_a_phase_that_reads_no_image_is_named(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "splits" / "validation")
+    shutil.copytree(photos, tmp_path / "splits" / "train")
+    for number, file in enumerate(sorted((tmp_path / "splits" / "train").glob("*/*"))):
+        file.write_bytes(file.read_bytes()[: None if number % 15 == 0 else -200] + bytes([number]))
+    arguments = [*QUICK, f"data.root={tmp_path / 'splits'}", f"output_dir={tmp_path / 'run'}", "data.on_error=skip"]
+    short = ["training.batch_size=1", "phases.head.epochs=null", "phases.head.steps=1", "phases.head.features=live"]
+    error = train(*arguments, *short, "data.cache=none", code=2).stderr
+    assert (
+        "error: no image of epoch 1 (phase head, 1 steps) could be read; repair the images, or make phases.head"
+        in error
+    )
+
+
 QUICK_MISTAKE = (["training.class_weights={grey:2}"], "training.class_weights: the data has no class grey")
 SLOW_MISTAKES = [
     (["data.root=/nowhere/photos"], "/nowhere/photos"),

@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
+from trainer.cluster.control import ControlChannel
 from trainer.config.schema import RunConfig
 from trainer.data.decoding import (
     Resize,
@@ -404,6 +405,15 @@ class ImageStore:
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
         return pixels
+
+    def gather_unreadable(self, control: ControlChannel) -> None:
+        """Add the unreadable images that the other workers have detected; all workers call this."""
+        if control.size == 1 or self.config.data.on_error == "fail":
+            return
+        own = {name: {int(index): why for index, why in p.bad.items()} for name, p in self._opened.items()}
+        for detected in control.reduce("unreadable images", own, list):
+            for name in detected.keys() & self._opened.keys():
+                self._opened[name].known_bad |= {int(index): why for index, why in detected[name].items()}
 
     def require_readable(self) -> None:
         """Raise a DataError if no image of a split, or none of a class of train, could be decoded so far."""
