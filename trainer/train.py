@@ -26,7 +26,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
-from trainer.distillation.teacher import TeacherAtAddress, find_teacher, open_teacher
+from trainer.distillation.teacher import ConfiguredTeacher, find_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
@@ -149,11 +149,15 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
     Returns:
         the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+
+    Raises:
+        ConfigError: the workers of this start cannot continue the epoch of the checkpoint.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.newest(folder.resuming)
     if state:
         run.state = RunState.from_json(state)
+        check_resumable(plan_run_sharding(run), run.state.sharding, run.state.epoch_step)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
@@ -167,10 +171,11 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
-) -> tuple[FeaturePlan, TeacherAtAddress | None]:
-    """Choose whether each phase reads features or images, and find the teacher; nothing is written."""
+) -> tuple[FeaturePlan, ConfiguredTeacher | None]:
+    """Choose whether each phase reads features or images, and load the teacher; nothing is written."""
     recorded = folder.run_json if folder.resuming else {}
     features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
+    health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = find_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
     return features, teacher
@@ -202,27 +207,30 @@ def begin(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: lis
     run.state.starts += 1
 
 
-def make_plan(run: RunContext, features: FeaturePlan, at_address: TeacherAtAddress | None) -> RunPlan:
-    """Choose how workers shard the data, and open the teacher."""
+def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
+    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
+    config, split = run.config, run.images.dataset.splits["train"]
+    size, batch_size = run.worker.size, config.training.batch_size
+    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+
+
+def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeacher | None) -> RunPlan:
+    """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
-    control, split = worker.control, images.dataset.splits["train"]
     images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_images_read_once else images.split("train").cached_in
-    local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
-    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
-    check_resumable(sharding, state.sharding, state.epoch_step)
+    sharding = ShardingPlan(**worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, cache))))
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
-        log.info(sharding.describe(split, worker.index))
+        log.info(sharding.describe(images.dataset.splits["train"], worker.index))
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
-    if at_address:
-        health.set_activity("opening the teacher")
-        teacher = open_teacher(worker, images, run.scorer.sharding, at_address)
+    if configured:
+        teacher = open_teacher(worker, images, run.scorer.sharding, configured)
         state.teacher = teacher.fingerprint
     return RunPlan(features, sharding, teacher)
 
