@@ -24,6 +24,7 @@ from trainer.data.images import ImageStore, data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.order import Order
 from trainer.data.pipeline import training_batches
+from trainer.data.remote import named_by_address
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import ConfiguredTeacher, find_teacher, open_teacher
@@ -68,7 +69,7 @@ def train_run(
     except BaseException:
         folder.abandon()
         raise
-    with record_failures(run, folder):
+    with record_failures(run, folder), named_by_address(run.images.addresses):
         restored = restore(run, folder)
         features, teacher = choose_inputs(run, folder, divisions)
         begin(run, folder, features, advice)
@@ -118,7 +119,7 @@ def set_up(
     worker = Worker(control, build_strategy(config, control, log.info, usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
     memory_before = resident_bytes()
-    with worker.strategy.scope():
+    with worker.strategy.scope(), named_by_address(data.addresses):
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide(config, classifier)  # of all phases, so that an error in the last one ends the run now

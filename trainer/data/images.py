@@ -32,12 +32,13 @@ from trainer.data.host import fresh_array, memory_budget_default, usable_cpus
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, Read, block_reads, sequence_blocks
 from trainer.data.records import read_source_name, records_of
+from trainer.data.remote import with_addresses
 from trainer.data.shard_gate import LocalShards, ShardGate, rows_ahead
 from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.names import printable, to_bytes
+from trainer.names import to_bytes
 from trainer.storage.disk import free_bytes
 from trainer.storage.local import delete_unfinished, temporary_file, write_whole
 from trainer.storage.shard_cache import ShardCache
@@ -399,7 +400,7 @@ class ImageStore:
         split, runtime = self.dataset.splits[name], self.config.runtime
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
-        pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
+        pixels = Pixels(split, size, resize, on_error, threads, log_message=self._log, check=check, shards=shards)
         needed, once = image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
@@ -450,19 +451,21 @@ class ImageStore:
 
     def name_of(self, split: str, index: int) -> str:
         """Return the file or shard#record of an example; in a bucket, its address there instead of the local copy."""
-        return self._with_address(self.dataset.splits[split].name_of(index))
+        return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
 
-    def _with_address(self, name: str) -> str:
-        for path, address in self._data.addresses.items():
-            if name.startswith(f"{printable(path)}/"):
-                return printable(address) + name[len(printable(path)) :]
-        return name
+    @property
+    def addresses(self) -> dict[str, str]:
+        """The bucket folder of each local folder that is a copy of one."""
+        return self._data.addresses
+
+    def _log(self, text: str) -> None:
+        log.info(with_addresses(text, self.addresses))
 
     def undecodable(self) -> list[str]:
         """Return the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
         opened = sorted(self._opened.items())
         return [
-            f"{self._with_address(describe_example(pixels, i))}: {why}"
+            with_addresses(f"{describe_example(pixels, i)}: {why}", self.addresses)
             for _, pixels in opened
             for i, why in sorted(pixels.bad.items())
         ]

@@ -1,6 +1,6 @@
 """Copy the data and weights that a configuration names in buckets to the local disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,10 +8,11 @@ from functools import partial
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
 from trainer.errors import DataError, TrainerError
+from trainer.names import printable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import fetch_missing, is_remote, prepared_folder, stage
+from trainer.storage.staging import copied_folder, fetch_missing, is_remote, prepared_folder, stage
 from trainer.types import LogMessage
 
 
@@ -38,7 +39,7 @@ def local_copies(
         stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
 
     Returns:
-        The configuration with local paths; the address of each local path; and the cache that fetches the shards
+        The configuration with local paths; the address of each local folder; and the cache that fetches the shards
         while they are read, None if everything is copied.
 
     Raises:
@@ -52,7 +53,8 @@ def local_copies(
         if not address or not is_remote(address):
             return address
         path = stage(address, runtime.cache_folder, runtime.disk_budget, log_message, partial(check, address))
-        addresses[path] = address.rstrip("/")
+        folder, bucket_folder = copied_folder(path, address, runtime.cache_folder)
+        addresses[folder] = bucket_folder
         return path
 
     data, address = resolve_addresses(config.data)
@@ -65,16 +67,22 @@ def local_copies(
     return config.model_copy(update={"data": data, "model": model}), addresses, shards
 
 
+def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
+    """Replace the paths of local copies in a text by the addresses that they are copies of."""
+    for path, address in addresses.items():
+        text = text.replace(path, address).replace(printable(path), printable(address))
+    return text
+
+
 @contextmanager
-def named_by_address(addresses: dict[str, str]) -> Iterator[None]:
+def named_by_address(addresses: Mapping[str, str]) -> Iterator[None]:
     """In an error of the block, replace the paths of local copies by the addresses that they are copies of."""
     try:
         yield
     except TrainerError as error:
-        for path, address in addresses.items():
-            error.problem = error.problem.replace(path, address)
-            error.value = error.value.replace(path, address) if isinstance(error.value, str) else error.value
-            error.fix = error.fix.replace(path, address) if error.fix else None
+        error.problem = with_addresses(error.problem, addresses)
+        error.value = with_addresses(error.value, addresses) if isinstance(error.value, str) else error.value
+        error.fix = with_addresses(error.fix, addresses) if error.fix else None
         raise
 
 

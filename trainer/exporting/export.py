@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
+from trainer.data.remote import named_by_address
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
 from trainer.exporting.model_card import label_lines, write_model_card
@@ -101,7 +102,8 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     split = scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
-    return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
+    with named_by_address(images.addresses):
+        return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
 def _exported(report: Any) -> dict[str, Any]:
