@@ -18,7 +18,7 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
 from trainer.config.schema import Phase, RequestedConfig, RunConfig
-from trainer.context import RunContext, RunPlan, record_failures
+from trainer.context import RunContext, RunPlan, advise_export, record_failures
 from trainer.data.host import usable_cpus
 from trainer.data.images import ImageStore, data_errors
 from trainer.data.open import open_run_data, require_validation
@@ -545,7 +545,7 @@ def finish(run: RunContext) -> None:
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
     images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
-    with clock.span("evaluation", "evaluation"):
+    with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
