@@ -321,3 +321,14 @@ def test_the_classes_of_a_teacher_are_compared_with_the_data(tmp_path: Path, pla
     out, err = planned(f"distillation.teacher={tmp_path / 'teacher'}", code=2)
     assert "teacher ✗" in out
     assert re.search("2 classes.* 10.*cat, dog.* 0, 1, 2, 3, 4", err)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_an_empty_split_is_an_error_of_the_plan(planned: Planned, tmp_path: Path, name: str) -> None:
+    for number, split in enumerate(("train", "validation", "test")):
+        fill_folder(tmp_path / "pets" / split, {"cat": 3, "dog": 3}, 10 * number)
+    for file in (tmp_path / "pets" / name).glob("*/*"):
+        file.write_bytes(b"no image")
+    command = ("data=image_folder", f"data.root={tmp_path / 'pets'}", "model=mobilenet_v2", "model.weights=none")
+    _, err = planned(*command, "data.on_error=skip", code=2)
+    assert f"the {name} split has no example" in err

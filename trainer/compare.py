@@ -12,7 +12,7 @@ Exit codes: 0 done; 2 the runs cannot be compared.
 import sys
 from pathlib import Path
 
-from trainer.cli.arguments import format_usage, parse_arguments
+from trainer.cli.arguments import format_usage, parse_arguments, require_address
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
@@ -23,6 +23,7 @@ def main() -> None:
     """Run `python -m trainer.compare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         options, addresses = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
+        addresses = [require_address(address) for address in addresses]
         if len(addresses) < 2 or len(set(map(canonicalize_address, addresses))) != len(addresses):
             raise ConfigError("at least two different runs are required", fix=f"write {format_usage(__doc__)}")
         output = Path(options.get("output", "compare.html")).expanduser()

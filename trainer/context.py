@@ -11,10 +11,11 @@ from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOU
 from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig
+from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
 from trainer.data.sharding import ShardingPlan
 from trainer.distillation.teacher import OpenedTeacher
-from trainer.errors import BUG, INTERRUPTED, Interrupted, TrainerError
+from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, TrainerError
 from trainer.evaluation.scoring import Scorer
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
@@ -51,6 +52,18 @@ class RunContext:
     metrics: MetricsWriter
     plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
+
+
+@contextmanager
+def advise_export(run: str) -> Iterator[None]:
+    """Add to an error about the data, after the training of a run at this address, how its weights are exported."""
+    try:
+        yield
+    except DataError as error:
+        command = f"python -m trainer.export {format_argument('run', run)} data.on_error=skip"
+        trained = "this run, which is trained, accepts no other data"
+        error.fix = f"{error.fix or 'repair the data'}; {trained}: then export it with {command}"
+        raise
 
 
 @contextmanager

@@ -18,16 +18,17 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
 from trainer.config.schema import Phase, RequestedConfig, RunConfig
-from trainer.context import RunContext, RunPlan, record_failures
+from trainer.context import RunContext, RunPlan, advise_export, record_failures
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
+from trainer.data.remote import addresses_in_errors
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
-from trainer.distillation.teacher import ConfiguredTeacher, find_teacher, open_teacher
-from trainer.errors import INTERRUPTED, Interrupted, StopRequested
+from trainer.distillation.teacher import ConfiguredTeacher, describe_teacher, open_teacher
+from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
@@ -68,7 +69,7 @@ def train_run(
     except BaseException:
         folder.abandon()
         raise
-    with record_failures(run, folder):
+    with record_failures(run, folder), addresses_in_errors(run.images.addresses):
         restored = restore(run, folder)
         features, teacher = choose_inputs(run, folder, divisions)
         record_start(run, folder, features, advice)
@@ -118,7 +119,7 @@ def set_up(
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
     memory_before = measure_resident_bytes()
-    with worker.strategy.scope():
+    with worker.strategy.scope(), addresses_in_errors(data.addresses):
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
@@ -151,11 +152,15 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
     Returns:
         The variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+
+    Raises:
+        ConfigError: the workers of this start cannot continue the epoch of the checkpoint.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     state, restored = run.saver.broadcast_newest(folder.resuming)
     if state:
         run.state = RunState.from_json(state)
+        check_resumable(plan_run_sharding(run), run.state.sharding, run.state.epoch_step)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
@@ -170,11 +175,12 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
 ) -> tuple[FeaturePlan, ConfiguredTeacher | None]:
-    """Choose whether each phase reads features or images, and find the teacher. Writes no file."""
+    """Choose whether each phase reads features or images, and load the teacher. Writes no file."""
     recorded = folder.run_json if folder.resuming else {}
     features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
+    health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
-    teacher = find_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
+    teacher = describe_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
     return features, teacher
 
 
@@ -206,27 +212,30 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     run.state.starts += 1
 
 
-def make_plan(run: RunContext, features: FeaturePlan, at_address: ConfiguredTeacher | None) -> RunPlan:
-    """Choose how workers shard the data, and open the teacher."""
+def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
+    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
+    config, split = run.config, run.images.dataset.splits["train"]
+    size, batch_size = run.worker.size, config.training.batch_size
+    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+
+
+def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeacher | None) -> RunPlan:
+    """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
-    control, split = worker.control, images.dataset.splits["train"]
     images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_images_read_once else images.split("train").cached_in
-    local = plan_sharding(config.data.shard_by, split, worker.size, config.training.batch_size, cache, state.sharding)
-    sharding = ShardingPlan(**control.broadcast("sharding", lambda: asdict(local)))
-    check_resumable(sharding, state.sharding, state.epoch_step)
+    sharding = ShardingPlan(**worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, cache))))
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
-        log.info(sharding.describe(split, worker.index))
+        log.info(sharding.describe(images.dataset.splits["train"], worker.index))
     run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None
-    if at_address:
-        health.set_activity("opening the teacher")
-        teacher = open_teacher(worker, images, run.scorer.sharding, at_address)
+    if configured:
+        teacher = open_teacher(worker, images, run.scorer.sharding, configured)
         state.teacher = teacher.fingerprint
     return RunPlan(features, sharding, teacher)
 
@@ -453,8 +462,12 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
     With `training.ema` the averaged weights are scored.
     """
     state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
-    began = time.monotonic()
+    began, (loss, correct, examples) = time.monotonic(), state.sums
+    run.images.gather_unreadable(run.worker.control)  # each worker knows those of its shard
     run.images.require_readable()
+    if not examples:  # the phase ends soon after the epoch begins
+        problem = f"no image of epoch {state.epoch + 1} (phase {current.name}, {state.epoch_step} steps) could be read"
+        raise DataError(problem, fix=f"repair the images, or make phases.{current.name} longer")
     with run.clock.span("evaluation", "validation"):
         if averages:
             averages.swap()
@@ -469,7 +482,6 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
         control = run.worker.control
         arrays = scored.probabilities, scored.labels, scored.losses
         scores = control.broadcast("validation", lambda: validation_scores(*arrays))
-    loss, correct, examples = state.sums
     learning_rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip
@@ -542,13 +554,14 @@ def finish(run: RunContext) -> None:
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
     images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
-    with clock.span("evaluation", "evaluation"):
+    with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
         scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
+    images.gather_unreadable(control)
     for line in images.describe_remaining():
         log.info(line)
     if not control.is_chief:

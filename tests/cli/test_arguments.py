@@ -2,9 +2,11 @@
 
 import pytest
 
+from tests.config.test_schema import tree
 from tests.errors import raises
 from trainer import compare, drift, evaluate, export, plan, prepare, serve
-from trainer.cli.arguments import ALL, format_usage, parse_arguments
+from trainer.cli.arguments import ALL, format_usage, parse_arguments, require_address
+from trainer.config.schema import load
 from trainer.errors import ConfigError
 
 DOC = """`python -m trainer.paint what=IMAGE [colour=red] [output=FILE]`:
@@ -42,6 +44,34 @@ def test_each_fault_has_its_key_and_the_usage(arguments: list[str], key: str, va
     with raises(ConfigError, key=key, value=value, problem=problem, fix=USAGE.replace("[", r"\[")) as caught:
         parse_arguments(arguments, DOC, KEYS, more=r"brush\..+")
     assert ("did you mean colour?" in str(caught.value.fix)) == (key == "color")
+
+
+ADDRESSES = [
+    ("s3://b/x", "is at s3://, and only local", "copy it to a local disk"),
+    ("gs:/b/x", "is not the address of a bucket", "write gs://b/x"),
+    ("GS://b/x", "is not the address of a bucket", "write gs://b/x"),
+    (" gs://b/x", "is not the address of a bucket", "write gs://b/x"),
+    ("gs:b/x", "is not the address of a bucket", "write gs://b/x"),
+    ("gs:///x", "is not the address of a bucket", "write gs://x"),
+    ("gs://", "is not the address of a bucket", "write gs://bucket/folder"),
+    ("file:///a/b", "is a URL", "write the path: /a/b"),
+]
+
+
+@pytest.mark.parametrize(("address", "problem", "fix"), ADDRESSES)
+def test_an_address_of_another_scheme_has_its_key_and_the_right_spelling(address: str, problem: str, fix: str) -> None:
+    for key in ("run", "output", "model"):
+        with raises(ConfigError, key=key, value=address, problem=problem, fix=fix):
+            parse_arguments([f"{key}={address}"], DOC, {key: ""})
+    with raises(ConfigError, key=address, value=None, problem=problem, fix=fix):
+        require_address(address)
+    with raises(ConfigError, problem=f"output_dir=.*{problem}.*{fix}"):  # lists all faults
+        load(tree(output_dir=address))
+
+
+@pytest.mark.parametrize("address", ["gs://b", "gs://b/x", "C:/x", "photos: new", "a:b/c", " x", "./s3://b"])
+def test_other_addresses_are_unchanged(address: str) -> None:
+    assert parse_arguments([f"run={address}"], DOC, {"run": ""})[0] == {"run": address}
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

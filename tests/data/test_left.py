@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cluster.test_control import clusters, connected, in_threads
 from tests.data.images import fill_folder, noise
 from tests.data.splits_on_disk import opened as pixels_of
 from tests.data.test_open import CLASSES, folder, opened
@@ -96,14 +97,38 @@ def test_a_class_or_split_that_cannot_be_decoded_ends_the_run(tmp_path: Path, ca
         check(set(range(6)), "test")
 
 
+def store(splits: dict[str, Split], cache: str, folder: Path) -> ImageStore:
+    config = load({
+        "data": {"source": "image_folder", "root": "x", "on_error": "skip", "cache": cache},
+        "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
+        "runtime": {"cache_dir": str(folder / "cache")},
+    })  # fmt: skip
+    return ImageStore(OpenedData(Dataset("x", ("cat", "dog"), splits, "f"), {}, None, ""), config, 10, lambda _: None)  # type: ignore[arg-type]
+
+
+def test_workers_that_each_read_a_part_refuse_a_class_that_none_can_decode(tmp_path: Path) -> None:
+    splits = {"train": undecodable(tmp_path / "a", {1, 3, 5}), "validation": undecodable(tmp_path / "b", {2})}
+    stores = [store(splits, "none", tmp_path) for _ in range(2)]
+    for number, images in enumerate(stores):
+        images.rows("train", [3, 4, 5] if number else [0, 1, 2])
+        images.rows("validation", [2] if number else [0, 1])
+        images.require_readable()
+    peers = connected(clusters(2), 20, [])
+    in_threads(lambda peer: stores[peer.index].gather_unreadable(peer), peers)
+    for images in stores:
+        assert [line.split("/")[-1].split(":")[0] for line in images.undecodable()] == [
+            "1.jpg",
+            "3.jpg",
+            "5.jpg",
+            "2.jpg",
+        ]
+        with raises(DataError, problem="none of the 3 training images of dog can be decoded"):
+            images.require_readable()
+
+
 def test_an_image_store_refuses_such_a_split_when_it_is_cached(tmp_path: Path) -> None:
     splits = {"train": undecodable(tmp_path / "a", {1, 3, 5}), "validation": undecodable(tmp_path / "b", {2})}
-    config = load({
-        "data": {"source": "image_folder", "root": "x", "on_error": "skip", "cache": "memory"},
-        "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
-        "runtime": {"cache_dir": str(tmp_path / "cache")},
-    })  # fmt: skip
-    images = ImageStore(OpenedData(Dataset("x", ("cat", "dog"), splits, "f"), {}, None, ""), config, 10, lambda _: None)  # type: ignore[arg-type]
+    images = store(splits, "memory", tmp_path)
     images.split("validation")
     line = "validation: 1 of 6 images could not be decoded, left are 5 (cat 2, dog 3)"
     assert images.describe_remaining() == [line]

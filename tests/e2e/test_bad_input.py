@@ -45,7 +45,7 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize(("cache", "features"), [("memory", "live"), ("none", "live"), ("auto", "cached")])
 @pytest.mark.parametrize(
     ("damaged", "text"),
     [
@@ -54,7 +54,7 @@ def test_a_damaged_photo_can_be_skipped_and_is_counted(damaged: Path, tmp_path: 
     ],
 )
 def test_nothing_is_left_of_a_split_or_class(
-    photos: Path, tmp_path: Path, damaged: str, text: tuple[str, ...], cache: str
+    photos: Path, tmp_path: Path, damaged: str, text: tuple[str, ...], cache: str, features: str
 ) -> None:
     root = tmp_path / "splits"
     shutil.copytree(photos, root / "train")
@@ -65,9 +65,40 @@ def test_nothing_is_left_of_a_split_or_class(
     for file in root.glob(f"{damaged}/*"):
         file.write_bytes(file.read_bytes()[:-200])
     arguments = [*QUICK, f"data.root={root}", f"output_dir={tmp_path / 'run'}", "data.on_error=skip"]
-    error = train(*arguments, f"data.cache={cache}", "phases.head.features=live", code=2).stderr
+    error = train(*arguments, f"data.cache={cache}", f"phases.head.features={features}", code=2).stderr
     assert any(line in error for line in text), error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_test_split_that_cannot_be_decoded_leaves_a_run_that_can_be_exported(photos: Path, tmp_path: Path) -> None:
+    root, run = tmp_path / "splits", tmp_path / "run"
+    for name in ("train", "validation", "test"):
+        shutil.copytree(photos, root / name)
+    intact = {file: file.read_bytes() for file in (root / "test").glob("*/*")}
+    for file, content in intact.items():
+        file.write_bytes(content[:-200] + file.name.encode())
+    error = train(*QUICK, f"data.root={root}", f"output_dir={run}", "debug.max_steps=2", code=2).stderr
+    assert f"accepts no other data: then export it with python -m trainer.export run={run} data.on_error=skip" in error
+    for file, content in intact.items():
+        file.write_bytes(content)
+    program("export", f"run={run}", "data.on_error=skip", "formats=[saved_model]", f"output={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "saved_model").exists()
+
+
+@pytest.mark.slow
+def test_a_phase_that_reads_no_image_is_named(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "splits" / "validation")
+    shutil.copytree(photos, tmp_path / "splits" / "train")
+    for number, file in enumerate(sorted((tmp_path / "splits" / "train").glob("*/*"))):
+        file.write_bytes(file.read_bytes()[: None if number % 15 == 0 else -200] + bytes([number]))
+    arguments = [*QUICK, f"data.root={tmp_path / 'splits'}", f"output_dir={tmp_path / 'run'}", "data.on_error=skip"]
+    short = ["training.batch_size=1", "phases.head.epochs=null", "phases.head.steps=1", "phases.head.features=live"]
+    error = train(*arguments, *short, "data.cache=none", code=2).stderr
+    assert (
+        "error: no image of epoch 1 (phase head, 1 steps) could be read; repair the images, or make phases.head"
+        in error
+    )
 
 
 QUICK_MISTAKE = (["training.class_weights={grey:2}"], "training.class_weights: the data has no class grey")

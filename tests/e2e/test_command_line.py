@@ -66,7 +66,7 @@ def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
     child = start(*SMALL, f"output_dir={tmp_path / 'run'}")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "config.yaml").exists():  # written right before the import
+    while not (tmp_path / "run" / ".lock").exists():  # created right before the import
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)

@@ -16,7 +16,6 @@ from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.folder import (
     RunFolder,
-    check_same_data,
     describe_versions,
     inspect_folder,
     is_finished,
@@ -24,8 +23,10 @@ from trainer.runs.folder import (
 )
 from trainer.storage.path import StoragePath, storage_path
 from trainer.training.state import RunState
+from trainer.types import Dataset
 
 FINGERPRINT = "0123456789abcdef"
+OTHER = "fedcba9876543210"
 NEW, BEGUN, SAVED, FINISHED = "new", "begun", "saved", "finished"
 
 
@@ -43,12 +44,16 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         yield storage_path(f"gs://{BUCKET}/run")
 
 
+def data(fingerprint: str) -> Dataset:
+    return Dataset("x", ("a", "b"), {}, fingerprint, fingerprints={"ends": fingerprint})
+
+
 def begin(config: RunConfig) -> RunFolder:
     """Begin or resume the run of this configuration, as `train.begin` does."""
     folder = open_run_folder(config)
     assert isinstance(folder.config, RunConfig)
-    folder.check_data(FINGERPRINT)
-    folder.begin(folder.config, FINGERPRINT, {"head": "cached"}, {"classes": ["a", "b"], "workers": 1})
+    folder.check_data(data(FINGERPRINT))
+    folder.begin(folder.config, data(FINGERPRINT), {"head": "cached"}, {"classes": ["a", "b"], "workers": 1})
     return folder
 
 
@@ -95,7 +100,7 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
     refused = open_run_folder(longer)  # and then its data, its weights, ... cannot be opened
     if state in (SAVED, FINISHED):
         with raises(DataError, "output_dir", str(home), problem=FINGERPRINT):
-            refused.check_data("fedcba9876543210")
+            refused.check_data(data(OTHER))
     refused.abandon()
     assert refused.lock
     refused.lock.close()
@@ -105,6 +110,24 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
         assert not Path(str(home)).exists()
     leave(config, FINISHED)  # the original command continues
     assert is_finished(config)
+
+
+@pytest.mark.parametrize("result", ["DONE", "report/index.html", "export/model_card.md"])
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"phases__head__epochs": 9}])
+def test_results_whose_checkpoints_are_deleted_are_not_overwritten(
+    home: StoragePath, tmp_path: Path, result: str, changes: dict[str, Any]
+) -> None:
+    config = settings(home, tmp_path / "cache")
+    leave(config, SAVED)
+    (home / "checkpoints").delete_tree()
+    (home / result).write("{}\n")
+    before, other = contents(home), settings(home, tmp_path / "cache", **changes)
+    for function in (open_run_folder, inspect_folder):
+        problem = rf"results of a run \({result.split('/')[0]}\), but not its checkpoints"
+        with raises(ConfigError, "output_dir", str(home), "another folder", problem):
+            function(other)
+    assert contents(home) == before
+    assert is_finished(config) == (result == "DONE")
 
 
 def test_an_extended_run_is_not_finished_before_its_end(home: StoragePath, tmp_path: Path) -> None:
@@ -126,15 +149,12 @@ def test_without_a_checkpoint_a_run_can_begin_with_other_settings(
     config = settings(home, tmp_path / "cache", **changes)
     folder = open_run_folder(config)
     assert (folder.resuming, folder.is_new) == (False, True)
-    folder.check_data("the fingerprint of other data")
-    folder.begin(config, "fedcba9876543210", {}, {"classes": ["c"]})
+    folder.check_data(data("the fingerprint of other data"))
+    folder.begin(config, data(OTHER), {}, {"classes": ["c"]})
     close(folder)
     recorded = json.loads((home / "run.json").read())
-    assert (recorded["data_fingerprint"], recorded["classes"], len(recorded["attempts"])) == (
-        "fedcba9876543210",
-        ["c"],
-        1,
-    )
+    assert (recorded["data_fingerprint"], recorded["classes"]) == ({"ends": OTHER}, ["c"])
+    assert len(recorded["attempts"]) == 1
     assert inspect_folder(config) == (None, {})
 
 
@@ -155,7 +175,7 @@ def test_moved_data_is_compared_by_its_fingerprint(
     assert not is_finished(of("/new"))  # it may be other data
     folder = open_run_folder(of("/new"))
     with raises(DataError, "output_dir", str(tmp_path / "run"), problem="other data"):
-        folder.check_data("fedcba9876543210")
+        folder.check_data(data(OTHER))
     folder.abandon()
     close(folder)
     assert is_finished(of("/old"))
@@ -256,11 +276,4 @@ def test_other_damaged_files_are_renamed(
     assert aside.read_bytes() == content
     assert f"{file} is corrupt" in caplog.text
     assert aside.name in caplog.text
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == FINGERPRINT
-
-
-def test_a_run_is_only_compared_with_a_fingerprint_that_is_recorded() -> None:
-    check_same_data("run", {}, FINGERPRINT)
-    check_same_data("run", {"data_fingerprint": FINGERPRINT}, FINGERPRINT)
-    with raises(DataError, "output_dir", "run", problem=FINGERPRINT):
-        check_same_data("run", {"data_fingerprint": FINGERPRINT}, "fedcba9876543210")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == {"ends": FINGERPRINT}

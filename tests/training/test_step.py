@@ -80,6 +80,19 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
     np.testing.assert_allclose(rows, accumulated_rows, rtol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 4}, {"clip_norm": 1.0}, {"loss_scaling": True}])
+def test_a_step_whose_images_are_all_skipped_changes_nothing(settings: dict[str, Any]) -> None:
+    network = SmallNetwork()
+    before = variables.copy_values(network.variables)
+    step = make_step(network, keras.optimizers.SGD(0.1), **settings)
+    skipped = stream(20, 8).map(lambda batch: {**batch, "weight": tf.zeros_like(batch["weight"])})
+    rows, _, _ = step.run(iter(skipped), 2, 0, 0)
+    np.testing.assert_array_equal(rows, np.zeros((2, 3)))
+    np.testing.assert_equal(variables.copy_values(network.variables), before)
+    if step.loss_scale:
+        assert float(step.loss_scale[0]) == 2.0**15  # no overflow
+
+
 def test_clipping_is_by_the_norm_of_the_global_gradient() -> None:
     before = variables.copy_values(SmallNetwork().variables)
     after, _, _ = trained([1], optimizer=keras.optimizers.SGD(1.0), clip_norm=0.01)

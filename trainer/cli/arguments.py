@@ -4,12 +4,23 @@ import re
 from collections.abc import Mapping, Sequence
 
 import trainer
+from trainer.config.base import InvalidValue, check_address
 from trainer.config.keys import suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
 NOTHING = "(?!)"  # regular expression that matches no text
 ALL = "(?s:.*)"  # regular expression that matches any text
+ADDRESSES = ("run", "model", "output", "reference", "log")  # keys of commands other than training
+
+
+def require_address(address: str, key: str | None = None) -> str:
+    """Return an address of a local file or in a bucket; raise a ConfigError about `key` if it is neither."""
+    try:
+        return check_address(address)
+    except InvalidValue as error:
+        subject = (key, address) if key else (address, None)
+        raise ConfigError(error.problem, key=subject[0], value=subject[1], fix=error.fix) from None
 
 
 def format_usage(doc: str | None) -> str:
@@ -52,7 +63,7 @@ def parse_arguments(
         if equals and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)
-            values[key] = value
+            values[key] = require_address(value, key) if key in ADDRESSES else value
         elif re.fullmatch(rest, argument):
             unchanged.append(argument)
         elif equals:

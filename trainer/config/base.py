@@ -88,12 +88,14 @@ PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
 
 def check_address(text: str) -> str:
     """Return a local or `gs://` address unchanged; raise an InvalidValue for any other scheme."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(.*)", text, re.S)
-    if not scheme or text.startswith("gs://"):
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/?.*)", text, re.S)
+    if not scheme or re.match("gs://[^/]", text):
         return text
     name, rest = scheme[1].lower(), scheme[2].lstrip("/")
     if name in ("gs", "gcs"):
-        raise InvalidValue("is not the address of a bucket", value=text, fix=f"write gs://{rest}")
+        raise InvalidValue("is not the address of a bucket", value=text, fix=f"write gs://{rest or 'bucket/folder'}")
+    if not scheme[2].startswith("/"):  # a file name with a colon
+        return text
     if name == "file":
         raise InvalidValue("is a URL", value=text, fix=f"write the path: /{rest}")
     fix = "copy it to a local disk or to gs://, and give that address"

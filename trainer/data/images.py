@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
+from trainer.cluster.control import ControlChannel
 from trainer.config.schema import RunConfig
 from trainer.data.decoding import (
     Resize,
@@ -31,12 +32,13 @@ from trainer.data.host import allocate_array, count_usable_cpus, default_memory_
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, BlockShards, compute_block_shards, make_sequence_blocks
 from trainer.data.records import locate_records, read_source_name
+from trainer.data.remote import with_addresses
 from trainer.data.shard_gate import LocalShards, ShardGate, max_rows_ahead
 from trainer.data.splits import SPLITS, count_classes, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.names import encode_file_name, escape_unprintable
+from trainer.names import encode_file_name
 from trainer.storage.disk import get_free_bytes
 from trainer.storage.local import delete_unfinished, temporary_file, write_atomically
 from trainer.storage.shard_cache import ShardCache
@@ -407,12 +409,21 @@ class ImageStore:
         split, runtime = self.dataset.splits[name], self.config.runtime
         check = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
-        pixels = Pixels(split, size, resize, on_error, threads, log_message=log.info, check=check, shards=shards)
+        pixels = Pixels(split, size, resize, on_error, threads, log_message=self._log, check=check, shards=shards)
         needed, once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
         plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
         return pixels
+
+    def gather_unreadable(self, control: ControlChannel) -> None:
+        """Add the unreadable images that the other workers have detected; all workers call this."""
+        if control.size == 1 or self.config.data.on_error == "fail":
+            return
+        own = {name: {int(index): why for index, why in p.bad.items()} for name, p in self._opened.items()}
+        for detected in control.reduce("unreadable images", own, list):
+            for name in detected.keys() & self._opened.keys():
+                self._opened[name].known_bad |= {int(index): why for index, why in detected[name].items()}
 
     def require_readable(self) -> None:
         """Apply `require_readable` to each opened split."""
@@ -451,19 +462,21 @@ class ImageStore:
 
     def name_of(self, split: str, index: int) -> str:
         """Return the file, or SHARD#RECORD, of an example. For a copy from a bucket, this is the address there."""
-        return self._with_address(self.dataset.splits[split].name_of(index))
+        return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
 
-    def _with_address(self, name: str) -> str:
-        for path, address in self._data.addresses.items():
-            if name.startswith(f"{escape_unprintable(path)}/"):
-                return escape_unprintable(address) + name[len(escape_unprintable(path)) :]
-        return name
+    @property
+    def addresses(self) -> dict[str, str]:
+        """The bucket folder of each local folder that is a copy of one."""
+        return self._data.addresses
+
+    def _log(self, text: str) -> None:
+        log.info(with_addresses(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:
         """List the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
         opened = sorted(self._opened.items())
         return [
-            f"{self._with_address(describe_example(pixels, i))}: {why}"
+            with_addresses(f"{describe_example(pixels, i)}: {why}", self.addresses)
             for _, pixels in opened
             for i, why in sorted(pixels.bad.items())
         ]

@@ -14,7 +14,7 @@ from trainer.data.examine import examine_images
 from trainer.data.fingerprint import compute_fingerprints
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
-from trainer.data.remote import addresses_in_errors, fetch_local_copies
+from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
 from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
@@ -32,7 +32,7 @@ class OpenedData:
     """The dataset of a run, with local paths for files and weights in buckets."""
 
     dataset: Dataset
-    addresses: dict[str, str]  # local path -> the address of the original in a bucket
+    addresses: dict[str, str]  # local folder -> the bucket folder that it is a copy of
     shards: ShardCache | None  # fetches shards while they are read; None: all files are local
     weights: str  # model.weights, or the path of its local copy
 
@@ -46,8 +46,15 @@ def open_run_data(
 ) -> OpenedData:
     """Copy a dataset and weights in buckets to the local disk, and open the dataset."""
     local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
+
+    def named(text: str) -> str:
+        return with_addresses(text, addresses)
+
     with addresses_in_errors(addresses):
-        dataset = open_run_dataset(config, local.data, log_message, shards is not None, purpose)
+        dataset = open_run_dataset(
+            config, local.data, lambda text: log_message(named(text)), shards is not None, purpose
+        )
+    dataset = replace(dataset, skipped=tuple(map(named, dataset.skipped)), notes=tuple(map(named, dataset.notes)))
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 

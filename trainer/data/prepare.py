@@ -10,7 +10,7 @@ from trainer.config.typed import format_argument
 from trainer.data.host import count_usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
-from trainer.data.remote import addresses_in_errors, fetch_local_copies
+from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
@@ -60,13 +60,13 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     )  # fmt: skip
     target = storage_path(output)
     images = LabeledImages(dataset.name, dataset.class_names, splits, texts)
-    with show_image_progress(config.runtime.progress) as progress:
+    with show_image_progress(config.runtime.progress) as progress, addresses_in_errors(addresses):
         entries = write_dataset(target, images, options, progress)
     if entries is None:
         outcome = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
-            log.info(f"skipped {fault}")
+            log.info(f"skipped {with_addresses(fault, addresses)}")
         outcome = (
             f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "

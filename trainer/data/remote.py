@@ -1,6 +1,6 @@
 """Copy the dataset and weights of a configuration from buckets to the local disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import fetch_missing, find_prepared_folder, has_wildcard, is_remote, stage
+from trainer.storage.staging import copied_folder, fetch_missing, find_prepared_folder, has_wildcard, is_remote, stage
 from trainer.types import LogMessage
 
 
@@ -39,8 +39,8 @@ def fetch_local_copies(
         stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
 
     Returns:
-        The configuration with local paths, the address of each local copy, and the cache that fetches the shards while
-        they are read (None if everything is copied).
+        The configuration with local paths; the address of each local folder; and the cache that fetches the shards
+        while they are read, None if everything is copied.
 
     Raises:
         DataError: an address is missing, exceeds the disk budget, or has a shard that differs from its manifest.
@@ -53,7 +53,8 @@ def fetch_local_copies(
         if not address or not is_remote(address):
             return address
         path = stage(address, runtime.cache_folder, runtime.disk_budget, log_message, partial(check, address))
-        addresses[path] = address.rstrip("/")
+        folder, bucket_folder = copied_folder(path, address, runtime.cache_folder)
+        addresses[folder] = bucket_folder
         return path
 
     data, address = resolve_addresses(config.data)
@@ -77,16 +78,22 @@ def _stored_class_names(data: Data) -> str | None:
     return str(names) if not has_wildcard(folder) and names.exists() else None
 
 
+def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
+    """Replace the paths of local copies in a text by the addresses that they are copies of."""
+    for path, address in addresses.items():
+        text = text.replace(path, address).replace(escape_unprintable(path), escape_unprintable(address))
+    return text
+
+
 @contextmanager
-def addresses_in_errors(addresses: dict[str, str]) -> Iterator[None]:
+def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
     """In errors raised within this context, replace the paths of local copies by their addresses in buckets."""
     try:
         yield
     except TrainerError as error:
-        for path, address in addresses.items():
-            error.problem = error.problem.replace(path, address)
-            error.value = error.value.replace(path, address) if isinstance(error.value, str) else error.value
-            error.fix = error.fix.replace(path, address) if error.fix else None
+        error.problem = with_addresses(error.problem, addresses)
+        error.value = with_addresses(error.value, addresses) if isinstance(error.value, str) else error.value
+        error.fix = with_addresses(error.fix, addresses) if error.fix else None
         raise
 
 

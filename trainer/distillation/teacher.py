@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Model
-from trainer.data.decoding import without_autograph
+from trainer.data.decoding import Resize, without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation import source
@@ -87,85 +87,97 @@ class OpenedTeacher:
 
 @dataclass(frozen=True)
 class ConfiguredTeacher:
-    """The configured teacher, before its weights are read."""
+    """The teacher that is configured: its network, or the soft labels that an earlier start has computed."""
 
-    properties: dict[str, Any]  # of `TeacherFiles`
-    files: source.TeacherFiles | None  # None on workers other than the chief
+    fingerprint: str  # hash of its weights
+    resize: Resize  # of its images
+    labels_file: Path  # of the soft labels, in the cache
+    network: Teacher | None  # None if there are soft labels
+    soft_labels: np.ndarray | None  # float32 [count, classes]
 
 
-def find_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
-    """Find and check the configured teacher on all workers. Only the chief reads its files.
+def describe_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
+    """Find, check and load the configured teacher on all workers; the chief reads its files and broadcasts them.
 
+    Without augmentation the soft labels of an earlier start are used if there are any, instead of the network.
     `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began. None for a new run.
 
     Raises:
-        DataError: there is no usable teacher at the address, it has other classes, or this run began with another one.
+        DataError: there is no usable teacher at the address, it has other classes, its files are damaged, or this run
+            began with another one.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
-    assert images.config.distillation
-    address = images.config.distillation.teacher
-    files = source.describe_teacher(address) if worker.is_chief else None
-    properties: dict[str, Any] = worker.control.broadcast("teacher", lambda: files.properties if files else None)
-    check_classes(address, tuple(properties["classes"]), images.dataset.class_names)
-    check_same_teacher(run, recorded, properties["fingerprint"])
-    return ConfiguredTeacher(properties, files)
-
-
-def open_teacher(worker: Worker, images: ImageStore, sharding: Sharding, teacher: ConfiguredTeacher) -> OpenedTeacher:
-    """Open a teacher on all workers. The chief reads its files and broadcasts them.
-
-    Without augmentation, every epoch has the same images, so their soft labels are computed now or read from disk. With
-    augmentation, the teacher predicts in every step. A stop request ends the computation of soft labels early, so
-    `Worker.should_stop` must be checked afterwards.
-
-    Raises:
-        DataError: the files are corrupt.
-    """
-    config, properties, files = images.config, teacher.properties, teacher.files
+    config, dataset, control = images.config, images.dataset, worker.control
     assert config.distillation
     address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
+    files = source.describe_teacher(address) if worker.is_chief else None
+    properties: dict[str, Any] = control.broadcast("teacher", lambda: files.properties if files else None)
+    check_classes(address, tuple(properties["classes"]), dataset.class_names)
+    check_same_teacher(run, recorded, properties["fingerprint"])
     loss = f"{alpha:g} x label + {1 - alpha:g} x KL(teacher, student)"
     at_temperature = f" at temperature {temperature:g}" if temperature != 1 else ""
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
-    def build() -> Teacher:
-        arrays = worker.control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
-        with worker.strategy.scope():
-            if properties["model"] is None:
-                with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-                    source.write_saved_model(arrays, Path(folder))
-                    return load_saved_model_teacher(Path(folder), address)
-            model, setting = Model(**properties["model"]), f"{KEY}={address}"
-            classifier = rebuild_classifier(model, len(images.dataset.class_names), config.seed, arrays, setting)
-        return Teacher(classifier.image_size, classifier.logits)
-
-    if config.augmentation.active:
-        network = build()
-        log.info("  it predicts in every step, for the augmented images")
-        return OpenedTeacher(properties["fingerprint"], network=network)
-    soft_labels = _compute_soft_labels(worker, images, sharding, properties, build)
-    return OpenedTeacher(properties["fingerprint"], soft_labels=soft_labels)
-
-
-def _compute_soft_labels(
-    worker: Worker, images: ImageStore, sharding: Sharding, properties: dict[str, Any], build: Callable[[], Teacher]
-) -> np.ndarray | None:
-    """Read or compute the soft labels of training images, resized for the teacher. None if the run should stop."""
-    control, dataset, config = worker.control, images.dataset, images.config
     split, classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
     key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, split.orientation,
            config.runtime.precision)  # fmt: skip
     digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
     file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
-    cached = _read_cached(file, (split.count, classes)) if worker.is_chief else None
-    if control.broadcast("soft labels cached", lambda: cached is not None):
+    network, labels = None, None
+    if worker.is_chief and not config.augmentation.active:
+        labels = _read_cached(file, (split.count, classes))
+    if control.broadcast("soft labels cached", lambda: labels is not None):
         log.info(f"  soft labels: read from {file}, computed by an earlier start")
-        return control.broadcast_arrays("soft labels", {} if cached is None else {"answers": cached})["answers"]
-    teacher = build()
+        labels = control.broadcast_arrays("soft labels", {} if labels is None else {"answers": labels})["answers"]
+    else:
+        arrays = control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
+        network = _build(worker, images, properties["model"], arrays, address)
+    return ConfiguredTeacher(properties["fingerprint"], resize, file, network, labels)
+
+
+def _build(
+    worker: Worker, images: ImageStore, model: dict[str, Any] | None, arrays: dict[str, np.ndarray], address: str
+) -> Teacher:
+    """Build the network of a teacher from the weights of a checkpoint, or if `model` is None the files of an export."""
+    with worker.strategy.scope():
+        if model is None:
+            with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
+                source.write_saved_model(arrays, Path(folder))
+                return load_saved_model_teacher(Path(folder), address)
+        classes, seed = len(images.dataset.class_names), images.config.seed
+        classifier = rebuild_classifier(Model(**model), classes, seed, arrays, f"{KEY}={address}")
+    return Teacher(classifier.image_size, classifier.logits)
+
+
+def open_teacher(
+    worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher
+) -> OpenedTeacher:
+    """Choose what the teacher contributes to a step on all workers.
+
+    Without augmentation every epoch has the same images, so their soft labels are computed now; with augmentation the
+    teacher predicts in every step. Computing soft labels ends early on a stop request: check `Worker.should_stop`
+    afterwards.
+    """
+    network, labels = configured.network, configured.soft_labels
+    if network is None:
+        return OpenedTeacher(configured.fingerprint, soft_labels=labels)
+    if images.config.augmentation.active:
+        log.info("teacher: it predicts in every step, for the augmented images")
+        return OpenedTeacher(configured.fingerprint, network=network)
+    labels = _soft_labels(worker, images, sharding, configured, network)
+    return OpenedTeacher(configured.fingerprint, soft_labels=labels)
+
+
+def _soft_labels(
+    worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher, teacher: Teacher
+) -> np.ndarray | None:
+    """Compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""
+    control, config, file, resize = worker.control, images.config, configured.labels_file, configured.resize
+    split, classes = images.dataset.splits["train"], len(images.dataset.class_names)
     health.set_activity("the soft labels of the teacher")
     subject = f"{split.count:,} training images at {teacher.image_size} px"
-    log.info(f"  soft labels of {subject}: computed once, stored in {file}")
+    log.info(f"soft labels of {subject}: computed once, stored in {file}")
     as_student = (teacher.image_size, resize) == (images.size, config.model.resize)
     pixels = images.split("train") if as_student else images.at("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size

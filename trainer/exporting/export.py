@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
+from trainer.data.remote import addresses_in_errors
 from trainer.exporting.bundle import ExportBundle, ParityExamples
 from trainer.exporting.formats import export_formats
 from trainer.exporting.model_card import format_labels, write_model_card
@@ -102,7 +103,8 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     split = choose_scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
-    return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
+    with addresses_in_errors(images.addresses):
+        return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 
 def _parse_report(report: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from trainer.config.schema import Data, RunConfig
 from trainer.data.host import default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import describe_shards, find_prepared, resolve_addresses
+from trainer.data.remote import addresses_in_errors, describe_shards, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.errors import DataError
 from trainer.exporting.formats import check_formats
@@ -22,7 +22,7 @@ from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
-from trainer.storage.staging import is_remote
+from trainer.storage.staging import copied_folder, is_remote
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
@@ -61,22 +61,29 @@ def _open_data(plan: Plan) -> Rows:
     if streamed_folder and (prepared := find_prepared(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
-        with checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder:
+        with (
+            checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder,
+            addresses_in_errors({folder: streamed_folder}),
+        ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
-    unstaged, local_paths = None, {"root": data.root, "pattern": data.pattern}
+    unstaged, local_paths, addresses = None, {"root": data.root, "pattern": data.pattern}, dict[str, str]()
     for key, address in local_paths.items():
         if address and is_remote(address):
             local_paths[key], line, entries = checks.plan_staging(address, cache, budget)
             rows.append(("bucket", line))
-            if local_paths[key] is None:
+            if path := local_paths[key]:
+                addresses |= [copied_folder(path, address, cache)]
+            else:
                 unstaged, plan.to_stage = address, entries
     if unstaged:
         if data.source != "tfds":
             return [*rows, ("not opened", "a plan downloads no data: classes and counts are known once it is staged")]
         plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged), False
         return [*rows, ("not opened", "names and counts are from its metadata; labels are known once it is staged")]
-    if not _open(plan, data.model_copy(update=local_paths)):
+    with addresses_in_errors(addresses):
+        is_open = _open(plan, data.model_copy(update=local_paths))
+    if not is_open:
         return [("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
     return rows
 

@@ -20,6 +20,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, open_run_data
+from trainer.data.remote import addresses_in_errors
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
@@ -88,7 +89,8 @@ def evaluate(
     prefix = "" if is_unsplit else f"{split} "
     whole = "all " if is_unsplit else ""
     log.info(f"evaluating {whole}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
-    scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
+    with addresses_in_errors(images.addresses):
+        scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
     trained_on = is_run_data and (split == "train" or config.debug.overfit)
     report_fields: dict[str, Any] = {
@@ -113,7 +115,8 @@ def evaluate(
         folder = Path(str(output)) if output.is_local else Path(temporary)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)
-        report = build_report(folder, scored, images, explain, report_fields, splits=splits, check=check)
+        with addresses_in_errors(images.addresses):
+            report = build_report(folder, scored, images, explain, report_fields, splits=splits, check=check)
         if not output.is_local:
             for file in sorted(folder.iterdir()):
                 (output / file.name).upload(file)

@@ -47,6 +47,7 @@ from trainer.types import Dataset, has_fingerprints
 
 LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
 RUN_JSON = "run.json"
+RESULTS = ("export", "report", DONE)
 
 
 @dataclass
@@ -281,7 +282,7 @@ def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
         publisher.fetch()
-        folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(path)))
+        folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(address)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
@@ -298,14 +299,19 @@ class FolderContents:
     config: bytes | None  # the content of config.yaml, None if there is none
     has_checkpoint: bool
 
+    @property
+    def results(self) -> list[str]:
+        """The names of what a run writes after its last step."""
+        return [name for name in RESULTS if name in self.names]
+
 
 def _read_contents(folder: StoragePath) -> FolderContents:
-    """Read the contents of a folder; of a bucket, only what a run downloads."""
+    """Read what `check_folder` needs, of a folder on disk or in a bucket."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
-    checkpoints = folder / "checkpoints"
-    has_checkpoint = has_checkpoints(child.name for child in checkpoints.folders())
-    if not folder.is_local:
-        names = {n for n in names if not n.startswith(".") and n not in (DONE, "report", "export")}
+    if folder.is_local:
+        has_checkpoint = has_checkpoints(child.name for child in (folder / "checkpoints").folders())
+    else:
+        names = {name for name in names if not name.startswith(".")}  # the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
     names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
@@ -320,7 +326,8 @@ def check_folder(
     The former is None if there was no start, or if its config.yaml is corrupt and it saved no checkpoint. The latter is
     None if the run begins: no start has saved a checkpoint, so nothing is lost if its settings differ.
 
-    Raises ConfigError if the folder has another run or other files, or `resume` forbids it.
+    Raises ConfigError if the folder has another run or other files, results without the checkpoints that a run needs
+    to continue, or `resume` forbids it.
     """
     if contents.config is None:
         if config.resume == "must":
@@ -336,6 +343,10 @@ def check_folder(
     if config.resume == "never":
         problem, fix = f"output_dir={address} holds a run", "give another output_dir, or resume=auto"
         raise ConfigError(problem, key="resume", value="never", fix=fix)
+    if contents.results and not contents.has_checkpoint:
+        problem = f"holds the results of a run ({', '.join(contents.results)}), but not its checkpoints"
+        fix = "give another folder; without checkpoints a run cannot continue, and its results would be overwritten"
+        raise ConfigError(problem, key="output_dir", value=address, fix=fix)
     try:
         before = parse_stored_config(contents.config, address)
     except ConfigError:

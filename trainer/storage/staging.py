@@ -56,6 +56,13 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     return copy.path
 
 
+def copied_folder(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
+    """Return the local folder and the bucket folder of all files of `address`, for which `stage` returned `path`."""
+    _, _, *end = Path(path).relative_to(cache_dir / "staged").parts  # a pattern or the name of a single file
+    suffix = "".join(f"/{part}" for part in end)
+    return path.removesuffix(suffix), address.rstrip("/").removesuffix(suffix)
+
+
 @dataclass(frozen=True)
 class Copy:
     """The files in a bucket that match an address, and the local folder for their copies."""

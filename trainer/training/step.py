@@ -271,7 +271,7 @@ class TrainingStep:
             )  # fmt: skip
             losses = weighted_losses(values, logits, settings, teacher_logits)
             penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
-            loss = tf.reduce_sum(losses) / examples + penalty
+            loss = tf.reduce_sum(losses) / tf.maximum(examples, 1.0) + penalty  # 0 if all images are skipped
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         num_correct = tf.reduce_sum(example_accuracy(values, logits) * batch["weight"])
