@@ -99,7 +99,7 @@ def test_a_checkpoint_is_saved_next_to_a_damaged_one(tmp_path: Path) -> None:
 
 def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     folder, lines = folder_with(tmp_path, 1)
-    (tmp_path / ".step-00000002.17-4711").mkdir()
+    (tmp_path / ".step-00000002.17-000000000004711").mkdir()
     assert folder.newest() is not None
     delete_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]

@@ -31,6 +31,8 @@ from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, session_end_summary
 from trainer.runs.folder import inspect_folder, is_finished
+from trainer.storage.base import StoragePath
+from trainer.storage.local import LocalPath, delete_unfinished
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import read_json
 from trainer.storage.staging import is_remote
@@ -192,9 +194,9 @@ class Sweep:
         folder = storage_path(job.folder)
         if not (folder / "config.yaml").exists():  # it failed early; in an empty folder the run can begin later
             return
-        (folder / EVENTS_FILE).write(job_event_file(job.name, values, job.scores, job.code == DONE))
+        _write_event_file(folder, job_event_file(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
-            (storage_path(self.folder or "") / EVENTS_FILE).write(columns_event_file(list(self.columns)))
+            _write_event_file(storage_path(self.folder or ""), columns_event_file(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
         """Describe the overrides of a job that differ from another job so far; all of them for the first job."""
@@ -306,6 +308,13 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
         return rest, folder
     folder = str(Path(folder).expanduser())
     return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
+
+
+def _write_event_file(folder: StoragePath, content: bytes) -> None:
+    """Write the event file of a job or sweep; delete what a killed process left of it, which no start of a run does."""
+    if isinstance(folder, LocalPath):
+        delete_unfinished(folder.path, recursive=False)
+    (folder / EVENTS_FILE).write(content)
 
 
 def _hyperparameter(tree: Any, key: str, text: str) -> Value:

@@ -17,7 +17,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, open_classifier, with_run_classes, without_weights
-from trainer.storage.local import write_json, write_whole
+from trainer.storage.local import delete_unfinished, write_json, write_whole
 from trainer.storage.small_files import intact, json_object
 from trainer.types import Scored, scored_split
 
@@ -115,6 +115,8 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
     Otherwise they are written to export.json next to the files.
     """
     path = folder.parent / "report" / "report.json"
+    if in_run:
+        delete_unfinished(path.parent)  # of this function; those in `folder` are deleted by `export_formats`
     report = intact(path, _exported, {}) if in_run else {}
     if not report:
         if in_run and path.exists():
