@@ -133,7 +133,13 @@ except OSError as error:
     assert folder.newest() is not None
 
 
-@pytest.mark.parametrize("name", ["step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣", "step-00000001-2",
+        "step-00000001-1a2b3c4d", "step-000000001", "step-00000099-1a2b3c4d", "step-0000000099",
+    ],
+)  # fmt: skip
 def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name: str) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)
     shutil.copytree(folder.path(2), tmp_path / name)

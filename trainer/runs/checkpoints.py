@@ -41,6 +41,16 @@ def is_checkpoint(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
+def is_local_checkpoint(name: str) -> bool:
+    """Return whether this is the name that a checkpoint has on disk, and not of a copy, such as one from a bucket."""
+    return is_checkpoint(name) and name == local_name(step_of(name))
+
+
+def local_name(step: int) -> str:
+    """Return the name that the checkpoint of a step has on disk."""
+    return f"{PREFIX}{step:08d}"
+
+
 def step_of(name: str) -> int:
     """Parse the step from the name of a checkpoint, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
@@ -110,7 +120,7 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint of a step."""
-        name = f"{PREFIX}{step:08d}"
+        name = local_name(step)
         replaced = self.folder / f"{_REPLACED}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
@@ -118,7 +128,7 @@ class CheckpointFolder:
         """List the steps of the committed checkpoints in ascending order."""
         folders = [p for prefix in (PREFIX, _REPLACED) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
         names = {p.name.removeprefix(_REPLACED) for p in folders}
-        return sorted(step_of(name) for name in names if is_checkpoint(name))
+        return sorted(step_of(name) for name in names if is_local_checkpoint(name))
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import PREFIX, is_checkpoint, read_pointer
+from trainer.runs.checkpoints import PREFIX, is_checkpoint, is_local_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
 from trainer.storage.local import inside
@@ -153,7 +153,8 @@ class Publisher:
         """Upload new local checkpoints, commit them, and delete those that no longer exist locally."""
         assert self.lease
         remote = self.lease.folder
-        names = sorted((p.name for p in (self.local / "checkpoints").iterdir() if is_checkpoint(p.name)), reverse=True)
+        local = (path.name for path in (self.local / "checkpoints").iterdir())
+        names = sorted(filter(is_local_checkpoint, local), reverse=True)
         for name in names:
             if name not in self._names:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
