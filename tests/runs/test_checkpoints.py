@@ -152,6 +152,13 @@ def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name:
     assert lines == []
 
 
+def test_checkpoints_copied_from_a_bucket_are_named(tmp_path: Path) -> None:
+    folder, lines = folder_with(tmp_path, 1)
+    folder.path(1).rename(tmp_path / "step-00000001-1a2b3c4d")
+    assert folder.newest() is None
+    assert lines == [f"{tmp_path}/step-00000001-1a2b3c4d is not read; rename it to step-00000001 if it should"]
+
+
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'{"variables.npz": 3}', b"\xff", b"", b'{"../../x": {}}'])
 def test_a_manifest_of_another_shape_is_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)

@@ -11,7 +11,6 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from omegaconf import DictConfig
 from trainer.cli.compose import compose, is_sweep, load_given, resolve
 from trainer.cli.overrides import parse, shown, typed_overrides, value_of
 from trainer.cli.process import configure_log
+from trainer.cluster.processes import module_command
 from trainer.config.diff import flat, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, argument, quote, typed
@@ -167,7 +167,8 @@ class Sweep:
 
     def _run_process(self, arguments: list[str]) -> int:
         # In a separate process group: Ctrl-C must reach it only once, through `_forward_stop`.
-        self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
+        command, environment = module_command("trainer", *arguments)
+        self.child = subprocess.Popen(command, env=environment, process_group=0)
         if self.stop_signal:
             self.child.terminate()
         code = self.child.wait()

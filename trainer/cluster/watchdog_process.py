@@ -101,17 +101,22 @@ class _Watchdog:
         self.signals = socket.socket(fileno=settings["signals"])
         self.connections = {int(i): (socket.socket(fileno=n), a) for i, (n, a) in settings["peers"].items()}
         self.listener = socket.socket(fileno=settings["listener"]) if settings["listener"] is not None else None
-        self.state: dict[str, Any] = {"activity": "starting", "limit": float("inf"), "watched": []}
+        self.state: dict[str, Any] = {
+            "activity": "starting", "limit": float("inf"), "watched": [], "phase": health.phase, "step": None,
+        }  # fmt: skip
+        self._unread_state = b""  # the beginning of a line
         self.seconds = 0.0  # since the last state, without the time in which a process of the two was stopped
         self._unread_bytes: dict[int, tuple[int, float]] = {}  # by peer: their number, and since which `seconds`
 
     def run(self) -> None:
         """Receive states until the process ends; act for it while it sends none."""
-        os.set_blocking(self.settings["state"], False)
+        for name in ("state", "stack"):
+            os.set_blocking(self.settings[name], False)
         poll = select.poll()
         poll.register(self.settings["state"], select.POLLIN)
         before = time.monotonic()
         while os.getppid() == self.process:
+            self.log_stacks()
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
                 # At most twice the interval: after a pause of the machine or container the process first has to run.
@@ -122,7 +127,8 @@ class _Watchdog:
             data = os.read(self.settings["state"], 1 << 16)
             if not data:
                 return
-            self.state = json.loads(data.rstrip(b"\n").rpartition(b"\n")[2])
+            state, self._unread_state = newest_state(self._unread_state + data)
+            self.state = state or self.state
             self.seconds, self._unread_bytes, before = 0.0, {}, time.monotonic()
 
     def check(self) -> None:
@@ -134,9 +140,8 @@ class _Watchdog:
             return
         self.respond()
         peers = [self.observe(index) for index in self.state["watched"]]
-        name = None
-        if select.select([self.signals], [], [], 0)[0]:
-            name = signal.Signals(self.signals.recv(1, socket.MSG_PEEK)[0]).name
+        numbers = _peek(self.signals, 16)
+        name = next((signal.Signals(n).name for n in numbers if n in (signal.SIGTERM, signal.SIGINT)), None)
         seen = Observation(self.seconds, self.state["limit"], self.state["activity"], name, peers)
         if reason := reason_to_end(seen):
             self.end(reason)
@@ -150,19 +155,20 @@ class _Watchdog:
         number, since = self._unread_bytes.get(index, (unread, 0.0))
         since = since if number == unread else self.seconds
         self._unread_bytes[index] = (unread, since)
-        data = connection.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
-        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, unread_messages(data))
+        messages = unread_messages(_peek(connection, unread) if unread else b"")
+        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, messages)
 
     def respond(self) -> None:
         """Respond to waiting requests on the port of `/healthz`: 503 after the limit, 200 before."""
         text = f"{self.state['activity']}; Python has not run for {self.seconds:.0f} s"
-        while self.listener:
+        deadline = time.monotonic() + INTERVAL_SECONDS  # clients must not keep the watchdog from its checks
+        while self.listener and time.monotonic() < deadline:
             try:
                 client, _ = self.listener.accept()
             except OSError:  # none is waiting
                 return
             with contextlib.suppress(OSError), client:
-                client.settimeout(INTERVAL_SECONDS)
+                client.settimeout(INTERVAL_SECONDS / 4)
                 known = client.recv(1024).startswith(b"GET /healthz")
                 code = "503 Service Unavailable" if not known or self.seconds > self.state["limit"] else "200 OK"
                 header = f"HTTP/1.0 {code}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
@@ -170,19 +176,46 @@ class _Watchdog:
 
     def end(self, reason: str) -> None:
         """End the process with 75, after its stack is in the log."""
-        health.phase = self.state["phase"]
-        if self.state["step"] is not None:
-            health.set_gauges(step=self.state["step"])
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, STACK_SIGNAL)
-        if stacks := _read_all(self.settings["stack"]):
-            log_unbuffered(f"stacks of the threads:\n{stacks}")
-        log_unbuffered(f"interrupted: {reason}")
-        termination.write(INTERRUPTED, reason)
-        os.write(self.settings["exit"], b"x")
+        try:
+            health.phase = self.state["phase"]
+            if self.state["step"] is not None:
+                health.set_gauges(step=self.state["step"])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, STACK_SIGNAL)
+            self.log_stacks(0.5)
+            log_unbuffered(f"interrupted: {reason}")
+            termination.write(INTERRUPTED, reason)
+        finally:
+            with contextlib.suppress(OSError):  # the process has ended
+                os.write(self.settings["exit"], b"x")
         if not _wait_until(lambda: os.getppid() != self.process, EXIT_SECONDS):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
+
+    def log_stacks(self, seconds: float = 0.0) -> None:
+        """Log the stacks that the process has written for a signal, until it has paused for these seconds."""
+        if stacks := _read_all(self.settings["stack"], seconds):
+            log_unbuffered(f"stacks of the threads:\n{stacks}")
+
+
+def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
+    """Parse the last line of `data` that is a state, None if there is none; return it and the line that has no end yet.
+
+    A long line is not always written whole: what follows in its line is then no state.
+    """
+    *lines, rest = data.split(b"\n")
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if isinstance(state := json.loads(line), dict):
+                return state, rest
+    return None, rest
+
+
+def _peek(connection: socket.socket, size: int) -> bytes:
+    """Return at most `size` received bytes without removing them; empty if the process has just read them."""
+    with contextlib.suppress(OSError):
+        return connection.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    return b""
 
 
 def _is_stopped(process: int) -> bool:
@@ -192,10 +225,12 @@ def _is_stopped(process: int) -> bool:
     return False
 
 
-def _read_all(descriptor: int) -> str:
-    """Read what another process writes to a pipe, until it has paused for half a second."""
+def _read_all(descriptor: int, seconds: float) -> str:
+    """Read what another process writes to a pipe, until it has paused for these seconds."""
     parts: list[bytes] = []
-    while select.select([descriptor], [], [], 0.5)[0] and len(parts) < 100 and (part := os.read(descriptor, 1 << 16)):
+    poll = select.poll()  # `select.select` has no descriptors over 1023
+    poll.register(descriptor, select.POLLIN)
+    while poll.poll(seconds * 1000) and len(parts) < 100 and (part := os.read(descriptor, 1 << 16)):
         parts.append(part)
     return b"".join(parts).decode(errors="replace").strip()
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from trainer.monitoring.health import health
@@ -119,15 +119,17 @@ def log_traceback(error: BaseException | None) -> None:
 def log_unbuffered(text: str) -> None:
     """Log a WARNING straight to the file descriptor of stderr, so that it is written even right before `os._exit`.
 
-    Any thread may call this: it waits at most one second for the lock of the handler, whose holder may be blocked.
+    Any thread may call this: it waits at most one second for the lock of the handler, whose holder may be blocked. If
+    stderr is closed or its disk is full, the text is lost, since the callers are about to end the process.
     """
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
     lock = _err.lock
     acquired = lock.acquire(timeout=1.0) if lock else False
     try:
-        while data:
-            data = data[os.write(_stderr, data) :]
+        with suppress(OSError):
+            while data:
+                data = data[os.write(_stderr, data) :]
     finally:
         if lock and acquired:
             lock.release()

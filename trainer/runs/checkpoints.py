@@ -184,6 +184,11 @@ class CheckpointFolder:
                 return self.read(step)
             except DataError as error:
                 self.log_message(f"{error.problem}; using the previous one")
+        for name in sorted(path.name for path in self.folder.glob(f"{PREFIX}*") if is_checkpoint(path.name)):
+            if not is_local_checkpoint(name):  # the folder was copied from a bucket
+                self.log_message(
+                    f"{self.folder / name} is not read; rename it to {local_name(step_of(name))} if it should"
+                )
         return None
 
     def tidy(self, step: int) -> None:
