@@ -54,6 +54,7 @@ class _StandardStream(logging.StreamHandler[TextIO]):
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
         self._name = name
+        self.failed = False  # a record could not be written, which has been logged
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -66,9 +67,15 @@ class _StandardStream(logging.StreamHandler[TextIO]):
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discard the stream if its reader has ended: the run does not depend on who reads its log."""
-        if not discard_if_closed(self.stream):
+        """Discard the stream if its reader has ended, and log a full disk once: the run does not depend on its log."""
+        error = sys.exception()
+        if discard_if_closed(self.stream):
+            return
+        if not isinstance(error, OSError):
             super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            log_unbuffered(f"{self._name}: cannot be written to ({error.strerror or error}); lines of the log are lost")
 
 
 _out, _err = _StandardStream("stdout"), _StandardStream("stderr")
@@ -104,10 +111,20 @@ def discard_if_closed(stream: TextIO) -> bool:
     poll.register(descriptor, 0)
     closed = any(events & select.POLLERR for _, events in poll.poll(0))
     if closed:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, descriptor)
-        os.close(null)
+        discard(stream)
     return closed
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on, and what it has buffered."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def stdout_lost_lines() -> bool:
+    """Return whether lines of the log could not be written to stdout, which has been logged."""
+    return _out.failed
 
 
 def log_traceback(error: BaseException | None) -> None:
