@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from tests.data import splits_on_disk
 from tests.data.orders import epoch_order
+from tests.disks import small_disk
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
@@ -159,6 +161,16 @@ def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: A
     assert list((tmp_path / "f").iterdir()) == []
     features.complete()
     np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
+
+
+def test_with_a_disk_that_has_become_read_only_features_stay_in_memory(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        features = opened(disk, notes)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
+        assert notes == [f"features cannot be stored in {disk}/f (Read-only file system); using memory only"]
+        assert not features.missing(0).any()
 
 
 def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_files: Any) -> None:

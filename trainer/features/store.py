@@ -7,6 +7,7 @@ starts; missing and damaged rows are computed again.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -129,7 +130,8 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                remove(self.file)
+                with suppress(OSError):  # the disk fails, and the features are in memory
+                    remove(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
