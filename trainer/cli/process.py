@@ -26,7 +26,7 @@ from trainer.monitoring.log import (
     log_traceback,
     stdout_lost_lines,
 )
-from trainer.storage.disk import MAKE_SPACE, disk_errors
+from trainer.storage.disk import MAKE_SPACE, file_errors
 
 # Lines that TensorFlow prints on every machine without a GPU, before its log level is in effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
@@ -141,7 +141,7 @@ def exit_with_code() -> Iterator[None]:
     code, reason = DONE, ""
     configure()
     try:
-        with disk_errors(), _stdout_errors():
+        with file_errors(), _stdout_errors():
             yield
     except TrainerError as error:
         if not _log_is_configured:
