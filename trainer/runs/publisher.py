@@ -177,7 +177,8 @@ class Publisher:
         """Copy changed files except checkpoints; each is read only once, since it may grow meanwhile."""
         assert self.lease
         self.lease.check()
-        for file in sorted(self.local.rglob("*")):
+        first = self.local / "config.yaml"  # it marks the folder as that of a run, for the next start after a kill
+        for file in sorted(self.local.rglob("*"), key=lambda file: (file != first, file)):
             name = file.relative_to(self.local).as_posix()
             hidden = any(part.startswith(".") for part in Path(name).parts)
             excluded = (f"checkpoints/{PREFIX}", *(() if results else FINAL_RESULTS))
