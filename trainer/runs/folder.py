@@ -37,7 +37,7 @@ from trainer.storage.local import delete_unfinished, sync, temporary_file, write
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import intact, json_object, json_objects, read_json, set_aside
 from trainer.storage.staging import is_remote
-from trainer.types import Dataset, has_fingerprints
+from trainer.types import Dataset, has_fingerprints, require_fingerprint
 
 LOCK = ".lock"  # file in a local folder, on which the process that trains into it holds a flock
 RUN_JSON = "run.json"
@@ -115,10 +115,8 @@ class RunFolder:
         known = of_run | (earlier if self.resuming else {})
         recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
         hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        write_json(
-            self.path / RUN_JSON,
-            known | {"data_fingerprint": hashes, "features": features} | attempts,
-        )
+        _written[self.path] = known | {"data_fingerprint": hashes, "features": features} | attempts
+        write_json(self.path / RUN_JSON, _written[self.path])
         self.publisher.begin()
 
     def abandon(self) -> None:
@@ -140,6 +138,9 @@ _LOSSES = {
 }
 
 
+_written: dict[Path, dict[str, Any]] = {}  # the run.json of this start by folder, in case the file is damaged meanwhile
+
+
 def run_json_of(value: Any) -> dict[str, Any]:
     """Check the content of run.json; raise one of `WRONG_CONTENT` if it is something else."""
     fields = json_object(value)
@@ -147,6 +148,8 @@ def run_json_of(value: Any) -> dict[str, Any]:
     for start in json_objects(fields.get("attempts", [])):
         json_object(start.get("versions", {}))
         shlex.join(start.get("command", []))
+    if "data_fingerprint" in fields:
+        require_fingerprint(fields["data_fingerprint"])
     return fields
 
 
@@ -157,12 +160,13 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def last_command(folder: Path) -> str:
     """Return the shell command of the last start of a run."""
-    return shlex.join(read_run_json(folder)["attempts"][-1]["command"])
+    return shlex.join((read_run_json(folder) or _written[folder])["attempts"][-1]["command"])
 
 
 def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
     """Add or replace fields of run.json."""
-    write_json(folder / RUN_JSON, read_run_json(folder) | fields)
+    _written[folder] = (read_run_json(folder) or _written.get(folder, {})) | fields
+    write_json(folder / RUN_JSON, _written[folder])
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
