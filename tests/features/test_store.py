@@ -22,6 +22,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import View, chosen_batches, training_batches
 from trainer.errors import DataError
 from trainer.features.store import Features, bytes_of, open_features
+from trainer.runs.checkpoints import crc32c_hex
 from trainer.types import Split
 
 COUNT, SHAPE, VIEWS = 11, (2, 3), 2
@@ -137,7 +138,14 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
     elif damage == "gone":
         rows.unlink()
     else:
-        lines = ([], {"view": 9}, {"view": 0, "first": -1, "count": 3}, {"view": 9, "first": 0, "count": 3, "bad": {}})
+        block = {"view": 0, "first": 0, "count": 1, "crc32c": crc32c_hex(rows.read_bytes()[:24]), "bad": {"99": ""}}
+        lines = (
+            [],
+            {"view": 9},
+            {"view": 0, "first": -1, "count": 3},
+            {"view": 9, "first": 0, "count": 3, "bad": {}},
+            block,
+        )
         listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert opened(tmp_path).missing(0).all()
 

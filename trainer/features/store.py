@@ -202,7 +202,8 @@ def _load_stored(features: Features) -> None:
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
             except WRONG_CONTENT:  # the process died while it wrote the line
                 continue
-            if not (0 <= view < features.views and first >= 0 and 0 < count < size - first):
+            in_range = 0 <= view < features.views and first >= 0 and 0 < count < size - first
+            if not in_range or any(not first <= index < first + count for index in bad):
                 continue
             start = view * size + first
             rows.seek(start * features.row_bytes)
