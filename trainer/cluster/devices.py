@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
+from trainer.config.auto import batch_parts
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 from trainer.monitoring.health import health
@@ -105,19 +106,17 @@ def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig)
 def check_batch_size(config: RunConfig, replicas: int) -> None:
     """Raise a ConfigError unless the global batch can be divided evenly among `replicas` (see `build_strategy`)."""
     batch_size, micro_batches = config.training.batch_size, config.training.accumulate
-    parts, rows, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
-    if batch_size % parts:
+    rows, parts = batch_size // replicas, batch_parts(config, replicas)
+    smaller = f"{batch_size // parts * parts} or " if batch_size > parts else ""
+    fix = f"use {smaller}{-(-batch_size // parts) * parts}"
+    if batch_size % (replicas * micro_batches):
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
-        smaller = f"{batch_size // parts * parts} or " if batch_size > parts else ""
-        fix = f"use {smaller}{-(-batch_size // parts) * parts}"
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     if config.augmentation.mixes and rows % 2:
         each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
-        smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
-        fix = f"use {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"{fix}, or set both to 0")
 
 
 def _multi_worker_strategy(
