@@ -11,18 +11,22 @@ from trainer.types import EvaluationResult
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 # What begins a formula in a spreadsheet, in full width too, and the mark that prevents it.
-_FORMULA = re.compile(r"[\s\ufeff]*['=+@\-\uff1d\uff0b\uff20\uff0d]")
+_BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
+_FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
+# In countries with a decimal comma a cell ends at ";", in quotes too if they do not begin the line.
+_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
+_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
 
 
 def as_cell(name: str) -> str:
-    """Return a name as a cell: printable, with a leading ' if a spreadsheet would compute it as a formula."""
-    text = printable(name)
+    """Return a name as a cell: printable, with a ' where a spreadsheet would begin to compute it as a formula."""
+    text = _FORMULA_IN_NAME.sub(r"\1'", printable(name))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_cell(cell: str) -> str:
     """Return the printable name that `as_cell` wrote."""
-    return cell.removeprefix("'")
+    return _ESCAPED_IN_NAME.sub(r"\1", cell.removeprefix("'"))
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> None:
