@@ -89,7 +89,7 @@ def test_any_text_of_a_full_disk_is_a_sentence(text: str) -> None:
 
 def test_a_missing_temporary_folder_is_a_full_disk_only_where_it_may_be_written(full: Path, tmp_path: Path) -> None:
     def error(*folders: Path) -> FileNotFoundError:  # as `tempfile` raises it
-        return FileNotFoundError(errno.ENOENT, f"No usable temporary directory found in {list(map(str, folders))}")
+        return FileNotFoundError(errno.ENOENT, f"No usable temporary directory in {list(map(str, folders))}")
 
     with raises(Interrupted, fix="make space", problem=f"^{full}: cannot"), file_errors():
         raise error(full, tmp_path / "nowhere")

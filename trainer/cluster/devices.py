@@ -108,15 +108,15 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
     batch_size, micro_batches = config.training.batch_size, config.training.accumulate
     rows, parts = batch_size // replicas, batch_parts(config, replicas)
     smaller = f"{batch_size // parts * parts} or " if batch_size > parts else ""
-    fix = f"use {smaller}{-(-batch_size // parts) * parts}"
+    valid = f"{smaller}{-(-batch_size // parts) * parts}"
     if batch_size % (replicas * micro_batches):
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
         problem = f"is not divisible by {replicas} replicas{each}"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
     if config.augmentation.mixes and rows % 2:
         each = f"{rows} for each of {replicas} replicas are" if replicas > 1 else f"{rows} is"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"{fix}, or set both to 0")
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}, or set both to 0")
 
 
 def _multi_worker_strategy(

@@ -444,8 +444,8 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
     A ConfigError lists all faults of the tree in its `faults`.
     """
-    if fault := _tree_fault(tree):
-        raise ConfigError(f"the configuration {fault}", fix="put the key in quotes, or remove it")
+    if problem := _tree_fault(tree):
+        raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:

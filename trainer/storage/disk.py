@@ -49,8 +49,8 @@ def describe_failure(error: BaseException) -> str | None:
 def _paths(text: str) -> list[str]:
     """Return the absolute paths in a text; one with spaces ends where its folder exists."""
     paths = []
-    for found in re.findall(r"(?<![\w./])/[^:;,'\"\n\[\]()]+", text):
-        words = found.rstrip().split(" ")
+    for text_of_path in re.findall(r"(?<![\w./])/[^:;,'\"\n\[\]()]+", text):
+        words = text_of_path.rstrip().split(" ")
         shorter = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
         paths.append(next((path for path in shorter if os.path.isdir(os.path.dirname(path))), words[0]))
     return paths
@@ -68,9 +68,9 @@ def disk_error(
     """
     if (reason := describe_failure(error)) is None:
         return None
-    folders, path = [str(folder) for folder in folders], _file_of(error)
-    named = [path] if path else [folder for folder in folders if len(folder) > 1 and folder in str(error)]
-    folder = _nearest(min(named or _paths(str(error)) or folders or ["."], key=free_bytes), os.path.isdir)
+    given, path = [str(folder) for folder in folders], _file_of(error)
+    named = [path] if path else [folder for folder in given if len(folder) > 1 and folder in str(error)]
+    folder = _nearest(min(named or _paths(str(error)) or given or ["."], key=free_bytes), os.path.isdir)
     problem = f"{folder}: cannot be written to ({reason}, {free_bytes(folder) / 1e6:,.1f} MB free)"
     return Interrupted(problem + (f"; {outcome}" if outcome else ""), fix=fix)
 
