@@ -40,7 +40,7 @@ from trainer.runs.folder import (
     require_output_dir,
     require_unfinished,
 )
-from trainer.storage.disk import translate_disk_errors
+from trainer.storage.disk import file_errors
 
 DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished, while waiting for other workers
 
@@ -82,7 +82,7 @@ def main() -> None:
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
-        with control.propagate_failures(), translate_disk_errors():
+        with control.propagate_failures(), file_errors():
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
             folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)

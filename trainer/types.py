@@ -75,6 +75,13 @@ class Dataset:
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # kind -> hash of names, labels, sizes and checksums
 
 
+def require_fingerprint(value: object) -> None:
+    """Raise a ValueError unless a value of run.json is the fingerprint of data: a text, or texts by kind."""
+    hashes = list(value.values()) if isinstance(value, dict) else [value]
+    if not hashes or not all(isinstance(text, str) for text in hashes):
+        raise ValueError("data_fingerprint has no text")
+
+
 def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
     """Return whether run.json recorded the same dataset, by the most thorough hash that both have.
 

@@ -7,6 +7,7 @@ import pytest
 from trainer.cli.compose import is_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
+    EVENT_FILE,
     Job,
     Sweep,
     _get_hyperparameter,
@@ -118,6 +119,21 @@ def test_runs_over_seeds_have_a_mean_and_a_standard_deviation(capsys: pytest.Cap
     sweep.swept = {"augmentation"}
     sweep.close()
     assert "seeds" not in capsys.readouterr().out
+
+
+def test_event_files_that_a_killed_process_left_are_deleted(tmp_path: Path) -> None:
+    job, sweep = tmp_path / "sweep" / "0", Sweep(str(tmp_path / "sweep"), swept={"training.batch_size"})
+    left = [folder / f".{EVENT_FILE}.17-000000000004711" for folder in (job, tmp_path / "sweep")]
+    running = tmp_path / "sweep" / "1" / ".config.yaml.17-000000000004711"
+    for file in [*left, running, job / "config.yaml"]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    tree = {"training": {"batch_size": 8}}
+    sweep._write_events(Job("0", str(job), [], {"training.batch_size": "8"}, scores={"val_accuracy": 0.5}), tree)  # type: ignore[arg-type]
+    assert not any(file.exists() for file in left)
+    assert running.exists()
+    assert (job / EVENT_FILE).exists()
+    assert (tmp_path / "sweep" / EVENT_FILE).exists()
 
 
 def test_swept_keys_are_those_with_several_values() -> None:

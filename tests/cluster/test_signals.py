@@ -115,3 +115,18 @@ def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypa
     assert checked.wait(10)
     time.sleep(0.05)
     assert ended.empty()
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("exit_on_sigterm(); os.kill(os.getpid(), 15)", 75),
+        ("StopFlag(); os.kill(os.getpid(), 15); time.sleep(0.5); os.kill(os.getpid(), 15); time.sleep(9)", 75),
+        ("termination.set_path('/nowhere/x'); termination.write(5); os._exit(5)", 5),
+    ],
+)
+def test_signals_do_not_depend_on_who_reads_the_log(body: str, code: int) -> None:
+    imports = "import os, time\nfrom trainer.cluster.signals import *\nfrom trainer.monitoring import termination\n"
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([sys.executable, "-c", imports + body], cwd=ROOT, stderr=full, timeout=30, check=False)
+    assert ended.returncode == code

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,17 @@ from trainer.cluster.watchdog_process import (
     INTERVAL_SECONDS,
     PEER_TIMEOUT_SECONDS,
     SIGNAL_TIMEOUT_SECONDS,
+    STACK_SIGNAL,
     UNRESPONSIVE_SECONDS,
     Observation,
     Peer,
+    _Watchdog,
     decide_end_reason,
+    newest_state,
     parse_unread_messages,
 )
 from trainer.errors import INTERRUPTED
+from trainer.monitoring.health import health
 
 ROOT = Path(__file__).parents[2]
 GIL_SECONDS = 90
@@ -62,15 +67,21 @@ exec(body)
 
 @contextmanager
 def started(
-    folder: Path, body: str, *, limit: float = 1e6, port: int = 0, worker: tuple[list[str], int] | None = None
+    folder: Path,
+    body: str,
+    *,
+    limit: float = 1e6,
+    port: int = 0,
+    worker: tuple[list[str], int] | None = None,
+    cwd: Path = ROOT,
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process with a watchdog that runs `body`, and the process ID of its watchdog."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if worker:
         task = {"cluster": {"worker": worker[0]}, "task": {"type": "worker", "index": worker[1]}}
         environment["TF_CONFIG"] = json.dumps(task)
-    command = [sys.executable, "-c", PROGRAM, str(limit), str(port), str(folder / "log"), textwrap.dedent(body)]
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1)
+    command = [sys.executable, "-P", "-c", PROGRAM, str(limit), str(port), str(folder / "log"), textwrap.dedent(body)]
+    child = subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=-1, stderr=-1)
     assert child.stdout is not None
     try:
         line = next((line for line in child.stdout if line.startswith("ready")), None)
@@ -162,7 +173,100 @@ def test_neither_side_leaves_the_other(tmp_path: Path) -> None:
         await_end(watchdog)
     with started(tmp_path, "time.sleep(3); hold_gil(3); os._exit(5)") as (child, watchdog):
         os.kill(watchdog, signal.SIGKILL)
-        assert child.wait(20) == 5  # unguarded, but not ended
+        _, error = child.communicate(timeout=20)
+        assert child.returncode == 5  # unguarded, but not ended
+    assert "watchdog: has ended (exit code -9); the run continues without it" in error
+
+
+def test_modules_of_the_working_directory_are_not_those_of_the_watchdog(tmp_path: Path) -> None:
+    for name in ("trainer/__init__.py", "json.py", "socket.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit(1)")
+    with started(tmp_path, "time.sleep(60)", cwd=tmp_path) as (_, watchdog):
+        time.sleep(1.5)
+        assert is_running(watchdog)
+
+
+def test_requests_for_stacks_do_not_block_a_process(tmp_path: Path) -> None:
+    with started(tmp_path, "time.sleep(4); os._exit(5)") as (child, watchdog):
+        os.kill(watchdog, signal.SIGSTOP)
+        for _ in range(400):
+            child.send_signal(STACK_SIGNAL)
+            time.sleep(0.005)
+        os.kill(watchdog, signal.SIGCONT)
+        _, error = child.communicate(timeout=20)
+        assert child.returncode == 5
+        await_end(watchdog)
+    assert "stacks of the threads:" in error
+
+
+@pytest.mark.parametrize(
+    ("data", "state", "rest"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n', {"a": 2}, b""),
+        (b'{"a": 1}\n{"a": 2}\n{"a"', {"a": 2}, b'{"a"'),
+        (b'{"a": 1}\n{"a{"a": 2}\n', {"a": 1}, b""),  # the pipe was full
+        (b'{"a{"a": 2}\n', None, b""),
+        (b'5\n"\xff"\n', None, b""),
+        (b"", None, b""),
+    ],
+)
+def test_the_newest_state_is_the_last_whole_line(data: bytes, state: dict[str, int] | None, rest: bytes) -> None:
+    assert newest_state(data) == (state, rest)
+
+
+@contextmanager
+def watchdog_of(process: int, **settings: int) -> Iterator[tuple[_Watchdog, socket.socket]]:
+    """A watchdog in this process, and the socket from which it reads signals."""
+    unread, signals = socket.socketpair()
+    with unread, signals:
+        watchdog = _Watchdog({
+            "process": process, "signals": os.dup(unread.fileno()), "peers": {}, "listener": None, **settings,
+        })  # fmt: skip
+        with watchdog.signals:
+            yield watchdog, signals
+
+
+def test_what_the_process_has_just_read_is_not_awaited() -> None:
+    with watchdog_of(os.getpid()) as (watchdog, signals):
+        watchdog.seconds = UNRESPONSIVE_SECONDS
+        ends: list[str] = []
+        watchdog.end = ends.append  # type: ignore[method-assign]
+        watchdog.check()
+        signals.send(bytes([signal.SIGCHLD, signal.SIGTERM]))
+        watchdog.seconds = SIGNAL_TIMEOUT_SECONDS + 1
+        watchdog.check()
+        signals.close()
+        watchdog.signals.recv(16)
+        watchdog.check()
+    assert [reason[:7] for reason in ends] == ["SIGTERM"]
+
+
+def test_the_process_ends_although_nothing_can_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    reader, writer = os.pipe()
+    monkeypatch.setattr(health, "phase", health.phase)
+    with watchdog_of(ended.pid, stack=1 << 20, exit=writer) as (watchdog, _), pytest.raises(OSError, match=r"."):
+        watchdog.end("x")
+    assert os.read(reader, 1) == b"x"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_silent_clients_do_not_keep_the_watchdog_from_its_checks() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        watchdog_of(os.getpid()) as (watchdog, _),
+        ExitStack() as stack,
+    ):
+        server.setblocking(False)
+        watchdog.listener = server
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(server.getsockname()))
+        began = time.monotonic()
+        watchdog.respond()
+        assert time.monotonic() - began < 2 * INTERVAL_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -159,3 +159,20 @@ def test_the_values_in_conf_are_the_defaults_of_the_model(monkeypatch: pytest.Mo
     assert len(keys) > 30
     for key in keys:
         assert load(tree(**{key.replace(".", "__"): composed[key]})) == default, key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a: !!bool "x"', 'a: !!int ""', 'a: !!timestamp "x"', "a: &x {b: *x}", "a: &x [*x]", "phases: {1: {}}",
+        "data: {null: 1}", "data: [{1.5: 2}]", "a: {" * 200 + "}" * 200, "a: " + "[" * 200 + "]" * 200, "{[1]: 2}",
+    ],
+)  # fmt: skip
+def test_a_damaged_configuration_is_a_sentence(text: str) -> None:
+    with raises(ConfigError, problem="^(is not YAML|has a (key|loop))", fix="restore the file"):
+        parse_config(text)
+
+
+def test_a_key_that_is_a_number_is_refused() -> None:
+    with raises(ConfigError, problem="the configuration has a key that is not a text, phases.1", fix="quotes"):
+        load({"phases": {1: {}}})

@@ -1,5 +1,6 @@
 """Caches of decoded images, and images that cannot be read."""
 
+import json
 import os
 import re
 import resource
@@ -122,6 +123,17 @@ def test_a_damaged_description_of_the_disk_cache_means_decoding_again(about: str
     file.write_bytes(about.encode("latin-1"))
     pixels = opened(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    assert not any("earlier start" in note for note in notes)
+
+
+@pytest.mark.parametrize("bad", [{"x": ""}, {"999999": ""}, {"-1": ""}, {"0": "another"}, ["x"]])
+def test_a_bad_example_that_was_not_recorded_means_decoding_again(bad: object, tmp_path: Path) -> None:
+    split, notes = file_split(tmp_path), []
+    opened(split, "disk", tmp_path, notes)
+    (file,) = (tmp_path / "cache").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"bad": bad}))
+    pixels = opened(split, "disk", tmp_path, notes, on_error="skip")
+    assert not pixels.known_bad
     assert not any("earlier start" in note for note in notes)
 
 

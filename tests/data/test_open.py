@@ -1,5 +1,6 @@
 """Opening every source: splits, labels, limits, fingerprints, notes and errors."""
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
 from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
-from trainer.errors import DataError
+from trainer.errors import DataError, Interrupted
 from trainer.types import Dataset, Shard, Split
 
 CLASSES = ("cat", "dog", "owl")
@@ -519,6 +520,17 @@ def test_missing_tfds_datasets_are_named(tmp_path: Path) -> None:
     refused("name", "tf_flower", "set data.name=tf_flowers", f"no dataset .* and none is prepared in {tmp_path}$")
     (write_records(tmp_path / "bad", {"train": [0, 1, 2]}) / "dataset_info.json").write_text("{")
     refused("root", f"{tmp_path}/bad", "prepare the dataset again", "TFDS cannot read this folder")
+
+
+def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
+    def download_and_prepare(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
+    with raises(Interrupted, problem=rf"^{tmp_path}: cannot be written to \(No space", fix="make space"):
+        opened(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
 
 
 def test_a_prepared_dataset_is_opened_by_name(tmp_path: Path) -> None:

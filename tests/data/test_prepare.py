@@ -1,6 +1,8 @@
 """What `trainer.prepare` writes is what training reads: the same images are refused, and the others have equal pixels."""
 
 import io
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from tests.data.images import fill_folder, noise
 from tests.data.splits_on_disk import opened as pixels_of
 from tests.data.test_open import folder, opened
 from tests.data.test_orientation import photo
+from tests.disks import fill, small_disk
 from tests.errors import raises
 from trainer.config.schema import load
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record, locate_records, read_source_name, serialize
+from trainer.data.tfds_folder import DatasetFolder
+from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
+from trainer.storage.path import storage_path
 from trainer.types import Split
 
 
@@ -151,3 +157,41 @@ def test_pixels_of_12_bits_are_noted(tmp_path: Path, largest: int, more: str) ->
     out = prepared(tmp_path, root)
     notes = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).notes
     assert note in notes
+
+
+def labelled(count: int = 8) -> LabeledImages:
+    """Images of 4 kB."""
+    noise = np.random.default_rng(1).integers(0, 255, (count, 36, 36, 3), np.uint8)
+    images = [io.BytesIO() for _ in range(count)]
+    for file, pixels in zip(images, noise, strict=True):
+        Image.fromarray(pixels).save(file, "PNG")
+    return LabeledImages("x", ("a",), {"train": [(file.getvalue(), 0) for file in images]})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, workers: int) -> None:
+    options = WriteOptions(shards=2, workers=workers, verify=False)
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        fill(disk, leave=8192)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                write_dataset(disk / "out", labelled(), options)
+            deadline = time.monotonic() + 10
+            while list((disk / "out").glob(".*.tmp")):  # threads end after the error
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        (disk / "filler").unlink()
+        assert write_dataset(disk / "out", labelled(2), options)
+
+
+def test_old_temporary_files_of_killed_preparations_are_deleted(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    shard = "x-train.tfrecord-00000-of-00001"
+    files = {f".{shard}.1.tmp": False, f".{shard}.2.tmp": True, ".x.1-000000000000001": False}
+    for name in files:
+        (scratch / name).touch()
+        if name != f".{shard}.2.tmp":
+            os.utime(scratch / name, (1e9, 1e9))
+    DatasetFolder(storage_path(scratch), None).create({shard})
+    assert {name: (scratch / name).exists() for name in files} == files

@@ -116,8 +116,9 @@ def test_errors_for_what_is_no_teacher(tmp_path: Path) -> None:
     file = damaged / "checkpoints" / "step-00000001" / "variables.npz"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     check(damaged, f"{file}.* does not match its size or checksum", "")
-    (damaged / "run.json").write_text("{")
-    check(damaged, f"{file.parent} or run.json is corrupt", "restore")
+    for content in ("{", '{"classes": [1, 2]}', '{"classes": ["a", null]}'):
+        (damaged / "run.json").write_text(content)
+        check(damaged, f"{file.parent} or run.json is corrupt", "restore")
     (damaged / "config.yaml").write_text("modle: {}")
     check(damaged, "(?s)config.yaml cannot be used: .*modle", "of this version", ConfigError)
 

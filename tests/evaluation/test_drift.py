@@ -1,5 +1,6 @@
 """Measures of drift: their values, their limits, and their levels with and without a shift."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from trainer.evaluation.drift import (
     measure_drift,
     merge_bins,
     most_severe_level,
+    parse_reference,
     population_stability_index,
     psi_quantile,
 )
@@ -141,3 +143,18 @@ def test_the_bins_of_confidence(confidence: float, index: int) -> None:
     window = Window(1)
     window.add(0, confidence)
     assert window.confidences.nonzero()[0] == [index]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": None}, {"classes": ["a", "b"]}, {"classes": ["a", "b", 3]}, {"classes": "abc"},
+        {"embedding": {"n": "x"}}, {"embedding": {"n": None}}, {"embedding": {"projection": 0}},
+        {"embedding": {"projection": [1.0]}}, {"embedding": {"projection": "x"}},
+    ],
+)  # fmt: skip
+def test_a_reference_of_another_shape_is_damaged(changes: dict[str, Any]) -> None:
+    whole = reference() | {"classes": ["a", "b", "c"]}
+    assert parse_reference(json.dumps(whole).encode(), ["a", "b", "c"]) == whole
+    whole |= {key: whole[key] | value if key == "embedding" else value for key, value in changes.items()}
+    assert parse_reference(json.dumps(whole).encode(), ["a", "b", "c"]) is None

@@ -66,3 +66,18 @@ def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["cat", "a=b", "a-b", "1-2", "it's", ""])
 def test_other_names_are_unchanged(name: str) -> None:
     assert encode_cell(name) == name == decode_cell(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("a;=cmd|x", "a;'=cmd|x"),
+        ("=a; +1;-2", "'=a; '+1;'-2"),
+        ("a;'=1", "a;''=1"),
+        ("a;b=1", "a;b=1"),
+        ("a;;@x", "a;;'@x"),
+    ],
+)
+def test_a_name_is_no_formula_where_cells_end_at_semicolons(name: str, cell: str) -> None:
+    assert encode_cell(name) == cell
+    assert decode_cell(cell) == name

@@ -12,9 +12,11 @@ from trainer.config.schema import RunConfig, load
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
-from trainer.exporting.export import BATCH_SIZE, MAX_PARITY_EXAMPLES, export_classifier, score_all
+from trainer.exporting.export import BATCH_SIZE, MAX_PARITY_EXAMPLES, export_classifier, record_exports, score_all
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
+from trainer.runs.stored_run import StoredRun
+from trainer.storage.path import storage_path
 from trainer.types import Dataset, Scored, Split
 
 
@@ -35,6 +37,17 @@ def image_store(folder: Path, count: int, config: RunConfig) -> ImageStore:
     splits = {name: Split(name, labels, files=tuple(map(str, files))) for name in ("train", "test")}
     data = OpenedData(Dataset("x", ("a", "b", "c"), splits, ""), {}, None, "none")
     return ImageStore(data, config, 32, lambda _: None)
+
+
+def test_a_report_that_a_killed_export_left_half_written_is_deleted(tmp_path: Path) -> None:
+    left = tmp_path / "report" / ".report.json.17-000000000004711"
+    left.parent.mkdir()
+    left.touch()
+    run = StoredRun("x", storage_path(tmp_path), make_config(), ("a", "b"), {})
+    record_exports(run, tmp_path / "export", in_run=False, exports={})
+    assert left.exists()
+    record_exports(run, tmp_path / "export", in_run=True, exports={})
+    assert not left.exists()
 
 
 def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(

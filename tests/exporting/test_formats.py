@@ -1,6 +1,7 @@
 """Every format is written, loaded by its own library and scored; one that lost too much accuracy is deleted."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import os
@@ -30,7 +31,7 @@ from tests.exporting.subjects import (
     some_images,
 )
 from trainer.config.schema import ExportFormat
-from trainer.errors import ConfigError, ModelError
+from trainer.errors import ConfigError, Interrupted, ModelError
 from trainer.exporting.bundle import plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
 from trainer.exporting.tflite import export_tflite, suppress_litert_output
@@ -236,6 +237,15 @@ def test_a_damaged_or_missing_file_is_an_error(
     for wrong in (path, tmp_path / "nowhere" / file):
         with raises(ModelError, problem=rf"^{re.escape(str(wrong))} cannot be loaded: .+$", fix="export it again"):
             load_export(wrong)
+
+
+def test_a_full_disk_is_no_damaged_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trainer.exporting.verify._load_keras", load)
+    with raises(Interrupted, problem=r"cannot be written to \(No space", fix="make space"):
+        load_export(tmp_path / "model.keras")
 
 
 def test_a_missing_onnxruntime_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

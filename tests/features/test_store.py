@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from tests.data import splits_on_disk
 from tests.data.orders import epoch_order
+from tests.disks import small_disk
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
@@ -20,6 +22,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import View, build_chosen_batches, build_training_batches
 from trainer.errors import DataError
 from trainer.features.store import Features, count_feature_bytes, open_features
+from trainer.runs.checkpoints import crc32c_hex
 from trainer.types import Split
 
 COUNT, SHAPE, VIEWS = 11, (2, 3), 2
@@ -135,7 +138,14 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
     elif damage == "gone":
         rows.unlink()
     else:
-        lines = ([], {"view": 9}, {"view": 0, "first": -1, "count": 3}, {"view": 9, "first": 0, "count": 3, "bad": {}})
+        block = {"view": 0, "first": 0, "count": 1, "crc32c": crc32c_hex(rows.read_bytes()[:24]), "bad": {"99": ""}}
+        lines = (
+            [],
+            {"view": 9},
+            {"view": 0, "first": -1, "count": 3},
+            {"view": 9, "first": 0, "count": 3, "bad": {}},
+            block,
+        )
         listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert opened(tmp_path).missing(0).all()
 
@@ -159,6 +169,16 @@ def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: A
     assert list((tmp_path / "f").iterdir()) == []
     features.complete()
     np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
+
+
+def test_with_a_disk_that_has_become_read_only_features_stay_in_memory(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        features = opened(disk, notes)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
+        assert notes == [f"features cannot be stored in {disk}/f (Read-only file system); using memory only"]
+        assert not features.missing(0).any()
 
 
 def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_files: Any) -> None:

@@ -1,7 +1,9 @@
 """Classifier: outputs, stateless dropout, precision, and initial weights."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -13,7 +15,7 @@ import tensorflow as tf
 from tests.errors import raises
 from tests.models.efficient_net import IMAGENET, normalized, set_normalization
 from trainer.config import schema as config
-from trainer.errors import ModelError
+from trainer.errors import Interrupted, ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
@@ -290,6 +292,17 @@ def test_imagenet_without_a_network_is_refused(tmp_path: Path, monkeypatch: pyte
         ModelError, "model.weights", "imagenet", "path of a .weights.h5 file, or none", "VGG19 could not be downloaded"
     ):
         build(backbone="vgg19", alpha=None, weights="imagenet")
+
+
+def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+
+    def build(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spec = SimpleNamespace(name="VGG19", build=build)
+    with raises(Interrupted, problem=rf"^{tmp_path}: cannot be written to \(No space", fix="make space"):
+        weights_module._download(spec, 32, None)  # type: ignore[arg-type]
 
 
 def test_one_class_is_refused() -> None:

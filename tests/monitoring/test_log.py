@@ -2,11 +2,14 @@
 
 import datetime
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from tests.processes import run_python
+from tests.processes import ROOT, run_python
 
 
 def logged(program: str, code: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -108,3 +111,39 @@ def test_last_words_before_the_end() -> None:
     program = "configure(json_lines=True)\nimport os\nlog_unbuffered('\\nSIGTERM: so long')\nos._exit(75)"
     _, (entry,) = logged(program, code=75)
     assert (entry["severity"], entry["message"]) == ("WARNING", "SIGTERM: so long")
+
+
+STDOUT = "stdout: cannot be written to (No space left on device)"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("[log.info('x' * 100) for _ in range(3000)]", 0, f"{STDOUT}; lines of the log are lost"),
+        ("print('x')", 75, f"interrupted: {STDOUT}; make space there, then start the same command again"),
+        ("print('x', flush=True)", 75, f"interrupted: {STDOUT}; make space there, then start the same command again"),
+        ("[print('x' * 100) for _ in range(3000)]", 75,
+         f"interrupted: {STDOUT}; make space there, then start the same command again"),
+        ("raise DataError('is wrong')", 2, "error: is wrong"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_of_stdout_is_named_once(body: str, code: int, line: str, unbuffered: str) -> None:
+    program = f"""
+from trainer.cli.process import exit_with_code
+from trainer.errors import DataError
+from trainer.monitoring.log import log
+with exit_with_code():
+    {body}
+"""
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=-1,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr.splitlines()) == (code, [line])

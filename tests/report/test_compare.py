@@ -220,3 +220,12 @@ def test_the_command(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {start}")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [{}, {"test": 3}, {"test": {"per_class": [3]}}, {"data": {}}, {"timing": None}])
+def test_a_report_of_another_shape_is_damaged(tmp_path: Path, content: dict[str, Any]) -> None:
+    file = make_run(tmp_path / "a", 0.8) / "report" / "report.json"
+    read_scored_run(str(tmp_path / "a"), "a")
+    file.write_text(json.dumps(json.loads(file.read_text()) | content if content else content))
+    with raises(DataError, problem="is damaged", fix="evaluate the run again"):
+        read_scored_run(str(tmp_path / "a"), "a")

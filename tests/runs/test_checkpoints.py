@@ -99,7 +99,7 @@ def test_a_checkpoint_is_saved_next_to_a_damaged_one(tmp_path: Path) -> None:
 
 def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     folder, lines = folder_with(tmp_path, 1)
-    (tmp_path / ".step-00000002.17-4711").mkdir()
+    (tmp_path / ".step-00000002.17-000000000004711").mkdir()
     assert folder.read_newest() is not None
     delete_unfinished(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
@@ -133,7 +133,13 @@ except OSError as error:
     assert folder.read_newest() is not None
 
 
-@pytest.mark.parametrize("name", ["step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000060 (copy)", "step-copy", "step-", "step-00000060.bak", "step-٣٣٣٣٣٣٣٣", "step-00000001-2",
+        "step-00000001-1a2b3c4d", "step-000000001", "step-00000099-1a2b3c4d", "step-0000000099",
+    ],
+)  # fmt: skip
 def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name: str) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)
     shutil.copytree(folder.path(2), tmp_path / name)
@@ -144,6 +150,13 @@ def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name:
     assert (tmp_path / name / "variables.npz").exists()
     assert folder.read_newest()[0]["step"] == 4  # type: ignore[index]
     assert lines == []
+
+
+def test_checkpoints_copied_from_a_bucket_are_named(tmp_path: Path) -> None:
+    folder, lines = folder_with(tmp_path, 1)
+    folder.path(1).rename(tmp_path / "step-00000001-1a2b3c4d")
+    assert folder.newest() is None
+    assert lines == [f"{tmp_path}/step-00000001-1a2b3c4d is not read; rename it to step-00000001 if it should"]
 
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b"3", b'{"variables.npz": 3}', b"\xff", b"", b'{"../../x": {}}'])

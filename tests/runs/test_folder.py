@@ -203,13 +203,15 @@ def test_other_versions_on_resume_are_logged(tmp_path: Path, caplog: pytest.LogC
     assert "tensorflow" not in caplog.text
 
 
-@pytest.mark.parametrize("name", [".config.yaml.17-4711", ".run.json.1-2", ".probe.5-6"])
+@pytest.mark.parametrize(
+    "name", [".config.yaml.17-000000000004711", ".run.json.1-000000000000002", ".probe.5-000000000000006"]
+)
 def test_temporary_files_of_a_killed_process_are_deleted(tmp_path: Path, name: str) -> None:
-    (tmp_path / "run" / "checkpoints" / ".step-00000001.3-4").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".step-00000001.3-000000000000004").mkdir(parents=True)
     (tmp_path / "run" / name).write_text("half of a fi")
     config = settings(tmp_path / "run", tmp_path / "cache")
-    if name == ".config.yaml.17-4711":
-        (tmp_path / "run" / "checkpoints" / ".step-00000001.3-4").rmdir()
+    if name == ".config.yaml.17-000000000004711":
+        (tmp_path / "run" / "checkpoints" / ".step-00000001.3-000000000000004").rmdir()
         (tmp_path / "run" / "checkpoints").rmdir()
         leave(config, SAVED)
     else:

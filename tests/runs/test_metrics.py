@@ -71,3 +71,17 @@ def test_nothing_but_event_files_remains_in_the_logs(tmp_path: Path) -> None:
     truncate_metrics(tmp_path / "metrics.jsonl", tmp_path / "logs", 2)
     assert len(list((tmp_path / "logs" / "head").iterdir())) == 1
     assert not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+@pytest.mark.parametrize("position", [20, -60])  # in the first record, and in one of the last ones
+def test_of_a_damaged_event_file_a_copy_remains(tmp_path: Path, position: int) -> None:
+    written(tmp_path, 2, 4, 6)
+    (file,) = (tmp_path / "logs" / "head").iterdir()
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    truncate_metrics(tmp_path / "metrics.jsonl", tmp_path / "logs", 6)
+    copies = [path for path in file.parent.iterdir() if path != file]
+    assert [path.read_bytes() for path in copies] == [bytes(content)]
+    assert "tfevents" not in copies[0].name
+    assert len(file.read_bytes()) < len(content)

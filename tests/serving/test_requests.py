@@ -161,14 +161,28 @@ def read(chunks: list[tuple[float, bytes]], headers: dict[str, str] | None = Non
     return asyncio.run(receive_all())
 
 
-@pytest.mark.parametrize("headers", [{}, {"content-length": "9999999"}, {"content-length": "99999999"}])
+SLOW = (408, "the request was sent too slowly")
+LONG = (413, "the request exceeds 10,000,000 bytes; send fewer or smaller images")
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"), [({}, SLOW), ({"content-length": "9999999"}, SLOW), ({"content-length": "99999999"}, LONG)]
+)
 def test_a_body_without_progress_ends_after_the_grace_period(
-    headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    headers: dict[str, str], expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
     status, text, seconds = read([(0.0, b"x")] * 3 + [(0.02, b"x")] * 1000, headers)
-    assert (status, text) == (408, "the request was sent too slowly")
+    assert (status, text) == expected
     assert seconds < 5  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
+
+
+def test_a_body_that_is_too_long_has_no_more_time_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
+    for headers in ({"content-length": "99999999"}, {}):
+        chunks = [(0.0, b"x" * 10_000_001)] * (not headers) + [(0.02, b"x" * 10_000)] * 1000
+        status, text, seconds = read(chunks, headers)
+        assert ((status, text), seconds < 3) == (LONG, True)
 
 
 def test_a_body_that_comes_at_the_lowest_rate_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:

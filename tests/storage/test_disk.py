@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.runs.restarts import RestartHistory
 from trainer.storage.disk import (
     describe_failure,
+    file_errors,
     get_free_bytes,
     make_write_error,
     translate_disk_error,
@@ -61,13 +64,71 @@ def test_the_errors_of_other_libraries_are_recognized_by_their_text(tmp_path: Pa
     named = translate_disk_error(RuntimeError(tensorflow))
     assert named
     assert named.problem.startswith(f"{tmp_path}: ")
-    assert describe_failure(FileNotFoundError(2, "No usable temporary directory"))
     for other in (ValueError("x"), FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")):
         assert describe_failure(other) is None
         with pytest.raises(type(other)), translate_disk_errors():
             raise other
     with raises(DataError, problem="No space"), translate_disk_errors():  # an error for the user stays as it is
         raise DataError("No space left on device")
+
+
+def test_a_path_with_a_space_is_named_whole(full: Path, tmp_path: Path) -> None:
+    run = full / "my runs" / "a (1)"
+    (full / "filler").unlink()
+    (run / "logs").mkdir(parents=True)
+    fill(full)
+    for text in (f"{run}/logs/x; No space left on device", f"writing {run}/logs/x y: No space left on device"):
+        for folders in ([run, tmp_path], [tmp_path, run]):
+            error = translate_disk_error(RuntimeError(text), folders)
+            assert error
+            assert error.problem == f"{run}: cannot be written to (No space left on device, 0.0 MB free)"
+    error = translate_disk_error(RuntimeError(f"{full}/my runs/x y No space left on device"))
+    assert error
+    assert error.problem.startswith(f"{full}/my runs: cannot")
+
+
+@pytest.mark.parametrize("text", ["/" + "a" * 300, "/", "/nowhere/x", "//", "/proc/self/fd/0/x", ""])
+def test_any_text_of_a_full_disk_is_a_sentence(text: str) -> None:
+    for error in (RuntimeError(f"{text}; No space left on device"), OSError(errno.ENOSPC, "x", text or 5)):
+        translated = translate_disk_error(error)
+        assert translated
+        assert "cannot be written to (No space left on device" in translated.problem
+    assert get_free_bytes(text) >= 0
+
+
+def test_a_missing_temporary_folder_is_a_full_disk_only_where_it_may_be_written(full: Path, tmp_path: Path) -> None:
+    def error(*folders: Path) -> FileNotFoundError:  # as `tempfile` raises it
+        return FileNotFoundError(errno.ENOENT, f"No usable temporary directory in {list(map(str, folders))}")
+
+    with raises(Interrupted, fix="make space", problem=f"^{full}: cannot"), file_errors():
+        raise error(full, tmp_path / "nowhere")
+    subprocess.run(["mount", "-o", "remount,ro", str(full)], check=True)
+    with raises(ConfigError, fix="set TMPDIR", problem="temporary files"), file_errors():
+        raise error(full, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["Read-only file system", "Input/output error"])
+def test_a_disk_that_fails_while_tensorflow_writes_is_no_bug(tmp_path: Path, text: str) -> None:
+    with raises(Interrupted, problem=f"^{tmp_path}: cannot be written to \\({text}"), file_errors():
+        raise RuntimeError(f"{tmp_path}/events; {text} [Op:FlushSummaryWriter]")
+
+
+def test_a_path_that_may_not_be_accessed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with small_disk(tmp_path / "ro", "256k") as read_only:
+        subprocess.run(["mount", "-o", "remount,ro", str(read_only)], check=True)
+        for path, problem in (
+            (read_only / "a" / "b", f"{read_only}: cannot be written to (Read-only file system)"),
+            (read_only / "c", f"{read_only}: cannot be written to (Read-only file system)"),
+            (tmp_path / "file" / "x" / "y", f"{tmp_path}/file: cannot be written to (Not a directory)"),
+            (tmp_path / "file" / "x", f"{tmp_path}/file: cannot be read or written (File exists)"),
+            (tmp_path / ("a" * 300), f"{tmp_path}: cannot be written to (File name too long)"),
+        ):
+            with raises(ConfigError, fix="another path", problem=f"^{re.escape(problem)}$"), file_errors():
+                write_atomically(path, "x")
+    for other in (FileNotFoundError(2, "No such file", "x"), PermissionError(13, "x"), ValueError("x")):
+        with pytest.raises(type(other)), file_errors():
+            raise other
 
 
 def test_a_folder_that_cannot_be_written_is_the_mistake_of_the_user_unless_its_disk_is_full(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_restart_reuses_no_damaged_or_old_shards(shards: StoragePath, tmp_path
     (folder / "s02").write_bytes(b"x" * SIZE)  # written over
     (shards / "s03").write(content("new"))  # another version in the bucket
     (folder / "s99").write_bytes(b"of a dataset before")
-    (folder / ".s05.12-34").write_bytes(b"a transfer that was killed")
+    (folder / ".s05.12-000000000000034").write_bytes(b"a transfer that was killed")
     (folder / "info.json").write_text("{}")
     notes: list[str] = []
     with opened(shards, tmp_path, holds=20, notes=notes) as cache:

@@ -1,5 +1,6 @@
 """Damaged files are a sentence with their name; temporary files have one pattern."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,33 @@ def test_temporary_files_and_folders_have_one_pattern_and_are_deleted(tmp_path: 
             assert is_unfinished(file.name)
             assert is_unfinished(folder.name)
             assert storage_path(tmp_path).list() == []
-            file.rename(f"{file}1")  # as if this process were killed
-            folder.rename(f"{folder}1")
+            for path in (file, folder):  # as if this process were killed
+                path.rename(str(path).replace(f".{os.getpid()}-", ".1-"))
     write_atomically(tmp_path / "sub" / "a.txt", "mine")
     delete_unfinished(tmp_path, age=3600.0)  # they may be in use
     assert len(list(tmp_path.iterdir())) == 7
     delete_unfinished(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.txt"]
+
+
+def test_only_a_folder_itself_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    for folder in (tmp_path, tmp_path / "job"):
+        (folder / ".a.1-000000000000001").touch()
+    delete_unfinished(tmp_path, recursive=False)
+    assert [path.name for path in tmp_path.rglob(".*")] == [".a.1-000000000000001"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".snapshot.20240101-1200", ".backup.2024-11", ".b.1-20240101120000", ".v.20240101-000000000000001", ".a.1-2"],
+)
+def test_hidden_files_of_a_user_are_no_temporary_files(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name / "thesis", "x")
+    write_atomically(tmp_path / "sub" / name, "x")
+    delete_unfinished(tmp_path)
+    assert (tmp_path / name / "thesis").exists()
+    assert (tmp_path / "sub" / name).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"PK\x03\x04", b"\x93NUMPY", pack({"a": np.zeros(9)})[:60]])

@@ -38,7 +38,7 @@ def test_a_folder_is_fetched_once_and_follows_the_bucket(in_bucket: StoragePath,
     (photos / "a/1.jpg").write("another")
     (photos / "b/3.jpg").delete()
     (folder / "a" / "2.jpg").write_bytes(b"cut")
-    left, others = folder / "a" / ".2.jpg.17-42", folder / "a" / ".2.jpg.18-42"
+    left, others = folder / "a" / ".2.jpg.17-000000000000042", folder / "a" / ".2.jpg.18-000000000000042"
     for file in (left, others):
         file.write_bytes(b"half")
     os.utime(left, (time.time() - 7200,) * 2)

@@ -14,11 +14,19 @@ from trainer.cli.compose import compose
 from trainer.cli.source import choose_source
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
-from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, TrainerError
+from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import configure, discard_if_closed, drop_stderr_lines, log, log_traceback
-from trainer.storage.disk import translate_disk_errors
+from trainer.monitoring.log import (
+    configure,
+    discard,
+    discard_if_closed,
+    drop_stderr_lines,
+    log,
+    log_traceback,
+    stdout_lost_lines,
+)
+from trainer.storage.disk import MAKE_SPACE, file_errors
 
 # TensorFlow prints these lines on every machine without a GPU, before its log level takes effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
@@ -102,6 +110,29 @@ def choose_and_log_source(arguments: list[str]) -> list[str]:
 
 
 @contextmanager
+def _stdout_errors() -> Iterator[None]:
+    """Raise Interrupted if the disk of stdout is full or fails in this block, and discard what is printed later."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or not _stdout_fails():
+            raise
+        raise Interrupted(f"stdout: cannot be written to ({error.strerror or error})", fix=MAKE_SPACE) from None
+
+
+def _stdout_fails() -> bool:
+    """Return whether stdout cannot be written to; what is printed is then discarded, as after the end of a reader."""
+    try:
+        print(flush=True)  # without a buffer (PYTHONUNBUFFERED) there may be nothing to flush
+    except BrokenPipeError:
+        return False
+    except OSError:
+        discard(sys.stdout)
+        return True
+    return False
+
+
+@contextmanager
 def exit_with_code() -> Iterator[None]:
     """Run a command in this block, then exit with a code of `trainer.errors`.
 
@@ -110,7 +141,7 @@ def exit_with_code() -> Iterator[None]:
     code, reason = DONE, ""
     configure()
     try:
-        with translate_disk_errors():
+        with file_errors(), _stdout_errors():
             yield
     except TrainerError as error:
         if not _log_is_configured:
@@ -140,6 +171,11 @@ def exit_with_code() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_if_closed(sys.stdout)
+    except OSError as error:
+        discard(sys.stdout)
+        if code == DONE and not stdout_lost_lines():
+            code, reason = INTERRUPTED, f"stdout: cannot be written to ({error.strerror or error}); {MAKE_SPACE}"
+            log.warning(f"interrupted: {reason}")
     termination.write(code, reason)
     ignore_sigterm()
     sys.exit(code)

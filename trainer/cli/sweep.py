@@ -11,7 +11,6 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from omegaconf import DictConfig
 from trainer.cli.compose import compose, is_sweep, load_given, resolve
 from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
+from trainer.cluster.processes import module_command
 from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
@@ -31,6 +31,8 @@ from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, make_session_end_summary
 from trainer.runs.folder import inspect_folder, is_finished
+from trainer.storage.base import StoragePath
+from trainer.storage.local import LocalPath, delete_unfinished
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import read_json
 from trainer.storage.staging import is_remote
@@ -165,7 +167,8 @@ class Sweep:
 
     def _run_process(self, arguments: list[str]) -> int:
         # In a separate process group: Ctrl-C must reach it only once, through `_forward_stop`.
-        self.child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], process_group=0)
+        command, environment = module_command("trainer", *arguments)
+        self.child = subprocess.Popen(command, env=environment, process_group=0)
         if self.stop_signal:
             self.child.terminate()
         code = self.child.wait()
@@ -192,9 +195,9 @@ class Sweep:
         folder = storage_path(job.folder)
         if not (folder / "config.yaml").exists():  # it failed early; a later start requires an empty folder
             return
-        (folder / EVENT_FILE).write(serialize_job(job.name, values, job.scores, job.code == DONE))
+        _write_event_file(folder, serialize_job(job.name, values, job.scores, job.code == DONE))
         if len(self.columns) > previous_count:
-            (storage_path(self.folder or "") / EVENT_FILE).write(serialize_columns(list(self.columns)))
+            _write_event_file(storage_path(self.folder or ""), serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
         """Describe the overrides of a job that differ from those of any other job so far; all for the first job."""
@@ -310,7 +313,14 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
     return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
 
 
+def _write_event_file(folder: StoragePath, content: bytes) -> None:
+    """Write the event file of a job or sweep; delete what a killed process left of it, which no start of a run does."""
+    if isinstance(folder, LocalPath):
+        delete_unfinished(folder.path, recursive=False)
+    (folder / EVENT_FILE).write(content)
+
+
 def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
-    """Return the configured value of a key; for a group, its choice `text`."""
+    """Return the value of a key in the configuration; for a group, the choice `text`."""
     value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
+from trainer.config.auto import compute_batch_divisor
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 from trainer.monitoring.health import health
@@ -105,19 +106,17 @@ def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig)
 def check_batch_size(config: RunConfig, replicas: int) -> None:
     """Raise a ConfigError unless `replicas` can divide the global batch evenly (see `build_strategy`)."""
     batch_size, micro_batches = config.training.batch_size, config.training.accumulate
-    divisor, per_replica, pairs = replicas * micro_batches, batch_size // replicas, 2 * replicas
-    if batch_size % divisor:
+    per_replica, divisor = batch_size // replicas, compute_batch_divisor(config, replicas)
+    smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
+    valid = f"{smaller}{-(-batch_size // divisor) * divisor}"
+    if batch_size % (replicas * micro_batches):
         each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
-        smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
-        fix = f"use {smaller}{-(-batch_size // divisor) * divisor}"
         problem = f"is not divisible by {replicas} replicas{each}"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
     if config.augmentation.mixes and per_replica % 2:
         each = f"{per_replica} for each of {replicas} replicas are" if replicas > 1 else f"{per_replica} is"
-        smaller = f"{batch_size // pairs * pairs} or " if batch_size > pairs else ""
-        fix = f"use {smaller}{-(-batch_size // pairs) * pairs}, or set both to 0"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}, or set both to 0")
 
 
 def _multi_worker_strategy(

@@ -15,13 +15,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from trainer.cluster.control import ControlChannel
+from trainer.cluster.processes import module_command
 from trainer.cluster.watchdog_process import INTERVAL_SECONDS, STACK_SIGNAL
 from trainer.config.schema import Runtime
 from trainer.errors import INTERRUPTED
@@ -68,7 +67,8 @@ def start(
     exit_reader, exit_writer = os.pipe()
     stack_reader, stack_writer = os.pipe()
     state_reader, state_writer = os.pipe()
-    os.set_blocking(state_writer, False)
+    for writer in (state_writer, stack_writer):
+        os.set_blocking(writer, False)  # the watchdog may be stopped
     faulthandler.register(STACK_SIGNAL, file=stack_writer, all_threads=True)
     with contextlib.suppress(OSError, AttributeError):  # another C library: the watchdog sends SIGKILL
         _arm_exit(exit_reader)
@@ -84,12 +84,10 @@ def start(
     if listener:
         listener.setblocking(False)  # since both processes accept, the connection can be gone
     passed = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    command, environment = module_command("trainer.cluster.watchdog_process", json.dumps(settings))
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "trainer.cluster.watchdog_process", json.dumps(settings)],
-            pass_fds=[*passed, *([listener.fileno()] if listener else [])], env={**os.environ, "PYTHONPATH": path},
+            command, pass_fds=[*passed, *([listener.fileno()] if listener else [])], env=environment,
             stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
     except OSError as error:
@@ -109,6 +107,7 @@ def start(
         while child.poll() is None:
             send_state()
             time.sleep(INTERVAL_SECONDS)
+        log.warning(f"watchdog: has ended (exit code {child.returncode}); the run continues without it")
 
     health.on_change = send_state
     send_state()

@@ -101,17 +101,22 @@ class _Watchdog:
         self.signals = socket.socket(fileno=settings["signals"])
         self.connections = {int(i): (socket.socket(fileno=fd), a) for i, (fd, a) in settings["peers"].items()}
         self.listener = socket.socket(fileno=settings["listener"]) if settings["listener"] is not None else None
-        self.state: dict[str, Any] = {"activity": "starting", "limit": float("inf"), "watched": []}
+        self.state: dict[str, Any] = {
+            "activity": "starting", "limit": float("inf"), "watched": [], "phase": health.phase, "step": None,
+        }  # fmt: skip
+        self._unread_state = b""  # the beginning of a line
         self.seconds = 0.0  # since the last state, without the time in which either process was suspended
         self._unread_bytes: dict[int, tuple[int, float]] = {}  # peer -> count of unread bytes, `seconds` of its change
 
     def run(self) -> None:
         """Receive states until the process ends; act for it while it sends none."""
-        os.set_blocking(self.settings["state"], False)
+        for name in ("state", "stack"):
+            os.set_blocking(self.settings[name], False)
         poll = select.poll()
         poll.register(self.settings["state"], select.POLLIN)
         before = time.monotonic()
         while os.getppid() == self.process:
+            self.log_stacks()
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
                 # At most twice the interval, so that the process can run first after the machine was suspended.
@@ -122,7 +127,8 @@ class _Watchdog:
             data = os.read(self.settings["state"], 1 << 16)
             if not data:
                 return
-            self.state = json.loads(data.rstrip(b"\n").rpartition(b"\n")[2])
+            state, self._unread_state = newest_state(self._unread_state + data)
+            self.state = state or self.state
             self.seconds, self._unread_bytes, before = 0.0, {}, time.monotonic()
 
     def check(self) -> None:
@@ -134,9 +140,8 @@ class _Watchdog:
             return
         self.respond()
         peers = [self.observe(index) for index in self.state["watched"]]
-        name = None
-        if select.select([self.signals], [], [], 0)[0]:
-            name = signal.Signals(self.signals.recv(1, socket.MSG_PEEK)[0]).name
+        numbers = _peek(self.signals, 16)
+        name = next((signal.Signals(n).name for n in numbers if n in (signal.SIGTERM, signal.SIGINT)), None)
         seen = Observation(self.seconds, self.state["limit"], self.state["activity"], name, peers)
         if reason := decide_end_reason(seen):
             self.end(reason)
@@ -150,19 +155,20 @@ class _Watchdog:
         previous, since = self._unread_bytes.get(index, (unread, 0.0))
         since = since if previous == unread else self.seconds
         self._unread_bytes[index] = (unread, since)
-        data = connection.recv(unread, socket.MSG_PEEK | socket.MSG_DONTWAIT) if unread else b""
-        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, parse_unread_messages(data))
+        messages = parse_unread_messages(_peek(connection, unread) if unread else b"")
+        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, messages)
 
     def respond(self) -> None:
         """Respond to waiting requests: 200 to `/healthz` before the timeout, 503 after it and to any other path."""
         text = f"{self.state['activity']}; Python has not run for {self.seconds:.0f} s"
-        while self.listener:
+        deadline = time.monotonic() + INTERVAL_SECONDS  # clients must not keep the watchdog from its checks
+        while self.listener and time.monotonic() < deadline:
             try:
                 client, _ = self.listener.accept()
             except OSError:  # none is waiting
                 return
             with contextlib.suppress(OSError), client:
-                client.settimeout(INTERVAL_SECONDS)
+                client.settimeout(INTERVAL_SECONDS / 4)
                 is_healthz = client.recv(1024).startswith(b"GET /healthz")
                 code = "200 OK" if is_healthz and self.seconds <= self.state["limit"] else "503 Service Unavailable"
                 header = f"HTTP/1.0 {code}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
@@ -170,19 +176,46 @@ class _Watchdog:
 
     def end(self, reason: str) -> None:
         """End the process with exit code 75 after logging its stacks; send SIGKILL if it does not exit."""
-        health.phase = self.state["phase"]
-        if self.state["step"] is not None:
-            health.set_gauges(step=self.state["step"])
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, STACK_SIGNAL)
-        if stacks := _read_all(self.settings["stack"]):
-            log_unbuffered(f"stacks of the threads:\n{stacks}")
-        log_unbuffered(f"interrupted: {reason}")
-        termination.write(INTERRUPTED, reason)
-        os.write(self.settings["exit"], b"x")
+        try:
+            health.phase = self.state["phase"]
+            if self.state["step"] is not None:
+                health.set_gauges(step=self.state["step"])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, STACK_SIGNAL)
+            self.log_stacks(0.5)
+            log_unbuffered(f"interrupted: {reason}")
+            termination.write(INTERRUPTED, reason)
+        finally:
+            with contextlib.suppress(OSError):  # the process has ended
+                os.write(self.settings["exit"], b"x")
         if not _wait_until(lambda: os.getppid() != self.process, EXIT_TIMEOUT_SECONDS):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
+
+    def log_stacks(self, seconds: float = 0.0) -> None:
+        """Log the stacks that the process has written for a signal, until it has paused for these seconds."""
+        if stacks := _read_all(self.settings["stack"], seconds):
+            log_unbuffered(f"stacks of the threads:\n{stacks}")
+
+
+def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
+    """Parse the last line of `data` that is a state, None if there is none; return it and the line that has no end yet.
+
+    A long line is not always written whole: what follows in its line is then no state.
+    """
+    *lines, rest = data.split(b"\n")
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if isinstance(state := json.loads(line), dict):
+                return state, rest
+    return None, rest
+
+
+def _peek(connection: socket.socket, size: int) -> bytes:
+    """Return at most `size` received bytes without removing them; empty if the process has just read them."""
+    with contextlib.suppress(OSError):
+        return connection.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    return b""
 
 
 def _is_stopped(process: int) -> bool:
@@ -192,10 +225,12 @@ def _is_stopped(process: int) -> bool:
     return False
 
 
-def _read_all(descriptor: int) -> str:
-    """Read what another process writes to a pipe, until it pauses for half a second."""
+def _read_all(descriptor: int, seconds: float) -> str:
+    """Read what another process writes to a pipe, until it pauses for these seconds."""
     chunks: list[bytes] = []
-    while select.select([descriptor], [], [], 0.5)[0] and len(chunks) < 100 and (chunk := os.read(descriptor, 1 << 16)):
+    poll = select.poll()  # `select.select` has no descriptors over 1023
+    poll.register(descriptor, select.POLLIN)
+    while poll.poll(seconds * 1000) and len(chunks) < 100 and (chunk := os.read(descriptor, 1 << 16)):
         chunks.append(chunk)
     return b"".join(chunks).decode(errors="replace").strip()
 

@@ -261,6 +261,7 @@ class Distillation(Section):
 
 
 GIGABYTE = 1024**3
+MAX_DEPTH = 100  # of a configuration, which has about 5 levels
 
 
 class Runtime(Section):
@@ -451,6 +452,8 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
     Raises a ConfigError whose `faults` lists all faults.
     """
+    if problem := _tree_fault(tree):
+        raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
@@ -471,18 +474,37 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
+def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
+    """Describe the first key of a tree that is not a text, or the loop of its YAML aliases; None if it has neither."""
+    if not isinstance(value, dict | list):
+        return None
+    if id(value) in above or len(above) > MAX_DEPTH:
+        return f"has a loop, or more than {MAX_DEPTH} levels, at {path[:80]}"
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in items:
+        name = f"{path}.{key}".lstrip(".")
+        if isinstance(value, dict) and not isinstance(key, str):
+            return f"has a key that is not a text, {name}"
+        if fault := _tree_fault(child, name, (*above, id(value))):
+            return fault
+    return None
+
+
 def parse_config(text: str | bytes) -> dict[str, Any]:
-    """Parse a config.yaml, and translate old keys to their current names.
+    """Parse a config.yaml; keys that have been renamed since it was written get their current names.
 
     Older versions had no data.orientation and trained on images as stored, so it defaults to "ignore". Raises
     ConfigError if the text is not YAML, or not a mapping.
     """
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"is not YAML ({str(error).splitlines()[0]})", fix="restore the file") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"is not YAML ({reason})", fix="restore the file") from None
     if not isinstance(tree, dict):
         raise ConfigError("is empty" if tree is None else "is not a mapping of keys to values", fix="restore the file")
+    if fault := _tree_fault(tree):
+        raise ConfigError(fault, fix="restore the file")
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("orientation", "ignore")
     for old, new in RENAMED.items():

@@ -42,6 +42,7 @@ from trainer.names import encode_file_name
 from trainer.storage.disk import get_free_bytes
 from trainer.storage.local import delete_unfinished, temporary_file, write_atomically
 from trainer.storage.shard_cache import ShardCache
+from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
 
@@ -252,22 +253,29 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
     data = stem.with_suffix(".u8")
     try:
         about = json.loads(stem.with_suffix(".json").read_bytes())
-        bad, crc32c = dict(about["bad"]), about["crc32c"]
+        bad, crc32c = {int(index): str(reason) for index, reason in about["bad"].items()}, about["crc32c"]
+        if any(not 0 <= index < pixels.split.count for index in bad):
+            return False
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        if _compute_crc32c(data, pixels.check) != crc32c:
-            pixels.log_message(f"{data} is corrupt (checksum mismatch); decoding the images again")
+        if _with_bad(_compute_crc32c(data, pixels.check), bad) != crc32c:
+            pixels.log_message(f"{data} is damaged (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
         pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *CONTENT_ERRORS):
         return False
-    pixels.known_bad.update({int(index): reason for index, reason in bad.items()})
+    pixels.known_bad.update(bad)
     return True
 
 
+def _with_bad(crc: int, bad: dict[int, str]) -> int:
+    """Extend the CRC32C of the pixels by the examples that cannot be decoded, if there are any."""
+    return google_crc32c.extend(crc, json.dumps(sorted(bad.items())).encode()) if bad else crc
+
+
 def _compute_crc32c(file: Path, check: Callable[[], None]) -> int:
-    """Read a file and return its CRC32C. `check` is called between blocks and can raise to stop."""
+    """Read a file and return its CRC32C; `check` is called between blocks and may raise to stop."""
     crc = 0
     with open(file, "rb") as content:
         while block := content.read(_CRC_BYTES):
@@ -289,7 +297,7 @@ def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, stem.with_suffix(".u8"))
-    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": crc}))
+    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": _with_bad(crc, pixels.bad)}))
 
 
 def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:

@@ -69,6 +69,17 @@ def masked_crc32c(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def is_truncated_at(file: Path, start: int) -> bool:
+    """Return whether a file of records ends at byte `start`, or in the record that begins there."""
+    with open(file, "rb") as content:
+        content.seek(start)
+        header, rest = content.read(HEADER_BYTES), file.stat().st_size - start
+    if len(header) < HEADER_BYTES:
+        return True
+    length, crc = struct.unpack("<QI", header)
+    return crc == masked_crc32c(header[:8]) and rest < HEADER_BYTES + length + FOOTER_BYTES
+
+
 def frame_record(payload: bytes) -> bytes:
     """Return the bytes of one record: header, payload and footer."""
     length = struct.pack("<Q", len(payload))

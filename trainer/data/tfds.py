@@ -26,6 +26,7 @@ from trainer.data.splits import (
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_fault
+from trainer.storage.disk import translate_disk_error
 from trainer.types import LogMessage, Shard, Split
 
 
@@ -135,6 +136,8 @@ def _open_folder(root: str) -> Any:
     try:
         return tfds.builder_from_directory(root)
     except Exception as error:  # including those of TFDS's JSON and protobuf parsers
+        if full := translate_disk_error(error, [root]):
+            raise full from error
         problem = f"TFDS cannot read this folder: {_get_first_line(error)}"
         raise DataError(problem, key="data.root", value=root, fix="prepare the dataset again") from None
 
@@ -158,6 +161,8 @@ def _open_by_name(data: Data) -> Any:
         problem = f"TFDS has no dataset of this name, and none is prepared in {prepared_in}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
+        if full := translate_disk_error(error, [prepared_in]):
+            raise full from error
         problem, fix = f"TFDS cannot open it: {_get_first_line(error)}", "set a version and config that TFDS lists"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     if builder.info.splits:
@@ -169,6 +174,8 @@ def _open_by_name(data: Data) -> Any:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
     except Exception as error:  # network, checksums, missing packages or disk space
+        if full := translate_disk_error(error, [prepared_in]):
+            raise full from error
         problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
         fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None

@@ -1,9 +1,11 @@
 """Write a dataset folder in TFDS's format, local or in a bucket, metadata last. Read its manifest."""
 
+import contextlib
 import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,12 +65,16 @@ class DatasetFolder:
         self.folder, self.scratch = folder, local
 
     def create(self, shards: set[str]) -> None:
-        """Create the folder. Raise a DataError if it is not writable, or has files of another dataset."""
+        """Create the folder, and delete old temporary files; those of the last hour may be of other pods.
+
+        Raises DataError if the folder is not writable, or has files of another dataset.
+        """
         names = {MANIFEST, LABELS, *METADATA} | shards
         temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
+            self._delete_abandoned(shards)
             files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             others = sorted({file.name for file in files} - names)
             others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
@@ -78,8 +84,16 @@ class DatasetFolder:
             problem = f"has other files ({', '.join(map(escape_unprintable, others[:3]))}{', ...' * (len(others) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
+    def _delete_abandoned(self, shards: set[str]) -> None:
+        delete_unfinished(self.scratch, ABANDONED_SECONDS, recursive=False)
+        for file in self.scratch.glob(".*.tmp"):
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                own = any(file.name.startswith(f".{shard}.") for shard in shards)
+                if own and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
+                    file.unlink()
+
     def read_entries(self) -> dict[str, ShardEntry]:
-        """Read the entries of the shards that earlier starts or other pods have written, by file name.
+        """Return the entries of the shards that earlier starts or other pods have written, by file name.
 
         A shard whose entry is corrupt is written again.
         """

@@ -12,7 +12,7 @@ import re
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +165,18 @@ def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
 
 def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
     """Write one shard to a new temporary file in `folder`. Return the path and the entry of the shard."""
-    temporary, faults, missing = folder / f".{job.file}.{uuid.uuid4().hex}.tmp", [], []
+    temporary = folder / f".{job.file}.{uuid.uuid4().hex}.tmp"
+    try:
+        return temporary, _write_records(job, temporary, image_done)
+    except BaseException:
+        with suppress(OSError):  # must not hide the error
+            temporary.unlink(missing_ok=True)  # on a full disk each start would leave one more
+        raise
+
+
+def _write_records(job: ShardJob, temporary: Path, image_done: Callable[[], None]) -> ShardEntry:
+    """Write the records of a shard to a file; return its entry."""
+    faults, missing = [], []
     crc = size = records = 0
     with add_path_to_errors(temporary), open(temporary, "wb") as file:
         for index, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
@@ -182,7 +193,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
             image_done()
         file.flush()
         os.fsync(file.fileno())
-    return temporary, ShardEntry(job.file, records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
+    return ShardEntry(job.file, records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
 
 
 def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardJob]:
@@ -293,6 +304,7 @@ def _write_shards(jobs: list[ShardJob], folder: Path, workers: int, progress: Ca
             progress(len(done))
         return
     with ThreadPoolExecutor(min(workers, len(jobs))) as pool:
+        ended: set[Future[tuple[Path, ShardEntry]]] = set()
         pending = {pool.submit(_write_shard, job, folder, lambda: done.append(None)) for job in jobs}
         try:
             while pending:
@@ -302,4 +314,13 @@ def _write_shards(jobs: list[ShardJob], folder: Path, workers: int, progress: Ca
                     yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for future in (*ended, *pending):
+                future.add_done_callback(_discard_shard)
             raise
+
+
+def _discard_shard(written: Future[tuple[Path, ShardEntry]]) -> None:
+    """Delete a shard that is not committed."""
+    if not written.cancelled() and not written.exception():
+        with suppress(OSError):
+            written.result()[0].unlink(missing_ok=True)

@@ -101,6 +101,8 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
         manifest = json.loads((folder / "manifest.json").read())["variables.npz"]
         size = int(manifest["bytes"])
         classes = tuple(json.loads((home / "run.json").read())["classes"])
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("a class name is no text")
     except CONTENT_ERRORS:
         raise DataError(f"{folder} or run.json is corrupt", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)

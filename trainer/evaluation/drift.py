@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
-from trainer.storage.small_files import CONTENT_ERRORS
+from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
@@ -206,10 +206,14 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
         reference: dict[str, Any] = json.loads(content)
         sizes = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
         names = reference["classes"] if classes is None else classes
-        valid = sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
+        own_names = reference.get("classes", list(names))
+        valid = isinstance(own_names, list) and all(isinstance(name, str) for name in own_names)
+        valid &= len(own_names) == len(names)
+        valid &= sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
         histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
         valid &= all(np.isfinite(np.asarray(values, np.float64)).all() for values in histograms)
         valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
+        require_nonnegative(reference.get("embedding", {}).get("n", 1))
     except CONTENT_ERRORS:
         return None
     return reference if valid else None
@@ -218,7 +222,8 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
 def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
     """Return whether there are a finite mean [C'], covariance [C', C'] and, if any, projection [C, C']."""
     mean, covariance = np.asarray(embedding["mean"], np.float64), np.asarray(embedding["covariance"], np.float64)
-    projection = np.asarray(embedding.get("projection") or [mean], np.float64)
+    matrix = embedding.get("projection")
+    projection = np.asarray([mean] if matrix is None else matrix, np.float64)
     shaped = mean.ndim == 1 and covariance.shape == 2 * mean.shape and projection.shape[1:] == mean.shape
     return shaped and all(np.isfinite(values).all() for values in (mean, covariance, projection))
 

@@ -11,18 +11,22 @@ from trainer.types import EvaluationResult
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 # A cell that begins like a formula of a spreadsheet, in full width too, or with the mark that `encode_cell` adds.
-_FORMULA = re.compile(r"[\s\ufeff]*['=+@\-\uff1d\uff0b\uff20\uff0d]")
+_BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
+_FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
+# In countries with a decimal comma a cell ends at ";", in quotes too if they do not begin the line.
+_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
+_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
 
 
 def encode_cell(name: str) -> str:
-    """Make a name printable, and prefix it with ' if a spreadsheet would evaluate it as a formula."""
-    text = escape_unprintable(name)
+    """Escape a name for a CSV cell, with a ' where a spreadsheet would begin to compute it as a formula."""
+    text = _FORMULA_IN_NAME.sub(r"\1'", escape_unprintable(name))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def decode_cell(cell: str) -> str:
     """Return the printable name that `encode_cell` wrote."""
-    return cell.removeprefix("'")
+    return _ESCAPED_IN_NAME.sub(r"\1", cell.removeprefix("'"))
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> None:

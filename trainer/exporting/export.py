@@ -18,7 +18,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, explain, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, open_classifier, without_weights
-from trainer.storage.local import write_atomically, write_json
+from trainer.storage.local import delete_unfinished, write_atomically, write_json
 from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import Scored, choose_scored_split
 
@@ -122,6 +122,8 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
     The report is updated only if it exists and the export is `in_run`: `folder` is the run's own `export`.
     """
     path = folder.parent / "report" / "report.json"
+    if in_run:
+        delete_unfinished(path.parent)  # of this function; those in `folder` are deleted by `export_formats`
     report = read_json_or_default(path, _parse_report, {}) if in_run else {}
     if not report:
         if in_run and path.exists():

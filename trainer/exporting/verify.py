@@ -11,6 +11,7 @@ import tensorflow as tf
 from trainer.errors import ModelError
 from trainer.exporting.bundle import ParityExamples
 from trainer.exporting.tflite import suppress_litert_output
+from trainer.storage.disk import translate_disk_error
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
 
@@ -32,6 +33,8 @@ def load_export(path: Path) -> Classify:
     except ModuleNotFoundError as error:
         raise ModelError(f"{path} cannot be loaded: {error}", fix="run pip install 'kubetune[onnx]'") from error
     except Exception as error:  # each library has its own error classes
+        if full := translate_disk_error(error, [path, "/tmp"]):
+            raise full from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{path} cannot be loaded: {reason}", fix="export it again") from error
 

@@ -7,6 +7,7 @@ starts. Missing and corrupt rows are computed again.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -131,7 +132,8 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                delete_features(self.file)
+                with suppress(OSError):  # the disk fails, and the features are in memory
+                    delete_features(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
@@ -202,7 +204,8 @@ def _load_rows(features: Features) -> None:
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
             except CONTENT_ERRORS:  # the process died while it wrote the line
                 continue
-            if not (0 <= view < features.views and first >= 0 and 0 < count < size - first):
+            in_range = 0 <= view < features.views and first >= 0 and 0 < count < size - first
+            if not in_range or any(not first <= index < first + count for index in bad):
                 continue
             start = view * size + first
             rows.seek(start * features.row_bytes)

@@ -1,5 +1,6 @@
 """Initial weights of a backbone: published ImageNet weights, the packaged file, another file, or random values."""
 
+import os
 import zipfile
 from collections import Counter
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import numpy as np
 from trainer.config.typed import format_argument
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec
+from trainer.storage.disk import translate_disk_error
 
 # This project's own backbone, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
@@ -97,6 +99,8 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
     except ModelError:
         raise
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
+        if full := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
+            raise full from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"the weights of {spec.name} could not be downloaded ({reason})"
         fix = "use the path of a .weights.h5 file, or none for random weights"

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from trainer.monitoring.health import health
@@ -54,6 +54,7 @@ class _StandardStream(logging.StreamHandler[TextIO]):
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
         self._name = name
+        self.failed = False  # a record could not be written, which has been logged
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -66,9 +67,15 @@ class _StandardStream(logging.StreamHandler[TextIO]):
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discard the stream if its reader has ended, because the run does not depend on its log reader."""
-        if not discard_if_closed(self.stream):
+        """Discard the stream if its reader has ended, and log a full disk once: the run does not depend on its log."""
+        error = sys.exception()
+        if discard_if_closed(self.stream):
+            return
+        if not isinstance(error, OSError):
             super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            log_unbuffered(f"{self._name}: cannot be written to ({error.strerror or error}); lines of the log are lost")
 
 
 _out, _err = _StandardStream("stdout"), _StandardStream("stderr")
@@ -104,10 +111,20 @@ def discard_if_closed(stream: TextIO) -> bool:
     poll.register(descriptor, 0)
     closed = any(events & select.POLLERR for _, events in poll.poll(0))
     if closed:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, descriptor)
-        os.close(null)
+        discard(stream)
     return closed
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on, and what it has buffered."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def stdout_lost_lines() -> bool:
+    """Return whether lines of the log could not be written to stdout, which has been logged."""
+    return _out.failed
 
 
 def log_traceback(error: BaseException | None) -> None:
@@ -119,15 +136,17 @@ def log_traceback(error: BaseException | None) -> None:
 def log_unbuffered(text: str) -> None:
     """Log a WARNING directly to the file descriptor of stderr, so that it is written even before `os._exit`.
 
-    The function is thread-safe. It waits at most one second for the handler's lock, whose holder might be blocked.
+    The function is thread-safe. It waits at most one second for the handler's lock, whose holder might be blocked. If
+    stderr is closed or its disk is full, the text is lost, since the callers are about to end the process.
     """
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
     lock = _err.lock
     acquired = lock.acquire(timeout=1.0) if lock else False
     try:
-        while data:
-            data = data[os.write(_stderr, data) :]
+        with suppress(OSError):
+            while data:
+                data = data[os.write(_stderr, data) :]
     finally:
         if lock and acquired:
             lock.release()

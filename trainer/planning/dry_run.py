@@ -8,7 +8,7 @@ from trainer.config.schema import Data, RunConfig
 from trainer.data.host import default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import addresses_in_errors, describe_shards, resolve_addresses
+from trainer.data.remote import addresses_in_errors, describe_shards, find_prepared, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.errors import DataError
 from trainer.exporting.formats import check_formats

@@ -29,7 +29,7 @@ from trainer.report.figures import SERIES, Line, line_chart, to_svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
 from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import CONTENT_ERRORS
+from trainer.storage.small_files import CONTENT_ERRORS, require_json_object
 
 SIGNIFICANCE_LEVEL = 0.05  # a run is better or worse than the first one if p is below this level
 _IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
@@ -75,6 +75,7 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
         )
     try:
         report = json.loads(report_json[0])
+        _require_scores(report)
         lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
         cells = ([decode_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
         predictions = {file: (truth, prediction) for file, truth, prediction in cells}
@@ -82,6 +83,15 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
     except (*CONTENT_ERRORS, yaml.YAMLError, csv.Error) as error:
         raise DataError(f"{address} is corrupt: {error}", fix="evaluate the run again") from None
+
+
+def _require_scores(report: Any) -> None:
+    """Raise an error of `WRONG_CONTENT` unless a report.json has what a comparison reads."""
+    set(report["data"]["class_names"])
+    for row in report["test"]["per_class"]:
+        require_json_object(row)["name"], row["f1"]
+    for section in {section for section, *_ in _REPORTED_SCORES}:
+        require_json_object(report[section])
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:

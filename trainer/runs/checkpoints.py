@@ -41,8 +41,18 @@ def is_checkpoint(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
+def is_local_checkpoint(name: str) -> bool:
+    """Return whether this is the name that a checkpoint has on disk, and not of a copy, such as one from a bucket."""
+    return is_checkpoint(name) and name == local_name(parse_step(name))
+
+
+def local_name(step: int) -> str:
+    """Return the name that the checkpoint of a step has on disk."""
+    return f"{PREFIX}{step:08d}"
+
+
 def parse_step(name: str) -> int:
-    """Parse the step from a checkpoint name, on disk or in a bucket."""
+    """Parse the step from the name of a checkpoint, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
@@ -110,7 +120,7 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Return the checkpoint folder of a step."""
-        name = f"{PREFIX}{step:08d}"
+        name = local_name(step)
         replaced = self.folder / f"{_REPLACED}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
@@ -118,7 +128,7 @@ class CheckpointFolder:
         """List the steps of the committed checkpoints in ascending order."""
         folders = [p for prefix in (PREFIX, _REPLACED) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
         names = {p.name.removeprefix(_REPLACED) for p in folders}
-        return sorted(parse_step(name) for name in names if is_checkpoint(name))
+        return sorted(parse_step(name) for name in names if is_local_checkpoint(name))
 
     def save(self, state: dict[str, Any], variables: dict[str, np.ndarray], best_step: int | None) -> Path:
         """Commit a checkpoint, update LATEST and BEST, and delete checkpoints that are no longer needed.
@@ -174,6 +184,11 @@ class CheckpointFolder:
                 return self.read(step)
             except DataError as error:
                 self.log_message(f"{error.problem}; using the previous one")
+        for name in sorted(path.name for path in self.folder.glob(f"{PREFIX}*") if is_checkpoint(path.name)):
+            if not is_local_checkpoint(name):  # the folder was copied from a bucket
+                self.log_message(
+                    f"{self.folder / name} is not read; rename it to {local_name(parse_step(name))} if it should"
+                )
         return None
 
     def set_aside_after(self, step: int) -> None:

@@ -43,7 +43,7 @@ from trainer.storage.small_files import (
     set_aside,
 )
 from trainer.storage.staging import is_remote
-from trainer.types import Dataset, has_fingerprints
+from trainer.types import Dataset, has_fingerprints, require_fingerprint
 
 LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
 RUN_JSON = "run.json"
@@ -122,10 +122,8 @@ class RunFolder:
         known = of_run | (earlier if self.resuming else {})
         recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
         hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        write_json(
-            self.path / RUN_JSON,
-            known | {"data_fingerprint": hashes, "features": features} | attempts,
-        )
+        _written[self.path] = known | {"data_fingerprint": hashes, "features": features} | attempts
+        write_json(self.path / RUN_JSON, _written[self.path])
         self.publisher.begin()
 
     def abandon(self) -> None:
@@ -147,6 +145,9 @@ _LOSSES = {
 }
 
 
+_written: dict[Path, dict[str, Any]] = {}  # the run.json of this start by folder, in case the file is damaged meanwhile
+
+
 def parse_run_json(value: Any) -> dict[str, Any]:
     """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
     fields = require_json_object(value)
@@ -154,6 +155,8 @@ def parse_run_json(value: Any) -> dict[str, Any]:
     for start in require_json_objects(fields.get("attempts", [])):
         require_json_object(start.get("versions", {}))
         shlex.join(start.get("command", []))
+    if "data_fingerprint" in fields:
+        require_fingerprint(fields["data_fingerprint"])
     return fields
 
 
@@ -164,12 +167,13 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def read_last_command(folder: Path) -> str:
     """Return the shell command of the last start of a run."""
-    return shlex.join(read_run_json(folder)["attempts"][-1]["command"])
+    return shlex.join((read_run_json(folder) or _written[folder])["attempts"][-1]["command"])
 
 
 def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
     """Add or replace fields of run.json."""
-    write_json(folder / RUN_JSON, read_run_json(folder) | fields)
+    _written[folder] = (read_run_json(folder) or _written.get(folder, {})) | fields
+    write_json(folder / RUN_JSON, _written[folder])
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from rich.console import Console
 from tensorboard.compat.proto.event_pb2 import Event
 
+from trainer.data.records import FOOTER_BYTES, HEADER_BYTES, is_truncated_at
 from trainer.monitoring.display import Display, PhaseProgress, format_duration
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
@@ -25,7 +26,10 @@ TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  
 
 
 def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
-    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes."""
+    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes.
+
+    Of a file that is damaged elsewhere than in its last line or record, which a kill truncates, a copy remains.
+    """
     if metrics.exists():
         content = metrics.read_bytes()
         steps = [_parse_step(line) for line in content.splitlines()]
@@ -38,11 +42,21 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
         write_atomically(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
     for file in list(logs.glob("*/events.out.tfevents.*")):
         with temporary_file(file) as shortened:
-            # Data loss: the last record was truncated by a kill.
-            with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError, DecodeError):
+            size, valid = 0, True
+            with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError):
                 for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
-                    if Event.FromString(record).step <= step:
+                    try:
+                        later = Event.FromString(record).step > step
+                    except DecodeError:
+                        valid = False
+                        break
+                    size += HEADER_BYTES + len(record) + FOOTER_BYTES
+                    if not later:
                         writer.write(record)
+            if not (valid and is_truncated_at(file, size)):
+                copy = file.with_name(f"{file.name.replace('tfevents', 'events')}.damaged")  # no file of TensorBoard
+                shutil.copyfile(file, copy)
+                log.info(f"{file}: is damaged, and ends before byte {size:,} now; {copy.name} is a copy of the file")
             shortened.replace(file)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import PREFIX, is_checkpoint, read_pointer
+from trainer.runs.checkpoints import PREFIX, is_checkpoint, is_local_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
 from trainer.storage.local import join_inside
@@ -154,7 +154,8 @@ class Publisher:
         """Upload new local checkpoints, commit them, and delete those that no longer exist locally."""
         assert self.lease
         remote = self.lease.folder
-        names = sorted((p.name for p in (self.local / "checkpoints").iterdir() if is_checkpoint(p.name)), reverse=True)
+        local = (path.name for path in (self.local / "checkpoints").iterdir())
+        names = sorted(filter(is_local_checkpoint, local), reverse=True)
         for name in names:
             if name not in self._names:
                 published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
@@ -177,7 +178,8 @@ class Publisher:
         """Copy changed files except checkpoints. Each is read only once, since it can grow meanwhile."""
         assert self.lease
         self.lease.check()
-        for file in sorted(self.local.rglob("*")):
+        first = self.local / "config.yaml"  # it marks the folder as that of a run, for the next start after a kill
+        for file in sorted(self.local.rglob("*"), key=lambda file: (file != first, file)):
             name = file.relative_to(self.local).as_posix()
             hidden = any(component.startswith(".") for component in Path(name).parts)
             excluded = (f"checkpoints/{PREFIX}", *(() if results else FINAL_RESULTS))

@@ -15,7 +15,7 @@ from trainer.names import normalize_class_name
 from trainer.runs.checkpoints import is_checkpoint, parse_step, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import read_json, require_json_object
-from trainer.types import Dataset
+from trainer.types import Dataset, require_fingerprint
 
 if TYPE_CHECKING:
     from trainer.models.classifier import Classifier
@@ -57,9 +57,9 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
 
 def _parse_run_json(value: Any) -> dict[str, Any]:
     """Validate run.json and normalize its class names; raise one of `CONTENT_ERRORS` for anything else."""
-    names, fingerprint = value["classes"], value["data_fingerprint"]
-    hashes = list(fingerprint.values()) if isinstance(fingerprint, dict) else [fingerprint]
-    if not (isinstance(names, list) and all(isinstance(text, str) for text in [*names, *hashes])):
+    names = value["classes"]
+    require_fingerprint(value["data_fingerprint"])
+    if not (isinstance(names, list) and all(isinstance(text, str) for text in names)):
         raise ValueError("not the run.json of a run")
     return require_json_object(value) | {"classes": [normalize_class_name(name) for name in names]}
 
@@ -92,9 +92,10 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
     """
     folder = run.home / "checkpoints"
-    latest = read_pointer(folder / "LATEST")  # in a bucket all committed checkpoints, newest first
+    remote = not run.home.is_local  # then LATEST has all committed checkpoints, newest first
+    latest = read_pointer(folder / "LATEST") if remote or which == "last" else []
     available = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
-    if not run.home.is_local:
+    if remote:
         available = {name: child for name, child in available.items() if name in latest}
     if which in ("best", "last"):
         names = latest[:1] if which == "last" else read_pointer(folder / "BEST")

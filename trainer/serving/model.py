@@ -10,6 +10,7 @@ from trainer.errors import DataError
 from trainer.private_api import make_saved_model_proto
 from trainer.serving.export_files import GRAPH, Export, Prediction
 from trainer.serving.settings import batch_sizes
+from trainer.storage.disk import translate_disk_error
 
 # Operations that `saved_model_cli scan` warns of, and those that print or call Python.
 FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
@@ -29,6 +30,8 @@ class ServedModel:
         try:
             self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail without a reference to it
         except Exception as error:  # a corrupt file raises errors of many classes
+            if full := translate_disk_error(error, [export.folder, "/tmp"]):
+                raise full from error
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures

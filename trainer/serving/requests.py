@@ -159,17 +159,17 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
     try:
         async with asyncio.timeout_at(deadline) as timeout:
             async for chunk in request.stream():
-                deadline += len(chunk) / MIN_BYTES_PER_SECOND
-                timeout.reschedule(deadline)
                 if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
                     discarded += len(chunk)
                     if discarded > DISCARDED_BODIES * max_bytes:
                         raise too_long
-                    continue
+                    continue  # without more time
+                deadline += len(chunk) / MIN_BYTES_PER_SECOND
+                timeout.reschedule(deadline)
                 reserve(len(chunk))
                 body += chunk
     except TimeoutError:
-        raise HTTPException(408, "the request was sent too slowly", CLOSE) from None
+        raise (too_long if discarded else HTTPException(408, "the request was sent too slowly", CLOSE)) from None
     except ClientDisconnect:
         raise HTTPException(400, "the request is incomplete", CLOSE) from None
     if discarded:

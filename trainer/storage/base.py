@@ -22,8 +22,11 @@ class Conflict(TrainerError):
 
 ANY = -1  # for an unconditional write; no file has this version
 
-# `.name.<digits>-<digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
-_UNFINISHED = re.compile(r"(^|/)(\.[^/]+\.\d+-\d+$|[^/]+\.parts-[0-9a-f]{32}/)")
+UNFINISHED_DIGITS = 15  # many, so that no file of a user has such a name: a date and time have at most 14
+# `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
+_UNFINISHED = re.compile(
+    rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{UNFINISHED_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
+)
 
 
 def is_unfinished(name: str) -> bool:

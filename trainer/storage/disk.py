@@ -5,31 +5,55 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from trainer.errors import ConfigError, Interrupted, TrainerError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # in errors of other libraries recognized by their text
 FAILED = (*FULL, errno.EIO)  # the same command can succeed later
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_TEXTS = tuple(os.strerror(number) for number in (*FAILED, errno.EROFS))  # in errors of libraries that write a run
 MAKE_SPACE = "make space there, then start the same command again"
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"  # `tempfile`, if no disk has space
 
 
 def get_free_bytes(path: str | Path) -> int:
-    """Return the free bytes of the file system of `path`, which need not exist yet."""
-    path = Path(path).expanduser().absolute()
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    """Return the free bytes of the file system of `path`, which need not exist yet.
+
+    It is 0 if the file system does not respond.
+    """
+    try:
+        return shutil.disk_usage(_nearest(path, os.path.exists)).free
+    except OSError:
+        return 0
+
+
+def _nearest(path: str | Path, fulfills: Callable[[Path], bool]) -> Path:
+    """Return the path, or the nearest of its parents, that fulfills a condition; the root fulfills all of them."""
+    path = Path(os.path.expanduser(path)).absolute()
+    return next((parent for parent in (path, *path.parents) if fulfills(parent)), Path(path.anchor))
 
 
 def describe_failure(error: BaseException) -> str | None:
     """Describe a disk failure, such as "No space left on device"; None for any other error."""
-    if isinstance(error, OSError) and error.errno in FAILED:
-        return os.strerror(error.errno)
     text = str(error)
+    if isinstance(error, OSError) and error.errno and _NO_TEMPORARY_FOLDER not in text:
+        return os.strerror(error.errno) if error.errno in FAILED else None
     if _NO_TEMPORARY_FOLDER in text:
-        return os.strerror(errno.ENOSPC)
-    return next((os.strerror(code) for code in FULL if os.strerror(code) in text), None)
+        writable = [path for path in _paths(text) if os.access(path, os.W_OK)]
+        return os.strerror(errno.ENOSPC) if writable else None
+    return next((reason for reason in _TEXTS if reason in text), None)
+
+
+def _paths(text: str) -> list[str]:
+    """Return the absolute paths in a text; one with spaces ends where its folder exists."""
+    paths = []
+    for text_of_path in re.findall(r"(?<![\w./])/[^:;,'\"\n\[\]()]+", text):
+        words = text_of_path.rstrip().split(" ")
+        shorter = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+        paths.append(next((path for path in shorter if os.path.isdir(os.path.dirname(path))), words[0]))
+    return paths
 
 
 def translate_disk_error(
@@ -38,18 +62,49 @@ def translate_disk_error(
     """Translate an error of a full or failing disk to `Interrupted`; None for any other error.
 
     Args:
-        folders: if the error has no path, the one of these folders whose disk has the least free space is named.
+        folders: candidates for the folder that could not be written. Those that the text of the error names come first,
+            then its other paths, then all of them; the fullest is named.
         outcome: a clause for the message, such as "checkpoints are intact".
     """
     if (reason := describe_failure(error)) is None:
         return None
-    paths = [os.fsdecode(error.filename)] if isinstance(error, OSError) and error.filename else []
-    paths = paths or re.findall(r"(?<![\w.])/[^\s:;,'\"]+", str(error))
-    candidates = [Path(path) for path in paths] or [Path(folder) for folder in folders] or [Path()]
-    path = min(candidates, key=get_free_bytes)
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    given, path = [str(folder) for folder in folders], _file_of(error)
+    named = [path] if path else [folder for folder in given if len(folder) > 1 and folder in str(error)]
+    folder = _nearest(min(named or _paths(str(error)) or given or ["."], key=get_free_bytes), os.path.isdir)
     problem = f"{folder}: cannot be written to ({reason}, {get_free_bytes(folder) / 1e6:,.1f} MB free)"
     return Interrupted(problem + (f"; {outcome}" if outcome else ""), fix=fix)
+
+
+def _file_of(error: BaseException) -> str | None:
+    """Return the file that an OSError names; None if it names none, or only a descriptor."""
+    filename = error.filename if isinstance(error, OSError) else None
+    return os.fsdecode(filename) if filename and isinstance(filename, str | bytes | os.PathLike) else None
+
+
+def access_error(error: BaseException) -> ConfigError | None:
+    """Translate the error of a path that this process may not read or write; None for any other error."""
+    if isinstance(error, OSError) and _NO_TEMPORARY_FOLDER in str(error):
+        fix = "set TMPDIR to a folder that this process may write to"
+        return ConfigError("no folder for temporary files can be written to", fix=fix)
+    path = _file_of(error)
+    if not (isinstance(error, OSError) and error.errno in _DENIED and path):
+        return None
+    existing = _nearest(path, os.path.lexists)
+    what = "read or written" if os.path.lexists(path) else "written to"
+    fix = "give another path, or change its permissions"
+    return ConfigError(f"{existing}: cannot be {what} ({os.strerror(error.errno)})", fix=fix)
+
+
+@contextlib.contextmanager
+def file_errors() -> Iterator[None]:
+    """Raise the errors of disks in this block as `disk_errors` does, and those of `access_error`; for a command."""
+    try:
+        with translate_disk_errors():
+            yield
+    except OSError as error:
+        if translated := access_error(error):
+            raise translated from error
+        raise
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from trainer.errors import DataError
 from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
-from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, is_unfinished
+from trainer.storage.base import ANY, UNFINISHED_DIGITS, Conflict, ObjectInfo, StoragePath, is_unfinished
 
 _COPY_BYTES = 1 << 22  # per read
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -87,7 +87,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def _temporary_name(path: Path) -> Path:
     """Return a path next to `path` that `is_unfinished` recognizes."""
     # Random, since process IDs are not unique on a disk that several pods use.
-    suffix = f".{os.getpid()}-{secrets.randbelow(10**15)}"
+    suffix = f".{os.getpid()}-{secrets.randbelow(10**UNFINISHED_DIGITS):0{UNFINISHED_DIGITS}d}"
     return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
 
 
@@ -101,15 +101,18 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def delete_unfinished(folder: Path, age: float = 0.0) -> None:
-    """Delete temporary files and folders of killed processes below `folder`, if they are at least `age` seconds old."""
+def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) -> None:
+    """Delete the temporary files and folders that killed processes left, at least `age` seconds old.
+
+    They are those below `folder`, or only those directly in it.
+    """
     for parent, folders, names in os.walk(folder):
         for name in filter(is_unfinished, [*names, *folders]):
             path = Path(parent, name)
             with contextlib.suppress(OSError):  # deleted meanwhile
                 if time.time() - path.lstat().st_mtime >= age:
                     path.unlink() if name in names else shutil.rmtree(path)
-        folders[:] = [name for name in folders if not is_unfinished(name)]
+        folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
 
 
 @dataclass(frozen=True)

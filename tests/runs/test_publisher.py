@@ -1,0 +1,21 @@
+"""The first object of a run in a bucket marks its folder as that of a run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from trainer.runs.publisher import Publisher
+from trainer.storage.path import storage_path
+
+
+def test_the_configuration_is_published_first(tmp_path: Path) -> None:
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    names = ("checkpoints/attempts.json", "config.yaml", "run.json", ".hidden", "logs/a")
+    for name in names:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_text(name)
+    publisher = Publisher(local, None)
+    publisher.lease = SimpleNamespace(folder=storage_path(remote), check=lambda: None)  # type: ignore[assignment]
+    publisher._publish_files()
+    files = sorted((path for path in remote.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    written = [path.relative_to(remote).as_posix() for path in files]
+    assert written == ["config.yaml", "checkpoints/attempts.json", "logs/a", "run.json"]

@@ -1,0 +1,69 @@
+"""Runs and their checkpoints are read, and what is damaged is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.errors import raises
+from trainer.config.schema import load
+from trainer.errors import ConfigError, DataError
+from trainer.runs.checkpoints import CheckpointFolder
+from trainer.runs.folder import parse_run_json, read_last_command, update_run_json
+from trainer.runs.stored_run import find_checkpoint, find_run
+
+CONFIG = load(
+    {
+        "data": {"source": "digits"},
+        "model": {"backbone": "MobileNetV2"},
+        "phases": {"head": {"thaw": "none", "epochs": 1}},
+    }
+).model_dump(mode="json")
+
+
+def leave_run(folder: Path) -> Path:
+    checkpoints = CheckpointFolder(folder / "checkpoints", 2, print)
+    for step in (1, 2):
+        checkpoints.save({"step": step, "best": {"step": 1}}, {}, 1)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "run.json").write_text(json.dumps({"classes": ["a", "b"], "data_fingerprint": {"ends": "1"}}))
+    return folder
+
+
+def test_only_the_last_checkpoint_needs_latest(tmp_path: Path) -> None:
+    run = find_run(str(leave_run(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoints" / "LATEST").write_bytes(b"\xff")
+    assert find_checkpoint(run, "best").name == find_checkpoint(run, "1").name == "step-00000001"
+    with raises(DataError, problem="LATEST is damaged"):
+        find_checkpoint(run, "last")
+
+
+@pytest.mark.parametrize("value", [5, True, 1.5, None, {}, [], {"ends": 5}, {"ends": None}, {"content": 5}])
+def test_a_damaged_fingerprint_is_a_damaged_file(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        parse_run_json({"data_fingerprint": value})
+    file = leave_run(tmp_path / "run") / "run.json"
+    file.write_text(json.dumps({"classes": ["a", "b"], "data_fingerprint": value}))
+    with raises(DataError, "run", str(tmp_path / "run"), "another run", "damaged run.json"):
+        find_run(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", ['a: !!bool "x"', "a: &x {b: *x}", "phases: {1: {}}", "[", ""])
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (leave_run(tmp_path / "run") / "config.yaml").write_text(content)
+    with raises(ConfigError, "run", str(tmp_path / "run"), "restore the file", "its config.yaml"):
+        find_run(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", None])
+def test_a_run_json_that_is_lost_while_the_run_trains_is_written_again(tmp_path: Path, damage: str | None) -> None:
+    file = tmp_path / "run.json"
+    update_run_json(tmp_path, {"attempts": [{"command": ["python", "a b"]}]})
+    file.unlink() if damage is None else file.write_text(damage)
+    assert read_last_command(tmp_path) == "python 'a b'"
+    update_run_json(tmp_path, {"features": {"head": "images"}})
+    assert json.loads(file.read_text()) == {
+        "attempts": [{"command": ["python", "a b"]}],
+        "features": {"head": "images"},
+    }
