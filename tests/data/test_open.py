@@ -307,6 +307,15 @@ def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) 
                 opened(tmp_path, **data, class_names=names)
 
 
+@pytest.mark.parametrize("classes", [("cat",), ("cat", "dog"), CLASSES, (*CLASSES, "yak")])
+def test_an_evaluation_reads_other_classes_than_those_of_data_class_names(
+    classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    root = fill_folder(tmp_path / "pets", dict.fromkeys(classes, 3))
+    options = {"class_names": ("owl", "cat", "dog"), "purpose": "evaluate", "validation_fraction": 0.0}
+    assert set(folder(tmp_path, root, **options).class_names) == set(classes)
+
+
 def test_labels_per_class_selects_that_many_by_seed(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 20, "dog": 20, "owl": 3})
     notes: list[str] = []

@@ -103,7 +103,7 @@ def open_dataset(
         streamed: data.root has only manifest and labels; its shards are fetched while they are used.
         purpose: "prepare" reads data.group_field of every split, not only of the one of the final scores, and lists
             image files that only Pillow decodes; "evaluate" accepts data of one class, or without training examples of
-            some.
+            some, and classes other than those of data.class_names, since `with_run_classes` maps them by name.
 
     Raises:
         DataError: the data is missing, damaged, or contradicts the configuration.
@@ -111,7 +111,9 @@ def open_dataset(
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
-    raw = with_class_names(raw, data.class_names and tuple(map(class_name, data.class_names)))
+    names = data.class_names and tuple(map(class_name, data.class_names))
+    if purpose != "evaluate" or sorted(names or ()) == sorted(raw.class_names):
+        raw = with_class_names(raw, names)
     _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
