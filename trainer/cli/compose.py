@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import trainer
-from trainer.cli.overrides import GROUPS, given_keys, read_weights, typed_overrides
+from trainer.cli.overrides import GROUPS, fix_of_choice, given_keys, options_first, read_weights, typed_overrides
 from trainer.config.keys import keys_of, suggest_key, suggest_name, with_defaults
 from trainer.config.schema import RequestedConfig, load
 from trainer.config.unread import require_read
@@ -93,10 +93,9 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     arguments = [_allow_new_key(a) for a in arguments]
     if "sweep" not in chosen:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
-    if not chosen & {"experiment", "data"}:  # inserted after the last value: Hydra requires all values in a row
-        values = [i for i, a in enumerate(arguments, start=1) if "=" in a or a.startswith("~")]
-        arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
-    original, sys.argv = sys.argv, ["python -m trainer", *arguments]
+    if not chosen & {"experiment", "data"}:
+        arguments.append("experiment=quickstart")
+    original, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
     try:
         hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -155,7 +154,9 @@ def _config_error(error: Exception) -> ConfigError:
         group, name = choice.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
-        return ConfigError(f"there is no such {group}", key=group, value=name, fix=suggest_name(name, choices(group)))
+        fix = fix_of_choice(group, name)
+        fix = fix if fix.startswith("write") else suggest_name(name, choices(group))
+        return ConfigError(f"there is no such {group}", key=group, value=name, fix=fix)
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(
             "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *keys_of(RequestedConfig)])
