@@ -71,3 +71,42 @@ def test_the_choice_is_logged_and_the_quickstart_not_trained(
     assert f"data.root={root}: class folders, so data=image_folder" in capsys.readouterr().out
     assert exit_code_of(plan.main, f"data.root={root}", "--cfg", "job") == 0
     assert capsys.readouterr().out.startswith("data:\n  source: image_folder\n")
+
+
+@pytest.mark.parametrize("text", ["{0}/a,{0}/b c", "choice({0}/a, {0}/b c)", "{0}/a,'{0}/b c'", "{0}/a"])
+def test_a_sweep_over_folders_has_the_source_of_all_of_them(tmp_path: Path, text: str) -> None:
+    photos(tmp_path, "a/cat/1.jpg", "b c/dog/2.jpg")
+    chosen, note = choose_source(["-m", f"data.root={text.format(tmp_path)}", "seed=1"])
+    assert chosen == ["data=image_folder", "-m", f"data.root={text.format(tmp_path)}", "seed=1"]
+    roots: list[str] = []
+    compose(chosen, lambda tree, _overrides, _settings: roots.append(tree.data.root))  # type: ignore[arg-type]
+    assert roots == [f"{tmp_path}/a", f"{tmp_path}/b c"][: 1 + ("b c" in text)]
+    assert "class folders, so data=image_folder" in note
+
+
+def test_a_sweep_over_record_folders_is_one_over_patterns(tmp_path: Path) -> None:
+    photos(tmp_path, "a,1/x.tfrec", "b/y.tfrec")
+    chosen, _ = choose_source(["-m", f"data.root='{tmp_path}/a,1',{tmp_path}/b", "data.class_names=[a,b]"])
+    patterns: list[str] = []
+    compose(chosen, lambda tree, _overrides, _settings: patterns.append(tree.data.pattern))  # type: ignore[arg-type]
+    assert patterns == [f"{tmp_path}/a,1/*.tfrec*", f"{tmp_path}/b/*.tfrec*"]
+
+
+def test_a_sweep_over_several_sources_is_refused(tmp_path: Path) -> None:
+    photos(tmp_path, "a/cat/1.jpg", "b/dataset_info.json")
+    text = f"{tmp_path}/a,{tmp_path}/b"
+    with raises(ConfigError, key="data.root", value=text, problem="several sources", fix="one source"):
+        choose_source(["-m", f"data.root={text}"])
+
+
+def test_a_root_from_the_environment_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTOS", str(photos(tmp_path, "cat/1.jpg")))
+    assert choose_source(["data.root=${oc.env:PHOTOS}"])[0] == ["data=image_folder", "data.root=${oc.env:PHOTOS}"]
+
+
+@pytest.mark.parametrize("arguments", [["data.root=${output_dir}"], ["-m", "data.root=glob(*)"]])
+def test_a_root_that_is_not_known_yet_needs_a_source(arguments: list[str]) -> None:
+    with raises(
+        ConfigError, key="data.root", value=arguments[-1][10:], problem="only when a run begins", fix="add data="
+    ):
+        choose_source(arguments)

@@ -54,7 +54,8 @@ def typed_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
         ConfigError: an argument is neither an option nor KEY=VALUE, its value cannot be parsed, or options exclude one
             another.
     """
-    overrides, values, options = [], 0, {}
+    overrides: list[str] = []
+    values, options = 0, {}
     for position, text in enumerate(arguments):
         if values:
             values -= 1
@@ -81,7 +82,9 @@ def typed_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
 
 def options_first(arguments: Sequence[str]) -> list[str]:
     """Move the options before the overrides, since Hydra reads only overrides that are all in a row."""
-    options, overrides, values = [], [], 0
+    options: list[str] = []
+    overrides: list[str] = []
+    values = 0
     for text in arguments:
         is_option = not values and text.startswith("-")
         (options if is_option or values else overrides).append(text)

@@ -3,10 +3,12 @@
 import glob
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from trainer.cli.overrides import given_values, typed_value
+from trainer.cli.compose import is_sweep
+from trainer.cli.overrides import given_values, parse, typed_overrides, value_of
 from trainer.config.base import InvalidValue, check_address
-from trainer.config.typed import typed
+from trainer.config.typed import FUNCTION, quote, typed
 from trainer.errors import ConfigError, DataError
 from trainer.storage.path import storage_path
 
@@ -20,7 +22,8 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     Returns the arguments, and a line that states what was chosen and why; "" if nothing was.
 
     Raises:
-        ConfigError: data.root has another scheme than gs://.
+        ConfigError: data.root has another scheme than gs://, refers to another key, or in a sweep has values of several
+            sources.
         DataError: there is nothing at data.root that is one of the sources.
     """
     given = given_values(arguments)
@@ -31,19 +34,50 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     if key != "data.root":
         group, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
         return [f"data={group}", *arguments], f"{key}={given[key]}: {reason}, so data={group}"
-    root = typed_value(f"data.root={given['data.root']}")
-    if root is None:
+    roots = _roots(given["data.root"], is_sweep(list(arguments)))
+    if None in roots:
         return list(arguments), ""
+    groups, reasons, changes = zip(*map(_find_source_at, roots), strict=True)
+    if len(set(groups)) > 1:
+        listed = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
+        problem = f"the values are of several sources ({listed})"
+        raise ConfigError(problem, key="data.root", value=given["data.root"], fix="sweep over those of one source")
+    chosen, replaced = [f"data={groups[0]}"], list(arguments)
+    if any(changes):
+        texts = [
+            change[0] if change else f"data.root={typed(root)}" for change, root in zip(changes, roots, strict=True)
+        ]
+        values = [text.partition("=")[2] for text in texts]
+        listed = (
+            ",".join(quote(v) if "," in v and v[:1] not in "'\"" else v for v in values) if values[1:] else values[0]
+        )
+        chosen.append(f"{texts[0].partition('=')[0]}={listed}")
+        replaced = [a for a in arguments if not re.match(r"\+*data\.root=", a)]
+    note = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(chosen)}"
+    return [*chosen, *replaced], note
+
+
+def _roots(text: str, sweep: bool) -> list[Any]:
+    """Return the values of data.root: one, or in a sweep several; None of null."""
+    function = FUNCTION.fullmatch(text)
+    problem = "is known only when a run begins, so the source of the data cannot be chosen by it"
+    unknown = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
+    if sweep and function and function[1] != "choice":
+        raise unknown
+    (override,) = typed_overrides([f"data.root={text}"], sweep)
+    parsed = parse(override)
+    texts = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [override.partition("=")[2]]
     try:
-        group, reason, changes = find_source(check_address(root))
+        return [value_of(f"data.root={each}") for each in texts]
+    except ConfigError:
+        raise unknown from None  # a reference to another key
+
+
+def _find_source_at(root: str) -> tuple[str, str, list[str]]:
+    try:
+        return find_source(check_address(root))
     except InvalidValue as error:
         raise ConfigError(error.problem, key="data.root", value=root, fix=error.fix) from None
-    replaced = [a for a in arguments if not (changes and re.match(r"\+*data\.root=", a))]
-    return [
-        f"data={group}",
-        *changes,
-        *replaced,
-    ], f"data.root={root}: {reason}, so {' '.join([f'data={group}', *changes])}"
 
 
 def find_source(root: str) -> tuple[str, str, list[str]]:

@@ -111,9 +111,9 @@ def open_dataset(
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = printable(raw.name), tuple(map(class_name, raw.class_names))
-    names = data.class_names and tuple(map(class_name, data.class_names))
-    if purpose != "evaluate" or sorted(names or ()) == sorted(raw.class_names):
-        raw = with_class_names(raw, names)
+    class_names = data.class_names and tuple(map(class_name, data.class_names))
+    if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
+        raw = with_class_names(raw, class_names)
     _check_classes(raw, purpose)
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
