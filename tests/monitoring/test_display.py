@@ -1,6 +1,8 @@
 """The progress display on a pseudo-terminal of three widths: what it shows first, and that nothing of it is left."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +73,32 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     current.progress(3, 4)
     assert progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
     assert len(progress_line(30, phase, FIGURES, now=1009.0)) < 30
+
+
+@pytest.mark.parametrize("program", [
+    "with written_images('bar') as show:\n    for k in range(9): show(k, 9); print(k, flush=True); time.sleep(0.1)",
+    "shown = Display(PatientConsole())\nfor k in range(9): shown.console.print(k); log.info('x'); time.sleep(0.1)\nshown.stop()",
+])  # fmt: skip
+def test_a_reader_that_ends_does_not_end_the_process(program: str) -> None:
+    program = f"""
+import sys, time
+from trainer.cli.process import exit_with_code
+from trainer.monitoring.console import PatientConsole
+from trainer.monitoring.display import Display
+from trainer.monitoring.log import log
+from trainer.monitoring.progress import written_images
+with exit_with_code():
+    exec({program!r})
+    sys.stderr.write("done")
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"}  # rich then draws on a pipe too
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=-1, env=environment, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "done")
 
 
 def test_format_duration() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -199,6 +200,19 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "trainer.compare", *arguments]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_reader_of_the_table_that_ends_early_does_not_end_the_command(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 0.7)
+    make_run(tmp_path / "b", 0.9)
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "trainer.compare", "a", "b"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, stdout=writer, stderr=-1, env=environment, check=False, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "compare.html").is_file()
 
 
 def test_the_command(tmp_path: Path) -> None:

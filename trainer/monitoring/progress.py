@@ -38,7 +38,10 @@ def written_images(kind: str) -> Iterator[ShowProgress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    with ProgressBar(TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    from trainer.monitoring.console import PatientConsole
+
+    columns = TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with ProgressBar(*columns, console=PatientConsole()) as bar:
         task = bar.add_task("writing", total=None)
 
         def show_bar(done: int, total: int) -> None:
