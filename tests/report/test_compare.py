@@ -1,5 +1,6 @@
 """Comparison of runs: common examples, verdicts, and what is refused."""
 
+import base64
 import csv
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import (
+    _read_image,
     compare_runs,
     configuration_differences,
     read_scored_run,
@@ -81,6 +84,24 @@ def test_a_better_run_is_called_better_and_an_equal_one_is_not(tmp_path: Path) -
     assert comparison.p[0] >= comparison.pairs[0].p
     swapped = compared(runs[1], runs[0])
     assert verdict(swapped.pairs[0], swapped.p[0]) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("data", "is_turned"), [({"orientation": "exif"}, True), ({"orientation": "ignore"}, False), ({}, False)]
+)
+def test_an_image_is_shown_as_the_run_read_it(data: dict[str, str], is_turned: bool, tmp_path: Path) -> None:
+    pixels = np.zeros((120, 120, 3), np.uint8)
+    pixels[:60] = 255  # on the right when it is turned
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    run = replace(read_scored_run(str(make_run(tmp_path / "a", 0.7)), "a"), config={"data": data})
+    shown = re.search(r"base64,([^\"]+)", str(_read_image(run, str(tmp_path / "x.png"))))
+    assert shown
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[1]))).convert("L"))
+    top, right = image[: len(image) // 2].mean(), image[:, image.shape[1] // 2 :].mean()
+    assert (right > 200) == is_turned
+    assert (top > 200) != is_turned
 
 
 def test_only_common_examples_count(tmp_path: Path) -> None:
