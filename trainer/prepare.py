@@ -35,7 +35,7 @@ from trainer.data.prepare import part_of_job, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log_unbuffered
+from trainer.monitoring.log import exit_at_once, log_unbuffered
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:
@@ -43,7 +43,7 @@ def _exit_on_signal(number: int, _frame: object) -> None:
     reason = f"{signal.Signals(number).name}; start the same command again to write the missing shards"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
-    os._exit(INTERRUPTED)
+    exit_at_once(INTERRUPTED)
 
 
 def main() -> None:

@@ -101,6 +101,60 @@ with exit_with_code():
     assert (done.returncode, done.stderr) == (0, "done")
 
 
+INTERRUPTED_PROGRAM = """
+import os, signal, sys, time
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.discovery import discover
+from trainer.cluster.signals import StopFlag
+from trainer.monitoring.console import PatientConsole
+from trainer.monitoring.display import Display
+from trainer.monitoring.health import health
+from trainer.monitoring.log import configure
+from trainer.monitoring.progress import written_images
+from trainer.prepare import _exit_on_signal
+configure()
+how = sys.argv[1]
+if how == "prepare":
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    with written_images("bar") as show:
+        show(3, 9)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+stop = StopFlag()
+display = Display(PatientConsole(highlight=False))
+health.set_activity("training")
+health.progress(3, 9)
+time.sleep(0.5)
+os.write(1, b"^C")
+if how == "control":
+    control = ControlChannel(discover({}), {})
+    control.on_end = lambda code, message: time.sleep(0.6)
+    control.end(75, "stalled")
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.6)
+if how == "twice":
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+display.stop()
+sys.exit(75)
+"""
+SAVING = "SIGINT: saving at the next step, then stopping (again to stop at once)"
+AT_ONCE = "SIGINT: stopping at once"
+WRITING = "interrupted: SIGTERM; start the same command again to write the missing shards"
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [("once", [SAVING]), ("twice", [SAVING, AT_ONCE]), ("control", ["interrupted: stalled"]), ("prepare", [WRITING])],
+)
+def test_an_interrupted_process_leaves_no_progress_and_shows_the_cursor(how: str, lines: list[str]) -> None:
+    output = on_terminal([sys.executable, "-c", INTERRUPTED_PROGRAM, how], 120, code=75)
+    assert "left" in output or "writing images" in output  # it was shown
+    assert [line for line in screen(output, 120) if line] == lines
+    assert re.findall(r"\x1b\[\?25[hl]", output)[-1].endswith("h")
+
+
 def test_format_duration() -> None:
     assert [format_duration(s) for s in (5, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
 

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trainer.monitoring.health import FINISH, START, health
+from trainer.monitoring.log import set_display
 
 REFRESHES_PER_SECOND = 4
 MAX_NAME = 24  # characters of the name of a phase
@@ -79,6 +80,7 @@ class Display:
             get_renderable=self._render, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND
         )
         self._live.start()
+        set_display(1 if console.is_terminal else None)
 
     def _render(self) -> Text:
         line = progress_line(self.console.width, self.phase, self.figures, time.monotonic())
@@ -89,3 +91,4 @@ class Display:
     def stop(self) -> None:
         """Erase the line."""
         self._live.stop()
+        set_display(None)

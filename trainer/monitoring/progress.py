@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log
+from trainer.monitoring.log import log, set_display
 
 ShowProgress = Callable[[int, int], None]  # arguments: images written so far, and in total
 
@@ -49,4 +49,8 @@ def written_images(kind: str) -> Iterator[ShowProgress]:
                 health.progress()
             bar.update(task, completed=done, total=total)
 
-        yield show_bar
+        set_display(1)
+        try:
+            yield show_bar
+        finally:
+            set_display(None)
