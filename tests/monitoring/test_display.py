@@ -30,12 +30,16 @@ for step in range(200, 601, 100):
     health.record_steps(step, 7)
     time.sleep(0.3)
     health.set_activity("validation")
+    health.progress(0, 4)
+    time.sleep(0.3)
     health.progress(3, 4)
     time.sleep(0.3)
 log.info("fine_tune  epoch 7 done")
 health.enter_phase(FINISH)
 for stage in ("evaluation", "export", "report"):
     health.set_activity(stage)
+    health.progress(0, 2)
+    time.sleep(0.3)
     health.progress(1, 2)
     time.sleep(0.4)
 display.stop()
@@ -70,9 +74,31 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
+    current.progress(0, 4)
+    assert progress_line(80, phase, [], now=1009.0) == "evaluation  ╌╌╌╌╌╌╌╌╌╌    0%  left -:--"
+    current.work_began = 0, 1000.0
     current.progress(3, 4)
     assert progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
     assert len(progress_line(30, phase, FIGURES, now=1009.0)) < 30
+
+
+@pytest.mark.parametrize("activity", ["evaluation", "report"])
+def test_the_time_left_is_that_of_the_loop_which_counts(activity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins 100 s into the activity, and is the second one of it."""
+    monkeypatch.setattr("trainer.monitoring.display.health", current := Health())
+    monkeypatch.setattr("trainer.monitoring.health.time.monotonic", lambda: now)
+    now = 1000.0
+    current.enter_phase(FINISH)
+    current.set_activity(activity)
+    phase = PhaseProgress(activity, 0, 100, 5, began_step=20, began=1000.0)  # a phase may have any name
+    for start, first, parts in ((1100.0, 0, 63), (1200.0, 30, 63), (1300.0, 2, 9)):
+        now = start
+        current.progress(first, parts)
+        now += 2.0
+        current.progress(first + 1, parts)
+        left = format_duration(2.0 * (parts - first - 1))
+        assert progress_line(80, phase, [], now).endswith(f"  left {left}")
+        current.progress(parts, parts)
 
 
 @pytest.mark.parametrize("program", [

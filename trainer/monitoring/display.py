@@ -46,10 +46,8 @@ def progress_line(width: int, phase: PhaseProgress | None, figures: list[str], n
     While the phase trains the bar is that of the phase, otherwise that of the current activity. The first parts are
     always complete from 80 columns on; of the figures, those that fit follow.
     """
-    activity, work = health.activity, health.work
-    done, total, parts = *work, [health.describe()]
-    left = (now - health.activity_began) / done * (total - done) if done else None
-    if phase and activity in ("training", phase.name):
+    done, total, parts, left = *health.work, [health.describe()], health.seconds_left(now)
+    if phase and health.phase == phase.name and health.activity in ("training", phase.name):
         step, epoch = int(health.values.get("step", 0)), int(health.values.get("epoch", 1))
         parts = [phase.name[:MAX_NAME], f"epoch {epoch}/{phase.last_epoch}"]
         done, total, left = step - phase.first_step, phase.steps, phase.seconds_left(step, now)

@@ -20,6 +20,7 @@ class Health:
         self.on_change: Callable[[], None] = lambda: None  # called when the activity or a limit changes
         self.values: dict[str, float] = {}  # gauges that are set so far, by name: step, epoch, loss, ...
         self.work = (0, 0)  # parts of the activity that are done, and their number; 0 if it is not known
+        self.work_began = (0, 0.0)  # parts that were done when they were counted first, and the time of that
         self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
@@ -41,11 +42,19 @@ class Health:
     def progress(self, done: int = 0, total: int = 0) -> None:
         """Record progress: a step, a batch, a part of a file, or an iteration of a loop with a time limit.
 
-        `done` of the `total` parts of the activity are done, if their number is known.
+        `done` of the `total` parts of the activity are done, if their number is known. An activity may count several
+        kinds of parts, one after the other.
         """
         self._last_progress = time.monotonic()
         if total:
+            if total != self.work[1] or done < self.work[0]:
+                self.work_began = (done, self._last_progress)
             self.work = (done, total)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Estimate the seconds until all counted parts are done; None before the second part."""
+        (done, total), (first, began) = self.work, self.work_began
+        return (now - began) / (done - first) * (total - done) if done > first else None
 
     def record_steps(self, step: int, epoch: int) -> None:
         """Record that optimizer steps were taken: up to `step` of the run, in `epoch`, counted from 1."""
