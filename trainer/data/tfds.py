@@ -20,6 +20,7 @@ from trainer.data.splits import (
     split_of,
     split_sizes,
     take,
+    unused_fractions,
 )
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -49,7 +50,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
     splits = {name: split_of(name, shards, labels, source, skipped) for name, shards in ranges.items()}
-    notes = split_notes + _check_overlaps(splits, specs)
+    notes = split_notes + _check_overlaps(splits, specs) + unused_fractions(data, splits)
     if fractions := missing_fractions(data, splits):
         new_splits, new_notes = carve(splits["train"], fractions, data.split_seed)
         splits |= new_splits
