@@ -10,6 +10,7 @@ from trainer import plan
 from trainer.cli.compose import compose
 from trainer.cli.source import choose_source, find_source
 from trainer.errors import ConfigError, DataError
+from trainer.storage.path import storage_path
 
 
 def photos(folder: Path, *names: str) -> Path:
@@ -52,6 +53,33 @@ def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, .
     root = photos(tmp_path, *names)
     with raises(DataError, key="data.root", value=str(root), fix="one folder per class"):
         find_source(str(root))
+
+
+@pytest.mark.parametrize(
+    ("names", "root", "problem", "fix"),
+    [
+        (["one.tfrecord"], "one.tfrecord", "is a file", "data=tfrecords data.pattern=.*/one.tfrecord"),
+        (["photos.zip"], "photos.zip", "is a file", "one folder per class"),
+        (["photos"], "photo", "does not exist", "one folder per class"),
+        (["beans/0.1.0/dataset_info.json", "beans/0.2.0/dataset_info.json"], "beans", "2 prepared", "beans/0.2.0"),
+        (["tf/a/1.0.0/dataset_info.json", "tf/b/1.0.0/dataset_info.json"], "tf", "2 prepared", "tf/b/1.0.0"),
+    ],
+)
+def test_what_is_at_the_root_is_named(names: list[str], root: str, problem: str, fix: str, tmp_path: Path) -> None:
+    photos(tmp_path, *names)
+    with raises(DataError, key="data.root", value=str(tmp_path / root), problem=problem, fix=fix):
+        find_source(str(tmp_path / root))
+
+
+def test_a_bucket_of_many_classes_is_inspected_with_few_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = storage_path(photos(tmp_path, *(f"{k}/1.jpg" for k in range(100))))
+    requests: list[str] = []
+    monkeypatch.setattr(type(root), "is_local", False)
+    monkeypatch.setattr(type(root), "stat", lambda self: requests.append(str(self)))
+    assert find_source(str(tmp_path))[0] == "image_folder"
+    assert len(requests) < 5
 
 
 def test_other_keys_name_their_source() -> None:

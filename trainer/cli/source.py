@@ -8,7 +8,7 @@ from typing import Any
 from trainer.cli.compose import is_sweep
 from trainer.cli.overrides import given_values, parse, typed_overrides, value_of
 from trainer.config.base import InvalidValue, check_address
-from trainer.config.typed import FUNCTION, quote, typed
+from trainer.config.typed import FUNCTION, argument, quote, typed
 from trainer.errors import ConfigError, DataError
 from trainer.storage.path import storage_path
 
@@ -88,13 +88,18 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
     folders = folder.folders()
-    nested = [f for f in folders if (f / _INFO).exists()] + [
-        f for g in folders[:9] for f in g.folders() if (f / _INFO).exists()
+    # Of a bucket only the first two, since each is a request; several datasets are next to one another.
+    first = folders if folder.is_local else folders[:2]
+    nested = [f for f in first if (f / _INFO).exists()] + [
+        f for g in first[:9] for f in g.folders()[:9] if (f / _INFO).exists()
     ]
     if _INFO in names:
         return "tfds", f"{_INFO}, a prepared dataset", []
     if len(nested) == 1:
         return "tfds", f"{_INFO} in {nested[0].name}, a prepared dataset", [f"data.root={typed(str(nested[0]))}"]
+    if nested:
+        problem = f"has {len(nested)} prepared datasets ({', '.join(map(str, nested))})"
+        raise DataError(problem, key="data.root", value=root, fix=f"set {argument('data.root', nested[-1])}")
     if records := sorted(name for name in names if _RECORDS.search(name)):
         ending = _RECORDS.search(records[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{ending[0] if ending else ''}*"
@@ -105,4 +110,8 @@ def find_source(root: str) -> tuple[str, str, list[str]]:
     fix = (
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
+    if not names and folder.exists():
+        problem = "is a file"
+        if _RECORDS.search(folder.name):
+            fix = f"write data=tfrecords {argument('data.pattern', glob.escape(root))} data.class_names=[...]"
     raise DataError(problem, key="data.root", value=root, fix=fix)
