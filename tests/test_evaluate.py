@@ -12,7 +12,7 @@ from tests.errors import raises
 from tests.models.efficient_net import IMAGENET, normalized, set_normalization
 from tests.processes import run_python
 from trainer.config.schema import RunConfig, load
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluate import apply_changes, choose_other_source
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
@@ -117,6 +117,15 @@ def test_another_dataset_by_name_is_scored_as_a_whole(changes: list[str]) -> Non
 )  # fmt: skip
 def test_images_are_turned_as_in_the_run_unless_the_key_is_given(changes: list[str], expected: str) -> None:
     assert apply_changes(tree_of_run(orientation="ignore"), changes)[0].data.orientation == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [("batch_size=8", "training.batch_size"), ("root=x", "data.root"), ("seed=1", "change only data")],
+)
+def test_what_cannot_be_changed_names_what_is_meant(change: str, fix: str) -> None:
+    with raises(ConfigError, key=change.partition("=")[0], problem="cannot be changed", fix=fix):
+        apply_changes(tree_of_run(), [change])
 
 
 @pytest.mark.parametrize("source", ["digits", "tfds", "image_folder"])

@@ -26,6 +26,7 @@ from trainer.cli.arguments import read_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import configure_log, exit_with_code, quiet_start
 from trainer.cli.source import choose_source
+from trainer.config.keys import keys_of, suggest_key
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
@@ -57,7 +58,9 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
+            near = suggest_key(key, [known for known in keys_of(RunConfig) if CHANGEABLE.fullmatch(known)])
             fix = "change only data, runtime, training.batch_size and debug.max_examples"
+            fix = near if near.startswith("did") else fix
             raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)
     composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"

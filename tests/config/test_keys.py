@@ -46,6 +46,12 @@ def test_each_key_has_a_kind(key: str, kind: str) -> None:
         ("image_size", "did you mean model.image_size?"),
         ("data.class_name", "did you mean data.class_names?"),
         ("trainin.batchsize", "did you mean training.batch_size?"),
+        ("EPOCHS", "did you mean phases.head.epochs or phases.fine_tune.epochs?"),
+        ("gpu", "did you mean runtime.replicas?"),
+        ("out", "did you mean output_dir?"),
+        ("data.folder", "did you mean data.root?"),
+        ("scheduler", "did you mean phases.head.schedule.name or phases.fine_tune.schedule.name?"),
+        ("model.name", "did you mean model.backbone?"),
         ("xyzzy", "known: data, model, phases"),
     ],
 )  # fmt: skip
@@ -61,7 +67,21 @@ def test_a_mistyped_key_is_searched_in_the_whole_tree(key: str, fix: str) -> Non
         (["phases.head.optimzer.learning_rate=1"], "phases.head.optimzer", "phases.head.optimizer"),
         (["phases.epochs=3"], "phases.epochs", "phases.head.epochs or phases.fine_tune.epochs"),
         (["training=3"], "training", "set a key in it, such as training.batch_size"),
-        (["phases.head=3"], "phases.head", "set a key in it, such as phases.head.thaw"),
+        (["phases.head=3"], "phases.head", "set a key in it, such as phases.head."),
+        (["phases.head.optimizer=sgd"], "phases.head.optimizer", "write phases.head.optimizer.name=sgd"),
+        (["phases.head.schedule=cosine"], "phases.head.schedule", "write phases.head.schedule.name=cosine"),
+        (["phases.head.early_stopping=3"], "phases.head.early_stopping", "such as phases.head.early_stopping.patience"),
+        (["head.optimizer.lr=1"], "head", "did you mean phases.head.optimizer.learning_rate?"),
+        (
+            ["phases=auto", "phases.auto.fine_tune.epochs=3"],
+            "phases.auto.fine_tune",
+            "phases.auto.few_different.fine_tune.epochs",
+        ),
+        (
+            ["experiment=photos", "data.root=x", "phases.fine_tune.epochs=3"],
+            "phases.auto",
+            "set phases.auto.few_similar.fine_tune.epochs (and of few_different, many_similar, many_different)",
+        ),
     ],
 )
 def test_a_key_at_a_wrong_depth_is_searched_too(arguments: list[str], key: str, fix: str) -> None:
