@@ -11,6 +11,7 @@ The splits are written in TFDS's folder format: read them with `data=tfds data.r
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -37,6 +38,8 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log_unbuffered
 
+USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")
+
 
 def _exit_on_signal(number: int, _frame: object) -> None:
     """Exit at once; finished shards stay."""
@@ -57,7 +60,11 @@ def main() -> None:
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {usage(__doc__)}")
         config = load(composed)
-        require_read(config, given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
+        given = given_keys(overrides)
+        require_read(config, given - {"data.split_seed", "data.shards"})  # the seed orders the records of every source
+        if unread := sorted(key for key in given if not USED_KEYS.fullmatch(key)):
+            faults = [ConfigError("is not read by trainer.prepare", key=key, fix="remove it") for key in unread]
+            raise ConfigError.of_faults(faults)
         configure_log(config.runtime)
         part = part_of_job(os.environ)
         start_monitoring(config, *part)

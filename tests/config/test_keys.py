@@ -7,9 +7,12 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
+from tests.cli.verbs import exit_code_of
 from tests.config.test_schema import tree
 from tests.errors import raises
+from trainer import prepare
 from trainer.cli.compose import compose
+from trainer.cli.overrides import given_keys
 from trainer.config.base import Duration
 from trainer.config.keys import is_section, keys_of, kind_of, suggest_key, union_members, with_defaults
 from trainer.config.schema import RequestedConfig, load
@@ -204,15 +207,39 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
          {"phases.head.optimizer.nesterov": "without momentum"}),
         (["data=digits", "augmentation.magnitude=3", "augmentation.fill=reflect"],
          {"augmentation.magnitude": "without augmentation.randaugment", "augmentation.fill": "without one of rotation"}),
+        (["data=image_folder", "data.root=x", "data.label_kind=text", "data.shards=5", "data.shard_by=file"],
+         {"data.label_kind": "only with tfds or tfrecords", "data.shards": "trainer.prepare", "data.shard_by": "only with"}),
+        (["data=digits", "phases.head.augmented_views=1"], {"phases.head.augmented_views": "without augmentation"}),
+        (["data=digits", "phases.fine_tune.thaw=all", "phases.fine_tune.features_dtype=float16"],
+         {"phases.fine_tune.features_dtype": "thaw=all"}),
+        (["data=digits", "export.formats=[]", "export.max_accuracy_drop=0.1"],
+         {"export.max_accuracy_drop": r"export.formats=[]"}),
+        (["data=digits", "resume=must"], {"resume": "without output_dir"}),
+        (["data=digits", "debug=overfit", "debug.max_examples=9", "model.dropout=0.1", "augmentation.zoom=0.1"],
+         {"debug.max_examples": "debug.overfit", "model.dropout": "debug.overfit", "augmentation.zoom": "debug.overfit"}),
+        (["data=digits", "phases.head.schedule={name:constant,final:0.1}"],
+         {"phases.head.schedule.final": "schedule.name=constant"}),
+        (["data=digits", "phases.head.optimizer={name:sgd,learning_rate:.1,nesterov:true}"],
+         {"phases.head.optimizer.nesterov": "without momentum"}),
+        (["data=digits", "phases=auto", "phases.auto.few_similar.head.schedule.final=.1"],
+         {"phases.auto.few_similar.head.schedule.final": "schedule.name=constant"}),
     ],
 )  # fmt: skip
 def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
     config = load(compose(arguments) or {})
     with raises(ConfigError) as caught:
-        require_read(config, [argument.partition("=")[0] for argument in arguments])
+        require_read(config, given_keys(arguments))
     assert {fault.key for fault in caught.value.faults} == set(reasons)
     for fault in caught.value.faults:
         assert reasons[str(fault.key)] in fault.problem
+
+
+@pytest.mark.parametrize(
+    "key", ["model.image_size=64", "training.batch_size=8", "phases.head.epochs=3", "output_dir=x"]
+)
+def test_prepare_refuses_what_only_a_run_reads(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(prepare.main, "data=digits", "output=x", key) == 2
+    assert f"{key.partition('=')[0]}: is not read by trainer.prepare; remove it" in capsys.readouterr().err
 
 
 def test_a_value_that_an_experiment_brings_is_not_refused() -> None:

@@ -104,9 +104,18 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         sys.argv = original
     if composed and show:
         tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
-        print(yaml.safe_dump(with_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
+        print(_as_yaml(with_defaults(RequestedConfig, tree)), end="")
         return None
     return resolve(composed[0]) if composed else None
+
+
+def _as_yaml(tree: dict[str, Any]) -> str:
+    """Write a configuration as YAML; a comment lists the keys of a section that is null."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    for name in (name for name, value in tree.items() if value is None):
+        if keys := [key for key in keys_of(RequestedConfig) if key.startswith(f"{name}.")]:
+            text = re.sub(rf"^{name}: null$", f"{name}: null # {', '.join(keys)}", text, flags=re.M)
+    return text
 
 
 def _without_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.diff import flat
 from trainer.config.keys import keys_of, kind_of, suggest_key, suggest_name
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, argument, quote, typed
@@ -141,8 +142,16 @@ def _shown_text(key: str, value: str) -> str:
 
 
 def given_keys(arguments: Sequence[str]) -> set[str]:
-    """Return the keys that arguments set: {"seed", "data.root"}; groups and Hydra's keys are left out."""
-    keys = {match[2] for text in arguments if (match := _KEY_VALUE.fullmatch(text))}
+    """Return the keys that arguments set: {"seed", "data.root"}; groups and Hydra's keys are left out.
+
+    Of a section that is given as `{name: sgd, momentum: 0.9}`, these are the keys in it.
+    """
+    keys: set[str] = set()
+    for text in arguments:
+        if match := _KEY_VALUE.fullmatch(text):
+            is_section = re.fullmatch(r"\s*\{.*\}\s*", match[3], re.S) and kind_of(RequestedConfig, match[2]) == "other"
+            tree = parse(text).value() if is_section else {}
+            keys.update(flat({match[2]: tree}) if isinstance(tree, dict) and tree else [match[2]])
     return {key for key in keys - GROUPS.keys() if not key.startswith("hydra")}
 
 

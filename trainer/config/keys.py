@@ -55,8 +55,7 @@ def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
         value = tree.get(name, field.default)
         section, named = _sections(field.annotation, value)
         if isinstance(value, BaseModel):
-            dumped = value.model_dump(mode="json")
-            value = f"{dumped['count']:g} {dumped['unit']}" if "unit" in dumped else dumped  # a Duration
+            value = _as_typed(value.model_dump(mode="json"))
         elif named and isinstance(value, dict):
             value = {n: with_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
         elif section and isinstance(value, dict):
@@ -64,6 +63,13 @@ def with_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
         if name in tree or not field.is_required():
             values[name] = list(value) if isinstance(value, tuple) else value
     return values | {name: value for name, value in tree.items() if name not in values}
+
+
+def _as_typed(value: Any) -> Any:
+    """Write each length of training in a dumped section as it is typed: {count: 2, unit: epochs} -> "2 epochs"."""
+    if isinstance(value, dict) and value.keys() == {"count", "unit"}:
+        return f"{value['count']:g} {value['unit']}"
+    return {key: _as_typed(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
