@@ -53,7 +53,9 @@ CASES: dict[str, list[Command]] = {
     "taught_live": [("trainer", *TINY, *LIVE, "augmentation=light", "training.keep=last", "debug.max_steps=4",
                      "distillation.teacher=runs/features/export/saved_model/1", "output_dir=runs/taught_live")],
     "warm": [("trainer", *TINY, "warm_start=runs/features", "debug.max_steps=3", "output_dir=runs/warm")],
-    "overfit": [("trainer", *TINY, "debug.overfit=true", "output_dir=runs/overfit")],
+    # Without debug.max_examples, which overfitting does not read.
+    "overfit": [("trainer", *(text for text in TINY if "max_examples" not in text), "debug.overfit=true",
+                 "output_dir=runs/overfit")],
     "workers": [("2", *TINY, "training.batch_size=12", "augmentation=light", "training.ema=0.9",
                  "output_dir=runs/workers")],
     "workers_features": [("2", *TINY, "training.batch_size=12", "augmentation=none",

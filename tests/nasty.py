@@ -26,6 +26,12 @@ def file_names(seed: int, count: int) -> list[str]:
     return list(names)
 
 
+def mixed_names(seed: int, count: int) -> list[str]:
+    """Different names of files, of which half are fixed ones and half are drawn."""
+    drawn = file_names(seed, len(FIXED) + count)[len(FIXED) :]
+    return [*random.Random(seed).sample(FIXED, count // 2), *drawn[: count - count // 2]]
+
+
 def paths(seed: int, count: int) -> list[str]:
     """Names with slashes, dots and null characters anywhere, as a listing or a record could have them."""
     draw = random.Random(seed)

@@ -37,8 +37,8 @@ def screen(output: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def on_terminal(command: list[str], width: int, cwd: Path = ROOT) -> str:
-    """Run a command, which ends with 0, on a terminal of this width; return what it wrote."""
+def on_terminal(command: list[str], width: int, cwd: Path = ROOT, code: int = 0) -> str:
+    """Run a command, which ends with this exit code, on a terminal of this width; return what it wrote."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -54,5 +54,5 @@ def on_terminal(command: list[str], width: int, cwd: Path = ROOT) -> str:
         if not part:
             break
         output += part
-    assert child.wait() == 0, output.decode()
+    assert child.wait() == code, output.decode()
     return output.decode()

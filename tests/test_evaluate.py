@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import yaml
 from tests.errors import raises
 from tests.models.efficient_net import IMAGENET, normalized, set_normalization
 from tests.processes import run_python
-from trainer.config.schema import load
-from trainer.errors import DataError
-from trainer.evaluate import apply_changes
+from trainer.config.schema import RunConfig, load
+from trainer.errors import ConfigError, DataError
+from trainer.evaluate import apply_changes, choose_other_source
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.stored_run import StoredRun, map_to_run_classes
@@ -71,26 +72,74 @@ def test_labels_are_mapped_by_name_and_absent_classes_are_named(
     assert [absent in note for note in data.notes] == [True] * bool(absent)
 
 
+def tree_of_run(**data: object) -> dict[str, Any]:
+    data = {"source": "image_folder", "root": "photos", "validation_fraction": 0.25, "test_fraction": 0.1} | data
+    phases, debug = {"head": {"thaw": "none", "epochs": 1}}, {"max_examples": 90}
+    tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": phases, "debug": debug}
+    return load(tree).model_dump(mode="json")
+
+
 @pytest.mark.parametrize(
-    ("changes", "fractions", "moved"),
+    ("changes", "scored", "moved"),
     [
-        (["data.root=other"], (0.0, 0.0), (0.25, 0.1)),
-        (["data=image_folder", "data.root=other"], (0.0, 0.0), (0.25, 0.1)),
-        (["data.root=other", "data.validation_fraction=0.5"], (0.5, 0.1), None),
-        (["data.on_error=skip"], (0.25, 0.1), None),
-        ([], (0.25, 0.1), None),
+        (["data.root=other"], (0.0, 0.0, None, None), (0.25, 0.1, 5, 90)),
+        (["data=image_folder", "data.root=other"], (0.0, 0.0, None, None), (0.25, 0.1, 5, 90)),
+        (["data=tfds", "data.name=beans"], (0.0, 0.0, None, None), (0.25, 0.1, 5, 90)),
+        (["data.root=other", "data.validation_fraction=0.5"], (0.5, 0.1, None, None), None),
+        (["data.root=other", "data.labels_per_class=7"], (0.0, 0.0, 7, None), (0.25, 0.1, 7, 90)),
+        (["data.root=other", "debug.max_examples=30"], (0.0, 0.0, None, 30), (0.25, 0.1, 5, 30)),
+        (["data.on_error=skip"], (0.25, 0.1, 5, 90), None),
+        ([], (0.25, 0.1, 5, 90), None),
     ],
 )
-def test_other_data_is_scored_as_a_whole_unless_a_fraction_is_given(
-    changes: list[str], fractions: tuple[float, float], moved: tuple[float, float] | None
+def test_other_data_is_scored_as_a_whole_unless_a_fraction_or_limit_is_given(
+    changes: list[str], scored: tuple[float | None, ...], moved: tuple[float | None, ...] | None
 ) -> None:
-    data = {"source": "image_folder", "root": "photos", "validation_fraction": 0.25, "test_fraction": 0.1}
-    phases = {"head": {"thaw": "none", "epochs": 1}}
-    tree = load({"data": data, "model": {"backbone": "MobileNetV2"}, "phases": phases}).model_dump(mode="json")
-    scored, divided = apply_changes(tree, changes)
-    assert (scored.data.validation_fraction, scored.data.test_fraction) == fractions
-    assert (divided and (divided.data.validation_fraction, divided.data.test_fraction)) == moved
-    assert divided is None or divided.data.root == "other"
+    def limits(config: RunConfig) -> tuple[float | None, ...]:
+        data = config.data
+        return data.validation_fraction, data.test_fraction, data.labels_per_class, config.debug.max_examples
+
+    whole, divided = apply_changes(tree_of_run(labels_per_class=5), changes)
+    assert limits(whole) == scored
+    assert (divided and limits(divided)) == moved
+
+
+@pytest.mark.parametrize("changes", [["data.name=beans"], ["data.data_dir=y"]])
+def test_another_dataset_by_name_is_scored_as_a_whole(changes: list[str]) -> None:
+    whole, divided = apply_changes(tree_of_run(source="tfds", root=None, name="cats"), changes)
+    assert (whole.data.validation_fraction, divided and divided.data.validation_fraction) == (0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [([], "ignore"), (["data=image_folder", "data.root=x"], "ignore"), (["data.root=x"], "ignore"),
+     (["data=image_folder", "data.root=x", "data.orientation=exif"], "exif"), (["data.orientation=exif"], "exif")],
+)  # fmt: skip
+def test_images_are_turned_as_in_the_run_unless_the_key_is_given(changes: list[str], expected: str) -> None:
+    assert apply_changes(tree_of_run(orientation="ignore"), changes)[0].data.orientation == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [("batch_size=8", "training.batch_size"), ("root=x", "data.root"), ("seed=1", "change only data")],
+)
+def test_what_cannot_be_changed_names_what_is_meant(change: str, fix: str) -> None:
+    with raises(ConfigError, key=change.partition("=")[0], problem="cannot be changed", fix=fix):
+        apply_changes(tree_of_run(), [change])
+
+
+@pytest.mark.parametrize("source", ["digits", "tfds", "image_folder"])
+def test_the_source_is_chosen_by_what_is_at_the_root(source: str, tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    changes, note = choose_other_source([f"data.root={tmp_path}"], source)
+    added = ["data=image_folder"] * (source != "image_folder")
+    assert changes == [*added, f"data.root={tmp_path}"]
+    assert bool(note) == bool(added)
+    run = {
+        "digits": {"root": None, "validation_fraction": 0.2, "test_fraction": 0.0},
+        "tfds": {"root": None, "name": "b"},
+    }
+    assert apply_changes(tree_of_run(source=source, **run.get(source, {})), changes)[0].data.root == str(tmp_path)
 
 
 def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def main() -> None:
 
         names = compare.shorten_addresses(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
+        compare.write_comparison(output, comparison)  # first, as whoever reads the table may end
         compare.print_comparison(comparison)
-        compare.write_comparison(output, comparison)
         log.info(f"page: {output}")
 
 

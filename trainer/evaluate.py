@@ -8,7 +8,8 @@ score a checkpoint of a run on a split, and write a report.
 Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
 
 The data is that of the run unless `data=...` or `data.KEY=...` changes it. Other data that has no splits is scored as a
-whole unless `data.validation_fraction` or `data.test_fraction` is given, and can have only some of the classes.
+whole, whatever limits the run had, unless such a key (`data.validation_fraction`, `data.test_fraction`,
+`data.labels_per_class`, `debug.max_examples`) is given, and can have only some of the classes.
 `runtime...`, `training.batch_size` and `debug.max_examples` can be changed as well. Exit codes are those of a run.
 """
 
@@ -24,24 +25,32 @@ if __name__ == "__main__":
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
 from trainer.cli.process import configure_log, exit_with_code, suppress_import_noise
+from trainer.cli.source import choose_source
+from trainer.config.keys import list_keys, suggest_key
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
+from trainer.monitoring.log import log
 from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 
 # Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
-FRACTIONS = ("validation_fraction", "test_fraction")
+FRACTIONS = {"validation_fraction", "test_fraction"}
+# Keys of `data` that use only some of the examples -> the value that uses all of them.
+ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None}
+# Keys that choose other data.
+ADDRESSES = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
 
 
 def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunConfig, RunConfig | None]:
     """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run.
 
     Returns:
-        The configuration of the evaluation, and None. If the changes choose another dataset and no fractions, the
-        evaluation does not split it, and the second value is the configuration that splits it like the run's dataset.
+        The configuration of the evaluation. If the changes choose another dataset, all of it is used, except for the
+        fractions and limits among the changes. The second value is then the configuration that splits and limits the
+        dataset like the run's, or None if such a key of `data` is among the changes.
 
     Raises:
         ConfigError: an argument is invalid, or changes a key that an evaluation cannot change.
@@ -49,25 +58,44 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
+            near = suggest_key(key, [known for known in list_keys(RunConfig) if CHANGEABLE.fullmatch(known)])
             fix = "change only data, runtime, training.batch_size and debug.max_examples"
+            fix = near if near.startswith("did") else fix
             raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)
     composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
         run_config["debug"]["overfit"] = False  # it applies only to the run's own dataset
-    fractions = {key: run_config["data"][key] for key in FRACTIONS}
+    run_data = dict(run_config["data"])
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
         old, new = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
             old, new = old[parent], new[parent]
         old[name] = new[name]
+    if "data" in keys and "data.orientation" not in keys:
+        run_config["data"]["orientation"] = run_data.get("orientation", "ignore")  # a part of the model's input
     config = load_resolved(run_config)
     require_read(config, keys)
-    if {f"data.{key}" for key in FRACTIONS} & set(keys) or not {"data", "data.root", "data.pattern"} & set(keys):
+    if not ADDRESSES & set(keys):
         return config, None
-    moved = load_resolved(run_config | {"data": run_config["data"] | fractions})
-    return load_resolved(run_config | {"data": run_config["data"] | dict.fromkeys(FRACTIONS, 0.0)}), moved
+    limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
+    as_run = {key: run_data[key] for key in limits if key in run_data}
+    moved: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | as_run})
+    if not limits.keys() >= FRACTIONS:  # the data is divided by the fractions that are given
+        moved, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
+    debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
+    return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved
+
+
+def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str]:
+    """Add `data=...` to changes that give an address of other data than that of `source`, the source of the run.
+
+    Returns the changes, and a line that states what was chosen and why; "" if the source is that of the run, whose
+    other settings of `data` are then left as they are.
+    """
+    chosen, note = choose_source(changes)
+    return (chosen[1:], "") if note and chosen[0] == f"data={source}" else (chosen, note)
 
 
 def main() -> None:
@@ -75,8 +103,11 @@ def main() -> None:
     with exit_with_code():
         options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         home, run_config, run_json = read_run(options["run"])
+        changes, note = choose_other_source(changes, run_config["data"]["source"])
         config, moved = apply_changes(run_config, changes)
         configure_log(config.runtime)
+        if note:
+            log.info(note)
         run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")

@@ -11,6 +11,7 @@ The splits are written in TFDS's folder format: read them with `data=tfds data.r
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -35,7 +36,9 @@ from trainer.data.prepare import parse_job_part, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log_unbuffered
+from trainer.monitoring.log import exit_at_once, log_unbuffered
+
+USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")
 
 
 def _exit_on_signal(signum: int, _frame: object) -> None:
@@ -43,7 +46,7 @@ def _exit_on_signal(signum: int, _frame: object) -> None:
     reason = f"{signal.Signals(signum).name}; start the same command again to write the missing shards"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
-    os._exit(INTERRUPTED)
+    exit_at_once(INTERRUPTED)
 
 
 def main() -> None:
@@ -57,7 +60,11 @@ def main() -> None:
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {format_usage(__doc__)}")
         config = load(composed)
-        require_read(config, list_given_keys(overrides) - {"data.split_seed"})  # it orders the records of every source
+        given = list_given_keys(overrides)
+        require_read(config, given - {"data.split_seed", "data.shards"})  # the seed orders the records of every source
+        if unread := sorted(key for key in given if not USED_KEYS.fullmatch(key)):
+            faults = [ConfigError("is not read by trainer.prepare", key=key, fix="remove it") for key in unread]
+            raise ConfigError.of_faults(faults)
         configure_log(config.runtime)
         part = parse_job_part(os.environ)
         start_monitoring(config, *part)

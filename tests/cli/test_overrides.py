@@ -2,11 +2,12 @@
 
 import random
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.errors import raises
+from tests.errors import ANY, raises
 from trainer.cli.compose import compose
 from trainer.cli.overrides import (
     evaluate_override,
@@ -160,6 +161,14 @@ def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
         ("model=x/y.h5", "model", "x/y.h5", "no such model", "model.weights=x/y.h5"),
         ("data=", "data", "", "no such data", "--help"),
         ("data=[digits]", "data", "[digits]", "no such data", "--help"),
+        ("phases=3", "phases", "3", "no such phases", "--help"),
+        ("model=null", "model", "null", "no such model", "leave it out"),
+        ("sweep=null", "sweep", "null", "no such sweep", "leave it out"),
+        ("debug=true", "debug", "true", "no such debug", "--help"),
+        ("experiment=1e3", "experiment", "1e3", "no such experiment", "--help"),
+        ("data@x=3", "data@x", "3", "no such data@x", "--help"),
+        ("hydra/launcher=3", "hydra/launcher", "3", "no such hydra/launcher", "--help"),
+        ("--resolve", "--resolve", None, "only for --cfg", "--cfg job"),
         ("photos", "photos", None, "is not KEY=VALUE", "training.batch_size=16"),
         ("=3", "=3", None, "is not KEY=VALUE", "KEY=VALUE"),
         ("a b=3", "a b=3", None, "is not KEY=VALUE", "KEY=VALUE"),
@@ -177,6 +186,35 @@ def test_what_cannot_be_read_has_its_key_and_what_to_type(
 ) -> None:
     with raises(ConfigError, key=key, value=value, problem=problem, fix=fix):
         compose([argument])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [("-m phases=1,two_phase", "phases"), ("-m phases=choice(two_phase,1)", "phases"), ("-m seed=1,2 --cfg job", "--cfg"),
+     ("--cfg=job --multirun seed=1", "--cfg"), ("-r -m seed=1", "-r"), ("--info -m", "--info")],
+)  # fmt: skip
+def test_a_sweep_has_one_error_too(arguments: str, key: str) -> None:
+    with raises(ConfigError, key=key, value=ANY, problem="no such phases|cannot be combined"):
+        compose(["data=digits", *arguments.split()])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("data=digits", "-m", "seed=1,2"), ("-m", "data=digits", "seed=1,2"), ("data=digits", "seed=1,2", "--multirun"),
+     ("data=digits", "--config-dir", "conf", "seed=1,2", "-m")],
+)  # fmt: skip
+def test_options_may_be_anywhere(arguments: tuple[str, ...]) -> None:
+    jobs: list[str] = []
+    compose(list(arguments), lambda _tree, overrides, _settings: jobs.append(overrides[-1]))  # type: ignore[arg-type]
+    assert jobs == ["++seed=1", "++seed=2"]
+
+
+@pytest.mark.parametrize("name", ["photos", "my photos", "2024", "photos/2024"])
+def test_a_folder_as_data_is_the_root(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with raises(ConfigError, key="data", value=name, fix=f"data=image_folder {format_argument('data.root', name)}"):
+        compose([f"data={name}"])
 
 
 def test_a_folder_alone_is_the_root(tmp_path: Any) -> None:

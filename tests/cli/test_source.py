@@ -10,6 +10,7 @@ from trainer import plan
 from trainer.cli.compose import compose
 from trainer.cli.source import choose_source, detect_source
 from trainer.errors import ConfigError, DataError
+from trainer.storage.path import storage_path
 
 
 def photos(folder: Path, *names: str) -> Path:
@@ -67,6 +68,33 @@ def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, .
         detect_source(str(root))
 
 
+@pytest.mark.parametrize(
+    ("names", "root", "problem", "fix"),
+    [
+        (["one.tfrecord"], "one.tfrecord", "is a file", "data=tfrecords data.pattern=.*/one.tfrecord"),
+        (["photos.zip"], "photos.zip", "is a file", "one folder per class"),
+        (["photos"], "photo", "does not exist", "one folder per class"),
+        (["beans/0.1.0/dataset_info.json", "beans/0.2.0/dataset_info.json"], "beans", "2 prepared", "beans/0.2.0"),
+        (["tf/a/1.0.0/dataset_info.json", "tf/b/1.0.0/dataset_info.json"], "tf", "2 prepared", "tf/b/1.0.0"),
+    ],
+)
+def test_what_is_at_the_root_is_named(names: list[str], root: str, problem: str, fix: str, tmp_path: Path) -> None:
+    photos(tmp_path, *names)
+    with raises(DataError, key="data.root", value=str(tmp_path / root), problem=problem, fix=fix):
+        detect_source(str(tmp_path / root))
+
+
+def test_a_bucket_of_many_classes_is_inspected_with_few_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = storage_path(photos(tmp_path, *(f"{k}/1.jpg" for k in range(100))))
+    requests: list[str] = []
+    monkeypatch.setattr(type(root), "is_local", False)
+    monkeypatch.setattr(type(root), "stat", lambda self: requests.append(str(self)))
+    assert detect_source(str(tmp_path))[0] == "image_folder"
+    assert len(requests) < 5
+
+
 def test_other_keys_name_their_source() -> None:
     assert choose_source(["data.name=beans"])[0] == ["data=tfds", "data.name=beans"]
     assert choose_source(["data.pattern=x/*.tfrec"])[0][0] == "data=tfrecords"
@@ -84,3 +112,42 @@ def test_the_choice_is_logged_and_the_quickstart_not_trained(
     assert f"data.root={root}: class folders, so data=image_folder" in capsys.readouterr().out
     assert exit_code_of(plan.main, f"data.root={root}", "--cfg", "job") == 0
     assert capsys.readouterr().out.startswith("data:\n  source: image_folder\n")
+
+
+@pytest.mark.parametrize("text", ["{0}/a,{0}/b c", "choice({0}/a, {0}/b c)", "{0}/a,'{0}/b c'", "{0}/a"])
+def test_a_sweep_over_folders_has_the_source_of_all_of_them(tmp_path: Path, text: str) -> None:
+    photos(tmp_path, "a/cat/1.jpg", "b c/dog/2.jpg")
+    chosen, note = choose_source(["-m", f"data.root={text.format(tmp_path)}", "seed=1"])
+    assert chosen == ["data=image_folder", "-m", f"data.root={text.format(tmp_path)}", "seed=1"]
+    roots: list[str] = []
+    compose(chosen, lambda tree, _overrides, _settings: roots.append(tree.data.root))  # type: ignore[arg-type]
+    assert roots == [f"{tmp_path}/a", f"{tmp_path}/b c"][: 1 + ("b c" in text)]
+    assert "class folders, so data=image_folder" in note
+
+
+def test_a_sweep_over_record_folders_is_one_over_patterns(tmp_path: Path) -> None:
+    photos(tmp_path, "a,1/x.tfrec", "b/y.tfrec")
+    chosen, _ = choose_source(["-m", f"data.root='{tmp_path}/a,1',{tmp_path}/b", "data.class_names=[a,b]"])
+    patterns: list[str] = []
+    compose(chosen, lambda tree, _overrides, _settings: patterns.append(tree.data.pattern))  # type: ignore[arg-type]
+    assert patterns == [f"{tmp_path}/a,1/*.tfrec*", f"{tmp_path}/b/*.tfrec*"]
+
+
+def test_a_sweep_over_several_sources_is_refused(tmp_path: Path) -> None:
+    photos(tmp_path, "a/cat/1.jpg", "b/dataset_info.json")
+    text = f"{tmp_path}/a,{tmp_path}/b"
+    with raises(ConfigError, key="data.root", value=text, problem="several sources", fix="one source"):
+        choose_source(["-m", f"data.root={text}"])
+
+
+def test_a_root_from_the_environment_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTOS", str(photos(tmp_path, "cat/1.jpg")))
+    assert choose_source(["data.root=${oc.env:PHOTOS}"])[0] == ["data=image_folder", "data.root=${oc.env:PHOTOS}"]
+
+
+@pytest.mark.parametrize("arguments", [["data.root=${output_dir}"], ["-m", "data.root=glob(*)"]])
+def test_a_root_that_is_not_known_yet_needs_a_source(arguments: list[str]) -> None:
+    with raises(
+        ConfigError, key="data.root", value=arguments[-1][10:], problem="only when a run begins", fix="add data="
+    ):
+        choose_source(arguments)

@@ -7,9 +7,12 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
+from tests.cli.verbs import exit_code_of
 from tests.config.test_schema import tree
 from tests.errors import raises
+from trainer import prepare
 from trainer.cli.compose import compose
+from trainer.cli.overrides import list_given_keys
 from trainer.config.base import Duration
 from trainer.config.keys import add_defaults, classify_key, is_section, list_keys, list_union_members, suggest_key
 from trainer.config.schema import RequestedConfig, load
@@ -46,6 +49,12 @@ def test_each_key_has_a_kind(key: str, kind: str) -> None:
         ("image_size", "did you mean model.image_size?"),
         ("data.class_name", "did you mean data.class_names?"),
         ("trainin.batchsize", "did you mean training.batch_size?"),
+        ("EPOCHS", "did you mean phases.head.epochs or phases.fine_tune.epochs?"),
+        ("gpu", "did you mean runtime.replicas?"),
+        ("out", "did you mean output_dir?"),
+        ("data.folder", "did you mean data.root?"),
+        ("scheduler", "did you mean phases.head.schedule.name or phases.fine_tune.schedule.name?"),
+        ("model.name", "did you mean model.backbone?"),
         ("xyzzy", "known: data, model, phases"),
     ],
 )  # fmt: skip
@@ -61,7 +70,21 @@ def test_a_mistyped_key_is_searched_in_the_whole_tree(key: str, fix: str) -> Non
         (["phases.head.optimzer.learning_rate=1"], "phases.head.optimzer", "phases.head.optimizer"),
         (["phases.epochs=3"], "phases.epochs", "phases.head.epochs or phases.fine_tune.epochs"),
         (["training=3"], "training", "set a key in it, such as training.batch_size"),
-        (["phases.head=3"], "phases.head", "set a key in it, such as phases.head.thaw"),
+        (["phases.head=3"], "phases.head", "set a key in it, such as phases.head."),
+        (["phases.head.optimizer=sgd"], "phases.head.optimizer", "write phases.head.optimizer.name=sgd"),
+        (["phases.head.schedule=cosine"], "phases.head.schedule", "write phases.head.schedule.name=cosine"),
+        (["phases.head.early_stopping=3"], "phases.head.early_stopping", "such as phases.head.early_stopping.patience"),
+        (["head.optimizer.lr=1"], "head", "did you mean phases.head.optimizer.learning_rate?"),
+        (
+            ["phases=auto", "phases.auto.fine_tune.epochs=3"],
+            "phases.auto.fine_tune",
+            "phases.auto.few_different.fine_tune.epochs",
+        ),
+        (
+            ["experiment=photos", "data.root=x", "phases.fine_tune.epochs=3"],
+            "phases.auto",
+            "set phases.auto.few_similar.fine_tune.epochs (and of few_different, many_similar, many_different)",
+        ),
     ],
 )
 def test_a_key_at_a_wrong_depth_is_searched_too(arguments: list[str], key: str, fix: str) -> None:
@@ -193,12 +216,28 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
          {"phases.head.optimizer.nesterov": "without momentum"}),
         (["data=digits", "augmentation.magnitude=3", "augmentation.fill=reflect"],
          {"augmentation.magnitude": "without augmentation.randaugment", "augmentation.fill": "without one of rotation"}),
+        (["data=image_folder", "data.root=x", "data.label_kind=text", "data.shards=5", "data.shard_by=file"],
+         {"data.label_kind": "only with tfds or tfrecords", "data.shards": "trainer.prepare", "data.shard_by": "only with"}),
+        (["data=digits", "phases.head.augmented_views=1"], {"phases.head.augmented_views": "without augmentation"}),
+        (["data=digits", "phases.fine_tune.thaw=all", "phases.fine_tune.features_dtype=float16"],
+         {"phases.fine_tune.features_dtype": "thaw=all"}),
+        (["data=digits", "export.formats=[]", "export.max_accuracy_drop=0.1"],
+         {"export.max_accuracy_drop": r"export.formats=[]"}),
+        (["data=digits", "resume=must"], {"resume": "without output_dir"}),
+        (["data=digits", "debug=overfit", "debug.max_examples=9", "model.dropout=0.1", "augmentation.zoom=0.1"],
+         {"debug.max_examples": "debug.overfit", "model.dropout": "debug.overfit", "augmentation.zoom": "debug.overfit"}),
+        (["data=digits", "phases.head.schedule={name:constant,final:0.1}"],
+         {"phases.head.schedule.final": "schedule.name=constant"}),
+        (["data=digits", "phases.head.optimizer={name:sgd,learning_rate:.1,nesterov:true}"],
+         {"phases.head.optimizer.nesterov": "without momentum"}),
+        (["data=digits", "phases=auto", "phases.auto.few_similar.head.schedule.final=.1"],
+         {"phases.auto.few_similar.head.schedule.final": "schedule.name=constant"}),
     ],
 )  # fmt: skip
 def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
     config = load(compose(arguments) or {})
     with raises(ConfigError) as caught:
-        require_read(config, [argument.partition("=")[0] for argument in arguments])
+        require_read(config, list_given_keys(arguments))
     assert {fault.key for fault in caught.value.faults} == set(reasons)
     for fault in caught.value.faults:
         assert reasons[str(fault.key)] in fault.problem
@@ -208,6 +247,14 @@ def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons
 def test_a_fraction_is_read_where_the_split_of_the_dataset_is_not_named(split: str) -> None:
     arguments = ["data=tfds", "data.name=x", f"data.test_split={split}", "data.test_fraction=0.1"]
     require_read(load(compose(arguments) or {}), ["data.test_fraction"])
+
+
+@pytest.mark.parametrize(
+    "key", ["model.image_size=64", "training.batch_size=8", "phases.head.epochs=3", "output_dir=x"]
+)
+def test_prepare_refuses_what_only_a_run_reads(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(prepare.main, "data=digits", "output=x", key) == 2
+    assert f"{key.partition('=')[0]}: is not read by trainer.prepare; remove it" in capsys.readouterr().err
 
 
 def test_a_value_that_an_experiment_brings_is_not_refused() -> None:

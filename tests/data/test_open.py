@@ -182,6 +182,18 @@ def test_split_folders_are_the_splits(tmp_path: Path, validation: str) -> None:
     assert counts(folder(tmp_path, tmp_path / "pets")) == {"train": 16, "validation": 4, "test": 6}
 
 
+def test_a_fraction_is_the_split_that_has_no_folder_and_one_that_is_not_used_is_noted(tmp_path: Path) -> None:
+    for start, (name, count) in enumerate({"train": 10, "validation": 4}.items()):
+        fill_folder(tmp_path / "pets" / name, {"cat": count, "dog": count}, 100 * start)
+    dataset = folder(tmp_path, tmp_path / "pets", validation_fraction=0.3, test_fraction=0.2)
+    assert counts(dataset) == {"train": 16, "validation": 8, "test": 4}
+    assert "data.validation_fraction=0.3 is not used: the data has a validation split" in dataset.notes
+    assert not [note for note in folder(tmp_path, tmp_path / "pets").notes if "not used" in note]
+    records = str(write_records(tmp_path / "set", {"train": [0, 1, 2, 2] * 5, "test": [0, 1, 2]}))
+    dataset = opened(tmp_path, source="tfds", root=records, test_fraction=0.3)
+    assert "data.test_fraction=0.3 is not used: the data has a test split" in dataset.notes
+
+
 def test_the_fingerprint_follows_the_content_and_not_the_path(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
     shutil.copytree(root, tmp_path / "elsewhere" / "animals")
@@ -321,6 +333,15 @@ def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) 
         ):
             with raises(DataError, "data.class_names", f"[{','.join(names)}]", "leave it out", problem):
                 opened(tmp_path, **data, class_names=names)
+
+
+@pytest.mark.parametrize("classes", [("cat",), ("cat", "dog"), CLASSES, (*CLASSES, "yak")])
+def test_an_evaluation_reads_other_classes_than_those_of_data_class_names(
+    classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    root = fill_folder(tmp_path / "pets", dict.fromkeys(classes, 3))
+    options = {"class_names": ("owl", "cat", "dog"), "purpose": "evaluate", "validation_fraction": 0.0}
+    assert set(folder(tmp_path, root, **options).class_names) == set(classes)
 
 
 def test_labels_per_class_selects_that_many_by_seed(tmp_path: Path) -> None:

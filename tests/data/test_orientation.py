@@ -53,6 +53,18 @@ def test_images_are_decoded_as_pillow_turns_them(kind: str, limit: int, orientat
     assert np.abs(decoded(data, 48, resize, "ignore") - decoded(stored, resize=resize)).max() <= limit
 
 
+@pytest.mark.parametrize("length", [73, 77, 329, 333, 18_694, 18_761, 19_789])
+def test_the_length_of_the_exif_data_of_a_webp_may_have_the_bytes_of_their_first_letters(length: int) -> None:
+    data = photo(6, "WEBP")
+    content = data[data.index(b"EXIF") + 8 :]
+    longer = data[: data.index(b"EXIF") + 4] + struct.pack("<I", length) + content.ljust(length, b"\0")[:length]
+    longer += b"\0" * (length % 2)
+    longer = longer[:4] + struct.pack("<I", len(longer) - 8) + longer[8:]
+    with Image.open(io.BytesIO(longer)) as image:
+        assert image.getexif()[0x0112] == 6
+    assert np.array_equal(decoded(longer), decoded(upright(data)))
+
+
 @pytest.mark.parametrize(("size", "ratio"), [(25, 8), (50, 4), (100, 2)])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_large_photo_is_turned_at_every_scale(orientation: int, size: int, ratio: int) -> None:

@@ -22,6 +22,7 @@ from trainer.data.records import frame_record, locate_records, read_source_name,
 from trainer.data.tfds_folder import DatasetFolder
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
+from trainer.monitoring.log import configure
 from trainer.storage.path import storage_path
 from trainer.types import Split
 
@@ -80,6 +81,18 @@ def test_prepared_images_have_the_pixels_of_the_files(tmp_path: Path, orientatio
     )
     for name, image in direct.items():
         np.testing.assert_array_equal(again[name], image, name)
+
+
+@pytest.mark.parametrize("orientation", ["exif", "ignore"])
+def test_the_command_that_is_printed_reads_the_images_as_they_were_prepared(
+    tmp_path: Path, orientation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = fill_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    configure()
+    out = prepared(tmp_path, root, orientation=orientation)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "train on it" in line)
+    command = f"python -m trainer data=tfds data.root={out}"
+    assert line.partition("train on it: ")[2] == command + " data.orientation=ignore" * (orientation == "ignore")
 
 
 def test_a_tiff_is_converted_and_one_with_16_bits_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The progress display on a pseudo-terminal of three widths: what it shows first, and that nothing of it is left."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,12 +30,16 @@ for step in range(200, 601, 100):
     health.record_steps(step, 7)
     time.sleep(0.3)
     health.set_activity("validation")
+    health.record_progress(0, 4)
+    time.sleep(0.3)
     health.record_progress(3, 4)
     time.sleep(0.3)
 log.info("fine_tune  epoch 7 done")
 health.enter_phase(FINISH)
 for stage in ("evaluation", "export", "report"):
     health.set_activity(stage)
+    health.record_progress(0, 2)
+    time.sleep(0.3)
     health.record_progress(1, 2)
     time.sleep(0.4)
 display.stop()
@@ -68,9 +74,111 @@ def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pyte
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
+    current.record_progress(0, 4)
+    assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ╌╌╌╌╌╌╌╌╌╌    0%  left -:--"
+    current.work_began = 0, 1000.0
     current.record_progress(3, 4)
     assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
     assert len(format_progress_line(30, phase, FIGURES, now=1009.0)) < 30
+
+
+@pytest.mark.parametrize("activity", ["evaluation", "report"])
+def test_the_time_left_is_that_of_the_loop_which_counts(activity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins 100 s into the activity, and is the second one of it."""
+    monkeypatch.setattr("trainer.monitoring.display.health", current := Health())
+    monkeypatch.setattr("trainer.monitoring.health.time.monotonic", lambda: now)
+    now = 1000.0
+    current.enter_phase(FINISH)
+    current.set_activity(activity)
+    phase = PhaseProgress(activity, 0, 100, 5, began_step=20, began=1000.0)  # a phase may have any name
+    for start, first, parts in ((1100.0, 0, 63), (1200.0, 30, 63), (1300.0, 2, 9)):
+        now = start
+        current.record_progress(first, parts)
+        now += 2.0
+        current.record_progress(first + 1, parts)
+        left = format_duration(2.0 * (parts - first - 1))
+        assert format_progress_line(80, phase, [], now).endswith(f"  left {left}")
+        current.record_progress(parts, parts)
+
+
+@pytest.mark.parametrize("program", [
+    "with written_images('bar') as show:\n    for k in range(9): show(k, 9); print(k, flush=True); time.sleep(0.1)",
+    "shown = Display(PatientConsole())\nfor k in range(9): shown.console.print(k); log.info('x'); time.sleep(0.1)\nshown.stop()",
+])  # fmt: skip
+def test_a_reader_that_ends_does_not_end_the_process(program: str) -> None:
+    program = f"""
+import sys, time
+from trainer.cli.process import exit_with_code
+from trainer.monitoring.console import PatientConsole
+from trainer.monitoring.display import Display
+from trainer.monitoring.log import log
+from trainer.monitoring.progress import written_images
+with exit_with_code():
+    exec({program!r})
+    sys.stderr.write("done")
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"}  # rich then draws on a pipe too
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=-1, env=environment, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "done")
+
+
+INTERRUPTED_PROGRAM = """
+import os, signal, sys, time
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.discovery import discover
+from trainer.cluster.signals import StopFlag
+from trainer.monitoring.console import PatientConsole
+from trainer.monitoring.display import Display
+from trainer.monitoring.health import health
+from trainer.monitoring.log import configure
+from trainer.monitoring.progress import written_images
+from trainer.prepare import _exit_on_signal
+configure()
+how = sys.argv[1]
+if how == "prepare":
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    with written_images("bar") as show:
+        show(3, 9)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+stop = StopFlag()
+display = Display(PatientConsole(highlight=False))
+health.set_activity("training")
+health.record_progress(3, 9)
+time.sleep(0.5)
+os.write(1, b"^C")
+if how == "control":
+    control = ControlChannel(discover({}), {})
+    control.on_end = lambda code, message: time.sleep(0.6)
+    control.end(75, "stalled")
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.6)
+if how == "twice":
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+display.stop()
+sys.exit(75)
+"""
+SAVING = "SIGINT: saving at the next step, then stopping (again to stop at once)"
+AT_ONCE = "SIGINT: stopping at once"
+WRITING = "interrupted: SIGTERM; start the same command again to write the missing shards"
+
+
+@pytest.mark.parametrize(
+    ("how", "lines"),
+    [("once", [SAVING]), ("twice", [SAVING, AT_ONCE]), ("control", ["interrupted: stalled"]), ("prepare", [WRITING])],
+)
+def test_an_interrupted_process_leaves_no_progress_and_shows_the_cursor(how: str, lines: list[str]) -> None:
+    output = on_terminal([sys.executable, "-c", INTERRUPTED_PROGRAM, how], 120, code=75)
+    assert "left" in output or "writing images" in output  # it was shown
+    assert [line for line in screen(output, 120) if line] == lines
+    assert re.findall(r"\x1b\[\?25[hl]", output)[-1].endswith("h")
 
 
 def test_format_duration() -> None:

@@ -1,11 +1,14 @@
 """Comparison of runs: common examples, verdicts, and what is refused."""
 
+import base64
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from trainer.errors import DataError
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import (
+    _read_image,
     compare_configurations,
     compare_runs,
     describe_outcome,
@@ -80,6 +84,24 @@ def test_a_better_run_is_called_better_and_an_equal_one_is_not(tmp_path: Path) -
     assert comparison.p[0] >= comparison.pairs[0].p
     swapped = compared(runs[1], runs[0])
     assert describe_outcome(swapped.pairs[0], swapped.p[0]) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("data", "is_turned"), [({"orientation": "exif"}, True), ({"orientation": "ignore"}, False), ({}, False)]
+)
+def test_an_image_is_shown_as_the_run_read_it(data: dict[str, str], is_turned: bool, tmp_path: Path) -> None:
+    pixels = np.zeros((120, 120, 3), np.uint8)
+    pixels[:60] = 255  # on the right when it is turned
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    run = replace(read_scored_run(str(make_run(tmp_path / "a", 0.7)), "a"), config={"data": data})
+    shown = re.search(r"base64,([^\"]+)", str(_read_image(run, str(tmp_path / "x.png"))))
+    assert shown
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[1]))).convert("L"))
+    top, right = image[: len(image) // 2].mean(), image[:, image.shape[1] // 2 :].mean()
+    assert (right > 200) == is_turned
+    assert (top > 200) != is_turned
 
 
 def test_only_common_examples_count(tmp_path: Path) -> None:
@@ -199,6 +221,19 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "trainer.compare", *arguments]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_reader_of_the_table_that_ends_early_does_not_end_the_command(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 0.7)
+    make_run(tmp_path / "b", 0.9)
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "trainer.compare", "a", "b"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, stdout=writer, stderr=-1, env=environment, check=False, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "compare.html").is_file()
 
 
 def test_the_command(tmp_path: Path) -> None:

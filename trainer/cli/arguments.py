@@ -67,7 +67,9 @@ def parse_arguments(
         elif re.fullmatch(rest, argument):
             unchanged.append(argument)
         elif equals:
-            raise ConfigError("there is no such argument", key=key, fix=f"{suggest_name(key, list(keys))} {fix}")
+            near = suggest_name(key, list(keys))
+            fix = f"{near} {fix}" if near.endswith("?") else f"{near}; {fix}"
+            raise ConfigError("there is no such argument", key=key, fix=fix)
         else:
             raise ConfigError("is not key=value", key=argument, fix=f"{fix}; known: {', '.join(keys)}")
     if missing := next((key for key, problem in keys.items() if problem and key not in values), None):

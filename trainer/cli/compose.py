@@ -19,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import trainer
-from trainer.cli.overrides import GROUPS, list_given_keys, parse_weights, translate_overrides
+from trainer.cli.overrides import (
+    GROUPS,
+    fix_of_choice,
+    list_given_keys,
+    options_first,
+    parse_weights,
+    translate_overrides,
+)
 from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
 from trainer.config.schema import RequestedConfig, load
 from trainer.config.unread import require_read
@@ -94,10 +101,9 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     arguments = [_allow_new_key(a) for a in arguments]
     if "sweep" not in chosen:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
-    if not chosen & {"experiment", "data"}:  # inserted after the last value: Hydra requires all values in a row
-        values = [i for i, a in enumerate(arguments, start=1) if "=" in a or a.startswith("~")]
-        arguments.insert(max(values, default=len(arguments)), "experiment=quickstart")
-    original, sys.argv = sys.argv, ["python -m trainer", *arguments]
+    if not chosen & {"experiment", "data"}:
+        arguments.append("experiment=quickstart")
+    original, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
     try:
         hydra.main(config_path=str(find_conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -106,9 +112,18 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         sys.argv = original
     if composed and print_config:
         tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
-        print(yaml.safe_dump(add_defaults(RequestedConfig, tree), sort_keys=False, allow_unicode=True), end="")
+        print(_format_yaml(add_defaults(RequestedConfig, tree)), end="")
         return None
     return resolve(composed[0]) if composed else None
+
+
+def _format_yaml(tree: dict[str, Any]) -> str:
+    """Write a configuration as YAML; a comment lists the keys of a section that is null."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    for name in (name for name, value in tree.items() if value is None):
+        if keys := [key for key in list_keys(RequestedConfig) if key.startswith(f"{name}.")]:
+            text = re.sub(rf"^{name}: null$", f"{name}: null # {', '.join(keys)}", text, flags=re.M)
+    return text
 
 
 def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
@@ -156,9 +171,9 @@ def _config_error(error: Exception) -> ConfigError:
         group, name = choice.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
-        return ConfigError(
-            f"there is no such {group}", key=group, value=name, fix=suggest_name(name, list_choices(group))
-        )
+        fix = fix_of_choice(group, name)
+        fix = fix if fix.startswith("write") else suggest_name(name, list_choices(group))
+        return ConfigError(f"there is no such {group}", key=group, value=name, fix=fix)
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(
             "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *list_keys(RequestedConfig)])

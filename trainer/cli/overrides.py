@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.diff import flatten
 from trainer.config.keys import classify_key, how_to_write, list_keys, suggest_key, suggest_name, takes_list
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, format_argument, quote, quote_if_needed
@@ -40,6 +41,8 @@ _ELEMENT = re.compile(rf"\s*(?:{QUOTED})\s*(?::[^,]*)?(?=,|\Z)|(?:\([^()]*\)|\[[
 _OPTIONS = {"--multirun": 0, "-m": 0, "--run": 0, "-r": 0, "--resolve": 0, "--hydra-help": 0, "--cfg": 1, "-c": 1,
             "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--info": 0, "-i": 0, "--help": 0, "-h": 0,
             "--version": 0}  # fmt: skip
+_SAME_OPTION = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info"}
+_COMMANDS = ("--multirun", "--run", "--cfg", "--info")  # Hydra takes at most one of these
 
 
 def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
@@ -49,9 +52,11 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
         sweep: whether a value can be a list of values, one for each run.
 
     Raises:
-        ConfigError: an argument is neither an option nor KEY=VALUE, or its value cannot be parsed.
+        ConfigError: an argument is neither an option nor KEY=VALUE, its value cannot be parsed, or options exclude one
+            another.
     """
-    overrides, values_left = [], 0  # number of further arguments that are values of the last option
+    overrides: list[str] = []
+    values_left, options = 0, {}  # number of further arguments that are values of the last option
     for index, text in enumerate(arguments):
         if values_left:
             values_left -= 1
@@ -60,13 +65,33 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
             if option not in _OPTIONS:
                 raise _no_such_option_error(text)
             values_left = 0 if equals else _OPTIONS[option]
+            options[_SAME_OPTION.get(option, option)] = option
             values = text.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
             if option in ("--cfg", "-c") and not {*values} & {"job", "hydra", "all"}:
                 raise ConfigError("needs job, hydra or all", key=option, fix="write --cfg job")
         else:
             text = _translate_override(text, sweep)
         overrides.append(text)
+    commands = [options[name] for name in _COMMANDS if name in options]
+    if len(commands) > 1:
+        fix = f"leave out {' or '.join(commands)}"
+        raise ConfigError(f"cannot be combined with {commands[0]}", key=commands[1], fix=fix)
+    if "--resolve" in options and "--cfg" not in options:
+        raise ConfigError("is only for --cfg", key="--resolve", fix="write --cfg job --resolve")
     return overrides
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Move the options before the overrides, since Hydra reads only overrides that are all in a row."""
+    options: list[str] = []
+    overrides: list[str] = []
+    values = 0
+    for text in arguments:
+        is_option = not values and text.startswith("-")
+        (options if is_option or values else overrides).append(text)
+        values = values - 1 if values else _OPTIONS.get(text, 0) if is_option else 0
+    # Hydra takes what follows a plain --info as its value.
+    return ["--info=all" if text in ("--info", "-i") else text for text in options] + overrides
 
 
 def parse_override(override: str) -> Override:
@@ -118,8 +143,18 @@ def _format_text(key: str, value: str) -> str:
 
 
 def list_given_keys(arguments: Sequence[str]) -> set[str]:
-    """List the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys."""
-    keys = {match[2] for text in arguments if (match := _KEY_VALUE.fullmatch(text))}
+    """List the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys.
+
+    Of a section that is given as `{name: sgd, momentum: 0.9}`, these are the keys in it.
+    """
+    keys: set[str] = set()
+    for text in arguments:
+        if match := _KEY_VALUE.fullmatch(text):
+            is_section = (
+                re.fullmatch(r"\s*\{.*\}\s*", match[3], re.S) and classify_key(RequestedConfig, match[2]) == "other"
+            )
+            tree = parse_override(text).value() if is_section else {}
+            keys.update(flatten({match[2]: tree}) if isinstance(tree, dict) and tree else [match[2]])
     return {key for key in keys - GROUPS.keys() if not key.startswith("hydra")}
 
 
@@ -170,6 +205,9 @@ def _translate_override(text: str, sweep: bool) -> str:
     if not match:
         if not re.match(r"~|\+{0,2}[\w/]+@?[\w./]*=", text):
             raise _no_key_error(text)
+        group, _, value = text.partition("=")
+        if not text.startswith("~"):
+            _check_text(group.lstrip("+"), value)
         parse_override(text)  # ~key, group@package=name, ...
         return text
     plus, key, value = match.groups()
@@ -239,16 +277,28 @@ def _quote_list(text: str) -> str:
 def _check_group(group: str, value: str, sweep: bool) -> None:
     """Raise a ConfigError if the value cannot be a choice of the group, as a path cannot."""
     if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (sweep and value):
+        function = FUNCTION.fullmatch(value)
+        for name in split_elements(function[2] if function else value) if sweep else [value]:
+            _check_text(group, name)
         return
     if "," in value and not sweep and value[:1] not in "[{(":
         raise _several_values_error(f"{group}={value}")
-    path = value.rstrip("/")
-    fix = "choose one by its name: --help lists them"
-    if re.search(r"[/~\\]", value) and group in _PATH_KEYS:
-        fix = (
-            "write " + _PATH_KEYS[group] + format_argument(f"{group}.{'root' if group == 'data' else 'weights'}", path)
-        )
-    raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix)
+    raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix_of_choice(group, value))
+
+
+def fix_of_choice(group: str, value: str) -> str:
+    """Return the fix for a value that is no file of a group: the key that takes a path, if it is one."""
+    is_folder = group == "data" and value and Path(value).expanduser().is_dir()
+    if group in _PATH_KEYS and (is_folder or re.search(r"[/~\\]", value)):
+        key = f"{group}.{'root' if group == 'data' else 'weights'}"
+        return f"write {_PATH_KEYS[group]}{format_argument(key, value.rstrip('/'))}"
+    return "leave it out" if value.lower() == "null" else "choose one by its name: --help lists them"
+
+
+def _check_text(group: str, value: str) -> None:
+    """Raise a ConfigError if Hydra reads the name of a file of a group as a number, a truth value or null."""
+    if not isinstance(parse_override(f"x={value}").value(), str | list | QuotedString | Sweep):
+        raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix_of_choice(group, value))
 
 
 def _several_values_error(text: str) -> ConfigError:

@@ -7,7 +7,6 @@ peer ends its own process.
 
 import contextlib
 import json
-import os
 import queue
 import socket
 import sys
@@ -23,7 +22,7 @@ from trainer.cluster.protocol import MAGIC, PREFIX, translate_peer_failure
 from trainer.errors import BUG, INTERRUPTED, ConfigError, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log_unbuffered
+from trainer.monitoring.log import exit_at_once, log_unbuffered
 from trainer.storage.arrays import pack, unpack
 
 MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker
@@ -267,7 +266,7 @@ class ControlChannel:
                 self.on_end(code, message)
                 sys.stdout.flush()
             finally:
-                os._exit(code)
+                exit_at_once(code)
 
 
 def list_differences(by_worker: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,5 @@
 """Signal handlers. In training, the first SIGTERM or SIGINT sets a flag, and the second ends the process at once."""
 
-import os
 import select
 import signal
 import socket
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from trainer.errors import INTERRUPTED, StopRequested
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log_unbuffered
+from trainer.monitoring.log import exit_at_once, log_unbuffered
 
 STOP_TIMEOUT_SECONDS = 90.0  # of one step after a stop request; a pod is killed after 120 s (k8s/base/job.yaml)
 RETRY = "start the same command again, nothing is lost"
@@ -25,7 +24,7 @@ def exit_on_sigterm() -> None:
 
     def end(_signum: int, _frame: object) -> None:
         log_unbuffered(f"interrupted: SIGTERM; {RETRY}")
-        os._exit(INTERRUPTED)
+        exit_at_once(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, end)
 
@@ -96,7 +95,7 @@ class StopFlag:
                 if count > 1:
                     log_unbuffered(f"\n{name}: stopping at once")
                     termination.write(INTERRUPTED, f"{name} a second time: stopped at once")
-                    os._exit(INTERRUPTED)
+                    exit_at_once(INTERRUPTED)
                 self.request(name)
                 log_unbuffered(f"\n{name}: saving at the next step, then stopping (again to stop at once)")
                 self.on_signal(name)

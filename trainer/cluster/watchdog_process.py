@@ -27,7 +27,7 @@ from trainer.cluster.protocol import MAGIC, PREFIX, translate_peer_failure
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import configure, log_unbuffered
+from trainer.monitoring.log import configure, erase_display, log_unbuffered
 
 INTERVAL_SECONDS = 1.0  # between states of the process, and between checks of the watchdog
 UNRESPONSIVE_SECONDS = 4.0  # without a state, after which the watchdog acts for the process
@@ -180,6 +180,7 @@ class _Watchdog:
             health.phase = self.state["phase"]
             if self.state["step"] is not None:
                 health.set_gauges(step=self.state["step"])
+            erase_display(1, 2)  # of the process, which cannot
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, STACK_SIGNAL)
             self.log_stacks(0.5)

@@ -141,6 +141,16 @@ _FIXES = {  # error type of pydantic -> fix, since its own messages name Python 
 }
 
 
+def _key_of_value(key: str, value: Any, section: type[BaseModel]) -> str:
+    """Return the fix for a section that was given a value: the key in it that has a value of this kind."""
+    kinds = {name: list_union_members(field.annotation) for name, field in section.model_fields.items()}
+    if isinstance(value, str) and "name" in kinds:
+        return f"write {key}.name={value}"
+    numbers = [name for name, members in kinds.items() if {int, float} & set(members)]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"set a key in it, such as {key}.{(numbers if is_number and numbers else list(kinds))[0]}"
+
+
 def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
     """Translate one entry of `ValidationError.errors()` for the validated `tree`."""
     (key, _), kind, path = _locate(root, details["loc"]), details["type"], details["loc"]
@@ -158,10 +168,9 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     if kind.startswith("model_") and not isinstance(details["input"], dict):
         rest = {n: v for n, v in tree.get("phases", {}).items() if isinstance(v, dict)} if path[0] == "phases" else {}
         fix = suggest_key(key, list_keys(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
-        inside = f"set a key in it, such as {key}.{next(iter(_locate(root, (*path, ''))[1].model_fields))}"
-        return ConfigError(
-            "has keys, not a value", key=key, value=value, fix=inside if fix.startswith("known") else fix
-        )
+        inside = _key_of_value(key, value, _locate(root, (*path, ""))[1])
+        is_other = fix.startswith("did") and f" {key}?" not in fix and f" {key}." not in fix
+        return ConfigError("has keys, not a value", key=key, value=value, fix=fix if is_other else inside)
     if kind == "missing" and len(path) == 3 and path[::2] == ("phases", "thaw"):  # a mistyped name makes a new phase
         others = [name for name in tree["phases"] if name != path[1]]
         return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], others))

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "gpus": "replicas", "epoch": "epochs",
             "num_epochs": "epochs", "img_size": "image_size", "size": "image_size", "input_size": "image_size",
             "output": "output_dir", "run_name": "experiment_name", "num_workers": "data_threads", "path": "root",
-            "wd": "weight_decay", "classes": "class_names", "pretrained": "weights",
+            "gpu": "replicas", "out": "output_dir", "folder": "root", "scheduler": "schedule",
+            "model.name": "model.backbone", "wd": "weight_decay", "classes": "class_names", "pretrained": "weights",
             "val_split": "validation_fraction", "val_fraction": "validation_fraction"}  # fmt: skip
 _MAX_SUGGESTED = 3
 Kind = Literal["text", "texts", "weights", "other"]
@@ -54,8 +55,7 @@ def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
         value = tree.get(name, field.default)
         section, named = _sections(field.annotation, value)
         if isinstance(value, BaseModel):
-            dumped = value.model_dump(mode="json")
-            value = f"{dumped['count']:g} {dumped['unit']}" if "unit" in dumped else dumped  # a Duration
+            value = _as_typed(value.model_dump(mode="json"))
         elif named and isinstance(value, dict):
             value = {n: add_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
         elif section and isinstance(value, dict):
@@ -63,6 +63,13 @@ def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
         if name in tree or not field.is_required():
             values[name] = list(value) if isinstance(value, tuple) else value
     return values | {name: value for name, value in tree.items() if name not in values}
+
+
+def _as_typed(value: Any) -> Any:
+    """Write each length of training in a dumped section as it is typed: {count: 2, unit: epochs} -> "2 epochs"."""
+    if isinstance(value, dict) and value.keys() == {"count", "unit"}:
+        return f"{value['count']:g} {value['unit']}"
+    return {key: _as_typed(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
@@ -132,6 +139,8 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     `tree` is the value of the key. For `head: {epochs: 3}`, keys that end with `head.epochs` are suggested.
     """
     if isinstance(tree, dict) and tree:
+        if near := _match_components(f"{key}.{first_path(tree)}", known):
+            return _did_you_mean(near)
         name, branch = next(iter(tree.items()))
         below = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], branch)
         here = suggest_key(key, known)
@@ -143,7 +152,8 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
     wanted = _ALIASES.get(name, name)
     near = (
-        _match_similar(key, siblings, prefix, 0.75)
+        [k for k in known if k == _ALIASES.get(key)]
+        or _match_similar(key, siblings, prefix, 0.75)
         or [k for k in known if f".{k}".endswith(f".{key}")]
         or _match_names(wanted, [k for k in known if k.startswith(prefix)])
         or _match_names(wanted, known)
@@ -151,11 +161,35 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
         or [k for last in difflib.get_close_matches(wanted, {k.rpartition(".")[2] for k in known}, 1, 0.7)
             for k in _match_names(last, known)]
     )  # fmt: skip
+    if not near and key != key.lower():
+        return suggest_key(key.lower(), known)
     if not near:
         names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known))
         return f"known: {', '.join(names)}"
-    *others, last = near[:_MAX_SUGGESTED]
+    return _did_you_mean(near)
+
+
+def _did_you_mean(keys: list[str]) -> str:
+    *others, last = keys[:_MAX_SUGGESTED]
     return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
+
+
+def first_path(tree: dict[str, Any]) -> str:
+    """Return the key of the first value in a tree: {"head": {"epochs": 3}} -> "head.epochs"."""
+    name, branch = next(iter(tree.items()))
+    return f"{name}.{first_path(branch)}" if isinstance(branch, dict) and branch else str(name)
+
+
+def _match_components(key: str, known: list[str]) -> list[str]:
+    """Return the known keys that have all components of a key, in its order, and the same last component."""
+    *path, name = key.split(".")
+    wanted, matching = _ALIASES.get(name, name), []
+    for candidate in known:
+        *parents, last = candidate.split(".")
+        rest = iter(parents)
+        if last == wanted and all(part in rest for part in path):
+            matching.append(candidate)
+    return matching
 
 
 def _match_names(name: str, keys: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
 
 from trainer.config.base import MAX_COUNT, Duration, DurationSetting, InvalidValue, PositiveDuration, Section
+from trainer.config.keys import first_path
 from trainer.names import find_path_fault
 
 
@@ -176,6 +177,13 @@ class AutoPhases(Section):
     def _require_alone(cls, phases: Any) -> Any:
         if others := ", ".join(name for name in phases if name != "auto"):
             fix = f"unset {others}, or choose a group such as phases=two_phase"
+            name, given = next((name, value) for name, value in phases.items() if name != "auto")
+            table = phases["auto"] if isinstance(phases["auto"], dict) else {}
+            rows = [row for row, named in table.items() if isinstance(named, dict) and name in named]
+            if rows and isinstance(given, dict) and given:
+                more = f" (and of {', '.join(rows[1:])})" if rows[1:] else ""
+                key = f"phases.auto.{rows[0]}.{name}.{first_path(given)}"
+                fix = f"set {key}{more}, or choose a group such as phases=two_phase"
             raise InvalidValue(f"chooses all phases, but {others} is set as well", key="auto", fix=fix)
         return phases
 

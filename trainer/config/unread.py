@@ -24,6 +24,8 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "test_fraction": ("image_folder", "tfds", "tfrecords"),
     "split_seed": ("image_folder", "tfds"),
     "shuffle_window": ("digits", "tfds", "tfrecords"),
+    "label_kind": ("tfds", "tfrecords"),
+    "shard_by": ("tfds", "tfrecords"),
 }
 _GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # these leave pixels to fill
 Reasons = Iterator[tuple[str, str]]
@@ -34,21 +36,50 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _check_data(config.data)),
         ("augmentation", config.augmentation, _check_augmentation(config)),
+        ("model", config.model, _check_overfit(config, "dropout", "l2")),
+        ("training", config.training, _check_overfit(config, "label_smoothing", "ema", "keep")),
+        ("debug", config.debug, _check_overfit(config, "max_examples")),
+        ("export", config.export, _check_export(config)),
+        ("", config, _check_run(config)),
     ]
-    phases = {} if isinstance(config.phases, AutoPhases) else config.phases
-    for name, phase in phases.items():
-        sections += [(f"phases.{name}", phase, _check_phase(phase)),
+    for name, phase in _list_phases(config).items():
+        sections += [(f"phases.{name}", phase, _check_phase(phase, config)),
                   (f"phases.{name}.optimizer", phase.optimizer, _check_optimizer(phase)),
                   (f"phases.{name}.schedule", phase.schedule, _check_schedule(phase))]  # fmt: skip
     return {
-        f"{prefix}.{key}": reason
+        f"{prefix}.{key}".lstrip("."): reason
         for prefix, section, reasons in sections
         for key, reason in reasons
         if getattr(section, key) != type(section).model_fields[key].default
     }
 
 
+def _list_phases(config: RequestedConfig) -> dict[str, Phase]:
+    """Return the phases by their key below `phases`; with phases=auto those of each row of the table."""
+    if not isinstance(config.phases, AutoPhases):
+        return config.phases
+    rows = {row: named for row, named in config.phases.auto if isinstance(named, dict)}
+    return {f"auto.{row}.{name}": phase for row, named in rows.items() for name, phase in named.items()}
+
+
+def _check_run(config: RequestedConfig) -> Reasons:
+    if not config.output_dir:
+        yield "resume", "is not read without output_dir, as each run then has a new folder"
+
+
+def _check_export(config: RequestedConfig) -> Reasons:
+    if not config.export.formats:
+        yield "max_accuracy_drop", "is not read with export.formats=[]"
+
+
+def _check_overfit(config: RequestedConfig, *keys: str) -> Reasons:
+    """Yield what `apply_overfit` switches off."""
+    if config.debug.overfit:
+        yield from ((key, "is not read with debug.overfit") for key in keys)
+
+
 def _check_data(data: Data) -> Reasons:
+    yield "shards", "is read only by python -m trainer.prepare"
     for key, sources in _SOURCES.items():
         if data.source not in sources:
             yield key, f"is not read with data.source={data.source}, only with {' or '.join(sources)}"
@@ -61,13 +92,18 @@ def _check_data(data: Data) -> Reasons:
 
 
 def _check_augmentation(config: RequestedConfig) -> Reasons:
+    yield from _check_overfit(config, *type(config.augmentation).model_fields)
     if not config.augmentation.randaugment:
         yield "magnitude", "is not read without augmentation.randaugment"
     if not any(getattr(config.augmentation, key) for key in _GEOMETRY):
         yield "fill", f"is not read without one of {', '.join(_GEOMETRY)}"
 
 
-def _check_phase(phase: Phase) -> Reasons:
+def _check_phase(phase: Phase, config: RequestedConfig) -> Reasons:
+    if not config.augmentation.active:
+        yield "augmented_views", "is not read without augmentation"
+    if phase.thaw == "all":
+        yield "features_dtype", "is not read with thaw=all, where no layers are frozen"
     if phase.thaw == "none":
         for key in ("backbone_rate", "layer_decay", "batch_norm"):
             yield key, "is not read with thaw=none, where no layer of the backbone trains"

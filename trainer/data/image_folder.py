@@ -13,7 +13,14 @@ import numpy as np
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
 from trainer.data.records import join_first
-from trainer.data.splits import SPLITS, RawData, compute_split_sizes, digest_head_and_tail, empty_split_error
+from trainer.data.splits import (
+    SPLITS,
+    RawData,
+    compute_split_sizes,
+    digest_head_and_tail,
+    empty_split_error,
+    unused_fractions,
+)
 from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -76,9 +83,9 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
             content = f"its folder has {len(members)} images below {escape_unprintable(root)}"
             raise empty_split_error(name, content, [faults[image.path] for image in members])
     ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
-    missing = {"validation": data.validation_fraction} if "validation" not in images else {}
-    if set(images) == {"train"}:
-        missing["test"] = data.test_fraction
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    missing = {name: fraction for name, fraction in fractions.items() if name not in images}
+    notes += unused_fractions(data, images)
     ordered |= _divide(ordered["train"], missing)
     splits = {
         name: Split(name, np.array([image.label for image in members], np.int32), files=tuple(i.path for i in members))

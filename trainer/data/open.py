@@ -109,8 +109,8 @@ def open_dataset(
         log_message: logs a line before slow work, and each of `Dataset.notes`.
         streamed: data.root has only manifest and labels. Its shards are fetched while they are used.
         purpose: "prepare" reads data.group_field of every split, not only of the split of the final scores, and accepts
-            image files that only Pillow decodes. "evaluate" accepts a single class, and classes without training
-            examples.
+            image files that only Pillow decodes. "evaluate" accepts a single class, classes without training
+            examples, and other classes than those of data.class_names, as `map_to_run_classes` maps them by name.
 
     Raises:
         DataError: the dataset is missing, corrupt, or contradicts the configuration.
@@ -118,7 +118,9 @@ def open_dataset(
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     raw.name, raw.class_names = escape_unprintable(raw.name), tuple(map(normalize_class_name, raw.class_names))
-    raw = apply_class_names(raw, data.class_names and tuple(map(normalize_class_name, data.class_names)))
+    class_names = data.class_names and tuple(map(normalize_class_name, data.class_names))
+    if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
+        raw = apply_class_names(raw, class_names)
     _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 Orientation = Literal["exif", "ignore"]
 _TAG = 0x0112
+_MAGICS = (b"II*\0", b"MM\0*")  # the first bytes of EXIF data in either byte order
 _HEAD = 2**16  # bytes at the beginning of a JPEG in which EXIF data begin
 _MAX_ENTRIES = 128  # of the first directory of the EXIF data; cameras write about ten
 _ENTRY = 12  # bytes
@@ -40,10 +41,11 @@ def _bytes_at(data: tf.Tensor, offset: tf.Tensor | int, count: int) -> tf.Tensor
 def parse_orientation(exif: tf.Tensor) -> tf.Tensor:
     """Return the orientation in EXIF data, a string scalar, as int32, 1 to 8. It is 1 if missing or corrupt."""
     # In a WebP the length of the chunk precedes the data, and some programs repeat the marker of JPEG.
-    start = tf.where(tf.reduce_any(_bytes_at(exif, 0, 2)[None] == [[73, 73], [77, 77]]), 0, 4)
+    is_start = tf.reduce_all(_bytes_at(exif, 0, 4)[None] == [list(magic) for magic in _MAGICS], axis=1)
+    start = tf.where(tf.reduce_any(is_start), 0, 4)
     start += tf.where(tf.strings.substr(exif, tf.minimum(start, tf.strings.length(exif)), 4) == b"Exif", 6, 0)
     header = _bytes_at(exif, start, 8)
-    little, big = (tf.reduce_all(header[:4] == list(magic)) for magic in (b"II*\0", b"MM\0*"))
+    little, big = (tf.reduce_all(header[:4] == list(magic)) for magic in _MAGICS)
     pair = tf.where(big, [256, 1], [1, 256])  # weights of the two bytes of an integer
     offset = tf.reduce_sum(header[4:] * tf.where(big, [0, 2**16, 256, 1], [1, 256, 2**16, 0]))
     directory = _bytes_at(exif, start + offset, 2 + _MAX_ENTRIES * _ENTRY)

@@ -67,10 +67,11 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
             log.info(f"skipped {with_addresses(fault, addresses)}")
+        as_stored = " data.orientation=ignore" * (data.orientation == "ignore")  # the images have their marks still
         outcome = (
             f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
-            f"python -m trainer data=tfds {format_argument('data.root', target)}"
+            f"python -m trainer data=tfds {format_argument('data.root', target)}{as_stored}"
         )
     log.info(outcome)
     termination.set_success_message(outcome)

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -51,6 +51,16 @@ def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str
     finally:
         os.close(handle)
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
+
+
+def unused_fractions(data: Data, existing: Container[str]) -> list[str]:
+    """Return a note for each fraction of the configuration that is not used, since the data has this split."""
+    notes = []
+    for name in ("validation", "test"):
+        fraction, default = getattr(data, key := f"{name}_fraction"), Data.model_fields[f"{name}_fraction"].default
+        if name in existing and fraction not in (0, default):
+            notes.append(f"data.{key}={fraction:g} is not used: the data has a {name} split")
+    return notes
 
 
 def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:

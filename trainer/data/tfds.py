@@ -22,6 +22,7 @@ from trainer.data.splits import (
     rank_within_classes,
     read_shards,
     take,
+    unused_fractions,
 )
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -59,7 +60,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
     splits = {name: build_split(name, shards, labels, source, skipped) for name, shards in ranges.items()}
-    notes = split_notes + _check_overlaps(splits, specs)
+    notes = split_notes + _check_overlaps(splits, specs) + unused_fractions(data, splits)
     if fractions := select_missing_fractions(data, splits):
         new_splits, new_notes = carve_splits(splits["train"], fractions, data.split_seed)
         splits |= new_splits

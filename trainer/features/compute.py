@@ -103,6 +103,7 @@ class FeaturePass:
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
+        health.record_progress(0, len(shards[0]))
         with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             for first in range(0, len(shards[0]), calls * self.rows):  # no shard is larger than the first
                 index = shard[first : first + calls * self.rows]

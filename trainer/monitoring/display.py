@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trainer.monitoring.health import FINISH, START, health
+from trainer.monitoring.log import set_display
 
 REFRESHES_PER_SECOND = 4
 MAX_NAME_LENGTH = 24  # characters of a phase name
@@ -46,9 +47,8 @@ def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[
     columns on, all fields before the figures are complete. `figures` are those of the last log interval; the ones that
     do not fit are omitted.
     """
-    activity, (done, total), fields = health.activity, health.work, [health.describe()]
-    left = (now - health.activity_began) / done * (total - done) if done else None
-    if phase and activity in ("training", phase.name):
+    done, total, fields, left = *health.work, [health.describe()], health.seconds_left(now)
+    if phase and health.phase == phase.name and health.activity in ("training", phase.name):
         step, epoch = int(health.values.get("step", 0)), int(health.values.get("epoch", 1))
         fields = [phase.name[:MAX_NAME_LENGTH], f"epoch {epoch}/{phase.last_epoch}"]
         done, total, left = step - phase.first_step, phase.steps, phase.seconds_left(step, now)
@@ -79,6 +79,7 @@ class Display:
             get_renderable=self._render, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND
         )
         self._live.start()
+        set_display(1 if console.is_terminal else None)
 
     def _render(self) -> Text:
         line = format_progress_line(self.console.width, self.phase, self.figures, time.monotonic())
@@ -89,3 +90,4 @@ class Display:
     def stop(self) -> None:
         """Erase the line."""
         self._live.stop()
+        set_display(None)

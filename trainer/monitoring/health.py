@@ -22,6 +22,7 @@ class Health:
         self.on_change: Callable[[], None] = lambda: None
         self.values: dict[str, float] = {}  # gauges set so far, by name: step, epoch, loss, ...
         self.work = (0, 0)  # completed and total units of the activity; total is 0 if unknown
+        self.work_began = (0, 0.0)  # parts that were done when they were counted first, and the time of that
         self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
@@ -43,11 +44,19 @@ class Health:
     def record_progress(self, done: int = 0, total: int = 0) -> None:
         """Record progress: a step, a batch, a chunk of a file, or an iteration of a loop with a timeout.
 
-        `done` of the `total` units of the activity are complete; 0 and 0 if the total is unknown.
+        `done` of the `total` units of the activity are complete; 0 and 0 if the total is unknown. An activity can have
+        several loops in sequence, each with its own units.
         """
         self._last_progress = time.monotonic()
         if total:
+            if total != self.work[1] or done < self.work[0]:
+                self.work_began = (done, self._last_progress)
             self.work = (done, total)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Estimate the seconds until all counted parts are done; None before the second part."""
+        (done, total), (first, began) = self.work, self.work_began
+        return (now - began) / (done - first) * (total - done) if done > first else None
 
     def record_steps(self, step: int, epoch: int) -> None:
         """Record that the run has taken `step` optimizer steps and is in `epoch`, counted from 1."""

@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from trainer.monitoring.health import health
 
@@ -26,6 +26,31 @@ SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 log = logging.getLogger("trainer")
 _stderr = os.dup(2)  # the original: descriptor 2 is redirected while TensorFlow is imported
+_ERASE = b"\r\x1b[2K\x1b[?25h"  # erases the line of the cursor, and shows the cursor
+_display: int | None = None  # descriptor of the terminal on which a progress display is drawn
+
+
+def set_display(descriptor: int | None) -> None:
+    """Set the terminal on which a progress display is drawn and hides the cursor; None if there is none."""
+    global _display
+    _display = descriptor
+
+
+def erase_display(*terminals: int) -> None:
+    """Erase the line of the progress display and show the cursor, on these terminals or on that of `set_display`.
+
+    Any thread may call this; a terminal whose output is paused is left as it is.
+    """
+    for descriptor in terminals or ([] if _display is None else [_display]):
+        with suppress(OSError):
+            if os.isatty(descriptor) and select.select([], [descriptor], [], 0)[1]:
+                os.write(descriptor, _ERASE)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process at once, from any thread, and leave no progress display on the terminal."""
+    erase_display()
+    os._exit(code)
 
 
 class JsonFormatter(logging.Formatter):
@@ -139,6 +164,7 @@ def log_unbuffered(text: str) -> None:
     The function is thread-safe. It waits at most one second for the handler's lock, whose holder might be blocked. If
     stderr is closed or its disk is full, the text is lost, since the callers are about to end the process.
     """
+    erase_display()
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
     data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
     lock = _err.lock

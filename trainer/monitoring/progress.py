@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log
+from trainer.monitoring.log import log, set_display
 
 ShowProgress = Callable[[int, int], None]  # arguments: numbers of written images and of all images
 
@@ -38,7 +38,10 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    with ProgressBar(TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    from trainer.monitoring.console import PatientConsole
+
+    columns = TextColumn("writing images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with ProgressBar(*columns, console=PatientConsole()) as bar:
         task = bar.add_task("writing", total=None)
 
         def show_bar(done: int, total: int) -> None:
@@ -46,4 +49,8 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
                 health.record_progress()
             bar.update(task, completed=done, total=total)
 
-        yield show_bar
+        set_display(1)
+        try:
+            yield show_bar
+        finally:
+            set_display(None)

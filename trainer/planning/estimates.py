@@ -132,6 +132,7 @@ def measure_resident_bytes() -> int:
 
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
+DECODED = "decoded images in memory"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # the uses that grow with the batch
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
 # Where an estimate exceeds the limit by more than its own error, the run cannot fit.
@@ -156,7 +157,7 @@ def estimate_memory(
         (ACTIVATIONS, largest.activations * replicas),
         (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
-        ("decoded images in memory", sum(c.bytes for c in caches.values() if c.where == "memory")),
+        (DECODED, sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 
@@ -168,8 +169,8 @@ def select_gpu_uses(uses: Uses) -> Uses:
 def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
     """Return a warning if the estimated uses exceed the memory `limit` of the device in bytes, else "".
 
-    Raises ConfigError, with the largest batch that fits, if they exceed it by more than the error of the estimate.
-    `replicas` is the number on all workers.
+    Raises ConfigError, with the largest batch that fits or another cache, if they exceed it by more than the error of
+    the estimate. `replicas` is the number on all workers.
     """
     total, batch = sum(count for _, count in uses), config.training.batch_size
     if total <= limit:
@@ -177,10 +178,15 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
     divisor = compute_batch_divisor(config, replicas)
     largest = int(batch * (limit - total + growing) / max(growing, 1)) // divisor * divisor
+    decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {largest} or less" if largest >= divisor else "use a smaller model.image_size or another model.backbone"
     fix += ", or raise training.accumulate" * (largest < divisor or config.training.accumulate > 1)
     error = ConfigError(problem, key="training.batch_size", value=batch, fix=fix)
+    cache = config.data.cache
+    if decoded and total - decoded <= limit and (cache == "memory" or largest < divisor):
+        fix = f"use {'auto or ' * (cache == 'memory')}disk: decoded images in memory are {format_bytes(decoded)} of it"
+        error = ConfigError(problem, key="data.cache", value=cache, fix=fix)
     if total > ESTIMATE_ERROR * limit:
         raise error
     return str(error)

@@ -60,8 +60,9 @@ def find_dataset_warnings(
         warnings.append(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of "
                         "it")  # fmt: skip
     if "test" not in dataset.splits and not config.debug.overfit:
-        warnings.append("there is no test split: the score is of the split that chose the checkpoint; set "
-                        "data.test_fraction")  # fmt: skip
+        of_test = config.data.test_fraction
+        fix = f"data.test_fraction={of_test:g} leaves none, add images" if of_test else "set data.test_fraction"
+        warnings.append(f"there is no test split: the score is of the split that chose the checkpoint; {fix}")
     validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
     if 0 < validation < 100 and not any("validation has only" in note for note in dataset.notes):
         warnings.append(f"validation has only {validation:,} examples: each is {100 / validation:.1f} points of "

@@ -115,11 +115,12 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     stream, gate = iter(chosen.dataset), chosen.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)
+    health.record_progress(0, len(indices))
     with convert_data_errors(pixels):
         for start in range(0, len(indices), READ_BATCH):
             gate.wait_for(READ_BATCH)
             thumbnails[start : start + READ_BATCH] = make_thumbnails(next(stream)["image"].numpy())
-            health.record_progress(start, len(indices))
+            health.record_progress(min(start + READ_BATCH, len(indices)), len(indices))
             check()
     del stream
     gate.close()

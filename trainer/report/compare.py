@@ -15,7 +15,6 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
 from trainer.evaluation.predictions import decode_cell
+from trainer.monitoring.console import PatientConsole
 from trainer.report.figures import SERIES, Line, line_chart, to_svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
 from trainer.storage.local import write_atomically
@@ -247,8 +247,9 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image.convert("RGB"))
-        return embed_thumbnail(np.asarray(ImageOps.fit(upright, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+            ignored = run.config.get("data", {}).get("orientation", "ignore") == "ignore"  # as the model of the run
+            shown = image.convert("RGB") if ignored else ImageOps.exif_transpose(image.convert("RGB"))
+        return embed_thumbnail(np.asarray(ImageOps.fit(shown, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
     except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
         return None
 
@@ -284,7 +285,7 @@ def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a table of the runs, and the configuration keys whose values differ."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = PatientConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
     table.add_column("run")
     for name in ("accuracy", "difference", "95 %", "only first correct", "only this correct", "p"):

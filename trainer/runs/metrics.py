@@ -11,10 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
-from rich.console import Console
 from tensorboard.compat.proto.event_pb2 import Event
 
 from trainer.data.records import FOOTER_BYTES, HEADER_BYTES, is_truncated_at
+from trainer.monitoring.console import PatientConsole
 from trainer.monitoring.display import Display, PhaseProgress, format_duration
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
@@ -86,7 +86,7 @@ class MetricsWriter:
         """Set the total number of steps of all phases, and start the progress display if it is enabled."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
-            self.display = Display(Console(highlight=False))
+            self.display = Display(PatientConsole(highlight=False))
 
     def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
         """Show a phase of `steps` steps in the display; at `step` of the run, `phase_step` of them are done.
