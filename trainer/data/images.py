@@ -259,7 +259,7 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
         if _with_bad(_compute_crc32c(data, pixels.check), bad) != crc32c:
-            pixels.log_message(f"{data} is damaged (checksum mismatch); decoding the images again")
+            pixels.log_message(f"{data} is corrupt (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
         pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"

@@ -103,7 +103,7 @@ def describe_teacher(worker: Worker, images: ImageStore, run: str, recorded: str
     `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began. None for a new run.
 
     Raises:
-        DataError: there is no usable teacher at the address, it has other classes, its files are damaged, or this run
+        DataError: there is no usable teacher at the address, it has other classes, its files are corrupt, or this run
             began with another one.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """

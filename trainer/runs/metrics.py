@@ -28,7 +28,7 @@ TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  
 def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
     """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes.
 
-    Of a file that is damaged elsewhere than in its last line or record, which a kill truncates, a copy remains.
+    Of a file that is corrupt elsewhere than in its last line or record, which a kill truncates, a copy remains.
     """
     if metrics.exists():
         content = metrics.read_bytes()
@@ -56,7 +56,7 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
             if not (valid and is_truncated_at(file, size)):
                 copy = file.with_name(f"{file.name.replace('tfevents', 'events')}.damaged")  # no file of TensorBoard
                 shutil.copyfile(file, copy)
-                log.info(f"{file}: is damaged, and ends before byte {size:,} now; {copy.name} is a copy of the file")
+                log.info(f"{file}: is corrupt, and ends before byte {size:,} now; {copy.name} is a copy of the file")
             shortened.replace(file)
 
 
