@@ -262,5 +262,5 @@ def test_a_report_of_another_shape_is_damaged(tmp_path: Path, content: dict[str,
     file = make_run(tmp_path / "a", 0.8) / "report" / "report.json"
     read_scored_run(str(tmp_path / "a"), "a")
     file.write_text(json.dumps(json.loads(file.read_text()) | content if content else content))
-    with raises(DataError, problem="is damaged", fix="evaluate the run again"):
+    with raises(DataError, problem="is corrupt", fix="evaluate the run again"):
         read_scored_run(str(tmp_path / "a"), "a")

@@ -35,7 +35,7 @@ def test_only_the_last_checkpoint_needs_latest(tmp_path: Path) -> None:
     run = find_run(str(leave_run(tmp_path / "run")))
     (tmp_path / "run" / "checkpoints" / "LATEST").write_bytes(b"\xff")
     assert find_checkpoint(run, "best").name == find_checkpoint(run, "1").name == "step-00000001"
-    with raises(DataError, problem="LATEST is damaged"):
+    with raises(DataError, problem="LATEST is corrupt"):
         find_checkpoint(run, "last")
 
 

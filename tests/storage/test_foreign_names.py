@@ -239,7 +239,7 @@ def test_pointers_name_checkpoints_only(tmp_path: Path, name: str) -> None:
     pointer.write_text("step-00000010\nstep-00000020-ab\n")
     assert read_pointer(storage_path(pointer)) == ["step-00000010", "step-00000020-ab"]
     pointer.write_text(f"step-00000010\n{name}\n")
-    with raises(DataError, problem="is damaged", fix="write the names of its checkpoints there"):
+    with raises(DataError, problem="is corrupt", fix="write the names of its checkpoints there"):
         read_pointer(storage_path(pointer))
 
 

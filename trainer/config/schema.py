@@ -483,7 +483,8 @@ def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str 
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
         name = f"{path}.{key}".lstrip(".")
-        if isinstance(value, dict) and not isinstance(key, str):
+        is_class = path == "training.class_weights"  # YAML reads the name of a class as a number
+        if isinstance(value, dict) and not isinstance(key, str) and not is_class:
             return f"has a key that is not a text, {name}"
         if fault := _tree_fault(child, name, (*above, id(value))):
             return fault
