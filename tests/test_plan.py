@@ -127,7 +127,7 @@ def test_a_run_that_would_resume_is_detected_and_not_changed(planned: Planned, t
     begin_run(folder)
     before = everything_in(folder)
     out, _ = planned(f"output_dir={folder}")
-    assert f"{folder}: holds this run: it would resume at step 240, phase fine_tune" in out
+    assert f"{folder}: has this run, which would resume at step 240, phase fine_tune" in out
     assert f"write output ✓ {folder}: a probe was written and deleted" in out
 
     out, err = planned(f"output_dir={folder}", "seed=43", code=2)
@@ -142,7 +142,7 @@ def test_a_run_that_would_resume_is_detected_and_not_changed(planned: Planned, t
 
     (folder / "DONE").write_text("")
     out, _ = planned(f"output_dir={folder}")
-    assert "finished already (it holds DONE): the run would end at once" in out
+    assert "already finished (has DONE): the run would exit at once" in out
 
 
 def test_what_is_auto_is_chosen_with_its_reason_and_once(planned: Planned, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_is_auto_is_chosen_with_its_reason_and_once(planned: Planned, tmp_p
 
     begin_run(folder, *arguments[:-1], "model.backbone=MobileNetV2", "phases=two_phase", "training.batch_size=16")
     out, _ = planned(*arguments, "phases=auto")
-    assert "holds this run: it would resume at step 240, phase fine_tune" in out
+    assert "has this run, which would resume at step 240, phase fine_tune" in out
     assert "training.batch_size=auto: 16, as this run began" in out
     assert "79 per epoch" in out  # of 1,257 images in batches of 16
 

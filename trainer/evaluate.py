@@ -48,9 +48,9 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run.
 
     Returns:
-        The configuration of the evaluation. If the changes choose another dataset, all of it is used, except for the
-        fractions and limits among the changes. The second value is then the configuration that splits and limits the
-        dataset like the run's, or None if such a key of `data` is among the changes.
+        The configuration of the evaluation, and None. If the changes choose another dataset, the evaluation uses all of
+        it, except for fractions and limits among the changes. The second value is then the configuration that splits
+        and limits the dataset like the run's, for a moved copy of it; None if a fraction is among the changes.
 
     Raises:
         ConfigError: an argument is invalid, or changes a key that an evaluation cannot change.
@@ -65,16 +65,18 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        run_config["debug"]["overfit"] = False  # it applies only to the run's own dataset
+        run_config["debug"]["overfit"] = False  # the batch that the run trained on
     run_data = dict(run_config["data"])
-    for key in sorted(keys, key=lambda k: k.count(".")):  # a group precedes the values in it
+    for key in sorted(keys, key=lambda k: k.count(".")):  # a group is applied before the keys in it
         old, new = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
             old, new = old[parent], new[parent]
         old[name] = new[name]
     if "data" in keys and "data.orientation" not in keys:
-        run_config["data"]["orientation"] = run_data.get("orientation", "ignore")  # a part of the model's input
+        run_config["data"]["orientation"] = run_data.get(
+            "orientation", "ignore"
+        )  # part of the preprocessing that the model was trained with
     config = load_resolved(run_config)
     require_read(config, keys)
     if not ADDRESSES & set(keys):
@@ -82,17 +84,16 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
     as_run = {key: run_data[key] for key in limits if key in run_data}
     moved: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | as_run})
-    if not limits.keys() >= FRACTIONS:  # the data is divided by the fractions that are given
+    if not limits.keys() >= FRACTIONS:  # a fraction is given; the other one is the run's
         moved, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
     debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
     return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved
 
 
 def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str]:
-    """Add `data=...` to changes that give an address of other data than that of `source`, the source of the run.
+    """Prepend `data=SOURCE` to changes whose dataset requires another source than `source`, that of the run.
 
-    Returns the changes, and a line that states what was chosen and why; "" if the source is that of the run, whose
-    other settings of `data` are then left as they are.
+    Returns the changes, and a line that states what was chosen and why; "" if the source of the run is right.
     """
     chosen, note = choose_source(changes)
     return (chosen[1:], "") if note and chosen[0] == f"data={source}" else (chosen, note)

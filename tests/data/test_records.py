@@ -246,7 +246,13 @@ LISTED = r"image \(bytes\), label \(int64\)"
     ("label", "image", "key", "fix", "problem"),
     [
         ("class", "image", "label_field", LISTED, "record 0 of shard {} has no such field"),
-        ("label", "photo", "image_field", LISTED, "record 0 of shard {} has no image bytes"),
+        (
+            "label",
+            "photo",
+            "image_field",
+            LISTED,
+            "record 0 of shard {} does not have exactly one bytes value in this field",
+        ),
         ("image", "image", "label_kind", LISTED, "record 0 of shard {} holds the text image"),
         ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
     ],
@@ -342,7 +348,7 @@ def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: byte
     path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), payload]))
     labels, faults = read_labels(path, index_shard(path), LabelFields("label", "image", 3))
     assert labels.tolist() == [0, -1]
-    assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum is right{more}"]
+    assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum matches{more}"]
     split = Split("train", labels, shards=(Shard(path, 2, 0, 2),))
     with raises(DataError, problem="a.tfrec#1 is not a tf.train.Example"):
         read_image(locate_records(split)[1])

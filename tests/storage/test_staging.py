@@ -60,7 +60,7 @@ def test_a_pattern_and_a_single_file(in_bucket: StoragePath, tmp_path: Path) -> 
 
 
 def test_missing_and_too_large_addresses_are_named(in_bucket: StoragePath, tmp_path: Path) -> None:
-    with raises(DataError, problem=f"there is nothing in {in_bucket}/no", fix="check the address"):
+    with raises(DataError, problem=f"{in_bucket}/no is empty or does not exist", fix="check the address"):
         staged(f"{in_bucket}/no", tmp_path)
     with raises(DataError, problem=r"nothing matches .*/no-\*", fix="check the address"):
         staged(f"{in_bucket}/no-*", tmp_path)

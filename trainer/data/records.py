@@ -196,7 +196,7 @@ _KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", N
 
 
 def _escape_text(value: bytes) -> str:
-    """Return the text that a record stores, escaped."""
+    """Decode a bytes value as UTF-8, with unprintable characters escaped."""
     return escape_unprintable(value.decode("utf-8", "backslashreplace"))
 
 
@@ -208,11 +208,11 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
 
 
-NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum is right"
+NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"
 
 
 def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
-    """Parse the Example of a record. Return also the fault, "" if there is none."""
+    """Verify the checksum of a payload and parse its Example. Return also the fault, "" if there is none."""
     if struct.pack("<I", masked_crc32c(payload)) != crc:
         return None, "is corrupt (checksum mismatch)"
     try:
@@ -244,7 +244,7 @@ _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of 
 
 
 def read_source_name(record: RecordLocation) -> str:
-    """Read the file name that a record stores for its image. `printable`; "" if it has none or is corrupt."""
+    """Read the file name of the source image from a record, escaped; "" if the record has none or is corrupt."""
     example, fault = _read_example(record)
     for field in () if fault else _SOURCE_FIELDS:
         value = example.features.feature.get(field)
@@ -254,7 +254,10 @@ def read_source_name(record: RecordLocation) -> str:
 
 
 def _missing_image_error(record: str, field: str, example: Any) -> DataError:
-    problem, fix = f"{record} has no image bytes in this field", f"set one of {describe_fields(example)}"
+    problem, fix = (
+        f"{record} does not have exactly one bytes value in this field",
+        f"set one of {describe_fields(example)}",
+    )
     return DataError(problem, key="data.image_field", value=field, fix=fix)
 
 
@@ -266,7 +269,7 @@ class LabelFields:
     image: str  # name of the field
     classes: int
     kind: str = "index"  # data.label_kind
-    names: tuple[str, ...] = ()  # class names, as `class_name` returns them, for labels of the kind "text"
+    names: tuple[str, ...] = ()  # class names, normalized by `normalize_class_name`, for labels of the kind "text"
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
@@ -306,7 +309,7 @@ def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
 
 
 def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
-    """Return the class of an Example as a number from 0; raise a DataError that describes what it holds instead."""
+    """Return the zero-based class index of an Example; raise a DataError that describes what it holds instead."""
     feature = example.features.feature[fields.label]
     kind = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, kind).value) if kind else []
@@ -347,7 +350,7 @@ def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
         other = "index" if first else "index1"
         counts_otherwise = values[0] == (0 if first else fields.classes)
         hint = f"if labels begin with {1 - first}, set data.label_kind={other}; otherwise " if counts_otherwise else ""
-        fix = f"{hint}set another field, or as many class names as there are labels instead of {fields.classes}"
+        fix = f"{hint}set another field, or one class name per label instead of {fields.classes}"
         raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
     return int(values[0]) - first
 

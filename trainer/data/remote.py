@@ -17,7 +17,7 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Replace data.name and data.data_dir in a bucket by data.root. Return also the bucket folder to stream.
+    """If data.data_dir is in a bucket, set data.root to the prepared folder of data.name there. Return also the bucket folder to stream.
 
     The shards of this folder can be fetched while they are used. It is None for a local dataset, for sources other than
     tfds, and with data.group_field, since only the records store the groups.
@@ -99,14 +99,14 @@ def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The files, by name, of a bucket folder that `python -m trainer.prepare` wrote."""
+    """Shards and metadata files, by name, of a bucket folder that `python -m trainer.prepare` wrote."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
 
 
 def find_prepared(address: str) -> Prepared | None:
-    """Return the prepared dataset in a bucket folder. None if manifest, labels or dataset_info.json are missing.
+    """Return the prepared dataset in a bucket folder. None if the manifest, the labels or dataset_info.json is missing.
 
     Raises:
         DataError: a shard is missing or differs from the manifest.
@@ -145,5 +145,5 @@ def describe_shards(prepared: Prepared, budget: int) -> str:
     """Describe the count and size of the shards, and the size of the disk cache."""
     size = sum(info.size for info in prepared.shards.values())
     count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
-    at_most = f"{min(size, budget) / 1e6:,.1f} MB at a time"
+    at_most = f"{min(size, budget) / 1e6:,.1f} MB at most on disk"
     return f"{count}, {size / 1e6:,.1f} MB, are fetched while they are used, {at_most}"

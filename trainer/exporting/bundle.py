@@ -28,7 +28,7 @@ class ExportBundle:
     resize: Resize
     reference: Mapping[str, Any]  # content of reference.json, for the drift check
     calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
-    orientation: Orientation = "exif"  # whether encoded images are turned upright
+    orientation: Orientation = "exif"  # "exif": encoded images are turned upright; "ignore": they are not
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def plain_float32(model: keras.Model) -> Iterator[None]:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, kind in originals:
             layer.dtype_policy = "float32"
-            if get_library_class(layer) is not kind:  # a subclass of this package
+            if get_library_class(layer) is not kind:  # a subclass defined in this package
                 swap_class(layer, get_library_class(layer))
         yield
     finally:

@@ -67,7 +67,7 @@ _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # of the extra `onnx`
 
 
 def check_formats(formats: Iterable[str], backbone: str) -> None:
-    """Check, before training, that the formats can be written.
+    """Check before training that the formats can be written; only ONNX has requirements.
 
     Raises:
         ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (tf2onnx
@@ -140,7 +140,7 @@ def raise_if_refused(
     ]
     if refused:
         raise ModelError(
-            f"is exceeded by {', '.join(refused)}, now deleted; everything else was written",
+            f"is exceeded by {', '.join(refused)}, which were deleted; the other formats were written",
             key=f"{section}max_accuracy_drop",
             value=f"{max_accuracy_drop:g}",
             fix=f"raise the limit or leave out the format in {section}formats, then start the same command again",

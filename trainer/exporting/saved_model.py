@@ -15,7 +15,9 @@ from trainer.exporting.reference import write_reference
 from trainer.storage.local import temporary_folder, write_atomically
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
-WARMUP_BATCH = 4  # images of the second request, as a graph that is warm for one image can be cold for several
+WARMUP_BATCH = (
+    4  # images in the larger request to each signature, as a graph that is warm for one image can be cold for several
+)
 MAX_PARALLEL_DECODING = 32  # images of one request
 
 
@@ -42,7 +44,7 @@ def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
 
 
 class _ServedModule(tf.Module):
-    """The object that is saved: three signatures of one model, with its labels and reference as assets."""
+    """The object that is saved: three functions, exported as signatures, with its labels and reference as assets."""
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")

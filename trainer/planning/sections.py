@@ -119,12 +119,12 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
         state = "new"
         with plan.collect_errors():
             if is_finished(config):
-                state = "finished already (it holds DONE): the run would end at once"
+                state = "already finished (has DONE): the run would exit at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
                 saved = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
-                state = f"holds this run: it would resume at step {saved['step']:,}, phase {phase}"
+                state = f"has this run, which would resume at step {saved['step']:,}, phase {phase}"
             if (holder := find_folder_holder(config)) and not state.startswith("finished"):
                 plan.warnings.append(f"output_dir={output} is in use by {holder}: a run would wait for it or end")
         if plan.faults:
@@ -213,7 +213,7 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
 def show_memory(plan: Plan, uses: Uses) -> None:
     """Print the estimated uses of memory and the limit of this machine."""
     shown = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
-    plan.print_section("memory, an estimate", [(name, f"{format_bytes(count):>11}") for name, count in shown])
+    plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in shown])
 
 
 def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
@@ -222,7 +222,7 @@ def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
         rows = [(name, f"about {format_time(spent / devices)}") for name, spent in seconds.items()]
         total = format_time(sum(seconds.values()) / devices)
         rows.append(("in total", f"about {total}, and the time to start, read the images, export and report"))
-        plan.print_section("time, from a few steps measured here", rows)
+        plan.print_section("time (estimated from a few steps on this machine)", rows)
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:

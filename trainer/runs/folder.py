@@ -145,7 +145,9 @@ _LOSSES = {
 }
 
 
-_written: dict[Path, dict[str, Any]] = {}  # the run.json of this start by folder, in case the file is corrupted meanwhile
+_written: dict[
+    Path, dict[str, Any]
+] = {}  # the run.json of this start by folder, in case the file is corrupted meanwhile
 
 
 def parse_run_json(value: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _parse_run_json(value: Any) -> dict[str, Any]:
     names = value["classes"]
     require_fingerprint(value["data_fingerprint"])
     if not (isinstance(names, list) and all(isinstance(text, str) for text in names)):
-        raise ValueError("not the run.json of a run")
+        raise ValueError("no list of class names")
     return require_json_object(value) | {"classes": [normalize_class_name(name) for name in names]}
 
 
@@ -145,7 +145,7 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with a checkpoint's weights; set Keras' global dtype policy to its precision."""
+    """Rebuild the classifier of a run with a checkpoint's weights; set Keras' global dtype policy to the run's precision."""
     import keras
 
     from trainer.cluster.devices import POLICIES
@@ -165,7 +165,7 @@ def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     if dataset.class_names == names:
         return dataset
     if unknown := [repr(name) for name in dataset.class_names if name not in names]:
-        has = f"has classes that the run does not know: {join_first(unknown)}"
+        has = f"has classes that the run was not trained on: {join_first(unknown)}"
         fix = f"give data of the classes {join_first([repr(name) for name in names])}"
         raise DataError(has, key="run", value=run.address, fix=fix)
     run_label = np.array([names.index(name) for name in dataset.class_names], np.int32)

@@ -114,7 +114,7 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
     copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
     if not copy.entries:
-        problem = f"nothing matches {root}/{end}" if end else f"there is nothing in {root}"
+        problem = f"nothing matches {root}/{end}" if end else f"{root} is empty or does not exist"
         problem += f"; {describe_left_out(left_out)}" if left_out else ""
         raise DataError(problem, fix=f"check the address (gcloud storage ls {shlex.quote(str(root))})")
     size = sum(info.size for info in copy.entries.values())
@@ -159,7 +159,7 @@ def _split_address(address: str) -> tuple[StoragePath, str, bool]:
 
 
 def has_wildcard(text: str) -> bool:
-    """Return whether a path component is a pattern, unless a file or folder has this name."""
+    """Return whether a text has a character of a pattern: *, ? or [."""
     return any(character in text for character in "*?[")
 
 
