@@ -17,10 +17,10 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """If data.data_dir is in a bucket, set data.root to the prepared folder of data.name there. Return also the bucket folder to stream.
+    """If data.data_dir is in a bucket, set data.root to the prepared folder of data.name there.
 
-    The shards of this folder can be fetched while they are used. It is None for a local dataset, for sources other than
-    tfds, and with data.group_field, since only the records store the groups.
+    Return also the bucket folder whose shards can be fetched while they are used. It is None for a local dataset, for
+    sources other than tfds, and with data.group_field, since only the records store the groups.
     """
     if is_remote(data.data_dir) and data.name:
         folder = find_prepared_folder(str(data.data_dir), data.name)

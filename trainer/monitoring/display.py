@@ -35,7 +35,7 @@ class PhaseProgress:
     began: float = field(default_factory=time.monotonic)
 
     def seconds_left(self, step: int, now: float) -> float | None:
-        """Estimate the seconds until the end of the phase, validation included; None until this process has completed a step."""
+        """Estimate the seconds until the end of the phase, with validation; None until a step is complete."""
         done, left = step - self.began_step, self.first_step + self.steps - step
         return (now - self.began) / done * left if done > 0 else None
 
