@@ -7,10 +7,10 @@ score a checkpoint of a run on a split, and write a report.
 
 Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
 
-The dataset is that of the run unless `data=...` or `data.KEY=...` changes it. All of another dataset is scored: limits of
-the run (`data.validation_fraction`, `data.test_fraction`, `data.labels_per_class`, `debug.max_examples`) apply to it only
-if they are given here too. It can have only some of the classes of the run. `runtime...` and `training.batch_size` can be
-changed as well. Exit codes are those of a run.
+The dataset is that of the run unless `data=...` or `data.KEY=...` changes it. All of another dataset is scored: limits
+of the run (`data.validation_fraction`, `data.test_fraction`, `data.labels_per_class`, `debug.max_examples`) apply to it
+only if they are given here too. It can have only some of the classes of the run. `runtime...` and `training.batch_size`
+can be changed as well. Exit codes are those of a run.
 """
 
 import re

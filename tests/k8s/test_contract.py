@@ -26,6 +26,7 @@ SET_ELSEWHERE = {
     "TF_CONFIG": "Kubeflow's TFJob, instead of all the others",
     "KUBETUNE_CACHE": "the image",
     "GOOGLE_CLOUD_PROJECT": "the user, for requester-pays buckets",
+    "KERAS_HOME": "the user, for another folder than ~/.keras",
     "KUBETUNE_REVISION": "the image",
     "PYTHONPATH": "the user, where the package is not installed",
     "KUBETUNE_SWEEP": "the trainer itself, as HYDRA_FULL_ERROR and TF_CPP_MIN_LOG_LEVEL",

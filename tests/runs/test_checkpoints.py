@@ -155,7 +155,7 @@ def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name:
 def test_checkpoints_copied_from_a_bucket_are_named(tmp_path: Path) -> None:
     folder, lines = folder_with(tmp_path, 1)
     folder.path(1).rename(tmp_path / "step-00000001-1a2b3c4d")
-    assert folder.newest() is None
+    assert folder.read_newest() is None
     assert lines == [f"{tmp_path}/step-00000001-1a2b3c4d is not read; rename it to step-00000001 if it should"]
 
 

@@ -145,7 +145,7 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with a checkpoint's weights, and set Keras' global dtype policy to its precision."""
+    """Rebuild the classifier of a run with a checkpoint's weights. Sets Keras' global dtype policy to its precision."""
     import keras
 
     from trainer.cluster.devices import POLICIES
