@@ -73,7 +73,7 @@ def job(name: str, score: float | None, code: int = 0) -> Job:
 
 @pytest.mark.parametrize("search", [False, True])
 def test_the_last_lines_name_the_best_job(search: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    Sweep("out", [job("0", 0.5), job("1", 0.75), job("2", 0.75)], search=search).close()
+    Sweep("out", [job("0", 0.5), job("1", 0.75), job("2", 0.75)], is_search=search).close()
     assert capsys.readouterr().out.splitlines() == [
         "",
         "job   0  val_accuracy 0.5000  seed=0",
@@ -94,7 +94,7 @@ def test_the_last_lines_name_the_best_job(search: bool, capsys: pytest.CaptureFi
     ],
 )
 def test_a_grid_is_whole_or_not_and_a_search_needs_one_score(search: bool, jobs: list[Job], code: int | None) -> None:
-    sweep = Sweep("out", jobs, search=search)
+    sweep = Sweep("out", jobs, is_search=search)
     if code is None:
         return sweep.close()
     with pytest.raises(TrainerError, match=rf"of {len(jobs)} jobs failed \(0, ") as failed:
@@ -110,7 +110,7 @@ def test_runs_over_seeds_have_a_mean_and_a_standard_deviation(capsys: pytest.Cap
     jobs = [run("0", 1, "none", {"val_accuracy": 0.5, "test_accuracy": 0.25}),
             run("1", 2, "none", {"val_accuracy": 0.7, "test_accuracy": 0.75}),
             run("2", 1, "light", {"val_accuracy": 0.625}), run("3", 2, "light", {})]  # fmt: skip
-    sweep = Sweep("out", jobs, swept={"seed", "augmentation"}, search=True)
+    sweep = Sweep("out", jobs, swept={"seed", "augmentation"}, is_search=True)
     sweep.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "seeds" in line] == [
