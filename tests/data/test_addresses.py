@@ -76,7 +76,7 @@ def test_an_image_that_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     logging.getLogger("trainer").propagate = True
     images = store(tmp_path, on_error="skip", **DATA[name])
     images.rows("train", np.arange(images.dataset.splits["train"].count))
-    assert [line.partition(": ")[0] for line in images.undecodable()] == [f"{HOME}/{name}"]
+    assert [line.partition(": ")[0] for line in images.list_undecodable()] == [f"{HOME}/{name}"]
     assert f"skipped {HOME}/{name}" in caplog.text
     assert str(tmp_path) not in caplog.text
     assert {images.name_of("train", i).partition("data/")[0] for i in range(6)} == {f"gs://{BUCKET}/"}

@@ -116,7 +116,7 @@ def test_workers_that_each_read_a_part_refuse_a_class_that_none_can_decode(tmp_p
     peers = connected(clusters(2), 20, [])
     in_threads(lambda peer: stores[peer.index].gather_unreadable(peer), peers)
     for images in stores:
-        assert [line.split("/")[-1].split(":")[0] for line in images.undecodable()] == [
+        assert [line.split("/")[-1].split(":")[0] for line in images.list_undecodable()] == [
             "1.jpg",
             "3.jpg",
             "5.jpg",
