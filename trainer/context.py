@@ -1,22 +1,25 @@
-"""The objects of a run on one worker, and the record of how the run failed or was stopped."""
+"""The objects of a run and of its current phase on one worker, and the record of how the run failed or was stopped."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import tensorflow as tf
 
 from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
 from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
-from trainer.config.schema import RunConfig
+from trainer.config.schema import Phase, RunConfig
 from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
-from trainer.data.sharding import ShardingPlan
+from trainer.data.shard_gate import ShardGate
+from trainer.data.sharding import ShardingPlan, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
-from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, TrainerError
+from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer
+from trainer.features.inputs import Inputs
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
@@ -27,6 +30,7 @@ from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
 from trainer.storage.disk import translate_disk_errors
 from trainer.training.state import RunState
+from trainer.training.step import TrainingStep
 
 
 @dataclass
@@ -52,6 +56,48 @@ class RunContext:
     metrics: MetricsWriter
     plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
+
+
+@dataclass
+class PhaseRun:
+    """The compiled step and the input pipeline of one phase."""
+
+    name: str
+    phase: Phase
+    total_steps: int  # maximum; early stopping can end the phase before
+    step: TrainingStep
+    schedule: Any  # learning rate as a function of the step within the phase
+    inputs: Inputs
+    batches: Any  # iterator over global batches
+    gate: ShardGate  # waits for the shards of the next batches
+    checkpoint_variables: dict[str, Any]  # name -> variable of the model or the training step
+
+
+def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
+    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
+    config, split = run.config, run.images.dataset.splits["train"]
+    size, batch_size = run.worker.size, config.training.batch_size
+    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+
+
+def show_phase(run: RunContext, name: str, total: int) -> None:
+    """Show the phase and its last epoch in the progress display."""
+    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
+    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
+    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
+
+
+def is_checkpoint_due(run: RunContext) -> bool:
+    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
+    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
+    return run.state.step - run.saver.saved_step >= max(every, 1)
+
+
+def raise_stopped(run: RunContext, when: str) -> NoReturn:
+    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
+    run.worker.control.disconnect()
+    reason = run.worker.stop.reason or "stopped by another worker"
+    raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ set up -> restore -> plan -> per phase: freeze, open inputs, train and validate 
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,16 +17,25 @@ from trainer.cluster.devices import build_strategy, choose_devices
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
-from trainer.config.schema import Phase, RequestedConfig, RunConfig
-from trainer.context import RunContext, RunPlan, advise_export, record_failures
+from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.context import (
+    PhaseRun,
+    RunContext,
+    RunPlan,
+    advise_export,
+    is_checkpoint_due,
+    plan_run_sharding,
+    raise_stopped,
+    record_failures,
+    show_phase,
+)
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
 from trainer.data.remote import addresses_in_errors
-from trainer.data.shard_gate import ShardGate
-from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
+from trainer.data.sharding import ShardingPlan, check_resumable
 from trainer.distillation.teacher import ConfiguredTeacher, describe_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
@@ -212,13 +221,6 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     run.state.starts += 1
 
 
-def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
-    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
-    config, split = run.config, run.images.dataset.splits["train"]
-    size, batch_size = run.worker.size, config.training.batch_size
-    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
-
-
 def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeacher | None) -> RunPlan:
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
@@ -242,21 +244,6 @@ def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeac
 
 # ---------------------------------------------------------------------------------------------------------------
 # One phase
-
-
-@dataclass
-class PhaseRun:
-    """The compiled step and the input pipeline of one phase."""
-
-    name: str
-    phase: Phase
-    total_steps: int  # maximum; early stopping can end the phase before
-    step: TrainingStep
-    schedule: Any  # learning rate as a function of the step within the phase
-    inputs: Inputs
-    batches: Any  # iterator over global batches
-    gate: ShardGate  # waits for the shards of the next batches
-    checkpoint_variables: dict[str, Any]  # name -> variable of the model or the training step
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
@@ -298,13 +285,6 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         current.batches = None  # deletes the pipeline, which ends its prefetching
         current.gate.close()
     end_phase(run, name, thaw)
-
-
-def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show the phase and its last epoch in the progress display."""
-    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
-    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
-    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
 
 
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
@@ -496,12 +476,6 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 # Save and stop
 
 
-def is_checkpoint_due(run: RunContext) -> bool:
-    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
-    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
-    return run.state.step - run.saver.saved_step >= max(every, 1)
-
-
 def save(run: RunContext, current: PhaseRun) -> None:
     """Commit a checkpoint of the current state. The chief writes it, and the other workers return at once."""
     state = run.state
@@ -519,13 +493,6 @@ def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
     run.saver.publisher.wait()
     run.worker.control.barrier("saved")
     raise_stopped(run, f"at step {run.state.step}")
-
-
-def raise_stopped(run: RunContext, when: str) -> NoReturn:
-    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
-    run.worker.control.disconnect()
-    reason = run.worker.stop.reason or "stopped by another worker"
-    raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------

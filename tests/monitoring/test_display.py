@@ -102,7 +102,7 @@ def test_the_time_left_is_that_of_the_loop_which_counts(activity: str, monkeypat
 
 
 @pytest.mark.parametrize("program", [
-    "with written_images('bar') as show:\n    for k in range(9): show(k, 9); print(k, flush=True); time.sleep(0.1)",
+    "with show_image_progress('bar') as show:\n    for k in range(9): show(k, 9); print(k, flush=True); time.sleep(0.1)",
     "shown = Display(PatientConsole())\nfor k in range(9): shown.console.print(k); log.info('x'); time.sleep(0.1)\nshown.stop()",
 ])  # fmt: skip
 def test_a_reader_that_ends_does_not_end_the_process(program: str) -> None:
@@ -112,7 +112,7 @@ from trainer.cli.process import exit_with_code
 from trainer.monitoring.console import PatientConsole
 from trainer.monitoring.display import Display
 from trainer.monitoring.log import log
-from trainer.monitoring.progress import written_images
+from trainer.monitoring.progress import show_image_progress
 with exit_with_code():
     exec({program!r})
     sys.stderr.write("done")
@@ -136,13 +136,13 @@ from trainer.monitoring.console import PatientConsole
 from trainer.monitoring.display import Display
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure
-from trainer.monitoring.progress import written_images
+from trainer.monitoring.progress import show_image_progress
 from trainer.prepare import _exit_on_signal
 configure()
 how = sys.argv[1]
 if how == "prepare":
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    with written_images("bar") as show:
+    with show_image_progress("bar") as show:
         show(3, 9)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)

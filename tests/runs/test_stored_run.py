@@ -45,7 +45,7 @@ def test_a_damaged_fingerprint_is_a_damaged_file(tmp_path: Path, value: object) 
         parse_run_json({"data_fingerprint": value})
     file = leave_run(tmp_path / "run") / "run.json"
     file.write_text(json.dumps({"classes": ["a", "b"], "data_fingerprint": value}))
-    with raises(DataError, "run", str(tmp_path / "run"), "another run", "damaged run.json"):
+    with raises(DataError, "run", str(tmp_path / "run"), "another run", "corrupt one"):
         find_run(str(tmp_path / "run"))
 
 

@@ -33,7 +33,7 @@ from trainer.storage import lease as leases
 from trainer.storage.path import storage_path
 leases.LEASE_SECONDS = float(sys.argv[4])
 try:
-    lease = leases.take(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
+    lease = leases.acquire_lease(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
     print("taken", flush=True)
 except TrainerError as error:
     print(f"{type(error).__name__}: {error}", flush=True)
