@@ -19,7 +19,7 @@ def test_values_get_the_type_of_their_setting() -> None:
     [
         (["batsh=3"], "batsh.*batch"),
         (["port=99999"], "port.*65535"),
-        (["batch=many"], "batch.*valid integer"),
+        (["batch=many"], "batch=many: is not valid; use a whole number"),
         (["window_ms=nan"], "window_ms.*finite"),
         (["log_sample=2"], "log_sample.*equal to 1"),
         (["name=a/b"], "name.*pattern"),
