@@ -17,8 +17,8 @@ from trainer.monitoring.display import format_duration
 def test_a_run_shows_each_stage_and_ends_with_the_figures_of_its_page(tmp_path: Path, width: int) -> None:
     output = on_terminal([sys.executable, "-m", "trainer", *SMALL, f"output_dir={tmp_path / 'run'}"], width)
     drawn = [part for part in re.split(r"[\r\n]|\x1b\[[\d;?]*[A-Za-z]", output) if "  left " in part or "0:0" in part]
-    for phase, epochs in (("head", "2/2"), ("fine_tune", "4/4")):
-        assert any(line.startswith(f"{phase}  epoch {epochs}  ") for line in drawn), phase
+    for phase, last in (("head", 2), ("fine_tune", 4)):  # a short epoch can fall between two refreshes
+        assert any(re.match(rf"{phase}  epoch \d/{last}  ", line) for line in drawn), phase
     for stage in ("compiling the first step", "export", "report"):
         assert any(stage in line for line in drawn), stage
     left = [line for line in screen(output, width) if line]
