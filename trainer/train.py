@@ -213,6 +213,11 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
         folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
+        if step:
+            phases = list(run.config.phases.values())
+            phase = phases[min(run.state.phase, len(phases) - 1)]
+            best_step = early_stopping.find_best_step(run.state, phase.early_stopping)
+            run.saver.checkpoints.write_pointers(step, best_step)
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
         truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)

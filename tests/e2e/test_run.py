@@ -97,6 +97,20 @@ def test_a_finished_run_can_be_made_longer(undisturbed: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_pointers_that_a_kill_has_left_behind_are_written_again(undisturbed: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "run"
+    shutil.copytree(undisturbed, killed)
+    (killed / "DONE").unlink()
+    for pointer in ("LATEST", "BEST"):
+        (killed / "checkpoints" / pointer).unlink()
+    train(*SMALL, f"output_dir={killed}")
+    for pointer in ("LATEST", "BEST"):
+        file = Path("checkpoints") / pointer
+        assert (killed / file).read_text() == (undisturbed / file).read_text()
+    assert_same_run(undisturbed, killed)
+
+
+@pytest.mark.slow
 def test_warm_start_loads_the_weights_of_another_run(undisturbed: Path, tmp_path: Path) -> None:
     result = train(
         *SMALL, f"output_dir={tmp_path / 'run'}", f"warm_start={undisturbed}", "debug.max_steps=1",

@@ -148,11 +148,18 @@ class CheckpointFolder:
             temporary.rename(final)
         sync(self.folder)
         self._complete_replacement()
-        write_atomically(self.folder / "LATEST", final.name + "\n")
-        if best_step is not None:
-            write_atomically(self.folder / "BEST", self.path(best_step).name + "\n")
+        self.write_pointers(state["step"], best_step)
         self._prune()
         return final
+
+    def write_pointers(self, step: int, best_step: int | None) -> None:
+        """Write LATEST and, if there is a best checkpoint, BEST.
+
+        A start does so too, because a kill between the commit of a checkpoint and this leaves the pointers behind it.
+        """
+        write_atomically(self.folder / "LATEST", self.path(step).name + "\n")
+        if best_step is not None:
+            write_atomically(self.folder / "BEST", self.path(best_step).name + "\n")
 
     def _complete_replacement(self) -> None:
         """Delete a replaced checkpoint; rename it back if its replacement was not committed."""
