@@ -40,7 +40,7 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
 from trainer.storage.disk import get_free_bytes
-from trainer.storage.local import delete_unfinished, temporary_file, write_atomically
+from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import ABANDONED_SECONDS
@@ -53,7 +53,6 @@ _NOT_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError
 # TensorFlow raises the second one if a file name in its message is not UTF-8.
 _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED = 20  # skipped images that are logged by name
-_CRC_BYTES = 8 << 20  # read per call to verify the cache on disk
 _BATCH = 64  # images per batch, outside of training and evaluation
 _FORMAT_VERSION = 4  # of the cache on disk; increment it when decoding changes
 
@@ -251,6 +250,11 @@ def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
 def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     """Open the cache on disk. Return False if it is incomplete or corrupt, or has bad examples with on_error "fail"."""
     data = stem.with_suffix(".u8")
+
+    def report_block() -> None:
+        health.record_progress()
+        pixels.check()
+
     try:
         about = json.loads(stem.with_suffix(".json").read_bytes())
         bad, crc32c = {int(index): str(reason) for index, reason in about["bad"].items()}, about["crc32c"]
@@ -258,7 +262,7 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
             return False
         if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        if _with_bad(_compute_crc32c(data, pixels.check), bad) != crc32c:
+        if _with_bad(compute_file_crc32c(data, report_block), bad) != crc32c:
             pixels.log_message(f"{data} is corrupt (checksum mismatch); decoding the images again")
             return False
         # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
@@ -272,17 +276,6 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
 def _with_bad(crc: int, bad: dict[int, str]) -> int:
     """Extend the CRC32C of the pixels by the examples that cannot be decoded, if there are any."""
     return google_crc32c.extend(crc, json.dumps(sorted(bad.items())).encode()) if bad else crc
-
-
-def _compute_crc32c(file: Path, check: Callable[[], None]) -> int:
-    """Read a file and return its CRC32C; `check` is called between blocks and may raise to stop."""
-    crc = 0
-    with open(file, "rb") as content:
-        while block := content.read(_CRC_BYTES):
-            crc = google_crc32c.extend(crc, block)
-            health.record_progress()
-            check()
-    return crc
 
 
 def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:

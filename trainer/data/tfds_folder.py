@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 
 from trainer.errors import DataError
@@ -19,7 +18,7 @@ from trainer.names import escape_unprintable
 from trainer.storage.arrays import unpack
 from trainer.storage.base import StoragePath, is_unfinished
 from trainer.storage.disk import make_write_error
-from trainer.storage.local import delete_unfinished
+from trainer.storage.local import compute_file_crc32c, delete_unfinished
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import ABANDONED_SECONDS
 
@@ -110,7 +109,7 @@ class DatasetFolder:
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
-        crc = _compute_crc32c(self.scratch / entry.file) if info.crc32c is None else info.crc32c
+        crc = compute_file_crc32c(self.scratch / entry.file) if info.crc32c is None else info.crc32c
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
@@ -192,11 +191,3 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
 
 def _is_sidecar(name: str) -> bool:
     return name.startswith(".") and name.endswith(".json")
-
-
-def _compute_crc32c(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            crc = google_crc32c.extend(crc, block)
-    return crc

@@ -9,10 +9,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import google_crc32c
 
 from trainer.errors import DataError
 from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
@@ -20,6 +22,16 @@ from trainer.storage.base import ANY, UNFINISHED_DIGITS, Conflict, ObjectInfo, S
 
 _COPY_BYTES = 1 << 22  # per read
 _ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+def compute_file_crc32c(path: Path, on_block: Callable[[], None] = lambda: None) -> int:
+    """Read a file and return its CRC32C; `on_block` is called after each block, and can raise to stop."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(_COPY_BYTES):
+            crc = google_crc32c.extend(crc, block)
+            on_block()
+    return crc
 
 
 def sync(path: Path) -> None:
