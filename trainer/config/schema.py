@@ -530,16 +530,23 @@ def with_choices(
     return RunConfig.model_construct(**values)
 
 
+# Section -> the values with which debug.overfit replaces those of the user.
+OVERFIT: dict[str, dict[str, Any]] = {
+    "model": {"dropout": 0.0, "l2": 0.0},
+    "training": {"label_smoothing": 0.0, "ema": None, "keep": "last"},
+}
+
+
 def apply_overfit(config: RequestedConfig) -> RequestedConfig:
     """Switch off all regularization if debug.overfit is set; otherwise return the configuration unchanged."""
     if not config.debug.overfit:
         return config
     batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size
-    training = {"batch_size": batch_size, "label_smoothing": 0.0, "ema": None, "keep": "last"}
+    training = {"batch_size": batch_size, **OVERFIT["training"]}
     changed = config.model_copy(update={
         "augmentation": Augmentation(),
         "distillation": None,
-        "model": config.model.model_copy(update={"dropout": 0.0, "l2": 0.0}),
+        "model": config.model.model_copy(update=OVERFIT["model"]),
         "training": config.training.model_copy(update=training),
     })  # fmt: skip
     return changed if changed.autos else with_choices(changed)

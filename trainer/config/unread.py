@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Section
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import Data, RequestedConfig
+from trainer.config.schema import OVERFIT, Data, RequestedConfig
 from trainer.errors import ConfigError
 
 # Key of `data` -> sources that read it; the other keys are read for every source.
@@ -36,8 +36,8 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _check_data(config.data)),
         ("augmentation", config.augmentation, _check_augmentation(config)),
-        ("model", config.model, _check_overfit(config, "dropout", "l2")),
-        ("training", config.training, _check_overfit(config, "label_smoothing", "ema", "keep")),
+        ("model", config.model, _check_overfit(config, *OVERFIT["model"])),
+        ("training", config.training, _check_overfit(config, *OVERFIT["training"])),
         ("debug", config.debug, _check_overfit(config, "max_examples")),
         ("export", config.export, _check_export(config)),
         ("", config, _check_run(config)),
