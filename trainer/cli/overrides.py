@@ -6,7 +6,7 @@ value in quotes, `${...}`, and in a sweep a list of values or a function such as
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def _translate_override(text: str, sweep: bool) -> str:
     elif kind == "text":
         if FUNCTION.fullmatch(value) and not sweep:
             raise _several_values_error(text)
-        value = _quote_sweep_values(value) if sweep else _quote_text(value)
+        value = ",".join(_quote_sweep_values(value, _quote_text)) if sweep else _quote_text(value)
     elif kind == "texts":
         plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
         parts = (
@@ -225,9 +225,10 @@ def _translate_override(text: str, sweep: bool) -> str:
         )
         value = ",".join(_quote_list(part.strip()) for part in parts)
     elif kind == "weights":
-        if not sweep and len(_weight_values(value)) > 1:
+        values = _quote_sweep_values(value, _quote_weights)
+        if not sweep and len(values) > 1:
             raise _several_values_error(text)
-        value = ",".join(_weight_values(value) if sweep else [_quote_weights(value)])
+        value = ",".join(values) if sweep else _quote_weights(value)
     try:
         parsed = parse_override(f"{plus}{key}={value}")
     except ConfigError as error:
@@ -244,26 +245,18 @@ def _quote_text(text: str) -> str:
     return quote(text, interpolate=bool(INTERPOLATION.search(text)))
 
 
-def _quote_sweep_values(value: str) -> str:
-    """Quote each value of a sweep: `a (1),b` or choice(a, b)."""
+def _quote_sweep_values(value: str, quote_one: Callable[[str], str]) -> list[str]:
+    """Quote each value of a sweep: `a (1),b` or choice(a, b); another function is one value, and is unchanged."""
     function = FUNCTION.fullmatch(value)
     if function and function[1] != "choice":
-        return value
+        return [value]
     # As a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
-    return ",".join(_quote_text(element.strip()) for element in split_elements(function[2] if function else value))
+    return [quote_one(element.strip()) for element in split_elements(function[2] if function else value)]
 
 
 def _quote_weights(text: str) -> str:
     """Quote `{a b: 1, c: 2}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
     return quote(text.strip()) if re.fullmatch(r"\s*\{.*\}\s*", text, re.S) else text
-
-
-def _weight_values(value: str) -> list[str]:
-    """Quote each of the values of a sweep: `{a: 1},{a: 2},balanced` or choice(...)."""
-    function = FUNCTION.fullmatch(value)
-    if function and function[1] != "choice":
-        return [value]
-    return [_quote_weights(part) for part in split_elements(function[2] if function else value)]
 
 
 def _quote_list(text: str) -> str:
