@@ -36,7 +36,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
 from trainer.data.remote import addresses_in_errors
 from trainer.data.sharding import ShardingPlan, check_resumable
-from trainer.distillation.teacher import ConfiguredTeacher, describe_teacher, open_teacher
+from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
@@ -189,7 +189,7 @@ def choose_inputs(
     features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
-    teacher = describe_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
+    teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
     return features, teacher
 
 

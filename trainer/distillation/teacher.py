@@ -96,7 +96,7 @@ class ConfiguredTeacher:
     soft_labels: np.ndarray | None  # float32 [count, classes]
 
 
-def describe_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
+def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
     """Find, check and load the configured teacher on all workers; the chief reads its files and broadcasts them.
 
     Without augmentation the soft labels of an earlier start are used if there are any, instead of the network.
