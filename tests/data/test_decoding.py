@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,14 +128,20 @@ def test_damage_raises(data: bytes, resize: str) -> None:
         decode_image(tf.constant(data), 32, resize)
 
 
-def test_saved_model_decodes_the_same(tmp_path: Path) -> None:
+def saved_decoder(folder: Path) -> Any:
+    """A SavedModel whose `decode` decodes an encoded image to 40 px, cropped."""
+
     class Decoder(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
         def decode(self, data: tf.Tensor) -> tf.Tensor:
             return decode_image(data, 40, "crop")
 
-    tf.saved_model.save(Decoder(), str(tmp_path))
-    loaded = tf.saved_model.load(str(tmp_path))
+    tf.saved_model.save(Decoder(), str(folder))
+    return tf.saved_model.load(str(folder))
+
+
+def test_saved_model_decodes_the_same(tmp_path: Path) -> None:
+    loaded = saved_decoder(tmp_path)
     for kind, mode in KINDS:
         data = tf.constant(encoded(smooth(50, 70), kind, mode))
         mapped = next(iter(tf.data.Dataset.from_tensors(data).map(lambda d: decode_image(d, 40, "crop"))))

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from tests.data.images import fill_folder
 from tests.data.splits_on_disk import opened
-from tests.data.test_decoding import encoded, smooth
+from tests.data.test_decoding import encoded, saved_decoder, smooth
 from tests.data.test_open import folder
 from trainer.data import examine
 from trainer.data.decoding import decode_image
@@ -122,13 +122,7 @@ def test_exif_data_may_follow_other_segments() -> None:
 
 
 def test_a_saved_model_turns_images_as_training_does(tmp_path: Path) -> None:
-    class Decoder(tf.Module):
-        @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
-        def decode(self, data: tf.Tensor) -> tf.Tensor:
-            return decode_image(data, 40, "crop")
-
-    tf.saved_model.save(Decoder(), str(tmp_path))
-    loaded = tf.saved_model.load(str(tmp_path))
+    loaded = saved_decoder(tmp_path)
     for kind in ("JPEG", "PNG", "WEBP"):
         for orientation in (1, 4, 6):
             data = tf.constant(photo(orientation, kind))
