@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT_KINDS = ("content", "sample", "ends")  # the bytes of each file that are hashed, most thorough kind first
 LogMessage = Callable[[str], None]  # logs a line
+Orientation = Literal["exif", "ignore"]  # exif: images are turned upright
 Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
 
 
@@ -39,7 +40,7 @@ class Split:
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
-    orientation: Literal["exif", "ignore"] = "exif"  # exif: rotate images upright
+    orientation: Orientation = "exif"
     groups: tuple[str, ...] | None = None  # data.group_field of each example; only in the split that is scored
 
     @property

@@ -25,6 +25,7 @@ from trainer.config.base import (
 )
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
+from trainer.types import Orientation
 
 
 class Data(Section):
@@ -72,7 +73,7 @@ class Data(Section):
     """Number of records that are shuffled together."""
     shards: int | None = Field(None, ge=1, le=MAX_COUNT)
     """`trainer.prepare`: shards of the largest split; others have shards of the same size. null: one per 100 MB."""
-    orientation: Literal["exif", "ignore"] = "exif"
+    orientation: Orientation = "exif"
     """exif: rotate images upright by their EXIF orientation, in the exported model too; ignore: for images with wrong
     tags."""
     on_error: Literal["fail", "skip"] = "fail"

@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.order import Block
-from trainer.data.orientation import Orientation, compute_center_offsets, extract_exif, turn_upright
+from trainer.data.orientation import compute_center_offsets, extract_exif, turn_upright
 from trainer.names import encode_file_name, escape_unprintable
-from trainer.types import Split
+from trainer.types import Orientation, Split
 
 Resize = Literal["stretch", "crop"]
 

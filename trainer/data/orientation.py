@@ -1,11 +1,10 @@
 """Parse the EXIF orientation of encoded images in a TensorFlow graph, and turn their pixels upright."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import tensorflow as tf
 
-Orientation = Literal["exif", "ignore"]
 _TAG = 0x0112
 _MAGICS = (b"II*\0", b"MM\0*")  # the first bytes of EXIF data in either byte order
 _HEAD = 2**16  # bytes at the beginning of a JPEG in which EXIF data begin

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -37,9 +37,9 @@ from trainer.storage.base import StoragePath
 from trainer.storage.local import add_path_to_errors
 from trainer.storage.path import storage_path
 from trainer.storage.staging import identify_staged_file
+from trainer.types import Orientation
 
 ImageSource = str | Path | bytes | RecordLocation
-Orientation = Literal["exif", "ignore"]  # data.orientation
 TIFF_MAGIC = (b"II*\0", b"MM\0*")
 SHARD_BYTES = 100 * 2**20  # approximate shard size if the shard count is not configured
 

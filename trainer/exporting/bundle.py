@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.data.decoding import Resize
-from trainer.data.orientation import Orientation
 from trainer.private_api import get_library_class, swap_class
+from trainer.types import Orientation
 
 if TYPE_CHECKING:
     import keras
