@@ -627,7 +627,7 @@ def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
 
 
 UNNAMED: list[tuple[tuple[str, ...], str | None, str, str]] = [
-    (CLASSES[:2], "data.label_field", "class names", r"the label 2 of record 2 .* outside 0\.\.1"),
+    (CLASSES[:2], "data.label_field", "class name", r"the label 2 of record 2 .* outside 0\.\.1"),
     (("cat", "cat", "owl"), None, "use each class name once", "pets has duplicate class names: cat"),
     ((*CLASSES, "yak"), None, "remove the class", "no training example of yak"),
 ]

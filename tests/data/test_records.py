@@ -254,7 +254,7 @@ LISTED = r"image \(bytes\), label \(int64\)"
             "record 0 of shard {} does not have exactly one bytes value in this field",
         ),
         ("image", "image", "label_kind", LISTED, "record 0 of shard {} holds the text image"),
-        ("label", "image", "label_field", "class names", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
+        ("label", "image", "label_field", "class name", r"label 7 of record 1 of shard {} is outside 0\.\.4"),
     ],
 )
 def test_wrong_labels_are_named(tmp_path: Path, label: str, image: str, key: str, fix: str, problem: str) -> None:

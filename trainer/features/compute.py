@@ -44,6 +44,18 @@ class FeatureRequest:
 Requests = Sequence[FeatureRequest]
 
 
+def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
+    """Split `indices`, int64 [n], among `workers` into shards of whole device calls of `rows` images.
+
+    On some processors the bits of an image's features depend on its position in the call, because a kernel computes
+    the last elements of a batch with other instructions. With whole calls the position does not depend on `workers`.
+    No shard is larger than the first.
+    """
+    calls = np.arange(0, len(indices), rows)
+    edges = [part[0] if len(part) else len(indices) for part in np.array_split(calls, workers)]
+    return np.split(indices, edges[1:])
+
+
 class FeaturePass:
     """Compute the features of one split per call of `fill`. The same cuts are compiled once."""
 
@@ -99,7 +111,7 @@ class FeaturePass:
     ) -> bool:  # fmt: skip
         """Compute and store the missing features of one view, in blocks. Return False if the run should stop."""
         worker = self.worker
-        shards = np.array_split(np.flatnonzero(is_missing), worker.size if exchange else 1)
+        shards = split_by_calls(np.flatnonzero(is_missing), self.rows, worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
