@@ -298,7 +298,7 @@ def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[A
     ("kind", "value", "key", "fix", "problem"),
     [
         ("index", 3, "label_field", "if labels begin with 1, set data.label_kind=index1", r"label 3 .* outside 0\.\.2"),
-        ("index", 7, "label_field", "^set another field, or as many class names", r"label 7 .* outside 0\.\.2"),
+        ("index", 7, "label_field", "^set another field, or one class name per label", r"label 7 .* outside 0\.\.2"),
         (
             "index1",
             0,
