@@ -1,4 +1,4 @@
-"""The objects of a run and of its current phase on one worker, and the record of how the run failed or was stopped."""
+"""The objects of a run and of its current phase on one worker, how a phase opens, and how a failed run is recorded."""
 
 import time
 from collections.abc import Iterator
@@ -14,23 +14,28 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
 from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
+from trainer.data.order import Order
+from trainer.data.pipeline import build_training_batches
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer
-from trainer.features.inputs import Inputs
+from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
+from trainer.models.freezing import ThawPlan
 from trainer.monitoring.health import health
+from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder
+from trainer.runs.folder import RunFolder, update_run_json
 from trainer.runs.metrics import MetricsWriter
 from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
 from trainer.storage.disk import translate_disk_errors
+from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
-from trainer.training.step import TrainingStep
+from trainer.training.step import StepSettings, TrainingStep, require_plausible
 
 
 @dataclass
@@ -161,3 +166,64 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         run.images.close()
         if not folder.begun:
             folder.abandon()
+
+
+def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
+    """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
+    config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
+    inputs = open_phase_inputs(run, name)
+    teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
+    lr = phase.optimizer.learning_rate
+    schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
+    with worker.strategy.scope():
+        optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
+    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
+    live = teacher.network.logits if teacher and teacher.network else None
+    stop, trained = worker.stop_requested, thaw.trainable
+    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
+    # The example order is a function of the seed; batches begin at the current step of the current epoch.
+    order = Order(
+        batch_size=batch_size,
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        first_epoch=state.epoch,
+        first_step=state.epoch_step,
+        sharding=run.scorer.sharding,
+    )
+    batches = build_training_batches(
+        inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
+    )
+    dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
+    iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
+    return PhaseRun(
+        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.open_gate(),
+        checkpoint_variables=run.classifier.variables | step.checkpoint_variables(),
+    )  # fmt: skip
+
+
+def open_phase_inputs(run: RunContext, name: str) -> Inputs:
+    """Open the cached features or the images of a phase. Uses images if there is no space for its features."""
+    category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
+    with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
+        inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
+    if inputs is not None:
+        return inputs
+    if run.worker.should_stop(when := "while computing features"):
+        raise_stopped(run, when)
+    if run.state.phase_step:
+        problem = f"phase {name} began with cached features, but there is no space for them"
+        hint = run.saver.resume_hint
+        fix = f"increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; {hint}"
+        raise Interrupted(problem, fix=fix)
+    log.info(f"features of phase {name}: live, because there is no space for a cache")
+    switch_to_images(name, run.images, run.plan.features)
+    if run.worker.is_chief:
+        update_run_json(run.saver.path, {"features": run.plan.features.input_kinds})
+    return open_phase_inputs(run, name)
+
+
+def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
+    """Raise `Diverged` if a mean loss is not finite, or larger than that of any classifier."""
+    state, classes = run.state, len(run.images.dataset.class_names)
+    settings, epoch = current.step.settings, state.epoch + 1
+    require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)

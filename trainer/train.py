@@ -24,23 +24,22 @@ from trainer.context import (
     RunPlan,
     advise_export,
     is_checkpoint_due,
+    open_phase,
     plan_run_sharding,
     raise_stopped,
     record_failures,
+    require_plausible_losses,
     show_phase,
 )
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
-from trainer.data.order import Order
-from trainer.data.pipeline import build_training_batches
 from trainer.data.remote import addresses_in_errors
 from trainer.data.sharding import ShardingPlan, check_resumable
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
-from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
+from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.exporting.formats import check_formats
-from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -49,15 +48,14 @@ from trainer.monitoring.log import log
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
-from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once, update_run_json
+from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.training import early_stopping, variables
 from trainer.training.losses import compute_class_weights
-from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.state import RunState
-from trainer.training.step import StepSettings, TrainingStep, require_finite, require_plausible
+from trainer.training.step import require_finite
 from trainer.types import choose_scored_split
 
 AFTER_TRAINING = "after the end of training"
@@ -292,60 +290,6 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     end_phase(run, name, thaw)
 
 
-def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
-    """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
-    config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
-    inputs = open_phase_inputs(run, name)
-    teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
-    lr = phase.optimizer.learning_rate
-    schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
-    with worker.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
-    live = teacher.network.logits if teacher and teacher.network else None
-    stop, trained = worker.stop_requested, thaw.trainable
-    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
-    # The example order is a function of the seed; batches begin at the current step of the current epoch.
-    order = Order(
-        batch_size=batch_size,
-        seed=config.seed,
-        window=config.data.shuffle_window,
-        first_epoch=state.epoch,
-        first_step=state.epoch_step,
-        sharding=run.scorer.sharding,
-    )
-    batches = build_training_batches(
-        inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
-    )
-    dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
-    iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
-    return PhaseRun(
-        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.open_gate(),
-        checkpoint_variables=run.classifier.variables | step.checkpoint_variables(),
-    )  # fmt: skip
-
-
-def open_phase_inputs(run: RunContext, name: str) -> Inputs:
-    """Open the cached features or the images of a phase. Uses images if there is no space for its features."""
-    category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
-    with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
-        inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
-    if inputs is not None:
-        return inputs
-    if run.worker.should_stop(when := "while computing features"):
-        raise_stopped(run, when)
-    if run.state.phase_step:
-        problem = f"phase {name} began with cached features, but there is no space for them"
-        hint = run.saver.resume_hint
-        fix = f"increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir; {hint}"
-        raise Interrupted(problem, fix=fix)
-    log.info(f"features of phase {name}: live, because there is no space for a cache")
-    switch_to_images(name, run.images, run.plan.features)
-    if run.worker.is_chief:
-        update_run_json(run.saver.path, {"features": run.plan.features.input_kinds})
-    return open_phase_inputs(run, name)
-
-
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     """Load the phase weights that `training.keep` selects, and advance the state to the next phase."""
     state, training = run.state, run.config.training
@@ -432,13 +376,6 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         if stopped:
             save_and_stop(run, current)
     run.metrics.profile(state.step, profile_steps)
-
-
-def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
-    """Raise `Diverged` if a mean loss is not finite, or larger than that of any classifier."""
-    state, classes = run.state, len(run.images.dataset.class_names)
-    settings, epoch = current.step.settings, state.epoch + 1
-    require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
