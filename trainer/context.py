@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import tensorflow as tf
 
@@ -13,9 +14,9 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig
 from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
-from trainer.data.sharding import ShardingPlan
+from trainer.data.sharding import ShardingPlan, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
-from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, TrainerError
+from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
@@ -34,6 +35,7 @@ class RunPlan:
     """The decisions that each start makes before its first step."""
 
     features: FeaturePlan
+    compiled: dict[str, bool]  # by phase: whether XLA compiles its training step
     sharding: ShardingPlan
     teacher: OpenedTeacher | None
 
@@ -52,6 +54,33 @@ class RunContext:
     metrics: MetricsWriter
     plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
+
+
+def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
+    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
+    config, split = run.config, run.images.dataset.splits["train"]
+    size, batch_size = run.worker.size, config.training.batch_size
+    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+
+
+def show_phase(run: RunContext, name: str, total: int) -> None:
+    """Show the phase and its last epoch in the progress display."""
+    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
+    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
+    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
+
+
+def is_checkpoint_due(run: RunContext) -> bool:
+    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
+    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
+    return run.state.step - run.saver.saved_step >= max(every, 1)
+
+
+def raise_stopped(run: RunContext, when: str) -> NoReturn:
+    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
+    run.worker.control.disconnect()
+    reason = run.worker.stop.reason or "stopped by another worker"
+    raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 @contextmanager

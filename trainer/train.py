@@ -13,12 +13,21 @@ from typing import Any, NoReturn
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
-from trainer.cluster.devices import build_strategy, choose_devices
+from trainer.cluster.devices import build_strategy, choose_devices, detect_device
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
 from trainer.config.schema import Phase, RequestedConfig, RunConfig
-from trainer.context import RunContext, RunPlan, advise_export, record_failures
+from trainer.context import (
+    RunContext,
+    RunPlan,
+    advise_export,
+    is_checkpoint_due,
+    plan_run_sharding,
+    raise_stopped,
+    record_failures,
+    show_phase,
+)
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
@@ -26,7 +35,7 @@ from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
 from trainer.data.remote import addresses_in_errors
 from trainer.data.shard_gate import ShardGate
-from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
+from trainer.data.sharding import ShardingPlan, check_resumable
 from trainer.distillation.teacher import ConfiguredTeacher, describe_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, Interrupted, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
@@ -37,6 +46,7 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
+from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
@@ -71,9 +81,9 @@ def train_run(
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
         restored = restore(run, folder)
-        features, teacher = choose_inputs(run, folder, divisions)
-        record_start(run, folder, features, advice)
-        run.plan = make_plan(run, features, teacher)
+        features, compiled, teacher = choose_inputs(run, folder, divisions)
+        record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
+        run.plan = make_plan(run, features, compiled, teacher)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
@@ -109,7 +119,7 @@ def set_up(
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
-    config, reasons = resolve_auto_once(requested, folder, control, dataset)
+    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device())
     folder.config = config  # for config.yaml, with the requested batch size
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
     replicas = choose_devices(config.runtime, control.size)[1]
@@ -174,17 +184,19 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
-) -> tuple[FeaturePlan, ConfiguredTeacher | None]:
-    """Choose whether each phase reads features or images, and load the teacher. Writes no file."""
-    recorded = folder.run_json if folder.resuming else {}
-    features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
+) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
+    """Choose the input of each phase and whether XLA compiles it, and load the teacher. Writes no file."""
+    recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
+    settings = run.config, device, run.worker.replicas, run.classifier, run.images.dataset
+    compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
+    features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = describe_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
-    return features, teacher
+    return features, compiled, teacher
 
 
-def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: list[str]) -> None:
+def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[str, Any]], advice: list[str]) -> None:
     """Record the start in the folder, and delete results there that are newer than the checkpoint.
 
     This is the first change of the folder by a start.
@@ -194,14 +206,14 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     """
     control, step, max_restarts = run.worker.control, run.state.step, run.config.runtime.max_restarts_without_progress
     dataset = run.images.dataset
-    fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source}
+    fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source,
+              "device": asdict(detect_device())}  # fmt: skip
 
     def write() -> None:
         requested = folder.config
         assert isinstance(requested, RunConfig), "every `auto` is resolved"
         run.saver.restarts.require_progress(step, max_restarts)
-        kinds: dict[str, str] = dict(features.input_kinds)
-        folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
+        folder.begin(requested, dataset, of_phases, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         health.record_checkpoint()
@@ -212,14 +224,9 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     run.state.starts += 1
 
 
-def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
-    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
-    config, split = run.config, run.images.dataset.splits["train"]
-    size, batch_size = run.worker.size, config.training.batch_size
-    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
-
-
-def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeacher | None) -> RunPlan:
+def make_plan(
+    run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None
+) -> RunPlan:
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
@@ -237,7 +244,7 @@ def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeac
     if configured:
         teacher = open_teacher(worker, images, run.scorer.sharding, configured)
         state.teacher = teacher.fingerprint
-    return RunPlan(features, sharding, teacher)
+    return RunPlan(features, compiled, sharding, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,13 +307,6 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     end_phase(run, name, thaw)
 
 
-def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show the phase and its last epoch in the progress display."""
-    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
-    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
-    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
-
-
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
     """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
@@ -316,7 +316,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
+    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name])
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
@@ -496,12 +496,6 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 # Save and stop
 
 
-def is_checkpoint_due(run: RunContext) -> bool:
-    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
-    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
-    return run.state.step - run.saver.saved_step >= max(every, 1)
-
-
 def save(run: RunContext, current: PhaseRun) -> None:
     """Commit a checkpoint of the current state. The chief writes it, and the other workers return at once."""
     state = run.state
@@ -519,13 +513,6 @@ def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
     run.saver.publisher.wait()
     run.worker.control.barrier("saved")
     raise_stopped(run, f"at step {run.state.step}")
-
-
-def raise_stopped(run: RunContext, when: str) -> NoReturn:
-    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
-    run.worker.control.disconnect()
-    reason = run.worker.stop.reason or "stopped by another worker"
-    raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class ExportBundle:
 class ParityExamples:
     """Examples of the test or validation split, with the probabilities that the trainer computed for them.
 
-    An export is compared with what the trainer computes in the same precision: half precision alone changes predictions.
+    An export is compared with what the trainer computes in the same precision, as rounding changes predictions.
     """
 
     images: np.ndarray  # uint8 [n, S, S, 3]
