@@ -97,7 +97,9 @@ def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
 
 def test_phases_are_validated_although_the_precision_is_auto() -> None:
     faulty = ["data=digits", "augmentation=light", "phases=head_only", "phases.head.features=cached", "runtime=gpu"]
-    with pytest.raises(ConfigError, match=r"1 fault:\n  phases\.head\.features=cached: augmentation makes other images"):
+    with pytest.raises(
+        ConfigError, match=r"1 fault:\n  phases\.head\.features=cached: augmentation makes other images"
+    ):
         load(compose(faulty) or {})
 
 

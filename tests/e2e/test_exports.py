@@ -117,7 +117,7 @@ def test_a_kill_in_the_export_leaves_the_same_files(tmp_path: Path) -> None:
         assert (killed / "export" / name).read_bytes() == (calm / "export" / name).read_bytes(), name
 
 
-def test_a_run_in_bfloat16_ends_with_0_and_a_warning_if_too_few_examples_differ(tmp_path: Path) -> None:
+def test_a_run_in_bfloat16_whose_batch_normalization_trains_is_exported(tmp_path: Path) -> None:
     """A SavedModel rounds in other operations than the trainer, which folds normalization into convolutions."""
     folder = tmp_path / "run"
     result = train(
@@ -127,13 +127,10 @@ def test_a_run_in_bfloat16_ends_with_0_and_a_warning_if_too_few_examples_differ(
     )  # fmt: skip
     facts = facts_of(folder)
     assert (folder / "DONE").exists()
-    warned = False
     for name, file in (("saved_model", "saved_model/1"), ("tflite", "model.tflite")):
         assert not facts[name]["refused"]
         is_worse = facts[name]["lost"] > facts[name]["gained"]  # type: ignore[operator]
         assert (f"warning: {file} predicts {facts[name]['lost']} examples worse" in result.stderr) is is_worse
-        warned |= is_worse
-    assert warned, "no example differs: train less, so that probabilities are closer to each other"
     assert facts["tflite"]["largest_difference"] < 1e-3 < facts["saved_model"]["largest_difference"]  # type: ignore[operator]
 
 

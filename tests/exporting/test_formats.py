@@ -236,6 +236,24 @@ def test_a_file_that_lost_its_accuracy_is_deleted_and_an_error(tmp_path: Path) -
     raise_if_refused({"tflite": outcomes["tflite"]}, 0.01)
 
 
+def test_a_drop_on_few_examples_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run in bfloat16, of whose 120 test photos an export predicts 3 worse, does not end with 2, which fails a Job."""
+    model, images = small_model("mixed_bfloat16"), some_images(120)
+    probabilities = predictions_of(model, images)
+    labels = probabilities.argmax(-1)
+    other = probabilities.copy()
+    other[:3] = np.roll(other[:3], 1, axis=1)
+    labels[:3] = other[:3].argmax(-1)
+    sample = ParityExamples(images, labels, other, probabilities)  # 3 lost in the precision of the run, 0 in float32
+    outcomes = export_formats(tmp_path, ("saved_model", "keras"), bundle_for(model), sample, 0.01, lambda: None)
+    assert [(o["lost"], o["gained"], o["refused"]) for o in outcomes.values()] == [(3, 0, False), (0, 0, False)]
+    assert (tmp_path / "saved_model" / "1").is_dir()
+    raise_if_refused(outcomes, 0.01)
+    drop = "warning: saved_model/1 predicts 3 examples worse and 0 better than the trainer, of 120"
+    chance = "above the limit of 0.01, but not significant (McNemar's p = 0.25)"
+    assert capsys.readouterr().err == f"{drop}: {chance}\n"
+
+
 def test_a_deleted_saved_model_leaves_no_folder_for_a_model_server(tmp_path: Path) -> None:
     model, images = small_model(), some_images(60)
     others = held_out(predictions_of(model, images)[::-1], images)  # those of other images

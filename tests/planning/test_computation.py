@@ -1,5 +1,6 @@
 """The decision how the steps of a phase are computed, for every backbone and device, without a GPU."""
 
+import re
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
+from tests.processes import ROOT
 from trainer.cli.compose import compose
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
@@ -197,8 +199,15 @@ def test_the_gradient_has_the_operations_of_the_graph(thaw: str) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backbone", [spec.name for spec in backbones().values()])
 def test_every_backbone_has_a_decision_in_every_phase(backbone: str) -> None:
-    assert check_decisions(backbone)["none"], "no gradient passes through a frozen backbone"
+    decisions = check_decisions(backbone)
     keras.backend.clear_session()
+    assert decisions["none"], "no gradient passes through a frozen backbone"
+    rows = re.findall(
+        r"^\| ([\w, ]+) \| [^|]+ \| (on|off) \| (on|off) \|$", (ROOT / "docs" / "speed.md").read_text(), re.M
+    )
+    (documented,) = ({"last_blocks:1": one == "on", "all": every == "on"} for names, one, every in rows
+                     if backbone.startswith(tuple(names.split(", "))))  # fmt: skip
+    assert {thaw: decisions[thaw] for thaw in documented} == documented
 
 
 @pytest.mark.slow
