@@ -20,13 +20,13 @@ def find_differentiated(backbone: keras.Model) -> tuple[Differentiated, ...]:
     end.
     """
     dependent: set[int] = set()  # ids of tensors that depend on a trainable variable
-    found = []
+    differentiated = []
     for operation in backbone.operations:
         if isinstance(operation, keras.layers.InputLayer):
             continue
         needs_input_gradient = any(id(tensor) in dependent for tensor in keras.tree.flatten(operation.input))
         if needs_input_gradient:
-            found.append(Differentiated(operation.name, type(operation).__name__))
+            differentiated.append(Differentiated(operation.name, type(operation).__name__))
         if needs_input_gradient or (isinstance(operation, keras.Layer) and operation.trainable_weights):
             dependent.update(id(tensor) for tensor in keras.tree.flatten(operation.output))
-    return tuple(found)
+    return tuple(differentiated)
