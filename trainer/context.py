@@ -43,6 +43,7 @@ class RunPlan:
     """The decisions that each start makes before its first step."""
 
     features: FeaturePlan
+    compiled: dict[str, bool]  # by phase: whether XLA compiles its training step
     sharding: ShardingPlan
     teacher: OpenedTeacher | None
 
@@ -177,7 +178,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training)
+    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name])
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from trainer.cluster.control import ControlChannel
-from trainer.cluster.devices import build_strategy, choose_devices
+from trainer.cluster.devices import build_strategy, choose_devices, detect_device
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.auto import limit_batch_size
@@ -45,6 +45,7 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
+from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
@@ -78,9 +79,9 @@ def train_run(
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
         restored = restore(run, folder)
-        features, teacher = choose_inputs(run, folder, divisions)
-        record_start(run, folder, features, advice)
-        run.plan = make_plan(run, features, teacher)
+        features, compiled, teacher = choose_inputs(run, folder, divisions)
+        record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
+        run.plan = make_plan(run, features, compiled, teacher)
         names = list(run.config.phases)
         with run.clock.span("train"):
             while run.state.phase < len(names):
@@ -116,7 +117,7 @@ def set_up(
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
-    config, reasons = resolve_auto_once(requested, folder, control, dataset)
+    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device())
     folder.config = config  # for config.yaml, with the requested batch size
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
     replicas = choose_devices(config.runtime, control.size)[1]
@@ -181,17 +182,19 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
-) -> tuple[FeaturePlan, ConfiguredTeacher | None]:
-    """Choose whether each phase reads features or images, and load the teacher. Writes no file."""
-    recorded = folder.run_json if folder.resuming else {}
-    features = FeaturePlan(divisions, choose_features(run.worker.control, run.images, divisions, recorded))
+) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
+    """Choose the input of each phase and whether XLA compiles it, and load the teacher. Writes no file."""
+    recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
+    settings = run.config, device, run.worker.replicas, run.classifier, run.images.dataset
+    compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
+    features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
-    return features, teacher
+    return features, compiled, teacher
 
 
-def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advice: list[str]) -> None:
+def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[str, Any]], advice: list[str]) -> None:
     """Record the start in the folder, and delete results there that are newer than the checkpoint.
 
     This is the first change of the folder by a start.
@@ -201,14 +204,14 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     """
     control, step, max_restarts = run.worker.control, run.state.step, run.config.runtime.max_restarts_without_progress
     dataset = run.images.dataset
-    fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source}
+    fields = {"classes": list(dataset.class_names), "workers": control.size, "found_by": control.cluster.source,
+              "device": asdict(detect_device())}  # fmt: skip
 
     def write() -> None:
         requested = folder.config
         assert isinstance(requested, RunConfig), "every `auto` is resolved"
         run.saver.restarts.require_progress(step, max_restarts)
-        kinds: dict[str, str] = dict(features.input_kinds)
-        folder.begin(requested, dataset, kinds, fields | ({"advice": advice} if advice else {}))
+        folder.begin(requested, dataset, of_phases, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         if step:
@@ -224,7 +227,9 @@ def record_start(run: RunContext, folder: RunFolder, features: FeaturePlan, advi
     run.state.starts += 1
 
 
-def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeacher | None) -> RunPlan:
+def make_plan(
+    run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None
+) -> RunPlan:
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
@@ -242,7 +247,7 @@ def make_plan(run: RunContext, features: FeaturePlan, configured: ConfiguredTeac
     if configured:
         teacher = open_teacher(worker, images, run.scorer.sharding, configured)
         state.teacher = teacher.fingerprint
-    return RunPlan(features, sharding, teacher)
+    return RunPlan(features, compiled, sharding, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,29 @@ Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
 
 
 @dataclass(frozen=True)
+class Device:
+    """The processor that a replica computes on; of several different GPUs, what all of them have."""
+
+    kind: Literal["CPU", "GPU"] = "CPU"
+    name: str = ""
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    memory: int | None = None  # bytes of a GPU; None if unknown
+
+    def describe(self, count: int = 1) -> str:
+        """Describe devices of this kind: one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)."""
+        facts = self.name
+        if self.compute_capability:
+            facts += ", compute capability {}.{}".format(*self.compute_capability)
+        if self.memory:
+            facts += f", {self.memory / 2**30:.1f} GiB"
+        devices = f"{count} {self.kind}s" if count > 1 else f"one {self.kind}"
+        return f"{devices} ({facts})" if facts else devices
+
+
+CPU = Device()
+
+
+@dataclass(frozen=True)
 class Shard:
     """A TFRecord file with `count` records, of which a split uses the indices [`start`, `stop`)."""
 

@@ -7,6 +7,8 @@ import pytest
 from trainer.cli.compose import compose
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, load, load_resolved
+from trainer.errors import ConfigError
+from trainer.types import CPU, Device
 
 
 def requested(*arguments: str) -> RequestedConfig:
@@ -59,6 +61,46 @@ def test_the_batch_follows_the_images(images: int, batch: int) -> None:
     config, reasons = resolve_auto(requested(), images, 10)
     assert config.training.batch_size == batch
     assert reasons[2].startswith(f"training.batch_size=auto: {batch}, for {images:,} training images")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "why"),
+    [
+        (CPU, "float32", "on a CPU"),
+        (Device("GPU", "NVIDIA B200", (10, 0)), "bfloat16", "on a GPU of compute capability 10.0 (from 8.0 on)"),
+        (Device("GPU", "NVIDIA H100", (9, 0)), "bfloat16", "9.0"),
+        (Device("GPU", "NVIDIA L4", (8, 9)), "bfloat16", "8.9"),
+        (Device("GPU", "NVIDIA A100", (8, 0)), "bfloat16", "8.0"),
+        (Device("GPU", "Tesla T4", (7, 5)), "float16", "with a loss scale, on a GPU of compute capability 7.5"),
+        (Device("GPU", "Tesla V100", (7, 0)), "float16", "7.0"),
+        (Device("GPU", "Tesla P100", (6, 0)), "float32", "6.0 (float16 from 7.0 on)"),
+        (Device("GPU", "AMD"), "float32", "compute capability unknown"),
+    ],
+)
+def test_the_precision_follows_the_compute_capability(device: Device, precision: str, why: str) -> None:
+    config, reasons = resolve_auto(requested("runtime.precision=auto"), 100, 3, device)
+    assert config.runtime.precision == precision
+    assert reasons[-1].startswith(f"runtime.precision=auto: {precision}, ")
+    assert why in reasons[-1]
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
+    alone = load(compose(["data=digits", "runtime=gpu"]) or {})
+    assert alone.autos == ["runtime.precision"]
+    began, _ = resolve_auto(alone, 100, 3, Device("GPU", "L4", (8, 9)))
+    stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
+    assert stored == began
+    config, reasons = resolve_auto(alone, 100, 3, CPU, begun=stored)
+    assert (config.runtime.precision, config.runtime.xla) == ("bfloat16", "auto")
+    assert reasons == ["runtime.precision=auto: bfloat16, as this run began"]
+
+
+def test_phases_are_validated_although_the_precision_is_auto() -> None:
+    faulty = ["data=digits", "augmentation=light", "phases=head_only", "phases.head.features=cached", "runtime=gpu"]
+    with pytest.raises(
+        ConfigError, match=r"1 fault:\n  phases\.head\.features=cached: augmentation makes other images"
+    ):
+        load(compose(faulty) or {})
 
 
 def test_a_given_value_is_not_chosen() -> None:

@@ -117,6 +117,23 @@ def test_a_kill_in_the_export_leaves_the_same_files(tmp_path: Path) -> None:
         assert (killed / "export" / name).read_bytes() == (calm / "export" / name).read_bytes(), name
 
 
+def test_a_run_in_bfloat16_whose_batch_normalization_trains_is_exported(tmp_path: Path) -> None:
+    """A SavedModel rounds in other operations than the trainer, which folds normalization into convolutions."""
+    folder = tmp_path / "run"
+    result = train(
+        "experiment=quickstart", "debug.max_examples=120", "runtime.precision=bfloat16",
+        "phases.head.epochs=4", "phases.fine_tune={thaw: all, epochs: 3, batch_norm: train}",
+        "export.formats=[saved_model,tflite]", "export.max_accuracy_drop=0", f"output_dir={folder}",
+    )  # fmt: skip
+    facts = facts_of(folder)
+    assert (folder / "DONE").exists()
+    for name, file in (("saved_model", "saved_model/1"), ("tflite", "model.tflite")):
+        assert not facts[name]["refused"]
+        is_worse = facts[name]["lost"] > facts[name]["gained"]  # type: ignore[operator]
+        assert (f"warning: {file} predicts {facts[name]['lost']} examples worse" in result.stderr) is is_worse
+    assert facts["tflite"]["largest_difference"] < 1e-3 < facts["saved_model"]["largest_difference"]  # type: ignore[operator]
+
+
 def move_logits(checkpoint: Path, by: float) -> None:
     """Add a constant to every logit: equal probabilities, but 8 bits over the new range cannot represent them."""
     with np.load(checkpoint / "variables.npz") as arrays:

@@ -52,7 +52,7 @@ def predictions_of(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
 
 def held_out(probabilities: np.ndarray, images: np.ndarray) -> ParityExamples:
-    return ParityExamples(images, probabilities.argmax(-1), probabilities)
+    return ParityExamples(images, probabilities.argmax(-1), probabilities, probabilities)
 
 
 def largest_difference(path: Path, probabilities: np.ndarray, images: np.ndarray) -> float:

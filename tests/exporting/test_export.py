@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
 from trainer.exporting.export import BATCH_SIZE, MAX_PARITY_EXAMPLES, export_classifier, record_exports, score_all
+from trainer.exporting.verify import load_export
 from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.runs.stored_run import StoredRun
@@ -86,3 +88,23 @@ def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pyt
     failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), make_config(), 32, lambda _: None)
     with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
         score_all(make_explainer(classifier), failing, "test")
+
+
+def test_a_run_in_half_precision_is_compared_in_the_precision_of_the_file(tmp_path: Path) -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        classifier = build_classifier(make_config().model, 3, 1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    rng = np.random.default_rng(0)
+    for layer in classifier.backbone.layers:  # statistics with which rounding to bfloat16 changes the probabilities
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.moving_variance.assign(rng.uniform(0.02, 0.1, layer.moving_variance.shape))
+    images, explainer = image_store(tmp_path, 20, make_config()), make_explainer(classifier)
+    scored = score_all(explainer, images, "test")
+    facts = export_classifier(tmp_path / "export", classifier, images, scored, explainer)["keras"]
+    predicted = load_export(tmp_path / "export" / "model.keras")(images.rows("test", scored.indices))
+    assert np.abs(predicted - scored.probabilities).max() > 0.01  # compared with the precision of the run
+    assert facts["largest_difference"] < 1e-3
+    assert (facts["lost"], facts["gained"], facts["accuracy"]) == (0, 0, facts["trainer_accuracy"])
+    assert classifier.backbone.layers[1].compute_dtype == "bfloat16"

@@ -13,7 +13,7 @@ from tests.k8s.test_pods import gibibytes
 from trainer import errors
 from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RequestedConfig, load
 from trainer.data.prepare import parse_job_part
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
     ]
 
 
-def configuration(pods: Pods) -> RunConfig:
+def configuration(pods: Pods) -> RequestedConfig:
     composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith("output=")])
     assert composed is not None
     return load(composed)
@@ -118,7 +118,8 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     config = configuration(pods)
     arguments = pods.arguments()
     assert all(re.fullmatch(r"[\w.]+=[^\s$'\"]+( [^\s$'\"]+)*", a) for a in arguments), "there is no shell"
-    assert "runtime=pod" in arguments
+    with_gpu = "nvidia.com/gpu" in pods.container["resources"]["limits"]
+    assert ("runtime=gpu_pod" if with_gpu else "runtime=pod") in arguments
     mounts = [mount["mountPath"] for mount in pods.container["volumeMounts"]]
     for path in re.findall(r"=(/\S*)", "\n".join(arguments)):
         assert any(path.startswith(f"{mount}/") for mount in mounts), path  # all else is read-only

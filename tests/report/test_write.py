@@ -23,7 +23,7 @@ from trainer.types import Dataset, EvaluationResult, Split
 
 EXPORTED = {
     "path": "export/saved_model/1", "bytes": 4_858_377, "examples": 60, "accuracy": 0.8167, "trainer_accuracy": 0.825,
-    "lost": 2, "gained": 1, "largest_difference": 2e-6, "timing": {"milliseconds_per_image": 9.5}, "refused": False,
+    "lost": 2, "gained": 1, "p": 1.0, "largest_difference": 2e-6, "timing": {"milliseconds_per_image": 9.5}, "refused": False,
 }  # fmt: skip
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text())
 VOID = {"meta", "img", "br", "link", "hr", "input"}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import keras
 import tensorflow as tf
@@ -14,6 +15,7 @@ from trainer.config.auto import compute_batch_divisor
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 from trainer.monitoring.health import health
+from trainer.types import CPU, Device
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -42,7 +44,7 @@ def build_strategy(
     kind, count = choose_devices(runtime, control.size)
     control.require_equal("devices", {"kind": kind, "replicas": count})
     check_batch_size(config, count * control.size)
-    log_message(describe_devices(kind, count, control.cluster, config))
+    log_message(describe_devices(detect_device(), count, control.cluster, config))
     if control.size > 1:
         tf.config.set_visible_devices(gpus[:count], "GPU")
         return _multi_worker_strategy(runtime, control, log_message)
@@ -63,15 +65,33 @@ def set_thread_pools(count: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
+@cache
+def detect_device() -> Device:
+    """Detect the processor of each replica. Of different GPUs, the lowest compute capability and memory count."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return CPU
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    names = dict.fromkeys(detail.get("device_name", "unknown") for detail in details)
+    capabilities = [detail.get("compute_capability") for detail in details]
+    lowest = min(map(tuple, filter(None, capabilities))) if all(capabilities) else None
+    return Device("GPU", ", ".join(names), lowest, _query_memory_per_gpu())
+
+
 def query_gpu_memory() -> int | None:
     """Query nvidia-smi for the total GPU memory in bytes; None without GPUs or if it is unknown."""
+    return (_query_memory_per_gpu() or 0) * len(tf.config.list_physical_devices("GPU")) or None
+
+
+def _query_memory_per_gpu() -> int | None:
+    """Query nvidia-smi for the memory of the smallest GPU in bytes; None without GPUs or if it is unknown."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
         sizes = [int(text) * 2**20 for text in listed]
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return min(sizes, default=0) * len(tf.config.list_physical_devices("GPU")) or None
+    return min(sizes, default=0) or None
 
 
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
@@ -90,12 +110,12 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
     return kind, count
 
 
-def describe_devices(kind: str, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Describe the devices of all workers and their batches."""
+def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
+    """Describe the `count` devices of each worker, and their batches."""
     batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     if replicas == 1:
-        return f"device: one {kind}, {precision}"
-    devices = f"{count} {kind}{'s' if count > 1 else ''}"
+        return f"device: {device.describe()}, {precision}"
+    devices = device.describe(count)
     batch = f"; a batch of {batch_size} is {batch_size // replicas} for each"
     if cluster.size > 1:
         return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{batch}"

@@ -5,26 +5,32 @@
 import math
 
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import RequestedConfig, RunConfig, with_choices
+from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, with_choices
+from trainer.types import CPU, Device
 
 FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset below one of these, in total or per class, has few images
 MANY_IMAGES, MANY_CLASSES = 50_000, 50  # thresholds of a larger backbone or batch
 
 
 def resolve_auto(
-    config: RequestedConfig, images: int = 0, classes: int = 0, begun: RunConfig | None = None
+    config: RequestedConfig,
+    images: int = 0,
+    classes: int = 0,
+    device: Device = CPU,
+    begun: RunConfig | None = None,
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`.
 
     A resumed run passes `begun`, the configuration that it began with, and keeps its choices. Otherwise the choices
-    depend on the numbers of training images and classes. Returns the configuration, and a line per choice with its
-    reason.
+    depend on the numbers of training images and classes, and on the device. Returns the configuration, and a line per
+    choice with its reason.
     """
     if isinstance(config, RunConfig):
         return config, []
     if begun:
-        backbone, batch_size, phases = begun.model.backbone, begun.training.batch_size, begun.phases
-        texts = {"model.backbone": backbone, "phases": ", ".join(phases), "training.batch_size": str(batch_size)}
+        choices = Choices(begun.model.backbone, begun.training.batch_size, begun.phases, begun.runtime.precision)
+        texts = {"model.backbone": choices.backbone, "phases": ", ".join(choices.phases)}
+        texts |= {"training.batch_size": str(choices.batch_size), "runtime.precision": choices.precision}
         texts = {key: f"{value}, as this run began" for key, value in texts.items()}
     else:
         counted = f"for {images:,} training images of {classes} classes"
@@ -32,13 +38,36 @@ def resolve_auto(
         batch_size = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
         rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
         phases, row, hint = _choose_phases(config, images, classes)
+        precision, kernels = choose_precision(device)
+        choices = Choices(backbone, batch_size, phases, precision)
         texts = {
             "model.backbone": f"{backbone}, {counted} ({size})",
             "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
             "training.batch_size": f"{batch_size}, for {images:,} training images {rule}",
+            "runtime.precision": f"{precision}, {kernels}",
         }
     reasons = [f"{key}=auto: {text}" for key, text in texts.items() if key in config.autos]
-    return with_choices(config, backbone, batch_size, phases), reasons
+    return with_choices(config, choices), reasons
+
+
+def choose_precision(device: Device) -> tuple[Precision, str]:
+    """Choose the fastest precision for training on a device; return it with the reason.
+
+    Tensor cores compute in float16 from compute capability 7.0 on, and in bfloat16, which needs no loss scale, from 8.0
+    on (NVIDIA, CUDA C++ Programming Guide, table of features by compute capability). On CPUs a step in half precision
+    is not faster (docs/speed.md).
+    """
+    if device.kind == "CPU":
+        return "float32", "on a CPU"
+    capability = device.compute_capability or (0, 0)
+    known = (
+        "compute capability {}.{}".format(*capability) if device.compute_capability else "compute capability unknown"
+    )
+    if capability >= (8, 0):
+        return "bfloat16", f"on a GPU of {known} (from 8.0 on)"
+    if capability >= (7, 0):
+        return "float16", f"with a loss scale, on a GPU of {known} (bfloat16 from 8.0 on)"
+    return "float32", f"on a GPU of {known} (float16 from 7.0 on)"
 
 
 def compute_batch_divisor(config: RunConfig, replicas: int) -> int:

@@ -6,6 +6,7 @@ Hydra composes a plain tree from the YAML in `conf/`. `load` validates it and re
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -265,13 +266,16 @@ GIGABYTE = 1024**3
 MAX_DEPTH = 100  # of a configuration, which has about 5 levels
 
 
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
 class Runtime(Section):
     """Devices, logs and caches. Only precision, xla, deterministic and replicas can affect the weights."""
 
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of computations; weights and loss are float32."""
-    xla: bool = False
-    """Compile the training step with XLA; on CPUs these networks are 7 to 15 times slower with it."""
+    precision: Precision | Literal["auto"] = "float32"
+    """Data type of computations; weights and loss are float32. auto: by the device (docs/speed.md)."""
+    xla: bool | Literal["auto"] = False
+    """Compile the training step with XLA, 7 to 15 times slower on CPUs; auto: decided by phase (docs/speed.md)."""
     deterministic: bool = True
     """Make runs on the same machine bitwise reproducible."""
     replicas: int | None = Field(None, ge=1, le=1024)
@@ -370,7 +374,7 @@ class Debug(Section):
 
 
 class RequestedConfig(Section):
-    """The configuration as requested. The backbone, the batch size and the phases can be `auto`."""
+    """The configuration as requested. The backbone, the batch size, the phases and the precision can be `auto`."""
 
     data: Data
     model: Model
@@ -396,6 +400,7 @@ class RequestedConfig(Section):
     def autos(self) -> list[str]:
         """The keys that are `auto`."""
         values = {"model.backbone": self.model.backbone, "training.batch_size": self.training.batch_size}
+        values["runtime.precision"] = self.runtime.precision
         keys = ["phases"] * isinstance(self.phases, AutoPhases)
         return keys + [key for key, value in values.items() if value == "auto"]
 
@@ -412,11 +417,22 @@ class ResolvedTraining(Training):
     batch_size: int = Field(32, ge=1, le=MAX_COUNT)
 
 
+class ResolvedRuntime(Runtime):
+    """`Runtime` with its precision resolved."""
+
+    precision: Precision = "float32"
+
+
 class RunConfig(RequestedConfig):
-    """The configuration of a run, with every `auto` resolved."""
+    """The configuration of a run, with every `auto` resolved that the weights of a checkpoint depend on.
+
+    What depends on a phase, such as its `features` and `runtime.xla`, is decided when the network is built, and
+    recorded in run.json.
+    """
 
     phases: dict[str, Phase] = Field(min_length=1)
     training: ResolvedTraining = ResolvedTraining()
+    runtime: ResolvedRuntime = ResolvedRuntime()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
         """Compute the maximum number of optimizer steps of a phase. Early stopping can end it before."""
@@ -459,12 +475,11 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
         raise translate_validation_error(error, RequestedConfig, tree) from None
-    if config.autos:
-        return config
     resolved = with_choices(config)
-    if faults := [fault for name in resolved.phases if (fault := resolved.feature_fault(name))]:
+    names = () if isinstance(config.phases, AutoPhases) else tuple(config.phases)
+    if faults := [fault for name in names if (fault := resolved.feature_fault(name))]:
         raise ConfigError.of_faults(faults)
-    return resolved
+    return config if config.autos else resolved
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
@@ -517,17 +532,29 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
     return tree
 
 
-def with_choices(
-    config: RequestedConfig, backbone: str = "", batch_size: int = 0, phases: dict[str, Phase] | None = None
-) -> RunConfig:
+@dataclass(frozen=True)
+class Choices:
+    """The values of the keys that are `auto`."""
+
+    backbone: str = ""
+    batch_size: int = 0
+    phases: dict[str, Phase] = field(default_factory=dict)
+    precision: Precision = "float32"
+
+
+def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
     """Resolve a configuration: use these values for the keys that are `auto`."""
-    size = config.training.batch_size
-    training = dict(config.training) | {"batch_size": batch_size if size == "auto" else size}
+    training, runtime = dict(config.training), dict(config.runtime)
+    if training["batch_size"] == "auto":
+        training["batch_size"] = choices.batch_size
+    if runtime["precision"] == "auto":
+        runtime["precision"] = choices.precision
     values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}
+    values["runtime"] = ResolvedRuntime.model_construct(**runtime)
     if config.model.backbone == "auto":
-        values["model"] = config.model.model_copy(update={"backbone": backbone})
+        values["model"] = config.model.model_copy(update={"backbone": choices.backbone})
     if isinstance(config.phases, AutoPhases):
-        values["phases"] = phases
+        values["phases"] = choices.phases
     return RunConfig.model_construct(**values)
 
 

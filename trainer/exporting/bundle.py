@@ -33,11 +33,25 @@ class ExportBundle:
 
 @dataclass(frozen=True)
 class ParityExamples:
-    """Examples of the test or validation split, with the probabilities that the trainer computed."""
+    """Examples of the test or validation split, with the probabilities that the trainer computed for them.
+
+    An export is compared with what the trainer computes in the same precision, as rounding changes predictions.
+    """
 
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]
-    probabilities: np.ndarray  # float32 [n, classes]
+    probabilities: np.ndarray  # float32 [n, classes], computed in the precision of the run
+    in_float32: np.ndarray  # float32 [n, classes], computed in float32; the same array if that is the run's precision
+
+
+def _collect_layers(root: Any) -> list[Any]:
+    """Return a model with all layers of it and of the models in it."""
+    return [root, *(inner for layer in getattr(root, "layers", ()) for inner in _collect_layers(layer))]
+
+
+def computes_in_half_precision(model: keras.Model) -> bool:
+    """Return whether a layer computes in bfloat16 or float16."""
+    return any(layer.compute_dtype in ("bfloat16", "float16") for layer in _collect_layers(model))
 
 
 @contextmanager
@@ -48,10 +62,7 @@ def plain_float32(model: keras.Model) -> Iterator[None]:
     statistics of Normalization layers become arrays, because tf2onnx would turn tensors into model inputs.
     """
 
-    def collect_layers(root: Any) -> list[Any]:
-        return [root, *(inner for layer in getattr(root, "layers", ()) for inner in collect_layers(layer))]
-
-    originals = [(layer, layer.dtype_policy, type(layer)) for layer in collect_layers(model)]
+    originals = [(layer, layer.dtype_policy, type(layer)) for layer in _collect_layers(model)]
     norms = [(layer, layer.mean, layer.variance) for layer, _, kind in originals if kind.__name__ == "Normalization"]
     try:
         for layer, mean, variance in norms:

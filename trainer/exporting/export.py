@@ -10,8 +10,8 @@ import numpy as np
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.data.remote import addresses_in_errors
-from trainer.exporting.bundle import ExportBundle, ParityExamples
-from trainer.exporting.formats import export_formats
+from trainer.exporting.bundle import ExportBundle, ParityExamples, computes_in_half_precision, plain_float32
+from trainer.exporting.formats import IN_RUN_PRECISION, export_formats
 from trainer.exporting.model_card import format_labels, write_model_card
 from trainer.exporting.reference import compute_reference, write_reference
 from trainer.models.classifier import Classifier
@@ -67,7 +67,12 @@ def export_classifier(
     )
     write_atomically(folder / "labels.txt", format_labels(names))
     write_reference(folder / "reference.json", bundle.reference)
-    held_out = ParityExamples(examples, scored.labels[sampled], scored.probabilities[sampled])
+    probabilities = in_float32 = scored.probabilities[sampled]
+    if computes_in_half_precision(bundle.model) and not IN_RUN_PRECISION.issuperset(config.export.formats):
+        check()
+        with plain_float32(bundle.model):
+            in_float32 = make_explainer(classifier)(examples)["probabilities"]
+    held_out = ParityExamples(examples, scored.labels[sampled], probabilities, in_float32)
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from trainer.exporting.bundle import ExportBundle, ParityExamples, plain_float32
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
-from trainer.exporting.verify import is_accuracy_drop_too_large, load_export, score
+from trainer.exporting.verify import judge_accuracy_drop, load_export, score
 from trainer.monitoring.health import health
+from trainer.monitoring.log import log
 from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_atomically
 
 ONNX_OPSET = 18  # of ONNX 1.13 (2022); supported by TensorRT 10
@@ -63,6 +65,7 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
+IN_RUN_PRECISION = frozenset({"saved_model"})  # the formats that compute in the precision of the run; others: float32
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # of the extra `onnx`
 
 
@@ -101,8 +104,9 @@ def export_formats(
 ) -> dict[str, dict[str, Any]]:
     """Write each format below `folder` and score it; delete it if it lost too much accuracy.
 
-    A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant. `check`
-    is called before each format and each batch; it can raise an exception to stop the export.
+    A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant;
+    otherwise it is a warning in the log. `check` is called before each format and each batch; it can raise an exception
+    to stop the export.
 
     Returns:
         For each format its scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`,
@@ -119,9 +123,13 @@ def export_formats(
         file, write = FORMATS[name]
         path = folder / file
         write(bundle, path)
-        scores = score(load_export(path), held_out, check)
+        like = held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.in_float32)
+        scores = score(load_export(path), like, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
-        if refused := is_accuracy_drop_too_large(scores, max_accuracy_drop):
+        refused, reason = judge_accuracy_drop(scores, max_accuracy_drop)
+        if reason:
+            log.warning(f"warning: {file} {reason}{'; it is deleted' if refused else ''}")
+        if refused:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/

@@ -1,7 +1,7 @@
 """Check the parity of an exported file: compare its predictions with those of the trainer, and time it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import ModelError
+from trainer.evaluation.paired import compare_paired
 from trainer.exporting.bundle import ParityExamples
 from trainer.exporting.tflite import suppress_litert_output
 from trainer.storage.disk import translate_disk_error
@@ -18,7 +19,7 @@ Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 p
 BATCH_SIZE = 32  # images
 TIMED_CALLS = 20  # with one image each
 WARMUP_CALLS = 3  # before the timed ones, as the first calls allocate memory
-Z_ONE_SIDED = 1.645  # standard deviations, for a one-sided test at 5 %
+SIGNIFICANCE = 0.05  # largest p of a significant drop
 
 
 def load_export(path: Path) -> Classify:
@@ -87,8 +88,9 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
 
     Returns:
         `examples`: count; `accuracy` and `trainer_accuracy` on them; `lost`: count that only the trainer predicts
-        correctly; `gained`: count that only the export predicts correctly; `largest_difference` of a probability,
-        infinite if one is not finite; `timing`: `milliseconds_per_image`, the median over calls with one image.
+        correctly; `gained`: count that only the export predicts correctly; `p` of McNemar's test that both predict
+        equally well; `largest_difference` of a probability, infinite if one is not finite; `timing`:
+        `milliseconds_per_image`, the median over calls with one image.
     """
     images, batches = held_out.images, []
     for start in range(0, len(images), BATCH_SIZE):
@@ -102,24 +104,33 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         seconds.append(time.perf_counter() - began)
     finite = np.isfinite(probabilities).all()
     correct, expected = (p.argmax(-1) == held_out.labels for p in (probabilities, held_out.probabilities))
+    pair = compare_paired(expected, correct)
     return {
         "examples": len(images),
         "accuracy": float(correct.mean()),
         "trainer_accuracy": float(expected.mean()),
-        "lost": int((expected & ~correct).sum()),
-        "gained": int((correct & ~expected).sum()),
+        "lost": pair.lost,
+        "gained": pair.won,
+        "p": pair.p,
         "largest_difference": float(np.abs(probabilities - held_out.probabilities).max()) if finite else np.inf,
         "timing": {"milliseconds_per_image": round(float(np.median(seconds[WARMUP_CALLS:])) * 1000, 3)},
     }
 
 
-def is_accuracy_drop_too_large(scores: dict[str, Any], max_drop: float) -> bool:
-    """Return whether the net loss exceeds the fraction `max_drop` of the examples and is significant.
+def judge_accuracy_drop(scores: Mapping[str, Any], max_drop: float) -> tuple[bool, str]:
+    """Decide whether an export is refused; return also the reason, or a warning, or "" if the drop is not too large.
 
-    Rounding changes some predictions by chance, for better or worse, so the net loss has a standard deviation of
-    sqrt(lost + gained) (McNemar 1947): 2 lost of 60 are not significant, 6 are. If a probability is not finite, the
-    drop is always too large.
+    A refused export has lost more than the fraction `max_drop` of the examples, and significantly more than chance
+    explains, by the test that `trainer.compare` uses. Rounding changes some predictions for better or worse, and on few
+    examples the net of them can exceed any limit: 3 lost of 120 are not significant, 6 are. If a probability is not
+    finite, the export is always refused.
     """
-    net_loss, changed = scores["lost"] - scores["gained"], scores["lost"] + scores["gained"]
-    too_large = net_loss > max_drop * scores["examples"] and net_loss > Z_ONE_SIDED * changed**0.5
-    return too_large or not np.isfinite(scores["largest_difference"])
+    if not np.isfinite(scores["largest_difference"]):
+        return True, "has probabilities that are not finite"
+    lost, gained, examples = scores["lost"], scores["gained"], scores["examples"]
+    if lost - gained <= max_drop * examples:
+        return False, ""
+    drop = f"predicts {lost} examples worse and {gained} better than the trainer, of {examples:,}"
+    limit = f"above the limit of {max_drop:g}, {{}} significant (McNemar's p = {scores['p']:.2g})"
+    refused = scores["p"] < SIGNIFICANCE
+    return refused, f"{drop}: {limit.format('and' if refused else 'but not')}"

@@ -13,6 +13,7 @@ from trainer.features.cut import Cut, find_cut, updates_moving_averages
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
+from trainer.models.gradients import Differentiated, find_differentiated
 from trainer.monitoring.log import log
 from trainer.types import Dataset
 
@@ -34,10 +35,11 @@ class FeatureChoice:
 
 @dataclass(frozen=True)
 class Division:
-    """The cut of the classifier in a phase, if any, and the names of the variables that the phase updates."""
+    """The cut of the classifier in a phase, if any, and what the phase updates and differentiates."""
 
     cut: Cut | None
-    updated: frozenset[str]
+    updated: frozenset[str]  # names of variables
+    differentiated: tuple[Differentiated, ...]  # operations of the backbone
 
 
 @dataclass
@@ -77,7 +79,7 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
             norms = [layer for layer in classifier.backbone.layers if updates_moving_averages(layer)]
             norm_ids = {id(v) for norm in norms for v in norm.weights}
             updated |= {n for n, v in classifier.variables.items() if id(v) in norm_ids}
-        divisions[name] = Division(find_cut(classifier), frozenset(updated))
+        divisions[name] = Division(find_cut(classifier), frozenset(updated), find_differentiated(classifier.backbone))
     return divisions
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices
+from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, RunConfig
 from trainer.data.host import default_memory_budget
@@ -16,6 +16,7 @@ from trainer.features.plan import divide_phases, plan_features, train_images_rea
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
+from trainer.planning.computation import plan_computations
 from trainer.planning.estimates import format_bytes
 from trainer.planning.sections import WIDTH, Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
@@ -38,8 +39,10 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 def _show_cluster(plan: Plan) -> None:
     """Print the workers, the devices, and the division of a batch."""
     config, cluster = plan.config, plan.cluster
-    kind, plan.replicas = choose_devices(config.runtime, cluster.size)
-    text = describe_devices(kind, plan.replicas, cluster, config) if isinstance(config, RunConfig) else f": {kind}"
+    device, plan.replicas = detect_device(), choose_devices(config.runtime, cluster.size)[1]
+    text = f": {device.describe(plan.replicas)}"
+    if isinstance(config, RunConfig):
+        text = describe_devices(device, plan.replicas, cluster, config)
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
     source = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
@@ -135,7 +138,7 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
     """Resolve `auto` as a run does, build the network, and print the sections about it."""
     classes = len(dataset.class_names)
-    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes)
+    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes, detect_device())
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
     replicas = plan.replicas * plan.cluster.size
@@ -161,6 +164,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     per_replica = max(per_device // config.training.accumulate, 1)
     phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
     sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
+    computations = {}
+    with plan.collect_errors():
+        computations = plan_computations(config, detect_device(), replicas, classifier, dataset, divisions)
+    lines = {name: c.describe(name, config).partition(": ")[2] for name, c in computations.items()}
+    plan.print_section("computation", list(lines.items()))
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -190,7 +198,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
     if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, epoch_steps)
+        compiled = {name: computation.xla for name, computation in computations.items()}
+        seconds = estimate_time(config, classifier, dataset, inputs, compiled, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     checkpoint = count_variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))

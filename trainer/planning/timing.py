@@ -63,9 +63,11 @@ def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation
 
 
 def measure_training(
-    config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None
+    config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None, xla: bool
 ) -> float:
     """Measure the seconds per image of training in a phase, on features at `cut` or, if that is None, on images.
+
+    With `xla`, the step is compiled.
 
     It changes the weights of the classifier.
     """
@@ -73,7 +75,7 @@ def measure_training(
     lr = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, lr, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
     optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training)
+    settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
     network = Tail(classifier, cut) if cut else classifier
     step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
                         dataclasses.replace(settings, accumulate=1))  # fmt: skip
@@ -95,12 +97,13 @@ def measure_scoring(classifier: Classifier, seed: int) -> float:
 
 def estimate_time(
     config: RunConfig, classifier: Classifier, dataset: Dataset, inputs: Mapping[str, tuple[FeatureChoice, Division]],
-    steps_per_epoch: int,
+    compiled: Mapping[str, bool], steps_per_epoch: int,
 ) -> dict[str, float]:  # fmt: skip
     """Estimate the seconds of each phase with its validation, and of scoring at the end, for one device.
 
-    `inputs` has the planned input and the division of the network by phase. The result is {} if the measurements exceed
-    `BUDGET_SECONDS`. Reading and decoding images, the teacher, compiling, export and report are not included.
+    `inputs` has the planned input and the division of the network by phase, `compiled` whether XLA compiles its step.
+    The result is {} if the measurements exceed `BUDGET_SECONDS`. Reading and decoding images, the teacher, compiling,
+    export and report are not included.
     """
     deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
     if time.monotonic() >= deadline:
@@ -113,7 +116,8 @@ def estimate_time(
         cached = choice.input_kind == "cached"
         steps = config.phase_steps(phase, steps_per_epoch)
         images = steps / steps_per_epoch * counts["train"]
-        seconds = images * measure_training(config, classifier, dataset, phase, division.cut if cached else None)
+        cut = division.cut if cached else None
+        seconds = images * measure_training(config, classifier, dataset, phase, cut, compiled[name])
         if cached:  # computed once, for training and validation
             seconds += scoring * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
         else:

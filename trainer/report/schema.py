@@ -149,9 +149,10 @@ class Export(TypedDict):
     bytes: int
     examples: int
     accuracy: float
-    trainer_accuracy: float
+    trainer_accuracy: Annotated[float, about("Of the trainer on these examples, in the precision of the format.")]
     lost: Annotated[int, about("Examples that only the trainer predicts correctly.")]
     gained: Annotated[int, about("Examples that only the exported model predicts correctly.")]
+    p: Annotated[float, about("Of McNemar's exact test that both predict equally well.")]
     largest_difference: Annotated[Number, about("Largest difference of a probability from that of the trainer.")]
     timing: ExportTiming
     refused: Annotated[bool, about("True if it lost too much accuracy and was deleted.")]

@@ -43,7 +43,7 @@ from trainer.storage.small_files import (
     set_aside,
 )
 from trainer.storage.staging import is_remote
-from trainer.types import Dataset, has_fingerprints, require_fingerprint
+from trainer.types import Dataset, Device, has_fingerprints, require_fingerprint
 
 LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
 RUN_JSON = "run.json"
@@ -78,7 +78,9 @@ class RunFolder:
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
 
-    def begin(self, config: RunConfig, dataset: Dataset, features: dict[str, str], fields: dict[str, Any]) -> None:
+    def begin(
+        self, config: RunConfig, dataset: Dataset, of_phases: dict[str, dict[str, Any]], fields: dict[str, Any]
+    ) -> None:
         """Write config.yaml, which marks the folder as that of this run, and run.json.
 
         A finished run is extended, so DONE is deleted. Corrupt files are renamed, and temporary files that killed
@@ -86,7 +88,7 @@ class RunFolder:
 
         Args:
             config: written to config.yaml.
-            features: the input of each phase, for run.json.
+            of_phases: `features`, the input of each phase, and `xla`, whether its step is compiled, for run.json.
             fields: entries of this start for run.json; `classes` and `advice` are entries of the whole run.
         """
         self.begun = True
@@ -122,7 +124,7 @@ class RunFolder:
         known = of_run | (earlier if self.resuming else {})
         recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
         hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        _written[self.path] = known | {"data_fingerprint": hashes, "features": features} | attempts
+        _written[self.path] = known | {"data_fingerprint": hashes} | of_phases | attempts
         write_json(self.path / RUN_JSON, _written[self.path])
         self.publisher.begin()
 
@@ -154,6 +156,7 @@ def parse_run_json(value: Any) -> dict[str, Any]:
     """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
     fields = require_json_object(value)
     require_json_object(fields.get("features", {}))
+    require_json_object(fields.get("xla", {}))
     for start in require_json_objects(fields.get("attempts", [])):
         require_json_object(start.get("versions", {}))
         shlex.join(start.get("command", []))
@@ -458,9 +461,9 @@ def _local_folder(config: RequestedConfig, address: str) -> Path:
 
 
 def resolve_auto_once(
-    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values on the chief: as an earlier start of this run did, or else for the dataset.
+    """Resolve `auto` values on the chief: as an earlier start of this run did, or else for the dataset and the device.
 
     All workers must call this. They get the same configuration, and a reason for each chosen value.
     """
@@ -468,7 +471,7 @@ def resolve_auto_once(
     def choose() -> tuple[dict[str, Any], list[str]]:
         resumed = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         images, classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, images, classes, resumed)
+        chosen, reasons = resolve_auto(config, images, classes, device, resumed)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

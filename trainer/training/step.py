@@ -60,9 +60,9 @@ class StepSettings(LossSettings):
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
 
     @classmethod
-    def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool) -> StepSettings:
+    def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool) -> StepSettings:
         """Make the settings of a phase from the configuration and the class counts of the training split."""
-        training, runtime, distillation = config.training, config.runtime, config.distillation
+        training, distillation = config.training, config.distillation
         options = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
         return cls(
             seed=config.seed,
@@ -75,8 +75,8 @@ class StepSettings(LossSettings):
             accumulate=training.accumulate,
             ema=training.ema,
             batch_norm_training=batch_norm_training,
-            loss_scaling=runtime.precision == "float16",
-            xla=runtime.xla,
+            loss_scaling=config.runtime.precision == "float16",
+            xla=xla,
             **options,
         )
 
