@@ -51,7 +51,7 @@ def tables(recipes: dict[str, dict[str, Any]]) -> str:
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, recipe in recipes.items():
         values = recipe["values"]
-        phases = [f"`{phase}` {values[f'phases.{phase}.epochs']}, {count:,}"
+        phases = [f"`{phase}` {values[f'phases.{phase}.epochs']}" + (f", {count:,}" if count else "")
                   for phase, count in recipe["trainable"].items()]  # fmt: skip
         backbone = f"{values['model.backbone']}, {values['model.image_size']}"
         lines.append(f"| `{name}` | {recipe['title']} | {backbone} | {'; '.join(phases)} | {recipe['published']} |")

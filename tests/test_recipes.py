@@ -164,8 +164,9 @@ def test_the_flowers_of_the_notebook_train_as_many_parameters_as_it_prints() -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_preset_trains_the_parameters_in_the_registry(name: str) -> None:
-    counts = {phase: count_trainable(name, phase) for phase in preset(name).phases}
-    assert counts == RECIPES[name]["trainable"]
+    assert list(RECIPES[name]["trainable"]) == list(preset(name).phases)
+    listed = {phase: count for phase, count in RECIPES[name]["trainable"].items() if count}
+    assert {phase: count_trainable(name, phase) for phase in listed} == listed
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ def translated(error: BaseException) -> Interrupted | None:
 
 
 def test_a_closed_port_is_interrupted_also_as_the_cause_of_another_error() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        try:
-            requests.get("http://127.0.0.1:9", timeout=5, proxies={"http": ""})
-        except requests.RequestException as error:
-            raise RuntimeError("TFDS failed") from error
-    result = translated(caught.value)
+    with pytest.raises(requests.RequestException) as caught:
+        requests.get("http://127.0.0.1:9", timeout=5, proxies={"http": ""})
+    assert translated(caught.value) is not None
+    outer = RuntimeError("TFDS failed")
+    outer.__cause__ = caught.value
+    result = translated(outer)
     assert result is not None
     assert (result.key, result.value, result.exit_code) == ("data.name", "beans", 75)
     assert str(result) == ("data.name=beans: it failed (TFDS failed); start the same command again; "
