@@ -9,7 +9,12 @@ from tests.processes import ROOT, run_python
 
 
 @pytest.mark.parametrize(
-    ("script", "page"), [("configuration_page", "configuration.md"), ("report_schema", "report.schema.json")]
+    ("script", "page"),
+    [
+        ("configuration_page", "configuration.md"),
+        ("recipes_page", "recipes.md"),
+        ("report_schema", "report.schema.json"),
+    ],
 )
 def test_a_generated_page_is_current(script: str, page: str) -> None:
     program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.page())"

@@ -222,7 +222,7 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
     assert "train: 0.3 MB, not cached" in out
     for warning in (
         "80% of the training examples are cat: a constant prediction is right 80% of the time",
-        "model.weights=none with batch_norm=frozen in head: normalization stays as initialized, scores stay near chance",
+        "model.weights=none without batch_norm=train in head: the statistics of normalization stay as initialized, scores stay near chance",
         "runtime.checkpoint_every=50 steps is longer than head",
         "training.batch_size=64 is more than the 40 examples: a batch has 40",
         "there is no test split",

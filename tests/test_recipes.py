@@ -9,10 +9,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from scripts.recipes_page import read_registry
 from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
-from trainer.config.schema import RunConfig, load, load_resolved
+from trainer.config.base import Duration
+from trainer.config.schema import Phase, RunConfig, load, load_resolved
+from trainer.models.backbones import find_backbone
+from trainer.models.classifier import build_classifier, count_parameters
+from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -21,95 +27,24 @@ PRESETS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.ya
 GIVEN = {
     "photos": ("data.root=photos",),
     "flowers_efficientnet_b0": ("data.root=photos",),
+    "flowers_efficientnet_b0_stepwise": ("data.root=photos",),
     "flowers_efficientnet_b0_distilled": ("data.root=photos", "distillation.teacher=outputs/teacher"),
     "xception_image_folder": ("data.root=dataset",),
     "xception_medical": ("data.root=dataset",),
 }
+RECIPES = read_registry()
 EPOCH = 1000  # steps of an epoch, for schedules that count in epochs
 SCHEMA = json.loads((ROOT / "conf" / "config.schema.json").read_text())
 FLOWERS = ("daisy", "dandelion", "roses", "sunflowers", "tulips")
-
-# preset: (backbone, pixels, batch, dropout, hidden, phases); a phase: (thaw, batch norm, epochs, optimizer, rates at steps)
-TABLE: dict[str, tuple[Any, ...]] = {
-    "flowers_efficientnet_b0": (
-        "EfficientNetB0", 224, 32, 0.0, 256,
-        {"head": ("none", "frozen", 20, ("adam", {}), {0: 1e-3, 500: 1e-3 * 0.9**0.5, 1000: 9e-4, 3000: 7.29e-4}),
-         "fine_tune": ("percent:20", "frozen", 20, ("adam", {}), {0: 1e-3, 500: 1e-3 * 0.9**0.5, 1000: 9e-4})},
-    ),
-    "flowers_efficientnet_b0_distilled": (
-        "EfficientNetB0", 224, 32, 0.0, 256,
-        {"head": ("none", "frozen", 20, ("adam", {}), {0: 1e-3, 1000: 9e-4}),
-         "fine_tune": ("percent:20", "frozen", 20, ("adam", {}), {0: 1e-3, 1000: 9e-4})},
-    ),
-    "xception_image_folder": (
-        "Xception", 299, 32, 0.5, 1024,
-        {"head": ("none", "frozen", 10, ("adam", {}), {0: 1e-3, 9000: 1e-3}),
-         "fine_tune": ("from_layer:100", "frozen", 11, ("adam", {}), {0: 1e-4, 9000: 1e-4})},
-    ),
-    "xception_medical": (
-        "Xception", 299, 32, 0.5, 1024,
-        {"head": ("none", "frozen", 10, ("adam", {}), {0: 1e-3}),
-         "fine_tune": ("from_layer:100", "frozen", 11, ("adam", {}), {0: 1e-4})},
-    ),
-    "food101_efficientnet_b0": (
-        "EfficientNetB0", 224, 32, 0.0, None,
-        {"head": ("none", "frozen", 3, ("adam", {}), {0: 1e-3, 2999: 1e-3}),
-         "fine_tune": ("all", "frozen", 3, ("adam", {}), {0: 1e-4, 2999: 1e-4})},
-    ),
-    "flowers_mobilenet_v2": (
-        "MobileNetV2", 160, 32, 0.2, None,
-        {"head": ("none", "frozen", 5, ("adam", {}), {0: 1e-3, 4999: 1e-3}),
-         "fine_tune": ("from_layer:100", "frozen", 5, ("adam", {}), {0: 1e-5, 4999: 1e-5})},
-    ),
-    "beans_xception": (
-        "Xception", 224, 32, 0.5, None,
-        {"head": ("none", "frozen", 10, ("sgd", {"momentum": 0.9}), {0: 0.2, 100: 0.1, 300: 0.05}),
-         "fine_tune": ("all", "train", 10, ("sgd", {"momentum": 0.9, "nesterov": True}), {0: 0.01, 1000: 0.005})},
-    ),
-    "beans_inception_v3": (
-        "InceptionV3", 224, 32, 0.5, None,
-        {"head": ("none", "frozen", 10, ("rmsprop", {}), {0: 0.1, 9999: 0.1}),
-         "fine_tune": ("all", "train", 10, ("rmsprop", {}), {0: 1e-4, 9999: 1e-4})},
-    ),
-    "stanford_dogs_mobilenet_v2": (
-        "MobileNetV2", 224, 32, 0.5, None,
-        {"head": ("none", "frozen", 5, ("adamax", {}), {0: 0.005, 4999: 0.005}),
-         "fine_tune": ("all", "train", 3, ("adamax", {}), {0: 1e-5, 2999: 1e-5})},
-    ),
-    "flowers_tfrecords_xception": (
-        "Xception", 192, 64, 0.0, None,
-        {"all": ("all", "train", 5, ("adam", {}), {0: 1e-4, 4999: 1e-4})},
-    ),
-    "rock_paper_scissors_xception": (
-        "Xception", 224, 64, 0.0, None,
-        {"all": ("all", "train", 10, ("adam", {}), {0: 1e-5, 9999: 1e-5})},
-    ),
-}  # fmt: skip
-# preset: where its images come from and how they are split and changed
-DATA: dict[str, dict[str, Any]] = {
-    "food101_efficientnet_b0": {"source": "tfds", "name": "food101", "train_split": "train",
-                                "validation_split": "validation"},
-    "flowers_mobilenet_v2": {"source": "tfds", "name": "tf_flowers", "train_split": "train[:80%]",
-                             "validation_split": "train[80%:]"},
-    "beans_xception": {"source": "tfds", "name": "beans", "shuffle_window": 250},
-    "beans_inception_v3": {"source": "tfds", "name": "beans", "shuffle_window": 250},
-    "stanford_dogs_mobilenet_v2": {"source": "tfds", "name": "stanford_dogs", "train_split": "train",
-                                   "validation_split": "test[:50%]", "test_split": "test[50%:]"},
-    "flowers_tfrecords_xception": {"source": "tfrecords", "validation_fraction": 0.19, "class_names": FLOWERS,
-                                   "image_field": "image", "label_field": "class", "shuffle_window": 100,
-                                   "pattern": "gs://flowers-public/tfrecords-jpeg-192x192-2/*.tfrec"},
-    "rock_paper_scissors_xception": {"source": "tfds", "name": "rock_paper_scissors", "train_split": "train",
-                                     "validation_split": "test"},
-}  # fmt: skip
-FOLDER = {"flip_horizontal": True, "shift": 0.2, "shear": 0.2, "stretch": 0.2}
-TWICE = {**FOLDER, "rotation": (40, 108), "zoom": 0.2, "contrast": 0.2}
-CHANGES: dict[str, dict[str, Any]] = {
-    "flowers_efficientnet_b0": TWICE,
-    "flowers_efficientnet_b0_distilled": TWICE,
-    "xception_image_folder": {**FOLDER, "rotation": 20, "fill": "nearest"},
-    "xception_medical": {"rotation": 10, "shift": 0.1, "stretch": 0.1, "flip_horizontal": False, "fill": "constant"},
-    "flowers_mobilenet_v2": {"flip_horizontal": True, "rotation": 72, "zoom": 0.2, "fill": "reflect"},
+# Rates of a phase at steps, where they change: the decay of every recipe is continuous.
+RATES: dict[tuple[str, str], dict[int, float]] = {
+    ("flowers_efficientnet_b0", "head"): {0: 1e-3, 500: 1e-3 * 0.9**0.5, 1000: 9e-4, 3000: 7.29e-4},
+    ("flowers_efficientnet_b0_stepwise", "thaw_2"): {0: 1e-5, 500: 1e-5 * 0.9**0.5, 1000: 9e-6},
+    ("beans_xception", "head"): {0: 0.2, 100: 0.1, 300: 0.05},
+    ("beans_xception", "fine_tune"): {0: 0.01, 1000: 0.005},
 }
+# Keys with which a preset names or describes its run; a recipe has no number for them.
+UNPUBLISHED = ("experiment_name", "distillation.teacher", "runtime.", "debug.", "export.", "seed")
 
 
 @cache
@@ -121,9 +56,28 @@ def preset(name: str, *changes: str) -> RunConfig:
     return load_resolved(composed(name, *changes))
 
 
-def test_every_preset_is_in_the_table() -> None:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by key. A duration is one value, as it is written."""
+    flat: dict[str, Any] = {}
+    for name, value in dict(tree).items():
+        if isinstance(value, Duration):
+            flat[prefix + name] = f"{value.count:g} {value.unit}"
+        elif isinstance(value, dict | BaseModel):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def values_of_preset(name: str) -> dict[str, Any]:
+    config = preset(name)
+    size = config.model.image_size or find_backbone(config.model.backbone).default_size
+    return flatten(config) | {"model.image_size": size}
+
+
+def test_every_preset_is_in_the_registry() -> None:
     others = ("quickstart", "photos")
-    assert set(TABLE) == {name for name in PRESETS if name not in others and not name.endswith("_strong")}
+    assert set(RECIPES) == {name for name in PRESETS if name not in others and not name.endswith("_strong")}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -139,33 +93,80 @@ def test_a_preset_composes_fits_the_schema_and_opens_with_its_command(name: str)
     assert re.search(r"ublished|easured|aim", head), "name the source of its score"
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_a_preset_is_its_recipe(name: str) -> None:
-    backbone, pixels, batch, dropout, hidden, phases = TABLE[name]
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_preset_has_every_value_of_its_recipe(name: str) -> None:
+    actual, recipe = values_of_preset(name), RECIPES[name]
+    assert {key: actual.get(key) for key in recipe["values"]} == recipe["values"]
+    for departure in recipe["departures"]:
+        assert departure["why"]
+        assert departure["recipe"] != departure["here"]
+        if key := departure.get("key"):
+            assert key not in recipe["values"]
+            assert actual[key] == departure["here"], key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_preset_changes_nothing_that_its_recipe_does_not_have(name: str) -> None:
+    """Every value other than the default is published, or a departure with a reason."""
+    actual, recipe = values_of_preset(name), RECIPES[name]
+    explained = {*recipe["values"], *(departure.get("key") for departure in recipe["departures"])}
+    defaults = flatten(
+        preset("quickstart", "data=image_folder", "data.root=photos", "model=vgg16", "augmentation=none")
+    )
+    phases = preset(name).phases
+    defaults |= {f"phases.{phase}.{key}": value for phase in phases
+                 for key, value in flatten(Phase(thaw="none", epochs=1)).items()}  # fmt: skip
+    changed = {key for key, value in actual.items() if value != defaults.get(key) and not key.startswith(UNPUBLISHED)}
+    assert changed - explained - {"data.root"} == set()
+
+
+@pytest.mark.parametrize(("name", "phase"), RATES)
+def test_a_rate_decays_as_in_the_recipe(name: str, phase: str) -> None:
     config = preset(name)
-    model, training = config.model, config.training
-    assert (model.backbone, model.image_size, training.batch_size) == (backbone, pixels, batch)
-    assert (model.dropout, model.hidden, model.weights) == (dropout, hidden, "imagenet")
-    assert list(config.phases) == list(phases)
-    for phase, (thaw, norm, epochs, (optimizer, options), rates) in phases.items():
-        actual = config.phases[phase]
-        assert (actual.thaw, actual.batch_norm, actual.epochs) == (thaw, norm, epochs)
-        assert (actual.optimizer.name, actual.optimizer.options) == (optimizer, options)
-        rate = build_schedule(actual.schedule, actual.optimizer.learning_rate, total_steps=EPOCH * epochs,
-                              steps_per_epoch=EPOCH, batch_size=batch)  # fmt: skip
-        for step, value in rates.items():
-            assert float(rate(step)) == pytest.approx(value, rel=1e-5), (phase, step)
-    for key, value in DATA.get(name, {"source": "image_folder"}).items():
-        assert getattr(config.data, key) == value, key
+    actual = config.phases[phase]
+    rate = build_schedule(actual.schedule, actual.optimizer.learning_rate, total_steps=20 * EPOCH,
+                          steps_per_epoch=EPOCH, batch_size=32)  # fmt: skip
+    for step, value in RATES[name, phase].items():
+        assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_a_preset_augments_as_its_recipe_does(name: str) -> None:
-    actual = preset(name).augmentation
-    if name in CHANGES:
-        assert {key: getattr(actual, key) for key in CHANGES[name]} == CHANGES[name]
-    else:
-        assert not actual.active
+@pytest.mark.parametrize(
+    ("name", "overrides", "size"),
+    [
+        ("flowers_efficientnet_b0", ("model=efficientnet_b4",), None),
+        ("beans_xception", ("model=inception_v3",), None),
+        ("beans_xception", ("model=resnet50", "model.image_size=192"), 192),
+        ("stanford_dogs_mobilenet_v2", ("model=mobilenet_v2",), 160),
+        ("stanford_dogs_mobilenet_v2", ("model.backbone=MobileNet",), 224),
+    ],
+)
+def test_another_model_has_its_own_size_unless_one_is_given(
+    name: str, overrides: tuple[str, ...], size: int | None
+) -> None:
+    before, after = preset(name).model, preset(name, *overrides).model
+    assert after.image_size == size
+    assert (after.hidden, after.dropout) == (before.hidden, before.dropout)
+
+
+def count_trainable(name: str, phase: str) -> int:
+    model, recipe = preset(name).model, RECIPES[name]
+    size = {"Xception": 71, "InceptionV3": 75}.get(model.backbone, 32)
+    network = build_classifier(model.model_copy(update={"weights": "none", "image_size": size}), recipe["classes"], 1)
+    settings = preset(name).phases[phase]
+    return count_parameters(apply_thaw(network, settings.thaw, settings.batch_norm).trainable.values())
+
+
+def test_the_flowers_of_the_notebook_train_as_many_parameters_as_it_prints() -> None:
+    assert count_trainable("flowers_mobilenet_v2", "fine_tune") == 1_867_845
+    assert RECIPES["flowers_mobilenet_v2"]["trainable"]["fine_tune"] == 1_867_845
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_preset_trains_the_parameters_in_the_registry(name: str) -> None:
+    assert list(RECIPES[name]["trainable"]) == list(preset(name).phases)
+    listed = {phase: count for phase, count in RECIPES[name]["trainable"].items() if count}
+    assert {phase: count_trainable(name, phase) for phase in listed} == listed
 
 
 @pytest.mark.parametrize(
@@ -187,13 +188,10 @@ def test_the_preset_for_photos_is_strong_and_chooses_the_rest(
     assert (config.data.validation_fraction, config.data.test_fraction) == (0.15, 0.15)
 
 
-def test_settings_of_single_recipes() -> None:
-    food, distilled = preset("food101_efficientnet_b0"), preset("flowers_efficientnet_b0_distilled")
-    assert (food.runtime.precision, food.training.validation_share, food.training.keep) == ("float16", 0.1, "last")
-    assert distilled.distillation is not None
-    assert (distilled.distillation.alpha, distilled.distillation.temperature) == (0.1, 1.0)
-    for phase in preset("flowers_efficientnet_b0").phases.values():
-        assert phase.early_stopping.patience == 3
+def test_the_strong_presets_score_the_best_epoch_of_the_whole_validation_split() -> None:
+    for name in (name for name in PRESETS if name.endswith("_strong")):
+        training = preset(name).training
+        assert (training.keep, training.validation_share) == ("best", 1.0)
 
 
 @pytest.mark.parametrize("name", PRESETS)

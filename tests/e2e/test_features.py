@@ -22,7 +22,11 @@ VIEWS = ("augmentation=light", "phases.head.augmented_views=2", "phases.head.epo
 KILLS = 3
 
 
-@pytest.mark.parametrize("extra", [(), ("phases.fine_tune.batch_norm=train",)], ids=["frozen", "batch_norm"])
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("phases.fine_tune.batch_norm=affine",), ("phases.fine_tune.batch_norm=train",)],
+    ids=["frozen", "affine", "train"],
+)
 def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: tuple[str, ...]) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
     output = train(*SMALL, *FIXED, *extra, f"output_dir={cached}", f"runtime.cache_dir={tmp_path}/cache").stdout
@@ -34,6 +38,15 @@ def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: t
     assert json.loads((cached / "ledger.json").read_text())["seconds"]["features"] > 0
     train(*SMALL, *FIXED, *extra, *LIVE, f"output_dir={live}")
     assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
+
+
+def test_affine_normalization_is_restored_after_a_kill(tmp_path: Path) -> None:
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    run = (*SMALL, *FIXED, "phases.fine_tune.batch_norm=affine")
+    train(*run, f"output_dir={calm}")
+    kill_at("step 16/", *run, f"output_dir={killed}")  # within the second phase
+    train(*run, f"output_dir={killed}")
+    assert_same_run(calm, killed)
 
 
 @pytest.mark.timeout(1800)

@@ -14,7 +14,7 @@ import yaml
 
 from tests.data.images import noise, record
 from tests.e2e.running import train, variables_of
-from tests.test_recipes import FLOWERS, PRESETS, TABLE, preset
+from tests.test_recipes import FLOWERS, PRESETS, RECIPES, preset
 from trainer.data.tfds_writer import LabeledImages, write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
@@ -37,7 +37,7 @@ SCORED = {
     "food101_efficientnet_b0": 101, "food101_efficientnet_b0_strong": 101, "food101_mobilenet_v2_strong": 101,
     "flowers_mobilenet_v2": 20, "flowers_mobilenet_v2_strong": 20, "beans_xception": 15, "beans_inception_v3": 15,
     "stanford_dogs_mobilenet_v2": 120, "rock_paper_scissors_xception": 12, "flowers_efficientnet_b0": 20,
-    "flowers_efficientnet_b0_distilled": 20, "xception_image_folder": 20, "xception_medical": 20,
+    "flowers_efficientnet_b0_stepwise": 20, "flowers_efficientnet_b0_distilled": 20, "xception_image_folder": 20, "xception_medical": 20,
     "flowers_tfrecords_xception": 20,
 }  # fmt: skip
 # Variables per weight of each Keras optimizer.
@@ -45,11 +45,11 @@ SLOTS = {"adam": {"momentum", "velocity"}, "adamax": {"momentum", "norm"}, "sgd"
 # Learning rate after a number of steps, relative to the first; 1 for the others.
 DECAYS: dict[tuple[str, str], Callable[[int], float]] = {
     **{(f"flowers_efficientnet_b0{kind}", phase): lambda step: 0.9 ** (step / 1000)
-       for kind in ("", "_distilled") for phase in ("head", "fine_tune")},
+       for kind in ("", "_stepwise", "_distilled") for phase in ("head", "thaw_1", "thaw_2")},
     ("beans_xception", "head"): lambda step: 1 / (1 + 0.01 * step),
     ("beans_xception", "fine_tune"): lambda step: 1 / (1 + 0.001 * step),
 }  # fmt: skip
-FOLDERS = ("flowers_efficientnet_b0", "xception_image_folder", "xception_medical")
+FOLDERS = ("flowers_efficientnet_b0", "flowers_efficientnet_b0_stepwise", "xception_image_folder", "xception_medical")
 RECORDS = ("flowers_tfrecords_xception",)
 # One preset of each source, with a small network.
 QUICK = {"beans_xception": "mobilenet_v2", "flowers_tfrecords_xception": "mobilenet_v2"}
@@ -117,32 +117,36 @@ def trained_parameters(thaw: str, norm: str, network: keras.Model, hidden: int |
     elif kind == "percent":
         first = int(len(layers) * (1 - int(value) / 100))
     assert first is not None, thaw
-    free = [x for x in layers[first:] if norm == "train" or not isinstance(x, keras.layers.BatchNormalization)]
+    free = [x for x in layers[first:] if norm != "frozen" or not isinstance(x, keras.layers.BatchNormalization)]
     width = network.output_shape[-1]
     units = [width, *([hidden] if hidden else []), classes]
     head = sum((before + 1) * after for before, after in itertools.pairwise(units))
     return head + sum(int(np.prod(w.shape)) for layer in free for w in layer.trainable_weights)
 
 
-def check_against_table(name: str, out: Path, model: str | None, classes: int) -> None:
-    """Compare parameters, optimizer and learning rates with the table of the recipe, not with the preset."""
-    backbone, _, _, _, hidden, phases = TABLE[name]
+def check_against_registry(name: str, out: Path, model: str | None, classes: int) -> None:
+    """Compare parameters, optimizer and learning rates with the registry of recipes, not with the preset."""
+    values = RECIPES[name]["values"]
+    explained = {departure["key"]: departure["here"] for departure in RECIPES[name]["departures"] if "key" in departure}
+    backbone, hidden = values["model.backbone"], values.get("model.hidden")
     report = json.loads((out / "report" / "report.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     side = SMALLEST.get(backbone, 48)
     make = getattr(keras.applications, "MobileNetV2" if model else backbone)
     narrow = {"alpha": 0.35} if model else {}
     network = make(weights=None, include_top=False, input_shape=(side, side, 3), **narrow)
-    for phase, (thaw, norm, _, _, rates) in phases.items():
+    phases = list(RECIPES[name]["trainable"])
+    for phase in phases:
+        published = {**values, **explained}
+        thaw, norm = (published.get(f"phases.{phase}.{key}", "frozen") for key in ("thaw", "batch_norm"))
         expected = trained_parameters(thaw, norm, network, hidden, classes)
         assert report["phases"][phase]["trainable_parameters"] == expected, (phase, thaw)
         decay = DECAYS.get((name, phase), lambda _: 1.0)
         for kind, step in (("train", 1), ("epoch", 2)):  # of the last step taken, and of the next one
             (rate,) = {line["learning_rate"] for line in lines if (line["kind"], line["phase"]) == (kind, phase)}
-            assert rate == pytest.approx(rates[0] * decay(step), rel=1e-6), (phase, kind)
+            assert rate == pytest.approx(values[f"phases.{phase}.optimizer.learning_rate"] * decay(step), rel=1e-6)
     slots = {key.rsplit("_", 1)[-1] for key in variables_of(out, "LATEST") if key.startswith("optimizer/")}
-    *_, (_, _, _, (last, _), _) = phases.values()
-    assert {key for key in slots if "/" not in key} == SLOTS[last]
+    assert {key for key in slots if "/" not in key} == SLOTS[values[f"phases.{phases[-1]}.optimizer.name"]]
 
 
 def check(name: str, out: Path, model: str | None = None) -> None:
@@ -166,8 +170,8 @@ def check(name: str, out: Path, model: str | None = None) -> None:
     assert {row["truth"] for row in rows} <= set(names)  # a label is a class, never a one-hot row
     assert len(rows) == report["test"]["n"] == SCORED[name]
     assert ("top_5" in report["test"]) == (len(names) > 5)
-    if name in TABLE:
-        check_against_table(name, out, model, len(names))
+    if name in RECIPES:
+        check_against_registry(name, out, model, len(names))
     assert (out / "DONE").exists()
 
 

@@ -109,8 +109,9 @@ class Phase(Section):
     """Length of the phase in optimizer steps."""
     examples: int | None = Field(None, ge=1, le=10**12)
     """Length of the phase in training examples."""
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    """BatchNormalization layers of the backbone: always frozen, or trained where `thaw` includes them."""
+    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
+    """BatchNormalization layers of the backbone that `thaw` includes. frozen: nothing trains; affine: gamma and beta
+    train, the statistics are frozen; train: gamma and beta train, and the statistics are those of the batch."""
     backbone_rate: float = Field(1.0, ge=1e-6, le=1)
     """Learning-rate multiplier of the backbone, relative to the head."""
     layer_decay: float = Field(1.0, ge=1e-6, le=1)

@@ -28,6 +28,7 @@ from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_fault
 from trainer.storage.disk import translate_disk_error
+from trainer.storage.download import translate_download_error
 from trainer.types import LogMessage, Shard, Split
 
 
@@ -177,8 +178,11 @@ def _open_by_name(data: Data) -> Any:
     except Exception as error:  # network, checksums, missing packages or disk space
         if full := translate_disk_error(error, [prepared_in]):
             raise full from error
-        problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
         fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
+        problem = "TFDS cannot download it"
+        if failed := translate_download_error(error, problem, key="data.name", value=data.name, fix=fix):
+            raise failed from error
+        problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import NORM, use_example_weights
+from trainer.models.batch_norm import updates_moving_averages, use_example_weights
 from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
@@ -37,11 +37,6 @@ class Cut:
         where = f"layer {self.layer_index} ({self.layer})"
         shape = " x ".join(map(str, self.shape))
         return f"the backbone's end, pooled to {shape}" if self.pooled else f"{where}, {shape}"
-
-
-def updates_moving_averages(layer: keras.Layer) -> bool:
-    """Return whether training updates the moving averages of a layer, which then is a BatchNormalization."""
-    return isinstance(layer, NORM) and layer.trainable
 
 
 def find_cut(classifier: Classifier) -> Cut | None:
@@ -115,7 +110,7 @@ class Tail:
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
             with use_example_weights(weight if batch_norm_training else None):
-                maps = apply_folded(self._network, maps, batch_norm_training)
+                maps = apply_folded(self._network, maps, batch_norm_training, fold_trainable=not training)
         return self.classifier.head_logits(maps, training, seed, step, position)
 
     def l2_loss(self) -> tf.Tensor:

@@ -9,8 +9,9 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
 from trainer.data.images import ImageStore, format_bytes
 from trainer.errors import ConfigError, ModelError
-from trainer.features.cut import Cut, find_cut, updates_moving_averages
+from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
+from trainer.models.batch_norm import updates_moving_averages
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.gradients import Differentiated, find_differentiated

@@ -57,6 +57,11 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(tf.nn.batch_normalization(x, mean, variance, beta, gamma, self.epsilon), self.compute_dtype)
 
 
+def updates_moving_averages(layer: keras.layers.Layer) -> bool:
+    """Return whether training updates the moving averages of a layer. Requires `apply_thaw`, which sets its class."""
+    return isinstance(layer, PaddingAwareBatchNormalization) and layer.trainable
+
+
 def _sum_over_replicas(sums: tf.Tensor) -> tf.Tensor:
     """Add up sums over all replicas. In cross-replica context, return them unchanged."""
     replica = tf.distribute.get_replica_context()

@@ -28,17 +28,23 @@ FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
 
 
 def apply_folded(
-    network: keras.Model, inputs: Any, training: bool = False, weights: Mapping[str, FoldedWeights] | None = None
+    network: keras.Model,
+    inputs: Any,
+    training: bool = False,
+    weights: Mapping[str, FoldedWeights] | None = None,
+    fold_trainable: bool = True,
 ) -> Any:
     """Compute `network(inputs, training=training)` with folded layers. The result is equal up to rounding.
 
-    With `training`, trainable BatchNormalization layers are not folded, because they use batch statistics. With
-    symbolic inputs nothing is folded. `weights` is the result of `fold_weights`, for a network whose variables do not
-    change afterwards. None folds in the graph, with the values of the variables at each execution.
+    With `training`, trainable BatchNormalization layers are not folded, because they use batch statistics. Without
+    `fold_trainable` they are not folded either: folding would round the gradients of gamma and beta differently from
+    Keras. With symbolic inputs nothing is folded. `weights` is the result of `fold_weights`, for a network whose
+    variables do not change afterwards. None folds in the graph, with the values of the variables at each execution.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
-    norm_of = {conv.name: norm for conv, norm in find_foldable_pairs(network) if not (training and norm.trainable)}
+    fold_trainable = fold_trainable and not training
+    norm_of = {conv.name: norm for conv, norm in find_foldable_pairs(network) if fold_trainable or not norm.trainable}
     folded_norms = {norm.name for norm in norm_of.values()}
 
     def operation_fn(operation: Any) -> Callable[..., Any]:

@@ -34,16 +34,19 @@ class Classifier:
     l2: float  # factor of the penalty on the head's kernels
     image_size: int
 
-    def features(self, images: Any, batch_norm_training: bool = False, weight: Any = None) -> Any:
+    def features(
+        self, images: Any, batch_norm_training: bool = False, weight: Any = None, fold_trainable: bool = True
+    ) -> Any:
         """Compute feature maps [b, h, w, C], in the compute dtype, of images uint8 or float32 [b, S, S, 3] in 0..255.
 
         With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their moving
         averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
         could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
+        `fold_trainable` is that of `apply_folded`.
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
         with use_example_weights(weight if batch_norm_training else None):
-            return apply_folded(self.backbone, pixels, batch_norm_training)
+            return apply_folded(self.backbone, pixels, batch_norm_training, fold_trainable=fold_trainable)
 
     def pool(self, features: Any) -> Any:
         """Pool feature maps [b, h, w, C] to float32 [b, C]. Features of rank 2 are pooled already."""
@@ -77,7 +80,8 @@ class Classifier:
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
         """Compute logits, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
-        return self.head_logits(self.features(images, batch_norm_training, weight), training, seed, step, position)
+        maps = self.features(images, batch_norm_training, weight, fold_trainable=not training)
+        return self.head_logits(maps, training, seed, step, position)
 
     def probabilities(self, images: Any) -> Any:
         """Compute class probabilities, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""

@@ -9,7 +9,7 @@ from itertools import chain
 import keras
 
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization
+from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, updates_moving_averages
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
@@ -22,7 +22,7 @@ class ThawPlan:
     """The trainable and frozen variables of a classifier in one phase."""
 
     thaw: str
-    batch_norm: str  # frozen | train
+    batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # variables of the optimizer, in a fixed order
     groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the names in `GROUPS`
     first_thawed: int | None  # index in backbone.layers of the first layer with trainable weights
@@ -53,8 +53,9 @@ def apply_thaw(
 ) -> ThawPlan:
     """Set `.trainable` of every backbone layer by the rule `thaw` (docs/phases.md). The head always trains.
 
-    `batch_norm=frozen` freezes all BatchNormalization layers. `train` trains the thawed ones, with statistics over the
-    examples of all replicas. Training steps must be traced after this call, as a traced function ignores the change.
+    `batch_norm=frozen` freezes all BatchNormalization layers. `affine` trains gamma and beta of the thawed ones, which
+    keep their moving averages. `train` trains them with statistics over the examples of all replicas. Training steps
+    must be traced after this call, as a traced function ignores the change.
 
     The learning rate of a backbone layer is that of the head times `backbone_rate * layer_decay ** d`, where d is 1 in
     the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018; d as in
@@ -69,8 +70,9 @@ def apply_thaw(
     for index, layer in enumerate(layers):
         is_norm = isinstance(layer, NORM)
         layer.trainable = index in matching and not (is_norm and batch_norm == "frozen")
-        if is_norm:  # if it trains, its statistics exclude padding
-            swap_class(layer, PaddingAwareBatchNormalization if layer.trainable else NORM)
+        if is_norm:  # if its statistics are those of the batch, they exclude padding
+            uses_batch = layer.trainable and batch_norm == "train"
+            swap_class(layer, PaddingAwareBatchNormalization if uses_batch else NORM)
     thawed = [index for index in sorted(matching) if layers[index].trainable_weights]
     if matching and not thawed:
         frozen_class = NORM if batch_norm == "frozen" else ()
@@ -80,7 +82,7 @@ def apply_thaw(
 
     trained = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
-    moving = {id(v) for i in thawed if isinstance(layers[i], NORM) for v in layers[i].non_trainable_weights}
+    moving = {id(v) for layer in layers if updates_moving_averages(layer) for v in layer.non_trainable_weights}
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
         kind = "head" if name in head else "batch norm" if id(variable) in norms else "backbone"

@@ -15,6 +15,7 @@ from trainer.config.typed import format_argument
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec
 from trainer.storage.disk import translate_disk_error
+from trainer.storage.download import translate_download_error
 
 # This project's own backbone, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
@@ -93,18 +94,33 @@ def refresh_normalization(network: keras.Model) -> None:
 
 
 def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
-    """Build a backbone with ImageNet weights, which Keras downloads or has cached."""
+    """Build a backbone with ImageNet weights, which Keras downloads or has cached.
+
+    An EfficientNet gets the layers that it has with any other weights, so that a plan, which downloads nothing, counts
+    the same layers.
+    """
+    problem = f"the weights of {spec.name} could not be downloaded"
+    fix = "use the path of a .weights.h5 file, or none for random weights"
     try:
-        return spec.build(image_size, alpha, "imagenet")
-    except ModelError:
-        raise
+        network = spec.build(image_size, alpha, "imagenet")
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
+        cause = error.__cause__ if isinstance(error, ModelError) else error  # a ValueError if the file is incomplete
+        if cause and (
+            failed := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)
+        ):
+            raise failed from error
+        if isinstance(error, ModelError):
+            raise
         if full := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
             raise full from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"the weights of {spec.name} could not be downloaded ({reason})"
-        fix = "use the path of a .weights.h5 file, or none for random weights"
-        raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
+        raise ModelError(f"{problem} ({reason})", key="model.weights", value="imagenet", fix=fix) from error
+    if spec.module != "efficientnet":
+        return network
+    plain = spec.build(image_size, alpha, None)
+    plain.set_weights(network.get_weights())
+    _set_published_variance(plain)
+    return plain
 
 
 def _format_name(spec: BackboneSpec, alpha: float | None) -> str:

@@ -106,10 +106,12 @@ def estimate_activation_bytes(
     """Estimate the bytes of the activations of `examples` examples.
 
     The outputs of the first thawed layer and all layers above it are stored for the gradient. Below it only two at a
-    time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one that
-    trains stores its output, the centered and the scaled input (measured: 0.75 to 1.1 of the estimate).
+    time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one whose
+    gamma and beta train stores it, and with batch statistics also the centered and the scaled input (measured: 0.75 to
+    1.1 of the estimate).
     """
-    folded = {norm.name for _, norm in find_foldable_pairs(classifier.backbone)}
+    pairs, trains = find_foldable_pairs(classifier.backbone), first_thawed is not None
+    folded = {norm.name for _, norm in pairs if not (trains and norm.trainable)}
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]

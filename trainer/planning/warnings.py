@@ -32,11 +32,11 @@ def find_settings_warnings(config: RequestedConfig) -> list[str]:
     """Return the warnings that follow from the configuration alone."""
     warnings = []
     settings = config.phases if isinstance(config, RunConfig) else {}
-    frozen = [name for name, phase in settings.items() if phase.batch_norm == "frozen"]
+    frozen = [name for name, phase in settings.items() if phase.batch_norm != "train"]
     if config.model.weights == "none" and not config.warm_start and frozen:
         warnings.append(
-            f"model.weights=none with batch_norm=frozen in {', '.join(frozen)}: normalization stays as initialized, "
-            f"scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all"
+            f"model.weights=none without batch_norm=train in {', '.join(frozen)}: the statistics of normalization stay "
+            f"as initialized, scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all"
         )
     if limits := [f"debug.{key}={value}" for key, value in config.debug if value]:
         warnings.append(f"{', '.join(limits)}: this is a trial run")

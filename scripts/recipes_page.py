@@ -1,0 +1,78 @@
+"""Write the tables of docs/recipes.md from docs/recipes.yaml, the registry of the published recipes:
+`python scripts/recipes_page.py`. `tests/test_recipes.py` compares the registry with the presets.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+REGISTRY, PAGE = ROOT / "docs" / "recipes.yaml", ROOT / "docs" / "recipes.md"
+BEGIN = "<!-- Made by `python scripts/recipes_page.py` from docs/recipes.yaml -->\n"
+END = "<!-- The end of what it makes -->\n"
+
+
+def read_registry() -> dict[str, dict[str, Any]]:
+    """Read the recipe of each preset. `values` are flat: `phases.head.thaw`, ...."""
+    recipes = yaml.safe_load(REGISTRY.read_text())
+    del recipes["head"]  # values that others refer to
+    for recipe in recipes.values():
+        flat = {}
+        for key, value in recipe["values"].items():
+            nested = isinstance(value, dict)
+            flat |= {f"{key}.{inner}": x for inner, x in value.items()} if nested else {key: value}
+        recipe["values"] = flat
+    return recipes
+
+
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    match value:
+        case bool() | None:
+            return {None: "null", True: "true", False: "false"}[value]
+        case float():
+            return f"{value:g}"
+        case list():
+            return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def page() -> str:
+    """The text of docs/recipes.md, with the tables made again."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + tables(read_registry()) + END + after
+
+
+def tables(recipes: dict[str, dict[str, Any]]) -> str:
+    """The overview, and the values and departures of each preset."""
+    lines = ["", "| preset | data | backbone, pixels | phases: epochs, trainable parameters | published |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name, recipe in recipes.items():
+        values = recipe["values"]
+        phases = [f"`{phase}` {values[f'phases.{phase}.epochs']}" + (f", {count:,}" if count else "")
+                  for phase, count in recipe["trainable"].items()]  # fmt: skip
+        backbone = f"{values['model.backbone']}, {values['model.image_size']}"
+        lines.append(f"| `{name}` | {recipe['title']} | {backbone} | {'; '.join(phases)} | {recipe['published']} |")
+    lines += ["", "Parameters are those with 5 classes where the data has no number of its own.", ""]
+    for name, recipe in recipes.items():
+        lines += [f"### {name}", "", "As published:", ""]
+        sections: dict[str, list[str]] = {}
+        for key, value in recipe["values"].items():
+            depth = 2 if key.startswith("phases.") else 1
+            section, inner = ".".join(key.split(".")[:depth]), ".".join(key.split(".")[depth:])
+            sections.setdefault(section, []).append(f"`{inner}={show(value)}`")
+        lines += [f"- `{section}.*`: {', '.join(values)}" for section, values in sections.items()]
+        if recipe["departures"]:
+            lines += ["", "| recipe | here | why |", "| --- | --- | --- |"]
+            for departure in recipe["departures"]:
+                key = departure.get("key")
+                here = f"`{key}={show(departure['here'])}`" if key else departure["here"]
+                lines.append(f"| {departure['recipe']} | {here} | {departure['why']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
