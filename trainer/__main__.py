@@ -85,7 +85,7 @@ def main() -> None:
         with control.propagate_failures(), file_errors():
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
-            folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
+            folder = open_run_folder(config) if control.is_chief else follow_run_folder(config)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
             with suppress_import_noise():

@@ -14,6 +14,7 @@ from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RunConfig, load
 from trainer.data.prepare import parse_job_part
+from trainer.storage import lease
 from trainer.storage.disk import plan_disk_budget
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +161,12 @@ def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> N
         {"action": "Ignore", "onExitCodes": {**codes, "values": [errors.INTERRUPTED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_a_new_job_waits_as_long_as_the_pods_of_a_deleted_one_may_save(pods: Pods) -> None:
+    assert pods.spec["terminationGracePeriodSeconds"] == lease.GRACE_SECONDS
+    assert lease.plan_patience(pods.environment()["JOB_UID"]) < configuration(pods).runtime.stuck_after
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
