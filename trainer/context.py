@@ -1,5 +1,6 @@
 """The objects of a run on one worker, and the record of how the run failed or was stopped."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,8 +71,8 @@ def advise_export(run: str) -> Iterator[None]:
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
-    Nothing is recorded before the folder has `begun`. An `OSError`, and any error of a full disk, becomes
-    `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised only after
+    Before the folder has `begun`, only the end of this start is recorded. An `OSError`, and any error of a full disk,
+    becomes `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised only after
     the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with exit code
     75. Exceptions other than these and `TrainerError` are not recorded.
     """
@@ -82,6 +83,8 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
             saver.restarts.record_failure(code, reason)
             with suppress(OSError):  # probably the recorded error again
                 run.clock.write()
+        else:
+            folder.record_exit(code, reason, stopped=stop.reason is not None)
 
     def on_request(reason: str) -> None:
         """Record a stop request; end a stalled process at once, because it would not reach the next step."""
@@ -114,4 +117,4 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         saver.publisher.close()
         run.images.close()
         if not folder.begun:
-            folder.abandon()
+            folder.abandon(sys.exception())

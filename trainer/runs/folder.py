@@ -24,13 +24,13 @@ from trainer.config.auto import resolve_auto
 from trainer.config.diff import list_forbidden_changes, list_moved_addresses
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
 from trainer.config.typed import format_argument
-from trainer.errors import ConfigError, DataError
+from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
 from trainer.monitoring.log import log
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS, parse_entries
+from trainer.runs.restarts import ATTEMPTS, UNBEGUN, UnbegunStarts, parse_entries
 from trainer.storage.base import is_unfinished
 from trainer.storage.disk import make_write_error
 from trainer.storage.lease import acquire_lease, describe_holder, in_use_error, plan_patience
@@ -56,7 +56,7 @@ RESULTS = ("export", "report", DONE)
 class RunFolder:
     """The output_dir of this run, which the chief has locked. Other workers do not access it.
 
-    Until `begin`, a start changes only the lock in it.
+    Until `begin`, a start changes only the lock in it, and the list of starts that the run did not begin.
     """
 
     path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
@@ -69,6 +69,7 @@ class RunFolder:
     created: bool = False  # this process created the folder
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
+    unbegun: UnbegunStarts | None = None  # None on workers other than the chief
 
     @property
     def is_new(self) -> bool:
@@ -127,9 +128,25 @@ class RunFolder:
         _written[self.path] = known | {"data_fingerprint": hashes, "features": features} | attempts
         write_json(self.path / RUN_JSON, _written[self.path])
         self.publisher.begin()
+        if self.unbegun:
+            self.unbegun.clear()
 
-    def abandon(self) -> None:
-        """Release the folder after a start that was refused before `begin`; delete it if this process created it."""
+    def record_end(self, error: BaseException | None) -> None:
+        """Record the error that ends this start if it is before `begin`."""
+        if self.unbegun and not self.begun:
+            self.unbegun.end(error)
+
+    def record_exit(self, code: int, reason: str, stopped: bool) -> None:
+        """Record that this process exits at once with this code, after a stop request if `stopped`."""
+        kind = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
+        self.record_end((StopRequested if stopped else kind)(reason))
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Release the folder after a start that ended before `begin` with this error.
+
+        If this process created it and has recorded no start in it, delete it.
+        """
+        self.record_end(error)
         self.publisher.close(publish=False)
         if not self.lock:
             return
@@ -247,12 +264,12 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
             break
         except OSError:
             lock.seek(0)
-            error = in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
+            in_use = in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
             if time.monotonic() >= deadline:
                 lock.close()
-                raise error from None
+                raise in_use from None
         if not waits:
-            log.info(f"output_dir={folder} {error.problem}; waiting up to {patience:.0f} s until it ends")
+            log.info(f"output_dir={folder} {in_use.problem}; waiting up to {patience:.0f} s until it ends")
         waits = True
         time.sleep(LOCK_INTERVAL_SECONDS)
     try:
@@ -287,6 +304,7 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
 
     Raises:
         ConfigError: the folder has another run or other files, or `resume` forbids it.
+        GaveUp: too many starts ended before the run began or resumed.
         Interrupted: another process uses the folder, also after `plan_patience`; or the bucket does not respond.
     """
     address = config.output_dir or str(_create_output_folder(config.experiment_name))
@@ -301,13 +319,15 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
     publisher = Publisher(path, lease)
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
+        folder.unbegun = UnbegunStarts(storage_path(address))
+        folder.unbegun.begin(config.runtime.max_restarts_without_progress)
         publisher.fetch()
         folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(address)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
-    except BaseException:
-        folder.abandon()
+    except BaseException as error:
+        folder.abandon(error)
         raise
 
 
@@ -334,7 +354,7 @@ def _read_contents(folder: StoragePath) -> FolderContents:
         names = {name for name in names if not name.startswith(".")}  # the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
-    names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
+    names = {name for name in names if not is_unfinished(name)} - {LOCK, UNBEGUN, "config.yaml"}
     return FolderContents(names, config[0] if config else None, has_checkpoint)
 
 
