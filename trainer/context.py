@@ -72,9 +72,9 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
     Before the folder has `begun`, only the end of this start is recorded. An `OSError`, and any error of a full disk,
-    becomes `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised only after
-    the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with exit code
-    75. Exceptions other than these and `TrainerError` are not recorded.
+    becomes `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised
+    only after the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with
+    exit code 75. Exceptions other than these and `TrainerError` are not recorded.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 

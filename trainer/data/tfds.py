@@ -24,10 +24,11 @@ from trainer.data.splits import (
     take,
     unused_fractions,
 )
-from trainer.errors import DataError
+from trainer.errors import DataError, Interrupted
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_fault
 from trainer.storage.disk import translate_disk_error
+from trainer.storage.downloads import is_network_fault
 from trainer.types import LogMessage, Shard, Split
 
 
@@ -179,6 +180,9 @@ def _open_by_name(data: Data) -> Any:
             raise full from error
         problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
         fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
+        if is_network_fault(error):
+            fix = f"start the same command again when the network responds, or {fix}"
+            raise Interrupted(problem, key="data.name", value=data.name, fix=fix) from None
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     return builder
 

@@ -12,9 +12,10 @@ import keras
 import numpy as np
 
 from trainer.config.typed import format_argument
-from trainer.errors import ModelError
+from trainer.errors import Interrupted, ModelError
 from trainer.models.backbones import BackboneSpec
 from trainer.storage.disk import translate_disk_error
+from trainer.storage.downloads import is_network_fault
 
 # This project's own backbone, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
@@ -104,6 +105,9 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"the weights of {spec.name} could not be downloaded ({reason})"
         fix = "use the path of a .weights.h5 file, or none for random weights"
+        if is_network_fault(error):
+            again = "start the same command again when the network responds"
+            raise Interrupted(problem, key="model.weights", value="imagenet", fix=f"{again}, or {fix}") from error
         raise ModelError(problem, key="model.weights", value="imagenet", fix=fix) from error
 
 
