@@ -84,7 +84,7 @@ class ApiServer:
             return _send(request, self.logs[parts[1]])
         if len(parts) == 2:
             tree = self.objects.get((parts[0], parts[1]))
-            return _send(request, tree) if tree else _send(request, _not_found(*parts), 404)
+            return _send(request, tree) if tree else _send(request, _missing(*parts), 404)
         if len(parts) == 1 and parts[0]:
             wanted = [term.split("=") for text in query.get("labelSelector", []) for term in text.split(",")]
             items = [
@@ -94,7 +94,7 @@ class ApiServer:
             (kind,) = [kind for pairs in RESOURCES.values() for kind, plural in pairs if plural == parts[0]]
             version = path.partition("/namespaces/")[0].removeprefix("apis/").removeprefix("api/")
             return _send(request, {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items})
-        return _send(request, _not_found("", path), 404)
+        return _send(request, _missing("", path), 404)
 
     def _change(self, request: Any) -> None:
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
@@ -102,7 +102,7 @@ class ApiServer:
         tree = json.loads(content) if content else {}
         name = parts[1] if len(parts) > 1 else tree["metadata"]["name"]
         if request.command == "DELETE" and (parts[0], name) not in self.objects:
-            return _send(request, _not_found(parts[0], name), 404)
+            return _send(request, _missing(parts[0], name), 404)
         self.changes.append(f"{request.command} {parts[0]}/{name}")
         if request.command == "POST":
             self.add(parts[0], tree)
@@ -113,7 +113,7 @@ class ApiServer:
         return _send(request, self.objects[parts[0], name], 201 if request.command == "POST" else 200)
 
 
-def _not_found(plural: str, name: str) -> dict[str, Any]:
+def _missing(plural: str, name: str) -> dict[str, Any]:
     return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404,
             "message": f'{plural} "{name}" not found', "details": {"name": name, "kind": plural}}  # fmt: skip
 

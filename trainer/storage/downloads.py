@@ -5,12 +5,7 @@ import socket
 import urllib.error
 from collections.abc import Iterator
 
-import requests
-
-_NETWORK_ERRORS = (
-    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, socket.gaierror,
-    requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-)  # fmt: skip
+_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, socket.gaierror)
 
 
 def is_network_fault(error: BaseException) -> bool:
@@ -18,6 +13,10 @@ def is_network_fault(error: BaseException) -> bool:
 
     A server that refuses the address (404, 403) would refuse it again.
     """
+    import requests  # here, since reading a configuration needs neither a network nor its import time
+
+    network_errors = (*_NETWORK_ERRORS, requests.ConnectionError, requests.Timeout,
+                      requests.exceptions.ChunkedEncodingError)  # fmt: skip
     causes = list(_list_causes(error))
     statuses = [cause.code for cause in causes if isinstance(cause, urllib.error.HTTPError)]
     statuses += [
@@ -27,7 +26,7 @@ def is_network_fault(error: BaseException) -> bool:
     ]
     if statuses:
         return all(status in (408, 429) or status >= 500 for status in statuses)
-    return any(isinstance(cause, _NETWORK_ERRORS) for cause in causes)
+    return any(isinstance(cause, network_errors) for cause in causes)
 
 
 def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
