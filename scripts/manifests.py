@@ -19,28 +19,33 @@ HEADERS = {
 # Fine-tune on one GPU node with all its GPUs; checkpoints, report and model go to a bucket (docs/kubernetes.md).
 # Three edits, each marked EDIT: the image, the experiment, the bucket. Kubernetes 1.30 or later.
 #
+#   once     kubectl apply -k k8s/shared
 #   start    kubectl apply -f k8s/job.yaml
 #   watch    kubectl get pods --watch -l batch.kubernetes.io/job-name=kubetune
-#   log      kubectl logs --follow job/kubetune
+#   log      kubectl logs --follow $(kubectl get pods --output=name --sort-by=.metadata.creationTimestamp \\
+#              --selector=batch.kubernetes.io/job-name=kubetune | tail -n 1)
 """,
     "multiworker.yaml": """\
 # Fine-tune on several GPU nodes, one worker each; checkpoints, report and model go to a bucket (docs/kubernetes.md).
 # Three edits, each marked EDIT: the image, the experiment, the bucket; and where it is not 2, the number of workers.
 # Kubernetes 1.30 or later.
 #
+#   once     kubectl apply -k k8s/shared
 #   start    kubectl apply -f k8s/multiworker.yaml
 #   watch    kubectl get pods --watch -l batch.kubernetes.io/job-name=kubetune
-#   log      kubectl logs --follow -l batch.kubernetes.io/job-name=kubetune,batch.kubernetes.io/job-completion-index=0
+#   log      kubectl logs --follow $(kubectl get pods --output=name --sort-by=.metadata.creationTimestamp \\
+#              --selector=batch.kubernetes.io/job-name=kubetune,batch.kubernetes.io/job-completion-index=0 | tail -n 1)
 """,
 }
 COMMANDS = """\
 #   pause    kubectl patch job kubetune --patch '{{"spec": {{"suspend": true}}}}'    (saves a checkpoint; false resumes)
 #   stop     kubectl delete job kubetune --cascade=foreground    (saves a checkpoint, and waits for it)
-#   resume   start it again: under the same name the run continues from its newest checkpoint
-#   delete   kubectl delete -f k8s/{file}    (the output of the run stays in the bucket)
+#   again    kubectl replace --force --cascade=foreground -f k8s/{file}    (stop, if it runs, and start)
 #
-# Preempted and evicted pods are replaced automatically. A finished run that is started again exits with 0.
-# A Job cannot be changed: to change something stop it, and start the new one. With another name it is another run.
+# Preempted and evicted pods are replaced automatically. The log is that of the newest pod. The output is in the bucket.
+# A second `apply` of the same file changes nothing: a running Job continues, an ended Job stays, and refuses changes.
+# `again` starts an ended, stopped or edited Job: under the same name the run continues from its newest checkpoint, and
+# a finished run exits with 0. Another name, at &run, is another run in another folder.
 # Made from k8s/{folder} by `make manifests`; change it there, or edit a copy of this file.
 """
 FOLDERS = {"job.yaml": "base", "multiworker.yaml": "overlays/multiworker"}
@@ -48,6 +53,9 @@ FOLDERS = {"job.yaml": "base", "multiworker.yaml": "overlays/multiworker"}
 REPLACED_COMMENTS = {
     ("Job", "spec", "completions"): "# EDIT: workers, one GPU node each; the same number at WORKER_COUNT",
     ("Job", "spec", "template", "spec", "containers", "trainer", "env", "WORKER_COUNT", "value"): "# as completions",
+    ("Job", "spec", "template", "spec", "containers", "trainer", "image"): (
+        "# EDIT: the image that you built and pushed, REGISTRY/kubetune:TAG"
+    ),
 }
 
 
@@ -217,7 +225,10 @@ def manifest(file: str) -> str:
         if path in above:
             lines[number:number] = above[path]
     body = "\n".join(lines) + "\n"
-    # An anchor for the number of workers; WORKER_COUNT is text and cannot refer to it.
+    # Anchors: what is edited is written once. WORKER_COUNT is text and cannot refer to the number of workers.
+    for name in (tree["metadata"]["name"] for tree in objects if tree["kind"] == "Job"):
+        body = body.replace(f"\nmetadata:\n  name: {name}", f"\nmetadata:\n  name: &run {name}")
+        body = body.replace(f"app.kubernetes.io/instance: {name}\n", "app.kubernetes.io/instance: *run\n")
     if "  completions: " in body:
         count = next(tree["spec"]["completions"] for tree in objects if tree["kind"] == "Job")
         body = body.replace(f"  completions: {count}", f"  completions: &workers {count}")

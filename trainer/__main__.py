@@ -85,7 +85,8 @@ def main() -> None:
         with control.propagate_failures(), file_errors():
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
-            folder = open_run_folder(config, cluster.size) if control.is_chief else follow_run_folder(config)
+            folder = open_run_folder(config) if control.is_chief else follow_run_folder(config)
+            control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
             with suppress_import_noise():

@@ -1,5 +1,6 @@
 """The objects of a run and of its current phase on one worker, how a phase opens, and how a failed run is recorded."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -122,10 +123,10 @@ def advise_export(run: str) -> Iterator[None]:
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
-    Nothing is recorded before the folder has `begun`. An `OSError`, and any error of a full disk, becomes
-    `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised only after
-    the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with exit code
-    75. Exceptions other than these and `TrainerError` are not recorded.
+    Before the folder has `begun`, only the end of this start is recorded. An `OSError`, and any error of a full disk,
+    becomes `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised
+    only after the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with
+    exit code 75. Exceptions other than these and `TrainerError` are not recorded.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
@@ -134,6 +135,8 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
             saver.restarts.record_failure(code, reason)
             with suppress(OSError):  # probably the recorded error again
                 run.clock.write()
+        else:
+            folder.record_exit(code, reason, stopped=stop.reason is not None)
 
     def on_request(reason: str) -> None:
         """Record a stop request; end a stalled process at once, because it would not reach the next step."""
@@ -166,7 +169,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         saver.publisher.close()
         run.images.close()
         if not folder.begun:
-            folder.abandon()
+            folder.abandon(sys.exception())
 
 
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:

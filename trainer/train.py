@@ -74,8 +74,8 @@ def train_run(
     """
     try:
         run, divisions, advice = set_up(config, folder, control, stop, process_started)
-    except BaseException:
-        folder.abandon()
+    except BaseException as error:
+        folder.abandon(error)
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
         restored = restore(run, folder)

@@ -20,7 +20,7 @@ from scripts.same_bits import free_ports
 from tests.errors import raises
 from trainer.cluster.control import Connection, ProtocolError, list_differences
 from trainer.cluster.discovery import Cluster, discover
-from trainer.cluster.rendezvous import _Rendezvous, rendezvous
+from trainer.cluster.rendezvous import rendezvous
 from trainer.errors import ConfigError, Interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -266,23 +266,3 @@ def test_a_failure_of_one_ends_all(mode: str, code: int, text: str, tmp_path: Pa
         log = (tmp_path / f"{i}.log").read_text()
         assert text in log
         assert "worker 1: worker 1" not in log
-
-
-def test_a_process_of_an_older_version_with_the_own_index_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        task = {"cluster": {"worker": [address, "127.0.0.1:9"]}, "task": {"type": "worker", "index": 0}}
-        cluster = discover({"TF_CONFIG": json.dumps(task)})
-
-        def respond() -> None:
-            peer = Connection(server.accept()[0])
-            peer.receive()
-            peer.send("identity", job=cluster.job, index=0)  # without a token
-
-        thread = threading.Thread(target=respond)
-        thread.start()
-        own = _Rendezvous.__new__(_Rendezvous)
-        own.cluster, own._token = cluster, "a"
-        with raises(ConfigError, "TF_CONFIG", problem="two processes have the index of worker 0", fix="its own index"):
-            own._require_own_index()
-        thread.join()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 
 from tests.data.images import fill_folder, noise
@@ -23,7 +24,7 @@ from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
 from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
-from trainer.errors import DataError, Interrupted
+from trainer.errors import DataError, Interrupted, TrainerError
 from trainer.types import Dataset, Shard, Split
 
 CLASSES = ("cat", "dog", "owl")
@@ -541,6 +542,30 @@ def test_missing_tfds_datasets_are_named(tmp_path: Path) -> None:
     refused("name", "tf_flower", "set data.name=tf_flowers", f"no dataset .* and none is prepared in {tmp_path}$")
     (write_records(tmp_path / "bad", {"train": [0, 1, 2]}) / "dataset_info.json").write_text("{")
     refused("root", f"{tmp_path}/bad", "prepare the dataset again", "TFDS cannot read this folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (requests.ConnectionError("Name or service not known"), Interrupted),
+        (requests.Timeout("read timed out"), Interrupted),
+        (AssertionError("the checksum differs"), DataError),
+    ],
+)
+def test_only_a_download_that_the_network_ends_can_be_retried(
+    error: Exception, kind: type[TrainerError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorflow_datasets as tfds
+
+    def download_and_prepare(*_: object, **__: object) -> None:
+        try:
+            raise error
+        except type(error) as cause:
+            raise RuntimeError("extraction failed") from cause
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
+    with raises(kind, "data.name", "beans", problem="cannot download", fix="on another machine"):
+        opened(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
 
 
 def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step, program, tr
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
-from trainer.errors import WRONG_INPUT
+from trainer.errors import INTERRUPTED, WRONG_INPUT
 from trainer.storage.path import storage_path
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("server")]
@@ -170,7 +170,7 @@ def test_two_runs_on_one_folder_do_not_mix(tmp_path: Path) -> None:
     first = start(tmp_path / "1", tmp_path / "node-1", "phases.fine_tune.epochs=100")
     first.wait_for("head  epoch 1")
     second = start(tmp_path / "2", tmp_path / "node-2", "phases.fine_tune.epochs=100")
-    assert second.wait(120) == [WRONG_INPUT]
+    assert second.wait(120) == [INTERRUPTED]
     assert re.search(rf"{RUN}.* in use", second.output(0))
     first.terminate()
 

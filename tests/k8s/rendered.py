@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.manifests import K8S, rendered
 
-OVERLAYS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
+OVERLAYS = ["shared", "base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
 Object = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ class Pods:
             and service["spec"]["clusterIP"] == "None"
             and service["spec"].get("publishNotReadyAddresses") is True
             and service["spec"]["selector"].items() <= self.labels.items()
-            for service in objects(self.overlay, "Service")
+            for service in objects("shared", "Service")
         )
 
     def environment(self, index: int = 0) -> dict[str, str]:
@@ -97,6 +97,9 @@ class Pods:
         for variable in self.container.get("env", []):
             if "value" in variable:
                 environment[variable["name"]] = expanded(variable["value"], environment)
+            elif "resourceFieldRef" in variable["valueFrom"]:
+                kind, _, resource = variable["valueFrom"]["resourceFieldRef"]["resource"].partition(".")
+                environment[variable["name"]] = str(parse_bytes(self.container["resources"][kind][resource]))
             else:
                 path = variable["valueFrom"]["fieldRef"]["fieldPath"]
                 match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
@@ -108,6 +111,11 @@ class Pods:
 
     def arguments(self, index: int = 0) -> list[str]:
         return [expanded(argument, self.environment(index)) for argument in self.container["args"]]
+
+
+def parse_bytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"([\d.]+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(float(number) * {"Mi": 2**20, "Gi": 2**30}[unit])
 
 
 def expanded(text: str, environment: Mapping[str, str]) -> str:

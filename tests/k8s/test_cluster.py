@@ -189,7 +189,8 @@ while True:
 """
     with Cluster(job_running("multiworker", program), tmp_path / "1") as cluster:
         cluster.wait_until(lambda: "10.77.0.4\nunknown\n" in cluster.log(0), "the name published and removed", 30)
-    hidden = dataclasses.replace(job_running("multiworker", program), overlay="base")  # which has no Service
+    hidden = job_running("multiworker", program)
+    hidden.template["metadata"]["labels"]["app.kubernetes.io/name"] = "other"  # which no Service selects
     with Cluster(hidden, tmp_path / "2") as cluster:
         cluster.wait_until(lambda: len(cluster.pods) > 5, "some replacements", 30)
         assert set(cluster.log(0).split()) <= {"unknown"}

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, only
-from tests.k8s.test_pods import gibibytes
+from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, only, parse_bytes
 from trainer import errors
 from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RequestedConfig, load
 from trainer.data.prepare import parse_job_part
+from trainer.storage import lease
+from trainer.storage.disk import plan_disk_budget
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|HOSTNAME|HOME"
@@ -130,7 +131,7 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
         assert "command" not in pods.container  # the image's own entry point
         runs = "/runs" if pods.overlay == "overlays/local" else "gs://BUCKET/runs"
         assert config.output_dir == f"{runs}/{pods.job_name}"
-        gpus = pods.container["resources"]["limits"].get("nvidia.com/gpu", 1)
+        gpus = int(pods.container["resources"]["limits"].get("nvidia.com/gpu", 1))
         assert config.training.batch_size % (gpus * pods.count) == 0
         assert config.resume == "auto"
 
@@ -145,10 +146,11 @@ def test_ports_paths_and_disk_are_those_of_the_pod_preset(pods: Pods) -> None:
     assert runtime.termination_log == pods.container.get("terminationMessagePath", "/dev/termination-log")
     (mount,) = [m for m in pods.container["volumeMounts"] if m["mountPath"] == runtime.cache_dir]
     (volume,) = [v for v in pods.spec["volumes"] if v["name"] == mount["name"]]
-    limit = gibibytes(volume["emptyDir"]["sizeLimit"])
+    limit = parse_bytes(volume["emptyDir"]["sizeLimit"])
     # Copies of the data and decoded images have the budget each; the rest is for weights and checkpoints.
-    assert limit >= 2 * runtime.disk_budget_gb + 20
-    assert gibibytes(pods.container["resources"]["requests"]["ephemeral-storage"]) <= limit
+    assert runtime.disk_budget is None
+    budget, _ = plan_disk_budget(None, 10**15, int(pods.environment()["EPHEMERAL_STORAGE_BYTES"]))
+    assert 2 * budget < 0.92 * limit
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
@@ -163,6 +165,12 @@ def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> N
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_a_new_job_waits_as_long_as_the_pods_of_a_deleted_one_may_save(pods: Pods) -> None:
+    assert pods.spec["terminationGracePeriodSeconds"] == lease.GRACE_SECONDS
+    assert lease.plan_patience(pods.environment()["JOB_UID"]) < configuration(pods).runtime.stuck_after
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
 def test_probes_allow_the_time_that_the_trainer_needs_to_respond(pods: Pods) -> None:
     startup, liveness = pods.container["startupProbe"], pods.container["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # the port opens before TensorFlow is loaded
@@ -173,8 +181,7 @@ def test_prometheus_scrapes_the_trainer_and_alerts_use_its_metrics() -> None:
     server = importlib.import_module("trainer.monitoring.http")
     source = Path(server.__file__ or "").read_text()
     served = {f"kubetune_{name}" for name in server.GAUGES} | set(re.findall(r'"(kubetune_\w+)"', source))
-    groups = only("overlays/monitoring", "PrometheusRule")["spec"]["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
+    rules = alerts()
     named = {name for rule in rules for name in re.findall(r"\bkubetune_\w+", str(rule))}
     assert named >= {"kubetune_last_progress_age_seconds", "kubetune_checkpoint_age_seconds", "kubetune_goodput_ratio"}
     assert named <= served
@@ -183,6 +190,36 @@ def test_prometheus_scrapes_the_trainer_and_alerts_use_its_metrics() -> None:
     assert endpoint["path"] == "/metrics"
     for pods in JOBS:
         assert endpoint["port"] in {port["name"] for port in pods.container["ports"]}
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = only("overlays/monitoring", "PrometheusRule")["spec"]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def seconds(duration: str) -> int:
+    return int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]
+
+
+def test_the_alert_of_a_stall_fires_before_the_liveness_probe_ends_the_pod() -> None:
+    (stall,) = [rule for rule in alerts() if rule["alert"] == "KubetuneNoProgress"]
+    (endpoint,) = only("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
+    threshold = int(stall["expr"].removeprefix("kubetune_last_progress_age_seconds > "))
+    # The metric is read once per interval, and the rules are evaluated once per minute by default.
+    latest = threshold + seconds(stall["for"]) + seconds(endpoint["interval"]) + 60
+    for pods in JOBS:
+        assert latest < configuration(pods).runtime.stuck_after
+
+
+def test_alerts_on_the_state_of_kubernetes_select_by_label_and_end() -> None:
+    rules = {rule["alert"]: rule["expr"] for rule in alerts() if "kube_" in rule["expr"]}
+    assert len(rules) == 4
+    for name, expression in rules.items():
+        assert "=~" not in expression, "another name is another run"
+        assert 'label_app_kubernetes_io_part_of="kubetune"' in expression, name
+    assert "offset 1h" in rules["KubetuneFailed"]  # the failed Job remains for a week
+    (deployment,) = objects("overlays/serving", "Deployment")
+    assert deployment["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubetune"
 
 
 def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
@@ -197,7 +234,7 @@ def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
 
 def test_queued_and_spot_jobs_differ_from_the_base_only_where_intended() -> None:
     base, queued, spot = (only(folder, "Job") for folder in ("base", "overlays/kueue", "overlays/gke-spot"))
-    assert queued["spec"].pop("suspend") is True
+    assert "suspend" not in queued["spec"]  # Kueue's webhook sets it; a second `apply` would end the running pods
     assert queued["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name")
     assert queued == base
     pod = spot["spec"]["template"]["spec"]
@@ -205,4 +242,3 @@ def test_queued_and_spot_jobs_differ_from_the_base_only_where_intended() -> None
     assert pod["tolerations"].pop()["key"] == "cloud.google.com/gke-spot"
     assert pod["containers"][0]["args"].pop() == "runtime.checkpoint_every=500 steps"
     assert spot == base
-    assert objects("overlays/gke-spot", "ServiceAccount") == objects("base", "ServiceAccount")

@@ -70,7 +70,7 @@ def test_the_commands_of_the_header_name_existing_objects(file: str) -> None:
     text = (manifests.K8S / file).read_text()
     header = text.partition("---")[0]
     name = only(manifests.FOLDERS[file], "Job")["metadata"]["name"]
-    for command in ("start", "watch", "log", "pause", "stop", "resume", "delete"):
+    for command in ("once", "start", "watch", "log", "pause", "stop", "again"):
         assert re.search(rf"^#   {command} ", header, re.M), command
     assert f"kubectl apply -f k8s/{file}" in header
     assert f"kubectl delete job {name} --cascade=foreground" in header  # or the next pod finds the folder in use
@@ -114,7 +114,7 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     for file, pattern, replacement in [
         ("overlays/nightly/kustomization.yaml", r"(?m)^  # (?!From)", "  "),
         ("base/job.yaml", r"# (?=nodeSelector|activeDeadlineSeconds)", ""),
-        ("base/serviceaccount.yaml", "# annotations", "annotations"),
+        ("shared/serviceaccount.yaml", "# annotations", "annotations"),
         ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/spot\n"),
         ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/kueue\n"),
     ]:
@@ -124,10 +124,12 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][-1] == "warm_start=gs://BUCKET/runs/RUN"
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
-    trees = {tree["kind"]: tree for tree in manifests.rendered("overlays/multiworker")}
-    assert trees["ServiceAccount"]["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
-    spec = trees["Job"]["spec"]
-    assert (spec["suspend"], spec["completions"], spec["activeDeadlineSeconds"]) == (True, 2, 86400)
+    (account,) = [tree for tree in manifests.rendered("shared") if tree["kind"] == "ServiceAccount"]
+    assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
+    (job,) = manifests.rendered("overlays/multiworker")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "QUEUE"
+    spec = job["spec"]
+    assert (spec["completions"], spec["activeDeadlineSeconds"]) == (2, 86400)
     selected = {"cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"}
     assert spec["template"]["spec"]["nodeSelector"].keys() == selected
 

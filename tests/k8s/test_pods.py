@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.rendered import ALL, JOBS, Object, Pods, name_of
+import trainer
+from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, only, parse_bytes
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
@@ -139,18 +140,84 @@ def test_every_mount_has_a_volume_and_every_volume_is_mounted(pods: Pods) -> Non
 
 
 def gibibytes(quantity: str) -> float:
-    number, unit = re.fullmatch(r"([\d.]+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
-    return float(number) / {"Mi": 1024, "Gi": 1}[unit]
+    return parse_bytes(quantity) / 2**30
 
 
 @pytest.mark.parametrize("pods", ALL, ids=name_of)
 def test_requests_and_limits(pods: Pods) -> None:
-    requests, limits = pods.container["resources"]["requests"], pods.container["resources"]["limits"]
-    assert requests["cpu"]
-    assert "cpu" not in limits  # a limit would throttle the decoding of images
-    assert 0 < gibibytes(requests["memory"]) <= gibibytes(limits["memory"])
+    for container in containers_of(pods.spec):
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert 0 < cores(requests["cpu"]) < cores(limits["cpu"])  # room for the decoding of images
+        assert 0 < gibibytes(requests["memory"]) <= gibibytes(limits["memory"])
+        assert 0 < gibibytes(requests["ephemeral-storage"]) <= gibibytes(limits["ephemeral-storage"])
+    limits = pods.container["resources"]["limits"]
     in_memory = [v["emptyDir"]["sizeLimit"] for v in pods.spec["volumes"] if v.get("emptyDir", {}).get("medium")]
     assert sum(map(gibibytes, in_memory)) <= gibibytes(limits["memory"])  # it counts as the container's
+    on_disk = [
+        v["emptyDir"]["sizeLimit"] for v in pods.spec["volumes"] if not v.get("emptyDir", {"medium": 1}).get("medium")
+    ]
+    assert sum(map(gibibytes, on_disk)) <= gibibytes(limits["ephemeral-storage"])  # so does this
+
+
+def cores(quantity: str) -> float:
+    return float(quantity.removesuffix("m")) / (1000 if quantity.endswith("m") else 1)
+
+
+def quantities_of(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The quantities in an object: values of `requests`, `limits` and `sizeLimit`."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("requests", "limits"):
+                yield from value.items()
+            elif key == "sizeLimit":
+                yield key, value
+            else:
+                yield from quantities_of(value)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from quantities_of(item)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_a_second_apply_changes_no_quantity(folder: str) -> None:
+    """`kubectl apply` compares with what the API server returns: text in canonical form. It would patch a number."""
+    for name, value in quantities_of(objects(folder)):
+        assert isinstance(value, str), (name, value)
+        assert re.fullmatch(r"[1-9]\d{0,2}m?|[1-9]\d{0,2}(Mi|Gi)", value), (name, value)
+
+
+LABELS = {"app.kubernetes.io/part-of": "kubetune", "app.kubernetes.io/version": trainer.__version__}
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_every_object_has_the_labels_of_the_package(folder: str) -> None:
+    for tree in objects(folder):
+        assert tree["metadata"]["labels"].items() >= LABELS.items(), (tree["kind"], tree["metadata"]["name"])
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_pods_and_their_owner_have_the_recommended_labels(pods: Pods) -> None:
+    labels = pods.template["metadata"]["labels"]
+    names = {"name", "instance", "component", "part-of", "version"}
+    assert labels.keys() == {f"app.kubernetes.io/{name}" for name in names}
+    assert labels["app.kubernetes.io/instance"] == pods.owner["metadata"]["name"]
+    assert labels.items() >= LABELS.items()
+    assert pods.owner["metadata"]["labels"].items() >= labels.items()
+
+
+def test_only_trainers_and_the_monitoring_may_connect_to_the_pods_of_runs() -> None:
+    spec = only("shared", "NetworkPolicy")["spec"]
+    (selected,) = spec["podSelector"]["matchExpressions"]
+    assert (selected["key"], selected["operator"]) == ("app.kubernetes.io/name", "In")
+    assert {pods.labels["app.kubernetes.io/name"] for pods in JOBS} == set(selected["values"])
+    others = {pods.labels["app.kubernetes.io/name"] for pods in ALL if pods not in JOBS}
+    assert others.isdisjoint(selected["values"])  # clients connect to these
+    assert spec["policyTypes"] == ["Ingress"]  # buckets and the registry of weights stay reachable
+    workers, monitoring = spec["ingress"]
+    assert workers == {"from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "kubetune"}}}]}
+    assert all(port in pods.container["ports"] for pods in JOBS for port in [{"name": "http", "containerPort": 8080}])
+    assert monitoring["ports"] == [{"port": "http"}]
+    assert [source.keys() for source in monitoring["from"]] == [{"namespaceSelector"}]
 
 
 @pytest.mark.parametrize("pods", ALL, ids=name_of)

@@ -5,8 +5,10 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 from kubernetes_validate import utils
 
+from scripts.manifests import K8S
 from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, only
 
 VERSIONS = ("1.30", "1.32", "1.34", utils.latest_version())
@@ -89,9 +91,10 @@ def test_names_ports_and_selectors_match() -> None:
             action = pods.container.get(probe, {})
             target = action.get("httpGet") or action.get("tcpSocket")
             assert target is None or target["port"] in names, (pods.overlay, probe)
-        accounts = [account["metadata"]["name"] for account in objects(pods.overlay, "ServiceAccount")]
+        shared = "shared" if pods in JOBS else pods.overlay
+        accounts = [account["metadata"]["name"] for account in objects(shared, "ServiceAccount")]
         assert pods.spec["serviceAccountName"] in accounts
-    for folder in OVERLAYS:
+    for folder in set(OVERLAYS) - {"shared"}:
         for service in objects(folder, "Service"):
             selector = service["spec"]["selector"].items()
             (chosen,) = [p for p in ALL if p.overlay == folder and selector <= p.labels.items()]
@@ -100,10 +103,29 @@ def test_names_ports_and_selectors_match() -> None:
         for deployment in objects(folder, "Deployment"):
             labels = deployment["spec"]["template"]["metadata"]["labels"]
             assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
-        for claim in objects(folder, "PersistentVolumeClaim"):
-            used = [v["persistentVolumeClaim"]["claimName"] for p in ALL if p.overlay == folder
-                    for v in p.spec["volumes"] if "persistentVolumeClaim" in v]  # fmt: skip
-            assert used == [claim["metadata"]["name"]]
+    claim = yaml.safe_load((K8S / "overlays" / "local" / "runs.yaml").read_text())
+    used = [v["persistentVolumeClaim"]["claimName"] for p in ALL for v in p.spec["volumes"]
+            if "persistentVolumeClaim" in v]  # fmt: skip
+    assert used == [claim["metadata"]["name"]]
+    for version in VERSIONS:
+        assert faults(claim, version) is None
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_deleting_a_run_deletes_nothing_that_its_pods_or_another_run_need(pods: Pods) -> None:
+    """Pods that end after the deletion of their Job still save: account, names and volumes must outlive it."""
+    assert [tree["kind"] for tree in objects(pods.overlay)] == [pods.owner["kind"]]
+
+
+def test_the_api_server_refuses_a_job_whose_image_is_not_edited() -> None:
+    """An empty image is `Required value` at `kubectl apply`; any other text waits as InvalidImageName or ErrImagePull."""
+    for pods in ALL:
+        if pods.overlay not in ("overlays/serving", "overlays/local"):
+            assert [c["image"] for kind in ("initContainers", "containers") for c in pods.spec.get(kind, [])] == [
+                ""
+            ] * (2 if pods.overlay == "overlays/nightly" else 1), pods.overlay
+    text = (K8S / "job.yaml").read_text()
+    assert 'image: "" # EDIT: ' in text
 
 
 def test_autoscaler_and_disruption_budget_of_serving_are_consistent() -> None:
@@ -123,4 +145,4 @@ def test_the_headless_service_and_the_podmonitor_select_the_pods_of_the_trainer_
     wanted = only("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
     trains = {pods.overlay for pods in ALL if wanted.items() <= pods.labels.items()}
     assert trains == {pods.overlay for pods in JOBS} - {"overlays/prepare"}
-    assert only("overlays/multiworker", "Service")["spec"]["selector"] == wanted
+    assert only("shared", "Service")["spec"]["selector"] == wanted

@@ -12,7 +12,7 @@ from tests.config.test_schema import tree
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, GaveUp, Interrupted
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.folder import (
     RunFolder,
@@ -279,3 +279,20 @@ def test_other_damaged_files_are_renamed(
     assert f"{file} is corrupt" in caplog.text
     assert aside.name in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == {"ends": FINGERPRINT}
+
+
+@pytest.mark.parametrize("state", [NEW, BEGUN, SAVED])
+def test_a_start_that_is_interrupted_before_it_begins_is_recorded_until_one_begins(
+    home: StoragePath, tmp_path: Path, state: str
+) -> None:
+    config = settings(home, tmp_path / "cache", runtime__max_restarts_without_progress=2)
+    leave(config, state)
+    before = contents(home)
+    for _ in range(3):
+        folder = open_run_folder(config)
+        folder.abandon(Interrupted("the weights could not be downloaded"))
+    assert contents(home).keys() == before.keys() | {".starts"}
+    with raises(GaveUp, "runtime.max_restarts_without_progress", problem="2 restarts .* before the run began"):
+        open_run_folder(config)
+    close(begin(settings(home, tmp_path / "cache", runtime__max_restarts_without_progress=9)))
+    assert ".starts" not in contents(home)

@@ -1,13 +1,17 @@
 """Restarts without progress are counted, except after a stop request."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.errors import raises
-from trainer.errors import GaveUp
-from trainer.runs.restarts import MAX_ENTRIES, STOPPED, RestartHistory
+from tests.storage.emulator import BUCKET, running
+from trainer.errors import ConfigError, GaveUp, Interrupted, ModelError, StopRequested
+from trainer.runs.restarts import MAX_ENTRIES, STOPPED, STOPS_PER_FAILURE, RestartHistory, UnbegunStarts
+from trainer.storage.base import StoragePath
+from trainer.storage.path import storage_path
 
 
 def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost worker 1", most: int = 3) -> None:
@@ -25,7 +29,7 @@ def test_after_enough_restarts_without_progress_the_run_gives_up_with_the_reason
         attempt(file, 0, 75, reason)
     attempt(file, 0)  # killed
     before = file.read_text()
-    reasons = r"lost worker 1\n.*lost worker 2\n.*killed \(out of memory\?\)$"
+    reasons = r"lost worker 1\n.*lost worker 2\n.*killed \(out of memory or disk\?\)$"
     problem = rf"^3 restarts in a row made no progress beyond step 0.*\n.*{reasons}"
     with raises(GaveUp, key="runtime.max_restarts_without_progress", value=3, problem=problem, fix=f"delete {file}"):
         attempt(file, 0)
@@ -46,7 +50,7 @@ def test_progress_resets_the_count(tmp_path: Path) -> None:
 
 def test_stopped_and_refused_starts_do_not_count(tmp_path: Path) -> None:
     file = tmp_path / "attempts.json"
-    for _ in range(10):
+    for _ in range(10):  # the first start, and nine stops
         history = RestartHistory(file)
         history.begin(0, 2)
         history.end(STOPPED, "SIGTERM")
@@ -64,3 +68,54 @@ def test_the_file_is_limited_and_a_damaged_one_is_replaced(tmp_path: Path) -> No
     file.write_text("{")
     attempt(file, 0, 75)
     assert len(json.loads(file.read_text())) == 1
+
+
+def test_stop_requests_without_progress_are_limited_too(tmp_path: Path) -> None:
+    """An eviction from a full disk is a SIGTERM at every start, which no rule of the Job counts."""
+    file = tmp_path / "attempts.json"
+    for _ in range(1 + 2 * STOPS_PER_FAILURE):
+        history = RestartHistory(file)
+        history.begin(4, 2)
+        history.end(STOPPED, "SIGTERM")
+    problem = r"^2 restarts in a row \(10 stop requests count as one\) made no progress beyond step 4.*\n.*SIGTERM"
+    with raises(GaveUp, key="runtime.max_restarts_without_progress", value=2, problem=problem, fix=f"delete {file}"):
+        RestartHistory(file).begin(4, 2)
+    RestartHistory(file).begin(5, 2)  # progress
+
+
+@pytest.fixture(params=["local", "bucket"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoragePath]:
+    if request.param == "local":
+        yield storage_path(tmp_path / "run")
+        return
+    with running(tmp_path / "objects"):
+        yield storage_path(f"gs://{BUCKET}/run")
+
+
+def start(home: StoragePath, error: BaseException | None, limit: int = 2) -> None:
+    starts = UnbegunStarts(home)
+    starts.begin(limit)
+    if error:
+        starts.end(error)
+
+
+def test_starts_that_end_before_the_run_begins_are_limited(home: StoragePath) -> None:
+    """The pod is evicted while the data is copied to its disk, or the weights cannot be downloaded, each time."""
+    for error in (None, ConfigError("wrong"), Interrupted("no network"), None):
+        start(home, error)
+    problem = r"^2 restarts in a row ended before the run began or resumed, .*\n.*no network\n.*killed"
+    with raises(GaveUp, key="runtime.max_restarts_without_progress", value=2, problem=problem, fix="delete .*starts"):
+        start(home, None)
+    UnbegunStarts(home).clear()
+    assert not (home / ".starts").exists()
+    start(home, None)
+
+
+def test_a_refused_start_leaves_no_record(home: StoragePath) -> None:
+    start(home, ModelError("no such backbone"))
+    assert not (home / ".starts").exists()
+    for _ in range(2 * STOPS_PER_FAILURE):
+        start(home, StopRequested("SIGTERM"))
+    (home / ".starts").write("{")  # damaged: begun anew
+    start(home, None)
+    assert len(UnbegunStarts(home).entries) == 1

@@ -1,4 +1,9 @@
-"""Which errors of a download end a command with 75."""
+"""Which errors of a download end a command with 75, with a real server."""
+
+import http.server
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
 
 import pytest
 import requests
@@ -27,3 +32,43 @@ def test_a_closed_port_is_interrupted_also_as_the_cause_of_another_error() -> No
 @pytest.mark.parametrize("error", [ImportError("no module"), PermissionError(13, "denied"), AssertionError("manual")])
 def test_other_errors_are_not(error: Exception) -> None:
     assert translated(error) is None
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """The address of a server that responds with the status in the path."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(self.path[1:]))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def request_as_keras(address: str) -> None:
+    """Fail like keras.utils.get_file: with a bare Exception, raised while the error of urllib is handled."""
+    try:
+        urllib.request.urlopen(address, timeout=5)
+    except OSError as error:
+        raise Exception(f"URL fetch failure on {address}") from error
+
+
+def request_as_tfds(address: str) -> None:
+    requests.get(address, timeout=5).raise_for_status()
+
+
+@pytest.mark.parametrize("request_from", [request_as_keras, request_as_tfds])
+@pytest.mark.parametrize(("status", "is_retried"), [(503, True), (429, True), (404, False), (403, False)])
+def test_a_server_that_refuses_the_address_is_not_asked_again(
+    request_from: Callable[[str], None], status: int, is_retried: bool, address: str
+) -> None:
+    with pytest.raises(Exception, match=str(status)) as caught:
+        request_from(f"{address}/{status}")
+    assert (translated(caught.value) is not None) == is_retried

@@ -16,7 +16,7 @@ import pytest
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, Emulator, environment, running
 from tests.storage.faulty import faults
-from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.errors import DataError, Interrupted
 from trainer.storage import lease as leases
 from trainer.storage.base import request_deadline
 from trainer.storage.lease import acquire_lease, describe_holder
@@ -33,7 +33,9 @@ from trainer.storage import lease as leases
 from trainer.storage.path import storage_path
 leases.LEASE_SECONDS = float(sys.argv[4])
 try:
-    lease = leases.acquire_lease(storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None)
+    lease = leases.acquire_lease(
+        storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None, patience=float(sys.argv[5]), log_message=print
+    )
     print("taken", flush=True)
 except TrainerError as error:
     print(f"{type(error).__name__}: {error}", flush=True)
@@ -50,9 +52,9 @@ lease.release()
 class Holder:
     """Another process that holds or requests the lease of a folder."""
 
-    def __init__(self, home: StoragePath, name: str, uid: str = "") -> None:
+    def __init__(self, home: StoragePath, name: str, uid: str = "", patience: float = 0.0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS)],
+            [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS), str(patience)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
 
@@ -147,8 +149,8 @@ def test_one_of_many_takes_it(home: StoragePath) -> None:
 
     def request(number: int) -> None:
         try:
-            taken.append(acquire_lease(home, f"host-{number}", wait=number % 2 == 0))
-        except ConfigError as error:
+            taken.append(acquire_lease(home, f"host-{number}"))
+        except Interrupted as error:
             problems.append(error.problem)
 
     at_the_same_time(request, 6)
@@ -160,13 +162,41 @@ def test_one_of_many_takes_it(home: StoragePath) -> None:
 
 def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath, holder: Holder) -> None:
     problem = re.escape("is in use by host-a/1 (uid job-1)")
-    with raises(ConfigError, key="output_dir", value=home, problem=f"^{problem}$", fix="give another one"):
+    with raises(Interrupted, key="output_dir", value=home, problem=f"^{problem}$", fix="start the same command again"):
         acquire_lease(home, "host-b/1", "job-2", note="")
     other = Holder(home, "host-c/1", "job-3")
-    assert other.receive().startswith("ConfigError")
-    assert other.process.wait(10) == 2
+    assert other.receive().startswith("Interrupted")
+    assert other.process.wait(10) == 75
     other.end()
     assert holder.commit("step-1").startswith("done")
+
+
+def test_a_pod_waits_for_the_pod_of_a_deleted_job_that_still_saves(home: StoragePath, holder: Holder) -> None:
+    """`kubectl delete` and `apply` in quick succession: the new Job must not fail for good."""
+    new = Holder(home, "host-b/1", "job-2", patience=60)
+    assert new.receive() == (f"output_dir={home} is in use by host-a/1 (uid job-1); waiting up to 60 s until it ends")
+    assert holder.commit("step-1").startswith("done")
+    assert holder.process.stdin
+    holder.process.stdin.close()  # it ends, and releases the lease
+    assert holder.process.wait(10) == 0
+    assert new.receive() == "taken"
+    assert new.commit("step-2").startswith("done")
+    new.end()
+
+
+def test_a_holder_that_is_killed_while_it_is_waited_for_loses_the_lease(home: StoragePath, holder: Holder) -> None:
+    new = Holder(home, "host-b/1", "job-2", patience=60)
+    assert "is in use by" in new.receive()
+    os.kill(holder.process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert new.receive() == "taken"
+    assert time.monotonic() - began < 3 * SECONDS
+    new.end()
+
+
+def test_a_process_waits_only_as_a_pod() -> None:
+    assert leases.plan_patience(None) == 0
+    assert leases.plan_patience("4f1c3a52") >= leases.GRACE_SECONDS + leases.LEASE_SECONDS
 
 
 def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:
@@ -183,8 +213,6 @@ def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> N
 
 def test_the_lease_of_a_dead_holder_expires(home: StoragePath, holder: Holder) -> None:
     os.kill(holder.process.pid, signal.SIGKILL)
-    with raises(ConfigError, key="output_dir", value=home, problem="is in use by host-a/1"):
-        acquire_lease(home, "host-b/1", "job-2", wait=False)
     began = time.monotonic()
     with acquire_lease(home, "host-b/1", "job-2"):
         assert SECONDS < time.monotonic() - began < 3 * SECONDS

@@ -58,12 +58,13 @@ class Connection:
 
         Raises ProtocolError if the bytes are not from a worker, and OSError if the connection is closed or timed out.
         """
-        magic, header_bytes, payload_bytes = PREFIX.unpack(self._receive_exactly(PREFIX.size))
+        magic, header_bytes, payload_bytes = PREFIX.unpack(self.receive_exactly(PREFIX.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
             raise ProtocolError("the peer is not a worker")
-        return json.loads(self._receive_exactly(header_bytes)), self._receive_exactly(payload_bytes)
+        return json.loads(self.receive_exactly(header_bytes)), self.receive_exactly(payload_bytes)
 
-    def _receive_exactly(self, count: int) -> bytes:
+    def receive_exactly(self, count: int) -> bytes:
+        """Wait for `count` bytes. Raises OSError if the connection is closed or timed out."""
         chunks, missing = [], count
         while missing:
             chunk = self.socket.recv(min(missing, MAX_RECV_BYTES))

@@ -13,6 +13,9 @@
    `<job>-<i>.<service>` (https://kubernetes.io/docs/tasks/job/job-with-pod-to-pod-communication).
 4. Otherwise this process is the only worker.
 
+The token with which workers authenticate is JOB_UID, the pod label `batch.kubernetes.io/controller-uid`, which nobody
+knows who cannot read the pods. It is empty where it is not set, and with several child Jobs, which have different ones.
+
 2 and 3 also read JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job, and WORKER_PORT (default
 2222). An empty variable counts as not set, because the downward API sets an empty one for a missing label.
 """
@@ -20,7 +23,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.errors import ConfigError
@@ -45,6 +48,7 @@ class Cluster:
     addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
     source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
     job: str  # unique per Job or JobSet, and equal on all of its workers; "" for a single worker without a name
+    token: str = field(default="", repr=False)  # with which the workers authenticate; "" accepts every worker
 
     @property
     def size(self) -> int:
@@ -72,10 +76,17 @@ def discover(environment: Mapping[str, str]) -> Cluster:
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
     if not _in_jobset(env):  # without a JobSet these two have no meaning
         env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
-    if from_tf_config := _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None:
-        _check_against_kubernetes(from_tf_config, env)
-        return from_tf_config
-    return _from_kubernetes(env)
+    cluster = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
+    if cluster:
+        _check_against_kubernetes(cluster, env)
+    else:
+        cluster = _from_kubernetes(env)
+    return replace(cluster, token=_choose_token(env)) if cluster.size > 1 else cluster
+
+
+def _choose_token(env: Mapping[str, str]) -> str:
+    """Choose the token of the workers: the uid of their Job, if all of them are in one."""
+    return env.get("JOB_UID", "") if env.get("REPLICATED_JOB_REPLICAS", "1") == "1" else ""
 
 
 def _from_tf_config(text: str) -> Cluster | None:

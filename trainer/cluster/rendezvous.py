@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.cluster.authentication import WrongTokenError, accept_peer, contact_peer
 from trainer.cluster.control import Connection, ControlChannel, ProtocolError
 from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
@@ -65,7 +66,8 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
     def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}
-        self._token = uuid.uuid4().hex  # distinguishes this process from another one with the same index
+        self._reported: set[str] = set()
+        self._process = uuid.uuid4().hex  # distinguishes this process from another one with the same index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
@@ -99,12 +101,12 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         header: dict[str, Any] = {}
         with (
             contextlib.suppress(OSError, ValueError),
-            contextlib.closing(_connect(address, OWN_TIMEOUT_SECONDS)) as peer,
+            contextlib.closing(_connect(address, cluster.token, OWN_TIMEOUT_SECONDS)) as peer,
         ):
             peer.send("who")
             header, _ = peer.receive()
         same_worker = (header.get("job"), header.get("index")) == (cluster.job, cluster.index)
-        if not same_worker or header.get("token") == self._token:  # an older version sends none
+        if not same_worker or header["process"] == self._process:
             return
         key = "TF_CONFIG" if cluster.source == "TF_CONFIG" else "JOB_COMPLETION_INDEX"
         problem = f"two processes have the index of worker {cluster.index}: another one responds at {address}"
@@ -114,19 +116,29 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     def _accept(self) -> None:
         while True:
             try:
-                connection, _ = self._socket.accept()
+                connection, address = self._socket.accept()
             except OSError:  # closed by `__exit__`
                 return
-            threading.Thread(target=self._respond, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._respond, args=(connection, address), daemon=True).start()
 
-    def _respond(self, connection: socket.socket) -> None:
+    def _report_once(self, text: str) -> None:
+        if text not in self._reported:
+            self._reported.add(text)
+            self.log_message(text)
+
+    def _respond(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
         peer = Connection(connection)
         connection.settimeout(RESPONSE_TIMEOUT_SECONDS)
         joins = False
         with contextlib.suppress(OSError, ValueError, KeyError):
+            try:
+                accept_peer(peer, self.cluster.token)
+            except WrongTokenError as error:
+                self._report_once(f"workers: {address[0]} connected to this worker: {error}; ignored")
+                raise
             header, _ = peer.receive()
             if header["kind"] != "join":
-                peer.send("identity", job=self.cluster.job, index=self.cluster.index, token=self._token)
+                peer.send("identity", job=self.cluster.job, index=self.cluster.index, process=self._process)
             elif reason := self._check_join(header):
                 peer.send("refused", reason=reason)
             else:
@@ -202,7 +214,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             self.check_cancelled()
             self._require_own_index()  # in each iteration, since the chief drops this connection if a duplicate joins
             try:
-                peer = _connect(address)
+                peer = _connect(address, cluster.token)
                 try:
                     peer.send("join", job=cluster.job, index=cluster.index, size=cluster.size)
                     return {0: self._await_start(peer)}
@@ -211,6 +223,8 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                     raise
             except ProtocolError:
                 reason = "another server uses its port; it might be training already, without this worker"
+            except WrongTokenError as error:
+                reason = f"{error}; it is of another Job, perhaps one that was deleted"
             except socket.gaierror:
                 reason = "the name does not resolve yet"
             except OSError as error:
@@ -255,9 +269,16 @@ def _describe_missing(address: str, index: int) -> str:
     return f"worker {index} ({address}: has not connected)"
 
 
-def _connect(address: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connection:
+def _connect(address: str, token: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connection:
+    """Connect to a worker and authenticate. Raises OSError, and the errors of `contact_peer`."""
     host, _, port = address.rpartition(":")
-    return Connection(socket.create_connection((host.strip("[]"), int(port)), timeout))
+    peer = Connection(socket.create_connection((host.strip("[]"), int(port)), timeout))
+    try:
+        contact_peer(peer, token)
+    except BaseException:
+        peer.close()
+        raise
+    return peer
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
@@ -274,7 +295,7 @@ def _check_reachable(cluster: Cluster, index: int, address: str) -> list[str]:
     deadline = time.monotonic() + REACH_TIMEOUT_SECONDS
     while True:
         try:
-            with contextlib.closing(_connect(address)) as peer:
+            with contextlib.closing(_connect(address, cluster.token)) as peer:
                 peer.send("who")
                 header, _ = peer.receive()
             if (header["job"], header["index"]) != (cluster.job, index):

@@ -302,8 +302,8 @@ class Runtime(Section):
     """Local folder of all caches and staged files."""
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
     """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
-    disk_budget_gb: float = Field(50.0, ge=0, le=1e9)
-    """Maximum gigabytes in `cache_dir` per cache."""
+    disk_budget_gb: float | None = Field(None, ge=0, le=1e9)
+    """Maximum gigabytes in `cache_dir` per cache; null: 50, and at most two fifths of the disk that is free there."""
     data_threads: int | None = Field(None, ge=1, le=1024)
     """Number of threads that read and decode images (also in `trainer.prepare`); null: by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
@@ -333,9 +333,9 @@ class Runtime(Section):
         return int(self.memory_budget_gb * GIGABYTE) if self.memory_budget_gb else None
 
     @property
-    def disk_budget(self) -> int:
-        """Maximum bytes in `cache_folder` per cache."""
-        return int(self.disk_budget_gb * GIGABYTE)
+    def disk_budget(self) -> int | None:
+        """Maximum bytes in `cache_folder` per cache; None for the default of this machine."""
+        return None if self.disk_budget_gb is None else int(self.disk_budget_gb * GIGABYTE)
 
 
 ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tflite_dynamic", "tflite_int8", "onnx"]

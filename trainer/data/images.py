@@ -39,7 +39,7 @@ from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
-from trainer.storage.disk import get_free_bytes
+from trainer.storage.disk import choose_disk_budget, get_free_bytes
 from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
@@ -338,7 +338,8 @@ def plan_image_caches(
 ) -> dict[str, CachePlan]:
     """Plan the cache of each split, in the order of `SPLITS`, for images with a side of `size` pixels."""
     plans: dict[str, CachePlan] = {}
-    memory, disk = config.runtime.memory_budget or default_memory_budget(), config.runtime.disk_budget
+    memory = config.runtime.memory_budget or default_memory_budget()
+    disk, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     for name in [split for split in SPLITS if split in dataset.splits]:
         once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
         plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
@@ -412,7 +413,8 @@ class ImageStore:
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
         pixels = Pixels(split, size, resize, on_error, threads, log_message=self._log, check=check, shards=shards)
         needed, once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
-        plan = plan_image_cache(cache, needed, self.memory_left, runtime.disk_budget, once)
+        disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
+        plan = plan_image_cache(cache, needed, self.memory_left, disk_budget, once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
         return pixels

@@ -10,6 +10,7 @@ from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_man
 from trainer.errors import DataError, TrainerError
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
+from trainer.storage.disk import choose_disk_budget
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import copied_folder, fetch_missing, find_prepared_folder, has_wildcard, is_remote, stage
@@ -52,7 +53,8 @@ def fetch_local_copies(
     def copy_to_disk(address: str | None) -> str | None:
         if not address or not is_remote(address):
             return address
-        path = stage(address, runtime.cache_folder, runtime.disk_budget, log_message, partial(check, address))
+        budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
+        path = stage(address, runtime.cache_folder, budget, log_message, partial(check, address))
         folder, bucket_folder = copied_folder(path, address, runtime.cache_folder)
         addresses[folder] = bucket_folder
         return path
@@ -134,7 +136,8 @@ def _open_shards(
     prepared = find_prepared(address)
     if prepared is None:
         return None
-    folder, budget, check_address = runtime.cache_folder, runtime.disk_budget, partial(check, address)
+    folder, check_address = runtime.cache_folder, partial(check, address)
+    budget, _ = choose_disk_budget(runtime.disk_budget, folder)
     shards = ShardCache(address, prepared.shards, folder, budget, log_message, check_address, prepared.metadata)
     fetch_missing(address, prepared.metadata, shards.folder, log_message, check_address)
     log_message(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")

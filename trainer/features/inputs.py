@@ -19,6 +19,7 @@ from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.log import log
+from trainer.storage.disk import choose_disk_budget
 from trainer.training.step import Network
 
 _FORMAT = 2  # version of the features on disk; increment it when their values change
@@ -146,7 +147,8 @@ class FeatureCache:
             indices = select_worker_examples(examples, self.sharding)
         dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
-        if memory_budget is None and disk_used + features.bytes > runtime.disk_budget:
+        disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
+        if memory_budget is None and disk_used + features.bytes > disk_budget:
             return None
         fingerprint = self.images.dataset.fingerprint
         decoded_name = build_cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
@@ -158,4 +160,4 @@ class FeatureCache:
         )  # fmt: skip
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
         file = runtime.cache_folder / "features" / f"{split}-{digest}"
-        return open_features(features, file, memory_budget, runtime.disk_budget)
+        return open_features(features, file, memory_budget, disk_budget)

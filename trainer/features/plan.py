@@ -16,6 +16,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.gradients import Differentiated, find_differentiated
 from trainer.monitoring.log import log
+from trainer.storage.disk import choose_disk_budget
 from trainer.types import Dataset
 
 # Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.
@@ -133,7 +134,8 @@ def choose_features(
         if run_json:
             recorded = run_json.get("features", {})
             return {name: recorded.get(name, "live") for name in config.phases}, []
-        choices = plan_features(config, divisions, images.dataset, max(images.memory_left, config.runtime.disk_budget))
+        disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
+        choices = plan_features(config, divisions, images.dataset, max(images.memory_left, disk_budget))
         input_kinds = {name: choice.input_kind for name, choice in choices.items()}
         return input_kinds, [choice.describe(name) for name, choice in choices.items()]
 

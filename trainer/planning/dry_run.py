@@ -23,6 +23,7 @@ from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.stored_run import without_weights
+from trainer.storage.disk import choose_disk_budget
 from trainer.storage.staging import copied_folder, is_remote
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
@@ -59,8 +60,9 @@ def _open_data(plan: Plan) -> Rows:
     """Open the dataset, or list the files that a run would stage first; return rows for the plan."""
     config = plan.config
     data, streamed_folder = resolve_addresses(config.data)
-    cache, budget = config.runtime.cache_folder, config.runtime.disk_budget
-    rows: Rows = []
+    cache = config.runtime.cache_folder
+    budget, reason = choose_disk_budget(config.runtime.disk_budget, cache)
+    rows: Rows = [("disk budget", f"{budget / 1e9:,.1f} GB per cache, {reason}")]
     if streamed_folder and (prepared := find_prepared(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
@@ -87,7 +89,7 @@ def _open_data(plan: Plan) -> Rows:
     with addresses_in_errors(addresses):
         is_open = _open(plan, data.model_copy(update=local_paths))
     if not is_open:
-        return [("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
+        return [*rows, ("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
     return rows
 
 
@@ -152,7 +154,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if remote else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
-    budget = max(config.runtime.memory_budget or default_memory_budget(), config.runtime.disk_budget)
+    disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
+    budget = max(config.runtime.memory_budget or default_memory_budget(), disk_budget)
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,16 +24,16 @@ from trainer.config.auto import resolve_auto
 from trainer.config.diff import list_forbidden_changes, list_moved_addresses
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
 from trainer.config.typed import format_argument
-from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
 from trainer.monitoring.log import log
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS, parse_entries
+from trainer.runs.restarts import ATTEMPTS, UNBEGUN, UnbegunStarts, parse_entries
 from trainer.storage.base import is_unfinished
 from trainer.storage.disk import make_write_error
-from trainer.storage.lease import acquire_lease, describe_holder
+from trainer.storage.lease import acquire_lease, describe_holder, in_use_error, plan_patience
 from trainer.storage.local import delete_unfinished, sync, temporary_file, write_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import (
@@ -45,6 +46,7 @@ from trainer.storage.small_files import (
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset, Device, has_fingerprints, require_fingerprint
 
+LOCK_INTERVAL_SECONDS = 0.5  # between requests for the lock of another process
 LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
 RUN_JSON = "run.json"
 RESULTS = ("export", "report", DONE)
@@ -54,7 +56,7 @@ RESULTS = ("export", "report", DONE)
 class RunFolder:
     """The output_dir of this run, which the chief has locked. Other workers do not access it.
 
-    Until `begin`, a start changes only the lock in it.
+    Until `begin`, a start changes only the lock in it, and the list of starts that the run did not begin.
     """
 
     path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
@@ -67,6 +69,7 @@ class RunFolder:
     created: bool = False  # this process created the folder
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
+    unbegun: UnbegunStarts | None = None  # None on workers other than the chief
 
     @property
     def is_new(self) -> bool:
@@ -127,9 +130,25 @@ class RunFolder:
         _written[self.path] = known | {"data_fingerprint": hashes} | of_phases | attempts
         write_json(self.path / RUN_JSON, _written[self.path])
         self.publisher.begin()
+        if self.unbegun:
+            self.unbegun.clear()
 
-    def abandon(self) -> None:
-        """Release the folder after a start that was refused before `begin`; delete it if this process created it."""
+    def record_end(self, error: BaseException | None) -> None:
+        """Record the error that ends this start if it is before `begin`."""
+        if self.unbegun and not self.begun:
+            self.unbegun.end(error)
+
+    def record_exit(self, code: int, reason: str, stopped: bool) -> None:
+        """Record that this process exits at once with this code, after a stop request if `stopped`."""
+        kind = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
+        self.record_end((StopRequested if stopped else kind)(reason))
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Release the folder after a start that ended before `begin` with this error.
+
+        If this process created it and has recorded no start in it, delete it.
+        """
+        self.record_end(error)
         self.publisher.close(publish=False)
         if not self.lock:
             return
@@ -231,20 +250,31 @@ def _create_output_folder(name: str | None) -> Path:
     raise ConfigError("outputs/ already has 999 runs that started in this second", fix="give output_dir=FOLDER")
 
 
-def _lock_folder(folder: Path, workers: int) -> TextIO:
-    """Create a local folder, and lock it until the returned file is closed or the process ends."""
+def _lock_folder(folder: Path, patience: float) -> TextIO:
+    """Create a local folder, and lock it until the returned file is closed or the process ends.
+
+    Raises Interrupted if another process still has locked it after `patience` seconds.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
         raise make_write_error(error, folder, "output_dir", "give a folder with write permission") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        problem = f"is in use by another run ({lock.read().strip() or 'unknown process'})"
-        kind = Interrupted if workers > 1 else ConfigError  # perhaps an earlier pod of the Job, which is about to end
-        raise kind(problem, key="output_dir", value=folder, fix="give another folder or wait until it ends") from None
+    deadline, waits = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            lock.seek(0)
+            in_use = in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise in_use from None
+        if not waits:
+            log.info(f"output_dir={folder} {in_use.problem}; waiting up to {patience:.0f} s until it ends")
+        waits = True
+        time.sleep(LOCK_INTERVAL_SECONDS)
     try:
         lock.truncate(0)
         os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())  # not buffered, see `close`
@@ -270,33 +300,37 @@ def find_folder_holder(config: RequestedConfig) -> str | None:
     return None
 
 
-def open_run_folder(config: RequestedConfig, workers: int = 1) -> RunFolder:
+def open_run_folder(config: RequestedConfig) -> RunFolder:
     """Lock `config.output_dir` or a new folder under outputs/, and determine whether the run resumes.
 
     If output_dir is in a bucket, take its lease and download the run. Only the chief calls this.
 
     Raises:
-        ConfigError: another process uses the folder, it has another run or other files, or `resume` forbids it.
-        Interrupted: with several workers, another process has locked the local folder, perhaps an earlier pod of this
-            Job; or the bucket does not respond.
+        ConfigError: the folder has another run or other files, or `resume` forbids it.
+        GaveUp: too many starts ended before the run began or resumed.
+        Interrupted: another process uses the folder, also after `plan_patience`; or the bucket does not respond.
     """
     address = config.output_dir or str(_create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
     created = not config.output_dir or not path.exists()
-    lock, lease = _lock_folder(path, workers), None
+    uid = os.environ.get("JOB_UID") or None
+    patience = plan_patience(uid)
+    lock, lease = _lock_folder(path, patience), None
     if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
-        lease = acquire_lease(storage_path(address), holder, os.environ.get("JOB_UID") or None)
+        lease = acquire_lease(storage_path(address), holder, uid, patience=patience, log_message=log.info)
     publisher = Publisher(path, lease)
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
+        folder.unbegun = UnbegunStarts(storage_path(address))
+        folder.unbegun.begin(config.runtime.max_restarts_without_progress)
         publisher.fetch()
         folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(address)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
-    except BaseException:
-        folder.abandon()
+    except BaseException as error:
+        folder.abandon(error)
         raise
 
 
@@ -323,7 +357,7 @@ def _read_contents(folder: StoragePath) -> FolderContents:
         names = {name for name in names if not name.startswith(".")}  # the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
-    names = {name for name in names if not is_unfinished(name)} - {LOCK, "config.yaml"}
+    names = {name for name in names if not is_unfinished(name)} - {LOCK, UNBEGUN, "config.yaml"}
     return FolderContents(names, config[0] if config else None, has_checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ FAILED = (*FULL, errno.EIO)  # the same command can succeed later
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _TEXTS = tuple(os.strerror(number) for number in (*FAILED, errno.EROFS))  # in errors of libraries that write a run
 MAKE_SPACE = "make space there, then start the same command again"
+MAX_DISK_BUDGET = 50 * 1024**3  # by default
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"  # `tempfile`, if no disk has space
 
 
@@ -27,6 +29,44 @@ def get_free_bytes(path: str | Path) -> int:
         return shutil.disk_usage(_nearest(path, os.path.exists)).free
     except OSError:
         return 0
+
+
+def plan_disk_budget(requested: int | None, available: int, limit: int | None) -> tuple[int, str]:
+    """Choose the bytes of each of the two caches (copies of the data, decoded images), with the reason.
+
+    Args:
+        requested: `runtime.disk_budget_gb`, in bytes; None for the default.
+        available: bytes of the disk that are free or already hold caches.
+        limit: bytes that Kubernetes lets the container use before it evicts the pod; None outside of a pod.
+
+    By default a fifth of the space is left to weights, checkpoints and temporary files.
+    """
+    if requested is not None:
+        return requested, "as configured"
+    space, of = min((available, "the free disk"), (available if limit is None else limit, "the pod's limit"))
+    budget = min(space * 2 // 5, MAX_DISK_BUDGET)
+    return budget, "the default" if budget == MAX_DISK_BUDGET else f"two fifths of {of}, {space / 1e9:,.1f} GB"
+
+
+@functools.cache  # caches grow while a process uses them
+def choose_disk_budget(requested: int | None, cache_folder: Path) -> tuple[int, str]:
+    """Choose the bytes of each cache in a folder of this machine as `plan_disk_budget` does."""
+    text = os.environ.get("EPHEMERAL_STORAGE_BYTES", "").strip()
+    if text and not re.fullmatch(r"[0-9]{1,18}", text):
+        fix = "set it to limits.ephemeral-storage by the downward API, or unset it"
+        raise ConfigError("is not a number of bytes", key="EPHEMERAL_STORAGE_BYTES", value=text, fix=fix)
+    available = get_free_bytes(cache_folder) + _count_bytes(cache_folder) if requested is None else 0
+    return plan_disk_budget(requested, available, int(text) if text else None)
+
+
+def _count_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder; 0 if it does not exist. A file that disappears meanwhile is 0."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return size
 
 
 def _nearest(path: str | Path, fulfills: Callable[[Path], bool]) -> Path:

@@ -24,11 +24,13 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
-from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.errors import DataError, Interrupted
 from trainer.storage.base import Conflict, StoragePath, request_deadline
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
+from trainer.types import LogMessage
 
 LEASE_SECONDS = 30.0
+GRACE_SECONDS = 120.0  # terminationGracePeriodSeconds of the manifests
 NAME = ".lease"
 
 
@@ -158,28 +160,59 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 self._lost = f"the lease cannot be renewed ({error})"
 
 
-def acquire_lease(folder: StoragePath, holder: str, uid: str | None = None, note: str = "", wait: bool = True) -> Lease:
+def plan_patience(uid: str | None) -> float:
+    """Choose for how many seconds a process waits for a folder that another one uses.
+
+    In a pod of a Kubernetes Job (with this uid) that is probably the pod of a deleted Job, which still saves: its grace
+    period, and then its lease, end. Elsewhere it is another run of the user.
+    """
+    return GRACE_SECONDS + LEASE_SECONDS if uid else 0.0
+
+
+def in_use_error(holder: str, folder: object) -> Interrupted:
+    """Make the error for a folder that another process still uses. The same command can succeed later."""
+    fix = "wait until that process ends and start the same command again, or give another one"
+    return Interrupted(f"is in use by {holder}", key="output_dir", value=folder, fix=fix)
+
+
+def acquire_lease(
+    folder: StoragePath,
+    holder: str,
+    uid: str | None = None,
+    note: str = "",
+    patience: float = 0.0,
+    log_message: LogMessage = lambda _text: None,
+) -> Lease:
     """Acquire the lease on a folder, and complete a commit that the last holder began.
 
     Args:
         holder: describes this process in messages of others.
         uid: take over from a holder with the same uid without waiting.
         note: more about this process, for messages of others.
-        wait: take over from any other holder that does not renew the lease for `LEASE_SECONDS`.
+        patience: seconds to wait for a holder that renews the lease. One that does not renew it for `LEASE_SECONDS`
+            has lost it to this process in any case.
+        log_message: is called once if another process renews the lease and is waited for.
 
-    Raises ConfigError if another process holds the lease, and either renews it or `wait` is False.
+    Raises Interrupted if another process holds the lease and still renews it after `patience`.
     """
-    file, seconds = folder / NAME, LEASE_SECONDS
-    first_seen: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
+    file, seconds, deadline = folder / NAME, LEASE_SECONDS, time.monotonic() + patience
+    last_change: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
+    waits = False
     while True:
         current, version = _read(file)
         other = _other_holder(current, uid)
         if other:
-            first_seen = first_seen or (version, time.monotonic())
-            if version != first_seen[0] or not wait:
-                problem = f"is in use by {_describe(other)}{', ' + other.note if other.note else ''}"
-                raise ConfigError(problem, key="output_dir", value=folder, fix="give another one, or end that run")
-            if time.monotonic() - first_seen[1] <= max(seconds, other.seconds):
+            now = time.monotonic()
+            if last_change is not None and version != last_change[0]:  # it is renewed
+                error = in_use_error(_describe(other) + (f", {other.note}" if other.note else ""), folder)
+                if now > deadline:
+                    raise error
+                if not waits:
+                    log_message(f"output_dir={folder} {error.problem}; waiting up to {patience:.0f} s until it ends")
+                waits = True
+            if last_change is None or version != last_change[0]:
+                last_change = version, now
+            if now - last_change[1] <= max(seconds, other.seconds):
                 time.sleep(seconds / 10)
                 continue
         commit = current.commit if current else None
