@@ -233,7 +233,7 @@ def test_a_killed_worker_ends_all_at_once_with_75(lost: int, tmp_path: Path) -> 
     await_ready(3, tmp_path)
     workers[lost].kill()
     began = time.monotonic()
-    assert [w.wait(30) for i, w in enumerate(workers) if i != lost] == [75, 75]
+    assert [w.wait(120) for i, w in enumerate(workers) if i != lost] == [75, 75]
     assert time.monotonic() - began < 10
     for i in {0, 1, 2} - {lost}:
         text = (tmp_path / f"{i}.log").read_text()
@@ -247,11 +247,11 @@ def test_a_frozen_worker_ends_all_within_thirty_seconds(tmp_path: Path) -> None:
     await_ready(3, tmp_path)
     workers[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    assert [workers[i].wait(40) for i in (0, 2)] == [75, 75]
+    assert [workers[i].wait(120) for i in (0, 2)] == [75, 75]
     assert time.monotonic() - began < 30
     assert "lost worker 1 (" in (tmp_path / "2.log").read_text()
     workers[1].send_signal(signal.SIGCONT)
-    assert workers[1].wait(20) == 75  # as soon as it resumes
+    assert workers[1].wait(120) == 75  # as soon as it resumes
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_a_frozen_worker_ends_all_within_thirty_seconds(tmp_path: Path) -> None:
 )
 def test_a_failure_of_one_ends_all(mode: str, code: int, text: str, tmp_path: Path) -> None:
     workers = processes(3, mode, tmp_path)
-    assert [workers[i].wait(40) for i in (0, 2)] == [code, code]
-    assert workers[1].wait(20) == (2 if mode == "wrong" else 1)
+    assert [workers[i].wait(120) for i in (0, 2)] == [code, code]
+    assert workers[1].wait(120) == (2 if mode == "wrong" else 1)
     for i in (0, 2):
         log = (tmp_path / f"{i}.log").read_text()
         assert text in log

@@ -59,7 +59,7 @@ def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -
     child = started(BUSY)
     time.sleep(0.2)
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=120)
     name = number.name
     *order, last, message = out.splitlines()
     assert sorted(order) == ["seen", f"signal {name}"]
@@ -74,7 +74,7 @@ def test_a_second_signal_ends_at_once_with_75() -> None:
     time.sleep(0.5)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(10) == 75
+    assert child.wait(120) == 75
 
 
 def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
@@ -82,7 +82,7 @@ def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
     assert child.stdout is not None
     child.stdout.readline()
     child.send_signal(signal.SIGTERM)
-    out, _ = child.communicate(timeout=20)
+    out, _ = child.communicate(timeout=120)
     assert out == "signal SIGTERM\nSIGTERM on worker 1\n"
     assert child.returncode == 0
 
@@ -107,12 +107,12 @@ def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypa
     ended: queue.Queue[tuple[int, str]] = queue.Queue()
     monkeypatch.setattr("trainer.cluster.signals.health", current := Health())
     signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
-    assert ended.get(timeout=10) == (INTERRUPTED, "SIGTERM")
+    assert ended.get(timeout=60) == (INTERRUPTED, "SIGTERM")
     checked = threading.Event()
     monkeypatch.setattr(Health, "seconds_since_progress", property(lambda _: checked.set() or 0.1))
     signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
     current.record_progress()  # the step has ended: there is time to save
-    assert checked.wait(10)
+    assert checked.wait(120)
     time.sleep(0.05)
     assert ended.empty()
 

@@ -78,7 +78,7 @@ def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(calm: Path, prepare
     first = start(tmp_path / "1", tmp_path / "node-1")
     first.wait_for("phase fine_tune: 12 steps")
     first[0].send_signal(signal.SIGKILL)
-    first.wait(30)
+    first.wait(120)
     assert f"{DATA}: fetching " in first.output(0)
     assert_tensorboard_reads(tmp_path / "logs")
     began = time.monotonic()
@@ -88,7 +88,7 @@ def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(calm: Path, prepare
     assert "weights: this run's checkpoint at step " in second.output(0)
     assert_same_run(calm, downloaded(tmp_path / "downloaded", prepared))
     third = start(tmp_path / "3", tmp_path / "node-3")
-    assert third.wait(60) == [0]
+    assert third.wait(120) == [0]
     assert "finished" in third.output(0)
 
 

@@ -175,7 +175,7 @@ def test_a_wrong_configuration_is_in_the_log_and_in_the_termination_message(tmp_
     pod = as_pod(tmp_path, free_ports(1)[0])
     for wrong, reason in (("modle=3", "modle"), ("seed=[1", "no viable alternative at input '[1'")):
         run = start_workers(tmp_path, 1, *pod, wrong)
-        assert run.wait(60) == [WRONG_INPUT]
+        assert run.wait(120) == [WRONG_INPUT]
         (entry,) = entries(run.output(0))
         assert (entry["severity"], entry["exit_code"]) == ("ERROR", 2)
         assert reason in entry["message"]
@@ -206,7 +206,7 @@ def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
     with subprocess.Popen([*call, *pod], cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
         until(lambda: response(port)[0] == 503, child)
         child.send_signal(signal.SIGTERM)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=120)
     assert child.returncode == INTERRUPTED
     assert [entry["severity"] for entry in entries(out + err)][-2:] == ["ERROR", "WARNING"]
     assert message(tmp_path / "pod").startswith("exit code 75 (interrupted): SIGTERM")
@@ -239,7 +239,7 @@ def test_two_workers_are_monitored_separately(tmp_path: Path) -> None:
     workers[1].send_signal(signal.SIGSTOP)
     with pytest.raises(TimeoutError):
         get(ports[1], "/healthz", seconds=5)
-    assert workers[0].wait(60) == INTERRUPTED
+    assert workers[0].wait(120) == INTERRUPTED
     workers.kill()
     for index in range(2):
         assert {entry[LABELS]["worker"] for entry in entries(workers.output(index)) if LABELS in entry} == {str(index)}

@@ -52,7 +52,7 @@ def test_workers_with_another_configuration_refuse_with_the_difference(
 ) -> None:
     out = tmp_path / "run"
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={out}", own={1: own})
-    assert workers.wait(60) == [WRONG_INPUT] * 2
+    assert workers.wait(120) == [WRONG_INPUT] * 2
     for i in range(2):
         for text in ("configuration", *texts):
             assert text in workers.output(i)
@@ -63,7 +63,7 @@ def test_workers_with_another_configuration_refuse_with_the_difference(
 def test_cache_and_budgets_may_differ_between_workers_but_not_the_output(tmp_path: Path) -> None:
     own = {1: [f"runtime.cache_dir={tmp_path}/c1", "runtime.memory_budget_gb=1", f"output_dir={tmp_path}/b"]}
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={tmp_path}/a", own=own)
-    assert workers.wait(60) == [WRONG_INPUT] * 2
+    assert workers.wait(120) == [WRONG_INPUT] * 2
     output = workers.output(1)
     assert "output_dir" in output
     assert "cache_dir" not in output
@@ -72,7 +72,7 @@ def test_cache_and_budgets_may_differ_between_workers_but_not_the_output(tmp_pat
 
 def test_several_workers_need_an_output_dir(tmp_path: Path) -> None:
     workers = start_workers(tmp_path, 1, *SHARED, size=2)
-    assert workers.wait(60) == [WRONG_INPUT]
+    assert workers.wait(120) == [WRONG_INPUT]
     assert "output_dir" in workers.output(0)
 
 
@@ -82,7 +82,7 @@ def test_a_finished_run_is_finished_for_a_worker_alone(tmp_path: Path) -> None:
     small = (*SHARED, "debug.max_steps=1", "export.formats=[]", f"output_dir={out}")
     train(*small)
     workers = start_workers(tmp_path, 1, *small, size=2)  # the other worker does not exist any more
-    assert workers.wait(60) == [0]
+    assert workers.wait(120) == [0]
     assert "finished" in workers.output(0)
 
 
@@ -151,7 +151,7 @@ def test_after_a_lost_worker_another_number_of_workers_resumes(tmp_path: Path) -
         started = start_workers(tmp_path / str(number), workers, *LONG, *epsilon, f"output_dir={out}")
         started.wait_for(f"step {24 + 24 * number}/")
         started[lost].send_signal(signal.SIGKILL)
-        codes = started.wait(60)
+        codes = started.wait(120)
         assert codes == [-9 if i == lost else INTERRUPTED for i in range(workers)]
     train(*LONG, *epsilon, f"output_dir={out}")
     assert_near(out, calm)
@@ -190,9 +190,9 @@ def test_a_run_that_never_gets_anywhere_gives_up_with_3(tmp_path: Path) -> None:
         started = start_workers(tmp_path / str(number), 2, *overrides)
         started.wait_for("phase head: ", index=1)
         started[1].send_signal(signal.SIGKILL)
-        assert started.wait(60) == [INTERRUPTED, -9]
+        assert started.wait(120) == [INTERRUPTED, -9]
     last = start_workers(tmp_path / "last", 2, *overrides)
-    assert last.wait(60) == [GAVE_UP] * 2
+    assert last.wait(120) == [GAVE_UP] * 2
     for i in range(2):
         assert re.search("2 restarts.*step 0", last.output(i))
     assert "lost worker 1 (" in last.output(0)

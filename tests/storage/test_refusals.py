@@ -189,7 +189,7 @@ def test_a_pod_waits_for_its_metadata_server(monkeypatch: pytest.MonkeyPatch, tm
             raise
 
     def later() -> None:
-        refused.wait(60)
+        refused.wait(120)
         server.server_bind()
         server.server_activate()
         server.serve_forever(0.05)
