@@ -57,6 +57,7 @@ class RunContext:
     worker: Worker
     images: ImageStore
     classifier: Classifier
+    baseline_bytes: int  # memory of the process before the network was built
     state: RunState
     saver: Saver
     clock: Clock

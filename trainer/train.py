@@ -112,8 +112,8 @@ def set_up(
     require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
-    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
-                          | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
+    examples = {f"{name} examples": split.count for name, split in dataset.splits.items()}
+    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": [*dataset.class_names]} | examples)
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
@@ -126,23 +126,21 @@ def set_up(
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
-    memory_before = measure_resident_bytes()
+    baseline_bytes = measure_resident_bytes()
     with worker.strategy.scope(), addresses_in_errors(data.addresses):
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    warnings = find_run_warnings(
-        config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
-    )
-    for warning in filter(None, [limited, *warnings] if control.is_chief else []):
-        log.warning(f"warning: {warning}")
+    if limited and control.is_chief:
+        log.warning(f"warning: {limited}")
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
         config=config,
         worker=worker,
         images=ImageStore(data, config, classifier.image_size, stop.check),
         classifier=classifier,
+        baseline_bytes=baseline_bytes,
         state=RunState(),
         saver=Saver(folder, control, config.runtime.keep_checkpoints),
         clock=Clock(chief_folder and chief_folder / BREAKDOWN_FILE, process_started),
@@ -183,14 +181,21 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
 ) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
-    """Choose the input of each phase and whether XLA compiles it, and load the teacher. Writes no file."""
+    """Choose the input of each phase and whether XLA compiles it, load the teacher, log warnings. Writes no file.
+
+    Raises ConfigError if the run does not fit into the memory.
+    """
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
     settings = run.config, device, run.worker.replicas, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
     features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
+    run.images.train_images_read_once = train_images_read_once(run.config, features.input_kinds, run.state.phase)
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
+    warnings = find_run_warnings(run.images, run.classifier, teacher, run.worker, run.baseline_bytes)
+    for warning in warnings if control.is_chief else ():
+        log.warning(f"warning: {warning}")
     return features, compiled, teacher
 
 
@@ -232,7 +237,6 @@ def make_plan(
 ) -> RunPlan:
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
-    images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_images_read_once else images.split("train").cached_in
@@ -406,9 +410,8 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
                 averages.swap()
         if run.worker.should_stop("in validation"):
             save_and_stop(run, current)
-        control = run.worker.control
         arrays = scored.probabilities, scored.labels, scored.losses
-        scores = control.broadcast("validation", lambda: validation_scores(*arrays))
+        scores = run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
     learning_rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip

@@ -7,9 +7,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
@@ -466,6 +466,32 @@ class ImageStore:
     def name_of(self, split: str, index: int) -> str:
         """Return the file, or SHARD#RECORD, of an example. For a copy from a bucket, this is the address there."""
         return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
+
+    def list_sources(self, name: str, indices: np.ndarray) -> tuple[str, ...]:
+        """Return the file name that the record of each of these examples stores; () if the first one stores none.
+
+        `indices` are increasing. Shards in a bucket are fetched again if they are not on the local disk any more.
+        """
+        split, shards = self.dataset.splits[name], self._data.shards
+        if not split.shards:
+            return ()
+        chosen = take(split, indices)
+
+        def read() -> Iterator[str]:
+            for path, members in groupby(chosen.shards, lambda shard: shard.path):
+                if shards:
+                    shards.require("names", [os.path.basename(path)])
+                for record in locate_records(replace(chosen, shards=tuple(members))):
+                    health.record_progress()
+                    yield read_source_name(record)
+
+        sources: tuple[str, ...] = ()
+        with suppress(OSError, DataError):  # a shard that is missing or corrupt: the images are cached
+            names = read()
+            sources = (first, *names) if (first := next(names, "")) else ()
+        if shards:
+            shards.release("names")
+        return sources
 
     @property
     def addresses(self) -> dict[str, str]:
