@@ -53,6 +53,7 @@ from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
+from trainer.runs.stored_run import without_weights
 from trainer.training import early_stopping, variables
 from trainer.training.losses import compute_class_weights
 from trainer.training.state import RunState
@@ -78,7 +79,7 @@ def train_run(
         folder.abandon(error)
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
-        restored = restore(run, folder)
+        restored = restore(run)
         features, compiled, teacher = choose_inputs(run, folder, divisions)
         record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
         run.plan = make_plan(run, features, compiled, teacher)
@@ -107,7 +108,10 @@ def set_up(
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(requested, log.info, lambda address: stop.check(f"while fetching {address}"))
+    saver = Saver(folder, control, requested.runtime.keep_checkpoints)
+    unread = {"model": without_weights(requested.model)} if saver.broadcast_newest(folder.resuming) else {}
+    needed = requested.model_copy(update=unread)  # the initial weights only if the run begins
+    data = open_run_data(needed, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
@@ -142,7 +146,7 @@ def set_up(
         classifier=classifier,
         baseline_bytes=baseline_bytes,
         state=RunState(),
-        saver=Saver(folder, control, config.runtime.keep_checkpoints),
+        saver=saver,
         clock=Clock(chief_folder and chief_folder / BREAKDOWN_FILE, process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
@@ -153,17 +157,14 @@ def set_up(
 # Restore, begin and plan
 
 
-def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
+def restore(run: RunContext) -> dict[str, np.ndarray]:
     """Load the weights of this run's newest checkpoint, or else of `warm_start`. Writes no file.
 
-    Returns:
-        The variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
-
-    Raises:
-        ConfigError: the workers of this start cannot continue the epoch of the checkpoint.
+    Returns the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+    Raises ConfigError if the workers of this start cannot continue the epoch of the checkpoint.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
-    state, restored = run.saver.broadcast_newest(folder.resuming)
+    state, restored = run.saver.take_newest()
     if state:
         run.state = RunState.from_json(state)
         check_resumable(plan_run_sharding(run), run.state.sharding, run.state.epoch_step)
@@ -193,8 +194,7 @@ def choose_inputs(
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
-    warnings = find_run_warnings(run.images, run.classifier, teacher, run.worker, run.baseline_bytes)
-    for warning in warnings if control.is_chief else ():
+    for warning in find_run_warnings(run.images, run.classifier, teacher, run.worker, run.baseline_bytes):
         log.warning(f"warning: {warning}")
     return features, compiled, teacher
 

@@ -366,7 +366,9 @@ def test_faults_name_the_source_of_a_record(tmp_path: Path, field: str) -> None:
     with raises(DataError, "data.label_field", "other", problem=f"{named} has no such field"):
         read_labels(path, index_shard(path), LabelFields("other", "image", 3))
     split = Split("train", np.zeros(1, np.int32), shards=(Shard(path, 1, 0, 1),), image_field="other")
-    with raises(DataError, "data.image_field", "other", problem=r"a.tfrec#0 \(cat/\\x01.jpg\) does not have exactly one"):
+    with raises(
+        DataError, "data.image_field", "other", problem=r"a.tfrec#0 \(cat/\\x01.jpg\) does not have exactly one"
+    ):
         read_image(locate_records(split)[0])
     with raises(DataError, "data.group_field", "none", problem=f"{named} does not have exactly one"):
         read_groups(split, "none")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -39,11 +38,12 @@ from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
+from trainer.storage.base import ABANDONED_SECONDS
 from trainer.storage.disk import choose_disk_budget, get_free_bytes
 from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
+from trainer.storage.scratch import open_scratch_file
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
-from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
@@ -101,7 +101,7 @@ class Pixels:
     known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
     stored_count: int = 0  # images in the cache so far, while it is filled
     # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
-    failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
+    failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
 
     @property
     def bad(self) -> dict[int, str]:

@@ -21,7 +21,8 @@ from trainer.models.classifier import Classifier, build_classifier, count_variab
 from trainer.names import normalize_class_name
 from trainer.planning.estimates import Uses, count_model_parameters, estimate_teacher_memory
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
-from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
+from trainer.runs.initial_weights import open_local_checkpoints
+from trainer.runs.restore import collect_shapes, match_warm_start, read_warm_start
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import get_free_bytes, make_write_error
 from trainer.storage.local import join_inside, temporary_file

@@ -19,7 +19,8 @@ def find_run_warnings(
 ) -> list[str]:
     """Return the warnings of a run, as its plan prints them; raise ConfigError if it does not fit into the memory.
 
-    `baseline` is the memory of the process before the network was built.
+    On workers other than the chief the list is empty. `baseline` is the memory of the process before the network was
+    built.
     """
     config, dataset, replicas = images.config, images.dataset, worker.replicas
     train, once = dataset.splits["train"], images.train_images_read_once
@@ -37,6 +38,8 @@ def find_run_warnings(
             labels=train.count * len(dataset.class_names),
         )  # fmt: skip
     memory = check_worker_memory(config, uses, worker.size * replicas)
+    if not worker.is_chief:
+        return []
     return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
 
 
