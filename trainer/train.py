@@ -23,19 +23,19 @@ from trainer.context import (
     RunContext,
     RunPlan,
     advise_export,
+    agree_on_sharding,
     is_checkpoint_due,
     open_phase,
-    plan_run_sharding,
     raise_stopped,
     record_failures,
     require_plausible_losses,
+    resume_sharding,
     show_phase,
 )
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.remote import addresses_in_errors
-from trainer.data.sharding import ShardingPlan, check_resumable
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
@@ -49,7 +49,7 @@ from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
-from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once
+from trainer.runs.folder import RunFolder, resolve_auto_once
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
@@ -167,7 +167,7 @@ def restore(run: RunContext) -> dict[str, np.ndarray]:
     state, restored = run.saver.take_newest()
     if state:
         run.state = RunState.from_json(state)
-        check_resumable(plan_run_sharding(run), run.state.sharding, run.state.epoch_step)
+        resume_sharding(run)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
@@ -240,7 +240,7 @@ def make_plan(
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_images_read_once else images.split("train").cached_in
-    sharding = ShardingPlan(**worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, cache))))
+    sharding = agree_on_sharding(run, cache)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
@@ -503,7 +503,7 @@ def finish(run: RunContext) -> None:
             "export": exports,
             "trained_on": config.debug.overfit,
             "timing": clock.report(run.state.images)
-            | {"starts": run.state.starts, "workers": run.worker.size, "command": read_last_command(saver.path)},
+            | {"starts": run.state.starts, "workers": run.worker.size, "command": saver.folder.read_last_command()},
         }
         report = build_report(
             saver.path / "report", scored, images, explain, run_results, splits=list(dataset.splits), check=check

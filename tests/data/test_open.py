@@ -8,6 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -775,3 +778,22 @@ def test_a_root_that_is_one_folder_too_high_is_noticed(split: str, tmp_path: Pat
     )
     fill_folder(tmp_path / "root" / split, {"spring": 1})  # an image of its own
     assert not any("two folders" in note for note in folder(tmp_path / "cache", tmp_path / "root").notes)
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...]) -> None:
+    """On a network disk each listing takes a while."""
+    for start, name in enumerate(splits):
+        fill_folder(tmp_path / "pets" / name, {"cat": 3, "dog": 3}, 10 * start)
+    listed: Counter[str] = Counter()
+
+    def count_and_list(original: Callable[[Any], Any], path: Any) -> Any:
+        listed[os.fspath(path)] += 1
+        return original(path)
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(count_and_list, getattr(os, name)))
+    folder(tmp_path, tmp_path / "pets")
+    below = {path: count for path, count in listed.items() if path.startswith(f"{tmp_path}/pets")}
+    assert set(below.values()) == {1}, below
+    assert len(below) == (3 if splits == ("",) else 7)

@@ -39,7 +39,7 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
 from trainer.storage.base import ABANDONED_SECONDS
-from trainer.storage.disk import choose_disk_budget, get_free_bytes
+from trainer.storage.disk import choose_disk_budget, format_bytes, get_free_bytes
 from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
 from trainer.storage.scratch import open_scratch_file
 from trainer.storage.shard_cache import ShardCache
@@ -301,11 +301,6 @@ def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) 
     key = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
     digest = hashlib.sha256(encode_file_name("\n".join(map(str, key)))).hexdigest()[:16]
     return f"pixels-{split.name}-{size}-{digest}"
-
-
-def format_bytes(count: int) -> str:
-    """Format a byte count in MB or GB, such as "1.2 GB"."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,13 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
-from trainer.planning.estimates import format_bytes
 from trainer.planning.sections import WIDTH, Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import without_weights
-from trainer.storage.disk import choose_disk_budget
+from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.storage.staging import copied_folder, is_remote
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset

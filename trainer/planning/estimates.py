@@ -19,14 +19,8 @@ from trainer.errors import ConfigError
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.storage.disk import format_bytes
 from trainer.types import Split
-
-
-def format_bytes(count: float) -> str:
-    """Format bytes as kB, MB or GB."""
-    if count < 1e5:
-        return f"{count / 1e3:,.1f} kB"
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def estimate_split_bytes(split: Split) -> int:

@@ -20,9 +20,10 @@ from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes, format_bytes
+from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
 from trainer.planning.timing import format_time
 from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
+from trainer.storage.disk import format_bytes
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset

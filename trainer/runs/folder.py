@@ -71,6 +71,7 @@ class RunFolder:
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
     unbegun: UnbegunStarts | None = None  # None on workers other than the chief
+    _written: dict[str, Any] = field(default_factory=dict)  # run.json of this start, in case the file is corrupted
 
     @property
     def is_new(self) -> bool:
@@ -132,11 +133,20 @@ class RunFolder:
         known = of_run | (earlier if self.resuming else {"initial_weights": describe_initial_weights(config)})
         recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
         hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        _written[self.path] = known | {"data_fingerprint": hashes} | of_phases | attempts
-        write_json(self.path / RUN_JSON, _written[self.path])
+        self._written = known | {"data_fingerprint": hashes} | of_phases | attempts
+        write_json(self.path / RUN_JSON, self._written)
         self.publisher.begin()
         if self.unbegun:
             self.unbegun.clear()
+
+    def read_last_command(self) -> str:
+        """Return the shell command of this start, from run.json."""
+        return shlex.join((read_run_json(self.path) or self._written)["attempts"][-1]["command"])
+
+    def update_run_json(self, fields: dict[str, Any]) -> None:
+        """Add or replace fields of run.json."""
+        self._written = (read_run_json(self.path) or self._written) | fields
+        write_json(self.path / RUN_JSON, self._written)
 
     def record_end(self, error: BaseException | None) -> None:
         """Record the error that ends this start if it is before `begin`."""
@@ -171,11 +181,6 @@ _LOSSES = {
 }
 
 
-_written: dict[
-    Path, dict[str, Any]
-] = {}  # the run.json of this start by folder, in case the file is corrupted meanwhile
-
-
 def parse_run_json(value: Any) -> dict[str, Any]:
     """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
     fields = require_json_object(value)
@@ -194,17 +199,6 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read run.json in the folder of a run; return {} if it does not exist or is corrupt."""
     return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
-
-
-def read_last_command(folder: Path) -> str:
-    """Return the shell command of the last start of a run."""
-    return shlex.join((read_run_json(folder) or _written[folder])["attempts"][-1]["command"])
-
-
-def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
-    """Add or replace fields of run.json."""
-    _written[folder] = (read_run_json(folder) or _written.get(folder, {})) | fields
-    write_json(folder / RUN_JSON, _written[folder])
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ class Saver:
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
         """`keep`: number of newest checkpoints that are retained (`runtime.keep_checkpoints`)."""
-        self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
+        self.path, self.address, self.publisher, self.folder = folder.path, folder.address, folder.publisher, folder
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
         self.restarts = RestartHistory(folder.path / ATTEMPTS if control.is_chief else None, folder.is_new)
