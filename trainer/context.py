@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import tensorflow as tf
@@ -18,7 +18,7 @@ from trainer.data.images import ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
 from trainer.data.shard_gate import ShardGate
-from trainer.data.sharding import ShardingPlan, plan_sharding
+from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer
@@ -29,7 +29,7 @@ from trainer.models.freezing import ThawPlan
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
-from trainer.runs.folder import RunFolder, update_run_json
+from trainer.runs.folder import RunFolder
 from trainer.runs.metrics import MetricsWriter
 from trainer.runs.restarts import STOPPED
 from trainer.runs.saver import Saver
@@ -57,10 +57,12 @@ class RunContext:
     worker: Worker
     images: ImageStore
     classifier: Classifier
+    baseline_bytes: int  # memory of the process before the network was built
     state: RunState
     saver: Saver
     clock: Clock
     metrics: MetricsWriter
+    sharding: ShardingPlan | None = None  # that of a checkpoint, see `resume_sharding`
     plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
 
@@ -85,6 +87,23 @@ def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPla
     config, split = run.config, run.images.dataset.splits["train"]
     size, batch_size = run.worker.size, config.training.batch_size
     return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+
+
+def resume_sharding(run: RunContext) -> None:
+    """Plan the sharding of a checkpoint for the workers of this start.
+
+    Raises ConfigError if they cannot continue its epoch.
+    """
+    if run.state.sharding:
+        run.sharding = plan_run_sharding(run)
+        check_resumable(run.sharding, run.state.sharding, run.state.epoch_step)
+
+
+def agree_on_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
+    """Return the sharding plan of the checkpoint, or else that of the chief."""
+    if run.sharding:
+        return run.sharding
+    return ShardingPlan(**run.worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, image_cache))))
 
 
 def show_phase(run: RunContext, name: str, total: int) -> None:
@@ -222,7 +241,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     log.info(f"features of phase {name}: live, because there is no space for a cache")
     switch_to_images(name, run.images, run.plan.features)
     if run.worker.is_chief:
-        update_run_json(run.saver.path, {"features": run.plan.features.input_kinds})
+        run.saver.folder.update_run_json({"features": run.plan.features.input_kinds})
     return open_phase_inputs(run, name)
 
 

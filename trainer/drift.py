@@ -23,6 +23,7 @@ from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import format_measures, measure_drift, most_severe_level, read_log, read_reference
 from trainer.monitoring.log import log
+from trainer.storage.local import delete_abandoned
 from trainer.storage.path import storage_path
 
 # Key -> problem if it is missing, "" if it is optional.
@@ -49,10 +50,12 @@ def main() -> None:
         measured = measure_drift(reference, window)
         from trainer.report.drift import draw
 
+        if (target := storage_path(output)).is_local:
+            delete_abandoned(Path(str(target)).parent, target.name)
         with tempfile.TemporaryDirectory() as folder:
             figure = Path(folder) / "drift.png"
             draw(figure, reference, window, measured)
-            storage_path(output).write(figure.read_bytes())
+            target.write(figure.read_bytes())
         level = most_severe_level(measured)
         log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
         if level == "shifted":

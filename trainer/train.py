@@ -23,19 +23,19 @@ from trainer.context import (
     RunContext,
     RunPlan,
     advise_export,
+    agree_on_sharding,
     is_checkpoint_due,
     open_phase,
-    plan_run_sharding,
     raise_stopped,
     record_failures,
     require_plausible_losses,
+    resume_sharding,
     show_phase,
 )
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.remote import addresses_in_errors
-from trainer.data.sharding import ShardingPlan, check_resumable
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, validation_scores
@@ -49,10 +49,11 @@ from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
-from trainer.runs.folder import RunFolder, read_last_command, resolve_auto_once
+from trainer.runs.folder import RunFolder, resolve_auto_once
 from trainer.runs.metrics import MetricsWriter, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
+from trainer.runs.stored_run import without_weights
 from trainer.training import early_stopping, variables
 from trainer.training.losses import compute_class_weights
 from trainer.training.state import RunState
@@ -78,7 +79,7 @@ def train_run(
         folder.abandon(error)
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
-        restored = restore(run, folder)
+        restored = restore(run)
         features, compiled, teacher = choose_inputs(run, folder, divisions)
         record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
         run.plan = make_plan(run, features, compiled, teacher)
@@ -107,13 +108,16 @@ def set_up(
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(requested, log.info, lambda address: stop.check(f"while fetching {address}"))
+    saver = Saver(folder, control, requested.runtime.keep_checkpoints)
+    unread = {"model": without_weights(requested.model)} if saver.broadcast_newest(folder.resuming) else {}
+    needed = requested.model_copy(update=unread)  # the initial weights only if the run begins
+    data = open_run_data(needed, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
     log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
-    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)}
-                          | {f"{name} examples": split.count for name, split in dataset.splits.items()})  # fmt: skip
+    examples = {f"{name} examples": split.count for name, split in dataset.splits.items()}
+    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": [*dataset.class_names]} | examples)
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
@@ -126,25 +130,23 @@ def set_up(
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
-    memory_before = measure_resident_bytes()
+    baseline_bytes = measure_resident_bytes()
     with worker.strategy.scope(), addresses_in_errors(data.addresses):
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    warnings = find_run_warnings(
-        config, classifier, dataset, workers=control.size, replicas=replicas, baseline=memory_before
-    )
-    for warning in filter(None, [limited, *warnings] if control.is_chief else []):
-        log.warning(f"warning: {warning}")
+    if limited and control.is_chief:
+        log.warning(f"warning: {limited}")
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
         config=config,
         worker=worker,
         images=ImageStore(data, config, classifier.image_size, stop.check),
         classifier=classifier,
+        baseline_bytes=baseline_bytes,
         state=RunState(),
-        saver=Saver(folder, control, config.runtime.keep_checkpoints),
+        saver=saver,
         clock=Clock(chief_folder and chief_folder / BREAKDOWN_FILE, process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
@@ -155,20 +157,17 @@ def set_up(
 # Restore, begin and plan
 
 
-def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
+def restore(run: RunContext) -> dict[str, np.ndarray]:
     """Load the weights of this run's newest checkpoint, or else of `warm_start`. Writes no file.
 
-    Returns:
-        The variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
-
-    Raises:
-        ConfigError: the workers of this start cannot continue the epoch of the checkpoint.
+    Returns the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
+    Raises ConfigError if the workers of this start cannot continue the epoch of the checkpoint.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
-    state, restored = run.saver.broadcast_newest(folder.resuming)
+    state, restored = run.saver.take_newest()
     if state:
         run.state = RunState.from_json(state)
-        check_resumable(plan_run_sharding(run), run.state.sharding, run.state.epoch_step)
+        resume_sharding(run)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
@@ -183,14 +182,20 @@ def restore(run: RunContext, folder: RunFolder) -> dict[str, np.ndarray]:
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division]
 ) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
-    """Choose the input of each phase and whether XLA compiles it, and load the teacher. Writes no file."""
+    """Choose the input of each phase and whether XLA compiles it, load the teacher, log warnings. Writes no file.
+
+    Raises ConfigError if the run does not fit into the memory.
+    """
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
     settings = run.config, device, run.worker.replicas, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
     features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
+    run.images.train_images_read_once = train_images_read_once(run.config, features.input_kinds, run.state.phase)
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
+    for warning in find_run_warnings(run.images, run.classifier, teacher, run.worker, run.baseline_bytes):
+        log.warning(f"warning: {warning}")
     return features, compiled, teacher
 
 
@@ -232,11 +237,10 @@ def make_plan(
 ) -> RunPlan:
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
-    images.train_images_read_once = train_images_read_once(config, features.input_kinds, state.phase)
     health.set_activity("opening the training images")
     # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
     cache = "features" if images.train_images_read_once else images.split("train").cached_in
-    sharding = ShardingPlan(**worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, cache))))
+    sharding = agree_on_sharding(run, cache)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
@@ -406,9 +410,8 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
                 averages.swap()
         if run.worker.should_stop("in validation"):
             save_and_stop(run, current)
-        control = run.worker.control
         arrays = scored.probabilities, scored.labels, scored.losses
-        scores = control.broadcast("validation", lambda: validation_scores(*arrays))
+        scores = run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
     learning_rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip
@@ -500,7 +503,7 @@ def finish(run: RunContext) -> None:
             "export": exports,
             "trained_on": config.debug.overfit,
             "timing": clock.report(run.state.images)
-            | {"starts": run.state.starts, "workers": run.worker.size, "command": read_last_command(saver.path)},
+            | {"starts": run.state.starts, "workers": run.worker.size, "command": saver.folder.read_last_command()},
         }
         report = build_report(
             saver.path / "report", scored, images, explain, run_results, splits=list(dataset.splits), check=check

@@ -150,6 +150,7 @@ class EvaluationResult:
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
     names: tuple[str, ...]  # file or record of each example
     metrics: dict[str, object]  # name -> value: accuracy, loss, per-class scores, ...
+    sources: tuple[str, ...] = ()  # file name that the record of each example stores, "" for none; () if no record does
 
 
 def choose_scored_split(splits: Container[str]) -> str:

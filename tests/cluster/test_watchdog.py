@@ -36,6 +36,7 @@ from trainer.monitoring.health import health
 
 ROOT = Path(__file__).parents[2]
 GIL_SECONDS = 90
+GRACE_SECONDS = 120  # after which Kubernetes kills a pod (k8s/base/job.yaml)
 PROGRAM = f"""
 import ctypes, os, sys, threading, time
 from types import SimpleNamespace
@@ -304,6 +305,34 @@ with peers.propagate_failures():
         assert child.wait(120) == INTERRUPTED
         other.wait()
     assert reason.replace("ADDRESS", addresses[1]) in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_while_tensorflow_waits_for_a_peer(tmp_path: Path) -> None:
+    """TensorFlow has replaced the handler of SIGTERM, and holds the GIL; the peer runs without TensorFlow."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    start_servers = """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
+    import tensorflow as tf
+    os.environ["TF_CONFIG"] = control.cluster.tf_config()
+    with health.blocked_in("starting TensorFlow's servers", 600): tf.distribute.MultiWorkerMirroredStrategy()
+    """
+    (tmp_path / "b").mkdir()
+    command = [sys.executable, "-c", PROGRAM, "1e6", "0", str(tmp_path / "b" / "log"), "time.sleep(300)"]
+    task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 1}}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)}
+    peer = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        with started(tmp_path, start_servers, worker=(addresses, 0)) as (child, _):
+            assert child.stderr
+            next(line for line in child.stderr if "Waiting for 1/2 tasks" in line)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(GRACE_SECONDS) == INTERRUPTED
+            assert "ensure_initialized" in child.stderr.read()
+    finally:
+        peer.kill()
+        peer.wait()
+    assert "Python had not run for" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

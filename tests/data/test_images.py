@@ -58,7 +58,7 @@ def test_the_tensor_is_over_the_memory_of_the_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "disk", "cache", "note"),
     [
-        (NEEDED, NEEDED, "memory", "cached in memory (memory budget 0.0 MB, disk budget 0.0 MB)"),
+        (NEEDED, NEEDED, "memory", "cached in memory (memory budget 11.4 kB, disk budget 11.4 kB)"),
         (NEEDED - 1, NEEDED, "disk", "cached in "),
         (NEEDED - 1, NEEDED - 1, "none", "not cached, decoded each time they are read (they fit neither memory budget"),
     ],
@@ -67,7 +67,7 @@ def test_auto_caches_what_fits_and_logs_why(memory: int, disk: int, cache: str, 
     notes: list[str] = []
     pixels = opened(file_split(tmp_path), "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
     assert (pixels.cached_in, len(notes)) == (cache, 1)
-    assert notes[0].startswith(f"decoded train images (37 at 10 px, 0.0 MB): {note}")
+    assert notes[0].startswith(f"decoded train images (37 at 10 px, 11.4 kB): {note}")
 
 
 def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -509,8 +512,26 @@ def test_a_split_that_is_not_labelled_is_left_out(tmp_path: Path, name: str) -> 
     assert counts(opened(tmp_path, notes, **data)) == {"train": 18, "validation": 6}
     assert f"the split {name} of the dataset is not used: its examples have no label (-1)" in notes
     fix = "leave its split out .*data.test_split=none"
-    with raises(DataError, "data.label_field", "label", fix, r"record 0 of shard .* is not labelled \(-1\)"):
-        opened(tmp_path, **data, **{f"{name}_split": name})
+    for on_error in ("fail", "skip"):
+        with raises(DataError, "data.label_field", "label", fix, r"record 0 of shard .* is not labelled \(-1\)"):
+            opened(tmp_path, **data, **{f"{name}_split": name}, on_error=on_error)
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_record_without_a_label_among_others_is_skipped(tmp_path: Path, name: str) -> None:
+    labels = {"train": [0, 1, 2] * 8, "validation": [0, 1, 2] * 2}
+    labels[name][4] = -1
+    root = write_records(tmp_path / "pets", labels)
+    data = {"source": "tfds", "root": str(root)}
+    with raises(DataError, "data.label_field", "label", "data.on_error=skip", "record 4 of shard .* is not labelled"):
+        opened(tmp_path, **data)
+    notes: list[str] = []
+    dataset = opened(tmp_path, notes, **data, on_error="skip")
+    assert counts(dataset) == {"train": 24, "validation": 6} | {name: len(labels[name]) - 1}
+    assert (dataset.splits[name].labels >= 0).all()
+    assert len(dataset.skipped) == 1
+    assert re.fullmatch(r"record 4 of shard .* is not labelled \(-1\)", dataset.skipped[0])
+    assert any(note.startswith("1 skipped (data.on_error=skip), the first: record 4") for note in notes)
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
@@ -757,3 +778,22 @@ def test_a_root_that_is_one_folder_too_high_is_noticed(split: str, tmp_path: Pat
     )
     fill_folder(tmp_path / "root" / split, {"spring": 1})  # an image of its own
     assert not any("two folders" in note for note in folder(tmp_path / "cache", tmp_path / "root").notes)
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...]) -> None:
+    """On a network disk each listing takes a while."""
+    for start, name in enumerate(splits):
+        fill_folder(tmp_path / "pets" / name, {"cat": 3, "dog": 3}, 10 * start)
+    listed: Counter[str] = Counter()
+
+    def count_and_list(original: Callable[[Any], Any], path: Any) -> Any:
+        listed[os.fspath(path)] += 1
+        return original(path)
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(count_and_list, getattr(os, name)))
+    folder(tmp_path, tmp_path / "pets")
+    below = {path: count for path, count in listed.items() if path.startswith(f"{tmp_path}/pets")}
+    assert set(below.values()) == {1}, below
+    assert len(below) == (3 if splits == ("",) else 7)

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from trainer.data.tfds_folder import DatasetFolder
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.monitoring.log import configure
+from trainer.storage.base import is_unfinished
 from trainer.storage.path import storage_path
 from trainer.types import Split
 
@@ -190,21 +193,29 @@ def test_shards_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, worker
             with pytest.raises(OSError, match="No space left"):
                 write_dataset(disk / "out", labelled(), options)
             deadline = time.monotonic() + 10
-            while list((disk / "out").glob(".*.tmp")):  # threads end after the error
+            while any(is_unfinished(file.name) for file in (disk / "out").iterdir()):  # threads end after the error
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         (disk / "filler").unlink()
         assert write_dataset(disk / "out", labelled(2), options)
 
 
-def test_old_temporary_files_of_killed_preparations_are_deleted(tmp_path: Path) -> None:
+def ended_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_old_temporary_files_of_killed_preparations_are_deleted(tmp_path: Path, alone: bool) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     shard = "x-train.tfrecord-00000-of-00001"
     files = {f".{shard}.1.tmp": False, f".{shard}.2.tmp": True, ".x.1-000000000000001": False}
+    files[f".{shard}.{ended_process()}-000000000000003"] = not alone  # another pod's, if there are several
     for name in files:
         (scratch / name).touch()
-        if name != f".{shard}.2.tmp":
+        if not name.endswith((".2.tmp", "3")):
             os.utime(scratch / name, (1e9, 1e9))
-    DatasetFolder(storage_path(scratch), None).create({shard})
+    DatasetFolder(storage_path(scratch), None).create({shard}, alone)
     assert {name: (scratch / name).exists() for name in files} == files

@@ -354,3 +354,21 @@ def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: byte
         read_image(locate_records(split)[1])
     with raises(DataError, problem="record 1 of shard .* is not a tf.train.Example"):
         read_groups(split, "label")
+
+
+@pytest.mark.parametrize("field", ["filename", "file_name", "image/filename"])
+def test_faults_name_the_source_of_a_record(tmp_path: Path, field: str) -> None:
+    payload = record(**{"label": 7, "image": b"x", field: b"cat/\x01.jpg"})
+    path = str(write_shard(tmp_path / "a.tfrec", [payload]))
+    named = rf"record 0 of shard {path} \(cat/\\x01.jpg\)"
+    with raises(DataError, "data.label_field", "label", problem=f"the label 7 of {named} is outside 0..2"):
+        read_labels(path, index_shard(path), LabelFields("label", "image", 3))
+    with raises(DataError, "data.label_field", "other", problem=f"{named} has no such field"):
+        read_labels(path, index_shard(path), LabelFields("other", "image", 3))
+    split = Split("train", np.zeros(1, np.int32), shards=(Shard(path, 1, 0, 1),), image_field="other")
+    with raises(
+        DataError, "data.image_field", "other", problem=r"a.tfrec#0 \(cat/\\x01.jpg\) does not have exactly one"
+    ):
+        read_image(locate_records(split)[0])
+    with raises(DataError, "data.group_field", "none", problem=f"{named} does not have exactly one"):
+        read_groups(split, "none")

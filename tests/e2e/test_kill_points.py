@@ -16,6 +16,9 @@ import pytest
 from PIL import Image
 
 from tests.e2e.running import ROOT, SMALL, assert_same_run
+from tests.report.test_compare import make_run
+from tests.test_drift import NAMES, log_lines, predictions
+from trainer.exporting.reference import compute_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -83,11 +86,14 @@ for start in range(400):
 def chain(module: str, preload: str, folders: list[Path], *arguments: str) -> list[str]:
     """Run the chain of starts; return the points of its kills. No start is refused, and the last one succeeds."""
     command = [sys.executable, "-c", CHAIN, module, preload, ",".join(map(str, folders)), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    temporary = folders[0].parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     starts = re.findall(r"^START (-?\d+) (.*)$", ended.stdout, re.MULTILINE)
     assert ended.returncode == 0, (starts, ended.stderr[-3000:])
     assert all(code == "-9" for code, where in starts if where), starts
+    assert list(temporary.glob("kubetune-*")) == []
     return [where for _, where in starts if where]
 
 
@@ -138,14 +144,9 @@ def test_a_preparation(tmp_path: Path, photos: Path) -> None:
     points = chain(*prepare, [killed], *arguments, f"output={killed}")
     assert "replace /kubetune_shards.json" in points
     names = sorted(path.name for path in calm.iterdir())
-    assert [name for name in sorted(path.name for path in killed.iterdir()) if not is_own(name)] == names
+    assert sorted(path.name for path in killed.iterdir()) == names
     for name in names:
         assert (killed / name).read_bytes() == (calm / name).read_bytes(), name
-
-
-def is_own(name: str) -> bool:
-    """Whether this is a temporary file, which other pods may write; it is deleted when it is an hour old."""
-    return bool(re.fullmatch(r"\..*\.\d+-\d+", name))
 
 
 def test_an_export(tmp_path: Path) -> None:
@@ -177,3 +178,38 @@ def test_a_sweep(tmp_path: Path) -> None:
     for job in ("0", "1"):
         assert_same_run(calm / job, killed / job)
     assert unfinished(killed) == []
+
+
+def test_a_comparison(tmp_path: Path) -> None:
+    runs = [str(make_run(tmp_path / name, accuracy)) for name, accuracy in (("a", 0.8), ("b", 0.7))]
+    (tmp_path / "pages").mkdir()
+    compare = ("trainer.compare", "trainer.report.compare", [tmp_path / "pages"])
+    points = chain(*compare, *runs, f"output={tmp_path / 'pages' / 'c.html'}")
+    assert {"fsync /.c.html.N-N", "replace /c.html"} <= set(points), points
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["c.html"]
+
+
+def test_a_measurement_of_drift(tmp_path: Path) -> None:
+    (tmp_path / "reference.json").write_text(
+        json.dumps(compute_reference("test", NAMES, *predictions(400, 1), 96, "crop"))
+    )
+    (tmp_path / "log.jsonl").write_text(log_lines(*predictions(400, 2)))
+    (tmp_path / "pages").mkdir()
+    drift = ("trainer.drift", "trainer.report.drift", [tmp_path / "pages"])
+    arguments = (f"reference={tmp_path / 'reference.json'}", f"log={tmp_path / 'log.jsonl'}")
+    points = chain(*drift, *arguments, f"output={tmp_path / 'pages' / 'd.png'}")
+    assert any(point.startswith("replace") for point in points)
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["d.png"]
+
+
+def test_an_evaluation(tmp_path: Path) -> None:
+    run = ("trainer.__main__", "keras,trainer.train,trainer.report.build,trainer.exporting.export")
+    home, nowhere = tmp_path / "run", tmp_path / "nowhere"
+    assert chain(*run, [nowhere], *QUICK, f"output_dir={home}", "export.formats=[]") == []
+    evaluate, output = ("trainer.evaluate", "keras,trainer.report.evaluate_run"), home / "evaluations"
+    assert chain(*evaluate, [nowhere], f"run={home}", f"output={tmp_path / 'calm'}") == []
+    points = chain(*evaluate, [output], f"run={home}")
+    (killed,) = output.iterdir()
+    assert any(point.endswith("/predictions.csv") for point in points)
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in (tmp_path / "calm").iterdir())
+    assert (killed / "predictions.csv").read_bytes() == (tmp_path / "calm" / "predictions.csv").read_bytes()

@@ -3,18 +3,26 @@
 import csv
 import json
 import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.data.images import noise
 from tests.data.test_names import fill
-from tests.e2e.running import program, train
+from tests.e2e.running import ROOT, program, train
 from tests.nasty import file_names, mixed_names
 from tests.serving.running import Served
+from tests.storage.emulator import running
+from tests.storage.test_foreign_names import put
 from trainer.config.typed import quote_if_needed
+from trainer.errors import DONE, DRIFTED
 from trainer.evaluation.predictions import decode_cell
 from trainer.names import normalize_class_name
+from trainer.storage.path import storage_path
 
 SEED = 5
 TINY = (
@@ -43,6 +51,14 @@ def posted(served: Served, name: str, image: bytes) -> list[str]:
     assert response.status_code == 200, response.text
     (entry,) = response.json()["predictions"]
     return [each["class"] for each in entry["classes"]]
+
+
+def measured(*arguments: str, cwd: Path) -> None:
+    """Measure the drift of a few predictions: stable or shifted."""
+    command = [sys.executable, "-m", "trainer.drift", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode in (DONE, DRIFTED), ended.stderr
 
 
 @pytest.mark.slow
@@ -78,9 +94,53 @@ def test_a_whole_run_with_nasty_names(tmp_path: Path) -> None:
     program("compare", f"./{run_name}", "again", "output=comparison.html", cwd=home)
     program("export", address, "formats=[keras]", "output=exported", cwd=home)
     assert (home / "exported" / "labels.txt").read_text("utf-8").split("\n")[:-1] == names
-    with Served(f"model={run}", f"cache_dir={tmp_path}/cache") as served:
+    log, figure = (f"{of_one_part(name)[:60]}{end}" for name, end in zip(files[-2:], (".jsonl", ".png"), strict=True))
+    with Served(f"model={run}", f"cache_dir={tmp_path}/cache", f"log={home}/{log}") as served:
         served.ready()
         for name in files:
             assert sorted(posted(served, name, noise(1))) == names
+    measured(f"reference=./{run_name}", f"log=./{log}", f"output=./{figure}", cwd=home)
     assert {path.split("/")[0] for path in tree_of(tmp_path) - before} == {"work", "cache"}
-    assert set(os.listdir(home)) == {run_name, "prepared [2024]", "again", "comparison.html", "exported"}
+    written = {run_name, "prepared [2024]", "again", "comparison.html", "exported", log, figure}
+    assert set(os.listdir(home)) == written
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_in_a_bucket_with_nasty_names(tmp_path: Path) -> None:
+    """Names of objects are UTF-8 without line breaks; some lead out of their folder, or could not be files."""
+
+    def of_object(name: str) -> str:
+        return name.encode(errors="ignore").decode().replace("\r", "").replace("\n", "")
+
+    folders: dict[str, str] = {}
+    for name in filter(lambda name: name.strip(". "), map(of_object, mixed_names(SEED + 3, 10))):
+        folders.setdefault(normalize_class_name(name), name)
+    files = [f"{number}{of_object(name)[:60]}.jpg" for number, name in enumerate(mixed_names(SEED + 4, 8))]
+    root, run = "gs://bucket/photos [2024]", f"gs://bucket/{of_one_part(of_object(file_names(SEED + 5, 31)[-1]))}"
+    evil = [f"/kubetune-{os.getpid()}/x.jpg", "../x.jpg", "../../../x.jpg", f"{next(iter(folders.values()))}//x.jpg"]
+    home = tmp_path / "work"
+    home.mkdir()
+    with running(tmp_path / "unused", backend="memory"):
+        folder = storage_path(root)
+        for name in evil:
+            put(folder, name, b"x")
+        for number, (name, file) in enumerate(product(folders.values(), files)):
+            put(folder, f"{name}/{file}", noise(number))
+        output, names = f"output_dir={quote_if_needed(run)}", sorted(folders)
+        cache = f"runtime.cache_dir={tmp_path}/cache"
+        out = train(*TINY, f"data.root={root}", output, cache, cwd=home).stdout
+        assert f"{len(evil)} objects cannot be files and are left out" in out
+        assert (storage_path(run) / "export" / "labels.txt").read().decode().split("\n")[:-1] == names
+        rows = list(csv.DictReader((storage_path(run) / "report" / "predictions.csv").read().decode().splitlines()))
+        assert {decode_cell(row["truth"]) for row in rows} <= set(names)
+        assert all(decode_cell(row["file"]).startswith(f"{root}/") for row in rows)
+        program("evaluate", f"run={run}", f"data.root={root}", "split=validation", "output=again", cache, cwd=home)
+        line = {"time": datetime.now(UTC).isoformat(), "class": names[0], "confidence": 1.0}
+        line["probabilities"] = {name: float(name == names[0]) for name in names}
+        (storage_path(run) / "log.jsonl").write(f"{json.dumps(line)}\n" * 50)
+        measured(f"reference={run}", f"log={run}/log.jsonl", f"output={run}/drift.png", cwd=home)
+        assert (storage_path(run) / "drift.png").read().startswith(b"\x89PNG")
+    assert set(os.listdir(home)) == {"again"}
+    assert set(os.listdir(tmp_path)) <= {"work", "cache", "unused"}
+    assert not Path(f"/kubetune-{os.getpid()}").exists()

@@ -1,11 +1,13 @@
 """A start that is refused leaves the folder of a run as it was, and the corrected command continues."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.running import train
 from tests.e2e.test_bad_input import QUICK
+from trainer.models.weights import GLYPHS_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +49,19 @@ def test_mistakes_in_a_start_on_a_finished_run(photos: Path, tmp_path: Path) -> 
     assert "finished already" in train(*student).stdout  # the first command is accepted as before
     weights.write_bytes(intact)
     train(*student, "phases.head.epochs=2")
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_that_resumes_needs_neither_its_weights_file_nor_its_warm_start(photos: Path, tmp_path: Path) -> None:
+    earlier, run, weights = tmp_path / "earlier", tmp_path / "run", tmp_path / "backbone.weights.h5"
+    shutil.copy(GLYPHS_WEIGHTS, weights)
+    command = [*QUICK, f"data.root={photos}", f"model.weights={weights}", "export.formats=[]"]
+    train(*command, "debug.max_steps=1", f"output_dir={earlier}")
+    command += [f"output_dir={run}"]
+    train(*command, f"warm_start={earlier}", "debug.max_steps=1")
+    shutil.move(earlier, tmp_path / "moved")
+    weights.unlink()
+    output = train(*command, f"warm_start={tmp_path / 'moved'}", "debug.max_steps=2").stdout
+    assert "weights: this run's checkpoint at step 1" in output
+    assert f"warm_start: {earlier} -> {tmp_path / 'moved'}: not read, the weights are those of the checkpoint" in output
+    assert "does not exist" in train(*command[:-1], f"output_dir={tmp_path / 'other'}", code=2).stderr

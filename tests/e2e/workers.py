@@ -34,6 +34,16 @@ class Workers:
         """Output of a worker so far."""
         return (self.folder / f"worker-{index}.log").read_text()
 
+    def start_again(self, index: int) -> None:
+        """Start another process of the same index while the first one runs; its own number is the next one."""
+        variables = Path(f"/proc/{self[index].pid}/environ").read_text().split("\0")
+        environment = dict(variable.split("=", 1) for variable in variables if variable)
+        with open(self.folder / f"worker-{len(self.processes)}.log", "w") as log:
+            self.processes.append(subprocess.Popen(
+                self[index].args, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT,
+            ))  # fmt: skip
+
     def wait(self, seconds: float = 240) -> list[int]:
         """Return the exit codes of all workers; after `seconds`, kill the others and fail."""
         deadline = time.monotonic() + seconds

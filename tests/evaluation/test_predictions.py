@@ -1,6 +1,7 @@
 """predictions.csv: exact bytes, replaced atomically."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ def test_the_bytes(tmp_path: Path) -> None:
         '2,shard-00000#7,"café, black","café, black",1.000000,true\n'
         "3,bad\\xff\\nname,cat,cat,1.000000,true\n"
     )
+    write_predictions(path, replace(result, sources=("cat/1.jpg", "=1", "", "a b.png")))
+    lines = path.read_text().splitlines()
+    assert lines[0] == "index,file,truth,prediction,probability,correct,source"
+    assert [line.rpartition(",")[2] for line in lines[1:]] == ["cat/1.jpg", "'=1", "", "a b.png"]
 
 
 FORMULAS = (

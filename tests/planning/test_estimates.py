@@ -1,12 +1,30 @@
-"""Memory estimates: what is refused, and the advice."""
+"""Memory estimates: what is counted, what is refused, and the advice."""
+
+import gc
+import weakref
+from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from trainer.config.schema import load_resolved
+from tests.test_plan import leave_teacher
+from trainer.cli.compose import compose
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.discovery import Cluster
+from trainer.cluster.signals import StopFlag
+from trainer.cluster.worker import Worker
+from trainer.config.schema import RunConfig, load, load_resolved
+from trainer.data.images import ImageStore
+from trainer.data.open import open_run_data
+from trainer.data.sharding import UNSHARDED
+from trainer.distillation.teacher import load_teacher, open_teacher
 from trainer.errors import ConfigError
+from trainer.models.classifier import build_classifier
+from trainer.planning import estimates
 from trainer.planning.estimates import ACTIVATIONS, DECODED, check_device_memory
+from trainer.planning.warnings import find_run_warnings
 
 GB = 10**9
 
@@ -28,3 +46,66 @@ def test_the_advice_is_about_what_does_not_fit(
     uses = [("variables", GB), (ACTIVATIONS, activations), (DECODED, decoded)]
     with raises(ConfigError, key=key, value=value, problem="needs about .* has 8.00 GB", fix=fix):
         check_device_memory(config, uses, 8 * GB, 1)
+
+
+def open_student(folder: Path, *overrides: str) -> ImageStore:
+    """Open the digits for a student, of a teacher below `folder`."""
+    teacher = folder / "teacher" if (folder / "teacher").exists() else leave_teacher(folder / "teacher")
+    config = load(compose([
+        "data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32", "debug.max_examples=60",
+        f"distillation.teacher={teacher}", f"runtime.cache_dir={folder / 'cache'}", *overrides,
+    ]) or {})  # fmt: skip
+    assert isinstance(config, RunConfig)
+    return ImageStore(open_run_data(config, print, lambda _: None), config, 32, lambda _: None)
+
+
+def refusal(images: ImageStore, worker: Worker, with_teacher: bool) -> str:
+    """Return the message of a run that does not fit into this machine's memory."""
+    teacher = load_teacher(worker, images, "x", None) if with_teacher else None
+    classifier = build_classifier(images.config.model, 10, 1)
+    with pytest.raises(ConfigError) as refused:
+        find_run_warnings(images, classifier, teacher, worker, 0)
+    return str(refused.value)
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker(ControlChannel(Cluster(0, (), "alone", ""), {}), tf.distribute.get_strategy(), StopFlag())
+
+
+def needed(message: str) -> float:
+    return float(message.partition("about ")[2].split()[0])
+
+
+def test_a_teacher_counts_while_it_predicts_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
+) -> None:
+    monkeypatch.setattr(estimates, "memory_limit", lambda: 100_000_000)
+    live = open_student(tmp_path, "augmentation=light")
+    alone, taught = (needed(refusal(live, worker, with_teacher)) for with_teacher in (False, True))
+    assert 8 < taught - alone < 11  # MB: variables 1.7 and activations 7.4
+    before = open_student(tmp_path, "augmentation=none")
+    alone, taught = (needed(refusal(before, worker, with_teacher)) for with_teacher in (False, True))
+    assert taught - alone < 0.2  # its logits
+
+
+def test_images_that_are_read_once_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
+) -> None:
+    monkeypatch.setattr(estimates, "memory_limit", lambda: 50_000_000)
+    images = open_student(tmp_path, "augmentation=none", "debug.max_examples=1000")
+    again = needed(refusal(images, worker, with_teacher=False))
+    images.train_images_read_once = True
+    assert again - needed(refusal(images, worker, with_teacher=False)) == pytest.approx(1001 * 32 * 32 * 3 / 1e6, abs=1)
+
+
+def test_the_network_of_a_teacher_is_released_once_its_logits_are_computed(tmp_path: Path, worker: Worker) -> None:
+    images = open_student(tmp_path, "augmentation=none")
+    configured = load_teacher(worker, images, "x", None)
+    assert configured.network
+    assert configured.network.classifier
+    backbone = weakref.ref(configured.network.classifier.backbone)
+    opened = open_teacher(worker, images, UNSHARDED, configured)
+    gc.collect()
+    assert opened.soft_labels is not None
+    assert backbone() is None

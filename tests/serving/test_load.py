@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
 from typing import Any
 
+import httpx
 import pytest
 
+from tests.serving.images import bomb, photo
 from tests.serving.running import ROOT, Exported, Served
 
 
@@ -34,3 +37,40 @@ def test_a_full_queue_answers_503_with_retry_after(exported: Exported) -> None:
         assert sum(figures["codes"].values()) == 600
         assert figures["without_retry_after"] == 0
         assert served.metrics()["kubetune_serving_requests_total{503,/predict}"] == figures["codes"]["503"]
+
+
+@pytest.mark.slow
+def test_one_client_with_large_images_neither_fills_the_queue_nor_stops_the_others(exported: Exported) -> None:
+    """Eight large images at a time of one address, and small ones of another, one after the other."""
+    large, small = bomb(3000, 3000), photo()
+    stop, answers = threading.Event(), list[httpx.Response]()
+
+    def flood() -> None:
+        transport = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(base_url=served.url, transport=transport, timeout=120) as client:
+            while not stop.is_set():
+                answers.append(client.post("/predict", files={"file": large}))
+                stop.wait(0.05)  # without a pause, the rejected requests are all that the server has time for
+
+    with Served(f"model={exported.folder}", "max_pixels=9000000") as served:
+        served.ready()
+        threads = [threading.Thread(target=flood) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while not any(answer.status_code == 429 for answer in answers):
+            stop.wait(0.05)
+        before = sum(answer.status_code == 200 for answer in answers)
+        for _ in range(20):
+            response = served.client.post("/predict", files={"file": small})
+            assert response.status_code == 200
+        predicted = sum(answer.status_code == 200 for answer in answers) - before
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {answer.status_code for answer in answers} == {200, 429}
+    rejected = next(answer for answer in answers if answer.status_code == 429)
+    assert rejected.headers["retry-after"] == "1"
+    assert (
+        "too many large images of 127.0.0.2 at the same time (36,000,000 pixels); try again" in rejected.json()["error"]
+    )
+    assert predicted <= 2 * 20  # a small image waits for about one large one, though four of them are in the queue

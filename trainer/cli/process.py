@@ -27,6 +27,7 @@ from trainer.monitoring.log import (
     stdout_lost_lines,
 )
 from trainer.storage.disk import MAKE_SPACE, file_errors
+from trainer.storage.scratch import scratch_folder
 
 # TensorFlow prints these lines on every machine without a GPU, before its log level takes effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
@@ -141,7 +142,7 @@ def exit_with_code() -> Iterator[None]:
     code, reason = DONE, ""
     configure()
     try:
-        with file_errors(), _stdout_errors():
+        with file_errors(), _stdout_errors(), scratch_folder():
             yield
     except TrainerError as error:
         if not _log_is_configured:

@@ -17,6 +17,9 @@ CHANGEABLE_ON_RESUME = (
 )
 # Addresses that can change on resume if the content has the recorded fingerprint.
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "distillation.teacher")
+# Addresses that a run reads when it begins, and not when it resumes.
+INITIAL_WEIGHTS = ("model.weights", "warm_start")
+NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
 # Keys that can differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
               "progress", "http_port", "log_format", "termination_log")}  # fmt: skip
@@ -42,8 +45,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
     """List the changes that are forbidden on resume, each as "key: before -> now".
 
-    Allowed are a longer last phase, which extends a finished run, and changes of `CHANGEABLE_ON_RESUME` and
-    `ADDRESSES`. Fingerprints are compared instead of addresses.
+    Allowed are a longer last phase, which extends a finished run, and changes of `CHANGEABLE_ON_RESUME`, `ADDRESSES`
+    and `INITIAL_WEIGHTS`. Fingerprints and checksums are compared instead of addresses.
     """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
@@ -51,13 +54,17 @@ def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = old.get(key), new.get(key)
         is_longer = key in lengths and old_value is not None and (new_value is None or new_value >= old_value)
-        is_moved = key in ADDRESSES and old_value is not None and new_value is not None
+        is_moved = _is_address(key, old_value) and _is_address(key, new_value)
         if old_value != new_value and not may_change_on_resume(key) and not is_longer and not is_moved:
             changed.append(f"{key}: {old_value} -> {new_value}")
     return changed
 
 
-def list_moved_addresses(before: RunConfig, now: RunConfig) -> list[str]:
-    """List the `ADDRESSES` that have changed, each as "key: before -> now"."""
+def _is_address(key: str, value: Any) -> bool:
+    return key in (*ADDRESSES, *INITIAL_WEIGHTS) and value not in (None, *NAMED_WEIGHTS)
+
+
+def list_moved_addresses(before: RunConfig, now: RunConfig, keys: tuple[str, ...] = ADDRESSES) -> list[str]:
+    """List those of the addresses `keys` that have changed, each as "key: before -> now"."""
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    return [f"{key}: {old[key]} -> {new[key]}" for key in ADDRESSES if key in old and old[key] != new.get(key)]
+    return [f"{key}: {old[key]} -> {new[key]}" for key in keys if key in old and old[key] != new.get(key)]

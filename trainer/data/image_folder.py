@@ -4,8 +4,10 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain, combinations
 
 import numpy as np
@@ -51,6 +53,15 @@ class _Image:
     def sort_key(self, seed: int) -> tuple[bytes, str]:
         content = f"{seed}/{self.name}".encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The names directly in a folder."""
+
+    folders: list[str]  # sorted
+    files: list[str]
+    system: list[str]  # files and folders with a system name, which are not in the other lists
 
 
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
@@ -99,19 +110,20 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
 def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
     """Return the class names, the images of each split that has a folder, notes, and the ignored files per class."""
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
-    folders = _find_split_folders(root)
-    classes = {split: _find_class_folders(root, folder) for split, folder in folders.items()}
+    list_folder = cache(_list_folder)  # on a network disk each listing takes a while
+    folders = _find_split_folders(root, list_folder)
+    classes = {split: _find_class_folders(root, folder, list_folder(folder)) for split, folder in folders.items()}
     images: dict[str, list[_Image]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system = Counter[str]()
     loose = []
     for folder in dict.fromkeys([root, *folders.values()]):
-        system.update(_list_system_names(os.listdir(folder)))
-        if kinds := _loose_files(folder):
+        system.update(_list_system_names(list_folder(folder).system))
+        if kinds := Counter(os.path.splitext(name)[1].lower() for name in list_folder(folder).files):
             loose.append(f"{_list_kinds(kinds)}: directly in {escape_unprintable(folder)}, not in a class folder")
     for split, folder in folders.items():
         if not classes[split]:
-            count = sum(_is_image(name, extensions) for name in os.listdir(folder))
+            count = sum(_is_image(name, extensions) for name in list_folder(folder).files)
             problem = f"{escape_unprintable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         if classes[split].keys() != classes["train"].keys():
@@ -137,7 +149,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     if len(class_names) == 1 and purpose != "evaluate":
         only_class = os.path.join(root, classes["train"][class_names[0]])
-        nested = folders["train"] == root and len(_list_subfolders(only_class)) > 1
+        nested = folders["train"] == root and len(list_folder(only_class).folders) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
         fix = f"set {format_argument('data.root', only_class)}" if nested else LAYOUT
         raise DataError(problem, key="data.root", value=root, fix=fix)
@@ -186,9 +198,9 @@ def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
     ]
 
 
-def _find_class_folders(root: str, folder: str) -> dict[str, str]:
+def _find_class_folders(root: str, folder: str, listing: _Listing) -> dict[str, str]:
     """Return the class folders by class name, sorted. Raise a DataError if two of them have the same class name."""
-    names = _list_subfolders(folder)
+    names = listing.folders
     classes = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
         if (other := classes[normalize_class_name(name)]) != name:
@@ -199,25 +211,22 @@ def _find_class_folders(root: str, folder: str) -> dict[str, str]:
     return dict(sorted(classes.items()))
 
 
-def _list_subfolders(folder: str) -> list[str]:
+def _list_folder(folder: str) -> _Listing:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_system_name(entry.name))
-
-
-def _loose_files(folder: str) -> Counter[str]:
-    """Count the files directly in a folder of class folders by extension, without those of the system."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.is_dir() and not is_system_name(entry.name)]
-    return Counter(os.path.splitext(name)[1].lower() for name in names)
+        are_folders = {entry.name: entry.is_dir() for entry in entries}
+    system = [name for name in are_folders if is_system_name(name)]
+    others = {name: is_folder for name, is_folder in are_folders.items() if not is_system_name(name)}
+    folders = sorted(name for name, is_folder in others.items() if is_folder)
+    return _Listing(folders, [name for name, is_folder in others.items() if not is_folder], system)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
     return name.lower().endswith(extensions) and not is_system_name(name)
 
 
-def _find_split_folders(root: str) -> dict[str, str]:
+def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> dict[str, str]:
     """Return the folder of each split, or {"train": root} if the class folders are directly in the root."""
-    names = _list_subfolders(root)
+    names = list_folder(root).folders
     splits = {name: _SPLIT_NAMES[name.lower()] for name in names if name.lower() in _SPLIT_NAMES}
     others = [name for name in names if name not in splits]
     if "train" not in splits.values():
@@ -227,7 +236,7 @@ def _find_split_folders(root: str) -> dict[str, str]:
         return {"train": root}
     if others:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
-        if not _list_subfolders(train):  # "train" is a class
+        if not list_folder(train).folders:  # "train" is a class
             return {"train": root}
         named = ", ".join(map(escape_unprintable, others[:5]))
         problem = f"has both split folders ({', '.join(splits)}) and others ({named})"

@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
@@ -39,11 +38,12 @@ from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
-from trainer.storage.disk import choose_disk_budget, get_free_bytes
+from trainer.storage.base import ABANDONED_SECONDS
+from trainer.storage.disk import choose_disk_budget, format_bytes, get_free_bytes
 from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
+from trainer.storage.scratch import open_scratch_file
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
-from trainer.storage.staging import ABANDONED_SECONDS
 from trainer.types import Dataset, LogMessage, Split
 
 Cache = Literal["auto", "memory", "disk", "none"]
@@ -101,7 +101,7 @@ class Pixels:
     known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
     stored_count: int = 0  # images in the cache so far, while it is filled
     # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
-    failures: IO[str] = field(default_factory=partial(tempfile.NamedTemporaryFile, "r", prefix="kubetune-failures-"))
+    failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
 
     @property
     def bad(self) -> dict[int, str]:
@@ -303,11 +303,6 @@ def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) 
     return f"pixels-{split.name}-{size}-{digest}"
 
 
-def format_bytes(count: int) -> str:
-    """Format a byte count in MB or GB, such as "1.2 GB"."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
-
-
 @dataclass(frozen=True)
 class CachePlan:
     """Where to cache the decoded images of a split, their size in bytes, and the reason for the choice."""
@@ -466,6 +461,32 @@ class ImageStore:
     def name_of(self, split: str, index: int) -> str:
         """Return the file, or SHARD#RECORD, of an example. For a copy from a bucket, this is the address there."""
         return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
+
+    def list_sources(self, name: str, indices: np.ndarray) -> tuple[str, ...]:
+        """Return the file name that the record of each of these examples stores; () if the first one stores none.
+
+        `indices` are increasing. Shards in a bucket are fetched again if they are not on the local disk any more.
+        """
+        split, shards = self.dataset.splits[name], self._data.shards
+        if not split.shards:
+            return ()
+        chosen = take(split, indices)
+
+        def read() -> Iterator[str]:
+            for path, members in groupby(chosen.shards, lambda shard: shard.path):
+                if shards:
+                    shards.require("names", [os.path.basename(path)])
+                for record in locate_records(replace(chosen, shards=tuple(members))):
+                    health.record_progress()
+                    yield read_source_name(record)
+
+        sources: tuple[str, ...] = ()
+        with suppress(OSError, DataError):  # a shard that is missing or corrupt: the images are cached
+            names = read()
+            sources = (first, *names) if (first := next(names, "")) else ()
+        if shards:
+            shards.release("names")
+        return sources
 
     @property
     def addresses(self) -> dict[str, str]:

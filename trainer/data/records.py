@@ -151,8 +151,9 @@ def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Itera
         for record_index in records:
             start = int(index.offsets[record_index])
             end = start + int(index.lengths[record_index])
-            parsed = _parse(data[start:end], data[end : end + FOOTER_BYTES])
-            yield record_index, f"record {record_index} of shard {escape_unprintable(path)}", *parsed
+            example, fault = _parse(data[start:end], data[end : end + FOOTER_BYTES])
+            name = f"record {record_index} of shard {escape_unprintable(path)}"
+            yield record_index, _with_source(name, example), example, fault
 
 
 # tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
@@ -235,7 +236,7 @@ def read_image(record: RecordLocation) -> bytes:
         raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
     value = example.features.feature.get(record.image_field)
     if value is None or len(value.bytes_list.value) != 1:
-        raise _missing_image_error(record.name, record.image_field, example)
+        raise _missing_image_error(_with_source(record.name, example), record.image_field, example)
     return value.bytes_list.value[0]
 
 
@@ -245,12 +246,22 @@ _SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of 
 
 def read_source_name(record: RecordLocation) -> str:
     """Read the file name of the source image from a record, escaped; "" if the record has none or is corrupt."""
-    example, fault = _read_example(record)
-    for field in () if fault else _SOURCE_FIELDS:
+    return _get_source_name(_read_example(record)[0])
+
+
+def _get_source_name(example: Any) -> str:
+    """Return the file name of the source image, escaped; "" if the Example, None if it is corrupt, has none."""
+    for field in () if example is None else _SOURCE_FIELDS:
         value = example.features.feature.get(field)
         if value is not None and len(value.bytes_list.value) == 1:
             return _escape_text(value.bytes_list.value[0])
     return ""
+
+
+def _with_source(record: str, example: Any) -> str:
+    """Add the file name of the source image, if the Example has one, to the name of a record."""
+    source = _get_source_name(example)
+    return f"{record} ({source})" if source else record
 
 
 def _missing_image_error(record: str, field: str, example: Any) -> DataError:
@@ -273,7 +284,7 @@ class LabelFields:
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
-    """Read the label of each record, int32 [n], -1 if it is unreadable. Return also the faults of such records.
+    """Read the label of each record, int32 [n], -1 if it has none or is unreadable, and the faults of such records.
 
     Raises:
         DataError: a record has no bytes in the image field, or its label is missing, not of the kind `fields.kind`, or
@@ -291,8 +302,23 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
         if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
             raise _missing_image_error(record, fields.image, example)
+        if fields.kind.startswith("index") and list(features[fields.label].int64_list.value) == [UNLABELLED]:
+            faults.append(f"{record} {NOT_LABELLED}")
+            continue
         labels[record_index] = _parse_label(record, example, fields)
     return labels, faults
+
+
+NOT_LABELLED = f"is not labelled ({UNLABELLED})"
+
+
+def label_error(fault: str, field: str) -> DataError:
+    """Build the error for a fault of `read_labels`; `field` is data.label_field."""
+    if not fault.endswith(NOT_LABELLED):
+        fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
+        return DataError(fault, fix=fix)
+    fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"
+    return DataError(fault, key="data.label_field", value=field, fix=f"{fix}, or data.on_error=skip if others have one")
 
 
 def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
@@ -342,9 +368,6 @@ def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
     if is_onehot:
         return int(np.argmax(values))
     first = 1 if fields.kind == "index1" else 0
-    if values[0] == UNLABELLED:
-        fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"
-        raise DataError(f"{record} is not labelled (-1)", key="data.label_field", value=fields.label, fix=fix)
     if not first <= values[0] < first + fields.classes:
         problem = f"the label {values[0]} of {record} is outside {first}..{first + fields.classes - 1}"
         other = "index" if first else "index1"

@@ -13,7 +13,15 @@ import numpy as np
 
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
-from trainer.data.records import LabelFields, index_shard, join_first, read_labels, unreadable_error
+from trainer.data.records import (
+    NOT_LABELLED,
+    LabelFields,
+    index_shard,
+    join_first,
+    label_error,
+    read_labels,
+    unreadable_error,
+)
 from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
 from trainer.errors import DataError
@@ -155,12 +163,12 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     the same fingerprint on a local disk and in a bucket. Local records are still read, to verify their checksums.
 
     Returns:
-        By path, the labels of each shard, int32 [records], -1 for a corrupt record. By path, its identity: file name,
-        size, and CRC32C or hash of its ends. A description of each corrupt shard or record.
+        By path, the labels of each shard, int32 [records], -1 for a corrupt or unlabelled record. By path, its
+        identity: file name, size, and CRC32C or hash of its ends. A description of each such shard or record.
 
     Raises:
-        DataError: a shard is missing, corrupt (with on_error="fail") or not in the manifest, or a record has no valid
-            image or label field.
+        DataError: a shard is missing, or not in the manifest; a record has no valid image or label field; or, with
+            on_error="fail", a shard is corrupt or a record is not labelled.
     """
     data = source.data
     names = tuple(map(normalize_class_name, data.class_names or ()))
@@ -201,8 +209,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             with suppress(OSError):  # a later start reads the shard again
                 write_atomically(cached, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
-            fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
-            raise DataError(faults[0], fix=fix)
+            raise label_error(faults[0], data.label_field)
         skipped += faults
     return labels, identities, skipped
 
@@ -217,10 +224,10 @@ def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataEr
 def build_split(
     name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource, skipped: Sequence[str]
 ) -> Split:
-    """Build the split of the intact records in `ranges`.
+    """Build the split of the intact and labelled records in `ranges`.
 
     Raises:
-        DataError: no record is left, or a count differs from dataset_info.json (with on_error="fail").
+        DataError: no record is left, none is labelled, or a count differs from dataset_info.json (on_error="fail").
     """
     shards = []
     for shard in ranges:
@@ -236,7 +243,10 @@ def build_split(
     if not readable.size:
         paths = list(dict.fromkeys(escape_unprintable(shard.path) for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
-        raise empty_split_error(name, content, [fault for fault in skipped if any(path in fault for path in paths)])
+        faults = [fault for fault in skipped if any(path in fault for path in paths)]
+        if faults and all(fault.endswith(NOT_LABELLED) for fault in faults):
+            raise label_error(faults[0], source.data.label_field)
+        raise empty_split_error(name, content, faults)
     return take(split, readable)
 
 

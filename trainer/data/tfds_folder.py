@@ -16,11 +16,10 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.names import escape_unprintable
 from trainer.storage.arrays import unpack
-from trainer.storage.base import StoragePath, is_unfinished
+from trainer.storage.base import ABANDONED_SECONDS, StoragePath, is_unfinished
 from trainer.storage.disk import make_write_error
-from trainer.storage.local import compute_file_crc32c, delete_unfinished
+from trainer.storage.local import compute_file_crc32c, delete_abandoned, delete_unfinished
 from trainer.storage.small_files import CONTENT_ERRORS
-from trainer.storage.staging import ABANDONED_SECONDS
 
 MANIFEST = "kubetune_shards.json"
 LABELS = "kubetune_labels.npz"  # int32 [records] by shard file name, so that shards need not be read for labels
@@ -61,14 +60,17 @@ class DatasetFolder:
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
         """`scratch` is where unfinished shards of a bucket are written, by default a new temporary folder."""
         local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
-        self.folder, self.scratch = folder, local
+        self.folder, self.scratch, self.alone = folder, local, False
 
-    def create(self, shards: set[str]) -> None:
-        """Create the folder, and delete old temporary files; those of the last hour may be of other pods.
+    def create(self, shards: set[str], alone: bool) -> None:
+        """Create the folder, and delete the temporary files of killed starts.
+
+        Those of the last hour may be of other pods, unless this process is `alone` and the folder is local.
 
         Raises DataError if the folder is not writable, or has files of another dataset.
         """
         names = {MANIFEST, LABELS, *METADATA} | shards
+        self.alone = alone and self.folder.is_local
         temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
@@ -84,12 +86,17 @@ class DatasetFolder:
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def _delete_abandoned(self, shards: set[str]) -> None:
-        delete_unfinished(self.scratch, ABANDONED_SECONDS, recursive=False)
+        self._delete_unfinished()
         for file in self.scratch.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # deleted meanwhile
                 own = any(file.name.startswith(f".{shard}.") for shard in shards)
                 if own and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
                     file.unlink()
+
+    def _delete_unfinished(self) -> None:
+        if self.alone:
+            delete_abandoned(self.scratch)
+        delete_unfinished(self.scratch, ABANDONED_SECONDS, recursive=False)
 
     def read_entries(self) -> dict[str, ShardEntry]:
         """Return the entries of the shards that earlier starts or other pods have written, by file name.
@@ -163,7 +170,7 @@ class DatasetFolder:
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
-            delete_unfinished(self.scratch, ABANDONED_SECONDS)
+            self._delete_unfinished()
             for unfinished in self.scratch.glob(".*.tmp"):
                 unfinished.unlink()
 

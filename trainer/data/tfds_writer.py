@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -34,7 +33,7 @@ from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.base import StoragePath
-from trainer.storage.local import add_path_to_errors
+from trainer.storage.local import add_path_to_errors, make_temporary_name
 from trainer.storage.path import storage_path
 from trainer.storage.staging import identify_staged_file
 from trainer.types import Orientation
@@ -165,7 +164,7 @@ def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
 
 def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
     """Write one shard to a new temporary file in `folder`. Return the path and the entry of the shard."""
-    temporary = folder / f".{job.file}.{uuid.uuid4().hex}.tmp"
+    temporary = make_temporary_name(folder / job.file)
     try:
         return temporary, _write_records(job, temporary, image_done)
     except BaseException:
@@ -247,7 +246,8 @@ def write_dataset(
         jobs = _plan_shards(name, images, options)
     except OSError as error:
         raise unreadable_error(error.filename, error) from None
-    out.create({job.file for job in jobs})
+    first, step = options.part
+    out.create({job.file for job in jobs}, alone=step == 1)
 
     def find_finished() -> dict[str, ShardEntry]:
         """Return the entries of intact shards that were written from the same images."""
@@ -256,7 +256,6 @@ def write_dataset(
         return {job.file: entry for job, entry in known if job.matches(entry) and out.has_intact(entry)}
 
     entries = find_finished()
-    first, step = options.part
     part_jobs = jobs[first::step]
     missing_jobs = [job for job in part_jobs if job.file not in entries]
     if missing_jobs:  # the folder must not be readable as a dataset while shards are missing

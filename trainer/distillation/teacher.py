@@ -19,6 +19,7 @@ from trainer.distillation import source
 from trainer.distillation.source import KEY, ROWS_PER_CALL, check_classes, check_same_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
+from trainer.models.classifier import Classifier, count_variable_bytes
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import rebuild_classifier
@@ -36,6 +37,8 @@ class Teacher:
 
     image_size: int
     forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
+    variable_bytes: int = 0
+    classifier: Classifier | None = None  # None for a SavedModel
 
     def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - as `Network.logits`
         """Compute logits, float32 [b, classes], up to a constant per row. No gradient flows through them.
@@ -65,7 +68,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         assert loaded is not None  # the reference keeps its variables alive
         return log_probs(signature(images=images)["probabilities"])
 
-    return Teacher(int(spec.shape[1]), forward)
+    return Teacher(int(spec.shape[1]), forward, count_variable_bytes(loaded.variables))
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,14 @@ class OpenedTeacher:
         return batches.map(add_labels)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ConfiguredTeacher:
     """The teacher that is configured: its network, or the soft labels that an earlier start has computed."""
 
     fingerprint: str  # hash of its weights
     resize: Resize  # of its images
     labels_file: Path  # of the soft labels, in the cache
-    network: Teacher | None  # None if there are soft labels
+    network: Teacher | None  # None if there are soft labels; `open_teacher` releases it once it has computed them
     soft_labels: np.ndarray | None  # float32 [count, classes]
 
 
@@ -147,7 +150,8 @@ def _build(
                 return load_saved_model_teacher(Path(folder), address)
         classes, seed = len(images.dataset.class_names), images.config.seed
         classifier = rebuild_classifier(Model(**model), classes, seed, arrays, f"{KEY}={address}")
-    return Teacher(classifier.image_size, classifier.logits)
+    variable_bytes = count_variable_bytes(classifier.variables.values())
+    return Teacher(classifier.image_size, classifier.logits, variable_bytes, classifier)
 
 
 def open_teacher(
@@ -166,6 +170,7 @@ def open_teacher(
         log.info("teacher: it predicts in every step, for the augmented images")
         return OpenedTeacher(configured.fingerprint, network=network)
     labels = _soft_labels(worker, images, sharding, configured, network)
+    configured.network = None
     return OpenedTeacher(configured.fingerprint, soft_labels=labels)
 
 

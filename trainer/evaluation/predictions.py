@@ -33,14 +33,19 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
     """Write a CSV file with one line per example, ordered by index.
 
     Truth and prediction are class names, probability is that of the prediction with six decimals, correct is true or
-    false. Names are encoded by `encode_cell`, text as UTF-8, line ends as "\\n". Equal results give equal bytes.
+    false. A last column `source` has the file names that records store, if they do. Names are encoded by `encode_cell`,
+    text as UTF-8, line ends as "\\n". Equal results give equal bytes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow((*COLUMNS, "source") if result.sources else COLUMNS)
     predictions = result.probabilities.argmax(axis=1)
     for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
         names = (result.names[index], result.class_names[truth], result.class_names[prediction])
         probability = f"{result.probabilities[index, prediction]:.6f}"
-        writer.writerow((index, *map(encode_cell, names), probability, "true" if truth == prediction else "false"))
+        correct, source = (
+            "true" if truth == prediction else "false",
+            map(encode_cell, result.sources[index : index + 1]),
+        )
+        writer.writerow((index, *map(encode_cell, names), probability, correct, *source))
     write_atomically(path, text.getvalue())

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
-from trainer.data.images import ImageStore, format_bytes
+from trainer.data.images import ImageStore
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
@@ -16,7 +16,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.gradients import Differentiated, find_differentiated
 from trainer.monitoring.log import log
-from trainer.storage.disk import choose_disk_budget
+from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.types import Dataset
 
 # Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.

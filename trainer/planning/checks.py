@@ -4,6 +4,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
 from trainer.names import normalize_class_name
-from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
+from trainer.planning.estimates import Uses, count_model_parameters, estimate_teacher_memory
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
-from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
+from trainer.runs.initial_weights import open_local_checkpoints
+from trainer.runs.restore import collect_shapes, match_warm_start, read_warm_start
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import get_free_bytes, make_write_error
 from trainer.storage.local import join_inside, temporary_file
@@ -157,7 +159,7 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
 
 def plan_teacher(
     config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int
-) -> tuple[str, list[tuple[str, int]]]:
+) -> tuple[str, Uses]:
     """Open the teacher as a run does, without downloading weights; return a description and its memory on this worker.
 
     `examples` is the number of examples that each of the `replicas` on this worker computes at once.
@@ -170,19 +172,22 @@ def plan_teacher(
     state = read_newest_state(config) if config.output_dir else None
     source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
-    logits = [] if every_step else [("its logits", count * len(files.classes) * 4)]  # stored by each worker
+    estimate = partial(
+        estimate_teacher_memory,
+        every_step=every_step,
+        examples=examples,
+        replicas=replicas,
+        labels=count * len(files.classes),
+    )
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:
         if not is_remote(address):
             load_saved_model_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        weights = ("the teacher's variables", size * replicas)
-        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", [weights, *logits]
+        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", estimate(size, None)
     model = without_weights(files.model)
     classifier = build_classifier(model, len(files.classes), config.seed)
     if not is_remote(address):
         variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
-    weights = ("the teacher's variables", count_variable_bytes(classifier.variables.values()) * replicas)
-    activations = estimate_activation_bytes(classifier, None, examples if every_step else source.ROWS_PER_CALL)
-    return text, [weights, ("its activations", activations * replicas), *logits]
+    return text, estimate(count_variable_bytes(classifier.variables.values()), classifier)

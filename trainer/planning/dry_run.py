@@ -17,13 +17,13 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
-from trainer.planning.estimates import format_bytes
 from trainer.planning.sections import WIDTH, Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
+from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import without_weights
-from trainer.storage.disk import choose_disk_budget
+from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.storage.staging import copied_folder, is_remote
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
@@ -111,6 +111,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
     if config.output_dir and not plan.faults:
         _, run_facts = inspect_folder(config)
         check_same_data(config.output_dir, run_facts, dataset)
+        check_same_weights(config.output_dir, run_facts.get("initial_weights", {}), config)
         plan.warnings += filter(None, [describe_versions(run_facts)])
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks
     return True
@@ -151,8 +152,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     pixels = config.model.image_size or backbone.default_size
     memory_before = estimates.measure_resident_bytes()
-    remote = config.model.weights == "imagenet" or is_remote(config.model.weights)
-    model = without_weights(config.model) if remote else config.model  # nothing is downloaded
+    unread = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
+    model = without_weights(config.model) if unread else config.model  # nothing is downloaded
     classifier = build_classifier(model, classes, config.seed)
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     budget = max(config.runtime.memory_budget or default_memory_budget(), disk_budget)
@@ -184,7 +185,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     )
     model_rows = _describe_model(config, classifier, classes)
     with plan.collect_errors():
-        plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
+        if not plan.resuming:
+            plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
             text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)

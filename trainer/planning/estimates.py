@@ -19,14 +19,8 @@ from trainer.errors import ConfigError
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.storage.disk import format_bytes
 from trainer.types import Split
-
-
-def format_bytes(count: float) -> str:
-    """Format bytes as kB, MB or GB."""
-    if count < 1e5:
-        return f"{count / 1e3:,.1f} kB"
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def estimate_split_bytes(split: Split) -> int:
@@ -135,7 +129,8 @@ def measure_resident_bytes() -> int:
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
 DECODED = "decoded images in memory"
-ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # the uses that grow with the batch
+ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # with TEACHER[1], what grows with the batch
+TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
 # Where an estimate exceeds the limit by more than its own error, the run cannot fit.
 ESTIMATE_ERROR = 1.25
@@ -163,9 +158,25 @@ def estimate_memory(
     ]
 
 
+def estimate_teacher_memory(
+    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, examples: int, replicas: int, labels: int
+) -> Uses:
+    """Estimate the uses of memory of a teacher on this worker while the student trains.
+
+    A teacher that predicts in every step needs its variables, and activations for the `examples` that each of the
+    `replicas` computes at once; those of a SavedModel, without `classifier`, are unknown. Otherwise its `labels` many
+    soft labels, float32, are left, since its network is released before the training.
+    """
+    if not every_step:
+        return [("its logits", 4 * labels)]
+    activations = estimate_activation_bytes(classifier, None, examples) if classifier else 0
+    return [(TEACHER[0], variable_bytes * replicas), (TEACHER[1], activations * replicas)]
+
+
 def select_gpu_uses(uses: Uses) -> Uses:
     """Select the uses of memory that are on the GPUs if there are any."""
-    return [use for use in uses if use[0] == "variables" or use[0] == ACTIVATIONS or use[0].startswith(("grad", "opt"))]
+    on_gpu = ("variables", ACTIVATIONS, *TEACHER)
+    return [use for use in uses if use[0] in on_gpu or use[0].startswith(("grad", "opt"))]
 
 
 def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
@@ -177,7 +188,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     total, batch = sum(count for _, count in uses), config.training.batch_size
     if total <= limit:
         return ""
-    growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES))
+    growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
     divisor = compute_batch_divisor(config, replicas)
     largest = int(batch * (limit - total + growing) / max(growing, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)

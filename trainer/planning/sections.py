@@ -20,9 +20,10 @@ from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes, format_bytes
+from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
 from trainer.planning.timing import format_time
 from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
+from trainer.storage.disk import format_bytes
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
@@ -42,6 +43,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None
+    resuming: bool = False  # a run would resume from a checkpoint
     labels_known: bool = True  # False if only the metadata of the dataset was read
     reasons: list[str] = field(default_factory=list)  # for each value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
@@ -122,6 +124,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 state = "already finished (has DONE): the run would exit at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
+                plan.resuming = True
                 saved = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[saved["phase"]]
                 state = f"has this run, which would resume at step {saved['step']:,}, phase {phase}"
@@ -168,13 +171,15 @@ def show_storage(plan: Plan, problem: str) -> None:
             path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
         read = plan.check(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
     rows: Rows = [("read data", read), ("write output", plan.check(lambda: checks.probe_output(config)))]
-    if config.warm_start:
+    if config.warm_start and not plan.resuming:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
         address, classes = config.distillation.teacher, dataset.class_names if dataset else None
         rows.append(("teacher", plan.check(lambda: checks.check_teacher(address, classes).summary)))
     weights = config.model.weights
-    if is_remote(weights):
+    if plan.resuming:
+        rows.append(("weights", "those of the checkpoint"))
+    elif is_remote(weights):
         rows.append(("weights", plan.check(lambda: f"{weights}: {format_bytes(storage_path(weights).size())}")))
     elif weights == "imagenet":
         rows.append(("weights", "imagenet: Keras downloads them at the start, unless ~/.keras/models has them"))

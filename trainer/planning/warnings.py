@@ -2,29 +2,44 @@
 
 import numpy as np
 
+from trainer.cluster.worker import Worker
 from trainer.config.schema import RequestedConfig, RunConfig
-from trainer.data.images import plan_image_caches
+from trainer.data.images import ImageStore, plan_image_caches
 from trainer.data.sharding import steps_per_epoch
+from trainer.distillation.teacher import ConfiguredTeacher
 from trainer.models.classifier import Classifier
-from trainer.planning.estimates import check_worker_memory, estimate_memory, plan_phases
+from trainer.planning.estimates import check_worker_memory, estimate_memory, estimate_teacher_memory, plan_phases
 from trainer.types import Dataset
 
 DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
 
 
 def find_run_warnings(
-    config: RunConfig, classifier: Classifier, dataset: Dataset, *, workers: int, replicas: int, baseline: int
+    images: ImageStore, classifier: Classifier, teacher: ConfiguredTeacher | None, worker: Worker, baseline: int
 ) -> list[str]:
     """Return the warnings of a run, as its plan prints them; raise ConfigError if it does not fit into the memory.
 
-    `replicas` is the number on each worker, `baseline` the memory of the process before the network was built.
+    On workers other than the chief the list is empty. `baseline` is the memory of the process before the network was
+    built.
     """
-    examples = max(config.training.batch_size // (workers * replicas), 1)
-    epoch_steps = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
-    caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=False)
-    phases = plan_phases(config, classifier, epoch_steps, max(examples // config.training.accumulate, 1))
+    config, dataset, replicas = images.config, images.dataset, worker.replicas
+    train, once = dataset.splits["train"], images.train_images_read_once
+    examples = max(config.training.batch_size // (worker.size * replicas), 1)
+    per_replica = max(examples // config.training.accumulate, 1)
+    epoch_steps = steps_per_epoch(train, config.training.batch_size)
+    caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=once)
+    phases = plan_phases(config, classifier, epoch_steps, per_replica)
     uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
-    memory = check_worker_memory(config, uses, workers * replicas)
+    if teacher:
+        network = teacher.network
+        uses += estimate_teacher_memory(
+            network.variable_bytes if network else 0, network and network.classifier,
+            every_step=config.augmentation.active, examples=per_replica, replicas=replicas,
+            labels=train.count * len(dataset.class_names),
+        )  # fmt: skip
+    memory = check_worker_memory(config, uses, worker.size * replicas)
+    if not worker.is_chief:
+        return []
     return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
 
 

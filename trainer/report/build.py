@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def build_report(
     group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
     result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=field)
+    result = replace(result, sources=images.list_sources(split, indices))
     data = describe_data(dataset)
     run = {
         "seed": config.seed,

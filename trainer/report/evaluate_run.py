@@ -28,6 +28,7 @@ from trainer.monitoring.log import log
 from trainer.names import make_file_stem
 from trainer.report.build import build_report
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, rebuild_classifier, without_weights
+from trainer.storage.local import delete_abandoned
 from trainer.storage.path import storage_path
 from trainer.types import LogMessage, has_fingerprints
 
@@ -113,6 +114,7 @@ def evaluate(
     splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:
         folder = Path(str(output)) if output.is_local else Path(temporary)
+        delete_abandoned(folder)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)
         with addresses_in_errors(images.addresses):

@@ -21,7 +21,7 @@ import yaml
 import trainer
 from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
-from trainer.config.diff import list_forbidden_changes, list_moved_addresses
+from trainer.config.diff import ADDRESSES, INITIAL_WEIGHTS, list_forbidden_changes, list_moved_addresses
 from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
 from trainer.config.typed import format_argument
 from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
@@ -29,6 +29,7 @@ from trainer.monitoring.log import log
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
+from trainer.runs.initial_weights import check_same_weights, describe_initial_weights
 from trainer.runs.publisher import DONE, LATEST, Publisher
 from trainer.runs.restarts import ATTEMPTS, UNBEGUN, UnbegunStarts, parse_entries
 from trainer.storage.base import is_unfinished
@@ -70,6 +71,7 @@ class RunFolder:
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
     unbegun: UnbegunStarts | None = None  # None on workers other than the chief
+    _written: dict[str, Any] = field(default_factory=dict)  # run.json of this start, in case the file is corrupted
 
     @property
     def is_new(self) -> bool:
@@ -77,9 +79,10 @@ class RunFolder:
         return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise a DataError if the run has a checkpoint and began with a dataset of another fingerprint."""
+        """Raise a DataError if the run has a checkpoint and began with a dataset of another fingerprint, or weights."""
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
+            check_same_weights(self.address, self.run_json.get("initial_weights", {}), self.config)
 
     def begin(
         self, config: RunConfig, dataset: Dataset, of_phases: dict[str, dict[str, Any]], fields: dict[str, Any]
@@ -98,6 +101,9 @@ class RunFolder:
         delete_unfinished(self.path)
         for line in list_moved_addresses(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
+        moved = list_moved_addresses(self.previous, config, INITIAL_WEIGHTS) if self.previous and self.resuming else []
+        for line in moved:
+            log.info(f"{line}: not read, the weights are those of the checkpoint")
         with temporary_file(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             sync(temporary)
@@ -124,14 +130,23 @@ class RunFolder:
         of_run = {key: fields[key] for key in ("classes", "advice") if key in fields}
         start |= {key: value for key, value in fields.items() if key not in of_run}
         attempts = {"attempts": [*earlier.get("attempts", []), start]}
-        known = of_run | (earlier if self.resuming else {})
+        known = of_run | (earlier if self.resuming else {"initial_weights": describe_initial_weights(config)})
         recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
         hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        _written[self.path] = known | {"data_fingerprint": hashes} | of_phases | attempts
-        write_json(self.path / RUN_JSON, _written[self.path])
+        self._written = known | {"data_fingerprint": hashes} | of_phases | attempts
+        write_json(self.path / RUN_JSON, self._written)
         self.publisher.begin()
         if self.unbegun:
             self.unbegun.clear()
+
+    def read_last_command(self) -> str:
+        """Return the shell command of this start, from run.json."""
+        return shlex.join((read_run_json(self.path) or self._written)["attempts"][-1]["command"])
+
+    def update_run_json(self, fields: dict[str, Any]) -> None:
+        """Add or replace fields of run.json."""
+        self._written = (read_run_json(self.path) or self._written) | fields
+        write_json(self.path / RUN_JSON, self._written)
 
     def record_end(self, error: BaseException | None) -> None:
         """Record the error that ends this start if it is before `begin`."""
@@ -166,16 +181,13 @@ _LOSSES = {
 }
 
 
-_written: dict[
-    Path, dict[str, Any]
-] = {}  # the run.json of this start by folder, in case the file is corrupted meanwhile
-
-
 def parse_run_json(value: Any) -> dict[str, Any]:
     """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
     fields = require_json_object(value)
     require_json_object(fields.get("features", {}))
     require_json_object(fields.get("xla", {}))
+    for entry in require_json_object(fields.get("initial_weights", {})).values():
+        require_json_object(entry)["address"], entry["crc32c"]
     for start in require_json_objects(fields.get("attempts", [])):
         require_json_object(start.get("versions", {}))
         shlex.join(start.get("command", []))
@@ -187,17 +199,6 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read run.json in the folder of a run; return {} if it does not exist or is corrupt."""
     return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
-
-
-def read_last_command(folder: Path) -> str:
-    """Return the shell command of the last start of a run."""
-    return shlex.join((read_run_json(folder) or _written[folder])["attempts"][-1]["command"])
-
-
-def update_run_json(folder: Path, fields: dict[str, Any]) -> None:
-    """Add or replace fields of run.json."""
-    _written[folder] = (read_run_json(folder) or _written.get(folder, {})) | fields
-    write_json(folder / RUN_JSON, _written[folder])
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
@@ -447,7 +448,8 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
 def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
     """List the differences that a resumed run must not have, and addresses that moved."""
     config, _ = resolve_auto(config, begun=before)
-    return [*list_forbidden_changes(before, config), *list_moved_addresses(before, config)]
+    moved = list_moved_addresses(before, config, (*ADDRESSES, *INITIAL_WEIGHTS))
+    return [*list_forbidden_changes(before, config), *moved]
 
 
 def is_finished(config: RequestedConfig) -> bool:

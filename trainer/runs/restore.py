@@ -12,7 +12,8 @@ from trainer.errors import DataError
 from trainer.models.classifier import Classifier
 from trainer.models.weights import refresh_normalization
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, read_checkpoint, read_pointer, select_inference_weights
+from trainer.runs.checkpoints import read_checkpoint, select_inference_weights
+from trainer.runs.initial_weights import find_warm_start
 from trainer.runs.publisher import fetch_run
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
@@ -92,20 +93,5 @@ def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.
     if is_remote(source):
         folder = cache_folder / "warm_start"
         fetch_run(storage_path(source), folder)
-    checkpoints = open_local_checkpoints(source, folder)
-    if checkpoints.folder.parent == folder:
-        best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
-        folder = checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
+    folder = find_warm_start(source, folder)
     return str(folder), read_checkpoint(storage_path(folder))[1]
-
-
-def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """Open the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
-
-    Raises DataError, which names the `warm_start` value `source`, if the folder or its checkpoints do not exist.
-    """
-    home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-    checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
-    if not folder.is_dir() or not checkpoints.list_steps():
-        raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
-    return checkpoints

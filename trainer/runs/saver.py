@@ -23,22 +23,29 @@ class Saver:
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
         """`keep`: number of newest checkpoints that are retained (`runtime.keep_checkpoints`)."""
-        self.path, self.address, self.publisher = folder.path, folder.address, folder.publisher
+        self.path, self.address, self.publisher, self.folder = folder.path, folder.address, folder.publisher, folder
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
         self.restarts = RestartHistory(folder.path / ATTEMPTS if control.is_chief else None, folder.is_new)
+        self._newest: tuple[dict[str, Any] | None, dict[str, np.ndarray]] = None, {}
 
-    def broadcast_newest(self, resuming: bool) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """Broadcast the state and variables of the newest intact checkpoint; None and {} if there is none.
+    def broadcast_newest(self, resuming: bool) -> bool:
+        """Broadcast the newest intact checkpoint for `take_newest`; return whether there is one.
 
         If the run is new, `resuming` is False and nothing is read.
         """
         newest = self.checkpoints.read_newest() if resuming and self.control.is_chief else None
         state = self.control.broadcast("state", lambda: newest[0] if newest else None)
         if state is None:
-            return None, {}
+            return False
         self.saved_step = state["step"]
-        return state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
+        self._newest = state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
+        return True
+
+    def take_newest(self) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+        """Return the state and the variables that were broadcast, once, which releases them; None and {} if none."""
+        newest, self._newest = self._newest, (None, {})
+        return newest
 
     def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint of the variables `current` to the local disk, and publish it in the background.

@@ -27,6 +27,7 @@ UNFINISHED_DIGITS = 15  # many, so that no file of a user has such a name: a dat
 _UNFINISHED = re.compile(
     rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{UNFINISHED_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
 )
+ABANDONED_SECONDS = 3600.0  # age from which a temporary file that another machine may have written is deleted
 
 
 def is_unfinished(name: str) -> bool:

@@ -20,6 +20,13 @@ MAX_DISK_BUDGET = 50 * 1024**3  # by default
 _NO_TEMPORARY_FOLDER = "No usable temporary directory"  # `tempfile`, if no disk has space
 
 
+def format_bytes(count: float) -> str:
+    """Format bytes as kB, MB or GB."""
+    if count < 1e5:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def get_free_bytes(path: str | Path) -> int:
     """Return the free bytes of the file system of `path`, which need not exist yet.
 

@@ -18,7 +18,16 @@ import google_crc32c
 
 from trainer.errors import DataError
 from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
-from trainer.storage.base import ANY, UNFINISHED_DIGITS, Conflict, ObjectInfo, StoragePath, is_unfinished
+from trainer.storage.base import (
+    ABANDONED_SECONDS,
+    ANY,
+    UNFINISHED_DIGITS,
+    Conflict,
+    ObjectInfo,
+    StoragePath,
+    is_unfinished,
+)
+from trainer.storage.scratch import is_running
 
 _COPY_BYTES = 1 << 22  # per read
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -74,7 +83,7 @@ def write_json(path: Path, value: Any) -> None:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield an unused temporary path next to `path`; create the folder if needed, and delete the file at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = make_temporary_name(path)
     try:
         with add_path_to_errors(path):
             yield temporary
@@ -87,7 +96,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder next to `path`; delete it at the end, unless the block has renamed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = make_temporary_name(path)
     temporary.mkdir()
     try:
         with add_path_to_errors(path):
@@ -96,7 +105,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary_name(path: Path) -> Path:
+def make_temporary_name(path: Path) -> Path:
     """Return a path next to `path` that `is_unfinished` recognizes."""
     # Random, since process IDs are not unique on a disk that several pods use.
     suffix = f".{os.getpid()}-{secrets.randbelow(10**UNFINISHED_DIGITS):0{UNFINISHED_DIGITS}d}"
@@ -125,6 +134,21 @@ def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) ->
                 if time.time() - path.lstat().st_mtime >= age:
                     path.unlink() if name in names else shutil.rmtree(path)
         folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
+
+
+def delete_abandoned(folder: Path, name: str = "") -> None:
+    """Delete the temporary files directly in `folder`, or only those of its file `name`, whose process has ended here.
+
+    Those of a process that may run elsewhere are deleted once they are `ABANDONED_SECONDS` old.
+    """
+    with contextlib.suppress(OSError):  # there is no folder
+        for path in filter(lambda path: is_unfinished(path.name), list(folder.iterdir())):
+            stem, _, suffix = path.name.removeprefix(".").rpartition(".")
+            if name in ("", stem):
+                with contextlib.suppress(OSError):  # deleted meanwhile
+                    old = time.time() - path.lstat().st_mtime >= ABANDONED_SECONDS
+                    if old or not is_running(suffix.partition("-")[0]):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, find_path_fault
-from trainer.storage.base import ObjectInfo, is_unfinished
+from trainer.storage.base import ABANDONED_SECONDS, ObjectInfo, is_unfinished
 from trainer.storage.local import join_inside, write_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import read_json_or_default, require_json_object
@@ -22,7 +22,6 @@ from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
 REPORT_SECONDS = 5.0  # between log lines about the progress
-ABANDONED_SECONDS = 3600.0  # age from which a temporary file is deleted
 VERSIONS = ".versions.json"  # in the local folder: name -> object version of each downloaded file
 
 
