@@ -22,7 +22,8 @@ def find_run_warnings(
     examples = max(config.training.batch_size // (workers * replicas), 1)
     epoch_steps = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=False)
-    phases = plan_phases(config, classifier, epoch_steps, max(examples // config.training.accumulate, 1))
+    micro_batches = config.training.micro_batches(workers * replicas)
+    phases = plan_phases(config, classifier, epoch_steps, max(examples // micro_batches, 1))
     uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
     memory = check_worker_memory(config, uses, workers * replicas)
     return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
