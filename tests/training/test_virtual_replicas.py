@@ -1,5 +1,6 @@
 """With virtual replicas the bits of training do not depend on the number of replicas."""
 
+import json
 from typing import Any
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.processes import result_of
+from tests.processes import run_python
 from tests.training.small_network import SmallNetwork, assert_near, make_step, stream
 from trainer.training import variables
 from trainer.training.step import _add_in_tree
@@ -94,8 +95,10 @@ print("RESULT" + json.dumps(out))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_one_two_four_and_eight_replicas_end_with_the_same_bits() -> None:
-    one, *others = (result_of(PROGRAM, replicas) for replicas in (1, 2, 4, 8))
+    outputs = [run_python(PROGRAM, replicas, timeout=600).stdout for replicas in (1, 2, 4, 8)]
+    one, *others = (json.loads(output.split("RESULT")[1]) for output in outputs)
     assert len(one) == 9
     for other in others:
         for case, (rows, variables_) in one.items():
