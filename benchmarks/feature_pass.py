@@ -25,7 +25,8 @@ from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
-from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
+from trainer.evaluation.scoring import rows_per_call
+from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Cut, Trunk
 from trainer.features.plan import divide_phases
 from trainer.features.store import Features, open_features

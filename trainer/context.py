@@ -86,7 +86,7 @@ def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPla
     """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
     config, split = run.config, run.images.dataset.splits["train"]
     size, batch_size = run.worker.size, config.training.batch_size
-    return plan_sharding(config.data.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+    return plan_sharding(config.shard_by, split, size, batch_size, image_cache, run.state.sharding)
 
 
 def resume_sharding(run: RunContext) -> None:

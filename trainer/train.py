@@ -38,7 +38,7 @@ from trainer.data.open import open_run_data, require_validation
 from trainer.data.remote import addresses_in_errors
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
-from trainer.evaluation.scoring import Scorer, validation_scores
+from trainer.evaluation.scoring import Scorer, rows_per_call, validation_scores
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
@@ -244,7 +244,8 @@ def make_plan(
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
-    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait)
+    rows = rows_per_call() if config.training.virtual_replicas else None
+    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait, rows=rows)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None

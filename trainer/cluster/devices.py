@@ -125,16 +125,23 @@ def describe_devices(device: Device, count: int, cluster: Cluster, config: RunCo
 
 def check_batch_size(config: RunConfig, replicas: int) -> None:
     """Raise a ConfigError unless `replicas` can divide the global batch evenly (see `build_strategy`)."""
-    batch_size, micro_batches = config.training.batch_size, config.training.accumulate
-    per_replica, divisor = batch_size // replicas, compute_batch_divisor(config, replicas)
+    batch_size, parts = config.training.batch_size, config.training.virtual_replicas
+    if parts and parts % replicas:
+        problem = f"is not divisible by {replicas} replicas"
+        fix = f"start {', '.join(str(1 << i) for i in range(parts.bit_length()))} replicas"
+        raise ConfigError(problem, key="training.virtual_replicas", value=parts, fix=fix)
+    micro_batches = config.training.micro_batches(replicas)
+    per_replica, divisor = batch_size // (parts or replicas), compute_batch_divisor(config, replicas)
     smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
     valid = f"{smaller}{-(-batch_size // divisor) * divisor}"
     if batch_size % (replicas * micro_batches):
-        each = f" with {micro_batches} micro-batches each (training.accumulate)" if micro_batches > 1 else ""
+        key = "training.virtual_replicas" if parts else "training.accumulate"
+        each = f" with {micro_batches} micro-batches each ({key})" if micro_batches > 1 else ""
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
     if config.augmentation.mixes and per_replica % 2:
-        each = f"{per_replica} for each of {replicas} replicas are" if replicas > 1 else f"{per_replica} is"
+        kind, count = ("virtual replicas", parts) if parts else ("replicas", replicas)
+        each = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}, or set both to 0")
 

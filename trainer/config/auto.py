@@ -72,7 +72,10 @@ def choose_precision(device: Device) -> tuple[Precision, str]:
 
 def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
     """Compute the divisor of a valid batch size, from replicas, micro-batches and pairs of mixed examples."""
-    return math.lcm(replicas * config.training.accumulate, replicas * (2 if config.augmentation.mixes else 1))
+    pairs = 2 if config.augmentation.mixes else 1
+    if config.training.virtual_replicas:
+        return config.training.virtual_replicas * pairs
+    return math.lcm(replicas * config.training.accumulate, replicas * pairs)
 
 
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:

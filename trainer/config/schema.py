@@ -236,12 +236,30 @@ class Training(Section):
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
     """Number of micro-batches into which a replica splits its batch, to save memory."""
+    virtual_replicas: int | None = Field(None, ge=1, le=4096)
+    """Number of equal parts of a global batch, a power of two; a run then has the same bits on any number of replicas
+    that divides it (docs/distributed.md). null: the parts are the batches of the replicas."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights, which is validated and exported; null: off."""
     keep: Literal["best", "last"] = "best"
     """Weights for the next phase and the export: those of the best epoch, or of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
     """Fraction of the validation batches that is scored after each epoch. The end of a run scores all."""
+
+    def micro_batches(self, replicas: int) -> int:
+        """Return the number of micro-batches of each of `replicas`, the number on all workers."""
+        return self.virtual_replicas // replicas if self.virtual_replicas else self.accumulate
+
+    @model_validator(mode="after")
+    def _check_virtual_replicas(self) -> Training:
+        parts = self.virtual_replicas or 1
+        if parts & (parts - 1):
+            fix = f"use {1 << (parts.bit_length() - 1)} or {1 << parts.bit_length()}"
+            raise InvalidValue("is not a power of two", key="virtual_replicas", value=str(parts), fix=fix)
+        if self.virtual_replicas and self.accumulate > 1:
+            problem, fix = "cannot be used with training.virtual_replicas", "set one of the two"
+            raise InvalidValue(problem, key="accumulate", value=str(self.accumulate), fix=fix)
+        return self
 
     @model_validator(mode="after")
     def _check_focal_gamma(self) -> Training:
@@ -405,6 +423,11 @@ class RequestedConfig(Section):
         return keys + [key for key, value in values.items() if value == "auto"]
 
     @property
+    def shard_by(self) -> Literal["auto", "record", "file"]:
+        """`data.shard_by`; with virtual replicas `record`, because only then are the batches those of one worker."""
+        return "record" if self.training.virtual_replicas else self.data.shard_by
+
+    @property
     def example_limit(self) -> int | None:
         """Maximum number of examples per split: one batch with debug.overfit; None for all."""
         size = self.training.batch_size
@@ -477,7 +500,11 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         raise translate_validation_error(error, RequestedConfig, tree) from None
     resolved = with_choices(config)
     names = () if isinstance(config.phases, AutoPhases) else tuple(config.phases)
-    if faults := [fault for name in names if (fault := resolved.feature_fault(name))]:
+    faults = [fault for name in names if (fault := resolved.feature_fault(name))]
+    if config.training.virtual_replicas and config.data.shard_by == "file":
+        problem, fix = "gives each number of workers other batches", "use record, or set training.virtual_replicas=null"
+        faults.append(ConfigError(problem, key="data.shard_by", value="file", fix=fix))
+    if faults:
         raise ConfigError.of_faults(faults)
     return config if config.autos else resolved
 

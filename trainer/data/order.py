@@ -209,16 +209,31 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
             yield int(rows), shards.numpy()
 
 
+def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
+    """Split `indices`, int64 [n], among `workers` into parts of whole device calls of `rows` images.
+
+    On some processors the bits of a result depend on the position of its image in the call, because a kernel computes
+    the last elements of a batch with other instructions. With whole calls the position does not depend on `workers`.
+    No part is larger than the first.
+    """
+    calls = np.arange(0, len(indices), rows)
+    edges = [part[0] if len(part) else len(indices) for part in np.array_split(calls, workers)]
+    return np.split(indices, edges[1:])
+
+
 def select_examples_to_score(
-    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED
+    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED, rows: int | None = None
 ) -> np.ndarray:
     """Return the indices, int64 [n], increasing, of the examples that this worker scores.
 
     A `fraction` below 1 selects that fraction of the batches, from a random permutation that is always the same.
+    With `rows`, the workers divide whole device calls of that many images.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
         batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
         shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: batches * batch_size])
+    if rows:
+        return split_by_calls(indices, rows, sharding.workers)[sharding.worker]
     return np.array_split(indices, sharding.workers)[sharding.worker]

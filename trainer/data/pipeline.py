@@ -126,15 +126,18 @@ def build_training_batches(
 
 
 def build_evaluation_batches(
-    source: BatchSource, *, batch_size: int, replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED
-) -> Batches:
+    source: BatchSource, *, batch_size: int, replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED,
+    rows: int | None = None,
+) -> Batches:  # fmt: skip
     """Build the batches that this worker scores. Together the workers score each example of the split once.
 
     Each worker has consecutive examples in index order, without augmentation. A worker without any has `count` 0.
-    See `select_examples_to_score` for a `fraction` below 1.
+    See `select_examples_to_score` for a `fraction` below 1. `rows` of an element, by default those of a replica's part
+    of `batch_size`.
     """
-    indices = select_examples_to_score(source.split, batch_size, fraction, sharding)
-    return build_chosen_batches(source, indices, rows=batch_size // sharding.workers, replicas=replicas)
+    indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
+    rows = rows * replicas if rows else batch_size // sharding.workers
+    return build_chosen_batches(source, indices, rows=rows, replicas=replicas)
 
 
 def build_chosen_batches(

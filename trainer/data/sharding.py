@@ -114,7 +114,7 @@ def plan_sharding(
     if workers > 1 and len(split.shards) >= workers:
         by = checkpoint.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
     if shard_by == by:
-        reason = "data.shard_by"
+        reason = "as configured"
     elif workers == 1:
         reason = "there is one worker"
     elif not split.shards:

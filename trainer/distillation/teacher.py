@@ -186,7 +186,7 @@ def _soft_labels(
     as_student = (teacher.image_size, resize) == (images.size, config.model.resize)
     pixels = images.split("train") if as_student else images.at("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
-    scored = Scorer(worker, teacher, sharding).score(pixels, batch_size, "soft labels")
+    scored = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
     # Examples without a prediction have an undecodable image, and weight 0.

@@ -16,6 +16,15 @@ from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macr
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
 
+# Images per replica and device call of the feature pass, and of scoring with `training.virtual_replicas`. Constant, so
+# that the bits do not depend on batch size and worker count.
+ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
+
+
+def rows_per_call() -> int:
+    """Return the number of images per replica and device call on this machine."""
+    return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
+
 
 class Network(Protocol):
     """A classifier, the tail of a classifier (its layers above cached features), or a teacher."""
@@ -72,9 +81,15 @@ class Scorer:
         network: Network,
         sharding: Sharding = UNSHARDED,
         on_wait: Callable[[float], None] = lambda _: None,
+        rows: int | None = None,
     ) -> None:
-        """Create a scorer; `on_wait` is called with the seconds of each wait for shards."""
-        self.worker, self.sharding, self.on_wait = worker, sharding, on_wait
+        """Create a scorer.
+
+        Args:
+            on_wait: called with the seconds of each wait for shards.
+            rows: images per replica and device call. None: a replica's part of the batch size.
+        """
+        self.worker, self.sharding, self.on_wait, self.rows = worker, sharding, on_wait, rows
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
@@ -94,7 +109,8 @@ class Scorer:
             DataError: an example cannot be read (data.on_error=fail), or none can.
         """
         batches, stream = self._open(source, batch_size, fraction)
-        gate, examples = batches.open_gate(), batch_size // self.sharding.workers
+        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
+        gate, examples = batches.open_gate(), rows
         with convert_data_errors(source):
             arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, examples))
         gate.close()
@@ -117,8 +133,9 @@ class Scorer:
             if opened is source and settings == (batch_size, fraction):
                 return batches, stream
         batches = build_evaluation_batches(
-            source, batch_size=batch_size, replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding
-        )
+            source, batch_size=batch_size, replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding,
+            rows=self.rows,
+        )  # fmt: skip
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
         self._opened.append((source, (batch_size, fraction), batches, stream))
         return batches, stream

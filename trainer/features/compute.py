@@ -11,24 +11,19 @@ import tensorflow as tf
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
+from trainer.data.order import split_by_calls
 from trainer.data.pipeline import View, build_chosen_batches
 from trainer.errors import StopRequested
+from trainer.evaluation.scoring import rows_per_call
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-# Images per replica and device call. Constant, so that the bits do not depend on batch size and worker count.
-ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
 BLOCK_BYTES = 32 << 20  # approximate size of a block, the features that are computed, exchanged and stored together
 MAX_CALLS_PER_BLOCK = 8
 MAX_DECODED_BYTES = 256 << 20  # images decoded while the first call compiles
-
-
-def rows_per_call() -> int:
-    """Return the number of images per replica and device call on this machine."""
-    return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
 
 
 @dataclass
@@ -42,18 +37,6 @@ class FeatureRequest:
 
 
 Requests = Sequence[FeatureRequest]
-
-
-def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
-    """Split `indices`, int64 [n], among `workers` into shards of whole device calls of `rows` images.
-
-    On some processors the bits of an image's features depend on its position in the call, because a kernel computes
-    the last elements of a batch with other instructions. With whole calls the position does not depend on `workers`.
-    No shard is larger than the first.
-    """
-    calls = np.arange(0, len(indices), rows)
-    edges = [part[0] if len(part) else len(indices) for part in np.array_split(calls, workers)]
-    return np.split(indices, edges[1:])
 
 
 class FeaturePass:

@@ -1,14 +1,15 @@
 """The cut of a classifier into a frozen trunk, whose output is computed once, and a tail that is trained on it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import updates_moving_averages, use_example_weights
+from trainer.models.batch_norm import collect_statistics, updates_moving_averages, use_example_weights
 from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
@@ -112,6 +113,19 @@ class Tail:
             with use_example_weights(weight if batch_norm_training else None):
                 maps = apply_folded(self._network, maps, batch_norm_training, fold_trainable=not training)
         return self.classifier.head_logits(maps, training, seed, step, position)
+
+    def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
+        """See `batch_norm.collect_statistics`."""
+        return collect_statistics()
+
+    @property
+    def statistics_sizes(self) -> dict[str, int]:
+        """The number of values that `collect_statistics` gives for each layer."""
+        return self.classifier.statistics_sizes  # layers below the cut have no moving averages to update
+
+    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+        """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
+        self.classifier.update_moving_averages(sums)
 
     def l2_loss(self) -> tf.Tensor:
         """Return the L2 penalty on the head, a float32 scalar."""

@@ -11,9 +11,9 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
 from trainer.data.images import BatchSource, ImageStore, build_cache_name
 from trainer.data.order import select_examples_to_score
-from trainer.data.sharding import Sharding, select_worker_examples
-from trainer.evaluation.scoring import Scorer
-from trainer.features.compute import FeaturePass, FeatureRequest, rows_per_call
+from trainer.data.sharding import select_worker_examples
+from trainer.evaluation.scoring import Scorer, rows_per_call
+from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Tail
 from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
@@ -48,12 +48,12 @@ def open_inputs(
     views = images.config.phases[name].augmented_views if augmentation.active else None
     if kind == "live":
         return Inputs(classifier, scorer, images.split("train"), images.split("validation"), augmentation, views)
-    cache = FeatureCache(worker, images, classifier, plan, scorer.sharding)
+    cache = FeatureCache(worker, images, classifier, plan, scorer)
     features = cache.open(name, ("train", "validation") if kind == "cached" else ("validation",))
     if features is None:
         return None
     tail = Tail(classifier, plan.cut(name))
-    tail_scorer = Scorer(worker, tail, scorer.sharding, on_wait=scorer.on_wait)
+    tail_scorer = Scorer(worker, tail, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
     if kind == "cached":
         train_features, validation_features = features
         return Inputs(tail, tail_scorer, train_features, validation_features, Augmentation(), None)
@@ -77,7 +77,7 @@ class FeatureCache:
     images: ImageStore
     classifier: Classifier
     plan: FeaturePlan
-    sharding: Sharding
+    scorer: Scorer
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
         """Return the complete features of these splits for a phase.
@@ -102,7 +102,7 @@ class FeatureCache:
                 if not control.any_worker("no space for later features", optional is None) and optional is not None:
                     requests.append(FeatureRequest(self.plan.cut(later), optional, required=False))
             # If all workers read the same features, each computes a shard, and they exchange them.
-            exchange = split == "train" and self.sharding.by == "record" and self.worker.size > 1
+            exchange = split == "train" and self.scorer.sharding.by == "record" and self.worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
             done = feature_pass.fill(requests, augmentation, exchange)
             if control.any_worker("features not done", not done or requests[0].failed):
@@ -142,9 +142,10 @@ class FeatureCache:
         augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if augmented else 1
         if split == "validation":
-            indices = select_examples_to_score(examples, training.batch_size, training.validation_share, self.sharding)
+            fraction, scorer = training.validation_share, self.scorer
+            indices = select_examples_to_score(examples, training.batch_size, fraction, scorer.sharding, scorer.rows)
         else:
-            indices = select_worker_examples(examples, self.sharding)
+            indices = select_worker_examples(examples, self.scorer.sharding)
         dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)

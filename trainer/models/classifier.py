@@ -1,7 +1,8 @@
 """The classifier: preprocessing, backbone, pooling and head, as functions of images and Keras variables."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,13 @@ import tensorflow as tf
 from trainer.config.schema import Model as ModelConfig
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
-from trainer.models.batch_norm import use_example_weights
+from trainer.models.batch_norm import (
+    collect_statistics,
+    count_statistics,
+    update_moving_averages,
+    updates_moving_averages,
+    use_example_weights,
+)
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
@@ -93,6 +100,24 @@ class Classifier:
             return tf.constant(0.0)
         kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
+
+    @property
+    def normalizations(self) -> dict[str, keras.layers.BatchNormalization]:
+        """The layers whose moving averages training updates, by name."""
+        return {layer.name: layer for layer in self.backbone.layers if updates_moving_averages(layer)}
+
+    def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
+        """See `batch_norm.collect_statistics`."""
+        return collect_statistics()
+
+    @property
+    def statistics_sizes(self) -> dict[str, int]:
+        """The number of values that `collect_statistics` gives for each layer."""
+        return {name: count_statistics(layer) for name, layer in self.normalizations.items()}
+
+    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+        """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
+        update_moving_averages(self.normalizations, sums)
 
     def build_keras_model(self) -> keras.Model:
         """Build a Keras model, with the same variables, that computes `probabilities` of float32 images."""

@@ -86,9 +86,9 @@ def plan_computations(
 ) -> dict[str, Computation]:  # fmt: skip
     """Decide how each phase is computed; `replicas` is the number on all workers."""
     per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
-    computations = {}
+    computations, parts = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
-        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // replicas
+        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // parts
         facts = PhaseFacts(images, len(classifier.backbone.layers), divisions[name].differentiated)
         computations[name] = decide_computation(config, name, device, facts)
     return computations

@@ -16,6 +16,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError
+from trainer.evaluation.scoring import rows_per_call
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -62,7 +63,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
     Raises:
         ModelError: a thaw rule matches no layer.
     """
-    plans = []
+    plans, virtual = [], config.training.virtual_replicas
     every = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
@@ -78,7 +79,9 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
             activations=max(
                 estimate_activation_bytes(classifier, thaw.first_thawed, examples, thaw.batch_norm_training),
                 # Scoring has no micro-batches.
-                estimate_activation_bytes(classifier, None, examples * config.training.accumulate),
+                estimate_activation_bytes(
+                    classifier, None, rows_per_call() if virtual else examples * config.training.accumulate
+                ),
             ),
         ))  # fmt: skip
     return plans

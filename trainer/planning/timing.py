@@ -78,7 +78,7 @@ def measure_training(
     settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
     network = Tail(classifier, cut) if cut else classifier
     step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
-                        dataclasses.replace(settings, accumulate=1))  # fmt: skip
+                        dataclasses.replace(settings, accumulate=1, virtual_replicas=None))  # fmt: skip
     side = classifier.image_size
     if cut:
         batches = _make_batches(cut.shape, select_stored_dtype(phase, cut), Augmentation(), config.seed)

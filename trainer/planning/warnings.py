@@ -25,7 +25,7 @@ def find_run_warnings(
     config, dataset, replicas = images.config, images.dataset, worker.replicas
     train, once = dataset.splits["train"], images.train_images_read_once
     examples = max(config.training.batch_size // (worker.size * replicas), 1)
-    per_replica = max(examples // config.training.accumulate, 1)
+    per_replica = max(examples // config.training.micro_batches(worker.size * replicas), 1)
     epoch_steps = steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=once)
     phases = plan_phases(config, classifier, epoch_steps, per_replica)

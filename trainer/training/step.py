@@ -4,13 +4,17 @@ The loss of a step is one mean over the global batch, sum(loss * weight) / sum(w
 padding, which has weight 0, or on how examples are distributed over replicas. Replicas therefore all-reduce the sum of
 weights before they compute gradients. That all-reduce also sums stop flags: all workers stop after the same step.
 
-`TrainingStep.run` executes several steps in a compiled loop (`_loop`); `_gradients` is the forward and backward pass.
+`TrainingStep.run` executes several steps in a compiled loop (`_loop`); `_terms` is the forward and backward pass.
+
+With virtual replicas (VirtualFlow, Or et al. 2022) a global batch is a fixed number of equal parts, whatever the number
+of replicas, and all sums over the parts are made in one binary tree: over those of a replica, then over the replicas.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +50,16 @@ class Network(Protocol):
     def l2_loss(self) -> tf.Tensor:
         """Return the L2 penalty on the head, a float32 scalar."""
 
+    @property
+    def statistics_sizes(self) -> dict[str, int]:
+        """The number of values that `collect_statistics` gives for each normalization layer."""
+
+    def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
+        """Normalize each call of `logits` by its own statistics, and collect their sums by layer, float32 [n]."""
+
+    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+        """Update the moving averages from collected sums, the same on all replicas. In cross-replica context."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(LossSettings):
@@ -54,6 +68,7 @@ class StepSettings(LossSettings):
     seed: int
     clip_norm: float | None = None  # maximum global norm of the gradients
     accumulate: int = 1  # micro-batches per step
+    virtual_replicas: int | None = None  # equal parts of a global batch, a power of two
     ema: float | None = None  # decay of the moving averages of the weights; None: no averages
     batch_norm_training: bool = False  # trainable BatchNormalization layers use batch statistics
     loss_scaling: bool = False  # dynamic loss scaling, for float16
@@ -73,6 +88,7 @@ class StepSettings(LossSettings):
             ),
             clip_norm=training.clip_norm,
             accumulate=training.accumulate,
+            virtual_replicas=training.virtual_replicas,
             ema=training.ema,
             batch_norm_training=batch_norm_training,
             loss_scaling=config.runtime.precision == "float16",
@@ -139,6 +155,13 @@ def _all_reduce(values: Any, replicas: int) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
+def _add_in_tree(rows: tf.Tensor) -> tf.Tensor:
+    """Add up rows [n, k], n a power of two, in a binary tree over neighbours."""
+    while rows.shape[0] > 1:
+        rows = rows[0::2] + rows[1::2]
+    return rows[0]
+
+
 class TrainingStep:
     """Run training steps, several per call, under any distribution strategy."""
 
@@ -164,6 +187,10 @@ class TrainingStep:
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
         self.replicas = strategy.num_replicas_in_sync  # of all workers
+        virtual = settings.virtual_replicas
+        self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # of a replica
+        # The layers whose statistics are collected, and the number of their values.
+        self.statistics_sizes = network.statistics_sizes if virtual and settings.batch_norm_training else {}
         with strategy.scope():
             optimizer.build(self.variables)
             self.loss_scale: list[tf.Variable] | None = None  # float32 scalars: scale, consecutive finite steps
@@ -175,11 +202,11 @@ class TrainingStep:
                 self.averages = Averages(shadows, trained)
         self.traced = False  # whether `run` has been called; the first call traces and compiles
         self._compiled_loop = tf.function(self._loop, autograph=False)
-        self._replica_gradients: Callable[..., Any] = self._gradients
+        self._replica_terms: Callable[..., list[tf.Tensor]] = self._terms
         if settings.xla:
-            compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
+            compiled = tf.function(self._terms, jit_compile=True, autograph=False)
             # A lambda, because for a bare tf.function `strategy.run` would trace one function for all replicas.
-            self._replica_gradients = lambda *arguments: compiled(*arguments)
+            self._replica_terms = lambda *arguments: compiled(*arguments)
 
     def checkpoint_variables(self) -> dict[str, Any]:
         """Return the variables of optimizer, averages and loss scale by name."""
@@ -208,7 +235,10 @@ class TrainingStep:
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
         """Run the steps in a graph. Return what `run` returns, as tensors: float32 [n, 3], float64 and bool."""
         on_replicas, local = self.strategy.run, self.strategy.experimental_local_results
-        gradients_of = self._replica_gradients if self.settings.accumulate == 1 else self._accumulated_gradients
+        virtual = self.settings.virtual_replicas
+        terms_of = self._replica_terms if self.micro_batches == 1 and not virtual else self._accumulated_terms
+        if virtual:
+            terms_of = self._terms_in_tree
 
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped))
@@ -217,11 +247,14 @@ class TrainingStep:
             batch, seconds, stop_flag = self._fetch(batches, after=last)
             done = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
-            gradients, sums = on_replicas(gradients_of, args=(batch, run_step + done, examples))
+            terms = on_replicas(terms_of, args=(batch, run_step + done, examples))
+            gradients, (sums, *statistics) = terms[: len(self.variables)], terms[len(self.variables) :]
             self._update(gradients)
+            if statistics:
+                self.network.update_moving_averages(dict(zip(self.statistics_sizes, statistics, strict=True)))
             if self.averages:
                 self._update_averages(phase_step + done)
-            row = tf.add_n(local(sums))
+            row = local(sums)[0] if virtual else tf.add_n(local(sums))
             return i + 1, local(stop_flags)[0] > 0, row, waited + seconds, per_step.write(i, row)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
@@ -229,7 +262,8 @@ class TrainingStep:
         initial = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
-        if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # `sums` are of the local replicas
+        is_local = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy) and not virtual
+        if is_local:  # `sums` are of the local replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
@@ -248,13 +282,12 @@ class TrainingStep:
         counts = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_flag]), self.replicas)
         return tuple(tf.unstack(counts))
 
-    def _gradients(
-        self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Compute the gradients of the local terms of the mean loss over the `examples` of the global batch.
+    def _terms(self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
+        """Compute what a step sums over micro-batches and replicas. Must be called in replica context.
 
-        Must be called in replica context. Return the gradients, multiplied by the loss scale, and the loss sum, correct
-        examples and all examples of the replica, float32 [3].
+        Return the gradients of the local terms of the mean loss over the `examples` of the global batch, multiplied by
+        the loss scale, in the order of the variables; the loss sum, correct examples and all examples, float32 [3];
+        and with virtual replicas the sums of the normalization layers whose statistics are of the batch.
         """
         settings, values = self.settings, dict[str, Any](batch)
         teacher_logits = None
@@ -263,37 +296,69 @@ class TrainingStep:
         elif self.teacher:
             teacher_logits = self.teacher(values["image"])
         raw = [v.value for v in self.variables]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:  # so that frozen layers are not recorded
+        collect = self.network.collect_statistics() if self.statistics_sizes else nullcontext({})
+        # Accessed variables are not watched, so that frozen layers are not recorded.
+        with collect as statistics, tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(raw)
             logits = self.network.logits(
                 batch["image"], training=True, batch_norm_training=settings.batch_norm_training, seed=settings.seed,
                 step=run_step, position=batch["position"], weight=batch["weight"],
             )  # fmt: skip
             losses = weighted_losses(values, logits, settings, teacher_logits)
-            penalty = self.network.l2_loss() / (self.replicas * settings.accumulate)
+            penalty = self.network.l2_loss() / (self.replicas * self.micro_batches)
             loss = tf.reduce_sum(losses) / tf.maximum(examples, 1.0) + penalty  # 0 if all images are skipped
             scaled = loss * self.loss_scale[0] if self.loss_scale else loss
         gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         num_correct = tf.reduce_sum(example_accuracy(values, logits) * batch["weight"])
-        return gradients, tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
+        sums = tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
+        return [*gradients, sums, *(statistics[name] for name in self.statistics_sizes)]
 
-    def _accumulated_gradients(
-        self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor
-    ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Sum `_gradients` over micro-batches, in sequence: memory holds the activations of one at a time."""
-        count = self.settings.accumulate
-        micro_batches: dict[str, Any] = {
-            k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()
-        }
+    def _micro_batches(self, batch: Batch) -> dict[str, Any]:
+        """Split the values of a batch into micro-batches: [count, b / count, ...]."""
+        count = self.micro_batches
+        return {k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()}
 
-        def add(i: tf.Tensor, gradients: list[tf.Tensor], sums: tf.Tensor) -> tuple[Any, ...]:
-            micro_batch = {k: v[i] for k, v in micro_batches.items()}
-            micro_gradients, micro_sums = self._replica_gradients(micro_batch, run_step, examples)
-            return i + 1, [a + b for a, b in zip(gradients, micro_gradients, strict=True)], sums + micro_sums
+    def _accumulated_terms(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
+        """Sum `_terms` over micro-batches, in sequence: memory holds the activations of one at a time."""
+        micro_batches = self._micro_batches(batch)
 
-        initial = tf.constant(0), [tf.zeros(v.shape) for v in self.variables], tf.zeros([3])
-        _, gradients, sums = tf.while_loop(lambda i, *_: i < count, add, initial, parallel_iterations=1)
-        return gradients, sums
+        def add(i: tf.Tensor, *sums: tf.Tensor) -> tuple[Any, ...]:
+            terms = self._replica_terms({k: v[i] for k, v in micro_batches.items()}, run_step, examples)
+            return i + 1, *(a + b for a, b in zip(sums, terms, strict=True))
+
+        initial = tf.constant(0), *(tf.zeros(v.shape) for v in self.variables), tf.zeros([3])
+        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial, parallel_iterations=1)
+        return sums
+
+    def _terms_in_tree(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
+        """Sum `_terms` over the parts of all replicas, in a binary tree. Must be called in replica context.
+
+        Parts are computed in sequence, like micro-batches. `sums[l]` is the sum over 2**l parts that waits for that
+        over the next 2**l, as in a binary counter. A replica has the parts of one subtree, because they are a power of
+        two; the replicas gather their sums and add them in the same order, so every replica has the total.
+        """
+        micro_batches, levels = self._micro_batches(batch), self.micro_batches.bit_length()
+        shapes = [tuple(v.shape) for v in self.variables] + [(3,), *((n,) for n in self.statistics_sizes.values())]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+
+        def add(i: tf.Tensor, *sums: tf.Tensor) -> tuple[Any, ...]:
+            terms = self._replica_terms({k: v[i] for k, v in micro_batches.items()}, run_step, examples)
+            carry, is_carried, updated = tf.concat([tf.reshape(t, [-1]) for t in terms], 0), tf.constant(True), []
+            for level, waiting in enumerate(sums):
+                has_waiting = tf.bitwise.bitwise_and(i, 1 << level) > 0
+                updated.append(tf.where(is_carried & ~has_waiting, carry, waiting))
+                carry = tf.where(has_waiting, waiting + carry, carry)
+                is_carried &= has_waiting
+            return i + 1, *updated
+
+        initial = tf.constant(0), *(tf.zeros([sum(sizes)]) for _ in range(levels))
+        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial, parallel_iterations=1)
+        total = sums[-1]
+        if self.replicas > 1:
+            gathered = tf.distribute.get_replica_context().all_gather(total[None], axis=0)
+            total = _add_in_tree(tf.ensure_shape(gathered, [self.replicas, sum(sizes)]))
+        parts = tf.split(total, sizes)
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _update(self, gradients: Any) -> None:
         """Apply the optimizer. With loss scaling, skip the step unless all gradients are finite."""
@@ -302,7 +367,8 @@ class TrainingStep:
             self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
             return True
 
-        if self.settings.clip_norm or self.loss_scale:
+        is_total = bool(self.settings.virtual_replicas) and self.replicas > 1
+        if self.settings.clip_norm or self.loss_scale or is_total:
             gradients, finite = self.strategy.run(self._unscale_and_clip, args=(gradients,))
         if self.loss_scale is None:
             apply()
@@ -316,13 +382,18 @@ class TrainingStep:
 
         Return also whether all gradients are finite, which is checked only with loss scaling.
         """
-        # The norm needs the sum over replicas. `optimizer.apply` adds the replicas again, hence the final division.
-        gradients, finite = _all_reduce(gradients, self.replicas), tf.constant(True)
+        # The norm needs the sum over replicas.
+        is_total, finite = self.settings.virtual_replicas, tf.constant(True)
+        gradients = gradients if is_total else _all_reduce(gradients, self.replicas)
         if self.loss_scale:
             gradients = [g / self.loss_scale[0] for g in gradients]
             finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
         if self.settings.clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, self.settings.clip_norm)
+        # `optimizer.apply` adds the replicas again.
+        if is_total and self.replicas > 1:  # a sum of equal fractions depends on its order, a sum with zeros does not
+            is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
+            return [tf.where(is_first, g, tf.zeros_like(g)) for g in gradients], finite
         return [g / self.replicas for g in gradients], finite
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:

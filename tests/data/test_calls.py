@@ -1,9 +1,9 @@
-"""The pass that computes features: how workers divide its device calls."""
+"""How workers divide device calls."""
 
 import numpy as np
 import pytest
 
-from trainer.features.compute import split_by_calls
+from trainer.data.order import split_by_calls
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
