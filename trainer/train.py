@@ -6,6 +6,7 @@ set up -> restore -> plan -> per phase: freeze, open inputs, train and validate 
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -45,6 +46,7 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
+from trainer.monitoring.progress import log_while_slow
 from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
@@ -340,7 +342,8 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         traced = current.step.traced
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
-        with run.clock.span(*activity), convert_data_errors(current.inputs.training):
+        slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
+        with run.clock.span(*activity), slow, convert_data_errors(current.inputs.training):
             try:
                 shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
             except StopRequested:
