@@ -119,10 +119,10 @@ def set_up(
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
-    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device())
+    replicas = choose_devices(requested.runtime, control.size)[1]
+    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device(), replicas * control.size)
     folder.config = config  # for config.yaml, with the requested batch size
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
-    replicas = choose_devices(config.runtime, control.size)[1]
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
     health.set_activity("building the model")

@@ -18,7 +18,7 @@ from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
 from trainer.names import normalize_class_name
-from trainer.planning.estimates import count_model_parameters, estimate_activation_bytes
+from trainer.planning.estimates import count_model_parameters, estimate_activations
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
 from trainer.runs.restore import collect_shapes, match_warm_start, open_local_checkpoints, read_warm_start
 from trainer.runs.stored_run import without_weights
@@ -184,5 +184,6 @@ def plan_teacher(
         variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
     weights = ("the teacher's variables", count_variable_bytes(classifier.variables.values()) * replicas)
-    activations = estimate_activation_bytes(classifier, None, examples if every_step else source.ROWS_PER_CALL)
+    rows = examples if every_step else source.ROWS_PER_CALL
+    activations = sum(estimate_activations(classifier, None, rows, config.runtime.precision))
     return text, [weights, ("its activations", activations * replicas), *logits]

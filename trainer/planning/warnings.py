@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from trainer.cluster.devices import detect_device
 from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.data.host import count_usable_cpus
 from trainer.data.images import plan_image_caches
 from trainer.data.sharding import steps_per_epoch
 from trainer.models.classifier import Classifier
 from trainer.planning.estimates import check_worker_memory, estimate_memory, plan_phases
+from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
 DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
@@ -25,7 +28,8 @@ def find_run_warnings(
     phases = plan_phases(config, classifier, epoch_steps, max(examples // config.training.accumulate, 1))
     uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
     memory = check_worker_memory(config, uses, workers * replicas)
-    return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
+    device = find_device_warnings(config, detect_device(), count_usable_cpus(), replicas, caches["train"].where)
+    return [*memory, *device, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
 
 
 def find_settings_warnings(config: RequestedConfig) -> list[str]:
