@@ -91,8 +91,8 @@ def main() -> None:
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
-            beside = folder.path if control.is_chief and not is_remote(folder.address) else None
-            set_compilation_cache(config.runtime.cache_folder, beside, config.runtime.deterministic)
+            local = folder.path if control.is_chief and not is_remote(folder.address) else None
+            set_compilation_cache(config.runtime.cache_folder, local, config.runtime.deterministic)
             with suppress_import_noise():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 

@@ -98,7 +98,7 @@ def test_a_resumed_run_keeps_its_batch_on_another_gpu() -> None:
 
 
 def test_every_backbone_has_its_footprint() -> None:
-    assert {name: found.side for name, found in FOOTPRINTS.items()} == {
+    assert {name: footprint.side for name, footprint in FOOTPRINTS.items()} == {
         spec.name: spec.default_size for spec in backbones().values()
     }
     assert find_footprint("efficientnet-b7") is FOOTPRINTS["EfficientNetB7"]

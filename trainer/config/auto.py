@@ -1,6 +1,4 @@
-"""Resolve `auto` values by the numbers of training images and classes, with rules from published recipes
-(docs/phases.md).
-"""
+"""Resolve `auto` values by the numbers of training images and classes, and by the device (docs/phases.md)."""
 
 import math
 
