@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
+from trainer.cluster.devices import detect_device
 from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
 from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
 from trainer.data.order import Order
-from trainer.data.pipeline import build_training_batches
+from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
@@ -200,7 +201,11 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name])
+    on_gpu = detect_device().kind == "GPU"
+    settings = StepSettings.from_config(
+        config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name],
+        polls_each_step=not on_gpu or worker.size > 1,
+    )  # fmt: skip
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
@@ -217,6 +222,8 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
     dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
+    if on_gpu and worker.replicas == 1:  # with several, the strategy does it
+        dataset = prefetch_to_device(dataset, "GPU:0")
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     return PhaseRun(
         name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.open_gate(),

@@ -6,6 +6,7 @@ set up -> restore -> plan -> per phase: freeze, open inputs, train and validate 
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -45,6 +46,7 @@ from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
+from trainer.monitoring.progress import log_while_slow
 from trainer.planning.computation import adopt_computations, plan_computations
 from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
@@ -121,10 +123,10 @@ def set_up(
     if control.is_chief:
         folder.check_data(dataset)
     # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
-    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device())
+    replicas = choose_devices(requested.runtime, control.size)[1]
+    config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device(), replicas * control.size)
     folder.config = config  # for config.yaml, with the requested batch size
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
-    replicas = choose_devices(config.runtime, control.size)[1]
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
     health.set_activity("building the model")
@@ -345,7 +347,8 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
         traced = current.step.traced
         count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
-        with run.clock.span(*activity), convert_data_errors(current.inputs.training):
+        slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
+        with run.clock.span(*activity), slow, convert_data_errors(current.inputs.training):
             try:
                 shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
             except StopRequested:

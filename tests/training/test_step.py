@@ -73,6 +73,69 @@ def test_stop_ends_the_call_after_the_step_and_the_next_call_continues() -> None
     np.testing.assert_equal(variables.copy_values(network.variables), unbroken)
 
 
+def test_a_call_that_polls_once_has_the_same_bits() -> None:
+    each, each_rows, _ = trained([1, 6])
+    once, once_rows, _ = trained([1, 6], polls_each_step=False)
+    np.testing.assert_equal(once, each)
+    np.testing.assert_array_equal(once_rows, each_rows)
+
+
+def test_a_call_that_polls_once_ends_after_the_first_step_and_the_next_call_continues() -> None:
+    network, calls = SmallNetwork(), []
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    step = make_step(network, optimizer, should_stop=lambda: calls.append(1) or len(calls) == 2, polls_each_step=False)
+    batches = iter(stream(20, 8))
+    first, _, stopped = step.run(batches, 1, 0, 0)
+    assert (len(first), stopped, len(calls)) == (1, False, 1)
+    rows, _, stopped = step.run(batches, 7, 1, 1)
+    assert (len(rows), stopped, len(calls)) == (1, True, 2)
+    step._steps_per_call = 5
+    more, _, stopped = step.run(batches, 5, 2, 2)
+    assert (len(more), stopped, len(calls)) == (5, False, 3)
+    unbroken, all_rows, _ = trained([7])
+    np.testing.assert_array_equal(np.concatenate([first, rows, more]), all_rows)
+    np.testing.assert_equal(variables.copy_values(network.variables), unbroken)
+
+
+def test_a_call_that_polls_once_is_divided_so_that_a_stop_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    step = make_step(
+        SmallNetwork(), keras.optimizers.SGD(0.1), should_stop=lambda: calls.append(1) or False, polls_each_step=False
+    )
+    monkeypatch.setattr("trainer.training.step.CALL_SECONDS", 0.0)  # one step takes longer
+    rows, _, _ = step.run(iter(stream(20, 8)), 4, 0, 0)
+    assert (len(rows), len(calls)) == (4, 4)
+
+
+ON_A_DEVICE = """
+import json, sys
+import numpy as np, tensorflow as tf, keras
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+tf.config.experimental.enable_op_determinism()
+from tests.training.small_network import SmallNetwork, make_step, stream
+from trainer.data.pipeline import prefetch_to_device
+from trainer.training import variables
+out = []
+for change in (lambda d: d, lambda d: prefetch_to_device(d, "CPU:1")):
+    network = SmallNetwork()
+    step = make_step(network, keras.optimizers.SGD(0.1, momentum=0.9), polls_each_step=False)
+    batches = iter(change(stream(20, 8)))
+    rows = np.concatenate([step.run(batches, n, 0, 0)[0] for n in (1, 6)])
+    values = [v.ravel().tolist() for v in variables.copy_values(network.variables).values()]
+    out.append([next(batches)["image"].device[-5:], rows.tolist(), values])
+print("RESULT" + json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_batches_that_are_copied_ahead_to_another_device_have_the_same_bits() -> None:
+    """The CPU twin of the copies to a GPU, with two logical devices."""
+    (device, *host), (other, *copied) = result_of(ON_A_DEVICE)
+    assert (device, other) == ("CPU:0", "CPU:1")
+    assert host == copied
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
     whole, rows, _ = trained([6], l2=0.01)
     accumulated, accumulated_rows, _ = trained([6], l2=0.01, accumulate=4)

@@ -1,15 +1,14 @@
-"""Resolve `auto` values by the numbers of training images and classes, with rules from published recipes
-(docs/phases.md).
-"""
+"""Resolve `auto` values by the numbers of training images and classes, and by the device (docs/phases.md)."""
 
 import math
 
+from trainer.config.batch_size import choose_batch_size
 from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, with_choices
 from trainer.types import CPU, Device
 
 FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset below one of these, in total or per class, has few images
-MANY_IMAGES, MANY_CLASSES = 50_000, 50  # thresholds of a larger backbone or batch
+MANY_IMAGES, MANY_CLASSES = 50_000, 50  # thresholds of a larger backbone
 
 
 def resolve_auto(
@@ -18,12 +17,13 @@ def resolve_auto(
     classes: int = 0,
     device: Device = CPU,
     begun: RunConfig | None = None,
+    replicas: int = 1,
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`.
 
     A resumed run passes `begun`, the configuration that it began with, and keeps its choices. Otherwise the choices
-    depend on the numbers of training images and classes, and on the device. Returns the configuration, and a line per
-    choice with its reason.
+    depend on the numbers of training images and classes, on the device, and on the number of all replicas. Returns the
+    configuration, and a line per choice with its reason.
     """
     if isinstance(config, RunConfig):
         return config, []
@@ -35,15 +35,18 @@ def resolve_auto(
     else:
         counted = f"for {images:,} training images of {classes} classes"
         backbone, size = _choose_backbone(images, classes)
-        batch_size = 16 if images < 1_000 else 32 if images < MANY_IMAGES else 64
-        rule = f"(16 under 1,000, 64 from {MANY_IMAGES:,} on, else 32)"
         phases, row, hint = _choose_phases(config, images, classes)
         precision, kernels = choose_precision(device)
+        resolved = with_choices(config, Choices(backbone, 1, phases, precision))
+        batch_size, rule = choose_batch_size(resolved, images, device, replicas)
+        divisor = compute_batch_divisor(resolved, replicas)
+        if device.kind == "GPU":
+            batch_size = max(batch_size // divisor, 1) * divisor
         choices = Choices(backbone, batch_size, phases, precision)
         texts = {
             "model.backbone": f"{backbone}, {counted} ({size})",
             "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
-            "training.batch_size": f"{batch_size}, for {images:,} training images {rule}",
+            "training.batch_size": f"{batch_size}, for {images:,} training images{rule}",
             "runtime.precision": f"{precision}, {kernels}",
         }
     reasons = [f"{key}=auto: {text}" for key, text in texts.items() if key in config.autos]

@@ -222,7 +222,8 @@ class Training(Section):
     """Settings that apply to all phases."""
 
     batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Literal["auto"] = 32
-    """Examples per step, over all replicas and workers; auto: chosen by the number of images (docs/phases.md)."""
+    """Examples per step, over all replicas and workers; auto: chosen by the number of
+    images and the memory of a GPU (docs/phases.md)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """Loss function (docs/training.md)."""
     focal_gamma: float = Field(2.0, ge=0, le=100)
@@ -317,7 +318,7 @@ class Runtime(Section):
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: Address = "~/.cache/kubetune"
-    """Local folder of all caches and staged files."""
+    """Local folder of all caches, staged files and programs compiled for a GPU."""
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
     """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
     disk_budget_gb: float | None = Field(None, ge=0, le=1e9)

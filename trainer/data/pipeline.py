@@ -75,6 +75,11 @@ def _prefetch(
     return batches.prefetch(elements).with_options(options), ahead
 
 
+def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset:
+    """Copy batches to a device, such as GPU:0, while earlier ones are used. Nothing can be applied to the result."""
+    return dataset.apply(tf.data.experimental.prefetch_to_device(device, DEVICE_BUFFER))
+
+
 @dataclass(frozen=True)
 class Batches:
     """A dataset of batches, and the gate at which the host waits for its shards."""

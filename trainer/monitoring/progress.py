@@ -1,6 +1,7 @@
 """Progress display for writing images, as a bar on a terminal or as log lines."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,3 +55,26 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
             yield show_bar
         finally:
             set_display(None)
+
+
+SLOW_SECONDS = 10.0  # after which `log_while_slow` logs for the first time
+
+
+@contextmanager
+def log_while_slow(activity: str, after: float = SLOW_SECONDS) -> Iterator[None]:
+    """Log that `activity` lasts, after that many seconds, then after twice as many, four times as many, and so on."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def log_periodically() -> None:
+        due = after
+        while not ended.wait(began + due - time.monotonic()):
+            log.info(f"still {activity}, for {time.monotonic() - began:.0f} s")
+            due *= 2
+
+    thread = threading.Thread(target=log_periodically, name="slow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

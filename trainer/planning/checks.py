@@ -178,6 +178,7 @@ def plan_teacher(
         examples=examples,
         replicas=replicas,
         labels=count * len(files.classes),
+        precision=config.runtime.precision,
     )
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
     if files.model is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, RunConfig
-from trainer.data.host import default_memory_budget
+from trainer.data.host import count_usable_cpus, default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
 from trainer.data.remote import addresses_in_errors, describe_shards, find_prepared, resolve_addresses
@@ -17,6 +17,7 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
+from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
 from trainer.planning.sections import WIDTH, Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
@@ -141,10 +142,10 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
     """Resolve `auto` as a run does, build the network, and print the sections about it."""
     classes = len(dataset.class_names)
-    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes, detect_device())
+    device, replicas = detect_device(), plan.replicas * plan.cluster.size
+    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes, device, replicas=replicas)
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
-    replicas = plan.replicas * plan.cluster.size
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
     plan.warnings += [limited] * bool(limited)
     check_batch_size(config, replicas)
@@ -170,7 +171,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
     computations = {}
     with plan.collect_errors():
-        computations = plan_computations(config, detect_device(), replicas, classifier, dataset, divisions)
+        computations = plan_computations(config, device, replicas, classifier, dataset, divisions)
     lines = {name: c.describe(name, config).partition(": ")[2] for name, c in computations.items()}
     plan.print_section("computation", list(lines.items()))
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
@@ -183,6 +184,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     memory = estimates.estimate_memory(
         classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=memory_before
     )
+    plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
     model_rows = _describe_model(config, classifier, classes)
     with plan.collect_errors():
         if not plan.resuming:
@@ -198,6 +200,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if summary:
         classifier.build_keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
     sections.show_memory(plan, memory)
+    values = per_device * classifier.image_size**2 * 3
+    if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), values):
+        plan.print_section("GPU memory (estimate, per GPU)", rows)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
     plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)

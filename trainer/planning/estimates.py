@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keras
-import tensorflow as tf
 
 from trainer.cluster.devices import query_gpu_memory
 from trainer.config.auto import compute_batch_divisor
+from trainer.config.batch_size import BYTES_PER_VALUE
 from trainer.config.phases import Optimizer
-from trainer.config.schema import RunConfig
+from trainer.config.schema import Precision, RunConfig
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError
@@ -52,6 +52,8 @@ class PhasePlan:
     optimizer: int
     averages: int
     activations: int
+    frozen_activations: int  # of `activations`: of the layers below the first thawed one
+    half_precision_weights: int  # copies of all weights in the precision of the computations; 0 in float32
     saves: int  # maximum number of checkpoints
 
 
@@ -63,12 +65,19 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
     Raises:
         ModelError: a thaw rule matches no layer.
     """
-    plans, virtual = [], config.training.virtual_replicas
+    plans, precision, virtual = [], config.runtime.precision, config.training.virtual_replicas
+    values = count_variable_bytes(classifier.variables.values()) // 4
     every = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = config.phase_steps(phase, epoch_steps)
         sizes = count_variable_bytes(thaw.trainable.values())
+        trained, frozen = estimate_activations(
+            classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
+        )
+        # Scoring has no micro-batches.
+        scored = rows_per_call() if virtual else examples * config.training.accumulate
+        scoring = sum(estimate_activations(classifier, None, scored, precision))
         saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / every), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=sizes,
@@ -76,13 +85,9 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
             trainable_parameters=count_parameters(thaw.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
             optimizer=count_optimizer_slots(phase.optimizer) * sizes,
-            activations=max(
-                estimate_activation_bytes(classifier, thaw.first_thawed, examples, thaw.batch_norm_training),
-                # Scoring has no micro-batches.
-                estimate_activation_bytes(
-                    classifier, None, rows_per_call() if virtual else examples * config.training.accumulate
-                ),
-            ),
+            activations=max(trained + frozen, scoring),
+            frozen_activations=frozen if trained + frozen >= scoring else scoring,
+            half_precision_weights=0 if precision == "float32" else values * BYTES_PER_VALUE[precision],
         ))  # fmt: skip
     return plans
 
@@ -97,10 +102,11 @@ def count_optimizer_slots(optimizer: Optimizer) -> int:
     return {"sgd": 0, "rmsprop": 1}.get(optimizer.name, 2) + bool(optimizer.momentum)
 
 
-def estimate_activation_bytes(
-    classifier: Classifier, first_thawed: int | None, examples: int, batch_norm_training: bool = False
-) -> int:
-    """Estimate the bytes of the activations of `examples` examples.
+def estimate_activations(
+    classifier: Classifier, first_thawed: int | None, examples: int, precision: Precision = "float32",
+    batch_norm_training: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Estimate the bytes of the activations of `examples` examples, of the trained layers and of those below them.
 
     The outputs of the first thawed layer and all layers above it are stored for the gradient. Below it only two at a
     time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one whose
@@ -115,11 +121,11 @@ def estimate_activation_bytes(
         copies = 1
         if isinstance(layer, keras.layers.BatchNormalization):
             copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
-        return copies * sum(math.prod(o.shape[1:]) * tf.as_dtype(o.dtype).size for o in outputs)
+        return copies * sum(math.prod(o.shape[1:]) for o in outputs) * BYTES_PER_VALUE[precision]
 
     sizes = [examples * output_bytes(layer) for layer in classifier.backbone.layers]
     cut = len(sizes) if first_thawed is None else first_thawed
-    return sum(sizes[cut:]) + sum(sorted(sizes[:cut])[-2:])
+    return sum(sizes[cut:]), sum(sorted(sizes[:cut])[-2:])
 
 
 def measure_resident_bytes() -> int:
@@ -132,6 +138,7 @@ def measure_resident_bytes() -> int:
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
 DECODED = "decoded images in memory"
+HALF_PRECISION = "weights in half precision"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # with TEACHER[1], what grows with the batch
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
@@ -149,11 +156,13 @@ def estimate_memory(
     with its libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
+    half = largest.half_precision_weights * replicas
     return [
         ("TensorFlow and libraries, measured here", baseline),
         ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
         (f"gradients (phase {largest.name})", largest.gradients * replicas),
         ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
+        *([(HALF_PRECISION, half)] if half else []),
         (ACTIVATIONS, largest.activations * replicas),
         (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
@@ -162,8 +171,9 @@ def estimate_memory(
 
 
 def estimate_teacher_memory(
-    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, examples: int, replicas: int, labels: int
-) -> Uses:
+    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, examples: int, replicas: int, labels: int,
+    precision: Precision,
+) -> Uses:  # fmt: skip
     """Estimate the uses of memory of a teacher on this worker while the student trains.
 
     A teacher that predicts in every step needs its variables, and activations for the `examples` that each of the
@@ -172,14 +182,14 @@ def estimate_teacher_memory(
     """
     if not every_step:
         return [("its logits", 4 * labels)]
-    activations = estimate_activation_bytes(classifier, None, examples) if classifier else 0
+    activations = sum(estimate_activations(classifier, None, examples, precision)) if classifier else 0
     return [(TEACHER[0], variable_bytes * replicas), (TEACHER[1], activations * replicas)]
 
 
 def select_gpu_uses(uses: Uses) -> Uses:
     """Select the uses of memory that are on the GPUs if there are any."""
-    on_gpu = ("variables", ACTIVATIONS, *TEACHER)
-    return [use for use in uses if use[0] in on_gpu or use[0].startswith(("grad", "opt"))]
+    names = ("variables", ACTIVATIONS, HALF_PRECISION, *TEACHER)
+    return [use for use in uses if use[0] in names or use[0].startswith(("grad", "opt"))]
 
 
 def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:

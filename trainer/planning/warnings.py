@@ -2,13 +2,16 @@
 
 import numpy as np
 
+from trainer.cluster.devices import detect_device
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, plan_image_caches
 from trainer.data.sharding import steps_per_epoch
 from trainer.distillation.teacher import ConfiguredTeacher
 from trainer.models.classifier import Classifier
 from trainer.planning.estimates import check_worker_memory, estimate_memory, estimate_teacher_memory, plan_phases
+from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
 DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
@@ -35,12 +38,13 @@ def find_run_warnings(
         uses += estimate_teacher_memory(
             network.variable_bytes if network else 0, network and network.classifier,
             every_step=config.augmentation.active, examples=per_replica, replicas=replicas,
-            labels=train.count * len(dataset.class_names),
+            labels=train.count * len(dataset.class_names), precision=config.runtime.precision,
         )  # fmt: skip
     memory = check_worker_memory(config, uses, worker.size * replicas)
     if not worker.is_chief:
         return []
-    return [*memory, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
+    device = find_device_warnings(config, detect_device(), count_usable_cpus(), replicas, caches["train"].where)
+    return [*memory, *device, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
 
 
 def find_settings_warnings(config: RequestedConfig) -> list[str]:

@@ -497,17 +497,18 @@ def _local_folder(config: RequestedConfig, address: str) -> Path:
 
 
 def resolve_auto_once(
-    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device
+    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device, replicas: int
 ) -> tuple[RunConfig, list[str]]:
     """Resolve `auto` values on the chief: as an earlier start of this run did, or else for the dataset and the device.
 
-    All workers must call this. They get the same configuration, and a reason for each chosen value.
+    `replicas` is the number on all workers. All workers must call this. They get the same configuration, and a reason
+    for each chosen value.
     """
 
     def choose() -> tuple[dict[str, Any], list[str]]:
         resumed = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         images, classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, images, classes, device, resumed)
+        chosen, reasons = resolve_auto(config, images, classes, device, resumed, replicas)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

@@ -35,6 +35,7 @@ from trainer.training.losses import (
 )
 from trainer.types import Batch, Dataset
 
+CALL_SECONDS = 2.0  # approximate maximum of a device call that checks for a stop request only at its beginning
 INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
@@ -73,9 +74,12 @@ class StepSettings(LossSettings):
     batch_norm_training: bool = False  # trainable BatchNormalization layers use batch statistics
     loss_scaling: bool = False  # dynamic loss scaling, for float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
+    polls_each_step: bool = True  # check for a stop request at each step; False: once per call
 
     @classmethod
-    def from_config(cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool) -> StepSettings:
+    def from_config(
+        cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True
+    ) -> StepSettings:
         """Make the settings of a phase from the configuration and the class counts of the training split."""
         training, distillation = config.training, config.distillation
         options = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
@@ -93,6 +97,7 @@ class StepSettings(LossSettings):
             batch_norm_training=batch_norm_training,
             loss_scaling=config.runtime.precision == "float16",
             xla=xla,
+            polls_each_step=polls_each_step,
             **options,
         )
 
@@ -180,7 +185,9 @@ class TrainingStep:
 
         Args:
             should_stop: called in each step, in a TensorFlow thread. If it returns true on any worker, all workers
-                stop after that step.
+                stop after that step. Without `polls_each_step`, it is called before the first step of a device call,
+                and the device does not wait for the host between steps: then the number of steps per call depends on
+                this process, so several workers must poll each step.
             teacher: computes logits, float32 [b, classes], of the images of each step, without gradients. None if the
                 batches have soft labels, or without distillation.
         """
@@ -201,6 +208,7 @@ class TrainingStep:
                 shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.copy_values(trained).items()}
                 self.averages = Averages(shadows, trained)
         self.traced = False  # whether `run` has been called; the first call traces and compiles
+        self._steps_per_call = 1  # maximum, without `polls_each_step`: as many as take `CALL_SECONDS`
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_terms: Callable[..., list[tf.Tensor]] = self._terms
         if settings.xla:
@@ -226,11 +234,20 @@ class TrainingStep:
             - The seconds for which this worker waited for data.
             - Whether a stop was requested, the same on all workers.
         """
-        sums, waited, stopped = self._compiled_loop(
-            batches, tf.constant(steps), tf.constant(run_step, tf.int64), tf.constant(phase_step, tf.int64)
-        )
-        self.traced = True
-        return sums.numpy(), float(waited), bool(stopped)
+        rows, waited, stopped, done = list[np.ndarray](), 0.0, False, 0
+        while done < steps and not stopped:
+            count = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - done)
+            began = time.perf_counter()
+            sums, seconds, flag = self._compiled_loop(
+                batches, tf.constant(count), tf.constant(run_step + done, tf.int64),
+                tf.constant(phase_step + done, tf.int64),
+            )  # fmt: skip
+            rows.append(sums.numpy())
+            waited, stopped, done = waited + float(seconds), bool(flag), done + len(rows[-1])
+            per_step = (time.perf_counter() - began) / max(len(rows[-1]), 1)
+            self._steps_per_call = max(int(CALL_SECONDS / per_step), 1)
+            self.traced = True
+        return np.concatenate(rows), waited, stopped
 
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
         """Run the steps in a graph. Return what `run` returns, as tensors: float32 [n, 3], float64 and bool."""
@@ -240,10 +257,16 @@ class TrainingStep:
         if virtual:
             terms_of = self._terms_in_tree
 
-        def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
-            return tf.logical_and(i < steps, tf.logical_not(stopped))
+        polls, is_requested = self.settings.polls_each_step, tf.constant(False)
+        if not polls:
+            is_requested = self._is_stop_requested()
+            with tf.device("CPU:0"):  # the loop compares with it on the host
+                steps = tf.where(is_requested, 1, steps)
 
-        def one_step(i: Any, _stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
+        def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
+            return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
+
+        def one_step(i: Any, stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
             batch, seconds, stop_flag = self._fetch(batches, after=last)
             done = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
@@ -255,11 +278,13 @@ class TrainingStep:
             if self.averages:
                 self._update_averages(phase_step + done)
             row = local(sums)[0] if virtual else tf.add_n(local(sums))
-            return i + 1, local(stop_flags)[0] > 0, row, waited + seconds, per_step.write(i, row)
+            if polls:
+                stopped = local(stop_flags)[0] > 0
+            return i + 1, stopped, row, waited + seconds, per_step.write(i, row)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        initial = (tf.constant(0), tf.constant(False), tf.zeros([3]), tf.zeros([], tf.float64), per_step)
+        initial = (tf.constant(0), is_requested, tf.zeros([3]), tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
         is_local = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy) and not virtual
@@ -275,7 +300,13 @@ class TrainingStep:
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             waited = _call_on_host(time.perf_counter) - start
-            return batch, waited, tf.cast(_call_on_host(self.should_stop), tf.float32)
+            stop_flag = _call_on_host(self.should_stop) if self.settings.polls_each_step else tf.zeros([], tf.float64)
+            return batch, waited, tf.cast(stop_flag, tf.float32)
+
+    def _is_stop_requested(self) -> tf.Tensor:
+        """Return whether a stop is requested in this process, a bool scalar on the host."""
+        with tf.device("CPU:0"):
+            return _call_on_host(self.should_stop) > 0
 
     def _count_globally(self, batch: Batch, stop_flag: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Sum examples and stop flags over all replicas, float32 scalars. Must be called in replica context."""
