@@ -43,6 +43,7 @@ from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.weights_folder import locate_weights
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.planning.computation import adopt_computations, plan_computations
@@ -107,7 +108,8 @@ def set_up(
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
-    data = open_run_data(requested, log.info, lambda address: stop.check(f"while fetching {address}"))
+    to_open = requested.model_copy(update={"model": locate_weights(requested.model)})
+    data = open_run_data(to_open, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
