@@ -1,6 +1,8 @@
-"""Write docs/performance.md and its bar chart from the results of the rows.
+"""Write docs/performance.md, its bar chart, and the table of README.md from the results of the rows.
 
 python -m benchmarks.page FOLDER
+
+The table of README.md has the whole recipe of the widest network, if that was measured with all seeds.
 """
 
 import sys
@@ -13,7 +15,10 @@ from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
 from trainer.report.figures import ACCENT, GRID_LINE, INK, MUTED, create_figure, save, style_axes
 
-PAGE, CHART = Path("docs", "performance.md"), Path("docs", "images", "performance.png")
+PAGE, CHART, README = Path("docs", "performance.md"), Path("docs", "images", "performance.png"), Path("README.md")
+BEGIN, END = "<!-- Made by `make bench` -->\n\n", "<!-- The end of what it makes -->\n"
+SEEDS = 3  # of a table of README.md
+OURS = {"no augmentation": "ours", "flip, rotation, zoom": "ours, live"}  # augmentation -> our side in README.md
 ORDER = ("recipe", "input", "step", "features", "start", "recipe-memory", "growth")  # of sections, by file name
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 INTRODUCTION = f"""# Performance
@@ -53,6 +58,34 @@ def page(results: Sequence[Result]) -> str:
     return "\n\n".join([INTRODUCTION, *map(section, results)]) + "\n"
 
 
+def speed_table(recipe: Result) -> str:
+    """The table of README.md: the whole recipe against each peer, with the accuracies of both."""
+    (accuracies,) = (extra for extra in recipe.tables if extra.title == "Validation accuracy")
+    scores = {(row[0], row[1]): f"{row[3]} ({row[4]})" for row in accuracies.rows if row[2] == "from layer 100"}
+    (examples,) = {row[5] for row in accuracies.rows}
+    rows = []
+    for label, side in OURS.items():
+        for c in (c for c in recipe.comparisons if c.what == f"{label}, {side}: total"):
+            ratio = f"{c.ratio:.1f} ({min(c.ratios):.1f} to {max(c.ratios):.1f})"
+            times = [amount(c.other, c.unit), amount(c.ours, c.unit)]
+            rows.append([label, c.against, *times, ratio, scores[label, c.against], scores[label, side]])
+    accuracy = f"accuracy, n = {examples}, 95 % interval"
+    header = ["", "peer", "its time", "kubetune", "ratio (range)", f"its {accuracy}", f"kubetune's {accuracy}"]
+    note = f"{recipe.title}; medians of {SEEDS} interleaved seeds. {recipe.machine}; {recipe.date}. `{recipe.command}`"
+    return f"{table(header, rows)}\n\n{note}\n"
+
+
+def readme(text: str, results: Sequence[Result]) -> str:
+    """README.md with the table of the widest network that was measured with all seeds; without one, as it is."""
+    recipes = [r for r in results if r.name.startswith("recipe-alpha-") and len(r.comparisons[0].ours) >= SEEDS]
+    if not recipes:
+        return text
+    widest = max(recipes, key=lambda r: float(r.name.removeprefix("recipe-alpha-")))
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + speed_table(widest) + END + after
+
+
 def draw(results: Sequence[Result], file: Path) -> None:
     """Draw one bar per ratio, on a logarithmic axis from 1, with its range."""
     bars = [(f"{c.what}, against {c.against}", c.ratios, c.ratio) for r in results for c in r.comparisons]
@@ -87,7 +120,7 @@ def draw(results: Sequence[Result], file: Path) -> None:
 
 
 def write(folder: Path, root: Path = ROOT) -> None:
-    """Write page and chart.
+    """Write page, chart, and the table of README.md.
 
     Raises:
         SystemExit: the folder has no results.
@@ -98,6 +131,7 @@ def write(folder: Path, root: Path = ROOT) -> None:
     (root / CHART).parent.mkdir(parents=True, exist_ok=True)
     draw(results, root / CHART)
     (root / PAGE).write_text(page(results))
+    (root / README).write_text(readme((root / README).read_text(), results))
     print(f"{PAGE} and {CHART} are written from {len(results)} results")
 
 

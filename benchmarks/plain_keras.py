@@ -1,23 +1,39 @@
-"""The recipe R4 in plain Keras, as in its notebook: the baseline of `python -m benchmarks.whole_recipe`.
+"""The flowers recipe with MobileNetV2 in plain Keras: the peers of `python -m benchmarks.whole_recipe`.
 
-    python -m benchmarks.plain_keras SPLIT --weights FILE --alpha 0.35 --seed 1 --augment
+    python -m benchmarks.plain_keras SPLIT --peer best --weights FILE --alpha 0.35 --seed 1 --augment
 
-SPLIT holds {train,validation}/<class>. Prints one JSON object: seconds from opening the data to the end of the second
-fit, seconds of each epoch after the first of a phase, validation accuracy after each epoch. Everything that the recipe
-does not specify has the default of Keras.
+    notebook    as its notebook has it, with the defaults of Keras. Thawed normalization trains with the statistics of
+                the batch although the backbone is called with `training=False` (keras#20285).
+    corrected   the statistics are frozen, as its author meant; gamma and beta of thawed layers train.
+    best        corrected, without XLA (`jit_compile=False`), and one call per epoch (`steps_per_execution`).
+
+SPLIT holds {train,validation}/<class>. Decoded images are cached by tf.data in each. Prints one JSON object: seconds
+from opening the data to the end of the second fit, seconds of each epoch after the first of a phase, validation
+accuracy after each epoch, trainable parameters of the second fit, and whether it changed the moving averages.
 """
 
 import argparse
 import json
+import math
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 SIZE, BATCH, EPOCHS, FROM_LAYER = 160, 32, 5, 100
+PEERS = ("notebook", "corrected", "best")
+NORM = keras.layers.BatchNormalization
+
+
+class FrozenStatistics(NORM):
+    """BatchNormalization with the moving averages, also in training; gamma and beta train."""
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: ARG002 - as Keras calls it
+        return super().call(inputs, training=False, mask=mask)
 
 
 class Clock(keras.callbacks.Callback):
@@ -48,9 +64,25 @@ def open_split(folder: Path, seed: int) -> tuple[tf.data.Dataset, tf.data.Datase
     return train.cache().shuffle(1000).prefetch(autotune), validation.cache().prefetch(autotune), len(train.class_names)
 
 
-def build(classes: int, weights: str, alpha: float, augment: bool) -> tuple[keras.Model, keras.Model]:
+def freeze_statistics(backbone: keras.Model) -> keras.Model:
+    """The same network, with new weights, whose normalization never uses the statistics of a batch."""
+
+    def clone(layer: keras.Layer) -> keras.Layer:
+        kind = FrozenStatistics if isinstance(layer, NORM) else type(layer)
+        return kind.from_config(layer.get_config())
+
+    cloned = keras.models.clone_model(backbone, clone_function=clone)
+    cloned.set_weights(backbone.get_weights())
+    return cloned
+
+
+def build(
+    classes: int, weights: str, alpha: float, augment: bool, frozen_statistics: bool = False
+) -> tuple[keras.Model, keras.Model]:
     """The whole model, float [b, S, S, 3] in 0..255 -> probabilities, and the frozen backbone in it."""
     backbone = keras.applications.MobileNetV2(input_shape=(SIZE, SIZE, 3), include_top=False, weights=None, alpha=alpha)
+    if frozen_statistics:
+        backbone = freeze_statistics(backbone)
     if weights != "none":
         backbone.load_weights(weights)
     backbone.trainable = False
@@ -66,10 +98,13 @@ def build(classes: int, weights: str, alpha: float, augment: bool) -> tuple[kera
     return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x)), backbone
 
 
-def fit(model: keras.Model, rate: float, data: Any, validation: Any, first_epoch: int) -> tuple[Clock, list[float]]:
-    """Compile and train five epochs; returns their times and validation accuracies."""
+def fit(
+    model: keras.Model, rate: float, data: Any, validation: Any, first_epoch: int, options: dict[str, Any]
+) -> tuple[Clock, list[float]]:
+    """Compile with `options` and train five epochs; returns their times and validation accuracies."""
     clock = Clock()
-    model.compile(keras.optimizers.Adam(rate), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    loss, optimizer = "sparse_categorical_crossentropy", keras.optimizers.Adam(rate)
+    model.compile(optimizer, loss=loss, metrics=["accuracy"], **options)
     history = model.fit(
         data,
         validation_data=validation,
@@ -81,9 +116,16 @@ def fit(model: keras.Model, rate: float, data: Any, validation: Any, first_epoch
     return clock, [float(value) for value in history.history["val_accuracy"]]
 
 
+def averages_of(backbone: keras.Model) -> list[np.ndarray]:
+    """Copies of the moving averages of all normalization."""
+    norms = [layer for layer in backbone.layers if isinstance(layer, NORM)]
+    return [np.array(value) for layer in norms for value in (layer.moving_mean, layer.moving_variance)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--peer", choices=PEERS, default="notebook")
     parser.add_argument("--weights", default="none")
     parser.add_argument("--alpha", type=float, default=0.35)
     parser.add_argument("--seed", type=int, default=1)
@@ -93,15 +135,22 @@ def main() -> None:
     keras.utils.disable_interactive_logging()
     began = time.perf_counter()
     data, validation, classes = open_split(options.data, options.seed)
-    model, backbone = build(classes, options.weights, options.alpha, options.augment)
-    head, first = fit(model, 1e-3, data, validation, 0)
+    model, backbone = build(
+        classes, options.weights, options.alpha, options.augment, frozen_statistics=options.peer != "notebook"
+    )
+    one_call = {"jit_compile": False, "steps_per_execution": int(data.cardinality())}
+    compiled = one_call if options.peer == "best" else {}
+    head, first = fit(model, 1e-3, data, validation, 0, compiled)
+    before = averages_of(backbone)
     backbone.trainable = True
     for layer in backbone.layers[:FROM_LAYER]:
         layer.trainable = False
-    tuned, second = fit(model, 1e-5, data, validation, EPOCHS)
+    tuned, second = fit(model, 1e-5, data, validation, EPOCHS, compiled)
     whole = time.perf_counter() - began
     result = {
         "seconds": whole,
+        "trainable": sum(math.prod(variable.shape) for variable in model.trainable_variables),
+        "averages_changed": any((a != b).any() for a, b in zip(before, averages_of(backbone), strict=True)),
         "epochs": {"head": head.seconds, "fine_tune": tuned.seconds},
         "val_accuracy": {"head": first, "fine_tune": second},
     }

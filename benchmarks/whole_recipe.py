@@ -1,8 +1,11 @@
-"""The whole recipe R4, five epochs of the head and five from layer 100 on: plain Keras against ours, 3 seeds.
+"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and ours.
 
-    python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 0.35
+    python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 1.0
 
-Each run is a separate process. Both sides read the same {train,validation}/<class> folders of links; seed i validates
+The three peers are described in `benchmarks/plain_keras.py`. `make bench`, or `python -m benchmarks.page FOLDER` after
+it, writes the table of README.md from the results of the widest network, if they have three seeds.
+
+Each run is a separate process. All sides read the same {train,validation}/<class> folders of links; seed i validates
 on the i-th of five disjoint folds.
 """
 
@@ -22,7 +25,7 @@ from benchmarks.processes import Completed, in_turns, run, train
 from benchmarks.results import Comparison, Result, Table, save, spread
 from trainer.evaluation.intervals import wilson_interval
 
-PLAIN = "plain Keras"
+PEERS = {"Keras as in the notebook": "notebook", "Keras corrected": "corrected", "best plain Keras": "best"}
 LIVE = ["phases.head.features=live", "phases.fine_tune.features=live"]
 AUGMENTATIONS = {"no augmentation": "none", "flip, rotation, zoom": "standard"}
 OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> additional arguments
@@ -35,8 +38,11 @@ the same examples on both sides. {model}. Time is measured from opening the data
 the second phase: decoding, features, building, tracing, training, validation and checkpoints count; imports, the last
 evaluation, exports and the report do not. The time per epoch is between the ends of two epochs, with validation and
 without the first epoch of a phase, which compiles. Accuracy is that of the last epoch of a phase, with
-`training.keep=last` on our side. Plain Keras is `benchmarks/plain_keras.py`: `image_dataset_from_directory`, cache,
-shuffle, prefetch, the augmentation and preprocessing layers in the graph, the backbone called with `training=False`."""
+`training.keep=last` on our side. The peers are those of `benchmarks/plain_keras.py`: `image_dataset_from_directory`,
+cache, shuffle, prefetch, the augmentation and preprocessing layers in the graph, the backbone called with
+`training=False`. As in the notebook, Keras trains thawed normalization nevertheless, another training than ours; in
+the two others the statistics are frozen, and gamma and beta train, as in ours. The best one has no XLA and one call per
+epoch."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,10 @@ class Outcome:
     process: Completed
 
 
-def plain(split: Path, options: argparse.Namespace, augmentation: str, seed: int) -> Outcome:
+def plain(split: Path, options: argparse.Namespace, augmentation: str, seed: int, peer: str) -> Outcome:
     flags = ["--augment"] if augmentation != "none" else []
     model = ["--weights", str(options.weights), "--alpha", str(options.alpha)]
-    ended = run("-m", "benchmarks.plain_keras", str(split), *model, "--seed", str(seed), *flags)
+    ended = run("-m", "benchmarks.plain_keras", str(split), "--peer", peer, *model, "--seed", str(seed), *flags)
     result: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
     last = {phase: values[-1] for phase, values in result["val_accuracy"].items()}
     return Outcome(result["seconds"], result["epochs"], last, {}, ended)
@@ -93,10 +99,10 @@ def measure(options: argparse.Namespace) -> list[Result]:
         splits = [link_fold(root, scratch / f"fold-{turn}", turn) for turn in range(rounds)]
         examples = [count_of(split / "validation") for split in splits]
         for label, augmentation in AUGMENTATIONS.items():
-            for turn, side in in_turns([PLAIN, *OURS[label]], rounds):
+            for turn, side in in_turns([*PEERS, *OURS[label]], rounds):
                 outcome = (
-                    plain(splits[turn], options, augmentation, turn + 1)
-                    if side == PLAIN
+                    plain(splits[turn], options, augmentation, turn + 1, PEERS[side])
+                    if side in PEERS
                     else ours(splits[turn], options, augmentation, turn + 1, OURS[label][side], scratch)
                 )
                 runs_of.setdefault((label, side), []).append(outcome)
@@ -109,7 +115,13 @@ def measure(options: argparse.Namespace) -> list[Result]:
         title=f"Whole recipe, MobileNetV2 of width {alpha}",
         how=how,
         command=command_of("recipe", options, rounds),
-        comparisons=[c for label in AUGMENTATIONS for side in OURS[label] for c in comparisons(runs_of, label, side)],
+        comparisons=[
+            c
+            for label in AUGMENTATIONS
+            for side in OURS[label]
+            for peer in PEERS
+            for c in comparisons(runs_of, label, side, peer)
+        ],
         tables=[accuracies(runs_of, examples), time_breakdowns(runs_of)],
     )
     memory = Result(
@@ -118,9 +130,10 @@ def measure(options: argparse.Namespace) -> list[Result]:
         how="The peak resident memory of the processes of the row above, imports and report included.",
         command=command_of("recipe", options, rounds),
         comparisons=[
-            Comparison(f"{label}, {side}", PLAIN, "MB", peaks(runs_of[label, side]), peaks(runs_of[label, PLAIN]))
+            Comparison(f"{label}, {side}", peer, "MB", peaks(runs_of[label, side]), peaks(runs_of[label, peer]))
             for label in AUGMENTATIONS
             for side in OURS[label]
+            for peer in PEERS
         ],
     )
     return [recipe, memory]
@@ -130,13 +143,13 @@ def peaks(outcomes: Sequence[Outcome]) -> list[float]:
     return [outcome.process.peak_mb for outcome in outcomes]
 
 
-def comparisons(runs_of: dict[tuple[str, str], list[Outcome]], label: str, side: str) -> list[Comparison]:
-    """Time of the whole recipe, and per epoch of each phase."""
-    mine, other = runs_of[label, side], runs_of[label, PLAIN]
-    rows = [Comparison(f"{label}, {side}: total", PLAIN, "s", [o.seconds for o in mine], [o.seconds for o in other])]
+def comparisons(runs_of: dict[tuple[str, str], list[Outcome]], label: str, side: str, peer: str) -> list[Comparison]:
+    """Time of the whole recipe, and per epoch of each phase, against one peer."""
+    mine, other = runs_of[label, side], runs_of[label, peer]
+    rows = [Comparison(f"{label}, {side}: total", peer, "s", [o.seconds for o in mine], [o.seconds for o in other])]
     for phase, name in PHASES.items():
         each = [[statistics.median(o.epochs[phase]) for o in outcomes] for outcomes in (mine, other)]
-        rows.append(Comparison(f"{label}, {side}: per epoch, {name}", PLAIN, "s", *each))
+        rows.append(Comparison(f"{label}, {side}: per epoch, {name}", peer, "s", *each))
     return rows
 
 
@@ -159,7 +172,7 @@ def time_breakdowns(runs_of: dict[tuple[str, str], list[Outcome]]) -> Table:
     """Time breakdown of our runs."""
     rows = []
     for (label, side), outcomes in runs_of.items():
-        if side == PLAIN:
+        if side in PEERS:
             continue
         spent = {category: [o.breakdown[category] for o in outcomes] for category in outcomes[0].breakdown}
         cells = [f"{name} {spread(seconds, '{:.1f}')}" for name, seconds in spent.items() if max(seconds) >= 0.05]

@@ -2,13 +2,14 @@
 `python scripts/recipes_page.py`. `tests/test_recipes.py` compares the registry with the presets.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parent.parent
-REGISTRY, PAGE = ROOT / "docs" / "recipes.yaml", ROOT / "docs" / "recipes.md"
+REGISTRY, PAGE, PRESETS = ROOT / "docs" / "recipes.yaml", ROOT / "docs" / "recipes.md", ROOT / "conf" / "experiment"
 BEGIN = "<!-- Made by `python scripts/recipes_page.py` from docs/recipes.yaml -->\n"
 END = "<!-- The end of what it makes -->\n"
 
@@ -24,6 +25,16 @@ def read_registry() -> dict[str, dict[str, Any]]:
             flat |= {f"{key}.{inner}": x for inner, x in value.items()} if nested else {key: value}
         recipe["values"] = flat
     return recipes
+
+
+def list_values(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The values that a preset has: those of its recipe, and those of its departures."""
+    return recipe["values"] | {row["key"]: row["here"] for row in recipe["departures"] if "key" in row}
+
+
+def read_commands(name: str) -> list[str]:
+    """The commands in the header of a preset, whose last lines end without a backslash."""
+    return re.findall(r"^#   (.*)$", (PRESETS / f"{name}.yaml").read_text(), flags=re.M)
 
 
 def show(value: Any) -> str:
@@ -50,14 +61,14 @@ def tables(recipes: dict[str, dict[str, Any]]) -> str:
     lines = ["", "| preset | data | backbone, pixels | phases: epochs, trainable parameters | published |",
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, recipe in recipes.items():
-        values = recipe["values"]
-        phases = [f"`{phase}` {values[f'phases.{phase}.epochs']}" + (f", {count:,}" if count else "")
+        values = list_values(recipe)
+        phases = [f"`{phase}` {values[f'phases.{phase}.epochs']}" + f", {count:,}"
                   for phase, count in recipe["trainable"].items()]  # fmt: skip
         backbone = f"{values['model.backbone']}, {values['model.image_size']}"
         lines.append(f"| `{name}` | {recipe['title']} | {backbone} | {'; '.join(phases)} | {recipe['published']} |")
     lines += ["", "Parameters are those with 5 classes where the data has no number of its own.", ""]
     for name, recipe in recipes.items():
-        lines += [f"### {name}", "", "As published:", ""]
+        lines += [f"### {name}", "", "```", *read_commands(name), "```", "", "As published:", ""]
         sections: dict[str, list[str]] = {}
         for key, value in recipe["values"].items():
             depth = 2 if key.startswith("phases.") else 1
@@ -65,7 +76,7 @@ def tables(recipes: dict[str, dict[str, Any]]) -> str:
             sections.setdefault(section, []).append(f"`{inner}={show(value)}`")
         lines += [f"- `{section}.*`: {', '.join(values)}" for section, values in sections.items()]
         if recipe["departures"]:
-            lines += ["", "| recipe | here | why |", "| --- | --- | --- |"]
+            lines += ["", "Other values:", "", "| recipe | here | why |", "| --- | --- | --- |"]
             for departure in recipe["departures"]:
                 key = departure.get("key")
                 here = f"`{key}={show(departure['here'])}`" if key else departure["here"]

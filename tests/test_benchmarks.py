@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import growth, page, whole_recipe
+from benchmarks import growth, page, plain_keras, whole_recipe
 from benchmarks.__main__ import ROWS
 from benchmarks.input_pipeline import ROWS as PIPELINES
 from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
 from benchmarks.processes import Completed, TrainerRun, in_turns, run
 from benchmarks.results import Comparison, Result, Table, amount, read, save, spread
+from trainer.config.schema import Model
+from trainer.models.classifier import build_classifier, count_parameters
+from trainer.models.freezing import apply_thaw
 
 ROOT = Path(__file__).parents[1]
+PEER = "best plain Keras"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,9 @@ def test_the_page_has_the_saved_results(tmp_path: Path) -> None:
     first = Result("recipe-alpha-0.35", "Whole recipe", "", "", [Comparison("all", "plain", "s", [1.0], [3.0])])
     for result in (step, first):
         save(result, tmp_path / "out")
+    (tmp_path / "README.md").write_text("# A\n")
     assert {r.name: r for r in read(tmp_path / "out")} == {r.name: r for r in (step, first)}
+    (tmp_path / "README.md").write_text("# A\n")
     page.write(tmp_path / "out", tmp_path)
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert text.index("## Whole recipe") < text.index("## Training step")
@@ -53,6 +59,45 @@ def test_the_page_has_the_saved_results(tmp_path: Path) -> None:
     assert "In turns. 2 cores; 2026-11-22. `python -m benchmarks --only step`" in text
     with Image.open(tmp_path / "docs" / "images" / "performance.png") as chart:
         assert chart.width > 800
+    assert (tmp_path / "README.md").read_text() == "# A\n"  # one seed is no table
+
+
+def recipe_of(alpha: float, seconds: float, seeds: int) -> Result:
+    """A result of the whole recipe, in which ours takes `seconds` and the peers 2, 3 and 4 times as long."""
+    peers = {name: factor for factor, name in enumerate(whole_recipe.PEERS, 2)}
+    sides = [(label, side) for label in whole_recipe.AUGMENTATIONS for side in whole_recipe.OURS[label]]
+    totals = [
+        Comparison(f"{label}, {side}: total", peer, "s", [seconds] * seeds, [seconds * factor] * seeds)
+        for label, side in sides
+        for peer, factor in peers.items()
+    ]
+    rows = [
+        [label, side, after, "0.8", "0.7 to 0.9", "360", "0.8"]
+        for label, side in [*sides, *((label, peer) for label in whole_recipe.AUGMENTATIONS for peer in peers)]
+        for after in whole_recipe.PHASES.values()
+    ]
+    accuracy = Table("Validation accuracy", ["", "", "", "", "", "", ""], rows)
+    return Result(
+        f"recipe-alpha-{alpha:g}", f"Width {alpha:g}", "", "run it", totals, [accuracy], "2 cores", "2026-11-28"
+    )
+
+
+def test_the_table_of_the_readme_has_the_three_peers_of_the_widest_network_with_all_seeds() -> None:
+    text = (ROOT / "README.md").read_text()
+    results = [recipe_of(0.35, 1.0, 3), recipe_of(1.0, 10.0, 3), recipe_of(1.4, 20.0, 1)]
+    made = page.readme(text, results)
+    before, after = text.partition(page.BEGIN)[0], text.partition(page.END)[2]
+    assert made.startswith(before + page.BEGIN)
+    assert made.endswith(page.END + after)
+    rows = [line for line in made.removeprefix(before).removesuffix(after).splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 2 * 3
+    assert rows[2] == (
+        "| no augmentation | Keras as in the notebook | 20.0 s | 10.0 s | 2.0 (2.0 to 2.0) | 0.8 (0.7 to 0.9) "
+        "| 0.8 (0.7 to 0.9) |"
+    )
+    assert [row.split(" | ")[1] for row in rows[5:]] == list(whole_recipe.PEERS)
+    assert "Width 1; medians of 3 interleaved seeds. 2 cores; 2026-11-28. `run it`" in made
+    assert page.readme(text, results[2:]) == text
 
 
 def test_a_recipe_is_compared_seed_by_seed() -> None:
@@ -62,10 +107,10 @@ def test_a_recipe_is_compared_seed_by_seed() -> None:
         return whole_recipe.Outcome(seconds, epochs, last, breakdown, Completed(0.0, "", 100 * seconds, own_mb=1.0))
 
     outcomes = {
-        ("none", "plain Keras"): [outcome(30, 0.75), outcome(60, 0.875)],
+        ("none", PEER): [outcome(30, 0.75), outcome(60, 0.875)],
         ("none", "ours"): [outcome(10, 0.875, train=8, start=2, lost=0), outcome(15, 1.0, train=12, start=3, lost=0)],
     }
-    whole, head, tune = whole_recipe.comparisons(outcomes, "none", "ours")
+    whole, head, tune = whole_recipe.comparisons(outcomes, "none", "ours", PEER)
     assert (whole.ratios, head.ratios, tune.ratios) == ([3.0, 4.0], [1.0, 1.0], [3.0, 4.0])
     assert whole_recipe.peaks(outcomes["none", "ours"]) == [1000.0, 1500.0]
     rows = whole_recipe.accuracies(outcomes, [40, 80]).rows  # 35 + 80 of 120
@@ -132,6 +177,22 @@ def test_every_side_of_the_input_reads_the_folder(side: str, photos: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("peer", plain_keras.PEERS)
+def test_plain_keras_trains_normalization_although_told_not_to_unless_it_is_corrected(
+    peer: str, photos: Path, tmp_path: Path
+) -> None:
+    split = link_fold(photos, tmp_path / "split", 0)
+    arguments = ("--peer", peer, "--alpha", "0.35", "--augment")
+    result = json.loads(run("-m", "benchmarks.plain_keras", str(split), *arguments).output.splitlines()[-1])
+    assert result["averages_changed"] == (peer == "notebook")
+    assert [len(values) for values in result["val_accuracy"].values()] == [plain_keras.EPOCHS] * 2
+    model = Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32)
+    trained = apply_thaw(build_classifier(model, 2, 1), f"from_layer:{plain_keras.FROM_LAYER}", "affine").trainable
+    assert result["trainable"] == count_parameters(trained.values())
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("row", sorted(set(ROWS) - {"input"}))
 def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) -> None:
@@ -141,4 +202,5 @@ def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) 
         assert str(photos) not in page.section(result)
         for comparison in result.comparisons:
             assert comparison.ratio > 0
+    (tmp_path / "README.md").write_text("# A\n")
     page.write(tmp_path / "out", tmp_path)

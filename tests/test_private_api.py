@@ -94,6 +94,19 @@ def swaps_the_class_of_a_layer() -> None:
     assert type(layer) is keras.layers.BatchNormalization
 
 
+def finds_the_download_of_weights() -> None:
+    from keras.src.utils import file_utils
+
+    original = file_utils.get_file
+    found = private_api.find_download(lambda: keras.applications.MobileNetV2(alpha=0.35, include_top=False))
+    assert found is not None
+    assert found[0].endswith("0.35_224_no_top.h5")
+    assert found[1].startswith("https://")
+    assert found[1].endswith(found[0])
+    assert private_api.find_download(network) is None
+    assert file_utils.get_file is original
+
+
 def parses_a_saved_model(tmp_path: Path) -> None:
     module = tf.Module()
     module.twice = tf.function(lambda x: 2 * x, input_signature=[tf.TensorSpec([], tf.float32)])
@@ -235,6 +248,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "Function._run_through_graph": runs_a_network_with_other_operations,
     "KerasTensor._keras_history": returns_the_producer_of_a_tensor,
     "Optimizer._get_variable_index": returns_the_index_of_a_variable,
+    "keras.src.utils.file_utils.get_file": finds_the_download_of_weights,
     "Layer.__class__": swaps_the_class_of_a_layer,
     "tensorflow.core.protobuf": parses_a_saved_model,
     "summary_v2._summary_pb": ends_a_session_of_hparams,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from scripts.recipes_page import read_registry
+from scripts.recipes_page import read_commands, read_registry
 from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
 from trainer.config.base import Duration
@@ -148,6 +149,46 @@ def test_another_model_has_its_own_size_unless_one_is_given(
     assert (after.hidden, after.dropout) == (before.hidden, before.dropout)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_preset_that_scores_its_last_weights_names_the_setting_for_the_best(name: str) -> None:
+    assert preset(name).training.keep == "last"
+    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert f"training.keep=best output_dir=outputs/{name}_best" in header
+    assert preset(name, "training.keep=best", f"output_dir=outputs/{name}_best").training.keep == "best"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_of_a_preset_compose(name: str) -> None:
+    """Those in its header, which docs/recipes.md repeats."""
+    commands = "\n".join(read_commands(name)).replace("\\\n", " ").splitlines()
+    own = [shlex.split(command)[3:] for command in commands if f"experiment={name} " in f"{command} "]
+    assert own
+    for arguments in own:
+        config = load(compose(arguments) or {})
+        assert config.data.source == preset(name).data.source or "data=image_folder" in arguments
+
+
+def test_the_page_has_the_command_of_every_preset() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text().splitlines()
+    for name in (name for name in PRESETS if name not in ("quickstart", "photos")):
+        assert read_commands(name)
+        assert [line for line in read_commands(name) if line not in page] == []
+
+
+def test_the_teacher_of_the_distilled_preset_trains_at_its_own_380_pixels() -> None:
+    command = "\n".join(read_commands("flowers_efficientnet_b0_distilled")).replace("\\\n", " ").splitlines()[0]
+    model = load_resolved(compose(shlex.split(command)[3:]) or {}).model
+    assert (model.backbone, model.image_size) == ("EfficientNetB4", None)
+    assert find_backbone(model.backbone).default_size == 380
+
+
+def test_the_two_augmentations_of_the_flower_folders_are_alternatives() -> None:
+    one = preset("flowers_efficientnet_b0").augmentation
+    other = preset("flowers_efficientnet_b0", "augmentation=flowers_in_graph").augmentation
+    assert (one.rotation, one.shift, one.shear, one.stretch, one.contrast) == (40, 0.2, 0.2, 0.2, 0)
+    assert (other.rotation, other.shift, other.contrast, other.zoom, other.flip_horizontal) == (108, 0, 0.2, 0.2, False)
+
+
 def count_trainable(name: str, phase: str) -> int:
     model, recipe = preset(name).model, RECIPES[name]
     size = {"Xception": 71, "InceptionV3": 75}.get(model.backbone, 32)
@@ -164,9 +205,7 @@ def test_the_flowers_of_the_notebook_train_as_many_parameters_as_it_prints() -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_preset_trains_the_parameters_in_the_registry(name: str) -> None:
-    assert list(RECIPES[name]["trainable"]) == list(preset(name).phases)
-    listed = {phase: count for phase, count in RECIPES[name]["trainable"].items() if count}
-    assert {phase: count_trainable(name, phase) for phase in listed} == listed
+    assert {phase: count_trainable(name, phase) for phase in preset(name).phases} == RECIPES[name]["trainable"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ print the plan of a run without training.
 
 Example: python -m trainer.plan data=image_folder data.root=photos --plot=model.png
 
-The exit code is 0, or the one with which the run would end at its start, with the same message. Nothing is written to
-output_dir except a small file that is deleted again.
+The exit code is 0, or the one with which the run would end at its start, with the same message; 75 if the server of the
+weights or of the dataset cannot be reached. Nothing is downloaded, and nothing is written to output_dir except a small
+file that is deleted again.
 """
 
 import os

@@ -1,13 +1,18 @@
-"""`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords.
+"""`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords, or with weights=... published weights.
 
     output=FOLDER        folder for the records, local or gs://
     data=..., KEY=VALUE  configuration as for training; used are data.*, seed, debug.max_examples and, of runtime,
                          cache_dir, disk_budget_gb, data_threads, progress, logging and health
 
+    weights=[NAME,...]   write the ImageNet weights of these backbones instead, each as NAME or NAME:ALPHA; used are
+                         runtime.progress, logging and health
+
 Example: python -m trainer.prepare data=image_folder data.root=photos output=/data/photos
+Weights: python -m trainer.prepare weights=[mobilenet_v2,mobilenet_v2:0.35,efficientnet_b0] output=gs://BUCKET/weights
 
 The splits are written in TFDS's folder format: read them with `data=tfds data.root=FOLDER`, or with
-`tfds.builder_from_directory`. Interrupted, the same command continues with the shards that are missing.
+`tfds.builder_from_directory`. Interrupted, the same command continues with the shards, or weights, that are missing.
+Runs read the weights with `model.weights=FOLDER`, without internet.
 """
 
 import os
@@ -31,19 +36,21 @@ from trainer.cli.process import (
     suppress_import_noise,
 )
 from trainer.config.schema import load
+from trainer.config.typed import format_argument
 from trainer.config.unread import require_read
 from trainer.data.prepare import parse_job_part, prepare
 from trainer.errors import INTERRUPTED, ConfigError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
-from trainer.monitoring.log import exit_at_once, log_unbuffered
+from trainer.monitoring.log import exit_at_once, log, log_unbuffered
 
 USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")
+USED_KEYS_OF_WEIGHTS = re.compile(r"runtime\..+")
 
 
 def _exit_on_signal(signum: int, _frame: object) -> None:
     """Exit at once; finished shards remain."""
-    reason = f"{signal.Signals(signum).name}; start the same command again to write the missing shards"
+    reason = f"{signal.Signals(signum).name}; start the same command again to write what is missing"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
     exit_at_once(INTERRUPTED)
@@ -52,8 +59,9 @@ def _exit_on_signal(signum: int, _frame: object) -> None:
 def main() -> None:
     """Run `python -m trainer.prepare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest=ALL)
-        overrides = choose_and_log_source(overrides)
+        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, {"output": "", "weights": ""}, rest=ALL)
+        if "weights" not in arguments:
+            overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         if composed is None:  # --cfg printed the configuration
             return
@@ -62,9 +70,10 @@ def main() -> None:
         config = load(composed)
         given = list_given_keys(overrides)
         require_read(config, given - {"data.split_seed", "data.shards"})  # the seed orders the records of every source
-        if unread := sorted(key for key in given if not USED_KEYS.fullmatch(key)):
-            faults = [ConfigError("is not read by trainer.prepare", key=key, fix="remove it") for key in unread]
-            raise ConfigError.of_faults(faults)
+        used, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")
+        if unread := sorted(key for key in given if not used.fullmatch(key)):
+            problem = f"is not read by trainer.prepare{suffix}"
+            raise ConfigError.of_faults(ConfigError(problem, key=key, fix="remove it") for key in unread)
         configure_log(config.runtime)
         part = parse_job_part(os.environ)
         start_monitoring(config, *part)
@@ -73,7 +82,23 @@ def main() -> None:
         with suppress_import_noise():
             import tensorflow as tf  # decodes the images as training does
         tf.config.set_visible_devices([], "GPU")
-        prepare(config, arguments["output"], part)
+        if "weights" in arguments:
+            _write_weights(arguments["weights"], arguments["output"])
+        else:
+            prepare(config, arguments["output"], part)
+
+
+def _write_weights(names: str, output: str) -> None:
+    """Write the weights of the named backbones, and log how to train with them."""
+    from trainer.models.weights_folder import parse_weights, prepare_weights  # imports TensorFlow
+
+    with health.waiting_for("Keras, which downloads weights"):  # it reports no progress
+        files = prepare_weights(parse_weights(names), output, log.info)
+    outcome = (
+        f"{output} holds {len(files)} files of weights; train with them: {format_argument('model.weights', output)}"
+    )
+    log.info(outcome)
+    termination.set_success_message(outcome)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Private names, with the function that wraps each:
 | keras | `Function._run_through_graph` | `run_through_graph` | `clone_model(call_function=)`, if it took tensors |
 | keras | `KerasTensor._keras_history` | `get_producer` | an `operation` attribute of tensors; there is none |
 | keras | `Optimizer._get_variable_index` | `get_variable_index` | learning rates per variable; there are none |
+| keras | `keras.src.utils.file_utils.get_file` | `find_download` | the addresses of weights; there are none |
 | keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
 | tensorflow | `tensorflow.core.protobuf` | `make_saved_model_proto` | a parser of `saved_model.pb`; there is none |
 | tensorboard | `summary_v2._summary_pb` | `make_session_end_summary` | a function in `hparams.api`; there is none |
@@ -34,6 +35,7 @@ Undocumented names without an underscore, with the modules that use them:
 Each function imports its library, because modules that run without TensorFlow import this module.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +61,33 @@ def get_variable_index(optimizer: Any, variable: Any) -> int:
 def swap_class(layer: Any, cls: type) -> None:
     """Change the class of a layer to a base class or subclass without more state. Its variables do not change."""
     layer.__class__ = cls
+
+
+class _FoundDownload(Exception):
+    """Ends the build of a network at its first download."""
+
+
+def find_download(build: Callable[[], Any]) -> tuple[str, str] | None:
+    """Return the file name and the URL of the first file that `build` would download with Keras; None if there is none.
+
+    Nothing is downloaded. Not thread-safe.
+    """
+    from keras.src.utils import file_utils
+
+    def report(fname: str, origin: str, **_: Any) -> None:
+        raise _FoundDownload(fname, origin)
+
+    original, file_utils.get_file = file_utils.get_file, report
+    try:
+        with warnings.catch_warnings():  # Keras warns of an image size that has no weights of its own
+            warnings.simplefilter("ignore")
+            build()
+    except _FoundDownload as found:
+        name, url = found.args
+        return name, url
+    finally:
+        file_utils.get_file = original
+    return None
 
 
 def get_library_class(layer: Any) -> type:

@@ -44,6 +44,7 @@ from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.weights_folder import locate_weights
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
@@ -111,8 +112,9 @@ def set_up(
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
     saver = Saver(folder, control, requested.runtime.keep_checkpoints)
-    unread = {"model": without_weights(requested.model)} if saver.broadcast_newest(folder.resuming) else {}
-    needed = requested.model_copy(update=unread)  # the initial weights only if the run begins
+    has_checkpoint = saver.broadcast_newest(folder.resuming)  # else the initial weights are needed
+    model = without_weights(requested.model) if has_checkpoint else locate_weights(requested.model)
+    needed = requested.model_copy(update={"model": model})
     data = open_run_data(needed, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)

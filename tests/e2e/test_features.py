@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.running import SMALL, assert_near, assert_same_run, kill_after, kill_at, start_until, train
+from tests.e2e.running import SMALL, assert_near, assert_same_run, kill_after, kill_at, start_until, train, variables_of
 from tests.e2e.workers import SHARED, train_alone_and_by_two
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
@@ -40,13 +40,20 @@ def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: t
     assert_near(cached, live, ("loss", "val_loss", "val_accuracy"))
 
 
-def test_affine_normalization_is_restored_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("backbone", "size", "first"),
+    [("MobileNetV2", 32, 116), ("EfficientNetB0", 32, 189), ("Xception", 71, 116), ("ResNet50", 32, 143)],
+)
+def test_affine_normalization_is_restored_after_a_kill(backbone: str, size: int, first: int, tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    run = (*SMALL, *FIXED, "phases.fine_tune.batch_norm=affine")
+    network = (f"model.backbone={backbone}", "model.alpha=null", "model.weights=none", f"model.image_size={size}")
+    run = (*SMALL, *FIXED, *network, f"phases.fine_tune.thaw=from_layer:{first}", "phases.fine_tune.batch_norm=affine")
     train(*run, f"output_dir={calm}")
     kill_at("step 16/", *run, f"output_dir={killed}")  # within the second phase
-    train(*run, f"output_dir={killed}")
+    assert "weights: this run's checkpoint at step" in train(*run, f"output_dir={killed}").stdout
     assert_same_run(calm, killed)
+    assert any(name.startswith("optimizer/") and "gamma" in name for name in variables_of(calm, "LATEST"))
 
 
 @pytest.mark.timeout(1800)

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 import yaml
 
+from scripts.recipes_page import list_values
 from tests.data.images import noise, record
 from tests.e2e.running import train, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, RECIPES, preset
@@ -126,8 +127,7 @@ def trained_parameters(thaw: str, norm: str, network: keras.Model, hidden: int |
 
 def check_against_registry(name: str, out: Path, model: str | None, classes: int) -> None:
     """Compare parameters, optimizer and learning rates with the registry of recipes, not with the preset."""
-    values = RECIPES[name]["values"]
-    explained = {departure["key"]: departure["here"] for departure in RECIPES[name]["departures"] if "key" in departure}
+    values = list_values(RECIPES[name])
     backbone, hidden = values["model.backbone"], values.get("model.hidden")
     report = json.loads((out / "report" / "report.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -137,8 +137,7 @@ def check_against_registry(name: str, out: Path, model: str | None, classes: int
     network = make(weights=None, include_top=False, input_shape=(side, side, 3), **narrow)
     phases = list(RECIPES[name]["trainable"])
     for phase in phases:
-        published = {**values, **explained}
-        thaw, norm = (published.get(f"phases.{phase}.{key}", "frozen") for key in ("thaw", "batch_norm"))
+        thaw, norm = (values.get(f"phases.{phase}.{key}", "frozen") for key in ("thaw", "batch_norm"))
         expected = trained_parameters(thaw, norm, network, hidden, classes)
         assert report["phases"][phase]["trainable_parameters"] == expected, (phase, thaw)
         decay = DECAYS.get((name, phase), lambda _: 1.0)

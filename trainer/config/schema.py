@@ -105,13 +105,17 @@ class Data(Section):
         return self
 
 
+WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
+
+
 class Model(Section):
     """The backbone, its weights, and the head on top."""
 
     backbone: str
     """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
     weights: Address = "imagenet"
-    """imagenet, glyphs (included in the package), none (random), or the path of a .weights.h5 or .keras file."""
+    """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or of a
+    folder that `trainer.prepare weights=...` wrote. Local or gs://."""
     alpha: float | None = Field(None, gt=0, le=4)
     """MobileNet, MobileNetV2: width multiplier; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
@@ -127,9 +131,14 @@ class Model(Section):
     l2: float = Field(0.0, ge=0, le=1e3)
     """L2 regularization factor of the head's kernels."""
 
+    @property
+    def has_weights_folder(self) -> bool:
+        """Whether `weights` is the address of a folder, from which the file of the network is read."""
+        return self.weights not in ("imagenet", "glyphs", "none") and not self.weights.endswith(WEIGHTS_SUFFIXES)
+
     @model_validator(mode="after")
     def _check_auto_backbone(self) -> Model:
-        if self.backbone == "auto" and self.weights not in ("imagenet", "none"):
+        if self.backbone == "auto" and self.weights not in ("imagenet", "none") and not self.has_weights_folder:
             problem = f"can choose any network, but weights={self.weights} are of a single one"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
         if self.backbone == "auto" and self.alpha is not None:

@@ -24,12 +24,14 @@ from trainer.data.splits import (
     take,
     unused_fractions,
 )
-from trainer.errors import DataError
+from trainer.errors import DataError, Interrupted
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_fault
 from trainer.storage.disk import translate_disk_error
-from trainer.storage.download import translate_download_error
+from trainer.storage.download import request_size, translate_download_error
 from trainer.types import LogMessage, Shard, Split
+
+_ELSEWHERE = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
 
 
 def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool = False) -> RawData:
@@ -178,13 +180,30 @@ def _open_by_name(data: Data) -> Any:
     except Exception as error:  # network, checksums, missing packages or disk space
         if full := translate_disk_error(error, [prepared_in]):
             raise full from error
-        fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
-        problem = "TFDS cannot download it"
-        if failed := translate_download_error(error, problem, key="data.name", value=data.name, fix=fix):
+        if failed := _translate(error, data.name):
             raise failed from error
         problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
-        raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
+        raise DataError(problem, key="data.name", value=data.name, fix=_ELSEWHERE) from None
     return builder
+
+
+def _translate(error: Exception, name: str) -> Interrupted | None:
+    """Translate the error of a failed download of a dataset; None for any other error."""
+    return translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=_ELSEWHERE)
+
+
+def check_download(data: Data) -> None:
+    """Raise the error of a run if the server of data.name cannot be reached. Nothing is downloaded."""
+    import tensorflow_datasets as tfds
+
+    assert data.name
+    builder = tfds.builder(data.name, data_dir=os.path.expanduser(data.data_dir) if data.data_dir else None)
+    for url in list(builder.url_infos or {})[:1]:  # most datasets have one server
+        try:
+            request_size(url)
+        except Exception as error:  # a server that refuses HEAD alone can still be downloaded from
+            if failed := _translate(error, data.name):
+                raise failed from error
 
 
 def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:

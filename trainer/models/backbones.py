@@ -35,6 +35,7 @@ class BackboneSpec:
     block_name: str = r"\1"  # template of the block name, expanded with the match
     stem_end: str | None = None  # last layer before the first block
     takes_alpha: bool = False  # has a width multiplier, as the MobileNet families do
+    weight_sizes: tuple[int, ...] = ()  # image sides with ImageNet weights of their own; () if all sizes have the same
 
     def preprocess(self, images: Any) -> Any:
         """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] in 0..255."""
@@ -69,6 +70,16 @@ class BackboneSpec:
             raise ModelError(problem, key="model.backbone", value=self.name, fix=fix) from error
         _renumber_automatic_names(network)
         return network
+
+    def name_weights_file(self, image_size: int, alpha: float | None) -> str:
+        """Name the file of the ImageNet weights in a folder that `trainer.prepare weights=...` writes.
+
+        Such as Xception.weights.h5, or MobileNetV2_0.35_160.weights.h5: Keras has weights for several image sizes of
+        the older MobileNets, and takes those of 224 pixels for any other size.
+        """
+        width = f"_{alpha or 1.0:g}" if self.takes_alpha else ""
+        size = image_size if image_size in self.weight_sizes else self.default_size
+        return f"{self.name}{width}{f'_{size}' if self.weight_sizes else ''}.weights.h5"
 
     def find_block(self, layer_name: str) -> str | None:
         """Return the block that a layer name contains. None for the stem, the top and automatic names."""
@@ -117,12 +128,14 @@ def backbones() -> dict[str, BackboneSpec]:
     efficient_sizes = (224, 240, 260, 300, 380, 456, 528, 600)
     efficient_v2_sizes = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
     networks = [
-        BackboneSpec("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1", takes_alpha=True),
-        BackboneSpec("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_", takes_alpha=True),
+        BackboneSpec("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1",
+                     takes_alpha=True, weight_sizes=(128, 160, 192, 224)),
+        BackboneSpec("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_",
+                     takes_alpha=True, weight_sizes=(96, 128, 160, 192, 224)),
         BackboneSpec("Xception", "xception", 299, 71, r"^(block\d+)_"),
         BackboneSpec("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
         BackboneSpec("InceptionResNetV2", "inception_resnet_v2", 299, 75, inception_resnet, stem_end="max_pooling2d_1"),
-    ]
+    ]  # fmt: skip
     families: list[tuple[str, str, dict[Any, int], str, dict[str, Any]]] = [
         ("MobileNetV3", "mobilenet_v3", dict.fromkeys(("Small", "Large"), 224), mobile_v3, {"takes_alpha": True}),
         ("NASNet", "nasnet", {"Mobile": 224, "Large": 331}, cells, {"block_name": r"cell_\1", "stem_end": "stem_bn1"}),

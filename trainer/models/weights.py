@@ -11,8 +11,9 @@ import h5py
 import keras
 import numpy as np
 
+from trainer.config.schema import WEIGHTS_SUFFIXES
 from trainer.config.typed import format_argument
-from trainer.errors import ModelError
+from trainer.errors import ModelError, TrainerError
 from trainer.models.backbones import BackboneSpec
 from trainer.storage.disk import translate_disk_error
 from trainer.storage.download import translate_download_error
@@ -26,7 +27,7 @@ ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with publis
 def build_with_weights(
     spec: BackboneSpec, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
-    """Build a backbone with `weights`, which is imagenet, glyphs, none or the path of a Keras file.
+    """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file or of a folder with one.
 
     With `none`, the values depend on `seed` only. Keras draws the seeds of its initializers from Python's global random
     generator, which is therefore seeded here. Nothing else in a run uses it.
@@ -48,6 +49,11 @@ def build_with_weights(
         if not path.is_file():
             problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
             raise ModelError(problem, key="model.weights", value=weights, fix=fix)
+    if path.is_dir() and not _suggest_warm_start(path):
+        name = spec.name_weights_file(image_size, alpha)
+        if not (path / name).is_file():
+            raise make_missing_error(path, spec, name, alpha)
+        path /= name
     _check_file(path)  # first, because building the network takes seconds
     network = spec.build(image_size, alpha, None)
     # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
@@ -99,28 +105,43 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
     An EfficientNet gets the layers that it has with any other weights, so that a plan, which downloads nothing, counts
     the same layers.
     """
-    problem = f"the weights of {spec.name} could not be downloaded"
-    fix = "use the path of a .weights.h5 file, or none for random weights"
     try:
         network = spec.build(image_size, alpha, "imagenet")
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
-        cause = error.__cause__ if isinstance(error, ModelError) else error  # a ValueError if the file is incomplete
-        if cause and (
-            failed := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)
-        ):
-            raise failed from error
-        if isinstance(error, ModelError):
+        translated = make_download_error(spec, error)
+        if translated is error:
             raise
-        if full := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
-            raise full from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{problem} ({reason})", key="model.weights", value="imagenet", fix=fix) from error
+        raise translated from error
     if spec.module != "efficientnet":
         return network
     plain = spec.build(image_size, alpha, None)
     plain.set_weights(network.get_weights())
     _set_published_variance(plain)
     return plain
+
+
+def make_download_error(spec: BackboneSpec, error: Exception) -> TrainerError:
+    """Make the error for ImageNet weights that could not be downloaded; a `ModelError` of the build is returned."""
+    problem = f"the weights of {spec.name} could not be downloaded"
+    fix = "use the path of a .weights.h5 file or of a folder that `trainer.prepare weights=...` wrote, or none"
+    cause = error.__cause__ if isinstance(error, ModelError) else error  # a ValueError if the file is incomplete
+    if cause and (failed := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)):
+        return failed
+    if isinstance(error, ModelError):
+        return error
+    if full := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
+        return full
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ModelError(f"{problem} ({reason})", key="model.weights", value="imagenet", fix=fix)
+
+
+def make_missing_error(folder: str | Path, spec: BackboneSpec, name: str, alpha: float | None) -> ModelError:
+    """Make the error for a folder without the weights of a backbone, whose file would have this name."""
+    argument = spec.name + (f":{alpha:g}" if alpha else "")
+    command = f"python -m trainer.prepare weights=[{argument}] {format_argument('output', folder)}"
+    problem = f"is a folder without {name}, the weights of {_format_name(spec, alpha)}"
+    fix = f"write them with {command}, or use imagenet, glyphs, none, or the path of a file"
+    return ModelError(problem, key="model.weights", value=folder, fix=fix)
 
 
 def _format_name(spec: BackboneSpec, alpha: float | None) -> str:
@@ -145,7 +166,7 @@ def _suggest_warm_start(path: Path) -> str | None:
 
 def _check_file(path: Path) -> None:
     """Raise a ModelError unless the path is a file in one of Keras' formats."""
-    if not path.is_file() or path.suffix not in (".keras", ".h5", ".hdf5"):
+    if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
         raise ModelError(reason, key="model.weights", value=path, fix=_suggest_warm_start(path) or fix)

@@ -10,6 +10,7 @@ from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
 from trainer.data.remote import addresses_in_errors, describe_shards, find_prepared, resolve_addresses
 from trainer.data.sharding import plan_sharding
+from trainer.data.tfds import check_download
 from trainer.errors import DataError
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide_phases, plan_features, train_images_read_once
@@ -90,6 +91,8 @@ def _open_data(plan: Plan) -> Rows:
     with addresses_in_errors(addresses):
         is_open = _open(plan, data.model_copy(update=local_paths))
     if not is_open:
+        with plan.collect_errors():
+            check_download(data)
         return [*rows, ("not opened", f"{data.name} is not prepared here; the run would download and prepare it")]
     return rows
 
@@ -149,7 +152,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
     plan.warnings += [limited] * bool(limited)
     check_batch_size(config, replicas)
+    chosen_now = plan.config.model.backbone == "auto"
     plan.config = config
+    weights = sections.show_weights(plan) if chosen_now else []
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     pixels = config.model.image_size or backbone.default_size
     memory_before = estimates.measure_resident_bytes()
@@ -185,7 +190,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=memory_before
     )
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
-    model_rows = _describe_model(config, classifier, classes)
+    model_rows = [*_describe_model(config, classifier, classes), *weights]
     with plan.collect_errors():
         if not plan.resuming:
             plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])

@@ -19,6 +19,7 @@ from trainer.config.schema import RequestedConfig, RunConfig, load
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError, TrainerError
+from trainer.models.weights_folder import describe_weights
 from trainer.planning import checks
 from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
 from trainer.planning.timing import format_time
@@ -47,6 +48,7 @@ class Plan:
     labels_known: bool = True  # False if only the metadata of the dataset was read
     reasons: list[str] = field(default_factory=list)  # for each value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
+    finished: bool = False  # the run would exit with 0 before it reads anything else
 
     @property
     def bytes_to_stage(self) -> int:
@@ -79,13 +81,18 @@ class Plan:
                 self.faults.append(error)
 
     def show_warnings_and_raise(self) -> None:
-        """Print the warnings, and raise the collected errors."""
+        """Print the warnings, and raise the collected errors, except for a finished run."""
+        if self.finished:
+            self.warnings += [f"if the run were extended: {fault}" for fault in self.faults]
+            self.faults = []
         if self.warnings:
             self.print_section("warnings", [("!", warning) for warning in self.warnings], width=1)
         if len(self.faults) == 1:
             raise self.faults[0]
         if self.faults:
-            raise ConfigError.of_faults(self.faults, "the run")
+            error = ConfigError.of_faults(self.faults, "the run")
+            error.exit_code = self.faults[0].exit_code  # in the order in which a run would find them
+            raise error
 
     def check(self, action: Callable[[], str]) -> str:
         """Run `action`; return a tick and its result, or collect its error and return a cross and the error."""
@@ -121,6 +128,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
         state = "new"
         with plan.collect_errors():
             if is_finished(config):
+                plan.finished = True
                 state = "already finished (has DONE): the run would exit at once"
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
@@ -176,14 +184,19 @@ def show_storage(plan: Plan, problem: str) -> None:
     if config.distillation:
         address, classes = config.distillation.teacher, dataset.class_names if dataset else None
         rows.append(("teacher", plan.check(lambda: checks.check_teacher(address, classes).summary)))
-    weights = config.model.weights
     if plan.resuming:
         rows.append(("weights", "those of the checkpoint"))
-    elif is_remote(weights):
-        rows.append(("weights", plan.check(lambda: f"{weights}: {format_bytes(storage_path(weights).size())}")))
-    elif weights == "imagenet":
-        rows.append(("weights", "imagenet: Keras downloads them at the start, unless ~/.keras/models has them"))
+    elif config.model.backbone != "auto":
+        rows += show_weights(plan)
     plan.print_section("storage", rows)
+
+
+def show_weights(plan: Plan) -> Rows:
+    """Return a row about weights that a run copies or downloads, after checking that it can; no row for others."""
+    model = plan.config.model
+    if model.weights == "imagenet" or is_remote(model.weights):
+        return [("weights", plan.check(lambda: describe_weights(model)))]
+    return []
 
 
 def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch_steps: int, by: str) -> None:

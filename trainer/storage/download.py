@@ -3,16 +3,24 @@
 import http.client
 import ssl
 import urllib.error
+import urllib.request
 from typing import Any
 
 from trainer.errors import Interrupted
 from trainer.names import escape_unprintable
 
+CONNECT_SECONDS = 20.0
 _NETWORK = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException, urllib.error.URLError)
 # Of requests and TFDS, which are not imported here. A wrong checksum is that of an incomplete file.
 _NAMES = {"RequestException", "DownloadError", "NonMatchingChecksumError"}
 _RETRIED = (408, 429)  # request timeout, too many requests
 _KERAS = ("URL fetch failure", "Incomplete or corrupted file")  # `get_file` raises Exception and ValueError
+
+
+def request_size(url: str) -> int:
+    """Return the size of the file at a URL, 0 if its server does not state it. Nothing is downloaded."""
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS) as response:
+        return int(response.headers.get("Content-Length") or 0)
 
 
 def translate_download_error(
