@@ -28,10 +28,10 @@ from trainer.storage.path import storage_path
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODELS, PREDICTIONS, RUNS = "gs://bucket/models/digits", "gs://bucket/predictions", "gs://bucket/runs/nightly"
-CLASSES = 4
-SPLITS = {"train": 40, "validation": 12, "test": 30}  # images per class
+CLASSES = 3
+SPLITS = {"train": 30, "validation": 10, "test": 30}  # images per class
 TRAINING = (
-    "experiment=quickstart", "data=image_folder", "training.batch_size=16", "phases.head.epochs=3",
+    "experiment=quickstart", "data=image_folder", "training.batch_size=16", "phases.head.epochs=2",
     "phases.fine_tune.epochs=1", "phases.fine_tune.thaw=from_block:block_13", "runtime.checkpoint_every='4 steps'",
     "export.formats=[saved_model]",
 )  # fmt: skip
@@ -181,7 +181,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         move_log_to("2026-03-04")
         write_photos(photos, digits, mislabelled=("train", "validation"))
         output = run_night(photos, "2026-03-05", cache, REFUSED)
-        assert re.search(rf"refused: run={RUNS}/2026-03-05: is worse than version 2 on 120 held-out examples", output)
+        assert re.search(rf"refused: run={RUNS}/2026-03-05: is worse than version 2 on 90 held-out examples", output)
         assert record_of("2026-03-05")["outcome"] == "refused"
         assert list(contents(models)) == ["1", "2"]
         assert send(served, digits["stream"]) == len(digits["stream"]) * 60

@@ -102,7 +102,7 @@ def test_a_run_that_fails_for_good_is_recorded_and_the_next_night_begins_another
     models: Path, tmp_path: Path, command: Call
 ) -> None:
     write_log(tmp_path / "log", 1.0)
-    code, _, err = command("data=image_folder", f"data.root={tmp_path}/no-photos")
+    code, _, err = command("resume=must")  # refused, since there is no run of this night yet
     assert code == WRONG_INPUT
     assert f"error: {tmp_path}/runs/2026-03-02: " in err
     assert (record(tmp_path)["outcome"], record(tmp_path)["version"]) == ("failed", None)

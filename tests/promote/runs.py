@@ -21,4 +21,4 @@ def contents(versions: StoragePath | Path) -> dict[str, str]:
     """The content of saved_model.pb of each visible version, by number."""
     folder = storage_path(versions)
     files = {child.name: (child / "saved_model.pb").fetch() for child in folder.folders()}
-    return {name: fetched[0].decode().split()[0] for name, fetched in files.items() if fetched}
+    return {name: fetched[0].decode("latin-1").split()[0] for name, fetched in files.items() if fetched}

@@ -23,6 +23,7 @@ from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose, load_given
 from trainer.cli.process import configure_log, exit_with_code
 from trainer.cli.source import choose_source
+from trainer.config.typed import quote_if_needed
 from trainer.drift import parse_hours, parse_time
 from trainer.errors import ConfigError
 from trainer.nightly.night import Settings, run_night
@@ -44,10 +45,11 @@ def main() -> None:
             parse_keep(arguments),
             parse_time(arguments, "now"),
         )
-        chosen, _ = choose_source(overrides)
+        runs = arguments["runs"].rstrip("/")
+        chosen, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
         composed = compose(chosen)
         assert composed is not None, "no argument is one of Hydra's flags"
         config = load_given(composed, chosen)  # before anything is measured
         configure_log(config.runtime)
-        addresses = (arguments[key].rstrip("/") for key in ("to", "log", "runs"))
-        run_night(Settings(*addresses, hours, keep, tuple(overrides)), now, config.runtime)
+        to, predictions = (arguments[key].rstrip("/") for key in ("to", "log"))
+        run_night(Settings(to, predictions, runs, hours, keep, tuple(overrides)), now, config.runtime)
