@@ -61,6 +61,10 @@ class DataError(TrainerError):
     exit_code = WRONG_INPUT
 
 
+class NoPredictions(DataError):
+    """The log of a served model has no predictions in a period."""
+
+
 class ModelError(TrainerError):
     """The backbone, its weights, a freezing rule or an export cannot be used as configured."""
 

@@ -1,12 +1,14 @@
 """Nights of `python -m trainer.nightly` without a trained run; tests/e2e/test_nightly.py has the others."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.same_bits import free_ports
 from tests.cli.verbs import exit_code_of
 from tests.promote.runs import finished_run
 from tests.test_drift import NAMES, log_lines, predictions
@@ -83,7 +85,9 @@ def record(tmp_path: Path) -> dict[str, Any]:
 def test_a_night_without_drift_trains_nothing(tmp_path: Path, command: Call) -> None:
     write_log(tmp_path / "log", 0.0)
     write_log(tmp_path / "log", 1.0, "0")  # of an earlier version
-    code, out, _ = command()
+    port = free_ports(1)[0]
+    code, out, _ = command(f"runtime.http_port={port}")
+    socket.create_server(("127.0.0.1", port)).close()  # released at the end
     assert (code, "stable: version 1 has not drifted; nothing to do" in out) == (DONE, True)
     assert record(tmp_path)["outcome"] == "stable"
     assert record(tmp_path)["levels"] == {"classes": "stable", "confidence": "stable", "embedding": "stable"}
@@ -102,8 +106,11 @@ def test_a_run_that_fails_for_good_is_recorded_and_the_next_night_begins_another
     models: Path, tmp_path: Path, command: Call
 ) -> None:
     write_log(tmp_path / "log", 1.0)
-    code, _, err = command("resume=must")  # refused, since there is no run of this night yet
+    message = tmp_path / "termination-log"
+    pod = (f"runtime.http_port={free_ports(1)[0]}", f"runtime.termination_log={message}")
+    code, _, err = command("resume=must", *pod)  # refused by the run, since there is no run of this night yet
     assert code == WRONG_INPUT
+    assert "resume=must: output_dir=" in message.read_text()  # the message of the run, in that of the night
     assert f"error: {tmp_path}/runs/2026-03-02: " in err
     assert (record(tmp_path)["outcome"], record(tmp_path)["version"]) == ("failed", None)
     assert sorted(path.name for path in models.iterdir() if path.name.isdecimal()) == ["1"]

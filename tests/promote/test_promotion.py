@@ -113,7 +113,7 @@ def test_a_reader_never_sees_a_part_of_a_version(
     complete = {str(i.path).removeprefix(f"{models}/1/") for i in (models / "1").list()}
     seen: list[set[str]] = []
 
-    def look(path: object) -> None:
+    def check(path: object) -> None:
         if str(path).startswith(str(models)):
             visible = [info.path.parent for info in list_versions(models)]
             seen.append({version.name for version in visible})
@@ -126,7 +126,7 @@ def test_a_reader_never_sees_a_part_of_a_version(
 
             def observed(self: StoragePath, *arguments: object, original: Callable[..., object] = original) -> object:
                 result = original(self, *arguments)
-                look(self)
+                check(self)
                 return result
 
             monkeypatch.setattr(kind, method, observed)

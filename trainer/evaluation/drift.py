@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.errors import DataError
+from trainer.errors import DataError, NoPredictions
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 from trainer.storage.versions import list_versions
@@ -54,10 +54,6 @@ class Measure:
     @property
     def level(self) -> Level:
         return "shifted" if self.value >= self.shifted else "moderate" if self.value >= self.moderate else "stable"
-
-
-class NoPredictions(DataError):
-    """A log has no predictions in a period."""
 
 
 class Window:
@@ -280,10 +276,9 @@ class Period:
         return (self.since is None or time >= self.since) and (self.until is None or time < self.until)
 
     def __str__(self) -> str:
-        texts = [
-            f"{word} {time:%Y-%m-%d %H:%M} UTC" for word, time in (("since", self.since), ("until", self.until)) if time
-        ]
-        return " ".join(([f"of version {self.version}"] if self.version else []) + texts)
+        texts = [f" of version {self.version}"] if self.version else []
+        texts += [f" since {self.since:%Y-%m-%d %H:%M} UTC"] if self.since else []
+        return "".join(texts + ([f" until {self.until:%Y-%m-%d %H:%M} UTC"] if self.until else []))
 
 
 def list_log(address: str, period: Period) -> list[StoragePath]:
@@ -343,8 +338,8 @@ def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tupl
             )
         window.add(class_indices[name], confidence, vector)
     if not window.n:
-        problem = f"has no predictions {period}".strip()
-        raise NoPredictions(problem, key="log", value=address, fix="give another log, or more hours")
+        fix = "give another log, or more hours"
+        raise NoPredictions(f"has no predictions{period}", key="log", value=address, fix=fix)
     return window, invalid
 
 

@@ -25,10 +25,11 @@ from trainer.errors import (
     DataError,
     GaveUp,
     Interrupted,
+    NoPredictions,
     Refused,
     TrainerError,
 )
-from trainer.evaluation.drift import NoPredictions, Period, find_version, most_severe_level
+from trainer.evaluation.drift import Period, find_version, most_severe_level
 from trainer.monitoring.health import health
 from trainer.monitoring.http import serve
 from trainer.monitoring.log import log
