@@ -131,7 +131,8 @@ def move_log_to(day: str) -> None:
 def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[np.ndarray]]], tmp_path: Path) -> None:
     photos, cache, models = tmp_path / "photos", tmp_path / "cache", storage_path(MODELS)
     write_photos(photos, digits)
-    inverted = [[16 - pixels for pixels in rows] for rows in digits["stream"]]
+    noise = np.random.default_rng(1)  # of a worn camera
+    noisy = [[np.clip(pixels + noise.normal(0, 8, (8, 8)), 0, 16) for pixels in rows] for rows in digits["stream"]]
 
     output = run_night(photos, "2026-03-01", cache, DONE)  # the first night has no version yet
     assert "training the first one" in output
@@ -148,7 +149,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         assert record_of("2026-03-02")["outcome"] == "stable"
         assert not (storage_path(RUNS) / "2026-03-02").is_folder()
 
-        send(served, inverted)
+        send(served, noisy)
         move_log_to("2026-03-02")
         process, output = start_night(photos, "2026-03-03", cache), ""
         for line in process.stdout or ():
@@ -179,7 +180,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         assert not (storage_path(RUNS) / "2026-03-04").is_folder()
         assert "finished already: promoted" in run_night(photos, "2026-03-03", cache, DONE)  # a second start of a day
 
-        send(served, inverted)
+        send(served, noisy)
         move_log_to("2026-03-04")
         write_photos(photos, digits, mislabelled=("train", "validation"))
         output = run_night(photos, "2026-03-05", cache, REFUSED)

@@ -109,6 +109,13 @@ def test_every_nth_prediction_is_logged(tmp_path: Path) -> None:
     assert "embedding" not in json.loads(file.read_text().splitlines()[-1])  # without a reference
 
 
+def test_a_long_file_name_is_cut_in_the_log(tmp_path: Path) -> None:
+    metrics = make_metrics(f"log={tmp_path}/log.jsonl")
+    assert metrics.current
+    metrics.current.record([EncodedImage(b"", "n" * 10**6, 1)], predictions(1, 5))
+    assert len((tmp_path / "log.jsonl").read_text()) < 1000
+
+
 def test_a_full_disk_ends_the_log_and_not_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = make_metrics("log=/dev/full")
     record(metrics, predictions(2, 5))

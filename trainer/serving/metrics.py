@@ -21,6 +21,7 @@ from trainer.serving.settings import Settings, batch_sizes
 WINDOW_PREDICTIONS = 5000  # drift is measured over the latest ones
 MIN_PREDICTIONS = 100  # drift is not reported for fewer
 LOGGED_CLASSES = 5  # probabilities per line of the prediction log
+LOGGED_NAME = 200  # characters of a file name in it
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
 disable_created_metrics()  # no series kubetune_serving_..._created
 
