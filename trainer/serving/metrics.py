@@ -102,7 +102,7 @@ class ModelMetrics:
         line: dict[str, Any] = {
             "time": time,
             "request": image.request,
-            "name": image.name,
+            "name": image.name[:LOGGED_NAME],
             "model_version": self.export.version,
         }
         line |= {"class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
