@@ -53,6 +53,8 @@ def test_the_pages_have_commands() -> None:
         "compare",
         "serve",
         "drift",
+        "promote",
+        "nightly",
     }
 
 

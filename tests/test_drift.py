@@ -1,6 +1,7 @@
 """`python -m trainer.drift`: verdict, exit codes, figure, and errors."""
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.evaluation.drift import Measure, Window
 from trainer.exporting.reference import compute_reference
 from trainer.report import figures as drawing
 from trainer.report.drift import draw
+from trainer.storage.local import LocalPath
 
 Call = Callable[..., tuple[int, str, str]]  # exit code, stdout and stderr
 NAMES = ("cat", "dog", "bird $x$")
@@ -120,12 +122,62 @@ def test_a_folder_of_logs_is_read_without_old_predictions(run: Path, tmp_path: P
     assert command(*arguments)[0] == 4
 
 
+def test_the_parts_of_a_time_range_are_read_from_the_folders_of_its_days(
+    run: Path, tmp_path: Path, command: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 predictions at noon on each of 10 days, of which those of 3 and 4 January are shifted."""
+    read: list[str] = []
+    fetch = LocalPath.fetch
+    monkeypatch.setattr(LocalPath, "fetch", lambda self: (read.append(self.parent.name), fetch(self))[1])
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    for day in range(10):
+        time = noon + timedelta(days=day)
+        hours_ago = (datetime.now(UTC) - time) / timedelta(hours=1)
+        text = log_lines(*predictions(300, day + 2, shift=float(day in (2, 3))), hours_ago=hours_ago)
+        part = tmp_path / "log" / f"{time:%Y-%m-%d}" / "part-000001.jsonl"
+        part.parent.mkdir(parents=True)
+        part.write_text(text)
+    arguments = (f"reference={run}", f"log={tmp_path}/log", f"output={tmp_path}/d.png")
+    codes = {f"{day:%d}": command(*arguments, "hours=24", f"until={day:%Y-%m-%d}")[0]
+             for day in (noon + timedelta(days=index) for index in (2, 3, 5))}  # fmt: skip
+    assert codes == {"03": 0, "04": 4, "06": 0}
+    read.clear()
+    code, out, _ = command(*arguments, "hours=24", "until=2026-01-08T18:00:00+06:00")  # noon in UTC
+    assert (code, "300 predictions" in out) == (0, True)
+    assert set(read) <= {"2026-01-06", "2026-01-07", "2026-01-08", "run0", "export", run.name}
+    code, _, err = command(*arguments, "hours=24", "until=2027-01-01")
+    assert (code, "has no predictions since 2026-12-31 00:00 UTC until 2027-01-01 00:00 UTC" in err) == (2, True)
+
+
+def test_only_the_predictions_of_the_newest_version_are_compared_with_its_reference(
+    run: Path, tmp_path: Path, command: Call
+) -> None:
+    for version in ("8", "10"):
+        (tmp_path / "models" / version / "assets").mkdir(parents=True)
+        (tmp_path / "models" / version / "saved_model.pb").touch()
+    shutil.copy(run / "export" / "reference.json", tmp_path / "models" / "10" / "assets")
+    rows = [json.loads(line) for line in log_lines(*predictions(300, 2, shift=1.0)).splitlines()]
+    old = [json.dumps(row | {"model_version": "8", "class": "of version 8"}) for row in rows]
+    new = [line[:-1] + ', "model_version": "10"}' for line in log_lines(*predictions(200, 3)).splitlines()]
+    (tmp_path / "log.jsonl").write_text("\n".join([*old, *new]))
+    arguments = (f"reference={tmp_path}/models", f"log={tmp_path}/log.jsonl", f"output={tmp_path}/d.png")
+    code, out, _ = command(*arguments)
+    assert (code, "200 predictions)" in out) == (0, True)
+    (tmp_path / "log.jsonl").write_text("\n".join(old))
+    code, _, err = command(*arguments)
+    assert (code, "has no predictions of version 10" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("log=x.jsonl",), "python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]"),
+        (
+            ("log=x.jsonl",),
+            "python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [until=TIME] [output=FILE.png]",
+        ),
         (("reference=a", "log=b", "log=c"), "error: log=c: "),
         (("reference=a", "log=b", "hours=-1"), "error: hours=-1: "),
+        (("reference=a", "log=b", "until=yesterday"), "error: until=yesterday: "),
         (("reference=a", "log=b", "output=x.jpg"), "error: output=x.jpg: "),
         (("reference=/nowhere", "log=b"), "error: reference=/nowhere: "),
         (("reference={run}", "log=/nowhere"), "error: log=/nowhere: "),

@@ -1,9 +1,11 @@
-"""`python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [output=FILE.png]`:
+"""`python -m trainer.drift reference=RUN log=FILE.jsonl [hours=24] [until=TIME] [output=FILE.png]`:
 measure the drift of a served model from its logged predictions and the reference distribution of its export.
 
-    reference=...   output_dir of a run, its export/, a SavedModel, or a reference.json; local or gs://
-    log=...         predictions logged by `trainer.serve`, a file of JSON lines or a folder of *.jsonl; local or gs://
+    reference=...   output_dir of a run, its export/, a SavedModel, a reference.json, or the folder of the versions of a
+                    model: the newest one, and only its own predictions; local or gs://
+    log=...         predictions logged by `trainer.serve`, a file of JSON lines or a folder of parts; local or gs://
     hours=24        use only the predictions of the last 24 hours (default: all)
+    until=TIME      end of these hours, as in ISO 8601, in UTC without an offset (default: now)
     output=FILE.png path of the figure (default: drift.png); local or gs://
 
 Example: python -m trainer.drift reference=outputs/flowers log=predictions.jsonl hours=24
@@ -15,51 +17,91 @@ docs/drift.md describes the measures.
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
-from trainer.evaluation.drift import format_measures, measure_drift, most_severe_level, read_log, read_reference
+from trainer.evaluation.drift import (
+    Measure,
+    Period,
+    find_version,
+    format_measures,
+    measure_drift,
+    most_severe_level,
+    read_log,
+    read_reference,
+)
 from trainer.monitoring.log import log
 from trainer.storage.local import delete_abandoned
 from trainer.storage.path import storage_path
 
 # Key -> problem if it is missing, "" if it is optional.
-ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "output": ""}
+ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "until": "", "output": ""}
 
 
-def _parse_hours(text: str) -> float:
+def parse_hours(text: str) -> float:
+    """Parse a number of hours; raise a ConfigError if it is not positive."""
     with suppress(ValueError):
-        if (hours := float(text)) > 0:
+        if 0 < (hours := float(text)) < 10**6:
             return hours
     raise ConfigError("must be a positive number", key="hours", value=text, fix="give hours, such as hours=24")
+
+
+def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
+    """Parse a time in ISO 8601, by default the current one; raise a ConfigError if it is something else."""
+    if (text := arguments.get(key)) is None:
+        return datetime.now(UTC)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        fix = f"write it as {key}=2026-01-31T02:00"
+        raise ConfigError("is not a time in ISO 8601", key=key, value=text, fix=fix) from None
+    return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
+
+
+def measure(reference_address: str, log_address: str, period: Period, output: str) -> list[Measure]:
+    """Measure the drift of the predictions of a log in a period, log the measures, and draw them in a PNG file.
+
+    Raises the errors of `read_reference` and `read_log`.
+    """
+    reference = read_reference(reference_address)
+    window, invalid = read_log(log_address, reference, period)
+    measured = measure_drift(reference, window)
+    from trainer.report.drift import draw  # here, because it imports matplotlib
+
+    if (target := storage_path(output)).is_local:
+        delete_abandoned(Path(str(target)).parent, target.name)
+    with tempfile.TemporaryDirectory() as folder:
+        figure = Path(folder) / "drift.png"
+        draw(figure, reference, window, measured)
+        target.write(figure.read_bytes())
+    verdict = f"verdict: {most_severe_level(measured)}"
+    log.info("\n".join([verdict, *format_measures(measured, invalid), f"  figure   {output}"]))
+    return measured
 
 
 def main() -> None:
     """Run `python -m trainer.drift`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS)
-        hours = _parse_hours(arguments["hours"]) if "hours" in arguments else None
+        hours = parse_hours(arguments["hours"]) if "hours" in arguments else None
+        until = parse_time(arguments, "until")
         output = arguments.get("output", "drift.png")
         if not output.endswith(".png"):
             raise ConfigError("must end in .png", key="output", value=output, fix="give the path of a PNG file")
-        reference = read_reference(arguments["reference"])
-        window, invalid = read_log(arguments["log"], reference, hours)
-        measured = measure_drift(reference, window)
-        from trainer.report.drift import draw
-
-        if (target := storage_path(output)).is_local:
-            delete_abandoned(Path(str(target)).parent, target.name)
-        with tempfile.TemporaryDirectory() as folder:
-            figure = Path(folder) / "drift.png"
-            draw(figure, reference, window, measured)
-            target.write(figure.read_bytes())
-        level = most_severe_level(measured)
-        log.info("\n".join([f"verdict: {level}", *format_measures(measured, invalid), f"  figure   {output}"]))
-        if level == "shifted":
-            shifted = ", ".join(measure.name for measure in measured if measure.level == "shifted")
+        version = find_version(arguments["reference"])
+        period = Period(
+            until - timedelta(hours=hours) if hours else None,
+            until if "until" in arguments else None,
+            version.name if version else None,
+        )
+        measured = measure(arguments["reference"], arguments["log"], period, output)
+        if most_severe_level(measured) == "shifted":
+            shifted = ", ".join(each.name for each in measured if each.level == "shifted")
             fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
             raise Drifted(f"{shifted} shifted from reference={arguments['reference']}", fix=fix)
 

@@ -9,6 +9,7 @@ BUG = 1
 WRONG_INPUT = 2  # the same command fails again
 GAVE_UP = 3
 DRIFTED = 4
+REFUSED = 5
 INTERRUPTED = 75  # the same command resumes
 
 
@@ -60,6 +61,10 @@ class DataError(TrainerError):
     exit_code = WRONG_INPUT
 
 
+class NoPredictions(DataError):
+    """The log of a served model has no predictions in a period."""
+
+
 class ModelError(TrainerError):
     """The backbone, its weights, a freezing rule or an export cannot be used as configured."""
 
@@ -92,3 +97,9 @@ class Drifted(TrainerError):
     """The images or predictions of a served model have shifted from its reference. A result, not a failure."""
 
     exit_code = DRIFTED
+
+
+class Refused(TrainerError):
+    """A model is not promoted, as it is worse than the served one. A result, not a failure."""
+
+    exit_code = REFUSED

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, only, parse_bytes
-from trainer import errors
+from trainer import errors, nightly
+from trainer.cli.arguments import ALL as ALL_ARGUMENTS
+from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RequestedConfig, load
@@ -109,7 +111,8 @@ def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
 
 
 def configuration(pods: Pods) -> RequestedConfig:
-    composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith("output=")])
+    own = ("output=", *(f"{key}=" for key in nightly.ARGUMENTS))  # of trainer.prepare and trainer.nightly
+    composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith(own)])
     assert composed is not None
     return load(composed)
 
@@ -127,6 +130,11 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     if pods.overlay == "overlays/prepare":
         assert pods.container["command"] == ["python", "-m", "trainer.prepare"]
         assert len([a for a in arguments if a.startswith("output=gs://")]) == 1
+    elif pods.overlay == "overlays/nightly":
+        assert pods.container["command"] == ["python", "-m", "trainer.nightly"]
+        given, rest = parse_arguments(arguments, nightly.__doc__, nightly.ARGUMENTS, rest=ALL_ARGUMENTS)
+        assert given.keys() >= {"to", "log", "runs"}
+        assert not any(argument.startswith("output_dir=") for argument in rest)  # the night names its run
     else:
         assert "command" not in pods.container  # the image's own entry point
         runs = "/runs" if pods.overlay == "overlays/local" else "gs://BUCKET/runs"
@@ -157,8 +165,9 @@ def test_ports_paths_and_disk_are_those_of_the_pod_preset(pods: Pods) -> None:
 def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> None:
     assert pods.job is not None
     codes = {"containerName": pods.container["name"], "operator": "In"}
+    final = [errors.WRONG_INPUT, errors.GAVE_UP] + [errors.REFUSED] * (pods.overlay == "overlays/nightly")
     assert pods.job["podFailurePolicy"]["rules"] == [  # all other exit codes count against the backoff limit
-        {"action": "FailJob", "onExitCodes": {**codes, "values": [errors.WRONG_INPUT, errors.GAVE_UP]}},
+        {"action": "FailJob", "onExitCodes": {**codes, "values": final}},
         {"action": "Ignore", "onExitCodes": {**codes, "values": [errors.INTERRUPTED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
@@ -218,8 +227,9 @@ def test_alerts_on_the_state_of_kubernetes_select_by_label_and_end() -> None:
         assert "=~" not in expression, "another name is another run"
         assert 'label_app_kubernetes_io_part_of="kubetune"' in expression, name
     assert "offset 1h" in rules["KubetuneFailed"]  # the failed Job remains for a week
-    (deployment,) = objects("overlays/serving", "Deployment")
-    assert deployment["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubetune"
+    for folder in ("overlays/serving", "overlays/serve"):
+        (deployment,) = objects(folder, "Deployment")
+        assert deployment["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubetune"
 
 
 def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
@@ -227,8 +237,9 @@ def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
     for pods in JOBS:
         (variable,) = [v for v in pods.container["env"] if v["name"] == "JOB_NAME"]
         assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
-    cron = only("overlays/nightly", "CronJob")
+    cron = only("overlays/nightly", "CronJob")  # its runs are named by their night, and continued by another Job
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
+    assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 24 * 3600
     assert len(cron["metadata"]["name"]) <= 52  # Kubernetes adds eleven characters
 
 

@@ -1,27 +1,13 @@
-"""Exports on a cluster: the Job that builds a TensorRT engine, and the drift check of the nightly CronJob."""
+"""Exports on a cluster: the Job that builds a TensorRT engine."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.k8s.rendered import only
 from tests.k8s.test_schemas import VERSIONS, faults
-from trainer import drift as verb
-from trainer.cli.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_nightly_run_first_checks_for_drift() -> None:
-    pod = only("overlays/nightly", "CronJob")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    (drift,) = pod["initContainers"]
-    shell, option, script, name = drift["command"]
-    assert (shell, option, name) == ("sh", "-c", "drift")  # the name is $0, so that all arguments are in $@
-    assert script.startswith('python -m trainer.drift "$@" ||')  # training follows in any case
-    settings, _ = parse_arguments(drift["args"], verb.__doc__, verb.ARGUMENTS)
-    assert all(settings[key].startswith("gs://BUCKET/") for key in ("reference", "log", "output"))
-    assert drift["image"] == pod["containers"][0]["image"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -121,15 +121,14 @@ def test_the_api_server_refuses_a_job_whose_image_is_not_edited() -> None:
     """An empty image is `Required value` at `kubectl apply`; any other text waits as InvalidImageName or ErrImagePull."""
     for pods in ALL:
         if pods.overlay not in ("overlays/serving", "overlays/local"):
-            assert [c["image"] for kind in ("initContainers", "containers") for c in pods.spec.get(kind, [])] == [
-                ""
-            ] * (2 if pods.overlay == "overlays/nightly" else 1), pods.overlay
+            images = [c["image"] for kind in ("initContainers", "containers") for c in pods.spec.get(kind, [])]
+            assert images == [""], pods.overlay
     text = (K8S / "job.yaml").read_text()
     assert 'image: "" # EDIT: ' in text
 
 
-def test_autoscaler_and_disruption_budget_of_serving_are_consistent() -> None:
-    folder = "overlays/serving"
+@pytest.mark.parametrize("folder", ["overlays/serving", "overlays/serve"])
+def test_autoscaler_and_disruption_budget_of_serving_are_consistent(folder: str) -> None:
     deployment, scaler = only(folder, "Deployment"), only(folder, "HorizontalPodAutoscaler")["spec"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     name = deployment["metadata"]["name"]

@@ -1,4 +1,4 @@
-"""TensorBoard and TensorFlow Serving accept the arguments and files of their manifests."""
+"""TensorBoard, TensorFlow Serving and `trainer.serve` accept the arguments and files of their manifests."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,8 @@ import tensorflow as tf
 from tensorboard import program
 
 from tests.k8s.rendered import objects, pods_of
+from trainer.serving import prediction_log
+from trainer.serving.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +30,38 @@ def test_serving_has_the_version_of_the_tensorflow_that_exports() -> None:
     arguments = {key: value for key, _, value in (a.removeprefix("--").partition("=") for a in pods.arguments())}
     numbers = {port["name"]: str(port["containerPort"]) for port in pods.container["ports"]}
     assert (arguments["port"], arguments["rest_api_port"]) == (numbers["grpc"], numbers["http"])
-    assert arguments["model_base_path"].endswith("/export/saved_model")
+    assert arguments["model_base_path"] == promoted_to()
     for probe in ("startupProbe", "readinessProbe"):
         assert pods.container[probe]["httpGet"]["path"] == f"/v1/models/{arguments['model_name']}"
+
+
+def promoted_to() -> str:
+    """The folder of versions that the nightly CronJob writes to."""
+    (pods,) = pods_of("overlays/nightly")
+    return next(text.removeprefix("to=") for text in pods.arguments() if text.startswith("to="))
+
+
+def test_the_server_reads_what_the_nightly_run_promotes_and_logs_what_it_reads() -> None:
+    (pods,) = pods_of("overlays/serve")
+    assert pods.container["command"] == ["python", "-m", "trainer.serve"]
+    settings = parse_settings(dict(text.split("=", 1) for text in pods.arguments()))
+    (nightly,) = pods_of("overlays/nightly")
+    assert (settings.model, f"log={settings.log}") == (promoted_to(), nightly.arguments()[1])
+    assert settings.poll > 0
+    assert settings.host == "0.0.0.0"  # the kubelet and the Service connect to the address of the pod
+    (port,) = pods.container["ports"]
+    assert port["containerPort"] == settings.port
+    grace = pods.spec["terminationGracePeriodSeconds"]
+    assert grace > settings.linger + settings.drain + prediction_log.CLOSE_SECONDS
+    assert settings.linger >= 10  # endpoints are removed in the meantime
+    mounts = {mount["mountPath"] for mount in pods.container["volumeMounts"]}
+    assert settings.cache_dir in mounts
+    paths = {
+        probe: pods.container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    assert paths == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
+    startup = pods.container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # importing TensorFlow, copying and loading
 
 
 def test_serving_batches_as_configured() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serving.images import photo
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0  # seconds to import TensorFlow and warm a model up on a busy machine
@@ -120,3 +123,27 @@ class Served:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+class Clients:
+    """Threads that send one request after the other, and count versions and codes of the responses."""
+
+    def __init__(self, served: Served, count: int = 4) -> None:
+        self.codes: Counter[int] = Counter()
+        self.versions: list[str] = []  # in the order of the responses
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._send, args=(served.url, number)) for number in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self, url: str, number: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not self._stopping.is_set():
+                response = client.post("/predict", files={"file": (f"{number}.jpg", photo(number))})
+                self.codes[response.status_code] += 1
+                self.versions.append(response.json()["version"])
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()

@@ -23,7 +23,8 @@ def run(
 ) -> None:
     async def run_both() -> None:
         with ThreadPoolExecutor(1) as pool:
-            batcher = Batcher(model, pool, **({"size": 4, "window": 0.0, "queue": 8, "pixels": 100} | limits))
+            call = lambda images: model([image.data for image in images])  # noqa: E731
+            batcher = Batcher(call, pool, **({"size": 4, "window": 0.0, "queue": 8, "pixels": 100} | limits))
             task = asyncio.create_task(batcher.run())
             await scenario(batcher)
             task.cancel()

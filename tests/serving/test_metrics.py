@@ -9,7 +9,9 @@ import pytest
 
 from trainer.exporting.reference import compute_reference, draw_projection
 from trainer.serving.export_files import Export, Prediction
-from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics
+from trainer.serving.metrics import MIN_PREDICTIONS, ModelMetrics, ServingMetrics
+from trainer.serving.prediction_log import open_log
+from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import parse_settings
 
 CLASSES = ("a", "b", "c")
@@ -33,7 +35,14 @@ def reference() -> dict[str, Any]:
 
 def make_metrics(*arguments: str, of: dict[str, Any] | None = None) -> ServingMetrics:
     settings = parse_settings({"model": "any"} | dict(a.split("=") for a in arguments))
-    return ServingMetrics(settings, Export("any", Path("any"), "1", CLASSES, of))
+    metrics = ServingMetrics(settings, open_log(settings.log, settings.log_seconds))
+    metrics.current = ModelMetrics(metrics, Export("any", Path("any"), "1", CLASSES, of))
+    return metrics
+
+
+def record(metrics: ServingMetrics, rows: list[Prediction]) -> None:
+    assert metrics.current
+    metrics.current.record([EncodedImage(b"", f"{i}.jpg", 1, 1, "r1") for i in range(len(rows))], rows)
 
 
 def drift(metrics: ServingMetrics) -> dict[str, float]:
@@ -44,9 +53,9 @@ def drift(metrics: ServingMetrics) -> dict[str, float]:
 
 def test_each_measure_sees_its_own_shift() -> None:
     same, moved, other = (make_metrics(of=reference()) for _ in range(3))
-    same.record(predictions(1000, 2))
-    moved.record(predictions(1000, 2, shift=2.0))
-    other.record(predictions(1000, 2, favourite=3.0))
+    record(same, predictions(1000, 2))
+    record(moved, predictions(1000, 2, shift=2.0))
+    record(other, predictions(1000, 2, favourite=3.0))
     assert drift(same).keys() == {"classes", "confidence", "embedding"}
     assert max(drift(same).values()) < 0.1
     assert drift(moved)["embedding"] > 1
@@ -59,18 +68,18 @@ def test_each_measure_sees_its_own_shift() -> None:
 def test_drift_is_of_the_latest_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.serving.metrics.WINDOW_PREDICTIONS", 500)
     metrics = make_metrics(of=reference())
-    metrics.record(predictions(500, 2, favourite=5.0))
+    record(metrics, predictions(500, 2, favourite=5.0))
     assert drift(metrics)["classes"] > 1
-    metrics.record(predictions(500, 3))
+    record(metrics, predictions(500, 3))
     assert drift(metrics)["classes"] < 0.1
 
 
 def test_without_a_reference_or_enough_predictions_there_is_no_drift() -> None:
     metrics, without = make_metrics(of=reference()), make_metrics()
-    metrics.record(predictions(MIN_PREDICTIONS - 1, 2))
-    without.record(predictions(1000, 2))
+    record(metrics, predictions(MIN_PREDICTIONS - 1, 2))
+    record(without, predictions(1000, 2))
     assert drift(metrics) == drift(without) == {}
-    metrics.record(predictions(1, 3))
+    record(metrics, predictions(1, 3))
     assert len(drift(metrics)) == 3
 
 
@@ -79,25 +88,37 @@ def test_every_nth_prediction_is_logged(tmp_path: Path) -> None:
     metrics = make_metrics(f"log={file}", "log_sample=0.3", of=reference())
     recorded = predictions(100, 4)
     for at in range(0, 100, 7):
-        metrics.record(recorded[at : at + 7])
+        record(metrics, recorded[at : at + 7])
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 30
     first = recorded[3]  # 4 x 0.3 is the first number above 1
     assert first.embedding is not None
     projected = first.embedding @ draw_projection(WIDTH)
+    assert {key: lines[0][key] for key in ("request", "name", "model_version")} == {
+        "request": "r1",
+        "name": "3.jpg",
+        "model_version": "1",
+    }
     assert lines[0]["class"] == CLASSES[first.probabilities.argmax()]
     assert lines[0]["confidence"] == float(first.probabilities.max())
     assert list(lines[0]["probabilities"]) == [CLASSES[i] for i in np.argsort(-first.probabilities)]
     np.testing.assert_allclose(lines[0]["embedding"], projected, atol=1e-5)
-    make_metrics(f"log={file}", "log_sample=0").record(recorded)
+    record(make_metrics(f"log={file}", "log_sample=0"), recorded)
     assert len(file.read_text().splitlines()) == 30  # the file is appended to
-    make_metrics(f"log={file}").record(recorded[:1])
+    record(make_metrics(f"log={file}"), recorded[:1])
     assert "embedding" not in json.loads(file.read_text().splitlines()[-1])  # without a reference
+
+
+def test_a_long_file_name_is_cut_in_the_log(tmp_path: Path) -> None:
+    metrics = make_metrics(f"log={tmp_path}/log.jsonl")
+    assert metrics.current
+    metrics.current.record([EncodedImage(b"", "n" * 10**6, 1)], predictions(1, 5))
+    assert len((tmp_path / "log.jsonl").read_text()) < 1000
 
 
 def test_a_full_disk_ends_the_log_and_not_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = make_metrics("log=/dev/full")
-    metrics.record(predictions(2, 5))
-    metrics.record(predictions(2, 6))
+    record(metrics, predictions(2, 5))
+    record(metrics, predictions(2, 6))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("log=/dev/full: cannot be written (No space left on device)")

@@ -136,8 +136,10 @@ def test_a_port_that_is_in_use_and_a_log_that_cannot_be_written(exported: Export
         port = used.getsockname()[1]
         error = run(f"model={exported.folder}", f"port={port}", cwd=tmp_path).stderr
     assert re.search(f"error: port={port}: .*host=127.0.0.1.*Address already in use", error), error
-    error = run(f"model={exported.folder}", "port=0", f"log={tmp_path}", cwd=tmp_path).stderr
-    assert f"error: log={tmp_path}: cannot be written (Is a directory); give" in error
+    folder = tmp_path / "log.jsonl"
+    folder.mkdir()
+    error = run(f"model={exported.folder}", "port=0", f"log={folder}", cwd=tmp_path).stderr
+    assert f"error: log={folder}: cannot be written (Is a directory); give" in error
 
 
 @pytest.mark.slow

@@ -13,15 +13,17 @@ windows:
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
 
-from trainer.errors import DataError
-from trainer.storage.path import storage_path
+from trainer.errors import DataError, NoPredictions
+from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
+from trainer.storage.versions import list_versions
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
@@ -229,12 +231,15 @@ def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """Read reference.json from the address of the file itself, or of a run, its export or a SavedModel.
+    """Read reference.json from the address of the file itself, or of a run, its export, a SavedModel or its versions.
+
+    Of a folder of versions, the reference is that of the newest one (`find_version`).
 
     Raises:
         DataError: the file does not exist or is corrupt.
     """
-    root = storage_path(address)
+    version = find_version(address)
+    root = version or storage_path(address)
     names = ("export/reference.json", "reference.json", "assets/reference.json", "saved_model/1/assets/reference.json")
     files = [root] if address.endswith(".json") else [root / name for name in names]
     fetched = next((content for file in files if (content := file.fetch())), None)
@@ -247,39 +252,83 @@ def read_reference(address: str) -> dict[str, Any]:
     return reference
 
 
-def read_log(address: str, reference: Mapping[str, Any], hours: float | None) -> tuple[Window, int]:
-    """Read the predictions of a log, or of all logs in a folder, into a window.
+def find_version(address: str) -> StoragePath | None:
+    """Return the newest version in a folder of versions; None if the address is something else."""
+    versions = [] if address.endswith(".json") else list_versions(storage_path(address))
+    return versions[0].path.parent if versions else None
 
-    Args:
-        hours: only predictions of the last `hours` are read; None reads all of them.
+
+@dataclass(frozen=True)
+class Period:
+    """The predictions of a log that are read: those of a model version in [since, until); None does not limit them."""
+
+    since: datetime | None = None
+    until: datetime | None = None
+    version: str | None = None
+
+    def includes(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row of the log is included. Raises one of `CONTENT_ERRORS` if it has no valid time."""
+        if self.version is not None and row.get("model_version", self.version) != self.version:
+            return False
+        if self.since is None and self.until is None:
+            return True
+        time = datetime.fromisoformat(row["time"]).astimezone(UTC)
+        return (self.since is None or time >= self.since) and (self.until is None or time < self.until)
+
+    def __str__(self) -> str:
+        texts = [f" of version {self.version}"] if self.version else []
+        texts += [f" since {self.since:%Y-%m-%d %H:%M} UTC"] if self.since else []
+        return "".join(texts + ([f" until {self.until:%Y-%m-%d %H:%M} UTC"] if self.until else []))
+
+
+def list_log(address: str, period: Period) -> list[StoragePath]:
+    """List the files of a log: the file itself, or those in a folder and in its folders of days.
+
+    `trainer.serve` writes a part into the folder of the day, in UTC, of its first prediction. Its last prediction can
+    be of the next day.
+    """
+    root = storage_path(address)
+    if root.exists():
+        return [root]
+    since, until = (time.date() if time else None for time in (period.since, period.until))
+    folders = [root]
+    for folder in root.folders():
+        with suppress(ValueError):
+            day = date.fromisoformat(folder.name)
+            if (since is None or day >= since - timedelta(days=1)) and (until is None or day <= until):
+                folders.append(folder)
+    files = [info.path for folder in folders for info in folder.list(recursive=False)]
+    return sorted((file for file in files if file.name.endswith(".jsonl")), key=str)
+
+
+def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tuple[Window, int]:
+    """Read the predictions of a log in a period, from a file or a folder of files (`list_log`), into a window.
 
     Returns:
         The window, and the number of skipped invalid lines; the server may still be writing the last line.
 
     Raises:
-        DataError: there is no log, it has no predictions, or they are from another model.
+        DataError: there is no log, or it has predictions of another model.
+        NoPredictions: the log has no predictions in the period.
     """
-    root = storage_path(address)
-    files = [root] if root.exists() else [f.path for f in root.list(recursive=False) if f.path.name.endswith(".jsonl")]
-    if not files:
+    files = list_log(address, period)
+    if not files and (address.endswith(".jsonl") or not storage_path(address).is_folder()):
         raise DataError(
             "is not a file or folder with *.jsonl", key="log", value=address, fix="give the log of a server"
         )
-    lines = (line for file in sorted(files, key=str) for line in file.read().decode("utf-8", "replace").splitlines())
-    since = datetime.now(UTC) - timedelta(hours=hours) if hours else None
     class_indices = {name: i for i, name in enumerate(reference["classes"])}
     width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
     window, invalid = Window(len(class_indices)), 0
-    for line in lines:
+    for line in (line for file in files for line in file.read().decode("utf-8", "replace").splitlines()):
         try:
             row = json.loads(line)
-            name, confidence, vector = row["class"], float(row["confidence"]), row.get("embedding")
-            if since and datetime.fromisoformat(row["time"]).astimezone(UTC) < since:
+            if not period.includes(row):
                 continue
+            name, confidence, vector = row["class"], float(row["confidence"]), row.get("embedding")
             finite = vector is None or np.isfinite(np.asarray(vector, np.float64)).all()
             if not finite or not 0 <= confidence <= 1.001:  # above 1 by rounding
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except CONTENT_ERRORS:
             invalid += 1
             continue
         if name not in class_indices or (vector is not None and len(vector) != width):
@@ -289,8 +338,8 @@ def read_log(address: str, reference: Mapping[str, Any], hours: float | None) ->
             )
         window.add(class_indices[name], confidence, vector)
     if not window.n:
-        period = f" since {since:%Y-%m-%d %H:%M} UTC" if since else ""
-        raise DataError(f"has no predictions{period}", key="log", value=address, fix="give another log, or more hours")
+        fix = "give another log, or more hours"
+        raise NoPredictions(f"has no predictions{period}", key="log", value=address, fix=fix)
     return window, invalid
 
 

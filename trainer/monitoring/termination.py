@@ -5,7 +5,7 @@ SIGKILL leaves none. With `terminationMessagePolicy: FallbackToLogsOnError` Kube
 
 from pathlib import Path
 
-from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, WRONG_INPUT
+from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, REFUSED, WRONG_INPUT
 from trainer.monitoring.log import log_unbuffered
 
 MAX_BYTES = 4096  # Kubernetes reads no more
@@ -15,6 +15,7 @@ MEANINGS = {
     WRONG_INPUT: "configuration or data is wrong",
     GAVE_UP: "gave up",
     DRIFTED: "drifted",
+    REFUSED: "not promoted",
     INTERRUPTED: "interrupted",
 }
 

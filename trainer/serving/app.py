@@ -1,13 +1,18 @@
 """ASGI application of the server: routes, responses, and the requests in progress."""
 
+from __future__ import annotations
+
 import asyncio
 import base64
 import contextlib
 import io
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +29,11 @@ from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.log import log_traceback
 from trainer.serving.batching import Batcher
 from trainer.serving.export_files import Export, Prediction
-from trainer.serving.metrics import ServingMetrics
+from trainer.serving.metrics import ModelMetrics, ServingMetrics
+from trainer.serving.prediction_log import open_log
 from trainer.serving.requests import (
     ClientBudget,
+    EncodedImage,
     MemoryBudget,
     PredictRequest,
     parse_instances,
@@ -44,27 +51,49 @@ CSP = (  # content security policy: the page is self-contained and connects only
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")  # an identifier of a client or proxy that is logged as it is
 LOADING_PAGE = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
 
 
+@dataclass(eq=False)
+class ServedVersion:
+    """A loaded version of the model, with its queues. It is in use until its last request has its predictions."""
+
+    export: Export
+    model: ServedModel
+    batchers: Mapping[bool, Batcher]  # by `explain`
+    tasks: list[asyncio.Task[None]]  # that form batches
+    requests: int = 0  # that wait for predictions
+
+    def close(self) -> None:
+        """End the tasks that form batches."""
+        for task in self.tasks:
+            task.cancel()
+
+
 class Service:
-    """The HTTP service of one model; it responds before the model is loaded and until the server exits."""
+    """The HTTP service of one model; it responds before the model is loaded and until the server exits.
+
+    Raises ConfigError if the prediction log cannot be written.
+    """
 
     def __init__(self, settings: Settings, export: Export) -> None:
-        self.settings, self.export = settings, export
-        self.model: ServedModel | None = None  # None until it is loaded and warmed up
+        self.settings = settings
+        self.version: ServedVersion | None = None  # None until it is loaded and warmed up
+        self._loading = export  # the version that is loaded first
+        self._replaced: set[ServedVersion] = set()  # earlier versions, still in use
         self.stopping = False  # after a signal: the service is not ready, and responses close their connections
         self.active = 0  # requests in progress, to any route
         self.cancelled = 0  # requests that were still in progress `drain` seconds after the shutdown began
-        self.metrics = ServingMetrics(settings, export)
+        self.log = open_log(settings.log, settings.log_seconds)
+        self.metrics = ServingMetrics(settings, self.log)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
         self.metrics.active.set_function(lambda: self.active)
-        self.metrics.queued.set_function(lambda: sum(map(len, self._batchers.values())))
+        self.metrics.queued.set_function(self._count_queued)
         self._memory = MemoryBudget(settings.max_bytes)
         self._clients = ClientBudget(settings.max_pixels)
         self._parser = ThreadPoolExecutor(1, "parsing")  # one request at a time: parsed JSON is many times its size
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._batchers = {explain: self._create_batcher(explain) for explain in (False, True)}
         self._page = resources.files("trainer.serving").joinpath("page.html").read_bytes()
         model_paths = [f"/v1/models/{{name}}{version}" for version in ("", "/versions/{version}")]
         verb_paths = [f"{path}:{verb}" for path in model_paths for verb in ("predict", "explain")]
@@ -81,38 +110,79 @@ class Service:
         handlers: Any = {HTTPException: _respond_to_http_error, Exception: _respond_to_bug}
         self._routes: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
 
-    def _create_batcher(self, explain: bool) -> Batcher:
-        def run_model(images: list[bytes]) -> list[Prediction | str]:
-            assert self.model is not None
+    @property
+    def export(self) -> Export:
+        """The version that is served, or the one that is being loaded if there is none."""
+        return self.version.export if self.version else self._loading
+
+    def use(self, export: Export, model: ServedModel) -> None:
+        """Serve a version from now on. Requests that wait for an earlier one still get its predictions."""
+        metrics = ModelMetrics(self.metrics, export)
+        batchers = {explain: self._create_batcher(model, metrics, explain) for explain in (False, True)}
+        tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
+        before, self.version = self.version, ServedVersion(export, model, batchers, tasks)
+        self.metrics.current = metrics
+        if before:
+            self._replaced.add(before)
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        for version in [version for version in self._replaced if not version.requests]:
+            version.close()
+            self._replaced.remove(version)
+
+    def close(self) -> None:
+        """End the tasks that form batches; the caller closes `log`, which waits."""
+        for version in (self.version, *self._replaced):
+            if version:
+                version.close()
+
+    def _count_queued(self) -> int:
+        versions = [version for version in (self.version, *self._replaced) if version]
+        return sum(len(batcher) for version in versions for batcher in version.batchers.values())
+
+    def _create_batcher(self, model: ServedModel, metrics: ModelMetrics, explain: bool) -> Batcher:
+        def run_model(images: list[EncodedImage]) -> list[Prediction | str]:
             began = time.monotonic()
-            predictions = self.model.predict(images, explain)
+            predictions = model.predict([image.data for image in images], explain)
             self.metrics.batches.observe(len(images))
             self.metrics.batch_seconds.observe(time.monotonic() - began)
-            self.metrics.record([p for p in predictions if isinstance(p, Prediction)])
+            metrics.record(images, predictions)
             return predictions
 
         s = self.settings
         limits = {"size": s.batch, "queue": s.queue, "pixels": s.max_pixels}
         return Batcher(run_model, self._model_thread, window=s.window_ms / 1000, **limits)
 
-    def start_batching(self) -> list[asyncio.Task[None]]:
-        """Start the tasks that form batches; they run until they are cancelled."""
-        return [asyncio.create_task(batcher.run()) for batcher in self._batchers.values()]
+    @contextlib.contextmanager
+    def _current_version(self) -> Iterator[ServedVersion]:
+        """Yield the version that is served, which stays in use until the end of the context."""
+        version = self.version
+        if version is None:
+            raise unavailable_error("the model is being loaded")
+        version.requests += 1
+        try:
+            yield version
+        finally:
+            version.requests -= 1
+            self._close_unused()
 
     def not_ready_reason(self) -> str:
         """Return why the service is not ready; "" if it is."""
-        return "stopping" if self.stopping else "" if self.model else "the model is being loaded"
+        return "stopping" if self.stopping else "" if self.version else "the model is being loaded"
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request as an ASGI application, count it, and close its connection while the server stops."""
         if scope["type"] != "http":
             return
-        began, code = time.monotonic(), "none"
+        began, code, identifier = time.monotonic(), "none", _identify(scope)
+        scope.setdefault("state", {})["id"] = identifier
 
         async def count_and_send(message: Message) -> None:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = str(message["status"])
+                message["headers"] = [*message["headers"], (b"x-request-id", identifier.encode())]
                 if self.stopping and not any(name.lower() == b"connection" for name, _ in message["headers"]):
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -134,52 +204,58 @@ class Service:
 
     async def _predict_images(
         self, request: Request, parse: Callable[..., PredictRequest], *arguments: Any
-    ) -> tuple[PredictRequest, list[Prediction]]:
-        """Read a request, parse it with `parse(body, *arguments)`, and predict its images."""
-        if self.model is None:
+    ) -> tuple[Export, PredictRequest, list[Prediction]]:
+        """Read a request, parse it with `parse(body, *arguments)`, and predict its images with one version."""
+        if self.version is None:
             raise unavailable_error("the model is being loaded")
         with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body, *arguments)
             del body
-            if parsed.explain and not self.model.explains:
-                raise HTTPException(400, "this export has no signature `explain`; export it again with this version")
+            images = [replace(image, request=request.state.id) for image in parsed.images]
             client = request.client.host if request.client else ""
-            try:
-                with self._clients.reservation(client, parsed.images):
-                    predictions = await self._batchers[parsed.explain].predict(parsed.images)
-            except asyncio.QueueFull:
-                raise unavailable_error(f"the queue of {self.settings.queue} images has no room for yours") from None
-        for image, prediction in zip(parsed.images, predictions, strict=True):
+            with self._current_version() as version:
+                self._check_version(request, version.export)
+                if parsed.explain and not version.model.explains:
+                    raise HTTPException(400, "this export has no signature `explain`; export it again")
+                try:
+                    with self._clients.reservation(client, images):
+                        predictions = await version.batchers[parsed.explain].predict(images)
+                except asyncio.QueueFull:
+                    problem = f"the queue of {self.settings.queue} images has no room for yours"
+                    raise unavailable_error(problem) from None
+        for image, prediction in zip(images, predictions, strict=True):
             if isinstance(prediction, str):
                 raise HTTPException(400, f"{image.name} cannot be decoded ({prediction})")
-        return parsed, predictions
+        return version.export, parsed, predictions
 
     async def predict(self, request: Request) -> Response:
         """Respond with the `top_k` most probable classes of each image and, with `explain`, its heatmap."""
         content_type, query = request.headers.get("content-type", ""), dict(request.query_params)
-        parsed, predictions = await self._predict_images(request, parse_predict, content_type, query, self.settings)
+        export, parsed, predictions = await self._predict_images(
+            request, parse_predict, content_type, query, self.settings
+        )
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             p = prediction.probabilities
             top = np.argsort(-p, kind="stable")[: parsed.top_k]
-            classes = [{"class": self.export.classes[i], "probability": float(p[i])} for i in top]
+            classes = [{"class": export.classes[i], "probability": float(p[i])} for i in top]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
-                reference = self.export.reference or {}
+                reference = export.reference or {}
                 geometry = {  # crop: the central square only; ignore: the image as it is stored
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
                 entry["heatmap"] = {"png": _encode_png(prediction.heatmap), **geometry}
             entries.append(entry)
-        return _json_response({"model": self.settings.name, "version": self.export.version, "predictions": entries})
+        return _json_response({"model": self.settings.name, "version": export.version, "predictions": entries})
 
     async def predict_instances(self, request: Request) -> Response:
         """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
-        parsed, predictions = await self._predict_images(request, parse_instances, self.settings, explain)
+        _, parsed, predictions = await self._predict_images(request, parse_instances, self.settings, explain)
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:
@@ -188,16 +264,20 @@ class Service:
         return _json_response({"outputs": columns} if parsed.columnar else {"predictions": rows})
 
     def _check_model(self, request: Request) -> None:
-        name, version = request.path_params["name"], request.path_params.get("version", self.export.version)
+        name = request.path_params["name"]
         if name != self.settings.name:
             raise HTTPException(404, f"there is no model {name!a}; available: {self.settings.name}")
-        if version != self.export.version:
-            raise HTTPException(404, f"there is no version {version!a}; available: {self.export.version}")
+        self._check_version(request, self.export)
+
+    def _check_version(self, request: Request, export: Export) -> None:
+        version = request.path_params.get("version", export.version)
+        if version != export.version:
+            raise HTTPException(404, f"there is no version {version!a}; available: {export.version}")
 
     async def get_status(self, request: Request) -> Response:
         """Respond with the status of the model: `ready` for KServe, `model_version_status` for TensorFlow Serving."""
         self._check_model(request)
-        state = "UNLOADING" if self.stopping else "AVAILABLE" if self.model else "LOADING"
+        state = "UNLOADING" if self.stopping else "AVAILABLE" if self.version else "LOADING"
         status = {"error_code": "OK", "error_message": ""}
         versions = [{"version": self.export.version, "state": state, "status": status}]
         body = {"name": self.settings.name, "ready": not self.not_ready_reason(), "model_version_status": versions}
@@ -218,13 +298,19 @@ class Service:
         """Respond with the page to browsers, and with KServe's liveness status to other clients."""
         if "text/html" not in request.headers.get("accept", ""):
             return _json_response({"status": "alive"})
-        if self.model is None:
+        if self.version is None:
             return Response(LOADING_PAGE, 503, media_type="text/html", headers={"Retry-After": "2"})
         server = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
-        server |= {"max_bytes": self.settings.max_bytes, "explains": self.model.explains}
+        server |= {"max_bytes": self.settings.max_bytes, "explains": self.version.model.explains}
         page = self._page.replace(b"{{server}}", json.dumps(server).encode())
         headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         return Response(page, media_type="text/html", headers=headers)
+
+
+def _identify(scope: Scope) -> str:
+    """Return the identifier of a request: its header X-Request-Id if that is short and printable, else a new one."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _route_label(path: str) -> str:

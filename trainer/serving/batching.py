@@ -11,7 +11,7 @@ from typing import Any
 from trainer.serving.requests import EncodedImage
 
 LARGE_PIXELS = 2_000_000  # an image with a higher decoding cost is a large one
-Model = Callable[[list[bytes]], Sequence[Any]]  # encoded images -> one prediction per image
+Model = Callable[[list[EncodedImage]], Sequence[Any]]  # -> one prediction per image
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Batcher:
             batch = await self._next_batch()
             began = loop.time()
             try:
-                images = [pending.image.data for pending in batch]
+                images = [pending.image for pending in batch]
                 predictions = await loop.run_in_executor(self._pool, self._run_model, images)
                 for pending, prediction in zip(batch, predictions, strict=True):
                     if not pending.prediction.done():

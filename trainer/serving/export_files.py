@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.evaluation.drift import parse_reference
+from trainer.storage.base import ObjectInfo
 from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import parse_json
 from trainer.storage.staging import is_remote, stage
+from trainer.storage.versions import GRAPH, MANIFEST, find_damage, list_versions, parse_manifest
 
-GRAPH, LABELS, REFERENCE = "saved_model.pb", "assets/labels.txt", "assets/reference.json"
+LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"
 MAX_EXPORT_BYTES = 20 * 1024**3  # of an export in a bucket, which is copied to the local disk
 
 
@@ -26,6 +29,7 @@ class Export:
     version: str  # the name of its folder if that is a number, else "1"
     classes: tuple[str, ...]  # labels.txt, in the order of the probabilities
     reference: dict[str, Any] | None  # parsed reference.json; None if the export has none
+    graph: ObjectInfo | None = field(default=None, compare=False)  # its saved_model.pb where it was read from
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,52 @@ class Prediction:
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
-    """Find the newest version of an export, and read its labels and reference.
+    """Find the newest version of an export that can be read, and read its labels and reference.
 
     The address is the output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel. An export
-    in a bucket is copied to `cache_dir`.
+    in a bucket is copied to `cache_dir`. Damaged versions are logged, and the one before them is used.
 
     Raises:
         DataError: there is no SavedModel, it has no labels, or labels or reference are corrupt or of another model.
         Interrupted: the bucket does not respond.
     """
-    source = _find_newest_version(address, storage_path(address))
-    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    faults: list[tuple[str, DataError]] = []
+    for graph in list_exports(address):
+        try:
+            export = read_export(address, graph, cache_dir, log_message, lambda: None)
+        except DataError as error:
+            faults.append((graph.path.parent.name, error))
+            continue
+        for version, fault in faults:
+            log_message(f"version {version} is not served: {fault}")
+        return export
+    raise faults[0][1]
+
+
+def list_exports(address: str) -> list[ObjectInfo]:
+    """List the graphs of the versions at an address (`find_export`), newest first; DataError if there is none."""
+    root = storage_path(address)
+    if graph := (root / GRAPH).stat():
+        return [graph]
+    for base in (root, root / "saved_model", root / "export" / "saved_model"):
+        if versions := list_versions(base):
+            return versions
+    raise _no_export_error(address, root)
+
+
+def read_export(
+    address: str, graph: ObjectInfo, cache_dir: Path, log_message: Callable[[str], None], check: Callable[[], None]
+) -> Export:
+    """Copy a version to the local disk if it is in a bucket, and read it.
+
+    `check` is called after each copied file, and raises to cancel. Raises the errors of `find_export`.
+    """
+    source = graph.path.parent
+    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, check))
+    if (manifest := _read_asset(folder / MANIFEST, address)) is not None:
+        parsed = parse_json(manifest, parse_manifest, source / MANIFEST, "promote the run again")
+        if damage := find_damage(folder, parsed):
+            raise DataError(f"{source}: {damage}", key="model", value=address, fix="promote the run again")
     labels, content = (_read_asset(folder / name, address) for name in (LABELS, REFERENCE))
     if labels is None:
         raise DataError(f"{source} has no {LABELS}", key="model", value=address, fix="export it with kubetune")
@@ -61,7 +100,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
     if content is not None and reference is None:
         problem = f"{folder / REFERENCE} is corrupt or of another model"
         raise DataError(problem, key="model", value=address, fix="export it again")
-    return Export(address, folder, source.name if source.name.isdecimal() else "1", classes, reference)
+    return Export(address, folder, source.name if source.name.isdecimal() else "1", classes, reference, graph)
 
 
 def _read_asset(file: Path, address: str) -> bytes | None:
@@ -75,22 +114,17 @@ def _read_asset(file: Path, address: str) -> bytes | None:
         raise DataError(problem, key="model", value=address, fix=fix) from None
 
 
-def _find_newest_version(address: str, root: StoragePath) -> StoragePath:
-    if (root / GRAPH).exists():
-        return root
-    for base in (root, root / "saved_model", root / "export" / "saved_model"):
-        numbered = [f for f in base.folders() if f.name.isdecimal() and (f / GRAPH).exists()]
-        if numbered:
-            return max(numbered, key=lambda folder: int(folder.name))
+def _no_export_error(address: str, root: StoragePath) -> DataError:
+    """Make the error for an address without a SavedModel."""
     if root.exists():
         fix = "give the folder of a SavedModel"
-        raise DataError("is a file, not a SavedModel", key="model", value=address, fix=fix)
+        return DataError("is a file, not a SavedModel", key="model", value=address, fix=fix)
     if (root / "config.yaml").exists():
         fix = "finish the run with saved_model in export.formats, or run trainer.export"
-        raise DataError("is a run without export/saved_model", key="model", value=address, fix=fix)
+        return DataError("is a run without export/saved_model", key="model", value=address, fix=fix)
     problem = f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/"
     fix = "give the output_dir of a run, or its export"
     if not root.is_folder():
         parent = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
-        raise DataError(f"does not exist{parent}", key="model", value=address, fix=fix)
-    raise DataError(problem, key="model", value=address, fix=fix)
+        return DataError(f"does not exist{parent}", key="model", value=address, fix=fix)
+    return DataError(problem, key="model", value=address, fix=fix)

@@ -1,10 +1,8 @@
-"""Prometheus metrics of requests, predictions and drift, and the prediction log."""
+"""Prometheus metrics of requests, predictions and drift, and the lines of the prediction log."""
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,27 +11,27 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import trainer
-from trainer.errors import ConfigError
 from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability_index
-from trainer.monitoring.log import format_utc_now, log
+from trainer.monitoring.log import format_utc_now
 from trainer.serving.export_files import Export, Prediction
+from trainer.serving.prediction_log import PredictionLog
+from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import Settings, batch_sizes
 
 WINDOW_PREDICTIONS = 5000  # drift is measured over the latest ones
 MIN_PREDICTIONS = 100  # drift is not reported for fewer
 LOGGED_CLASSES = 5  # probabilities per line of the prediction log
+LOGGED_NAME = 200  # characters of a file name in it
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
 disable_created_metrics()  # no series kubetune_serving_..._created
 
 
 class ServingMetrics(Collector):
-    """The metrics of a server, its drift (computed at each scrape) and its prediction log.
+    """The metrics of a server, and of the served version its drift, which is computed at each scrape."""
 
-    Raises ConfigError if the prediction log cannot be written.
-    """
-
-    def __init__(self, settings: Settings, export: Export) -> None:
-        self.export, self._settings = export, settings
+    def __init__(self, settings: Settings, predictions: PredictionLog | None = None) -> None:
+        self.settings, self.predictions = settings, predictions
+        self.current: ModelMetrics | None = None  # of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         common: Any = {"namespace": "kubetune_serving", "registry": registry}
         sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
@@ -42,12 +40,26 @@ class ServingMetrics(Collector):
         self.seconds = Histogram("request_seconds", "Latency of requests", ["route"], buckets=LATENCY_BUCKETS, **common)
         self.batches = Histogram("batch_images", "Images per call of the model", buckets=sizes, **common)
         self.batch_seconds = Histogram("batch_seconds", "Duration of model calls", buckets=LATENCY_BUCKETS, **common)
-        self._predictions = Counter("predictions", "Predictions by the most probable class", ["class"], **common)
-        self._confidence = Histogram("confidence", "Largest probability per prediction", buckets=twentieths, **common)
+        self.by_class = Counter("predictions", "Predictions by the most probable class", ["class"], **common)
+        self.confidence = Histogram("confidence", "Largest probability per prediction", buckets=twentieths, **common)
         self.queued = Gauge("queue_images", "Images in the queue", **common)
         self.active = Gauge("active_requests", "Requests in progress", **common)
+        self.dropped = Counter("log_dropped", "Predictions that the log had no room for", **common)
+        self.failed_versions = Counter("failed_versions", "Versions of the model that could not be loaded", **common)
         ProcessCollector(registry=registry)
         registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield name and version of the model, and its drift."""
+        if self.current is not None:
+            yield from self.current.collect()
+
+
+class ModelMetrics:
+    """The predictions of one version of the model: their metrics, their drift, and a sample of them in the log."""
+
+    def __init__(self, metrics: ServingMetrics, export: Export) -> None:
+        self.export, self._metrics = export, metrics
         self._window = Window(len(export.classes), WINDOW_PREDICTIONS)
         reference = export.reference or {}
         self._class_names = reference.get("classes", export.classes)  # labels.txt has spaces instead of line breaks
@@ -56,29 +68,26 @@ class ServingMetrics(Collector):
         self._embedding_width = len(embedding.get("mean", ()))
         self._lock = threading.Lock()
         self._recorded = 0
-        self._log = _open_log(settings.log)
 
-    def record(self, predictions: Sequence[Prediction]) -> None:
+    def record(self, images: Sequence[EncodedImage], predictions: Sequence[Prediction | str]) -> None:
         """Count predictions and log a sample of them; only the thread that runs the model may call it."""
-        time, lines = format_utc_now(), ""
-        for prediction in predictions:
+        time, lines, metrics = format_utc_now(), [], self._metrics
+        for image, prediction in zip(images, predictions, strict=True):
+            if isinstance(prediction, str):  # it could not be decoded
+                continue
             predicted = int(prediction.probabilities.argmax())
             confidence = float(prediction.probabilities[predicted])
             embedding = self._project(prediction.embedding)
-            self._predictions.labels(self.export.classes[predicted]).inc()
-            self._confidence.observe(confidence)
+            metrics.by_class.labels(self.export.classes[predicted]).inc()
+            metrics.confidence.observe(confidence)
             with self._lock:
                 self._window.add(predicted, confidence, embedding)
             self._recorded += 1
-            fraction = self._settings.log_sample  # logged predictions are evenly spaced, not random
-            if self._log is not None and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
-                lines += self._format_log_line(time, prediction.probabilities, embedding)
-        if lines and self._log is not None:
-            try:
-                os.write(self._log, lines.encode())
-            except OSError as error:
-                log.warning(f"log={self._settings.log}: cannot be written ({error.strerror}); logging has stopped")
-                self._log = None
+            fraction = metrics.settings.log_sample  # logged predictions are evenly spaced, not random
+            if metrics.predictions and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
+                lines.append(self._format_log_line(time, image, prediction.probabilities, embedding))
+        if lines and metrics.predictions:
+            metrics.dropped.inc(metrics.predictions.append(lines))
 
     def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
         """Project an embedding [C] as in the reference; return None if the reference has no embeddings."""
@@ -86,16 +95,28 @@ class ServingMetrics(Collector):
             return None
         return embedding @ self._projection if self._projection is not None else embedding
 
-    def _format_log_line(self, time: str, probabilities: np.ndarray, embedding: np.ndarray | None) -> str:
+    def _format_log_line(
+        self, time: str, image: EncodedImage, probabilities: np.ndarray, embedding: np.ndarray | None
+    ) -> str:
         top = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
-        line = {"time": time, "class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
+        line: dict[str, Any] = {
+            "time": time,
+            "request": image.request,
+            "name": image.name[:LOGGED_NAME],
+            "model_version": self.export.version,
+        }
+        line |= {"class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}
         line |= {"probabilities": {self._class_names[i]: round(float(probabilities[i]), 6) for i in top}}
         line |= {} if embedding is None else {"embedding": [round(float(x), 5) for x in embedding]}
         return json.dumps(line) + "\n"
 
     def collect(self) -> Iterator[Metric]:
         """Yield the version of the model and, if there are a reference and enough predictions, the drift."""
-        labels = {"model": self._settings.name, "model_version": self.export.version, "version": trainer.__version__}
+        labels = {
+            "model": self._metrics.settings.name,
+            "model_version": self.export.version,
+            "version": trainer.__version__,
+        }
         yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", labels)
         with self._lock:
             n, classes, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
@@ -115,16 +136,3 @@ class ServingMetrics(Collector):
             text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
             distance = embedding_distance(reference["embedding"], *gaussian)
             yield GaugeMetricFamily("kubetune_serving_embedding_distance", text, distance)
-
-
-def _open_log(file: str | None) -> int | None:
-    """Open the prediction log for appending, and return its file descriptor; None if no file is configured."""
-    if not file:
-        return None
-    path = Path(file).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    except OSError as error:
-        problem, fix = f"cannot be written ({error.strerror})", "give a writable file, or leave log out"
-        raise ConfigError(problem, key="log", value=file, fix=fix) from None

@@ -44,6 +44,7 @@ class EncodedImage:
     name: str
     pixels: int
     cost: int = 0  # of decoding it, in pixels of a PNG that takes as long
+    request: str = ""  # identifier of its request
 
 
 @dataclass(frozen=True)

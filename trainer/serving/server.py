@@ -19,6 +19,7 @@ from trainer.errors import INTERRUPTED, ConfigError, Interrupted
 from trainer.monitoring.log import log, log_unbuffered
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
+from trainer.serving.reload import follow_versions, load_first
 from trainer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
             log_unbuffered(f"\n{received.name}: exiting now with {service.active} requests in progress")
             os._exit(INTERRUPTED)
         service.stopping = True
-        if service.model is None:
+        if service.version is None:
             log_unbuffered(f"interrupted: {received.name} before the model was loaded; no request was lost")
             os._exit(INTERRUPTED)  # the thread that loads the model cannot be stopped
         log.info(f"{received.name}: accepting requests for another {settings.linger:g} s, then finishing them")
@@ -158,29 +159,32 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
 
     for handled in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(handled, stop, handled)
-    batching = service.start_batching()
     loading = asyncio.create_task(_load(service, server, load_model))
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info(f"listening on http://{host}:{port}/ while {export.folder} is loaded")
     await server.serve(sockets=[listener])
-    for task in (loading, *batching):
-        task.cancel()
     if loading.done():
         loading.result()  # raises if the model could not be loaded
+    loading.cancel()
     await asyncio.sleep(0.1)  # until cancelled requests are counted
+    service.close()
+    if service.log:
+        await asyncio.to_thread(service.log.close)
     if count := service.cancelled + service.active:
         raise Interrupted(f"{count} requests not finished", key="drain", value=settings.drain, fix="give more seconds")
     log.info(f"{signals[0]}: every accepted request got its response")
 
 
 async def _load(service: Service, server: Server, load_model: LoadModel) -> None:
-    """Load and warm up the model in a thread, so that the server responds to probes. An error stops the server."""
+    """Load the model in a thread, so that the server responds to probes, and newer versions as they appear.
+
+    An error of the first load stops the server.
+    """
     try:
-        model = await asyncio.to_thread(load_model, service.export)
-        sizes = await asyncio.to_thread(model.warm_up, service.settings.batch)
+        failed = await load_first(service, load_model)
     except Exception:
         server.should_exit = True
         raise
-    service.model = model
-    log.info(f"ready: {len(service.export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")
+    if service.settings.poll:
+        await follow_versions(service, load_model, failed)

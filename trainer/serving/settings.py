@@ -19,6 +19,8 @@ class Settings(Section):
     """0.0.0.0 (or :: for IPv6 as well) is reachable from other machines."""
     port: int = Field(8501, ge=0, le=65535)
     """0: any free port."""
+    poll: float = Field(30.0, ge=0, le=86400)
+    """Seconds between two checks for a newer version of the model; 0: none."""
     name: str = Field("kubetune", pattern=r"^[A-Za-z0-9._-]+$")
     """In /v1/models/NAME:predict."""
     batch: int = Field(32, ge=1, le=1024)
@@ -34,7 +36,9 @@ class Settings(Section):
     max_images: int = Field(64, ge=1, le=10**6)
     """Maximum images per request."""
     log: str | None = None
-    """File to which one JSON line per prediction is appended."""
+    """File (*.jsonl) to which one JSON line per prediction is appended, or folder of parts; also gs://."""
+    log_seconds: float = Field(60.0, ge=0.1, le=86400)
+    """Seconds that one part of the log is for."""
     log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Fraction of the predictions that is logged."""
     linger: float = Field(2.0, ge=0, le=600)

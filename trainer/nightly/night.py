@@ -1,0 +1,235 @@
+"""One night of the loop from the prediction log to the next version: measure, retrain, compare, promote."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from trainer.cluster.signals import exit_on_sigterm
+from trainer.config.schema import Runtime
+from trainer.config.typed import quote_if_needed
+from trainer.drift import measure
+from trainer.errors import (
+    BUG,
+    DONE,
+    GAVE_UP,
+    INTERRUPTED,
+    WRONG_INPUT,
+    ConfigError,
+    DataError,
+    GaveUp,
+    Interrupted,
+    NoPredictions,
+    Refused,
+    TrainerError,
+)
+from trainer.evaluation.drift import Period, find_version, most_severe_level
+from trainer.monitoring.health import health
+from trainer.monitoring.http import serve
+from trainer.monitoring.log import log
+from trainer.monitoring.termination import set_success_message
+from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.small_files import parse_json
+
+RECORDS = "nights"  # folder of the records in `runs`
+# Outcomes of a night. A day with one of the second group is done; after the others it can be started again.
+STABLE, NO_PREDICTIONS, FAILED = "stable", "no predictions", "failed"
+PROMOTED, REFUSED = "promoted", "refused"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `trainer.nightly`; addresses have no slash at their end."""
+
+    to: str
+    log: str
+    runs: str
+    hours: float
+    keep: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Night:
+    """The record of a night, `runs/nights/DAY.json`. It is written before its run begins, and with the outcome."""
+
+    day: str
+    warm_start: str | None = None  # the run of the version that was served
+    levels: Mapping[str, str] | None = None  # level of each measure of drift; None if nothing was measured
+    outcome: str | None = None  # None: the run of this day is not finished
+    reason: str = ""
+    version: int | None = None  # that was promoted
+
+
+def parse_night(value: Any) -> Night:
+    """Validate the record of a night; raise one of `CONTENT_ERRORS` if it is something else."""
+    night = Night(**value)
+    if night.outcome not in (None, STABLE, NO_PREDICTIONS, FAILED, PROMOTED, REFUSED):
+        raise ValueError(f"unknown outcome {night.outcome!r}")
+    return night
+
+
+def choose_night(nights: list[Night], today: str) -> tuple[Night, bool]:
+    """Choose the night that a start is for; return also whether its run has begun.
+
+    That is the newest night whose run is unfinished, else that of today, whose run has begun if it failed.
+    """
+    newest = max(nights, key=lambda night: night.day, default=None)
+    if newest and newest.outcome is None:
+        return newest, True
+    own = next((night for night in nights if night.day == today), Night(today))
+    return own, own.outcome == FAILED
+
+
+def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
+    """Run a night, or what is left of an unfinished one.
+
+    Raises:
+        Refused: the run is worse than the served version.
+        Interrupted: the run was interrupted; the next start continues it.
+        TrainerError: the run failed.
+    """
+    records = storage_path(settings.runs) / RECORDS
+    with _monitored(runtime):
+        night, has_begun = choose_night(_read_nights(records), f"{now:%Y-%m-%d}")
+        if night.outcome in (PROMOTED, REFUSED):
+            return _finish(f"{settings.runs}/{night.day} is finished already: {night.outcome}; {night.reason}")
+        if has_begun:
+            log.info(f"continuing {settings.runs}/{night.day}")
+            night = replace(night, outcome=None)
+        else:
+            night = _measure(settings, night.day, now)
+        _write_night(records, night)
+        if night.outcome:
+            return _finish(f"{night.outcome}: {night.reason}; nothing to do")
+    code = train(settings, night)
+    with _monitored(runtime):
+        if code == INTERRUPTED:
+            raise Interrupted(f"{settings.runs}/{night.day} is not finished", fix="the next start continues it")
+        if code != DONE:
+            error = _describe_failure(settings, night.day, code, runtime)
+            if code in (WRONG_INPUT, GAVE_UP):  # the same run would fail again: the next night begins another one
+                _write_night(records, replace(night, outcome=FAILED, reason=str(error)))
+            raise error
+        _promote(settings, night, records)
+
+
+def _promote(settings: Settings, night: Night, records: StoragePath) -> None:
+    """Promote the finished run of a night, and record the outcome."""
+    from trainer.promote.promotion import promote  # here, because it imports matplotlib
+
+    try:
+        version, reason = promote(f"{settings.runs}/{night.day}", storage_path(settings.to), settings.keep)
+    except Refused as refused:
+        _write_night(records, replace(night, outcome=REFUSED, reason=refused.problem))
+        raise
+    except (ConfigError, DataError) as error:
+        _write_night(records, replace(night, outcome=FAILED, reason=str(error)))
+        raise
+    _write_night(records, replace(night, outcome=PROMOTED, reason=reason, version=version))
+    _finish(f"{settings.runs}/{night.day} is version {version} of {settings.to}: {reason}")
+
+
+def _finish(message: str) -> None:
+    log.info(message)
+    set_success_message(message)
+
+
+def _measure(settings: Settings, day: str, now: datetime) -> Night:
+    """Measure the drift of the served version; the outcome is None if a run has to be trained."""
+    version = find_version(settings.to)
+    if version is None:
+        log.info(f"{settings.to} has no version yet: training the first one")
+        return Night(day, reason="there was no version")
+    period = Period(now - timedelta(hours=settings.hours), now, version.name)
+    try:
+        measured = measure(settings.to, settings.log, period, f"{settings.runs}/{RECORDS}/{day}.png")
+    except NoPredictions as error:
+        log.warning(f"{error}; without predictions there is no drift to measure")
+        return Night(day, outcome=NO_PREDICTIONS, reason=error.problem)
+    levels = {each.name: each.level for each in measured}
+    if most_severe_level(measured) != "shifted":
+        return Night(day, None, levels, STABLE, f"version {version.name} has not drifted")
+    warm_start = _find_run(version)
+    log.info(f"version {version.name} has drifted: training from the weights of {warm_start or 'the backbone'}")
+    return Night(day, warm_start, levels, reason=f"version {version.name} has drifted")
+
+
+def _find_run(version: StoragePath) -> str | None:
+    """Return the run of a version; None if it is unknown or was deleted."""
+    from trainer.promote.promotion import read_manifest
+
+    run = read_manifest(version).get("run")
+    if run and (storage_path(run) / "config.yaml").exists():
+        return str(run)
+    log.warning(f"{version}: its run {run or ''} does not exist; training from the initial weights of the backbone")
+    return None
+
+
+def _read_nights(records: StoragePath) -> list[Night]:
+    files = [info.path for info in records.list(recursive=False) if info.path.name.endswith(".json")]
+    return [parse_json(file.read(), parse_night, file, "delete it to begin that night again") for file in files]
+
+
+def _write_night(records: StoragePath, night: Night) -> None:
+    (records / f"{night.day}.json").write(json.dumps(asdict(night), indent=1) + "\n")
+
+
+def train(settings: Settings, night: Night) -> int:
+    """Train or continue the run of a night in a process of its own, and return its exit code.
+
+    SIGTERM is forwarded to it, so that it saves. Ctrl-C reaches it without that.
+    """
+    command = [sys.executable, "-m", "trainer", *settings.overrides]
+    command.append(f"output_dir={quote_if_needed(f'{settings.runs}/{night.day}')}")
+    if night.warm_start:
+        command.append(f"warm_start={quote_if_needed(night.warm_start)}")
+    child: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def forward(signum: int, _frame: object) -> None:
+        received.append(signum)
+        for process in child:
+            process.send_signal(signum)
+
+    signal.signal(signal.SIGTERM, forward)
+    interrupt = signal.signal(signal.SIGINT, lambda _signum, _frame: None)
+    try:
+        child.append(subprocess.Popen(command))
+        if received:  # before the process existed
+            child[0].send_signal(received[0])
+        return child[0].wait()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        exit_on_sigterm()
+
+
+def _describe_failure(settings: Settings, day: str, code: int, runtime: Runtime) -> TrainerError:
+    """Make the error for a run that failed, with its termination message if it has written one."""
+    message = ""
+    if runtime.termination_log and code in (BUG, WRONG_INPUT, GAVE_UP):
+        with suppress(OSError):
+            message = Path(runtime.termination_log).read_text(errors="replace")
+    problem = message or (f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}")
+    kind = {WRONG_INPUT: DataError, GAVE_UP: GaveUp}.get(code, TrainerError)
+    return kind(f"{settings.runs}/{day}: {problem}", fix="read its log")
+
+
+@contextmanager
+def _monitored(runtime: Runtime) -> Iterator[None]:
+    """Respond on `runtime.http_port` in this block; while a run trains, its process does."""
+    if not runtime.http_port:
+        yield
+        return
+    server = serve(runtime.http_port, health, "")
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()

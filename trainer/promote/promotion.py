@@ -1,0 +1,217 @@
+"""Promote the model of a run to the next version of a served model, or go back to an earlier version."""
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trainer
+from trainer.errors import DataError, Interrupted, Refused
+from trainer.evaluation.paired import PairedComparison
+from trainer.monitoring.log import format_utc_now, log
+from trainer.report.compare import compare_runs, describe_outcome, read_scored_run
+from trainer.storage.lease import acquire_lease
+from trainer.storage.local import delete_unfinished, write_json
+from trainer.storage.path import StoragePath, canonicalize_address, storage_path
+from trainer.storage.small_files import read_json
+from trainer.storage.versions import (
+    GRAPH,
+    MANIFEST,
+    checksum_files,
+    commit_version,
+    delete_incomplete,
+    delete_version,
+    find_damage,
+    list_versions,
+    number_of,
+    parse_manifest,
+)
+
+SCORES = ("report/report.json", "report/predictions.csv")  # of a run; recorded with its version
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a run is promoted, and why."""
+
+    promoted: bool
+    reason: str
+
+
+def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> Decision:
+    """Decide whether a run is promoted, by its comparison with the served version on n held-out examples."""
+    outcome = describe_outcome(pair, pair.p)
+    low, high = pair.interval
+    relation = "from" if outcome == "no significant difference" else "than"
+    reason = (
+        f"{outcome} {relation} version {version} on {n:,} held-out examples: {pair.difference:+.4f} accuracy (95 % "
+        f"interval {low:+.4f} to {high:+.4f}), {pair.won} won and {pair.lost} lost, p = {pair.p:.3g}"
+    )
+    return Decision(outcome != "worse" or allow_worse, reason)
+
+
+def plan_return(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Choose the version that `back=true` makes the newest again; None if there is no earlier one.
+
+    `manifests` has those of all versions by number. A copy counts as its origin, so that going back twice in a row
+    returns to the version before the last two.
+    """
+
+    def origin(number: int) -> int:
+        return int(manifests[number].get("origin") or number)
+
+    newest = max(manifests)
+    earlier = [number for number in manifests if number < origin(newest)]
+    return max(earlier, default=None)
+
+
+@contextmanager
+def _exclusive(folder: StoragePath) -> Iterator[None]:
+    """Hold the lease on the folder of the versions, and clean up at its end."""
+    holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
+    try:
+        lease = acquire_lease(folder, holder, os.environ.get("JOB_UID"), log_message=log.info)
+    except Interrupted as error:
+        error.key = error.key and "to"
+        raise
+    with lease:
+        yield
+        lease.check()
+        delete_incomplete(folder)
+        if folder.is_local:
+            delete_unfinished(Path(str(folder)), recursive=False)
+
+
+def read_manifest(version: StoragePath) -> dict[str, Any]:
+    """Read the manifest of a version; {} if it was not written by `trainer.promote`. Raises DataError if corrupt."""
+    return read_json(version / MANIFEST, parse_manifest, "promote a run with allow_worse=true") or {}
+
+
+def _number(version: StoragePath) -> int:
+    number = number_of(version)
+    assert number is not None, "from `list_versions` or `commit_version`"
+    return number
+
+
+def _fetch_run(run: str, to: Path) -> None:
+    """Copy the export of a finished run and its scores to a local folder."""
+    home = storage_path(run)
+    if not (home / "DONE").exists():
+        fix = "give the output_dir of a finished run"
+        raise DataError("is not a finished run", key="run", value=run, fix=fix)
+    exports = list_versions(home / "export" / "saved_model")
+    if not exports:
+        fix = "add saved_model to export.formats, or run trainer.export"
+        raise DataError("has no export/saved_model", key="run", value=run, fix=fix)
+    _fetch(exports[0].path.parent, to)
+    for name in SCORES:
+        if not (home / name).exists():
+            raise DataError(f"has no {name}", key="run", value=run, fix="give the output_dir of a finished run")
+        (home / name).download(to / name)
+
+
+def _fetch(version: StoragePath, to: Path) -> None:
+    """Copy a version to a local folder, without its manifest."""
+    for info in version.list():
+        name = str(info.path).removeprefix(f"{version}/")
+        if name != MANIFEST:
+            info.path.download(to / name)
+
+
+def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False) -> tuple[int, str]:
+    """Make the model of a run the next version in `folder`; return its number and why it was promoted.
+
+    A run whose export is the newest version already is not promoted again.
+
+    Raises:
+        DataError: the run has no export or scores, or cannot be compared with the newest version.
+        Refused: the run is worse than the newest version, and `allow_worse` is False.
+        Interrupted: another process writes to the folder, or the bucket does not respond.
+    """
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
+        local = Path(temporary)
+        _fetch_run(run, local)
+        files, versions = checksum_files(local), [info.path.parent for info in list_versions(folder)]
+        decision, comparison = Decision(True, "there is no version to compare with"), None
+        if versions:
+            newest, number = versions[0], _number(versions[0])
+            served = _read_served(newest, allow_worse)
+            if served.get("files") == files:
+                log.info(f"{run} is version {number} of {folder} already")
+                return number, "promoted already"
+            decision, comparison = _compare(run, newest, allow_worse)
+        if not decision.promoted:
+            fix = "nothing was changed; allow_worse=true promotes it all the same"
+            raise Refused(f"is {decision.reason}", key="run", value=run, fix=fix)
+        manifest = {"run": canonicalize_address(run), "origin": None, "comparison": comparison, "files": files}
+        number = _commit(folder, local, manifest, keep)
+        log.info(f"{run} is version {number} of {folder}; {decision.reason}")
+        return number, decision.reason
+
+
+def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
+    """Read the manifest of the version that a run is compared with; {} if it is corrupt and need not be compared."""
+    try:
+        return read_manifest(version)
+    except DataError:
+        if allow_worse:
+            return {}
+        raise
+
+
+def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision, dict[str, Any] | None]:
+    """Compare a run with the newest version on their common held-out examples, as `trainer.compare` does."""
+    number = _number(newest)
+    try:
+        compared = compare_runs([read_scored_run(str(newest), str(number)), read_scored_run(run, run)])
+    except DataError as error:
+        if allow_worse:
+            return Decision(True, f"not compared with version {number}: {error.problem}"), None
+        problem = f"cannot be compared with version {number}: {error.problem}"
+        raise DataError(problem, key="run", value=run, fix="promote it with allow_worse=true") from None
+    (pair,), n = compared.pairs, len(compared.files)
+    values = {"version": number, "n": n, "difference": pair.difference, "interval": list(pair.interval), "p": pair.p}
+    return decide(pair, n, number, allow_worse), values
+
+
+def go_back(folder: StoragePath, keep: int) -> int:
+    """Make the version before the newest one the newest again, as a copy with a new number; return that number.
+
+    A new number, because servers choose the highest one, and a deleted number would be used twice.
+
+    Raises:
+        DataError: there is no earlier version, or its files are corrupt.
+        Interrupted: another process writes to the folder, or the bucket does not respond.
+    """
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
+        local = Path(temporary)
+        versions = {_number(info.path.parent): info.path.parent for info in list_versions(folder)}
+        manifests = {number: read_manifest(version) for number, version in versions.items()}
+        chosen = plan_return(manifests) if manifests else None
+        if chosen is None:
+            fix = "promote a run instead"
+            raise DataError("has no version before the newest one", key="to", value=str(folder), fix=fix)
+        _fetch(versions[chosen], local)
+        manifest = manifests[chosen] or {"run": None, "comparison": None, "files": checksum_files(local)}
+        if damage := find_damage(local, manifest):
+            raise DataError(f"{versions[chosen]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
+        origin = manifest.get("origin") or chosen
+        number = _commit(folder, local, manifest | {"origin": origin}, keep)
+        log.info(f"version {number} of {folder} is a copy of version {origin}, instead of version {max(versions)}")
+        return number
+
+
+def _commit(folder: StoragePath, local: Path, manifest: dict[str, Any], keep: int) -> int:
+    """Write a version with its manifest, delete the oldest ones, and return the number of the new one."""
+    written = manifest | {"promoted": format_utc_now(), "kubetune": trainer.__version__}
+    write_json(local / MANIFEST, written)
+    assert (local / GRAPH).exists()
+    number = _number(commit_version(folder, local))
+    for info in list_versions(folder)[keep:]:
+        delete_version(info.path.parent)
+        log.info(f"deleted {info.path.parent}, as keep={keep}")
+    return number

@@ -1,0 +1,118 @@
+"""Load the model of a server, and newer versions of it while the earlier one is served."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import DataError, Interrupted, TrainerError
+from trainer.monitoring.log import log, log_traceback
+from trainer.serving.app import Service
+from trainer.serving.export_files import Export, list_exports, read_export
+from trainer.storage.base import ObjectInfo, request_deadline
+from trainer.storage.staging import is_remote
+
+if TYPE_CHECKING:
+    from trainer.serving.model import ServedModel
+
+LoadModel = Callable[[Export], "ServedModel"]
+POLL_SECONDS = 10.0  # deadline of each request of a check for a newer version
+
+
+async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo | None]:
+    """Load and serve the export of the service, or an earlier version if that cannot be loaded.
+
+    Returns the graphs of the versions that cannot be loaded. Raises the error of the newest one if none can be.
+    """
+    failed: set[ObjectInfo | None] = set()
+    export = service.export
+    try:
+        model, sizes = await asyncio.to_thread(_load_and_warm_up, service, load_model, export)
+    except DataError as error:
+        failed.add(export.graph)
+        export, model, sizes = await asyncio.to_thread(_load_earlier, service, load_model, failed, error)
+    service.use(export, model)
+    log.info(f"ready: {len(export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")
+    return failed
+
+
+def _load_earlier(
+    service: Service, load_model: LoadModel, failed: set[ObjectInfo | None], first: DataError
+) -> tuple[Export, ServedModel, list[int]]:
+    """Load the newest version that can be loaded, without the failed ones; raise the first error if there is none."""
+    error = first
+    for graph in list_exports(service.settings.model):
+        if graph not in failed:
+            log.warning(f"trying version {graph.path.parent.name}, as a newer one is not served: {error}")
+            service.metrics.failed_versions.inc()
+            try:
+                return _load_version(service, load_model, graph)
+            except DataError as other:
+                failed.add(graph)
+                error = other
+    raise first
+
+
+async def follow_versions(service: Service, load_model: LoadModel, failed: set[ObjectInfo | None]) -> None:
+    """Serve the newest version whenever it is another one; a version that cannot be loaded is logged and ignored."""
+    unreachable = False
+    while not service.stopping:
+        await asyncio.sleep(service.settings.poll)
+        try:
+            graph = await asyncio.to_thread(_find_newest, service, failed)
+        except Exception as error:  # no version at the moment, or the bucket does not respond
+            if not isinstance(error, TrainerError | OSError):
+                log_traceback(error)
+            elif not unreachable:
+                log.warning(f"no check for newer versions: {error}; serving version {service.export.version}")
+            unreachable = True
+            continue
+        unreachable = False
+        if graph is None or graph == service.export.graph:
+            continue
+        name, before = graph.path.parent.name, service.export
+        log.info(f"loading version {name}, while version {before.version} is served")
+        try:
+            export, model, _ = await asyncio.to_thread(_load_version, service, load_model, graph)
+        except Interrupted as error:  # the bucket does not respond, or the disk is full: the next check tries again
+            log.warning(f"version {name} is not loaded yet: {error}")
+            continue
+        except Exception as error:
+            if not isinstance(error, TrainerError):
+                log_traceback(error)
+            failed.add(graph)
+            service.metrics.failed_versions.inc()
+            log.warning(f"version {name} is not served: {error}; version {before.version} still is")
+            continue
+        service.use(export, model)
+        log.info(f"serving version {name} ({len(export.classes)} classes) instead of version {before.version}")
+        if is_remote(service.settings.model):
+            await asyncio.to_thread(shutil.rmtree, before.folder, ignore_errors=True)  # it is in memory
+
+
+def _find_newest(service: Service, failed: set[ObjectInfo | None]) -> ObjectInfo | None:
+    """Return the graph of the newest version that has not failed; None if all have."""
+    with request_deadline(POLL_SECONDS):
+        graphs = list_exports(service.settings.model)
+    return next((graph for graph in graphs if graph not in failed), None)
+
+
+def _load_version(service: Service, load_model: LoadModel, graph: ObjectInfo) -> tuple[Export, ServedModel, list[int]]:
+    """Copy, read, load and warm up a version. Raises Interrupted if the server stops meanwhile."""
+
+    def check() -> None:
+        if service.stopping:
+            raise Interrupted("the server stops")
+
+    settings = service.settings
+    export = read_export(settings.model, graph, Path(settings.cache_dir).expanduser(), log.info, check)
+    check()
+    return export, *_load_and_warm_up(service, load_model, export)
+
+
+def _load_and_warm_up(service: Service, load_model: LoadModel, export: Export) -> tuple[ServedModel, list[int]]:
+    model = load_model(export)
+    return model, model.warm_up(service.settings.batch)
