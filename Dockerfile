@@ -1,4 +1,5 @@
 # The image of a run: make image IMAGE=..., and for NVIDIA GPUs make image IMAGE=... DEVICE=gpu
+# TensorBoard's, without TensorFlow: make image IMAGE=... TARGET=tensorboard
 #
 # BASE may be any image that has Python 3.11 to 3.13 as `python`, and pip. An index other than PyPI is passed to the build
 # as a secret, which is not stored in the image: --secret id=pip,src=pip.conf
@@ -44,6 +45,21 @@ COPY conf conf
 COPY trainer trainer
 RUN python -m compileall -q --invalidation-mode unchecked-hash trainer \
     && chmod -R a+rX .
+
+# ---------------------------------------------------------------------------------------------------------------
+# The image of TensorBoard, which reads buckets with gcsfs
+# ---------------------------------------------------------------------------------------------------------------
+FROM tools AS tensorboard-dependencies
+COPY requirements-tensorboard.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m pip --python /opt/venv/bin/python install --no-compile --require-hashes --no-deps \
+        --only-binary :all: --root-user-action ignore -r requirements-tensorboard.lock \
+    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
+FROM ${BASE} AS tensorboard
+COPY --from=tensorboard-dependencies /opt/venv /opt/venv
+WORKDIR /
+USER 65532:65532
 
 # ---------------------------------------------------------------------------------------------------------------
 # The image, the most frequent changes last

@@ -7,9 +7,10 @@ READY := $(VENV)/requirements.lock
 IMAGE ?= kubetune
 DEVICE ?= cpu
 BUILD ?= docker build
+TARGET ?=
 # The image's lock: the same versions without development tools, with the libraries of GPUs
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-	--quiet pyproject.toml
+	--quiet
 
 export PYTHON
 
@@ -43,8 +44,8 @@ lint: $(READY) ## Check style, types, layers and YAML (about 1 minute)
 bench: $(READY) ## Measure against plain Keras and TensorFlow, and write docs/performance.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
-image: ## Build the container image: IMAGE=registry/name:tag DEVICE=gpu BUILD="podman build"
-	$(BUILD) --build-arg DEVICE=$(DEVICE) \
+image: ## Build the image: IMAGE=registry/name:tag DEVICE=gpu BUILD="podman build"; or TARGET=tensorboard
+	$(BUILD) $(if $(TARGET),--target $(TARGET)) --build-arg DEVICE=$(DEVICE) \
 		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)" \
 		--build-arg REVISION="$$(git describe --always --dirty --abbrev=12)" --tag $(IMAGE) .
 
@@ -55,9 +56,10 @@ manifests: $(READY) ## Write k8s/job.yaml and k8s/multiworker.yaml from k8s/base
 	$(BIN)/python scripts/manifests.py
 
 lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write both locks
-	$(LOCK) --upgrade --extra dev --output-file requirements.lock
-	$(LOCK) --constraint requirements.lock --extra gpu --extra serve --output-file requirements-image.lock
-	@echo "lock: requirements.lock (make setup) and requirements-image.lock (make image) are written"
+	$(LOCK) pyproject.toml --upgrade --extra dev --output-file requirements.lock
+	$(LOCK) pyproject.toml --constraint requirements.lock --extra gpu --extra onnx --extra serve --output-file requirements-image.lock
+	$(LOCK) --group tensorboard --upgrade --constraint requirements.lock --output-file requirements-tensorboard.lock
+	@echo "lock: requirements.lock (make setup), requirements-image.lock and requirements-tensorboard.lock (make image) are written"
 
 clean: ## Remove .venv, caches and builds; outputs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -54,7 +54,7 @@ REPLACED_COMMENTS = {
     ("Job", "spec", "completions"): "# EDIT: workers, one GPU node each; the same number at WORKER_COUNT",
     ("Job", "spec", "template", "spec", "containers", "trainer", "env", "WORKER_COUNT", "value"): "# as completions",
     ("Job", "spec", "template", "spec", "containers", "trainer", "image"): (
-        "# EDIT: the image that you built and pushed, REGISTRY/kubetune:TAG"
+        "# EDIT: the image that you built and pushed, REGISTRY/kubetune@sha256:... or :TAG"
     ),
 }
 

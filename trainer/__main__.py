@@ -21,7 +21,7 @@ from trainer.cli.process import (
     start_monitoring,
     suppress_import_noise,
 )
-from trainer.cli.sweep import compose_or_sweep
+from trainer.cli.sweep import compose_or_sweep, select_job
 from trainer.cluster import watchdog
 from trainer.cluster.compilation_cache import set_compilation_cache
 from trainer.cluster.discovery import discover
@@ -51,13 +51,13 @@ def main() -> None:
     """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         process_started = time.time()
-        arguments = choose_and_log_source(sys.argv[1:])
+        arguments, environment = select_job(choose_and_log_source(sys.argv[1:]), os.environ)
         composed = compose_or_sweep(arguments)
         if composed is None:  # --help, --cfg or a finished sweep
             return
         config = apply_overfit(load_given(composed, arguments))
         configure_log(config.runtime)
-        cluster = discover(os.environ)
+        cluster = discover(environment)
         listener = start_monitoring(config, cluster.index, cluster.size)
         stop, last_check = StopFlag(), time.monotonic()
 

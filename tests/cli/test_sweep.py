@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.errors import raises
 from trainer.cli.compose import is_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
@@ -14,9 +15,10 @@ from trainer.cli.sweep import (
     _search_space_is_empty,
     _swept_keys,
     _use_sweep_folder,
+    select_job,
 )
 from trainer.config.diff import may_change_on_resume
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,51 @@ def test_event_files_that_a_killed_process_left_are_deleted(tmp_path: Path) -> N
 def test_swept_keys_are_those_with_several_values() -> None:
     arguments = ["-m", "seed=1,2", "debug=fast", "++a.b=choice(1, 2)", "augmentation=none,light", "x=[1,2]"]
     assert _swept_keys(arguments) == {"seed", "a.b", "augmentation"}
+
+
+GRID = ["-m", "seed=1,2", "augmentation=none,light", "phases=head_only", "output_dir=gs://bucket/grid"]
+POD = {"JOB_COMPLETION_INDEX": "2", "JOB_NAME": "kubetune-sweep"}
+
+
+def test_each_pod_of_an_indexed_job_trains_its_job_of_the_grid() -> None:
+    """The same jobs and folders as those of the sweep on one machine, which can then list their scores."""
+    selected = [select_job(GRID, {**POD, "SWEEP_JOB": str(index)}) for index in range(4)]
+    assert [[a for a in arguments if a.startswith(("seed", "augm"))] for arguments, _ in selected] == [
+        ["seed=1", "augmentation=none"], ["seed=1", "augmentation=light"],
+        ["seed=2", "augmentation=none"], ["seed=2", "augmentation=light"],
+    ]  # fmt: skip
+    for number, (arguments, environment) in enumerate(selected):
+        assert not is_sweep(arguments)
+        assert {"phases=head_only", f"output_dir=gs://bucket/grid/{number}"} <= set(arguments)
+        assert environment == {"JOB_NAME": "kubetune-sweep", "SWEEP_JOB": str(number)}  # it is no worker
+
+
+def test_a_process_without_a_number_is_left_alone() -> None:
+    for environment in (POD, {**POD, "SWEEP_JOB": ""}):
+        assert select_job(GRID, environment) == (GRID, environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "key", "problem", "fix"),
+    [
+        (GRID, "4", "SWEEP_JOB", "the sweep has 4 jobs", "set the completions of the Job to 4"),
+        (GRID, "-1", "SWEEP_JOB", "is not the number of a job", "job-completion-index"),
+        (GRID[2:], "0", "SWEEP_JOB", "are not a sweep", "add -m"),
+        (GRID[:-1], "0", "output_dir", "must be given", "folder of the sweep"),
+        (["hydra/sweeper=optuna", *GRID[1:]], "0", "SWEEP_JOB", "by earlier ones", "use a grid"),
+        ([*GRID, "hydra.sweep.subdir=../a"], "0", "hydra.sweep.subdir", "leads out of the folder", "without .."),
+        ([*GRID, "phases.haed.epochs=3"], "0", None, "there is no phase 'haed'", ""),
+    ],
+)
+def test_what_a_pod_cannot_train_is_refused(
+    arguments: list[str], number: str, key: str | None, problem: str, fix: str
+) -> None:
+    with raises(ConfigError, key=key, problem=problem, fix=fix):
+        select_job(arguments, {**POD, "SWEEP_JOB": number})
+
+
+def test_the_jobs_are_listed_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra writes folders and a file for a sweep; the root file system of a pod is read-only."""
+    monkeypatch.chdir(tmp_path)
+    select_job([*GRID[:-1], f"output_dir={tmp_path / 'grid'}"], {"SWEEP_JOB": "0"})
+    assert list(tmp_path.iterdir()) == []

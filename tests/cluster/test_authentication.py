@@ -34,9 +34,9 @@ def job(count: int, token: str = TOKEN) -> list[Cluster]:
     return [dataclasses.replace(cluster, token=token) for cluster in clusters(count)]
 
 
-def connect(cluster: Cluster, index: int = 0) -> Connection:
+def connect(cluster: Cluster, index: int = 0, seconds: float = 5) -> Connection:
     host, _, port = cluster.addresses[index].rpartition(":")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(ConnectionRefusedError):
             return Connection(socket.create_connection((host, int(port)), 5))

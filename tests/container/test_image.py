@@ -17,6 +17,8 @@ import trainer
 from tests.container import images
 from tests.container.images import DEPENDENCIES, MEGABYTE, ROOT, USER, run, started
 from tests.e2e.running import catches, has_loaded
+from tests.k8s.rendered import pods_of
+from trainer.cli.sweep import EVENT_FILE, serialize_job
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,6 +48,19 @@ def image() -> Iterator[str]:
         with timed("image"):
             images.build(ROOT, tag, *BUILD_ARGUMENTS)
         print(f"{images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
+        yield tag
+        images.remove(tag)
+
+
+@pytest.fixture(scope="module")
+def tensorboard() -> Iterator[str]:
+    """The image of TensorBoard."""
+    tag = f"localhost/kubetune-test-tensorboard:{uuid.uuid4().hex[:12]}"
+    with images.store():
+        with timed("\nbase"):
+            images.make_base()
+        with timed("tensorboard"):
+            images.build(ROOT, tag, "--target=tensorboard")
         yield tag
         images.remove(tag)
 
@@ -238,3 +253,30 @@ def test_without_a_driver_it_trains_on_the_cpu(gpu_image: str) -> None:
 def test_another_device_is_rejected(image: str) -> None:
     with pytest.raises(AssertionError, match=r"DEVICE=tpu: .*cpu or gpu"):
         images.build(ROOT, f"{image}-tpu", "--target=cuda", "--build-arg=DEVICE=tpu")
+
+
+LIST_RUNS = """
+import gcsfs, urllib.request
+print(urllib.request.urlopen("http://127.0.0.1:6006/data/runs").read().decode())
+"""
+
+
+def test_the_image_of_tensorboard_is_small_and_shows_a_run(tensorboard: str, outputs: Path) -> None:
+    """The command of the manifest, on a folder instead of a bucket; both are read through fsspec."""
+    (pods,) = pods_of("overlays/tensorboard")
+    own = images.layers(tensorboard)[len(images.layers(images.BASE)) :]
+    print_layers(own)
+    assert sum(size for _, size, _ in own) < 300 * MEGABYTE
+    assert images.inspect(tensorboard)["Config"]["User"] == f"{USER}:{USER}"
+    folder = outputs / "a" / "logs"
+    folder.mkdir(parents=True)
+    (folder / EVENT_FILE).write_bytes(serialize_job("a", {"seed": 1}, {"val_accuracy": 0.5}, succeeded=True))
+    arguments = [re.sub("gs://BUCKET/runs", "/outputs", argument) for argument in pods.arguments()]
+    entrypoint = f"--entrypoint={json.dumps(pods.container['command'])}"
+    with started(tensorboard, *arguments, volumes={outputs: "/outputs"}, options=[entrypoint]) as container:
+        program = ["podman", *images.OWN_STORE, "exec", container.name, pods.container["command"][0], "-c", LIST_RUNS]
+        end = time.monotonic() + 120
+        while "a/logs" not in (text := subprocess.run(program, capture_output=True, text=True, check=False).stdout):
+            assert time.monotonic() < end, f"{text}\n{container.logs()}"
+            assert container.running(), container.logs()
+            time.sleep(1)

@@ -6,14 +6,26 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.test_authentication import (
+    TOKEN,
+    announce_a_terabyte,
+    connect,
+    join_without_proof,
+    send_nested_json,
+    send_random_bytes,
+)
 from tests.e2e.running import assert_near, assert_same_run, assert_same_weights, program, train
-from tests.e2e.workers import SHARED, start_workers, train_alone_and_by_two
+from tests.e2e.workers import SHARED, Workers, start_workers, train_alone_and_by_two
+from trainer.cluster.control import Connection
+from trainer.cluster.discovery import Cluster
 from trainer.errors import DONE, GAVE_UP, INTERRUPTED, WRONG_INPUT
 
+ATTACKS = (join_without_proof, announce_a_terabyte, send_nested_json, send_random_bytes)
 LONG = (*SHARED, "phases.fine_tune.epochs=12")
 
 
@@ -74,6 +86,35 @@ def test_several_workers_need_an_output_dir(tmp_path: Path) -> None:
     workers = start_workers(tmp_path, 1, *SHARED, size=2)
     assert workers.wait(120) == [WRONG_INPUT]
     assert "output_dir" in workers.output(0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hostile_process_neither_joins_nor_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It connects to the ports of both workers in the rendezvous, and later, when TensorFlow listens there."""
+    monkeypatch.setenv("JOB_UID", TOKEN)  # as the manifests set it
+    out = tmp_path / "run"
+    workers = start_workers(tmp_path, 2, *LONG, f"output_dir={out}")
+    peers = attack(workers, ATTACKS)
+    workers.wait_for("step 4/", seconds=400)
+    peers += attack(workers, ATTACKS)
+    assert workers.wait(400) == [0, 0], workers.output(0)
+    assert (out / "DONE").exists()
+    for peer in peers:
+        peer.close()
+
+
+def attack(workers: Workers, attacks: Sequence[Callable[[Connection, Cluster], None]]) -> list[Connection]:
+    """Connect to every worker for each attack; return the connections, which remain open."""
+    peers = []
+    for index in range(len(workers.processes)):
+        for run_attack in attacks:
+            cluster = Cluster(0, workers.addresses, "TF_CONFIG", ",".join(workers.addresses), "another token")
+            peers.append(connect(cluster, index, seconds=60))
+            peers[-1].socket.settimeout(2)
+            with contextlib.suppress(OSError):
+                run_attack(peers[-1], cluster)
+    return peers
 
 
 @pytest.mark.slow

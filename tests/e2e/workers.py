@@ -24,8 +24,8 @@ SHARED = (
 class Workers:
     """Started workers; each logs to a file of its own."""
 
-    def __init__(self, folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
-        self.folder, self.processes = folder, list(processes)
+    def __init__(self, folder: Path, processes: Sequence[subprocess.Popen[str]], addresses: Sequence[str]) -> None:
+        self.folder, self.processes, self.addresses = folder, list(processes), tuple(addresses)
 
     def __getitem__(self, index: int) -> subprocess.Popen[str]:
         return self.processes[index]
@@ -100,7 +100,7 @@ def start_workers(
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
-    return Workers(folder, processes)
+    return Workers(folder, processes, addresses)
 
 
 def train_alone_and_by_two(folder: Path, *overrides: str) -> tuple[Path, Path]:

@@ -1,7 +1,8 @@
 """A small API server for `kubectl`: it stores objects, and records the requests that change them.
 
-It implements discovery, get, list by labels, create, delete, and the logs of a pod. A patch is recorded, and changes
-nothing. Admission, defaults and controllers are not implemented.
+It implements discovery, get, list by labels, create, delete, the logs of a pod, and the defaults of Kubernetes
+(`tests.k8s.defaults`). A patch is recorded, unless the object already has what it sets, and is not applied. Admission
+and controllers are not implemented.
 """
 
 import http.server
@@ -11,12 +12,21 @@ import uuid
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.k8s.defaults import with_defaults
+
 RESOURCES = {  # path of the group version -> (kind, plural)
     "api/v1": [("Pod", "pods"), ("ServiceAccount", "serviceaccounts"), ("Service", "services"),
-               ("PersistentVolumeClaim", "persistentvolumeclaims")],
+               ("ConfigMap", "configmaps"), ("PersistentVolumeClaim", "persistentvolumeclaims")],
+    "apis/apps/v1": [("Deployment", "deployments")],
+    "apis/autoscaling/v2": [("HorizontalPodAutoscaler", "horizontalpodautoscalers")],
     "apis/batch/v1": [("Job", "jobs"), ("CronJob", "cronjobs")],
+    "apis/jobset.x-k8s.io/v1alpha2": [("JobSet", "jobsets")],
+    "apis/monitoring.coreos.com/v1": [("PodMonitor", "podmonitors"), ("PrometheusRule", "prometheusrules")],
     "apis/networking.k8s.io/v1": [("NetworkPolicy", "networkpolicies")],
+    "apis/policy/v1": [("PodDisruptionBudget", "poddisruptionbudgets")],
+    "apis/scheduling.k8s.io/v1": [("PriorityClass", "priorityclasses")],
 }  # fmt: skip
+IN_NO_NAMESPACE = {"PriorityClass"}
 
 
 class ApiServer:
@@ -55,6 +65,7 @@ class ApiServer:
         self._server.server_close()
 
     def add(self, plural: str, tree: dict[str, Any]) -> None:
+        tree = with_defaults(tree)
         tree["metadata"] = {"namespace": "default", "uid": str(uuid.uuid4()), "resourceVersion": "1"} | tree["metadata"]
         self.objects[plural, tree["metadata"]["name"]] = tree
 
@@ -73,13 +84,14 @@ class ApiServer:
         if path in RESOURCES:
             verbs = ["get", "list", "create", "patch", "delete", "update"]
             group_version = path.removeprefix("apis/").removeprefix("api/")
-            resources = [{"name": plural, "singularName": kind.lower(), "kind": kind, "namespaced": True, "verbs": verbs}
+            resources = [{"name": plural, "singularName": kind.lower(), "kind": kind, "verbs": verbs,
+                          "namespaced": kind not in IN_NO_NAMESPACE}
                          for kind, plural in RESOURCES[path]]  # fmt: skip
             return _send(
                 request,
                 {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group_version, "resources": resources},
             )
-        parts = path.partition("/namespaces/default/")[2].split("/")
+        parts = _parts(path)
         if parts[-1] == "log":
             return _send(request, self.logs[parts[1]])
         if len(parts) == 2:
@@ -98,12 +110,14 @@ class ApiServer:
 
     def _change(self, request: Any) -> None:
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        parts = urlsplit(request.path).path.strip("/").partition("/namespaces/default/")[2].split("/")
+        parts = _parts(urlsplit(request.path).path.strip("/"))
         tree = json.loads(content) if content else {}
         name = parts[1] if len(parts) > 1 else tree["metadata"]["name"]
         if request.command == "DELETE" and (parts[0], name) not in self.objects:
             return _send(request, _missing(parts[0], name), 404)
-        self.changes.append(f"{request.command} {parts[0]}/{name}")
+        # kubectl always sends the selector of a PodDisruptionBudget; the API server does not write an equal object.
+        if request.command != "PATCH" or not _contains(self.objects[parts[0], name], tree):
+            self.changes.append(f"{request.command} {parts[0]}/{name}")
         if request.command == "POST":
             self.add(parts[0], tree)
         elif request.command == "DELETE":
@@ -111,6 +125,19 @@ class ApiServer:
             self.objects.pop((parts[0], name))
             return _send(request, {"kind": "Status", "apiVersion": "v1", "status": "Success"})
         return _send(request, self.objects[parts[0], name], 201 if request.command == "POST" else 200)
+
+
+def _contains(tree: Any, patch: Any) -> bool:
+    """True if a patch sets only what the object has; a directive, such as `$retainKeys`, sets something."""
+    if isinstance(tree, dict) and isinstance(patch, dict):
+        return all(key in tree and _contains(tree[key], value) for key, value in patch.items())
+    return bool(tree == patch)
+
+
+def _parts(path: str) -> list[str]:
+    """Plural, name and subresource of a path, which are there as far as the path has them."""
+    _, namespaced, rest = path.partition("/namespaces/default/")
+    return (rest if namespaced else "/".join(path.split("/")[3:])).split("/")
 
 
 def _missing(plural: str, name: str) -> dict[str, Any]:

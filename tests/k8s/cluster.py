@@ -65,7 +65,8 @@ class Cluster:
         assert job.job.get("completionMode") == "Indexed" or job.count == 1
         self.job, self.spec, self.folder = job, job.job, folder
         subdomain = f".{job.spec['subdomain']}" if "subdomain" in job.spec else ""
-        self.hosts = [job.hostname(index) + subdomain for index in range(job.count)]
+        count = job.job["completions"] if job.indexed else job.count
+        self.hosts = [job.hostname(index) + subdomain for index in range(count)]
         self.network = Network([STORAGE, *self.hosts])
         self.pods: list[Pod] = []  # all, running and terminated
         self.terminated: list[Pod] = []  # in the order of termination

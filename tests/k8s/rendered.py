@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scripts.manifests import K8S, rendered
 
 OVERLAYS = ["shared", "base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
+FILES = [*sorted(K8S.glob("*.yaml")), K8S / "overlays" / "local" / "runs.yaml"]  # applied alone
 Object = dict[str, Any]
 
 
@@ -23,6 +26,16 @@ def _rendered(folder: str) -> list[Object]:
 def objects(folder: str, kind: str | None = None) -> list[Object]:
     """Objects that `kubectl apply -k k8s/<folder>` applies."""
     return [copy.deepcopy(tree) for tree in _rendered(folder) if kind in (None, tree["kind"])]
+
+
+def documents(path: Path) -> list[Object]:
+    """Objects that `kubectl apply -f <path>` applies."""
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def containers_of(spec: Object) -> list[Object]:
+    """All containers of a pod's spec."""
+    return [c for kind in ("initContainers", "containers", "ephemeralContainers") for c in spec.get(kind, [])]
 
 
 def only(folder: str, kind: str) -> Object:
@@ -73,6 +86,15 @@ class Pods:
         return (self.job or {}).get("parallelism", 1)
 
     @property
+    def workers(self) -> int:
+        """Number of workers of one run."""
+        return self.count if any(port["name"] == "workers" for port in self.container["ports"]) else 1
+
+    @property
+    def is_sweep(self) -> bool:
+        return "-m" in self.container["args"]
+
+    @property
     def indexed(self) -> bool:
         return self.job is not None and self.job.get("completionMode") == "Indexed"
 
@@ -94,6 +116,7 @@ class Pods:
     def environment(self, index: int = 0) -> dict[str, str]:
         """Environment of the process of pod `index`."""
         environment: dict[str, str] = {}
+        labels = self.labels | ({"batch.kubernetes.io/job-completion-index": str(index)} if self.indexed else {})
         for variable in self.container.get("env", []):
             if "value" in variable:
                 environment[variable["name"]] = expanded(variable["value"], environment)
@@ -104,7 +127,7 @@ class Pods:
                 path = variable["valueFrom"]["fieldRef"]["fieldPath"]
                 match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
                 assert match, path
-                environment[variable["name"]] = self.labels[match[1]]
+                environment[variable["name"]] = labels[match[1]]
         if self.indexed:
             environment["JOB_COMPLETION_INDEX"] = str(index)
         return environment

@@ -1,5 +1,6 @@
 """Manifests and trainer agree on environment, command line, ports, exit codes, disk and metrics."""
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -8,14 +9,29 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.rendered import ALL, JOBS, Pods, name_of, objects, only, parse_bytes
+from tests.errors import raises
+from tests.k8s.rendered import (
+    ALL,
+    FILES,
+    JOBS,
+    Object,
+    Pods,
+    containers_of,
+    documents,
+    name_of,
+    objects,
+    only,
+    parse_bytes,
+)
 from trainer import errors, nightly
 from trainer.cli.arguments import ALL as ALL_ARGUMENTS
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
+from trainer.cli.sweep import select_job
 from trainer.cluster.discovery import DEFAULT_PORT, discover
 from trainer.config.schema import RequestedConfig, load
 from trainer.data.prepare import parse_job_part
+from trainer.errors import ConfigError
 from trainer.storage import lease
 from trainer.storage.disk import plan_disk_budget
 
@@ -53,7 +69,7 @@ def variables_read_by_the_trainer() -> set[str]:
     names = set()
     for path in (ROOT / "trainer").rglob("*.py"):
         text = path.read_text()
-        names |= variables_read(text, all_names="(os.environ)" in text or path.name == "discovery.py")
+        names |= variables_read(text, all_names="(os.environ)" in text or path.name in ("discovery.py", "sweep.py"))
     for path in (ROOT / "conf").rglob("*.yaml"):
         names |= set(re.findall(r"oc\.env:(\w+)", path.read_text()))
     return names
@@ -77,12 +93,12 @@ def test_every_variable_that_the_trainer_reads_is_set_and_no_other() -> None:
 @pytest.mark.parametrize("pods", [pods for pods in JOBS if pods.overlay != "overlays/prepare"], ids=name_of)
 def test_cluster_discovery_returns_the_dns_names_of_all_pods(pods: Pods) -> None:
     for index in range(pods.count):
-        environment = pods.environment(index)
+        _, environment = select_job(pods.arguments(index), pods.environment(index))
         cluster = discover(environment)
-        assert (cluster.index, cluster.size) == (index, pods.count)
+        assert (cluster.index, cluster.size) == (index if pods.workers > 1 else 0, pods.workers)
         assert environment["JOB_NAME"] == pods.job_name
         assert environment["JOB_UID"] == pods.labels["batch.kubernetes.io/controller-uid"]
-        if pods.count == 1:
+        if pods.workers == 1:
             assert cluster.addresses == ()
             continue
         (port,) = [p["containerPort"] for p in pods.container["ports"] if p["name"] == "workers"]
@@ -103,6 +119,18 @@ def host_domain(pods: Pods) -> str:
     return str(pods.spec["subdomain"])
 
 
+def test_the_pods_of_a_sweep_train_all_of_its_runs_and_each_its_own() -> None:
+    (pods,) = [pods for pods in JOBS if pods.is_sweep]
+    assert pods.job is not None
+    count = pods.job["completions"]
+    first, last = configuration(pods), configuration(pods, count - 1)
+    assert last.output_dir == f"gs://BUCKET/runs/{pods.job_name}/{count - 1}"
+    assert (first.seed, last.seed) == (1, 3)
+    assert (first.augmentation == last.augmentation) is False
+    with raises(ConfigError, key="SWEEP_JOB", value=str(count), fix=f"completions of the Job to {count}"):
+        configuration(pods, count)
+
+
 def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
     (pods,) = [pods for pods in JOBS if pods.overlay == "overlays/prepare"]
     assert [parse_job_part(pods.environment(i)) for i in range(pods.count)] == [
@@ -110,9 +138,15 @@ def test_every_pod_of_the_preparing_job_has_its_own_shard() -> None:
     ]
 
 
-def configuration(pods: Pods) -> RequestedConfig:
+def configuration(pods: Pods, index: int = 0) -> RequestedConfig:
+    return _configuration(tuple(pods.arguments(index)), pods.environment(index).get("SWEEP_JOB", ""))
+
+
+@functools.cache
+def _configuration(arguments: tuple[str, ...], sweep_job: str) -> RequestedConfig:
+    selected, _ = select_job(list(arguments), {"SWEEP_JOB": sweep_job})
     own = ("output=", *(f"{key}=" for key in nightly.ARGUMENTS))  # of trainer.prepare and trainer.nightly
-    composed: dict[str, Any] | None = compose([a for a in pods.arguments() if not a.startswith(own)])
+    composed: dict[str, Any] | None = compose([a for a in selected if not a.startswith(own)])
     assert composed is not None
     return load(composed)
 
@@ -121,9 +155,7 @@ def configuration(pods: Pods) -> RequestedConfig:
 def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     config = configuration(pods)
     arguments = pods.arguments()
-    assert all(re.fullmatch(r"[\w.]+=[^\s$'\"]+( [^\s$'\"]+)*", a) for a in arguments), "there is no shell"
-    with_gpu = "nvidia.com/gpu" in pods.container["resources"]["limits"]
-    assert ("runtime=gpu_pod" if with_gpu else "runtime=pod") in arguments
+    assert all(re.fullmatch(r"-m|[\w.]+=[^\s$'\"]+( [^\s$'\"]+)*", a) for a in arguments), "there is no shell"
     mounts = [mount["mountPath"] for mount in pods.container["volumeMounts"]]
     for path in re.findall(r"=(/\S*)", "\n".join(arguments)):
         assert any(path.startswith(f"{mount}/") for mount in mounts), path  # all else is read-only
@@ -138,10 +170,48 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     else:
         assert "command" not in pods.container  # the image's own entry point
         runs = "/runs" if pods.overlay == "overlays/local" else "gs://BUCKET/runs"
-        assert config.output_dir == f"{runs}/{pods.job_name}"
+        assert config.output_dir == f"{runs}/{pods.job_name}" + ("/0" if pods.is_sweep else "")
         gpus = int(pods.container["resources"]["limits"].get("nvidia.com/gpu", 1))
-        assert config.training.batch_size % (gpus * pods.count) == 0
+        assert config.training.batch_size % (gpus * pods.workers) == 0
         assert config.resume == "auto"
+
+
+def containers_with_a_gpu() -> list[tuple[str, Object]]:
+    """Every container of every overlay and file that has a GPU, with the name of the overlay or file."""
+    templates = [(name_of(pods), pods.template) for pods in ALL]
+    for path in FILES:
+        templates += [(path.name, tree["spec"]["template"]) for tree in documents(path) if tree["kind"] == "Job"]
+    return [
+        (name, container)
+        for name, template in templates
+        for container in containers_of(template["spec"])
+        if container["resources"]["limits"].get("nvidia.com/gpu")
+    ]
+
+
+def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> None:
+    """`runtime=pod` would be float32 without XLA."""
+    settings = {}
+    for name, container in containers_with_a_gpu():
+        if "command" in container:
+            assert container["command"][0].endswith("/trtexec")  # nothing of the trainer
+            continue
+        (choice,) = [a for a in container["args"] if a.startswith("runtime=")]
+        composed = compose(["data=digits", choice])
+        assert composed is not None
+        runtime = load(composed).runtime
+        settings[name] = (runtime.precision, runtime.xla, runtime.http_port, runtime.cache_dir)
+        overridden = [a for a in container["args"] if re.match(r"runtime\.(precision|xla|steps_per_call)=", a)]
+        assert overridden == [], name
+    assert set(settings.values()) == {("auto", "auto", 8080, "/cache")}
+    cpu = {"local", "prepare", "serving", "tensorboard"}
+    assert {name_of(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
+    assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep"} <= settings.keys()
+
+
+@pytest.mark.parametrize("pods", [pods for pods in JOBS if "nvidia.com/gpu" not in str(pods.spec)], ids=name_of)
+def test_pods_without_a_gpu_use_the_settings_of_pods(pods: Pods) -> None:
+    assert "runtime=pod" in pods.arguments()
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
@@ -166,8 +236,9 @@ def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> N
     assert pods.job is not None
     codes = {"containerName": pods.container["name"], "operator": "In"}
     final = [errors.WRONG_INPUT, errors.GAVE_UP] + [errors.REFUSED] * (pods.overlay == "overlays/nightly")
+    failing = "FailIndex" if pods.is_sweep else "FailJob"  # the other runs of a sweep continue
     assert pods.job["podFailurePolicy"]["rules"] == [  # all other exit codes count against the backoff limit
-        {"action": "FailJob", "onExitCodes": {**codes, "values": final}},
+        {"action": failing, "onExitCodes": {**codes, "values": final}},
         {"action": "Ignore", "onExitCodes": {**codes, "values": [errors.INTERRUPTED]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]

@@ -134,7 +134,14 @@ def test_every_job_continues_after_preemptions_and_a_crash_and_fails_on_a_user_e
     harmless = [pod(0, 75), pod(0, 137, DISRUPTED), pod(0, 143, DISRUPTED)]
     assert final_condition(pods.job, [*harmless * 50, pod(0, 137)]) is None
     assert indexes_to_start(pods.job, harmless, []) == list(range(pods.count))
-    for terminated, reason in [([pod(0, 2)], "Policy"), ([pod(0, 3)], "Policy"), ([pod(0, 1)] * 4, "Exceeded")]:
+    failures = [([pod(0, 2)], "Policy"), ([pod(0, 3)], "Policy"), ([pod(0, 1)] * 4, "Exceeded")]
+    if pods.is_sweep:  # its other runs continue, and then it fails
+        others = [pod(index, 0) for index in range(1, pods.job["completions"])]
+        for terminated, _ in failures:
+            assert final_condition(pods.job, terminated) is None
+            assert indexes_to_start(pods.job, terminated, []) == [1, 2]
+        failures = [([*terminated, *others], "FailedIndexes") for terminated, _ in failures]
+    for terminated, reason in failures:
         condition = final_condition(pods.job, terminated)
         assert condition is not None
         assert (condition.type, reason in condition.reason) == ("Failed", True), condition

@@ -1,25 +1,82 @@
 """Exports on a cluster: the Job that builds a TensorRT engine."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.k8s.test_schemas import VERSIONS, faults
+from scripts.manifests import K8S
+from tests.k8s.controller import TerminatedPod, action
+from tests.k8s.rendered import Object, containers_of, documents
+from tests.k8s.test_pods import breaches
+from tests.storage.emulator import running
+from trainer import export as export_verb
+from trainer.cli.arguments import parse_arguments
+from trainer.exporting.formats import FORMATS
+from trainer.storage.path import storage_path
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_job_is_valid_and_each_container_reads_the_file_of_the_previous_one(version: str) -> None:
-    job = yaml.safe_load((ROOT / "k8s" / "tensorrt.yaml").read_text())
-    assert faults(job, version) is None
-    pod = job["spec"]["template"]["spec"]
-    fetch, build, keep = [*pod["initContainers"], *pod["containers"]]
-    assert fetch["command"][-2].endswith("/export/model.onnx")
-    assert f"--onnx={fetch['command'][-1]}" in build["args"]
-    assert f"--saveEngine={keep['command'][-2]}" in build["args"]
+@pytest.fixture
+def tensorrt() -> Object:
+    (job,) = documents(K8S / "tensorrt.yaml")
+    return job
+
+
+def test_each_container_of_the_tensorrt_job_reads_the_file_of_the_previous_one(tensorrt: Object) -> None:
+    pod = tensorrt["spec"]["template"]["spec"]
+    export, build, upload = containers_of(pod)
+    assert export["command"] == ["python", "-m", "trainer.export"]
+    settings, _ = parse_arguments(export["args"], export_verb.__doc__, export_verb.ARGUMENTS)
+    assert export_verb._parse_changes(settings) == {"export.formats": ["onnx"]}
+    file, _ = FORMATS["onnx"]
+    assert f"--onnx={settings['output']}/{file}" in build["args"]
+    assert f"--saveEngine={upload['args'][0]}" in build["args"]
+    assert upload["args"][1].startswith(f"{settings['run']}/export/")
     assert "nvidia.com/gpu" in build["resources"]["limits"]
-    for container in (fetch, build, keep):
+    assert breaches(pod, {}) == []
+    for container in (export, build, upload):
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_the_image_has_what_the_tensorrt_job_exports_with() -> None:
+    lock = (ROOT / "requirements-image.lock").read_text()
+    assert all(re.search(rf"^{name}==", lock, re.M) for name in ("onnx", "onnxruntime", "tf2onnx"))
+
+
+def test_the_tensorrt_job_uploads_the_engine(tensorrt: Object, tmp_path: Path) -> None:
+    """The command of the manifest, against the emulator."""
+    (upload,) = tensorrt["spec"]["template"]["spec"]["containers"]
+    _, option, program = upload["command"]
+    plan, address = tmp_path / "model.plan", upload["args"][1].replace("gs://BUCKET", "gs://bucket")
+    plan.write_bytes(b"engine")
+    with running(tmp_path / "objects"):
+        environment = {**os.environ, "GOOGLE_CLOUD_PROJECT": "test"}
+        subprocess.run([sys.executable, option, program, str(plan), address], env=environment, check=True, timeout=60)
+        assert storage_path(address).read() == b"engine"
+
+
+@pytest.mark.parametrize(
+    ("codes", "disrupted", "action_taken"),
+    [
+        ({"export": 2}, False, "FailJob"),
+        ({"export": 75}, False, "Ignore"),
+        ({"export": 137}, True, "Ignore"),
+        ({"export": 1}, False, "Count"),
+        ({"export": 0, "build": 1}, False, "FailJob"),  # an operation that TensorRT does not have
+        ({"export": 0, "build": 143}, True, "Ignore"),
+        ({"export": 0, "build": 137}, False, "Count"),  # out of memory
+        ({"export": 0, "build": 0, "upload": 1}, False, "Count"),  # the bucket did not respond
+    ],
+)
+def test_the_tensorrt_job_retries_what_may_succeed(
+    tensorrt: Object, codes: dict[str, int], disrupted: bool, action_taken: str
+) -> None:
+    conditions = frozenset({"DisruptionTarget"}) if disrupted else frozenset()
+    assert action(tensorrt["spec"], TerminatedPod("a", 0, codes, conditions))[0] == action_taken
+    assert tensorrt["spec"]["activeDeadlineSeconds"]  # limits failures that are ignored

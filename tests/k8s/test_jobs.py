@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.data.images import fill_folder
-from tests.e2e.running import assert_same_run, catches, program
+from tests.e2e.running import assert_same_run, catches, program, train
 from tests.hosts.network import needs_root
 from tests.k8s.cluster import STORAGE, Cluster
 from tests.k8s.controller import JobCondition
 from tests.k8s.rendered import local_job
 from tests.storage.emulator import Emulator, environment
-from trainer.errors import DONE, INTERRUPTED
+from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
 from trainer.storage.path import storage_path
 
 pytestmark = needs_root
@@ -88,6 +88,33 @@ def test_one_pod_is_preempted_and_its_successor_completes_the_job(tmp_path: Path
         assert "weights: this run's checkpoint at step " in second.log
         assert second.message.startswith("exit code 0 (done): test accuracy 0.")
         assert second.message.endswith(f"{RUN}/report/index.html")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_pod_of_a_sweep_trains_one_run_and_the_sweep_lists_them(tmp_path: Path) -> None:
+    """One is preempted and resumes; one diverges, which does not end the others."""
+    job = local_job("sweep")
+    with Cluster(job, tmp_path) as cluster:
+        cluster.wait_until(lambda: "step 1/" in cluster.log(0), "the first step of the first run")
+        cluster.preempt(0)
+        condition = cluster.finish()
+        assert condition.reason == "FailedIndexes", cluster.describe()
+        assert sorted(codes(cluster)) == [(0, DONE), (0, INTERRUPTED), (1, WRONG_INPUT), (2, DONE)]
+        folders = [f"gs://bucket/runs/kubetune-sweep/{index}" for index in range(3)]
+        for pod in cluster.pods:
+            assert folders[pod.index] in pod.container.log
+        again = job.arguments()  # on any machine, without SWEEP_JOB
+        again = [a for a in again if not a.startswith("runtime")]
+        listed = cluster.network.inside(STORAGE, lambda: list_sweep(again, cluster.storage))
+        assert listed.count("is finished already") == 2
+        assert re.search(r"job   1  failed \(exit code 2\).*1e\+38", listed)
+        assert re.search(r"best: job [02], val_accuracy", listed)
+
+
+def list_sweep(arguments: list[str], storage: Emulator) -> str:
+    with environment(storage.url):
+        return train(*arguments, code=WRONG_INPUT).stdout
 
 
 @pytest.mark.slow

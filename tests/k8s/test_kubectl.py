@@ -11,6 +11,7 @@ import yaml
 
 from scripts import manifests
 from tests.k8s.api_server import ApiServer
+from tests.k8s.rendered import FILES, OVERLAYS
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,24 +66,29 @@ def test_the_log_command_shows_the_newest_pod(file: str, server: ApiServer, tmp_
     assert run(server, line, tmp_path) == f"log of worker {worker} pod 7\n"
 
 
-@pytest.mark.parametrize("source", ["-f k8s/job.yaml", "-f k8s/multiworker.yaml", "-k k8s/shared",
-                                    "-k k8s/overlays/kueue", "-k k8s/overlays/local", "-k k8s/overlays/nightly"])  # fmt: skip
+SOURCES = [f"-k k8s/{folder}" for folder in OVERLAYS] + [f"-f {path.relative_to(ROOT)}" for path in FILES]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_second_apply_changes_nothing(source: str, server: ApiServer, tmp_path: Path) -> None:
+    """The API server adds defaults, Kueue's webhook suspends, an autoscaler scales, and quantities become text."""
     apply = f"kubectl apply --validate=false {source}"
     assert " created\n" in run(server, apply, tmp_path)
     for (plural, _), tree in server.objects.items():
         if plural == "jobs":
-            # As the API server and Kueue's webhook do: quantities are text, other fields have defaults.
-            tree["spec"]["suspend"] = True
-            resources = tree["spec"]["template"]["spec"]["containers"][0]["resources"]
-            for kind in ("requests", "limits"):
-                resources[kind] = {name: str(value) for name, value in resources.get(kind, {}).items()}
-            tree["spec"]["template"]["spec"]["dnsPolicy"] = "ClusterFirst"
+            tree["spec"]["suspend"] = "kueue.x-k8s.io/queue-name" in tree["metadata"]["labels"]
             tree["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+            for container in tree["spec"]["template"]["spec"]["containers"]:
+                for kind in ("requests", "limits"):
+                    quantities = container["resources"].get(kind, {})
+                    container["resources"][kind] = {name: str(value) for name, value in quantities.items()}
+        if plural == "deployments" and any(kind == "horizontalpodautoscalers" for kind, _ in server.objects):
+            tree["spec"]["replicas"] = 7
     before = list(server.changes)
     output = run(server, apply, tmp_path)
     assert server.changes == before, output
-    assert set(re.findall(r" (\w+)$", output, re.M)) == {"unchanged"}
+    lines = [line for line in output.splitlines() if not line.startswith("poddisruptionbudget.")]  # always "configured"
+    assert set(re.findall(r" (\w+)$", "\n".join(lines), re.M)) == {"unchanged"}
 
 
 def test_again_replaces_an_ended_job_and_waits_for_its_pods(server: ApiServer, tmp_path: Path) -> None:
@@ -107,5 +113,8 @@ def test_deleting_a_run_leaves_the_account_and_the_volume(server: ApiServer, tmp
         run(server, f"kubectl apply --validate=false {source}", tmp_path)
     for overlay in ("local", "nightly"):
         run(server, f"kubectl delete --wait=false -k k8s/overlays/{overlay}", tmp_path)
+    for file in manifests.FOLDERS:
+        run(server, f"kubectl apply --validate=false -f k8s/{file}", tmp_path)
+        run(server, f"kubectl delete --wait=false -f k8s/{file}", tmp_path)
     deleted = {change for change in server.changes if change.startswith("DELETE")}
     assert deleted == {"DELETE jobs/kubetune", "DELETE cronjobs/kubetune-nightly"}

@@ -58,7 +58,7 @@ def test_the_lines_to_edit_are_marked_and_no_others(file: str) -> None:
 
 
 def test_every_placeholder_is_marked() -> None:
-    placeholder = re.compile(r"\b(BUCKET|PROJECT|REPOSITORY|REGION|RUN|QUEUE|TAG)\b")
+    placeholder = re.compile(r"\b(BUCKET|PROJECT|REPOSITORY|REGION|RUN|TAG)\b")
     for path in manifests.K8S.rglob("*.yaml"):
         for line in path.read_text().splitlines():
             if not line.lstrip().startswith("#") and placeholder.search(line.partition(" #")[0]):
@@ -115,7 +115,10 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
         ("base/job.yaml", r"# (?=nodeSelector|activeDeadlineSeconds)", ""),
         ("shared/serviceaccount.yaml", "# annotations", "annotations"),
         ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/spot\n"),
-        ("overlays/multiworker/kustomization.yaml", "components:\n", "components:\n  - ../../components/kueue\n"),
+        *(
+            ("overlays/multiworker/kustomization.yaml", "components:\n", f"components:\n  - ../../components/{name}\n")
+            for name in ("no-consolidation", "priority", "disruption-budget")
+        ),
     ]:
         text = (copied / file).read_text()
         (copied / file).write_text(re.sub(pattern, replacement, text))
@@ -124,9 +127,11 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
     (account,) = [tree for tree in manifests.rendered("shared") if tree["kind"] == "ServiceAccount"]
     assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
-    (job,) = manifests.rendered("overlays/multiworker")
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "QUEUE"
+    budget, job = sorted(manifests.rendered("overlays/multiworker"), key=lambda tree: tree["kind"], reverse=True)
+    assert (budget["kind"], budget["metadata"]["name"]) == ("PodDisruptionBudget", job["metadata"]["name"])
     spec = job["spec"]
+    assert spec["template"]["spec"]["priorityClassName"] == "kubetune"
+    assert "karpenter.sh/do-not-disrupt" in spec["template"]["metadata"]["annotations"]
     assert (spec["completions"], spec["activeDeadlineSeconds"]) == (2, 86400)
     selected = {"cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"}
     assert spec["template"]["spec"]["nodeSelector"].keys() == selected

@@ -2,20 +2,33 @@
 
 import copy
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer
-from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, only, parse_bytes
+from scripts import manifests
+from scripts.manifests import K8S
+from tests.k8s.rendered import (
+    ALL,
+    FILES,
+    JOBS,
+    OVERLAYS,
+    Object,
+    Pods,
+    containers_of,
+    documents,
+    name_of,
+    objects,
+    only,
+    parse_bytes,
+)
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
-
-
-def containers_of(spec: Object) -> list[Object]:
-    return [c for kind in ("initContainers", "containers", "ephemeralContainers") for c in spec.get(kind, [])]
 
 
 def handlers_of(container: Object) -> Iterator[Object]:
@@ -143,13 +156,22 @@ def gibibytes(quantity: str) -> float:
     return parse_bytes(quantity) / 2**30
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
-def test_requests_and_limits(pods: Pods) -> None:
-    for container in containers_of(pods.spec):
+def test_requests_and_limits_of_files() -> None:
+    for tree in (tree for path in FILES for tree in documents(path) if tree["kind"] == "Job"):
+        check_resources(tree["spec"]["template"]["spec"])
+
+
+def check_resources(spec: Object) -> None:
+    for container in containers_of(spec):
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
         assert 0 < cores(requests["cpu"]) < cores(limits["cpu"])  # room for the decoding of images
         assert 0 < gibibytes(requests["memory"]) <= gibibytes(limits["memory"])
         assert 0 < gibibytes(requests["ephemeral-storage"]) <= gibibytes(limits["ephemeral-storage"])
+
+
+@pytest.mark.parametrize("pods", ALL, ids=name_of)
+def test_requests_and_limits(pods: Pods) -> None:
+    check_resources(pods.spec)
     limits = pods.container["resources"]["limits"]
     in_memory = [v["emptyDir"]["sizeLimit"] for v in pods.spec["volumes"] if v.get("emptyDir", {}).get("medium")]
     assert sum(map(gibibytes, in_memory)) <= gibibytes(limits["memory"])  # it counts as the container's
@@ -178,28 +200,34 @@ def quantities_of(tree: Any) -> Iterator[tuple[str, Any]]:
             yield from quantities_of(item)
 
 
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_a_second_apply_changes_no_quantity(folder: str) -> None:
+APPLIED = [*(pytest.param(objects(folder), id=folder) for folder in OVERLAYS),
+           *(pytest.param(documents(path), id=path.name) for path in FILES)]  # fmt: skip
+
+
+@pytest.mark.parametrize("trees", APPLIED)
+def test_a_second_apply_changes_no_quantity(trees: list[Object]) -> None:
     """`kubectl apply` compares with what the API server returns: text in canonical form. It would patch a number."""
-    for name, value in quantities_of(objects(folder)):
+    for name, value in quantities_of(trees):
         assert isinstance(value, str), (name, value)
         assert re.fullmatch(r"[1-9]\d{0,2}m?|[1-9]\d{0,2}(Mi|Gi)", value), (name, value)
 
 
+RECOMMENDED = {"name", "instance", "component", "part-of", "version"}
 LABELS = {"app.kubernetes.io/part-of": "kubetune", "app.kubernetes.io/version": trainer.__version__}
 
 
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_every_object_has_the_labels_of_the_package(folder: str) -> None:
-    for tree in objects(folder):
-        assert tree["metadata"]["labels"].items() >= LABELS.items(), (tree["kind"], tree["metadata"]["name"])
+@pytest.mark.parametrize("trees", APPLIED)
+def test_every_object_has_the_recommended_labels(trees: list[Object]) -> None:
+    for tree in trees:
+        labels = tree["metadata"]["labels"]
+        assert labels.items() >= LABELS.items(), (tree["kind"], tree["metadata"]["name"])
+        assert labels.keys() >= {f"app.kubernetes.io/{name}" for name in RECOMMENDED}, tree["kind"]
 
 
 @pytest.mark.parametrize("pods", ALL, ids=name_of)
 def test_pods_and_their_owner_have_the_recommended_labels(pods: Pods) -> None:
     labels = pods.template["metadata"]["labels"]
-    names = {"name", "instance", "component", "part-of", "version"}
-    assert labels.keys() == {f"app.kubernetes.io/{name}" for name in names}
+    assert labels.keys() == {f"app.kubernetes.io/{name}" for name in RECOMMENDED}
     assert labels["app.kubernetes.io/instance"] == pods.owner["metadata"]["name"]
     assert labels.items() >= LABELS.items()
     assert pods.owner["metadata"]["labels"].items() >= labels.items()
@@ -216,7 +244,7 @@ def test_only_trainers_and_the_monitoring_may_connect_to_the_pods_of_runs() -> N
     workers, monitoring = spec["ingress"]
     assert workers == {"from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "kubetune"}}}]}
     assert all(port in pods.container["ports"] for pods in JOBS for port in [{"name": "http", "containerPort": 8080}])
-    assert monitoring["ports"] == [{"port": "http"}]
+    assert monitoring["ports"] == [{"port": "http", "protocol": "TCP"}]
     assert [source.keys() for source in monitoring["from"]] == [{"namespaceSelector"}]
 
 
@@ -241,13 +269,62 @@ def test_a_job_has_shared_memory_a_grace_period_and_probes(pods: Pods) -> None:
     assert pods.owner["spec"].get("ttlSecondsAfterFinished", pods.job.get("ttlSecondsAfterFinished", 0)) >= 86400
 
 
-def test_workers_run_on_different_nodes() -> None:
-    for pods in JOBS:
-        rules = pods.spec.get("affinity", {}).get("podAntiAffinity", {})
-        alone = [
-            rule["topologyKey"]
-            for rule in rules.get("requiredDuringSchedulingIgnoredDuringExecution", [])
-            if rule["labelSelector"]["matchLabels"].items() <= pods.labels.items()
-        ]
-        trains_together = pods.count > 1 and pods.overlay != "overlays/prepare"
-        assert alone == (["kubernetes.io/hostname"] if trains_together else []), pods.overlay
+def affinity_of(pods: Pods, kind: str) -> tuple[list[Object], list[Object]]:
+    """The required and the preferred terms of an affinity."""
+    rules = pods.spec.get("affinity", {}).get(kind, {})
+    preferred = rules.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    return rules.get("requiredDuringSchedulingIgnoredDuringExecution", []), [t["podAffinityTerm"] for t in preferred]
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_workers_of_a_run_are_near_to_each_other_on_different_nodes(pods: Pods) -> None:
+    apart, _ = affinity_of(pods, "podAntiAffinity")
+    required, near = affinity_of(pods, "podAffinity")
+    together = pods.workers > 1
+    assert [term["topologyKey"] for term in apart] == ["kubernetes.io/hostname"] * together
+    assert required == []  # one zone or block may not have enough nodes
+    assert ("topology.kubernetes.io/zone" in [term["topologyKey"] for term in near]) == together
+    for term in (*apart, *near):  # of this run only: another one may use the same nodes
+        assert term["labelSelector"]["matchLabels"] == {"app.kubernetes.io/instance": pods.owner["metadata"]["name"]}
+
+
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+def test_all_pods_of_several_workers_start_together(pods: Pods) -> None:
+    """Kueue admits the pods of a Job together; two Jobs that have some of their pods each would wait for each other."""
+    queued = pods.workers > 1 or pods.is_sweep or pods.overlay == "overlays/kueue"
+    assert pods.owner["metadata"]["labels"].get(QUEUE) == ("kubetune" if queued else None)
+    assert "suspend" not in (pods.job or {})  # Kueue's webhook sets it
+
+
+def test_a_protected_run_is_not_disturbed() -> None:
+    (pods,) = [pods for pods in JOBS if pods.overlay == "overlays/protected"]
+    assert pods.template["metadata"]["annotations"] == {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "karpenter.sh/do-not-disrupt": "true",
+    }
+    (priority,) = documents(K8S / "priorityclass.yaml")
+    assert pods.spec["priorityClassName"] == priority["metadata"]["name"]
+    assert 0 < priority["value"] < 10**9  # above other pods, below those of the system
+    assert priority["preemptionPolicy"] == "Never"
+    budget = only(pods.overlay, "PodDisruptionBudget")
+    assert budget["metadata"]["name"] == pods.owner["metadata"]["name"]  # one per run
+    assert budget["spec"]["selector"]["matchLabels"] == {"app.kubernetes.io/instance": pods.owner["metadata"]["name"]}
+    assert budget["spec"]["selector"]["matchLabels"].items() <= pods.labels.items()
+    assert budget["spec"]["minAvailable"] > pods.count  # no eviction is allowed
+    for other in JOBS:
+        if other is not pods:
+            assert "annotations" not in other.template["metadata"]
+            assert "priorityClassName" not in other.spec
+
+
+def test_the_budget_of_another_run_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifests, "K8S", shutil.copytree(K8S, tmp_path / "k8s"))
+    base = tmp_path / "k8s" / "base" / "job.yaml"
+    base.write_text(base.read_text().replace("name: &run kubetune", "name: &run roses"))
+    trees = {tree["kind"]: tree for tree in manifests.rendered("overlays/protected")}
+    assert {tree["metadata"]["name"] for tree in trees.values()} == {"roses"}
+    selected = trees["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= trees["Job"]["spec"]["template"]["metadata"]["labels"].items()

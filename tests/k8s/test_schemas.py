@@ -1,6 +1,8 @@
 """Every object is valid for Kubernetes, from the oldest supported version to the newest known."""
 
 import functools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -9,7 +11,7 @@ import yaml
 from kubernetes_validate import utils
 
 from scripts.manifests import K8S
-from tests.k8s.rendered import ALL, JOBS, OVERLAYS, Object, Pods, name_of, objects, only
+from tests.k8s.rendered import ALL, FILES, JOBS, OVERLAYS, Object, Pods, documents, name_of, objects, only
 
 VERSIONS = ("1.30", "1.32", "1.34", utils.latest_version())
 # Custom resources, which their own controllers validate.
@@ -44,6 +46,13 @@ def test_every_object_is_valid(folder: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_is_valid(path: Path, version: str) -> None:
+    for tree in documents(path):
+        assert faults(tree, version) is None, tree["kind"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
     (replicated,) = only("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any"}, **replicated["template"]}
@@ -75,9 +84,10 @@ def test_the_rules_of_the_api_server_beyond_its_schema(pods: Pods) -> None:
     assert spec["restartPolicy"] == "Never"
     assert job["podReplacementPolicy"] == "Failed"  # the only one allowed with a podFailurePolicy
     indexed = job.get("completionMode") == "Indexed"
-    assert indexed == ("backoffLimitPerIndex" in job) == ("maxFailedIndexes" in job) == ("backoffLimit" not in job)
+    assert indexed == ("backoffLimitPerIndex" in job) == ("backoffLimit" not in job)
     if indexed:
-        assert job["completions"] == job["parallelism"] >= 2
+        assert job["completions"] >= job["parallelism"] >= 2
+        assert pods.is_sweep == ("maxFailedIndexes" not in job) == (job["completions"] > job["parallelism"])
     longest = pods.job_name + (f"-{job['completions'] - 1}" if indexed else "")
     assert len(longest) <= 63  # a host name and a label
 
@@ -107,14 +117,13 @@ def test_names_ports_and_selectors_match() -> None:
     used = [v["persistentVolumeClaim"]["claimName"] for p in ALL for v in p.spec["volumes"]
             if "persistentVolumeClaim" in v]  # fmt: skip
     assert used == [claim["metadata"]["name"]]
-    for version in VERSIONS:
-        assert faults(claim, version) is None
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=name_of)
 def test_deleting_a_run_deletes_nothing_that_its_pods_or_another_run_need(pods: Pods) -> None:
     """Pods that end after the deletion of their Job still save: account, names and volumes must outlive it."""
-    assert [tree["kind"] for tree in objects(pods.overlay)] == [pods.owner["kind"]]
+    kinds = {tree["kind"] for tree in objects(pods.overlay)}
+    assert kinds - {"PodDisruptionBudget"} == {pods.owner["kind"]}  # which pods that end do not need
 
 
 def test_the_api_server_refuses_a_job_whose_image_is_not_edited() -> None:
@@ -123,8 +132,25 @@ def test_the_api_server_refuses_a_job_whose_image_is_not_edited() -> None:
         if pods.overlay not in ("overlays/serving", "overlays/local"):
             images = [c["image"] for kind in ("initContainers", "containers") for c in pods.spec.get(kind, [])]
             assert images == [""], pods.overlay
-    text = (K8S / "job.yaml").read_text()
-    assert 'image: "" # EDIT: ' in text
+    for file, count in (("job.yaml", 1), ("multiworker.yaml", 1), ("tensorrt.yaml", 2)):
+        assert (K8S / file).read_text().count('image: "" # EDIT: ') == count
+
+
+def test_no_image_of_another_project_is_without_a_version() -> None:
+    """`latest`, or a tag that moves, would change what runs without a change of the manifest."""
+    trees = [tree for folder in OVERLAYS for tree in objects(folder)] + [t for path in FILES for t in documents(path)]
+    images = {image for tree in trees for image in images_of(tree)} - {"", "kubetune:local"}
+    assert images == {"tensorflow/serving:2.21.0", "nvcr.io/nvidia/tensorrt:25.06-py3"}
+
+
+def images_of(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        yield from [tree["image"]] if isinstance(tree.get("image"), str) and "volumeMounts" in tree else []
+        for value in tree.values():
+            yield from images_of(value)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from images_of(item)
 
 
 @pytest.mark.parametrize("folder", ["overlays/serving", "overlays/serve"])

@@ -1,6 +1,7 @@
 """A sweep: several runs from one command line, each in a separate process, and their scores.
 
-Hydra chooses the values (every combination, or an Optuna search) and calls `Sweep.run` for each job.
+Hydra chooses the values (every combination, or an Optuna search) and calls `Sweep.run` for each job. In an Indexed Job
+of Kubernetes each pod trains one job of a grid instead (`select_job`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import shlex
 import signal
 import statistics
 import subprocess
+import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +109,21 @@ class Job:
     code: int = DONE  # exit code of the process
     scores: dict[str, float] = field(default_factory=dict)  # key of METRICS -> score
 
+    @property
+    def command(self) -> list[str]:
+        """The arguments of the run alone, without the sweep."""
+        return [*self.arguments, f"output_dir={quote_if_needed(self.folder)}"]
+
+
+def make_job(tree: dict[str, Any], overrides: list[str], folder: str | None, name: str) -> Job:
+    """Make a job of its configuration and its overrides, in the folder of the sweep unless the job names its own."""
+    if ".." in name.split("/") or name.startswith("/"):
+        problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
+        raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
+    arguments = [format_override(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
+    output_dir = str(tree["output_dir"] or f"{folder}/{name}")
+    return Job(name, output_dir, arguments, dict(a.split("=", 1) for a in arguments if "=" in a))
+
 
 @dataclass
 class Sweep:
@@ -140,28 +158,23 @@ class Sweep:
     def _run_job(self, tree: dict[str, Any], overrides: list[str], name: str) -> Job:
         """Train or resume a job unless it is finished, read its scores, and write its event files."""
         self._raise_if_stopped()
-        arguments = [format_override(o) for o in overrides if not re.match(r"\+*(sweep|output_dir)=", o)]
-        if ".." in name.split("/") or name.startswith("/"):
-            problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
-            raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
-        output_dir = str(tree["output_dir"] or f"{self.folder}/{name}")
-        config = apply_overfit(load_given(tree | {"output_dir": output_dir}, arguments))
+        job = make_job(tree, overrides, self.folder, name)
+        config = apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments))
         configure_log(config.runtime)
         finished = is_finished(config)
         if not finished:
             inspect_folder(config)  # raises the error with which the job would end
-        job = Job(name, output_dir, arguments, dict(a.split("=", 1) for a in arguments if "=" in a))
         outcome = " is finished already" if finished else ""
-        log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {output_dir}{outcome}")
-        job.code = DONE if finished else self._run_process([*arguments, f"output_dir={quote_if_needed(output_dir)}"])
+        log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {job.folder}{outcome}")
+        job.code = DONE if finished else self._run_process(job.command)
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
             cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
             raise Interrupted(f"job {name} of the sweep ended {cause}", fix=self._resume_hint())
         self.jobs.append(job)
         if job.code == DONE:
-            fix = f"delete {output_dir}/DONE, and start the same command again to write the report again"
-            job.scores = read_json(storage_path(output_dir) / "report" / "report.json", extract_scores, fix) or {}
+            fix = f"delete {job.folder}/DONE, and start the same command again to write the report again"
+            job.scores = read_json(storage_path(job.folder) / "report" / "report.json", extract_scores, fix) or {}
         self._write_events(job, tree)
         return job
 
@@ -238,10 +251,9 @@ class Sweep:
         text += self._describe_seeds()
         if scored:
             best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            arguments = [*best.arguments, f"output_dir={quote_if_needed(best.folder)}"]
             text += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
-                f"  again    {shlex.join(['python', '-m', 'trainer', *arguments])}",
+                f"  again    {shlex.join(['python', '-m', 'trainer', *best.command])}",
                 f"next:  tensorboard --logdir {shlex.quote(str(self.folder))}    (HPARAMS shows the jobs side by side)",
             ]
             termination.set_success_message(text[-3])  # the best job
@@ -251,6 +263,58 @@ class Sweep:
             error = TrainerError(problem, fix="read their errors above")
             error.exit_code = failed[0].code
             raise error
+
+
+def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
+    """Select the job of a grid that this pod trains: the one with the number SWEEP_JOB, the pod's completion index.
+
+    Returns the arguments of that run alone, and the environment without the index, which is not that of a worker; both
+    unchanged without SWEEP_JOB. Raises ConfigError if the arguments are not a grid with this job.
+    """
+    text = environment.get("SWEEP_JOB", "").strip()
+    if not text:
+        return arguments, environment
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        fix = "set it to the pod label batch.kubernetes.io/job-completion-index, or unset it"
+        raise ConfigError("is not the number of a job", key="SWEEP_JOB", value=text, fix=fix)
+    if not is_sweep(arguments):
+        raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=text, fix="add -m, or unset it")
+    jobs = _list_jobs(arguments)
+    if int(text) >= len(jobs):
+        problem, fix = f"the sweep has {len(jobs)} jobs, from 0", f"set the completions of the Job to {len(jobs)}"
+        raise ConfigError(problem, key="SWEEP_JOB", value=text, fix=fix)
+    job, tree = jobs[int(text)]
+    configure_log(apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments)).runtime)
+    log.info(f"sweep: job {job.name} of {len(jobs)} -> {job.folder}")
+    return job.command, {name: value for name, value in environment.items() if name != "JOB_COMPLETION_INDEX"}
+
+
+def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
+    """List the jobs of a grid with their configurations. Raises ConfigError for a search, or without a folder."""
+    arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
+    jobs: list[tuple[Job, dict[str, Any]]] = []
+
+    def collect(tree: DictConfig, overrides: list[str], settings: Any) -> None:
+        try:
+            if not is_grid(settings):
+                problem, fix = "a search chooses each trial by earlier ones", "use a grid, or run the search in one pod"
+                raise ConfigError(problem, key="SWEEP_JOB", fix=fix)
+            resolved = resolve(tree)
+            if not (folder or resolved["output_dir"]):
+                fix = "add output_dir=gs://BUCKET/..., the folder of the sweep"
+                raise ConfigError(
+                    "must be given, since each pod trains one job of the sweep", key="output_dir", fix=fix
+                )
+            jobs.append((make_job(resolved, overrides, folder, str(settings.sweep.subdir)), resolved))
+        except ConfigError as error:
+            raise SweepEnded(error) from None
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:  # Hydra writes there what nobody reads
+            compose([*arguments, f"hydra.sweep.dir={quote(scratch)}"], run_job=collect)
+    except SweepEnded as ended:
+        raise ended.error from None
+    return jobs
 
 
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
