@@ -123,9 +123,9 @@ class Tail:
         """The number of values that `collect_statistics` gives for each layer."""
         return self.classifier.statistics_sizes  # layers below the cut have no moving averages to update
 
-    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+    def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
         """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
-        self.classifier.update_moving_averages(sums)
+        self.classifier.update_moving_averages(strategy, sums)
 
     def l2_loss(self) -> tf.Tensor:
         """Return the L2 penalty on the head, a float32 scalar."""

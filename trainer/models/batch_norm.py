@@ -87,9 +87,10 @@ def count_statistics(layer: keras.layers.BatchNormalization) -> int:
     return 2 * int(layer.moving_mean.shape[0]) + 1
 
 
-def update_moving_averages(layers: Mapping[str, keras.layers.BatchNormalization], sums: Mapping[str, Any]) -> None:
-    """Update the moving averages of layers from collected sums, the same on all replicas. In cross-replica context."""
-    strategy = tf.distribute.get_strategy()
+def update_moving_averages(
+    strategy: tf.distribute.Strategy, layers: Mapping[str, keras.layers.BatchNormalization], sums: Mapping[str, Any]
+) -> None:
+    """Update the moving averages of layers from collected sums, the same on all replicas of the strategy."""
 
     def compute(sums: Mapping[str, Any]) -> list[Any]:
         updated = []

@@ -115,9 +115,9 @@ class Classifier:
         """The number of values that `collect_statistics` gives for each layer."""
         return {name: count_statistics(layer) for name, layer in self.normalizations.items()}
 
-    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+    def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
         """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
-        update_moving_averages(self.normalizations, sums)
+        update_moving_averages(strategy, self.normalizations, sums)
 
     def build_keras_model(self) -> keras.Model:
         """Build a Keras model, with the same variables, that computes `probabilities` of float32 images."""

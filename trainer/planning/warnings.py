@@ -36,7 +36,7 @@ def find_run_warnings(
     if teacher:
         network = teacher.network
         uses += estimate_teacher_memory(
-            network.variable_bytes if network else 0, network and network.classifier,
+            network.variable_bytes if network else 0, network.classifier if network else None,
             every_step=config.augmentation.active, examples=per_replica, replicas=replicas,
             labels=train.count * len(dataset.class_names), precision=config.runtime.precision,
         )  # fmt: skip

@@ -58,7 +58,7 @@ class Network(Protocol):
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
         """Normalize each call of `logits` by its own statistics, and collect their sums by layer, float32 [n]."""
 
-    def update_moving_averages(self, sums: Mapping[str, Any]) -> None:
+    def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
         """Update the moving averages from collected sums, the same on all replicas. In cross-replica context."""
 
 
@@ -274,7 +274,8 @@ class TrainingStep:
             gradients, (sums, *statistics) = terms[: len(self.variables)], terms[len(self.variables) :]
             self._update(gradients)
             if statistics:
-                self.network.update_moving_averages(dict(zip(self.statistics_sizes, statistics, strict=True)))
+                by_layer = dict(zip(self.statistics_sizes, statistics, strict=True))
+                self.network.update_moving_averages(self.strategy, by_layer)
             if self.averages:
                 self._update_averages(phase_step + done)
             row = local(sums)[0] if virtual else tf.add_n(local(sums))
