@@ -51,6 +51,7 @@ DECAYS: dict[tuple[str, str], Callable[[int], float]] = {
     ("beans_xception", "fine_tune"): lambda step: 1 / (1 + 0.001 * step),
 }  # fmt: skip
 FOLDERS = ("flowers_efficientnet_b0", "flowers_efficientnet_b0_stepwise", "xception_image_folder", "xception_medical")
+CHOSEN_BY_DATA = ("photos",)  # tests/e2e/test_documented_commands.py runs it
 RECORDS = ("flowers_tfrecords_xception",)
 # One preset of each source, with a small network.
 QUICK = {"beans_xception": "mobilenet_v2", "flowers_tfrecords_xception": "mobilenet_v2"}
@@ -200,4 +201,5 @@ def test_the_distilled_preset_learns_from_the_run_before(tmp_path: Path) -> None
 
 
 def test_all_presets_are_tested() -> None:
-    assert {*TFDS, *FOLDERS, *RECORDS, "flowers_efficientnet_b0_distilled", "quickstart"} == set(PRESETS)
+    tested = {*TFDS, *FOLDERS, *RECORDS, *CHOSEN_BY_DATA, "flowers_efficientnet_b0_distilled", "quickstart"}
+    assert tested == set(PRESETS)

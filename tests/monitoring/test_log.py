@@ -147,3 +147,17 @@ with exit_with_code():
             check=False,
         )
     assert (ended.returncode, ended.stderr.splitlines()) == (code, [line])
+
+
+def test_records_are_not_lost_if_the_process_ends_while_lines_are_dropped() -> None:
+    program = """
+import os, re
+from trainer.monitoring.log import drop_stderr_lines
+configure(json_lines=True)
+with drop_stderr_lines(re.compile("noise")):
+    os.write(2, b"noise\\n")
+    log.error("stalled")
+    log_unbuffered("ends")
+    os._exit(75)"""
+    _, err = logged(program, code=75)
+    assert [entry["message"] for entry in err] == ["stalled", "ends"]

@@ -73,6 +73,9 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_without_nan(entry), ensure_ascii=False, default=str)
 
 
+_uncaptured: TextIO | None = None  # stderr, while `drop_stderr_lines` has redirected its descriptor
+
+
 class _StandardStream(logging.StreamHandler[TextIO]):
     """A handler that writes to the current value of `sys.stdout` or `sys.stderr`."""
 
@@ -84,7 +87,7 @@ class _StandardStream(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         stream: TextIO = getattr(sys, self._name)
-        return stream
+        return _uncaptured if _uncaptured and self._name == "stderr" else stream
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record, and escape what the stream cannot encode, such as surrogate escapes in file names."""
@@ -194,9 +197,10 @@ def _without_nan(value: Any) -> Any:
 def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
     """Drop the stderr lines that match `pattern`, including those of C++ libraries, which bypass `logging`.
 
-    The other lines are printed at the end of the block, also after an exception. Without space for a temporary file,
-    all lines are printed.
+    The other lines are printed at the end of the block, also after an exception; records of the log are written at
+    once, since the process may end within the block. Without space for a temporary file, all lines are printed.
     """
+    global _uncaptured
     try:
         temporary = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError:  # no disk has space
@@ -206,9 +210,11 @@ def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
         sys.stderr.flush()
         stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)
+        _uncaptured = os.fdopen(stderr, "w", errors="backslashreplace", closefd=False)
         try:
             yield
         finally:
+            _uncaptured = None
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
