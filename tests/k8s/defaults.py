@@ -1,7 +1,7 @@
 """What the API server adds to an object that it stores: the defaults of Kubernetes for the kinds of these manifests.
 
-Source: `SetDefaults_*` in pkg/apis/*/v*/defaults.go and the `+default` marks of k8s.io/api, Kubernetes 1.33. Objects of
-other projects have the defaults of their own definitions, which are not here.
+Source: `SetDefaults_*` in pkg/apis/*/v*/defaults.go and the `+default` marks of k8s.io/api, Kubernetes 1.33; the
+definition and the webhook of JobSet 0.11. Those of the Prometheus operator are not here.
 """
 
 import copy
@@ -21,6 +21,13 @@ def with_defaults(tree: Object) -> Object:
         _fill(spec, {"concurrencyPolicy": "Allow", "suspend": False, "successfulJobsHistoryLimit": 3,
                      "failedJobsHistoryLimit": 1})  # fmt: skip
         _template(spec["jobTemplate"]["spec"]["template"])
+    elif kind == "JobSet":
+        _fill(spec, {"successPolicy": {"operator": "All"}, "startupPolicy": {"startupPolicyOrder": "AnyOrder"}})
+        for replicated in spec["replicatedJobs"]:
+            _fill(replicated, {"groupName": "default", "replicas": 1})
+            for container in replicated["template"]["spec"]["template"]["spec"]["containers"]:
+                for port in container.get("ports", []):
+                    _fill(port, {"protocol": "TCP"})
     elif kind == "Deployment":
         _fill(spec, {"replicas": 1, "revisionHistoryLimit": 10, "progressDeadlineSeconds": 600, "strategy": {}})
         _fill(spec["strategy"], {"type": "RollingUpdate"})

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from scripts.manifests import K8S
+from tests.e2e.running import program, train
 from tests.k8s.controller import TerminatedPod, action
 from tests.k8s.rendered import Object, containers_of, documents
 from tests.k8s.test_pods import breaches
@@ -47,6 +49,27 @@ def test_each_container_of_the_tensorrt_job_reads_the_file_of_the_previous_one(t
 def test_the_image_has_what_the_tensorrt_job_exports_with() -> None:
     lock = (ROOT / "requirements-image.lock").read_text()
     assert all(re.search(rf"^{name}==", lock, re.M) for name in ("onnx", "onnxruntime", "tf2onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tensorrt_job_exports_a_run_of_a_bucket_for_trtexec(tensorrt: Object, tmp_path: Path) -> None:
+    """The arguments of the manifest on a small run; trtexec sets the shape of the input by its name."""
+    export, build, _ = containers_of(tensorrt["spec"]["template"]["spec"])
+    run, output = "gs://bucket/runs/RUN", tmp_path / "export"
+    edits = {"run=gs://BUCKET/runs/RUN": f"run={run}", "output=/scratch/export": f"output={output}"}
+    with running(tmp_path / "objects"):
+        train("debug=fast", "phases=head_only", "export.formats=[]", f"output_dir={run}")
+        program("export", *(edits.get(argument, argument) for argument in export["args"]))
+    model = onnx.load(output / FORMATS["onnx"][0])
+    (entry,) = model.graph.input
+    batch, *sides = entry.type.tensor_type.shape.dim
+    assert batch.dim_param  # of any size
+    assert len({side.dim_value for side in sides[:2]}) == 1
+    shapes = [argument for argument in build["args"] if "Shapes=" in argument]
+    assert [re.fullmatch(r"--(\w+)Shapes=(\w+):\d+x224x224x3", shape).groups() for shape in shapes] == [  # type: ignore[union-attr]
+        (kind, entry.name) for kind in ("min", "opt", "max")
+    ]
 
 
 def test_the_tensorrt_job_uploads_the_engine(tensorrt: Object, tmp_path: Path) -> None:

@@ -243,7 +243,8 @@ def test_only_trainers_and_the_monitoring_may_connect_to_the_pods_of_runs() -> N
     assert spec["policyTypes"] == ["Ingress"]  # buckets and the registry of weights stay reachable
     workers, monitoring = spec["ingress"]
     assert workers == {"from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "kubetune"}}}]}
-    assert all(port in pods.container["ports"] for pods in JOBS for port in [{"name": "http", "containerPort": 8080}])
+    for pods in JOBS:
+        assert {port["name"]: port["containerPort"] for port in pods.container["ports"]}["http"] == 8080
     assert monitoring["ports"] == [{"port": "http", "protocol": "TCP"}]
     assert [source.keys() for source in monitoring["from"]] == [{"namespaceSelector"}]
 
