@@ -10,7 +10,7 @@ weights before they compute gradients. That all-reduce also sums stop flags: all
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,9 +130,12 @@ class Averages:
         by_name.assign_values(self.shadows, raw, "the weights")
 
 
-def _call_on_host(function: Callable[[], float]) -> tf.Tensor:
-    """Add a graph operation that calls a Python function, and return its result, a float64 scalar."""
-    value = tf.numpy_function(lambda: np.float64(function()), [], tf.float64)
+def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()) -> tf.Tensor:
+    """Add a graph operation that calls a Python function once the tensors in `after` have been copied to the host.
+
+    Return the result of the function, a float64 scalar.
+    """
+    value = tf.numpy_function(lambda *_: np.float64(function()), list(after), tf.float64)
     value.set_shape([])
     return value
 
@@ -236,8 +239,8 @@ class TrainingStep:
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
 
-        def one_step(i: Any, stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, seconds, stop_flag = self._fetch(batches, after=last)
+        def one_step(i: Any, stopped: Any, rows: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
+            batch, seconds, stop_flag = self._fetch(batches, after=rows[0])
             done = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             gradients, sums = on_replicas(gradients_of, args=(batch, run_step + done, examples))
@@ -247,11 +250,12 @@ class TrainingStep:
             row = tf.add_n(local(sums))
             if polls:
                 stopped = local(stop_flags)[0] > 0
-            return i + 1, stopped, row, waited + seconds, per_step.write(i, row)
+            return i + 1, stopped, (*rows[1:], row), waited + seconds, per_step.write(i, row)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        initial = (tf.constant(0), is_requested, tf.zeros([3]), tf.zeros([], tf.float64), per_step)
+        rows = (tf.zeros([3]),) * (1 if polls else 2)  # of the last steps, the first of which a fetch waits for
+        initial = (tf.constant(0), is_requested, rows, tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
         if isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):  # `sums` are of the local replicas
@@ -259,9 +263,15 @@ class TrainingStep:
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
-        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0."""
+        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0.
+
+        Without `polls_each_step`, `after` is of the step before the last one: the device computes the last step while
+        the host fetches, and the time of the fetch is not counted as waiting as long as a batch is ready by then.
+        """
+        # A control dependency does not wait for a GPU, an argument on the host does.
+        arguments = [] if self.settings.polls_each_step else [after]
         with tf.control_dependencies([after]):
-            start = _call_on_host(time.perf_counter)  # tf.timestamp is not allowed with deterministic ops
+            start = _call_on_host(time.perf_counter, arguments)  # tf.timestamp is not allowed with deterministic ops
         with tf.control_dependencies([start]):
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
