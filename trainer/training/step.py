@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
+from trainer.private_api import advance_function_numbers
 from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
@@ -32,6 +33,7 @@ from trainer.training.losses import (
 from trainer.types import Batch, Dataset
 
 CALL_SECONDS = 2.0  # approximate maximum of a device call that checks for a stop request only at its beginning
+FUNCTIONS_PER_PHASE = 1_000_000  # more than the functions that a process traces before a phase, and in it
 INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
@@ -60,11 +62,13 @@ class StepSettings(LossSettings):
     loss_scaling: bool = False  # dynamic loss scaling, for float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
     polls_each_step: bool = True  # check for a stop request at each step; False: once per call
+    phase: int = 0  # index of the phase; with `xla`, its compiled functions have the same names in each start
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True
-    ) -> StepSettings:
+        cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True,
+        phase: int = 0,
+    ) -> StepSettings:  # fmt: skip
         """Make the settings of a phase from the configuration and the class counts of the training split."""
         training, distillation = config.training, config.distillation
         options = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
@@ -82,6 +86,7 @@ class StepSettings(LossSettings):
             loss_scaling=config.runtime.precision == "float16",
             xla=xla,
             polls_each_step=polls_each_step,
+            phase=phase,
             **options,
         )
 
@@ -210,6 +215,8 @@ class TrainingStep:
             - The seconds for which this worker waited for data.
             - Whether a stop was requested, the same on all workers.
         """
+        if self.settings.xla and not self.traced:  # the names are a part of the key of a stored program
+            advance_function_numbers((self.settings.phase + 1) * FUNCTIONS_PER_PHASE)
         rows, waited, stopped, done = list[np.ndarray](), 0.0, False, 0
         while done < steps and not stopped:
             count = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - done)
