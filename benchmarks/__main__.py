@@ -5,7 +5,7 @@
     python -m benchmarks.page FOLDER               the page from the results of --out FOLDER
 
 Each row runs in a separate process, so that none inherits another's memory. Other benchmarks, whose results are on
-other pages: quickstart, workers, scaling, storage, augmentation, recipes, serving.
+other pages: quickstart, workers, scaling, storage, augmentation, recipes, serving, gpu.
 """
 
 import subprocess

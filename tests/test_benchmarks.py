@@ -204,3 +204,33 @@ def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) 
             assert comparison.ratio > 0
     (tmp_path / "README.md").write_text("# A\n")
     page.write(tmp_path / "out", tmp_path)
+
+
+def test_what_has_no_time_left_is_written_as_not_measured(tmp_path: Path) -> None:
+    run("-m", "benchmarks.gpu", "--small", "--budget", "0", "--only", "ResNet50", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["result"] for row in results["steps"]] == [{"not_measured": "no time left"}] * 4
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| ResNet50, 96 px, batch 4 | all | ours | not measured: no time left | | | | |" in text
+    assert "| ResNet50, 96 px, batch 4 | none | keras | not measured: no time left | | | | |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_benchmark_of_gpus_runs_on_a_cpu(tmp_path: Path) -> None:
+    """The CPU twin of a measurement on a GPU: all parts, of one network."""
+    options = ("--small", "--budget", "1200", "--only", "MobileNetV2", "resume", "--out", str(tmp_path))
+    run("-m", "benchmarks.gpu", *options)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    for row in results["steps"]:
+        result = row["result"]
+        assert "not_measured" not in result, result
+        assert result["images_per_second"] > 0
+        assert (result["xla"], result["precision"], result["peak_memory"]) == (False, "float32", None)
+    assert [row["settings"]["implementation"] for row in results["steps"]] == ["ours", "keras"] * 2
+    assert set(results["steps"][0]["result"]["fed"]) == {"decoded in memory", "decoded anew", "augmented"}
+    assert results["resume"]["bit_equal"] is True
+    assert results["resume"]["first_step_restarted"] > 0
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| bit equal | True |" in text
+    assert text.count("| ours |") == 2

@@ -22,11 +22,12 @@ from trainer.config.schema import load
 from trainer.data.digits import prepare_digits
 from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
-from trainer.planning import estimates, timing
+from trainer.planning import dry_run, estimates, timing
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
+from trainer.types import Device
 
 Planned = Callable[..., tuple[str, str]]
 ROOT = Path(__file__).parent.parent
@@ -245,6 +246,24 @@ def test_a_batch_that_no_memory_holds_is_refused_with_the_largest_that_fits(
     assert refused, err
     assert 20 < int(refused[2]) < 200
     assert "of memory" not in planned(*arguments, f"training.batch_size={refused[2]}")[0]
+
+
+def test_the_plan_of_a_gpu_has_its_memory_by_phase_and_what_would_be_slow(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "detect_device", lambda: Device("GPU", "NVIDIA L4", (8, 9), 22 * 2**30))
+    monkeypatch.setattr(dry_run, "count_usable_cpus", lambda: 1)
+    arguments = ("data=digits", "model=mobilenet_v2", "model.weights=none", "phases=two_phase")
+    out, _ = planned(*arguments, "training.batch_size=auto", "augmentation=light")
+    assert "devices one GPU (NVIDIA L4, compute capability 8.9, 22.0 GiB)" in out
+    assert re.search(r"training.batch_size=auto: 32, for [\d,]+ training images: 32 on each of 1 GPUs of 22.0 GiB", out)
+    assert re.search(
+        r"GPU memory \(estimate, per GPU\) head [\d.]+ GB: weights .* fine_tune [\d.]+ GB: weights .* activations of "
+        r"trained layers .* GPU NVIDIA L4, memory 23.62 GB",
+        out,
+    )
+    assert "! runtime.precision=float32 is slow on NVIDIA L4: its tensor cores compute faster in bfloat16" in out
+    assert "! 1 CPUs augment about 2,950 small images per second" in out
 
 
 def test_the_time_of_a_run_is_estimated_from_measured_steps(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,16 @@ def parses_a_saved_model(tmp_path: Path) -> None:
     assert "Mul" in nodes
 
 
+def numbers_the_next_function() -> None:
+    def traced() -> str:
+        return tf.function(lambda: tf.constant(1)).get_concrete_function().name.decode()  # type: ignore[no-any-return]
+
+    before = int(traced().rpartition("_")[2])
+    private_api.advance_function_numbers(before + 10_000)
+    assert before + 10_000 < int(traced().rpartition("_")[2]) < before + 10_100
+    private_api.advance_function_numbers(0)
+
+
 def ends_a_session_of_hparams() -> None:
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
@@ -251,6 +261,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "keras.src.utils.file_utils.get_file": finds_the_download_of_weights,
     "Layer.__class__": swaps_the_class_of_a_layer,
     "tensorflow.core.protobuf": parses_a_saved_model,
+    "framework.ops.uid": numbers_the_next_function,
     "summary_v2._summary_pb": ends_a_session_of_hparams,
     "Client._http": mounts_a_transport,
     "Client._bucket_metadata_cache": disables_requests_for_the_bucket,

@@ -42,7 +42,6 @@ from trainer.runs.folder import (
     require_unfinished,
 )
 from trainer.storage.disk import file_errors
-from trainer.storage.staging import is_remote
 
 DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished, while waiting for other workers
 
@@ -91,8 +90,8 @@ def main() -> None:
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
-            local = folder.path if control.is_chief and not is_remote(folder.address) else None
-            set_compilation_cache(config.runtime.cache_folder, local, config.runtime.deterministic)
+            of_run = folder.path if control.is_chief else None
+            set_compilation_cache(config.runtime.cache_folder, of_run, config.runtime.deterministic)
             with suppress_import_noise():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 

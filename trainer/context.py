@@ -204,7 +204,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     on_gpu = detect_device().kind == "GPU"
     settings = StepSettings.from_config(
         config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name],
-        polls_each_step=not on_gpu or worker.size > 1,
+        polls_each_step=not on_gpu or worker.size > 1, phase=state.phase,
     )  # fmt: skip
     live = teacher.network.logits if teacher and teacher.network else None
     stop, trained = worker.stop_requested, thaw.trainable

@@ -14,6 +14,7 @@ Private names, with the function that wraps each:
 | keras | `keras.src.utils.file_utils.get_file` | `find_download` | the addresses of weights; there are none |
 | keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
 | tensorflow | `tensorflow.core.protobuf` | `make_saved_model_proto` | a parser of `saved_model.pb`; there is none |
+| tensorflow | `framework.ops.uid` | `advance_function_numbers` | names of functions without a counter |
 | tensorboard | `summary_v2._summary_pb` | `make_session_end_summary` | a function in `hparams.api`; there is none |
 | google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples use it |
 | google-cloud-storage | `Client._bucket_metadata_cache` | `disable_bucket_metadata` | an argument of `Client` |
@@ -104,6 +105,14 @@ def make_saved_model_proto() -> Any:
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     return SavedModel()
+
+
+def advance_function_numbers(number: int) -> None:
+    """Advance the counter in the names of TensorFlow's functions to `number`, unless it is larger already."""
+    from tensorflow.python.framework.ops import uid
+
+    while uid() < number:
+        pass
 
 
 def make_session_end_summary(session_end_info: Any) -> Any:

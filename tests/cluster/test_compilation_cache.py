@@ -29,7 +29,7 @@ def test_programs_of_another_gpu_driver_or_set_of_flags_are_in_another_folder() 
         folder_of(environment={"XLA_FLAGS": "--xla_gpu_autotune_level=0"}),
     ]  # fmt: skip
     assert len({folder_of(), *others}) == 5
-    assert all(folder and folder.parent == CACHE / "xla" for folder in others)
+    assert all(folder and folder.parent == CACHE / "compiled" for folder in others)
 
 
 @pytest.mark.parametrize("gpus", [(), (H200, H200)])
@@ -96,7 +96,7 @@ def test_a_start_sets_the_variables_and_deletes_what_is_cut_off(
 ) -> None:
     assert list_gpus() == (H200,)
     cache = tmp_path / "cache"
-    programs = choose_programs_folder((H200,), cache, True, {})
+    programs = choose_programs_folder((H200,), tmp_path / "run", True, {})
     assert programs
     programs.mkdir(parents=True)
     (programs / "whole.pb").write_bytes(b"\x08\x01")
@@ -107,6 +107,20 @@ def test_a_start_sets_the_variables_and_deletes_what_is_cut_off(
     assert "XLA_FLAGS" not in os.environ  # deterministic: no autotuning
     assert (cache / "cuda").is_dir()
     assert f"compiled programs: 1 stored in {programs}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_start_creates_nothing_in_the_folder_of_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    set_compilation_cache(tmp_path / "cache", tmp_path / "run", deterministic=False)
+    assert f"{tmp_path}/run/compiled/" in os.environ["TF_XLA_FLAGS"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_other_workers_store_in_their_cache(tmp_path: Path) -> None:
+    set_compilation_cache(tmp_path / "cache", None, deterministic=False)
+    assert f"{tmp_path}/cache/compiled/" in os.environ["TF_XLA_FLAGS"]
+    assert os.environ["XLA_FLAGS"].endswith(f"={tmp_path}/cache/autotuning")
 
 
 @pytest.mark.usefixtures("gpu")

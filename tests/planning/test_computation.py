@@ -1,6 +1,8 @@
 """The decision how the steps of a phase are computed, for every backbone and device, without a GPU."""
 
+import mmap
 import re
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -154,15 +156,19 @@ def check_decisions(backbone: str) -> dict[str, bool]:
     return decisions
 
 
-def make_gradient(classifier: Classifier, thaw: str, xla: bool = False) -> Any:
+def make_gradient(classifier: Classifier, thaw: str, xla: bool = False, batch_norm: str = "frozen") -> Any:
     """Return a function that computes the gradients of images, as a training step does."""
-    trained = apply_thaw(classifier, thaw, "frozen").trainable
+    plan = apply_thaw(classifier, thaw, batch_norm)  # type: ignore[arg-type]
+    trained = plan.trainable
 
     def differentiate(images: tf.Tensor) -> Any:
         raw = [v.value for v in trained.values()]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(raw)
-            loss = tf.reduce_sum(classifier.logits(images, training=True))
+            logits = classifier.logits(
+                images, training=True, batch_norm_training=plan.batch_norm_training, weight=tf.ones(images.shape[:1])
+            )
+            loss = tf.reduce_sum(logits)
         return tape.gradient(loss, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
     return tf.function(differentiate, jit_compile=xla, autograph=False)
@@ -220,6 +226,52 @@ def test_every_backbone_has_a_decision_in_every_phase(backbone: str) -> None:
 )  # fmt: skip
 def test_the_gradient_of_every_family_has_the_operations_of_its_graph(backbone: str, thaw: str) -> None:
     check_gradient(backbone, thaw)
+
+
+@pytest.mark.parametrize("batch_norm", ["affine", "train"])
+def test_normalization_that_trains_has_deterministic_gradients(batch_norm: str) -> None:
+    classifier = build("MobileNetV2")
+    spec = tf.TensorSpec((2, classifier.image_size, classifier.image_size, 3), tf.uint8)
+    traced = make_gradient(classifier, "all", batch_norm=batch_norm).get_concrete_function(spec).graph.get_operations()
+    assert not {op.type for op in traced} & NOT_DETERMINISTIC
+
+
+# What TensorFlow's library prints of operations without a deterministic kernel on GPUs, and where the tables have them.
+MESSAGES = {
+    "A deterministic GPU implementation of AdjustContrast is not currently available.": "AdjustContrast",
+    "A deterministic GPU implementation of AdjustContrastv2 is not currently available.": "AdjustContrastv2",
+    "A deterministic GPU implementation of ResizeNearestNeighborGrad is not currently available.": (
+        "ResizeNearestNeighborGrad"
+    ),
+    "A deterministic GPU implementation of SparseTensorDenseMatmulOp is not currently available.": (
+        "SparseTensorDenseMatMul"
+    ),
+    "A deterministic GPU implementation of fused batch-norm backprop, when training is disabled, is not currently "
+    "available.": "FusedBatchNormGradV3",
+    "Deterministic GPU implementation of CropAndResizeBackpropBoxes not available.": "CropAndResizeGradBoxes",
+    "Deterministic GPU implementation of CropAndResizeBackpropImage not available.": "CropAndResizeGradImage",
+    "Deterministic GPU implementation of sorted segment reduction op not available.": "SegmentSum",
+    "Deterministic GPU implementation of unsorted segment reduction op not available.": "UnsortedSegmentSum",
+}
+
+
+@pytest.mark.slow
+def test_the_tables_have_every_operation_of_which_tensorflow_has_a_message() -> None:
+    """The library of TensorFlow for CPUs and GPUs is the same."""
+    library = Path(tf.sysconfig.get_lib()) / "libtensorflow_cc.so.2"
+    texts = set()
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for phrase in (b"eterministic GPU implementation of", b"a deterministic XLA implementation"):
+            at = content.find(phrase)
+            while at >= 0:
+                end = content.find(b"\0", at)
+                texts.add(content[content.rfind(b"\0", 0, at) + 1 : end].decode())
+                at = content.find(phrase, end)
+    old_cudnn = {text for text in texts if "Please build with cuDNN version 7.6.3 or later" in text}
+    xla = {text for text in texts if "XLA" in text}
+    assert {f"{text}." for text in NO_DETERMINISTIC_XLA_GRADIENT.values()} == xla
+    assert texts - old_cudnn - xla == set(MESSAGES)
+    assert set(MESSAGES.values()) <= NOT_DETERMINISTIC
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Compiled training step against Keras, and its settings."""
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -223,6 +224,28 @@ def test_xla_gives_the_same_weights() -> None:
     compiled, compiled_rows, _ = trained([4], l2=0.01, clip_norm=0.5, xla=True)
     assert_near(compiled, plain)
     np.testing.assert_allclose(compiled_rows, rows, rtol=1e-5)
+
+
+STORED = """
+import json, os, sys
+from pathlib import Path
+os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={sys.argv[1]}"
+import keras, tensorflow as tf
+from tests.training.small_network import SmallNetwork, make_step, stream
+for number in range(int(sys.argv[2])):  # functions that only some starts trace
+    tf.function(lambda: tf.constant(number)).get_concrete_function()
+network = SmallNetwork()
+step = make_step(network, keras.optimizers.SGD(0.1), xla=True, phase=1)
+step.run(iter(stream(20, 8)), 1, 0, 0)
+print("RESULT" + json.dumps({file.name: file.stat().st_mtime_ns for file in Path(sys.argv[1]).iterdir()}))
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_another_start_compiled_is_loaded(tmp_path: Path) -> None:
+    first = result_of(STORED, tmp_path, 0)
+    assert len(first) == 1
+    assert result_of(STORED, tmp_path, 7) == first
 
 
 MIRRORED = """

@@ -15,6 +15,8 @@ from trainer.monitoring.log import log
 
 PROGRAMS_FLAG, DEVICES_FLAG = "--tf_xla_persistent_cache_directory", "--tf_xla_persistent_cache_device_types"
 AUTOTUNING_FLAG = "--xla_gpu_per_fusion_autotune_cache_dir"
+# Folders in that of a run. XLA and TensorFlow create them at the first compilation, after the run has begun.
+PROGRAMS, AUTOTUNING = "compiled", "autotuning"
 
 
 def list_gpus() -> tuple[str, ...]:
@@ -28,9 +30,9 @@ def list_gpus() -> tuple[str, ...]:
 
 
 def choose_programs_folder(
-    gpus: tuple[str, ...], cache_folder: Path, deterministic: bool, environment: Mapping[str, str]
+    gpus: tuple[str, ...], folder: Path, deterministic: bool, environment: Mapping[str, str]
 ) -> Path | None:
-    """Choose the folder of the programs that XLA compiles; None if they are not stored.
+    """Choose the folder below `folder` of the programs that XLA compiles; None if they are not stored.
 
     TensorFlow's key of a stored program has the program before compilation, but not the GPU, the driver, the version of
     XLA or its flags: they determine the folder. With several GPUs the replicas would load the program of one GPU, which
@@ -39,7 +41,7 @@ def choose_programs_folder(
     if len(gpus) != 1 or PROGRAMS_FLAG in environment.get("TF_XLA_FLAGS", ""):
         return None
     facts = [gpus[0], version("tensorflow"), deterministic, environment.get("XLA_FLAGS", "")]
-    return cache_folder / "xla" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return folder / PROGRAMS / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def choose_variables(
@@ -97,19 +99,19 @@ def is_complete(content: bytes) -> bool:
 def set_compilation_cache(cache_folder: Path, run_folder: Path | None, deterministic: bool) -> None:
     """Set the environment variables before TensorFlow starts, and delete stored programs that are not complete.
 
-    `run_folder` is a local output_dir: results of autotuning are stored with the checkpoints, so that a resumed run
-    uses the same kernels; if it is None, they are stored in `cache_folder`. With `deterministic`, XLA does no
-    autotuning. Nothing is stored if the folders cannot be written to.
+    `run_folder` is the local folder of a run. Programs and results of autotuning are stored with its checkpoints, also
+    in a bucket, so that a resumed run has the same programs in another pod; if it is None, on workers other than the
+    chief, they are stored in `cache_folder`. With `deterministic`, XLA does no autotuning. Nothing is stored if
+    `cache_folder` cannot be written to.
     """
-    gpus = list_gpus()
-    programs = choose_programs_folder(gpus, cache_folder, deterministic, os.environ)
-    autotuning = None if deterministic else (run_folder or cache_folder) / "autotuning"
+    gpus, folder = list_gpus(), (run_folder or cache_folder).absolute()
+    programs = choose_programs_folder(gpus, folder, deterministic, os.environ)
+    autotuning = None if deterministic else folder / AUTOTUNING
     variables = choose_variables(gpus, programs, autotuning, cache_folder, os.environ)
     if not variables:
         return
     try:
-        for folder in filter(None, [programs, cache_folder / "cuda"]):
-            folder.mkdir(parents=True, exist_ok=True)
+        (cache_folder / "cuda").mkdir(parents=True, exist_ok=True)
         for file in programs.glob("*.pb") if programs else ():
             if not is_complete(file.read_bytes()):
                 file.unlink()

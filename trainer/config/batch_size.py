@@ -59,7 +59,7 @@ FOOTPRINTS = {
     "EfficientNetB6": Footprint(528, 1566, 3367, 96, 41.0),
     "EfficientNetB7": Footprint(600, 2095, 4510, 96, 64.1),
     "EfficientNetV2B0": Footprint(224, 224, 509, 16, 5.9),
-    "EfficientNetV2B1": Footprint(240, 307, 688, 16, 6.9),
+    "EfficientNetV2B1": Footprint(240, 307, 689, 16, 6.9),
     "EfficientNetV2B2": Footprint(260, 352, 787, 16, 8.8),
     "EfficientNetV2B3": Footprint(300, 422, 946, 20, 12.9),
     "EfficientNetV2S": Footprint(384, 593, 1320, 24, 20.3),

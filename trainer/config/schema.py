@@ -327,7 +327,7 @@ class Runtime(Section):
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: Address = "~/.cache/kubetune"
-    """Local folder of all caches, staged files and programs compiled for a GPU."""
+    """Local folder of all caches and staged files."""
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
     """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
     disk_budget_gb: float | None = Field(None, ge=0, le=1e9)

@@ -26,6 +26,7 @@ PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorB
 MAX_TRANSFERS = 8  # concurrent downloads
 LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"
 FINAL_RESULTS = ("report/", "export/")  # published only at the end
+TEMPORARY = ("autotuning/tmp/",)  # XLA renames the files there (trainer.cluster.compilation_cache)
 
 
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
@@ -182,8 +183,9 @@ class Publisher:
         for file in sorted(self.local.rglob("*"), key=lambda file: (file != first, file)):
             name = file.relative_to(self.local).as_posix()
             hidden = any(component.startswith(".") for component in Path(name).parts)
-            excluded = (f"checkpoints/{PREFIX}", *(() if results else FINAL_RESULTS))
-            if hidden or name in (DONE, LATEST, BEST) or name.startswith(excluded) or not file.is_file():
+            excluded = (f"checkpoints/{PREFIX}", *TEMPORARY, *(() if results else FINAL_RESULTS))
+            temporary = name.endswith(".tmp")  # TensorFlow renames such a file once a program is written
+            if hidden or temporary or name in (DONE, LATEST, BEST) or name.startswith(excluded) or not file.is_file():
                 continue
             status = file.stat()
             current = (status.st_size, status.st_mtime_ns)

@@ -13,7 +13,7 @@ of replicas, and all sums over the parts are made in one binary tree: over those
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
+from trainer.private_api import advance_function_numbers
 from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
@@ -36,6 +37,7 @@ from trainer.training.losses import (
 from trainer.types import Batch, Dataset
 
 CALL_SECONDS = 2.0  # approximate maximum of a device call that checks for a stop request only at its beginning
+FUNCTIONS_PER_PHASE = 1_000_000  # more than the functions that a process traces before a phase, and in it
 INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
@@ -75,11 +77,13 @@ class StepSettings(LossSettings):
     loss_scaling: bool = False  # dynamic loss scaling, for float16
     xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
     polls_each_step: bool = True  # check for a stop request at each step; False: once per call
+    phase: int = 0  # index of the phase; with `xla`, its compiled functions have the same names in each start
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True
-    ) -> StepSettings:
+        cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True,
+        phase: int = 0,
+    ) -> StepSettings:  # fmt: skip
         """Make the settings of a phase from the configuration and the class counts of the training split."""
         training, distillation = config.training, config.distillation
         options = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
@@ -98,6 +102,7 @@ class StepSettings(LossSettings):
             loss_scaling=config.runtime.precision == "float16",
             xla=xla,
             polls_each_step=polls_each_step,
+            phase=phase,
             **options,
         )
 
@@ -146,9 +151,12 @@ class Averages:
         by_name.assign_values(self.shadows, raw, "the weights")
 
 
-def _call_on_host(function: Callable[[], float]) -> tf.Tensor:
-    """Add a graph operation that calls a Python function, and return its result, a float64 scalar."""
-    value = tf.numpy_function(lambda: np.float64(function()), [], tf.float64)
+def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()) -> tf.Tensor:
+    """Add a graph operation that calls a Python function once the tensors in `after` have been copied to the host.
+
+    Return the result of the function, a float64 scalar.
+    """
+    value = tf.numpy_function(lambda *_: np.float64(function()), list(after), tf.float64)
     value.set_shape([])
     return value
 
@@ -234,6 +242,8 @@ class TrainingStep:
             - The seconds for which this worker waited for data.
             - Whether a stop was requested, the same on all workers.
         """
+        if self.settings.xla and not self.traced:  # the names are a part of the key of a stored program
+            advance_function_numbers((self.settings.phase + 1) * FUNCTIONS_PER_PHASE)
         rows, waited, stopped, done = list[np.ndarray](), 0.0, False, 0
         while done < steps and not stopped:
             count = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - done)
@@ -266,8 +276,8 @@ class TrainingStep:
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
 
-        def one_step(i: Any, stopped: Any, last: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, seconds, stop_flag = self._fetch(batches, after=last)
+        def one_step(i: Any, stopped: Any, rows: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
+            batch, seconds, stop_flag = self._fetch(batches, after=rows[0])
             done = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             terms = on_replicas(terms_of, args=(batch, run_step + done, examples))
@@ -281,11 +291,12 @@ class TrainingStep:
             row = local(sums)[0] if virtual else tf.add_n(local(sums))
             if polls:
                 stopped = local(stop_flags)[0] > 0
-            return i + 1, stopped, row, waited + seconds, per_step.write(i, row)
+            return i + 1, stopped, (*rows[1:], row), waited + seconds, per_step.write(i, row)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        initial = (tf.constant(0), is_requested, tf.zeros([3]), tf.zeros([], tf.float64), per_step)
+        rows = (tf.zeros([3]),) * (1 if polls else 2)  # of the last steps, the first of which a fetch waits for
+        initial = (tf.constant(0), is_requested, rows, tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
         is_local = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy) and not virtual
@@ -294,9 +305,15 @@ class TrainingStep:
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
-        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0."""
+        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0.
+
+        Without `polls_each_step`, `after` is of the step before the last one: the device computes the last step while
+        the host fetches, and the time of the fetch is not counted as waiting as long as a batch is ready by then.
+        """
+        # A control dependency does not wait for a GPU, an argument on the host does.
+        arguments = [] if self.settings.polls_each_step else [after]
         with tf.control_dependencies([after]):
-            start = _call_on_host(time.perf_counter)  # tf.timestamp is not allowed with deterministic ops
+            start = _call_on_host(time.perf_counter, arguments)  # tf.timestamp is not allowed with deterministic ops
         with tf.control_dependencies([start]):
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
