@@ -25,7 +25,7 @@ from trainer.errors import DONE, INTERRUPTED, REFUSED
 from trainer.promote.promotion import read_manifest
 from trainer.storage.path import storage_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MODELS, PREDICTIONS, RUNS = "gs://bucket/models/digits", "gs://bucket/predictions", "gs://bucket/runs/nightly"
 CLASSES = 3
