@@ -25,16 +25,18 @@ from trainer.errors import DONE, INTERRUPTED, REFUSED
 from trainer.promote.promotion import read_manifest
 from trainer.storage.path import storage_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MODELS, PREDICTIONS, RUNS = "gs://bucket/models/digits", "gs://bucket/predictions", "gs://bucket/runs/nightly"
 CLASSES = 3
 SPLITS = {"train": 30, "validation": 10, "test": 30}  # images per class
 TRAINING = (
-    "experiment=quickstart", "data=image_folder", "training.batch_size=16", "phases.head.epochs=2",
+    "experiment=quickstart", "data=image_folder", "training.batch_size=16",
     "phases.fine_tune.epochs=1", "phases.fine_tune.thaw=from_block:block_13", "runtime.checkpoint_every='4 steps'",
     "export.formats=[saved_model]",
 )  # fmt: skip
+
+SHORT, LONG = ("phases.head.epochs=2",), ("phases.head.epochs=20", "phases.head.optimizer.learning_rate=0.02")
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -74,11 +76,11 @@ def bucket(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def start_night(photos: Path, day: str, cache: Path) -> subprocess.Popen[str]:
+def start_night(photos: Path, day: str, cache: Path, overrides: tuple[str, ...] = SHORT) -> subprocess.Popen[str]:
     """Start `trainer.nightly` at 2:00 of a day, as the pod of a CronJob does."""
     command = [
         sys.executable, "-m", "trainer.nightly", f"to={MODELS}", f"log={PREDICTIONS}", f"runs={RUNS}",
-        f"now={day}T02:00", *TRAINING, f"data.root={photos}", f"runtime.cache_dir={cache}",
+        f"now={day}T02:00", *TRAINING, f"data.root={photos}", f"runtime.cache_dir={cache}", *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "JOB_UID": "nightly"}
     return subprocess.Popen(
@@ -86,8 +88,8 @@ def start_night(photos: Path, day: str, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def run_night(photos: Path, day: str, cache: Path, code: int) -> str:
-    process = start_night(photos, day, cache)
+def run_night(photos: Path, day: str, cache: Path, code: int, overrides: tuple[str, ...] = SHORT) -> str:
+    process = start_night(photos, day, cache, overrides)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
     return output
@@ -183,7 +185,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         send(served, noisy)
         move_log_to("2026-03-04")
         write_photos(photos, digits, mislabelled=("train", "validation"))
-        output = run_night(photos, "2026-03-05", cache, REFUSED)
+        output = run_night(photos, "2026-03-05", cache, REFUSED, LONG)  # long enough to learn the wrong labels
         assert re.search(rf"refused: run={RUNS}/2026-03-05: is worse than version 2 on 90 held-out examples", output)
         assert record_of("2026-03-05")["outcome"] == "refused"
         assert list(contents(models)) == ["1", "2"]
