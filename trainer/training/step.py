@@ -282,7 +282,7 @@ class TrainingStep:
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             terms = on_replicas(terms_of, args=(batch, run_step + done, examples))
             gradients, (sums, *statistics) = terms[: len(self.variables)], terms[len(self.variables) :]
-            self._update(gradients)
+            self._update(gradients, examples)
             if statistics:
                 by_layer = dict(zip(self.statistics_sizes, statistics, strict=True))
                 self.network.update_moving_averages(self.strategy, by_layer)
@@ -409,16 +409,15 @@ class TrainingStep:
         parts = tf.split(total, sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _update(self, gradients: Any) -> None:
+    def _update(self, gradients: Any, examples: Any) -> None:
         """Apply the optimizer. With loss scaling, skip the step unless all gradients are finite."""
 
         def apply() -> bool:
             self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
             return True
 
-        is_total = bool(self.settings.virtual_replicas) and self.replicas > 1
-        if self.settings.clip_norm or self.loss_scale or is_total:
-            gradients, finite = self.strategy.run(self._unscale_and_clip, args=(gradients,))
+        if self.settings.clip_norm or self.loss_scale or self.settings.virtual_replicas:
+            gradients, finite = self.strategy.run(self._unscale_and_clip, args=(gradients, examples))
         if self.loss_scale is None:
             apply()
         else:
@@ -426,7 +425,7 @@ class TrainingStep:
             tf.cond(all_finite, apply, lambda: False)
             self._adjust_loss_scale(all_finite)
 
-    def _unscale_and_clip(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def _unscale_and_clip(self, gradients: list[tf.Tensor], examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Sum gradients over replicas, undo the loss scale, and clip by global norm. Must be called in replica context.
 
         Return also whether all gradients are finite, which is checked only with loss scaling.
@@ -440,8 +439,9 @@ class TrainingStep:
         if self.settings.clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, self.settings.clip_norm)
         # `optimizer.apply` adds the replicas again.
-        if is_total and self.replicas > 1:  # a sum of equal fractions depends on its order, a sum with zeros does not
-            is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
+        if is_total:  # a sum of equal fractions depends on its order, a sum with zeros does not
+            # Not a constant on one replica: TensorFlow would multiply the factors of clipping and learning rate first.
+            is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0) & (examples >= 0)
             return [tf.where(is_first, g, tf.zeros_like(g)) for g in gradients], finite
         return [g / self.replicas for g in gradients], finite
 
