@@ -193,8 +193,7 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
     """`runtime=pod` would be float32 without XLA."""
     settings = {}
     for name, container in containers_with_a_gpu():
-        if "command" in container:
-            assert container["command"][0].endswith("/trtexec")  # nothing of the trainer
+        if container.get("command", [""])[0].endswith("/trtexec"):  # nothing of the trainer
             continue
         (choice,) = [a for a in container["args"] if a.startswith("runtime=")]
         composed = compose(["data=digits", choice])
