@@ -58,12 +58,10 @@ class RunContext:
     worker: Worker
     images: ImageStore
     classifier: Classifier
-    baseline_bytes: int  # memory of the process before the network was built
     state: RunState
     saver: Saver
     clock: Clock
     metrics: MetricsWriter
-    sharding: ShardingPlan | None = None  # that of a checkpoint, see `resume_sharding`
     plan: RunPlan = field(init=False)
     scorer: Scorer = field(init=False)
 
@@ -90,20 +88,20 @@ def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPla
     return plan_sharding(config.shard_by, split, size, batch_size, image_cache, run.state.sharding)
 
 
-def resume_sharding(run: RunContext) -> None:
-    """Plan the sharding of a checkpoint for the workers of this start.
+def resume_sharding(run: RunContext) -> ShardingPlan | None:
+    """Plan the sharding of a checkpoint for the workers of this start; None if the checkpoint has none.
 
     Raises ConfigError if they cannot continue its epoch.
     """
-    if run.state.sharding:
-        run.sharding = plan_run_sharding(run)
-        check_resumable(run.sharding, run.state.sharding, run.state.epoch_step)
+    if not run.state.sharding:
+        return None
+    sharding = plan_run_sharding(run)
+    check_resumable(sharding, run.state.sharding, run.state.epoch_step)
+    return sharding
 
 
-def agree_on_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
-    """Return the sharding plan of the checkpoint, or else that of the chief."""
-    if run.sharding:
-        return run.sharding
+def broadcast_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
+    """Return the chief's plan of the sharding on all workers."""
     return ShardingPlan(**run.worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, image_cache))))
 
 

@@ -24,7 +24,7 @@ from trainer.context import (
     RunContext,
     RunPlan,
     advise_export,
-    agree_on_sharding,
+    broadcast_sharding,
     is_checkpoint_due,
     open_phase,
     raise_stopped,
@@ -37,6 +37,7 @@ from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
 from trainer.data.remote import addresses_in_errors
+from trainer.data.sharding import ShardingPlan
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, rows_per_call, validation_scores
@@ -77,21 +78,20 @@ def train_run(
         TrainerError: the run failed or was stopped. Its `exit_code` is that of the process.
     """
     try:
-        run, divisions, advice = set_up(config, folder, control, stop, process_started)
+        run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)
     except BaseException as error:
         folder.abandon(error)
         raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
-        restored = restore(run)
-        features, compiled, teacher = choose_inputs(run, folder, divisions)
+        restored, sharding = restore(run)
+        features, compiled, teacher = choose_inputs(run, folder, divisions, baseline)
         record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
-        run.plan = make_plan(run, features, compiled, teacher)
-        names = list(run.config.phases)
+        run.plan = make_plan(run, features, compiled, teacher, sharding)
         with run.clock.span("train"):
-            while run.state.phase < len(names):
+            while run.state.phase < len(run.config.phases):
                 if run.worker.should_stop("before a phase"):  # compiling can take longer than the grace period
                     raise_stopped(run, "between phases")
-                train_phase(run, names[run.state.phase], restored)
+                train_phase(run, list(run.config.phases)[run.state.phase], restored)
                 restored = {}
         with run.clock.span("finish"):
             finish(run)
@@ -103,10 +103,10 @@ def train_run(
 
 def set_up(
     requested: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
-) -> tuple[RunContext, dict[str, Division], list[str]]:
+) -> tuple[RunContext, dict[str, Division], list[str], int]:
     """Open the dataset, configure the devices, build the model, and divide its layers into trunk and tail per phase.
 
-    Returns also the reasons for the choices of `auto` values.
+    Returns also the reasons for the choices of `auto` values, and the bytes of the process before the model was built.
     """
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
@@ -148,30 +148,30 @@ def set_up(
         worker=worker,
         images=ImageStore(data, config, classifier.image_size, stop.check),
         classifier=classifier,
-        baseline_bytes=baseline_bytes,
         state=RunState(),
         saver=saver,
         clock=Clock(chief_folder and chief_folder / BREAKDOWN_FILE, process_started),
         metrics=MetricsWriter(chief_folder, config.runtime.progress, config.training.batch_size),
     )
-    return run, divisions, reasons
+    return run, divisions, reasons, baseline_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Restore, begin and plan
 
 
-def restore(run: RunContext) -> dict[str, np.ndarray]:
+def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None]:
     """Load the weights of this run's newest checkpoint, or else of `warm_start`. Writes no file.
 
-    Returns the variables of this run's checkpoint by name, for the optimizer of the current phase; {} if there is none.
-    Raises ConfigError if the workers of this start cannot continue the epoch of the checkpoint.
+    Returns the variables of this run's checkpoint by name, for the optimizer of the current phase, and its sharding; {}
+    and None if there is none. Raises ConfigError if the workers of this start cannot continue its epoch.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
+    sharding: ShardingPlan | None = None
     state, restored = run.saver.take_newest()
     if state:
         run.state = RunState.from_json(state)
-        resume_sharding(run)
+        sharding = resume_sharding(run)
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
@@ -180,11 +180,11 @@ def restore(run: RunContext) -> dict[str, np.ndarray]:
     else:
         log.info(f"weights: backbone {config.model.weights}, head random")
     health.set_gauges(step=run.state.step, epoch=run.state.epoch + 1)
-    return restored
+    return restored, sharding
 
 
 def choose_inputs(
-    run: RunContext, folder: RunFolder, divisions: dict[str, Division]
+    run: RunContext, folder: RunFolder, divisions: dict[str, Division], baseline: int
 ) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
     """Choose the input of each phase and whether XLA compiles it, load the teacher, log warnings. Writes no file.
 
@@ -198,7 +198,7 @@ def choose_inputs(
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
-    for warning in find_run_warnings(run.images, run.classifier, teacher, run.worker, run.baseline_bytes):
+    for warning in find_run_warnings(run.images, run.classifier, teacher, run.worker, baseline):
         log.warning(f"warning: {warning}")
     return features, compiled, teacher
 
@@ -237,14 +237,14 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
 
 
 def make_plan(
-    run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None
-) -> RunPlan:
+    run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None,
+    sharding: ShardingPlan | None,
+) -> RunPlan:  # fmt: skip
     """Choose how workers shard the data, and compute what the teacher predicts in advance."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     health.set_activity("opening the training images")
-    # `cached_in` opens the image cache on all workers at the same time; the sharding plan of the chief is used.
-    cache = "features" if images.train_images_read_once else images.split("train").cached_in
-    sharding = agree_on_sharding(run, cache)
+    cache = "features" if images.train_images_read_once else images.split("train").cached_in  # opens it on all workers
+    sharding = sharding or broadcast_sharding(run, cache)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
