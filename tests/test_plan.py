@@ -195,7 +195,7 @@ def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: 
         arguments = ("data=tfds", f"data.root={there}", "model=glyphs_mobilenet_v2", f"output_dir={output}")
         out, _ = planned(*arguments, f"runtime.cache_dir={cache}")
         size = f"{sum(file.stat().st_size for file in local.glob('*.tfrecord*')) / 1e6:.1f} MB"
-        assert f"bucket {there}: 3 shards, {size}, are fetched while they are used, {size} at a time" in out
+        assert f"bucket {there}: 3 shards, {size}, are fetched while they are used, {size} at most on disk" in out
         assert "train 1,257 examples in 1 shard" in out
         assert "test 360 examples in 1 shard" in out
         assert "balance most training examples" in out
