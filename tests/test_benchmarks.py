@@ -191,7 +191,7 @@ def test_plain_keras_trains_normalization_unless_it_is_corrected(peer: str, phot
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("row", sorted(set(ROWS) - {"input"}))
 def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--only", row, "--rounds", "1", "--data", str(photos), "--out"]
