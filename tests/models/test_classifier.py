@@ -289,7 +289,10 @@ def test_imagenet_without_a_network_is_interrupted(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for proxy in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # a closed port
-    problem, fix = "VGG19 could not be downloaded .URL fetch failure", "again; .* a .weights.h5 file or of a folder .*, or none"
+    problem, fix = (
+        "VGG19 could not be downloaded .URL fetch failure",
+        "again; .* a .weights.h5 file or of a folder .*, or none",
+    )
     with raises(Interrupted, "model.weights", "imagenet", fix, problem):
         build(backbone="vgg19", alpha=None, weights="imagenet")
 
