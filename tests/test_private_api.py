@@ -98,11 +98,11 @@ def finds_the_download_of_weights() -> None:
     from keras.src.utils import file_utils
 
     original = file_utils.get_file
-    found = private_api.find_download(lambda: keras.applications.MobileNetV2(alpha=0.35, include_top=False))
-    assert found is not None
-    assert found[0].endswith("0.35_224_no_top.h5")
-    assert found[1].startswith("https://")
-    assert found[1].endswith(found[0])
+    download = private_api.find_download(lambda: keras.applications.MobileNetV2(alpha=0.35, include_top=False))
+    assert download is not None
+    assert download[0].endswith("0.35_224_no_top.h5")
+    assert download[1].startswith("https://")
+    assert download[1].endswith(download[0])
     assert private_api.find_download(network) is None
     assert file_utils.get_file is original
 

@@ -83,8 +83,8 @@ def find_download(build: Callable[[], Any]) -> tuple[str, str] | None:
         with warnings.catch_warnings():  # Keras warns of an image size that has no weights of its own
             warnings.simplefilter("ignore")
             build()
-    except _FoundDownload as found:
-        name, url = found.args
+    except _FoundDownload as download:
+        name, url = download.args
         return name, url
     finally:
         file_utils.get_file = original

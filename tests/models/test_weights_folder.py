@@ -42,9 +42,9 @@ def test_image_sizes_have_the_same_file_if_they_have_for_keras(name: str, sizes:
     alpha = 0.5 if spec.takes_alpha else None
     files: dict[str, set[str]] = {}
     for size in sizes:
-        found = find_download(lambda size=size: spec.build(size, alpha, "imagenet"))
-        assert found is not None
-        files.setdefault(found[0], set()).add(spec.name_weights_file(size, alpha))
+        download = find_download(lambda size=size: spec.build(size, alpha, "imagenet"))
+        assert download is not None
+        files.setdefault(download[0], set()).add(spec.name_weights_file(size, alpha))
     assert [len(ours) for ours in files.values()] == [1] * len(files)
     assert len(set.union(*files.values())) == len(files)
     assert spec.name_weights_file(224, 1.0) == spec.name_weights_file(224, None)

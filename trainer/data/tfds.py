@@ -31,8 +31,6 @@ from trainer.storage.disk import translate_disk_error
 from trainer.storage.download import request_size, translate_download_error
 from trainer.types import LogMessage, Shard, Split
 
-_ELSEWHERE = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
-
 
 def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool = False) -> RawData:
     """Open the dataset of data.root or data.name, and read the labels of its splits.
@@ -180,16 +178,17 @@ def _open_by_name(data: Data) -> Any:
     except Exception as error:  # network, checksums, missing packages or disk space
         if full := translate_disk_error(error, [prepared_in]):
             raise full from error
-        if failed := _translate(error, data.name):
-            raise failed from error
-        problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
-        raise DataError(problem, key="data.name", value=data.name, fix=_ELSEWHERE) from None
+        raise _make_download_error(error, data.name) from error
     return builder
 
 
-def _translate(error: Exception, name: str) -> Interrupted | None:
-    """Translate the error of a failed download of a dataset; None for any other error."""
-    return translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=_ELSEWHERE)
+def _make_download_error(error: Exception, name: str) -> DataError | Interrupted:
+    """Make the error for a dataset that could not be downloaded (`Interrupted`) or prepared."""
+    fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
+    if failed := translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=fix):
+        return failed
+    problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
+    return DataError(problem, key="data.name", value=name, fix=fix)
 
 
 def check_download(data: Data) -> None:
@@ -201,8 +200,9 @@ def check_download(data: Data) -> None:
     for url in list(builder.url_infos or {})[:1]:  # most datasets have one server
         try:
             request_size(url)
-        except Exception as error:  # a server that refuses HEAD alone can still be downloaded from
-            if failed := _translate(error, data.name):
+        except Exception as error:
+            failed = _make_download_error(error, data.name)
+            if isinstance(failed, Interrupted):  # a server that refuses HEAD alone can still be downloaded from
                 raise failed from error
 
 

@@ -116,7 +116,7 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
         return network
     plain = spec.build(image_size, alpha, None)
     plain.set_weights(network.get_weights())
-    _set_published_variance(plain)
+    refresh_normalization(plain)  # after values were assigned
     return plain
 
 

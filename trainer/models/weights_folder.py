@@ -58,10 +58,10 @@ def describe_weights(model: Model) -> str:
 def _check_download(model: Model) -> str:
     """Return the path or URL of the ImageNet weights; raise the error of a run if their server cannot be reached."""
     spec = find_backbone(model.backbone)
-    found = find_download(lambda: spec.build(model.image_size or spec.default_size, model.alpha, "imagenet"))
-    if found is None:
+    download = find_download(lambda: spec.build(model.image_size or spec.default_size, model.alpha, "imagenet"))
+    if download is None:
         return "imagenet: part of Keras"
-    name, url = found
+    name, url = download
     cached = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / name
     if cached.is_file():
         return f"imagenet: {cached}"
