@@ -255,3 +255,16 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
     state, classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
     require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
+
+
+def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Collect what the report says of a run, in addition to the scores."""
+    start = {"starts": run.state.starts, "workers": run.worker.size, "command": run.saver.folder.read_last_command()}
+    return {
+        "title": run.config.experiment_name or run.images.dataset.name,
+        "history": run.state.history,
+        "phases": run.state.finished,
+        "export": exports,
+        "trained_on": run.config.debug.overfit,
+        "timing": run.clock.report(run.state.images) | start,
+    }

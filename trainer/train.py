@@ -25,6 +25,7 @@ from trainer.context import (
     RunPlan,
     advise_export,
     broadcast_sharding,
+    collect_results,
     is_checkpoint_due,
     open_phase,
     raise_stopped,
@@ -191,7 +192,7 @@ def choose_inputs(
     Raises ConfigError if the run does not fit into the memory.
     """
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
-    settings = run.config, device, run.worker.replicas, run.classifier, run.images.dataset
+    settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
     features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
     run.images.train_images_read_once = train_images_read_once(run.config, features.input_kinds, run.state.phase)
@@ -224,10 +225,8 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         if step:
-            phases = list(run.config.phases.values())
-            phase = phases[min(run.state.phase, len(phases) - 1)]
-            best_step = early_stopping.find_best_step(run.state, phase.early_stopping)
-            run.saver.checkpoints.write_pointers(step, best_step)
+            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping
+            run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
         truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
@@ -502,18 +501,8 @@ def finish(run: RunContext) -> None:
         clock.lap()
         log.info("writing the report")
         health.set_activity("report")
-        run_results = {
-            "title": config.experiment_name or dataset.name,
-            "history": run.state.history,
-            "phases": run.state.finished,
-            "export": exports,
-            "trained_on": config.debug.overfit,
-            "timing": clock.report(run.state.images)
-            | {"starts": run.state.starts, "workers": run.worker.size, "command": saver.folder.read_last_command()},
-        }
-        report = build_report(
-            saver.path / "report", scored, images, explain, run_results, splits=list(dataset.splits), check=check
-        )
+        results, splits = collect_results(run, exports), list(dataset.splits)
+        report = build_report(saver.path / "report", scored, images, explain, results, splits=splits, check=check)
         show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
         write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
         check()
