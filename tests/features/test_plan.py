@@ -54,7 +54,7 @@ def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) 
         ({"epochs": 1}, False, "1 view would be computed for 1 epoch"),
         ({"epochs": 1, "features": "cached"}, True, "1 view of 120 images at the backbone's end"),
         ({"epochs": 1.5}, True, "computed once for 2 epochs"),
-        ({"thaw": "from_layer:100"}, True, "1 view of 120 images at layer 97 (block_10_project_BN), 2 x 2 x 32, 0.1 MB"),
+        ({"thaw": "from_layer:100"}, True, "1 view of 120 images at layer 97 (block_10_project_BN), 2 x 2 x 32, 61.4 kB"),
         ({"thaw": "all"}, False, "no frozen layer with weights is below all layers that thaw=all trains"),
         (AUGMENTED, False, "augmentation makes other images in every epoch (augmented_views)"),
         (AUGMENTED | {"augmented_views": 2}, True, "2 views of 120 images"),
