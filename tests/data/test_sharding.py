@@ -42,9 +42,9 @@ def test_shards_are_counted_by_file(shards: tuple[Shard, ...], expected: str) ->
         ("auto", RECORDS, 2, "memory", BEFORE, "file", "as in the checkpoint"),
         ("auto", RECORDS, 5, "none", {}, "record", "4 shards are too few for 5 workers"),
         ("auto", FILES, 2, "none", {}, "record", "image files have no shards"),
-        ("file", RECORDS, 2, "memory", {}, "file", "data.shard_by"),
+        ("file", RECORDS, 2, "memory", {}, "file", "as configured"),
         ("file", FILES, 2, "memory", {}, "record", "image files have no shards"),
-        ("record", RECORDS, 2, "none", BEFORE, "record", "data.shard_by"),
+        ("record", RECORDS, 2, "none", BEFORE, "record", "as configured"),
     ],
 )
 def test_the_choice_and_its_reason(

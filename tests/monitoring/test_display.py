@@ -167,7 +167,7 @@ sys.exit(75)
 """
 SAVING = "SIGINT: saving at the next step, then stopping (again to stop at once)"
 AT_ONCE = "SIGINT: stopping at once"
-WRITING = "interrupted: SIGTERM; start the same command again to write the missing shards"
+WRITING = "interrupted: SIGTERM; start the same command again to write what is missing"
 
 
 @pytest.mark.parametrize(
