@@ -68,7 +68,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         assert loaded is not None  # the reference keeps its variables alive
         return log_probs(signature(images=images)["probabilities"])
 
-    return Teacher(int(spec.shape[1]), forward, count_variable_bytes(loaded.variables))
+    return Teacher(int(spec.shape[1]), forward, count_variable_bytes(signature.variables))
 
 
 @dataclass(frozen=True)
