@@ -16,7 +16,7 @@ import pytest
 from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL, program
 from tests.e2e.workers import SHARED, Workers, start_workers
-from tests.monitoring.test_http import get, metrics
+from tests.monitoring.test_http import get, metrics, parse_metrics
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
 # Two epochs of six steps.
@@ -78,11 +78,10 @@ def test_a_run_is_monitored_from_its_start_to_its_end(tmp_path: Path) -> None:
     while run[0].poll() is None:
         if (health := response(port))[0]:
             healths.append(health)
-        try:
-            seen.append(metrics(port))
-            phases |= set(re.findall(r'kubetune_info{phase="(\w+)"', get(port, "/metrics")[1]))
-        except OSError:  # before the start and after the end
-            pass
+        code, text = response(port, "/metrics")
+        if code == 200:  # not before the start, after the end, or while the watchdog responds
+            phases |= set(re.findall(r'kubetune_info{phase="(\w+)"', text))
+            seen.append(parse_metrics(text))
         time.sleep(0.1)
     assert run.wait() == [0], run.output(0)
     assert {code for code, _ in healths} == {200}

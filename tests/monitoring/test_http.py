@@ -49,10 +49,14 @@ def get(port: int, path: str, seconds: float = 10, host: str = "127.0.0.1") -> t
         return error.code, error.read().decode()
 
 
+def parse_metrics(text: str) -> dict[str, float]:
+    return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+
+
 def metrics(port: int) -> dict[str, float]:
     code, text = get(port, "/metrics")
     assert code == 200
-    return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+    return parse_metrics(text)
 
 
 @pytest.mark.parametrize("version", ["", "; version=1.0.0", "; version=abc", ';version="1.0.0"', "; version=99"])

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
     The interval is the Wald interval after 0.5 is added to each of the four counts of correct and wrong predictions
     (Agresti and Min 2005). `first` and `second`, bool [n] with n >= 1, are True where a classifier is correct.
     """
+    from scipy.stats import binomtest  # takes a second to import, which would delay the first step of a run
+
     n, lost, won = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     p = 1.0 if lost + won == 0 else float(binomtest(won, lost + won, 0.5).pvalue)
     total, b, c = n + 2, lost + 0.5, won + 0.5
