@@ -132,6 +132,7 @@ def test_a_call_with_a_limit_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_a_process_that_holds_the_gil(tmp_path: Path, name: str) -> None:
     with started(tmp_path, "hold_gil()") as (child, _):
+        time.sleep(1)  # until it holds the GIL; an earlier signal is handled by Python
         child.send_signal(signal.Signals[name])
         assert child.wait(120) == INTERRUPTED
     assert f"{name}, and Python had not run for" in (tmp_path / "log").read_text()

@@ -101,7 +101,8 @@ def test_a_run_is_monitored_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert last["kubetune_last_progress_age_seconds"] <= last["kubetune_last_step_age_seconds"]
 
     log = entries(run.output(0))
-    assert {entry["severity"] for entry in log} == {"INFO"}
+    warnings = [entry["message"] for entry in log if entry["severity"] != "INFO"]
+    assert all("Python" in warning for warning in warnings), warnings  # of the watchdog, on a busy machine
     assert {entry[LABELS]["worker"] for entry in log} == {"0"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     intervals = [entry for entry in log if "images_per_second" in entry]

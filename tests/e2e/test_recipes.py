@@ -175,6 +175,7 @@ def check(name: str, out: Path, model: str | None = None) -> None:
     assert (out / "DONE").exists()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_preset_of_folders_and_one_of_records_run(name: str, tmp_path: Path) -> None:
     overrides = (*small(name, QUICK[name]), "model.alpha=0.35", *images_of(tmp_path, name))
