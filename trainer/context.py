@@ -258,7 +258,7 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Collect what the report says of a run, in addition to the scores."""
+    """Collect the contents of the report, in addition to the scores."""
     start = {"starts": run.state.starts, "workers": run.worker.size, "command": run.saver.folder.read_last_command()}
     return {
         "title": run.config.experiment_name or run.images.dataset.name,
