@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.features.test_cut import calibrate as set_averages
 from trainer.config import schema as config
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.models.backbones import BackboneSpec
@@ -56,15 +57,10 @@ def photos(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def calibrate(classifier: Classifier, images: np.ndarray) -> None:
     """Give normalization the statistics of these images, and gamma and beta values other than 1 and 0."""
-    apply_thaw(classifier, "all", "train")
-    norms = [layer for layer in classifier.backbone.layers if isinstance(layer, NORM)]
-    for layer in norms:
-        layer.momentum, layer.usual = 0.0, layer.momentum
-    classifier.features(images, batch_norm_training=True)
+    set_averages(classifier, images)
     rng = np.random.default_rng(5)
-    for layer in norms:
-        layer.momentum = layer.usual
-        for variable in layer.trainable_weights:
+    for layer in classifier.backbone.layers:
+        for variable in layer.trainable_weights if isinstance(layer, NORM) else ():
             variable.assign(variable + rng.uniform(-0.1, 0.1, variable.shape))
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainer.config.phases import UNITS
-from trainer.config.schema import RequestedConfig, RunConfig, Runtime
+from trainer.config.schema import NAMED_WEIGHTS, RequestedConfig, RunConfig, Runtime
 
 # Keys and sections that can change on resume, because they do not affect the weights.
 CHANGEABLE_ON_RESUME = (
@@ -19,7 +19,6 @@ CHANGEABLE_ON_RESUME = (
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "distillation.teacher")
 # Addresses that a run reads when it begins, and not when it resumes.
 INITIAL_WEIGHTS = ("model.weights", "warm_start")
-NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
 # Keys that can differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
               "progress", "http_port", "log_format", "termination_log")}  # fmt: skip

@@ -107,6 +107,7 @@ class Data(Section):
 
 
 WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
+NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
 
 
 class Model(Section):
@@ -135,7 +136,7 @@ class Model(Section):
     @property
     def has_weights_folder(self) -> bool:
         """Whether `weights` is the address of a folder, from which the file of the network is read."""
-        return self.weights not in ("imagenet", "glyphs", "none") and not self.weights.endswith(WEIGHTS_SUFFIXES)
+        return self.weights not in NAMED_WEIGHTS and not self.weights.endswith(WEIGHTS_SUFFIXES)
 
     @model_validator(mode="after")
     def _check_auto_backbone(self) -> Model:

@@ -43,9 +43,7 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
     for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
         names = (result.names[index], result.class_names[truth], result.class_names[prediction])
         probability = f"{result.probabilities[index, prediction]:.6f}"
-        correct, source = (
-            "true" if truth == prediction else "false",
-            map(encode_cell, result.sources[index : index + 1]),
-        )
+        correct = "true" if truth == prediction else "false"
+        source = map(encode_cell, result.sources[index : index + 1])
         writer.writerow((index, *map(encode_cell, names), probability, correct, *source))
     write_atomically(path, text.getvalue())

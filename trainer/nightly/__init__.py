@@ -40,11 +40,8 @@ def main() -> None:
         for key in ("output_dir", "warm_start"):
             if any(text.lstrip("+").startswith(f"{key}=") for text in overrides):
                 raise ConfigError("is set by trainer.nightly", key=key, fix="remove it")
-        hours, keep, now = (
-            parse_hours(arguments.get("hours", "24")),
-            parse_keep(arguments),
-            parse_time(arguments, "now"),
-        )
+        hours, keep = parse_hours(arguments.get("hours", "24")), parse_keep(arguments)
+        now = parse_time(arguments, "now")
         runs = arguments["runs"].rstrip("/")
         chosen, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
         composed = compose(chosen)

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config.diff import INITIAL_WEIGHTS, NAMED_WEIGHTS, flatten
-from trainer.config.schema import RequestedConfig
+from trainer.config.diff import INITIAL_WEIGHTS, flatten
+from trainer.config.schema import NAMED_WEIGHTS, RequestedConfig
 from trainer.errors import DataError, TrainerError
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer

@@ -263,10 +263,10 @@ class TrainingStep:
         """Run the steps in a graph. Return what `run` returns, as tensors: float32 [n, 3], float64 and bool."""
         on_replicas, local = self.strategy.run, self.strategy.experimental_local_results
         virtual = self.settings.virtual_replicas
-        terms_of = self._replica_terms if self.micro_batches == 1 and not virtual else self._accumulated_terms
         if virtual:
             terms_of = self._terms_in_tree
-
+        else:
+            terms_of = self._replica_terms if self.micro_batches == 1 else self._accumulated_terms
         polls, is_requested = self.settings.polls_each_step, tf.constant(False)
         if not polls:
             is_requested = self._is_stop_requested()
