@@ -1,13 +1,15 @@
-"""Two workers with one core each against one worker with two cores, and goodput under preemption.
+"""Two workers with one core each against one worker with two cores, virtual replicas, and goodput under preemption.
 
-    python -m benchmarks.workers                 both
+    python -m benchmarks.workers                 all
     python -m benchmarks.workers --rounds 3 --minutes 5
+    python -m benchmarks.workers --only virtual --rounds 3
 
 Runs of the command line on the built-in digits. Workers are processes with CPU affinity, connected by loopback: the
 cost of a network between hosts is not included (`python -m benchmarks.scaling` estimates it).
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -24,6 +26,9 @@ BATCH = 64
 PREEMPTION_SECONDS = 60.0
 SIZES = {"glyphs, 48 px": ["model=glyphs_mobilenet_v2"], "alpha 0.35, 128 px": [
     "model=mobilenet_v2", "model.alpha=0.35", "model.image_size=128", "model.weights=none"]}  # fmt: skip
+NETWORKS = {"MobileNetV2, 96 px": ["model=mobilenet_v2", "model.image_size=96"],
+            "ResNet50, 64 px": ["model=resnet50", "model.image_size=64"]}  # fmt: skip
+PARTS, BATCH_OF_PARTS = 4, 16
 
 
 def start(folder: Path, workers: int, cores: list[set[int]], overrides: list[str]) -> list[subprocess.Popen[bytes]]:
@@ -70,6 +75,30 @@ def compare(scratch: Path, rounds: int) -> None:
               f"{rounds} rounds, batch {BATCH})", flush=True)  # fmt: skip
 
 
+def divide(scratch: Path, rounds: int) -> None:
+    """Print the ratio of images/s with virtual replicas to that without, on 1, 2 and 4 workers, paired by round."""
+    cores = set(sorted(os.sched_getaffinity(0))[:2])
+    steps = [
+        "phases.all.epochs=null",
+        "phases.all.steps=20",
+        "model.weights=none",
+        f"training.batch_size={BATCH_OF_PARTS}",
+    ]
+    for (name, model), workers in itertools.product(NETWORKS.items(), (1, 2, 4)):
+        ratios, rates = [], [0.0, 0.0]
+        for turn in range(rounds):
+            for parts in (0, PARTS):
+                folder = scratch / f"{name[:5]}-{turn}-{workers}-{parts}"
+                overrides = [*model, *steps, *([f"training.virtual_replicas={parts}"] if parts else [])]
+                if any(p.wait() for p in start(folder, workers, [cores] * workers, overrides)):
+                    sys.exit((scratch / f"{folder.name}-0.log").read_text())
+                rates[bool(parts)] = images_per_second(folder)
+            ratios.append(rates[1] / rates[0])
+        print(f"{name}, {workers} workers: {rates[1]:.1f} images/s with {PARTS} virtual replicas, {rates[0]:.1f} "
+              f"without; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {rounds} "
+              f"rounds, batch {BATCH_OF_PARTS})", flush=True)  # fmt: skip
+
+
 def preempt(scratch: Path, minutes: float) -> None:
     """Print the goodput of a run of two workers with a SIGTERM to one of them every minute."""
     folder, cores, turns = scratch / "preempted", sorted(os.sched_getaffinity(0)), 0
@@ -91,14 +120,19 @@ def preempt(scratch: Path, minutes: float) -> None:
 
 
 def main() -> None:
-    """Run both measurements; the first lines may be slower, while caches are empty."""
+    """Run the measurements; the first lines may be slower, while caches are empty."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--only", choices=["cores", "virtual", "preemption"], help="one measurement, by default all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        compare(Path(scratch), options.rounds)
-        preempt(Path(scratch), options.minutes)
+        if options.only in (None, "cores"):
+            compare(Path(scratch), options.rounds)
+        if options.only in (None, "virtual"):
+            divide(Path(scratch), options.rounds)
+        if options.only in (None, "preemption"):
+            preempt(Path(scratch), options.minutes)
 
 
 if __name__ == "__main__":

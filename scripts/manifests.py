@@ -28,7 +28,8 @@ HEADERS = {
     "multiworker.yaml": """\
 # Fine-tune on several GPU nodes, one worker each; checkpoints, report and model go to a bucket (docs/kubernetes.md).
 # Three edits, each marked EDIT: the image, the experiment, the bucket; and where it is not 2, the number of workers.
-# Kubernetes 1.30 or later.
+# Kubernetes 1.30 or later. To continue a run on another number of workers edit both numbers, and use `again`; with
+# `training.virtual_replicas` the result has the same bits as on the first number (docs/distributed.md).
 #
 #   once     kubectl apply -k k8s/shared
 #   start    kubectl apply -f k8s/multiworker.yaml

@@ -127,6 +127,13 @@ def numbers_the_next_function() -> None:
     private_api.advance_function_numbers(0)
 
 
+def exchanges_slices() -> None:
+    with tf.Graph().as_default():  # two processes run it in tests/e2e/test_virtual_replicas.py
+        operation = private_api.all_to_all(tf.zeros([2, 3]), 2, key=1).op
+    assert operation.type == "CollectiveAllToAllV2"
+    assert [tf.get_static_value(x).tolist() for x in operation.inputs[1:4]] == [2, 1 << 20, 1]
+
+
 def ends_a_session_of_hparams() -> None:
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
@@ -262,6 +269,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "Layer.__class__": swaps_the_class_of_a_layer,
     "tensorflow.core.protobuf": parses_a_saved_model,
     "framework.ops.uid": numbers_the_next_function,
+    "collective_ops.all_to_all_v2": exchanges_slices,
     "summary_v2._summary_pb": ends_a_session_of_hparams,
     "Client._http": mounts_a_transport,
     "Client._bucket_metadata_cache": disables_requests_for_the_bucket,

@@ -18,7 +18,7 @@ from trainer.config.typed import format_argument
 from trainer.data.images import ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches, prefetch_to_device
-from trainer.data.shard_gate import ShardGate
+from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
@@ -77,15 +77,17 @@ class PhaseRun:
     schedule: Any  # learning rate as a function of the step within the phase
     inputs: Inputs
     batches: Any  # iterator over global batches
-    gate: ShardGate  # waits for the shards of the next batches
+    gate: ShardGate | ShardGates  # waits for the shards of the next batches
     checkpoint_variables: dict[str, Any]  # name -> variable of the model or the training step
 
 
 def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
     """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
-    config, split = run.config, run.images.dataset.splits["train"]
-    size, batch_size = run.worker.size, config.training.batch_size
-    return plan_sharding(config.shard_by, split, size, batch_size, image_cache, run.state.sharding)
+    config, split, training = run.config, run.images.dataset.splits["train"], run.config.training
+    return plan_sharding(
+        config.data.shard_by, split, run.worker.size, training.batch_size, image_cache, run.state.sharding,
+        training.virtual_replicas,
+    )  # fmt: skip
 
 
 def resume_sharding(run: RunContext) -> ShardingPlan | None:
@@ -214,7 +216,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         window=config.data.shuffle_window,
         first_epoch=state.epoch,
         first_step=state.epoch_step,
-        sharding=run.scorer.sharding,
+        sharding=run.plan.sharding.of_worker(worker.index),
     )
     batches = build_training_batches(
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views

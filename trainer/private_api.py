@@ -15,6 +15,7 @@ Private names, with the function that wraps each:
 | keras | `Layer.__class__` | `swap_class` | `clone_model(clone_function=)`, if it reused the variables |
 | tensorflow | `tensorflow.core.protobuf` | `make_saved_model_proto` | a parser of `saved_model.pb`; there is none |
 | tensorflow | `framework.ops.uid` | `advance_function_numbers` | names of functions without a counter |
+| tensorflow | `collective_ops.all_to_all_v2` | `all_to_all` | an `all_to_all` of the replica context; there is none |
 | tensorboard | `summary_v2._summary_pb` | `make_session_end_summary` | a function in `hparams.api`; there is none |
 | google-cloud-storage | `Client._http` | `mount_transport` | an argument of `Client`; Google's samples use it |
 | google-cloud-storage | `Client._bucket_metadata_cache` | `disable_bucket_metadata` | an argument of `Client` |
@@ -99,6 +100,8 @@ def get_library_class(layer: Any) -> type:
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow, TensorBoard
 
+_ALL_TO_ALL_GROUP = 1 << 20  # a strategy numbers its groups from 1
+
 
 def make_saved_model_proto() -> Any:
     """Make an empty `SavedModel` message, into which a `saved_model.pb` can be parsed."""
@@ -113,6 +116,17 @@ def advance_function_numbers(number: int) -> None:
 
     while uid() < number:
         pass
+
+
+def all_to_all(rows: Any, replicas: int, key: int) -> Any:
+    """Send row i of `rows`, [replicas, ...], to replica i, and return the rows that all replicas send to this one.
+
+    Must be called in the replica context of a `MultiWorkerMirroredStrategy` with one replica per worker. `key`, the
+    same on all workers, identifies the call: all calls with one key have the same shape.
+    """
+    from tensorflow.python.ops.collective_ops import all_to_all_v2
+
+    return all_to_all_v2(rows, group_size=replicas, group_key=_ALL_TO_ALL_GROUP, instance_key=key)
 
 
 def make_session_end_summary(session_end_info: Any) -> Any:

@@ -247,8 +247,8 @@ def make_plan(
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
-    rows = rows_per_call() if config.training.virtual_replicas else None
-    run.scorer = Scorer(worker, run.classifier, sharding.of_worker(worker.index), on_wait=run.clock.add_wait, rows=rows)
+    shard, rows = sharding.of_scoring(worker.index), rows_per_call() if config.training.virtual_replicas else None
+    run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows=rows)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
     teacher = None

@@ -16,7 +16,7 @@ from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order
 from trainer.data.pipeline import build_evaluation_batches, build_training_batches
-from trainer.data.sharding import Sharding, assign_shards, steps_per_epoch
+from trainer.data.sharding import Sharding, ShardingMode, assign_shards, steps_per_epoch
 from trainer.types import Split
 
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
@@ -37,10 +37,13 @@ def take(
     return list(batches.dataset.take(count).as_numpy_iterator())
 
 
-def take_global(pixels: Pixels, count: int, workers: int, replicas: int, **changes: Any) -> Batches:
-    """Global batches, concatenated over workers by record and replicas."""
+def take_global(
+    pixels: Pixels, count: int, workers: int, replicas: int, by: ShardingMode = "record", parts: int | None = None,
+    **changes: Any,
+) -> Batches:  # fmt: skip
+    """Global batches, concatenated over workers and replicas."""
     shards = [
-        take(pixels, count * replicas, replicas=replicas, sharding=Sharding(worker, workers), **changes)
+        take(pixels, count * replicas, replicas=replicas, sharding=Sharding(worker, workers, by, parts), **changes)
         for worker in range(workers)
     ]
     steps = [[shard[i * replicas + r] for shard in shards for r in range(replicas)] for i in range(count)]
@@ -160,6 +163,22 @@ def test_workers_by_file_read_shards_of_their_own(splits: dict[str, Split], tmp_
                 assert_same(take(pixels, 2, epoch=epoch, step=step, sharding=sharding)[:1], batches[step : step + 1])
             seen += list(index[weight > 0])
         assert sorted(seen) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_virtual_replicas_by_file_have_the_same_batches_on_any_number_of_workers(
+    splits: dict[str, Split], tmp_path: Path, cache: str
+) -> None:
+    pixels = opened(splits["shards"], cache, tmp_path)
+    steps = steps_per_epoch(pixels.split, BATCH, Sharding(0, 1, "file", 4))
+    assert steps == 9  # 17 records in rows of 2
+    four = take_global(pixels, 2 * steps, 4, 1, "file", augmentation=MIXING)  # one worker for each part
+    index, weight = (np.concatenate([batch[name] for batch in four[:steps]]) for name in ("index", "weight"))
+    assert sorted(index[weight > 0]) == list(range(COUNT))
+    for workers, replicas in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)):
+        assert_same(take_global(pixels, 2 * steps, workers, replicas, "file", 4, augmentation=MIXING), four)
+    resumed = take_global(pixels, steps, 2, 1, "file", 4, augmentation=MIXING, epoch=0, step=4)
+    assert_same(resumed, four[4 : steps + 4])
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5, pytest.param(40, marks=pytest.mark.slow)])

@@ -119,6 +119,8 @@ ORDER = Order(batch_size=8, seed=5, window=100)
         (replace(ORDER, sharding=Sharding(0, 2), window=90), 3, 0.4, PLAIN, 1),
         (replace(ORDER, sharding=Sharding(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
         (replace(ORDER, sharding=Sharding(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
+        (replace(ORDER, sharding=Sharding(1, 2, "file", 4), batch_size=12, window=64), 5, 0.6, PLAIN, 2),
+        (replace(ORDER, sharding=Sharding(0, 1, "file", 2), window=64), 5, 0.6, AUGMENTED, 1),
     ],
 )
 def test_a_pipeline_opens_only_what_was_required(

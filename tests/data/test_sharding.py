@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
-from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding, select_worker_examples
+from trainer.data.sharding import (
+    ShardingPlan,
+    check_resumable,
+    plan_sharding,
+    select_worker_examples,
+    select_worker_shards,
+)
 from trainer.errors import ConfigError
 from trainer.types import Shard, Split
 
@@ -53,6 +59,36 @@ def test_the_choice_and_its_reason(
     plan = plan_sharding(shard_by, split, workers, 8, cache, before)
     assert plan == ShardingPlan(by, workers, 5, reason)  # type: ignore[arg-type]
     assert f"by {by} ({reason})" in plan.describe(split, 0)
+
+
+@pytest.mark.parametrize(
+    ("shard_by", "split", "replicas", "cache", "before", "by", "reason"),
+    [
+        ("auto", RECORDS, 4, "none", {}, "record", "with virtual replicas, unless configured"),
+        ("auto", RECORDS, 4, "none", BEFORE, "file", "as in the checkpoint"),
+        ("file", RECORDS, 4, "memory", {}, "file", "as configured"),
+        ("file", RECORDS, 8, "none", {}, "record", "4 shards are too few for 8 virtual replicas"),
+        ("file", FILES, 4, "none", {}, "record", "image files have no shards"),
+    ],
+)
+def test_virtual_replicas_have_the_same_sharding_on_any_number_of_workers(
+    shard_by: Any, split: Split, replicas: int, cache: str, before: dict[str, Any], by: str, reason: str
+) -> None:
+    plans = [plan_sharding(shard_by, split, workers, 8, cache, before, replicas) for workers in (1, 2, 4)]
+    assert [plan.reason for plan in plans] == [reason] * 3
+    assert [plan.by for plan in plans] == [by] * 3
+    assert len({tuple(plan.checkpoint_state.items()) for plan in plans}) == 1
+    for plan in plans:
+        check_resumable(plan, plans[0].checkpoint_state, epoch_step=3)
+
+
+def test_a_worker_reads_the_shards_of_its_virtual_replicas() -> None:
+    plans = {workers: plan_sharding("file", RECORDS, workers, 8, "none", {}, 4) for workers in (1, 2, 4)}
+    four = [select_worker_shards(RECORDS, plans[4].of_worker(worker)).tolist() for worker in range(4)]
+    assert sorted(shard for shards in four for shard in shards) == [0, 1, 2, 3]
+    two = [select_worker_shards(RECORDS, plans[2].of_worker(worker)).tolist() for worker in range(2)]
+    assert two == [sorted(four[0] + four[1]), sorted(four[2] + four[3])]
+    assert select_worker_shards(RECORDS, plans[1].of_worker(0)).tolist() == [0, 1, 2, 3]
 
 
 def test_workers_by_file_read_each_example_once() -> None:

@@ -1,11 +1,12 @@
 """With virtual replicas a run has the same bits on 1, 2 and 4 workers, also if their number changes between starts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.e2e.running import assert_same_run, kill_at, train
+from tests.e2e.running import assert_same_run, kill_at, program, train
 from tests.e2e.workers import SHARED, start_workers
 from trainer.errors import WRONG_INPUT
 
@@ -15,11 +16,15 @@ BATCH = tuple(override for override in SHARED if not override.startswith("traini
 VIRTUAL = (*BATCH, "training.batch_size=16", "training.virtual_replicas=4", "training.clip_norm=1", "model.dropout=0.2")
 FEATURES = ("augmentation=none", "phases.fine_tune.batch_norm=train")
 LIVE = ("augmentation=light", "augmentation.mixup=0.3", "training.class_weights=balanced")
+BY_FILE = ("data=tfds", "data.shard_by=file", "data.cache=none", "debug.max_examples=200", "augmentation=light")
 
 
 def train_by(workers: int, folder: Path, *overrides: str, kill_after: str | None = None) -> Path:
     """Train with several workers, to the end or until worker 0 logs a text; then all are killed. Return the folder."""
-    out, own = folder / "run", [f"runtime.cache_dir={folder}/cache-{index}" for index in range(workers)]
+    out, caches = folder / "run", [folder.parent / f"cache-{index}" for index in range(workers)]
+    for cache in caches:  # the same paths for each run, because predictions.csv has them, but nothing of another run
+        shutil.rmtree(cache, ignore_errors=True)
+    own = [f"runtime.cache_dir={cache}" for cache in caches]
     if workers == 1:
         arguments = (*overrides, own[0], f"output_dir={out}")
         kill_at(kill_after, *arguments) if kill_after else train(*arguments)
@@ -33,8 +38,20 @@ def train_by(workers: int, folder: Path, *overrides: str, kill_after: str | None
     return out
 
 
-@pytest.mark.parametrize("options", [FEATURES, LIVE], ids=["features", "live"])
-def test_one_two_and_four_workers_end_with_the_same_bits(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as a dataset of four training shards."""
+    folder = tmp_path_factory.mktemp("records") / "digits"
+    program("prepare", "data=digits", f"output={folder}", "data.shards=4")
+    return folder
+
+
+@pytest.mark.parametrize("options", [FEATURES, LIVE, BY_FILE], ids=["features", "live", "by file"])
+def test_one_two_and_four_workers_end_with_the_same_bits(
+    tmp_path: Path, records: Path, options: tuple[str, ...]
+) -> None:
+    if options == BY_FILE:
+        options = (*options, f"data.root={records}")
     one = train_by(1, tmp_path / "one", *VIRTUAL, *options)
     for workers in (2, 4):
         assert_same_run(one, train_by(workers, tmp_path / str(workers), *VIRTUAL, *options))

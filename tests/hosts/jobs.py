@@ -24,14 +24,16 @@ def start_job(
     *overrides: str,
     env: Mapping[int, Mapping[str, str]] | None = None,
     only: Iterable[int] | None = None,
+    count: int | None = None,
 ) -> Workers:
     """Start one worker per host of the network, or of `only`, with the same command line and logs in `folder`.
 
-    `env` has additional environment variables by worker.
+    `env` has additional environment variables by worker. `count` is the number of workers of the Job, on the first
+    hosts; by default all hosts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[str]] = []
-    count = len(network.hosts)
+    count = count or len(network.hosts)
     for index, name in enumerate(names(count)):
         if only is not None and index not in only:
             continue

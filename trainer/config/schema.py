@@ -367,11 +367,6 @@ class RequestedConfig(Section):
         return keys + [key for key, value in values.items() if value == "auto"]
 
     @property
-    def shard_by(self) -> Literal["auto", "record", "file"]:
-        """`data.shard_by`; with virtual replicas `record`, because only then are the batches those of one worker."""
-        return "record" if self.training.virtual_replicas else self.data.shard_by
-
-    @property
     def example_limit(self) -> int | None:
         """Maximum number of examples per split: one batch with debug.overfit; None for all."""
         size = self.training.batch_size
@@ -445,9 +440,6 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
     resolved = with_choices(config)
     names = () if isinstance(config.phases, AutoPhases) else tuple(config.phases)
     faults = [fault for name in names if (fault := resolved.feature_fault(name))]
-    if config.training.virtual_replicas and config.data.shard_by == "file":
-        problem, fix = "gives each number of workers other batches", "use record, or set training.virtual_replicas=null"
-        faults.append(ConfigError(problem, key="data.shard_by", value="file", fix=fix))
     if faults:
         raise ConfigError.of_faults(faults)
     return config if config.autos else resolved

@@ -4,7 +4,7 @@ A stream of training batches that begins at any (epoch, step) equals the uninter
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tensorflow as tf
@@ -22,7 +22,7 @@ from trainer.data.order import (
     make_training_blocks,
     select_examples_to_score,
 )
-from trainer.data.shard_gate import ShardGate, max_rows_ahead
+from trainer.data.shard_gate import ShardGate, ShardGates, max_rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
 DEVICE_BUFFER = 2  # elements per replica that a `tf.distribute` strategy prefetches to its device
@@ -60,6 +60,12 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: in
     return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
 
 
+@without_autograph
+def _concatenate(*parts: Row) -> Row:
+    """Concatenate the rows of the parts of a batch."""
+    return {name: tf.concat([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
 def _prefetch(
     batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
 ) -> tuple[tf.data.Dataset, int]:
@@ -86,7 +92,7 @@ class Batches:
 
     dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
     count: int | None  # global batches, after which only padding follows; None for training
-    open_gate: Callable[[], ShardGate]  # for one iteration; call `wait_for` of the gate before taking rows
+    open_gate: Callable[[], ShardGate | ShardGates]  # for one iteration; call `wait_for` before taking rows
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,29 @@ def build_training_batches(
             batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
-    block, rows = make_training_blocks(source.split, order), order.rows // replicas
+    orders = [replace(order, sharding=part) for part in order.sharding.of_parts()]
+    blocks, rows = [make_training_blocks(source.split, part) for part in orders], order.rows // replicas
     parallel = source.parallel if augmentation.active else None
     # Without a known infinite cardinality, a strategy makes all workers check for the end of the dataset at each step.
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    batches = _build_batches(source, block, None, rows).map(change, num_parallel_calls=parallel).apply(endless)
-    dataset, ahead = _prefetch(batches, source, rows, replicas, parallel, 0)
-    return Batches(dataset, None, lambda: source.open_gate("training", compute_block_shards(block, None), ahead))
+    if len(blocks) == 1:
+        batches = _build_batches(source, blocks[0], None, rows)
+    else:
+        parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, orders[0].rows) for block in blocks))
+        batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
+    dataset, ahead = _prefetch(
+        batches.map(change, num_parallel_calls=parallel).apply(endless), source, rows, replicas, parallel, 0
+    )
+
+    def open_gate() -> ShardGate | ShardGates:
+        if len(blocks) == 1:
+            return source.open_gate("training", compute_block_shards(blocks[0], None), ahead)
+        names = [f"training, part {part.sharding.worker}" for part in orders]
+        return ShardGates(
+            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(names, blocks, strict=True)]
+        )
+
+    return Batches(dataset, None, open_gate)
 
 
 def build_evaluation_batches(

@@ -9,7 +9,7 @@ of the pipeline.
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from trainer.data.order import BlockShards
 from trainer.errors import DataError
@@ -128,3 +128,19 @@ class ShardGate:
             rows = self._blocks[position][0] - self._blocks[last][0]
             position += 1
         return list(required), [name for name in seen if name not in required]
+
+
+class ShardGates:
+    """The gates of the parts of a global batch that have their own shards, with the interface of a `ShardGate`."""
+
+    def __init__(self, gates: Sequence[ShardGate]) -> None:
+        self._gates = gates
+
+    def wait_for(self, rows: int) -> float:
+        """Wait until `rows` more rows, equally divided among the parts, can be taken. Return the seconds waited."""
+        return sum(gate.wait_for(rows // len(self._gates)) for gate in self._gates)
+
+    def close(self) -> None:
+        """Release the shards of all parts."""
+        for gate in self._gates:
+            gate.close()

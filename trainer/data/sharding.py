@@ -21,15 +21,26 @@ class Sharding:
     By record, the global batches are those of a run on one worker, and each worker takes its rows of them. By file,
     each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them: a record
     is read by one worker only, but is shuffled only within the shards of that worker.
+
+    With virtual replicas by file, each of their `parts` of a global batch has its own shards, and a worker reads those
+    of consecutive parts. So the global batches do not depend on the number of workers.
     """
 
     worker: int = 0
     workers: int = 1
     by: ShardingMode = "record"
+    parts: int | None = None  # virtual replicas, a multiple of `workers`; None: each worker is one part
 
     @property
     def by_file(self) -> bool:
-        return self.by == "file" and self.workers > 1
+        return self.by == "file" and (self.parts or self.workers) > 1
+
+    def of_parts(self) -> list["Sharding"]:
+        """Return the sharding of each part that this worker reads, as if each part were one worker."""
+        if not self.by_file or self.parts is None:
+            return [self]
+        own = self.parts // self.workers
+        return [Sharding(part, self.parts, self.by) for part in range(self.worker * own, (self.worker + 1) * own)]
 
 
 UNSHARDED = Sharding()
@@ -53,19 +64,27 @@ def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
     return [np.flatnonzero(owner == worker) for worker in range(workers)]
 
 
+def select_worker_shards(split: Split, sharding: Sharding) -> np.ndarray:
+    """Return the shard indices of a worker with sharding by file, increasing, int64."""
+    parts = sharding.of_parts()
+    assigned = assign_shards(split, parts[0].workers)
+    return np.sort(np.concatenate([assigned[part.worker] for part in parts]))
+
+
 def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the indices, int64 [n], increasing, of the training examples that a worker can read: all if by record."""
     if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
-    shards, sizes = assign_shards(split, sharding.workers)[sharding.worker], count_shard_records(split)
+    shards, sizes = select_worker_shards(split, sharding), count_shard_records(split)
     return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), shards))
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Count the global batches per epoch, the last one padded. By file, the worker with the most records decides."""
+    """Count the global batches per epoch, the last one padded. By file, the worker or part with most decides."""
     if sharding.by_file:
-        sizes, rows = count_shard_records(split), batch_size // sharding.workers
-        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, sharding.workers))
+        parts = sharding.parts or sharding.workers
+        sizes, rows = count_shard_records(split), batch_size // parts
+        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, parts))
     return -(-split.count // batch_size)
 
 
@@ -77,20 +96,26 @@ class ShardingPlan:
     workers: int
     steps_per_epoch: int
     reason: str
+    parts: int | None = None  # see `Sharding`
 
     def of_worker(self, worker: int) -> Sharding:
-        return Sharding(worker, self.workers, self.by)
+        return Sharding(worker, self.workers, self.by, self.parts)
+
+    def of_scoring(self, worker: int) -> Sharding:
+        """Return the sharding of scoring and features. With virtual replicas the workers divide whole device calls."""
+        return Sharding(worker, self.workers, "record" if self.parts else self.by)
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint stores, so that `check_resumable` can compare the plan of a later start with it."""
-        return {"by": self.by, "workers": self.workers, "steps_per_epoch": self.steps_per_epoch}
+        workers = self.parts or self.workers  # any number of workers has the batches of these parts
+        return {"by": self.by, "workers": workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
         """Format the log line about the records of a worker."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        shards, sizes = assign_shards(split, self.workers)[worker], count_shard_records(split)
+        shards, sizes = select_worker_shards(split, self.of_worker(worker)), count_shard_records(split)
         paths = [shard.path for shard in split.shards]  # a split can use several ranges of a file
         files, records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
@@ -100,34 +125,42 @@ class ShardingPlan:
 
 
 def plan_sharding(
-    shard_by: ShardBy, split: Split, workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState
-) -> ShardingPlan:
+    shard_by: ShardBy, split: Split, workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState,
+    virtual_replicas: int | None = None,
+) -> ShardingPlan:  # fmt: skip
     """Choose the sharding of the training split.
 
-    Sharding by file requires at least one shard per worker. "auto" keeps the sharding of the checkpoint. It shards a
-    new run by file if decoded images are not cached, so that each record is read and decoded by one worker only.
+    Sharding by file requires at least one shard per worker or virtual replica. "auto" keeps the sharding of the
+    checkpoint. It shards a new run by file if decoded images are not cached, so that each record is read and decoded by
+    one worker only; with virtual replicas it does not, because what is cached can differ between numbers of workers.
 
     `image_cache` is where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
     images only once, to compute features.
     """
     by: ShardingMode = "record"
-    if workers > 1 and len(split.shards) >= workers:
-        by = checkpoint.get("by") or ("file" if image_cache == "none" else "record") if shard_by == "auto" else shard_by
+    parts = virtual_replicas or workers
+    if parts > 1 and len(split.shards) >= parts:
+        automatic: ShardingMode = "file" if image_cache == "none" and not virtual_replicas else "record"
+        by = checkpoint.get("by") or automatic if shard_by == "auto" else shard_by
     if shard_by == by:
         reason = "as configured"
-    elif workers == 1:
+    elif parts == 1:
         reason = "there is one worker"
     elif not split.shards:
         reason = "image files have no shards"
-    elif len(split.shards) < workers:
-        reason = f"{len(split.shards)} shards are too few for {workers} workers"
+    elif len(split.shards) < parts:
+        readers = f"{parts} virtual replicas" if virtual_replicas else f"{parts} workers"
+        reason = f"{len(split.shards)} shards are too few for {readers}"
     elif checkpoint.get("by"):
         reason = "as in the checkpoint"
+    elif virtual_replicas:
+        reason = "with virtual replicas, unless configured"
     elif image_cache == "features":
         reason = "features are cached"
     else:
         reason = f"{'no decoded' if image_cache == 'none' else 'decoded'} images are cached"
-    return ShardingPlan(by, workers, steps_per_epoch(split, batch_size, Sharding(0, workers, by)), reason)
+    steps = steps_per_epoch(split, batch_size, Sharding(0, workers, by, virtual_replicas))
+    return ShardingPlan(by, workers, steps, reason, virtual_replicas)
 
 
 def check_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:

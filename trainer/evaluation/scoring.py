@@ -9,7 +9,7 @@ import tensorflow as tf
 from trainer.cluster.worker import Worker
 from trainer.data.images import BatchSource, convert_data_errors
 from trainer.data.pipeline import Batches, build_evaluation_batches
-from trainer.data.shard_gate import ShardGate
+from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import DataError, StopRequested
 from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
@@ -140,7 +140,7 @@ class Scorer:
         self._opened.append((source, (batch_size, fraction), batches, stream))
         return batches, stream
 
-    def _wait_for_shards(self, gate: ShardGate, examples: int) -> bool:
+    def _wait_for_shards(self, gate: ShardGate | ShardGates, examples: int) -> bool:
         """Wait for the shards of the next `examples` examples; return False after a stop request."""
         try:
             seconds = gate.wait_for(examples)

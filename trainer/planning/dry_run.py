@@ -168,7 +168,10 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
     caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
-    sharding = plan_sharding(config.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {})
+    sharding = plan_sharding(
+        config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {},
+        config.training.virtual_replicas,
+    )  # fmt: skip
     epoch_steps = sharding.steps_per_epoch
     per_device = max(batch_size // replicas, 1)
     per_replica = max(per_device // config.training.micro_batches(replicas), 1)

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
-from trainer.private_api import advance_function_numbers
+from trainer.private_api import advance_function_numbers, all_to_all
 from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
@@ -202,6 +202,9 @@ class TrainingStep:
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
         self.replicas = strategy.num_replicas_in_sync  # of all workers
+        self.on_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        devices = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
+        self.exchanges_slices = len(devices) == 1 and "GPU" not in devices[0]
         virtual = settings.virtual_replicas
         self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # of a replica
         # The layers whose statistics are collected, and the number of their values.
@@ -299,8 +302,7 @@ class TrainingStep:
         initial = (tf.constant(0), is_requested, rows, tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
-        is_local = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy) and not virtual
-        if is_local:  # `sums` are of the local replicas
+        if self.on_workers and not virtual:  # `sums` are of the local replicas
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
@@ -384,7 +386,7 @@ class TrainingStep:
 
         Parts are computed in sequence, like micro-batches. `sums[l]` is the sum over 2**l parts that waits for that
         over the next 2**l, as in a binary counter. A replica has the parts of one subtree, because they are a power of
-        two; the replicas gather their sums and add them in the same order, so every replica has the total.
+        two; the sums of the replicas are added in the same order, so every replica has the total.
         """
         micro_batches, levels = self._micro_batches(batch), self.micro_batches.bit_length()
         shapes = [tuple(v.shape) for v in self.variables] + [(3,), *((n,) for n in self.statistics_sizes.values())]
@@ -402,12 +404,27 @@ class TrainingStep:
 
         initial = tf.constant(0), *(tf.zeros([sum(sizes)]) for _ in range(levels))
         _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial, parallel_iterations=1)
-        total = sums[-1]
-        if self.replicas > 1:
-            gathered = tf.distribute.get_replica_context().all_gather(total[None], axis=0)
-            total = _add_in_tree(tf.ensure_shape(gathered, [self.replicas, sum(sizes)]))
-        parts = tf.split(total, sizes)
+        parts = tf.split(self._add_replicas_in_tree(sums[-1]), sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _add_replicas_in_tree(self, values: tf.Tensor) -> tf.Tensor:
+        """Sum a vector over all replicas, a power of two, in a binary tree. Must be called in replica context.
+
+        With one replica per worker, each adds one slice of the vectors and gathers the sums of the others: it receives
+        2 (R - 1) / R times the bytes of a vector, as in an all-reduce (Thakur et al. 2005). Otherwise it gathers the
+        whole vectors, R - 1 times the bytes, because the devices of one process have one memory; on GPUs as well, where
+        the exchange has not been tested.
+        """
+        replicas, size = self.replicas, values.shape[0]
+        if replicas == 1:
+            return values
+        gather = tf.distribute.get_replica_context().all_gather
+        if not self.exchanges_slices:
+            return _add_in_tree(tf.ensure_shape(gather(values[None], axis=0), [replicas, size]))
+        padded = tf.pad(values, [[0, -size % replicas]])
+        slices = all_to_all(tf.reshape(padded, [replicas, -1]), replicas, key=self.settings.phase + 1)
+        total = _add_in_tree(tf.ensure_shape(slices, [replicas, padded.shape[0] // replicas]))
+        return tf.ensure_shape(gather(total, axis=0), padded.shape)[:size]
 
     def _update(self, gradients: Any, examples: Any) -> None:
         """Apply the optimizer. With loss scaling, skip the step unless all gradients are finite."""
