@@ -1,7 +1,7 @@
 """`python -m trainer.evaluate run=OUTPUT_DIR [checkpoint=best|last|STEP] [split=test] [output=FOLDER] [data=...]`:
 score a checkpoint of a run on a split, and write a report.
 
-    checkpoint=best|last|STEP   the weights (default: those that the run exports at its end)
+    checkpoint=best|last|STEP   the weights (default: those that the run exports at its end), or a phase that has ended
     split=train|validation|test the examples (default: test if the data has it, else validation, else train)
     output=FOLDER               folder of the report (default: <output_dir>/evaluations/<checkpoint>-<data>-<split>)
 

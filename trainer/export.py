@@ -3,7 +3,7 @@ export the model of a run again, in other formats, or from another checkpoint.
 
     formats=[...]               saved_model keras tflite tflite_float16 tflite_dynamic tflite_int8 onnx (default: those
                                 in the configuration of the run)
-    checkpoint=best|last|STEP   weights to export (default: those that the run exports at its end)
+    checkpoint=best|last|STEP   weights to export (default: those of the end of the run), or a phase that has ended
     output=FOLDER               local folder to write to (default: RUN/export, where files of other formats are left as
                                 they are; report.json and model card of the run are updated)
     max_accuracy_drop=0.01      fraction of the scored examples; a format that loses significantly more is deleted

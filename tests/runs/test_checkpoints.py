@@ -62,6 +62,14 @@ def test_the_newest_and_the_best_ones_that_they_refer_to_are_retained(tmp_path: 
     assert folder.list_steps() == [6, 7]
 
 
+def test_the_weights_with_which_each_phase_ended_are_retained(tmp_path: Path) -> None:
+    folder, _ = folder_with(tmp_path, 1, 2, 3, best=2)
+    for step in (4, 5, 6, 7):
+        finished = {"head": {"kept_step": 2}} | ({"middle": {"kept_step": 4}} if step > 5 else {})
+        folder.save(RunState(step=step, best={"step": step}, finished=finished).to_json(), variables(step), step)
+    assert folder.list_steps() == [2, 4, 6, 7]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "size"])
 def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str) -> None:
     folder, lines = folder_with(tmp_path, 1, 2)

@@ -40,6 +40,21 @@ def test_only_the_last_checkpoint_needs_latest(tmp_path: Path) -> None:
         find_checkpoint(run, "last")
 
 
+def test_a_phase_is_the_checkpoint_with_which_it_ended(tmp_path: Path) -> None:
+    folder = leave_run(tmp_path / "run")
+    run = find_run(str(folder))
+    checkpoints = CheckpointFolder(folder / "checkpoints", 2, print)
+    for step in (3, 4):
+        checkpoints.save({"step": step, "best": {"step": 3}, "finished": {"head": {"kept_step": 1}}}, {}, 3)
+    assert find_checkpoint(run, "head").name == "step-00000001"
+    with raises(ConfigError, "checkpoint", "tail", "give best, last, a step, or a phase that has ended: head"):
+        find_checkpoint(run, "tail")
+    (folder / "report").mkdir()
+    phases = {"head": {"kept_step": 1}, "tail": {"kept_step": 3}}
+    (folder / "report" / "report.json").write_text(json.dumps({"phases": phases}))
+    assert find_checkpoint(run, "tail").name == "step-00000003"
+
+
 @pytest.mark.parametrize("value", [5, True, 1.5, None, {}, [], {"ends": 5}, {"ends": None}, {"content": 5}])
 def test_a_damaged_fingerprint_is_a_damaged_file(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError, match="data_fingerprint"):

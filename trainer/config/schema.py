@@ -257,7 +257,7 @@ class Runtime(Section):
     checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
     """Interval between checkpoints, checked at each log interval; best epochs and the end of a phase are saved too."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
-    """Number of newest checkpoints that are retained, in addition to the best one."""
+    """Number of newest checkpoints that are retained, in addition to the best one and those with which phases ended."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: Address = "~/.cache/kubetune"

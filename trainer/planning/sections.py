@@ -252,7 +252,7 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
     )
     staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
-    saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + 1
+    saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + len(phases)
     formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"
     plan.print_section("bytes", [
         ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),

@@ -20,9 +20,7 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
         f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
         + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
         *_describe_gap(test),
-        *(f"  after {name}: val_accuracy {phase['val_accuracy']:.4f}"
-          + (f" (weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f})"
-             if "kept_from" in phase else "") for name, phase in report["phases"].items()),
+        *(f"  after {name}: {_describe_phase(phase)}" for name, phase in report["phases"].items()),
         f"{format_duration(sum(timing['seconds'].values()))} in all: trained {timing['images']:,} images in "
         f"{format_duration(timing['seconds']['train'])} ({timing['images_per_second']:,.0f} images/s; "
         f"goodput {timing['goodput']:.0%})",
@@ -33,6 +31,16 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
     ]  # fmt: skip
     log.info("\n".join(lines))
     termination.set_success_message(f"{lines[1]}; {folder}/report/index.html")
+
+
+def _describe_phase(phase: Mapping[str, Any]) -> str:
+    text = f"val_accuracy {phase['val_accuracy']:.4f}"
+    if "val_interval" in phase:
+        low, high = phase["val_interval"]
+        text += f" ({low:.4f} to {high:.4f}, n = {phase['val_n']})"
+    if "kept_from" in phase:
+        text += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
+    return text
 
 
 def _describe_gap(test: Mapping[str, Any]) -> list[str]:

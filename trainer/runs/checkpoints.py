@@ -168,7 +168,10 @@ class CheckpointFolder:
             shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
 
     def _prune(self) -> None:
-        """Delete all checkpoints except the newest `keep` and those to which the states of these refer."""
+        """Delete all checkpoints except the newest `keep` and those to which the states of these refer.
+
+        A state refers to the best checkpoint of its phase, and to the weights with which each earlier phase ended.
+        """
         steps = self.list_steps()
         newest = steps[-self.keep :]
         needed = set(newest)
@@ -177,6 +180,7 @@ class CheckpointFolder:
                 state = json.loads((self.path(step) / "state.json").read_bytes())
                 needed |= {state["best"]["step"]} if state["best"] else set()
                 needed |= {state["carried"]} if state.get("carried") else set()
+                needed |= {phase["kept_step"] for phase in state.get("finished", {}).values()}
         for step in set(steps) - needed:
             shutil.rmtree(self.path(step))
 

@@ -87,7 +87,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
 
 
 def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
-    """Return the folder of a checkpoint; `which` is best, last or a step.
+    """Return the folder of a checkpoint; `which` is best, last, a step, or a phase: the weights with which it ended.
 
     Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
     """
@@ -102,13 +102,27 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     elif which.isdecimal():
         names = [name for name in available if parse_step(name) == int(which)]
     else:
-        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix="give best, last or a step")
+        phases = _read_phases(run) or read_checkpoint(find_checkpoint(run, "last"))[0].get("finished", {})
+        steps = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
+        if which in steps:
+            return find_checkpoint(run, str(steps[which]))
+        ended = f", or a phase that has ended: {', '.join(steps)}" if steps else ""
+        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{ended}")
     if names and names[0] in available:
         return available[names[0]]
     if not available:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
     steps = ", ".join(map(str, sorted(map(parse_step, available))))
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
+
+
+def _read_phases(run: StoredRun) -> dict[str, Any]:
+    """Read the summaries of the phases in the report of a run; {} if it has none. Log a message if it is damaged."""
+    try:
+        return read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
+    except DataError as error:
+        log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
+        return {}
 
 
 def _parse_phases(report: Any) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def _parse_phases(report: Any) -> dict[str, Any]:
 class LoadedCheckpoint:
     """The contents of a checkpoint that an evaluation or export uses."""
 
-    name: str  # best, last or step-420
+    name: str  # best, last, a phase, or step-420
     step: int
     history: list[dict[str, Any]]  # one entry per epoch
     phases: dict[str, Any]  # summaries by phase, as in report.json
@@ -127,20 +141,16 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint; `which` is best, last or a step, and defaults to the one that the run exports.
+    """Read a checkpoint; `which` is that of `find_checkpoint`, and defaults to the one that the run exports.
 
     Raises the errors of `find_checkpoint`, and DataError if the checkpoint is corrupt.
     """
     which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
-    phases: dict[str, Any] = {}
-    try:
-        phases = read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
-    except DataError as error:
-        log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
+    phases = _read_phases(run)
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
         phases = state.get("finished", {})  # the report, if any, is of another checkpoint
-    name = which if which in ("best", "last") else f"step-{state['step']}"
+    name = f"step-{state['step']}" if which.isdecimal() else which
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, select_inference_weights(values))
 
 
