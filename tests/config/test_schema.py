@@ -55,6 +55,8 @@ CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 
         ({"phases__head__schedule": {"name": "step"}}, "phases.head.schedule.name", "step", "set decay and at"),
         ({"phases__head__schedule": {"warmup": "2 days"}}, "phases.head.schedule.warmup", "2 days", '"500 steps", "2 epochs"'),
         ({"data": {"source": "image_folder"}}, "data.source", "image_folder", "set data.root"),
+        ({"data": {"source": "csv"}}, "data.source", "csv", "set data.root"),
+        ({"data": {"source": "image_folder", "root": "x", "class_prefix": "n("}}, "data.class_prefix", "n(", "a backslash"),
         ({"data": {"source": "tfds"}}, "data.source", "tfds", r"set data.name \(or data.root\)"),
         ({"data": {"source": "tfrecords"}}, "data.source", "tfrecords", "set data.pattern and data.class_names"),
         ({"data__validation_fraction": 0.6, "data__test_fraction": 0.4}, "data", None, "less than 1"),

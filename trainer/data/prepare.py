@@ -51,7 +51,8 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
         if split.groups and field and field != "label":  # the label, which can also be the group, is stored anyway
             texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
-        if field != SOURCE_FIELD and (names := list_source_names(split, data.root)):
+        root = os.path.dirname(data.root or "") if data.source == "csv" else data.root
+        if field != SOURCE_FIELD and (names := list_source_names(split, root)):
             texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
     workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
