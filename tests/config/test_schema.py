@@ -72,7 +72,7 @@ CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 
         ({"export": {"formats": ["saved_model", "tflite_int4"]}}, "export.formats.1", "tflite_int4", "'tflite_int8' or 'onnx'"),
         ({"distillation": {}}, "distillation.teacher", None, "set distillation.teacher"),
         ({"distillation": {"teacher": "x", "alhpa": 0.5}}, "distillation.alhpa", None, r"did you mean distillation.alpha\?"),
-        ({"data__group_field": "site"}, "data.group_field", "site", "data.source=tfds or tfrecords"),
+        ({"data__group_field": "site"}, "data.group_field", "site", "data.source=csv, tfds or tfrecords"),
         ({"runtime": {"max_fruitless_restarts": 2}}, "runtime.max_fruitless_restarts", None, "^use runtime.max_restarts_without_progress$"),
         ({"runtime": {"log_format": "json", "progress": "bar"}}, "runtime.progress", "bar", "runtime.progress=lines or runtime.log_format=text"),
         ({"model": {"backbone": "auto", "weights": "glyphs"}}, "model.backbone", "auto", "set model.backbone"),

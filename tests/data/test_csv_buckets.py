@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.images import fill_folder
+from tests.data.images import fill_folder, noise
 from tests.data.test_open import counts
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, open_run_data
+from trainer.data.prepare import prepare
+from trainer.data.records import read_source_names
 from trainer.errors import DataError
 from trainer.planning.dry_run import _open_data
 from trainer.planning.sections import Plan
@@ -134,3 +136,15 @@ def test_corrections_in_a_bucket_name_its_objects(tmp_path: Path) -> None:
     data = opened(config)
     assert counts(data.dataset) == {"train": 7}
     assert f"corrections: 1 excluded, 1 relabelled ({address})" in data.dataset.notes
+
+
+def test_prepared_records_name_the_objects(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.jpg").write_bytes(noise(70))
+    (tmp_path / "b.jpg").write_bytes(noise(71))
+    rows = ["a.jpg,cat", "../b.jpg,dog", f"{HOME}/photos/cat/00.jpg,cat"]
+    (tmp_path / "lists" / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    prepare(settings(tmp_path, str(tmp_path / "lists" / "labels.csv")), str(tmp_path / "out"))
+    config = settings(tmp_path, str(tmp_path / "out"), source="tfds")
+    stored = sorted(read_source_names(opened(config).dataset.splits["train"]))
+    assert stored == [f"{tmp_path}/b.jpg", "a.jpg", f"{HOME}/photos/cat/00.jpg"]
