@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.data.image_folder import EXTENSIONS
+from trainer.data.image_files import EXTENSIONS
 
 
 def write_photos(root: Path, count: int, classes: int = 2) -> Path:

@@ -8,9 +8,9 @@ score a checkpoint of a run on a split, and write a report.
 Example: python -m trainer.evaluate run=outputs/flowers data.root=new_photos split=train
 
 The dataset is that of the run unless `data=...` or `data.KEY=...` changes it. All of another dataset is scored: limits
-of the run (`data.validation_fraction`, `data.test_fraction`, `data.labels_per_class`, `debug.max_examples`) apply to it
-only if they are given here too. It can have only some of the classes of the run. `runtime...` and `training.batch_size`
-can be changed as well. Exit codes are those of a run.
+and corrections of the run (`data.validation_fraction`, `data.test_fraction`, `data.labels_per_class`,
+`data.corrections`, `debug.max_examples`) apply to it only if they are given here too. It can have only some of the
+classes of the run. `runtime...` and `training.batch_size` can be changed as well. Exit codes are those of a run.
 """
 
 import re
@@ -38,8 +38,8 @@ from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 FRACTIONS = {"validation_fraction", "test_fraction"}
-# Keys of `data` that use only some of the examples -> the value that uses all of them.
-ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None}
+# Keys of `data` that use only some of the examples, or correct them -> the value that uses all of them as they are.
+ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None, "corrections": None}
 # Keys that choose other data.
 ADDRESSES = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
 
@@ -77,6 +77,8 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         run_config["data"]["orientation"] = run_data.get(
             "orientation", "ignore"
         )  # part of the preprocessing that the model was trained with
+    if "data" in keys and "data.class_prefix" not in keys:  # the classes of the model have the names without it
+        run_config["data"]["class_prefix"] = run_data.get("class_prefix")
     config = load_resolved(run_config)
     require_read(config, keys)
     if not ADDRESSES & set(keys):

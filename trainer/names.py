@@ -12,6 +12,12 @@ import unicodedata
 MAX_COMPONENT_BYTES = 255  # per path component, on all common file systems
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can reorder the text on the screen
 _ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
+# A cell that begins like a formula of a spreadsheet, in full width too, or with the mark that `encode_cell` adds.
+_BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
+_FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
+# In countries with a decimal comma a cell ends at ";", in quotes too if they do not begin the line.
+_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
+_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
@@ -37,6 +43,17 @@ def normalize_class_name(name: str) -> str:
     A byte order mark at an end, as of the first cell of some CSV files, counts as a space.
     """
     return _ENDS.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
+
+
+def encode_cell(name: str) -> str:
+    """Escape a name for a CSV cell, with a ' where a spreadsheet would begin to compute it as a formula."""
+    text = _FORMULA_IN_NAME.sub(r"\1'", escape_unprintable(name))
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def decode_cell(cell: str) -> str:
+    """Return the printable name that `encode_cell` wrote."""
+    return _ESCAPED_IN_NAME.sub(r"\1", cell.removeprefix("'"))
 
 
 def make_file_stem(text: str) -> str:

@@ -64,7 +64,7 @@ class Split:
     shards: tuple[Shard, ...] = ()
     image_field: str = "image"
     orientation: Orientation = "exif"
-    groups: tuple[str, ...] | None = None  # data.group_field of each example; only in the split that is scored
+    groups: tuple[str, ...] | None = None  # data.group_field of each example; None if it was not read
 
     @property
     def count(self) -> int:

@@ -204,7 +204,7 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reasons"),
     [
-        (["data=digits", "data.root=photos"], {"data.root": "data.source=digits, only with image_folder or tfds"}),
+        (["data=digits", "data.root=photos"], {"data.root": "data.source=digits, only with image_folder or csv or tfds"}),
         (["data=image_folder", "data.root=x", "data.name=beans", "data.shuffle_window=9"],
          {"data.name": "only with tfds", "data.shuffle_window": "data.source=image_folder"}),
         (["data=tfds", "data.root=x", "data.name=beans"], {"data.name": "when data.root is set"}),

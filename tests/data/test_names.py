@@ -26,9 +26,9 @@ from trainer.data.splits import find_matching_files
 from trainer.data.tfds_writer import LabeledImages, write_dataset
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import decode_cell, write_predictions
+from trainer.evaluation.predictions import write_predictions
 from trainer.exporting.model_card import format_labels
-from trainer.names import escape_unprintable, normalize_class_name
+from trainer.names import decode_cell, escape_unprintable, normalize_class_name
 from trainer.runs.folder import parse_stored_config
 from trainer.types import Dataset, Shard, Split
 

@@ -20,8 +20,7 @@ from tests.storage.emulator import running
 from tests.storage.test_foreign_names import put
 from trainer.config.typed import quote_if_needed
 from trainer.errors import DONE, DRIFTED
-from trainer.evaluation.predictions import decode_cell
-from trainer.names import normalize_class_name
+from trainer.names import decode_cell, normalize_class_name
 from trainer.storage.path import storage_path
 
 SEED = 5

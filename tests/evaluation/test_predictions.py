@@ -9,8 +9,8 @@ import pytest
 
 from tests.nasty import file_names
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.evaluation.predictions import decode_cell, encode_cell, write_predictions
-from trainer.names import escape_unprintable
+from trainer.evaluation.predictions import write_predictions
+from trainer.names import decode_cell, encode_cell, escape_unprintable
 
 
 def test_the_bytes(tmp_path: Path) -> None:

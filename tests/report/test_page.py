@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.evaluation.browser import Tab
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from tests.report.test_write import write
+from trainer.data.corrections import read_corrections
 from trainer.report.page import DuplicateImages, ReportImages
 
 pytestmark = pytest.mark.browser
@@ -125,6 +127,69 @@ def test_tabs_show_one_gallery_at_a_time(tab: Tab, page: Path) -> None:
     assert tab.run(shown) == ["tab-least_sure"]
     assert tab.run("document.querySelectorAll('#tab-least_sure .shot').length") == 24
     tab.until("[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)")
+
+
+def choose(tab: Tab, mark: str, value: str) -> None:
+    """Choose an option of the control of an example, as a user does with the keyboard."""
+    tab.run(
+        f"(() => {{ const s = document.querySelector({mark!r} + ' select'); s.value = {value!r}; "
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+
+
+def test_corrections_are_chosen_and_saved(tab: Tab, page: Path, tmp_path: Path) -> None:
+    tab.open(page)
+    tab.errors.clear()
+    tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    suspects, wrong = "#possible-label-errors .shot", "#tab-most_wrong .shot"
+    first, second = (f"{suspects}:nth-of-type({n}) .correct" for n in (1, 2))
+    files = [tab.run(f"document.querySelector({m!r}).dataset.file") for m in (first, second)]
+    suggestion = tab.run(f"document.querySelector({first!r}).dataset.suggestion")
+    assert tab.run("document.getElementById('corrections').hidden")
+    choose(tab, first, "suggested")
+    choose(tab, second, "exclude")
+    # All controls of one example show the same.
+    same = f"[...document.querySelectorAll('.correct')].filter(m => m.dataset.file === {files[0]!r})"
+    assert tab.run(f"{same}.length") > 1
+    assert tab.run(f"{same}.every(m => m.firstChild.value === 'suggested')")
+    other = f"{wrong}:last-of-type .correct"
+    choose(tab, other, "other")
+    tab.run(f"document.querySelector({other!r} + ' input').focus()")
+    tab.call("Input.insertText", text="no class")
+    tab.run("document.activeElement.blur()")
+    assert tab.run(f"!document.querySelector({other!r} + ' input').checkValidity()")
+    assert tab.run("document.querySelector('#corrections span').textContent") == "1 excluded, 1 relabelled"
+    tab.run(f"document.querySelector({other!r} + ' input').value = ''")
+    tab.run(f"document.querySelector({other!r} + ' input').focus()")
+    tab.call("Input.insertText", text=HOSTILE)
+    tab.run("document.activeElement.blur()")
+    choose(tab, "#duplicates .correct", "exclude")
+    assert tab.run("document.querySelector('#corrections span').textContent") == "2 excluded, 2 relabelled"
+    assert tab.run("document.documentElement.scrollWidth") == 1280
+    tab.click("#corrections [data-does=save]")
+    saved = tmp_path / "corrections.csv"
+    for _ in range(200):
+        if saved.exists():
+            break
+        tab.run("new Promise(done => setTimeout(done, 50))")
+    corrections = read_corrections(str(saved))
+    copy = f"train/a very long name of a folder {'x' * 90} <i>.jpg"
+    third = tab.run(f"document.querySelector({other!r}).dataset.file")
+    assert [(c.file, c.class_name) for c in corrections] == [
+        (files[0], suggestion), (files[1], None), (third, HOSTILE), (copy, None),
+    ]  # fmt: skip
+    tab.click("#corrections [data-does=clear]")
+    assert tab.run("document.getElementById('corrections').hidden")
+    assert tab.errors == []
+
+
+def test_records_are_corrected_by_the_file_names_that_only_they_store(tab: Tab, tmp_path: Path) -> None:
+    result = make_result(3, 6)
+    sources = ("=a, b.jpg", "twice.jpg", "twice.jpg", "", "d.jpg", "e.jpg")
+    write(tmp_path, replace(result, names=tuple(f"x.tfrec#{k}" for k in range(6)), sources=sources))
+    tab.open(tmp_path / "index.html")
+    names = tab.run("[...new Set([...document.querySelectorAll('#gallery .correct')].map(m => m.dataset.file))]")
+    assert set(names) == {"'=a, b.jpg", "x.tfrec#1", "x.tfrec#2", "x.tfrec#3", "d.jpg", "e.jpg"}
 
 
 def test_no_script_but_its_own_runs(tab: Tab, page: Path) -> None:

@@ -123,6 +123,8 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
     if not names and folder.exists():
+        if folder.name.lower().endswith(".csv"):
+            return "csv", "a CSV file", []
         problem = "is a file"
         if _RECORDS.search(folder.name):
             fix = f"write data=tfrecords {format_argument('data.pattern', glob.escape(root))} data.class_names=[...]"
@@ -131,7 +133,7 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
 
 def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
     """Return whether a folder, or one of its first folders, has an image, as a class or a split has."""
-    from trainer.data.image_folder import EXTENSIONS
+    from trainer.data.image_files import EXTENSIONS
 
     if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):
         return True

@@ -16,7 +16,7 @@ CHANGEABLE_ON_RESUME = (
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
 # Addresses that can change on resume if the content has the recorded fingerprint.
-ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "distillation.teacher")
+ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "distillation.teacher")
 # Addresses that a run reads when it begins, and not when it resumes.
 INITIAL_WEIGHTS = ("model.weights", "warm_start")
 # Keys that can differ between the workers of a run.

@@ -6,12 +6,13 @@ Hydra composes a plain tree from the YAML in `conf/`. `load` validates it and re
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from trainer.config.augmentation import Augmentation
 from trainer.config.base import (
@@ -33,10 +34,12 @@ from trainer.types import Orientation
 class Data(Section):
     """The labelled images: source, splits, order and caches."""
 
-    source: Literal["digits", "image_folder", "tfds", "tfrecords"]
-    """The digits of scikit-learn, image files in one folder per class, a dataset of TFDS, or TFRecord files."""
+    source: Literal["digits", "image_folder", "csv", "tfds", "tfrecords"]
+    """The digits of scikit-learn, image files in one folder per class, image files that a CSV file lists, a dataset of
+    TFDS, or TFRecord files."""
     root: Address | None = None
-    """image_folder: folder with the images; tfds: folder of one prepared dataset. Local or gs://."""
+    """image_folder: folder with the images; csv: the CSV file, with the columns file, label and optionally split; tfds:
+    folder of one prepared dataset. Local or gs://."""
     name: str | None = None
     """tfds: name of the dataset, such as beans or food101:2.0.0."""
     data_dir: Address | None = None
@@ -52,6 +55,9 @@ class Data(Section):
     class_names: tuple[str, ...] | None = None
     """tfrecords: class names, in the order of their indices. A dataset with its own class names: the same names in
     another order."""
+    class_prefix: str | None = None
+    """Regular expression; what it matches at the beginning of each class name is removed, such as n[0-9]+- of
+    n02085620-Chihuahua. null: nothing."""
     label_kind: Literal["index", "index1", "text", "onehot"] = "index"
     """tfds, tfrecords: content of data.label_field. index: class index from 0; index1: class index from 1; text: one
     of data.class_names; onehot: a one-hot vector."""
@@ -87,18 +93,36 @@ class Data(Section):
     fingerprint: Literal["auto", "content"] = "auto"
     """content: the fingerprint of the data covers all bytes of its files; auto: at most 1 GB, else samples of them."""
     group_field: str | None = None
-    """tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the report."""
+    """csv: column, tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the
+    report."""
+
+    corrections: Address | None = None
+    """CSV file with corrections: examples to exclude or to relabel, as the page of a report saves it (docs/report.md).
+    Local or gs://."""
+
+    @field_validator("class_prefix")
+    @classmethod
+    def _check_class_prefix(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            fix = "write one such as n[0-9]+-, and a backslash before a character that is meant literally"
+            raise InvalidValue(f"is not a regular expression ({error})", value=pattern, fix=fix) from None
+        return pattern
 
     @model_validator(mode="after")
     def _check_complete(self) -> Data:
-        needed = {"image_folder": ("root",), "tfrecords": ("pattern", "class_names")}.get(self.source, ())
+        needed = {"image_folder": ("root",), "csv": ("root",), "tfrecords": ("pattern", "class_names")}.get(
+            self.source, ()
+        )
         missing = [f"data.{key}" for key in needed if not getattr(self, key)]
         if self.source == "tfds" and not (self.name or self.root):
             missing = ["data.name (or data.root)"]
         if missing:
             raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing)}")
-        if self.group_field and self.source not in ("tfds", "tfrecords"):
-            problem, fix = f"data.source={self.source} has only image and label", "use data.source=tfds or tfrecords"
+        if self.group_field and self.source not in ("csv", "tfds", "tfrecords"):
+            problem = f"data.source={self.source} has only image and label"
+            fix = "use data.source=csv, tfds or tfrecords"
             raise InvalidValue(problem, key="group_field", value=self.group_field, fix=fix)
         if self.validation_fraction + self.test_fraction >= 1:
             problem = "validation_fraction + test_fraction leave nothing to train on"

@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 
 # Key of `data` -> sources that read it; the other keys are read for every source.
 _SOURCES: dict[str, tuple[str, ...]] = {
-    "root": ("image_folder", "tfds"),
+    "root": ("image_folder", "csv", "tfds"),
     "name": ("tfds",),
     "data_dir": ("tfds",),
     "download": ("tfds",),
@@ -20,9 +20,9 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "train_split": ("tfds",),
     "validation_split": ("tfds",),
     "test_split": ("tfds",),
-    "validation_fraction": ("image_folder", "tfds", "tfrecords"),
-    "test_fraction": ("image_folder", "tfds", "tfrecords"),
-    "split_seed": ("image_folder", "tfds"),
+    "validation_fraction": ("image_folder", "csv", "tfds", "tfrecords"),
+    "test_fraction": ("image_folder", "csv", "tfds", "tfrecords"),
+    "split_seed": ("image_folder", "csv", "tfds"),
     "shuffle_window": ("digits", "tfds", "tfrecords"),
     "label_kind": ("tfds", "tfrecords"),
     "shard_by": ("tfds", "tfrecords"),

@@ -1,58 +1,34 @@
-"""Open a dataset of image files in class folders: list the files, check their first bytes, and split them."""
+"""Open a dataset of image files in class folders: list the class folders and their files."""
 
-import hashlib
 import os
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, chain, combinations
-
-import numpy as np
+from itertools import combinations
 
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
-from trainer.data.records import join_first
-from trainer.data.splits import (
-    SPLITS,
-    RawData,
-    compute_split_sizes,
-    digest_head_and_tail,
-    empty_split_error,
-    unused_fractions,
+from trainer.data.image_files import (
+    EXTENSIONS,
+    PILLOW_EXTENSIONS,
+    SPLIT_NAMES,
+    ImageFile,
+    ListedImages,
+    build_raw_data,
 )
-from trainer.data.tfds_writer import TIFF_MAGIC
+from trainer.data.records import join_first
+from trainer.data.splits import SPLITS, RawData
 from trainer.errors import DataError
-from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, normalize_class_name
-from trainer.types import Purpose, Split
+from trainer.types import Purpose
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
-PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
 # Folders of file systems, archives and network disks, and thumbnail files. Hidden ones are left out too.
 SYSTEM_NAMES = frozenset((
     "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
 ))  # fmt: skip
-_SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
-_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
-_FORMATS = "JPEG, PNG, BMP, GIF or WebP"
-_END_BYTES = 64  # of the beginning and the end of each file, covered by the dataset fingerprint
-_FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
-
-
-@dataclass(frozen=True)
-class _Image:
-    path: str
-    name: str  # path relative to the root, with forward slashes
-    label: int
-
-    def sort_key(self, seed: int) -> tuple[bytes, str]:
-        content = f"{seed}/{self.name}".encode(errors="surrogateescape")
-        return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
 
 @dataclass(frozen=True)
@@ -67,10 +43,8 @@ class _Listing:
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
 
-    Images are sorted by a hash of data.split_seed and their relative path, which mixes the classes. Splits without a
-    folder get a fraction of each class: the first images become the validation split, the next the test split, and all
-    others stay in train. So a new image moves hardly any other image to another split. With `purpose` "prepare", files
-    of formats that only Pillow decodes are images too.
+    Splits without a folder get a fraction of each class (`build_raw_data`). With `purpose` "prepare", files of formats
+    that only Pillow decodes are images too.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
@@ -83,37 +57,19 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     except OSError as error:
         problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
-    identities, faults = _inspect(list(chain.from_iterable(images.values())))
-    if faults and data.on_error == "fail":
-        listed, total = join_first(list(faults.values()), "\n  "), len(identities)
-        problem = f"{len(faults)} of {total} files are not readable {_FORMATS} images:\n  {listed}"
-        raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
-    readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
-    for name, members in images.items():
-        if not readable[name]:
-            content = f"its folder has {len(members)} images below {escape_unprintable(root)}"
-            raise empty_split_error(name, content, [faults[image.path] for image in members])
-    ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
-    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    missing = {name: fraction for name, fraction in fractions.items() if name not in images}
-    notes += unused_fractions(data, images)
-    ordered |= _divide(ordered["train"], missing)
-    splits = {
-        name: Split(name, np.array([image.label for image in members], np.int32), files=tuple(i.path for i in members))
-        for name, members in ordered.items()
-        if members
-    }
-    name, skipped = os.path.basename(os.path.abspath(root)), list(faults.values())
-    return RawData(name, class_names, splits, identities, skipped, notes, ignored)
+    below = f"below {escape_unprintable(root)}"
+    contents = {name: f"its folder has {len(members)} images {below}" for name, members in images.items()}
+    name = os.path.basename(os.path.abspath(root))
+    return build_raw_data(ListedImages(name, class_names, images, contents, notes, ignored), data, purpose)
 
 
-def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[_Image]], list[str], dict[int, str]]:
+def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[ImageFile]], list[str], dict[int, str]]:
     """Return the class names, the images of each split that has a folder, notes, and the ignored files per class."""
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
     list_folder = cache(_list_folder)  # on a network disk each listing takes a while
     folders = _find_split_folders(root, list_folder)
     classes = {split: _find_class_folders(root, folder, list_folder(folder)) for split, folder in folders.items()}
-    images: dict[str, list[_Image]] = {}
+    images: dict[str, list[ImageFile]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system = Counter[str]()
     loose = []
@@ -135,7 +91,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
             problem, fix = f"the class folders differ: {differences}", "use the same class folders in each split"
             raise DataError(problem, key="data.root", value=root, fix=fix)
         images[split] = [
-            _Image(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
+            ImageFile(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
             for label, name in enumerate(classes["train"])
             for path in _find_image_files(
                 os.path.join(folder, classes[split][name]), extensions, ignored[label], system
@@ -185,7 +141,7 @@ def _list_system_names(names: list[str]) -> list[str]:
     return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
-def _note_nesting(folder: str, images: list[_Image]) -> list[str]:
+def _note_nesting(folder: str, images: list[ImageFile]) -> list[str]:
     """Return a note if all images are in subfolders of the class folders, as if the root were one folder too high."""
     paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
     nested = sorted({path[1] for path in paths})
@@ -227,7 +183,7 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> dict[str, str]:
     """Return the folder of each split, or {"train": root} if the class folders are directly in the root."""
     names = list_folder(root).folders
-    splits = {name: _SPLIT_NAMES[name.lower()] for name in names if name.lower() in _SPLIT_NAMES}
+    splits = {name: SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
     others = [name for name in names if name not in splits]
     if "train" not in splits.values():
         if splits and not others:
@@ -282,41 +238,3 @@ def _find_image_files(
         others = [name for name in names if not _is_image(name, extensions) and not is_system_name(name)]
         ignored.update(os.path.splitext(name)[1].lower() for name in others)
     return sorted(files)
-
-
-def _inspect(images: list[_Image]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the identity of each file (name, size, hash of its ends) and the faults of unreadable ones, by path."""
-
-    def inspect(image: _Image) -> tuple[str, str]:
-        try:
-            size, head, digest = digest_head_and_tail(image.path, _END_BYTES)
-        except OSError as error:
-            return "", f"cannot be read ({error.strerror})"
-        is_webp, is_tiff = head[8:12] == b"WEBP", head.startswith(TIFF_MAGIC)
-        fault = "" if head.startswith(_MAGIC_BYTES) or is_webp or is_tiff else f"does not begin like a {_FORMATS}"
-        if is_tiff and not image.path.lower().endswith(PILLOW_EXTENSIONS):
-            fault = "is a TIFF: name it .tif, and convert it with python -m trainer.prepare"
-        return f"{image.name} {size} {digest}", fault if size else "is empty"
-
-    def inspect_batch(first: int) -> list[tuple[str, str]]:
-        health.record_progress()
-        return [inspect(image) for image in images[first : first + _FILES_PER_TASK]]
-
-    with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
-        results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
-    inspected = list(zip(images, results, strict=True))
-    faults = {image.path: f"{escape_unprintable(image.path)}: {fault}" for image, (_, fault) in inspected if fault}
-    return {image.path: identity for image, (identity, _) in inspected}, faults
-
-
-def _divide(images: list[_Image], fractions: dict[str, float]) -> dict[str, list[_Image]]:
-    """Move the first images of each class to the splits of `fractions`, in their order. The others stay in train."""
-    totals = Counter(image.label for image in images)
-    edges = {label: list(accumulate(compute_split_sizes(total, fractions).values())) for label, total in totals.items()}
-    names = [*fractions, "train"]
-    splits: dict[str, list[_Image]] = {name: [] for name in names}
-    seen: Counter[int] = Counter()
-    for image in images:
-        splits[names[bisect_right(edges[image.label], seen[image.label])]].append(image)
-        seen[image.label] += 1
-    return splits

@@ -1,5 +1,6 @@
 """Open the dataset that `data.*` configures, with its class names, splits, fingerprint and notes on its quality."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.schema import Data, RequestedConfig
+from trainer.data.corrections import apply_corrections
+from trainer.data.csv_source import open_csv
 from trainer.data.digits import prepare_digits
 from trainer.data.examine import examine_images
 from trainer.data.fingerprint import compute_fingerprints
@@ -117,10 +120,14 @@ def open_dataset(
     """
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
-    raw.name, raw.class_names = escape_unprintable(raw.name), tuple(map(normalize_class_name, raw.class_names))
-    class_names = data.class_names and tuple(map(normalize_class_name, data.class_names))
+    own_names = tuple(map(normalize_class_name, raw.class_names))
+    raw.name, raw.class_names = escape_unprintable(raw.name), show_class_names(own_names, data)
+    class_names = data.class_names and show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
         raw = apply_class_names(raw, class_names)
+    if data.corrections:
+        other_names = dict(zip(own_names, show_class_names(own_names, data), strict=True))
+        raw = apply_corrections(raw, data.corrections, other_names, skip_unknown=data.on_error == "skip")
     _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
@@ -132,7 +139,7 @@ def open_dataset(
         raw.splits["train"] = select_per_class(train, data.labels_per_class, seed)
     if max_examples:
         raw.splits = {name: select_at_most(split, max_examples, seed) for name, split in raw.splits.items()}
-    if data.group_field:
+    if data.group_field and data.source != "csv":
         for name in raw.splits if purpose == "prepare" else {choose_scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
@@ -148,6 +155,8 @@ def open_dataset(
 def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, purpose: Purpose) -> RawData:
     if data.source == "image_folder":
         return open_image_folder(data, purpose)
+    if data.source == "csv":
+        return open_csv(data, cache_dir, purpose)
     if data.source == "tfrecords":
         return open_tfrecords(data, cache_dir, log_message)
     if data.source == "digits":
@@ -157,6 +166,24 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
             raise make_write_error(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
         data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
     return open_tfds(data, cache_dir, log_message, streamed)
+
+
+def show_class_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
+    """Return normalized class names without what data.class_prefix matches at their beginning.
+
+    Raises:
+        DataError: nothing is left of a name, or two names become equal.
+    """
+    if not data.class_prefix:
+        return names
+    shown = tuple(re.sub(rf"\A(?:{data.class_prefix})", "", name).strip() for name in names)
+    first = dict(zip(reversed(shown), reversed(names), strict=True))
+    for own, name in zip(names, shown, strict=True):
+        if not name or first[name] != own:
+            outcome = f"{first[name]} and {own} both become {name}" if name else f"nothing is left of {own}"
+            fix = "match less of the names, or leave it out"
+            raise DataError(outcome, key="data.class_prefix", value=data.class_prefix, fix=fix)
+    return shown
 
 
 def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:

@@ -51,8 +51,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
         if split.groups and field and field != "label":  # the label, which can also be the group, is stored anyway
             texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
-        if field != SOURCE_FIELD and (names := list_source_names(split, data.root)):
-            texts.setdefault(SOURCE_FIELD, {})[name] = [names[i] for i in order]
+        root = os.path.dirname(data.root or "") if data.source == "csv" else data.root
+        if field != SOURCE_FIELD and (names := list_source_names(split, root)):
+            texts.setdefault(SOURCE_FIELD, {})[name] = [with_addresses(names[i], addresses) for i in order]
     workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
         data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
@@ -78,10 +79,16 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
 
 def list_source_names(split: Split, root: str | None) -> list[str]:
-    """Return the path of each image file relative to the root. For records, return the stored names if all have one."""
+    """Return the path of each image file, of those below the root relative to it.
+
+    For records, return the stored names if all have one, else [].
+    """
     if split.files:
         root_path = os.path.abspath(os.path.expanduser(root or ""))
-        return [escape_unprintable(os.path.relpath(path, root_path)) for path in split.files]
+        paths = [os.path.abspath(path) for path in split.files]
+        relative = [os.path.relpath(path, root_path) for path in paths]
+        names = [p if r.startswith(f"..{os.sep}") else r for p, r in zip(paths, relative, strict=True)]
+        return list(map(escape_unprintable, names))
     names = [read_source_name(record) for record in locate_records(split)]
     return names if all(names) else []
 

@@ -249,6 +249,13 @@ def read_source_name(record: RecordLocation) -> str:
     return _get_source_name(_read_example(record)[0])
 
 
+def read_source_names(split: Split) -> Iterator[str]:
+    """Yield the file name that the record of each example of a split stores, escaped; "" for none."""
+    for shard in split.shards:
+        for _, _, example, _ in read_examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
+            yield _get_source_name(example)
+
+
 def _get_source_name(example: Any) -> str:
     """Return the file name of the source image, escaped; "" if the Example, None if it is corrupt, has none."""
     for field in () if example is None else _SOURCE_FIELDS:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
+from trainer.data.csv_source import plan_copies
 from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
 from trainer.errors import DataError, TrainerError
 from trainer.names import escape_unprintable
@@ -21,12 +22,13 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     """If data.data_dir is in a bucket, set data.root to the prepared folder of data.name there.
 
     Return also the bucket folder whose shards can be fetched while they are used. It is None for a local dataset, for
-    sources other than tfds, and with data.group_field, since only the records store the groups.
+    sources other than tfds, and with data.group_field or data.corrections, since only the records store the groups and
+    the names of files.
     """
     if is_remote(data.data_dir) and data.name:
         folder = find_prepared_folder(str(data.data_dir), data.name)
         data = data.model_copy(update={"root": folder, "data_dir": None})
-    streams = data.source == "tfds" and is_remote(data.root) and not data.group_field
+    streams = data.source == "tfds" and is_remote(data.root) and not (data.group_field or data.corrections)
     return data, str(data.root).rstrip("/") if streams else None
 
 
@@ -64,6 +66,13 @@ def fetch_local_copies(
     if address and shards:
         addresses[str(shards.folder)] = address
         data = data.model_copy(update={"root": str(shards.folder)})
+    if data.source == "csv":
+        budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
+        data, copies = plan_copies(data, runtime.cache_folder, budget)
+        for copy in copies:
+            copy.delete_absent()
+            fetch_missing(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
+            addresses[str(copy.folder)] = copy.bucket
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
     if names := _stored_class_names(config.data):
         copy_to_disk(names)

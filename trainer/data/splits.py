@@ -82,6 +82,8 @@ def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
 def take(split: Split, indices: np.ndarray) -> Split:
     """Return a split of the examples `indices`, int [k], which must be increasing if the split has shards."""
     labels = split.labels[indices]
+    if split.groups is not None:
+        split = replace(split, groups=tuple(split.groups[i] for i in indices))
     if split.files:
         return replace(split, labels=labels, files=tuple(split.files[i] for i in indices))
     shard_of = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[indices]

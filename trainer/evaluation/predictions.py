@@ -1,32 +1,14 @@
-"""Write predictions.csv, the prediction for every example, and decode the names in its cells."""
+"""Write predictions.csv, the prediction for every example."""
 
 import csv
 import io
-import re
 from pathlib import Path
 
-from trainer.names import escape_unprintable
+from trainer.names import encode_cell
 from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
 COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
-# A cell that begins like a formula of a spreadsheet, in full width too, or with the mark that `encode_cell` adds.
-_BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
-_FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
-# In countries with a decimal comma a cell ends at ";", in quotes too if they do not begin the line.
-_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
-_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
-
-
-def encode_cell(name: str) -> str:
-    """Escape a name for a CSV cell, with a ' where a spreadsheet would begin to compute it as a formula."""
-    text = _FORMULA_IN_NAME.sub(r"\1'", escape_unprintable(name))
-    return f"'{text}" if _FORMULA.match(text) else text
-
-
-def decode_cell(cell: str) -> str:
-    """Return the printable name that `encode_cell` wrote."""
-    return _ESCAPED_IN_NAME.sub(r"\1", cell.removeprefix("'"))
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, RunConfig
+from trainer.data.corrections import describe_corrections, read_corrections
+from trainer.data.csv_source import plan_copies
 from trainer.data.host import count_usable_cpus, default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
@@ -26,7 +28,7 @@ from trainer.runs.folder import check_same_data, describe_versions, inspect_fold
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import choose_disk_budget, format_bytes
-from trainer.storage.staging import copied_folder, is_remote
+from trainer.storage.staging import copied_folder, is_remote, select_missing
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
@@ -58,6 +60,9 @@ def _show_cluster(plan: Plan) -> None:
     plan.print_section("cluster", rows)
 
 
+_NOT_STAGED = ("not opened", "a plan downloads no data: classes and counts are known once it is staged")
+
+
 def _open_data(plan: Plan) -> Rows:
     """Open the dataset, or list the files that a run would stage first; return rows for the plan."""
     config = plan.config
@@ -65,6 +70,10 @@ def _open_data(plan: Plan) -> Rows:
     cache = config.runtime.cache_folder
     budget, reason = choose_disk_budget(config.runtime.disk_budget, cache)
     rows: Rows = [("disk budget", f"{budget / 1e9:,.1f} GB per cache, {reason}")]
+    corrections: Rows = []
+    if data.corrections:
+        listed = describe_corrections(read_corrections(data.corrections))
+        corrections = [("corrections", f"{data.corrections} lists: {listed}; applied once the data is staged")]
     if streamed_folder and (prepared := find_prepared(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
@@ -74,7 +83,18 @@ def _open_data(plan: Plan) -> Rows:
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
-    unstaged, local_paths, addresses = None, {"root": data.root, "pattern": data.pattern}, dict[str, str]()
+    unstaged, addresses = None, dict[str, str]()
+    if data.source == "csv":
+        data, copies = plan_copies(data, cache, budget)
+        addresses = {str(copy.folder): copy.bucket for copy in copies}
+        for copy in copies:
+            if missing := select_missing(copy.folder, copy.entries):
+                size = sum(info.size for info in missing.values())
+                rows.append(("bucket", f"{copy.bucket}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB"))
+                plan.to_stage += copy.entries.values()
+        if plan.to_stage:
+            return [*rows, *corrections, _NOT_STAGED]
+    local_paths = {"root": data.root, "pattern": data.pattern}
     for key, address in local_paths.items():
         if address and is_remote(address):
             local_paths[key], line, entries = checks.plan_staging(address, cache, budget)
@@ -85,8 +105,9 @@ def _open_data(plan: Plan) -> Rows:
                 unstaged, plan.to_stage = address, entries
     if unstaged:
         if data.source != "tfds":
-            return [*rows, ("not opened", "a plan downloads no data: classes and counts are known once it is staged")]
+            return [*rows, *corrections, _NOT_STAGED]
         plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged), False
+        rows += corrections
         return [*rows, ("not opened", "names and counts are from its metadata; labels are known once it is staged")]
     with addresses_in_errors(addresses):
         is_open = _open(plan, data.model_copy(update=local_paths))

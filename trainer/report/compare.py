@@ -23,8 +23,8 @@ from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
-from trainer.evaluation.predictions import decode_cell
 from trainer.monitoring.console import PatientConsole
+from trainer.names import decode_cell
 from trainer.report.figures import SERIES, Line, line_chart, to_svg
 from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
 from trainer.storage.local import write_atomically

@@ -48,8 +48,8 @@ def evaluate(
     Args:
         options: `split` (default: the first of test, validation and train that the dataset has) and `output`, the
             folder of the report (default: a folder below `evaluations` of the run).
-        moved: another configuration of the same dataset, which divides it as the run did. It is used if the dataset of
-            `run.config`, which does not divide by fractions, turns out to be a moved copy of the run's dataset.
+        moved: another configuration of the same dataset, which divides and corrects it as the run did. It is used if
+            the dataset of `run.config`, which does neither, turns out to be a moved copy of the run's dataset.
 
     Raises:
         ConfigError: the data has no such split.
@@ -65,7 +65,7 @@ def evaluate(
         )
 
     data = open_data(config, log.info)
-    if moved and list(data.dataset.splits) == ["train"]:
+    if moved and (list(data.dataset.splits) == ["train"] or moved.data.corrections):
         with suppress(DataError):  # other data may be too small to be divided
             divided = open_data(moved, lambda _: None)
             data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from trainer.config.diff import flatten
-from trainer.names import escape_unprintable
+from trainer.names import encode_cell, escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
@@ -78,6 +79,7 @@ def _environment() -> Environment:
         "percent": format_percent,
         "interval": format_interval,
         "flatten": flatten,
+        "cell": encode_cell,
     }
     environment.filters |= {"number": format_number, "duration": format_duration, "plural": format_count}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -195,6 +197,16 @@ def _gallery_entry(
     }
 
 
+def _name_by_sources(result: EvaluationResult) -> dict[str, str]:
+    """Return the names in corrections.csv of the examples whose record stores a file name that no other one has.
+
+    Such a name is valid after the records were written again, unlike the name SHARD#RECORD. Keys are the names.
+    """
+    counts = Counter(result.sources)
+    pairs = zip(result.names, result.sources, strict=True) if result.sources else ()
+    return {name: source for name, source in pairs if source and counts[source] == 1}
+
+
 def write_page(
     path: Path,
     report: Report,
@@ -238,6 +250,7 @@ def write_page(
         ],
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
+        names_in_list=_name_by_sources(result),
         suspects={row["index"]: embed_thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
         group_images=[
             [embed_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]

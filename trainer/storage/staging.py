@@ -108,7 +108,7 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     """List the files that `stage` would download, and choose their local folder. Raises the errors of `stage`."""
     root, end, is_pattern = _split_address(address)
-    folder = cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
+    folder = find_copy_folder(root, cache_dir)
     entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
     copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
     copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
@@ -116,12 +116,21 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
         problem = f"nothing matches {root}/{end}" if end else f"{root} is empty or does not exist"
         problem += f"; {describe_left_out(left_out)}" if left_out else ""
         raise DataError(problem, fix=f"check the address (gcloud storage ls {shlex.quote(str(root))})")
-    size = sum(info.size for info in copy.entries.values())
+    check_budget(address, sum(info.size for info in copy.entries.values()), cache_dir, budget)
+    return copy
+
+
+def find_copy_folder(root: StoragePath, cache_dir: Path) -> Path:
+    """Return the local folder for copies of the files below a folder or bucket."""
+    return cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
+
+
+def check_budget(address: str, size: int, cache_dir: Path, budget: int) -> None:
+    """Raise a DataError if the files of an address, in total `size` bytes, exceed the `budget` on disk in bytes."""
     if size > budget:
         problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
         fix = "raise it, or set runtime.cache_dir to a larger disk"
         raise DataError(problem, key="runtime.disk_budget_gb", value=value, fix=fix)
-    return copy
 
 
 def find_prepared_folder(data_dir: str, name: str) -> str:

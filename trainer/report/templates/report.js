@@ -38,3 +38,68 @@ for (const tabs of document.querySelectorAll(".tabs")) {
 for (const image of document.querySelectorAll("button.image"))
   image.addEventListener("click", () =>
     image.setAttribute("aria-pressed", image.getAttribute("aria-pressed") !== "true"));
+const marks = [...document.querySelectorAll(".correct")];
+if (marks.length) {
+  const chosen = new Map();  // name in corrections.csv -> class, "" to exclude the example
+  const cells = new Map([...document.querySelectorAll("#class-names option")].map((o) => [o.value, o.dataset.cell]));
+  const bar = document.getElementById("corrections");
+  const show = () => {
+    for (const mark of marks) {
+      const [select, input] = mark.children, value = chosen.get(mark.dataset.file);
+      mark.classList.toggle("chosen", value !== undefined);
+      const suggested = value && value === mark.dataset.suggestion;
+      if (value === undefined && select.value === "other") continue;  // its class is being typed
+      select.value = value === undefined ? "" : value === "" ? "exclude" : suggested ? "suggested" : "other";
+      input.hidden = select.value !== "other";
+      if (!input.hidden) input.value = value;
+    }
+    const excluded = [...chosen.values()].filter((value) => value === "").length;
+    bar.hidden = !chosen.size;
+    bar.firstChild.textContent = `${excluded} excluded, ${chosen.size - excluded} relabelled`;
+  };
+  for (const mark of marks) {
+    const select = document.createElement("select"), input = document.createElement("input");
+    const {file, suggestion} = mark.dataset;
+    select.setAttribute("aria-label", `correct ${file}`);
+    const options = {"": "correct?", exclude: "exclude", suggested: `relabel to ${suggestion}`, other: "relabel to another class"};
+    if (!suggestion) delete options.suggested;
+    for (const [value, text] of Object.entries(options)) select.append(new Option(text, value));
+    input.setAttribute("list", "class-names");
+    input.setAttribute("aria-label", `class of ${file}`);
+    input.placeholder = "class";
+    input.hidden = true;
+    mark.append(select, input);
+    select.addEventListener("change", () => {
+      chosen.delete(file);
+      if (select.value === "exclude") chosen.set(file, "");
+      if (select.value === "suggested") chosen.set(file, suggestion);
+      input.hidden = select.value !== "other";
+      input.value = "";
+      show();
+      if (!input.hidden) input.focus();
+    });
+    input.addEventListener("change", () => {
+      const known = cells.has(input.value);
+      input.setCustomValidity(known || !input.value ? "" : "This is not one of the classes.");
+      if (known) chosen.set(file, input.value); else chosen.delete(file);
+      show();
+    });
+  }
+  bar.addEventListener("click", (event) => {
+    const does = event.target.dataset.does;
+    if (does === "clear") {
+      chosen.clear();
+      for (const mark of marks) mark.firstChild.value = "";
+      show();
+    } else if (does === "save") {
+      const quote = (cell) => `"${cell.replaceAll('"', '""')}"`;
+      const rows = [...chosen].map(([file, name]) =>
+        [file, name ? "relabel" : "exclude", name && cells.get(name)].map(quote).join(","));
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([["file,action,class", ...rows, ""].join("\n")], {type: "text/csv"}));
+      link.download = "corrections.csv";
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    }
+  });
+}
