@@ -100,11 +100,11 @@ def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, ind
     return np.asarray(views[::per_view])
 
 
-def allocate_comparisons(counts: Mapping[str, int]) -> dict[str, int]:
-    """Divide `MAX_COMPARED` images equally among the splits, where no split gets more images than it has."""
+def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -> dict[str, int]:
+    """Divide `limit` images equally among the splits, where no split gets more images than it has."""
     compared: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
-        compared[name] = min(counts[name], (MAX_COMPARED - sum(compared.values())) // (len(counts) - rank))
+        compared[name] = min(counts[name], (limit - sum(compared.values())) // (len(counts) - rank))
     return compared
 
 
