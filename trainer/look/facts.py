@@ -4,18 +4,19 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from trainer.config.schema import Data, RunConfig
+from trainer.data.decoding import Resize
 from trainer.data.images import Pixels, describe_example
 from trainer.data.open import OpenedData
 from trainer.data.remote import with_addresses
 from trainer.evaluation.duplicates import find_duplicates
 from trainer.look.headers import Header, Headers, add_digests, group_copies, read_headers
-from trainer.look.sample import choose_sample
+from trainer.look.sample import choose_sample, concatenate
 from trainer.models.backbones import find_backbone
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable
@@ -131,7 +132,8 @@ def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[s
 def find_group_fields(headers: Iterable[Headers], used: Sequence[str]) -> dict[str, int]:
     """Return the fields of records, other than `used`, whose values may be groups, with the number of distinct values.
 
-    Of at most `_MAX_GROUPS` values each occurs at least twice, on average ten times.
+    Of at most `_MAX_GROUPS` values each occurs at least twice, on average ten times. An unprintable name of a field
+    cannot be typed.
     """
     totals: dict[str, Counter[bytes | int]] = {}
     for each in headers:
@@ -140,7 +142,7 @@ def find_group_fields(headers: Iterable[Headers], used: Sequence[str]) -> dict[s
     fields = {
         name: len(values)
         for name, values in sorted(totals.items())
-        if name not in used and 2 <= len(values) <= _MAX_GROUPS
+        if name not in used and escape_unprintable(name) == name and 2 <= len(values) <= _MAX_GROUPS
         if min(values.values()) > 1 and sum(values.values()) >= 10 * len(values)
     }
     return dict(list(fields.items())[:_MAX_FIELDS])
@@ -166,27 +168,31 @@ def read_settings(config: RunConfig) -> Settings:
     )
 
 
-def open_pixels(config: RunConfig, data: OpenedData, name: str, side: int, whole: bool = False) -> Pixels:
-    """Open a split at `side` pixels, not cached; unreadable images are skipped. `whole` images are not cropped."""
-    resize = "stretch" if whole else config.model.resize
-    threads = config.runtime.data_threads
-    return Pixels(data.dataset.splits[name], side, resize, "skip", threads, shards=data.shards)
+def open_pixels(config: RunConfig, data: OpenedData, side: int, whole: bool = False) -> tuple[Pixels, dict[str, int]]:
+    """Open the images of all splits at `side` pixels, not cached; also return the index at which each split begins.
+
+    Unreadable images are skipped; `whole` ones are not cropped. One pipeline takes less time to build than several.
+    """
+    split, starts = concatenate(data.dataset.splits)
+    resize: Resize = "stretch" if whole else config.model.resize
+    return Pixels(split, side, resize, "skip", config.runtime.data_threads, shards=data.shards), starts
 
 
 def _find_duplicates(
     config: RunConfig, data: OpenedData, sample: Mapping[str, np.ndarray], headers: Mapping[str, Headers]
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare the examined images; return `Facts.duplicates` and `Facts.undecodable`."""
-    dataset, undecodable = data.dataset, list[str]()
+    dataset = data.dataset
+    pixels, starts = open_pixels(config, data, COMPARED_SIDE, whole=True)
+    positions = np.concatenate([indices + starts[name] for name, indices in sample.items()])
+    small = read_thumbnails(pixels, positions, health.record_progress)
+    bad = pixels.bad
+    faults = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
+    undecodable = [with_addresses(fault, data.addresses) for fault in faults]
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, indices in sample.items():
-        pixels = open_pixels(config, data, name, COMPARED_SIDE, whole=True)
-        small = read_thumbnails(pixels, indices, health.record_progress)
-        bad = pixels.bad
-        readable = ~np.isin(indices, list(bad))
-        thumbnails[name] = indices[readable], small[readable]
-        faults = (f"{describe_example(pixels, index)}: {bad[index]}" for index in sorted(bad))
-        undecodable += [with_addresses(fault, data.addresses) for fault in faults]
+    for (name, indices), start in zip(sample.items(), accumulate(map(len, sample.values()), initial=0), strict=False):
+        readable = ~np.isin(indices + starts[name], list(bad))
+        thumbnails[name] = indices[readable], small[start : start + len(indices)][readable]
     labels = {name: split.labels for name, split in dataset.splits.items()}
 
     def describe(split: str, index: int) -> dict[str, Any]:

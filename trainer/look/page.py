@@ -13,7 +13,13 @@ from trainer.look.facts import Facts
 from trainer.look.sample import MAX_CLASSES
 from trainer.look.suggestions import Suggestion
 from trainer.report.figures import (
-    GRID_LINE, INK, SERIES, create_figure, draw_images, format_label, set_heading, style_axes,
+    INK,
+    SERIES,
+    create_figure,
+    draw_images,
+    format_label,
+    set_heading,
+    style_axes,
 )  # fmt: skip
 from trainer.report.page import LIST_SIDE, embed_thumbnail, render
 
@@ -92,7 +98,7 @@ def draw_counts(facts: Facts) -> Figure:
     style_axes(axes, "x")
     selection = "" if len(order) == len(train) else f", the rarest {len(order)} of {len(train)}"
     set_heading(axes, f"Examples per class and split{selection}")
-    axes.legend(frameon=False, fontsize=9, loc="lower right", edgecolor=GRID_LINE)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(facts.counts))
     return figure
 
 

@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_ad
 from trainer.errors import ConfigError
 from trainer.look.facts import Facts, gather_facts, open_pixels
 from trainer.look.page import (
-    AugmentedImage, Example, PageImages, draw_augmentation, draw_counts, draw_examples, render_page,
+    AugmentedImage,
+    Example,
+    PageImages,
+    draw_augmentation,
+    draw_counts,
+    draw_examples,
+    render_page,
 )  # fmt: skip
 from trainer.look.sample import choose_examples
 from trainer.look.suggestions import Suggestion, suggest
@@ -27,7 +33,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
-from trainer.report.build import augment_views
+from trainer.report.build import augment_first
 from trainer.report.figures import save
 from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES
 from trainer.storage.local import delete_abandoned
@@ -39,7 +45,7 @@ AUGMENTED = 4  # images that are shown next to their augmented views
 
 
 @dataclass(frozen=True)
-class Look:
+class Content:
     """What the page shows: the facts, the suggestions, and images at the size of training."""
 
     facts: Facts
@@ -72,7 +78,9 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
     with addresses_in_errors(addresses):
         dataset = open_run_dataset(config, data, log_slow_work, shards is not None)
     resolved, _ = resolve_auto(config, dataset.splits["train"].count, len(dataset.class_names))
-    skipped, notes = (tuple(with_addresses(line, addresses) for line in lines) for lines in (dataset.skipped, dataset.notes))
+    skipped, notes = (
+        tuple(with_addresses(line, addresses) for line in lines) for lines in (dataset.skipped, dataset.notes)
+    )
     dataset = replace(dataset, skipped=skipped, notes=notes)
     return resolved, OpenedData(dataset, addresses, shards, "none")
 
@@ -80,37 +88,37 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
 def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Mapping[str, np.ndarray]) -> PageImages:
     """Decode the images of the page as training does, and augment some as in the first epochs."""
     train, names = data.dataset.splits["train"], data.dataset.class_names
-    chosen = choose_examples(train.labels, sample["train"], config.seed)
-    pixels = open_pixels(config, data, "train", facts.settings.image_size)
-    indices = np.unique(np.concatenate([*chosen.values(), np.zeros(0, np.int64)]))
-    rows = dict(zip(indices.tolist(), pixels.rows(indices), strict=True))
-    name_of = partial(_name_of, data, "train")
+    chosen = choose_examples(train.labels, sample["train"], config.seed, only_sample=data.shards is not None)
+    pixels, starts = open_pixels(config, data, facts.settings.image_size)
+    groups = [
+        [starts[member["split"]] + member["index"] for member in group["members"][:MAX_IMAGES_PER_GROUP]]
+        for group in facts.duplicates["groups"][:MAX_WITH_IMAGES]
+    ]
+    first = starts["train"]
+    positions = np.unique([*chain.from_iterable(groups), *(first + i for m in chosen.values() for i in m.tolist())])
+    decoded = zip(positions.tolist(), pixels.rows(positions.astype(np.int64)), strict=True)
+    rows = {position: image for position, image in decoded if position not in pixels.bad}
+    readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in chosen.items()}
     examples = {
-        names[k]: [Example(name_of(i), rows[i]) for i in members.tolist() if i not in pixels.bad]
-        for k, members in chosen.items()
+        k: [Example(with_addresses(train.name_of(i), data.addresses), rows[first + i]) for i in members]
+        for k, members in readable.items()
     }
-    augmented = []
+    augmented: list[AugmentedImage] = []
     if config.augmentation.active:
-        first = [next((i for i in members.tolist() if i not in pixels.bad), None) for members in chosen.values()]
-        shown = np.array([i for i in first if i is not None], np.int64)
-        for k, index in enumerate(shown[:AUGMENTED].tolist()):
-            order = np.roll(shown, -k)  # mixup and CutMix mix the first image with the others
-            views = augment_views(config.augmentation, config.seed, np.stack([rows[i] for i in order.tolist()]), order)
-            label = names[int(train.labels[index])]
-            augmented.append(AugmentedImage(Example(name_of(index), rows[index]), label, index, views))
-    groups = []
-    opened = {name: open_pixels(config, data, name, facts.settings.image_size) for name in data.dataset.splits}
-    for group in facts.duplicates["groups"][:MAX_WITH_IMAGES]:
-        members = group["members"][:MAX_IMAGES_PER_GROUP]
-        groups.append([opened[m["split"]].rows(np.array([m["index"]]))[0] for m in members])
-    return PageImages(examples, augmented, groups)
+        classes = [k for k, members in readable.items() if members]
+        originals = [examples[k][0] for k in classes]
+        indices = np.array([readable[k][0] for k in classes], np.int64)
+        count = min(len(classes), AUGMENTED)
+        images = np.stack([example.pixels for example in originals])
+        views = augment_first(config.augmentation, config.seed, images, indices, count)
+        augmented = [AugmentedImage(originals[n], names[classes[n]], int(indices[n]), views[n]) for n in range(count)]
+    shown = {names[k]: members for k, members in examples.items()}
+    return PageImages(
+        shown, augmented, [[rows[position] for position in group if position in rows] for group in groups]
+    )
 
 
-def _name_of(data: OpenedData, split: str, index: int) -> str:
-    return with_addresses(data.dataset.splits[split].name_of(index), data.addresses)
-
-
-def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Look]:
+def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
     """Open the data, and examine at most `limit` images of it."""
     resolved, data = open_data(config)
     try:
@@ -120,27 +128,27 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Look]:
     finally:
         if data.shards:
             data.shards.close()
-    return resolved, Look(facts, suggest(facts), images)
+    return resolved, Content(facts, suggest(facts), images)
 
 
-def write_files(look: Look, config: RunConfig, output: StoragePath) -> None:
+def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
     """Write the figures, look.json and, last, the page. Each file appears as a whole; an older one is replaced."""
-    figures = {"counts.png": draw_counts(look.facts), "examples.png": draw_examples(look.images.examples)}
-    if look.images.augmented:
-        figures["augmentation.png"] = draw_augmentation(look.images.augmented)
-    suggestions = [{"title": s.title, "reason": s.reason, "arguments": s.arguments} for s in look.suggestions]
-    facts: dict[str, Any] = asdict(look.facts) | {"suggestions": suggestions}
+    figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
+    if content.images.augmented:
+        figures["augmentation.png"] = draw_augmentation(content.images.augmented)
+    suggestions = [{"title": s.title, "reason": s.reason, "arguments": s.arguments} for s in content.suggestions]
+    facts: dict[str, Any] = asdict(content.facts) | {"suggestions": suggestions}
     files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
-    files[PAGE] = render_page(look.facts, look.suggestions, look.images, config)
+    files[PAGE] = render_page(content.facts, content.suggestions, content.images, config)
     with tempfile.TemporaryDirectory() as folder:
         drawn = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
     for name in FIGURES:
         if name not in drawn:
             (output / name).delete()
-    for name, content in (drawn | files).items():
+    for name, data in (drawn | files).items():
         if output.is_local:
             delete_abandoned(Path(str(output)), name)
-        (output / name).write(content)
+        (output / name).write(data)
 
 
 def show(config: RequestedConfig, output: str, limit: int) -> None:
@@ -154,7 +162,7 @@ def show(config: RequestedConfig, output: str, limit: int) -> None:
     folder = storage_path(output)
     require_own_folder(folder)
     tf.config.set_visible_devices([], "GPU")
-    resolved, look = examine(config, limit)
-    write_files(look, resolved, folder)
-    log.info(format_summary(look.facts, look.suggestions, str(folder / PAGE)))
+    resolved, content = examine(config, limit)
+    write_files(content, resolved, folder)
+    log.info(format_summary(content.facts, content.suggestions, str(folder / PAGE)))
     termination.set_success_message(f"{folder / PAGE} is written")

@@ -146,7 +146,9 @@ def _shape(facts: Facts) -> Iterator[Suggestion]:
     if facts.settings.resize == "stretch":
         reason = ""
         if elongation >= STRETCHED:
-            reason = f"the longer side of half of the images is {elongation:.2g} times the shorter one or more, and they"
+            reason = (
+                f"the longer side of half of the images is {elongation:.2g} times the shorter one or more, and they"
+            )
             reason += " are stretched to a square"
         elif min(tall, wide) >= MIXED_FRACTION and elongation >= MIXED_STRETCH:
             reason = f"{100 * tall:.0f} % of the images are portraits and {100 * wide:.0f} % landscapes, which are"

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from trainer.look.facts import Facts
 from trainer.look.suggestions import Suggestion
+from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
 from trainer.report.page import format_count
 
 WIDTH = 80
-_MAX_CLASSES, _SHOWN_CLASSES = 20, 6  # with more classes, only the rarest and the most frequent ones are listed
 _MAX_NOTES, _MAX_FAULTS = 6, 3
-_NAME_WIDTH = 24
 
 
 def _wrap(label: str, text: str, width: int = 12) -> str:
@@ -25,23 +24,6 @@ def _wrap(label: str, text: str, width: int = 12) -> str:
 
 def _list_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def format_counts(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> list[str]:
-    """Format a table of the examples per class and split; with many classes, of the rarest and most frequent ones."""
-    first = next(iter(counts.values()))
-    shown = list(range(len(class_names)))
-    if len(shown) > _MAX_CLASSES:
-        by_count = sorted(shown, key=lambda k: first[k])
-        shown = by_count[:_SHOWN_CLASSES] + by_count[-_SHOWN_CLASSES:]
-    lines = ["  " + " " * _NAME_WIDTH + "".join(f"{name:>12}" for name in counts)]
-    for k in shown:
-        name = shorten_name(class_names[k], _NAME_WIDTH)
-        lines.append(f"  {name:{_NAME_WIDTH}}" + "".join(f"{each[k]:12,}" for each in counts.values()))
-    if len(shown) < len(class_names):
-        lines.insert(1 + _SHOWN_CLASSES, f"  ... {len(class_names) - len(shown):,} classes between these")
-    lines.append(f"  {'in total':{_NAME_WIDTH}}" + "".join(f"{sum(each):12,}" for each in counts.values()))
-    return lines
 
 
 def _format_sizes(facts: Facts) -> str:
