@@ -106,11 +106,12 @@ def find_duplicates(
     thumbnails: Mapping[str, tuple[np.ndarray, np.ndarray]],
     labels: Mapping[str, np.ndarray],
     describe: Callable[[str, int], dict[str, Any]],
+    list_all: bool = False,
 ) -> dict[str, Any]:
     """Return `duplicates` of report.json: the groups of images that occur more than once.
 
     Groups with several labels come first, those that are also in several splits before the others. Groups within one
-    split and class are only counted. Blank images are left out.
+    split and class are only counted, unless `list_all`, which lists them last. Blank images are left out.
 
     Args:
         thumbnails: indices int64 [n] and their thumbnails uint8 [n, 16, 16, 3], by split.
@@ -133,13 +134,14 @@ def find_duplicates(
     spans_splits = [len(np.unique(split_of[group])) > 1 for group in groups]
     has_several_labels = [len(np.unique(label_of[group])) > 1 for group in groups]
     rank = [2 * several + spans for several, spans in zip(has_several_labels, spans_splits, strict=True)]
-    listed_first = sorted((k for k in range(len(groups)) if rank[k]), key=lambda k: (-rank[k], groups[k][0]))
+    by_rank = sorted(range(len(groups)), key=lambda k: (-rank[k], groups[k][0]))
+    notable = [k for k in by_rank if rank[k]]
 
     def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
         return [describe(splits[split_of[i]], int(index_of[i])) for i in rows]
 
     listed = []
-    for k in listed_first[:MAX_LISTED_GROUPS]:
+    for k in (by_rank if list_all else notable)[:MAX_LISTED_GROUPS]:
         _, first_of_label = np.unique(label_of[groups[k]], return_index=True)
         names = sorted({member["label"] for member in describe_all(groups[k][first_of_label])})
         members = describe_all(groups[k][:MAX_LISTED_MEMBERS])
@@ -148,6 +150,6 @@ def find_duplicates(
         "compared": {name: len(indices) for name, (indices, _) in thumbnails.items()},
         "across_splits": sum(spans_splits),
         "different_labels": sum(has_several_labels),
-        "within_one_split_and_class": len(groups) - len(listed_first),
+        "within_one_split_and_class": len(groups) - len(notable),
         "groups": listed,
     }

@@ -23,6 +23,7 @@ from trainer.models.weights_folder import describe_weights
 from trainer.planning import checks
 from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
 from trainer.planning.timing import format_time
+from trainer.report.counts import format_counts
 from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
 from trainer.storage.disk import format_bytes
 from trainer.storage.path import ObjectInfo, storage_path
@@ -148,7 +149,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
-    """Print the names, counts, bytes and class balance of the dataset."""
+    """Print the names, counts, bytes and class balance of the dataset, and a table of the examples per class."""
     names = dataset.class_names
     shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
     for name, split in dataset.splits.items():
@@ -162,6 +163,12 @@ def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
         shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
                                  f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
     plan.print_section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
+    if plan.labels_known:
+        counts_per_split = {
+            name: np.bincount(split.labels, minlength=len(names)).tolist() for name, split in dataset.splits.items()
+        }
+        table = Text("\n".join(format_counts(names, counts_per_split)), no_wrap=True)
+        plan.print(Text("\nexamples per class", style="bold"), table)
 
 
 def show_storage(plan: Plan, problem: str) -> None:

@@ -82,29 +82,37 @@ def select_training_samples(images: ImageStore) -> Samples:
 
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Augment the first of `images`, uint8 [k, S, S, 3], as in `VIEW_COUNT` epochs; return uint8 [v, S, S, 3].
+    """Augment the first of `images`, uint8 [k, S, S, 3], as `augment_first` does; return uint8 [v, S, S, 3]."""
+    return augment_first(augmentation, seed, images, indices, 1)[0]
 
-    Mixup and CutMix mix it with another of the images in each epoch. The random parameters depend on `indices`, int64
-    [k], the indices of the images in the training split.
+
+def augment_first(
+    augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray, count: int
+) -> np.ndarray:
+    """Augment the first `count` of `images`, uint8 [k, S, S, 3], as in `VIEW_COUNT` epochs each.
+
+    Mixup and CutMix mix each with another of the images in each epoch. The random parameters depend on `indices`, int64
+    [k], the indices of the images in the training split. Returns uint8 [count, v, S, S, 3].
     """
     per_view = 2 if augmentation.mixes else 1  # pairs are mixed, and the first image of each is shown
-    epochs, rows = np.repeat(np.arange(VIEW_COUNT), per_view), np.zeros(VIEW_COUNT * per_view, np.int64)
+    epochs = np.tile(np.repeat(np.arange(VIEW_COUNT), per_view), count)
+    rows = np.repeat(np.arange(count), VIEW_COUNT * per_view)
     if augmentation.mixes:
-        rows[1::2] = (np.arange(VIEW_COUNT) + 1) % len(indices)
+        rows[1::2] = (rows[1::2] + epochs[1::2] + 1) % len(indices)
     with tf.device("CPU"):  # as in the input pipeline
         views = augment(images[rows], augmentation, seed, epochs, indices[rows])
         if augmentation.mixes:
             labels, weight = tf.zeros(len(rows), tf.int32), tf.ones(len(rows))
             batch = {"image": views, "label": labels, "weight": weight, "index": indices[rows]}
             views = mix_pairs(batch, augmentation, seed, epochs)["image"]
-    return np.asarray(views[::per_view])
+    return np.asarray(views[::per_view]).reshape(count, VIEW_COUNT, *images.shape[1:])
 
 
-def allocate_comparisons(counts: Mapping[str, int]) -> dict[str, int]:
-    """Divide `MAX_COMPARED` images equally among the splits, where no split gets more images than it has."""
+def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -> dict[str, int]:
+    """Divide `limit` images equally among the splits, where no split gets more images than it has."""
     compared: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
-        compared[name] = min(counts[name], (MAX_COMPARED - sum(compared.values())) // (len(counts) - rank))
+        compared[name] = min(counts[name], (limit - sum(compared.values())) // (len(counts) - rank))
     return compared
 
 

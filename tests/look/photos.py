@@ -1,0 +1,71 @@
+"""Photos of many formats and hostile names, with copies, an orientation mark and a corrupt file."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HOSTILE = "<script>alert(1)<b> 'x' & é"
+
+
+def smooth(seed: int, width: int = 120, height: int = 80) -> Image.Image:
+    """A photo-like image: random colors of 6 x 4 areas, interpolated."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str = "JPEG", orientation: int = 1) -> bytes:
+    """Encode an image, with an EXIF orientation if it is not 1."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(out, kind, **({"exif": exif} if orientation > 1 else {}))
+    return out.getvalue()
+
+
+def png_of_16_bits(width: int, height: int) -> bytes:
+    """An RGB PNG with 16 bits per channel, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pixels = np.random.default_rng(0).integers(0, 1 << 16, (height, width, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def write_photos(root: Path) -> Path:
+    """Write train, validation and test folders of two classes, 13 + 4 + 3 images and two unreadable files.
+
+    One image is in train and validation byte for byte, one in train and test as another size, one twice in train with
+    both labels.
+    """
+    files = {
+        f"train/{HOSTILE}/{k}.jpg": encode(smooth(k, *size)) for k, size in enumerate([(120, 80)] * 5 + [(80, 120)] * 2)
+    }
+    files |= {
+        f"train/{HOSTILE}/turned.jpg": encode(smooth(20, 120, 60), orientation=6),
+        f"train/{HOSTILE}/alpha.png": encode(smooth(21).convert("RGBA"), "PNG"),
+        "train/dog/gray.webp": encode(smooth(22).convert("L"), "WEBP"),
+        "train/dog/deep.png": png_of_16_bits(40, 30),
+        "train/dog/cmyk.jpg": encode(smooth(23).convert("CMYK")),
+        "train/dog/a\nb.gif": encode(smooth(24), "GIF"),
+        "train/dog/copy of 0.jpg": encode(smooth(0)),
+        "train/dog/half.jpg": encode(smooth(25))[:700],
+        "train/dog/text.jpg": b"not an image",
+        "train/dog/notes.txt": b"ignored",
+        f"validation/{HOSTILE}/same as 1.jpg": encode(smooth(1)),
+        "validation/dog/a.bmp": encode(smooth(30), "BMP"),
+        "validation/dog/b.bmp": encode(smooth(31), "BMP"),
+        f"test/{HOSTILE}/small 2.jpg": encode(smooth(2).resize((90, 60))),
+        "test/dog/a.jpg": encode(smooth(32)),
+        "test/dog/b.jpg": encode(smooth(33)),
+    }
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root

@@ -1,0 +1,140 @@
+"""Render the page about a dataset, and draw its figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from trainer.config.schema import RunConfig
+from trainer.look.facts import Facts
+from trainer.look.sample import MAX_CLASSES
+from trainer.look.suggestions import Suggestion
+from trainer.report.figures import (
+    INK,
+    SERIES,
+    create_figure,
+    draw_images,
+    format_label,
+    set_heading,
+    style_axes,
+)  # fmt: skip
+from trainer.report.page import LIST_SIDE, embed_thumbnail, render
+
+MAX_DRAWN, MAX_CAPTION = 60, 16  # images in a figure, and characters of their captions
+MAX_BARS = 60  # classes in the figure of counts
+THUMBNAIL_SIDE = 80  # pixels of the longest side of an image of a page with many classes
+MANY_CLASSES = 60
+ORIENTATIONS = {
+    1: "upright", 2: "mirrored", 3: "upside down", 4: "upside down, mirrored", 5: "on its side, mirrored",
+    6: "on its left side", 7: "on its side, mirrored", 8: "on its right side",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training image, uint8 [S, S, 3], and its file or record."""
+
+    file: str
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class AugmentedImage:
+    """A training image and its augmented views, uint8 [v, S, S, 3], those of the first v epochs."""
+
+    example: Example
+    class_name: str
+    index: int  # in the training split
+    views: np.ndarray
+
+
+@dataclass(frozen=True)
+class PageImages:
+    """The images of the page, at the size of training."""
+
+    examples: Mapping[str, Sequence[Example]]  # by class name
+    augmented: Sequence[AugmentedImage]
+    duplicates: Sequence[Sequence[np.ndarray]]  # of the first members of the first groups of `Facts.duplicates`
+
+
+def draw_examples(examples: Mapping[str, Sequence[Example]]) -> Figure:
+    """Draw examples of the classes, those of a class one after another, `MAX_DRAWN` at most."""
+    per_class = max(MAX_DRAWN // max(len(examples), 1), 1)
+    drawn = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
+    if not drawn:
+        figure = create_figure(height=1.0)
+        figure.text(0.5, 0.5, "no example can be decoded", ha="center", va="center", color=INK)
+        return figure
+    captions = [format_label(name, MAX_CAPTION) for name, _ in drawn]
+    return draw_images("Training examples", np.stack([pixels for _, pixels in drawn]), captions)
+
+
+def draw_augmentation(augmented: Sequence[AugmentedImage]) -> Figure:
+    """Draw images next to their augmented views, a row each."""
+    columns = 1 + len(augmented[0].views)
+    images = np.concatenate([np.concatenate([a.example.pixels[None], a.views]) for a in augmented])
+    captions = ["original", *(f"epoch {epoch}" for epoch in range(columns - 1))] * len(augmented)
+    return draw_images("Augmented views of training examples", images, captions, columns)
+
+
+def draw_counts(facts: Facts) -> Figure:
+    """Draw the examples per class and split as stacked bars, rarest first; only the `MAX_BARS` rarest classes."""
+    train = facts.counts["train"]
+    order = sorted(range(len(train)), key=lambda k: train[k])[:MAX_BARS]
+    figure = create_figure(height=1.1 + 0.24 * len(order))
+    axes = figure.add_subplot()
+    left = np.zeros(len(order))
+    for color, (name, counts) in zip(SERIES, facts.counts.items(), strict=False):
+        values = np.array([counts[k] for k in order])
+        axes.barh(range(len(order)), values, left=left, color=color, height=0.7, label=name)
+        left += values
+    for y, total in enumerate(left):
+        axes.text(total, y, f" {total:,.0f}", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(order)), [format_label(facts.class_names[k]) for k in order])
+    axes.set(ylim=(len(order) - 0.4, -0.6), xlim=(0, 1.08 * max(left.max(), 1)))
+    style_axes(axes, "x")
+    selection = "" if len(order) == len(train) else f", the rarest {len(order)} of {len(train)}"
+    set_heading(axes, f"Examples per class and split{selection}")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(facts.counts))
+    return figure
+
+
+def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageImages, config: RunConfig) -> str:
+    """Render the page, one self-contained HTML file."""
+    side = THUMBNAIL_SIDE if len(images.examples) > MANY_CLASSES else LIST_SIDE
+    groups = facts.duplicates["groups"]
+
+    def embed(example: Example, alt: str) -> dict[str, Any]:
+        return {"image": embed_thumbnail(example.pixels, side, alt), "file": example.file}
+
+    augmented = [
+        {
+            "original": embed(a.example, f"{a.class_name}, original"),
+            "class_name": a.class_name,
+            "index": a.index,
+            "views": [embed_thumbnail(view, side, f"{a.class_name}, epoch {e}") for e, view in enumerate(a.views)],
+        }
+        for a in images.augmented
+    ]
+    duplicates: list[list[Markup]] = [
+        [embed_thumbnail(pixels, LIST_SIDE, m["file"]) for pixels, m in zip(members, group["members"], strict=False)]
+        for members, group in zip(images.duplicates, groups, strict=False)
+    ]
+    changes = config.augmentation.model_dump(mode="json", exclude_defaults=True)
+    return render(
+        "look.html.j2",
+        facts=facts,
+        suggestions=suggestions,
+        examples=[(name, [embed(e, name) for e in members]) for name, members in images.examples.items()],
+        max_classes=MAX_CLASSES,
+        augmented=augmented,
+        changes=changes,
+        seed=config.seed,
+        model=config.model,
+        group_images=duplicates,
+        orientation_names=ORIENTATIONS,
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,168 @@
+"""Open the data of a configuration, examine it, and write the page, the figures and look.json."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config.auto import resolve_auto
+from trainer.config.schema import RequestedConfig, RunConfig
+from trainer.data.open import OpenedData, open_run_dataset
+from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
+from trainer.errors import ConfigError
+from trainer.look.facts import Facts, gather_facts, open_pixels
+from trainer.look.page import (
+    AugmentedImage,
+    Example,
+    PageImages,
+    draw_augmentation,
+    draw_counts,
+    draw_examples,
+    render_page,
+)  # fmt: skip
+from trainer.look.sample import choose_examples
+from trainer.look.suggestions import Suggestion, suggest
+from trainer.look.summary import format_summary
+from trainer.monitoring import termination
+from trainer.monitoring.health import health
+from trainer.monitoring.log import log
+from trainer.monitoring.progress import log_while_slow
+from trainer.report.build import augment_first
+from trainer.report.figures import save
+from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES
+from trainer.storage.local import delete_abandoned
+from trainer.storage.path import StoragePath, storage_path
+
+PAGE, FACTS = "index.html", "look.json"
+FIGURES = ("examples.png", "augmentation.png", "counts.png")
+AUGMENTED = 4  # images that are shown next to their augmented views
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the page shows: the facts, the suggestions, and images at the size of training."""
+
+    facts: Facts
+    suggestions: list[Suggestion]
+    images: PageImages
+
+
+def require_own_folder(folder: StoragePath) -> None:
+    """Raise a ConfigError if the folder has a page of something else, such as a report, which would be replaced."""
+    if (folder / PAGE).exists() and not (folder / FACTS).exists():
+        problem, fix = f"has an {PAGE} that trainer.look did not write", "choose another folder"
+        raise ConfigError(problem, key="output", value=str(folder), fix=fix)
+
+
+def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
+    """Open the dataset as a run does, but skip files that cannot be read; resolve `auto`.
+
+    Raises the errors of `trainer.data.open.open_dataset`.
+    """
+
+    def log_slow_work(text: str) -> None:
+        if text.startswith("reading"):  # it may take long; the page has what the other messages report
+            log.info(text)
+
+    weightless = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
+    local, addresses, shards = fetch_local_copies(
+        weightless, log.info, lambda _address: health.record_progress(), stream=True
+    )
+    data = local.data.model_copy(update={"on_error": "skip"})
+    with addresses_in_errors(addresses):
+        dataset = open_run_dataset(config, data, log_slow_work, shards is not None)
+    resolved, _ = resolve_auto(config, dataset.splits["train"].count, len(dataset.class_names))
+    skipped, notes = (
+        tuple(with_addresses(line, addresses) for line in lines) for lines in (dataset.skipped, dataset.notes)
+    )
+    dataset = replace(dataset, skipped=skipped, notes=notes)
+    return resolved, OpenedData(dataset, addresses, shards, "none")
+
+
+def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Mapping[str, np.ndarray]) -> PageImages:
+    """Decode the images of the page as training does, and augment some as in the first epochs."""
+    train, names = data.dataset.splits["train"], data.dataset.class_names
+    chosen = choose_examples(train.labels, sample["train"], config.seed, only_sample=data.shards is not None)
+    pixels, starts = open_pixels(config, data, facts.settings.image_size)
+    groups = [
+        [starts[member["split"]] + member["index"] for member in group["members"][:MAX_IMAGES_PER_GROUP]]
+        for group in facts.duplicates["groups"][:MAX_WITH_IMAGES]
+    ]
+    first = starts["train"]
+    positions = np.unique([*chain.from_iterable(groups), *(first + i for m in chosen.values() for i in m.tolist())])
+    decoded = zip(positions.tolist(), pixels.rows(positions.astype(np.int64)), strict=True)
+    rows = {position: image for position, image in decoded if position not in pixels.bad}
+    readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in chosen.items()}
+    examples = {
+        k: [Example(with_addresses(train.name_of(i), data.addresses), rows[first + i]) for i in members]
+        for k, members in readable.items()
+    }
+    augmented: list[AugmentedImage] = []
+    if config.augmentation.active:
+        classes = [k for k, members in readable.items() if members]
+        originals = [examples[k][0] for k in classes]
+        indices = np.array([readable[k][0] for k in classes], np.int64)
+        count = min(len(classes), AUGMENTED)
+        images = np.stack([example.pixels for example in originals])
+        views = augment_first(config.augmentation, config.seed, images, indices, count)
+        augmented = [AugmentedImage(originals[n], names[classes[n]], int(indices[n]), views[n]) for n in range(count)]
+    shown = {names[k]: members for k, members in examples.items()}
+    return PageImages(
+        shown, augmented, [[rows[position] for position in group if position in rows] for group in groups]
+    )
+
+
+def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
+    """Open the data, and examine at most `limit` images of it."""
+    resolved, data = open_data(config)
+    try:
+        with log_while_slow("examining the images"), addresses_in_errors(data.addresses):
+            facts, sample = gather_facts(resolved, data, limit)
+            images = collect_images(resolved, data, facts, sample)
+    finally:
+        if data.shards:
+            data.shards.close()
+    return resolved, Content(facts, suggest(facts), images)
+
+
+def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
+    """Write the figures, look.json and, last, the page. Each file appears as a whole; an older one is replaced."""
+    figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
+    if content.images.augmented:
+        figures["augmentation.png"] = draw_augmentation(content.images.augmented)
+    suggestions = [{"title": s.title, "reason": s.reason, "arguments": s.arguments} for s in content.suggestions]
+    facts: dict[str, Any] = asdict(content.facts) | {"suggestions": suggestions}
+    files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
+    files[PAGE] = render_page(content.facts, content.suggestions, content.images, config)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
+    for name in FIGURES:
+        if name not in drawn:
+            (output / name).delete()
+    for name, data in (drawn | files).items():
+        if output.is_local:
+            delete_abandoned(Path(str(output)), name)
+        (output / name).write(data)
+
+
+def show(config: RequestedConfig, output: str, limit: int) -> None:
+    """Write the page of a configuration to a folder, and log a summary.
+
+    Raises:
+        ConfigError: the folder has a page of something else.
+        DataError: the data cannot be opened.
+        Interrupted: a bucket does not respond.
+    """
+    folder = storage_path(output)
+    require_own_folder(folder)
+    tf.config.set_visible_devices([], "GPU")
+    resolved, content = examine(config, limit)
+    write_files(content, resolved, folder)
+    log.info(format_summary(content.facts, content.suggestions, str(folder / PAGE)))
+    termination.set_success_message(f"{folder / PAGE} is written")

@@ -1,0 +1,179 @@
+"""Suggestions for the configuration of a run, each with its reason, as a pure function of the facts about the data."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer.config.typed import format_argument
+from trainer.data.open import MAX_CLASS_RATIO, SMALL_SPLIT
+from trainer.look.facts import Facts
+from trainer.report.page import format_count
+
+ENOUGH_SCORED = 100  # validation or test examples; with fewer, one is more than 1 point of accuracy
+ENOUGH_PER_CLASS = 100  # training examples; with fewer, a network sees the same images too often
+MAX_FRACTION = 0.3  # of the training examples that a suggestion sets aside for a split
+MIN_DIVIDED = 10  # training examples, of which some can be set aside
+LARGE_RATIO, SMALL_RATIO = 2.0, 2.0  # of the photos' shorter side to model.image_size, or of the latter to the former
+GOOD_SIZE = 224  # pixels; most ImageNet weights were trained with it
+STRETCHED = 1.7  # longer / shorter side from which a stretched image is hard to recognize; 16:9 is 1.78
+MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3  # portraits and landscapes are mixed, and stretched in opposite directions
+MAX_CROPPED = 0.5  # fraction of an image outside its centered square
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Something to change, with its reason: arguments of the command line, or none if the data has to change."""
+
+    title: str
+    reason: str
+    settings: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def arguments(self) -> str:
+        """The settings as they are pasted into a command, quoted for the shell; "" if there are none."""
+        return " ".join(format_argument(key, value) for key, value in self.settings)
+
+
+def suggest(facts: Facts) -> list[Suggestion]:
+    """Return suggestions, the most important first; each argument can be added to the command of the run."""
+    parts = (_faults, _duplicates, _labels, _splits, _weights, _images, _shape, _augmentation, _groups)
+    return [suggestion for part in parts for suggestion in part(facts)]
+
+
+def _faults(facts: Facts) -> Iterator[Suggestion]:
+    count, settings = len(facts.skipped) + len(facts.undecodable), facts.settings
+    if count and settings.on_error == "fail":
+        reason = f"{format_count(count, 'file or record', 'files or records')} cannot be read, and a run ends with exit"
+        yield Suggestion(
+            "Repair or remove unreadable files, or skip them",
+            f"{reason} code 2 at the first one; they are listed with their reasons",
+            (("data.on_error", "skip"),),
+        )
+    marked = sum(count for orientation, count in facts.orientations.items() if orientation > 1)
+    if marked and settings.orientation == "ignore":
+        reason = f"{format_count(marked, 'examined image')} of {sum(facts.examined.values()):,} have an EXIF"
+        yield Suggestion(
+            "Turn photos upright",
+            f"{reason} orientation, which is ignored; right if the marks are wrong",
+            (("data.orientation", "exif"),),
+        )
+
+
+def _duplicates(facts: Facts) -> Iterator[Suggestion]:
+    if count := facts.duplicates["across_splits"]:
+        reason = f"{format_count(count, 'image')} {'is' if count == 1 else 'are'} in several splits: the network is"
+        fix = "Remove copies from one of the splits"
+        yield Suggestion(fix, f"{reason} scored on images that it was trained on, so the scores are too high")
+
+
+def _labels(facts: Facts) -> Iterator[Suggestion]:
+    if count := facts.duplicates["different_labels"]:
+        reason = f"{format_count(count, 'image')} {'has' if count == 1 else 'have'} copies with another label"
+        yield Suggestion("Correct contradicting labels", f"{reason}; at most one of them is right")
+
+
+def _splits(facts: Facts) -> Iterator[Suggestion]:
+    settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
+    if settings.source == "digits" or settings.is_trial:
+        return
+    divided = totals["train"] + sum(totals[name] for name in facts.from_train)
+    fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
+    wanted: dict[str, tuple[float, str]] = {}
+    if divided >= MIN_DIVIDED:
+        if "validation" not in totals and fractions["validation"] == 0:
+            wanted["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
+        if "test" not in totals and fractions["test"] == 0 and _can_divide(facts):
+            wanted["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
+    for name in facts.from_train:
+        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / divided) / 100)
+        if totals[name] < ENOUGH_SCORED and fraction >= 1.2 * fractions[name] > 0:
+            wanted[name] = fraction, _describe_small_split(name, totals[name])
+    for name, (fraction, reason) in wanted.items():
+        title = f"Set {'more' if name in totals else 'some'} images aside for {name}"
+        yield Suggestion(title, reason, ((f"data.{name}_fraction", f"{fraction:g}"),))
+    for name, total in totals.items():
+        if name not in ("train", *wanted) and total < SMALL_SPLIT:
+            yield Suggestion(f"Add {name} images", _describe_small_split(name, total))
+
+
+def _describe_small_split(name: str, count: int) -> str:
+    return f"{name} has only {format_count(count, 'example')}: each is {100 / count:.1f} points of accuracy"
+
+
+def _can_divide(facts: Facts) -> bool:
+    """Return whether the data has enough record files for another split: data.source=tfrecords assigns whole files."""
+    return facts.settings.source != "tfrecords" or facts.files > len(facts.counts)
+
+
+def _weights(facts: Facts) -> Iterator[Suggestion]:
+    counts = facts.counts["train"]
+    low, high = min(counts), max(counts)
+    if high > MAX_CLASS_RATIO * low and low and not facts.settings.class_weights:
+        rare, frequent = (facts.class_names[counts.index(count)] for count in (low, high))
+        reason = f"{frequent} has {high:,} training examples, {rare} {low:,}: without weights rare classes count little"
+        yield Suggestion("Weight the classes", reason, (("training.class_weights", "balanced"),))
+
+
+def _images(facts: Facts) -> Iterator[Suggestion]:
+    settings, shorter = facts.settings, facts.shorter_side.get("median", 0)
+    size = settings.image_size
+    if not shorter:
+        return
+    larger = [side for side in settings.sizes or (96, 128, 160, 192, 224) if size < side <= min(shorter, GOOD_SIZE)]
+    if size < GOOD_SIZE and shorter >= LARGE_RATIO * size and larger:
+        side = next((side for side in larger if side >= 1.5 * size), larger[-1])
+        reason = f"half of the images have {shorter:.0f} px or more on the shorter side, and are reduced to {size} px;"
+        times = f"{(side / size) ** 2:.1f} times the time per image"
+        text = f"{reason} small details need more, at {times}"
+        yield Suggestion("Train on larger images", text, (("model.image_size", side),))
+    if size >= SMALL_RATIO * shorter:
+        smaller = [s for s in settings.sizes or range(32, size, 32) if max(shorter, settings.min_size) <= s < size]
+        if smaller and (side := smaller[0]) <= 0.75 * size:
+            reason = f"half of the images have at most {shorter:.0f} px on the shorter side, and are enlarged to {size}"
+            times = f"{100 * (side / size) ** 2:.0f} % of the time; compare both, since the ImageNet weights expect"
+            text = f"{reason} px without new details. It takes {times} large images"
+            yield Suggestion("Try smaller images", text, (("model.image_size", side),))
+
+
+def _shape(facts: Facts) -> Iterator[Suggestion]:
+    if not facts.elongation:
+        return
+    elongation, total = facts.elongation["median"], max(sum(facts.aspects.values()), 1)
+    names = list(facts.aspects)
+    square = names.index("square")
+    tall = sum(facts.aspects[name] for name in names[:square]) / total
+    wide = sum(facts.aspects[name] for name in names[square + 1 :]) / total
+    if facts.settings.resize == "stretch":
+        reason = ""
+        if elongation >= STRETCHED:
+            reason = (
+                f"the longer side of half of the images is {elongation:.2g} times the shorter one or more, and they"
+            )
+            reason += " are stretched to a square"
+        elif min(tall, wide) >= MIXED_FRACTION and elongation >= MIXED_STRETCH:
+            reason = f"{100 * tall:.0f} % of the images are portraits and {100 * wide:.0f} % landscapes, which are"
+            reason += " stretched in opposite directions"
+        if reason:
+            text = f"{reason}; the centered square has natural proportions, if the objects are not at the edges"
+            yield Suggestion("Crop instead of stretching", text, (("model.resize", "crop"),))
+    elif 1 - 1 / elongation >= MAX_CROPPED:
+        reason = f"half of the images lose {100 * (1 - 1 / elongation):.0f} % or more of their area outside the square"
+        yield Suggestion("Stretch instead of cropping", reason, (("model.resize", "stretch"),))
+
+
+def _augmentation(facts: Facts) -> Iterator[Suggestion]:
+    counts = facts.counts["train"]
+    per_class = sum(counts) / max(len(counts), 1)
+    if per_class < ENOUGH_PER_CLASS and not facts.settings.augmented and not facts.settings.is_trial:
+        reason = f"there are {per_class:.0f} training examples per class, and without augmentation each epoch repeats"
+        text = f"{reason} them; light has no flips, standard has"
+        yield Suggestion("Augment the training images", text, (("augmentation", "light"),))
+
+
+def _groups(facts: Facts) -> Iterator[Suggestion]:
+    if facts.group_fields and not facts.settings.group_field:
+        name, count = min(facts.group_fields.items(), key=lambda item: (item[1], item[0]))
+        others = f"; other such fields: {', '.join(n for n in facts.group_fields if n != name)}"
+        reason = f"the field {name} of the records has {count} different values in the examined ones, and the report"
+        text = f"{reason} can show scores for each{others if len(facts.group_fields) > 1 else ''}"
+        yield Suggestion("Score groups", text, (("data.group_field", name),))
