@@ -34,7 +34,7 @@ def test_multipliers_are_restored_after_a_kill(tmp_path: Path) -> None:
 def test_a_phase_without_improvement_ends_with_the_weights_of_the_phase_before(tmp_path: Path) -> None:
     worse, head = tmp_path / "worse", tmp_path / "head"
     longer = ("runtime.keep_checkpoints=1", "phases.head.epochs=3")
-    high_rate = ("phases.fine_tune.optimizer.name=sgd", "phases.fine_tune.optimizer.learning_rate=3")
+    high_rate = ("phases.fine_tune.optimizer.name=sgd", "phases.fine_tune.optimizer.learning_rate=0.5")
     result = train(*SMALL, *longer, *high_rate, f"output_dir={worse}")
     train(*SMALL, *longer, "~phases.fine_tune", f"output_dir={head}")
     phases = json.loads((worse / "report" / "report.json").read_text())["phases"]
@@ -67,7 +67,7 @@ def test_two_workers_train_batch_norm_as_one_does(tmp_path: Path) -> None:
 
 def test_auto_values_are_resolved_once_and_equal_explicit_ones(tmp_path: Path) -> None:
     chosen, explicit = tmp_path / "chosen", tmp_path / "explicit"
-    output = kill_at("phase fine_tune:", *AUTO, f"output_dir={chosen}")
+    output = kill_at("phase head: val_accuracy", *AUTO, f"output_dir={chosen}")
     for text in ("model.backbone=auto: MobileNetV2", "phases=auto: few_different", "training.batch_size=auto: 16"):
         assert text in output
     config = yaml.safe_load((chosen / "config.yaml").read_text())
