@@ -55,6 +55,11 @@ SET_ELSEWHERE = {
     "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
     "GOOGLE_APPLICATION_CREDENTIALS": "users outside of Google Cloud",
+    "AWS_REGION": "EKS, or the user",
+    "AWS_ROLE_ARN": "EKS (IRSA), as AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "",
+    "AWS_ACCESS_KEY_ID": "users outside of AWS",
+    "AWS_SKIP_SIGNATURE": "the user, for public buckets in S3",
 }
 
 
