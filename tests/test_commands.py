@@ -55,6 +55,7 @@ def test_the_pages_have_commands() -> None:
         "drift",
         "promote",
         "nightly",
+        "relay",
     }
 
 
