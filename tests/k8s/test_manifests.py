@@ -127,7 +127,9 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
     (account,) = [tree for tree in manifests.rendered("shared") if tree["kind"] == "ServiceAccount"]
     assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
-    budget, job = sorted(manifests.rendered("overlays/multiworker"), key=lambda tree: tree["kind"], reverse=True)
+    by_kind = {tree["kind"]: tree for tree in manifests.rendered("overlays/multiworker")}
+    assert by_kind.keys() == {"Job", "NetworkPolicy", "PodDisruptionBudget"}
+    budget, job = by_kind["PodDisruptionBudget"], by_kind["Job"]
     assert (budget["kind"], budget["metadata"]["name"]) == ("PodDisruptionBudget", job["metadata"]["name"])
     spec = job["spec"]
     assert spec["template"]["spec"]["priorityClassName"] == "kubetune"
