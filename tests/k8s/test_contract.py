@@ -208,7 +208,7 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
         overridden = [a for a in container["args"] if re.match(r"runtime\.(precision|xla|steps_per_call)=", a)]
         assert overridden == [], name
     assert set(settings.values()) == {("auto", "auto", 8080, "/cache")}
-    cpu = {"local", "prepare", "serve", "serving", "tensorboard"}
+    cpu = {"local", "prepare", "serve", "serving", "serving-log", "tensorboard"}
     assert {name_of(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
     assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep"} <= settings.keys()
 

@@ -102,7 +102,8 @@ def test_another_number_of_workers_is_set_everywhere(copied: Path) -> None:
     workers = copied / "overlays" / "multiworker" / "workers.yaml"
     workers.write_text(workers.read_text().replace('count: "2"', 'count: "16"'))
     for overlay in ("multiworker", "jobset"):
-        text = yaml.safe_dump(manifests.rendered(f"overlays/{overlay}")[-1])
+        (run,) = (tree for tree in manifests.rendered(f"overlays/{overlay}") if tree["kind"] in ("Job", "JobSet"))
+        text = yaml.safe_dump(run)
         assert "completions: 16\n" in text
         assert "parallelism: 16\n" in text
         assert "name: WORKER_COUNT\n" in text

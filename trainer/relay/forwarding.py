@@ -123,8 +123,8 @@ class Relay:
                 return await self._run(self._forward, request, body, identifier)
         except HTTPException as error:
             return _respond_error(error.status_code, error.detail)
-        except Exception:
-            log_traceback()
+        except Exception as error:
+            log_traceback(error)
             return _respond_error(500, "internal error of the relay")
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
