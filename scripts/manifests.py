@@ -41,7 +41,7 @@ HEADERS = {
 COMMANDS = """\
 #   pause    kubectl patch job kubetune --patch '{{"spec": {{"suspend": true}}}}'    (saves a checkpoint; false resumes)
 #   stop     kubectl delete job kubetune --cascade=foreground    (saves a checkpoint, and waits for it)
-#   again    kubectl replace --force --cascade=foreground -f k8s/{file}    (stop, if it runs, and start)
+#   again    {again}    (stop, if it runs, and start)
 #
 # Preempted and evicted pods are replaced automatically. The log is that of the newest pod. The output is in the bucket.
 # A second `apply` of the same file changes nothing: a running Job continues, an ended Job stays, and refuses changes.
@@ -49,6 +49,12 @@ COMMANDS = """\
 # a finished run exits with 0. Another name, at &run, is another run in another folder.
 # Made from k8s/{folder} by `make manifests`; change it there, or edit a copy of this file.
 """
+AGAIN = {  # the policy of the workers stays until their last checkpoint is saved
+    "job.yaml": "kubectl replace --force --cascade=foreground -f k8s/job.yaml",
+    "multiworker.yaml": """\
+kubectl delete job kubetune --cascade=foreground --ignore-not-found && \\
+#              kubectl apply -f k8s/multiworker.yaml""",
+}
 FOLDERS = {"job.yaml": "base", "multiworker.yaml": "overlays/multiworker"}
 # Comments of the sources that apply to kustomize only, and their text in the file.
 REPLACED_COMMENTS = {
@@ -234,7 +240,7 @@ def manifest(file: str) -> str:
         count = next(tree["spec"]["completions"] for tree in objects if tree["kind"] == "Job")
         body = body.replace(f"  completions: {count}", f"  completions: &workers {count}")
         body = body.replace(f"  parallelism: {count}", "  parallelism: *workers")
-    return HEADERS[file] + COMMANDS.format(file=file, folder=FOLDERS[file]) + "---\n" + body
+    return HEADERS[file] + COMMANDS.format(again=AGAIN[file], folder=FOLDERS[file]) + "---\n" + body
 
 
 def main() -> None:

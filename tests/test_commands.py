@@ -56,6 +56,7 @@ def test_the_pages_have_commands() -> None:
         "drift",
         "promote",
         "nightly",
+        "relay",
     }
 
 

@@ -1,7 +1,7 @@
 """`python -m trainer.compare RUN RUN ... [output=FILE.html]`: compare runs on the examples they have in common.
 
-    RUN               output_dir of a finished run, local or gs://, or a folder written by `python -m trainer.evaluate`;
-                      the first one is the reference
+    RUN               output_dir of a finished run, or a folder written by `python -m trainer.evaluate`, local or in a
+                      bucket; the first one is the reference
     output=FILE.html  page to write (default: compare.html)
 
 Example: python -m trainer.compare outputs/a outputs/b output=compare.html

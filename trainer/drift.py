@@ -2,11 +2,12 @@
 measure the drift of a served model from its logged predictions and the reference distribution of its export.
 
     reference=...   output_dir of a run, its export/, a SavedModel, a reference.json, or the folder of the versions of a
-                    model: the newest one, and only its own predictions; local or gs://
-    log=...         predictions logged by `trainer.serve`, a file of JSON lines or a folder of parts; local or gs://
+                    model: the newest one, and only its own predictions; local or in a bucket
+    log=...         predictions logged by `trainer.serve` or `trainer.relay`, a file of JSON lines or a folder of parts;
+                    local or in a bucket
     hours=24        use only the predictions of the last 24 hours (default: all)
     until=TIME      end of these hours, as in ISO 8601, in UTC without an offset (default: now)
-    output=FILE.png path of the figure (default: drift.png); local or gs://
+    output=FILE.png path of the figure (default: drift.png); local or in a bucket
 
 Example: python -m trainer.drift reference=outputs/flowers log=predictions.jsonl hours=24
 

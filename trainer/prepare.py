@@ -1,6 +1,6 @@
 """`python -m trainer.prepare data=... output=FOLDER`: write sharded TFRecords, or with weights=... published weights.
 
-    output=FOLDER        folder for the records, local or gs://
+    output=FOLDER        folder for the records, local or in a bucket
     data=..., KEY=VALUE  configuration as for training; used are data.*, seed, debug.max_examples and, of runtime,
                          cache_dir, disk_budget_gb, data_threads, progress, logging and health
 

@@ -16,10 +16,11 @@ from scripts.configuration_page import bounds, default, kind, sections
 from tests.cli.verbs import exit_code_of
 from trainer.cli.arguments import format_usage
 from trainer.cli.compose import GROUPS, find_conf_folder
+from trainer.relay.settings import RelaySettings
 from trainer.serving.settings import Settings
 
 FILE = Path(__file__).with_name("surface.txt")
-VERBS = ("prepare", "look", "plan", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly")
+VERBS = ("prepare", "look", "plan", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly", "relay")
 
 
 def arguments(verb: ModuleType) -> list[str]:
@@ -49,6 +50,7 @@ def text() -> str:
         verb = import_module(f"trainer.{name}")
         lines += [f"verb {name}: {format_usage(verb.__doc__)}", *(f"verb {name}: {key}" for key in arguments(verb))]
     lines += [_line("serve", key, field) for key, field in Settings.model_fields.items()]
+    lines += [_line("relay", key, field) for key, field in RelaySettings.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 

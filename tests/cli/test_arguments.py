@@ -47,7 +47,10 @@ def test_each_fault_has_its_key_and_the_usage(arguments: list[str], key: str, va
 
 
 ADDRESSES = [
-    ("s3://b/x", "is at s3://, and only local", "copy it to a local disk"),
+    ("abfss://b/x", "is at abfss://, and only local paths, gs:// and s3://", "copy it to a local disk, gs:// or s3://"),
+    ("S3://b/x", "is not the address of a bucket", "write s3://b/x"),
+    ("s3a://b/x", "is not the address of a bucket", "write s3://b/x"),
+    ("s3:///x", "is not the address of a bucket", "write s3://x"),
     ("gs:/b/x", "is not the address of a bucket", "write gs://b/x"),
     ("GS://b/x", "is not the address of a bucket", "write gs://b/x"),
     (" gs://b/x", "is not the address of a bucket", "write gs://b/x"),
@@ -69,7 +72,9 @@ def test_an_address_of_another_scheme_has_its_key_and_the_right_spelling(address
         load(tree(output_dir=address))
 
 
-@pytest.mark.parametrize("address", ["gs://b", "gs://b/x", "C:/x", "photos: new", "a:b/c", " x", "./s3://b"])
+@pytest.mark.parametrize(
+    "address", ["gs://b", "gs://b/x", "s3://b/x", "C:/x", "photos: new", "a:b/c", " x", "./abfss://b"]
+)
 def test_other_addresses_are_unchanged(address: str) -> None:
     assert parse_arguments([f"run={address}"], DOC, {"run": ""})[0] == {"run": address}
 

@@ -100,8 +100,8 @@ def test_other_keys_name_their_source() -> None:
     assert choose_source(["data.pattern=x/*.tfrec"])[0][0] == "data=tfrecords"
     for unchanged in (["data=tfds", "data.root=x"], ["experiment=quickstart", "data.root=x"], ["seed=1"], []):
         assert choose_source(unchanged) == (unchanged, "")
-    with raises(ConfigError, key="data.root", value="s3://b/x", fix="gs://"):
-        choose_source(["data.root=s3://b/x"])
+    with raises(ConfigError, key="data.root", value="abfss://b/x", fix="gs://"):
+        choose_source(["data.root=abfss://b/x"])
 
 
 def test_the_choice_is_logged_and_the_quickstart_not_trained(

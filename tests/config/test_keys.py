@@ -175,7 +175,7 @@ def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
         ({"model__hidden": 10**9}, "model.hidden", 10**9, "less than or equal to"),
         ({"distillation": {"teacher": "t", "temperature": 1e300}}, "distillation.temperature", 1e300, "less than"),
         ({"phases__head__schedule": {"name": "step", "decay": 0.1, "at": ["9 steps", "3 steps"]}}, "phases.head.schedule.at", None, "sort"),
-        ({"data__root": "s3://b/x"}, "data.root", "s3://b/x", "gs://"),
+        ({"data__root": "abfss://b/x"}, "data.root", "abfss://b/x", "gs:// or s3://"),
         ({"output_dir": "GS://b/x"}, "output_dir", "GS://b/x", "^write gs://b/x$"),
         ({"warm_start": "gs:/b/x"}, "warm_start", "gs:/b/x", "^write gs://b/x$"),
         ({"model__weights": "https://h/x.h5"}, "model.weights", "https://h/x.h5", "copy it"),

@@ -18,8 +18,9 @@ from tests.e2e.running import ROOT, SMALL, assert_same_run, by_step, program, tr
 from tests.e2e.workers import Workers, start_workers
 from tests.storage.emulator import Emulator, environment, running
 from tests.storage.faulty import faults
+from tests.storage.s3_server import S3Server, s3_running
 from trainer.errors import INTERRUPTED, WRONG_INPUT
-from trainer.storage.path import storage_path
+from trainer.storage.path import StoragePath, storage_path
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("server")]
 
@@ -38,56 +39,63 @@ def calm(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(prepared: Path, tmp_path: Path) -> Iterator[Emulator]:
-    """A storage emulator with the data and the weights."""
-    with running(tmp_path / "objects") as emulator:
+def server(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Iterator[Emulator | S3Server]:
+    """A server of Google's buckets, or by parametrization of S3's, with the data and the weights."""
+    scheme = getattr(request, "param", "gs")
+    with (running if scheme == "gs" else s3_running)(tmp_path / "objects") as server:
         for file in prepared.iterdir():
             if file.is_file() and not file.name.startswith("."):
-                (storage_path(DATA) / file.name).upload(file)
-        (storage_path("gs://bucket/weights") / WEIGHTS.name).upload(WEIGHTS)
-        yield emulator
+                (storage_path(f"{scheme}://bucket/digits") / file.name).upload(file)
+        (storage_path(f"{scheme}://bucket/weights") / WEIGHTS.name).upload(WEIGHTS)
+        yield server
 
 
 def start(folder: Path, cache: Path, *overrides: str, output: str = "gs://bucket/runs/1") -> Workers:
     """Start the run; another cache simulates another node."""
+    scheme = output.partition(":")[0]
     return start_workers(
-        folder, 1, *LOCAL, f"data.root={DATA}", f"model.weights=gs://bucket/weights/{WEIGHTS.name}",
+        folder, 1, *LOCAL, f"data.root={scheme}://bucket/digits",
+        f"model.weights={scheme}://bucket/weights/{WEIGHTS.name}",
         f"runtime.cache_dir={cache}", f"output_dir={output}", *overrides,
     )  # fmt: skip
 
 
-def downloaded(to: Path, prepared: Path) -> Path:
+def downloaded(to: Path, prepared: Path, run: StoragePath = RUN) -> Path:
     """Download the run from the bucket; rename checkpoints and data as in the local run."""
-    for info in RUN.list():
-        info.path.download(to / str(info.path).removeprefix(f"{RUN}/"))
+    for info in run.list():
+        info.path.download(to / str(info.path).removeprefix(f"{run}/"))
     by_step(to)
-    with_data_at(to, DATA, str(prepared))
+    with_data_at(to, DATA.replace("gs://", str(run)[:5]), str(prepared))
     return to
 
 
-def assert_tensorboard_reads(to: Path) -> None:
+def assert_tensorboard_reads(to: Path, run: StoragePath) -> None:
     """Assert that TensorBoard reads the logs of the unfinished run in the bucket."""
-    for info in (RUN / "logs" / "head").list():
+    for info in (run / "logs" / "head").list():
         info.path.download(to / info.path.name)
     events = EventAccumulator(str(to)).Reload()
     assert {"train/loss", "validation/accuracy"} <= set(events.Tags()["tensors"])
 
 
 @pytest.mark.slow
-def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(calm: Path, prepared: Path, tmp_path: Path) -> None:
-    first = start(tmp_path / "1", tmp_path / "node-1")
+@pytest.mark.parametrize("server", ["gs", "s3"], indirect=True)
+def test_a_run_resumed_on_an_empty_disk_is_equal_bit_for_bit(
+    calm: Path, prepared: Path, tmp_path: Path, server: Emulator | S3Server
+) -> None:
+    run = storage_path(f"{server.scheme}://bucket/runs/1")
+    first = start(tmp_path / "1", tmp_path / "node-1", output=str(run))
     first.wait_for("phase fine_tune: 12 steps")
     first[0].send_signal(signal.SIGKILL)
     first.wait(120)
-    assert f"{DATA}: fetching " in first.output(0)
-    assert_tensorboard_reads(tmp_path / "logs")
+    assert f"{server.scheme}://bucket/digits: fetching " in first.output(0)
+    assert_tensorboard_reads(tmp_path / "logs", run)
     began = time.monotonic()
-    second = start(tmp_path / "2", tmp_path / "node-2")
+    second = start(tmp_path / "2", tmp_path / "node-2", output=str(run))
     assert second.wait(200) == [0], second.output(0)
     assert time.monotonic() - began > 30  # the lease of the first process had to expire
     assert "weights: this run's checkpoint at step " in second.output(0)
-    assert_same_run(calm, downloaded(tmp_path / "downloaded", prepared))
-    third = start(tmp_path / "3", tmp_path / "node-3")
+    assert_same_run(calm, downloaded(tmp_path / "downloaded", prepared, run))
+    third = start(tmp_path / "3", tmp_path / "node-3", output=str(run))
     assert third.wait(120) == [0]
     assert "finished" in third.output(0)
 

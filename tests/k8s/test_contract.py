@@ -55,6 +55,11 @@ SET_ELSEWHERE = {
     "KUBERNETES_SERVICE_HOST": "the kubelet, in every pod",
     "STORAGE_EMULATOR_HOST": "tests",
     "GOOGLE_APPLICATION_CREDENTIALS": "users outside of Google Cloud",
+    "AWS_REGION": "EKS, or the user",
+    "AWS_ROLE_ARN": "EKS (IRSA), as AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "",
+    "AWS_ACCESS_KEY_ID": "users outside of AWS",
+    "AWS_SKIP_SIGNATURE": "the user, for public buckets in S3",
 }
 
 
@@ -203,7 +208,7 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
         overridden = [a for a in container["args"] if re.match(r"runtime\.(precision|xla|steps_per_call)=", a)]
         assert overridden == [], name
     assert set(settings.values()) == {("auto", "auto", 8080, "/cache")}
-    cpu = {"local", "prepare", "serve", "serving", "tensorboard"}
+    cpu = {"local", "prepare", "serve", "serving", "serving-log", "tensorboard"}
     assert {name_of(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
     assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep"} <= settings.keys()
 

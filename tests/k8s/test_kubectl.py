@@ -103,6 +103,18 @@ def test_again_replaces_an_ended_job_and_waits_for_its_pods(server: ApiServer, t
     assert "gracePeriodSeconds" not in options  # the pods have theirs to save
 
 
+def test_again_keeps_the_policy_of_the_workers_until_they_have_ended(server: ApiServer, tmp_path: Path) -> None:
+    line = command("multiworker.yaml", "again").replace("apply ", "apply --validate=false ")
+    run(server, line, tmp_path)  # there is none
+    first = server.objects["jobs", "kubetune"]["metadata"]["uid"]
+    run(server, line, tmp_path)
+    assert server.objects["jobs", "kubetune"]["metadata"]["uid"] != first
+    created = {"POST jobs/kubetune", "POST networkpolicies/kubetune"}
+    assert set(server.changes[:2]) == created
+    assert server.changes[2:] == ["DELETE jobs/kubetune", "POST jobs/kubetune"]
+    assert '"propagationPolicy":"Foreground"' in server.queries[-1]
+
+
 def test_deleting_a_run_leaves_the_account_and_the_volume(server: ApiServer, tmp_path: Path) -> None:
     for source in (
         "-k k8s/shared",
@@ -117,4 +129,5 @@ def test_deleting_a_run_leaves_the_account_and_the_volume(server: ApiServer, tmp
         run(server, f"kubectl apply --validate=false -f k8s/{file}", tmp_path)
         run(server, f"kubectl delete --wait=false -f k8s/{file}", tmp_path)
     deleted = {change for change in server.changes if change.startswith("DELETE")}
-    assert deleted == {"DELETE jobs/kubetune", "DELETE cronjobs/kubetune-nightly"}
+    policy = "DELETE networkpolicies/kubetune"  # of the workers; that of all runs remains
+    assert deleted == {"DELETE jobs/kubetune", "DELETE cronjobs/kubetune-nightly", policy}

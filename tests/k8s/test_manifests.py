@@ -102,7 +102,8 @@ def test_another_number_of_workers_is_set_everywhere(copied: Path) -> None:
     workers = copied / "overlays" / "multiworker" / "workers.yaml"
     workers.write_text(workers.read_text().replace('count: "2"', 'count: "16"'))
     for overlay in ("multiworker", "jobset"):
-        text = yaml.safe_dump(manifests.rendered(f"overlays/{overlay}")[-1])
+        (run,) = (tree for tree in manifests.rendered(f"overlays/{overlay}") if tree["kind"] in ("Job", "JobSet"))
+        text = yaml.safe_dump(run)
         assert "completions: 16\n" in text
         assert "parallelism: 16\n" in text
         assert "name: WORKER_COUNT\n" in text
@@ -127,7 +128,9 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
     (account,) = [tree for tree in manifests.rendered("shared") if tree["kind"] == "ServiceAccount"]
     assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
-    budget, job = sorted(manifests.rendered("overlays/multiworker"), key=lambda tree: tree["kind"], reverse=True)
+    by_kind = {tree["kind"]: tree for tree in manifests.rendered("overlays/multiworker")}
+    assert by_kind.keys() == {"Job", "NetworkPolicy", "PodDisruptionBudget"}
+    budget, job = by_kind["PodDisruptionBudget"], by_kind["Job"]
     assert (budget["kind"], budget["metadata"]["name"]) == ("PodDisruptionBudget", job["metadata"]["name"])
     spec = job["spec"]
     assert spec["template"]["spec"]["priorityClassName"] == "kubetune"

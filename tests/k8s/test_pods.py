@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import trainer
 from scripts import manifests
@@ -233,7 +234,7 @@ def test_pods_and_their_owner_have_the_recommended_labels(pods: Pods) -> None:
     assert pods.owner["metadata"]["labels"].items() >= labels.items()
 
 
-def test_only_trainers_and_the_monitoring_may_connect_to_the_pods_of_runs() -> None:
+def test_only_the_monitoring_and_workers_of_the_same_run_may_connect_to_the_pods_of_runs() -> None:
     spec = only("shared", "NetworkPolicy")["spec"]
     (selected,) = spec["podSelector"]["matchExpressions"]
     assert (selected["key"], selected["operator"]) == ("app.kubernetes.io/name", "In")
@@ -241,12 +242,34 @@ def test_only_trainers_and_the_monitoring_may_connect_to_the_pods_of_runs() -> N
     others = {pods.labels["app.kubernetes.io/name"] for pods in ALL if pods not in JOBS}
     assert others.isdisjoint(selected["values"])  # clients connect to these
     assert spec["policyTypes"] == ["Ingress"]  # buckets and the registry of weights stay reachable
-    workers, monitoring = spec["ingress"]
-    assert workers == {"from": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "kubetune"}}}]}
+    (monitoring,) = spec["ingress"]
     for pods in JOBS:
         assert {port["name"]: port["containerPort"] for port in pods.container["ports"]}["http"] == 8080
     assert monitoring["ports"] == [{"port": "http", "protocol": "TCP"}]
     assert [source.keys() for source in monitoring["from"]] == [{"namespaceSelector"}]
+    for pods in JOBS:
+        policies = objects(pods.overlay, "NetworkPolicy")
+        assert len(policies) == (pods.workers > 1), pods.overlay
+        for policy in policies:
+            chosen = policy["spec"]["podSelector"]["matchLabels"]
+            assert policy["spec"]["policyTypes"] == ["Ingress"]
+            assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": chosen}}]}]  # all ports
+            assert chosen.items() <= pods.labels.items()
+            assert chosen["app.kubernetes.io/instance"] == policy["metadata"]["name"] == pods.owner["metadata"]["name"]
+            # Deleting the policy of a run must not delete that of all runs, which has another name.
+            assert policy["metadata"]["name"] != only("shared", "NetworkPolicy")["metadata"]["name"]
+
+
+def test_a_renamed_run_has_a_policy_of_its_own() -> None:
+    """Each document of the file has its own `&run`: a name that is changed in one of them only would close the ports."""
+    text = (K8S / "multiworker.yaml").read_text()
+    assert text.count("name: &run kubetune") == 2
+    job, policy = yaml.safe_load_all(text.replace("&run kubetune", "&run flowers"))
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert (job["metadata"]["name"], policy["metadata"]["name"]) == ("flowers", "flowers")
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert policy["spec"]["ingress"][0]["from"][0]["podSelector"] == policy["spec"]["podSelector"]
+    assert labels["app.kubernetes.io/instance"] == "flowers"
 
 
 @pytest.mark.parametrize("pods", ALL, ids=name_of)

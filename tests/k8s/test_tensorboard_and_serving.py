@@ -6,6 +6,7 @@ from pathlib import Path
 from tensorboard import program
 
 from tests.k8s.rendered import objects, pods_of
+from trainer.relay.settings import parse_settings as parse_relay_settings
 from trainer.serving import prediction_log
 from trainer.serving.settings import parse_settings
 
@@ -77,6 +78,27 @@ def test_the_server_reads_what_the_nightly_run_promotes_and_logs_what_it_reads()
     assert paths == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
     startup = pods.container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # importing TensorFlow, copying and loading
+
+
+def test_the_relay_reads_the_versions_of_its_server_and_logs_what_the_nightly_run_reads() -> None:
+    (pods,) = pods_of("overlays/serving-log")
+    (relay,) = pods.spec["initContainers"]
+    assert (relay["command"], relay["restartPolicy"]) == (["python", "-m", "trainer.relay"], "Always")
+    settings = parse_relay_settings(dict(text.split("=", 1) for text in relay["args"]))
+    assert f"--model_base_path={settings.model}" in pods.container["args"]
+    assert f"--model_name={settings.name}" in pods.container["args"]
+    assert f"--rest_api_port={settings.upstream.rpartition(':')[2]}" in pods.container["args"]
+    (nightly,) = pods_of("overlays/nightly")
+    assert (settings.model, f"log={settings.log}") == (promoted_to(), nightly.arguments()[1])
+    (service,) = objects("overlays/serving-log", "Service")
+    ports = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
+    assert ports == {"grpc": "grpc", "http": "relay"}
+    assert relay["ports"] == [{"name": "relay", "containerPort": settings.port}]
+    assert settings.host == "0.0.0.0"
+    # The sidecar ends after the server, whose preStop sleeps.
+    sleep = pods.container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    ending = settings.linger + settings.drain + 2 * prediction_log.CLOSE_SECONDS
+    assert pods.spec["terminationGracePeriodSeconds"] > sleep + ending
 
 
 def test_serving_batches_as_configured() -> None:

@@ -216,7 +216,7 @@ def test_what_is_no_finished_run_with_an_export_is_an_error(tmp_path: Path, miss
         (("run=a", "to=b", "back=true"), "error: run: cannot be used with back=true"),
         (("run=a", "to=b", "keep=0"), "error: keep=0: "),
         (("run=a", "to=b", "allow_worse=yes"), "error: allow_worse=yes: "),
-        (("run=a", "to=s3://b"), "error: to=s3://b: "),
+        (("run=a", "to=abfss://b"), "error: to=abfss://b: "),
     ],
 )
 def test_a_wrong_argument_exits_with_2(arguments: tuple[str, ...], message: str, command: Call) -> None:

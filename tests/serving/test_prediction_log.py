@@ -15,7 +15,7 @@ from tests.storage.emulator import BUCKET, running
 from trainer.errors import ConfigError
 from trainer.serving import prediction_log
 from trainer.serving.prediction_log import FileLog, PartLog, open_log
-from trainer.storage import gcs_client
+from trainer.storage import retries
 from trainer.storage.path import StoragePath, storage_path
 
 PART = re.compile(r"20\d\d-\d\d-\d\d/20\d{6}T\d{6}Z-[^/]+-[0-9a-f]{8}-(\d{6})\.jsonl")
@@ -25,7 +25,7 @@ PART = re.compile(r"20\d\d-\d\d-\d\d/20\d{6}T\d{6}Z-[^/]+-[0-9a-f]{8}-(\d{6})\.j
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction_log, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(prediction_log, "WRITE_SECONDS", 0.5)
-    monkeypatch.setattr(gcs_client, "INITIAL_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "INITIAL_BACKOFF_SECONDS", 0.01)
 
 
 def line(number: int) -> str:

@@ -18,6 +18,8 @@ BUCKET = "bucket"
 class Emulator:
     """A server whose objects are in a folder, which survives `stop`, or in memory, where they may have any name."""
 
+    scheme = "gs"
+
     def __init__(
         self, folder: Path, address: str = "127.0.0.1", port: int | None = None, backend: str = "filesystem"
     ) -> None:
@@ -53,6 +55,10 @@ class Emulator:
             f"{self.url}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"}
         )
         urllib.request.urlopen(request, timeout=5).close()
+
+    def environment(self, url: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """Set the address for this process and those it starts."""
+        return environment(url or self.url)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import io
 import random
@@ -30,8 +31,8 @@ class FaultyProxy:
     replaced by `instead`, so that the fraction of faults is as configured.
     """
 
-    def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0) -> None:
-        self.upstream, self.odds = upstream, odds
+    def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0, scheme: str = "gs") -> None:
+        self.upstream, self.odds, self.scheme = upstream, odds, scheme
         self.instead = "unavailable"
         self.retry_after = "0"
         self.slow_seconds = 0.02
@@ -75,7 +76,7 @@ class FaultyProxy:
                 with contextlib.suppress(ConnectionError):
                     proxy._serve(self)
 
-            do_GET = do_POST = do_PUT = do_DELETE = do_request
+            do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_request
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -84,10 +85,14 @@ class FaultyProxy:
 
     def _serve(self, request: BaseHTTPRequestHandler) -> None:
         body = _read_body(request)
-        payload = _payload(body) if "uploadType=multipart" in request.path else (0, 0)
-        media = request.command == "GET" and "alt=media" in request.path
+        if self.scheme == "s3":
+            payload = (0, len(body)) if request.command == "PUT" else (0, 0)
+            media, as_declared = request.command == "GET" and "list-type=" not in request.path, _as_signed
+        else:
+            payload = _payload(body) if "uploadType=multipart" in request.path else (0, 0)
+            media, as_declared = request.command == "GET" and "alt=media" in request.path, _as_declared
         possible = {"unavailable", "limited", "reset", "lost"}
-        possible |= {"slow", "truncated"} if request.command != "DELETE" else set()
+        possible |= {"slow", "truncated"} if request.command not in ("DELETE", "HEAD") else set()
         possible |= {"corrupted"} if media else set()
         possible |= {"corrupted_upload"} if payload[1] > payload[0] else set()
         kind = self.draw(possible)
@@ -99,8 +104,8 @@ class FaultyProxy:
             return _reset(request)
         if kind == "corrupted_upload":
             body = self.bit(body, *payload)
-        if self.verifies_uploads and payload[1] > payload[0] and not _as_declared(body, *payload):
-            return _respond(request, 400, {}, b"Provided CRC32C does not match calculated CRC32C")
+        if self.verifies_uploads and payload[1] > payload[0] and not as_declared(request, body, *payload):
+            return _respond(request, 400, {}, b"the content does not match its checksum")
         try:
             status, headers, content = self._forward(request, body)
         except (OSError, http.client.HTTPException):
@@ -118,13 +123,17 @@ class FaultyProxy:
         address = urlsplit(self.upstream)
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
         try:
-            headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "transfer-encoding")}
+            omitted = (
+                ("transfer-encoding",) if self.scheme == "s3" else ("host", "transfer-encoding")
+            )  # part of the signature in S3
+            headers = {k: v for k, v in request.headers.items() if k.lower() not in omitted}
             connection.request(request.command, request.path, body, headers | {"Connection": "close"})
             response = connection.getresponse()
             content = response.read()
             if "json" in (response.getheader("Content-Type") or ""):
                 content = content.replace(self.upstream.encode(), self.url.encode())
-            dropped = ("content-length", "transfer-encoding", "connection", "date")
+            dropped = ("transfer-encoding", "connection", "date")
+            dropped += ("content-length",) if request.command != "HEAD" else ()
             rest = {k: v.replace(self.upstream, self.url) for k, v in response.getheaders() if k.lower() not in dropped}
             return response.status, rest, content
         finally:
@@ -148,7 +157,12 @@ def _payload(body: bytes) -> tuple[int, int]:
     return start, body.rfind(b"\r\n--")
 
 
-def _as_declared(body: bytes, start: int, end: int) -> bool:
+def _as_signed(request: BaseHTTPRequestHandler, body: bytes, _start: int, _end: int) -> bool:
+    """Return whether the content has the SHA-256 that its signature covers, as S3 requires."""
+    return request.headers["x-amz-content-sha256"] == hashlib.sha256(body).hexdigest()
+
+
+def _as_declared(_request: BaseHTTPRequestHandler, body: bytes, start: int, end: int) -> bool:
     """Return whether the content has the CRC32C in the metadata of a multipart upload."""
     declared = re.search(rb'"crc32c": ?"([^"]+)"', body[:start])
     assert declared, "an upload without its CRC32C"
@@ -162,9 +176,11 @@ def _respond(
     request.send_response(status)
     for name, value in headers.items():
         request.send_header(name, value)
-    if status != 204:
+    if status != 204 and "Content-Length" not in headers:
         request.send_header("Content-Length", str(len(content)))
     request.end_headers()
+    if request.command == "HEAD":
+        return
     half = len(content) // 2
     request.wfile.write(content[:half])
     if cut:
@@ -190,9 +206,9 @@ def _reset(request: BaseHTTPRequestHandler) -> None:
 
 
 @contextlib.contextmanager
-def faults(upstream: str, odds: dict[str, float] = EVENLY, seed: int = 0) -> Iterator[FaultyProxy]:
+def faults(upstream: str, odds: dict[str, float] = EVENLY, seed: int = 0, scheme: str = "gs") -> Iterator[FaultyProxy]:
     """A proxy of `upstream`, closed at the end."""
-    proxy = FaultyProxy(upstream, dict(odds), seed)
+    proxy = FaultyProxy(upstream, dict(odds), seed, scheme)
     try:
         yield proxy
     finally:

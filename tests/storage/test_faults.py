@@ -1,6 +1,7 @@
 """Network faults: no wrong byte, the right end, and a clear error if the storage does not respond."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,25 +12,29 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
-from tests.storage.emulator import BUCKET, Emulator, environment, running
+from tests.storage.emulator import Emulator
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
+from tests.storage.s3_server import S3Server
 from trainer.errors import Interrupted
-from trainer.storage import gcs_client
-from trainer.storage.base import request_deadline
-from trainer.storage.path import Conflict, StoragePath, storage_path
+from trainer.storage import retries
+from trainer.storage.base import Version, request_deadline
+from trainer.storage.path import Conflict, StoragePath
 
 
 @pytest.fixture
-def proxy(emulator: Emulator) -> Iterator[FaultyProxy]:
-    with faults(emulator.url, seed=7) as proxy, environment(proxy.url):
+def proxy(emulator: Emulator | S3Server) -> Iterator[FaultyProxy]:
+    with faults(emulator.url, seed=7, scheme=emulator.scheme) as proxy, emulator.environment(proxy.url):
         yield proxy
+
+
+google = pytest.mark.parametrize("emulator", ["gs"], indirect=True)
 
 
 def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> None:
     """Random operations in one folder, each compared with a dictionary."""
     noise = np.random.default_rng([seed])
     held: dict[str, bytes] = {}
-    versions: dict[str, int] = {}
+    versions: dict[str, Version] = {}
     for _ in range(operations):
         name = f"file-{noise.integers(6)}"
         file, content = home / name, noise.bytes(int(noise.choice([0, 10, 5_000, 300_000])))
@@ -41,7 +46,7 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
                 held[name], versions[name] = content, file.write(content, only_if=versions.get(name))
             case 2:
                 with pytest.raises(Conflict):
-                    file.write("wrong", only_if=1 if name in held else 12345)
+                    file.write("wrong", only_if='"0"' if str(home).startswith("s3:") else 12345)
             case 3:
                 (scratch / "up").write_bytes(content)
                 held[name], versions[name] = content, file.upload(scratch / "up")
@@ -94,6 +99,7 @@ def test_each_kind_alone(proxy: FaultyProxy, in_bucket: StoragePath, tmp_path: P
     assert proxy.counts[kind] > 0
 
 
+@google
 def test_damaged_uploads_that_a_server_stored_are_repeated(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.verifies_uploads, proxy.odds = False, {"corrupted_upload": 0.3, "lost": 0.2}
     version = None
@@ -113,6 +119,7 @@ def test_a_lost_response_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bu
     assert (in_bucket / "marker").version() == theirs
 
 
+@google
 def test_retry_after_is_respected(proxy: FaultyProxy, in_bucket: StoragePath) -> None:
     proxy.odds, proxy.retry_after = {"limited": 1.0}, "1"
     threading.Timer(0.3, proxy.odds.clear).start()
@@ -126,7 +133,7 @@ def test_a_read_timeout_ends_a_request(
 ) -> None:
     proxy.odds = {}
     (in_bucket / "file").write("x" * 1000)
-    monkeypatch.setattr(gcs_client, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(retries, "READ_SECONDS", 0.3)
     proxy.odds, proxy.slow_seconds = {"slow": 1.0}, 5.0
     threading.Timer(0.2, proxy.odds.clear).start()
     began = time.monotonic()
@@ -146,41 +153,45 @@ def test_a_file_that_always_arrives_damaged_is_not_stored(
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_a_server_that_restarts(tmp_path: Path) -> None:
-    with running(tmp_path / "server") as server:
-        home = storage_path(f"gs://{BUCKET}/run")
-        versions = [(home / "marker").write("0", only_if=None)]
-        server.stop()
-        threading.Timer(2.0, server.start).start()
-        began = time.monotonic()
-        versions.append((home / "marker").write("1", only_if=versions[0]))
-        assert 1.5 < time.monotonic() - began < 8
-        assert (home / "marker").fetch() == (b"1", versions[1])
+def test_a_server_that_restarts(emulator: Emulator | S3Server, in_bucket: StoragePath) -> None:
+    versions = [(in_bucket / "marker").write("0", only_if=None)]
+    emulator.stop()
+    starting = threading.Timer(2.0, emulator.start)
+    starting.start()
+    began = time.monotonic()
+    versions.append((in_bucket / "marker").write("1", only_if=versions[0]))
+    assert 1.5 < time.monotonic() - began < 8
+    assert (in_bucket / "marker").fetch() == (b"1", versions[1])
+    starting.join()
 
 
-def test_a_server_that_does_not_respond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.6)
-    with running(tmp_path / "server") as server:
-        file = storage_path(f"gs://{BUCKET}/x")
-        version = file.write("saved")
-        server.stop()
+def test_a_server_that_does_not_respond(
+    emulator: Emulator | S3Server, in_bucket: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = in_bucket / "x"
+    version = file.write("saved")
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", 0.6)
+    emulator.stop()
+    try:
         (tmp_path / "source").write_bytes(b"x" * 20)
         acts: list[Callable[[StoragePath], object]] = [lambda f: f.read(), lambda f: f.list(), lambda f: f.delete()]
         acts += [lambda f: f.write("y"), lambda f: f.upload(tmp_path / "source")]
         for act in acts:
             began = time.monotonic()
-            problem = r"^gs://bucket/x: no request succeeded within 0.6 s \(connection refused\)$"
+            problem = rf"^{re.escape(str(file))}: no request succeeded within 0.6 s \(connection refused\)$"
             with raises(Interrupted, problem=problem, fix="start the same command again"):
                 act(file)
             assert time.monotonic() - began < 2
-        server.start()
-        assert file.fetch() == (b"saved", version)
+    finally:
+        emulator.start()
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", 15.0)
+    assert file.fetch() == (b"saved", version)
 
 
 def test_a_busy_server_is_named_by_its_code(
     proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", 0.3)
     proxy.odds = {"unavailable": 1.0}
     with raises(Interrupted, problem=r"no request succeeded within 0\.3 s \(503 Service Unavailable\)"):
         in_bucket.list()

@@ -8,7 +8,7 @@ import pytest
 from trainer.monitoring.health import Health
 from trainer.runs import publisher
 from trainer.runs.publisher import Publisher
-from trainer.storage import gcs
+from trainer.storage import bucket, gcs, s3
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import acquire_lease
 
@@ -16,8 +16,8 @@ from trainer.storage.lease import acquire_lease
 @pytest.fixture
 def health(monkeypatch: pytest.MonkeyPatch) -> Health:
     fresh = Health()
-    monkeypatch.setattr(gcs, "health", fresh)
-    monkeypatch.setattr(publisher, "health", fresh)
+    for module in (bucket, gcs, s3, publisher):
+        monkeypatch.setattr(module, "health", fresh)
     return fresh
 
 

@@ -36,11 +36,11 @@ class RequesterPays(FaultyProxy):
 
 
 @pytest.fixture
-def paid(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequesterPays]:
+def paid(gs_server: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequesterPays]:
     monkeypatch.setattr(gcs_client, "_requester_pays", set())
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
     storage_path(f"gs://{BUCKET}/photos/cat/0.jpg").write(b"cat")
-    proxy = RequesterPays(emulator.url, {})
+    proxy = RequesterPays(gs_server.url, {})
     try:
         with environment(proxy.url):
             yield proxy
@@ -89,7 +89,7 @@ def test_a_project_that_the_account_may_not_use_is_an_error(
 
 
 def test_no_project_is_sent_to_other_buckets(
-    emulator: Emulator,  # noqa: ARG001 - it must run
+    gs_server: Emulator,  # noqa: ARG001 - it must run
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gcs_client, "_requester_pays", set())

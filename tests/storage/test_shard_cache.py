@@ -11,8 +11,10 @@ import pytest
 
 from tests.errors import raises
 from tests.storage.emulator import Emulator
+from tests.storage.s3_server import S3Server
 from trainer.errors import DataError, Interrupted
-from trainer.storage import gcs, gcs_client, shard_cache
+from trainer.storage import retries, shard_cache
+from trainer.storage.bucket import Replaced
 from trainer.storage.path import StoragePath
 from trainer.storage.shard_cache import ShardCache
 
@@ -158,9 +160,9 @@ def test_two_processes_have_different_folders(shards: StoragePath, tmp_path: Pat
 
 
 def test_an_outage_interrupts_only_readers_that_need_the_bucket(
-    emulator: Emulator, shards: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator | S3Server, shards: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gcs_client, "DEADLINE_SECONDS", 0.5)
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", 0.5)
     monkeypatch.setattr(shard_cache, "REPORT_SECONDS", 0.2)
     notes: list[str] = []
     with opened(shards, tmp_path, holds=20, notes=notes) as cache:
@@ -182,11 +184,11 @@ def test_a_deleted_shard_is_named_when_it_is_needed(shards: StoragePath, tmp_pat
         (shards / "s07").delete()
         cache.require("a", NAMES[:7], NAMES[7:])
         assert settled(cache) == {*NAMES} - {"s07"}
-        with raises(gcs._Replaced, problem="s07: was replaced or deleted while it was read", fix="same command"):
+        with raises(Replaced, problem="s07: was replaced or deleted while it was read", fix="same command"):
             cache.require("a", ["s07"])
 
 
-def test_waiting_can_be_cancelled(emulator: Emulator, shards: StoragePath, tmp_path: Path) -> None:
+def test_waiting_can_be_cancelled(emulator: Emulator | S3Server, shards: StoragePath, tmp_path: Path) -> None:
     class Stop(Exception): ...
 
     def cancel() -> None:

@@ -87,21 +87,23 @@ PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
 
 
 def check_address(text: str) -> str:
-    """Return a local or `gs://` address unchanged; raise an InvalidValue for any other scheme."""
+    """Return a local path or the address of a bucket unchanged; raise an InvalidValue for any other scheme."""
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/?.*)", text, re.S)
-    if not scheme or re.match("gs://[^/]", text):
+    if not scheme or re.match("(gs|s3)://[^/]", text):
         return text
     name, rest = scheme[1].lower(), scheme[2].lstrip("/")
-    if name in ("gs", "gcs"):
-        raise InvalidValue("is not the address of a bucket", value=text, fix=f"write gs://{rest or 'bucket/folder'}")
+    if bucket := _BUCKET_SCHEMES.get(name):
+        fix = f"write {bucket}://{rest or 'bucket/folder'}"
+        raise InvalidValue("is not the address of a bucket", value=text, fix=fix)
     if not scheme[2].startswith("/"):  # a file name with a colon
         return text
     if name == "file":
         raise InvalidValue("is a URL", value=text, fix=f"write the path: /{rest}")
-    fix = "copy it to a local disk or to gs://, and give that address"
-    raise InvalidValue(f"is at {name}://, and only local paths and gs:// can be read", value=text, fix=fix)
+    fix = "copy it to a local disk, gs:// or s3://, and give that address"
+    raise InvalidValue(f"is at {name}://, and only local paths, gs:// and s3:// can be read", value=text, fix=fix)
 
 
+_BUCKET_SCHEMES = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3", "s3n": "s3"}  # as people write them
 Address = Annotated[str, AfterValidator(check_address)]
 
 

@@ -39,7 +39,7 @@ class Data(Section):
     TFDS, or TFRecord files."""
     root: Address | None = None
     """image_folder: folder with the images; csv: the CSV file, with the columns file, label and optionally split; tfds:
-    folder of one prepared dataset. Local or gs://."""
+    folder of one prepared dataset. Local or in a bucket."""
     name: str | None = None
     """tfds: name of the dataset, such as beans or food101:2.0.0."""
     data_dir: Address | None = None
@@ -47,7 +47,7 @@ class Data(Section):
     download: bool = False
     """tfds: download and prepare the dataset if it is missing."""
     pattern: Address | None = None
-    """tfrecords: glob pattern of the files, such as shards/*.tfrec. Local or gs://."""
+    """tfrecords: glob pattern of the files, such as shards/*.tfrec. Local or in a bucket."""
     image_field: str = "image"
     """tfds, tfrecords: field of the encoded image."""
     label_field: str = "label"
@@ -141,7 +141,7 @@ class Model(Section):
     """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
     weights: Address = "imagenet"
     """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or of a
-    folder that `trainer.prepare weights=...` wrote. Local or gs://."""
+    folder that `trainer.prepare weights=...` wrote. Local or in a bucket."""
     alpha: float | None = Field(None, gt=0, le=4)
     """MobileNet, MobileNetV2: width multiplier; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
@@ -241,7 +241,7 @@ class Distillation(Section):
     """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
     teacher: Address
-    """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or gs://."""
+    """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or in a bucket."""
     alpha: float = Field(0.1, ge=0, lt=1)
     """Weight of the loss with the labels as targets."""
     temperature: float = Field(1.0, ge=0.01, le=1e3)
@@ -374,7 +374,7 @@ class RequestedConfig(Section):
     seed: int = Field(42, ge=0, lt=2**31)
     """Seed of the random numbers of a run: head weights, example order, augmentation, dropout."""
     output_dir: Address | None = None
-    """Folder of the run, local or gs://; a start with the same folder resumes it. null: a new one in outputs/."""
+    """Folder of the run, local or in a bucket; a start with the same folder resumes it. null: a new one in outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Whether to resume the run in output_dir. auto: if there is one; never: fail if so; must: fail if not."""
     warm_start: Address | None = None

@@ -1,8 +1,8 @@
 """`python -m trainer.nightly to=FOLDER log=FOLDER runs=FOLDER [hours=24] [keep=5] [now=TIME] [KEY=VALUE ...]`:
 retrain a served model if its predictions have drifted, and promote the result unless it is worse.
 
-    to=...     folder of the versions of the served model, as for `trainer.promote`; local or gs://
-    log=...    prediction log of `trainer.serve`, as for `trainer.drift`; local or gs://
+    to=...     folder of the versions of the served model, as for `trainer.promote`; local or in a bucket
+    log=...    prediction log of `trainer.serve`, as for `trainer.drift`; local or in a bucket
     runs=...   folder of the runs, each named by the day (in UTC) on which it began, and of the records, nights/DAY.json
     hours=24   the predictions of the last 24 hours are compared with the reference of the served version
     keep=5     number of versions to retain

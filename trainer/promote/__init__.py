@@ -1,8 +1,9 @@
 """`python -m trainer.promote run=RUN to=FOLDER [keep=5] [allow_worse=true]`, or `back=true` instead of `run`:
 make the model of a finished run the next version of a served model.
 
-    run=...           output_dir of a finished run with export/saved_model, local or gs://
-    to=...            folder of the versions 1, 2, ..., which TensorFlow Serving or `trainer.serve` reads; local or gs://
+    run=...           output_dir of a finished run with export/saved_model, local or in a bucket
+    to=...            folder of the versions 1, 2, ..., which TensorFlow Serving or `trainer.serve` reads; local or in a
+                      bucket
     keep=5            number of versions to retain, the newest ones
     allow_worse=true  promote the run even if it is worse than the served version, or cannot be compared with it
     back=true         make the version before the served one the newest again, as a copy with a new number

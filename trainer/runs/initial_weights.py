@@ -13,7 +13,7 @@ from trainer.config.diff import INITIAL_WEIGHTS, flatten
 from trainer.config.schema import NAMED_WEIGHTS, RequestedConfig
 from trainer.errors import DataError, TrainerError
 from trainer.monitoring.log import log
-from trainer.runs.checkpoints import CheckpointFolder, read_pointer
+from trainer.runs.checkpoints import CheckpointFolder, crc32c_hex, read_pointer
 from trainer.storage.local import compute_file_crc32c
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
@@ -56,6 +56,8 @@ def _compute_crc32c(key: str, address: str) -> str:
     with suppress(OSError, TrainerError, *CONTENT_ERRORS):
         if key == "model.weights":
             info = storage_path(address).stat() if is_remote(address) else None
+            if info and info.crc32c is None:  # an object of another program in S3
+                return crc32c_hex(info.path.read())
             crc32c = info.crc32c if info else compute_file_crc32c(Path(address).expanduser())
             return f"{crc32c:08x}"
         if not is_remote(address):  # a run in a bucket would have to be downloaded

@@ -39,8 +39,8 @@ def load_warm_start(
     cause a warning.
 
     Args:
-        source: output_dir of the other run, local or gs://, to read its best or else its newest checkpoint; or the
-            folder of a local checkpoint.
+        source: output_dir of the other run, local or in a bucket, to read its best or else its newest checkpoint; or
+            the folder of a local checkpoint.
         cache_folder: a run in a bucket is downloaded below it.
 
     Raises DataError if there is no checkpoint, or it is of another backbone (`match_warm_start`).

@@ -132,10 +132,20 @@ class Service:
             self._replaced.remove(version)
 
     def close(self) -> None:
-        """End the tasks that form batches; the caller closes `log`, which waits."""
+        """End the tasks that form batches."""
         for version in (self.version, *self._replaced):
             if version:
                 version.close()
+
+    def close_log(self) -> None:
+        """Write the rest of the prediction log, which waits; called once, after `close`."""
+        if self.log:
+            self.log.close()
+
+    @property
+    def loading(self) -> bool:
+        """Whether no version of the model has been loaded yet."""
+        return self.version is None
 
     def _count_queued(self) -> int:
         versions = [version for version in (self.version, *self._replaced) if version]
@@ -175,7 +185,7 @@ class Service:
         """Serve a request as an ASGI application, count it, and close its connection while the server stops."""
         if scope["type"] != "http":
             return
-        began, code, identifier = time.monotonic(), "none", _identify(scope)
+        began, code, identifier = time.monotonic(), "none", identify(scope)
         scope.setdefault("state", {})["id"] = identifier
 
         async def count_and_send(message: Message) -> None:
@@ -307,7 +317,7 @@ class Service:
         return Response(page, media_type="text/html", headers=headers)
 
 
-def _identify(scope: Scope) -> str:
+def identify(scope: Scope) -> str:
     """Return the identifier of a request: its header X-Request-Id if that is short and printable, else a new one."""
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -8,11 +8,12 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import h11
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainer.errors import INTERRUPTED, ConfigError, Interrupted
@@ -102,6 +103,31 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class HttpService(Protocol):
+    """What `run_service` serves: an ASGI application with its state."""
+
+    settings: Any  # with host, linger and drain
+    stopping: bool  # is set after a signal
+    active: int  # requests in progress
+    cancelled: int  # requests that were still in progress `drain` seconds after the shutdown began
+
+    @property
+    def loading(self) -> bool:
+        """Whether the service cannot respond yet, and a signal ends the process at once."""
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+
+    def close(self) -> None:
+        """End the tasks of the service."""
+
+    def close_log(self) -> None:
+        """Write the rest of the prediction log."""
+
+
+AnyService = TypeVar("AnyService", bound=HttpService)
+
+
 def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     """Serve until SIGTERM or SIGINT is received and every accepted request has its response.
 
@@ -112,20 +138,48 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
         DataError: the model cannot be loaded.
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
     """
-    host, port = settings.host, settings.port
+
+    def load(service: Service, server: Server) -> Coroutine[Any, Any, None]:
+        return _load(service, server, load_model)
+
+    with listen(settings.host, settings.port) as listener:
+        run_service(lambda: Service(settings, export), listener, load, f" while {export.folder} is loaded")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket that a server listens on. Raises ConfigError if the port is not available."""
     dual_stack = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=MAX_BACKLOG, dualstack_ipv6=dual_stack)
+        return socket.create_server((host, port), family=family, backlog=MAX_BACKLOG, dualstack_ipv6=dual_stack)
     except OSError as error:
         problem, fix = f"cannot listen on host={host} ({error})", "free the port, or give another one"
         raise ConfigError(problem, key="port", value=port, fix=fix) from None
-    with listener:
-        asyncio.run(_serve(settings, export, load_model, listener))
 
 
-async def _serve(settings: Settings, export: Export, load_model: LoadModel, listener: socket.socket) -> None:
-    service = Service(settings, export)
+def run_service(
+    make_service: Callable[[], AnyService],
+    listener: socket.socket,
+    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    note: str = "",
+) -> None:
+    """Serve until a signal, and meanwhile run `work`, whose error ends the server. Raises the errors of `serve`.
+
+    Args:
+        make_service: is called in the event loop.
+        note: follows the address in the log.
+    """
+    asyncio.run(_run_service(make_service, listener, work, note))
+
+
+async def _run_service(
+    make_service: Callable[[], AnyService],
+    listener: socket.socket,
+    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    note: str,
+) -> None:
+    service = make_service()
+    settings = service.settings
     config = uvicorn.Config(
         service.app,
         interface="asgi3",  # uvicorn does not detect it for a bound method
@@ -151,7 +205,7 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
             log_unbuffered(f"\n{received.name}: exiting now with {service.active} requests in progress")
             os._exit(INTERRUPTED)
         service.stopping = True
-        if service.version is None:
+        if service.loading:
             log_unbuffered(f"interrupted: {received.name} before the model was loaded; no request was lost")
             os._exit(INTERRUPTED)  # the thread that loads the model cannot be stopped
         log.info(f"{received.name}: accepting requests for another {settings.linger:g} s, then finishing them")
@@ -159,18 +213,17 @@ async def _serve(settings: Settings, export: Export, load_model: LoadModel, list
 
     for handled in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(handled, stop, handled)
-    loading = asyncio.create_task(_load(service, server, load_model))
+    working = asyncio.create_task(work(service, server))
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info(f"listening on http://{host}:{port}/ while {export.folder} is loaded")
+    log.info(f"listening on http://{host}:{port}/{note}")
     await server.serve(sockets=[listener])
-    if loading.done():
-        loading.result()  # raises if the model could not be loaded
-    loading.cancel()
+    if working.done():
+        working.result()  # raises if the model could not be loaded
+    working.cancel()
     await asyncio.sleep(0.1)  # until cancelled requests are counted
     service.close()
-    if service.log:
-        await asyncio.to_thread(service.log.close)
+    await asyncio.to_thread(service.close_log)
     if count := service.cancelled + service.active:
         raise Interrupted(f"{count} requests not finished", key="drain", value=settings.drain, fix="give more seconds")
     log.info(f"{signals[0]}: every accepted request got its response")

@@ -14,7 +14,7 @@ class Settings(Section):
     """The settings of a server; docs/serving.md describes them."""
 
     model: str = Field(min_length=1)
-    """output_dir of a run, its export, or a folder of SavedModel versions; also gs://."""
+    """output_dir of a run, its export, or a folder of SavedModel versions; also in a bucket."""
     host: str = "127.0.0.1"
     """0.0.0.0 (or :: for IPv6 as well) is reachable from other machines."""
     port: int = Field(8501, ge=0, le=65535)
@@ -36,7 +36,7 @@ class Settings(Section):
     max_images: int = Field(64, ge=1, le=10**6)
     """Maximum images per request."""
     log: str | None = None
-    """File (*.jsonl) to which one JSON line per prediction is appended, or folder of parts; also gs://."""
+    """File (*.jsonl) to which one JSON line per prediction is appended, or folder of parts; also in a bucket."""
     log_seconds: float = Field(60.0, ge=0.1, le=86400)
     """Seconds that one part of the log is for."""
     log_sample: Annotated[float, Field(ge=0, le=1)] = 1.0

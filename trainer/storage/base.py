@@ -1,6 +1,6 @@
-"""The interface that local paths and `gs://` addresses have in common.
+"""The interface that local paths, `gs://` and `s3://` addresses have in common.
 
-This module does not import Google's client, whose import is slow.
+This module imports no client of a bucket: their imports are slow.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.errors import DataError, TrainerError
@@ -20,7 +20,10 @@ class Conflict(TrainerError):
     """A conditional write failed because the file has another version. Nothing was written."""
 
 
-ANY = -1  # for an unconditional write; no file has this version
+# Modification time of a local file in ns, generation of an object in Google's storage, ETag of an object in S3. The
+# first two are unique per write. An ETag is unique per content: a rewrite with the same content has the same one.
+Version = int | str
+ANY: Version = -1  # for an unconditional write; no file has this version
 
 UNFINISHED_DIGITS = 15  # many, so that no file of a user has such a name: a date and time have at most 14
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
@@ -41,8 +44,8 @@ class ObjectInfo:
 
     path: StoragePath
     size: int  # in bytes
-    version: int  # unique per write: modification time of a file in ns, generation of an object
-    crc32c: int | None = None  # None for local files
+    version: Version
+    crc32c: int | None = field(default=None, compare=False)  # None for local files, and in listings of S3
 
 
 class StoragePath(ABC):
@@ -78,15 +81,15 @@ class StoragePath(ABC):
         """Return the size and version of the file; None if it does not exist or is a folder."""
 
     @abstractmethod
-    def fetch(self) -> tuple[bytes, int] | None:
-        """Read the content and its version; None if there is no such file. The CRC32C of an object is verified."""
+    def fetch(self) -> tuple[bytes, Version] | None:
+        """Read the content and its version; None if there is no such file. The checksum of an object is verified."""
 
     @abstractmethod
     def read_range(self, start: int, length: int) -> bytes:
         """Read `length` bytes from `start`, fewer at the end of the file."""
 
     @abstractmethod
-    def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
+    def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
         """Write atomically and return the new version.
 
         `only_if` makes the write conditional: None requires that the file does not exist, and a version requires that
@@ -114,16 +117,16 @@ class StoragePath(ABC):
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         """Copy to a local file atomically and return the size and version that were copied.
 
-        The CRC32C of an object is verified. The copy is not flushed to disk, so a power failure can lose it. With
+        The checksum of an object is verified. The copy is not flushed to disk, so a power failure can lose it. With
         `expected`, an item of `list`, only this version is copied, without another metadata request.
         """
 
     @abstractmethod
-    def upload(self, source: Path) -> int:
+    def upload(self, source: Path) -> Version:
         """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
-        """Read the content. The CRC32C of an object is verified."""
+        """Read the content. The checksum of an object is verified."""
         content = self.fetch()
         if content is None:
             raise self._absent()
@@ -145,8 +148,8 @@ class StoragePath(ABC):
         """Return whether there is a file, not a folder, at this path."""
         return self.stat() is not None
 
-    def version(self) -> int | None:
-        """Return the version of the file, which is unique per write; None if there is no such file."""
+    def version(self) -> Version | None:
+        """Return the version of the file; None if there is no such file."""
         info = self.stat()
         return None if info is None else info.version
 

@@ -2,13 +2,12 @@
 
 import http.client
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import google.auth
 import requests
@@ -21,80 +20,56 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
-from trainer.errors import DataError, Interrupted
+from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.private_api import disable_bucket_metadata, get_credentials, mount_transport
-from trainer.storage import base
+from trainer.storage import retries
+from trainer.storage.retries import (
+    CHECK_BUCKET,
+    NO_BUCKET,
+    TRANSIENT_CODES,
+    CorruptTransfer,
+    Result,
+    Timeouts,
+    Transient,
+)
 
-DEADLINE_SECONDS = 120.0  # of a request, retries included
-CONNECT_SECONDS = 10.0  # connect timeout
-READ_SECONDS = 30.0  # read timeout
-INITIAL_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniform between 0 and the backoff
-MAX_BACKOFF_SECONDS = 16.0
-MAX_BAD_REQUESTS = 5  # retries after a response 400, since a request can be corrupted in transit
 POD_CREDENTIALS_SECONDS = 20.0  # timeout for the credentials of a new pod
 CONNECTION_POOL_SIZE = 16
-NO_BUCKET = "there is no such bucket, or this account has no access to it"
-CHECK_BUCKET = "check the address"
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CREDENTIALS_FIX = (
     "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
     "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
 )
-_TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-# Not seeded: with the seed of the run, all workers would retry at the same moment.
-_jitter = random.SystemRandom()
 _lock = threading.Lock()
 _requester_pays: set[str] = set()  # names of the buckets that have rejected a request without a payer
 
-Timeouts = tuple[float, float]  # connect and read timeout in seconds
-Result = TypeVar("Result")
-
-
-class CorruptTransfer(Exception):
-    """Transferred data has a wrong checksum or length."""
-
 
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
-    """Call `request`, and retry after transient errors until the deadline. Its other errors are re-raised.
+    """Call `request` as `retries.call_with_retries` does, with the errors of Google's client.
 
-    `request` gets the timeouts of each attempt. It must get its bucket from `get_bucket` in each call, because a retry
-    can add a payer. `permission` is the one that it needs, for error messages if the response does not name one.
-
-    Raises:
-        Interrupted: no attempt succeeded before the deadline.
-        DataError: Google's client reports a permanent error.
+    `request` must get its bucket from `get_bucket` in each call, because a retry can add a payer. `permission` is the
+    one that it needs, for error messages if the response does not name one.
     """
-    deadline = base.deadline_seconds.get() or DEADLINE_SECONDS
-    start = time.monotonic()
-    backoff, bad_requests, paid = INITIAL_BACKOFF_SECONDS, 0, False
-    while True:
-        remaining = max(deadline - (time.monotonic() - start), 0.05)
-        try:
-            return request((min(CONNECT_SECONDS, remaining), min(READ_SECONDS, remaining)))
-        except Exception as error:
-            if _lacks_payer(error) and not paid and (paid := _add_payer(address)):
-                continue
-            reason = _transient_reason(error)
-            if isinstance(error, GoogleAPICallError) and error.code == 400 and not _lacks_payer(error):
-                bad_requests += 1
-                reason = None if bad_requests > MAX_BAD_REQUESTS else "400 corrupt request"
-            if reason is None:
-                explanation = _explain(error, address, permission)
-                if explanation is None:
-                    raise
-                raise explanation from error
-            remaining = deadline - (time.monotonic() - start)
-            if remaining <= 0:
-                problem = f"{address}: no request succeeded within {deadline:g} s ({reason})"
-                raise Interrupted(problem, fix="start the same command again: everything saved is intact") from error
-            retry_after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
-            pause = max(_jitter.uniform(0, backoff), float(retry_after) if retry_after.isdigit() else 0.0)
-        time.sleep(min(pause, remaining))
-        backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+    bad_requests, paid = 0, False
+
+    def classify(error: Exception) -> Transient | DataError | None:
+        nonlocal bad_requests, paid
+        if _lacks_payer(error) and not paid and (paid := _add_payer(address)):
+            return Transient("requester pays", immediately=True)
+        reason = _transient_reason(error)
+        if isinstance(error, GoogleAPICallError) and error.code == 400 and not _lacks_payer(error):
+            bad_requests += 1
+            reason = None if bad_requests > retries.MAX_BAD_REQUESTS else "400 corrupt request"
+        if reason is None:
+            return _explain(error, address, permission)
+        retry_after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
+        return Transient(reason, float(retry_after) if retry_after.isdigit() else 0.0)
+
+    return retries.call_with_retries(address, request, classify)
 
 
 def _transient_reason(error: Exception) -> str | None:
@@ -103,7 +78,7 @@ def _transient_reason(error: Exception) -> str | None:
         return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
         rate_limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
-        if error.code in _TRANSIENT_CODES or rate_limited:
+        if error.code in TRANSIENT_CODES or rate_limited:
             return f"{int(error.code or 0)} {http.client.responses.get(int(error.code or 0), '')}".strip()
         return None
     if isinstance(error, RefreshError):

@@ -11,6 +11,8 @@ The file `.lease` in the folder names the holder. Every write to it is condition
   write is the commit. It fails if the lease was lost, however long the process was frozen between `check` and the
   write. If the second write is missing, `acquire_lease` completes the commit for the next holder before it returns. The
   delayed second write of a frozen holder then fails too, because the marker has another version.
+- **In S3** a version is an ETag, a hash of the content, so equal content has an equal version. Every write to `.lease`
+  has other content (a token and the time of the renewal), and so has `LATEST` as long as it names a new checkpoint.
 - **Other files are not protected** (checkpoint files, logs). A frozen process that continues can write them until it
   calls `check`. Their names must be used only once (`checkpoints/step-00000420-<token>/...`), and they count only if a
   marker names them.
@@ -18,6 +20,7 @@ The file `.lease` in the folder names the holder. Every write to it is condition
 
 import contextlib
 import json
+import re
 import threading
 import time
 import uuid
@@ -25,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import DataError, Interrupted
-from trainer.storage.base import Conflict, StoragePath, request_deadline
+from trainer.storage.base import Conflict, StoragePath, Version, request_deadline
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 from trainer.types import LogMessage
 
@@ -40,7 +43,7 @@ class _Commit:
 
     name: str
     content: str
-    replaces: int | None
+    replaces: Version | None
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ class _State:
     note: str  # more about the holder, for messages
     token: str  # identifies the `acquire_lease` call that wrote this
     seconds: float  # `LEASE_SECONDS` of the holder
-    renewed: str  # time of the last renewal, for messages only
+    renewed: str  # time of the last renewal, for messages; it also makes each write differ, and with it its ETag in S3
     commit: _Commit | None  # the last commit, unless its marker is known to be written
 
 
 class Lease(contextlib.AbstractContextManager["Lease"]):
     """A lease that this process holds, made by `acquire_lease`. Thread-safe. A thread renews it until `release`."""
 
-    def __init__(self, folder: StoragePath, state: _State, version: int, taken_at: float) -> None:
+    def __init__(self, folder: StoragePath, state: _State, version: Version, taken_at: float) -> None:
         self.folder = folder
         self._state, self._version, self._renewed_at = state, version, taken_at
         self._lost: str | None = None  # why the lease was lost
@@ -78,7 +81,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             problem = f"{self.folder}: the lease could not be renewed for {age:.0f} s; another run may hold it"
             raise Interrupted(problem, fix="start the same command again")
 
-    def commit(self, name: str, content: str) -> int:
+    def commit(self, name: str, content: str) -> Version:
         """Write a marker (a small text file in the folder) atomically and return its new version.
 
         Raises Interrupted if the lease was lost; then nothing was committed. Also raises it if no request succeeded in
@@ -196,7 +199,7 @@ def acquire_lease(
     Raises Interrupted if another process holds the lease and still renews it after `patience`.
     """
     file, seconds, deadline = folder / NAME, LEASE_SECONDS, time.monotonic() + patience
-    last_change: tuple[int | None, float] | None = None  # version of `.lease`, and when this process first read it
+    last_change: tuple[Version | None, float] | None = None  # version of `.lease`, and when this process first read it
     waits = False
     while True:
         current, version = _read(file)
@@ -232,7 +235,7 @@ def acquire_lease(
 def describe_holder(folder: StoragePath, uid: str | None) -> str | None:
     """Describe the holder of a folder's lease; None if a process with this `uid` can take it without waiting."""
     other = _other_holder(_read(folder / NAME)[0], uid)
-    return f"{other.holder}, last renewed at {other.renewed}" if other else None
+    return f"{other.holder}, last renewed at {re.sub(r'[.][0-9]+', '', other.renewed)}" if other else None
 
 
 def _other_holder(state: _State | None, uid: str | None) -> _State | None:
@@ -241,7 +244,7 @@ def _other_holder(state: _State | None, uid: str | None) -> _State | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _describe(state: _State | None) -> str:
@@ -254,7 +257,7 @@ def _dump(state: _State) -> str:
     return json.dumps(asdict(state), indent=1, ensure_ascii=False) + "\n"
 
 
-def _read(file: StoragePath) -> tuple[_State | None, int | None]:
+def _read(file: StoragePath) -> tuple[_State | None, Version | None]:
     """Read `.lease` and its version; None and None if it does not exist."""
     content = file.fetch()
     if content is None:

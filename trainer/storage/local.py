@@ -25,6 +25,7 @@ from trainer.storage.base import (
     Conflict,
     ObjectInfo,
     StoragePath,
+    Version,
     is_unfinished,
 )
 from trainer.storage.scratch import is_running
@@ -192,7 +193,7 @@ class LocalPath(StoragePath):
             file.seek(start)
             return file.read(length)
 
-    def write(self, content: bytes | str, *, only_if: int | None = ANY) -> int:
+    def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
         with temporary_file(self.path) as temporary:
             temporary.write_bytes(encode_utf8(content))
             return self._commit(temporary, only_if)
@@ -263,7 +264,7 @@ class LocalPath(StoragePath):
             problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
             raise DataError(problem, fix="check the path and its permissions") from error
 
-    def _commit(self, temporary: Path, only_if: int | None) -> int:
+    def _commit(self, temporary: Path, only_if: Version | None) -> int:
         """Rename a temporary file to this path if the condition `only_if` holds, and return the new version.
 
         A conditional write locks the folder from the check to the rename. An unconditional one does not, so the
@@ -275,7 +276,8 @@ class LocalPath(StoragePath):
         try:
             if only_if != ANY:
                 fcntl.flock(folder, fcntl.LOCK_EX)
-            current = self.version()
+            info = self.stat()
+            current = None if info is None else int(info.version)
             if only_if != ANY and current != only_if:
                 raise Conflict(f"{self}: changed since it was read")
             modified = max((current or 0) + 1, time.time_ns())

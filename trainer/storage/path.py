@@ -1,4 +1,4 @@
-"""Parse an address into a `StoragePath`, the common type of local paths and `gs://` addresses.
+"""Parse an address into a `StoragePath`, the common type of local paths, `gs://` and `s3://` addresses.
 
     folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
     version = (folder / "LATEST").write("step-420", only_if=None)  # only if it does not exist yet
@@ -17,25 +17,38 @@ from trainer.storage.local import LocalPath
 __all__ = ["Conflict", "ObjectInfo", "StoragePath", "storage_path"]
 
 
-def storage_path(text: str | Path | StoragePath) -> StoragePath:
-    """Parse `gs://bucket/a/b` or a local path, and expand `~` in a string.
+SCHEMES = ("gs", "s3")  # of buckets
 
-    Raises ConfigError for another scheme, an address without a bucket, or a `gs://` address as a pathlib.Path.
+
+def storage_path(text: str | Path | StoragePath) -> StoragePath:
+    """Parse `gs://bucket/a/b`, `s3://bucket/a/b` or a local path, and expand `~` in a string.
+
+    Raises ConfigError for another scheme, an address without a bucket, or the address of a bucket as a pathlib.Path.
     """
     if isinstance(text, StoragePath):
         return text
     if isinstance(text, str) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)):
-        if scheme[1] != "gs" or not text.startswith("gs://"):
-            raise ConfigError(f"{text}: has an unsupported scheme", fix="give a local path or gs://bucket/...")
-        bucket, _, key = text.removeprefix("gs://").partition("/")
+        if scheme[1] not in SCHEMES or not text.startswith(f"{scheme[1]}://"):
+            fix = "give a local path, gs://bucket/... or s3://bucket/..."
+            raise ConfigError(f"{text}: has an unsupported scheme", fix=fix)
+        bucket, _, key = text.removeprefix(f"{scheme[1]}://").partition("/")
         if not bucket:
-            raise ConfigError(f"{text}: names no bucket", fix="write it as gs://bucket/folder")
-        from trainer.storage.gcs import GcsPath  # slow: imports Google's client
-
-        return GcsPath(bucket) / key
-    if isinstance(text, Path) and text.parts[:1] == ("gs:",):
+            raise ConfigError(f"{text}: names no bucket", fix=f"write it as {scheme[1]}://bucket/folder")
+        return _make_bucket_path(scheme[1], bucket) / key
+    if isinstance(text, Path) and text.parts[:1] in [(f"{scheme}:",) for scheme in SCHEMES]:
         raise ConfigError(f"{text}: is a pathlib.Path, which drops a slash", fix="pass a string")
     return LocalPath(Path(text).expanduser() if isinstance(text, str) else text)
+
+
+def _make_bucket_path(scheme: str, bucket: str) -> StoragePath:
+    """Make the path of a bucket. Its client is imported here, since that is slow."""
+    if scheme == "gs":
+        from trainer.storage.gcs import GcsPath
+
+        return GcsPath(bucket)
+    from trainer.storage.s3 import S3Path
+
+    return S3Path(bucket)
 
 
 def canonicalize_address(address: str) -> str:

@@ -18,7 +18,7 @@ from typing import IO
 
 from trainer.errors import DataError, Interrupted
 from trainer.names import escape_unprintable
-from trainer.storage.base import ObjectInfo
+from trainer.storage.base import ObjectInfo, Version
 from trainer.storage.local import join_inside
 from trainer.storage.path import storage_path
 from trainer.storage.staging import VERSIONS
@@ -49,6 +49,11 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
     folder = parent / storage_path(address).name
     folder.mkdir(exist_ok=True)
     return folder, lock
+
+
+def _make_stamp(version: Version) -> int:
+    """Return a modification time in ns that identifies a version: a generation is one, an ETag is hashed."""
+    return version if isinstance(version, int) else int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
 
 
 class ShardCache:
@@ -150,7 +155,10 @@ class ShardCache:
             status = (self.folder / name).stat()
         except OSError:
             return False
-        return (status.st_size, status.st_mtime_ns) == (self.entries[name].size, self.entries[name].version)
+        return (status.st_size, status.st_mtime_ns) == (
+            self.entries[name].size,
+            _make_stamp(self.entries[name].version),
+        )
 
     def _required(self) -> set[str]:
         return {name for names, _ in self._needs.values() for name in names}
@@ -218,7 +226,7 @@ class ShardCache:
         info, file, failure = self.entries[name], self.folder / name, None
         try:
             info.path.download(file, expected=info)
-            os.utime(file, ns=(time.time_ns(), info.version))
+            os.utime(file, ns=(time.time_ns(), _make_stamp(info.version)))
         except Exception as error:
             failure = error
         with self._changed:

@@ -14,20 +14,21 @@ from pathlib import Path
 
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, find_path_fault
-from trainer.storage.base import ABANDONED_SECONDS, ObjectInfo, is_unfinished
+from trainer.storage.base import ABANDONED_SECONDS, ObjectInfo, Version, is_unfinished
 from trainer.storage.local import join_inside, write_json
-from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.path import SCHEMES, StoragePath, storage_path
 from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
 
 MAX_TRANSFERS = 16  # concurrent files
 REPORT_SECONDS = 5.0  # between log lines about the progress
+_LIST_COMMANDS = {"gs": "gcloud storage ls", "s3": "aws s3 ls"}  # by scheme
 VERSIONS = ".versions.json"  # in the local folder: name -> object version of each downloaded file
 
 
 def is_remote(address: str | None) -> bool:
     """Return whether the address is in a bucket."""
-    return bool(address) and str(address).startswith("gs://")
+    return bool(address) and str(address).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
@@ -115,7 +116,7 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     if not copy.entries:
         problem = f"nothing matches {root}/{end}" if end else f"{root} is empty or does not exist"
         problem += f"; {describe_left_out(left_out)}" if left_out else ""
-        raise DataError(problem, fix=f"check the address (gcloud storage ls {shlex.quote(str(root))})")
+        raise DataError(problem, fix=f"check the address ({_LIST_COMMANDS[str(root)[:2]]} {shlex.quote(str(root))})")
     check_budget(address, sum(info.size for info in copy.entries.values()), cache_dir, budget)
     return copy
 
@@ -228,7 +229,7 @@ def identify_staged_file(path: str | Path) -> str | None:
     return None
 
 
-def _read_versions(folder: Path) -> dict[str, int] | None:
+def _read_versions(folder: Path) -> dict[str, Version] | None:
     """Read the versions of the staged files in a folder, by name; None if nothing was staged there."""
     return read_json_or_default(folder / VERSIONS, require_json_object, None)
 

@@ -1,0 +1,192 @@
+"""ASGI application that forwards requests to TensorFlow Serving as they are, and records its predictions.
+
+The response of TensorFlow Serving does not name the version that predicted. Therefore a prediction by the newest
+version is requested from that version by its number. If it is no longer loaded, the number is requested again first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import urllib3
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from trainer.monitoring.exposition import encode_metrics
+from trainer.monitoring.log import log, log_traceback
+from trainer.relay.recording import Recorder
+from trainer.relay.settings import RelaySettings
+from trainer.serving.app import identify
+from trainer.serving.metrics import ServingMetrics
+from trainer.serving.prediction_log import CLOSE_SECONDS, open_log
+from trainer.serving.requests import MemoryBudget, read_body
+from trainer.serving.settings import Settings
+
+CONNECT_SECONDS = 5.0
+STATUS_SECONDS = 5.0  # timeout of a request for the status
+# Of a connection, not of a message; and what a server adds itself. Without Accept-Encoding no response is compressed.
+_NOT_FORWARDED = {
+    "accept-encoding", "connection", "content-length", "date", "expect", "host", "keep-alive", "proxy-connection", "te",
+    "trailer", "transfer-encoding", "upgrade", "x-request-id",
+}  # fmt: skip
+
+
+class Relay:
+    """The HTTP service of a relay. Raises ConfigError if the prediction log cannot be written."""
+
+    def __init__(self, settings: RelaySettings) -> None:
+        self.settings = settings
+        self.version: str | None = None  # the newest one that TensorFlow Serving has loaded, as far as known
+        self.stopping, self.loading, self.ready = False, False, False
+        self.active = self.cancelled = 0
+        self.log = open_log(settings.log, settings.log_seconds)
+        serving = Settings(model=settings.model, name=settings.name, log=settings.log, log_sample=settings.log_sample)
+        self.metrics = ServingMetrics(serving, self.log)
+        self.metrics.ready.set_function(lambda: self.ready and not self.stopping)
+        self.metrics.active.set_function(lambda: self.active)
+        self.recorder = Recorder(settings.model, self.metrics)
+        self._memory = MemoryBudget(settings.max_bytes)
+        self._threads = ThreadPoolExecutor(settings.connections, "forwarding")
+        address = urlsplit(settings.upstream)
+        self._upstream = urllib3.HTTPConnectionPool(
+            address.hostname or "", address.port or 80, maxsize=settings.connections, block=True, retries=False
+        )
+        self._model = f"/v1/models/{quote(settings.name)}"
+        self._predict = re.compile(rf"{re.escape(self._model)}(?:/versions/(\d+))?:predict")
+
+    def close(self) -> None:
+        """End the threads that forward."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def close_log(self) -> None:
+        """Record the responses that wait, and write the rest of the log."""
+        self.recorder.close(CLOSE_SECONDS)
+        if self.log:
+            self.log.close()
+
+    async def follow_upstream(self) -> None:
+        """Request the newest loaded version now and every `poll` seconds."""
+        while True:
+            await self._run(self._update_version)
+            await asyncio.sleep(self.settings.poll)
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request as an ASGI application, and count it."""
+        if scope["type"] != "http":
+            return
+        began, code, identifier = time.monotonic(), "none", identify(scope)
+
+        async def count_and_send(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+                message["headers"] = [*message["headers"], (b"x-request-id", identifier.encode())]
+                if self.stopping:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        self.active += 1
+        try:
+            response = await self._respond(Request(scope, receive), identifier)
+            await response(scope, receive, count_and_send)
+        except asyncio.CancelledError:  # `drain` seconds after the shutdown began
+            self.cancelled += 1
+        finally:
+            self.active -= 1
+            route = "predict" if scope["path"].endswith(":predict") else "other"
+            self.metrics.requests.labels(route, code).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - began)
+
+    async def _respond(self, request: Request, identifier: str) -> Response:
+        try:
+            match request.url.path:
+                case "/healthz":
+                    return Response("ok\n", media_type="text/plain")
+                case "/readyz":
+                    ready = await self._run(self._update_version) and not self.stopping
+                    return Response("ready\n" if ready else "not ready\n", 200 if ready else 503)
+                case "/metrics":
+                    accept = request.headers.get("accept", "")
+                    text, media_type = await asyncio.to_thread(encode_metrics, self.metrics.registry, accept)
+                    return Response(text, headers={"Content-Type": media_type})
+            with self._memory.reservation() as reserve:
+                body = await read_body(request, reserve, self.settings.max_bytes)
+                return await self._run(self._forward, request, body, identifier)
+        except HTTPException as error:
+            return _respond_error(error.status_code, error.detail)
+        except Exception as error:
+            log_traceback(error)
+            return _respond_error(500, "internal error of the relay")
+
+    async def _run(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def _forward(self, request: Request, body: bytes, identifier: str) -> Response:
+        """Forward a request, and record the predictions of its response."""
+        path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
+        predicts = self._predict.fullmatch(path) if request.method == "POST" else None
+        version = predicts[1] or self.version if predicts else None
+        headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _NOT_FORWARDED]
+        query = f"?{request.url.query}" if request.url.query else ""
+
+        def send(path: str) -> urllib3.BaseHTTPResponse:
+            return self._send(request.method, path + query, body, {**dict(headers), "X-Request-Id": identifier})
+
+        if predicts and not predicts[1] and version:
+            response = send(f"{self._model}/versions/{version}:predict")
+            if response.status == 404:  # no longer loaded
+                version = self._update_version()
+                response = send(f"{self._model}/versions/{version}:predict" if version else path)
+        else:
+            response = send(path)
+        if predicts and response.status == 200:
+            if version:
+                self.recorder.put(version, identifier, response.data)
+            else:
+                self.metrics.dropped.inc()
+        forwarded = {k: v for k, v in response.headers.items() if k.lower() not in _NOT_FORWARDED}
+        return Response(response.data, response.status, forwarded)
+
+    def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=self.settings.timeout)
+        for last in (False, True):
+            try:
+                return self._upstream.urlopen(
+                    method, path, body, headers, redirect=False, timeout=timeout, decode_content=False
+                )
+            except urllib3.exceptions.ProtocolError:  # an idle connection was closed as it was used again
+                if last:
+                    raise HTTPException(502, "TensorFlow Serving closed the connection") from None
+            except urllib3.exceptions.ReadTimeoutError:
+                raise HTTPException(504, f"TensorFlow Serving took more than {self.settings.timeout:g} s") from None
+            except urllib3.exceptions.HTTPError:
+                raise HTTPException(503, "TensorFlow Serving cannot be reached") from None
+        raise AssertionError("unreachable")
+
+    def _update_version(self) -> str | None:
+        """Request the newest loaded version from TensorFlow Serving; None if it has none or does not respond."""
+        newest = None
+        with suppress(urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError):
+            timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=STATUS_SECONDS)
+            status = json.loads(self._upstream.urlopen("GET", self._model, timeout=timeout).data)
+            loaded = [int(v["version"]) for v in status["model_version_status"] if v["state"] == "AVAILABLE"]
+            newest = str(max(loaded))
+        if newest is None and self.ready:
+            log.warning(f"TensorFlow Serving at {self.settings.upstream} has no loaded version, or does not respond")
+        if newest and newest != self.version:
+            log.info(f"TensorFlow Serving has loaded version {newest}")
+        self.ready, self.version = newest is not None, newest or self.version
+        return newest
+
+
+def _respond_error(status: int, problem: str) -> Response:
+    return Response(json.dumps({"error": problem}), status, media_type="application/json")

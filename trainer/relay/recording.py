@@ -1,0 +1,128 @@
+"""Log the predictions in responses of TensorFlow Serving, in a thread that no request waits for."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trainer.errors import DataError, TrainerError
+from trainer.evaluation.drift import parse_reference
+from trainer.monitoring.log import log
+from trainer.serving.export_files import LABELS, REFERENCE, Export, Prediction
+from trainer.serving.metrics import ModelMetrics, ServingMetrics
+from trainer.serving.requests import EncodedImage
+from trainer.storage.base import request_deadline
+from trainer.storage.path import storage_path
+from trainer.storage.small_files import CONTENT_ERRORS
+
+MAX_BUFFERED_BYTES = 64 << 20  # of responses that are not parsed yet
+READ_SECONDS = 20.0  # deadline of reading the labels of a version
+RETRY_SECONDS = 30.0  # until the labels of a version that could not be read are read again
+
+
+class Recorder:
+    """Parses responses, counts their predictions, and logs a sample of them. `put` is thread-safe.
+
+    Responses wait in memory up to `MAX_BUFFERED_BYTES`; later ones are dropped and counted.
+    """
+
+    def __init__(self, model: str, metrics: ServingMetrics) -> None:
+        self._model, self._metrics = model, metrics
+        self._versions: dict[str, ModelMetrics] = {}
+        self._failures: dict[str, float] = {}  # version -> when its labels are read again, by the monotonic clock
+        self._waiting: queue.SimpleQueue[tuple[str, str, bytes] | None] = queue.SimpleQueue()
+        self._lock, self._buffered = threading.Lock(), 0
+        self._thread = threading.Thread(target=self._record_all, name="recording", daemon=True)
+        self._thread.start()
+
+    def put(self, version: str, request: str, response: bytes) -> None:
+        """Record the predictions of a response later. Does not raise or wait."""
+        with self._lock:
+            has_room = self._buffered + len(response) <= MAX_BUFFERED_BYTES
+            self._buffered += len(response) if has_room else 0
+        if has_room:
+            self._waiting.put((version, request, response))
+        else:
+            self._metrics.dropped.inc()
+
+    def close(self, seconds: float) -> None:
+        """Record what waits, at most for so long; called once, after the last `put`."""
+        self._waiting.put(None)
+        self._thread.join(seconds)
+
+    def _record_all(self) -> None:
+        while (entry := self._waiting.get()) is not None:
+            version, request, response = entry
+            try:
+                self._record(version, request, response)
+            except Exception as error:  # a bug here must not end the log
+                self._metrics.dropped.inc()
+                log.warning(f"a response of version {version} is not logged ({type(error).__name__}: {error})")
+            with self._lock:
+                self._buffered -= len(response)
+
+    def _record(self, version: str, request: str, response: bytes) -> None:
+        metrics = self._find_metrics(version)
+        if metrics is None:
+            self._metrics.dropped.inc()
+            return
+        try:
+            predictions = parse_predictions(response, len(metrics.export.classes))
+        except CONTENT_ERRORS:  # of another signature
+            self._metrics.dropped.inc()
+            return
+        images = [EncodedImage(b"", "", 0, request=request) for _ in predictions]
+        self._metrics.current = metrics
+        metrics.record(images, predictions)
+
+    def _find_metrics(self, version: str) -> ModelMetrics | None:
+        """Return the metrics of a version; None if its labels cannot be read now."""
+        if version not in self._versions and time.monotonic() >= self._failures.get(version, 0.0):
+            try:
+                with request_deadline(READ_SECONDS):
+                    self._versions[version] = ModelMetrics(self._metrics, read_labels(self._model, version))
+            except (TrainerError, OSError) as error:
+                self._failures[version] = time.monotonic() + RETRY_SECONDS
+                log.warning(f"predictions of version {version} are not logged: {error}")
+        return self._versions.get(version)
+
+
+def read_labels(model: str, version: str) -> Export:
+    """Read the classes and the reference of a version, without its variables. Raises DataError if it has none."""
+    folder = storage_path(model) / version
+    labels, content = (folder / LABELS).read(), (folder / REFERENCE).fetch()
+    try:
+        classes = tuple(labels.decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError as error:
+        problem = f"{folder / LABELS}: is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise DataError(problem, fix="promote the run again") from None
+    reference = None if content is None else parse_reference(content[0], classes)
+    if content is not None and reference is None:
+        raise DataError(f"{folder / REFERENCE}: is corrupt or of another model", fix="promote the run again")
+    return Export(model, Path(str(folder)), version, classes, reference)  # the folder is not read
+
+
+def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
+    """Parse a response of the signatures `image_bytes`, `images` or `explain`, in rows or columns.
+
+    Raises one of `CONTENT_ERRORS` if it is something else.
+    """
+    content = json.loads(response)
+    if "predictions" in content:
+        rows = content["predictions"]
+        columns = {name: [row[name] for row in rows] for name in rows[0]} if isinstance(rows[0], dict) else rows
+    else:
+        columns = content["outputs"]
+    columns = columns if isinstance(columns, dict) else {"probabilities": columns}
+    probabilities = np.asarray(columns["probabilities"], np.float32)
+    if probabilities.ndim != 2 or probabilities.shape[1] != classes or not np.isfinite(probabilities).all():
+        raise ValueError(f"no probabilities of {classes} classes")
+    if "embedding" not in columns:
+        return [Prediction(row) for row in probabilities]
+    embeddings = np.asarray(columns["embedding"], np.float32)
+    return [Prediction(row, embedding) for row, embedding in zip(probabilities, embeddings, strict=True)]

@@ -1,0 +1,278 @@
+"""`BucketPath`, the part of a storage path that is the same for all buckets; a backend adds its requests.
+
+A backend (`gcs.GcsPath`, `s3.S3Path`) implements single attempts: the metadata, content and ranges of one object, a
+page of a listing, a conditional write, a deletion, and the upload of a large file. This module adds what they have in
+common: addresses, checksums, parallel transfers, and the recognition of a write whose response was lost.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal, Self, TypeVar
+
+import google_crc32c
+
+from trainer.errors import ConfigError, DataError, Interrupted
+from trainer.monitoring.health import health
+from trainer.names import encode_utf8
+from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, Version, is_unfinished
+from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
+from trainer.storage.retries import CHECK_BUCKET, NO_BUCKET, CorruptTransfer, Result, Timeouts
+
+MAX_CONCURRENT_REQUESTS = 8  # of one transfer
+MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
+CHUNK_BYTES = 16 << 20  # of a download
+PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
+MAX_DOWNLOADS = 5  # attempts until the CRC32C of a large object matches
+
+Action = Literal["read", "list", "write", "delete"]  # what a request does, for the permission in an error message
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the storage reports about the object that a write made, or that a write was refused for."""
+
+    version: Version
+    write_id: str | None  # identifies the write that created this version; None if it was not one of this package
+    crc32c: int | None  # None if the storage does not compute it
+
+
+class PreconditionFailed(Exception):
+    """The object has another version than a conditional write requires."""
+
+
+class Replaced(DataError):
+    """The version that is being read no longer exists."""
+
+    def __init__(self, path: StoragePath) -> None:
+        super().__init__(f"{path}: was replaced or deleted while it was read", fix="start the same command again")
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = MAX_CONCURRENT_REQUESTS
+) -> list[Result]:
+    """Map `function` over items in threads, with the caller's deadline. An error cancels the calls not yet begun."""
+    calls = [partial(copy_context().run, function, item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+@dataclass(frozen=True)
+class BucketPath(StoragePath):
+    """`SCHEME://bucket/key`; the bucket itself has the key ""."""
+
+    bucket: str
+    key: str = ""
+    scheme: ClassVar[str]
+    is_local = False
+
+    @abstractmethod
+    def _call(self, action: Action, request: Callable[[Timeouts], Result]) -> Result:
+        """Call `request`, a single attempt, with the retries and errors of this storage."""
+
+    @abstractmethod
+    def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
+        """Request the metadata of the object; None if there is none."""
+
+    @abstractmethod
+    def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
+        """Request the content of a version (None: the current one), and verify it; None if there is no such object."""
+
+    @abstractmethod
+    def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
+        """Request `length` bytes of one version from offset `start`; raise `Replaced` if it no longer exists."""
+
+    @abstractmethod
+    def _request_page(
+        self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
+    ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
+        """Request a page of a listing; see `_page`."""
+
+    @abstractmethod
+    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
+        """Write in one request. Raises PreconditionFailed if the condition `only_if` does not hold."""
+
+    @abstractmethod
+    def _request_written(self, timeouts: Timeouts) -> Written | None:
+        """Request what the storage knows about the last write of the object; None if there is none."""
+
+    @abstractmethod
+    def _request_deletion(self, timeouts: Timeouts) -> None:
+        """Delete the object if it exists."""
+
+    @abstractmethod
+    def _get_crc32c(self, info: ObjectInfo) -> int | None:
+        """Return the CRC32C of a version, which may take a request; None if the storage does not know it."""
+
+    @abstractmethod
+    def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
+        """Upload a large file in parallel parts, which become visible together. `read_range`: see `_upload`."""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
+
+    def __truediv__(self, name: str) -> Self:
+        components = [c for c in f"{self.key}/{name}".split("/") if c not in ("", ".")]
+        if ".." in components:
+            raise ConfigError(f"{self}/{name}: a bucket has no '..'", fix="give the address without '..'")
+        return replace(self, key="/".join(components))
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2] or self.bucket
+
+    @property
+    def parent(self) -> Self:
+        return replace(self, key=self.key.rpartition("/")[0])
+
+    def stat(self) -> ObjectInfo | None:
+        return self._call("read", self._request_info) if self.key else None
+
+    def is_folder(self) -> bool:
+        return any(page for page, _ in self._pages(""))  # the first pages may have placeholders only
+
+    def fetch(self, version: Version | None = None) -> tuple[bytes, Version] | None:
+        return self._call("read", partial(self._request_content, version))
+
+    def read_range(self, start: int, length: int) -> bytes:
+        """Read a range, for which the storage has no checksum.
+
+        A small object is read and verified as a whole. The range of a large one is read twice and compared.
+        """
+        info = self.require_info()
+        length = min(length, info.size - start)
+        if length <= 0:
+            return b""
+        if info.size <= PART_BYTES:
+            return self.read()[start : start + length]
+
+        def read_twice(timeouts: Timeouts) -> bytes:
+            first = self._request_range(info, start, length, timeouts)
+            if first != self._request_range(info, start, length, timeouts):
+                raise CorruptTransfer("two reads of one range differ")
+            return first
+
+        return self._call("read", read_twice)
+
+    def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
+        data = encode_utf8(content)
+        return self._upload(len(data), lambda start, length: data[start : start + length], only_if)
+
+    def upload(self, source: Path) -> Version:
+        with LocalPath(source).open() as file:
+            size = os.fstat(file.fileno()).st_size
+            return self._upload(size, lambda start, length: os.pread(file.fileno(), length, start), ANY)
+
+    def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
+        with temporary_file(to) as temporary:
+            for _ in range(MAX_DOWNLOADS):
+                info = expected or self.require_info()
+                try:
+                    if self._download(temporary, info):
+                        os.replace(temporary, to)
+                        return info
+                except Replaced:
+                    if expected is not None:
+                        raise
+        problem = f"{self}: the download failed its CRC32C check {MAX_DOWNLOADS} times"
+        raise Interrupted(problem, fix="start the same command again")
+
+    def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
+        infos = [info for page, _ in self._pages("" if recursive else "/") for info in page]
+        return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
+
+    def folders(self) -> Sequence[StoragePath]:
+        prefixes = {prefix for _, page in self._pages("/") for prefix in page if not is_unfinished(prefix)}
+        # An object such as "p//x" makes "p//" a prefix, whose path would be that of this folder again.
+        return [replace(self, key=name.rstrip("/")) for name in sorted(prefixes) if not f"/{name}".endswith("//")]
+
+    def delete(self) -> None:
+        self._call("delete", self._request_deletion)
+
+    def delete_tree(self) -> None:
+        in_parallel(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
+
+    def _absent(self) -> DataError:
+        try:
+            replace(self, key="")._page("", "", 1)
+        except DataError as error:  # a different one if the account can read but not list
+            if NO_BUCKET in str(error):
+                return DataError(f"{self}: {NO_BUCKET}", fix=CHECK_BUCKET)
+        return DataError(f"{self}: there is no such object", fix="check the address")
+
+    def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
+        """Yield the objects and subfolders of each page. Delimiter "/" lists one level, "" all objects below."""
+        token: str | None = ""
+        while token is not None:
+            page, prefixes, token = self._page(token, delimiter)
+            yield page, prefixes
+
+    def _page(
+        self, token: str, delimiter: str, max_objects: int | None = None
+    ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
+        """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
+        return self._call("list", partial(self._request_page, token, delimiter, max_objects))
+
+    def _download(self, to: Path, info: ObjectInfo) -> bool:
+        """Copy one version to a file and return whether its CRC32C matches; chunks have no checksum of their own."""
+
+        def copy_chunk(start: int) -> None:
+            length = min(CHUNK_BYTES, info.size - start)
+            data = self._call("read", partial(self._request_range, info, start, length))
+            with open(to, "r+b") as target:
+                target.seek(start)
+                target.write(data)
+            health.record_progress()
+
+        with open(to, "wb") as file:
+            if info.size <= MAX_UNCHUNKED_BYTES:
+                if (content := self.fetch(info.version)) is None:
+                    raise Replaced(self)
+                file.write(content[0])
+                return True
+            file.truncate(info.size)
+        in_parallel(copy_chunk, range(0, info.size, CHUNK_BYTES))
+        return self._get_crc32c(info) in (None, compute_file_crc32c(to))
+
+    def _upload_object(self, data: bytes, only_if: Version | None) -> Version:
+        """Upload in one request, whose content the storage verifies before the object becomes visible."""
+        write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
+        condition, attempts = only_if, 0
+
+        def put(timeouts: Timeouts) -> Version:
+            nonlocal attempts, condition
+            attempts += 1
+            try:
+                written = self._request_write(data, write_id, condition, timeouts)
+            except PreconditionFailed as error:
+                # An earlier attempt may have succeeded and lost its response; then the object has our write ID.
+                current = self._request_written(timeouts) if attempts > 1 else None
+                if current is None or current.write_id != write_id:
+                    raise Conflict(f"{self}: changed since it was read") from error
+                written = current
+            if written.crc32c not in (None, crc):  # only an emulator stores corrupt data
+                condition = ANY if condition == ANY else written.version
+                raise CorruptTransfer("CRC32C of the stored object differs")
+            return written.version
+
+        return self._call("write", put)
+
+    def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: Version | None) -> Version:
+        """Upload a small file in one request, and a large one in parallel parts.
+
+        `read_range` takes an offset and a length.
+        """
+        if size <= PART_BYTES:
+            return self._upload_object(read_range(0, size), only_if)
+        if only_if != ANY:
+            raise ValueError(f"{self}: a conditional write is limited to {PART_BYTES} bytes")
+        return self._upload_parts(size, read_range)

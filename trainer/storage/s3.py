@@ -1,0 +1,220 @@
+"""`S3Path`, the storage path of an object or folder in an S3 bucket.
+
+The version of an object is its ETag, on which a conditional write depends (If-Match, If-None-Match). S3 verifies an
+upload by its signed SHA-256. Objects that this package writes have their CRC32C in their metadata, by which a download
+is verified. Those of other programs have none: only the length is verified, in addition to what TLS verifies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import google_crc32c
+import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from trainer.errors import DataError, TrainerError
+from trainer.monitoring.health import health
+from trainer.storage import bucket as buckets
+from trainer.storage import retries
+from trainer.storage.base import ANY, ObjectInfo, Version
+from trainer.storage.bucket import (
+    MAX_CONCURRENT_REQUESTS,
+    Action,
+    BucketPath,
+    PreconditionFailed,
+    Replaced,
+    Written,
+)
+from trainer.storage.retries import CorruptTransfer, Result, Timeouts, Transient
+from trainer.storage.s3_client import call_with_retries, classify_error, get_store, parse_failure
+
+MAX_PARTS = 10_000  # the storage's maximum
+MIN_PART_BYTES = 5 << 20  # the storage's minimum, except for the last part
+MAX_UPLOADS = 10  # attempts of a large file, after errors that obstore does not retry: corrupt parts, cut responses
+PAGE_OBJECTS = 1000  # the storage's maximum
+
+_WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a version
+_CRC32C = "kubetune-crc32c"  # metadata key; 8 hex digits
+_PERMISSIONS: dict[Action, str] = {
+    "read": "s3:GetObject",
+    "list": "s3:ListBucket",
+    "write": "s3:PutObject",
+    "delete": "s3:DeleteObject",
+}
+
+
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Return whether there is no such object, while there may be such a bucket; a HEAD request has no code."""
+    return parse_failure(error).code != "NoSuchBucket"
+
+
+def _failed_precondition(error: Exception) -> bool:
+    """Return whether a conditional write was refused; 409 is that of another one in progress, which is repeated."""
+    return isinstance(error, AlreadyExistsError | PreconditionError) and parse_failure(error).status in (404, 412, 304)
+
+
+@dataclass(frozen=True)
+class S3Path(BucketPath):
+    """`s3://bucket/key`; the bucket itself has the key ""."""
+
+    scheme = "s3"
+
+    def _call(self, action: Action, request: Callable[[Timeouts], Result]) -> Result:
+        return call_with_retries(str(self), _PERMISSIONS[action], request)
+
+    def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
+        current = self._get({"head": True}, timeouts)
+        return None if current is None else self._info(current.meta, current.attributes)
+
+    def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
+        try:
+            response = self._get({} if version is None else {"if_match": str(version)}, timeouts)
+        except PreconditionError:
+            return None
+        if response is None:
+            return None
+        info, data = self._info(response.meta, response.attributes), bytes(response.bytes())
+        if len(data) != info.size:
+            raise CorruptTransfer(f"{len(data)} bytes of {info.size}")
+        if info.crc32c not in (None, google_crc32c.value(data)):
+            raise CorruptTransfer("CRC32C differs")
+        return data, info.version
+
+    def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
+        try:
+            response = self._get({"range": (start, start + length), "if_match": str(info.version)}, timeouts)
+        except PreconditionError as error:
+            raise Replaced(self) from error
+        if response is None:
+            raise Replaced(self)
+        data = bytes(response.bytes())
+        if len(data) != length:
+            raise CorruptTransfer(f"{len(data)} bytes of {length}")
+        return data
+
+    def _request_page(
+        self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
+    ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
+        """Request a page as `_page` does; the token is the last key of the page before it.
+
+        One level is requested at once. obstore removes the slash at the end of a key by which a console marks a folder:
+        it is an empty object here, with the name of the folder.
+        """
+        store, prefix, limit = get_store(self.bucket, timeouts), self.key or None, max_objects or PAGE_OBJECTS
+        if delimiter:
+            level = obstore.list_with_delimiter(store, prefix)
+            page = [replace(self, key=meta["path"])._info(meta) for meta in level["objects"]]
+            return page, {f"{name}/" for name in level["common_prefixes"]}, None
+        metas = next(iter(obstore.list(store, prefix, offset=token or None, chunk_size=limit)), [])
+        page = [replace(self, key=meta["path"])._info(meta) for meta in metas]
+        return page, set(), metas[-1]["path"] if len(metas) == limit else None
+
+    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
+        mode: Any = "overwrite" if only_if == ANY else "create" if only_if is None else {"e_tag": str(only_if)}
+        crc = google_crc32c.value(data)
+        store, attributes = get_store(self.bucket, timeouts), _make_attributes(write_id, crc)
+        try:
+            result = obstore.put(store, self.key, data, mode=mode, attributes=attributes, use_multipart=False)
+        except Exception as error:
+            if _failed_precondition(error):
+                raise PreconditionFailed from error
+            raise
+        return Written(str(result["e_tag"]), write_id, None)
+
+    def _request_written(self, timeouts: Timeouts) -> Written | None:
+        current = self._get({"head": True}, timeouts)
+        return None if current is None else Written(str(current.meta["e_tag"]), current.attributes.get(_WRITE_ID), None)
+
+    def _request_deletion(self, timeouts: Timeouts) -> None:
+        try:
+            obstore.delete(get_store(self.bucket, timeouts), self.key)
+        except FileNotFoundError as error:
+            if not _is_absent(error):
+                raise
+
+    def _get_crc32c(self, info: ObjectInfo) -> int | None:
+        current = self.stat()
+        if current is None or current.version != info.version:
+            raise Replaced(self)
+        return current.crc32c
+
+    def _get(self, options: Any, timeouts: Timeouts) -> Any:
+        """Request the object, without retries; None if there is no such object."""
+        try:
+            return obstore.get(get_store(self.bucket, timeouts), self.key, options=options)
+        except FileNotFoundError as error:
+            if _is_absent(error):
+                return None
+            raise
+
+    def _info(self, meta: Any, attributes: Mapping[str, str] | None = None) -> ObjectInfo:
+        crc32c = (attributes or {}).get(_CRC32C)
+        with contextlib.suppress(ValueError, TypeError):  # of another program
+            return ObjectInfo(self, meta["size"], str(meta["e_tag"]), int(crc32c, 16))  # type: ignore[arg-type]
+        return ObjectInfo(self, meta["size"], str(meta["e_tag"]))
+
+    def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
+        """Upload in one multipart upload, which a last request makes visible; obstore retries each part.
+
+        The storage deletes the parts that a killed process left if the bucket has a rule for that (docs/storage.md).
+        """
+        part_bytes = max(buckets.PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
+
+        crc = sent = google_crc32c.value(b"")
+        for start in range(0, size, part_bytes):  # the metadata precedes the content
+            crc = google_crc32c.extend(crc, read_range(start, min(part_bytes, size - start)))
+
+        def read_parts() -> Iterator[bytes]:
+            nonlocal sent
+            sent = google_crc32c.value(b"")
+            for start in range(0, size, part_bytes):
+                part = read_range(start, min(part_bytes, size - start))
+                sent = google_crc32c.extend(sent, part)
+                health.record_progress()
+                yield part
+
+        version = self._send_parts(part_bytes, read_parts, crc)
+        if sent != crc:
+            self.delete()
+            raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
+        return version
+
+    def _send_parts(self, part_bytes: int, read_parts: Callable[[], Iterator[bytes]], crc: int) -> Version:
+        """Upload the parts, and all of them again after an error that obstore does not retry, before the deadline."""
+        deadline = retries.get_deadline()
+        timeouts = min(retries.CONNECT_SECONDS, deadline), min(retries.READ_SECONDS, deadline)
+        store = get_store(self.bucket, timeouts, retry_seconds=deadline)
+        for attempt in range(MAX_UPLOADS):
+            write_id, began = uuid.uuid4().hex, time.monotonic()
+            try:
+                result = obstore.put(
+                    store, self.key, read_parts(), attributes=_make_attributes(write_id, crc), use_multipart=True,
+                    chunk_size=part_bytes, max_concurrency=MAX_CONCURRENT_REQUESTS,
+                )  # fmt: skip
+                return str(result["e_tag"])
+            except Exception as error:
+                verdict = classify_error(error, str(self), _PERMISSIONS["write"])
+                if verdict is None:
+                    raise
+                is_last = attempt + 1 == MAX_UPLOADS or time.monotonic() - began >= deadline
+                if isinstance(verdict, Transient) and is_last:
+                    raise retries.make_timeout_error(str(self), deadline, verdict.reason) from error
+                # The last request may have succeeded and lost its response; its repetition then fails.
+                if isinstance(verdict, Transient) or parse_failure(error).code == "NoSuchUpload":
+                    written = self._call("read", self._request_written)
+                    if written is not None and written.write_id == write_id:
+                        return written.version
+                if isinstance(verdict, TrainerError):
+                    raise verdict from error
+                time.sleep(retries.INITIAL_BACKOFF_SECONDS)
+        raise AssertionError("unreachable")
+
+
+def _make_attributes(write_id: str, crc32c: int) -> Any:
+    return {_WRITE_ID: write_id, _CRC32C: f"{crc32c:08x}", "Content-Type": "application/octet-stream"}
