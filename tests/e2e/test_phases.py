@@ -31,6 +31,7 @@ def test_multipliers_are_restored_after_a_kill(tmp_path: Path) -> None:
     assert_same_run(calm, killed)
 
 
+@pytest.mark.timeout(900)
 def test_a_phase_without_improvement_ends_with_the_weights_of_the_phase_before(tmp_path: Path) -> None:
     worse, head = tmp_path / "worse", tmp_path / "head"
     longer = ("runtime.keep_checkpoints=1", "phases.head.epochs=3")

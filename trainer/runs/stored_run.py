@@ -103,10 +103,10 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
         names = [name for name in available if parse_step(name) == int(which)]
     else:
         phases = _read_phases(run) or read_checkpoint(find_checkpoint(run, "last"))[0].get("finished", {})
-        steps = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
-        if which in steps:
-            return find_checkpoint(run, str(steps[which]))
-        ended = f", or a phase that has ended: {', '.join(steps)}" if steps else ""
+        ends = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
+        if which in ends:
+            return find_checkpoint(run, str(ends[which]))
+        ended = f", or a phase that has ended: {', '.join(ends)}" if ends else ""
         raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{ended}")
     if names and names[0] in available:
         return available[names[0]]

@@ -203,7 +203,7 @@ class TrainingStep:
         self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
         self.replicas = strategy.num_replicas_in_sync  # of all workers
         self.on_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        devices = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
+        devices: tuple[str, ...] = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
         self.exchanges_slices = len(devices) == 1 and "GPU" not in devices[0]
         virtual = settings.virtual_replicas
         self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # of a replica
