@@ -1,5 +1,6 @@
 """Hidden layers of the head: names, values, and BatchNormalization in training steps of any division of the batch."""
 
+from functools import cache
 from typing import Any
 
 import keras
@@ -68,8 +69,8 @@ def test_the_values_of_hidden_layers_with_batch_norm() -> None:
 def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> None:
     classifier = build(**NORMALIZED)
     plan = apply_thaw(classifier, "none", "frozen")
-    weights = {layer: ("kernel", "bias") for layer in ("hidden", "hidden_2", "output")}
-    weights |= {layer: ("gamma", "beta") for layer in ("hidden_norm", "hidden_2_norm")}
+    weights = dict.fromkeys(("hidden", "hidden_2", "output"), ("kernel", "bias"))
+    weights |= dict.fromkeys(("hidden_norm", "hidden_2_norm"), ("gamma", "beta"))
     assert sorted(plan.trainable) == sorted(f"head/{layer}/{n}" for layer, names in weights.items() for n in names)
     assert len(plan.groups["head, trains"]) == 10
     assert len(plan.groups["batch norm, moving averages"]) == 4
@@ -81,12 +82,28 @@ def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> 
     assert division.cut.pooled
 
 
+@cache
+def examples() -> tuple[np.ndarray, np.ndarray]:
+    """64 images and their labels, by which they differ in brightness."""
+    labels = np.random.default_rng(3).integers(0, 3, 64).astype(np.int32)
+    return (some_images(64, 48) // 2 + labels[:, None, None, None] * 40).astype(np.uint8), labels
+
+
+@cache
+def features() -> np.ndarray:
+    """The features of these images, which do not depend on the head."""
+    classifier = build(weights="glyphs", image_size=48)
+    apply_thaw(classifier, "none", "frozen")
+    cut = find_cut(classifier)
+    assert cut is not None
+    trunk = Trunk(classifier, [cut])
+    return np.concatenate([np.asarray(trunk.features(batch)[0]) for batch in np.split(examples()[0], 4)])
+
+
 def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: Any) -> dict[str, list[float]]:
     """The variables of the head after four steps of 16 examples, three of which are padding in the second."""
-    replicas, batch, steps = strategy.num_replicas_in_sync, 16, 4
-    rng = np.random.default_rng(3)
-    labels = rng.integers(0, 3, batch * steps).astype(np.int32)
-    images = (some_images(batch * steps, 48) // 2 + labels[:, None, None, None] * 40).astype(np.uint8)
+    replicas, (images, labels) = strategy.num_replicas_in_sync, examples()
+    batch, steps = 16, len(labels) // 16
     weight = np.ones(batch * steps, np.float32)
     weight[[17, 20, 31]] = 0.0
     with strategy.scope():
@@ -98,8 +115,7 @@ def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: 
     if on_features:
         cut = find_cut(classifier)
         assert cut is not None
-        network, trunk = Tail(classifier, cut), Trunk(classifier, [cut])
-        source = np.concatenate([np.asarray(trunk.features(images[i : i + 16])[0]) for i in range(0, len(images), 16)])
+        network, source = Tail(classifier, cut), features()
     values = {"image": source, "label": labels, "weight": weight, "index": np.arange(len(labels)),
               "position": np.tile(np.arange(batch), steps)}  # fmt: skip
     values = {n: v.reshape(steps * replicas, batch // replicas, *v.shape[1:]) for n, v in values.items()}

@@ -24,7 +24,6 @@ from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
 
-
 # Of the moving averages in the head. Keras' default, 0.99, needs hundreds of steps, more than many heads train.
 HEAD_NORM_MOMENTUM = 0.9
 
@@ -223,7 +222,6 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
 def _name_hidden_layers(count: int) -> list[str]:
     """Name the hidden layers of the head: hidden, hidden_2, hidden_3, ..."""
     return ["hidden" if i == 0 else f"hidden_{i + 1}" for i in range(count)]
-
 
 
 def _build_norm(units: int, name: str) -> PaddingAwareBatchNormalization:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.schema import Model
-from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
 from trainer.models.weights import build_with_weights, make_download_error, make_missing_error
 from trainer.private_api import find_download
