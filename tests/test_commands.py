@@ -49,6 +49,8 @@ def test_the_pages_have_commands() -> None:
         "prepare",
         "look",
         "plan",
+        "backbones",
+        "rates",
         "evaluate",
         "export",
         "compare",
@@ -68,14 +70,15 @@ def test_a_command_of_the_pages_is_accepted(
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "new_photos", "flower_photos"):
         (tmp_path / name / "daisy").mkdir(parents=True)
-    if verb not in ("", "look", "plan", "prepare"):
+    if verb not in ("", "look", "plan", "prepare", "backbones", "rates"):
         module = import_module(f"trainer.{verb}")
         code = exit_code_of(module.main, *(words or ["--help"]))  # a verb alone is its name in a sentence
         error = capsys.readouterr().err
         assert code in (0, 2)
         assert not re.search("no such argument|key=value|is required|cannot be read|Traceback", error), error
         return
-    arguments = [word for word in words if not word.startswith(("output=", "images=", "--plot=", "--summary"))]
+    own = ("output=", "images=", "--plot=", "--summary", "among=", "folds=", "phase=")
+    arguments = [word for word in words if not word.startswith(own)]
     if {"--help", "--cfg"} & set(arguments):
         assert exit_code_of(main.main, *arguments) == 0
     elif is_sweep(arguments):

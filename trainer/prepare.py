@@ -40,6 +40,7 @@ from trainer.config.typed import format_argument
 from trainer.config.unread import require_read
 from trainer.data.prepare import parse_job_part, prepare
 from trainer.errors import INTERRUPTED, ConfigError
+from trainer.models.backbones import parse_backbones
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log, log_unbuffered
@@ -90,10 +91,10 @@ def main() -> None:
 
 def _write_weights(names: str, output: str) -> None:
     """Write the weights of the named backbones, and log how to train with them."""
-    from trainer.models.weights_folder import parse_weights, prepare_weights  # imports TensorFlow
+    from trainer.models.weights_folder import prepare_weights  # imports TensorFlow
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress
-        files = prepare_weights(parse_weights(names), output, log.info)
+        files = prepare_weights(parse_backbones(names, "weights"), output, log.info)
     outcome = (
         f"{output} holds {len(files)} files of weights; train with them: {format_argument('model.weights', output)}"
     )

@@ -20,7 +20,10 @@ from trainer.relay.settings import RelaySettings
 from trainer.serving.settings import Settings
 
 FILE = Path(__file__).with_name("surface.txt")
-VERBS = ("prepare", "look", "plan", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly", "relay")
+VERBS = (
+    "prepare", "look", "plan", "backbones", "rates", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly",
+    "relay",
+)  # fmt: skip
 
 
 def arguments(verb: ModuleType) -> list[str]:

@@ -64,7 +64,7 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
     images = some_images(3, 64)
     maps = classifier.backbone(images.astype("float32") / 127.5 - 1, training=False).numpy()
     assert maps.shape == (3, 2, 2, 1280)
-    (w1, b1), (w2, b2) = classifier.hidden.get_weights(), classifier.output.get_weights()  # type: ignore[union-attr]
+    (w1, b1), (w2, b2) = classifier.hidden[0].dense.get_weights(), classifier.output.get_weights()
     expected = np.maximum(maps.max((1, 2)) @ w1 + b1, 0) @ w2 + b2
     np.testing.assert_allclose(classifier.logits(images), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(classifier.head_logits(maps.max((1, 2))), expected, rtol=1e-4, atol=1e-5)
@@ -76,7 +76,7 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
 
 def test_l2_penalizes_the_kernels_of_the_head_alone() -> None:
     classifier = build(hidden=4, l2=0.5)
-    kernels = [classifier.hidden.kernel.numpy(), classifier.output.kernel.numpy()]  # type: ignore[union-attr]
+    kernels = [classifier.hidden[0].dense.kernel.numpy(), classifier.output.kernel.numpy()]
     np.testing.assert_allclose(classifier.l2_loss(), 0.5 * sum((k**2).sum() for k in kernels), rtol=1e-5)
     assert build().l2_loss() == 0
 

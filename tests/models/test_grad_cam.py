@@ -41,9 +41,8 @@ def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -
 
 def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
     classifier, images = build(hidden=9), some_images(2)
-    assert classifier.hidden is not None
     maps, pooled = classifier.features(images).numpy(), classifier.pool(classifier.features(images)).numpy()
-    (w1, b1), (w2, _) = classifier.hidden.get_weights(), classifier.output.get_weights()
+    (w1, b1), (w2, _) = classifier.hidden[0].dense.get_weights(), classifier.output.get_weights()
     slopes = ((pooled @ w1 + b1 > 0) * w2[:, 1]) @ w1.T
     expected = scaled(np.einsum("bhwc,bc->bhw", maps, slopes))
     np.testing.assert_allclose(explain(classifier, images, tf.constant([1, 1]))["heatmap"], expected, atol=1e-5)

@@ -8,16 +8,18 @@ import pytest
 from tests.errors import raises
 from trainer.config.schema import Model
 from trainer.errors import ConfigError, ModelError
-from trainer.models.backbones import find_backbone
+from trainer.models.backbones import find_backbone, parse_backbones
 from trainer.models.classifier import build_classifier
-from trainer.models.weights_folder import locate_weights, parse_weights
+from trainer.models.weights_folder import locate_weights
 from trainer.private_api import find_download
 
 
 def test_backbones_are_named_with_their_alpha() -> None:
-    chosen = [(spec.name, alpha) for spec, alpha in parse_weights("[mobilenet_v2, mobilenet_v2:0.35,Xception]")]
+    chosen = [
+        (spec.name, alpha) for spec, alpha in parse_backbones("[mobilenet_v2, mobilenet_v2:0.35,Xception]", "weights")
+    ]
     assert chosen == [("MobileNetV2", None), ("MobileNetV2", 0.35), ("Xception", None)]
-    assert [spec.name for spec, _ in parse_weights("efficientnet_b0")] == ["EfficientNetB0"]
+    assert [spec.name for spec, _ in parse_backbones("efficientnet_b0", "weights")] == ["EfficientNetB0"]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def test_backbones_are_named_with_their_alpha() -> None:
 )
 def test_other_names_are_refused(text: str, value: str, problem: str, fix: str) -> None:
     with raises(ConfigError, "weights", value, fix, problem):
-        parse_weights(text)
+        parse_backbones(text, "weights")
 
 
 @pytest.mark.parametrize(

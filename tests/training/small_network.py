@@ -15,6 +15,8 @@ SIZE, CLASSES = 6, 3
 class SmallNetwork:
     """Flatten, Dense, Dense, with the interface of a classifier."""
 
+    statistics_sizes: Mapping[str, int] = {}
+
     def __init__(self, seed: int = 1, l2: float = 0.0) -> None:
         self.l2 = l2
         start = keras.initializers.GlorotUniform(seed=seed)

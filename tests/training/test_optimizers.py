@@ -13,7 +13,7 @@ from tests.processes import result_of
 from tests.training.small_network import SmallNetwork, arrays, assert_near, compiled, make_step, stream
 from trainer.config.phases import Optimizer, Schedule
 from trainer.training import variables
-from trainer.training.optimizers import build_optimizer, build_schedule
+from trainer.training.optimizers import CLASSES, build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
 STEPS, BATCH = 12, 8
@@ -26,6 +26,14 @@ OPTIMIZERS: list[tuple[dict[str, Any], Callable[[float], Any]]] = [
     ({"name": "rmsprop"}, lambda rate: keras.optimizers.RMSprop(rate)),
     ({"name": "rmsprop", "rho": 0.8, "momentum": 0.5}, lambda rate: keras.optimizers.RMSprop(rate, rho=0.8, momentum=0.5)),
     ({"name": "adamax", "beta_2": 0.99}, lambda rate: keras.optimizers.Adamax(rate, beta_2=0.99)),
+    ({"name": "adagrad"}, lambda rate: keras.optimizers.Adagrad(rate)),
+    ({"name": "adagrad", "weight_decay": 0.3}, lambda rate: keras.optimizers.Adagrad(rate, weight_decay=0.3)),
+    ({"name": "adadelta", "rho": 0.8, "epsilon": 1e-3, "weight_decay": 0.3},
+     lambda rate: keras.optimizers.Adadelta(rate, rho=0.8, epsilon=1e-3, weight_decay=0.3)),
+    ({"name": "nadam"}, lambda rate: keras.optimizers.Nadam(rate)),
+    ({"name": "nadam", "beta_1": 0.8, "weight_decay": 0.3}, lambda rate: keras.optimizers.Nadam(rate, beta_1=0.8, weight_decay=0.3)),
+    ({"name": "lion"}, lambda rate: keras.optimizers.Lion(rate)),
+    ({"name": "lion", "beta_2": 0.9, "weight_decay": 0.3}, lambda rate: keras.optimizers.Lion(rate, beta_2=0.9, weight_decay=0.3)),
 ]  # fmt: skip
 NAMES = ["-".join(map(str, given.values())) for given, _ in OPTIMIZERS]
 
@@ -138,13 +146,42 @@ def test_multipliers_do_not_change_the_names_of_variables_and_multipliers_of_one
     np.testing.assert_array_equal(np.stack(ones), np.stack(whole))
 
 
+ONE_PER_CLASS = [{"name": "sgd", "momentum": 0.9}, *({"name": name} for name in CLASSES if name != "sgd")]
+
+
+@pytest.mark.parametrize("settings", ONE_PER_CLASS, ids=[str(settings["name"]) for settings in ONE_PER_CLASS])
+def test_an_optimizer_continues_from_its_checkpoint_with_the_same_bits(settings: dict[str, Any]) -> None:
+    """With multipliers, micro-batches and averages. Another start of a run has built other networks before."""
+
+    def step_of(network: SmallNetwork) -> TrainingStep:
+        optimizer = build_optimizer(Optimizer(**settings), schedule_of(name="time", decay=0.1), MULTIPLIERS)
+        return make_step(network, optimizer, accumulate=2, ema=0.9)
+
+    network = SmallNetwork()
+    step, batches = step_of(network), iter(stream(16, BATCH))
+    step.run(batches, 4, 0, 0)
+    stored = variables.copy_values(network.variables | step.checkpoint_variables())
+    step.run(batches, 3, 4, 4)
+    resumed = SmallNetwork(seed=2)
+    keras.Variable(0.0)  # counts in the automatic names of Keras
+    later = step_of(resumed)
+    variables.assign_values(resumed.variables | later.checkpoint_variables(), stored, "the checkpoint")
+    later.run(iter(stream(16, BATCH)), 3, 4, 4)  # an epoch has two steps
+    expected = variables.copy_values(network.variables | step.checkpoint_variables())
+    values = variables.copy_values(resumed.variables | later.checkpoint_variables())
+    assert list(values) == list(expected)
+    assert not [name for name, value in values.items() if not np.array_equal(value, expected[name])]
+
+
 def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[float]]]:
     """The variables of a checkpoint after seven steps, per optimizer; of the first replica."""
     results = {}
-    for settings in ({"name": "sgd", "momentum": 0.9}, {"name": "adamw", "weight_decay": 0.3, "epsilon": 1e-3}):
+    decayed = {"weight_decay": 0.3, "epsilon": 1e-3}
+    chosen: list[dict[str, Any]] = [{"name": "sgd", "momentum": 0.9}, {"name": "lion", "weight_decay": 0.3}]
+    for settings in [*chosen, *({"name": n, **decayed} for n in ("adamw", "adagrad", "adadelta", "nadam"))]:
         with strategy.scope():
             network = SmallNetwork()
-            optimizer = build_optimizer(Optimizer(**settings), schedule_of(name="time", decay=0.1), MULTIPLIERS)  # type: ignore[arg-type]
+            optimizer = build_optimizer(Optimizer(**settings), schedule_of(name="time", decay=0.1), MULTIPLIERS)
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1))
         replicas = strategy.num_replicas_in_sync
         step.run(iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))), 7, 0, 0)  # noqa: B023

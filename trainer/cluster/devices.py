@@ -139,6 +139,12 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
         each = f" with {micro_batches} micro-batches each ({key})" if micro_batches > 1 else ""
         problem = f"is not divisible by {replicas} replicas{each}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
+    in_statistics = batch_size // (parts or config.training.accumulate)
+    if config.model.hidden_units and config.model.hidden_batch_norm and in_statistics < 2:
+        each = "a part of the batch" if parts or config.training.accumulate > 1 else "the batch"
+        problem = f"normalizes {each} by its own mean, and of a single example nothing would be left"
+        fix = "use a larger training.batch_size, fewer parts, or set it to false"
+        raise ConfigError(problem, key="model.hidden_batch_norm", value="true", fix=fix)
     if config.augmentation.mixes and per_replica % 2:
         kind, count = ("virtual replicas", parts) if parts else ("replicas", replicas)
         each = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"

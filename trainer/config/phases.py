@@ -16,7 +16,7 @@ from trainer.names import find_path_fault
 class Optimizer(Section):
     """A Keras optimizer. Set only options that it has; null is the Keras default."""
 
-    name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax", "adagrad", "adadelta", "nadam", "lion"] = "adam"
     """Class in `keras.optimizers`."""
     learning_rate: float = Field(1e-3, ge=1e-12, le=1e38)
     """Learning rate of the head at the start of the schedule, after the warm-up."""
@@ -25,25 +25,31 @@ class Optimizer(Section):
     nesterov: bool | None = None
     """sgd: use Nesterov momentum."""
     weight_decay: float | None = Field(None, ge=0, le=1e3)
-    """adamw: decoupled weight decay per step, relative to the learning rate."""
+    """adamw, adagrad, adadelta, nadam, lion: decoupled weight decay per step, relative to the learning rate."""
     beta_1: float | None = Field(None, ge=0, lt=1)
-    """adam, adamw, adamax: decay rate of the first moment, per step."""
+    """adam, adamw, adamax, nadam: decay rate of the first moment, per step; lion: weight of the momentum in the update,
+    above 0."""
     beta_2: float | None = Field(None, ge=0, lt=1)
-    """adam, adamw, adamax: decay rate of the second moment (adamax: of the infinity norm), per step."""
+    """adam, adamw, adamax, nadam: decay rate of the second moment (adamax: of the infinity norm), per step; lion: decay
+    rate of the momentum."""
     rho: float | None = Field(None, ge=0, lt=1)
-    """rmsprop: decay rate of the mean square, per step."""
+    """rmsprop, adadelta: decay rate of the mean square, per step."""
     epsilon: float | None = Field(None, ge=1e-12, le=1e3)
-    """All but sgd: constant added to the denominator."""
+    """All but sgd and lion: constant added to the denominator."""
 
     @model_validator(mode="after")
     def _check_options(self) -> Optimizer:
         adam = {"beta_1", "beta_2", "epsilon"}
-        others = {"adamw": adam | {"weight_decay"}, "sgd": {"momentum", "nesterov"},
-                  "rmsprop": {"momentum", "rho", "epsilon"}}  # fmt: skip
+        decayed = adam | {"weight_decay"}
+        others = {"adamw": decayed, "nadam": decayed, "lion": decayed - {"epsilon"},
+                  "adagrad": {"weight_decay", "epsilon"}, "adadelta": {"weight_decay", "rho", "epsilon"},
+                  "sgd": {"momentum", "nesterov"}, "rmsprop": {"momentum", "rho", "epsilon"}}  # fmt: skip
         known = others.get(self.name, adam)
         if unknown := sorted(key for key in self.options if key not in known):
             problem = f"has no {', '.join(unknown)}; its options are {', '.join(sorted(known))}"
             raise InvalidValue(problem, key="name", value=self.name, fix=f"set {', '.join(unknown)} to null")
+        if self.name == "lion" and self.beta_1 == 0:
+            raise InvalidValue("is 0, with which lion has no momentum", key="beta_1", fix="use a value above 0")
         return self
 
     @property

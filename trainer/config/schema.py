@@ -134,6 +134,20 @@ WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
 NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
 
 
+MAX_HIDDEN_LAYERS = 8  # of the head
+HiddenUnits = Annotated[int, Field(ge=1, le=2**16)]
+
+
+def _check_hidden_layers(units: tuple[int, ...]) -> tuple[int, ...]:
+    if not 1 <= len(units) <= MAX_HIDDEN_LAYERS:
+        fix = f"list the units of 1 to {MAX_HIDDEN_LAYERS} layers; null for none"
+        raise InvalidValue(f"has {len(units)} layers", value=str(list(units)), fix=fix)
+    return units
+
+
+HiddenLayers = Annotated[tuple[HiddenUnits, ...], AfterValidator(_check_hidden_layers)]
+
+
 class Model(Section):
     """The backbone, its weights, and the head on top."""
 
@@ -150,12 +164,22 @@ class Model(Section):
     """How an image becomes square: it is stretched, or its central square is used."""
     pooling: Literal["avg", "max"] = "avg"
     """Global pooling of the last feature maps of the backbone."""
-    hidden: int | None = Field(None, ge=1, le=2**16)
-    """Units of an additional ReLU layer in the head; null: none."""
+    hidden: HiddenUnits | HiddenLayers | None = None
+    """Units of an additional ReLU layer in the head, or a list of the units of several, from the backbone up; null:
+    none."""
+    hidden_batch_norm: bool = False
+    """BatchNormalization in each hidden layer of the head, before its ReLU (docs/phases.md)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout rate before the last layer of the head."""
     l2: float = Field(0.0, ge=0, le=1e3)
     """L2 regularization factor of the head's kernels."""
+
+    @property
+    def hidden_units(self) -> tuple[int, ...]:
+        """The units of each hidden layer of the head, from the backbone up."""
+        if self.hidden is None:
+            return ()
+        return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
 
     @property
     def has_weights_folder(self) -> bool:

@@ -36,7 +36,7 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _check_data(config.data)),
         ("augmentation", config.augmentation, _check_augmentation(config)),
-        ("model", config.model, _check_overfit(config, *OVERFIT["model"])),
+        ("model", config.model, _check_model(config)),
         ("training", config.training, _check_overfit(config, *OVERFIT["training"])),
         ("debug", config.debug, _check_overfit(config, "max_examples")),
         ("export", config.export, _check_export(config)),
@@ -65,6 +65,12 @@ def _list_phases(config: RequestedConfig) -> dict[str, Phase]:
 def _check_run(config: RequestedConfig) -> Reasons:
     if not config.output_dir:
         yield "resume", "is not read without output_dir, as each run then has a new folder"
+
+
+def _check_model(config: RequestedConfig) -> Reasons:
+    yield from _check_overfit(config, *OVERFIT["model"])
+    if not config.model.hidden_units:
+        yield "hidden_batch_norm", "is not read without model.hidden, whose layers it normalizes"
 
 
 def _check_export(config: RequestedConfig) -> Reasons:

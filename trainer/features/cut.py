@@ -112,7 +112,7 @@ class Tail:
         if self._network is not None:
             with use_example_weights(weight if batch_norm_training else None):
                 maps = apply_folded(self._network, maps, batch_norm_training, fold_trainable=not training)
-        return self.classifier.head_logits(maps, training, seed, step, position)
+        return self.classifier.head_logits(maps, training, seed, step, position, weight)
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
         """See `batch_norm.collect_statistics`."""

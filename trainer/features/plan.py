@@ -11,7 +11,6 @@ from trainer.data.images import ImageStore
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
-from trainer.models.batch_norm import updates_moving_averages
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.models.gradients import Differentiated, find_differentiated
@@ -77,10 +76,8 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
             key = f"phases.{name}.{error.key}" if error.key else f"phases.{name}"
             raise ModelError(error.problem, key=key, value=error.value, fix=error.fix) from None
         updated = set(plan.trainable)
-        if plan.batch_norm_training:
-            norms = [layer for layer in classifier.backbone.layers if updates_moving_averages(layer)]
-            norm_ids = {id(v) for norm in norms for v in norm.weights}
-            updated |= {n for n, v in classifier.variables.items() if id(v) in norm_ids}
+        norm_ids = {id(v) for norm in classifier.normalizations.values() for v in norm.weights}
+        updated |= {n for n, v in classifier.variables.items() if id(v) in norm_ids}
         divisions[name] = Division(find_cut(classifier), frozenset(updated), find_differentiated(classifier.backbone))
     return divisions
 

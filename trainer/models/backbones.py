@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import ModelError
+from trainer.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import keras
@@ -174,3 +174,26 @@ def find_backbone(name: str) -> BackboneSpec:
     names = ", ".join(backbone.name for backbone in registry.values())
     fix = f"did you mean {registry[close[0]].name}?" if close else f"use one of {names}"
     raise ModelError("is not a known backbone", key="model.backbone", value=name, fix=fix)
+
+
+def parse_backbones(text: str, key: str) -> list[tuple[BackboneSpec, float | None]]:
+    """Parse [mobilenet_v2,mobilenet_v2:0.35,xception], the value of argument `key`, to backbones with their alpha.
+
+    Raises:
+        ConfigError: it is empty, a name is not that of a backbone, or its alpha is not a number or not taken.
+    """
+    chosen = []
+    for item in filter(None, map(str.strip, text.strip("[] ").split(","))):
+        name, colon, width = item.partition(":")
+        try:
+            spec = find_backbone(name)
+        except ModelError as error:
+            raise ConfigError(error.problem, key=key, value=item, fix=error.fix) from None
+        if colon and not re.fullmatch(r"\d+(\.\d+)?", width):
+            raise ConfigError("has an alpha that is not a number", key=key, value=item, fix=f"write {name}:0.35")
+        if colon and not spec.takes_alpha:
+            raise ConfigError(f"{spec.name} takes no alpha", key=key, value=item, fix=f"write {name}")
+        chosen.append((spec, float(width) if colon else None))
+    if not chosen:
+        raise ConfigError("names no backbone", key=key, value=text, fix=f"write {key}=[mobilenet_v2,xception]")
+    return chosen

@@ -13,6 +13,7 @@ from trainer.config.schema import Model as ModelConfig
 from trainer.errors import ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
 from trainer.models.batch_norm import (
+    PaddingAwareBatchNormalization,
     collect_statistics,
     count_statistics,
     update_moving_averages,
@@ -22,6 +23,26 @@ from trainer.models.batch_norm import (
 from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
+
+# Of the moving averages in the head. Keras' default, 0.99, needs hundreds of steps, more than many heads train.
+HEAD_NORM_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """A hidden layer of the head: a Dense layer, BatchNormalization if `norm` is not None, and ReLU."""
+
+    dense: keras.layers.Dense  # without activation if the layer has a `norm`, which precedes it
+    norm: PaddingAwareBatchNormalization | None = None
+
+    def __call__(self, x: Any, training: bool) -> Any:
+        """Compute the activations, float32 [b, units], of float32 [b, inputs].
+
+        In training, the statistics are those of the batch, whatever `batch_norm` of the phase is, which is about the
+        backbone.
+        """
+        x = self.dense(x)
+        return x if self.norm is None else keras.ops.relu(self.norm(x, training=training))
 
 
 @dataclass(frozen=True)
@@ -34,7 +55,7 @@ class Classifier:
 
     spec: BackboneSpec
     backbone: keras.Model  # preprocessed float [b, S, S, 3] -> float [b, h, w, C]
-    hidden: keras.layers.Dense | None  # hidden layer of the head, if it has one
+    hidden: tuple[HiddenLayer, ...]  # hidden layers of the head, from the backbone up
     output: keras.layers.Dense  # output layer of the head
     pooling: str  # avg | max
     dropout: float  # rate, immediately before the output layer
@@ -63,16 +84,19 @@ class Classifier:
         return (keras.ops.mean if self.pooling == "avg" else keras.ops.max)(features, axis=(1, 2))
 
     def head_logits(
-        self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None
-    ) -> Any:
+        self, features: Any, training: bool = False, seed: int = 0, step: tf.Tensor | int = 0, position: Any = None,
+        weight: Any = None,
+    ) -> Any:  # fmt: skip
         """Compute logits, float32 [b, classes], of feature maps [b, h, w, C] or pooled features [b, C].
 
         The dropout mask depends on `seed`, the `step` of the run, the `position` in the global batch, int64 [b], and
-        the unit, but not on how the batch is split over replicas.
+        the unit, but not on how the batch is split over replicas. Examples of `weight` 0, float32 [b], are excluded
+        from the statistics of BatchNormalization.
         """
         x = self.pool(features)
-        if self.hidden is not None:
-            x = self.hidden(x)
+        with use_example_weights(weight if training else None):
+            for hidden in self.hidden:
+                x = hidden(x, training)
         if training and self.dropout > 0:
             assert position is not None, "dropout needs the positions of the examples in the global batch"
             draws = random_uniform(
@@ -88,7 +112,7 @@ class Classifier:
     ) -> Any:  # fmt: skip
         """Compute logits, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
         maps = self.features(images, batch_norm_training, weight, fold_trainable=not training)
-        return self.head_logits(maps, training, seed, step, position)
+        return self.head_logits(maps, training, seed, step, position, weight)
 
     def probabilities(self, images: Any) -> Any:
         """Compute class probabilities, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
@@ -98,13 +122,19 @@ class Classifier:
         """Compute the L2 penalty, `l2` times the sum of squares of the head's kernels, a float32 scalar."""
         if self.l2 == 0:
             return tf.constant(0.0)
-        kernels = [layer.kernel for layer in (self.hidden, self.output) if layer is not None]
+        kernels = [layer.kernel for layer in (*(hidden.dense for hidden in self.hidden), self.output)]
         return self.l2 * tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel))) for kernel in kernels])
 
     @property
     def normalizations(self) -> dict[str, keras.layers.BatchNormalization]:
         """The layers whose moving averages training updates, by name."""
-        return {layer.name: layer for layer in self.backbone.layers if updates_moving_averages(layer)}
+        layers = [layer for layer in self.backbone.layers if updates_moving_averages(layer)]
+        return {layer.name: layer for layer in [*layers, *self.head_normalizations]}
+
+    @property
+    def head_normalizations(self) -> list[keras.layers.BatchNormalization]:
+        """The normalization layers of the head, which train in every phase."""
+        return [hidden.norm for hidden in self.hidden if hidden.norm is not None]
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
         """See `batch_norm.collect_statistics`."""
@@ -126,11 +156,12 @@ class Classifier:
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
-        """Variables of the head by name, such as head/output/bias."""
-        layers = {"hidden": self.hidden, "output": self.output}
-        return {
-            f"head/{name}/{v.name}": v for name, layer in layers.items() if layer is not None for v in layer.weights
-        }
+        """Variables of the head by name, such as head/output/bias, moving averages included."""
+        layers: dict[str, keras.layers.Layer] = {}
+        for name, hidden in zip(_name_hidden_layers(len(self.hidden)), self.hidden, strict=True):
+            layers |= {name: hidden.dense} | ({f"{name}_norm": hidden.norm} if hidden.norm is not None else {})
+        layers["output"] = self.output
+        return {f"head/{name}/{v.name}": v for name, layer in layers.items() for v in layer.weights}
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
@@ -174,15 +205,29 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         # a resumed run would differ.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
-    hidden, width = None, backbone.output_shape[-1]
-    if config.hidden is not None:
-        hidden = _build_dense(config.hidden, width, "hidden", seed, "relu")
-        width = config.hidden
+    hidden, width, units = [], backbone.output_shape[-1], config.hidden_units
+    for i, name in enumerate(_name_hidden_layers(len(units))):
+        layer_seed = seed if i == 0 else seed + 1 + i  # seed + 1 is that of the output layer
+        activation = None if config.hidden_batch_norm else "relu"
+        dense = _build_dense(units[i], width, name, layer_seed, activation)
+        hidden.append(HiddenLayer(dense, _build_norm(units[i], f"{name}_norm") if config.hidden_batch_norm else None))
+        width = units[i]
     output = _build_dense(class_count, width, "output", seed + 1, None)
     return Classifier(
-        spec, backbone, hidden, output,
+        spec, backbone, tuple(hidden), output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,
     )  # fmt: skip
+
+
+def _name_hidden_layers(count: int) -> list[str]:
+    """Name the hidden layers of the head: hidden, hidden_2, hidden_3, ..."""
+    return ["hidden" if i == 0 else f"hidden_{i + 1}" for i in range(count)]
+
+
+def _build_norm(units: int, name: str) -> PaddingAwareBatchNormalization:
+    norm = PaddingAwareBatchNormalization(momentum=HEAD_NORM_MOMENTUM, dtype="float32", name=f"head_{name}")
+    norm.build((None, units))
+    return norm
 
 
 def _build_dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:

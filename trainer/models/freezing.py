@@ -83,15 +83,17 @@ def apply_thaw(
     trained = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
     moving = {id(v) for layer in layers if updates_moving_averages(layer) for v in layer.non_trainable_weights}
+    averages = moving | {id(v) for norm in classifier.head_normalizations for v in norm.non_trainable_weights}
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
-        kind = "head" if name in head else "batch norm" if id(variable) in norms else "backbone"
+        is_head = name in head and id(variable) not in averages
+        kind = "head" if is_head else "batch norm" if name in head or id(variable) in norms else "backbone"
         role = "trains" if name in head or id(variable) in trained else "frozen"
-        groups[f"{kind}, {'moving averages' if id(variable) in moving else role}"].append(variable)
+        groups[f"{kind}, {'moving averages' if id(variable) in averages else role}"].append(variable)
     expected = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
     assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
-    trainable = {n: v for n, v in classifier.variables.items() if n in head or id(v) in trained}
+    trainable = {n: v for n, v in classifier.variables.items() if (n in head and v.trainable) or id(v) in trained}
     multipliers, summary = _lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
     return ThawPlan(
         thaw=thaw,

@@ -38,23 +38,9 @@ def build_with_weights(
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
         return _download(spec, image_size, alpha)
-    if weights == "none":
+    path = find_weights_file(spec, image_size, alpha, weights)  # first, because building the network takes seconds
+    if path is None:
         return spec.build(image_size, alpha, None)
-    path = Path(weights).expanduser()
-    if weights == "glyphs":
-        path = GLYPHS_WEIGHTS
-        if (spec.name, alpha) != ("MobileNetV2", 0.35):
-            problem, fix = f"does not fit {_format_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
-            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
-        if not path.is_file():
-            problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
-            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
-    if path.is_dir() and not _suggest_warm_start(path):
-        name = spec.name_weights_file(image_size, alpha)
-        if not (path / name).is_file():
-            raise make_missing_error(path, spec, name, alpha)
-        path /= name
-    _check_file(path)  # first, because building the network takes seconds
     network = spec.build(image_size, alpha, None)
     # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
@@ -69,6 +55,32 @@ def build_with_weights(
     if spec.module == "efficientnet":
         _set_published_variance(network)
     return network
+
+
+def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, weights: str) -> Path | None:
+    """Return the local file of `weights`, as in `build_with_weights`; None for imagenet, which Keras has, and none.
+
+    Raises:
+        ModelError: there is no such file, or it is not one of Keras.
+    """
+    if weights in ("imagenet", "none"):
+        return None
+    path = Path(weights).expanduser()
+    if weights == "glyphs":
+        path = GLYPHS_WEIGHTS
+        if (spec.name, alpha) != ("MobileNetV2", 0.35):
+            problem, fix = f"does not fit {_format_name(spec, alpha)}", "use model=glyphs_mobilenet_v2"
+            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
+        if not path.is_file():
+            problem, fix = f"the packaged file {path.name} is missing", "run `make pretrained`"
+            raise ModelError(problem, key="model.weights", value=weights, fix=fix)
+    if path.is_dir() and not _suggest_warm_start(path):
+        name = spec.name_weights_file(image_size, alpha)
+        if not (path / name).is_file():
+            raise make_missing_error(path, spec, name, alpha)
+        path /= name
+    _check_file(path)
+    return path
 
 
 def _set_published_variance(network: keras.Model) -> None:

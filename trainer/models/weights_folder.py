@@ -5,13 +5,11 @@ file of the configured network in it.
 """
 
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.schema import Model
-from trainer.errors import ConfigError, ModelError
 from trainer.models.backbones import BackboneSpec, find_backbone
 from trainer.models.weights import build_with_weights, make_download_error, make_missing_error
 from trainer.private_api import find_download
@@ -19,8 +17,6 @@ from trainer.storage.download import request_size
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import LogMessage
-
-KEY = "weights"  # of trainer.prepare
 
 
 def locate_weights(model: Model) -> Model:
@@ -70,29 +66,6 @@ def _check_download(model: Model) -> str:
     except Exception as error:  # those of keras.utils.get_file, with which the run would end
         raise make_download_error(spec, error) from error
     return f"imagenet: the run would download {size / 1e6:,.1f} MB from {url}"
-
-
-def parse_weights(text: str) -> list[tuple[BackboneSpec, float | None]]:
-    """Parse [mobilenet_v2,mobilenet_v2:0.35,xception], the value of `weights`, to backbones with their alpha.
-
-    Raises:
-        ConfigError: it is empty, a name is not that of a backbone, or its alpha is not a number or not taken.
-    """
-    chosen = []
-    for item in filter(None, map(str.strip, text.strip("[] ").split(","))):
-        name, colon, width = item.partition(":")
-        try:
-            spec = find_backbone(name)
-        except ModelError as error:
-            raise ConfigError(error.problem, key=KEY, value=item, fix=error.fix) from None
-        if colon and not re.fullmatch(r"\d+(\.\d+)?", width):
-            raise ConfigError("has an alpha that is not a number", key=KEY, value=item, fix=f"write {name}:0.35")
-        if colon and not spec.takes_alpha:
-            raise ConfigError(f"{spec.name} takes no alpha", key=KEY, value=item, fix=f"write {name}")
-        chosen.append((spec, float(width) if colon else None))
-    if not chosen:
-        raise ConfigError("names no backbone", key=KEY, value=text, fix="write weights=[mobilenet_v2,xception]")
-    return chosen
 
 
 def prepare_weights(

@@ -247,9 +247,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
 def _describe_model(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
     """Return rows about the backbone, the image size and the head."""
     backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
-    units = [backbone.output_shape[-1], config.model.hidden, classes]
-    widths = " -> ".join(f"{n:,}" for n in units if n)
+    widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, classes))
+    norm = " with batch normalization" if classifier.head_normalizations else ""
     body = f"{estimates.count_model_parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
     return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
-            ("head", f"{config.model.pooling} pooling, {widths}, {head:,} parameters")]  # fmt: skip
+            ("head", f"{config.model.pooling} pooling, {widths}{norm}, {head:,} parameters")]  # fmt: skip

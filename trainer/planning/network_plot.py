@@ -67,11 +67,11 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     """
     size, drawn = classifier.image_size, divide_into_stages(classifier)
     head = count_parameters(classifier.head_variables.values())
-    hidden = f"hidden {classifier.hidden.units}, " if classifier.hidden is not None else ""
+    hidden = f"hidden {', '.join(str(layer.dense.units) for layer in classifier.hidden)}, " if classifier.hidden else ""
     rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
     rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in drawn]
     rows.append((f"{classifier.pooling} pooling", (drawn[-1].shape[-1],), 0, 0, None))
-    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + bool(hidden), head, "head"))
+    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + len(classifier.hidden), head, "head"))
 
     width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
     figure = create_figure(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))

@@ -1,9 +1,12 @@
 """Find settings that are valid but probably not intended. A plan prints these warnings, and a run logs them."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from trainer.cluster.devices import detect_device
 from trainer.cluster.worker import Worker
+from trainer.config.phases import Phase
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, plan_image_caches
@@ -14,6 +17,8 @@ from trainer.planning.estimates import check_worker_memory, estimate_memory, est
 from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
+MIN_RATE_RATIO = 5  # of the head's learning rate to that with which thawed layers should begin
+ADAPTIVE = frozenset({"adam", "adamw", "adamax", "nadam", "rmsprop"})  # their rates have about the same meaning
 DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
 
 
@@ -57,8 +62,32 @@ def find_settings_warnings(config: RequestedConfig) -> list[str]:
             f"model.weights=none without batch_norm=train in {', '.join(frozen)}: the statistics of normalization stay "
             f"as initialized, scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all"
         )
+    warnings += find_rate_warnings(settings)
     if limits := [f"debug.{key}={value}" for key, value in config.debug if value]:
         warnings.append(f"{', '.join(limits)}: this is a trial run")
+    return warnings
+
+
+def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
+    """Return a warning for each phase that thaws layers at more than a fifth of the learning rate of the head before.
+
+    Large steps destroy what the backbone has learned before (Howard & Ruder 2018). A phase with a warm-up begins with
+    small ones. Rates of different kinds of optimizers cannot be compared.
+    """
+    warnings, head = [], ("", 0.0, frozenset[str]())  # name, learning rate, optimizers of the same kind
+    for name, phase in phases.items():
+        optimizer = phase.optimizer
+        if phase.thaw == "none":
+            kind = ADAPTIVE if optimizer.name in ADAPTIVE else frozenset({optimizer.name})
+            head = (name, optimizer.learning_rate, kind)
+        elif optimizer.name in head[2] and not phase.schedule.warmup.count:
+            rate, limit = optimizer.learning_rate * phase.backbone_rate, head[1] / MIN_RATE_RATIO
+            if rate > limit * (1 + 1e-6):
+                warnings.append(
+                    f"phase {name} trains thawed layers at a learning rate of {rate:g}, more than a fifth of the "
+                    f"{head[1]:g} of {head[0]}, which can destroy what they have learned; try "
+                    f"phases.{name}.optimizer.learning_rate={limit / phase.backbone_rate:g}, or a schedule.warmup"
+                )
     return warnings
 
 

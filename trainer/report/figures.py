@@ -144,7 +144,7 @@ def to_svg(name: str, chart: Chart) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _create_plot(
+def create_plot(
     title: str, width: float, height: float, *, left: float, top: float, right: float = 10, bottom: float = 36
 ) -> tuple[Figure, Axes]:
     """Create a figure with a title and one Axes; sizes and margins are in points (units of the SVG)."""
@@ -210,7 +210,7 @@ def line_chart(
     # 6.5: points per character
     crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
     top = 78 if crowded else 44
-    figure, axes = _create_plot(title, width, 204 + top, left=left, top=top, right=right)
+    figure, axes = create_plot(title, width, 204 + top, left=left, top=top, right=right)
     axes.grid(axis="y", color=GRID_LINE, linewidth=1)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(first, last), ylim=(max(0.0, low - padding), high if fractions else high + padding))
@@ -313,7 +313,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     table, classes = np.asarray(confusion), len(class_names)
     if classes > MAX_NUMBERED_CLASSES:
         title = f"Confusion matrix of {classes} classes, in their order"
-        figure, axes = _create_plot(title, 560, 580, left=56, top=30)
+        figure, axes = create_plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, table)
         return [Chart(figure, title), _draw_confusions(table, class_names)]
     names, support = [format_label(name) for name in class_names], table.sum(axis=1)
@@ -322,7 +322,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     # 6.6 and, slanted, 5: points per character
     left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
-    figure, axes = _create_plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
+    figure, axes = create_plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
     opacity = _draw_matrix(axes, table)
     has_long_name = max(map(len, names)) > 3
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
@@ -339,7 +339,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
 
 def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     pairs, title = find_top_confusions(table), "Most frequent confusions"
-    figure, axes = _create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
+    figure, axes = create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
     if not pairs:
         axes.set_axis_off()
         figure.text(0.5, 0.5, "no class is confused with another", ha="center", va="center", color=MUTED)
@@ -399,7 +399,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     """
     nonempty = [b for b in bins if b["count"]]
     title = f"Accuracy (expected calibration error {error:.3f})"
-    figure, upper = _create_plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
+    figure, upper = create_plot(title, 400, 400, left=50, top=36, right=20, bottom=124)
     lower = figure.add_axes((50 / 400, 40 / 400, 330 / 400, 70 / 400), sharex=upper)
     style_axes(lower, size=11, color=MUTED)
     lower.tick_params(pad=5)

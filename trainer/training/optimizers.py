@@ -11,6 +11,12 @@ from trainer.private_api import get_variable_index
 
 schedules = keras.optimizers.schedules
 
+# Values of `optimizer.name` -> classes of Keras.
+CLASSES = {
+    "adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad",
+    "adadelta": "Adadelta", "nadam": "Nadam", "lion": "Lion",
+}  # fmt: skip
+
 
 class WarmUp(LearningRateSchedule):
     """Linear warm-up for `steps` steps, peak * (s + 1) / (steps + 1) at step s, then `main_schedule`."""
@@ -62,8 +68,7 @@ def build_optimizer(
     optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
     """Build a Keras optimizer. `lr_multipliers` has one factor of `rate` per variable, or is empty if all are 1."""
-    names = {"adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop"}
-    cls = getattr(keras.optimizers, names[optimizer.name])
+    cls = getattr(keras.optimizers, CLASSES[optimizer.name])
     if lr_multipliers:
         cls = _with_lr_multipliers(cls, lr_multipliers)
     # A fixed name: checkpoints need stable names, and Keras would append a counter.
@@ -71,7 +76,7 @@ def build_optimizer(
 
 
 def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
-    """Derive an optimizer class that scales the learning rate, and with it AdamW's weight decay, per variable.
+    """Derive an optimizer class that scales the learning rate, and with it the weight decay, per variable.
 
     Scaling gradients would have no effect in adaptive optimizers, which normalize them.
     """

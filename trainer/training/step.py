@@ -208,7 +208,7 @@ class TrainingStep:
         virtual = settings.virtual_replicas
         self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # of a replica
         # The layers whose statistics are collected, and the number of their values.
-        self.statistics_sizes = network.statistics_sizes if virtual and settings.batch_norm_training else {}
+        self.statistics_sizes = network.statistics_sizes if virtual else {}
         with strategy.scope():
             optimizer.build(self.variables)
             self.loss_scale: list[tf.Variable] | None = None  # float32 scalars: scale, consecutive finite steps

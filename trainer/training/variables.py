@@ -37,5 +37,9 @@ def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], sour
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Return the variables of an optimizer by names that are stable across processes."""
-    return {f"optimizer/{i:04d}/{v.path}": v for i, v in enumerate(optimizer.variables)}
+    """Return the variables of an optimizer by names that are stable across processes.
+
+    Keras names the product of momentum factors of Nadam by a counter of the process (`variable_7`).
+    """
+    paths = [v.path if v.path.startswith(f"{optimizer.name}/") else "product" for v in optimizer.variables]
+    return {f"optimizer/{i:04d}/{path}": v for i, (path, v) in enumerate(zip(paths, optimizer.variables, strict=True))}

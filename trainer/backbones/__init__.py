@@ -1,0 +1,51 @@
+"""`python -m trainer.backbones among=[NAME,...] [output=FOLDER] [folds=K] [ARGUMENTS OF A RUN]`:
+compare pretrained backbones on a dataset by cross-validation of a head, before a run is trained.
+
+    among=[...]         networks of keras.applications, each perhaps with a width multiplier and weights of its own:
+                        [mobilenet_v2,mobilenet_v2:0.35,vgg16@none]
+    output=FOLDER       folder of the results, local or gs:// (default: outputs/backbones)
+    folds=K             number of folds; 1: train on the train split and score the validation split (default: by the
+                        number of examples, docs/choose.md)
+    ARGUMENTS OF A RUN  those of `python -m trainer`: data, model.weights, model.image_size, phases.head, ...
+
+Example: python -m trainer.backbones data=image_folder data.root=photos among=[mobilenet_v2,efficientnet_b0]
+
+Each network computes the features of the train and validation examples once, and a head is trained on them per fold, as
+the first phase of a run with thaw=none is. Test examples are not read. Prints a table, and writes index.html and
+backbones.json. The same command continues after an interruption; what is finished is not computed again. Exit codes: 0
+done; 2 an argument, the data or the weights are wrong; 75 interrupted, the same command continues.
+"""
+
+import sys
+
+from trainer.backbones.candidates import apply_choices, parse_candidates, parse_folds
+from trainer.cli.arguments import parse_arguments
+from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.overrides import list_given_keys, map_given_values
+from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
+from trainer.errors import ConfigError
+from trainer.monitoring.health import health
+
+# Key -> problem if it is missing, "" if it is optional.
+ARGUMENTS = {"among": "is required", "output": "", "folds": ""}
+OUTPUT = "outputs/backbones"
+
+
+def main() -> None:
+    """Run `python -m trainer.backbones`, and exit with a code of `trainer.errors`."""
+    with exit_with_code():
+        arguments, overrides = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
+        candidates, folds = parse_candidates(arguments["among"]), parse_folds(arguments.get("folds"))
+        if is_sweep(overrides):
+            raise ConfigError("a sweep is of runs", fix="remove sweep=..., among=[...] lists the networks")
+        overrides = choose_and_log_source(overrides)
+        composed = compose(overrides)
+        assert composed is not None, "no argument is one of Hydra's flags"
+        config = load_given(composed, overrides)
+        given = list_given_keys(overrides) | map_given_values(overrides).keys()
+        choices = apply_choices(config, candidates, given)
+        configure_log(config.runtime)
+        health.enter_phase("backbones")
+        with suppress_import_noise():
+            from trainer.backbones.comparison import compare_backbones  # here, because it imports TensorFlow
+        compare_backbones(choices, arguments.get("output", OUTPUT), folds)

@@ -1,0 +1,177 @@
+"""Measure one network: its features of all examples once, a head per fold on them, and the time of a forward pass."""
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.backbones.folds import FoldPlan
+from trainer.backbones.results import FoldResult, Measurements
+from trainer.cluster.worker import Worker
+from trainer.config.schema import Augmentation, RunConfig
+from trainer.data.host import allocate_array
+from trainer.data.images import ImageStore
+from trainer.data.order import Order
+from trainer.data.pipeline import build_training_batches
+from trainer.data.sharding import UNSHARDED, steps_per_epoch
+from trainer.data.splits import take
+from trainer.errors import DataError, Interrupted
+from trainer.evaluation.scoring import Scorer, rows_per_call
+from trainer.features.cut import Cut, Tail, Trunk
+from trainer.features.inputs import FeatureCache
+from trainer.features.plan import FeaturePlan, divide_phases
+from trainer.features.store import STORED, Features
+from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
+from trainer.models.freezing import apply_thaw
+from trainer.monitoring.log import log
+from trainer.training import variables
+from trainer.training.optimizers import build_optimizer, build_schedule
+from trainer.training.step import StepSettings, TrainingStep, require_finite
+from trainer.types import Dataset
+
+# A head per fold is a new function each time, which TensorFlow takes for a mistake.
+_RETRACING = "triggered tf.function retracing"
+WARM_UP_CALLS = 3  # before a time is measured; the first one compiles
+MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # of a measured call
+
+
+@dataclass(frozen=True)
+class Network:
+    """A frozen network with its features of all examples."""
+
+    config: RunConfig  # with its `model`, and the phase of the head alone
+    worker: Worker
+    dataset: Dataset  # the pool of train and validation examples as its split train
+    classifier: Classifier
+    cut: Cut
+    features: Features  # of the pool
+    initial: dict[str, np.ndarray]  # values of the head before it is trained
+    scorer: Scorer
+
+
+def ignore_retracing() -> None:
+    """Drop TensorFlow's warning that the same function is traced again."""
+    tf.get_logger().addFilter(lambda record: _RETRACING not in str(record.msg))
+
+
+def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifier: Classifier) -> Network:
+    """Freeze the backbone and compute its features of all images, or read those that an earlier start stored.
+
+    Raises:
+        DataError: an image cannot be read.
+        Interrupted: there is no space for the features; StopRequested after a signal.
+    """
+    (phase,) = config.phases
+    divisions = divide_phases(config, classifier)
+    cut = divisions[phase].cut
+    assert cut is not None, "a frozen backbone has a cut"
+    plan = FeaturePlan(divisions, {phase: "cached"})
+    cache = FeatureCache(worker, images, classifier, plan, Scorer(worker, classifier))
+    opened = cache.open(phase, ("train",))
+    if opened is None:
+        worker.stop.check("while features were computed")
+        fix = "increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir"
+        raise Interrupted(f"there is no space for the features of {classifier.spec.name}", fix=fix)
+    initial = variables.copy_values(classifier.head_variables)
+    scorer = Scorer(worker, Tail(classifier, cut))
+    return Network(config, worker, images.dataset, classifier, cut, opened[0], initial, scorer)
+
+
+def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
+    """Train a head from its initial values on all folds but one, and predict the examples of that one.
+
+    The result is a function of the configuration and the data, not of the folds before.
+
+    Raises:
+        Diverged: the loss is not finite.
+        StopRequested: after a signal.
+    """
+    classifier, training = network.classifier, network.config.training
+    inside, outside = folds.split(fold)
+    began = time.perf_counter()
+    variables.assign_values(classifier.head_variables, network.initial, "the initial values")
+    step = _train_head(network, take_rows(network.features, inside, "train"))
+    seconds = time.perf_counter() - began
+    if step.averages:
+        step.averages.swap()
+    held_out = take_rows(network.features, outside, "validation")
+    scored = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
+    network.worker.stop.check("while a fold was scored")
+    return FoldResult(outside[scored.indices], scored.probabilities.argmax(axis=1), seconds)
+
+
+def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
+    """Return the features of these examples, int64 [k], increasing, in memory, as those of a split `name`."""
+    assert features.array is not None, "the features are complete"
+    array = allocate_array((len(indices) + 1, *features.shape), STORED[features.dtype])  # the last row is padding
+    array[: len(indices)] = features.array[indices]
+    position = {int(index): i for i, index in enumerate(indices)}
+    return Features(
+        replace(take(features.split, indices), name=name), features.shape, features.dtype, 1,
+        np.arange(len(indices), dtype=np.int64), features.threads, log.info, array=array,
+        bad={position[index]: why for index, why in features.bad.items() if index in position},
+    )  # fmt: skip
+
+
+def _train_head(network: Network, features: Features) -> TrainingStep:
+    """Train the head for the whole length of the phase, as a run does; return its step, which has the averages."""
+    config, worker, strategy = network.config, network.worker, network.worker.strategy
+    ((name, phase),) = config.phases.items()
+    batch_size, split = config.training.batch_size, features.split
+    per_epoch = steps_per_epoch(split, batch_size)
+    total = config.phase_steps(phase, per_epoch)
+    if len(features.bad) == split.count:
+        reason = next(iter(features.bad.values()))
+        raise DataError(f"no training example of a fold could be read, the first: {reason}", fix="repair the images")
+    thaw = apply_thaw(network.classifier, phase.thaw, phase.batch_norm)
+    rate = phase.optimizer.learning_rate
+    schedule = build_schedule(phase.schedule, rate, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
+    with strategy.scope():
+        optimizer = build_optimizer(phase.optimizer, schedule)
+    fold_data = replace(network.dataset, splits={"train": split})
+    settings = StepSettings.from_config(config, fold_data, batch_norm_training=False, xla=False)
+    tail, stop = Tail(network.classifier, network.cut), worker.stop_requested
+    step = TrainingStep(strategy, tail, thaw.trainable, optimizer, settings, should_stop=stop)
+    order = Order(batch_size=batch_size, seed=config.seed, window=config.data.shuffle_window, first_epoch=0,
+                  first_step=0, sharding=UNSHARDED)  # fmt: skip
+    batches = build_training_batches(features, order, replicas=worker.replicas, augmentation=Augmentation())
+    iterator = iter(strategy.distribute_datasets_from_function(lambda _: batches.dataset))
+    done = 0
+    while done < total:
+        sums, _, _ = step.run(iterator, min(config.runtime.steps_per_call, total - done), done, done)
+        done += len(sums)
+        require_finite(sums, done, name, (done - 1) // per_epoch + 1)
+        worker.stop.check("while a head was trained")
+    return step
+
+
+def measure(network: Network, machine: str) -> Measurements:
+    """Measure the sizes of a network with its head, and the times of its forward pass on this machine."""
+    classifier, rows = network.classifier, rows_per_call()
+    trunk = Trunk(classifier, [network.cut])
+
+    @tf.function(autograph=False)
+    def predict(images: tf.Tensor) -> tf.Tensor:
+        (features,) = trunk.features(images)
+        return tf.nn.softmax(classifier.head_logits(features))
+
+    def milliseconds(count: int) -> float:
+        size = classifier.image_size
+        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+        images, taken = tf.constant(pixels), list[float]()
+        for _ in range(WARM_UP_CALLS):
+            predict(images).numpy()
+        while len(taken) < MIN_REPEATS or (len(taken) < MAX_REPEATS and sum(taken) < MAX_SECONDS):
+            began = time.perf_counter()
+            predict(images).numpy()  # waits for the device
+            taken.append(time.perf_counter() - began)
+            network.worker.stop.check("while a network was timed")
+        return 1e3 * statistics.median(taken)
+
+    values = list(classifier.variables.values())
+    return Measurements(
+        image_size=classifier.image_size, parameters=count_parameters(values), bytes=count_variable_bytes(values),
+        single_ms=milliseconds(1), batch_ms=milliseconds(rows) / rows, batch_rows=rows, machine=machine,
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""The table of a comparison on standard output, its page, and backbones.json."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.backbones.folds import HOLD_OUT, FoldPlan
+from trainer.backbones.results import SUMMARY, FoldResult, Measurements
+from trainer.config.phases import Phase
+from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
+from trainer.monitoring.log import log
+from trainer.report.compare import SIGNIFICANCE_LEVEL
+from trainer.report.figures import SERIES, shorten_name, to_svg
+from trainer.report.page import render
+from trainer.report.scatter import Point, draw_scatter
+from trainer.storage.path import StoragePath
+from trainer.types import Dataset
+
+VERSION = 1  # of backbones.json
+NAME_WIDTH = 25  # characters of the first column of the table, which has 80 in total
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """The results of one network."""
+
+    label: str
+    folds: Sequence[FoldResult]
+    measurements: Measurements
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the table states about all networks."""
+
+    dataset: Dataset  # the pool of examples as its split train
+    folds: FoldPlan
+    machine: str
+    phase: str
+    settings: Phase  # of the head
+    weights: Mapping[str, str]  # model.weights by label, as given
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network with its scores over all out-of-fold predictions."""
+
+    label: str
+    weights: str
+    accuracy: float
+    interval: tuple[float, float]  # 95 %
+    examples: int
+    fold_accuracies: list[float]
+    measurements: Measurements
+    train_seconds: float  # of a head and the features that it is trained on: the mean over the folds
+    pair: PairedComparison | None  # with the best one; None for the best one itself
+    p: float | None  # of the pair, adjusted for the number of pairs (Holm 1979)
+
+    @property
+    def is_random(self) -> bool:
+        return self.weights == "none"
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the difference from the best network is significant."""
+        return self.p is not None and self.p < SIGNIFICANCE_LEVEL
+
+
+def rank(networks: Sequence[MeasuredNetwork], facts: Facts) -> list[Row]:
+    """Score the networks on the examples that all have predicted, and compare each with the best one.
+
+    The rows are in descending order of accuracy; of two with the same accuracy, the smaller network is better.
+    """
+    labels = facts.dataset.splits["train"].labels
+    predictions = [_join(network.folds, len(labels)) for network in networks]
+    common = np.flatnonzero(np.all([each >= 0 for each in predictions], axis=0))
+    correct = [each[common] == labels[common] for each in predictions]
+    order = sorted(range(len(networks)), key=lambda i: (-int(correct[i].sum()), networks[i].measurements.parameters, i))
+    best = order[0]
+    pairs = {i: compare_paired(correct[best], correct[i]) for i in order[1:]}
+    adjusted = dict(zip(pairs, adjust_p_values([pair.p for pair in pairs.values()]), strict=True))
+    rows = []
+    for i in order:
+        network, hits, measured = networks[i], int(correct[i].sum()), networks[i].measurements
+        heads = [result.seconds for result in network.folds]
+        trained = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
+        rows.append(Row(
+            label=network.label, weights=facts.weights[network.label], accuracy=hits / len(common),
+            interval=wilson_interval(hits, len(common)), examples=len(common),
+            fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in network.folds],
+            measurements=measured, pair=pairs.get(i), p=adjusted.get(i),
+            train_seconds=float(np.mean(heads) + np.mean(trained) * measured.batch_ms / 1e3),
+        ))  # fmt: skip
+    return rows
+
+
+def _join(folds: Sequence[FoldResult], count: int) -> np.ndarray:
+    """Return the predicted class of each example, int64 [count]; -1 for one without a prediction."""
+    predictions = np.full(count, -1, np.int64)
+    for result in folds:
+        predictions[result.indices] = result.predictions
+    return predictions
+
+
+def find_cheapest(rows: Sequence[Row]) -> Row:
+    """Return the fastest network, for batches of one image, that is not significantly worse than the best one."""
+    return min((row for row in rows if not row.is_worse), key=lambda row: row.measurements.single_ms)
+
+
+def _format_short(value: float) -> str:
+    """Format a positive number with two decimals, from 10 on with one, and from 1,000 on with none."""
+    return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
+
+
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """Format the table, in lines of at most 80 characters."""
+    batch_rows = rows[0].measurements.batch_rows
+    head = ("acc.", "95 %", "params", "MB", "ms/1", f"ms/{batch_rows}", "train", "p")
+    widths = (5, 9, 6, 5, 6, 6, 5, 5)
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        columns = " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"{shorten_name(name, NAME_WIDTH).ljust(NAME_WIDTH)} {columns}".rstrip()
+
+    lines = [line("backbone", head)]
+    for row in rows:
+        m, (low, high) = row.measurements, row.interval
+        p = "best" if row.p is None else "<.001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")
+        cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}", 
+                 f"{_format_short(m.parameters / 1e6)}M", _format_short(m.bytes / 1e6), _format_short(m.single_ms),
+                 _format_short(m.batch_ms), f"{row.train_seconds:.0f}s", p)  # fmt: skip
+        lines.append(line(row.label + " *" * row.is_random, cells))
+    return lines
+
+
+def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
+    """Return the sentences below the table, each of at most 80 characters."""
+    n, count, settings = rows[0].examples, facts.folds.count, facts.settings
+    scored = "validation examples" if count == HOLD_OUT else f"out-of-fold predictions, {count} folds"
+    sentences = [
+        f"n = {n:,} {scored} ({facts.folds.reason})",
+        f"head: {settings.duration.count:g} {settings.duration.unit} of {settings.optimizer.name} "
+        f"{settings.optimizer.learning_rate:g}; {facts.machine}",
+    ]
+    if any(row.is_random for row in rows):
+        sentences.append("* random weights, not trained")
+    if len(rows) > 1:
+        sentences.append("p: McNemar's exact test against the best, adjusted by Holm's method")
+        cheapest, equal = find_cheapest(rows), [row for row in rows[1:] if not row.is_worse]
+        if equal:
+            sentences.append(f"no significant difference from the best: {', '.join(row.label for row in equal)}")
+            sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")
+    return sentences
+
+
+def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
+    """Return the content of backbones.json."""
+    dataset, folds = facts.dataset, facts.folds
+    return {
+        "version": VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)},
+        "folds": {"count": folds.count, "reason": folds.reason, "examples": rows[0].examples},
+        "head": {"phase": facts.phase, **facts.settings.model_dump(mode="json")},
+        "machine": facts.machine,
+        "networks": [
+            {
+                "name": row.label, "weights": row.weights, "accuracy": row.accuracy, "interval": list(row.interval),
+                "fold_accuracies": row.fold_accuracies, "image_size": row.measurements.image_size,
+                "parameters": row.measurements.parameters, "bytes": row.measurements.bytes,
+                "ms_single": row.measurements.single_ms, "ms_in_batch": row.measurements.batch_ms,
+                "batch": row.measurements.batch_rows, "train_seconds": row.train_seconds,
+                "difference": row.pair.difference if row.pair else None,
+                "difference_interval": list(row.pair.interval) if row.pair else None,
+                "p": row.p, "significantly_worse": row.is_worse,
+            }
+            for row in rows
+        ],
+    }  # fmt: skip
+
+
+def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
+    """Render the page, which needs no other file."""
+    points = [
+        Point(row.label, row.measurements.single_ms, row.accuracy, row.interval, SERIES[i % len(SERIES)])
+        for i, row in enumerate(rows)
+    ]
+    chart = draw_scatter("Accuracy over the time of one image", points, "ms per image, batches of one")
+    return render(
+        "backbones.html.j2", rows=rows, facts=facts, created=created, sentences=describe(rows, facts),
+        chart=to_svg("scatter", chart), significance_level=SIGNIFICANCE_LEVEL, color_count=len(SERIES),
+        hold_out=facts.folds.count == HOLD_OUT,
+    )  # fmt: skip
+
+
+def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
+    """Write backbones.json and index.html, and print the table."""
+    summary = summarize(rows, facts)
+    (folder / SUMMARY).write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    (folder / "index.html").write(render_page(rows, facts, summary["created"]))
+    print("\n".join([*format_table(rows), "", *describe(rows, facts)]))
+    log.info(f"page: {folder / 'index.html'}")
