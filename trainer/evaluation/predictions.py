@@ -1,9 +1,11 @@
-"""Write predictions.csv, the prediction for every example, and decode the names in its cells."""
+"""Write predictions.csv and probabilities.npy, the prediction for every example, and decode the names in the cells."""
 
 import csv
 import io
 import re
 from pathlib import Path
+
+import numpy as np
 
 from trainer.names import escape_unprintable
 from trainer.storage.local import write_atomically
@@ -47,3 +49,10 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
         source = map(encode_cell, result.sources[index : index + 1])
         writer.writerow((index, *map(encode_cell, names), probability, correct, *source))
     write_atomically(path, text.getvalue())
+
+
+def write_probabilities(path: Path, probabilities: np.ndarray) -> None:
+    """Write the probabilities, float32 [n, classes], as an .npy file whose rows are in the order of predictions.csv."""
+    content = io.BytesIO()
+    np.save(content, np.ascontiguousarray(probabilities, np.float32), allow_pickle=False)
+    write_atomically(path, content.getvalue())
