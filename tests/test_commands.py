@@ -54,6 +54,7 @@ def test_the_pages_have_commands() -> None:
         "serve",
         "drift",
         "promote",
+        "predict",
         "nightly",
     }
 

@@ -19,7 +19,7 @@ from trainer.cli.compose import GROUPS, find_conf_folder
 from trainer.serving.settings import Settings
 
 FILE = Path(__file__).with_name("surface.txt")
-VERBS = ("prepare", "plan", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly")
+VERBS = ("prepare", "plan", "evaluate", "export", "compare", "serve", "drift", "promote", "predict", "nightly")
 
 
 def arguments(verb: ModuleType) -> list[str]:
