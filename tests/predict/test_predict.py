@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.cli.verbs import exit_code_of
 from tests.exporting.subjects import NAMES, bundle_for, predictions_of, small_model, some_images
+from tests.storage.emulator import BUCKET, running
 from trainer import predict
 from trainer.errors import DONE, UNREADABLE, WRONG_INPUT
 from trainer.evaluation.predictions import decode_cell
@@ -175,6 +176,34 @@ def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photo
     assert {row["distance"] for row in rows} == {""}
     np.testing.assert_allclose(np.load(out / "probabilities.npy"), expected()[:10], atol=1e-5)
     assert "No distance from the training distribution" in (out / "index.html").read_text()
+
+
+def test_export_images_and_output_in_a_bucket(
+    export: Path, photos: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_IMAGES", 32)
+    monkeypatch.setenv("KUBETUNE_CACHE", str(tmp_path / "cache"))
+    with running(tmp_path / "buckets"):
+        there = storage_path(f"gs://{BUCKET}/work")
+        for file in (path for path in export.rglob("*") if path.is_file()):
+            (there / f"export/{file.relative_to(export).as_posix()}").upload(file)
+        for file in photos.iterdir():
+            (there / f"photos/{file.name}").upload(file)
+        (there / "photos/notes.txt").write("no image")
+        arguments = (f"export={there}/export", f"output={there}/out")
+        assert run(*arguments, f"images={there}/photos") == UNREADABLE
+        table = (there / "out/predictions.csv").read().decode().replace(f"{there}/photos/", f"{photos}/")
+        reference = (done / "predictions.csv").read_text(encoding="utf-8")
+        assert table == reference
+        assert (there / "out/probabilities.npy").read() == (done / "probabilities.npy").read_bytes()
+        names = {str(info.path).removeprefix(f"{there}/out/") for info in (there / "out").list()}
+        assert names == {path.name for path in done.iterdir()}
+        (there / "photos/list.csv").write("file\n05.png\ngone.png\n../x.png\n/etc/passwd\n")
+        assert run(*arguments, f"images={there}/photos/list.csv") == UNREADABLE
+        rows = list(csv.DictReader((there / "out/predictions.csv").read().decode().splitlines()))
+        assert [row["error"] for row in rows] == [
+            "", "there is no such object", "a component of it is . or ..", "it begins with a slash",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["saved_model/1", "model.tflite"])

@@ -211,8 +211,8 @@ class Result:
             ConfigError, DataError: there is no image, or no such checkpoint. Unreadable images are in `errors` instead.
         """
         flip = parse_tta(tta)
-        is_address = isinstance(images, str | os.PathLike)
-        listed = list_images(os.fspath(images)) if is_address else list_paths(images)
+        address = os.fspath(images) if isinstance(images, str | os.PathLike) else None
+        listed = list_paths(images) if address is None else list_images(address)  # type: ignore[arg-type]
         from trainer.predict.parts import predict_images
 
         model = self._open(checkpoint)

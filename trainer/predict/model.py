@@ -292,7 +292,8 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if reference is None:
         problem = "its reference.json is corrupt or of another model"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    classify, preprocessing, notes = load_export(local), _read_preprocessing(reference), ()
+    classify, preprocessing = load_export(local), _read_preprocessing(reference)
+    notes: tuple[str, ...] = ()
     if preprocessing is None:
         preprocessing = Preprocessing(_read_input_side(local), "stretch", "exif")
         notes = ("the export has no reference.json: images are turned upright and stretched, the default of training",)

@@ -206,7 +206,8 @@ def fit(text: str, width: int) -> str:
 def wrap(text: str) -> list[str]:
     """Break a text into lines of at most `WIDTH` columns, indented as its first one."""
     indent = " " * (len(text) - len(text.lstrip()))
-    lines, line = [], indent
+    lines: list[str] = []
+    line = indent
     for word in re.split(r"\s+", text.strip()):
         if cell_len(line) + cell_len(word) + 1 > WIDTH and line.strip():
             lines, line = [*lines, line], f"{indent}  "
