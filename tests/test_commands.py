@@ -57,6 +57,7 @@ def test_the_pages_have_commands() -> None:
         "serve",
         "drift",
         "promote",
+        "predict",
         "nightly",
         "relay",
     }

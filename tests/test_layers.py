@@ -12,7 +12,7 @@ LIGHT = (
     "errors", "types", "config.schema", "config.diff", "config.auto", "cli.compose", "cli.process", "cli.arguments", "cli.sweep",
     "monitoring.log",
     "cluster.rendezvous", "runs.folder", "runs.stored_run", "__main__", "evaluate", "export", "plan", "prepare", "compare", "drift", "serve",
-    "promote", "nightly", "look", "relay", "backbones", "rates",
+    "promote", "predict", "nightly", "look", "relay", "backbones", "rates", "api",
 )  # fmt: skip
 
 

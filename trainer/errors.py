@@ -10,6 +10,7 @@ WRONG_INPUT = 2  # the same command fails again
 GAVE_UP = 3
 DRIFTED = 4
 REFUSED = 5
+UNREADABLE = 6
 INTERRUPTED = 75  # the same command resumes
 
 
@@ -103,3 +104,9 @@ class Refused(TrainerError):
     """A model is not promoted, as it is worse than the served one. A result, not a failure."""
 
     exit_code = REFUSED
+
+
+class SomeUnreadable(TrainerError):
+    """Some of the images to predict cannot be read; the others are predicted. A result, not a failure."""
+
+    exit_code = UNREADABLE

@@ -21,8 +21,8 @@ from trainer.serving.settings import Settings
 
 FILE = Path(__file__).with_name("surface.txt")
 VERBS = (
-    "prepare", "look", "plan", "backbones", "rates", "evaluate", "export", "compare", "serve", "drift", "promote", "nightly",
-    "relay",
+    "prepare", "look", "plan", "backbones", "rates", "evaluate", "predict", "export", "compare", "serve", "drift", "promote",
+    "nightly", "relay",
 )  # fmt: skip
 
 

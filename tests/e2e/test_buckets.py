@@ -131,7 +131,8 @@ def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> Non
     mine, theirs = (json.loads((folder / "report.json").read()) for folder in (there, RUN / "report"))
     assert mine["test"] == theirs["test"]
     assert mine["phases"] == theirs["phases"]
-    assert (there / "predictions.csv").read() == (RUN / "report" / "predictions.csv").read()
+    for name in ("predictions.csv", "probabilities.npy"):
+        assert (there / name).read() == (RUN / "report" / name).read()
 
     elsewhere = storage_path("gs://bucket/first")
     step = min(int(folder.name.split("-")[1]) for folder in (RUN / "checkpoints").folders())

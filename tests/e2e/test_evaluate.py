@@ -43,7 +43,8 @@ def test_the_runs_own_checkpoint_and_data_give_its_own_report(trained: Path) -> 
     assert mine["test"] == theirs["test"]
     assert mine["phases"] == theirs["phases"]
     assert mine["duplicates"] == theirs["duplicates"]
-    assert (folder / "predictions.csv").read_bytes() == (trained / "report" / "predictions.csv").read_bytes()
+    for name in ("predictions.csv", "probabilities.npy"):
+        assert (folder / name).read_bytes() == (trained / "report" / name).read_bytes()
     assert f"report   {folder}/index.html" in done.stdout
     (pair,) = compare_runs([read_scored_run(str(trained), "run"), read_scored_run(str(folder), "again")]).pairs
     assert (pair.won, pair.lost, pair.p) == (0, 0, 1.0)

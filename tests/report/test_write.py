@@ -1,5 +1,6 @@
 """The report: the content of report.json, and a page that is safe and self-contained."""
 
+import csv
 import json
 import re
 import time
@@ -105,8 +106,12 @@ def test_report_json(tmp_path: Path) -> None:
     assert report["export"] == {"saved_model": EXPORTED}
     assert report["timing"]["total_seconds"] == 12.5
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {*report["figures"].values(), "report.json", "index.html", "predictions.csv"}
+    assert written == {*report["figures"].values(), "report.json", "index.html", "predictions.csv", "probabilities.npy"}
     assert len(report["figures"]) == 9
+    probabilities = np.load(tmp_path / "probabilities.npy", allow_pickle=False)
+    assert (probabilities.dtype, probabilities.tobytes()) == (np.float32, result.probabilities.tobytes())
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert [row["prediction"] for row in rows] == [result.class_names[i] for i in probabilities.argmax(1)]
     assert [row["epoch"] for row in report["history"]] == [1, 2, 3, 4, 5]
     low, high = test["macro_f1_interval"]
     assert low < test["macro_f1"] < high
@@ -122,7 +127,7 @@ def test_report_json(tmp_path: Path) -> None:
 def test_equal_inputs_give_equal_files_except_for_timing(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, make_result(3, 40)) for name in ("first", "second"))
     assert json.dumps(first | {"timing": None}) == json.dumps(second | {"timing": None})
-    for file in [*first["figures"].values(), "predictions.csv"]:
+    for file in [*first["figures"].values(), "predictions.csv", "probabilities.npy"]:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 

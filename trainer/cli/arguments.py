@@ -11,7 +11,17 @@ from trainer.names import is_utf8
 
 NOTHING = "(?!)"  # regular expression that matches no text
 ALL = "(?s:.*)"  # regular expression that matches any text
-ADDRESSES = ("run", "model", "output", "reference", "log", "to", "runs")  # keys of commands other than training
+ADDRESSES = (
+    "run",
+    "model",
+    "export",
+    "images",
+    "output",
+    "reference",
+    "log",
+    "to",
+    "runs",
+)  # keys of commands other than training
 
 
 def require_address(address: str, key: str | None = None) -> str:

@@ -14,7 +14,7 @@ from trainer.cli.compose import compose
 from trainer.cli.source import choose_source
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
-from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, REFUSED, ConfigError, Interrupted, TrainerError
+from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, REFUSED, UNREADABLE, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import (
@@ -153,7 +153,8 @@ def exit_with_code() -> Iterator[None]:
         if isinstance(error, ConfigError) and error.faults:
             names = ("key", "value", "problem", "fix")
             fields["faults"] = [{name: getattr(fault, name) for name in names} for fault in error.faults]
-        outcome = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused"}.get(code, "error")
+        results = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused", UNREADABLE: "unreadable"}
+        outcome = results.get(code, "error")
         level = logging.ERROR if outcome == "error" else logging.WARNING
         log.log(level, f"{outcome}: {reason}", extra={"fields": fields})
     except KeyboardInterrupt:

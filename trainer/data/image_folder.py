@@ -93,9 +93,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
         images[split] = [
             ImageFile(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
             for label, name in enumerate(classes["train"])
-            for path in _find_image_files(
-                os.path.join(folder, classes[split][name]), extensions, ignored[label], system
-            )
+            for path in find_image_files(os.path.join(folder, classes[split][name]), extensions, ignored[label], system)
         ]
     class_names = tuple(classes["train"])
     notes = _note_ignored(sum(ignored.values(), Counter()), system, extensions) + loose
@@ -214,7 +212,7 @@ def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> di
     return {split: folders[split] for split in SPLITS if split in folders}
 
 
-def _find_image_files(
+def find_image_files(
     folder: str, extensions: tuple[str, ...], ignored: Counter[str], system: Counter[str]
 ) -> list[str]:
     """Return the image files below a class folder, sorted.

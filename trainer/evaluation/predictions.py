@@ -1,8 +1,10 @@
-"""Write predictions.csv, the prediction for every example."""
+"""Write predictions.csv and probabilities.npy, the prediction for every example."""
 
 import csv
 import io
 from pathlib import Path
+
+import numpy as np
 
 from trainer.names import encode_cell
 from trainer.storage.local import write_atomically
@@ -29,3 +31,10 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
         source = map(encode_cell, result.sources[index : index + 1])
         writer.writerow((index, *map(encode_cell, names), probability, correct, *source))
     write_atomically(path, text.getvalue())
+
+
+def write_probabilities(path: Path, probabilities: np.ndarray) -> None:
+    """Write the probabilities, float32 [n, classes], as an .npy file whose rows are in the order of predictions.csv."""
+    content = io.BytesIO()
+    np.save(content, np.ascontiguousarray(probabilities, np.float32), allow_pickle=False)
+    write_atomically(path, content.getvalue())

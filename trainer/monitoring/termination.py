@@ -5,7 +5,7 @@ SIGKILL leaves none. With `terminationMessagePolicy: FallbackToLogsOnError` Kube
 
 from pathlib import Path
 
-from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, REFUSED, WRONG_INPUT
+from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, REFUSED, UNREADABLE, WRONG_INPUT
 from trainer.monitoring.log import log_unbuffered
 
 MAX_BYTES = 4096  # Kubernetes reads no more
@@ -16,6 +16,7 @@ MEANINGS = {
     GAVE_UP: "gave up",
     DRIFTED: "drifted",
     REFUSED: "not promoted",
+    UNREADABLE: "some images are unreadable",
     INTERRUPTED: "interrupted",
 }
 

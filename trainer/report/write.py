@@ -1,4 +1,4 @@
-"""Write the files of a report: figures, predictions.csv, report.json and index.html, one self-contained page."""
+"""Write the files of a report: figures, predictions, report.json and index.html, one self-contained page."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.label_errors import describe_label_errors
-from trainer.evaluation.predictions import write_predictions
+from trainer.evaluation.predictions import write_predictions, write_probabilities
 from trainer.report import figures
 from trainer.report.figures import Chart
 from trainer.report.page import ReportImages, write_page
@@ -103,7 +103,7 @@ def _draw_all(
 
 
 def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any], images: ReportImages) -> Report:
-    """Write figures, predictions.csv, report.json and index.html to `folder`, each file atomically.
+    """Write figures, predictions.csv, probabilities.npy, report.json and index.html to `folder`, each file atomically.
 
     Return the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
@@ -133,6 +133,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     )
     report["figures"], charts = _draw_all(folder, result, report, images)
     write_predictions(folder / "predictions.csv", result)
+    write_probabilities(folder / "probabilities.npy", result.probabilities)
     report["timing"] = _to_json_types(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - began, 3),

@@ -236,7 +236,7 @@ def _git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def _create_output_folder(name: str | None) -> Path:
+def create_output_folder(name: str | None) -> Path:
     """Create a new folder under outputs/, named after the time and the experiment."""
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{make_file_stem(name)}" if name else "")
     for i in range(1, 1000):
@@ -311,7 +311,7 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
         GaveUp: too many starts ended before the run began or resumed.
         Interrupted: another process uses the folder, also after `plan_patience`; or the bucket does not respond.
     """
-    address = config.output_dir or str(_create_output_folder(config.experiment_name))
+    address = config.output_dir or str(create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
     created = not config.output_dir or not path.exists()
     uid = os.environ.get("JOB_UID") or None

@@ -1,0 +1,140 @@
+"""Predict a list of images into an output folder: predictions, page and summary."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DataError, SomeUnreadable
+from trainer.monitoring.health import health
+from trainer.monitoring.log import log
+from trainer.predict.images import ImageFile
+from trainer.predict.model import Model, Preprocessing, make_decoder
+from trainer.predict.page import write_page
+from trainer.predict.parts import Parts, identify, predict_images
+from trainer.predict.results import Overview, encode_summary, format_summary, summarize, write_tables
+from trainer.runs.folder import collect_versions
+from trainer.storage.base import StoragePath
+from trainer.storage.local import delete_abandoned, write_atomically
+
+UNKNOWN_PREPROCESSING = Preprocessing(224, "crop", "exif")  # of the page, for a model that decodes images itself
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a prediction does with its images."""
+
+    source: str  # address of the images, as the user gave it
+    top: int  # most probable classes per image
+    flip: bool  # average with the prediction for the mirror image
+    tta: dict[str, Any]  # what `measure_flip` returned; {} without `flip`
+    command: str  # for the page
+    print_line: Callable[[str], None] | None = None  # receives a JSON line per image
+
+
+def predict_parts(
+    model: Model, images: Sequence[ImageFile], output: StoragePath, flip: bool, check: Callable[[], None]
+) -> Parts:
+    """Predict the parts that earlier commands with the same images, model and options have not written."""
+    parts = Parts(output, identify(model, images, flip), len(images), len(model.class_names))
+    missing = [i for i in range(len(parts)) if parts.read(i) is None]
+    if len(missing) < len(parts):
+        done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
+        log.info(f"resuming after {done:,} of {len(images):,} images")
+    finished = 0
+
+    def report(count: int) -> None:
+        nonlocal finished
+        finished += count
+        health.record_progress(finished, len(images))
+        check()
+
+    for index in missing:
+        chosen = parts.range_of(index)
+        parts.write(index, predict_images(model, images[chosen.start : chosen.stop], flip, report))
+        if len(missing) > 1:
+            log.info(f"predicted {chosen.stop:,} of {len(images):,} images")
+    return parts
+
+
+def predict_into(
+    model: Model, images: Sequence[ImageFile], output: StoragePath, options: Options, check: Callable[[], None]
+) -> dict[str, Any]:
+    """Predict images and write predictions.csv, probabilities.npy, predictions.json and index.html to `output`.
+
+    A command that was killed continues after its last part, with the same bits. Returns the content of
+    predictions.json.
+
+    Raises:
+        DataError: none of the images can be read; predictions.csv has the reasons.
+        SomeUnreadable: some of the images cannot be read; everything was written.
+        StopRequested: from `check`.
+    """
+    with tempfile.TemporaryDirectory(prefix="kubetune-predict-") as temporary:
+        folder = Path(str(output)) if output.is_local else Path(temporary)
+        delete_abandoned(folder)
+        parts = predict_parts(model, images, output, options.flip, check)
+        overview = write_tables(folder, images, model.class_names, parts, options.top, options.print_line)
+        summary = describe(model, overview, options)
+        decode = model.decode or make_decoder(UNKNOWN_PREPROCESSING)
+        write_page(folder / "index.html", summary, images, model.class_names, overview, decode)
+        write_atomically(folder / "predictions.json", encode_summary(summary))
+        if not output.is_local:
+            for file in sorted(folder.iterdir()):
+                (output / file.name).upload(file)
+        parts.delete_all()
+    lines = format_summary(summary, images, overview.errors)
+    log.info("\n".join([*lines, f"  page   {output}/index.html", f"  table  {output}/predictions.csv"]))
+    if options.print_line:
+        options.print_line(json.dumps({"summary": summary}))
+    require_readable(overview, images, options.source, f"{output}/predictions.csv")
+    return summary
+
+
+def describe(model: Model, overview: Overview, options: Options) -> dict[str, Any]:
+    """Return the content of predictions.json; equal inputs give equal content."""
+    distance = model.distance
+    return {
+        "source": options.source,
+        "model": model.name,
+        "class_names": list(model.class_names),
+        **summarize(overview, model.class_names),
+        "reference_rms": distance.reference_rms if distance else None,
+        "reference_split": distance.split if distance else None,
+        "no_distance": model.no_distance,
+        "tta": options.tta,
+        "notes": list(model.notes),
+        "command": options.command,
+        "versions": collect_versions(),
+    }
+
+
+def require_readable(overview: Overview, images: Sequence[ImageFile], source: str, table: str) -> None:
+    """Raise a DataError if no image could be read, and SomeUnreadable if some could not."""
+    if not overview.errors:
+        return
+    index, reason = next(iter(overview.errors.items()))
+    first = f"the first: {images[index].name}: {reason}"
+    if not overview.readable:
+        problem = f"none of the {len(images):,} images can be read, {first}"
+        raise DataError(problem, key="images", value=source, fix="give images in JPEG, PNG, BMP, GIF or WebP")
+    problem = f"{len(overview.errors):,} of {len(images):,} images could not be read, {first}"
+    raise SomeUnreadable(problem, key="images", value=source, fix=f"the others are predicted; {table} has the reasons")
+
+
+def use_same_bits(deterministic: bool) -> None:
+    """Set up TensorFlow as for an evaluation. Must be called before the first tensor exists."""
+    import tensorflow as tf
+
+    from trainer.cluster.devices import set_thread_pools
+    from trainer.data.host import count_usable_cpus
+
+    set_thread_pools(count_usable_cpus())
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)

@@ -1,0 +1,333 @@
+"""Open the classifier of a run or of an export, and predict encoded images with it."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.decoding import Resize, decode_image, describe_decoding_error
+from trainer.errors import DataError
+from trainer.evaluation.distance import EmbeddingDistance, fit_distance
+from trainer.evaluation.drift import parse_reference, read_reference
+from trainer.evaluation.scoring import rows_per_call
+from trainer.exporting.verify import load_export
+from trainer.models.classifier import Classifier
+from trainer.names import escape_unprintable
+from trainer.runs.stored_run import StoredRun, find_checkpoint, load_checkpoint, open_classifier
+from trainer.serving.export_files import MAX_EXPORT_BYTES, Prediction, find_export
+from trainer.serving.model import ServedModel
+from trainer.storage.local import compute_file_crc32c
+from trainer.storage.path import StoragePath, storage_path
+from trainer.storage.staging import is_remote, stage
+from trainer.storage.versions import checksum_files, list_versions
+from trainer.types import LogMessage, Orientation
+
+# Files of an export without a SavedModel, in the order in which one is chosen.
+EXPORT_FILES = ("model.keras", "model.onnx", "model.tflite", "model_float16.tflite", "model_dynamic.tflite",
+                "model_int8.tflite")  # fmt: skip
+SUFFIXES = (".keras", ".onnx", ".tflite")
+
+Pixels = np.ndarray  # uint8 [S, S, 3]
+Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an encoded image becomes the input of a model, as in its training."""
+
+    image_size: int  # S, in pixels
+    resize: Resize
+    orientation: Orientation
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier of encoded images. One thread may call it at a time, except for `prepare`.
+
+    `prepare` converts the bytes of an image to an input of `predict`, or to the reason why that is impossible.
+    `predict` returns probabilities float32 [n, classes] and embeddings float32 [n, C], None without; of an input that
+    it cannot decode, a reason is in the third value, by row, and its rows are 0.
+    """
+
+    name: str  # what predicts, for messages
+    class_names: tuple[str, ...]
+    identity: str  # changes with the weights
+    prepare: Callable[[bytes], Pixels | bytes | str]
+    predict: Callable[[Sequence[Any], bool], tuple[np.ndarray, np.ndarray | None, dict[int, str]]]
+    decode: Callable[[bytes], Pixels | str] | None  # to its input; None if the preprocessing is unknown
+    distance: EmbeddingDistance | None
+    no_distance: str  # why there is no distance; "" if there is one
+    image_size: int | None = None  # S, in pixels; None if the preprocessing is unknown
+    notes: tuple[str, ...] = ()
+
+
+def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str]:
+    """Compile the decoding that training and evaluation use, for single images; it may be called in several threads.
+
+    The function returns uint8 [S, S, 3], or why an image cannot be decoded.
+    """
+    size, resize, orientation = preprocessing.image_size, preprocessing.resize, preprocessing.orientation
+
+    def decode_on_cpu(data: tf.Tensor) -> tf.Tensor:
+        with tf.device("CPU"):  # as in the input pipeline
+            return decode_image(data, size, resize, orientation)
+
+    signature = [tf.TensorSpec([], tf.string)]
+    # The concrete function, because each thread would trace the other one again.
+    compiled = tf.function(decode_on_cpu, input_signature=signature, autograph=False).get_concrete_function()
+
+    def decode(data: bytes) -> Pixels | str:
+        try:
+            return np.asarray(compiled(tf.constant(data)).numpy())
+        except (tf.errors.CancelledError, tf.errors.AbortedError):
+            raise
+        except tf.errors.OpError as error:
+            return describe_decoding_error(error)
+
+    return decode
+
+
+def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Predict images, uint8 [n, S, S, 3], in batches of one size, so that the bits of a row do not depend on n.
+
+    With `flip`, the probabilities are the mean of those of an image and of its mirror image. The embeddings are those
+    of the image.
+    """
+    rows, parts = rows_per_call(), []
+    for start in range(0, len(images), rows):
+        batch = images[start : start + rows]
+        count = len(batch)
+        batch = np.concatenate([batch, np.zeros((rows - count, *batch.shape[1:]), np.uint8)])
+        probabilities, embeddings = predict(batch)
+        if flip:
+            probabilities = (probabilities + predict(batch[:, :, ::-1])[0]) / np.float32(2)
+        parts.append((probabilities[:count], None if embeddings is None else embeddings[:count]))
+    embedded = None if parts[0][1] is None else np.concatenate([e for _, e in parts if e is not None])
+    return np.concatenate([p for p, _ in parts]), embedded
+
+
+def compile_classifier(classifier: Classifier) -> Predict:
+    """Compile the probabilities and embeddings of images, uint8 [b, S, S, 3]; the bits are those of an evaluation."""
+    size = classifier.image_size
+
+    def compute(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        features = classifier.features(images)
+        return tf.nn.softmax(classifier.head_logits(features)), classifier.pool(features)
+
+    signature = tf.TensorSpec([None, size, size, 3], tf.uint8)
+    compiled = tf.function(compute, input_signature=[signature], autograph=False)
+
+    def predict(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, embeddings = compiled(tf.constant(images))
+        return probabilities.numpy(), embeddings.numpy()
+
+    return predict
+
+
+def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
+    """Open a checkpoint of a run (best, last, a step; None: the one that it exports).
+
+    Returns:
+        The model, and its function of pixels.
+
+    Raises:
+        ConfigError, DataError: there is no such checkpoint, or it is corrupt.
+        ModelError: the backbone cannot be built.
+    """
+    checkpoint = load_checkpoint(run, which)
+    classifier = open_classifier(run, checkpoint)
+    keep = run.config.training.keep
+    exported = which in (None, keep) or find_checkpoint(run, keep).name == find_checkpoint(run, str(which)).name
+    predict = compile_classifier(classifier)
+    distance, missing = None, f"the reference distribution is that of checkpoint={keep}"
+    if exported:
+        try:
+            width = int(classifier.backbone.output_shape[-1])
+            distance, missing = _open_distance(read_reference(run.address), width)
+        except DataError as error:
+            missing = f"the run {error.problem}"
+    crc = 0
+    for name in sorted(checkpoint.values):
+        crc = google_crc32c.extend(crc, np.ascontiguousarray(checkpoint.values[name]).tobytes())
+    preprocessing = Preprocessing(classifier.image_size, run.config.model.resize, run.config.data.orientation)
+    name = f"{run.config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}"
+    settings = f"{run.config.model.model_dump_json()} {run.config.runtime.precision}"
+    identity = f"step {checkpoint.step} {crc} {preprocessing} {settings}"
+    return _pixel_model(name, run.class_names, identity, preprocessing, predict, distance, missing), predict
+
+
+def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingDistance | None, str]:
+    """Return the distance function for embeddings of a width, or None and the reason why there is none."""
+    distance = fit_distance(reference)
+    if distance is None:
+        return None, "reference.json has no embedding"
+    if distance.width != width:
+        return None, "reference.json is of another model"
+    return distance, ""
+
+
+def _pixel_model(
+    name: str,
+    class_names: tuple[str, ...],
+    identity: str,
+    preprocessing: Preprocessing,
+    predict: Predict,
+    distance: EmbeddingDistance | None,
+    no_distance: str,
+) -> Model:
+    """Make a model of a function of pixels."""
+    decode = make_decoder(preprocessing)
+
+    def predict_pixels(images: Sequence[Any], flip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+        return *predict_padded(predict, np.stack(images), flip), {}
+
+    size = preprocessing.image_size
+    return Model(name, class_names, identity, decode, predict_pixels, decode, distance, no_distance, size)
+
+
+def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
+    """Open the model of an export: a SavedModel, or else a Keras, ONNX or LiteRT file.
+
+    Args:
+        address: a file, a SavedModel, a folder of numbered ones, an `export` folder, or a run. Local or gs://.
+        key: the argument that the address is the value of, for messages.
+        flip: whether mirror images are predicted too, for which a SavedModel needs the pixels.
+
+    Raises:
+        DataError: there is no export, it is corrupt or has no class names, or `flip` and its preprocessing is unknown.
+        ModelError: the file cannot be loaded.
+    """
+    root = storage_path(address)
+    try:
+        if root.name.lower().endswith(SUFFIXES) and root.exists():
+            return _open_file(root, address, key, cache_dir, log_message)
+        if not _has_saved_model(root):
+            for folder in (root, root / "export"):
+                if file := next((folder / name for name in EXPORT_FILES if (folder / name).exists()), None):
+                    return _open_file(file, address, key, cache_dir, log_message)
+        return _open_saved_model(address, cache_dir, flip, log_message)
+    except DataError as error:
+        error.key = key if error.key == "model" else error.key
+        raise
+
+
+def _has_saved_model(root: StoragePath) -> bool:
+    bases = (root, root / "saved_model", root / "export" / "saved_model")
+    return (root / "saved_model.pb").exists() or any(map(list_versions, bases))
+
+
+def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
+    export = find_export(address, cache_dir, log_message)
+    served = ServedModel(export)
+    reference, width = export.reference or {}, len(export.classes)
+    preprocessing = _read_preprocessing(reference)
+    classify = None
+    if flip:
+        if preprocessing is None:
+            problem = "is an export without reference.json, which has the preprocessing of the pixels"
+            raise DataError(problem, key="model", value=address, fix="use tta=none, or give the run")
+        classify = load_export(export.folder)
+    decode = make_decoder(preprocessing) if preprocessing else None
+
+    def predict(images: Sequence[Any], flip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+        predictions = served.predict(images)
+        failed = {i: p for i, p in enumerate(predictions) if isinstance(p, str)}
+        blank = Prediction(np.zeros(width, np.float32))
+        done = [blank if isinstance(p, str) else p for p in predictions]
+        probabilities = np.stack([p.probabilities for p in done])
+        if flip and classify and decode:
+            pixels = {i: decode(data) for i, data in enumerate(images) if i not in failed}
+            rows = [i for i, p in pixels.items() if not isinstance(p, str)]
+            if rows:
+                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in rows])
+                probabilities[rows] = (probabilities[rows] + classify(mirrored)) / np.float32(2)
+        sizes = [len(p.embedding) for p in done if p.embedding is not None]
+        embeddings = np.zeros((len(done), sizes[0]), np.float32) if sizes else None
+        for i, p in enumerate(done):
+            if embeddings is not None and p.embedding is not None:
+                embeddings[i] = p.embedding
+        return probabilities, embeddings, failed
+
+    distance, missing = fit_distance(reference), "" if reference else "the export has no reference.json"
+    if distance is None or not served.explains:
+        distance, missing = None, missing or "the export has no embedding"
+    name = f"SavedModel {export.folder if not is_remote(address) else address}"
+    files = hashlib.sha256(repr(checksum_files(export.folder)).encode()).hexdigest()
+    return Model(name, export.classes, files, lambda data: data, predict, decode, distance, missing)
+
+
+def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
+    """Return the preprocessing in reference.json; None if it has none, or an unknown one."""
+    size, resize = reference.get("image_size"), reference.get("resize")
+    orientation = reference.get("orientation", "ignore")  # exports of older versions did not turn images
+    if not isinstance(size, int) or size < 1 or resize not in ("stretch", "crop"):
+        return None
+    if orientation not in ("exif", "ignore"):
+        return None
+    return Preprocessing(size, resize, orientation)
+
+
+def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_message: LogMessage) -> Model:
+    """Open a Keras, ONNX or LiteRT file with the labels.txt and reference.json in its folder."""
+    local = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    labels, content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
+    text = labels[0] if labels else _read_labels_inside(local)
+    try:
+        class_names = tuple((text or b"").decode("utf-8-sig").splitlines())
+    except UnicodeDecodeError:
+        class_names = ()
+    if not class_names:
+        problem = f"has no labels.txt next to {escape_unprintable(file.name)}"
+        raise DataError(problem, key=key, value=address, fix="give the folder of the export, or export it again")
+    reference = parse_reference(content[0], class_names) if content else {}
+    if reference is None:
+        problem = "its reference.json is corrupt or of another model"
+        raise DataError(problem, key=key, value=address, fix="export it again")
+    classify, preprocessing = load_export(local), _read_preprocessing(reference)
+    notes: tuple[str, ...] = ()
+    if preprocessing is None:
+        preprocessing = Preprocessing(_read_input_side(local), "stretch", "exif")
+        notes = ("the export has no reference.json: images are turned upright and stretched, the default of training",)
+    side = preprocessing.image_size
+    width = classify(np.zeros((1, side, side, 3), np.uint8)).shape[-1]
+    if width != len(class_names):
+        problem = f"has {width} outputs for {len(class_names)} classes"
+        raise DataError(problem, key=key, value=address, fix="export it again")
+    missing = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
+    identity = f"{compute_file_crc32c(local)} {preprocessing} {class_names}"
+    model = _pixel_model(
+        str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, missing
+    )
+    return replace(model, notes=notes)
+
+
+def _read_labels_inside(file: Path) -> bytes | None:
+    """Read the class names in a LiteRT file; None if it has none or is of another format."""
+    with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        return archive.read("labels.txt")
+    return None
+
+
+def _read_input_side(file: Path) -> int:
+    """Return S of the input [n, S, S, 3] of a Keras, ONNX or LiteRT file that can be loaded."""
+    if file.suffix == ".keras":
+        import keras
+
+        return int(keras.saving.load_model(file, compile=False, safe_mode=True).input_shape[1])
+    if file.suffix == ".onnx":
+        import onnxruntime
+
+        session: Any = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        return int(session.get_inputs()[0].shape[1])
+    from ai_edge_litert.interpreter import Interpreter
+
+    return int(Interpreter(model_content=file.read_bytes()).get_input_details()[0]["shape"][1])

@@ -1,0 +1,221 @@
+"""Write predictions.csv, probabilities.npy and predictions.json from the parts of a prediction, and summarize them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.cells import cell_len, set_cell_size
+
+from trainer.names import encode_cell, escape_unprintable
+from trainer.predict.images import ImageFile
+from trainer.predict.parts import Predicted
+from trainer.storage.local import sync, temporary_file
+
+MAX_NAMED_ERRORS = 5  # unreadable images that the summary names
+MAX_NAMED_CLASSES = 20  # classes that the summary names, the most frequent ones
+WIDTH = 80  # columns of the summary
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What the page and the summary select images by: one value per image."""
+
+    predictions: np.ndarray  # int32 [n], -1 for an unreadable image
+    confidences: np.ndarray  # float32 [n], NaN for an unreadable image
+    distances: np.ndarray  # float64 [n], NaN without a distance
+    errors: dict[int, str]  # index -> why the image cannot be read
+
+    @property
+    def readable(self) -> int:
+        """The number of predicted images."""
+        return len(self.predictions) - len(self.errors)
+
+
+def make_header(class_names: Sequence[str], top: int) -> list[str]:
+    """Return the columns of predictions.csv."""
+    ranked = [name for k in range(2, top + 1) for name in (f"prediction_{k}", f"confidence_{k}")]
+    columns = ["file", "prediction", "confidence", *ranked, "distance", "error"]
+    return [*columns, *(encode_cell(f"probability_{name}") for name in class_names)]
+
+
+def _format(value: float, digits: int) -> str:
+    return "" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> list[str]:
+    """Return the cells of row `k` of a part in predictions.csv."""
+    name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
+    if error:
+        return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
+    ranked = [
+        cell
+        for i in rank(probabilities, top)
+        for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), 6))
+    ]
+    cells = [_format(float(p), 6) for p in probabilities]
+    return [name, *ranked, _format(float(part.distances[k]), 4), "", *cells]
+
+
+def rank(probabilities: np.ndarray, top: int) -> list[int]:
+    """Return the indices of the `top` most probable classes; ties are broken by class index."""
+    return [int(i) for i in np.argsort(-probabilities, kind="stable")[:top]]
+
+
+def make_line(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> str:
+    """Return row `k` of a part as one line of JSON, in ASCII."""
+    line: dict[str, Any] = {"file": image.name}
+    if part.errors[k]:
+        return json.dumps(line | {"error": part.errors[k]})
+    probabilities, distance = part.probabilities[k], float(part.distances[k])
+    ranked = [
+        {"class": class_names[i], "probability": round(float(probabilities[i]), 6)} for i in rank(probabilities, top)
+    ]
+    line |= {"prediction": ranked[0]["class"], "confidence": ranked[0]["probability"], "top": ranked}
+    return json.dumps(line | {"distance": None if np.isnan(distance) else round(distance, 4)})
+
+
+def write_tables(
+    folder: Path,
+    images: Sequence[ImageFile],
+    class_names: Sequence[str],
+    parts: Iterable[Predicted],
+    top: int,
+    print_line: Callable[[str], None] | None = None,
+) -> Overview:
+    """Write predictions.csv and probabilities.npy, float32 [n, classes], atomically; only one part is in memory.
+
+    `print_line` receives a JSON line per image.
+    """
+    shape, start = (len(images), len(class_names)), 0
+    predictions = np.full(len(images), -1, np.int32)
+    confidences, distances = np.full(len(images), np.nan, np.float32), np.full(len(images), np.nan)
+    errors: dict[int, str] = {}
+    table, matrix = folder / "predictions.csv", folder / "probabilities.npy"
+    with ExitStack() as stack:
+        temporary = [stack.enter_context(temporary_file(path)) for path in (table, matrix)]
+        text = stack.enter_context(open(temporary[0], "w", encoding="utf-8", newline=""))
+        binary = stack.enter_context(open(temporary[1], "wb"))
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(make_header(class_names, top))
+        description = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(binary, description | {"shape": shape})
+        for part in parts:
+            for k in range(len(part.errors)):
+                image = images[start + k]
+                writer.writerow(make_row(image, class_names, part, k, top))
+                if print_line:
+                    print_line(make_line(image, class_names, part, k, top))
+                if part.errors[k]:
+                    errors[start + k] = part.errors[k]
+            binary.write(part.probabilities.tobytes())
+            readable = [k for k, error in enumerate(part.errors) if not error]
+            rows = np.array(readable, np.int64) + start
+            predictions[rows] = part.probabilities[readable].argmax(axis=1)
+            confidences[rows] = part.probabilities[readable].max(axis=1)
+            distances[rows] = part.distances[readable]
+            start += len(part.errors)
+        text.close()
+        binary.close()
+        for path, target in zip(temporary, (table, matrix), strict=True):
+            sync(path)
+            os.replace(path, target)
+    return Overview(predictions, confidences, distances, errors)
+
+
+def summarize(overview: Overview, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the counts, confidences and distances of predictions.json."""
+    counts = np.bincount(overview.predictions[overview.predictions >= 0], minlength=len(class_names))
+    classes = [
+        {
+            "name": name,
+            "count": int(counts[i]),
+            "median_confidence": float(np.median(overview.confidences[overview.predictions == i])),
+        }
+        for i, name in enumerate(class_names)
+        if counts[i]
+    ]
+    distances = overview.distances[~np.isnan(overview.distances)]
+    rms = float(np.sqrt((distances**2).mean())) if len(distances) else None
+    return {
+        "images": len(overview.predictions),
+        "predicted": overview.readable,
+        "unreadable": len(overview.errors),
+        "classes": sorted(classes, key=lambda row: -int(str(row["count"]))),
+        "distance_rms": rms,
+    }
+
+
+def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors: dict[int, str]) -> list[str]:
+    """Format the summary as lines of at most 80 columns, except for paths."""
+    many = summary["images"] != 1
+    unreadable = f", {summary['unreadable']:,} could not be read" if summary["unreadable"] else ""
+    lines = [f"{summary['images']:,} image{'s' * many}: {summary['predicted']:,} predicted{unreadable}"]
+    rows = summary["classes"]
+    width = min(max((cell_len(escape_unprintable(row["name"])) for row in rows), default=0), 40)
+    for row in rows[:MAX_NAMED_CLASSES]:
+        name = fit(row["name"], width)
+        lines.append(f"  {name}  {row['count']:8,}  median confidence {row['median_confidence']:.3f}")
+    if len(rows) > MAX_NAMED_CLASSES:
+        lines.append(f"  and {len(rows) - MAX_NAMED_CLASSES:,} more classes, in predictions.json")
+    if summary["distance_rms"] is not None:
+        reference = summary["reference_rms"]
+        lines.append(
+            f"  distance: root mean square {summary['distance_rms']:.2f}; of the reference's examples {reference:.2f}"
+        )
+    else:
+        lines += wrap(f"  distance: none; {summary['no_distance']}")
+    if summary["tta"]:
+        lines += format_tta(summary["tta"])
+    for index, error in list(errors.items())[:MAX_NAMED_ERRORS]:
+        lines.append(f"  {fit(f'{images[index].name}: {error}', WIDTH - 2).rstrip()}")
+    if len(errors) > MAX_NAMED_ERRORS:
+        lines.append(f"  and {len(errors) - MAX_NAMED_ERRORS:,} more, in the column error of predictions.csv")
+    return lines
+
+
+def format_tta(tta: dict[str, Any]) -> list[str]:
+    """Format what `measure_flip` returned, or why it could not be measured."""
+    if "problem" in tta:
+        return wrap(f"  tta=flip: its worth was not measured; {tta['problem']}")
+    low, high = tta["interval"]
+    return [
+        f"  tta=flip on {tta['n']:,} {tta['split']} examples of the run: {tta['outcome']}",
+        f"    accuracy {tta['accuracy_without']:.4f} without, {tta['accuracy_with']:.4f} with; "
+        f"{tta['won']:,} won, {tta['lost']:,} lost",
+        f"    difference {tta['difference']:+.4f} (95 % {low:+.4f} to {high:+.4f}), p = {tta['p']:.3g}",
+    ]
+
+
+def fit(text: str, width: int) -> str:
+    """Return a text in exactly `width` columns of a terminal, with an ellipsis if it is too long."""
+    shown = escape_unprintable(text)
+    return set_cell_size(shown, width) if cell_len(shown) <= width else set_cell_size(shown, width - 1) + "…"
+
+
+def wrap(text: str) -> list[str]:
+    """Break a text into lines of at most `WIDTH` columns, indented as its first one."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    lines: list[str] = []
+    line = indent
+    for word in re.split(r"\s+", text.strip()):
+        if cell_len(line) + cell_len(word) + 1 > WIDTH and line.strip():
+            lines, line = [*lines, line], f"{indent}  "
+        line += ("" if line.endswith(" ") or not line else " ") + word
+    return [*lines, line]
+
+
+def encode_summary(summary: dict[str, Any]) -> str:
+    """Encode the summary as the content of predictions.json."""
+    out = io.StringIO()
+    json.dump(summary, out, indent=1, ensure_ascii=False, allow_nan=False)
+    return out.getvalue() + "\n"
