@@ -15,11 +15,11 @@ from tests.exporting.subjects import NAMES, bundle_for, predictions_of, small_mo
 from tests.storage.emulator import BUCKET, running
 from trainer import predict
 from trainer.errors import DONE, UNREADABLE, WRONG_INPUT
-from trainer.evaluation.predictions import decode_cell
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.reference import write_reference
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
+from trainer.names import decode_cell
 from trainer.predict import command, parts
 from trainer.predict.images import ImageFile, list_images
 from trainer.predict.model import Model, open_export_model
