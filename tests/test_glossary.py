@@ -11,7 +11,9 @@ EXEMPT = {GLOSSARY, ROOT / "docs" / "log.md", Path(__file__)}  # the log is hist
 # Names in files that users have.
 ALLOWED = re.compile(r"kept_(step|from)|max_fruitless_restarts|validation_share|found_by|lost\+found")
 # The command and its files.
-LOOK = re.compile(r"\bprepare \| look \| plan\b|\b(trainer|tests|outputs)[./]look\b|\blook\.(json|html)|\blook/|\"look\"|\bverb look\b")
+LOOK = re.compile(
+    r"\bprepare \| look \| plan\b|\b(trainer|tests|outputs)[./]look\b|\blook\.(json|html)|\blook/|\"look\"|\bverb look\b"
+)
 ROWS = GLOSSARY.read_text().split("## Words that are not used")[1]
 BANNED = [pattern.replace("\\|", "|") for pattern in re.findall(r"^\| `(.+?)`[^|]*\|", ROWS, re.MULTILINE)]
 PATTERN = re.compile("|".join(rf"(?<![a-zA-Z])(?:{pattern})(?![a-zA-Z])" for pattern in BANNED), re.IGNORECASE)
