@@ -71,6 +71,7 @@ def test_a_command_of_the_pages_is_accepted(
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "new_photos", "flower_photos"):
         (tmp_path / name / "daisy").mkdir(parents=True)
+    (tmp_path / "labels.csv").touch()
     if verb not in ("", "look", "plan", "prepare", "backbones", "rates"):
         module = import_module(f"trainer.{verb}")
         code = exit_code_of(module.main, *(words or ["--help"]))  # a verb alone is its name in a sentence
