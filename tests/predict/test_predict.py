@@ -92,7 +92,9 @@ def test_the_table_has_a_row_per_image(done: Path, photos: Path) -> None:
     readable = [row for row in rows if not row["error"]]
     unreadable = [row for row in rows if row["error"]]
     assert [decode_cell(row["file"]) for row in readable] == [f"{photos}/{i:02d}.png" for i in range(70)]
-    assert len(unreadable) == 3
+    corrupt, empty, unknown = (row["error"] for row in unreadable)
+    assert (corrupt, empty) == ("Invalid JPEG data, size 28", "is empty")
+    assert unknown.startswith("Unknown image file format")
     assert {
         row["prediction"] + row["confidence"] + row["distance"] + row["probability_daisy"] for row in unreadable
     } == {""}
@@ -164,7 +166,7 @@ def open_predictions(file: Path, address: str, flip: bool = False) -> Predicted:
     return parts.predict_images(model, list_images(address), flip)
 
 
-def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photos: Path, tmp_path: Path,
+def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photos: Path, done: Path, tmp_path: Path,
                                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     out = tmp_path / "lite"
     assert run(f"run={export / 'model.tflite'}", f"images={photos}/0*.png", f"output={out}", "top=1") == DONE
@@ -175,6 +177,8 @@ def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photo
     assert list(rows[0])[:5] == ["file", "prediction", "confidence", "distance", "error"]
     assert {row["distance"] for row in rows} == {""}
     np.testing.assert_allclose(np.load(out / "probabilities.npy"), expected()[:10], atol=1e-5)
+    reasons = [error for error in open_predictions(export / "model.tflite", str(photos)).errors if error]
+    assert reasons == [row["error"] for row in rows_of(done) if row["error"]]
     assert "No distance from the training distribution" in (out / "index.html").read_text()
 
 

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.decoding import Resize, decode_image, describe_decoding_error
+from trainer.data.decoding import Resize, decode_image
 from trainer.errors import DataError
 from trainer.evaluation.distance import EmbeddingDistance, fit_distance
 from trainer.evaluation.drift import parse_reference, read_reference
@@ -24,7 +24,7 @@ from trainer.models.classifier import Classifier
 from trainer.names import escape_unprintable
 from trainer.runs.stored_run import StoredRun, find_checkpoint, load_checkpoint, open_classifier
 from trainer.serving.export_files import MAX_EXPORT_BYTES, Prediction, find_export
-from trainer.serving.model import ServedModel
+from trainer.serving.model import ServedModel, describe_decoding_error
 from trainer.storage.local import compute_file_crc32c
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.staging import is_remote, stage

@@ -177,7 +177,7 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
     if summary["tta"]:
         lines += format_tta(summary["tta"])
     for index, error in list(errors.items())[:MAX_NAMED_ERRORS]:
-        lines.append(f"  {fit(f'{images[index].name}: {error}', WIDTH - 2).rstrip()}")
+        lines.append(f"  {fit(f'{shorten_start(images[index].name)}: {error}', WIDTH - 2).rstrip()}")
     if len(errors) > MAX_NAMED_ERRORS:
         lines.append(f"  and {len(errors) - MAX_NAMED_ERRORS:,} more, in the column error of predictions.csv")
     return lines
@@ -200,6 +200,14 @@ def fit(text: str, width: int) -> str:
     """Return a text in exactly `width` columns of a terminal, with an ellipsis if it is too long."""
     shown = escape_unprintable(text)
     return set_cell_size(shown, width) if cell_len(shown) <= width else set_cell_size(shown, width - 1) + "…"
+
+
+def shorten_start(name: str, width: int = WIDTH // 2) -> str:
+    """Return a name with an ellipsis instead of its beginning, if it has more columns than `width`."""
+    if cell_len(name) <= width:
+        return name
+    start = next(i for i in range(len(name)) if cell_len(name[i:]) < width)
+    return f"…{name[start:]}"
 
 
 def wrap(text: str) -> list[str]:

@@ -67,7 +67,7 @@ class ServedModel:
             return self._call(signature, images)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.OutOfRangeError) as error:
             if len(images) == 1:
-                return [_describe_decoding_error(error)]
+                return [describe_decoding_error(error)]
         half = len(images) // 2
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
@@ -117,7 +117,7 @@ def _check_operations(export: Export) -> None:
 _GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
-def _describe_decoding_error(error: tf.errors.OpError) -> str:
+def describe_decoding_error(error: tf.errors.OpError) -> str:
     """Return the first line of the message that is about the image, without node names."""
     lines = (line.strip() for line in (error.message or "").splitlines())
     text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
