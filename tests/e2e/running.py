@@ -152,6 +152,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Assert equal weights, optimizer state, averages, metrics, predictions and scores, bit for bit."""
     assert_same_weights(one, other)
     assert story(one) == story(other)
-    assert (one / "report" / "predictions.csv").read_bytes() == (other / "report" / "predictions.csv").read_bytes()
-    reports = [without_timing(json.loads((p / "report" / "report.json").read_text())) for p in (one, other)]
-    assert reports[0] == reports[1]
+    for name in ("predictions.csv", "report.json"):
+        # The digits are read from the cache of a run, which can be next to it.
+        texts = [(p / "report" / name).read_text().replace(str(p.parent), "") for p in (one, other)]
+        mine, theirs = (without_timing(json.loads(text)) if name == "report.json" else text for text in texts)
+        assert mine == theirs

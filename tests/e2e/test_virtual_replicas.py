@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 BATCH = tuple(override for override in SHARED if not override.startswith("training.batch_size"))
 VIRTUAL = (*BATCH, "training.batch_size=16", "training.virtual_replicas=4", "training.clip_norm=1", "model.dropout=0.2")
-FEATURES = ("augmentation=none", "phases.fine_tune.batch_norm=train")
+FEATURES = (
+    "augmentation=none", "phases.fine_tune.batch_norm=train", "model.hidden=[16,8]", "model.hidden_batch_norm=true",
+    "phases.head.optimizer.name=nadam", "phases.fine_tune.optimizer={name: adagrad, learning_rate: 1e-3}",
+)  # fmt: skip
 LIVE = ("augmentation=light", "augmentation.mixup=0.3", "training.class_weights=balanced")
 BY_FILE = ("data=tfds", "data.shard_by=file", "data.cache=none", "debug.max_examples=200", "augmentation=light")
 
