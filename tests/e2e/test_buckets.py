@@ -128,7 +128,12 @@ def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> Non
     done = program("evaluate", *other_node, f"data.root={DATA}", "debug.max_examples=90")
     there = RUN / "evaluations" / "best-digits-test"
     assert f"{there}/index.html" in done.stdout
-    assert {info.path.name for info in there.list()} >= {"index.html", "report.json", "confusion.png"}
+    assert {info.path.name for info in there.list()} >= {
+        "index.html",
+        "report.json",
+        "confusion.png",
+        "probabilities.npy",
+    }
     mine, theirs = (json.loads((folder / "report.json").read()) for folder in (there, RUN / "report"))
     assert mine["test"] == theirs["test"]
     assert mine["phases"] == theirs["phases"]
