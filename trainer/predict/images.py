@@ -28,7 +28,7 @@ class ImageFile(NamedTuple):
 
     name: str  # in the column `file`: its path, or what the list has, escaped for display
     address: str  # local path or gs:// address; "" if there is none
-    version: str = ""  # changes with the content: size and time of the last change, or generation; "" if unknown
+    version: str = ""  # changes with the content: size and time of the last change, generation or ETag; "" if unknown
     fault: str = ""  # why it has no address
 
 
@@ -122,7 +122,7 @@ def _locate_in_list(path: StoragePath, cell: str) -> ImageFile:
     if "\0" in cell:
         return ImageFile(name, "", fault="it has a null character")
     located = _locate(os.path.join(os.path.dirname(str(path)), os.path.expanduser(cell)))
-    return located._replace(name=name)
+    return ImageFile(name, located.address, located.version, located.fault)
 
 
 def _locate(file: str) -> ImageFile:
