@@ -253,7 +253,7 @@ def test_none_readable(export: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (("export=e", "images=x", "checkpoint=last"), "checkpoint=last: belongs to a run"),
         (("export=e", "images=x", "tta=turn"), "tta=turn: is not a test-time augmentation"),
         (("export=e", "images=x", "top=0"), "top=0: is not a positive integer"),
-        (("export=e", "images=s3://b/x"), "images=s3://b/x"),
+        (("export=e", "images=abfss://b/x"), "images=abfss://b/x"),
         (("export=e", "images=nowhere"), "images=nowhere: matches no file"),
         (("export=e", "images=x", "--josn"), "--josn"),
         (("export=e", "images=x", "datta.root=y"), "datta.root: there is no such argument"),
