@@ -39,7 +39,7 @@ def small() -> Classifier:
     output = keras.layers.Dense(CLASSES)
     output.build((None, 8))
     spec = BackboneSpec("Small", "mobilenet_v2", 12, 12, r"^(second)")
-    return Classifier(spec, network, None, output, pooling="avg", dropout=0.0, l2=0.0, image_size=12)
+    return Classifier(spec, network, (), output, pooling="avg", dropout=0.0, l2=0.0, image_size=12)
 
 
 def build(backbone: str, size: int) -> Classifier:
