@@ -65,7 +65,7 @@ def open_split(folder: Path, seed: int) -> tuple[tf.data.Dataset, tf.data.Datase
 
 
 def freeze_statistics(backbone: keras.Model) -> keras.Model:
-    """The same network, with new weights, whose normalization never uses the statistics of a batch."""
+    """The same network, with a copy of the weights, whose normalization never uses the statistics of a batch."""
 
     def clone(layer: keras.Layer) -> keras.Layer:
         kind = FrozenStatistics if isinstance(layer, NORM) else type(layer)
@@ -81,10 +81,10 @@ def build(
 ) -> tuple[keras.Model, keras.Model]:
     """The whole model, float [b, S, S, 3] in 0..255 -> probabilities, and the frozen backbone in it."""
     backbone = keras.applications.MobileNetV2(input_shape=(SIZE, SIZE, 3), include_top=False, weights=None, alpha=alpha)
-    if frozen_statistics:
-        backbone = freeze_statistics(backbone)
     if weights != "none":
         backbone.load_weights(weights)
+    if frozen_statistics:  # after the weights: a file of weights names the classes of the layers
+        backbone = freeze_statistics(backbone)
     backbone.trainable = False
     inputs = x = keras.Input((SIZE, SIZE, 3))
     if augment:

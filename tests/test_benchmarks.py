@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -174,6 +176,16 @@ def test_the_memory_and_exit_code_of_a_process_are_measured() -> None:
 def test_every_side_of_the_input_reads_the_folder(side: str, photos: Path) -> None:
     seconds = json.loads(run("-m", "benchmarks.input_pipeline", "--side", side, str(photos)).output.splitlines()[-1])
     assert 0 < seconds["later"] < seconds["cold"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_peers_begin_with_the_weights_of_a_file(frozen: bool, tmp_path: Path) -> None:
+    file = str(tmp_path / "published.weights.h5")
+    network = keras.applications.MobileNetV2(input_shape=(160, 160, 3), include_top=False, weights=None, alpha=0.35)
+    network.save_weights(file)
+    _, backbone = plain_keras.build(2, file, 0.35, augment=False, frozen_statistics=frozen)
+    for mine, theirs in zip(backbone.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.slow
