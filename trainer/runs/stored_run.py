@@ -102,7 +102,7 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
     elif which.isdecimal():
         names = [name for name in available if parse_step(name) == int(which)]
     else:
-        phases = _read_phases(run) or read_checkpoint(find_checkpoint(run, "last"))[0].get("finished", {})
+        phases = _read_phases(run) or _read_finished_phases(find_checkpoint(run, "last"))
         ends = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
         if which in ends:
             return find_checkpoint(run, str(ends[which]))
@@ -123,6 +123,15 @@ def _read_phases(run: StoredRun) -> dict[str, Any]:
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
         return {}
+
+
+def _read_finished_phases(checkpoint: StoragePath) -> dict[str, Any]:
+    """Read the summaries of the phases that had ended at a checkpoint, without reading its variables."""
+
+    def parse(state: Any) -> dict[str, Any]:
+        return require_json_object(require_json_object(state).get("finished", {}))
+
+    return read_json(checkpoint / "state.json", parse, "give another checkpoint") or {}
 
 
 def _parse_phases(report: Any) -> dict[str, Any]:

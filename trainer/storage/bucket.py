@@ -32,6 +32,7 @@ MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
 CHUNK_BYTES = 16 << 20  # of a download
 PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
 MAX_DOWNLOADS = 5  # attempts until the CRC32C of a large object matches
+WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a version
 
 Action = Literal["read", "list", "write", "delete"]  # what a request does, for the permission in an error message
 Item = TypeVar("Item")
@@ -156,8 +157,8 @@ class BucketPath(StoragePath):
             return self.read()[start : start + length]
 
         def read_twice(timeouts: Timeouts) -> bytes:
-            first = self._request_range(info, start, length, timeouts)
-            if first != self._request_range(info, start, length, timeouts):
+            first = self._attempt_range(info, start, length, timeouts)
+            if first != self._attempt_range(info, start, length, timeouts):
                 raise CorruptTransfer("two reads of one range differ")
             return first
 
@@ -222,12 +223,19 @@ class BucketPath(StoragePath):
         """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
         return self._call("list", partial(self._request_page, token, delimiter, max_objects))
 
+    def _attempt_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
+        """Request a range as `_request_range` does, and verify its length."""
+        data = self._request_range(info, start, length, timeouts)
+        if len(data) != length:
+            raise CorruptTransfer(f"{len(data)} bytes of {length}")
+        return data
+
     def _download(self, to: Path, info: ObjectInfo) -> bool:
         """Copy one version to a file and return whether its CRC32C matches; chunks have no checksum of their own."""
 
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)
-            data = self._call("read", partial(self._request_range, info, start, length))
+            data = self._call("read", partial(self._attempt_range, info, start, length))
             with open(to, "r+b") as target:
                 target.seek(start)
                 target.write(data)

@@ -23,6 +23,7 @@ from trainer.storage import bucket as buckets
 from trainer.storage.base import ANY, ObjectInfo, Version, request_deadline
 from trainer.storage.bucket import (
     MAX_CONCURRENT_REQUESTS,
+    WRITE_ID,
     Action,
     BucketPath,
     PreconditionFailed,
@@ -37,7 +38,6 @@ MAX_COMPOSED_PARTS = 32  # the storage's maximum per compose request
 MAX_MEMORY_BYTES = 256 << 20  # of the upload parts in memory at the same time
 CLEANUP_SECONDS = 10.0  # deadline for deleting one part after an upload
 
-_WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a generation
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"
 _PERMISSIONS: dict[Action, str] = {
     "read": "storage.objects.get",
@@ -77,13 +77,11 @@ class GcsPath(BucketPath):
 
     def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
         try:
-            data = self._blob(info.version).download_as_bytes(
+            data: bytes = self._blob(info.version).download_as_bytes(
                 start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=timeouts, retry=None
             )
         except NotFound as error:
             raise Replaced(self) from error
-        if len(data) != length:
-            raise CorruptTransfer(f"{len(data)} bytes of {length}")
         return data
 
     def _request_page(
@@ -100,7 +98,7 @@ class GcsPath(BucketPath):
 
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
         blob = self._blob()
-        blob.metadata = {_WRITE_ID: write_id}
+        blob.metadata = {WRITE_ID: write_id}
         condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
         try:
             blob.upload_from_string(
@@ -133,7 +131,7 @@ class GcsPath(BucketPath):
         return ObjectInfo(self, int(blob.size), int(blob.generation), _decode_crc32c(blob.crc32c))
 
     def _written(self, blob: Any) -> Written:
-        return Written(int(blob.generation), (blob.metadata or {}).get(_WRITE_ID), _decode_crc32c(blob.crc32c))
+        return Written(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
         """Upload parts, whose CRC32C is verified, and compose them in one atomic request.

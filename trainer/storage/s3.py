@@ -25,6 +25,7 @@ from trainer.storage import retries
 from trainer.storage.base import ANY, ObjectInfo, Version
 from trainer.storage.bucket import (
     MAX_CONCURRENT_REQUESTS,
+    WRITE_ID,
     Action,
     BucketPath,
     PreconditionFailed,
@@ -39,7 +40,6 @@ MIN_PART_BYTES = 5 << 20  # the storage's minimum, except for the last part
 MAX_UPLOADS = 10  # attempts of a large file, after errors that obstore does not retry: corrupt parts, cut responses
 PAGE_OBJECTS = 1000  # the storage's maximum
 
-_WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a version
 _CRC32C = "kubetune-crc32c"  # metadata key; 8 hex digits
 _PERMISSIONS: dict[Action, str] = {
     "read": "s3:GetObject",
@@ -93,10 +93,7 @@ class S3Path(BucketPath):
             raise Replaced(self) from error
         if response is None:
             raise Replaced(self)
-        data = bytes(response.bytes())
-        if len(data) != length:
-            raise CorruptTransfer(f"{len(data)} bytes of {length}")
-        return data
+        return bytes(response.bytes())
 
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
@@ -129,7 +126,7 @@ class S3Path(BucketPath):
 
     def _request_written(self, timeouts: Timeouts) -> Written | None:
         current = self._get({"head": True}, timeouts)
-        return None if current is None else Written(str(current.meta["e_tag"]), current.attributes.get(_WRITE_ID), None)
+        return None if current is None else Written(str(current.meta["e_tag"]), current.attributes.get(WRITE_ID), None)
 
     def _request_deletion(self, timeouts: Timeouts) -> None:
         try:
@@ -217,4 +214,4 @@ class S3Path(BucketPath):
 
 
 def _make_attributes(write_id: str, crc32c: int) -> Any:
-    return {_WRITE_ID: write_id, _CRC32C: f"{crc32c:08x}", "Content-Type": "application/octet-stream"}
+    return {WRITE_ID: write_id, _CRC32C: f"{crc32c:08x}", "Content-Type": "application/octet-stream"}
