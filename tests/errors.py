@@ -3,18 +3,20 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 
 from trainer.errors import TrainerError
 
 ANY = object()
+E = TypeVar("E", bound=TrainerError)
 
 
 @contextmanager
 def raises(
-    kind: type[TrainerError], key: str | None = None, value: object = ANY, fix: str = "", problem: str = ""
-) -> Iterator[pytest.ExceptionInfo[TrainerError]]:
+    kind: type[E], key: str | None = None, value: object = ANY, fix: str = "", problem: str = ""
+) -> Iterator[pytest.ExceptionInfo[E]]:
     """The block raises exactly `kind`, with this key, value, and regular expressions that its fix and problem match."""
     with pytest.raises(kind) as caught:
         yield caught

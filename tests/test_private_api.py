@@ -338,8 +338,9 @@ def own_names(trees: list[ast.Module]) -> set[str]:
                 for target in (part.targets if isinstance(part, ast.Assign) else [part.target])
             ]
             names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if stored and ast.unparse(node.value) in ("self", "cls"):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)):
+            continue
+        if ast.unparse(node.value) in ("self", "cls"):
             names.add(node.attr)
     return names
 

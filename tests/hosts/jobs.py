@@ -49,7 +49,7 @@ def start_job(
                     stdout=log, stderr=subprocess.STDOUT, hostname=f"{JOB}-{index}",
                 )
             )  # fmt: skip
-    return Workers(folder, processes)
+    return Workers(folder, processes, [f"{name}:{PORT}" for name in names(count)])
 
 
 def exits(workers: Workers, indexes: Iterable[int], since: float, seconds: float) -> dict[int, tuple[int, float]]:

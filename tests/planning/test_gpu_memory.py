@@ -117,8 +117,10 @@ def measure(name: str) -> Footprint:
         thaw = apply_thaw(classifier, "all", norm)
         counts.append(sum(estimate_activations(classifier, thaw.first_thawed, 1, "float32", thaw.batch_norm_training)))
     counts.append(sum(estimate_activations(classifier, None, 1)))
-    values = [round(count / 4 / side**2) for count in counts]
-    return Footprint(side, *values, round(count_parameters(classifier.variables.values()) / 1e6, 1))
+    trained, trained_norm, frozen = (round(count / 4 / side**2) for count in counts)
+    return Footprint(
+        side, trained, trained_norm, frozen, round(count_parameters(classifier.variables.values()) / 1e6, 1)
+    )
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "VGG16"])

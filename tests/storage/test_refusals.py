@@ -190,14 +190,14 @@ def test_a_pod_waits_for_its_metadata_server(monkeypatch: pytest.MonkeyPatch, tm
 
     def later() -> None:
         refused.wait(120)
-        server.server_bind()
-        server.server_activate()
-        server.serve_forever(0.05)
+        metadata.server_bind()
+        metadata.server_activate()
+        metadata.serve_forever(0.05)
 
     monkeypatch.setattr(google.auth, "default", noticing)
-    with ThreadingHTTPServer(("127.0.0.1", port), Metadata, bind_and_activate=False) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Metadata, bind_and_activate=False) as metadata:
         threading.Thread(target=later, daemon=True).start()
         credentials, _ = client._find_credentials()
-        server.shutdown()
+        metadata.shutdown()
     assert refused.is_set()
     assert isinstance(credentials, compute_engine.Credentials)
