@@ -19,6 +19,7 @@ from trainer.cli.overrides import (
     translate_overrides,
 )
 from trainer.cli.sweep import _use_sweep_folder
+from trainer.config.diff import flatten
 from trainer.config.typed import format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
@@ -27,6 +28,10 @@ TEXTS = [
     "a=b=c", "-x", "=x", "{a: 1}", "[a", "a]", "#1", "a;b", "*?", "100%", "2024", "0012", "1e5", "true", "nan", "é 猫 🐈",
     "a\nb", "a\tb", " a ", "a${b", "$HOME", "a\\${b}", "!x", "pattern:block_(1|2)_.*", "~", "@", "str(1)", "\\", "\\'",
     "a'b,c'd", "x\udce9",
+]  # fmt: skip
+TEXT_KEYS = [
+    "data.root", "data.pattern", "data.image_field", "data.label_field", "data.class_prefix", "data.train_split",
+    "data.validation_split", "data.test_split", "data.group_field", "output_dir", "warm_start", "experiment_name",
 ]  # fmt: skip
 
 
@@ -59,10 +64,14 @@ def test_what_is_printed_for_the_user_reads_back_as_the_same_value() -> None:
     """Any text, quoted by `quote_if_needed` for Hydra and by `format_argument` for the shell, through both parsers."""
     draw = random.Random(0)
     alphabet = [*"ab/.~=,:;#!&|<>*?%@ \t\n'\"\\$()[]{}-_0é猫", "null", "${", "}", "choice(", "..", "//", "🐈", "\udce9"]
-    for text in [*TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 9))) for _ in range(40))]:
-        (word,) = shlex.split(format_argument("data.root", text))
-        assert compose(["data=image_folder", word])["data"]["root"] == text, word  # type: ignore[index]
-        assert parse_value(f"data.root={quote(text)}") == text
+    texts = [*TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 9))) for _ in range(40))]
+    for start in range(0, len(texts), len(TEXT_KEYS)):  # several at once, as a composition takes half a second
+        given = dict(zip(TEXT_KEYS, texts[start : start + len(TEXT_KEYS)], strict=False))
+        words = shlex.split(" ".join(format_argument(key, text) for key, text in given.items()))
+        tree = flatten(compose(["data=image_folder", *words]) or {})
+        assert {key: tree[key] for key in given} == given
+        for key, text in given.items():
+            assert parse_value(f"{key}={quote(text)}") == text
     assert quote_if_needed("photos (1)") == "photos (1)"
     assert format_argument("output_dir", "o/lr=1, a b") == "'output_dir=o/lr=1, a b'"
 

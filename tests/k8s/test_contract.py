@@ -23,7 +23,8 @@ from tests.k8s.rendered import (
     only,
     parse_bytes,
 )
-from trainer import errors, nightly
+from trainer import backbones, errors, nightly
+from trainer.backbones.candidates import parse_candidates
 from trainer.cli.arguments import ALL as ALL_ARGUMENTS
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
@@ -150,7 +151,8 @@ def configuration(pods: Pods, index: int = 0) -> RequestedConfig:
 @functools.cache
 def _configuration(arguments: tuple[str, ...], sweep_job: str) -> RequestedConfig:
     selected, _ = select_job(list(arguments), {"SWEEP_JOB": sweep_job})
-    own = ("output=", *(f"{key}=" for key in nightly.ARGUMENTS))  # of trainer.prepare and trainer.nightly
+    commands = {*nightly.ARGUMENTS, *backbones.ARGUMENTS, "output"}  # "output" is also of trainer.prepare
+    own = tuple(f"{key}=" for key in commands)
     composed: dict[str, Any] | None = compose([a for a in selected if not a.startswith(own)])
     assert composed is not None
     return load(composed)
@@ -167,6 +169,13 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     if pods.overlay == "overlays/prepare":
         assert pods.container["command"] == ["python", "-m", "trainer.prepare"]
         assert len([a for a in arguments if a.startswith("output=gs://")]) == 1
+    elif pods.overlay == "overlays/backbones":
+        assert pods.container["command"] == ["python", "-m", "trainer.backbones"]
+        given, _ = parse_arguments(arguments, backbones.__doc__, backbones.ARGUMENTS, rest=ALL_ARGUMENTS)
+        assert given["output"].startswith("gs://")
+        networks = parse_candidates(given["among"])
+        assert len(networks) > 1
+        assert config.data.source == "image_folder"
     elif pods.overlay == "overlays/nightly":
         assert pods.container["command"] == ["python", "-m", "trainer.nightly"]
         given, rest = parse_arguments(arguments, nightly.__doc__, nightly.ARGUMENTS, rest=ALL_ARGUMENTS)
@@ -210,7 +219,7 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
     assert set(settings.values()) == {("auto", "auto", 8080, "/cache")}
     cpu = {"local", "prepare", "serve", "serving", "serving-log", "tensorboard"}
     assert {name_of(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
-    assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep"} <= settings.keys()
+    assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep", "backbones"} <= settings.keys()
 
 
 @pytest.mark.parametrize("pods", [pods for pods in JOBS if "nvidia.com/gpu" not in str(pods.spec)], ids=name_of)

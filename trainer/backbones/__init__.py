@@ -22,7 +22,7 @@ from trainer.backbones.candidates import apply_choices, parse_candidates, parse_
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose, is_sweep, load_given
 from trainer.cli.overrides import list_given_keys, map_given_values
-from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
+from trainer.cli.process import choose_and_log_source, exit_with_code, start_monitoring, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 
@@ -44,7 +44,7 @@ def main() -> None:
         config = load_given(composed, overrides)
         given = list_given_keys(overrides) | map_given_values(overrides).keys()
         choices = apply_choices(config, candidates, given)
-        configure_log(config.runtime)
+        start_monitoring(config, 0, 1)
         health.enter_phase("backbones")
         with suppress_import_noise():
             from trainer.backbones.comparison import compare_backbones  # here, because it imports TensorFlow

@@ -37,6 +37,7 @@ from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import find_weights_file
 from trainer.models.weights_folder import describe_weights, locate_weights
+from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.local import compute_file_crc32c
 from trainer.storage.path import StoragePath, storage_path
@@ -148,6 +149,7 @@ def _measure_network(comparison: Comparison, label: str, model: Model, images: I
     network = open_network(config, worker, images, classifier)
     labels = dataset.splits["train"].labels
     for fold, result in folds.items():
+        health.set_activity(f"{label}, fold {fold + 1} of {len(folds)}")
         if result is None:
             folds[fold] = result = score_fold(network, comparison.folds, fold)
             stored.write_fold(fold, result)

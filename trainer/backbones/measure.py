@@ -25,6 +25,7 @@ from trainer.features.plan import FeaturePlan, divide_phases
 from trainer.features.store import STORED, Features
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import apply_thaw
+from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.training import variables
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -143,6 +144,7 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
         sums, _, _ = step.run(iterator, min(config.runtime.steps_per_call, total - done), done, done)
         done += len(sums)
         require_finite(sums, done, name, (done - 1) // per_epoch + 1)
+        health.record_progress(done, total)
         worker.stop.check("while a head was trained")
     return step
 

@@ -22,7 +22,7 @@ class ExportBundle:
     """A trained model with the metadata of its exports; S is `image_size`, the side of its square input in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
-    explain: Callable[[Any], dict[str, Any]]  # the same images -> probabilities, embedding and heatmap
+    explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding and heatmap
     class_names: tuple[str, ...]  # in the order of the probabilities
     image_size: int
     resize: Resize

@@ -15,7 +15,7 @@ from trainer.exporting.formats import IN_RUN_PRECISION, export_formats
 from trainer.exporting.model_card import format_labels, write_model_card
 from trainer.exporting.reference import compute_reference, write_reference
 from trainer.models.classifier import Classifier
-from trainer.models.grad_cam import Explainer, explain, make_explainer
+from trainer.models.grad_cam import Explainer, make_explainer
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, open_classifier, without_weights
 from trainer.storage.local import delete_unfinished, write_atomically, write_json
@@ -57,7 +57,7 @@ def export_classifier(
     reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
         model=classifier.build_keras_model(),
-        explain=lambda pixels: explain(classifier, pixels),
+        explain=explainer.compiled,
         class_names=names,
         image_size=size,
         resize=resize,

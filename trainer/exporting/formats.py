@@ -49,7 +49,9 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     model, size = bundle.model, bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with plain_float32(model):
-        predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=spec)
+        predict = tf.function(
+            lambda images: {"probabilities": model(images, training=False)}, input_signature=spec, autograph=False
+        )
         converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
     onnx.helper.set_model_props(converted, {"labels": format_labels(bundle.class_names)})
     write_atomically(path, converted.SerializeToString())

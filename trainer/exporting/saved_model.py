@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ WARMUP_BATCH = (
     4  # images in the larger request to each signature, as a graph that is warm for one image can be cold for several
 )
 MAX_PARALLEL_DECODING = 32  # images of one request
+
+trace = partial(tf.function, autograph=False)  # AutoGraph doubles the time, and no function has a loop over tensors
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
@@ -44,36 +47,44 @@ def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
 
 
 class _ServedModule(tf.Module):
-    """The object that is saved: three functions, exported as signatures, with its labels and reference as assets."""
+    """The object that is saved: functions, of which three are the signatures, with labels and reference as assets.
+
+    Its attributes are the model's variables and not the model, whose thousands of objects would take seconds to list
+    when it is saved and loaded. Each function is traced once, and others call it.
+    """
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
-        self.model, self.compute_explanation = bundle.model, bundle.explain
+        model, side, resize, orientation = bundle.model, bundle.image_size, bundle.resize, bundle.orientation
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
-        self.image_size, self.resize, self.orientation = bundle.image_size, bundle.resize, bundle.orientation
-        encoded = [tf.TensorSpec([None], tf.string, "image_bytes")]
-        shape = [None, self.image_size, self.image_size, 3]
-        self.images = tf.function(self._images, input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
-        self.image_bytes = tf.function(self._image_bytes, input_signature=encoded)
-        self.explain = tf.function(self._explain, input_signature=encoded)
-
-    def _images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": self.model(images, training=False)}
-
-    def _image_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return self._images(self._pixels(image_bytes))
-
-    def _explain(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return self.compute_explanation(self._pixels(image_bytes))
-
-    def _pixels(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        pixels = tf.map_fn(
-            lambda data: decode_image(data, self.image_size, self.resize, self.orientation),
-            image_bytes,
-            fn_output_signature=tf.TensorSpec([self.image_size, self.image_size, 3], tf.uint8),
-            parallel_iterations=MAX_PARALLEL_DECODING,
+        self.model_variables = [variable.value for variable in model.variables]
+        pixels, encoded = (
+            tf.TensorSpec([None, side, side, 3], tf.float32, "images"),
+            tf.TensorSpec([None], tf.string, "image_bytes"),
         )
-        return tf.cast(pixels, tf.float32)
+
+        @trace(input_signature=[pixels])
+        def images(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"probabilities": model(images, training=False)}
+
+        @trace(input_signature=[encoded])
+        def decode(image_bytes: tf.Tensor) -> tf.Tensor:
+            return tf.map_fn(
+                lambda data: decode_image(data, side, resize, orientation),
+                image_bytes,
+                fn_output_signature=tf.TensorSpec([side, side, 3], tf.uint8),
+                parallel_iterations=MAX_PARALLEL_DECODING,
+            )
+
+        @trace(input_signature=[encoded])
+        def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            return images(tf.cast(decode(image_bytes), tf.float32))
+
+        @trace(input_signature=[encoded])
+        def explain(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+            return bundle.explain(decode(image_bytes))
+
+        self.images, self.image_bytes, self.explain = images, image_bytes, explain
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:

@@ -107,7 +107,9 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
-        predict = tf.function(lambda images: bundle.model(images, training=False), input_signature=spec)
+        predict = tf.function(
+            lambda images: bundle.model(images, training=False), input_signature=spec, autograph=False
+        )
         converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
         converter.experimental_lower_to_saved_model = False  # weights stay constants: faster, and int8 needs it
         if precision != "float32":

@@ -49,7 +49,11 @@ def _load_keras(path: Path) -> Classify:
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    predict = tf.function(lambda images: model(tf.cast(images, tf.float32), training=False), reduce_retracing=True)
+    side = model.input_shape[1]
+    signature = tf.TensorSpec([None, side, side, 3], tf.uint8)  # one trace for all batch sizes
+    predict = tf.function(
+        lambda images: model(tf.cast(images, tf.float32), training=False), input_signature=[signature], autograph=False
+    )
     return lambda images: predict(tf.constant(images)).numpy()
 
 

@@ -1,6 +1,7 @@
 """Grad-CAM heatmaps, probabilities and embeddings, in one pass through the backbone."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -8,19 +9,24 @@ import tensorflow as tf
 from trainer.models.classifier import Classifier
 
 BATCH_SIZE = 32  # maximum number of images per call of the compiled function
-Explainer = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 [n, S, S, 3], n >= 1 -> the results of `explain`
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """`explain` of one classifier, compiled. Called with any number of images, it returns arrays."""
+
+    compiled: Any  # tf.function: uint8 [n, S, S, 3] -> the results of `explain`; exports contain it
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        batches = [self.compiled(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
+        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
     """Compile `explain` for any number of images. The first call traces it."""
     signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)
     compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
-
-    def explainer(images: np.ndarray) -> dict[str, np.ndarray]:
-        batches = [compiled(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
-        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
-
-    return explainer
+    return Explainer(compiled)
 
 
 def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None = None) -> dict[str, tf.Tensor]:

@@ -89,7 +89,7 @@ class ServedModel:
 def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls the signature `explain` without computing its heatmap."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")], autograph=False)
     def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs = signature(image_bytes=image_bytes)
         return {name: outputs[name] for name in ("probabilities", "embedding")}
