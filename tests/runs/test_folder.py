@@ -88,7 +88,8 @@ def contents(folder: StoragePath) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("state", [NEW, BEGUN, SAVED, FINISHED])
-def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, state: str) -> None:
+@pytest.mark.parametrize("found_by", ["this worker", "another worker"])
+def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, state: str, found_by: str) -> None:
     config = settings(home, tmp_path / "cache")
     leave(config, state)
     before = contents(home)
@@ -101,7 +102,10 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
     if state in (SAVED, FINISHED):
         with raises(DataError, "output_dir", str(home), problem=FINGERPRINT):
             refused.check_data(data(OTHER))
-    refused.abandon()
+    if found_by == "this worker":
+        refused.abandon()
+    else:  # its error ends this process at once
+        refused.record_exit(2, "worker 2: seed: is wrong", stopped=False)
     assert refused.lock
     refused.lock.close()
     assert contents(home) == before

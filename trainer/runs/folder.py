@@ -154,24 +154,28 @@ class RunFolder:
             self.unbegun.end(error)
 
     def record_exit(self, code: int, reason: str, stopped: bool) -> None:
-        """Record that this process exits at once with this code, after a stop request if `stopped`."""
+        """Record that this process exits at once with this code, after a stop request if `stopped`.
+
+        Another worker can be the first to find an error that ends the start: the folder is left as by `abandon`.
+        """
         kind = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
         self.record_end((StopRequested if stopped else kind)(reason))
+        self._delete_if_unused()
 
-    def abandon(self, error: BaseException | None = None) -> None:
-        """Release the folder after a start that ended before `begin` with this error.
-
-        If this process created it and has recorded no start in it, delete it.
-        """
-        self.record_end(error)
-        self.publisher.close(publish=False)
-        if not self.lock:
-            return
-        if self.created:
+    def _delete_if_unused(self) -> None:
+        """Delete the folder if this process created it and has recorded no start in it."""
+        if self.lock and self.created and not self.begun:
             with suppress(OSError):  # it is not empty
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
-        self.lock.close()
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Release the folder after a start that ended before `begin` with this error; delete it if it is unused."""
+        self.record_end(error)
+        self.publisher.close(publish=False)
+        self._delete_if_unused()
+        if self.lock:
+            self.lock.close()
 
 
 _LOSSES = {
