@@ -106,6 +106,7 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
         refused.abandon()
     else:  # its error ends this process at once
         refused.record_exit(2, "worker 2: seed: is wrong", stopped=False)
+        refused.publisher.close(publish=False)  # the lease of a bucket, which else expires
     assert refused.lock
     refused.lock.close()
     assert contents(home) == before
