@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import tensorflow as tf
 
-from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS
+from trainer.cluster.control import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, ControlChannel
 from trainer.cluster.devices import detect_device
 from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
@@ -140,13 +140,38 @@ def advise_export(run: str) -> Iterator[None]:
 
 
 @contextmanager
+def _wait_for_lost_peers(control: ControlChannel) -> Iterator[None]:
+    """Re-raise a TensorFlow error of one of several workers only after the heartbeat timeout.
+
+    Its cause can be a lost peer, which TensorFlow's own heartbeat may find first; the control channel then ends the
+    process with exit code 75.
+    """
+    try:
+        yield
+    except tf.errors.OpError:
+        if control.size > 1:  # perhaps a failed collective
+            time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 2 * HEARTBEAT_INTERVAL_SECONDS)
+        raise
+
+
+@contextmanager
+def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[None]:
+    """Release the folder of a start that fails in this block."""
+    try:
+        with _wait_for_lost_peers(control):
+            yield
+    except BaseException as error:
+        folder.abandon(error)
+        raise
+
+
+@contextmanager
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
 
     Before the folder has `begun`, only the end of this start is recorded. An `OSError`, and any error of a full disk,
-    becomes `Interrupted`, because a restart might succeed. A TensorFlow error of one of several workers is re-raised
-    only after the heartbeat timeout. Its cause can be a lost peer, for which the control channel ends the process with
-    exit code 75. Exceptions other than these and `TrainerError` are not recorded.
+    becomes `Interrupted`, because a restart might succeed. Exceptions other than these, TensorFlow's and `TrainerError`
+    are not recorded.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
@@ -169,7 +194,8 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     control.on_end, stop.on_request = record, on_request
     folders = saver.path, run.config.runtime.cache_folder
     try:
-        with translate_disk_errors(folders, "checkpoints are intact", f"make space there. {saver.resume_hint}"):
+        translated = translate_disk_errors(folders, "checkpoints are intact", f"make space there. {saver.resume_hint}")
+        with _wait_for_lost_peers(control), translated:
             yield
     except OSError as error:
         problem = f"{saver.address}: {error.strerror or error}; checkpoints are intact"
@@ -177,8 +203,6 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         record(INTERRUPTED, str(interrupted))
         raise interrupted from error
     except tf.errors.OpError as error:
-        if control.size > 1:  # perhaps a failed collective
-            time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 2 * HEARTBEAT_INTERVAL_SECONDS)
         record(BUG, str(error))
         raise
     except TrainerError as error:

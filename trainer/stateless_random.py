@@ -5,6 +5,8 @@ are therefore the same after a restart, on another worker, or with another shard
 each coordinate (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
+from typing import TypeVar
+
 import tensorflow as tf
 
 # One coordinate identifies the use. Without it, two uses with equal coordinates would get equal numbers.
@@ -13,15 +15,25 @@ AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # these three as signed integers
 _MULTIPLIER_1, _MULTIPLIER_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
-
-def _shift_right(x: tf.Tensor, count: int) -> tf.Tensor:
-    """Shift int64 values right by `count` bits, filling with zeros."""
-    return tf.bitwise.bitwise_and(tf.bitwise.right_shift(x, tf.constant(count, tf.int64)), 2 ** (64 - count) - 1)
+Bits = TypeVar("Bits", int, tf.Tensor)  # int64
 
 
-def _mix(x: tf.Tensor) -> tf.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
-    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
+def _wrap(x: Bits) -> Bits:
+    """Wrap a sum or product to a signed integer of 64 bits, as tensors do by themselves."""
+    return (x + 2**63) % 2**64 - 2**63 if isinstance(x, int) else x
+
+
+def _shift_right(x: Bits, count: int) -> Bits:
+    """Shift 64 bits right by `count`, filling with zeros."""
+    mask = 2 ** (64 - count) - 1
+    if isinstance(x, int):
+        return x >> count & mask
+    return tf.bitwise.bitwise_and(tf.bitwise.right_shift(x, tf.constant(count, tf.int64)), mask)
+
+
+def _mix(x: Bits) -> Bits:
+    x = _wrap((x ^ _shift_right(x, 30)) * _MULTIPLIER_1)
+    x = _wrap((x ^ _shift_right(x, 27)) * _MULTIPLIER_2)
     return x ^ _shift_right(x, 31)
 
 
@@ -30,10 +42,13 @@ def random_bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
 
     The mixing is bijective, so tuples that differ only in the last coordinate always give different bits.
     """
-    state = tf.zeros([], tf.int64)
-    for coordinate in coordinates:
-        state = _mix((state ^ tf.cast(coordinate, tf.int64)) + _INCREMENT)
-    return state
+    state: int | tf.Tensor = 0
+    for coordinate in coordinates:  # those that are numbers come first, and need no operation of the graph
+        if isinstance(state, int) and isinstance(coordinate, int):
+            state = _mix(_wrap((state ^ coordinate) + _INCREMENT))
+        else:
+            state = _mix((tf.cast(state, tf.int64) ^ tf.cast(coordinate, tf.int64)) + _INCREMENT)
+    return tf.constant(state, tf.int64) if isinstance(state, int) else state
 
 
 def random_uniform(*coordinates: tf.Tensor | int) -> tf.Tensor:

@@ -23,6 +23,7 @@ from trainer.context import (
     PhaseRun,
     RunContext,
     RunPlan,
+    abandon_on_error,
     advise_export,
     broadcast_sharding,
     collect_results,
@@ -78,11 +79,8 @@ def train_run(
     Raises:
         TrainerError: the run failed or was stopped. Its `exit_code` is that of the process.
     """
-    try:
+    with abandon_on_error(folder, control):
         run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)
-    except BaseException as error:
-        folder.abandon(error)
-        raise
     with record_failures(run, folder), addresses_in_errors(run.images.addresses):
         restored, sharding = restore(run)
         features, compiled, teacher = choose_inputs(run, folder, divisions, baseline)

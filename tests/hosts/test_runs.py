@@ -169,6 +169,20 @@ def test_a_stopped_worker_interrupts_the_other_and_itself_when_continued(
     assert file_versions(folder) == before
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_stopped_while_the_model_is_built_interrupts_the_other(
+    victim: int, network: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorFlow's own heartbeat may end the broadcast of the weights first, with an error that names no cause."""
+    workers = start_job(network, tmp_path / "log", *RUN, f"output_dir={tmp_path / 'run'}")
+    workers.wait_for("starting TensorFlow's servers", victim, seconds=200)
+    began, other = time.monotonic(), 1 - victim
+    workers[victim].send_signal(signal.SIGSTOP)
+    assert_all_interrupted(exits(workers, [other], began, 90), f"worker {victim} stopped", capsys)
+    assert f"lost {address(victim)}" in workers.output(other)
+    workers.kill()
+
+
 def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_complete_one(
     network: Network, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

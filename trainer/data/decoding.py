@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -112,6 +112,14 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [size, size, 3])
 
 
+@cache
+def compile_decoder(size: int, resize: Resize, orientation: Orientation) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Compile `decode_image` for one setting, once per process: no pipeline traces its hundred operations again."""
+    signature = [tf.TensorSpec([], tf.string)]
+    decode = partial(decode_image, size=size, resize=resize, orientation=orientation)
+    return tf.function(decode, input_signature=signature, autograph=False)
+
+
 def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
     """Decode one image at its full size, eagerly, to uint8 [H, W, 3]. Raise a tf.errors.OpError if it is unreadable."""
     encoded = tf.constant(data)
@@ -180,8 +188,9 @@ def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row],
             data = tf.io.parse_single_example(row["record"], feature)[split.image_field]
         else:
             data = tf.io.read_file(tf.gather(paths, row["index"]))
-        return decode_image(data, size, resize, split.orientation)
+        return decode_encoded(data)
 
+    decode_encoded = compile_decoder(size, resize, split.orientation)
     return decode
 
 
