@@ -188,9 +188,10 @@ def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row],
             data = tf.io.parse_single_example(row["record"], feature)[split.image_field]
         else:
             data = tf.io.read_file(tf.gather(paths, row["index"]))
-        return decode_encoded(data)
+        if tf.executing_eagerly():  # for the message of an error, which a compiled function would wrap
+            return decode_image(data, size, resize, split.orientation)
+        return compile_decoder(size, resize, split.orientation)(data)
 
-    decode_encoded = compile_decoder(size, resize, split.orientation)
     return decode
 
 
