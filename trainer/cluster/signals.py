@@ -27,6 +27,12 @@ def exit_on_sigterm() -> None:
         exit_at_once(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, end)
+    _unblock()
+
+
+def _unblock() -> None:
+    """Let SIGTERM in, which `trainer.cluster.processes.replace_process` has blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def ignore_sigterm() -> None:
@@ -68,6 +74,7 @@ class StopFlag:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda _signum, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        _unblock()
 
     def request(self, reason: str) -> None:
         """Set the flag; later reasons are ignored."""
