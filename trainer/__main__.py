@@ -112,7 +112,7 @@ def main() -> None:
             watchdog.stop()
             folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"  # it may be a new folder
             known = folder_argument in sys.argv or is_sweep(sys.argv)
-            raise StartAgain(environment_at_start, *([] if known else [folder_argument]))
+            raise StartAgain([] if known else [folder_argument], environment_at_start, stop.has_request)
 
 
 if __name__ == "__main__":

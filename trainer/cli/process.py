@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,10 +41,12 @@ _log_is_configured = False
 class StartAgain(Exception):
     """This start is complete, and `exit_with_code` replaces its process by one of the same command."""
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
-        """`environment` is that of the command, and `arguments` are added to its own."""
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], has_stop_request: Callable[[], bool]
+    ) -> None:
+        """The arguments of `replace_process`."""
         super().__init__()
-        self.environment, self.arguments = environment, arguments
+        self.arguments, self.environment, self.has_stop_request = arguments, environment, has_stop_request
 
 
 @contextmanager
@@ -183,7 +185,7 @@ def exit_with_code() -> Iterator[None]:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
     if again:
-        replace_process(again.arguments, again.environment)
+        replace_process(again.arguments, again.environment, again.has_stop_request)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

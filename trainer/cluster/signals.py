@@ -82,6 +82,10 @@ class StopFlag:
             self.reason = reason
             self.on_request(reason)
 
+    def has_request(self) -> bool:
+        """Return whether the flag is set, or will be because a signal has been received."""
+        return self.reason is not None or bool(select.select([self.unread], [], [], 0)[0])
+
     def check(self, when: str) -> None:
         """Record progress, and raise StopRequested if the flag is set. For loops that have nothing to save."""
         health.record_progress()
