@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from trainer.config.base import Duration, Section
 from trainer.config.keys import is_section, list_union_members
+from trainer.config.model import Model
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import RequestedConfig
 
@@ -62,6 +63,8 @@ def kind(annotation: Any) -> str:
         return "list of " + kind(arguments[0])
     if origin is dict:
         return "mapping of " + kind(arguments[1])
+    if annotation in (Model, AutoPhases):
+        return {Model: "the keys of `model`", AutoPhases: "`auto`"}[annotation]
     if is_section(annotation):
         return f"`{annotation.__name__.lower()}s`"
     return {"str": "text", "bool": "true or false", "int": "integer", "float": "number"}[annotation.__name__]
@@ -97,7 +100,7 @@ def sections(
         first, *others = list_union_members(field.annotation)
         whole = typing.get_origin(first) is dict and section is RequestedConfig
         inner = typing.get_args(first)[1] if whole else first
-        if is_section(inner) and inner is not Duration:
+        if is_section(inner) and inner is not Duration and not (inner is Model and section is not RequestedConfig):
             below.append((inner, f"{prefix}{name}." + "NAME." * whole, field))
             below += [(other, f"{prefix}{name}.", field) for other in others if is_section(other)]
         else:

@@ -18,7 +18,7 @@ from tests.data.images import fill_folder
 from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose
-from trainer.config.schema import load
+from trainer.config.schema import configure_teacher, load
 from trainer.data.digits import prepare_digits
 from trainer.data.tfds_folder import LABELS
 from trainer.models.classifier import build_classifier
@@ -300,6 +300,7 @@ def test_another_width_of_a_warm_start_is_refused(planned: Planned, tmp_path: Pa
 
 def leave_teacher(home: Path) -> Path:
     """Write the files of a finished run that a student reads."""
+    home.parent.mkdir(exist_ok=True)
     begin_run(home, "data=digits", "model=glyphs_mobilenet_v2")
     (home / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
     model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
@@ -328,6 +329,36 @@ def test_a_teacher_that_cannot_be_read_or_is_another_is_exit_2(tmp_path: Path, p
     _, err = planned(arguments[0], code=2)
     assert f"distillation.teacher={home}" in err
     assert "backbone/" in err
+
+
+def test_a_teacher_of_the_same_run_has_a_plan_of_its_own(tmp_path: Path, planned: Planned) -> None:
+    run = tmp_path / "run"
+    model = ("distillation.model=glyphs_mobilenet_v2", "distillation.model.image_size=40")
+    arguments = ("distillation.teacher=train", *model, f"output_dir={run}", "augmentation=none")
+    out, _ = planned(*arguments, "distillation.phases=head_only", "distillation.phases.head.steps=7",
+                     "distillation.phases.head.epochs=null")  # fmt: skip
+    first, second = out.split("the student, trained after it")
+    assert first.startswith("the teacher, trained first")
+    assert f"output_dir {run}/teacher: new" in first
+    assert "40 x 40 pixels" in first
+    assert "7 steps at most" in first
+    assert f"output_dir {run}: new" in second
+    assert "48 x 48 pixels" in second
+    assert "teacher trained first, as above" in second
+    assert "teacher MobileNetV2 at 40 px, 423,018 parameters; predicts once, for 1,257 training images" in second
+    assert "its logits 50.3 kB in total" in second
+    assert not run.exists()
+    _, err = planned(*arguments, "distillation.phases.head.thaw=from_block:nothing", "distillation.phases.head.epochs=1",
+                     code=2)  # fmt: skip
+    assert "distillation.phases.head.thaw=from_block:nothing: " in err
+    leave_teacher(run / "teacher")
+    teacher = configure_teacher(load(compose([*arguments, *HERE]) or {}))
+    assert teacher
+    (run / "teacher" / "config.yaml").write_text(yaml.safe_dump(teacher.model_dump(mode="json")))
+    (run / "teacher" / "DONE").write_text("{}\n")
+    out, _ = planned(*arguments)
+    assert "trained first" not in out
+    assert f"teacher ✓ {run}/teacher (MobileNetV2, checkpoint step-00000240, 10 classes" in out
 
 
 def test_the_classes_of_a_teacher_are_compared_with_the_data(tmp_path: Path, planned: Planned) -> None:

@@ -6,14 +6,16 @@ Hydra composes the configuration, `config.schema.load` validates it, and `train.
 import os
 import sys
 import time
+from contextlib import nullcontext
 
 from trainer.cluster.signals import StopFlag, exit_on_sigterm
 
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.compose import load_given
+from trainer.cli.compose import is_sweep, load_given
 from trainer.cli.process import (
+    StartAgain,
     choose_and_log_source,
     configure_log,
     exit_with_code,
@@ -28,6 +30,8 @@ from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import rendezvous
 from trainer.config.diff import select_common_settings
 from trainer.config.schema import apply_overfit
+from trainer.config.typed import quote_if_needed
+from trainer.distillation.own_teacher import choose_run, keys_of_teacher
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -49,7 +53,7 @@ DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished
 def main() -> None:
     """Run the command, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        process_started = time.time()
+        process_started, environment_at_start = time.time(), dict(os.environ)
         arguments, environment = select_job(choose_and_log_source(sys.argv[1:]), os.environ)
         composed = compose_or_sweep(arguments)
         if composed is None:  # --help, --cfg or a finished sweep
@@ -86,7 +90,11 @@ def main() -> None:
         with control.propagate_failures(), file_errors():
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
-            folder = open_run_folder(config) if control.is_chief else follow_run_folder(config)
+            config, teacher = choose_run(config, control)
+            now = teacher or config  # the run that this start trains
+            with keys_of_teacher() if teacher else nullcontext():
+                folder = open_run_folder(now) if control.is_chief else follow_run_folder(now)
+            folder.student = config.output_dir if teacher else None
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
@@ -95,8 +103,16 @@ def main() -> None:
             with suppress_import_noise():
                 from trainer.train import train_run  # here, so that help and errors do not wait for it
 
-            train_run(config, folder, control, stop, process_started)
+            with keys_of_teacher() if teacher else nullcontext():
+                train_run(now, folder, control, stop, process_started)
         control.disconnect()
+        if teacher:
+            stop.check("between the teacher and its student")
+            log.info("teacher: finished; starting the run of its student")
+            watchdog.stop()
+            folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"  # it may be a new folder
+            known = folder_argument in sys.argv or is_sweep(sys.argv)
+            raise StartAgain([] if known else [folder_argument], environment_at_start, stop.has_request)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
+from trainer.distillation.own_teacher import locate_teacher
+from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer
@@ -285,12 +287,17 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Collect the contents of the report, in addition to the scores."""
+    teacher = {}
+    if run.config.distillation:
+        address = locate_teacher(run.config.distillation.teacher, run.saver.address)
+        teacher = {"teacher": read_scores(address, run.images.dataset.fingerprint)}
     start = {"starts": run.state.starts, "workers": run.worker.size, "command": run.saver.folder.read_last_command()}
     return {
         "title": run.config.experiment_name or run.images.dataset.name,
         "history": run.state.history,
         "phases": run.state.finished,
         "export": exports,
+        **teacher,
         "trained_on": run.config.debug.overfit,
         "timing": run.clock.report(run.state.images) | start,
     }

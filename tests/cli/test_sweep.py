@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.errors import raises
-from trainer.cli.compose import is_sweep
+from trainer.cli.compose import compose, is_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
     EVENT_FILE,
@@ -189,3 +189,14 @@ def test_the_jobs_are_listed_without_a_trace(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     select_job([*GRID[:-1], f"output_dir={tmp_path / 'grid'}"], {"SWEEP_JOB": "0"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_a_teacher_can_be_swept() -> None:
+    given = ["-m", "seed=1,2", "distillation.teacher=train", "distillation.model=glyphs_mobilenet_v2,resnet50",
+             "output_dir=runs/s"]  # fmt: skip
+    chosen = [select_job(given, {"SWEEP_JOB": str(job)})[0] for job in range(4)]
+    models = [argument for job in chosen for argument in job if "model" in argument]
+    assert models == [f"distillation.model={name}" for name in ("glyphs_mobilenet_v2", "resnet50") * 2]
+    tree = compose(chosen[3])
+    assert tree
+    assert (tree["distillation"]["model"]["backbone"], tree["seed"], tree["output_dir"]) == ("ResNet50", 2, "runs/s/3")

@@ -12,7 +12,7 @@ import yaml
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import load
-from trainer.distillation.source import check_classes, describe_teacher, read_weights, write_saved_model
+from trainer.distillation.source import check_classes, describe_teacher, read_scores, read_weights, write_saved_model
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
@@ -144,3 +144,16 @@ def test_the_classes_of_the_data_pass() -> None:
 def test_other_classes_are_named(known: str, required: str, problem: str) -> None:
     with raises(DataError, "distillation.teacher", "t", fix="trained on these classes", problem=f"{problem}$"):
         check_classes("t", tuple(known.split()), tuple(required.split()))
+
+
+def test_the_scores_of_a_teacher_are_those_of_its_report(run: str) -> None:
+    assert read_scores(run, "f") is None
+    test = {"split": "test", "n": 90, "accuracy": 0.9, "interval": [0.82, 0.95], "loss": 1.0}
+    report = storage_path(run) / "report" / "report.json"
+    report.write(json.dumps({"test": test, "data": {"fingerprint": "f"}}))
+    scores = {"split": "test", "n": 90, "accuracy": 0.9, "interval": [0.82, 0.95]}
+    assert read_scores(run + "/", "f") == scores | {"same_data": True}
+    assert read_scores(run, "g") == scores | {"same_data": False}
+    for corrupt in ("{", "[]", '{"test": {"interval": [1]}}', '{"test": null}'):
+        report.write(corrupt)
+        assert read_scores(run, "f") is None

@@ -148,12 +148,14 @@ def assert_near(one: Path, other: Path, keys: tuple[str, ...] = ("loss", "val_lo
             assert line[key] == pytest.approx(expected[key], abs=1e-4)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Assert equal weights, optimizer state, averages, metrics, predictions and scores, bit for bit."""
+def assert_same_run(one: Path, other: Path, levels: int = 0) -> None:
+    """Assert equal weights, optimizer state, averages, metrics, predictions and scores, bit for bit.
+
+    The digits are read from the cache of a run, which can be next to it, or `levels` folders above.
+    """
     assert_same_weights(one, other)
     assert story(one) == story(other)
     for name in ("predictions.csv", "report.json"):
-        # The digits are read from the cache of a run, which can be next to it.
-        texts = [(p / "report" / name).read_text().replace(str(p.parent), "") for p in (one, other)]
+        texts = [(p / "report" / name).read_text().replace(str(p.parents[levels]), "") for p in (one, other)]
         mine, theirs = (without_timing(json.loads(text)) if name == "report.json" else text for text in texts)
         assert mine == theirs

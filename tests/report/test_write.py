@@ -142,6 +142,20 @@ def test_a_report_on_validation_has_a_note(tmp_path: Path) -> None:
     assert "test accuracy" not in text
 
 
+def test_the_scores_of_a_teacher_have_their_interval_and_number(tmp_path: Path) -> None:
+    scores = {"split": "test", "n": 1200, "accuracy": 0.9, "interval": [0.88, 0.92], "same_data": True}
+    assert write(tmp_path, make_result(3, 40), teacher=scores)["teacher"] == scores
+    assert (
+        "teacher of this run, by its own report: test accuracy 90.00\u202f% (95 % interval 88.0\u201392.0"
+        in text_of(tmp_path)
+    )
+    assert "1,200 examples)" in text_of(tmp_path)
+    write(tmp_path, make_result(3, 40), teacher=scores | {"same_data": False, "split": HOSTILE})
+    assert "1,200 examples, of other data)" in text_of(tmp_path)
+    assert "teacher" not in write(tmp_path, make_result(3, 40), teacher=None)
+    assert "teacher" not in text_of(tmp_path)
+
+
 def test_label_errors_are_left_out_for_examples_that_the_model_was_trained_on(tmp_path: Path) -> None:
     result = replace(make_result(3, 40), split="train")
     assert write(tmp_path / "others", result)["label_errors"]["count"] > 0

@@ -60,6 +60,24 @@ def _allow_new_key(argument: str) -> str:
     return argument if unchanged else "++" + argument.lstrip("+")
 
 
+def _choose_of_teacher(argument: str) -> str:
+    """Turn `distillation.model=NAME` into the choice of a file of the group `model`, and the same for `phases`.
+
+    Raises ConfigError if there is no such file.
+    """
+    match = re.fullmatch(r"\+*(distillation\.(model|phases))=([\w,-]+)", argument)
+    if not match or match[3] == "null":
+        return argument
+    key, group, names = match.groups()
+    choices = [name for name in list_choices(group) if (group, name) != ("phases", "auto")]  # which sets other keys too
+    if unknown := next((name for name in names.split(",") if name not in choices), None):
+        fix = "leave it out: the teacher then has the phases of the run" if unknown == "auto" else ""
+        raise ConfigError(
+            f"there is no such {group}", key=key, value=unknown, fix=fix or suggest_name(unknown, choices)
+        )
+    return f"+{group}@{key}={names}"
+
+
 def is_sweep(arguments: list[str]) -> bool:
     """Return whether the arguments request several runs, by `-m`, a sweeper, or a choice of the group `sweep`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
@@ -98,7 +116,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     chosen = {a.split("=")[0] for a in arguments}
-    arguments = [_allow_new_key(a) for a in arguments]
+    arguments = [_allow_new_key(_choose_of_teacher(a)) for a in arguments]
     if "sweep" not in chosen:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
     if not chosen & {"experiment", "data"}:

@@ -125,8 +125,8 @@ def evaluate_override(override: str) -> Any:
 def format_override(override: str) -> str:
     """Format an override as a user would type it, without the quotes that `translate_overrides` adds."""
     match = _KEY_VALUE.fullmatch(override)
-    if not match:
-        return override
+    if not match:  # a group, of a teacher as `compose` has turned it
+        return re.sub(r"^\+(\w+)@(distillation\.\1=)", r"\2", override)
     _, key, value = match.groups()
     if classify_key(RequestedConfig, key) in ("text", "weights") and re.fullmatch(QUOTED, value, re.S):
         value = _format_text(key, value)

@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.cli.compose import compose
 from trainer.cli.source import choose_source
+from trainer.cluster.processes import replace_process
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
 from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, REFUSED, UNREADABLE, ConfigError, Interrupted, TrainerError
@@ -35,6 +36,17 @@ _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] one
 _UNUSED_BY_KERAS = ("sklearn", "matplotlib")
 
 _log_is_configured = False
+
+
+class StartAgain(Exception):
+    """This start is complete, and `exit_with_code` replaces its process by one of the same command."""
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], has_stop_request: Callable[[], bool]
+    ) -> None:
+        """The arguments of `replace_process`."""
+        super().__init__()
+        self.arguments, self.environment, self.has_stop_request = arguments, environment, has_stop_request
 
 
 @contextmanager
@@ -138,12 +150,15 @@ def exit_with_code() -> Iterator[None]:
     """Run a command in this block, then exit with a code of `trainer.errors`.
 
     A `TrainerError` is logged as one message, any other exception with its traceback. Both set the termination message.
+    After `StartAgain` the process is replaced instead.
     """
-    code, reason = DONE, ""
+    code, reason, again = DONE, "", None
     configure()
     try:
         with file_errors(), _stdout_errors(), scratch_folder():
             yield
+    except StartAgain as start:
+        again = start
     except TrainerError as error:
         if not _log_is_configured:
             _configure_log_from_arguments()
@@ -169,6 +184,8 @@ def exit_with_code() -> Iterator[None]:
     except Exception as error:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
+    if again:
+        replace_process(again.arguments, again.environment, again.has_stop_request)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -27,6 +27,12 @@ def exit_on_sigterm() -> None:
         exit_at_once(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, end)
+    _unblock()
+
+
+def _unblock() -> None:
+    """Let SIGTERM in, which `trainer.cluster.processes.replace_process` has blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def ignore_sigterm() -> None:
@@ -68,12 +74,17 @@ class StopFlag:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda _signum, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        _unblock()
 
     def request(self, reason: str) -> None:
         """Set the flag; later reasons are ignored."""
         if self.reason is None:
             self.reason = reason
             self.on_request(reason)
+
+    def has_request(self) -> bool:
+        """Return whether the flag is set, or will be because a signal has been received."""
+        return self.reason is not None or bool(select.select([self.unread], [], [], 0)[0])
 
     def check(self, when: str) -> None:
         """Record progress, and raise StopRequested if the flag is set. For loops that have nothing to save."""

@@ -48,6 +48,7 @@ class _ReadRequest(ctypes.Structure):
 
 
 _SIGEV_THREAD = 2
+_processes: list[subprocess.Popen[bytes]] = []  # the watchdog, once it has started
 _keep_alive: list[Any] = []  # objects that the C library and the watchdog use until the process ends
 
 
@@ -94,7 +95,8 @@ def start(
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
     # The write end of `exit` remains open here, so that the end of the watchdog does not end this process.
-    _keep_alive.extend([child, exit_writer])
+    _keep_alive.append(exit_writer)
+    _processes.append(child)
     os.close(state_reader)
     os.close(stack_reader)
 
@@ -107,12 +109,22 @@ def start(
         while child.poll() is None:
             send_state()
             time.sleep(INTERVAL_SECONDS)
+        if child not in _processes:  # `stop`
+            return
         log.warning(f"watchdog: has ended (exit code {child.returncode}); the run continues without it")
 
     health.on_change = send_state
     send_state()
     threading.Thread(target=send_states, name="watchdog", daemon=True).start()
     return child.pid
+
+
+def stop() -> None:
+    """End the watchdog if there is one, and wait for it, because the socket of `/healthz` is open in it too."""
+    while _processes:
+        child = _processes.pop()
+        child.kill()
+        child.wait()
 
 
 def _encode_state(control: ControlChannel) -> bytes:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from trainer.config.distillation import TRAIN
+from trainer.config.model import NAMED_WEIGHTS
 from trainer.config.phases import UNITS
-from trainer.config.schema import NAMED_WEIGHTS, RequestedConfig, RunConfig, Runtime
+from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
 # Keys and sections that can change on resume, because they do not affect the weights.
 CHANGEABLE_ON_RESUME = (
@@ -60,7 +62,7 @@ def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
 
 
 def _is_address(key: str, value: Any) -> bool:
-    return key in (*ADDRESSES, *INITIAL_WEIGHTS) and value not in (None, *NAMED_WEIGHTS)
+    return key in (*ADDRESSES, *INITIAL_WEIGHTS) and value not in (None, TRAIN, *NAMED_WEIGHTS)
 
 
 def list_moved_addresses(before: RunConfig, now: RunConfig, keys: tuple[str, ...] = ADDRESSES) -> list[str]:

@@ -35,16 +35,21 @@ def suggest_name(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def list_keys(root: type[BaseModel], tree: Any = None) -> list[str]:
-    """List the keys below a section, depth first. Keys of phases are listed for the phase names in `tree`."""
+def list_keys(root: type[BaseModel], tree: Any = None, inside: bool = False) -> list[str]:
+    """List the keys below a section, depth first. Keys of phases are listed for the phase names in `tree`.
+
+    A section that is null within another one (`inside`), such as the model of a teacher, is one key.
+    """
     keys = []
     for name, field in root.model_fields.items():
         branch = (tree.get(name) if isinstance(tree, dict) else None) or {}
         section, named = _sections(field.annotation, branch)
-        if named:
-            keys += [f"{name}.{phase}.{key}" for phase in branch for key in list_keys(named, branch[phase])]
+        if inside and (named or section) and field.default is None and not branch:
+            keys.append(name)
+        elif named:
+            keys += [f"{name}.{phase}.{key}" for phase in branch for key in list_keys(named, branch[phase], True)]
         else:
-            keys += [f"{name}.{key}" for key in list_keys(section, branch)] if section else [name]
+            keys += [f"{name}.{key}" for key in list_keys(section, branch, True)] if section else [name]
     return keys
 
 

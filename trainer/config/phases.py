@@ -198,12 +198,12 @@ class AutoPhases(Section):
 _NAMED = TypeAdapter(NamedPhases)
 
 
-def _validate_phases(phases: Any, _union: Any) -> Any:
+def validate_phases(phases: Any, _union: Any) -> dict[str, Phase] | AutoPhases:
     """Validate only the union member that the keys choose, so that all errors belong to this member."""
     is_auto = isinstance(phases, AutoPhases) or (isinstance(phases, dict) and "auto" in phases)
     return AutoPhases.model_validate(phases) if is_auto else _NAMED.validate_python(phases)
 
 
 Phases = Annotated[
-    dict[str, Phase] | AutoPhases, WrapValidator(_validate_phases, json_schema_input_type=NamedPhases | AutoPhases)
+    dict[str, Phase] | AutoPhases, WrapValidator(validate_phases, json_schema_input_type=NamedPhases | AutoPhases)
 ]

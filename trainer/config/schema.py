@@ -26,6 +26,8 @@ from trainer.config.base import (
     Section,
     translate_validation_error,
 )
+from trainer.config.distillation import TRAIN, Distillation, name_key_of_teacher, teacher_address
+from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
 from trainer.types import Orientation
@@ -130,73 +132,6 @@ class Data(Section):
         return self
 
 
-WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
-NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
-
-
-MAX_HIDDEN_LAYERS = 8  # of the head
-HiddenUnits = Annotated[int, Field(ge=1, le=2**16)]
-
-
-def _check_hidden_layers(units: tuple[int, ...]) -> tuple[int, ...]:
-    if not 1 <= len(units) <= MAX_HIDDEN_LAYERS:
-        fix = f"list the units of 1 to {MAX_HIDDEN_LAYERS} layers; null for none"
-        raise InvalidValue(f"has {len(units)} layers", value=str(list(units)), fix=fix)
-    return units
-
-
-HiddenLayers = Annotated[tuple[HiddenUnits, ...], AfterValidator(_check_hidden_layers)]
-
-
-class Model(Section):
-    """The backbone, its weights, and the head on top."""
-
-    backbone: str
-    """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
-    weights: Address = "imagenet"
-    """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or of a
-    folder that `trainer.prepare weights=...` wrote. Local or in a bucket."""
-    alpha: float | None = Field(None, gt=0, le=4)
-    """MobileNet, MobileNetV2: width multiplier; null: 1."""
-    image_size: int | None = Field(None, ge=8, le=2048)
-    """Side of the square input images in pixels; null: the default of the backbone."""
-    resize: Literal["stretch", "crop"] = "stretch"
-    """How an image becomes square: it is stretched, or its central square is used."""
-    pooling: Literal["avg", "max"] = "avg"
-    """Global pooling of the last feature maps of the backbone."""
-    hidden: HiddenUnits | HiddenLayers | None = None
-    """Units of an additional ReLU layer in the head, or a list of the units of several, from the backbone up; null:
-    none."""
-    hidden_batch_norm: bool = False
-    """BatchNormalization in each hidden layer of the head, before its ReLU (docs/phases.md)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout rate before the last layer of the head."""
-    l2: float = Field(0.0, ge=0, le=1e3)
-    """L2 regularization factor of the head's kernels."""
-
-    @property
-    def hidden_units(self) -> tuple[int, ...]:
-        """The units of each hidden layer of the head, from the backbone up."""
-        if self.hidden is None:
-            return ()
-        return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
-
-    @property
-    def has_weights_folder(self) -> bool:
-        """Whether `weights` is the address of a folder, from which the file of the network is read."""
-        return self.weights not in NAMED_WEIGHTS and not self.weights.endswith(WEIGHTS_SUFFIXES)
-
-    @model_validator(mode="after")
-    def _check_auto_backbone(self) -> Model:
-        if self.backbone == "auto" and self.weights not in ("imagenet", "none") and not self.has_weights_folder:
-            problem = f"can choose any network, but weights={self.weights} are of a single one"
-            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
-        if self.backbone == "auto" and self.alpha is not None:
-            problem = f"can choose a network without alpha, but alpha={self.alpha:g}"
-            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.alpha=null")
-        return self
-
-
 MIN_WEIGHT = 1e-6  # smaller ones vanish in the rounding of float32, or are 0 there
 
 
@@ -259,17 +194,6 @@ class Training(Section):
             problem, value = f"has no effect with training.loss={self.loss}", f"{self.focal_gamma:g}"
             raise InvalidValue(problem, key="focal_gamma", value=value, fix="set training.loss=focal")
         return self
-
-
-class Distillation(Section):
-    """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
-
-    teacher: Address
-    """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or in a bucket."""
-    alpha: float = Field(0.1, ge=0, lt=1)
-    """Weight of the loss with the labels as targets."""
-    temperature: float = Field(1.0, ge=0.01, le=1e3)
-    """Temperature that softens the predictions of teacher and student."""
 
 
 GIGABYTE = 1024**3
@@ -406,6 +330,13 @@ class RequestedConfig(Section):
     experiment_name: str | None = None
     """Name in the report, and in the names of new folders in outputs/."""
 
+    @model_validator(mode="after")
+    def _check_resume(self) -> RequestedConfig:
+        if self.resume == "never" and self.distillation and self.distillation.teacher == TRAIN:
+            problem = "forbids the second start, that of the student, with distillation.teacher=train"
+            raise InvalidValue(problem, key="resume", value="never", fix="use auto")
+        return self
+
     @property
     def autos(self) -> list[str]:
         """The keys that are `auto`."""
@@ -474,6 +405,28 @@ class RunConfig(RequestedConfig):
         return ConfigError(reason, key=f"phases.{name}.features", value="cached", fix=fix)
 
 
+def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
+    """Return the configuration of the run that trains the teacher; None if `distillation.teacher` is not train.
+
+    It has the teacher's model and phases, and OUTPUT_DIR/teacher. It exports nothing. All else is as in `config`.
+    """
+    distillation = config.distillation
+    if not distillation or distillation.teacher != TRAIN or distillation.model is None:
+        return None
+    values = dict(config) | {"model": distillation.model, "distillation": None, "warm_start": None}
+    values |= {"phases": config.phases if distillation.phases is None else distillation.phases}
+    values |= {"experiment_name": f"{config.experiment_name or ''} teacher".strip()}
+    values |= {"export": Export(formats=()), "output_dir": config.output_dir and teacher_address(config.output_dir)}
+    teacher = RequestedConfig.model_construct(**values)
+    return teacher if teacher.autos else with_choices(teacher)
+
+
+def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
+    """List the faults in the settings of phases for cached features; those that `auto` chooses have none."""
+    names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), with_choices(config)
+    return [fault for name in names if (fault := resolved.feature_fault(name))]
+
+
 def load(tree: dict[str, Any]) -> RequestedConfig:
     """Validate a composed tree, and return a `RunConfig` if nothing in it is `auto`.
 
@@ -485,12 +438,12 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
         raise translate_validation_error(error, RequestedConfig, tree) from None
-    resolved = with_choices(config)
-    names = () if isinstance(config.phases, AutoPhases) else tuple(config.phases)
-    faults = [fault for name in names if (fault := resolved.feature_fault(name))]
+    faults = _list_feature_faults(config)
+    if (teacher := configure_teacher(config)) and config.distillation and config.distillation.phases is not None:
+        faults += [name_key_of_teacher(fault) for fault in _list_feature_faults(teacher)]
     if faults:
         raise ConfigError.of_faults(faults)
-    return config if config.autos else resolved
+    return config if config.autos else with_choices(config)
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:

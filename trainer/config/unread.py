@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Section
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import OVERFIT, Data, RequestedConfig
+from trainer.config.schema import OVERFIT, Data, RequestedConfig, configure_teacher
 from trainer.errors import ConfigError
 
 # Key of `data` -> sources that read it; the other keys are read for every source.
@@ -46,12 +46,16 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         sections += [(f"phases.{name}", phase, _check_phase(phase, config)),
                   (f"phases.{name}.optimizer", phase.optimizer, _check_optimizer(phase)),
                   (f"phases.{name}.schedule", phase.schedule, _check_schedule(phase))]  # fmt: skip
-    return {
+    unread = {
         f"{prefix}.{key}".lstrip("."): reason
         for prefix, section, reasons in sections
         for key, reason in reasons
         if getattr(section, key) != type(section).model_fields[key].default
     }
+    if teacher := configure_teacher(config):
+        of_teacher = find_unread_keys(teacher).items()
+        unread |= {f"distillation.{key}": why for key, why in of_teacher if key.startswith(("model.", "phases."))}
+    return unread
 
 
 def _list_phases(config: RequestedConfig) -> dict[str, Phase]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from trainer.names import normalize_class_name
 from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, select_inference_weights
 from trainer.storage.local import join_inside
 from trainer.storage.path import StoragePath, storage_path
-from trainer.storage.small_files import CONTENT_ERRORS
+from trainer.storage.small_files import CONTENT_ERRORS, read_json
 from trainer.storage.staging import divide_listing
 
 KEY = "distillation.teacher"
@@ -108,6 +110,28 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
     fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
     return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
+
+
+def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
+    """Read the scores of a teacher from its report, as `teacher` of report.json; None if it has no readable report.
+
+    `fingerprint` is that of the student's data.
+    """
+    with suppress(DataError):
+        return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), "")
+    return None
+
+
+def _parse_scores(fingerprint: str, report: Any) -> dict[str, Any]:
+    """Parse the scores in report.json; raise one of `CONTENT_ERRORS` for anything else."""
+    test, (low, high) = report["test"], report["test"]["interval"]
+    scores = {"accuracy": float(test["accuracy"]), "interval": [float(low), float(high)]}
+    return {
+        "split": str(test["split"]),
+        "n": int(test["n"]),
+        **scores,
+        "same_data": report["data"]["fingerprint"] == fingerprint,
+    }
 
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from trainer.data.decoding import Resize, without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
 from trainer.distillation import source
+from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.source import KEY, ROWS_PER_CALL, check_classes, check_same_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
@@ -112,7 +113,8 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     """
     config, dataset, control = images.config, images.dataset, worker.control
     assert config.distillation
-    address, alpha, temperature = (getattr(config.distillation, key) for key in ("teacher", "alpha", "temperature"))
+    address = locate_teacher(config.distillation.teacher, run)
+    alpha, temperature = config.distillation.alpha, config.distillation.temperature
     files = source.describe_teacher(address) if worker.is_chief else None
     properties: dict[str, Any] = control.broadcast("teacher", lambda: files.properties if files else None)
     check_classes(address, tuple(properties["classes"]), dataset.class_names)

@@ -11,7 +11,7 @@ import h5py
 import keras
 import numpy as np
 
-from trainer.config.schema import WEIGHTS_SUFFIXES
+from trainer.config.model import WEIGHTS_SUFFIXES
 from trainer.config.typed import format_argument
 from trainer.errors import ModelError, TrainerError
 from trainer.models.backbones import BackboneSpec

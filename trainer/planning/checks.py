@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import Distillation, RequestedConfig, RunConfig
+from trainer.config.distillation import Distillation
+from trainer.config.model import Model
+from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.open import apply_class_names, show_class_names
 from trainer.data.splits import RawData, compute_split_sizes
 from trainer.data.tfds import resolve_splits, select_missing_fractions
 from trainer.distillation import source
+from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
@@ -158,37 +161,42 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
 
 
 def plan_teacher(
-    config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int
-) -> tuple[str, Uses]:
+    config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int,
+    trained_first: Model | None = None,
+) -> tuple[str, Uses]:  # fmt: skip
     """Open the teacher as a run does, without downloading weights; return a description and its memory on this worker.
 
-    `examples` is the number of examples that each of the `replicas` on this worker computes at once.
+    `examples` is the number of examples that each of the `replicas` on this worker computes at once. `trained_first` is
+    the network of a teacher that the run will train, which has no files yet.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.
     """
-    address = distillation.teacher
-    files = check_teacher(address, dataset.class_names)
-    state = read_newest_state(config) if config.output_dir else None
-    source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
+    address, files = locate_teacher(distillation.teacher, str(config.output_dir)), None
+    if trained_first is None:
+        files = check_teacher(address, dataset.class_names)
+        state = read_newest_state(config) if config.output_dir else None
+        source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
     every_step, count = config.augmentation.active, dataset.splits["train"].count
     estimate = partial(
         estimate_teacher_memory,
         every_step=every_step,
         examples=examples,
         replicas=replicas,
-        labels=count * len(files.classes),
+        labels=count * len(dataset.class_names),
         precision=config.runtime.precision,
     )
     use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
-    if files.model is None:
+    if files and files.model is None:
         if not is_remote(address):
             load_saved_model_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
         return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", estimate(size, None)
-    model = without_weights(files.model)
-    classifier = build_classifier(model, len(files.classes), config.seed)
-    if not is_remote(address):
+    network = files.model if files else trained_first
+    assert network is not None, "a teacher with files is a checkpoint here"
+    model = without_weights(network)
+    classifier = build_classifier(model, len(dataset.class_names), config.seed)
+    if files and not is_remote(address):
         variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
     return text, estimate(count_variable_bytes(classifier.variables.values()), classifier)

@@ -1,10 +1,14 @@
 """Dry run: open the dataset, build the network, and plan phases, memory and bytes without training."""
 
+from contextlib import suppress
 from pathlib import Path
+
+from rich.text import Text
 
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
-from trainer.config.schema import Data, RunConfig
+from trainer.config.distillation import name_key_of_teacher
+from trainer.config.schema import Data, RunConfig, configure_teacher
 from trainer.data.corrections import describe_corrections, read_corrections
 from trainer.data.csv_source import plan_copies
 from trainer.data.host import count_usable_cpus, default_memory_budget
@@ -13,7 +17,8 @@ from trainer.data.open import open_run_dataset, require_validation
 from trainer.data.remote import addresses_in_errors, describe_shards, find_prepared, resolve_addresses
 from trainer.data.sharding import plan_sharding
 from trainer.data.tfds import check_download
-from trainer.errors import DataError
+from trainer.distillation.own_teacher import keys_of_teacher, must_train
+from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide_phases, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
@@ -34,11 +39,33 @@ from trainer.types import Dataset
 
 
 def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool) -> None:
-    """Print all sections of the plan, and collect its warnings and errors."""
+    """Print all sections of the plan, and collect its warnings and errors; first those of a teacher to train."""
+    teacher = _show_teacher(plan, arguments, summary)
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
     _show_data_and_network(plan, plot, summary)
     plan.warnings += find_settings_warnings(plan.config)
+    if teacher:
+        plan.warnings += [f"teacher: {warning}" for warning in teacher.warnings if warning not in plan.warnings]
+
+
+def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
+    """Print the plan of the run that trains the teacher, and return it; None if none would be trained."""
+    config, needed = plan.config, False
+    teacher = configure_teacher(config)
+    if teacher:
+        with suppress(ConfigError):  # of output_dir, which `show_configuration` reports
+            needed = config.output_dir is None or must_train(config, teacher)
+    if not teacher or not needed:
+        return None
+    of_teacher = Plan(teacher, plan.cluster)
+    plan.print(Text("the teacher, trained first", style="bold reverse"))
+    with keys_of_teacher():
+        show_run(of_teacher, arguments, None, summary)
+    plan.faults += [name_key_of_teacher(fault) for fault in of_teacher.faults]
+    plan.trained_first = of_teacher.config
+    plan.print(Text("\nthe student, trained after it", style="bold reverse"))
+    return of_teacher
 
 
 def _show_cluster(plan: Plan) -> None:
@@ -220,7 +247,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
-            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas)
+            network = plan.trained_first.model if plan.trained_first else None
+            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas, network)
             model_rows.append(("teacher", text))
             memory += uses
     if plot:

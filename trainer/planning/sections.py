@@ -18,6 +18,7 @@ from trainer.config.diff import flatten
 from trainer.config.schema import RequestedConfig, RunConfig, load
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
+from trainer.distillation.own_teacher import locate_teacher
 from trainer.errors import ConfigError, TrainerError
 from trainer.models.weights_folder import describe_weights
 from trainer.planning import checks
@@ -49,6 +50,7 @@ class Plan:
     labels_known: bool = True  # False if only the metadata of the dataset was read
     reasons: list[str] = field(default_factory=list)  # for each value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
+    trained_first: RequestedConfig | None = None  # the run of a teacher that the run would train first
     finished: bool = False  # the run would exit with 0 before it reads anything else
 
     @property
@@ -189,8 +191,11 @@ def show_storage(plan: Plan, problem: str) -> None:
     if config.warm_start and not plan.resuming:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
-        address, classes = config.distillation.teacher, dataset.class_names if dataset else None
-        rows.append(("teacher", plan.check(lambda: checks.check_teacher(address, classes).summary)))
+        address = locate_teacher(config.distillation.teacher, str(config.output_dir))
+        classes, text = dataset.class_names if dataset else None, "trained first, as above"
+        if not plan.trained_first:
+            text = plan.check(lambda: checks.check_teacher(address, classes).summary)
+        rows.append(("teacher", text))
     if plan.resuming:
         rows.append(("weights", "those of the checkpoint"))
     elif config.model.backbone != "auto":

@@ -10,7 +10,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.config.phases import AutoPhases, Phase, Schedule
-from trainer.config.schema import RequestedConfig
+from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.context import PhaseRun, RunContext, open_phase
 from trainer.data.images import convert_data_errors
 from trainer.data.remote import addresses_in_errors
@@ -38,6 +38,9 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     if phase is not None and not isinstance(config.phases, AutoPhases) and phase not in config.phases:
         fix = f"use {' or '.join(config.phases)}"
         raise ConfigError("is not a phase of the configuration", key="phase", value=phase, fix=fix)
+    if configure_teacher(config):
+        fix = "leave it out, or give the output_dir of a trained teacher, without distillation.model"
+        raise ConfigError("is not trained in a range test", key="distillation.teacher", value="train", fix=fix)
     with tempfile.TemporaryDirectory(prefix="kubetune-rates-") as temporary:
         requested = config.model_copy(update={"output_dir": f"{temporary}/run", "resume": "auto"})
         stop, control = StopFlag(), ControlChannel(discover({}), {})

@@ -43,8 +43,8 @@ def build_report(
     """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        report_fields: optional `title`, `history`, `phases`, `export` and `timing` of report.json, `note` on how to
-            read the scores, and `trained_on`, whether the model was trained on the split.
+        report_fields: optional `title`, `history`, `phases`, `export`, `teacher` and `timing` of report.json, `note` on
+            how to read the scores, and `trained_on`, whether the model was trained on the split.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
         check: called after each batch of the search for duplicates; it can raise an exception to abort the report.
     """

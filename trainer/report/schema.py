@@ -221,6 +221,16 @@ class Timing(TypedDict):
     checkpoint_step: NotRequired[int]
 
 
+class Teacher(TypedDict):
+    """Scores of the teacher in its own report. They are not compared with those of the student."""
+
+    split: str
+    n: int
+    accuracy: float
+    interval: Interval
+    same_data: Annotated[bool, about("Whether its data has the same fingerprint, and thus the same splits.")]
+
+
 @with_config(ConfigDict(extra="forbid"))  # also applies to the nested types without a configuration
 class Report(TypedDict):
     """Report of a run or of an evaluation. Equal inputs give equal bytes except for `timing` and `seconds`."""
@@ -232,6 +242,7 @@ class Report(TypedDict):
     history: list[Epoch]
     data: Data
     export: dict[str, Export]
+    teacher: NotRequired[Annotated[Teacher, about("Of a run with a teacher that has a report.")]]
     versions: dict[str, str]
     label_errors: LabelErrors
     duplicates: Duplicates

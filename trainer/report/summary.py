@@ -20,6 +20,7 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
         f"{test['split']} accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {test['n']})"
         + (f"; top-5 {test['top_5']:.4f}" if "top_5" in test else "") + f"; macro F1 {test['macro_f1']:.4f}",
         *_describe_gap(test),
+        *_describe_teacher(report),
         *(f"  after {name}: {_describe_phase(phase)}" for name, phase in report["phases"].items()),
         f"{format_duration(sum(timing['seconds'].values()))} in all: trained {timing['images']:,} images in "
         f"{format_duration(timing['seconds']['train'])} ({timing['images_per_second']:,.0f} images/s; "
@@ -41,6 +42,15 @@ def _describe_phase(phase: Mapping[str, Any]) -> str:
     if "kept_from" in phase:
         text += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
     return text
+
+
+def _describe_teacher(report: Mapping[str, Any]) -> list[str]:
+    if not (teacher := report.get("teacher")):
+        return []
+    low, high = teacher["interval"]
+    data = "" if teacher["same_data"] else ", of other data"
+    interval = f"95 % interval {low:.4f} to {high:.4f}, n = {teacher['n']}{data}"
+    return [f"  teacher: {teacher['split']} accuracy {teacher['accuracy']:.4f} ({interval})"]
 
 
 def _describe_gap(test: Mapping[str, Any]) -> list[str]:

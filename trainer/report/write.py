@@ -108,7 +108,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     Return the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
     Args:
-        run: all keys are optional: title, seed, phases, history, data, export, versions and timing of report.json
+        run: all keys are optional: title, seed, phases, history, data, export, teacher, versions, timing of report.json
             (`trainer.report.schema`); `config`, the resolved configuration; `note` on how to read the scores, which by
             default warns that validation scores are biased; and `trained_on`, whether the model was trained on these
             examples, so that label errors, whose detection requires held-out data, are left out. Missing `epochs` and
@@ -131,6 +131,8 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
             "duplicates": images.duplicates.summary if images.duplicates else {},
         }
     )
+    if teacher := run.get("teacher"):
+        report["teacher"] = _to_json_types(teacher)
     report["figures"], charts = _draw_all(folder, result, report, images)
     write_predictions(folder / "predictions.csv", result)
     write_probabilities(folder / "probabilities.npy", result.probabilities)

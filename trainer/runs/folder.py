@@ -22,7 +22,8 @@ import trainer
 from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import ADDRESSES, INITIAL_WEIGHTS, list_forbidden_changes, list_moved_addresses
-from trainer.config.schema import RequestedConfig, RunConfig, load_resolved, parse_config
+from trainer.config.distillation import FOLDER
+from trainer.config.schema import RequestedConfig, RunConfig, configure_teacher, load_resolved, parse_config
 from trainer.config.typed import format_argument
 from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
 from trainer.monitoring.log import log
@@ -61,7 +62,7 @@ class RunFolder:
     """
 
     path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
-    address: str  # output_dir as the user gave it, or a new folder under outputs/
+    address: str  # output_dir as the user gave it, or a new folder under outputs/; of a teacher, the folder within it
     resuming: bool  # an earlier start has saved a checkpoint; always False on workers other than the chief
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
@@ -71,6 +72,7 @@ class RunFolder:
     begun: bool = False  # on the chief, from `begin` on
     run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
     unbegun: UnbegunStarts | None = None  # None on workers other than the chief
+    student: str | None = None  # output_dir of the run that begins once this one, of its teacher, is finished
     _written: dict[str, Any] = field(default_factory=dict)  # run.json of this start, in case the file is corrupted
 
     @property
@@ -168,6 +170,8 @@ class RunFolder:
             with suppress(OSError):  # it is not empty
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
+                if self.student:
+                    self.path.parent.rmdir()  # output_dir, if it has nothing else either
 
     def abandon(self, error: BaseException | None = None) -> None:
         """Release the folder after a start that ended before `begin` with this error; delete it if it is unused."""
@@ -381,9 +385,10 @@ def check_folder(
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        if contents.names:
+        trained_first = {FOLDER} if configure_teacher(config) else set()
+        if names := contents.names - trained_first:
             problem, fix = (
-                f"is not empty and holds no run ({escape_unprintable(min(contents.names))})",
+                f"is not empty and holds no run ({escape_unprintable(min(names))})",
                 "give an empty folder",
             )
             raise ConfigError(problem, key="output_dir", value=address, fix=fix)

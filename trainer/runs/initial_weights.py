@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.diff import INITIAL_WEIGHTS, flatten
-from trainer.config.schema import NAMED_WEIGHTS, RequestedConfig
+from trainer.config.model import NAMED_WEIGHTS
+from trainer.config.schema import RequestedConfig
 from trainer.errors import DataError, TrainerError
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, crc32c_hex, read_pointer

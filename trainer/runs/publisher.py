@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from trainer.config.distillation import FOLDER
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, is_checkpoint, is_local_checkpoint, read_pointer
@@ -32,6 +33,8 @@ TEMPORARY = ("autotuning/tmp/",)  # XLA renames the files there (trainer.cluster
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     """Replace a local folder by the files of a run in a bucket, without uncommitted checkpoints, report and export.
 
+    The run of its teacher is not fetched.
+
     Return the names of the committed checkpoints in the bucket, by local name.
     """
     shutil.rmtree(local, ignore_errors=True)
@@ -42,7 +45,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     if left_out:
         log.warning(f"{remote}: {describe_left_out(left_out)}")
     for name, info in entries.items():
-        if name.startswith((".", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
+        if name.startswith((".", f"{FOLDER}/", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
             continue
         local_name = name
         if name.startswith(f"checkpoints/{PREFIX}"):

@@ -81,4 +81,5 @@ class Saver:
     @property
     def resume_hint(self) -> str:
         """The `fix` of an error after an interruption."""
-        return f"Start the same command again with {format_argument('output_dir', self.address)} to resume"
+        output_dir = self.folder.student or self.address
+        return f"Start the same command again with {format_argument('output_dir', output_dir)} to resume"

@@ -1,0 +1,145 @@
+"""The decision whether a start trains the teacher of its run, on disk and in a bucket."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.test_schema import tree
+from tests.errors import raises
+from tests.runs.test_folder import BEGUN, FINISHED, NEW, SAVED, leave
+from tests.storage.emulator import BUCKET, running
+from trainer.cluster.control import ControlChannel
+from trainer.cluster.discovery import discover
+from trainer.config.schema import RunConfig, configure_teacher, load_resolved
+from trainer.distillation.own_teacher import choose_run, keys_of_teacher, locate_teacher, must_train
+from trainer.errors import ConfigError, DataError
+from trainer.runs.folder import is_finished, open_run_folder
+from trainer.storage.path import StoragePath, storage_path
+
+
+@pytest.fixture(params=["local", "bucket"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """The output_dir of a run, on disk and in a bucket."""
+    if request.param == "local":
+        yield storage_path(tmp_path / "a run")
+        return
+    with running(tmp_path / "objects"):
+        yield storage_path(f"gs://{BUCKET}/a run")
+
+
+def settings(home: StoragePath, tmp_path: Path, **changes: Any) -> RunConfig:
+    distillation = {"teacher": "train", "model": {"backbone": "ResNet50"}}
+    cache = str(tmp_path / "cache")
+    return load_resolved(tree(output_dir=str(home), runtime__cache_dir=cache, distillation=distillation, **changes))
+
+
+def teacher_of(config: RunConfig) -> RunConfig:
+    teacher = configure_teacher(config)
+    assert isinstance(teacher, RunConfig)
+    return teacher
+
+
+def choose(config: RunConfig) -> tuple[Any, Any]:
+    return choose_run(config, ControlChannel(discover({}), {}))
+
+
+def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path: Path) -> None:
+    config = settings(home, tmp_path)
+    for state in (NEW, BEGUN, SAVED):
+        leave(teacher_of(config), state)
+        assert choose(config) == (config, teacher_of(config))
+    leave(teacher_of(config), FINISHED)
+    assert choose(config) == (config, None)
+    for state in (BEGUN, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
+        leave(config, state)
+        assert choose(config) == (config, None)
+    assert is_finished(config)
+    assert is_finished(teacher_of(config))
+    if not home.is_local:  # a start on another node downloads the student alone
+        folder = open_run_folder(config)
+        assert not (folder.path / "teacher").exists()
+        assert (folder.path / "config.yaml").exists()
+        folder.abandon()
+
+
+def test_a_longer_teacher_is_trained_unless_its_student_has_begun(home: StoragePath, tmp_path: Path) -> None:
+    config, longer = settings(home, tmp_path), settings(home, tmp_path, phases__head__epochs=9)
+    leave(teacher_of(config), FINISHED)
+    assert must_train(longer, teacher_of(longer))
+    leave(config, SAVED)
+    assert not must_train(longer, teacher_of(longer))  # the run is extended, with the teacher that it began with
+
+
+def test_a_folder_that_the_student_cannot_use_is_refused_before_the_teacher_trains(
+    home: StoragePath, tmp_path: Path
+) -> None:
+    config = settings(home, tmp_path)
+    (home / "notes.txt").write("mine")
+    with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(notes.txt\)"):
+        choose(config)
+    (home / "notes.txt").delete()
+    leave(config, SAVED)
+    with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
+        choose(settings(home, tmp_path, seed=5))
+
+
+def test_another_run_cannot_use_the_folder_of_a_teacher(home: StoragePath, tmp_path: Path) -> None:
+    config = settings(home, tmp_path)
+    leave(teacher_of(config), SAVED)
+    alone = load_resolved(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
+    with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(teacher\)"):
+        open_run_folder(alone)
+    other = settings(home, tmp_path, seed=5)
+    with raises(ConfigError, "output_dir", f"{home}/teacher", "same values", "seed: 42 -> 5"):
+        open_run_folder(choose(other)[1])
+
+
+def test_a_run_that_must_exist_can_be_that_of_its_teacher(home: StoragePath, tmp_path: Path) -> None:
+    config = settings(home, tmp_path, resume="must")
+    with raises(ConfigError, "resume", "must", "resume=auto", "holds no run"):
+        open_run_folder(choose(config)[1])
+    leave(teacher_of(settings(home, tmp_path)), FINISHED)
+    now, teacher = choose(config)
+    assert teacher is None
+    leave(now, SAVED)  # not refused, although the student has no run yet
+    assert choose(config) == (config, None)
+
+
+def test_a_new_folder_is_that_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(storage_path(""), tmp_path).model_copy(update={"output_dir": None})
+    now, teacher = choose(config)
+    assert (now.output_dir, teacher.output_dir) == (now.output_dir, f"{now.output_dir}/teacher")
+    folder = open_run_folder(teacher)
+    folder.student = now.output_dir
+    assert f"output_dir={now.output_dir} " in folder_hint(folder)
+    folder.abandon()
+    assert not Path(str(now.output_dir)).exists()  # a refused start leaves nothing
+
+
+def folder_hint(folder: Any) -> str:
+    from trainer.runs.saver import Saver
+
+    return Saver(folder, ControlChannel(discover({}), {}), 1).resume_hint
+
+
+def test_runs_without_such_a_teacher_are_unchanged(tmp_path: Path) -> None:
+    config = load_resolved(tree(output_dir=str(tmp_path / "run"), distillation={"teacher": "outputs/t"}))
+    assert choose(config) == (config, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_address_of_a_teacher() -> None:
+    assert locate_teacher("train", "gs://b/run/") == "gs://b/run/teacher"
+    assert locate_teacher("./train", "run") == "./train"
+
+
+def test_errors_of_its_run_have_the_keys_of_the_command() -> None:
+    with raises(ConfigError, "distillation.model.backbone", "x"), keys_of_teacher():
+        raise ConfigError("there is no such network", key="model.backbone", value="x")
+    with raises(DataError, "data.root"), keys_of_teacher():
+        raise DataError("is missing", key="data.root")
+    with pytest.raises(ConfigError) as caught, keys_of_teacher():
+        raise ConfigError.of_faults([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
+    assert [fault.key for fault in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]

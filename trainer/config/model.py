@@ -1,0 +1,75 @@
+"""The configuration of the network: the backbone, its weights, and the head on top."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from trainer.config.base import Address, InvalidValue, Section
+
+WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
+NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
+
+
+MAX_HIDDEN_LAYERS = 8  # of the head
+HiddenUnits = Annotated[int, Field(ge=1, le=2**16)]
+
+
+def _check_hidden_layers(units: tuple[int, ...]) -> tuple[int, ...]:
+    if not 1 <= len(units) <= MAX_HIDDEN_LAYERS:
+        fix = f"list the units of 1 to {MAX_HIDDEN_LAYERS} layers; null for none"
+        raise InvalidValue(f"has {len(units)} layers", value=str(list(units)), fix=fix)
+    return units
+
+
+HiddenLayers = Annotated[tuple[HiddenUnits, ...], AfterValidator(_check_hidden_layers)]
+
+
+class Model(Section):
+    """The backbone, its weights, and the head on top."""
+
+    backbone: str
+    """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
+    weights: Address = "imagenet"
+    """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or of a
+    folder that `trainer.prepare weights=...` wrote. Local or in a bucket."""
+    alpha: float | None = Field(None, gt=0, le=4)
+    """MobileNet, MobileNetV2: width multiplier; null: 1."""
+    image_size: int | None = Field(None, ge=8, le=2048)
+    """Side of the square input images in pixels; null: the default of the backbone."""
+    resize: Literal["stretch", "crop"] = "stretch"
+    """How an image becomes square: it is stretched, or its central square is used."""
+    pooling: Literal["avg", "max"] = "avg"
+    """Global pooling of the last feature maps of the backbone."""
+    hidden: HiddenUnits | HiddenLayers | None = None
+    """Units of an additional ReLU layer in the head, or a list of the units of several, from the backbone up; null:
+    none."""
+    hidden_batch_norm: bool = False
+    """BatchNormalization in each hidden layer of the head, before its ReLU (docs/phases.md)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout rate before the last layer of the head."""
+    l2: float = Field(0.0, ge=0, le=1e3)
+    """L2 regularization factor of the head's kernels."""
+
+    @property
+    def hidden_units(self) -> tuple[int, ...]:
+        """The units of each hidden layer of the head, from the backbone up."""
+        if self.hidden is None:
+            return ()
+        return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
+
+    @property
+    def has_weights_folder(self) -> bool:
+        """Whether `weights` is the address of a folder, from which the file of the network is read."""
+        return self.weights not in NAMED_WEIGHTS and not self.weights.endswith(WEIGHTS_SUFFIXES)
+
+    @model_validator(mode="after")
+    def _check_auto_backbone(self) -> Model:
+        if self.backbone == "auto" and self.weights not in ("imagenet", "none") and not self.has_weights_folder:
+            problem = f"can choose any network, but weights={self.weights} are of a single one"
+            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")
+        if self.backbone == "auto" and self.alpha is not None:
+            problem = f"can choose a network without alpha, but alpha={self.alpha:g}"
+            raise InvalidValue(problem, key="backbone", value="auto", fix="set model.alpha=null")
+        return self
