@@ -236,7 +236,8 @@ class Training(Section):
     keep: Literal["best", "last"] = "best"
     """Weights for the next phase and the export: those of the best epoch, or of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
-    """Fraction of the validation batches that is scored after each epoch. The end of a run scores all."""
+    """Fraction of the validation batches that is scored after each epoch, to select the best one. The end of a phase
+    scores the selected weights on all."""
 
     def micro_batches(self, replicas: int) -> int:
         """Return the number of micro-batches of each of `replicas`, the number on all workers."""
