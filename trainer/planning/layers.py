@@ -40,7 +40,7 @@ def format_layers(classifier: Classifier, phases: Sequence[PhasePlan], width: in
 
 
 def _describe_backbone(classifier: Classifier, phases: Sequence[PhasePlan]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, layer in enumerate(classifier.backbone.layers):
         numbers = [number for number, phase in enumerate(phases, 1) if index in phase.trained_layers]
         output = layer.output[0] if isinstance(layer.output, list | tuple) else layer.output
