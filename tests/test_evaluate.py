@@ -1,5 +1,6 @@
 """An evaluation scores the model that was trained."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def test_other_data_is_scored_as_a_whole_unless_a_fraction_or_limit_is_given(
     whole, divided = apply_changes(tree_of_run(labels_per_class=5), changes)
     assert limits(whole) == scored
     assert (divided and limits(divided)) == moved
+
+
+def test_other_data_has_the_shown_names_of_the_run() -> None:
+    names = {"n01": "rose", "n02": "tulip"}
+    tree = tree_of_run(class_names=names)
+    for changes, shown in (
+        (["data.root=other"], names),
+        (["data=image_folder", "data.root=other"], names),
+        (["data=image_folder", "data.root=other", "data.class_names={n01: daisy}"], {"n01": "daisy"}),
+        (["data=image_folder", "data.root=other", "data.class_names=null"], None),
+    ):
+        assert apply_changes(copy.deepcopy(tree), changes)[0].data.class_names == shown
 
 
 @pytest.mark.parametrize("changes", [["data.name=beans"], ["data.data_dir=y"]])

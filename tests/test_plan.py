@@ -87,9 +87,13 @@ def test_the_quickstart(tmp_path: Path) -> None:
         assert expected in lines
     for name, count in (("train", "1,257"), ("validation", "180"), ("test", "360")):
         assert any(line.startswith(f"{name} {count} examples in 1 shard, ") for line in lines)
-    assert "block_16_project_BN" in done.stdout  # of --summary
-    plain = done.stdout[: done.stdout.index("Model:")].splitlines()
+    plain = done.stdout.splitlines()
     assert max(map(len, plain)) <= 100
+    layers = plain[plain.index("layers") + 1 : plain.index("memory (estimate)") - 1]  # of --summary
+    assert max(map(len, layers)) <= 80
+    assert "  150 block_16_project_BN" in "\n".join(layers)
+    totals = " ".join(map(str.strip, layers[-2:]))
+    assert totals == "423,018 parameters; trainable ones by phase: 1 head 12,810, 2 fine_tune 394,858"
     assert [line for line in plain if line != line.rstrip()] == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.png"]
     with Image.open(tmp_path / "net.png") as image:

@@ -1,4 +1,4 @@
-"""The objects of a run and of its current phase on one worker, how a phase opens, and how a failed run is recorded."""
+"""The objects of a run and of its current phase on one worker: how a phase opens, is validated, and how a run fails."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from trainer.cluster.signals import end_without_progress
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Phase, RunConfig
 from trainer.config.typed import format_argument
-from trainer.data.images import ImageStore
+from trainer.data.images import BatchSource, ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate, ShardGates
@@ -24,7 +24,7 @@ from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
-from trainer.evaluation.scoring import Scorer
+from trainer.evaluation.scoring import Scorer, validation_scores
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
@@ -276,6 +276,21 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     if run.worker.is_chief:
         run.saver.folder.update_run_json({"features": run.plan.features.input_kinds})
     return open_phase_inputs(run, name)
+
+
+def score_validation(
+    run: RunContext, scorer: Scorer, source: BatchSource, fraction: float = 1.0
+) -> dict[str, float] | None:
+    """Score a fraction of the batches of the validation split; all workers must call this, and get the same scores.
+
+    `scorer` is that of the network that reads `source`. Return None on all workers if the run should stop.
+    """
+    with run.clock.span("evaluation", "validation"):
+        scored = scorer.score(source, run.config.training.batch_size, "validation", fraction)
+        if run.worker.should_stop("in validation"):
+            return None
+        arrays = scored.probabilities, scored.labels, scored.losses
+        return run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
 
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:

@@ -77,8 +77,10 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         run_config["data"]["orientation"] = run_data.get(
             "orientation", "ignore"
         )  # part of the preprocessing that the model was trained with
-    if "data" in keys and "data.class_prefix" not in keys:  # the classes of the model have the names without it
+    if "data" in keys and "data.class_prefix" not in keys:  # the classes of the model have the shown names
         run_config["data"]["class_prefix"] = run_data.get("class_prefix")
+    if "data" in keys and "data.class_names" not in keys and isinstance(run_data.get("class_names"), dict):
+        run_config["data"]["class_names"] = run_data["class_names"]
     config = load_resolved(run_config)
     require_read(config, keys)
     if not ADDRESSES & set(keys):

@@ -3,7 +3,7 @@ print the plan of a run without training.
 
     ARGUMENTS OF A RUN  those of `python -m trainer`: groups (data=digits), keys (seed=7), --cfg job
     --plot=FILE.png     draw the network
-    --summary           print the layers of the network
+    --summary           list the layers of the network: index, output, dtype, parameters, phases that train it
 
 Example: python -m trainer.plan data=image_folder data.root=photos --plot=model.png
 

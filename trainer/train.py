@@ -33,6 +33,7 @@ from trainer.context import (
     record_failures,
     require_plausible_losses,
     resume_sharding,
+    score_validation,
     show_phase,
 )
 from trainer.data.host import count_usable_cpus
@@ -42,7 +43,7 @@ from trainer.data.remote import addresses_in_errors
 from trainer.data.sharding import ShardingPlan
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
-from trainer.evaluation.scoring import Scorer, rows_per_call, validation_scores
+from trainer.evaluation.scoring import Scorer, rows_per_call
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
@@ -302,21 +303,27 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
-    """Load the phase weights that `training.keep` selects, and advance the state to the next phase."""
+    """Load the phase weights that `training.keep` selects, and advance the state to the next phase.
+
+    With `training.validation_share` below 1 they are scored on the whole validation split. A restart repeats that.
+    """
     state, training = run.state, run.config.training
     best = early_stopping.find_best_step(state, run.config.phases[name].early_stopping)
     assert best is not None, "a phase ends after a validation"
     selected = best if training.keep == "best" else state.step
     step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
     variables.assign_values(run.classifier.variables, weights, f"checkpoint step {step}")
-    summary, entry = early_stopping.summarize_phase(state, name, step)
+    whole: dict[str, float] | None = {}
+    if training.validation_share < 1:
+        log.info(f"phase {name}: scoring the {training.keep} weights on the whole validation split")
+        whole = score_validation(run, run.scorer, run.images.split("validation"))
+    if whole is None:
+        raise_stopped(run, f"at the end of phase {name}")
+    summary, entry = early_stopping.summarize_phase(state, name, step, whole)
     state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
-    epoch, accuracy = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}", entry["val_accuracy"]
-    if "kept_from" in summary:
-        log.info(f"phase {name}: best val_accuracy {summary['own_val_accuracy']:.4f}, not better than {accuracy:.4f} "
-            f"before it; continuing from the weights of {entry['phase']} ({epoch})")  # fmt: skip
-    else:
-        log.info(f"phase {name}: val_accuracy {accuracy:.4f}; continuing from the {training.keep} weights ({epoch})")
+    epoch = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}"
+    for line in early_stopping.describe_phase_end(name, summary, entry, f"the {training.keep} weights", epoch):
+        log.info(line)
     state.phase, state.phase_step, state.best, state.bad_epochs = state.phase + 1, 0, None, 0
     state.carried = step if training.keep == "best" else None
 
@@ -395,26 +402,17 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 
     With `training.ema` the averaged weights are scored.
     """
-    state, training, inputs, averages = run.state, run.config.training, current.inputs, current.step.averages
+    state, inputs = run.state, current.inputs
     began, (loss, correct, examples) = time.monotonic(), state.sums
     run.images.gather_unreadable(run.worker.control)  # each worker knows those of its shard
     run.images.require_readable()
     if not examples:  # the phase ends soon after the epoch begins
         problem = f"no image of epoch {state.epoch + 1} (phase {current.name}, {state.epoch_step} steps) could be read"
         raise DataError(problem, fix=f"repair the images, or make phases.{current.name} longer")
-    with run.clock.span("evaluation", "validation"):
-        if averages:
-            averages.swap()
-        try:
-            fraction = training.validation_share
-            scored = inputs.scorer.score(inputs.validation, training.batch_size, "validation", fraction)
-        finally:
-            if averages:
-                averages.swap()
-        if run.worker.should_stop("in validation"):
-            save_and_stop(run, current)
-        arrays = scored.probabilities, scored.labels, scored.losses
-        scores = run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
+    with current.step.averaged_weights():
+        scores = score_validation(run, inputs.scorer, inputs.validation, run.config.training.validation_share)
+    if scores is None:
+        save_and_stop(run, current)
     learning_rate = float(current.schedule(state.phase_step))
     entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
              "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip

@@ -20,6 +20,7 @@ from trainer.cli.overrides import (
 )
 from trainer.cli.sweep import _use_sweep_folder
 from trainer.config.diff import flatten
+from trainer.config.schema import load
 from trainer.config.typed import format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
@@ -99,6 +100,19 @@ def test_weights_are_given_by_names_as_they_are_typed() -> None:
     assert compose(["data=digits", "training.class_weights=balanced"])["training"]["class_weights"] == "balanced"  # type: ignore[index]
 
 
+def test_shown_names_are_given_by_class_as_they_are_typed() -> None:
+    typed = """{n01: red rose, "b:c": it's, 3: "a, b", é (x): 4 é,  'd"': e/f, <b>: null,}"""
+    names = {"n01": "red rose", "b:c": "it's", "3": "a, b", "é (x)": "4 é", 'd"': "e/f", "<b>": "null"}
+    tree = compose(["data=image_folder", "data.root=x", f"data.class_names={typed}"])
+    assert tree
+    assert tree["data"]["class_names"] == names
+    assert load(tree).data.class_names == names
+    assert parse_value("data.class_names={a: b}") == {"a": "b"}
+    (translated,) = translate_overrides(["data.class_names={a: b c},{a: d}"], sweep=True)
+    jobs = [format_override(f"data.class_names={t}") for t in parse_override(translated).sweep_string_iterator()]
+    assert jobs == ["data.class_names={a: b c}", "data.class_names={a: d}"]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -160,6 +174,10 @@ def test_elements_are_split_at_commas_outside_of_quotes_and_brackets() -> None:
         ("training.class_weights={cat: 1", "training.class_weights", "{cat: 1", "cannot", "^write {cat: 1, dog: 2}$"),
         ("training.class_weights={a}", "training.class_weights", "{a}", "no number for a$", "as in {a: 2}"),
         ("training.class_weights={a: 1, a: 2}", "training.class_weights", "{a: 1, a: 2}", "several .* for a", "one"),
+        ("data.class_names={a}", "data.class_names", "{a}", "no class and name at a$", "as in {n01: cat}"),
+        ("data.class_names={a: b, c}", "data.class_names", "{a: b, c}", "no class and name at c$", "as in {n01: cat}"),
+        ("data.class_names={a: b, a: c}", "data.class_names", "{a: b, a: c}", "several names for a$", "one name"),
+        ("data.class_names={a: b", "data.class_names", "{a: b", "cannot be read", "shown, such as {a: cat, b: dog}$"),
         ("hydra.x=[1", "hydra.x", "[1", "cannot be read", r"'hydra.x=\"\[1\"'"),
         ("training.loss=focal,cross_entropy", "training.loss", "focal,cross_entropy", "several values", "add -m"),
         ("debug.profile_steps=15,25", "debug.profile_steps", "15,25", "several", r"'?debug.profile_steps=\[15,25\]"),

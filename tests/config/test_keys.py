@@ -27,7 +27,7 @@ EXTREMES = ["-1", "0", "nan", "inf", "-inf", "1e308", "-1e308", "1e-308", "1e30"
 
 @pytest.mark.parametrize(
     ("key", "kind"),
-    [("data.root", "text"), ("output_dir", "text"), ("phases.any.thaw", "text"), ("data.class_names", "texts"),
+    [("data.root", "text"), ("output_dir", "text"), ("phases.any.thaw", "text"), ("data.class_names", "names"),
      ("export.formats", "texts"), ("training.class_weights", "weights"), ("training.class_weights.cat", "other"),
      ("seed", "other"), ("training.batch_size", "other"), ("training.loss", "other"), ("nope.x", "other"),
      ("runtime.log_every", "other"), ("phases.auto.few_similar.head.thaw", "text"), ("data.root.x", "other")],

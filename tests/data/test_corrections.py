@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.images import fill_folder, noise
-from tests.data.test_open import CLASSES, counts, folder, opened
+from tests.data.test_open import CLASSES, counts, folder, opened, write_records
 from tests.errors import raises
 from trainer.config.diff import list_forbidden_changes
 from trainer.config.schema import load_resolved
@@ -219,3 +219,52 @@ def test_a_prefix_of_class_names_is_not_shown(tmp_path: Path) -> None:
     shutil.copytree(root / "wolf", root / "n1-wolf")
     with raises(DataError, "data.class_prefix", r"n\d+-", "match less", "n1-wolf and wolf both become wolf"):
         folder(tmp_path, root, class_prefix=r"n\d+-")
+
+
+def test_class_names_can_be_mapped_to_shown_names(tmp_path: Path) -> None:
+    root = fill_folder(tmp_path / "pets", {"n01": 10, "n02-dog": 10, "cat": 10, "caf\u00e9": 10})
+    shown = {"n01": "cat", "cat": "lynx", "cafe\u0301": "<b>red, \u202erose</b>\n"}  # the folder is NFC, the key NFD
+    plain, mapped = folder(tmp_path, root), folder(tmp_path, root, class_names=shown, class_prefix=r"n\d+-")
+    assert plain.class_names == ("caf\u00e9", "cat", "n01", "n02-dog")
+    assert mapped.class_names == (r"<b>red, \u202erose</b>\n", "lynx", "cat", "dog")
+    for name, split in mapped.splits.items():
+        assert split.labels.tolist() == plain.splits[name].labels.tolist()
+    assert mapped.fingerprint != plain.fingerprint
+    assert mapped.fingerprint == folder(tmp_path, root, class_names={**shown, "n02-dog": "dog"}).fingerprint
+    rows = [("n01/00.jpg", "relabel", "dog"), ("n01/01.jpg", "relabel", "n02-dog"), ("n01/02.jpg", "relabel", "cat")]
+    options = {"class_names": {"n01": "cat", "cat": "lynx", "n02-dog": "dog"}}
+    corrected = labels_by_file(folder(tmp_path, root, **options, corrections=corrections(tmp_path, *rows)))
+    assert [corrected[str(root / "n01" / f"0{i}.jpg")][1] for i in range(3)] == ["dog", "dog", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("names", "fix", "problem"),
+    [
+        ({"dog": "cat"}, "a name of its own", "cat and dog both become cat"),
+        ({"dog": "pet", "owl": "pet"}, "a name of its own", "dog and owl both become pet"),
+        ({"dog": "caf\u00e9", "owl": "cafe\u0301"}, "a name of its own", "dog and owl both become"),
+        ({"dgo": "pet"}, "^did you mean dog", "maps dgo, which is no class of the data"),
+        ({"xyzzy": "pet"}, "its classes are cat, dog, owl", "maps xyzzy"),
+        ({"dog": "a", " dog": "b"}, "give each class one name", "several names for dog"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_the_classes_is_refused(
+    tmp_path: Path, pets: Path, names: dict[str, str], fix: str, problem: str
+) -> None:
+    with raises(DataError, "data.class_names", None, fix, problem):
+        folder(tmp_path, pets, class_names=names)
+
+
+def test_an_evaluation_maps_the_classes_that_the_data_has(tmp_path: Path) -> None:
+    root = fill_folder(tmp_path / "few", {"n01": 4, "dog": 4})
+    options = {"class_names": {"n01": "cat", "n02": "dog", "n03": "owl"}, "purpose": "evaluate"}
+    assert folder(tmp_path, root, **options, validation_fraction=0.0).class_names == ("dog", "cat")
+
+
+def test_a_mapping_names_records_that_have_only_numbers(tmp_path: Path) -> None:
+    write_records(tmp_path / "records", {"train": [0, 1, 2] * 10}, shards=5)
+    data = {"source": "tfrecords", "pattern": f"{tmp_path}/records/*.tfrecord*"}
+    partly = opened(tmp_path, **data, class_names={"dog": "hound"})  # the classes have names next to the records
+    assert partly.class_names == ("cat", "hound", "owl")
+    (tmp_path / "records" / "label.labels.txt").unlink()
+    assert opened(tmp_path, **data, class_names={"b": "x", "a": "y", "c": "c"}).class_names == ("x", "y", "c")

@@ -48,6 +48,33 @@ def test_a_phase_without_improvement_ends_with_the_weights_of_the_phase_before(t
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.timeout(900)
+def test_a_kill_while_the_whole_validation_split_is_scored_changes_nothing(tmp_path: Path) -> None:
+    calm, killed, whole = tmp_path / "calm", tmp_path / "killed", tmp_path / "whole"
+    partial = (*SMALL, "training.validation_share=0.3")
+    result = train(*partial, f"output_dir={calm}")
+    scoring, scored = "scoring the best weights on the whole validation split", "on all 90 validation examples"
+    assert result.stdout.count(scoring) == result.stdout.count(scored) == 2
+    phases = json.loads((calm / "report" / "report.json").read_text())["phases"]
+    for phase in phases.values():
+        assert (phase["val_n"], phase["epoch_val_n"]) == (90, 32)
+    after = f"n = 90); whole split, after its epoch {phases['head']['epoch_val_accuracy']:.4f} of 32"
+    assert after in result.stdout
+
+    output = kill_at(f"phase head: {scoring}", *partial, f"output_dir={killed}")
+    assert scored not in output
+    output = kill_at(f"phase fine_tune: {scoring}", *partial, f"output_dir={killed}")
+    assert output.count(scored) == 1  # that of the head, which the second start repeats
+    last = train(*partial, f"output_dir={killed}").stdout
+    assert (last.count(scoring), last.count(scored)) == (1, 1)
+    assert_same_run(calm, killed)
+
+    train(*SMALL, f"output_dir={whole}")
+    assert not any(
+        "epoch_val_n" in p for p in json.loads((whole / "report" / "report.json").read_text())["phases"].values()
+    )
+
+
 def test_two_workers_with_multipliers_train_as_one_in_two_micro_batches(tmp_path: Path) -> None:
     train_alone_and_by_two(tmp_path, *SHARED, *MULTIPLIERS)
 

@@ -21,7 +21,7 @@ from tests.cli.verbs import exit_code_of
 from tests.data.images import fill_folder, record
 from tests.evaluation.browser import Tab
 from tests.look.photos import HOSTILE, encode, smooth, write_photos
-from tests.processes import ROOT
+from tests.processes import ROOT, run_python
 from tests.storage.emulator import BUCKET, running
 from trainer import __version__
 from trainer.cli.compose import compose
@@ -345,3 +345,14 @@ def test_a_killed_start_leaves_the_page_before_and_the_next_one_replaces_it(phot
     child.wait()
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == pages
+
+
+def test_the_command_does_without_keras() -> None:
+    program = """
+import sys
+from trainer.cli.process import suppress_import_noise
+with suppress_import_noise(with_keras=False):
+    import trainer.look.show
+print(sorted({"keras", "sklearn"} & set(sys.modules)))
+"""
+    assert run_python(program, timeout=120).stdout == "[]\n"

@@ -49,6 +49,23 @@ def test_curves_mark_the_start_of_later_phases(tmp_path: Path) -> None:
     assert line / len(columns) < 0.7  # between epochs 3 and 4 of 6
 
 
+def test_the_top_5_accuracy_is_a_line_of_the_accuracy_if_there_is_one() -> None:
+    def names(history: list[dict[str, Any]]) -> list[list[str]]:
+        charts = [chart.figure.axes[0].lines for chart in figures.draw_curves(history, {})]
+        return [
+            [str(line.get_label()) for line in lines if not str(line.get_label()).startswith("_")] for lines in charts
+        ]
+
+    history = make_history(3)
+    plain = [["training", "validation"], ["training", "validation"], ["learning rate"]]
+    assert names(history) == plain
+    assert names([row | {"val_top_5": 0.99} for row in history]) == [
+        plain[0],
+        [*plain[1], "validation, top 5"],
+        plain[2],
+    ]
+
+
 def test_curves_without_validation(tmp_path: Path) -> None:
     history: list[dict[str, Any]] = [row | {"val_loss": None, "val_accuracy": float("nan")} for row in make_history(2)]
     assert ink(figures.draw_curves(history, {}), tmp_path) > 0.01

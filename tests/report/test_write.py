@@ -218,6 +218,15 @@ def test_the_headline_has_the_scores_after_each_phase(tmp_path: Path) -> None:
     assert "validation after head: 0.400" in text
 
 
+def test_a_phase_shows_that_its_score_is_of_the_whole_validation_split(tmp_path: Path) -> None:
+    head = {"val_accuracy": 0.5, "val_n": 1000, "epoch_val_accuracy": 0.52, "epoch_val_n": 100}
+    phases = {"head": head, "rest": {"val_accuracy": 0.9, "val_n": 1000}}
+    report = write(tmp_path, make_result(3, 10), phases=phases)
+    assert report["phases"]["head"]["val_interval"] == list(wilson_interval(500, 1000))
+    text = text_of(tmp_path)
+    assert text.count("whole split; after its best epoch 52.00\u202f% of 100") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_phase_that_retained_earlier_weights_shows_its_own_score(tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
 """Best epoch, patience and phase weights."""
 
 from trainer.config.phases import EarlyStopping
-from trainer.training.early_stopping import find_best_step, is_out_of_patience, update_best
+from trainer.training.early_stopping import (
+    describe_phase_end,
+    find_best_step,
+    is_out_of_patience,
+    summarize_phase,
+    update_best,
+)
 from trainer.training.state import RunState
 
 
@@ -52,3 +58,33 @@ def test_patience_counts_epochs_without_a_better_metric() -> None:
 def test_min_delta_is_the_least_improvement() -> None:
     best, _, _ = after([(0.50, 1.0), (0.505, 0.9), (0.52, 0.8)], EarlyStopping(min_delta=0.01))
     assert best == [True, False, True]
+
+
+def test_scores_on_the_whole_split_replace_those_of_the_epoch_in_the_summary_of_a_phase() -> None:
+    scores, whole = {"val_accuracy": 0.9, "val_loss": 0.3, "val_n": 10}, {"val_accuracy": 0.8, "val_n": 100}
+    state = RunState(best={"step": 10, "epoch": 1, "value": 0.9, "val_loss": 0.3})
+    state.history = [{"phase": "head", "epoch": 1, "step": 10, "seconds": 1.0, **scores}]
+    summary, entry = summarize_phase(state, "head", 10)
+    assert scores.items() <= summary.items()
+    assert describe_phase_end("head", summary, entry, "the best weights", "epoch 1") == [
+        "phase head: val_accuracy 0.9000; continuing from the best weights (epoch 1)"
+    ]
+    scored, entry = summarize_phase(state, "head", 10, whole)
+    assert scored == summary | whole | {"epoch_val_accuracy": 0.9, "epoch_val_n": 10}
+    lines = describe_phase_end("head", scored, entry, "the best weights", "epoch 1")
+    assert lines[1:] == ["  on all 100 validation examples: val_accuracy 0.8000"]
+
+
+def test_a_phase_that_ends_with_earlier_weights_is_compared_by_the_scores_of_epochs() -> None:
+    state = RunState(best={"step": 20, "epoch": 2, "value": 0.7, "val_loss": 0.5})
+    both = {"seconds": 1.0, "val_loss": 0.3, "val_n": 10}
+    state.history = [
+        {"phase": "head", "epoch": 1, "step": 10, "val_accuracy": 0.9, **both},
+        {"phase": "rest", "epoch": 2, "step": 20, "val_accuracy": 0.7, **both},
+    ]
+    summary, entry = summarize_phase(state, "rest", 10, {"val_accuracy": 0.6, "val_n": 100})
+    assert (summary["kept_from"], summary["own_val_accuracy"], summary["epoch_val_accuracy"]) == ("head", 0.7, 0.9)
+    lines = describe_phase_end("rest", summary, entry, "the best weights", "epoch 1")
+    assert lines[0].startswith(
+        "phase rest: best val_accuracy 0.7000, not better than 0.9000 before it; continuing from"
+    )

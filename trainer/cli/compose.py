@@ -24,6 +24,7 @@ from trainer.cli.overrides import (
     fix_of_choice,
     list_given_keys,
     options_first,
+    parse_names,
     parse_weights,
     translate_overrides,
 )
@@ -176,6 +177,8 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
         raise _config_error(error) from None
     if isinstance(training := values.get("training"), dict) and "class_weights" in training:
         training["class_weights"] = parse_weights(training["class_weights"], "training.class_weights")
+    if isinstance(data := values.get("data"), dict) and "class_names" in data:
+        data["class_names"] = parse_names(data["class_names"], "data.class_names")
     return values
 
 

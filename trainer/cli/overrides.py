@@ -37,6 +37,8 @@ _PATH_KEYS = {"data": "data=image_folder ", "model": ""}  # group -> what preced
 _KEY_VALUE = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.S)
 # An element of a list: quoted (in weights followed by a number), or text up to the next comma outside brackets.
 _ELEMENT = re.compile(rf"\s*(?:{QUOTED})\s*(?::[^,]*)?(?=,|\Z)|(?:\([^()]*\)|\[[^\[\]]*\]|\{{[^{{}}]*\}}|[^,])*", re.S)
+# A class and its name in a mapping; text with a comma or, of a class, a colon is quoted.
+_PAIR = re.compile(rf"\s*({QUOTED}|[^,:]+?)\s*:\s*({QUOTED}|[^,]+?)\s*(?:,|\Z)", re.S)
 # Option of Hydra -> number of values that follow it.
 _OPTIONS = {"--multirun": 0, "-m": 0, "--run": 0, "-r": 0, "--resolve": 0, "--hydra-help": 0, "--cfg": 1, "-c": 1,
             "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--info": 0, "-i": 0, "--help": 0, "-h": 0,
@@ -119,7 +121,9 @@ def evaluate_override(override: str) -> Any:
         fix = "give the value itself; a reference to another key is for runs only"
         raise ConfigError("cannot be resolved", key=parsed.key_or_group, value=parsed.value(), fix=fix) from None
     key = parsed.key_or_group
-    return parse_weights(value, key) if classify_key(RequestedConfig, key) == "weights" else value
+    kind = classify_key(RequestedConfig, key)
+    parsers: dict[str, Callable[[Any, str], Any]] = {"weights": parse_weights, "names": parse_names}
+    return parsers[kind](value, key) if kind in parsers else value
 
 
 def format_override(override: str) -> str:
@@ -128,9 +132,10 @@ def format_override(override: str) -> str:
     if not match:  # a group, of a teacher as `compose` has turned it
         return re.sub(r"^\+(\w+)@(distillation\.\1=)", r"\2", override)
     _, key, value = match.groups()
-    if classify_key(RequestedConfig, key) in ("text", "weights") and re.fullmatch(QUOTED, value, re.S):
+    kind = classify_key(RequestedConfig, key)
+    if kind in ("text", "weights", "names") and re.fullmatch(QUOTED, value, re.S):
         value = _format_text(key, value)
-    elif classify_key(RequestedConfig, key) in ("text", "texts"):
+    elif kind in ("text", "texts", "names"):
         value = re.sub(r'"([\w./~ -]+)"', lambda m: m[1] if m[1].strip() == m[1] and m[1] != "null" else m[0], value)
     return f"{key}={value}"
 
@@ -195,6 +200,27 @@ def parse_weights(value: Any, key: str) -> Any:
     return weights
 
 
+def parse_names(value: Any, key: str) -> Any:
+    """Parse "{n01: red rose, n02: daisy}", in which names need no quotes. Any other value is returned unchanged.
+
+    Raises ConfigError, which names `key`, if a part is not a class and its name, or a class occurs twice.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
+        return value
+    names: dict[str, str] = {}
+    inside, position = value[1:-1], 0
+    while rest := inside[position:].strip():
+        pair = _PAIR.match(inside, position)
+        if not pair:
+            fix = "write it as CLASS: NAME, as in {n01: cat}, in quotes if it has a comma or a colon"
+            raise ConfigError(f"has no class and name at {rest[:40]}", key=key, value=value, fix=fix)
+        name, shown = map(_unquote, pair.groups())
+        if name in names:
+            raise ConfigError(f"has several names for {name}", key=key, value=value, fix="give each class one name")
+        names[name], position = shown, pair.end()
+    return names
+
+
 def _unquote(text: str) -> str:
     return str(parse_override(f"x={text}").value()) if re.fullmatch(QUOTED, text, re.S) else text
 
@@ -212,6 +238,8 @@ def _translate_override(text: str, sweep: bool) -> str:
         return text
     plus, key, value = match.groups()
     kind = "other" if key in GROUPS or key.startswith("hydra") else classify_key(RequestedConfig, key)
+    if kind == "names":
+        kind = "weights" if re.match(r"\s*(choice\s*\(\s*)?\{", value) else "texts"
     if key in GROUPS:
         _check_group(key, value, sweep)
     elif kind == "text":
@@ -255,7 +283,7 @@ def _quote_sweep_values(value: str, quote_one: Callable[[str], str]) -> list[str
 
 
 def _quote_weights(text: str) -> str:
-    """Quote `{a b: 1, c: 2}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
+    """Quote `{a b: 1, c: cat}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
     return quote(text.strip()) if re.fullmatch(r"\s*\{.*\}\s*", text, re.S) else text
 
 

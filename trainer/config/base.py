@@ -116,11 +116,11 @@ def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[Bas
             section = kind
             field = kind.model_fields.get(str(name))
             kinds = list_union_members(field.annotation) if field else [None]
+        elif len(kinds) > 1 and (member := re.match(r"(dict|tuple)\[", str(name))):  # pydantic's name of a union member
+            kinds = [next(k for k in kinds if get_origin(k) is {"dict": dict, "tuple": tuple}[member[1]])]
+            continue
         elif get_origin(kind) in (dict, tuple):
             kinds = list_union_members(get_args(kind)[get_origin(kind) is dict])
-        elif str(name).startswith("dict["):  # pydantic's name of a union member
-            kinds = [next(k for k in kinds if get_origin(k) is dict)]
-            continue
         else:
             break
         names.append(str(name))
@@ -197,8 +197,8 @@ def translate_validation_error(error: ValidationError, root: type[BaseModel], tr
     faults: dict[str | None, ConfigError] = {}
     for details in error.errors():
         if (
-            details["type"] == "literal_error"
-            and isinstance(details["input"], dict)
+            details["type"] in ("literal_error", "tuple_type", "dict_type")
+            and isinstance(details["input"], dict | list)
             and _has_nested_error(details["loc"], error)
         ):
             continue  # the value belongs to another member of the union, which has the fault

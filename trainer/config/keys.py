@@ -14,7 +14,7 @@ _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "g
             "model.name": "model.backbone", "wd": "weight_decay", "classes": "class_names", "pretrained": "weights",
             "val_split": "validation_fraction", "val_fraction": "validation_fraction"}  # fmt: skip
 _MAX_SUGGESTED = 3
-Kind = Literal["text", "texts", "weights", "other"]
+Kind = Literal["text", "texts", "weights", "names", "other"]
 
 
 def list_union_members(annotation: Any) -> list[Any]:
@@ -91,8 +91,10 @@ def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[
 
 
 def classify_key(root: type[BaseModel], key: str) -> Kind:
-    """Classify the value of a key: text, a list of texts, weights by class name, or other."""
+    """Classify the value of a key: text, list of texts, weights by class name, list or mapping of names, or other."""
     kinds = _types_of(root, key)
+    if any(get_origin(kind) is dict and get_args(kind) == (str, str) for kind in kinds):
+        return "names"
     if str in kinds and not {int, float} & set(kinds):
         return "text"
     if any(
@@ -114,6 +116,8 @@ def how_to_write(root: type[BaseModel], key: str) -> str:
     kinds, kind = _types_of(root, key), classify_key(root, key)
     if kind == "weights":
         return "write {cat: 1, dog: 2}"
+    if kind == "names":
+        return "write a list, such as [a,b], or the names that are shown, such as {a: cat, b: dog}"
     if kind == "texts":
         return "write a list, such as [a,b]"
     if any(is_section(k) and "unit" in k.model_fields for k in kinds):

@@ -54,12 +54,12 @@ class Data(Section):
     """tfds, tfrecords: field of the encoded image."""
     label_field: str = "label"
     """tfds, tfrecords: field of the class index."""
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | dict[str, str] | None = None
     """tfrecords: class names, in the order of their indices. A dataset with its own class names: the same names in
-    another order."""
+    another order. A mapping {n01: daisy, n02: red rose} shows other names instead of those of these classes."""
     class_prefix: str | None = None
-    """Regular expression; what it matches at the beginning of each class name is removed, such as n[0-9]+- of
-    n02085620-Chihuahua. null: nothing."""
+    """Regular expression; what it matches at the beginning of each class name that data.class_names does not map is
+    removed, such as n[0-9]+- of n02085620-Chihuahua. null: nothing."""
     label_kind: Literal["index", "index1", "text", "onehot"] = "index"
     """tfds, tfrecords: content of data.label_field. index: class index from 0; index1: class index from 1; text: one
     of data.class_names; onehot: a one-hot vector."""
@@ -101,6 +101,13 @@ class Data(Section):
     corrections: Address | None = None
     """CSV file with corrections: examples to exclude or to relabel, as the page of a report saves it (docs/report.md).
     Local or gs://."""
+
+    @field_validator("class_names")
+    @classmethod
+    def _check_class_names(cls, names: Any) -> Any:
+        if unnamed := [own for own, name in names.items() if not name.strip()] if isinstance(names, dict) else []:
+            raise InvalidValue(f"has no name for {unnamed[0]}", fix="write one, or leave the class out")
+        return names
 
     @field_validator("class_prefix")
     @classmethod
@@ -171,7 +178,8 @@ class Training(Section):
     keep: Literal["best", "last"] = "best"
     """Weights for the next phase and the export: those of the best epoch, or of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
-    """Fraction of the validation batches that is scored after each epoch. The end of a run scores all."""
+    """Fraction of the validation batches that is scored after each epoch, to select the best one. The end of a phase
+    scores the selected weights on all."""
 
     def micro_batches(self, replicas: int) -> int:
         """Return the number of micro-batches of each of `replicas`, the number on all workers."""
@@ -463,7 +471,7 @@ def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str 
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
         name = f"{path}.{key}".lstrip(".")
-        is_class = path == "training.class_weights"  # YAML reads the name of a class as a number
+        is_class = path in ("training.class_weights", "data.class_names")  # YAML reads the name of a class as a number
         if isinstance(value, dict) and not isinstance(key, str) and not is_class:
             return f"has a key that is not a text, {name}"
         if fault := _tree_fault(child, name, (*above, id(value))):

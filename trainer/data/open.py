@@ -1,5 +1,6 @@
 """Open the dataset that `data.*` configures, with its class names, splits, fingerprint and notes on its quality."""
 
+import difflib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -121,8 +122,10 @@ def open_dataset(
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
     own_names = tuple(map(normalize_class_name, raw.class_names))
+    if purpose != "evaluate":
+        require_mapped_classes(own_names, data)
     raw.name, raw.class_names = escape_unprintable(raw.name), show_class_names(own_names, data)
-    class_names = data.class_names and show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
+    class_names = show_class_order(data)
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
         raw = apply_class_names(raw, class_names)
     if data.corrections:
@@ -169,21 +172,50 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
 
 
 def show_class_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
-    """Return normalized class names without what data.class_prefix matches at their beginning.
+    """Return the shown names of classes with these normalized names.
+
+    These are their names in the mapping of data.class_names, otherwise without what data.class_prefix matches at their
+    beginning.
 
     Raises:
         DataError: nothing is left of a name, or two names become equal.
     """
-    if not data.class_prefix:
-        return names
-    shown = tuple(re.sub(rf"\A(?:{data.class_prefix})", "", name).strip() for name in names)
+    mapped = {normalize_class_name(own): normalize_class_name(name) for own, name in _mapping(data).items()}
+    prefix = re.compile(rf"\A(?:{data.class_prefix or ''})")
+    shown = tuple(mapped[name] if name in mapped else prefix.sub("", name).strip() for name in names)
     first = dict(zip(reversed(shown), reversed(names), strict=True))
     for own, name in zip(names, shown, strict=True):
         if not name or first[name] != own:
             outcome = f"{first[name]} and {own} both become {name}" if name else f"nothing is left of {own}"
+            if {own, first[name]} & mapped.keys():
+                raise DataError(outcome, key="data.class_names", fix="give each class a name of its own")
             fix = "match less of the names, or leave it out"
             raise DataError(outcome, key="data.class_prefix", value=data.class_prefix, fix=fix)
     return shown
+
+
+def show_class_order(data: Data) -> tuple[str, ...] | None:
+    """Return the shown names of the classes that data.class_names lists; None if it is not a list."""
+    if not isinstance(data.class_names, tuple):
+        return None
+    return show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
+
+
+def _mapping(data: Data) -> dict[str, str]:
+    return data.class_names if isinstance(data.class_names, dict) else {}
+
+
+def require_mapped_classes(names: tuple[str, ...], data: Data) -> None:
+    """Raise a DataError if the mapping of data.class_names has a class that is not one of the normalized `names`."""
+    own = {normalize_class_name(name): name for name in _mapping(data)}
+    if len(own) < len(_mapping(data)):
+        twice = next(name for name in _mapping(data) if own[normalize_class_name(name)] != name)
+        problem = f"has several names for {normalize_class_name(twice)}"
+        raise DataError(problem, key="data.class_names", fix="give each class one name")
+    for name in own.keys() - set(names):
+        near = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {near[0]}?" if near else f"its classes are {join_first(names)}"
+        raise DataError(f"maps {name}, which is no class of the data", key="data.class_names", fix=fix)
 
 
 def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:

@@ -288,7 +288,7 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         fix = f"write more shards (python -m trainer.prepare), or set {zero}"
         raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
     sizes = compute_split_sizes(len(paths), fractions)
-    class_names = _stored_names(paths, data) or data.class_names
+    class_names = _stored_names(paths, data) or tuple(data.class_names)
     source = RecordSource(data, len(class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]

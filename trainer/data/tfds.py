@@ -241,7 +241,7 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
         problem = f"{title} has no {required_type} of this name; it has {listed}"
         raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
     own = getattr(features[data.label_field], "names", None)
-    return tuple(own) if own else data.class_names or ()
+    return tuple(own or data.class_names or ())
 
 
 def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:

@@ -54,6 +54,6 @@ def main() -> None:
         config = apply_overfit(load_given(composed, arguments))
         configure_log(config.runtime)
         health.enter_phase("look")
-        with suppress_import_noise():
+        with suppress_import_noise(with_keras=False):
             from trainer.look.show import show  # here, because it imports TensorFlow
         show(config, own.get("output", OUTPUT), images)

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.distillation import Distillation
 from trainer.config.model import Model
 from trainer.config.schema import RequestedConfig, RunConfig
-from trainer.data.open import apply_class_names, show_class_names
+from trainer.data.open import apply_class_names, require_mapped_classes, show_class_names, show_class_order
 from trainer.data.splits import RawData, compute_split_sizes
 from trainer.data.tfds import resolve_splits, select_missing_fractions
 from trainer.distillation import source
@@ -64,8 +64,9 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
         except Exception as error:  # TFDS passes on the exceptions of its parsers
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
-    given = data.class_names and show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
-    names = apply_class_names(RawData(info.name, show_class_names(own_names, data), {}, {}), given).class_names
+    require_mapped_classes(own_names, data)
+    shown = RawData(info.name, show_class_names(own_names, data), {}, {})
+    names = apply_class_names(shown, show_class_order(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
     carved = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))

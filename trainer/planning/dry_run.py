@@ -1,8 +1,10 @@
 """Dry run: open the dataset, build the network, and plan phases, memory and bytes without training."""
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
+from rich.console import Console
 from rich.text import Text
 
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
@@ -26,7 +28,8 @@ from trainer.models.classifier import Classifier, build_classifier, count_parame
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
 from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
-from trainer.planning.sections import WIDTH, Plan, Rows, format_names
+from trainer.planning.layers import PIPE_WIDTH, format_layers
+from trainer.planning.sections import Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
@@ -255,7 +258,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
     plan.print_section("model", model_rows)
     if summary:
-        classifier.build_keras_model().summary(line_length=WIDTH, expand_nested=True, show_trainable=True)
+        plan.print(Text("\nlayers", style="bold"))
+        width = Console().width if sys.stdout.isatty() else PIPE_WIDTH
+        print("\n".join(format_layers(classifier, phases, width)), flush=True)
     sections.show_memory(plan, memory)
     values = per_device * classifier.image_size**2 * 3
     if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), values):

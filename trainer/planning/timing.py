@@ -123,5 +123,7 @@ def estimate_time(
         else:
             passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring * counts["validation"] * passes * config.training.validation_share
+        if config.training.validation_share < 1:  # the weights that the phase ends with, on the whole split
+            seconds += scoring * counts["validation"]
         estimates[name] = seconds
     return estimates | {"scoring": scoring * counts[choose_scored_split(dataset.splits)]}

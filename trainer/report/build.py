@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +16,6 @@ from trainer.data.images import ImageStore, Pixels, convert_data_errors
 from trainer.data.pipeline import build_chosen_batches
 from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
 from trainer.evaluation.metrics import evaluate_arrays
-from trainer.models.grad_cam import Explainer
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, DuplicateImages, ReportImages, Samples
@@ -24,6 +23,9 @@ from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import collect_versions
 from trainer.types import Scored
+
+if TYPE_CHECKING:  # it imports Keras, which trainer.look does without
+    from trainer.models.grad_cam import Explainer
 
 MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
 READ_BATCH = 64  # images per batch in the search for duplicates
@@ -35,7 +37,7 @@ def build_report(
     folder: Path,
     scored: Scored,
     images: ImageStore,
-    explain: Explainer,
+    explain: "Explainer",
     report_fields: Mapping[str, Any],
     splits: Sequence[str],
     check: Callable[[], None],

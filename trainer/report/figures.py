@@ -39,6 +39,7 @@ MAX_MARKERS = 60  # a line with more epochs has no markers and tooltips
 INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"
 PALE, ACCENT = "#94a3b8", "#2563eb"
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
+TOP_5 = "#7e22ce"  # also in SERIES, so that it has a custom property
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
 # Custom properties of report.css that replace colors in the page, so that charts follow its light or dark theme.
@@ -248,6 +249,8 @@ def line_chart(
 def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Draw loss, accuracy and learning rate over the epochs of all phases, and mark the best epoch of each phase.
 
+    The accuracy has a line of the top-5 accuracy if the history does, which is with more than five classes.
+
     Args:
         history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores can be missing, None or NaN.
         phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
@@ -265,6 +268,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
         lines = [line("training", PALE, key), line("validation", ACCENT, f"val_{key}")]
+        lines += [line("validation, top 5", TOP_5, "val_top_5")] if key == "accuracy" else []
         best_points = [point for point in lines[1].points if point[0] in best]
         fractions = key == "accuracy"
         charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **shared))

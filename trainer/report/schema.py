@@ -88,7 +88,11 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """Result of a phase; keys that begin with val_ are scores of the weights that the phase ends with."""
+    """Result of a phase; keys that begin with val_ are scores of the weights that the phase ends with.
+
+    They are of the whole validation split. With `epoch_val_accuracy`, training.validation_share is below 1: then they
+    were scored at the end of the phase, and that after the best epoch, on `epoch_val_n` of the examples.
+    """
 
     epochs: float
     seconds: float
@@ -97,6 +101,8 @@ class Phase(TypedDict):
     kept_from: NotRequired[Annotated[str, about("Earlier phase whose better weights this phase ends with.")]]
     own_val_accuracy: NotRequired[Annotated[Number, about("Best of the phase itself, if kept_from is present.")]]
     trainable_parameters: NotRequired[int]
+    epoch_val_accuracy: NotRequired[Annotated[Number, about("On the fraction that is scored after an epoch.")]]
+    epoch_val_n: NotRequired[int]
     val_accuracy: Number
     val_interval: NotRequired[Interval]
     val_loss: NotRequired[Number]

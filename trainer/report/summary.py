@@ -41,6 +41,9 @@ def _describe_phase(phase: Mapping[str, Any]) -> str:
         text += f" ({low:.4f} to {high:.4f}, n = {phase['val_n']})"
     if "kept_from" in phase:
         text += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
+    if "epoch_val_accuracy" in phase:
+        whole = f"; whole split, after its epoch {phase['epoch_val_accuracy']:.4f}"
+        text += whole + (f" of {phase['epoch_val_n']}" if "epoch_val_n" in phase else "")
     return text
 
 

@@ -1,5 +1,7 @@
 """Early stopping, and the choice of the best epoch, whose weights the next phase or the export starts from."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.phases import EarlyStopping
@@ -42,8 +44,13 @@ def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
     return max(state.best["step"], state.carried, key=rank)  # `max` returns the first of equal ranks
 
 
-def summarize_phase(state: RunState, name: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarize_phase(
+    state: RunState, name: str, step: int, whole: Mapping[str, float] = MappingProxyType({})
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summarize the finished phase `name`, whose phase weights are those of `step`.
+
+    `whole` has their scores on the whole validation split if epochs are scored on a fraction of it. They replace those
+    of the epoch, of which `epoch_val_accuracy` and `epoch_val_n` remain.
 
     Returns:
         The summary, and the history entry of `step`. If `step` belongs to an earlier phase, `kept_from` in the summary
@@ -54,12 +61,32 @@ def summarize_phase(state: RunState, name: str, step: int) -> tuple[dict[str, An
     selected = next(entry for entry in state.history if entry["step"] == step)
     summary = {
         **{key: value for key, value in selected.items() if key.startswith("val_")},
+        **whole,
         "epochs": len(epochs),
         "best_epoch": state.best["epoch"],
         "kept_step": step,
         "seconds": sum(entry["seconds"] for entry in epochs),
     }
+    if whole:
+        summary |= {f"epoch_{key}": selected[key] for key in ("val_accuracy", "val_n") if key in selected}
     if selected["phase"] != name:
         best = next(entry for entry in epochs if entry["step"] == state.best["step"])
         summary |= {"kept_from": selected["phase"], "own_val_accuracy": best["val_accuracy"]}
     return summary, selected
+
+
+def describe_phase_end(
+    name: str, summary: Mapping[str, Any], entry: Mapping[str, Any], weights: str, epoch: str
+) -> list[str]:
+    """Describe the end of a phase in lines of the log, from the results of `summarize_phase`.
+
+    `weights` names the weights that the run continues from, as "the best weights", `epoch` their epoch, as "epoch 3".
+    """
+    accuracy = f"{entry['val_accuracy']:.4f}"
+    line = f"phase {name}: val_accuracy {accuracy}; continuing from {weights} ({epoch})"
+    if "kept_from" in summary:
+        line = f"phase {name}: best val_accuracy {summary['own_val_accuracy']:.4f}, not better than {accuracy} "
+        line += f"before it; continuing from the weights of {entry['phase']} ({epoch})"
+    if "epoch_val_accuracy" not in summary:
+        return [line]
+    return [line, f"  on all {summary['val_n']:,} validation examples: val_accuracy {summary['val_accuracy']:.4f}"]

@@ -13,8 +13,8 @@ of replicas, and all sums over the parts are made in one binary tree: over those
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -232,6 +232,17 @@ class TrainingStep:
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
         return by_name.optimizer_variables(self.optimizer) | shadows | scale
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the model the averages of its weights in this context, if there are any (`training.ema`)."""
+        if self.averages:
+            self.averages.swap()
+        try:
+            yield
+        finally:
+            if self.averages:
+                self.averages.swap()
 
     def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
         """Run `steps` steps on the iterator `batches`, or fewer if a worker requests a stop.
