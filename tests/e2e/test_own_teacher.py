@@ -85,7 +85,7 @@ def test_two_workers_train_both_as_one_in_two_micro_batches(tmp_path: Path) -> N
     own = {1: [f"runtime.cache_dir={tmp_path / 'cache-1'}"]}
     first = start_workers(tmp_path / "killed", 2, *run(two), own=own)
     first.wait_for(THEN)
-    first.wait_for("head  epoch 2 done")
+    first.wait_for("fine_tune  epoch 3 done")  # the teacher has no such phase
     first.terminate()
     second = start_workers(tmp_path / "again", 2, *run(two), own=own)
     assert second.wait(400) == [0, 0], second.output(0)

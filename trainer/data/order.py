@@ -202,9 +202,11 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
         columns = block(block_index)
         return tf.size(columns["index"]), columns["ranges"][:, 0]
 
+    with tf.device("CPU:0"):
+        computed = compute.get_concrete_function()  # a run has many pipelines, each with a trace: no warning of it
     for block_index in itertools.count() if count is None else range(count):
         with tf.device("CPU:0"):
-            rows, shards = compute(tf.constant(block_index, tf.int64))
+            rows, shards = computed(tf.constant(block_index, tf.int64))
         if int(rows):
             yield int(rows), shards.numpy()
 
