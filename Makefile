@@ -28,13 +28,13 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY) ## Fine-tune, with ARGS="experiment=... phases.head.epochs=3"
 	$(BIN)/python -m trainer $(ARGS)
 
-test: $(READY) ## Run the quick tests (about 10 minutes on two cores)
+test: $(READY) ## Run the quick tests (about half an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 30 -m "not slow and not gpu"
 
-test-all: $(READY) ## Run every test that needs no GPU (about 80 minutes)
+test-all: $(READY) ## Run every test that needs no GPU (several hours)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800
 
-lint: $(READY) ## Check style, types, layers and YAML (about 1 minute)
+lint: $(READY) ## Check style, types, layers and YAML (about 2 minutes)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
