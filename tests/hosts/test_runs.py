@@ -171,15 +171,16 @@ def test_a_stopped_worker_interrupts_the_other_and_itself_when_continued(
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_stopped_while_the_model_is_built_interrupts_the_other(
-    victim: int, network: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    victim: int, network: Network, tmp_path: Path
 ) -> None:
     """TensorFlow's own heartbeat may end the broadcast of the weights first, with an error that names no cause."""
     workers = start_job(network, tmp_path / "log", *RUN, f"output_dir={tmp_path / 'run'}")
     workers.wait_for("starting TensorFlow's servers", victim, seconds=200)
     began, other = time.monotonic(), 1 - victim
     workers[victim].send_signal(signal.SIGSTOP)
-    assert_all_interrupted(exits(workers, [other], began, 90), f"worker {victim} stopped", capsys)
-    assert f"lost {address(victim)}" in workers.output(other)
+    # Before the servers are connected it waits for `runtime.start_timeout`, 60 s here.
+    [(code, _)] = exits(workers, [other], began, 120).values()
+    assert code == INTERRUPTED, workers.output(other)
     workers.kill()
 
 
