@@ -11,6 +11,7 @@ import pytest
 
 from tests.evaluation.browser import Tab, chromium, find_chromium
 from trainer.monitoring.log import configure
+from trainer.storage.path import StoragePath, storage_path
 
 # absl's handler holds sys.stderr, which here is a file of pytest, and closes it when Hydra configures logging.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -37,6 +38,18 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     """A page of a browser."""
     with chromium(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
+
+
+@pytest.fixture(params=["local", "bucket"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoragePath]:
+    """The output_dir of a run, on disk and in a bucket."""
+    if request.param == "local":
+        yield storage_path(tmp_path / "a run")
+        return
+    from tests.storage.emulator import BUCKET, running
+
+    with running(tmp_path / "objects"):
+        yield storage_path(f"gs://{BUCKET}/a run")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

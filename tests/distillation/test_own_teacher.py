@@ -8,7 +8,6 @@ import pytest
 from tests.config.test_schema import tree
 from tests.errors import raises
 from tests.runs.test_folder import BEGUN, FINISHED, NEW, SAVED, leave
-from tests.storage.emulator import BUCKET, running
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, configure_teacher, load_resolved
@@ -16,16 +15,6 @@ from trainer.distillation.own_teacher import choose_run, keys_of_teacher, locate
 from trainer.errors import ConfigError, DataError
 from trainer.runs.folder import is_finished, open_run_folder
 from trainer.storage.path import StoragePath, storage_path
-
-
-@pytest.fixture(params=["local", "bucket"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """The output_dir of a run, on disk and in a bucket."""
-    if request.param == "local":
-        yield storage_path(tmp_path / "a run")
-        return
-    with running(tmp_path / "objects"):
-        yield storage_path(f"gs://{BUCKET}/a run")
 
 
 def settings(home: StoragePath, tmp_path: Path, **changes: Any) -> RunConfig:

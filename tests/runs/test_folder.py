@@ -10,7 +10,6 @@ import pytest
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.errors import ConfigError, DataError, GaveUp, Interrupted
 from trainer.runs.checkpoints import CheckpointFolder
@@ -32,16 +31,6 @@ NEW, BEGUN, SAVED, FINISHED = "new", "begun", "saved", "finished"
 
 def settings(folder: object, cache: Path, **changes: Any) -> RunConfig:
     return load_resolved(tree(output_dir=str(folder), runtime__cache_dir=str(cache), **changes))
-
-
-@pytest.fixture(params=["local", "bucket"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """The output_dir of a run, on disk and in a bucket."""
-    if request.param == "local":
-        yield storage_path(tmp_path / "run")
-        return
-    with running(tmp_path / "objects"):
-        yield storage_path(f"gs://{BUCKET}/run")
 
 
 def data(fingerprint: str) -> Dataset:
