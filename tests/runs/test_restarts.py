@@ -1,17 +1,14 @@
 """Restarts without progress are counted, except after a stop request."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.errors import raises
-from tests.storage.emulator import BUCKET, running
 from trainer.errors import ConfigError, GaveUp, Interrupted, ModelError, StopRequested
 from trainer.runs.restarts import MAX_ENTRIES, STOPPED, STOPS_PER_FAILURE, RestartHistory, UnbegunStarts
 from trainer.storage.base import StoragePath
-from trainer.storage.path import storage_path
 
 
 def attempt(file: Path, step: int, code: int | None = None, reason: str = "lost worker 1", most: int = 3) -> None:
@@ -81,15 +78,6 @@ def test_stop_requests_without_progress_are_limited_too(tmp_path: Path) -> None:
     with raises(GaveUp, key="runtime.max_restarts_without_progress", value=2, problem=problem, fix=f"delete {file}"):
         RestartHistory(file).begin(4, 2)
     RestartHistory(file).begin(5, 2)  # progress
-
-
-@pytest.fixture(params=["local", "bucket"])
-def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoragePath]:
-    if request.param == "local":
-        yield storage_path(tmp_path / "run")
-        return
-    with running(tmp_path / "objects"):
-        yield storage_path(f"gs://{BUCKET}/run")
 
 
 def start(home: StoragePath, error: BaseException | None, limit: int = 2) -> None:
