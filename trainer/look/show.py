@@ -15,7 +15,6 @@ from trainer.config.auto import resolve_auto
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.open import OpenedData, open_run_dataset
 from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
-from trainer.errors import ConfigError
 from trainer.look.facts import Facts, gather_facts, open_pixels
 from trainer.look.page import (
     AugmentedImage,
@@ -35,11 +34,11 @@ from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
 from trainer.report.build import augment_first
 from trainer.report.figures import save
-from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES
+from trainer.report.page import INDEX, MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, require_page_of
 from trainer.storage.local import delete_abandoned
 from trainer.storage.path import StoragePath, storage_path
 
-PAGE, FACTS = "index.html", "look.json"
+FACTS = "look.json"
 FIGURES = ("examples.png", "augmentation.png", "counts.png")
 AUGMENTED = 4  # images that are shown next to their augmented views
 
@@ -51,13 +50,6 @@ class Content:
     facts: Facts
     suggestions: list[Suggestion]
     images: PageImages
-
-
-def require_own_folder(folder: StoragePath) -> None:
-    """Raise a ConfigError if the folder has a page of something else, such as a report, which would be replaced."""
-    if (folder / PAGE).exists() and not (folder / FACTS).exists():
-        problem, fix = f"has an {PAGE} that trainer.look did not write", "choose another folder"
-        raise ConfigError(problem, key="output", value=str(folder), fix=fix)
 
 
 def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
@@ -139,7 +131,7 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
     suggestions = [{"title": s.title, "reason": s.reason, "arguments": s.arguments} for s in content.suggestions]
     facts: dict[str, Any] = asdict(content.facts) | {"suggestions": suggestions}
     files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
-    files[PAGE] = render_page(content.facts, content.suggestions, content.images, config)
+    files[INDEX] = render_page(content.facts, content.suggestions, content.images, config)
     with tempfile.TemporaryDirectory() as folder:
         drawn = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
     for name in FIGURES:
@@ -160,9 +152,9 @@ def show(config: RequestedConfig, output: str, limit: int) -> None:
         Interrupted: a bucket does not respond.
     """
     folder = storage_path(output)
-    require_own_folder(folder)
+    require_page_of(folder, "trainer.look", FACTS)
     tf.config.set_visible_devices([], "GPU")
     resolved, content = examine(config, limit)
     write_files(content, resolved, folder)
-    log.info(format_summary(content.facts, content.suggestions, str(folder / PAGE)))
-    termination.set_success_message(f"{folder / PAGE} is written")
+    log.info(format_summary(content.facts, content.suggestions, str(folder / INDEX)))
+    termination.set_success_message(f"{folder / INDEX} is written")

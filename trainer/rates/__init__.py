@@ -1,21 +1,21 @@
-"""`python -m trainer.rates [phase=NAME] [lowest=1e-7] [highest=10] [output=FILE.html] [ARGUMENTS OF A RUN]`:
+"""`python -m trainer.rates [phase=NAME] [lowest=1e-7] [highest=10] [output=FOLDER] [ARGUMENTS OF A RUN]`:
 suggest a learning rate by a range test, before a run is trained.
 
     phase=NAME          phase to test, from the initial weights or those of warm_start (default: the first one)
     lowest=1e-7         learning rate of the first step
     highest=10          learning rate of the last step, unless the loss diverges before
-    output=FILE.html    page with the curve (default: rates.html)
+    output=FOLDER       folder of index.html, the page with the curve, and rates.json, local or in a bucket (default:
+                        outputs/rates)
     ARGUMENTS OF A RUN  those of `python -m trainer`; output_dir is not read
 
 Example: python -m trainer.rates data=image_folder data.root=photos model=mobilenet_v2
 
 The learning rate grows exponentially from step to step (Smith 2017), with the batches, the augmentation and the
 optimizer of the phase, but without its schedule. Takes as long as about 100 steps, or an epoch if that is longer, and
-writes nothing but the page and caches. Exit codes: 0 done; 2 an argument or the data is wrong; 75 interrupted.
+writes nothing but these files and caches. Exit codes: 0 done; 2 an argument or the data is wrong; 75 interrupted.
 """
 
 import sys
-from pathlib import Path
 
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose, is_sweep, load_given
@@ -27,7 +27,7 @@ from trainer.rates.curve import HIGHEST, LOWEST, parse_bounds
 
 # Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"phase": "", "lowest": "", "highest": "", "output": ""}
-OUTPUT = "rates.html"
+OUTPUT = "outputs/rates"
 
 
 def main() -> None:
@@ -35,9 +35,6 @@ def main() -> None:
     with exit_with_code():
         arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
         bounds = parse_bounds(arguments.get("lowest", str(LOWEST)), arguments.get("highest", str(HIGHEST)))
-        output = Path(arguments.get("output", OUTPUT)).expanduser()
-        if output.suffix != ".html":
-            raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=rates.html")
         if is_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., this command tests all rates in one pass")
         overrides = choose_and_log_source(overrides)
@@ -48,4 +45,4 @@ def main() -> None:
         health.enter_phase("rates")
         with suppress_import_noise():
             from trainer.rates.range_test import run_range_test  # here, because it imports TensorFlow
-        run_range_test(config, arguments.get("phase"), bounds, output)
+        run_range_test(config, arguments.get("phase"), bounds, arguments.get("output", OUTPUT))

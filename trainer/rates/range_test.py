@@ -1,8 +1,9 @@
 """The range test of a phase: its training steps, with a learning rate that grows exponentially."""
 
+import json
 import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +21,25 @@ from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
 from trainer.rates.curve import Bounds, Suggestion, count_steps_per_decade, has_diverged, smooth, suggest
 from trainer.report.figures import to_svg
-from trainer.report.page import render
+from trainer.report.page import INDEX, render, require_page_of
 from trainer.report.scatter import draw_rates
 from trainer.runs.folder import open_run_folder
-from trainer.storage.local import delete_abandoned, write_atomically
+from trainer.storage.path import storage_path
 from trainer.train import choose_inputs, make_plan, restore, set_up
 
+SUMMARY = "rates.json"
 
-def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, output: Path) -> None:
-    """Test the learning rates of a phase, print a summary with a suggestion, and write the page.
+
+def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, output: str) -> None:
+    """Test the learning rates of a phase, print a summary with a suggestion, and write the page and rates.json.
 
     The run is set up in a temporary folder, which is deleted.
 
     Raises:
         TrainerError: what ends the run at its start; StopRequested after a signal.
     """
+    page_folder = storage_path(output)
+    require_page_of(page_folder, "trainer.rates", SUMMARY)
     if phase is not None and not isinstance(config.phases, AutoPhases) and phase not in config.phases:
         fix = f"use {' or '.join(config.phases)}"
         raise ConfigError("is not a phase of the configuration", key="phase", value=phase, fix=fix)
@@ -66,10 +71,11 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
             folder.abandon()
     smoothed = smooth(losses)
     suggestion = suggest(rates, smoothed)
-    delete_abandoned(output.parent, output.name)
-    write_atomically(output, render_page(name, original, rates, losses, suggestion))
+    results = summarize(name, original, rates, losses, suggestion)
+    (page_folder / SUMMARY).write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (page_folder / INDEX).write(render_page(name, original, rates, losses, suggestion))
     print("\n".join(describe(name, original, rates, smoothed, suggestion)))
-    log.info(f"page: {output}")
+    log.info(f"page: {page_folder / INDEX}")
 
 
 def restrict(run: RunContext, name: str, bounds: Bounds) -> None:
@@ -141,6 +147,17 @@ def describe(
         f"  configured                {phase.optimizer.learning_rate:.1e}",
         f"suggested: {key}={suggestion.chosen:g}",
     ]
+
+
+def summarize(
+    name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
+) -> dict[str, Any]:
+    """Return the content of rates.json: the rate and the mean loss of each step, and the suggestion, or None."""
+    return {
+        "phase": name, "optimizer": phase.optimizer.name, "configured": phase.optimizer.learning_rate,
+        "learning_rates": rates.tolist(), "losses": losses.tolist(),
+        "suggestion": suggestion and suggestion.chosen,
+    }  # fmt: skip
 
 
 def render_page(

@@ -17,17 +17,27 @@ from matplotlib import colormaps
 from PIL import Image
 
 from trainer.config.diff import flatten
+from trainer.errors import ConfigError
 from trainer.names import encode_cell, escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
 from trainer.storage.local import write_atomically
+from trainer.storage.path import StoragePath
 from trainer.types import EvaluationResult
 
+INDEX = "index.html"
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "\u2013"  # en dash, shown instead of a missing value
 
 # The functions up to `format_count` are filters of the templates, which output Markup unchanged and escape all else.
+
+
+def require_page_of(folder: StoragePath, command: str, data_file: str) -> None:
+    """Raise a ConfigError if a folder has a page, such as a report, that a command would replace, but not its data."""
+    if (folder / INDEX).exists() and not (folder / data_file).exists():
+        problem = f"has an {INDEX} that {command} did not write"
+        raise ConfigError(problem, key="output", value=str(folder), fix="choose another folder")
 
 
 def shorten(name: object, max_length: int = 28) -> str:
