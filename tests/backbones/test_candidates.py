@@ -31,6 +31,8 @@ def test_networks_have_their_own_size_and_the_weights_of_all_or_their_own() -> N
 
 def test_a_network_with_several_weights_is_named_by_them() -> None:
     assert list(chosen("mobilenet,mobilenet@none").models) == ["MobileNet", "MobileNet@none"]
+    files = "mobilenet@a/x.weights.h5,mobilenet@b/x.weights.h5,mobilenet@b/"
+    assert list(chosen(files).models) == ["MobileNet@x.weights.h5", "MobileNet@b/x.weights.h5", "MobileNet@b"]
 
 
 @pytest.mark.parametrize(

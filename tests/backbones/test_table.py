@@ -10,7 +10,16 @@ import pytest
 from tests.errors import raises
 from trainer.backbones.folds import FoldPlan
 from trainer.backbones.results import FoldResult, Measurements, ResultFolder, name_folder, require_comparison_folder
-from trainer.backbones.table import Facts, MeasuredNetwork, describe, find_cheapest, format_table, rank, write_results
+from trainer.backbones.table import (
+    Facts,
+    MeasuredNetwork,
+    describe,
+    explain_columns,
+    find_cheapest,
+    format_table,
+    rank,
+    write_results,
+)  # fmt: skip
 from trainer.config.phases import Phase
 from trainer.errors import ConfigError
 from trainer.evaluation.intervals import wilson_interval
@@ -85,7 +94,7 @@ def test_the_table_has_80_columns_and_marks_random_weights() -> None:
     assert bad.split()[2:5] == ["50.0%", "43.1-56.9", "1.00M"]
     assert bad.endswith("<.001")
     sentences = describe(rows, facts)
-    assert any("random weights" in sentence for sentence in sentences)
+    assert any("random weights" in line for line in explain_columns(rows))
     assert sentences[0] == "n = 200 out-of-fold predictions, 2 folds (as given)"
 
 

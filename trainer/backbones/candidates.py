@@ -107,7 +107,8 @@ def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], give
         _check_size(candidate.spec, model)
         label = candidate.name
         if candidate.weights and any(other != candidate and other.name == label for other in candidates):
-            label = f"{label}@{candidate.weights}"
+            file = candidate.weights.rstrip("/").rpartition("/")[2]  # the whole path if two files have this name
+            label = f"{label}@{candidate.weights if f'{label}@{file}' in models else file}"
         models[label] = model
     phase = config.phases[name].model_copy(update={"early_stopping": EarlyStopping(), "augmented_views": None,
                                                    "features": "cached"})  # fmt: skip

@@ -139,7 +139,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
 
 
 def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
-    """Return the sentences below the table, each of at most 80 characters."""
+    """Return the sentences about the results, each of at most 80 characters."""
     n, count, settings = rows[0].examples, facts.folds.count, facts.settings
     scored = "validation examples" if count == HOLD_OUT else f"out-of-fold predictions, {count} folds"
     sentences = [
@@ -147,15 +147,20 @@ def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
         f"head: {settings.duration.count:g} {settings.duration.unit} of {settings.optimizer.name} "
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
-    if any(row.is_random for row in rows):
-        sentences.append("* random weights, not trained")
     if len(rows) > 1:
-        sentences.append("p: McNemar's exact test against the best, adjusted by Holm's method")
         cheapest, equal = find_cheapest(rows), [row for row in rows[1:] if not row.is_worse]
         if equal:
             sentences.append(f"no significant difference from the best: {', '.join(row.label for row in equal)}")
             sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")
     return sentences
+
+
+def explain_columns(rows: Sequence[Row]) -> list[str]:
+    """Return the legend of the printed table, each line of at most 80 characters; the page has its own."""
+    lines = ["* random weights, not trained"] if any(row.is_random for row in rows) else []
+    if len(rows) > 1:
+        lines.append("p: McNemar's exact test against the best, adjusted by Holm's method")
+    return lines
 
 
 def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
@@ -203,5 +208,5 @@ def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> Non
     summary = summarize(rows, facts)
     (folder / SUMMARY).write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     (folder / "index.html").write(render_page(rows, facts, summary["created"]))
-    print("\n".join([*format_table(rows), "", *describe(rows, facts)]))
+    print("\n".join([*format_table(rows), "", *describe(rows, facts), *explain_columns(rows)]))
     log.info(f"page: {folder / 'index.html'}")
