@@ -52,7 +52,7 @@ class Cluster:
     index: int  # of this worker, 0 <= index < size; 0 is the chief
     addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
     source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
-    job: str  # name of the Job, or all addresses with TF_CONFIG; equal on all workers; "" for a single unnamed process
+    job: str  # name of the Job or replicatedJob, or the addresses of TF_CONFIG; equal on all workers; "" if unnamed
     token: str = field(default="", repr=False)  # with which the workers authenticate; "" accepts every worker
 
     @property

@@ -129,7 +129,7 @@ class _Watchdog:
             self.log_stacks()
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
-                # At most twice the interval: after a suspend of the machine, the process can run before it counts.
+                # At most twice the interval: after the machine was suspended, the process gets time to send a state.
                 self.seconds += min(now - before, 2 * INTERVAL_SECONDS)
                 before = now
                 self.check()

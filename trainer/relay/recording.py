@@ -42,14 +42,9 @@ class Recorder:
         self._thread.start()
 
     def put(self, version: str, request: str, response: bytes) -> None:
-        """Queue a response whose predictions will be recorded; drop and count it if the queue is full.
+        """Queue the JSON body of a response for recording; if the queue is full, drop and count it.
 
-        Does not raise or wait.
-
-        Args:
-            version: version of the model that predicted.
-            request: identifier of the request, for the log.
-            response: JSON body of the response.
+        `request` is the identifier of the request, for the log. Does not raise or wait.
         """
         with self._lock:
             has_room = self._buffered + len(response) <= MAX_BUFFERED_BYTES

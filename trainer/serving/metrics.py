@@ -18,7 +18,7 @@ from trainer.serving.prediction_log import PredictionLog
 from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import Settings, batch_sizes
 
-WINDOW_PREDICTIONS = 5000  # drift is measured over the latest predictions, at most so many
+WINDOW_PREDICTIONS = 5000  # maximum number of latest predictions over which drift is measured
 MIN_PREDICTIONS = 100  # drift is not reported for fewer predictions
 LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
 LOGGED_NAME = 200  # maximum characters of a file name in the prediction log
