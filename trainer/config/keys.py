@@ -192,7 +192,7 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
     prefix = section + "." * bool(section)
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
     canonical_name = _ALIASES.get(name, name)
-    # From certain to vague: an alias of the whole key; a slip in a key of this section; the whole key in another section;
+    # From certain to vague: an alias of the key; a slip in a key of this section; the key in another section;
     # the name in this section; the name anywhere; a misspelled key of this section; a misspelled name of any section.
     matches = (
         [k for k in known if k == _ALIASES.get(key)]
