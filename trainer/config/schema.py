@@ -88,12 +88,13 @@ class Data(Section):
     """exif: rotate images by their EXIF orientation, in the exported model too; ignore: use images as stored, because
     their EXIF tags are wrong."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What an image or record that cannot be read does. fail: it ends the run; skip: it is skipped."""
+    """What happens if an image or record cannot be read. fail: the run ends; skip: the image or record is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
     """Where decoded images are cached. auto: in memory, else on disk, else nowhere, within the budgets of `runtime`."""
     shard_by: Literal["auto", "record", "file"] = "auto"
-    """How the training examples are sharded over n workers. record: each worker reads every n-th record; file: whole
-    files; auto: by file if there are enough files and decoded images are not cached, otherwise by record."""
+    """How the training examples are sharded over n workers. record: each worker reads every n-th record; file: each
+    worker reads whole files; auto: file if there are enough files and no virtual replicas, and images are decoded in
+    every epoch, else record."""
     fingerprint: Literal["auto", "content"] = "auto"
     """Which bytes of the data its fingerprint covers. content: all; auto: all up to 1 GB, samples of larger data."""
     group_field: str | None = None
