@@ -87,6 +87,6 @@ def parse_arguments(
             raise ConfigError("there is no such argument", key=key, fix=fix)
         else:
             raise ConfigError("is not key=value", key=argument, fix=f"{fix}; known: {', '.join(keys)}")
-    if missing := next((key for key, problem in keys.items() if problem and key not in values), None):
-        raise ConfigError(keys[missing], key=missing, fix=fix)
+    if missing_key := next((key for key, problem in keys.items() if problem and key not in values), None):
+        raise ConfigError(keys[missing_key], key=missing_key, fix=fix)
     return values, unparsed_arguments

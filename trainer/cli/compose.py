@@ -162,9 +162,9 @@ def _format_yaml(tree: dict[str, Any]) -> str:
 
 
 def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
-    """Remove `--cfg job` and `--resolve` if there is no other option. Return the arguments, and whether it did so.
+    """Remove `--cfg job` and `--resolve`, unless there are other options, with which Hydra prints the configuration.
 
-    If there are other options, all arguments are returned unchanged, and Hydra prints the configuration.
+    Returns the arguments, and whether `--cfg job` was removed.
     """
     other_arguments, has_cfg_job = [], False
     for previous, argument in zip(["", *arguments], arguments, strict=False):
@@ -194,9 +194,9 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
     mappings cannot be parsed.
     """
     try:
-        if missing := sorted(OmegaConf.missing_keys(tree)):
-            arguments = " ".join(f"{key}=..." for key in missing)
-            raise ConfigError("must be given", key=missing[0], fix=f"add {arguments} to the command line")
+        if missing_keys := sorted(OmegaConf.missing_keys(tree)):
+            arguments = " ".join(f"{key}=..." for key in missing_keys)
+            raise ConfigError("must be given", key=missing_keys[0], fix=f"add {arguments} to the command line")
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise _config_error(error) from None

@@ -112,10 +112,9 @@ def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[Run
 
 
 def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
-    """Choose the backbone and its reason: more accurate networks need more images and time, but transfer better.
+    """Choose the backbone, and return it with its reason for the log.
 
-    Transfer correlates with the accuracy on ImageNet (Kornblith et al. 2019, Do Better ImageNet Models Transfer
-    Better?).
+    Networks with a higher ImageNet accuracy transfer better (Kornblith et al. 2019), but need more images and time.
     """
     if images < FEW_IMAGES and classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"

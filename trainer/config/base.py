@@ -197,8 +197,8 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
         )
     # A misspelled name makes a new phase, which has no `thaw`.
     if error_type == "missing" and len(path) == 3 and path[::2] == ("phases", "thaw"):
-        others = [name for name in tree["phases"] if name != path[1]]
-        return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], others))
+        other_phases = [name for name in tree["phases"] if name != path[1]]
+        return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], other_phases))
     if error_type == "missing":
         return ConfigError("is missing", key=key, fix=f"set {key}")
     if error_type in _FIXES:

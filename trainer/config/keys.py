@@ -213,8 +213,8 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
 
 
 def _did_you_mean(keys: list[str]) -> str:
-    *others, last = keys[:_MAX_SUGGESTED]
-    return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
+    *first_keys, last_key = keys[:_MAX_SUGGESTED]
+    return f"did you mean {', '.join(first_keys)}{' or ' * bool(first_keys)}{last_key}?"
 
 
 def first_path(tree: dict[str, Any]) -> str:

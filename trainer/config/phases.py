@@ -193,9 +193,9 @@ class AutoPhases(Section):
             phase_table = phases["auto"] if isinstance(phases["auto"], dict) else {}
             rows = [row for row, by_name in phase_table.items() if isinstance(by_name, dict) and name in by_name]
             if rows and isinstance(phase_value, dict) and phase_value:
-                others = f" (and of {', '.join(rows[1:])})" if rows[1:] else ""
+                other_rows = f" (and of {', '.join(rows[1:])})" if rows[1:] else ""
                 key = f"phases.auto.{rows[0]}.{name}.{first_path(phase_value)}"
-                fix = f"set {key}{others}, or choose a group such as phases=two_phase"
+                fix = f"set {key}{other_rows}, or choose a group such as phases=two_phase"
             raise InvalidValue(f"chooses all phases, but {other_names} is set as well", key="auto", fix=fix)
         return phases
 

@@ -131,11 +131,13 @@ class Data(Section):
         required_keys = {"image_folder": ("root",), "csv": ("root",), "tfrecords": ("pattern", "class_names")}.get(
             self.source, ()
         )
-        missing = [f"data.{key}" for key in required_keys if not getattr(self, key)]
+        missing_keys = [f"data.{key}" for key in required_keys if not getattr(self, key)]
         if self.source == "tfds" and not (self.name or self.root):
-            missing = ["data.name (or data.root)"]
-        if missing:
-            raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing)}")
+            missing_keys = ["data.name (or data.root)"]
+        if missing_keys:
+            raise InvalidValue(
+                "is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing_keys)}"
+            )
         if self.group_field and self.source not in ("csv", "tfds", "tfrecords"):
             problem = f"data.source={self.source} has only image and label"
             fix = "use data.source=csv, tfds or tfrecords"
