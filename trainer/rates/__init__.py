@@ -25,9 +25,9 @@ from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.rates.curve import HIGHEST, LOWEST, parse_bounds
 
-# Key -> problem if it is missing, "" if it is optional.
+# Key -> problem to report if the argument is missing; "" if it is optional.
 ARGUMENTS = {"phase": "", "lowest": "", "highest": "", "output": ""}
-OUTPUT = "outputs/rates"
+OUTPUT = "outputs/rates"  # default of `output`
 
 
 def main() -> None:
