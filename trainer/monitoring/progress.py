@@ -62,7 +62,7 @@ SLOW_SECONDS = 10.0  # duration after which `log_while_slow` logs for the first 
 
 @contextmanager
 def log_while_slow(activity: str, after: float = SLOW_SECONDS) -> Iterator[None]:
-    """Log that `activity` is still running, `after` seconds after the start of this block, then after 2, 4, 8, ... `after`."""
+    """Log that `activity` is still running, after `after` seconds and then after 2, 4, 8, ... times as many."""
     stopped, started_at = threading.Event(), time.monotonic()
 
     def log_periodically() -> None:
