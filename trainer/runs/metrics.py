@@ -150,13 +150,13 @@ class MetricsWriter:
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
         self._write_scalars(phase, step, scalars)
         loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
-        lr_and_wait = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
+        lr_wait = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
         if self.display:
             speed = [f"{mean_rate:,.0f} images/s", f"goodput {goodput:.0%}"]
-            self.display.figures = [loss, accuracy, *speed, *lr_and_wait]
+            self.display.figures = [loss, accuracy, *speed, *lr_wait]
             return
         progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-        line = "  ".join([loss, accuracy, lr_and_wait[0], f"{rate:,.0f} images/s", lr_and_wait[1], f"goodput {goodput:.0%}"])
+        line = "  ".join([loss, accuracy, lr_wait[0], f"{rate:,.0f} images/s", lr_wait[1], f"goodput {goodput:.0%}"])
         self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {left}", **entry, **timing)
 
     def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
