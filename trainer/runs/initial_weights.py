@@ -77,12 +77,8 @@ def _compute_crc32c(key: str, address: str) -> str:
 def find_warm_start(source: str, folder: Path) -> Path:
     """Return the folder of the checkpoint for a warm start: the best one of a run, or else its newest.
 
-    Args:
-        source: the value of `warm_start`, for errors.
-        folder: local output_dir of a run, or the folder of one of its checkpoints, which is returned as it is.
-
-    Raises:
-        DataError: there is no checkpoint, or the file `BEST` is corrupt.
+    `folder` is the local output_dir of a run, or one of its checkpoints, which is returned. `source` is the value of
+    `warm_start`, for errors. Raises DataError if there is no checkpoint, or the file `BEST` is corrupt.
     """
     checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent != folder:
@@ -94,12 +90,8 @@ def find_warm_start(source: str, folder: Path) -> Path:
 def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
     """Open the checkpoints of a run for reading.
 
-    Args:
-        source: the value of `warm_start`, for errors.
-        folder: local output_dir of the run, or the folder of one of its checkpoints.
-
-    Raises:
-        DataError: the folder does not exist, or the run has no checkpoint.
+    `folder` is the local output_dir of the run, or one of its checkpoints. `source` is the value of `warm_start`, for
+    errors. Raises DataError if the folder does not exist, or the run has no checkpoint.
     """
     run_folder = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
     checkpoints = CheckpointFolder(run_folder / "checkpoints", 1, log.info)

@@ -39,7 +39,7 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
     if metrics.exists():
         content = metrics.read_bytes()
         steps = [_parse_step(line) for line in content.splitlines()]
-        # Only the last line can be truncated by a kill.
+        # A kill can truncate only the last line, which has no line break then.
         if num_corrupt := sum(line_step is None for line_step in steps[: len(steps) - (not content.endswith(b"\n"))]):
             shutil.copyfile(metrics, backup := metrics.with_name(f"{metrics.name}.damaged"))
             subject = "1 line is" if num_corrupt == 1 else f"{num_corrupt} lines are"
@@ -85,7 +85,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
-        """Create a writer.
+        """Create a writer, which writes nothing yet.
 
         Args:
             folder: local folder of the run; None on workers other than the chief.
@@ -104,16 +104,11 @@ class MetricsWriter:
             self.display = Display(PatientConsole(highlight=False))
 
     def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
-        """Show a phase in the progress display. Call this again after the first device call of the phase.
+        """Show a phase in the progress display.
 
-        That call compiles, and the remaining time is estimated from the last call of this function.
-
-        Args:
-            name: name of the phase.
-            step: current step of the run.
-            phase_step: current step of the phase.
-            steps: length of the phase in steps.
-            last_epoch: epoch of the run in which the phase ends, counted from 1.
+        At step `step` of the run, `phase_step` of the `steps` steps of the phase are done. The phase ends in epoch
+        `last_epoch` of the run, counted from 1. Call this again after the first device call, which compiles: the
+        remaining time is estimated from the last call of this function.
         """
         if self.display:
             self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)

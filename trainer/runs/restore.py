@@ -23,14 +23,8 @@ from trainer.training import variables
 def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
     """Assign trained values, by name, to the variables in `targets`, or change none of them if one does not fit.
 
-    Args:
-        classifier: the classifier of the variables, whose input normalization is updated.
-        targets: all or some of the variables of the classifier, by name.
-        values: arrays by name.
-        source: describes the origin of the values in errors.
-
-    Raises:
-        DataError: a value is missing or has another shape.
+    `targets` are all or some of the variables of the classifier. `source` describes the origin of the values in errors.
+    Raises DataError if a value is missing or has another shape.
     """
     variables.assign_values(targets, values, source)
     refresh_normalization(classifier.backbone)
@@ -42,8 +36,8 @@ def load_warm_start(
     """Assign to a classifier the variables that it has in common with another run's checkpoint.
 
     All workers must call this. The chief reads the checkpoint and broadcasts it. If the run computed averages (EMA),
-    they are assigned. A head with other classes keeps its initial values. Backbone variables that the checkpoint lacks
-    cause a warning.
+    they are assigned. Head variables that the checkpoint lacks, or that have another shape there, keep their initial
+    values. Backbone variables that the checkpoint lacks cause a warning.
 
     Args:
         source: output_dir of the other run, local or in a bucket, to read its best or else its newest checkpoint; or

@@ -50,12 +50,8 @@ class Saver:
     def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint to the local disk, and publish it in the background.
 
-        The call waits until the previous checkpoint is published.
-
-        Args:
-            state: the JSON-serializable run state.
-            current: the variables to save, by name.
-            best_step: step of the best checkpoint so far; None if there is none.
+        First waits until the previous checkpoint is published. `current` are the variables to save, by name, and
+        `best_step` is the step of the best checkpoint so far, or None.
 
         Raises:
             OSError: the disk is full or fails.
@@ -80,7 +76,7 @@ class Saver:
             The step of the checkpoint that was read, and the weights by name.
 
         Raises:
-            DataError: on the chief, no checkpoint of the two is intact.
+            DataError: neither of the two checkpoints is intact (on the chief only).
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:

@@ -210,7 +210,7 @@ def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
         problem = f"has classes that the run was not trained on: {join_first(unknown)}"
         fix = f"give data of the classes {join_first([repr(name) for name in names])}"
         raise DataError(problem, key="run", value=run.address, fix=fix)
-    run_labels = np.array([names.index(name) for name in dataset.class_names], np.int32)  # by label
+    run_labels = np.array([names.index(name) for name in dataset.class_names], np.int32)  # by dataset label
     splits = {name: replace(split, labels=run_labels[split.labels]) for name, split in dataset.splits.items()}
     notes = dataset.notes
     if missing := [name for name in names if name not in dataset.class_names]:
@@ -230,14 +230,8 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier, and assign trained values by name to all its variables.
 
-    Must be called in the scope of the strategy, after the global Keras dtype policy is set.
-
-    Args:
-        model: settings of the network; its pretrained weights are not loaded.
-        class_count: number of classes.
-        seed: seed of the initial values, which are then replaced.
-        values: arrays by name of the variable; arrays of other names are ignored.
-        source: describes the origin of the values in errors.
+    Must be called in the scope of the strategy, after the global Keras dtype policy is set. The pretrained weights of
+    `model` are not loaded. Arrays in `values` of other names are ignored. `source` describes their origin in errors.
 
     Raises:
         ModelError: the backbone cannot be built.

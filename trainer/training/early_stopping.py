@@ -11,14 +11,9 @@ from trainer.training.state import RunState
 def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     """Update `state.best` and `state.bad_epochs` after an epoch, and return whether it is the new best epoch.
 
-    An epoch improves if its score exceeds the best one by more than `rule.min_delta`. At equal accuracy, an epoch with
-    a lower validation loss becomes the best one, but counts as an epoch without improvement. So a saturated accuracy
-    does not select the earliest epoch.
-
-    Args:
-        state: the run state at the end of the epoch.
-        epoch: the entry of the epoch for `state.history`, with `epoch`, `val_accuracy` and `val_loss`.
-        rule: the metric that is monitored, and the minimum change that counts as an improvement.
+    `epoch` is the entry of the epoch for `state.history`. The epoch improves if its metric exceeds the best one by more
+    than `rule.min_delta`. At equal accuracy, an epoch with a lower validation loss becomes the best one, but counts as
+    an epoch without improvement. So a saturated accuracy does not select the earliest epoch.
     """
     score = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
