@@ -141,7 +141,7 @@ class Scorer:
         return Scored(source.split.name, indices, labels, probabilities, losses)
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
-        """Return the batches of a source and their distributed dataset, which are built once and reused in each epoch."""
+        """Return the batches of a source and their distributed dataset; each is built once and reused later."""
         for opened_source, settings, batches, stream in self._opened:
             if opened_source is source and settings == (batch_size, fraction):
                 return batches, stream
