@@ -140,7 +140,8 @@ def find_duplicates(
     spans_splits = [len(np.unique(split_of[group])) > 1 for group in groups]
     has_several_labels = [len(np.unique(label_of[group])) > 1 for group in groups]
     rank = [
-        2 * has_labels + has_splits for has_labels, has_splits in zip(has_several_labels, spans_splits, strict=True)
+        2 * labels_differ + splits_differ
+        for labels_differ, splits_differ in zip(has_several_labels, spans_splits, strict=True)
     ]
     by_rank = sorted(range(len(groups)), key=lambda k: (-rank[k], groups[k][0]))
     notable = [k for k in by_rank if rank[k]]

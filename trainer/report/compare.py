@@ -240,7 +240,7 @@ _REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
 
 
 def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (label, value in each run) of the scores in the reports, which are of all examples of a run."""
+    """Return (label, value in each run) for the scores in the reports, which cover all scored examples of a run."""
     rows = [
         (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
     ]

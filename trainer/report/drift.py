@@ -23,20 +23,21 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Seq
         window: the logged predictions, at least one.
         measures: results of `measure_drift`.
     """
-    expected = np.asarray(reference["class_frequencies"])
-    observed = window.classes / window.n
-    classes = np.argsort(-np.abs(observed - expected), kind="stable")[:MAX_CLASSES]
+    reference_fractions = np.asarray(reference["class_frequencies"])
+    log_fractions = window.classes / window.n
+    classes = np.argsort(-np.abs(log_fractions - reference_fractions), kind="stable")[:MAX_CLASSES]
     figure = create_figure(2.4 + 0.3 * len(classes) + 2.6)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2 + 0.3 * len(classes), 3.6])
     axes = figure.add_subplot(grid[0, :])
     rows = np.arange(len(classes))
-    axes.barh(rows - 0.2, expected[classes], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
-    axes.barh(rows + 0.2, observed[classes], 0.38, color=ACCENT, label=f"log ({window.n:,})")
+    axes.barh(rows - 0.2, reference_fractions[classes], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
+    axes.barh(rows + 0.2, log_fractions[classes], 0.38, color=ACCENT, label=f"log ({window.n:,})")
     axes.set_yticks(rows, [format_label(reference["classes"][i]) for i in classes])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     set_heading(
-        axes, "Fraction of predictions per class" + (", largest changes" if len(expected) > MAX_CLASSES else "")
+        axes,
+        "Fraction of predictions per class" + (", largest changes" if len(reference_fractions) > MAX_CLASSES else ""),
     )
     style_axes(axes, "x")
     confidence_axes, measure_axes = (figure.add_subplot(grid[1, column]) for column in (0, 1))

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a finished run on a split of its own dataset or of another one."""
+"""Evaluate a checkpoint of a run, which need not be finished, on a split of its dataset or of another one."""
 
 import shlex
 import sys

@@ -387,17 +387,17 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
     `per_class` is that of report.json (`trainer.report.schema.ClassScores`).
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
-    shown = ranked[:MAX_BARS]
-    labels = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in shown]
-    column_count = math.ceil(len(shown) / 40)
-    row_count = math.ceil(len(shown) / column_count)
+    drawn_classes = ranked[:MAX_BARS]
+    labels = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in drawn_classes]
+    column_count = math.ceil(len(drawn_classes) / 40)
+    row_count = math.ceil(len(drawn_classes) / column_count)
     left = 12 + 6.6 * max(map(len, labels))  # points, as all sizes here
     width, height = 570 if column_count == 1 else left + 145, 72 + (22 if row_count <= 15 else 17) * row_count
     total_width = column_count * width
     figure = create_figure(height / 72, total_width / 72, fit_labels=False)
     for column in range(column_count):
         in_column = slice(column * row_count, (column + 1) * row_count)
-        rows = shown[in_column]
+        rows = drawn_classes[in_column]
         ys = range(len(rows))
         box = ((column * width + left) / total_width, 36 / height, (width - left - 8) / total_width, 1 - 66 / height)
         axes = figure.add_axes(box)
@@ -411,7 +411,7 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", fontsize=11, color=INK)
-    selection = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
+    selection = "" if len(drawn_classes) == len(ranked) else f", the weakest {len(drawn_classes)} of {len(ranked)}"
     title = f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed"
     _draw_title(figure, title, 11)
     return Chart(figure, title)
