@@ -228,7 +228,8 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
-        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
+        epoch_step = run.state.history[-1]["step"] if run.state.history else 0
+        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step, epoch_step)
 
     control.broadcast("begin", write)
     run.state.starts += 1

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from trainer.storage.local import add_path_to_errors, temporary_file, write_atom
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
 TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # of each epoch
+SCORE_PREFIX = "validation/"  # of the names of these scores in TensorBoard
 
 
-def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
-    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes.
+def truncate_metrics(metrics: Path, logs: Path, step: int, epoch_step: int) -> None:
+    """Delete the metrics after the checkpoint with which a run resumes, from metrics.jsonl and the TensorBoard files.
+
+    A checkpoint of the last step of an epoch can be older than the validation of this epoch, which is then repeated.
 
     A kill can truncate the last line or record of a file, which is deleted. If a file is corrupt elsewhere, a copy of
     it remains (NAME.damaged).
@@ -35,31 +39,30 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
         metrics: path of metrics.jsonl, which need not exist.
         logs: folder with one folder of TensorBoard files per phase.
         step: optimizer steps of the run at its newest checkpoint.
+        epoch_step: step at the end of the last epoch whose validation the checkpoint has; 0 if there is none.
     """
     if metrics.exists():
         content = metrics.read_bytes()
-        steps = [_parse_step(line) for line in content.splitlines()]
+        retained = [_is_retained(line, step, epoch_step) for line in content.splitlines()]
         # A kill can truncate only the last line, which has no line break then.
-        if num_corrupt := sum(line_step is None for line_step in steps[: len(steps) - (not content.endswith(b"\n"))]):
+        if num_corrupt := retained[: len(retained) - (not content.endswith(b"\n"))].count(None):
             shutil.copyfile(metrics, backup := metrics.with_name(f"{metrics.name}.damaged"))
             subject = "1 line is" if num_corrupt == 1 else f"{num_corrupt} lines are"
             log.info(f"{metrics}: {subject} corrupt and deleted; {backup.name} is a copy of the file")
-        lines = zip(content.splitlines(keepends=True), steps, strict=True)
-        write_atomically(
-            metrics, b"".join(line for line, line_step in lines if line_step is not None and line_step <= step)
-        )
+        write_atomically(metrics, b"".join(compress(content.splitlines(keepends=True), retained)))
     for file in list(logs.glob("*/events.out.tfevents.*")):
         with temporary_file(file) as truncated:
             end, is_intact = 0, True  # end: byte offset of the end of the intact records
             with tf.io.TFRecordWriter(str(truncated)) as writer, suppress(tf.errors.DataLossError):
                 for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                     try:
-                        is_later = Event.FromString(record).step > step
+                        event = Event.FromString(record)
                     except DecodeError:
                         is_intact = False
                         break
                     end += HEADER_BYTES + len(record) + FOOTER_BYTES
-                    if not is_later:
+                    is_score = any(value.tag.startswith(SCORE_PREFIX) for value in event.summary.value)
+                    if event.step <= (epoch_step if is_score else step):
                         writer.write(record)
             if not (is_intact and is_truncated_at(file, end)):
                 # TensorBoard reads any file with "tfevents" in its name.
@@ -69,10 +72,11 @@ def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
             truncated.replace(file)
 
 
-def _parse_step(line: bytes) -> float | None:
-    """Parse the step in a line of metrics.jsonl; return None if the line is corrupt."""
+def _is_retained(line: bytes, step: int, epoch_step: int) -> bool | None:
+    """Return whether a line of metrics.jsonl is not later than the checkpoint; None if the line is corrupt."""
     try:
-        return require_nonnegative(json.loads(line)["step"])
+        entry = json.loads(line)
+        return require_nonnegative(entry["step"]) <= (epoch_step if entry["kind"] == "epoch" else step)
     except CONTENT_ERRORS:
         return None
 
@@ -163,7 +167,7 @@ class MetricsWriter:
             best: whether this is the best epoch of the phase so far.
         """
         self._write({"kind": "epoch", **entry, "timing": timing})
-        scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
+        scores = {f"{SCORE_PREFIX}{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
         self._write_scalars(entry["phase"], entry["step"], scores)
         self.flush()
         top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
