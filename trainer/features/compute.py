@@ -41,7 +41,7 @@ Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """A computation of features: of one split per call of `fill`. The trunk of equal cuts is compiled only once."""
+    """Computes and stores the features of one split per call of `fill`. The trunk of equal cuts is compiled once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier

@@ -46,7 +46,7 @@ class ObjectInfo:
     path: StoragePath
     size: int  # in bytes
     version: Version
-    crc32c: int | None = field(default=None, compare=False)  # None if unknown: local, or in S3 and not in its metadata
+    crc32c: int | None = field(default=None, compare=False)  # None if unknown, as for local files and listings of S3
 
 
 class StoragePath(ABC):

@@ -73,7 +73,7 @@ def in_parallel(
 
 @dataclass(frozen=True)
 class BucketPath(StoragePath):
-    """`SCHEME://bucket/key`; the bucket itself has the key ""."""
+    """The address `SCHEME://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     bucket: str
     key: str = ""
@@ -119,7 +119,7 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
-        """Return the CRC32C of a version, or None if it is unknown. In S3 this is a request."""
+        """Return the CRC32C of a version, or None if it is unknown. S3 requires a request for it."""
 
     @abstractmethod
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:

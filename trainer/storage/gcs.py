@@ -55,7 +55,7 @@ def _decode_crc32c(crc32c: str | None) -> int | None:
 
 @dataclass(frozen=True)
 class GcsPath(BucketPath):
-    """`gs://bucket/key`; the bucket itself has the key ""."""
+    """The address `gs://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     scheme = "gs"
 

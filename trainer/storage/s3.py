@@ -68,7 +68,7 @@ def _failed_precondition(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class S3Path(BucketPath):
-    """`s3://bucket/key`; the bucket itself has the key ""."""
+    """The address `s3://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     scheme = "s3"
 

@@ -54,7 +54,7 @@ def _lock_folder(folder: str | Path) -> int | None:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete the temporary folders in `parent` of processes that have ended."""
+    """Delete the folders in `parent` that belong to processes that have ended."""
     for folder in parent.glob(f"{_PREFIX}[0-9]*-*"):
         with suppress(OSError):  # of another user, or deleted meanwhile
             process_id = folder.name.removeprefix(_PREFIX).partition("-")[0]

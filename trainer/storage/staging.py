@@ -118,7 +118,7 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
     """List the files that `stage` would download, and choose the folder for their copies.
 
-    The arguments are those of `stage`, which raises the same DataError and Interrupted.
+    The arguments and the errors (except OSError) are those of `stage`.
     """
     root, end, is_pattern = _split_address(address)
     folder = find_copy_folder(root, cache_dir)

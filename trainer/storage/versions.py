@@ -1,8 +1,8 @@
 """Numbered versions of a model in one folder, NAME/1, NAME/2, ..., as TensorFlow Serving and `trainer.serve` read them.
 
 A version is visible to servers while its `saved_model.pb` exists. A local version becomes visible by renaming its
-folder. A bucket has no atomic rename, so there `saved_model.pb` is uploaded last and deleted first. A new version gets
-the highest number.
+folder. A bucket has no atomic rename, so there `saved_model.pb` is uploaded last and deleted first. A new version has a
+higher number than all others.
 """
 
 import os
