@@ -271,10 +271,10 @@ def read_image(record: RecordLocation) -> bytes:
     example, fault = _read_example(record)
     if fault:
         raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
-    value = example.features.feature.get(record.image_field)
-    if value is None or len(value.bytes_list.value) != 1:
+    feature = example.features.feature.get(record.image_field)
+    if feature is None or len(feature.bytes_list.value) != 1:
         raise _missing_image_error(_append_source_name(record.name, example), record.image_field, example)
-    return value.bytes_list.value[0]
+    return feature.bytes_list.value[0]
 
 
 SOURCE_FIELD = "filename"  # field in which `trainer.prepare` stores the name of the image file
@@ -299,9 +299,9 @@ def read_source_names(split: Split) -> Iterator[str]:
 def _get_source_name(example: Any) -> str:
     """Return the file name that an Example stores, escaped. Return "" if it stores none, or `example` is None."""
     for field in () if example is None else _SOURCE_FIELDS:
-        value = example.features.feature.get(field)
-        if value is not None and len(value.bytes_list.value) == 1:
-            return _escape_text(value.bytes_list.value[0])
+        feature = example.features.feature.get(field)
+        if feature is not None and len(feature.bytes_list.value) == 1:
+            return _escape_text(feature.bytes_list.value[0])
     return ""
 
 

@@ -25,8 +25,8 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     """Locate a dataset that data.data_dir in a bucket contains, and decide whether its shards can be streamed.
 
     Returns:
-        The settings, with data.root in place of data.data_dir if that is in a bucket; and the bucket folder whose
-        shards can be fetched while they are read. The folder is None for a local dataset and for sources other than
+        The settings, with data.root instead of data.data_dir if that is in a bucket; and the bucket folder whose shards
+        can be fetched while they are read. The folder is None for a local dataset and for sources other than
         tfds. It is also None with data.group_field or data.corrections, because only the records store the groups and
         the file names that these settings need before training.
 

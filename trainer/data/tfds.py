@@ -302,10 +302,10 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     Raises:
         DataError: the split does not exist, is empty, or has a shard outside of the dataset's folder.
     """
-    existing = ", ".join(
+    split_list = ", ".join(
         f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items()
     )
-    key, fix = f"data.{name}_split", f"set a split string over {existing}"
+    key, fix = f"data.{name}_split", f"set a split string over {split_list}"
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
