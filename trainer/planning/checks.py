@@ -163,6 +163,8 @@ def describe_warm_start(run: str) -> str:
 def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
     """Match a local warm start with the model as a run does, and return the warning of the run; "" if there is none.
 
+    A warm start in a bucket is not checked, since that would download the checkpoint.
+
     Raises:
         DataError: the checkpoint cannot be read, or does not fit the backbone.
     """
