@@ -74,7 +74,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         raise DataError(problem, key=KEY, value=address, fix=f"{fix}, or its output_dir")
 
     def forward(images: Any) -> Any:
-        assert loaded is not None  # this reference prevents that the variables are deleted
+        assert loaded is not None  # while this function refers to `loaded`, its variables are not deleted
         return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward, count_variable_bytes(signature.variables))

@@ -34,7 +34,7 @@ class BackboneSpec:
     min_size: int  # minimum image side in pixels
     block_pattern: str  # regular expression, searched in layer names
     block_name: str = r"\1"  # template of the block name, expanded with the match
-    stem_end: str | None = None  # last layer before the first block; None if each layer of a block has its name
+    stem_end: str | None = None  # last layer before the first block; None if a block begins with a layer of its name
     takes_alpha: bool = False  # whether the network has a width multiplier
     weight_sizes: tuple[int, ...] = ()  # image sides with separate ImageNet weights; () if one file is for all sizes
 
@@ -172,7 +172,7 @@ def _normalize(name: str) -> str:
 
 
 def find_backbone(name: str) -> BackboneSpec:
-    """Return the backbone with a name. Case, spaces, dots, underscores and hyphens are ignored.
+    """Return the backbone called `name`. Case, spaces, dots, underscores and hyphens are ignored.
 
     Raises:
         ModelError: no backbone has that name. Its `fix` suggests the closest name, or lists all names.

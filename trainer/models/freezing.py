@@ -26,7 +26,7 @@ class ThawPlan:
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
     groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the nonempty `GROUPS`
-    first_thawed: int | None  # index in backbone.layers of the first layer with trainable weights; None without one
+    first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
     first_name: str | None  # name of that layer
     thawed_layers: int  # number of backbone layers that the rule selects
     layer_count: int  # number of backbone layers

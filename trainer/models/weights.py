@@ -1,4 +1,4 @@
-"""Load the initial weights of a backbone: published ImageNet weights, the packaged file, another file, or none."""
+"""Load the initial weights of a backbone: ImageNet weights, the packaged file, another file, or random values."""
 
 import os
 import zipfile
