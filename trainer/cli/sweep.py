@@ -274,7 +274,8 @@ class Sweep:
         scored_jobs, failed_jobs = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         lines = [""]
         for job in self.jobs:
-            score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
+            outcome = f"failed (exit code {job.code})" if job.code else "has no report/report.json"
+            score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else outcome
             lines.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
         lines += self._describe_seeds()
         if scored_jobs:
@@ -291,7 +292,7 @@ class Sweep:
                 f"{len(failed_jobs)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed_jobs)})"
             )
             error = TrainerError(problem, fix="read their errors above")
-            error.exit_code = failed_jobs[0].code
+            error.exit_code = failed_jobs[0].code or WRONG_INPUT
             raise error
 
 

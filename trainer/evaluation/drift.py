@@ -235,7 +235,7 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
         valid &= len(stored_names) == len(expected_names)
         valid &= lengths == (len(expected_names), CONFIDENCE_BINS) and reference["n"] > 0
         histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
-        valid &= all(np.isfinite(np.asarray(values, np.float64)).all() for values in histograms)
+        valid &= all(0 < np.sum(values) < np.inf and np.min(values) >= 0 for values in histograms)
         valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
         require_nonnegative(reference.get("embedding", {}).get("n", 1))
     except CONTENT_ERRORS:

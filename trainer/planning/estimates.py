@@ -145,7 +145,8 @@ def measure_resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes in macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)

@@ -147,7 +147,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 newest = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[newest["phase"]]
                 state = f"has this run, which would resume at step {newest['step']:,}, phase {phase}"
-            if (holder := find_folder_holder(config)) and not state.startswith("finished"):
+            if (holder := find_folder_holder(config)) and not plan.finished:
                 plan.warnings.append(f"output_dir={output} is in use by {holder}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would fail: {plan.faults[-1]}"

@@ -114,8 +114,6 @@ def estimate_time(
         Seconds by name of the phase, and of "scoring"; {} if the measurements exceed `BUDGET_SECONDS`.
     """
     deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
-    if time.monotonic() >= deadline:
-        return {}
     scoring, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
     for name, phase in config.phases.items():
         if time.monotonic() >= deadline:

@@ -37,4 +37,4 @@ def main() -> None:
             package = str(error.name).partition(".")[0]
             raise ConfigError(f"{package} is not installed", fix="run pip install 'kubetune[serve]'") from None
         with listen(settings.host, settings.port) as listener:
-            run_service(lambda: Relay(settings), listener, lambda relay, _server: relay.follow_upstream())
+            run_service(lambda: Relay(settings), listener, lambda relay: relay.follow_upstream())

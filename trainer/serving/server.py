@@ -148,7 +148,7 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     """
 
     def load(service: Service, server: Server) -> Coroutine[Any, Any, None]:
-        return _load(service, server, load_model)
+        return _load(service, load_model)
 
     with listen(settings.host, settings.port) as listener:
         run_service(lambda: Service(settings, export), listener, load, f" while {export.folder} is loaded")
@@ -168,7 +168,7 @@ def listen(host: str, port: int) -> socket.socket:
 def run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    work: Callable[[AnyService], Coroutine[Any, Any, None]],
     note: str = "",
 ) -> None:
     """Run a service until a signal stops it and all accepted requests have a response; run `work` meanwhile.
@@ -176,7 +176,7 @@ def run_service(
     Args:
         make_service: makes the service; called in the event loop.
         listener: the socket from `listen`.
-        work: background task of the service. If it cannot continue, it sets `server.should_exit` and raises.
+        work: background task of the service. An error of it stops the server.
         note: text after the address in the log line.
 
     Raises:
@@ -189,7 +189,7 @@ def run_service(
 async def _run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    work: Callable[[AnyService], Coroutine[Any, Any, None]],
     note: str,
 ) -> None:
     service = make_service()
@@ -227,7 +227,12 @@ async def _run_service(
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop, signum)
-    work_task = asyncio.create_task(work(service, server))
+    work_task = asyncio.create_task(work(service))
+
+    def stop_after_error(task: asyncio.Task[None]) -> None:
+        server.should_exit |= not task.cancelled() and task.exception() is not None
+
+    work_task.add_done_callback(stop_after_error)
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info(f"listening on http://{host}:{port}/{note}")
@@ -243,15 +248,11 @@ async def _run_service(
     log.info(f"{signals[0]}: every accepted request got its response")
 
 
-async def _load(service: Service, server: Server, load_model: LoadModel) -> None:
+async def _load(service: Service, load_model: LoadModel) -> None:
     """Load the model in a thread, so that the server responds meanwhile, and then newer versions as they appear.
 
-    If no version can be loaded, this stops the server and raises the error.
+    Raises the error of the newest version if no version can be loaded.
     """
-    try:
-        failed = await load_first(service, load_model)
-    except Exception:
-        server.should_exit = True
-        raise
+    failed = await load_first(service, load_model)
     if service.settings.poll:
         await follow_versions(service, load_model, failed)
