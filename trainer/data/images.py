@@ -444,8 +444,7 @@ class ImageStore:
 
         Args:
             size: side of the images in pixels.
-            check: called between decoded batches with a text such as "while the train images were decoded"; raises to
-                stop.
+            check: called between batches, for example with "while the train images were decoded"; raises to stop.
         """
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images

@@ -32,8 +32,8 @@ def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    The product is a 2 x 2 matrix of float32 [b]. It maps output coordinates relative to the center of the output to
-    source coordinates relative to the center of the crop.
+    The product is a 2 x 2 matrix, whose entries are numbers or float32 [b]. It maps output coordinates relative to the
+    center of the output to source coordinates relative to the center of the crop.
     """
 
     def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:

@@ -27,9 +27,9 @@ def apply_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
 def _random_squares(
     sides: tf.Tensor, draws: Draws, center_draws: tuple[int, int], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw one square per image, of the given `sides`, int32 [b], and clip it to the image.
+    """Draw one square per image, with the sides `sides`, int32 [b], and clip it to the image.
 
-    `center_draws` are the draws of its center, x and y; `size` is the image side S, in pixels.
+    `center_draws` are the draws of its center, x and y. `size` is the side S of the images in pixels.
 
     Returns:
         Masks of the squares in flattened images, bool [b, S, 3 S], and their numbers of pixels, int32 [b].
@@ -45,10 +45,7 @@ def _random_squares(
 
 
 def _flatten(images: tf.Tensor) -> tf.Tensor:
-    """Reshape images to [b, S, 3 S].
-
-    To broadcast a mask over a last axis of three channels would take three times as long.
-    """
+    """Reshape images to [b, S, 3 S]. Broadcasting a mask over a last axis of channels takes three times as long."""
     return tf.reshape(images, [-1, images.shape[1], 3 * images.shape[1]])
 
 
