@@ -57,7 +57,7 @@ from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
 from trainer.runs.folder import RunFolder, resolve_auto_once
-from trainer.runs.metrics import MetricsWriter, truncate_metrics
+from trainer.runs.metrics import MetricsWriter, count_steps_to_profile, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.runs.stored_run import without_weights
@@ -352,7 +352,8 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
     while left > 0:
         run.metrics.profile(state.step, profile_steps)
         traced = current.step.traced
-        count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every)
+        count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every,
+            count_steps_to_profile(state.step, profile_steps))  # fmt: skip
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
         slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
         with run.clock.span(*activity), slow, convert_data_errors(current.inputs.training):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.compat.proto.event_pb2 import Event
 
-from trainer.runs.metrics import MetricsWriter, truncate_metrics
+from trainer.runs.metrics import MetricsWriter, count_steps_to_profile, truncate_metrics
 
 
 def entry(step: int) -> dict[str, object]:
@@ -96,3 +96,15 @@ def test_of_a_damaged_event_file_a_copy_remains(tmp_path: Path, position: int) -
     assert [path.read_bytes() for path in copies] == [bytes(content)]
     assert "tfevents" not in copies[0].name
     assert len(file.read_bytes()) < len(content)
+
+
+def test_the_profiler_records_the_first_to_the_last_step_of_its_window(tmp_path: Path) -> None:
+    """With ten steps in a device call, which would pass over the window."""
+    metrics, step, recorded, window = MetricsWriter(tmp_path, "lines", batch_size=4), 0, [], (3, 5)
+    while step < 20:
+        metrics.profile(step, window)
+        count = min(10, count_steps_to_profile(step, window))
+        recorded += [step + 1 + n for n in range(count) if metrics._profiling]
+        step += count
+    assert recorded == [3, 4, 5]
+    assert list((tmp_path / "logs" / "plugins" / "profile").iterdir())

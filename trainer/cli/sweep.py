@@ -29,7 +29,7 @@ from trainer.cluster.processes import module_command
 from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
-from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
+from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, make_session_end_summary

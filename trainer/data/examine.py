@@ -6,11 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from trainer.data.records import locate_records, read_image
+from trainer.data.records import RecordLocation, locate_records, read_image
 from trainer.data.splits import take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
@@ -41,29 +40,35 @@ def parse_orientation(data: bytes) -> int:
     return 1
 
 
-def _make_sample_readers(split: Split) -> list[Callable[[], bytes]]:
-    """Make functions that each read one example of a sample: the beginning of its file, or the image in its record."""
+def _make_sample_readers(split: Split) -> list[Callable[[int], bytes]]:
+    """Make functions that each read one example of a sample: at most so many bytes of its file, or the whole record.
 
-    def read_file(path: str) -> bytes:
+    With -1 they read the whole file.
+    """
+
+    def read_file(path: str, max_bytes: int) -> bytes:
         with open(path, "rb") as file:
-            return file.read(_HEAD_BYTES)
+            return file.read(max_bytes)
+
+    def read_record(record: RecordLocation, _max_bytes: int) -> bytes:
+        return read_image(record)
 
     if split.files:
         indices = np.unique(np.linspace(0, split.count - 1, min(split.count, MAX_FILES)).astype(int))
         return [partial(read_file, split.files[i]) for i in indices]
     # Only the first records, which are in few shards: to locate a record, all record headers of its shard are read.
     records = locate_records(take(split, np.arange(min(split.count, MAX_RECORDS))))
-    return [partial(read_image, record) for record in records]
+    return [partial(read_record, record) for record in records]
 
 
 def examine_images(split: Split) -> list[str]:
     """Return notes on EXIF orientations and 16-bit PNGs in a sample of the training images, which must be local."""
     readers = _make_sample_readers(split)
 
-    def examine(read: Callable[[], bytes]) -> tuple[int, bytes]:
+    def examine(read: Callable[[int], bytes]) -> tuple[int, bytes]:
         """Return the EXIF orientation of an image, and its data if it is a 16-bit PNG, otherwise b""."""
         try:
-            data = read()
+            data = read(_HEAD_BYTES)
         except (OSError, DataError):  # the error is reported when the image is decoded
             return 1, b""
         health.record_progress()
@@ -80,11 +85,11 @@ def examine_images(split: Split) -> list[str]:
         summary = f"{num_marked} of {sample} {'has' if num_marked == 1 else 'have'} an EXIF orientation"
         notes.append(f"{summary}: {treatment} (data.orientation={split.orientation})")
     if deep_samples:
-        notes.append(_note_depth(split, [(i, readers[i]) for i in deep_samples], sample))
+        notes.append(_note_depth([readers[i] for i in deep_samples], sample))
     return notes
 
 
-def _note_depth(split: Split, readers: list[tuple[int, Callable[[], bytes]]], examined: str) -> str:
+def _note_depth(readers: list[Callable[[int], bytes]], examined: str) -> str:
     """Return a note on PNGs with 16 bits per channel, with their maximum value if they would become almost black.
 
     `examined` describes the sample, such as "200 examined training images".
@@ -92,12 +97,11 @@ def _note_depth(split: Split, readers: list[tuple[int, Callable[[], bytes]]], ex
     from PIL import Image
 
     maximum = 0
-    for index, read in readers[:_MAX_DECODED]:
-        with suppress(Exception):  # corrupt images raise many exception types, and are reported when they are decoded
-            content = read() if split.shards else Path(split.files[index]).read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                if image.mode.startswith("I"):  # Pillow reads 16 bits of gray, but only 8 of color
-                    maximum = max(maximum, int(np.asarray(image).max()))
+    for read in readers[:_MAX_DECODED]:
+        # Corrupt images raise many exception types, and are reported when they are decoded.
+        with suppress(Exception), Image.open(io.BytesIO(read(-1))) as image:
+            if image.mode.startswith("I"):  # Pillow reads 16 bits of gray, but only 8 of color
+                maximum = max(maximum, int(np.asarray(image).max()))
     note = f"{len(readers)} of {examined} are PNGs with 16 bits per channel, of which the upper 8 are used"
     if 0 < maximum < 2**14:
         note += (

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 

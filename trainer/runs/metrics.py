@@ -81,6 +81,15 @@ def _is_retained(line: bytes, step: int, epoch_step: int) -> bool | None:
         return None
 
 
+def count_steps_to_profile(step: int, window: tuple[int, int] | None) -> int:
+    """Return the number of steps after `step` before the profiler starts or stops, a very large one if it does not.
+
+    Every worker computes it, so that all run the same number of steps in a device call.
+    """
+    boundaries = [window[0] - 1, window[1]] if window else []
+    return next((boundary - step for boundary in boundaries if boundary > step), sys.maxsize)
+
+
 class MetricsWriter:
     """Writes the metrics of a run on the chief. On other workers it only sets the gauges for `/metrics`.
 
@@ -202,12 +211,12 @@ class MetricsWriter:
         """Start or stop TensorBoard's profiler before a device call, so that it records the steps in `window`.
 
         Args:
-            step: steps of the run before the device call. The profiler starts if window[0] <= step < window[1].
-            window: the first step and the end; None to stop the profiler.
+            step: steps of the run before the device call, which ends at `count_steps_to_profile` more at the latest.
+            window: the first and the last step, counted from 1; None to stop the profiler.
         """
         if self.folder is None:
             return
-        if window and not self._profiling and window[0] <= step < window[1]:
+        if window and not self._profiling and window[0] - 1 <= step < window[1]:
             tf.profiler.experimental.start(str(self.folder / "logs"))
             self._profiling = True
         elif self._profiling and not (window and step < window[1]):

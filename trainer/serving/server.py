@@ -147,7 +147,7 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
     """
 
-    def load(service: Service, server: Server) -> Coroutine[Any, Any, None]:
+    def load(service: Service) -> Coroutine[Any, Any, None]:
         return _load(service, load_model)
 
     with listen(settings.host, settings.port) as listener:
