@@ -59,10 +59,17 @@ def test_what_is_no_export_is_described(
 def test_a_reference_of_another_model_is_an_error(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "1")
     file = folder / "assets" / "reference.json"
-    valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 20}}
+    valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 19 + [3]}}
     file.write_text(json.dumps(valid))
     assert find(folder, tmp_path).reference == valid
-    for content in ({}, [], valid | {"class_frequencies": [1]}, valid | {"n": 0}, valid | {"confidence_histogram": 1}):
+    for content in (
+        {},
+        [],
+        valid | {"class_frequencies": [1]},
+        valid | {"n": 0},
+        valid | {"confidence_histogram": {"counts": [0] * 20}},
+        valid | {"confidence_histogram": 1},
+    ):
         file.write_text(json.dumps(content))
         with raises(DataError, key="model", value=str(folder), problem="reference.json is corrupt or of another model"):
             find(folder, tmp_path)
@@ -106,7 +113,7 @@ def test_labels_that_an_editor_has_given_a_byte_order_mark_are_read(tmp_path: Pa
 )  # fmt: skip
 def test_a_reference_whose_embedding_is_damaged_is_an_error(tmp_path: Path, embedding: object) -> None:
     folder = saved_model(tmp_path / "1")
-    valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 20}}
+    valid = {"n": 3, "class_frequencies": [0.5, 0.5], "confidence_histogram": {"counts": [0] * 19 + [3]}}
     (folder / "assets" / "reference.json").write_text(json.dumps(valid | {"embedding": embedding}))
     with raises(DataError, key="model", value=str(folder), problem="reference.json is corrupt or of another model"):
         find(folder, tmp_path)
