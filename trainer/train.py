@@ -57,7 +57,7 @@ from trainer.planning.estimates import measure_resident_bytes
 from trainer.planning.warnings import find_run_warnings
 from trainer.runs.clock import BREAKDOWN_FILE, Clock
 from trainer.runs.folder import RunFolder, resolve_auto_once
-from trainer.runs.metrics import MetricsWriter, truncate_metrics
+from trainer.runs.metrics import MetricsWriter, count_steps_to_profile, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
 from trainer.runs.stored_run import without_weights
@@ -230,7 +230,8 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
-        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step)
+        epoch_step = run.state.history[-1]["step"] if run.state.history else 0
+        truncate_metrics(run.saver.path / "metrics.jsonl", run.saver.path / "logs", step, epoch_step)
 
     control.broadcast("begin", write)
     run.state.starts += 1
@@ -264,7 +265,7 @@ def make_plan(
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Freeze layers, assign the `restored` variables, train until the last step or early stopping, load phase weights."""
+    """Freeze layers, assign the `restored` variables, train to the last step or early stopping, load phase weights."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -351,7 +352,8 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
     while steps_left > 0:
         run.metrics.profile(state.step, profile_steps)
         traced = current.step.traced
-        count = min(runtime.steps_per_call if traced else 1, steps_left, log_every - state.step % log_every)
+        count = min(runtime.steps_per_call if traced else 1, steps_left, log_every - state.step % log_every,
+            count_steps_to_profile(state.step, profile_steps))  # fmt: skip
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
         slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
         with run.clock.span(*activity), slow, convert_data_errors(current.inputs.training):

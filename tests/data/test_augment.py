@@ -194,7 +194,7 @@ def test_the_same_bits_in_any_batch(augmentation: Augmentation) -> None:
     # Compiled for each size, as a pipeline is: the optimizer of graphs may round otherwise than eager execution.
     compiled = tf.function(lambda images, epoch, index: augment(images, augmentation, SEED, epoch, index))
     whole = compiled(tf.constant(IMAGES), tf.constant(epoch), tf.constant(INDEX)).numpy()
-    for rows in ([5], [11, 3, 0, 8, 2], list(range(COUNT))[::-1] * 3):
+    for rows in ([5], list(range(COUNT))[::-1] * 3):
         some = compiled(tf.constant(IMAGES[rows]), tf.constant(epoch[:1].repeat(len(rows))), tf.constant(INDEX[rows]))
         np.testing.assert_array_equal(some, whole[rows])
 

@@ -175,6 +175,16 @@ def test_pixels_of_12_bits_are_noted(tmp_path: Path, largest: int, more: str) ->
     assert note in notes
 
 
+def test_the_pixels_of_a_sample_are_those_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.examine.MAX_FILES", 2)  # the first and the last file
+    root = fill_folder(tmp_path / "scans", {"cat": 2, "dog": 4})
+    last = Path(folder(tmp_path, root, validation_fraction=0).splits["train"].files[-1])
+    Image.fromarray(np.full((10, 10), 4095, np.uint16)).save(last, "PNG")
+    (note,) = [n for n in folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
+    assert note.startswith("1 of 2 examined training images are PNGs with 16 bits")
+    assert "their largest value is 4,095" in note
+
+
 def labelled(count: int = 8) -> LabeledImages:
     """Images of 4 kB."""
     noise = np.random.default_rng(1).integers(0, 255, (count, 36, 36, 3), np.uint8)

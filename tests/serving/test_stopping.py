@@ -1,5 +1,6 @@
 """Signals: accepted requests are answered, and the exit code is documented."""
 
+import asyncio
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ from tests.e2e.running import catches
 from tests.serving.images import photo
 from tests.serving.running import ROOT, Exported, Served
 from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
+from trainer.serving.server import listen, run_service
 
 
 def post_until_refused(url: str, number: int, ends: Counter[str]) -> None:
@@ -153,3 +156,23 @@ def test_a_damaged_export_ends_with_2(exported: Exported, tmp_path: Path, name: 
     file.write_bytes(file.read_bytes()[:3000])
     error = run(f"model={tmp_path}", "port=0", cwd=tmp_path).stderr
     assert re.search(f"error: model={tmp_path}: .*{problem}.*; export it again", error), error
+
+
+async def respond(_scope: object, _receive: object, _send: object) -> None:
+    """Serve no request."""
+
+
+async def fail(_service: object) -> None:
+    await asyncio.sleep(0.2)
+    raise RuntimeError("the background task failed")
+
+
+def test_an_error_of_the_background_task_stops_the_server() -> None:
+    """Such as the check of TensorFlow Serving in a relay, without which it would be ready for ever."""
+    settings = SimpleNamespace(host="127.0.0.1", linger=0.0, drain=1.0)
+    service = SimpleNamespace(
+        settings=settings, app=respond, stopping=False, loading=False, active=0, cancelled=0,
+        close=lambda: None, close_log=lambda: None,
+    )  # fmt: skip
+    with listen("127.0.0.1", 0) as listener, pytest.raises(RuntimeError, match="the background task failed"):
+        run_service(lambda: service, listener, fail)

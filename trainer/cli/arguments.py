@@ -9,8 +9,8 @@ from trainer.config.keys import suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
-NOTHING = "(?!)"  # regular expression that matches no text
-ALL = "(?s:.*)"  # regular expression that matches any text
+NOTHING = "(?!)"  # regular expression that matches no string
+ALL = "(?s:.*)"  # regular expression that matches any string, line breaks included
 ADDRESSES = (
     "run",
     "model",
@@ -21,11 +21,14 @@ ADDRESSES = (
     "log",
     "to",
     "runs",
-)  # keys of commands other than training
+)  # arguments of commands other than training whose value is a local path or a bucket address
 
 
 def require_address(address: str, key: str | None = None) -> str:
-    """Return an address of a local file or in a bucket; raise a ConfigError about `key` if it is neither."""
+    """Return `address` unchanged if it is a local path or a gs:// or s3:// address.
+
+    Raises ConfigError if it is neither. The error is about the argument `key`; None if the argument has no key.
+    """
     try:
         return check_address(address)
     except InvalidValue as error:
@@ -34,7 +37,7 @@ def require_address(address: str, key: str | None = None) -> str:
 
 
 def format_usage(doc: str | None) -> str:
-    """Format the usage line of a command, which is its module docstring up to the first colon."""
+    """Return the usage of a command in one line: its module docstring up to the first colon, without backquotes."""
     return " ".join(re.split(r":\s", doc or "")[0].replace("`", "").split())
 
 
@@ -44,16 +47,18 @@ def parse_arguments(
     """Parse the arguments of a command. `--help` prints `doc`, `--version` prints the version, and both exit.
 
     Args:
+        arguments: command-line arguments, without the command.
         doc: module docstring of the command, which begins with its usage.
-        keys: key -> problem to report if it is missing, or "" if it is optional.
-        more: regular expression for additional keys.
-        rest: regular expression for arguments that are returned unchanged.
+        keys: key -> problem to report if the argument is missing, or "" if it is optional.
+        more: regular expression of further keys that are accepted.
+        rest: regular expression of arguments without such a key that are accepted too, and returned unparsed.
 
     Returns:
         The values by key, and the arguments that match `rest`.
 
     Raises:
-        ConfigError: an argument is not `key=value`, unknown, empty or given twice, or a required one is missing.
+        ConfigError: an argument is unknown, not `key=value`, not UTF-8, empty or given twice, the value of a key in
+            `ADDRESSES` is not an address, or a required argument is missing.
         SystemExit: after `--help` or `--version`.
     """
     if {"-h", "--help"} & set(arguments):
@@ -63,25 +68,25 @@ def parse_arguments(
         print(f"kubetune {trainer.__version__}")
         raise SystemExit
     values: dict[str, str] = {}
-    unchanged: list[str] = []
+    unparsed_arguments: list[str] = []
     fix = f"write {format_usage(doc)}"
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not is_utf8(argument):
-            key, value, rename = key if equals else "argument", value or argument, "rename it, or give a link to it"
-            raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{rename} with such a name")
+            key, value, advice = key if equals else "argument", value or argument, "rename it, or give a link to it"
+            raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{advice} with such a name")
         if equals and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)
             values[key] = require_address(value, key) if key in ADDRESSES else value
         elif re.fullmatch(rest, argument):
-            unchanged.append(argument)
+            unparsed_arguments.append(argument)
         elif equals:
-            near = suggest_name(key, list(keys))
-            fix = f"{near} {fix}" if near.endswith("?") else f"{near}; {fix}"
+            suggestion = suggest_name(key, list(keys))
+            fix = f"{suggestion} {fix}" if suggestion.endswith("?") else f"{suggestion}; {fix}"
             raise ConfigError("there is no such argument", key=key, fix=fix)
         else:
             raise ConfigError("is not key=value", key=argument, fix=f"{fix}; known: {', '.join(keys)}")
-    if missing := next((key for key, problem in keys.items() if problem and key not in values), None):
-        raise ConfigError(keys[missing], key=missing, fix=fix)
-    return values, unchanged
+    if missing_key := next((key for key, problem in keys.items() if problem and key not in values), None):
+        raise ConfigError(keys[missing_key], key=missing_key, fix=fix)
+    return values, unparsed_arguments

@@ -35,19 +35,22 @@ from trainer.errors import ConfigError
 
 
 def find_conf_folder() -> Path:
-    """Return the folder `conf`, which is inside an installed package, but next to the package in a checkout."""
+    """Return the folder `conf`: packaged_conf `trainer` in an installed package, next to `trainer` in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    packaged_conf = package / "conf"
+    return packaged_conf if packaged_conf.is_dir() else package.parent / "conf"
 
 
 def list_choices(group: str) -> list[str]:
-    """List the choices of a group: the files directly in its folder. Those in subfolders belong to one experiment."""
+    """List the choices of a config group, such as `model`: the names of the YAML files in its folder.
+
+    Files in subfolders are omitted, because they belong to single experiments.
+    """
     return sorted(path.stem for path in (find_conf_folder() / group).glob("*.yaml"))
 
 
 def format_help() -> str:
-    """Format the text of `--help`, with the meaning and the choices of each group."""
+    """Format the text of `--help`, with the meaning and the choices of each config group."""
     template = yaml.safe_load((find_conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
     groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(list_choices(group)), 106), '    ')}"
               for group, meaning in GROUPS.items()]  # fmt: skip
@@ -55,16 +58,20 @@ def format_help() -> str:
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1` into `++a.b=1`, so that the validator gets unknown keys; keep groups and Hydra's keys unchanged."""
+    """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `load` then reports with a suggestion.
+
+    Config groups and keys of Hydra are returned is_group_or_hydra_key.
+    """
     match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
-    unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
-    return argument if unchanged else "++" + argument.lstrip("+")
+    is_group_or_hydra_key = not match or match[1].startswith("hydra") or match[1] in GROUPS
+    return argument if is_group_or_hydra_key else "++" + argument.lstrip("+")
 
 
-def _choose_of_teacher(argument: str) -> str:
-    """Turn `distillation.model=NAME` into the choice of a file of the group `model`, and the same for `phases`.
+def _choose_teacher_group(argument: str) -> str:
+    """Turn `distillation.model=NAME` into `+model@distillation.model=NAME`, so that Hydra reads conf/model/NAME.yaml.
 
-    Raises ConfigError if there is no such file.
+    The same applies to `distillation.phases`. Any other argument is returned unchanged. Raises ConfigError if there is
+    no such file.
     """
     match = re.fullmatch(r"\+*(distillation\.(model|phases))=([\w,-]+)", argument)
     if not match or match[3] == "null":
@@ -84,18 +91,26 @@ def is_sweep(arguments: list[str]) -> bool:
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
-# Runs a job of a sweep with its configuration, its overrides and Hydra's settings, and returns its score.
+# Function that is called for each job of a sweep with its configuration, its overrides and Hydra's settings. It returns
+# the score of the job, None if there is none.
 RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
 def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, Any] | None:
-    """Compose and resolve the configuration. Without `experiment` and `data` it is that of the quickstart.
+    """Compose the configuration with Hydra, and resolve its interpolations.
+
+    If the arguments choose neither `experiment` nor `data`, the experiment is `quickstart`.
+
+    Args:
+        arguments: command-line arguments of a run, without the command.
+        run_job: called for each job if the arguments request a sweep; None composes the first job only.
 
     Returns:
-        The configuration; None after `--help`, `--version` or `--cfg`, or if `run_job` ran the jobs of a sweep.
+        The configuration; None after `--help`, `--version` or `--cfg`, or if `run_job` was called.
 
     Raises:
-        ConfigError: a group or file is unknown, a value cannot be parsed, or a required one (`???`) is missing.
+        ConfigError: an option, group or file is unknown, a value cannot be parsed or resolved, or a required value
+            (`???`) is missing.
     """
     if {"-h", "--help"} & set(arguments):
         print(format_help())
@@ -113,14 +128,15 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         composed.append(tree)
         return None
 
-    # Otherwise Hydra prints the error itself and exits with code 1.
+    # Makes Hydra raise its errors instead of printing them and exiting with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # conf/config.yaml reads the folder of a sweep from this variable.
     os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    chosen = {a.split("=")[0] for a in arguments}
-    arguments = [_allow_new_key(_choose_of_teacher(a)) for a in arguments]
-    if "sweep" not in chosen:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
+    given_keys = {a.split("=")[0] for a in arguments}
+    arguments = [_allow_new_key(_choose_teacher_group(a)) for a in arguments]
+    if "sweep" not in given_keys:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
-    if not chosen & {"experiment", "data"}:
+    if not given_keys & {"experiment", "data"}:
         arguments.append("experiment=quickstart")
     original, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
     try:
@@ -137,7 +153,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
 
 
 def _format_yaml(tree: dict[str, Any]) -> str:
-    """Write a configuration as YAML; a comment lists the keys of a section that is null."""
+    """Format a configuration as YAML, with a comment after each section that is null, which lists its keys."""
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     for name in (name for name, value in tree.items() if value is None):
         if keys := [key for key in list_keys(RequestedConfig) if key.startswith(f"{name}.")]:
@@ -146,32 +162,41 @@ def _format_yaml(tree: dict[str, Any]) -> str:
 
 
 def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
-    """Remove `--cfg job`, and return also whether it was there. With other options, it remains for Hydra."""
-    rest, has_cfg_job = [], False
-    for previous, text in zip(["", *arguments], arguments, strict=False):
-        has_cfg_job |= text in ("--cfg=job", "-c=job") or (text == "job" and previous in ("--cfg", "-c"))
-        if text not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
-            rest.append(text)
-    is_only_option = has_cfg_job and not any(text.startswith("-") for text in rest)
-    return (rest, True) if is_only_option else (arguments, False)
+    """Remove `--cfg job` and `--resolve`, unless there are other options, with which Hydra prints the configuration.
+
+    Returns the arguments, and whether `--cfg job` was removed.
+    """
+    other_arguments, has_cfg_job = [], False
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        has_cfg_job |= argument in ("--cfg=job", "-c=job") or (argument == "job" and previous in ("--cfg", "-c"))
+        if argument not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
+            other_arguments.append(argument)
+    is_only_option = has_cfg_job and not any(argument.startswith("-") for argument in other_arguments)
+    return (other_arguments, True) if is_only_option else (arguments, False)
 
 
 def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
-    """Validate a composed configuration. A ConfigError lists its faults, or keys in `arguments` that are not read."""
+    """Validate a composed configuration, and require that each key in the command-line `arguments` has an effect.
+
+    Raises ConfigError, which lists all faults of the configuration, or else all keys in `arguments` that are not read.
+    """
     config = load(composed)
     require_read(config, list_given_keys(arguments))
     return config
 
 
 def resolve(tree: DictConfig) -> dict[str, Any]:
-    """Resolve the interpolations of a composed configuration.
+    """Resolve the interpolations of a composed configuration, and return it as plain dicts, lists and scalars.
 
-    Raises ConfigError if a required value (`???`) is missing, or an interpolation cannot be resolved.
+    The mappings in training.class_weights and data.class_names, which are strings until then, become dicts.
+
+    Raises ConfigError if a required value (`???`) is missing, an interpolation cannot be resolved, or one of these
+    mappings cannot be parsed.
     """
     try:
-        if missing := sorted(OmegaConf.missing_keys(tree)):
-            arguments = " ".join(f"{key}=..." for key in missing)
-            raise ConfigError("must be given", key=missing[0], fix=f"add {arguments} to the command line")
+        if missing_keys := sorted(OmegaConf.missing_keys(tree)):
+            arguments = " ".join(f"{key}=..." for key in missing_keys)
+            raise ConfigError("must be given", key=missing_keys[0], fix=f"add {arguments} to the command line")
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise _config_error(error) from None
@@ -183,24 +208,26 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
 
 
 def _config_error(error: Exception) -> ConfigError:
-    """Translate an error of Hydra or OmegaConf."""
-    text = str(error) or str(error.__cause__)  # some errors of Hydra have no text of their own
+    """Translate an error of Hydra or OmegaConf to a ConfigError."""
+    text = str(error) or str(error.__cause__)  # the message of some Hydra errors is in the cause only
     if "Could not find 'hydra/sweeper/optuna'" in text:
         problem = "a search by Optuna needs the extra `sweep`, which is not installed"
         return ConfigError(problem, fix="pip install 'kubetune[sweep]'")
-    if choice := re.search(r"Could not find '(\w+)/([\w./-]+)'", text):
-        group, name = choice.groups()
+    if group_match := re.search(r"Could not find '(\w+)/([\w./-]+)'", text):
+        group, name = group_match.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
         fix = fix_of_choice(group, name)
         fix = fix if fix.startswith("write") else suggest_name(name, list_choices(group))
         return ConfigError(f"there is no such {group}", key=group, value=name, fix=fix)
-    if unknown := re.search(r"Could not override '([^']+)'", text):
+    if key_match := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(
-            "there is no such key", key=unknown[1], fix=suggest_key(unknown[1], [*GROUPS, *list_keys(RequestedConfig)])
+            "there is no such key",
+            key=key_match[1],
+            fix=suggest_key(key_match[1], [*GROUPS, *list_keys(RequestedConfig)]),
         )
     lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
-    if key := re.search(r"full_key: (\S+)", text):
+    if interpolation_match := re.search(r"full_key: (\S+)", text):
         fix = r"refer to another key, such as ${seed}, or write \${ for these characters"
-        return ConfigError(f"cannot be resolved: {lines[0]}", key=key[1], fix=fix)
+        return ConfigError(f"cannot be resolved: {lines[0]}", key=interpolation_match[1], fix=fix)
     return ConfigError(" ".join(lines), fix="write KEY=VALUE in the syntax of Hydra, quoted for the shell")

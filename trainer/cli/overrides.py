@@ -1,7 +1,7 @@
 """Translate command-line arguments into overrides in Hydra's grammar, and back.
 
-The value of a text key is literal: `data.root=~/photos (1)` needs no quotes but the shell's. Exceptions are null, a
-value in quotes, `${...}`, and in a sweep a list of values or a function such as choice(a, b).
+If a key takes a string, its value is literal: `data.root=~/photos (1)` needs no quotes except those of the shell.
+Exceptions are null, a value in quotes, `${...}`, and in a sweep a list of values or a function such as choice(a, b).
 """
 
 import re
@@ -22,7 +22,7 @@ from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
-GROUPS = {  # folder of conf/ -> its meaning in --help
+GROUPS = {  # config group, which is a folder of conf/ -> its description in --help
     "data": "source of the images, and their splits",
     "model": "backbone, weights and image size",
     "augmentation": "random changes of the training images",
@@ -32,18 +32,19 @@ GROUPS = {  # folder of conf/ -> its meaning in --help
     "experiment": "a whole recipe: data, model, augmentation and phases",
     "sweep": "a search over many runs",
 }
-_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # the common phases, for suggestions
-_PATH_KEYS = {"data": "data=image_folder ", "model": ""}  # group -> what precedes the key that takes a path
+_COMMON_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # the names of phases are free; suggestions need some
+# Group that is often given a path -> the arguments that must precede the key that takes the path.
+_ARGUMENTS_BEFORE_PATH = {"data": "data=image_folder ", "model": ""}
 _KEY_VALUE = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.S)
-# An element of a list: quoted (in weights followed by a number), or text up to the next comma outside brackets.
+# An element of a list: a quoted string (in weights followed by `: NUMBER`), or all up to a comma outside brackets.
 _ELEMENT = re.compile(rf"\s*(?:{QUOTED})\s*(?::[^,]*)?(?=,|\Z)|(?:\([^()]*\)|\[[^\[\]]*\]|\{{[^{{}}]*\}}|[^,])*", re.S)
-# A class and its name in a mapping; text with a comma or, of a class, a colon is quoted.
+# CLASS: NAME in a mapping. A class with a comma or colon is in quotes, and so is a name with a comma.
 _PAIR = re.compile(rf"\s*({QUOTED}|[^,:]+?)\s*:\s*({QUOTED}|[^,]+?)\s*(?:,|\Z)", re.S)
-# Option of Hydra -> number of values that follow it.
+# Option of Hydra -> number of arguments after the option that are its value.
 _OPTIONS = {"--multirun": 0, "-m": 0, "--run": 0, "-r": 0, "--resolve": 0, "--hydra-help": 0, "--cfg": 1, "-c": 1,
             "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--info": 0, "-i": 0, "--help": 0, "-h": 0,
             "--version": 0}  # fmt: skip
-_SAME_OPTION = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info"}
+_LONG_OPTIONS = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info"}
 _COMMANDS = ("--multirun", "--run", "--cfg", "--info")  # Hydra takes at most one of these
 
 
@@ -51,29 +52,30 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
     """Translate arguments into overrides that Hydra parses. The function is idempotent.
 
     Args:
+        arguments: options of Hydra, which are returned unchanged, and KEY=VALUE or GROUP=NAME.
         sweep: whether a value can be a list of values, one for each run.
 
     Raises:
-        ConfigError: an argument is neither an option nor KEY=VALUE, its value cannot be parsed, or options exclude one
-            another.
+        ConfigError: an option is unknown or lacks its value, options exclude one another, an argument is neither an
+            option nor KEY=VALUE, its value cannot be parsed, or it has several values without `sweep`.
     """
     overrides: list[str] = []
-    values_left, options = 0, {}  # number of further arguments that are values of the last option
-    for index, text in enumerate(arguments):
+    values_left, options = 0, {}  # number of next arguments that are values of an option; long option -> as written
+    for index, argument in enumerate(arguments):
         if values_left:
             values_left -= 1
-        elif text.startswith("-"):
-            option, equals, _ = text.partition("=")
+        elif argument.startswith("-"):
+            option, equals, _ = argument.partition("=")
             if option not in _OPTIONS:
-                raise _no_such_option_error(text)
+                raise _no_such_option_error(argument)
             values_left = 0 if equals else _OPTIONS[option]
-            options[_SAME_OPTION.get(option, option)] = option
-            values = text.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
-            if option in ("--cfg", "-c") and not {*values} & {"job", "hydra", "all"}:
+            options[_LONG_OPTIONS.get(option, option)] = option
+            option_values = argument.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
+            if option in ("--cfg", "-c") and not {*option_values} & {"job", "hydra", "all"}:
                 raise ConfigError("needs job, hydra or all", key=option, fix="write --cfg job")
         else:
-            text = _translate_override(text, sweep)
-        overrides.append(text)
+            argument = _translate_override(argument, sweep)
+        overrides.append(argument)
     commands = [options[name] for name in _COMMANDS if name in options]
     if len(commands) > 1:
         fix = f"leave out {' or '.join(commands)}"
@@ -84,20 +86,20 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """Move the options before the overrides, since Hydra reads only overrides that are all in a row."""
+    """Move the options before the overrides, since Hydra requires that all overrides are consecutive."""
     options: list[str] = []
     overrides: list[str] = []
-    values = 0
-    for text in arguments:
-        is_option = not values and text.startswith("-")
-        (options if is_option or values else overrides).append(text)
-        values = values - 1 if values else _OPTIONS.get(text, 0) if is_option else 0
-    # Hydra takes what follows a plain --info as its value.
-    return ["--info=all" if text in ("--info", "-i") else text for text in options] + overrides
+    values_left = 0
+    for argument in arguments:
+        is_option = not values_left and argument.startswith("-")
+        (options if is_option or values_left else overrides).append(argument)
+        values_left = values_left - 1 if values_left else _OPTIONS.get(argument, 0) if is_option else 0
+    # Hydra would read the argument after --info as its value.
+    return ["--info=all" if argument in ("--info", "-i") else argument for argument in options] + overrides
 
 
 def parse_override(override: str) -> Override:
-    """Parse an override; raise a ConfigError if it is not in Hydra's grammar."""
+    """Parse an override with Hydra's parser; raise a ConfigError if it is not in Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -107,13 +109,19 @@ def parse_override(override: str) -> Override:
 
 
 def parse_value(override: str) -> Any:
-    """Parse the value of an argument to a string, number, bool, list, dict or None."""
+    """Return the value of a KEY=VALUE argument: a string, number, bool, list, dict or None.
+
+    Raises ConfigError if the value cannot be parsed, or refers to another key.
+    """
     (translated,) = translate_overrides([override])
     return evaluate_override(translated)
 
 
 def evaluate_override(override: str) -> Any:
-    """Parse the value of an override in Hydra's grammar; raise a ConfigError if it refers to another key."""
+    """Return the value of an override in Hydra's grammar, as `parse_value` does for an argument.
+
+    Raises ConfigError if the value cannot be parsed, or refers to another key.
+    """
     parsed = parse_override(override)
     try:
         value = OmegaConf.to_container(OmegaConf.create([parsed.value()]), resolve=True)[0]  # type: ignore[index]
@@ -127,9 +135,9 @@ def evaluate_override(override: str) -> Any:
 
 
 def format_override(override: str) -> str:
-    """Format an override as a user would type it, without the quotes that `translate_overrides` adds."""
+    """Format an override as a user would type it: without `+` and the quotes that `translate_overrides` adds."""
     match = _KEY_VALUE.fullmatch(override)
-    if not match:  # a group, of a teacher as `compose` has turned it
+    if not match:  # a group, such as +model@distillation.model=NAME, which `compose` makes of distillation.model=NAME
         return re.sub(r"^\+(\w+)@(distillation\.\1=)", r"\2", override)
     _, key, value = match.groups()
     kind = classify_key(RequestedConfig, key)
@@ -148,28 +156,29 @@ def _format_text(key: str, value: str) -> str:
 
 
 def list_given_keys(arguments: Sequence[str]) -> set[str]:
-    """List the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys.
+    """Return the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys.
 
-    Of a section that is given as `{name: sgd, momentum: 0.9}`, these are the keys in it.
+    If the value is a section, as in `optimizer={name: sgd, momentum: 0.9}`, the keys in it are returned:
+    {"optimizer.name", "optimizer.momentum"}.
     """
     keys: set[str] = set()
-    for text in arguments:
-        if match := _KEY_VALUE.fullmatch(text):
+    for argument in arguments:
+        if match := _KEY_VALUE.fullmatch(argument):
             is_section = (
                 re.fullmatch(r"\s*\{.*\}\s*", match[3], re.S) and classify_key(RequestedConfig, match[2]) == "other"
             )
-            tree = parse_override(text).value() if is_section else {}
-            keys.update(flatten({match[2]: tree}) if isinstance(tree, dict) and tree else [match[2]])
+            section = parse_override(argument).value() if is_section else {}
+            keys.update(flatten({match[2]: section}) if isinstance(section, dict) and section else [match[2]])
     return {key for key in keys - GROUPS.keys() if not key.startswith("hydra")}
 
 
 def map_given_values(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the last raw value of each key, such as {"data.root": "photos"}."""
-    return {match[2]: match[3] for text in arguments if (match := _KEY_VALUE.fullmatch(text))}
+    """Map each key that is given to its last value, unparsed: {"data.root": "photos"}."""
+    return {match[2]: match[3] for argument in arguments if (match := _KEY_VALUE.fullmatch(argument))}
 
 
 def split_elements(text: str) -> list[str]:
-    """Split a list at its commas, except in quotes and brackets."""
+    """Split the text of a list at its commas, except those in quotes or brackets: `a, "b,c"` -> ["a", ' "b,c"']."""
     elements, start = [], 0
     while True:
         match = _ELEMENT.match(text, start)
@@ -181,19 +190,19 @@ def split_elements(text: str) -> list[str]:
 
 
 def parse_weights(value: Any, key: str) -> Any:
-    """Parse "{a b: 1, c: 2}", in which names need no quotes. Any other value is returned unchanged.
+    """Parse class weights, in which names need no quotes: "{a b: 1, c: 2}" -> {"a b": "1", "c": "2"}.
 
-    Raises ConfigError, which names `key`, if a part has no number, or a name occurs twice.
+    Any other value is returned unchanged. Raises ConfigError, which names `key`, if a class has no number or several.
     """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
     weights: dict[str, str] = {}
-    for part in filter(str.strip, split_elements(value[1:-1])):
-        name, colon, number = part.rpartition(":")
+    for item in filter(str.strip, split_elements(value[1:-1])):
+        name, colon, number = item.rpartition(":")
         name = _unquote(name.strip())
         if not colon:
-            fix = f"write it as NAME: NUMBER, as in {{{part.strip()}: 2}}"
-            raise ConfigError(f"has no number for {part.strip()}", key=key, value=value, fix=fix)
+            fix = f"write it as NAME: NUMBER, as in {{{item.strip()}: 2}}"
+            raise ConfigError(f"has no number for {item.strip()}", key=key, value=value, fix=fix)
         if name in weights:
             raise ConfigError(f"has several numbers for {name}", key=key, value=value, fix="give each class one number")
         weights[name] = number.strip()
@@ -201,24 +210,27 @@ def parse_weights(value: Any, key: str) -> Any:
 
 
 def parse_names(value: Any, key: str) -> Any:
-    """Parse "{n01: red rose, n02: daisy}", in which names need no quotes. Any other value is returned unchanged.
+    """Parse display names of classes: "{n01: red rose, n02: daisy}" -> {"n01": "red rose", "n02": "daisy"}.
 
-    Raises ConfigError, which names `key`, if a part is not a class and its name, or a class occurs twice.
+    Names need no quotes. Any other value is returned unchanged. Raises ConfigError, which names `key`, if an item is
+    not CLASS: NAME, or a class occurs twice.
     """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
-    names: dict[str, str] = {}
-    inside, position = value[1:-1], 0
-    while rest := inside[position:].strip():
-        pair = _PAIR.match(inside, position)
+    display_names: dict[str, str] = {}
+    items, position = value[1:-1], 0
+    while remaining_items := items[position:].strip():
+        pair = _PAIR.match(items, position)
         if not pair:
             fix = "write it as CLASS: NAME, as in {n01: cat}, in quotes if it has a comma or a colon"
-            raise ConfigError(f"has no class and name at {rest[:40]}", key=key, value=value, fix=fix)
-        name, shown = map(_unquote, pair.groups())
-        if name in names:
-            raise ConfigError(f"has several names for {name}", key=key, value=value, fix="give each class one name")
-        names[name], position = shown, pair.end()
-    return names
+            raise ConfigError(f"has no class and name at {remaining_items[:40]}", key=key, value=value, fix=fix)
+        class_name, display_name = map(_unquote, pair.groups())
+        if class_name in display_names:
+            raise ConfigError(
+                f"has several names for {class_name}", key=key, value=value, fix="give each class one name"
+            )
+        display_names[class_name], position = display_name, pair.end()
+    return display_names
 
 
 def _unquote(text: str) -> str:
@@ -226,14 +238,14 @@ def _unquote(text: str) -> str:
 
 
 def _translate_override(text: str, sweep: bool) -> str:
-    """Translate one KEY=VALUE."""
+    """Translate one KEY=VALUE, GROUP=NAME or other override of Hydra, such as ~KEY."""
     match = _KEY_VALUE.fullmatch(text)
     if not match:
         if not re.match(r"~|\+{0,2}[\w/]+@?[\w./]*=", text):
             raise _no_key_error(text)
         group, _, value = text.partition("=")
         if not text.startswith("~"):
-            _check_text(group.lstrip("+"), value)
+            _check_choice_is_string(group.lstrip("+"), value)
         parse_override(text)  # ~key, group@package=name, ...
         return text
     plus, key, value = match.groups()
@@ -247,11 +259,12 @@ def _translate_override(text: str, sweep: bool) -> str:
             raise _several_values_error(text)
         value = ",".join(_quote_sweep_values(value, _quote_text)) if sweep else _quote_text(value)
     elif kind == "texts":
+        # Without a sweep, `a, b` is one list in which the brackets may be omitted.
         plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
-        parts = (
+        lists = (
             [f"[{value}]"] if plain else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
         )
-        value = ",".join(_quote_list(part.strip()) for part in parts)
+        value = ",".join(_quote_list(item.strip()) for item in lists)
     elif kind == "weights":
         values = _quote_sweep_values(value, _quote_weights)
         if not sweep and len(values) > 1:
@@ -267,28 +280,31 @@ def _translate_override(text: str, sweep: bool) -> str:
 
 
 def _quote_text(text: str) -> str:
-    """Quote a text for Hydra, unless it is null, empty or already quoted."""
+    """Quote a string for Hydra, unless it is null, empty or already quoted."""
     if not text or re.fullmatch(rf"(?i:null)|{QUOTED}", text, re.S):
         return text
     return quote(text, interpolate=bool(INTERPOLATION.search(text)))
 
 
 def _quote_sweep_values(value: str, quote_one: Callable[[str], str]) -> list[str]:
-    """Quote each value of a sweep: `a (1),b` or choice(a, b); another function is one value, and is unchanged."""
+    """Split the values of a sweep, such as `a (1),b` or choice(a, b), and quote each.
+
+    Any other function, such as range(1, 4), is returned as one value, unchanged.
+    """
     function = FUNCTION.fullmatch(value)
     if function and function[1] != "choice":
         return [value]
-    # As a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
+    # `choice(...)` becomes a plain list, since Hydra passes the values of choice(...) to the jobs without their quotes.
     return [quote_one(element.strip()) for element in split_elements(function[2] if function else value)]
 
 
 def _quote_weights(text: str) -> str:
-    """Quote `{a b: 1, c: cat}`, which Hydra would read as a dict of its own; any other value is returned unchanged."""
+    """Quote a mapping such as `{a b: 1}`, which Hydra would parse as a dict; return any other value unchanged."""
     return quote(text.strip()) if re.fullmatch(r"\s*\{.*\}\s*", text, re.S) else text
 
 
 def _quote_list(text: str) -> str:
-    """Quote the elements of `[a b, c]`."""
+    """Quote the elements of a list such as `[a b, c]`; return any other value unchanged."""
     if not re.fullmatch(r"\[.*\]", text, re.S) or not text[1:-1].strip():
         return text
     elements = [element.strip() for element in split_elements(text[1:-1])]
@@ -296,11 +312,11 @@ def _quote_list(text: str) -> str:
 
 
 def _check_group(group: str, value: str, sweep: bool) -> None:
-    """Raise a ConfigError if the value cannot be a choice of the group, as a path cannot."""
+    """Raise a ConfigError if the value cannot be a choice of the group, for example because it is a path."""
     if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (sweep and value):
         function = FUNCTION.fullmatch(value)
         for name in split_elements(function[2] if function else value) if sweep else [value]:
-            _check_text(group, name)
+            _check_choice_is_string(group, name)
         return
     if "," in value and not sweep and value[:1] not in "[{(":
         raise _several_values_error(f"{group}={value}")
@@ -308,16 +324,16 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
 
 
 def fix_of_choice(group: str, value: str) -> str:
-    """Return the fix for a value that is no file of a group: the key that takes a path, if it is one."""
+    """Return the advice for a value that is not a choice of a group. For a path, it names the key that takes a path."""
     is_folder = group == "data" and value and Path(value).expanduser().is_dir()
-    if group in _PATH_KEYS and (is_folder or re.search(r"[/~\\]", value)):
+    if group in _ARGUMENTS_BEFORE_PATH and (is_folder or re.search(r"[/~\\]", value)):
         key = f"{group}.{'root' if group == 'data' else 'weights'}"
-        return f"write {_PATH_KEYS[group]}{format_argument(key, value.rstrip('/'))}"
+        return f"write {_ARGUMENTS_BEFORE_PATH[group]}{format_argument(key, value.rstrip('/'))}"
     return "leave it out" if value.lower() == "null" else "choose one by its name: --help lists them"
 
 
-def _check_text(group: str, value: str) -> None:
-    """Raise a ConfigError if Hydra reads the name of a file of a group as a number, a truth value or null."""
+def _check_choice_is_string(group: str, value: str) -> None:
+    """Raise a ConfigError if Hydra reads the choice of a group as a number, a bool or null."""
     if not isinstance(parse_override(f"x={value}").value(), str | list | QuotedString | Sweep):
         raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix_of_choice(group, value))
 
@@ -330,17 +346,17 @@ def _several_values_error(text: str) -> ConfigError:
             fix += f", or write it in quotes: {shlex.quote(f'{key}={quote(value)}')}"
         elif takes_list(RequestedConfig, key):
             fix += f", or write it as a list: {shlex.quote(f'{key}=[{value}]')}"
-        elif how := how_to_write(RequestedConfig, key):
-            fix += f", or {how}"
+        elif syntax_hint := how_to_write(RequestedConfig, key):
+            fix += f", or {syntax_hint}"
     return ConfigError("has several values", key=key, value=value, fix=fix)
 
 
 def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
-    """Return the error of a value that is not in Hydra's grammar, with the value as it was typed."""
+    """Replace the error of a value that is not in Hydra's grammar by one with the value as it was typed."""
     key, _, value = text.lstrip("+").partition("=")
-    inside = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
-    listed = split_elements(inside[1] if inside else value)
-    if takes_list(RequestedConfig, key) and len(listed) > 1 and not all(map(str.strip, listed)):
+    list_match = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
+    elements = split_elements(list_match[1] if list_match else value)
+    if takes_list(RequestedConfig, key) and len(elements) > 1 and not all(map(str.strip, elements)):
         return ConfigError("has an empty element", key=key, value=value, fix="remove the empty element")
     return ConfigError(error.problem, key=key, value=value, fix=how_to_write(RequestedConfig, key) or error.fix)
 
@@ -355,8 +371,8 @@ def _no_key_error(text: str) -> ConfigError:
 
 def _no_such_option_error(text: str) -> ConfigError:
     name = text.partition("=")[0].lstrip("-").replace("-", "_")
-    known = list_keys(RequestedConfig, {"phases": _PHASES})
-    near = suggest_key(name, [*GROUPS, *known])
-    if near.startswith("did you mean"):
-        return ConfigError("there is no such option", key=text, fix=f"keys have no dashes: {near}")
+    known_keys = list_keys(RequestedConfig, {"phases": _COMMON_PHASES})
+    suggestion = suggest_key(name, [*GROUPS, *known_keys])
+    if suggestion.startswith("did you mean"):
+        return ConfigError("there is no such option", key=text, fix=f"keys have no dashes: {suggestion}")
     return ConfigError("there is no such option", key=text, fix=suggest_name(text, list(_OPTIONS)))

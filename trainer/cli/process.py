@@ -32,45 +32,51 @@ from trainer.storage.scratch import scratch_folder
 
 # TensorFlow prints these lines on every machine without a GPU, before its log level takes effect.
 _TENSORFLOW_NOISE = re.compile(r"All log messages before absl|port\.cc:\d+\] oneDNN|Could not find cuda drivers")
-# Keras imports these for wrappers and plots that are not used here, which takes seconds.
+# Keras imports these packages, which takes seconds, for wrappers and plots that this project does not use.
 _UNUSED_BY_KERAS = ("sklearn", "matplotlib")
 
-_log_is_configured = False
+_log_is_configured = False  # set by `configure_log`
 
 
 class StartAgain(Exception):
-    """This start is complete, and `exit_with_code` replaces its process by one of the same command."""
+    """Raised by a command that must start once more: `exit_with_code` replaces the process by the same command.
+
+    The start that trains a teacher ends like this, so that the next one trains the student.
+    """
 
     def __init__(
         self, arguments: Sequence[str], environment: Mapping[str, str], has_stop_request: Callable[[], bool]
     ) -> None:
-        """The arguments of `replace_process`."""
+        """Store the arguments of `replace_process`: arguments to append, environment, and whether to stop."""
         super().__init__()
         self.arguments, self.environment, self.has_stop_request = arguments, environment, has_stop_request
 
 
 @contextmanager
 def _hide_packages(names: Iterable[str]) -> Iterator[None]:
-    """Hide packages in this block, as if they were not installed, unless they are already imported."""
-    absent = [name for name in names if name not in sys.modules]
-    for name in absent:
+    """Make imports of packages fail in this block, as if they were not installed, unless they are already imported."""
+    hidden_names = [name for name in names if name not in sys.modules]
+    for name in hidden_names:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        for name in absent:
+        for name in hidden_names:
             del sys.modules[name]
 
 
 @contextmanager
 def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
-    """Suppress what TensorFlow always prints when it is imported in this block. Other lines reach stderr.
+    """Import Keras or TensorFlow before this block, and suppress the lines that TensorFlow prints on every import.
 
-    The block begins with an import of Keras while scikit-learn and matplotlib are hidden from it. A command that builds
-    no network takes seconds less without Keras: then it is hidden from TensorFlow, which imports it as well.
+    Other lines reach stderr. Keras does not see scikit-learn and matplotlib, whose import takes seconds.
+
+    Args:
+        with_keras: False for a command that builds no network. TensorFlow then does not see Keras, which it would
+            import otherwise; this saves seconds.
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, errors of CUDA are expected
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, CUDA errors are expected
     with drop_stderr_lines(_TENSORFLOW_NOISE):
         with _hide_packages(_UNUSED_BY_KERAS if with_keras else ("keras",)):
             importlib.import_module("keras" if with_keras else "tensorflow")
@@ -80,7 +86,16 @@ def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
 def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
     """Set up the log, the termination message and the HTTP server that `runtime` configures.
 
-    Returns the socket of the server, None without one. Raises ConfigError if it cannot listen on `runtime.http_port`.
+    Args:
+        config: configuration of the run.
+        worker: index of this worker.
+        workers: number of workers.
+
+    Returns:
+        The listening socket of the HTTP server; None if `runtime.http_port` is null.
+
+    Raises:
+        ConfigError: the server cannot listen on `runtime.http_port`.
     """
     configure_log(config.runtime, **make_log_labels(config, worker))
     health.set_gauges(workers=workers)
@@ -92,12 +107,12 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
 
 
 def make_log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
-    """Make the labels for the log lines of a worker."""
+    """Return the labels of a worker's log lines: its index as "worker", and output_dir, if it is set, as "run"."""
     return {"worker": str(worker)} | ({"run": config.output_dir} if config.output_dir else {})
 
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
-    """Set up the log (with labels in JSON only), the termination message and the stall timeout."""
+    """Set up the log, the termination message and the stall timeout. Only a log in JSON contains the labels."""
     global _log_is_configured
     health.stuck_after = runtime.stuck_after
     termination.set_path(runtime.termination_log)
@@ -106,8 +121,8 @@ def configure_log(runtime: Runtime, **labels: str) -> None:
 
 
 def _configure_log_from_arguments() -> None:
-    """Set up the log from the `runtime` arguments only, for messages before the configuration is loaded."""
-    # The second pattern omits the other keys of `runtime`, one of which can be the error.
+    """Set up the log from the `runtime` arguments alone, for messages before the configuration is loaded."""
+    # The second attempt omits the other keys of `runtime`, since one of them may be invalid.
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
@@ -115,7 +130,10 @@ def _configure_log_from_arguments() -> None:
 
 
 def choose_and_log_source(arguments: list[str]) -> list[str]:
-    """Choose the data source (`choose_source`), and log the choice unless `--cfg` prints it."""
+    """Choose the data source with `choose_source`, log the choice unless `--cfg` prints it, and return the arguments.
+
+    Raises the errors of `choose_source`.
+    """
     arguments, note = choose_source(arguments)
     if note and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
         _configure_log_from_arguments()
@@ -125,7 +143,7 @@ def choose_and_log_source(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def _stdout_errors() -> Iterator[None]:
-    """Raise Interrupted if the disk of stdout is full or fails in this block, and discard what is printed later."""
+    """Raise Interrupted if stdout cannot be written to in this block, as on a full disk, and discard later output."""
     try:
         yield
     except OSError as error:
@@ -135,7 +153,7 @@ def _stdout_errors() -> Iterator[None]:
 
 
 def _stdout_fails() -> bool:
-    """Return whether stdout cannot be written to; what is printed is then discarded, as after the end of a reader."""
+    """Return whether stdout cannot be written to, except by a closed pipe. If so, discard later output."""
     try:
         print(flush=True)  # without a buffer (PYTHONUNBUFFERED) there may be nothing to flush
     except BrokenPipeError:
@@ -148,27 +166,29 @@ def _stdout_fails() -> bool:
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Run a command in this block, then exit with a code of `trainer.errors`.
+    """Run a command in this block, then exit with a code of `trainer.errors`, 0 if the block raises nothing.
 
     A `TrainerError` is logged as one message, any other exception with its traceback. Both set the termination message.
-    After `StartAgain` the process is replaced instead.
+    `KeyboardInterrupt` exits with `INTERRUPTED`. After `StartAgain` the process is replaced instead.
     """
-    code, reason, again = DONE, "", None
+    code, reason, next_start = DONE, "", None
     configure()
     try:
         with file_errors(), _stdout_errors(), scratch_folder():
             yield
     except StartAgain as start:
-        again = start
+        next_start = start
     except TrainerError as error:
         if not _log_is_configured:
             _configure_log_from_arguments()
         code, reason = error.exit_code, str(error)
-        named = {"key": error.key, "value": error.value, "fix": error.fix}
-        fields: dict[str, object] = {"exit_code": code} | {k: value for k, value in named.items() if value is not None}
+        error_fields = {"key": error.key, "value": error.value, "fix": error.fix}
+        fields: dict[str, object] = {"exit_code": code} | {
+            field: value for field, value in error_fields.items() if value is not None
+        }
         if isinstance(error, ConfigError) and error.faults:
-            names = ("key", "value", "problem", "fix")
-            fields["faults"] = [{name: getattr(fault, name) for name in names} for fault in error.faults]
+            fault_keys = ("key", "value", "problem", "fix")
+            fields["faults"] = [{name: getattr(fault, name) for name in fault_keys} for fault in error.faults]
         results = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused", UNREADABLE: "unreadable"}
         outcome = results.get(code, "error")
         level = logging.ERROR if outcome == "error" else logging.WARNING
@@ -185,8 +205,8 @@ def exit_with_code() -> Iterator[None]:
     except Exception as error:
         code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
-    if again:
-        replace_process(again.arguments, again.environment, again.has_stop_request)
+    if next_start:
+        replace_process(next_start.arguments, next_start.environment, next_start.has_stop_request)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Choose the data source if the arguments give an address but no `data=`."""
+"""Choose the data source, `data=...`, if the arguments only state where the data is."""
 
 import glob
 import re
@@ -13,70 +13,79 @@ from trainer.errors import ConfigError, DataError
 from trainer.names import escape_unprintable
 from trainer.storage.path import StoragePath, storage_path
 
-_RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
-_INFO = "dataset_info.json"  # marks a folder that TensorFlow Datasets prepared
+_RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)  # suffix of a record file
+_INFO = "dataset_info.json"  # file in each folder that TensorFlow Datasets has prepared
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Add `data=...` if the arguments give data.root, data.name or data.pattern, but no source and no experiment.
 
+    If the data is not at data.root itself, as with a prepared dataset in a subfolder or with record files, the argument
+    data.root is replaced.
+
     Returns:
         The arguments, and a log line about the choice and its reason, "" if nothing was chosen.
 
     Raises:
-        ConfigError: the scheme of data.root is not supported, data.root refers to another key, or in a sweep its values
-            have several sources.
-        DataError: data.root is none of the supported sources.
+        ConfigError: data.root cannot be parsed, has an unsupported scheme or refers to another key, or its values in a
+            sweep have several sources.
+        DataError: data.root is not a supported source, or has several prepared datasets.
     """
-    given = map_given_values(arguments)
-    unchanged = {"data", "experiment", "data.source"} & given.keys() or {"-h", "--help", "--version"} & set(arguments)
-    key = next((k for k in ("data.root", "data.name", "data.pattern") if given.get(k)), None)
-    if unchanged or key is None:
+    values = map_given_values(arguments)
+    has_choice = {"data", "experiment", "data.source"} & values.keys() or {"-h", "--help", "--version"} & set(arguments)
+    key = next((k for k in ("data.root", "data.name", "data.pattern") if values.get(k)), None)
+    if has_choice or key is None:
         return list(arguments), ""
     if key != "data.root":
         group, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
-        return [f"data={group}", *arguments], f"{key}={given[key]}: {reason}, so data={group}"
-    roots = _roots(given["data.root"], is_sweep(list(arguments)))
+        return [f"data={group}", *arguments], f"{key}={values[key]}: {reason}, so data={group}"
+    roots = _parse_roots(values["data.root"], is_sweep(list(arguments)))
     if None in roots:
         return list(arguments), ""
-    groups, reasons, changes = zip(*map(_find_source_at, roots), strict=True)
+    groups, reasons, changes = zip(*map(_detect_source_or_raise, roots), strict=True)
     if len(set(groups)) > 1:
-        listed = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
-        problem = f"the values are of several sources ({listed})"
-        raise ConfigError(problem, key="data.root", value=given["data.root"], fix="sweep over those of one source")
-    chosen, replaced = [f"data={groups[0]}"], list(arguments)
+        joined_values = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
+        problem = f"the values are of several sources ({joined_values})"
+        raise ConfigError(problem, key="data.root", value=values["data.root"], fix="sweep over those of one source")
+    new_arguments, other_arguments = [f"data={groups[0]}"], list(arguments)
     if any(changes):
-        texts = [
+        root_arguments = [
             change[0] if change else f"data.root={quote_if_needed(root)}"
             for change, root in zip(changes, roots, strict=True)
         ]
-        values = [text.partition("=")[2] for text in texts]
-        listed = (
-            ",".join(quote(v) if "," in v and v[:1] not in "'\"" else v for v in values) if values[1:] else values[0]
+        root_values = [argument.partition("=")[2] for argument in root_arguments]
+        joined_values = (
+            ",".join(quote(v) if "," in v and v[:1] not in "'\"" else v for v in root_values)
+            if root_values[1:]
+            else root_values[0]
         )
-        chosen.append(f"{texts[0].partition('=')[0]}={listed}")
-        replaced = [a for a in arguments if not re.match(r"\+*data\.root=", a)]
-    note = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(chosen)}"
-    return [*chosen, *replaced], note
+        new_arguments.append(f"{root_arguments[0].partition('=')[0]}={joined_values}")
+        other_arguments = [a for a in arguments if not re.match(r"\+*data\.root=", a)]
+    note = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(new_arguments)}"
+    return [*new_arguments, *other_arguments], note
 
 
-def _roots(text: str, sweep: bool) -> list[Any]:
-    """Return the values of data.root: one, or in a sweep several; None of null."""
+def _parse_roots(text: str, sweep: bool) -> list[Any]:
+    """Parse the value of data.root to a list of paths: one path, or in a sweep several; None is null.
+
+    Raises ConfigError if a path cannot be parsed, or is known only when a run begins.
+    """
     function = FUNCTION.fullmatch(text)
     problem = "is known only when a run begins, so the source of the data cannot be chosen by it"
-    unknown = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
+    unknown_error = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
     if sweep and function and function[1] != "choice":
-        raise unknown
+        raise unknown_error
     (override,) = translate_overrides([f"data.root={text}"], sweep)
     parsed = parse_override(override)
-    texts = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [override.partition("=")[2]]
+    value_texts = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [override.partition("=")[2]]
     try:
-        return [evaluate_override(f"data.root={each}") for each in texts]
+        return [evaluate_override(f"data.root={value_text}") for value_text in value_texts]
     except ConfigError:
-        raise unknown from None  # a reference to another key
+        raise unknown_error from None  # a reference to another key
 
 
-def _find_source_at(root: str) -> tuple[str, str, list[str]]:
+def _detect_source_or_raise(root: str) -> tuple[str, str, list[str]]:
+    """Call `detect_source`; raise a ConfigError about data.root if `root` is not an address."""
     try:
         return detect_source(check_address(root))
     except InvalidValue as error:
@@ -86,36 +95,46 @@ def _find_source_at(root: str) -> tuple[str, str, list[str]]:
 def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
-    Folders with images precede record files next to them; folders of the system, such as lost+found, do not count.
+    If a folder has both folders with images and record files, it is an image folder. System folders such as lost+found
+    are ignored.
 
-    Raises DataError if it is a single file or has neither folders nor records.
+    Returns:
+        The source (a choice of the config group `data`), the reason for the log, and arguments that replace data.root
+        (one or none).
+
+    Raises:
+        DataError: `root` is missing, empty, a file other than .csv, or a folder that has neither folders nor record
+            files, or several prepared datasets.
     """
     from trainer.data.image_folder import is_system_name  # slow: imports NumPy
 
     folder = storage_path(root)
     names = [info.path.name for info in folder.list(recursive=False)]
-    folders = [f for f in folder.folders() if not is_system_name(f.name)]
-    # Of a bucket only the first two, since each is a request; several datasets are next to one another.
-    first = folders if folder.is_local else folders[:2]
-    nested = [f for f in first if (f / _INFO).exists()] + [
-        f for g in first[:9] for f in g.folders()[:9] if (f / _INFO).exists()
+    folders = [subfolder for subfolder in folder.folders() if not is_system_name(subfolder.name)]
+    # In a bucket only the first two are inspected, since each costs requests; two suffice to detect several datasets.
+    inspected_folders = folders if folder.is_local else folders[:2]
+    datasets = [subfolder for subfolder in inspected_folders if (subfolder / _INFO).exists()] + [
+        subfolder
+        for parent in inspected_folders[:9]
+        for subfolder in parent.folders()[:9]
+        if (subfolder / _INFO).exists()
     ]
     if _INFO in names:
         return "tfds", f"{_INFO}, a prepared dataset", []
-    if len(nested) == 1:
+    if len(datasets) == 1:
         return (
             "tfds",
-            f"{_INFO} in {escape_unprintable(nested[0].name)}, a prepared dataset",
-            [f"data.root={quote_if_needed(str(nested[0]))}"],
+            f"{_INFO} in {escape_unprintable(datasets[0].name)}, a prepared dataset",
+            [f"data.root={quote_if_needed(str(datasets[0]))}"],
         )
-    if nested:
-        problem = f"has {len(nested)} prepared datasets ({', '.join(map(str, nested))})"
-        raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', nested[-1])}")
-    records = sorted(name for name in names if _RECORDS.search(name))
-    if records and not any(map(_holds_images, folders[:9])):
-        suffix = _RECORDS.search(records[0])
-        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix[0] if suffix else ''}*"
-        return "tfrecords", f"{len(records)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
+    if datasets:
+        problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
+        raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
+    record_names = sorted(name for name in names if _RECORDS.search(name))
+    if record_names and not any(map(_holds_images, folders[:9])):
+        suffix_match = _RECORDS.search(record_names[0])
+        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix_match[0] if suffix_match else ''}*"
+        return "tfrecords", f"{len(record_names)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
     problem = f"has {len(names)} files and no folders" if names else "does not exist, or is empty"
@@ -132,9 +151,9 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
 
 
 def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
-    """Return whether a folder, or one of its first folders, has an image, as a class or a split has."""
+    """Return whether a folder (of a class), or one of its first three subfolders (if it is a split), has an image."""
     from trainer.data.image_files import EXTENSIONS
 
     if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):
         return True
-    return depth > 1 and any(_holds_images(below, depth - 1) for below in folder.folders()[:3])
+    return depth > 1 and any(_holds_images(subfolder, depth - 1) for subfolder in folder.folders()[:3])

@@ -1,7 +1,7 @@
-"""A sweep: several runs from one command line, each in a separate process, and their scores.
+"""A sweep: several runs, called jobs, from one command line, each in a separate process, and their scores.
 
-Hydra chooses the values (every combination, or an Optuna search) and calls `Sweep.run` for each job. In an Indexed Job
-of Kubernetes each pod trains one job of a grid instead (`select_job`).
+Hydra chooses the values (a grid, which is every combination, or an Optuna search) and calls `Sweep.run` for each job.
+In an Indexed Job of Kubernetes each pod trains one job of a grid instead (`select_job`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.cluster.processes import module_command
 from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
-from trainer.errors import DONE, INTERRUPTED, ConfigError, Interrupted, TrainerError
+from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT, ConfigError, Interrupted, TrainerError
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, make_session_end_summary
@@ -43,15 +43,15 @@ from trainer.storage.staging import is_remote
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}
-OBJECTIVE = "val_accuracy"
-SEEDS = ("seed", "data.split_seed")
+METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}  # key -> name in TensorBoard
+OBJECTIVE = "val_accuracy"  # metric that a search maximizes
+SEEDS = ("seed", "data.split_seed")  # scores of jobs that differ only in these keys are averaged
 EVENT_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
-Value = bool | int | float | str
+Value = bool | int | float | str  # of a hyperparameter
 
 
 def serialize_columns(names: list[str]) -> bytes:
-    """Serialize the sweep's event file, from which TensorBoard shows hyperparameters and `METRICS` as columns."""
+    """Serialize the event file of a sweep. TensorBoard shows the hyperparameters `names` and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -60,7 +60,14 @@ def serialize_columns(names: list[str]) -> bytes:
 
 
 def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """Serialize a job's event file, a row in TensorBoard. `scores` has keys of `METRICS`, or none for a failed job."""
+    """Serialize the event file of a job, which is a row of the table in TensorBoard.
+
+    Args:
+        name: name of the job.
+        hparams: key or config group -> value.
+        scores: key of `METRICS` -> score; empty for a failed job.
+        succeeded: whether the job ended with exit code 0.
+    """
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
@@ -84,7 +91,10 @@ def _serialize_events(summaries: list[Summary]) -> bytes:
 
 
 def extract_scores(report: Any) -> dict[str, float]:
-    """Extract the scores of a job, by the keys of `METRICS`, from its report.json."""
+    """Extract the scores of a job from its report.json: key of `METRICS` -> score.
+
+    The validation accuracy is that of the last phase. The test accuracy is omitted if the data has no test split.
+    """
     scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
     if report["test"]["split"] == "test":
         scores["test_accuracy"] = float(report["test"]["accuracy"])
@@ -92,7 +102,7 @@ def extract_scores(report: Any) -> dict[str, float]:
 
 
 class SweepEnded(BaseException):
-    """Ends the whole sweep. Not an `Exception`, which Hydra would treat as the failure of one job."""
+    """Raised to end the whole sweep. It is not an `Exception`, which Hydra would treat as the failure of one job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -103,20 +113,26 @@ class Job:
     """One run of a sweep."""
 
     name: str
-    folder: str
-    arguments: list[str]  # of the command line, without the sweep and output_dir
+    folder: str  # its output_dir
+    arguments: list[str]  # command-line arguments, without the sweep and output_dir
     overrides: dict[str, str]  # key -> value in `arguments`: {"seed": "1", ...}
     code: int = DONE  # exit code of the process
     scores: dict[str, float] = field(default_factory=dict)  # key of METRICS -> score
 
     @property
     def command(self) -> list[str]:
-        """The arguments of the run alone, without the sweep."""
+        """The arguments of `python -m trainer` that train this job alone."""
         return [*self.arguments, f"output_dir={quote_if_needed(self.folder)}"]
 
 
 def make_job(tree: dict[str, Any], overrides: list[str], folder: str | None, name: str) -> Job:
-    """Make a job of its configuration and its overrides, in the folder of the sweep unless the job names its own."""
+    """Make a job from its resolved configuration `tree` and its overrides in Hydra's grammar.
+
+    The output_dir of the job is FOLDER/NAME, where `folder` is that of the sweep, unless `tree` has an output_dir.
+
+    Raises:
+        ConfigError: `name`, the value of hydra.sweep.subdir, leads out of the folder of the sweep.
+    """
     if ".." in name.split("/") or name.startswith("/"):
         problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
         raise ConfigError(problem, key="hydra.sweep.subdir", value=name, fix=fix)
@@ -129,7 +145,7 @@ def make_job(tree: dict[str, Any], overrides: list[str], folder: str | None, nam
 class Sweep:
     """A sweep and its jobs so far."""
 
-    folder: str | None  # parent of the job folders; None: the one that Hydra names
+    folder: str | None  # parent of the job folders; None until the first job, if it is Hydra's hydra.sweep.dir
     jobs: list[Job] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)  # hyperparameters of all jobs so far, as an ordered set
     stop_signal: str | None = None  # name of the signal that requested the stop
@@ -140,8 +156,16 @@ class Sweep:
     def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
         """Run one job, unless it is finished, in a separate process, since TensorFlow cannot be set up twice in one.
 
-        Returns the score for the sweeper, the validation accuracy of the last phase; None if the job failed. Raises
-        SweepEnded on a stop request, after an interrupted job, or if an exception occurred in this process.
+        Args:
+            tree: composed configuration of the job.
+            overrides: overrides of the job in Hydra's grammar.
+            settings: Hydra's own configuration (`HydraConf`).
+
+        Returns:
+            The score for the sweeper, which is the validation accuracy of the last phase; None if the job failed.
+
+        Raises:
+            SweepEnded: after a stop request or an interrupted job, or if an exception occurred in this process.
         """
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
@@ -163,7 +187,7 @@ class Sweep:
         configure_log(config.runtime)
         finished = is_finished(config)
         if not finished:
-            inspect_folder(config)  # raises the error with which the job would end
+            inspect_folder(config)  # raises now an error of the folder that would end the job
         outcome = " is finished already" if finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {job.folder}{outcome}")
         job.code = DONE if finished else self._run_process(job.command)
@@ -213,84 +237,101 @@ class Sweep:
             _write_event_file(storage_path(self.folder or ""), serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
-        """Describe the overrides of a job that differ from those of any other job so far; all for the first job."""
-        others = [other.overrides for other in self.jobs if other is not job]
-        differing = [f"{k}={v}" for k, v in job.overrides.items() if any(o.get(k) != v for o in others) or not others]
-        return " ".join(differing) or ("as the others" if others else "no overrides")
+        """Describe the overrides whose values differ in at least one other job so far; all for the first job."""
+        other_overrides = [other.overrides for other in self.jobs if other is not job]
+        differing = [
+            f"{k}={v}"
+            for k, v in job.overrides.items()
+            if any(o.get(k) != v for o in other_overrides) or not other_overrides
+        ]
+        return " ".join(differing) or ("as the others" if other_overrides else "no overrides")
 
     def _describe_seeds(self) -> list[str]:
-        """Describe the mean and standard deviation of each setting with several seeds, in one line per setting."""
-        settings: dict[tuple[str, ...], list[Job]] = {}
+        """Describe the mean and standard deviation over seeds, in one line per setting of the other hyperparameters."""
+        jobs_by_setting: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs if self.swept.intersection(SEEDS) else ():
-            others = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
-            settings.setdefault(others, []).append(job)
+            setting = tuple(f"{k}={v}" for k, v in job.overrides.items() if k in self.swept and k not in SEEDS)
+            jobs_by_setting.setdefault(setting, []).append(job)
         lines = []
-        for others, jobs in settings.items():
-            scored = [job for job in jobs if job.scores]
-            if len(scored) < 2:
+        for setting, jobs in jobs_by_setting.items():
+            scored_jobs = [job for job in jobs if job.scores]
+            if len(scored_jobs) < 2:
                 continue
-            texts = []
+            summaries = []
             for metric in METRICS:
-                scores = [job.scores[metric] for job in scored if metric in job.scores]
-                if len(scores) == len(scored):
-                    texts.append(f"{metric} {statistics.mean(scores):.4f} \u00b1 {statistics.stdev(scores):.4f}")
-            lines.append(f"{len(scored)} seeds  {', '.join(texts)}  {' '.join(others)}".rstrip())
+                scores = [job.scores[metric] for job in scored_jobs if metric in job.scores]
+                if len(scores) == len(scored_jobs):
+                    summaries.append(f"{metric} {statistics.mean(scores):.4f} \u00b1 {statistics.stdev(scores):.4f}")
+            lines.append(f"{len(scored_jobs)} seeds  {', '.join(summaries)}  {' '.join(setting)}".rstrip())
         return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
 
     def close(self) -> None:
-        """Log the score of each job, mean and standard deviation over seeds, and the best job.
+        """Log the score of each job, the mean and standard deviation over seeds, and the best job.
 
-        Raises TrainerError, with the exit code of the first failed job, if a job of a grid or all jobs of a search
+        Raises TrainerError, with the exit code of the first failed job, if any job of a grid or all jobs of a search
         failed.
         """
-        scored, failed = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
-        text = [""]
+        scored_jobs, failed_jobs = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
+        lines = [""]
         for job in self.jobs:
-            score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else f"failed (exit code {job.code})"
-            text.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
-        text += self._describe_seeds()
-        if scored:
-            best = max(scored, key=lambda job: job.scores[OBJECTIVE])
-            text += [
+            outcome = f"failed (exit code {job.code})" if job.code else "has no report/report.json"
+            score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else outcome
+            lines.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
+        lines += self._describe_seeds()
+        if scored_jobs:
+            best = max(scored_jobs, key=lambda job: job.scores[OBJECTIVE])
+            lines += [
                 f"best: job {best.name}, {OBJECTIVE} {best.scores[OBJECTIVE]:.4f}, {best.folder}",
                 f"  again    {shlex.join(['python', '-m', 'trainer', *best.command])}",
                 f"next:  tensorboard --logdir {shlex.quote(str(self.folder))}    (HPARAMS shows the jobs side by side)",
             ]
-            termination.set_success_message(text[-3])  # the best job
-        log.info("\n".join(text))
-        if failed and (not self.is_search or not scored):
-            problem = f"{len(failed)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed)})"
+            termination.set_success_message(lines[-3])  # the best job
+        log.info("\n".join(lines))
+        if failed_jobs and (not self.is_search or not scored_jobs):
+            problem = (
+                f"{len(failed_jobs)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed_jobs)})"
+            )
             error = TrainerError(problem, fix="read their errors above")
-            error.exit_code = failed[0].code
+            error.exit_code = failed_jobs[0].code or WRONG_INPUT
             raise error
 
 
 def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]]:
-    """Select the job of a grid that this pod trains: the one with the number SWEEP_JOB, the pod's completion index.
+    """Select the job of a grid that this pod trains, by its number in the environment variable SWEEP_JOB.
 
-    Returns the arguments of that run alone, and the environment without the index, which is not that of a worker; both
-    unchanged without SWEEP_JOB. Raises ConfigError if the arguments are not a grid with this job.
+    Each pod of an Indexed Job sets SWEEP_JOB to its completion index. Without SWEEP_JOB, both arguments are returned
+    unchanged.
+
+    Returns:
+        The arguments that train this job alone, and the environment without JOB_COMPLETION_INDEX, which would otherwise
+        be read as the index of a worker.
+
+    Raises:
+        ConfigError: SWEEP_JOB is not a number, or the arguments are not a grid that has a job of this number.
     """
-    text = environment.get("SWEEP_JOB", "").strip()
-    if not text:
+    job_number = environment.get("SWEEP_JOB", "").strip()
+    if not job_number:
         return arguments, environment
-    if not re.fullmatch(r"[0-9]{1,6}", text):
+    if not re.fullmatch(r"[0-9]{1,6}", job_number):
         fix = "set it to the pod label batch.kubernetes.io/job-completion-index, or unset it"
-        raise ConfigError("is not the number of a job", key="SWEEP_JOB", value=text, fix=fix)
+        raise ConfigError("is not the number of a job", key="SWEEP_JOB", value=job_number, fix=fix)
     if not is_sweep(arguments):
-        raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=text, fix="add -m, or unset it")
+        raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=job_number, fix="add -m, or unset it")
     jobs = _list_jobs(arguments)
-    if int(text) >= len(jobs):
+    if int(job_number) >= len(jobs):
         problem, fix = f"the sweep has {len(jobs)} jobs, from 0", f"set the completions of the Job to {len(jobs)}"
-        raise ConfigError(problem, key="SWEEP_JOB", value=text, fix=fix)
-    job, tree = jobs[int(text)]
+        raise ConfigError(problem, key="SWEEP_JOB", value=job_number, fix=fix)
+    job, tree = jobs[int(job_number)]
     configure_log(apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments)).runtime)
     log.info(f"sweep: job {job.name} of {len(jobs)} -> {job.folder}")
     return job.command, {name: value for name, value in environment.items() if name != "JOB_COMPLETION_INDEX"}
 
 
 def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
-    """List the jobs of a grid with their configurations. Raises ConfigError for a search, or without a folder."""
+    """List the jobs of a grid with their resolved configurations.
+
+    Raises ConfigError if the sweep is a search, or output_dir is not given.
+    """
     arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
     jobs: list[tuple[Job, dict[str, Any]]] = []
 
@@ -310,7 +351,7 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
             raise SweepEnded(error) from None
 
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # Hydra writes there what nobody reads
+        with tempfile.TemporaryDirectory() as scratch:  # for the files that Hydra writes, which are not used
             compose([*arguments, f"hydra.sweep.dir={quote(scratch)}"], run_job=collect)
     except SweepEnded as ended:
         raise ended.error from None
@@ -320,8 +361,11 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
 def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """Compose the configuration, or run the sweep that the arguments request.
 
-    Returns None after `--help`, `--version`, `--cfg` or a sweep. Raises TrainerError if the configuration cannot be
-    composed, or the sweep was stopped or failed.
+    Returns:
+        The resolved configuration; None after `--help`, `--version`, `--cfg` or a sweep.
+
+    Raises:
+        TrainerError: the configuration cannot be composed, or the sweep was stopped or failed.
     """
     if not is_sweep(arguments):
         return compose(arguments)
@@ -330,7 +374,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
     arguments, folder = _use_sweep_folder(arguments)
-    with suppress(ImportError):  # the extra `sweep`
+    with suppress(ImportError):  # Optuna belongs to the extra `sweep`
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # its INFO lines repeat the log of the jobs
@@ -348,7 +392,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _search_space_is_empty(arguments: list[str]) -> bool:
-    """Return whether Optuna has no values to search, so that it would repeat the same job."""
+    """Return whether the arguments request an Optuna search without values to search, which would repeat one job."""
     sweepers = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
     if not sweepers or {"--cfg", "-c", "--help"} & set(arguments):
         return False
@@ -358,33 +402,47 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
-    """List the keys and groups with several values."""
+    """Return the keys and groups to which an argument gives several values."""
     overrides = [parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
     return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Use an `output_dir` that is equal for all jobs as the sweep folder; return the new arguments and folder."""
-    outputs = [a for a in arguments if re.match(r"\+*output_dir=", a)]
-    if not outputs or parse_override(outputs[-1]).is_sweep_override() or INTERPOLATION.search(outputs[-1]):
+    """Use output_dir as the folder of the sweep if it has one value, which is the same for all jobs.
+
+    Returns the arguments with output_dir removed (and hydra.sweep.dir set to a local folder), and the folder. The
+    folder is None if output_dir is not given, null or different for each job; in the latter case it is not removed.
+    """
+    folder_arguments = [a for a in arguments if re.match(r"\+*output_dir=", a)]
+    if (
+        not folder_arguments
+        or parse_override(folder_arguments[-1]).is_sweep_override()
+        or INTERPOLATION.search(folder_arguments[-1])
+    ):
         return arguments, None
-    rest, folder = [a for a in arguments if a not in outputs], evaluate_override(outputs[-1])
+    other_arguments, folder = (
+        [a for a in arguments if a not in folder_arguments],
+        evaluate_override(folder_arguments[-1]),
+    )
     if not folder:
-        return rest, None
+        return other_arguments, None
     if is_remote(folder):
-        return rest, folder
+        return other_arguments, folder
     folder = str(Path(folder).expanduser())
-    return [*rest, f"hydra.sweep.dir={quote(folder)}"], folder
+    return [*other_arguments, f"hydra.sweep.dir={quote(folder)}"], folder
 
 
 def _write_event_file(folder: StoragePath, content: bytes) -> None:
-    """Write the event file of a job or sweep; delete what a killed process left of it, which no start of a run does."""
+    """Write the event file of a job or sweep. First delete its temporary files that a killed process left.
+
+    The starts of a run do not delete them.
+    """
     if isinstance(folder, LocalPath):
         delete_unfinished(folder.path, recursive=False)
     (folder / EVENT_FILE).write(content)
 
 
 def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
-    """Return the value of a key in the configuration; for a group, the choice `text`."""
+    """Return the value of a key in the configuration; for a group, a list or null, the value `text` of the override."""
     value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

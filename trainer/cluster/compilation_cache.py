@@ -1,6 +1,6 @@
-"""Where XLA and the CUDA driver store what they compile for a GPU, so that a restarted run does not compile it again.
+"""Configure where XLA and the CUDA driver store compiled GPU programs, so that a restart does not compile them again.
 
-TensorFlow and XLA read the environment variables of this module when they start. On machines without a GPU none is set.
+TensorFlow and XLA read the environment variables when they start. Without a GPU none is set.
 """
 
 import hashlib
@@ -13,44 +13,60 @@ from pathlib import Path
 
 from trainer.monitoring.log import log
 
+# TensorFlow's flags for programs that XLA has compiled: the folder, and the device types whose programs are stored
 PROGRAMS_FLAG, DEVICES_FLAG = "--tf_xla_persistent_cache_directory", "--tf_xla_persistent_cache_device_types"
 AUTOTUNING_FLAG = "--xla_gpu_per_fusion_autotune_cache_dir"
-# Folders in that of a run. XLA and TensorFlow create them at the first compilation, after the run has begun.
+# Subfolders of the run's folder or of `cache_folder`. XLA and TensorFlow create them when they first compile a program.
 PROGRAMS, AUTOTUNING = "compiled", "autotuning"
 
 
 def list_gpus() -> tuple[str, ...]:
-    """Query nvidia-smi for name, compute capability and driver of each GPU; () without GPUs or without nvidia-smi."""
+    """Query nvidia-smi for "NAME, COMPUTE CAPABILITY, DRIVER VERSION" of each GPU; () if it does not list any."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(filter(None, map(str.strip, listed.splitlines())))
+    return tuple(filter(None, map(str.strip, output.splitlines())))
 
 
 def choose_programs_folder(
     gpus: tuple[str, ...], folder: Path, deterministic: bool, environment: Mapping[str, str]
 ) -> Path | None:
-    """Choose the folder below `folder` of the programs that XLA compiles; None if they are not stored.
+    """Choose the folder below `folder` for the programs that XLA compiles.
 
-    TensorFlow's key of a stored program has the program before compilation, but not the GPU, the driver, the version of
-    XLA or its flags: they determine the folder. With several GPUs the replicas would load the program of one GPU, which
-    has not been tried.
+    TensorFlow identifies a stored program by its code before compilation. The GPU, the driver, the version of
+    TensorFlow, determinism and XLA's flags also affect the compiled program: each combination has its own folder.
+
+    Returns:
+        The folder; None if programs are not stored, because the user has configured another folder, or because the
+        machine does not have exactly one GPU. (With several GPUs all replicas would load the program of one of them,
+        which is untested.)
     """
     if len(gpus) != 1 or PROGRAMS_FLAG in environment.get("TF_XLA_FLAGS", ""):
         return None
-    facts = [gpus[0], version("tensorflow"), deterministic, environment.get("XLA_FLAGS", "")]
-    return folder / PROGRAMS / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    cache_key = [gpus[0], version("tensorflow"), deterministic, environment.get("XLA_FLAGS", "")]
+    return folder / PROGRAMS / hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]
 
 
 def choose_variables(
     gpus: tuple[str, ...], programs: Path | None, autotuning: Path | None, cache_folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
-    """Choose environment variables for folders of compiled programs and of results of autotuning; {} without GPUs.
+    """Choose environment variables that let XLA and the CUDA driver store compiled programs and autotuning results.
 
-    What the user has set is left as it is. A path with white space is not used: it would end the value of a flag.
+    Flags are appended to those of the user, and folders that the user has set remain. Flags with a path that contains
+    white space are omitted, because white space ends the value of a flag.
+
+    Args:
+        gpus: the GPUs of this machine, from `list_gpus`.
+        programs: folder of XLA's compiled programs; None stores none.
+        autotuning: folder of the results of autotuning; None stores none.
+        cache_folder: parent of the folder `cuda` for the kernels that the CUDA driver compiles.
+        environment: the current environment variables.
+
+    Returns:
+        New values by variable name; {} without GPUs.
     """
     if not gpus:
         return {}
@@ -60,19 +76,19 @@ def choose_variables(
         flags["TF_XLA_FLAGS"] += [f"{PROGRAMS_FLAG}={programs}", f"{DEVICES_FLAG}=GPU"]
     if autotuning and AUTOTUNING_FLAG not in environment.get("XLA_FLAGS", ""):
         flags["XLA_FLAGS"].append(f"{AUTOTUNING_FLAG}={autotuning}")
-    for name, added in flags.items():
-        if added and not any(len(flag.split()) > 1 for flag in added):
-            variables[name] = " ".join(filter(None, [environment.get(name, ""), *added]))
+    for name, new_flags in flags.items():
+        if new_flags and not any(len(flag.split()) > 1 for flag in new_flags):
+            variables[name] = " ".join(filter(None, [environment.get(name, ""), *new_flags]))
     if "CUDA_CACHE_PATH" not in environment:
         variables["CUDA_CACHE_PATH"] = str(cache_folder / "cuda")
     return variables
 
 
 def is_complete(content: bytes) -> bool:
-    """Return whether the fields of an encoded protocol buffer end exactly at the end of `content`, which is not empty.
+    """Return whether a stored program, an encoded protocol buffer, ends exactly at the end of its last field.
 
-    TensorFlow ends a training step with an error if it reads a stored program that a full disk or the end of a machine
-    has cut off.
+    A full disk or a crash of the machine can truncate the file, and TensorFlow fails in a training step when it reads a
+    truncated program. Empty content is not complete.
     """
 
     def read_varint(at: int) -> tuple[int, int]:
@@ -83,26 +99,31 @@ def is_complete(content: bytes) -> bool:
             if byte < 0x80:
                 return value, at
 
-    at = 0
+    offset = 0
     try:
-        while at < len(content):
-            tag, at = read_varint(at)
-            length, after = read_varint(at)
-            if tag >> 3 == 0 or tag & 7 not in (0, 2):  # the messages here have only numbers, texts and messages
+        while offset < len(content):
+            tag, offset = read_varint(offset)
+            value, after = read_varint(offset)  # of a length-delimited field, the length
+            if tag >> 3 == 0 or tag & 7 not in (0, 2):  # the messages here have only numbers, strings and messages
                 return False
-            at = after if tag & 7 == 0 else after + length
+            offset = after if tag & 7 == 0 else after + value
     except IndexError:
         return False
-    return 0 < len(content) == at
+    return 0 < len(content) == offset
 
 
 def set_compilation_cache(cache_folder: Path, run_folder: Path | None, deterministic: bool) -> None:
-    """Set the environment variables before TensorFlow starts, and delete stored programs that are not complete.
+    """Set the environment variables of the compilation caches, and delete incomplete stored programs.
 
-    `run_folder` is the local folder of a run. Programs and results of autotuning are stored with its checkpoints, also
-    in a bucket, so that a resumed run has the same programs in another pod; if it is None, on workers other than the
-    chief, they are stored in `cache_folder`. With `deterministic`, XLA does no autotuning. Nothing is stored if
-    `cache_folder` cannot be written to.
+    Must be called before TensorFlow starts. The CUDA driver stores its kernels in `cache_folder`. If `cache_folder`
+    cannot be written to, this logs a warning and sets nothing.
+
+    Args:
+        cache_folder: folder of this machine for caches.
+        run_folder: local folder of the run, for programs and autotuning results: it is published to the bucket of the
+            run, if there is one, so that a resumed run loads the same programs in another pod. None on workers other
+            than the chief, which store them in `cache_folder`.
+        deterministic: the run is deterministic, and XLA does no autotuning.
     """
     gpus, folder = list_gpus(), (run_folder or cache_folder).absolute()
     programs = choose_programs_folder(gpus, folder, deterministic, os.environ)

@@ -1,8 +1,8 @@
 """Control channel: a TCP connection from each worker to the chief, next to TensorFlow's collectives.
 
-It carries values that must be equal on all workers (scores, plans, a checkpoint on resume), stop requests, failures,
-and a heartbeat every two seconds. A collective can block forever on a dead or frozen peer, so a worker that loses a
-peer ends its own process.
+It carries values that must be equal on all workers (scores, plans, the checkpoint of a resumed run), stop requests,
+failures, and a heartbeat every two seconds. A TensorFlow collective can block forever on a dead or frozen peer, so a
+worker that loses a peer ends its own process.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log_unbuffered
 from trainer.storage.arrays import pack, unpack
 
-MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker
-MAX_RECV_BYTES = 1 << 20  # per recv call
+MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker; it is refused before it is read
+MAX_RECV_BYTES = 1 << 20  # per `recv` call
 HEARTBEAT_INTERVAL_SECONDS = 2.0
-HEARTBEAT_TIMEOUT_SECONDS = 20.0
-COMMIT_TIMEOUT_SECONDS = 5.0  # of `end`, which waits for a write in `committing`
+HEARTBEAT_TIMEOUT_SECONDS = 20.0  # without received bytes, after which a peer is lost; ten missed heartbeats
+COMMIT_TIMEOUT_SECONDS = 5.0  # for which `end` waits for a write in `committing`
 
 
 class ProtocolError(ConnectionError):
@@ -37,7 +37,7 @@ class ProtocolError(ConnectionError):
 
 
 class Connection:
-    """One connection to a peer. Any thread may call `send`; only one may call `receive`."""
+    """A connection to a peer. Any thread may call `send`; only one thread may call `receive`."""
 
     def __init__(self, connected_socket: socket.socket) -> None:
         self.socket = connected_socket
@@ -46,7 +46,7 @@ class Connection:
         self._send_lock = threading.Lock()
 
     def send(self, kind: str, payload: bytes = b"", **fields: Any) -> None:
-        """Send one message with these header fields. Raises OSError if the connection is closed."""
+        """Send a message with these header fields. Raises OSError if the connection is closed, broken or timed out."""
         header = json.dumps({"kind": kind, **fields}).encode()
         with self._send_lock:
             self.socket.sendall(PREFIX.pack(MAGIC, len(header), len(payload)) + header)
@@ -56,7 +56,8 @@ class Connection:
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """Wait for one message, and return its header and payload.
 
-        Raises ProtocolError if the bytes are not from a worker, and OSError if the connection is closed or timed out.
+        Raises ProtocolError if the bytes are not from a worker, another OSError if the connection is closed, broken or
+        timed out, and ValueError if the header is not valid JSON.
         """
         magic, header_bytes, payload_bytes = PREFIX.unpack(self.receive_exactly(PREFIX.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
@@ -64,7 +65,7 @@ class Connection:
         return json.loads(self.receive_exactly(header_bytes)), self.receive_exactly(payload_bytes)
 
     def receive_exactly(self, count: int) -> bytes:
-        """Wait for `count` bytes. Raises OSError if the connection is closed or timed out."""
+        """Wait for `count` bytes. Raises OSError if the connection is closed, broken or timed out."""
         chunks, missing = [], count
         while missing:
             chunk = self.socket.recv(min(missing, MAX_RECV_BYTES))
@@ -83,21 +84,26 @@ class Connection:
 
 
 class ControlChannel:
-    """The message channel between this worker and its peers. A single worker sends nothing.
+    """The connections of this worker for collective operations, stop requests and failures.
 
-    The chief has a connection to every other worker, and each of these has one to the chief. All workers must call the
-    collective operations (gather, broadcast, reduce, barrier and those built on them) in the same order with the same
-    topics.
+    The chief is connected to every other worker, and each of these only to the chief. A single worker has no
+    connections: the operations return its own values. All workers must call the collective operations (gather,
+    broadcast, reduce, barrier, and the methods built on them) in the same order. `topic` names an operation; workers
+    that are at different topics fail with an AssertionError.
+
+    If a peer fails or is lost while a collective operation waits for it, the operation does not raise: `end` exits the
+    process.
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
         self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
-        self.on_stop: Callable[[str], None] = lambda _reason: None  # called on a stop request of another worker
-        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called before `end` exits
+        self.on_stop: Callable[[str], None] = lambda _reason: None  # called with the stop request of another worker
+        self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called by `end`, right before the exit
+        # Messages of collective operations by peer, as (topic, payload).
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}
-        self._departed_peers: set[int] = set()
-        self._shutting_down = False
+        self._departed_peers: set[int] = set()  # peers that have announced their end or failure
+        self._shutting_down = False  # this worker has disconnected or failed
         self._ignore_peers = False
         self._end_lock = threading.Lock()
         self._commit_lock = threading.Lock()
@@ -109,14 +115,14 @@ class ControlChannel:
             threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
-        """Send bytes to the chief. The chief returns those of all workers, by index; the others return None."""
+        """Send `payload` to the chief. Returns the payloads of all workers by index on the chief, else None."""
         if not self.is_chief:
             self._send(0, topic, payload)
             return None
         return [payload, *(self._receive(peer, topic) for peer in sorted(self.connections))]
 
     def broadcast_bytes(self, topic: str, payload: bytes = b"") -> bytes:
-        """Return the chief's bytes on every worker."""
+        """Return the chief's `payload` on every worker; `payload` of the other workers is ignored."""
         if not self.is_chief:
             return self._receive(0, topic)
         for peer in sorted(self.connections):
@@ -124,29 +130,35 @@ class ControlChannel:
         return payload
 
     def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
-        """Call `make` on the chief only, and return its JSON result on every worker."""
+        """Call `make` on the chief only, and return its result, a JSON value, on every worker.
+
+        An exception of `make` is raised on the chief only; the other workers wait until they receive its failure.
+        """
         if self.size == 1:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
     def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
-        """Apply `function` to the list of all workers' JSON values on the chief; return the result on every worker."""
+        """Return `function(values)` on every worker, where `values` has the JSON value of each worker by index.
+
+        `function` is called on the chief only, and its result must be a JSON value.
+        """
         gathered = self.gather(topic, json.dumps(value).encode())
         return self.broadcast(topic, lambda: function([json.loads(content) for content in gathered or ()]))
 
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the chief's named arrays on every worker."""
+        """Return the chief's named arrays on every worker; `arrays` of the other workers is ignored."""
         if self.size == 1:
             return arrays
         return unpack(self.broadcast_bytes(topic, pack(arrays) if self.is_chief else b""))
 
     def gather_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
-        """Send named arrays to the chief. The chief returns those of all workers, by index; the others return None."""
+        """Send named arrays to the chief. Returns the arrays of all workers by index on the chief, else None."""
         gathered = self.gather(topic, pack(arrays))
         return None if gathered is None else [unpack(content) for content in gathered]
 
     def require_equal(self, topic: str, values: dict[str, Any]) -> None:
-        """Raise a ConfigError that lists the differences unless all workers have the same named JSON values."""
+        """Raise a ConfigError that lists the differences, on all workers, unless all of them pass equal JSON values."""
         if lines := self.reduce(topic, values, list_differences):
             problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
             raise ConfigError(problem, fix="start all of them with the same image and arguments")
@@ -156,7 +168,7 @@ class ControlChannel:
         return self.reduce(topic, bool(value), any)
 
     def barrier(self, topic: str) -> None:
-        """Wait until every worker calls this."""
+        """Wait until every worker has called `barrier`."""
         self.gather(topic, b"")
         self.broadcast_bytes(topic)
 
@@ -173,16 +185,23 @@ class ControlChannel:
         return payload
 
     def broadcast_stop(self, reason: str) -> None:
-        """Send a stop request to the other workers."""
+        """Send a stop request to all other workers; their `on_stop` is called with `reason`."""
         self._send_to_all("stop", reason=reason)
 
     def committing(self) -> contextlib.AbstractContextManager[bool]:
-        """Let `end` wait up to `COMMIT_TIMEOUT_SECONDS` for the write in this block before it exits the process."""
+        """Return a context for a write, such as the commit of a checkpoint, that `end` should not interrupt.
+
+        `end` waits for the block before it exits the process, but at most `COMMIT_TIMEOUT_SECONDS`.
+        """
         return self._commit_lock
 
     @contextlib.contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """End the other workers with the exit code and message of an exception in this block, and re-raise it."""
+        """Report an exception in this block to the other workers, which then end, and re-raise it.
+
+        They log its message and exit with its exit code, or with 75 if it is a bug. A worker reports only to the chief,
+        which passes the report to the others.
+        """
         try:
             yield
         except BaseException as error:
@@ -196,18 +215,24 @@ class ControlChannel:
             raise
 
     def disconnect(self) -> None:
-        """Announce a planned end of this worker, so that its peers do not fail when its connection closes."""
+        """Announce the planned end of this worker, so that its peers do not fail when its connections close.
+
+        From now on this worker ignores lost peers, and `end` does nothing.
+        """
         self._shutting_down = True
         health.on_change()
         self._send_to_all("left")
 
     def ignore_peer_failures(self) -> None:
-        """Ignore lost peers, their failures and stop requests from now on. The chief then continues without them."""
+        """Ignore lost peers, failures of peers, and stop requests from peers from now on.
+
+        The chief calls this after scoring, when it exports and writes the report without the other workers.
+        """
         self._ignore_peers = True
         health.on_change()
 
     def watched_peers(self) -> list[int]:
-        """Return the indices of the peers whose end or failure ends this process."""
+        """Return the indices of the peers whose loss or failure ends this process."""
         return [] if self._shutting_down or self._ignore_peers else sorted({*self.connections} - self._departed_peers)
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
@@ -252,7 +277,16 @@ class ControlChannel:
             self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {cause}")
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process and its peers. Thread-safe, because the main thread can be blocked in a collective."""
+        """End this process and its peers with the exit code and message of a failure.
+
+        Any thread may call this, because the main thread can be blocked in a collective. The call returns only if this
+        worker has already disconnected or failed; then it does nothing.
+
+        Args:
+            code: exit code of this process and of its peers.
+            message: problem for the log, the termination message and `on_end`.
+            worker: index of the worker that failed; defaults to this one.
+        """
         with self._end_lock:
             if self._shutting_down:
                 return
@@ -261,7 +295,7 @@ class ControlChannel:
             self._commit_lock.acquire(timeout=COMMIT_TIMEOUT_SECONDS)
             kind = "interrupted" if code == INTERRUPTED else "error"
             try:
-                with contextlib.suppress(OSError):  # the log is on a full disk
+                with contextlib.suppress(OSError):  # stderr may be on a full disk
                     log_unbuffered(f"{kind}: {message}")
                 termination.write(code, message)  # before `on_end`, which writes to the run's disk and can block
                 self.on_end(code, message)
@@ -271,11 +305,18 @@ class ControlChannel:
 
 
 def list_differences(by_worker: list[dict[str, Any]]) -> list[str]:
-    """List each differing value as "name: V on worker 0, W on worker N", with the first worker N that differs."""
+    """Describe the values that differ between workers, one line per name: "NAME: V on worker 0, W on worker N".
+
+    Args:
+        by_worker: named JSON values of each worker, by worker index. A missing value counts as null.
+
+    Returns:
+        Lines sorted by name. N is the first worker whose value differs from that of worker 0.
+    """
     lines = []
-    for name in sorted({name for worker in by_worker for name in worker}):
+    for name in sorted({name for values in by_worker for name in values}):
         values = [json.dumps(worker.get(name)) for worker in by_worker]
-        index = next((index for index, value in enumerate(values) if value != values[0]), None)
-        if index is not None:
-            lines.append(f"{name}: {values[0]} on worker 0, {values[index]} on worker {index}")
+        differing = next((index for index, value in enumerate(values) if value != values[0]), None)
+        if differing is not None:
+            lines.append(f"{name}: {values[0]} on worker 0, {values[differing]} on worker {differing}")
     return lines

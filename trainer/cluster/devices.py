@@ -1,4 +1,4 @@
-"""Devices, precision, determinism and the distribution strategy, which must be set before the first tensor."""
+"""Devices, precision, determinism and the distribution strategy, which must be configured before the first tensor."""
 
 import os
 import subprocess
@@ -17,21 +17,29 @@ from trainer.errors import ConfigError, Interrupted
 from trainer.monitoring.health import health
 from trainer.types import CPU, Device
 
+# runtime.precision -> name of the Keras dtype policy
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
 def build_strategy(
     config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], cpus: int
 ) -> tf.distribute.Strategy:
-    """Size the thread pools for `cpus`, choose the devices, and build the strategy. No tensor must exist yet.
+    """Configure thread pools, determinism, precision and devices, and build the distribution strategy.
+
+    All workers must call this together, before the first tensor exists.
+
+    Args:
+        control: compares the devices of the workers.
+        log_message: logs the devices and the collectives.
+        cpus: number of threads per thread pool, the processors that this process may use.
 
     Returns:
-        The default strategy for one device; MirroredStrategy for several GPUs, or logical CPU devices, of one process;
-        MultiWorkerMirroredStrategy for several workers.
+        The default strategy for one device. MirroredStrategy for several GPUs, or several logical CPU devices, in one
+        process. MultiWorkerMirroredStrategy for several workers.
 
     Raises:
-        ConfigError: there are fewer GPUs than replicas, the workers have different devices, or the global batch cannot
-            be divided evenly among the replicas (into pairs, with mixup or cutmix).
+        ConfigError: the errors of `choose_devices` and `check_batch_size`, or the workers have different devices.
+        Interrupted: TensorFlow cannot start its server, probably because another process uses the port of this worker.
     """
     runtime = config.runtime
     set_thread_pools(cpus)
@@ -57,9 +65,9 @@ def build_strategy(
 
 
 def set_thread_pools(count: int) -> None:
-    """Set the sizes of TensorFlow's intra-op and inter-op thread pools; `tf.data` uses the latter.
+    """Set the sizes of TensorFlow's intra-op and inter-op thread pools; `tf.data` uses the inter-op pool.
 
-    A pool larger than the container's CPU quota uses up the quota of each period early and is then throttled.
+    With more threads than the container's CPU quota has processors, the kernel throttles all of them in each period.
     """
     tf.config.threading.set_intra_op_parallelism_threads(count)
     tf.config.threading.set_inter_op_parallelism_threads(count)
@@ -67,7 +75,10 @@ def set_thread_pools(count: int) -> None:
 
 @cache
 def detect_device() -> Device:
-    """Detect the processor of each replica. Of different GPUs, the lowest compute capability and memory count."""
+    """Detect the device that computes a replica.
+
+    If the GPUs differ, the result has all their names, the lowest compute capability, and the smallest memory.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
         return CPU
@@ -79,25 +90,31 @@ def detect_device() -> Device:
 
 
 def query_gpu_memory() -> int | None:
-    """Query nvidia-smi for the total GPU memory in bytes; None without GPUs or if it is unknown."""
+    """Return the memory of the smallest GPU times the number of GPUs, in bytes; None without GPUs or if unknown."""
     return (_query_memory_per_gpu() or 0) * len(tf.config.list_physical_devices("GPU")) or None
 
 
 def _query_memory_per_gpu() -> int | None:
-    """Query nvidia-smi for the memory of the smallest GPU in bytes; None without GPUs or if it is unknown."""
+    """Query nvidia-smi for the memory of the machine's smallest GPU in bytes; None if it lists none or fails."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-        sizes = [int(text) * 2**20 for text in listed]
+        output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        sizes = [int(mebibytes) * 2**20 for mebibytes in output]
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return min(sizes, default=0) or None
 
 
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
-    """Choose the kind ("GPU" or "CPU") and number of devices of one worker.
+    """Choose the kind ("GPU" or "CPU") and the number of devices of each worker; each device computes one replica.
 
-    Raises ConfigError if `runtime.replicas` exceeds the number of GPUs, or 1 on one of several workers without GPUs.
+    Args:
+        runtime: `runtime.replicas` is the number of devices; null chooses all GPUs, or one CPU device.
+        workers: number of workers of the run.
+
+    Raises:
+        ConfigError: `runtime.replicas` exceeds the number of GPUs, or it is more than 1 with several workers that have
+            no GPU.
     """
     gpus = tf.config.list_physical_devices("GPU")
     kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
@@ -111,7 +128,7 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Describe the `count` devices of each worker, and their batches."""
+    """Describe the `count` devices of each worker and the precision; with several replicas, also the batch of each."""
     batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     if replicas == 1:
         return f"device: {device.describe()}, {precision}"
@@ -124,7 +141,12 @@ def describe_devices(device: Device, count: int, cluster: Cluster, config: RunCo
 
 
 def check_batch_size(config: RunConfig, replicas: int) -> None:
-    """Raise a ConfigError unless `replicas` can divide the global batch evenly (see `build_strategy`)."""
+    """Raise a ConfigError if the global batch cannot be divided among the replicas of all workers.
+
+    `replicas` must divide `training.virtual_replicas`, if it is set. The batch must be divisible by the replicas times
+    the micro-batches of each. The part for one replica or virtual replica must be even with mixup or cutmix, which mix
+    pairs. With `model.hidden_batch_norm`, a virtual replica or a micro-batch of all replicas must have two examples.
+    """
     batch_size, parts = config.training.batch_size, config.training.virtual_replicas
     if parts and parts % replicas:
         problem = f"is not divisible by {replicas} replicas"
@@ -136,29 +158,29 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
     valid = f"{smaller}{-(-batch_size // divisor) * divisor}"
     if batch_size % (replicas * micro_batches):
         key = "training.virtual_replicas" if parts else "training.accumulate"
-        each = f" with {micro_batches} micro-batches each ({key})" if micro_batches > 1 else ""
-        problem = f"is not divisible by {replicas} replicas{each}"
+        detail = f" with {micro_batches} micro-batches each ({key})" if micro_batches > 1 else ""
+        problem = f"is not divisible by {replicas} replicas{detail}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
-    in_statistics = batch_size // (parts or config.training.accumulate)
-    if config.model.hidden_units and config.model.hidden_batch_norm and in_statistics < 2:
-        each = "a part of the batch" if parts or config.training.accumulate > 1 else "the batch"
-        problem = f"normalizes {each} by its own mean, and of a single example nothing would be left"
+    statistics_size = batch_size // (parts or config.training.accumulate)
+    if config.model.hidden_units and config.model.hidden_batch_norm and statistics_size < 2:
+        detail = "a part of the batch" if parts or config.training.accumulate > 1 else "the batch"
+        problem = f"normalizes {detail} by its own mean, and of a single example nothing would be left"
         fix = "use a larger training.batch_size, fewer parts, or set it to false"
         raise ConfigError(problem, key="model.hidden_batch_norm", value="true", fix=fix)
     if config.augmentation.mixes and per_replica % 2:
         kind, count = ("virtual replicas", parts) if parts else ("replicas", replicas)
-        each = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"
-        problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {each} odd"
+        detail = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"
+        problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {detail} odd"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}, or set both to 0")
 
 
 def _multi_worker_strategy(
     runtime: Runtime, control: ControlChannel, log_message: Callable[[str], None]
 ) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers, which wait for each other without a timeout.
+    """Start TensorFlow's servers, and build a `MultiWorkerMirroredStrategy` for the GPUs or the CPU of each worker.
 
-    A timer, or the watchdog, ends the process after `runtime.start_timeout`. Raises Interrupted if another process uses
-    the port of this worker.
+    The servers wait for each other without a timeout. A timer, or the watchdog, exits this process with code 75 after
+    `runtime.start_timeout` seconds. Raises Interrupted if TensorFlow cannot start its server at the worker's address.
     """
     os.environ["TF_CONFIG"] = control.cluster.tf_config()
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
@@ -172,7 +194,7 @@ def _multi_worker_strategy(
     timer.daemon = True
     timer.start()
     try:
-        # The call holds the GIL, so neither this timer nor the control channel runs: the watchdog acts for them.
+        # The call holds the GIL, so neither this timer nor the control channel can run: the watchdog ends the process.
         with health.blocked_in("starting TensorFlow's servers", runtime.start_timeout):
             return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     except tf.errors.UnknownError as error:

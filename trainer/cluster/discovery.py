@@ -1,23 +1,27 @@
-"""Discover the index and addresses of the workers from the first of these sources that the environment has:
+"""Discover the index and the addresses of the workers from environment variables.
+
+The first of these sources that the environment has is used:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
-   The chief (old name: master) is worker 0, and the workers follow. Evaluators in the cluster are ignored, because the
-   run itself evaluates. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
+   The chief (formerly called master) is worker 0, and the workers follow. Evaluators in the cluster are ignored,
+   because the run itself evaluates. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
 2. A JobSet with all workers in one replicatedJob: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0) and
    REPLICATED_JOB_REPLICAS (default 1), set by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
-   `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`; WORKER_COUNT counts the pods of all child Jobs.
-   Hosts are `<jobset>-<replicatedjob>-<job-index>-<pod-index>.<service>`
+   `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`. WORKER_COUNT is the number of pods of all child
+   Jobs. Hosts are `<jobset>-<replicatedjob>-<job-index>-<pod-index>.<service>`
    (https://jobset.sigs.k8s.io/docs/concepts); SERVICE_NAME is spec.network.subdomain and defaults to the JobSet's name.
-3. An Indexed Job with a headless Service: WORKER_COUNT (its completions), JOB_NAME and SERVICE_NAME. Hosts are
+3. An Indexed Job with a headless Service: WORKER_COUNT (the Job's completions), JOB_NAME and SERVICE_NAME. Hosts are
    `<job>-<i>.<service>` (https://kubernetes.io/docs/tasks/job/job-with-pod-to-pod-communication).
 4. Otherwise this process is the only worker.
 
-The token with which workers authenticate is JOB_UID, the pod label `batch.kubernetes.io/controller-uid`, which nobody
-knows who cannot read the pods. It is empty where it is not set, and with several child Jobs, which have different ones.
+Sources 2 and 3 require WORKER_COUNT. They also read WORKER_PORT (default 2222) and JOB_COMPLETION_INDEX, which
+Kubernetes sets in every pod of an Indexed Job. An empty variable counts as not set, because the downward API sets an
+empty one for a missing label.
 
-2 and 3 also read JOB_COMPLETION_INDEX, which Kubernetes sets in every pod of an Indexed Job, and WORKER_PORT (default
-2222). An empty variable counts as not set, because the downward API sets an empty one for a missing label.
+The workers authenticate with a token: JOB_UID, the pod label `batch.kubernetes.io/controller-uid`, which only those
+who can read the pods know. The token is empty if JOB_UID is not set, and if a JobSet has several child Jobs, because
+each of them has another uid.
 """
 
 import json
@@ -28,11 +32,12 @@ from typing import Any
 
 from trainer.errors import ConfigError
 
-DEFAULT_PORT = 2222
-ALONE = "this process alone"
+DEFAULT_PORT = 2222  # the port that Kubeflow's TFJob uses
+ALONE = "this process alone"  # `Cluster.source` of a single worker without a named Job
+# "host:port" or "[IPv6]:port"; the group is the port
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):([0-9]{1,5})")
 _DNS_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error messages
+_MANIFEST_SOURCES = {  # variable -> where to find its value in a manifest, for the fix of an error
     "JOB_NAME": "the Job's metadata.name (the pod label batch.kubernetes.io/job-name)",
     "SERVICE_NAME": "the name of the headless Service that the pods have as their subdomain",
     "JOBSET_NAME": "the pod label jobset.sigs.k8s.io/jobset-name (by the downward API)",
@@ -42,12 +47,12 @@ _MANIFEST_SOURCES = {  # variable -> where its value is in a manifest, for error
 
 @dataclass(frozen=True)
 class Cluster:
-    """One worker's view of a run."""
+    """The workers of a run, and the index of this worker."""
 
     index: int  # of this worker, 0 <= index < size; 0 is the chief
     addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
     source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
-    job: str  # unique per Job or JobSet, and equal on all of its workers; "" for a single worker without a name
+    job: str  # name of the Job or replicatedJob, or the addresses of TF_CONFIG; equal on all workers; "" if unnamed
     token: str = field(default="", repr=False)  # with which the workers authenticate; "" accepts every worker
 
     @property
@@ -61,7 +66,7 @@ class Cluster:
         return self.index == 0
 
     def tf_config(self) -> str:
-        """Return TF_CONFIG for TensorFlow, with worker 0 as the implicit chief; `{}` for a single worker."""
+        """Return TF_CONFIG for TensorFlow: all tasks are workers, worker 0 the chief. "{}" for a single worker."""
         if not self.addresses:
             return "{}"
         task = {"type": "worker", "index": self.index}
@@ -69,12 +74,12 @@ class Cluster:
 
 
 def discover(environment: Mapping[str, str]) -> Cluster:
-    """Discover the cluster from the first available source, in the order of the module docstring.
+    """Discover the cluster from the first source of the module docstring that the environment has.
 
-    Raises ConfigError if a variable is missing or invalid, or two variables contradict each other.
+    Raises ConfigError if a variable is missing or invalid, or if two variables contradict each other.
     """
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
-    if not _in_jobset(env):  # without a JobSet these two have no meaning
+    if not _in_jobset(env):  # outside of a JobSet these variables have no meaning
         env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
     cluster = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
     if cluster:
@@ -85,12 +90,12 @@ def discover(environment: Mapping[str, str]) -> Cluster:
 
 
 def _choose_token(env: Mapping[str, str]) -> str:
-    """Choose the token of the workers: the uid of their Job, if all of them are in one."""
+    """Return the authentication token, the uid of the Job of the workers; "" if it is not set or they have several."""
     return env.get("JOB_UID", "") if env.get("REPLICATED_JOB_REPLICAS", "1") == "1" else ""
 
 
 def _from_tf_config(text: str) -> Cluster | None:
-    """Parse TF_CONFIG; None if it has no cluster."""
+    """Parse TF_CONFIG; None if it has no cluster. Raises ConfigError if it is invalid or describes two chiefs."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -134,7 +139,10 @@ def _from_tf_config(text: str) -> Cluster | None:
 
 
 def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
-    """Parse the addresses of each role (chief, master, worker); a role without addresses is omitted."""
+    """Return the addresses by role (chief, master, worker); roles without addresses are omitted.
+
+    Raises ConfigError for parameter servers, unknown roles, invalid addresses, and if this task is an evaluator.
+    """
     if "ps" in (*(role for role in cluster if cluster[role]), task_type):
         raise ConfigError("parameter servers (ps) are not supported", key="TF_CONFIG", fix="run workers only")
     if task_type == "evaluator":
@@ -161,7 +169,7 @@ def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]
 
 
 def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -> None:
-    """Raise a ConfigError unless TF_CONFIG, which has precedence, agrees with WORKER_COUNT and the pod index."""
+    """Raise a ConfigError if WORKER_COUNT or the index of the pod contradicts TF_CONFIG, which has precedence."""
     count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         return
@@ -176,16 +184,16 @@ def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -
 
 
 def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
-    """Discover the cluster of a JobSet or Indexed Job, or of a single worker."""
+    """Discover the cluster of a JobSet or an Indexed Job; a single worker if WORKER_COUNT is not set or 1."""
     count = _parse_integer(env, "WORKER_COUNT", 1)
     if count is None:
         _check_alone(env)
         return Cluster(0, (), ALONE, "")
     index = _compute_index(env, count)
     if count == 1:
-        names = [env[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in env]
-        job = "-".join(names) or env.get("JOB_NAME", "")
-        source = f"JobSet {names[0]}" if names else f"Indexed Job {job}" if job else ALONE
+        jobset_names = [env[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in env]
+        job = "-".join(jobset_names) or env.get("JOB_NAME", "")
+        source = f"JobSet {jobset_names[0]}" if jobset_names else f"Indexed Job {job}" if job else ALONE
         return Cluster(0, (), source, job)
     if index is None:
         problem, fix = "JOB_COMPLETION_INDEX, the index of this worker, is not set", "set completionMode: Indexed"
@@ -195,8 +203,8 @@ def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
         jobset, name = _require_name(env, "JOBSET_NAME", count), _require_name(env, "REPLICATED_JOB_NAME", count)
         service = _require_name(env, "SERVICE_NAME", count) if "SERVICE_NAME" in env else jobset
         job, source = f"{jobset}-{name}", f"JobSet {jobset}"
-        pods = count // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
-        hosts = [f"{job}-{i // pods}-{i % pods}" for i in range(count)]
+        pods_per_job = count // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
+        hosts = [f"{job}-{i // pods_per_job}-{i % pods_per_job}" for i in range(count)]
     else:
         job, service = _require_name(env, "JOB_NAME", count), _require_name(env, "SERVICE_NAME", count)
         source = f"Indexed Job {job}"
@@ -205,10 +213,10 @@ def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
 
 
 def _check_alone(env: Mapping[str, str]) -> None:
-    """Raise a ConfigError if the pod has peers but WORKER_COUNT is not set."""
-    for name, single in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
-        value = _parse_integer(env, name, single)
-        if value is not None and value > single:
+    """Raise a ConfigError if WORKER_COUNT is not set although the Job or JobSet has several pods."""
+    for name, single_pod_value in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
+        value = _parse_integer(env, name, single_pod_value)
+        if value is not None and value > single_pod_value:
             problem = "WORKER_COUNT is not set, so several pods would train the same run independently"
             raise ConfigError(problem, key=name, value=value, fix="set WORKER_COUNT to the number of pods")
 
@@ -218,34 +226,37 @@ def _in_jobset(env: Mapping[str, str]) -> bool:
 
 
 def _compute_index(env: Mapping[str, str], count: int) -> int | None:
-    """Compute the index of this worker among all `count`; None if the pod has no index."""
+    """Compute the index of this worker among the pods of all child Jobs; None if JOB_COMPLETION_INDEX is not set.
+
+    Raises ConfigError if an index is out of range or `count` is not a multiple of the number of child Jobs.
+    """
     replicas = _parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
     if count % replicas:
         problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={replicas}", "set it to the number of all pods"
         raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
-    pods = count // replicas
-    job = _parse_integer(env, "JOB_INDEX", 0)
-    if job is None and replicas > 1:
+    pods_per_job = count // replicas
+    job_index = _parse_integer(env, "JOB_INDEX", 0)
+    if job_index is None and replicas > 1:
         fix = "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)"
         raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=replicas, fix=fix)
-    job = job or 0
-    if job >= replicas:
+    job_index = job_index or 0
+    if job_index >= replicas:
         default = "" if "REPLICATED_JOB_REPLICAS" in env else " (its default)"
         problem = f"is not below REPLICATED_JOB_REPLICAS={replicas}{default}"
         fix = "set that to the pod label jobset.sigs.k8s.io/replicatedjob-replicas (by the downward API)"
-        raise ConfigError(problem, key="JOB_INDEX", value=job, fix=fix)
-    pod = _parse_integer(env, "JOB_COMPLETION_INDEX", 0)
-    if pod is None:
+        raise ConfigError(problem, key="JOB_INDEX", value=job_index, fix=fix)
+    pod_index = _parse_integer(env, "JOB_COMPLETION_INDEX", 0)
+    if pod_index is None:
         return None
-    if pod >= pods:
+    if pod_index >= pods_per_job:
         bound = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
         problem, fix = f"is not below {bound}", "set WORKER_COUNT to the number of all pods"
-        raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=pod, fix=fix)
-    return job * pods + pod
+        raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=pod_index, fix=fix)
+    return job_index * pods_per_job + pod_index
 
 
 def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
-    """Parse an integer variable; None if it is not set."""
+    """Parse the integer variable `name`; None if it is not set. Raises ConfigError if it is not in the range."""
     text = env.get(name)
     if text is None:
         return None

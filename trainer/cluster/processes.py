@@ -1,4 +1,4 @@
-"""Start a module of this package as another process, or this process anew."""
+"""Start a module of this package in another process, or restart this process."""
 
 import os
 import signal
@@ -11,9 +11,10 @@ from typing import NoReturn
 
 
 def module_command(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Return command and environment of a process that runs a module of this package, in any working directory.
+    """Return the command and the environment of a process that runs a module of this package.
 
-    `python -m` alone searches the working directory first, where a folder `trainer` or a file `json.py` may be.
+    The module is imported from this package in any working directory. `python -m` alone would search the working
+    directory first, which may have a folder `trainer` or a file `json.py`.
     """
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
@@ -23,18 +24,24 @@ def module_command(module: str, *arguments: str) -> tuple[list[str], dict[str, s
 def replace_process(
     arguments: Sequence[str], environment: Mapping[str, str], has_stop_request: Callable[[], bool]
 ) -> NoReturn:
-    """Replace this process by the command with which it began, with further arguments; its process ID remains.
+    """Replace this process by a new one with the same process ID and command, and with additional arguments.
 
-    It has the standard streams, and no other descriptor of this one. A SIGTERM meanwhile, and one that this process has
-    received (`has_stop_request`), is pending until the new process has a handler (`trainer.cluster.signals`). What
-    Python does at the end of a process is not done. Must be called by the main thread.
+    The new process inherits the standard streams and no other file descriptor. Exit handlers and `finally` blocks of
+    this process do not run. A SIGTERM that arrives now, or that this process has already received, is not lost: it
+    stays blocked until the new process installs a handler (`trainer.cluster.signals`). Only the main thread may call
+    this.
+
+    Args:
+        arguments: appended to the command line of this process.
+        environment: all environment variables of the new process.
+        has_stop_request: returns whether this process has received a stop request that it has not handled.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     sys.stdout.flush()
     sys.stderr.flush()
-    with suppress(FileNotFoundError):  # not on macOS, where libraries leave few open
+    with suppress(FileNotFoundError):  # macOS has no /proc; libraries leave few descriptors open there
         for descriptor in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):  # that of the listing
+            with suppress(OSError):  # the descriptor of the listing itself is closed
                 os.set_inheritable(descriptor, descriptor <= 2)
     if has_stop_request():
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)

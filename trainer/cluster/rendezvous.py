@@ -22,22 +22,26 @@ from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
-RESPONSE_TIMEOUT_SECONDS = 5.0  # to connect, and for the first response
-OWN_TIMEOUT_SECONDS = 1.0  # to connect to the own address of this worker, and for the response
-REACH_TIMEOUT_SECONDS = 30.0  # to reach the port of each other worker, with retries
+RESPONSE_TIMEOUT_SECONDS = 5.0  # for a connection to open, and for each read and write until the control channel begins
+OWN_TIMEOUT_SECONDS = 1.0  # the same for a connection to this worker's own address, where usually nobody else responds
+REACH_TIMEOUT_SECONDS = 30.0  # for reaching the port of another worker, with retries
 
-RETRY = "start all workers again"
+RETRY = "start all workers again"  # the fix of most errors
 
 
 def rendezvous(
     cluster: Cluster, timeout: float, log_message: Callable[[str], None], check_cancelled: Callable[[], None]
 ) -> ControlChannel:
-    """Connect all workers within `timeout` seconds, and log every few seconds which ones are missing and why.
+    """Connect all workers, and log every few seconds which workers are missing and why.
 
-    `check_cancelled` is called several times per second. It raises an exception to cancel, as after a signal.
+    Args:
+        timeout: seconds until all workers must be connected.
+        log_message: logs a line.
+        check_cancelled: called every few seconds or more often; raises an exception to cancel, as after a signal.
 
     Raises:
-        Interrupted: a worker is missing after `timeout`, or cannot reach another one. A restart might succeed.
+        Interrupted: a worker is missing after `timeout`, the port of this worker is in use by another program, or a
+            worker cannot reach another one. A restart may succeed.
         ConfigError: the chief refuses this worker, because its job, size or addresses differ, or another process has
             the same index.
     """
@@ -54,36 +58,37 @@ def rendezvous(
 
 @dataclass
 class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
-    """A server on this worker's port until TensorFlow uses the port.
+    """A server on the port of this worker, until TensorFlow uses the port.
 
-    It responds with the job and index of this worker. On the chief it also accepts connections of the other workers.
+    The server responds with the job and index of this worker. On the chief it also accepts the other workers.
     """
 
     cluster: Cluster
-    deadline: float  # time.monotonic()
+    deadline: float  # by `time.monotonic`, in seconds
     log_message: Callable[[str], None]
     check_cancelled: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self.connections: dict[int, Connection] = {}
-        self._reported: set[str] = set()
-        self._process = uuid.uuid4().hex  # distinguishes this process from another one with the same index
+        self.connections: dict[int, Connection] = {}  # on the chief: to the workers that have joined, by index
+        self._reported: set[str] = set()  # lines that `_report_once` has logged
+        self._process = uuid.uuid4().hex  # distinguishes this process from another one with the same job and index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # wakes the accepting thread
+        with contextlib.suppress(OSError):  # `shutdown` wakes the thread that accepts connections
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _bind(self, port: int) -> socket.socket:
+        """Listen on the port of this worker; wait until another process has freed it, at most until the deadline."""
         reported = False
         while True:
             try:
-                both = socket.has_dualstack_ipv6()
-                family = socket.AF_INET6 if both else socket.AF_INET
-                return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+                dual_stack = socket.has_dualstack_ipv6()
+                family = socket.AF_INET6 if dual_stack else socket.AF_INET
+                return socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack, backlog=1024)
             except OSError as error:
                 self.check_cancelled()
                 self._require_own_index()
@@ -96,7 +101,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 time.sleep(0.5)
 
     def _require_own_index(self) -> None:
-        """Raise ConfigError if another process responds at the address of this worker, with the same job and index."""
+        """Raise ConfigError if another process with the same job and index responds at the address of this worker."""
         cluster, address = self.cluster, self.cluster.addresses[self.cluster.index]
         header: dict[str, Any] = {}
         with (
@@ -127,6 +132,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             self.log_message(text)
 
     def _respond(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        """Authenticate a peer, and respond to its request: to join this chief, or which worker this is."""
         peer = Connection(connection)
         connection.settimeout(RESPONSE_TIMEOUT_SECONDS)
         joins = False
@@ -147,13 +153,13 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             return peer.close()
         connection.setblocking(False)  # for `_remove_closed`
         with self._changed:
-            if old := self.connections.pop(header["index"], None):  # its connection broke, or the process restarted
-                old.close()
+            if previous := self.connections.pop(header["index"], None):  # broken, or the process has restarted
+                previous.close()
             self.connections[header["index"]] = peer
             self._changed.notify_all()
 
     def _check_join(self, header: dict[str, Any]) -> str | None:
-        """Return why a request to join is refused; None if it is accepted."""
+        """Return the reason to refuse a request to join; None if it is accepted."""
         cluster = self.cluster
         if not cluster.is_chief:
             problem = "the workers have different lists of addresses"
@@ -165,7 +171,11 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         return None
 
     def await_all(self) -> dict[int, Connection]:
-        """Wait until all other workers are connected, send them "go", and return the connections by index."""
+        """Wait until all other workers are connected, send them "go", and return the connections by index.
+
+        Every few seconds, the missing workers are logged on this and all connected workers. Raises Interrupted if
+        workers are missing at the deadline.
+        """
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
         while True:
             with self._changed:
@@ -195,6 +205,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 peer.send(kind, **fields)
 
     def _remove_closed(self) -> None:
+        """Remove the connections that the other worker has closed."""
         for index, peer in list(self.connections.items()):
             try:
                 closed = peer.socket.recv(1, socket.MSG_PEEK) == b""
@@ -207,7 +218,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 del self.connections[index]
 
     def join(self) -> dict[int, Connection]:
-        """Connect to the chief, wait until all other workers are connected too, and return the connection."""
+        """Connect to the chief, wait until all other workers are connected too, and return {0: connection}."""
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
         cluster, address = self.cluster, self.cluster.addresses[0]
         while True:
@@ -238,7 +249,11 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             time.sleep(0.3)
 
     def _await_start(self, peer: Connection) -> Connection:
-        """Wait until the chief sends "go", when all workers are connected; log which are missing until then."""
+        """Wait until the chief sends "go", and return `peer`; log which workers are missing until then.
+
+        Raises ConfigError if the chief refuses this worker, Interrupted if workers are missing at the deadline or the
+        chief stops responding, and OSError if the connection is closed.
+        """
         while True:
             self.check_cancelled()
             if not select.select([peer.socket], [], [], 0.5)[0]:
@@ -260,7 +275,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
 
 def _describe_missing(address: str, index: int) -> str:
-    """Describe a missing worker, and whether its name resolves."""
+    """Describe a missing worker: its host name does not resolve, or it has not connected."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, int(port))
@@ -270,7 +285,7 @@ def _describe_missing(address: str, index: int) -> str:
 
 
 def _connect(address: str, token: str, timeout: float = RESPONSE_TIMEOUT_SECONDS) -> Connection:
-    """Connect to a worker and authenticate. Raises OSError, and the errors of `contact_peer`."""
+    """Connect to a worker and authenticate. Raises OSError and the errors of `contact_peer`."""
     host, _, port = address.rpartition(":")
     peer = Connection(socket.create_connection((host.strip("[]"), int(port)), timeout))
     try:
@@ -282,16 +297,19 @@ def _connect(address: str, token: str, timeout: float = RESPONSE_TIMEOUT_SECONDS
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
-    """Connect to the port of every other worker. Raises Interrupted on all workers if one of them cannot."""
+    """Connect to the port of every other worker. Raises Interrupted on all workers if any of them fails."""
     others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
     faults = [fault for i, address in others for fault in _check_reachable(cluster, i, address)]
-    if faults := control.reduce("reach", faults, lambda gathered: list(itertools.chain(*gathered))):
+    if faults := control.reduce("reach", faults, lambda by_worker: list(itertools.chain(*by_worker))):
         problem = "not all workers can reach each other: " + ", ".join(faults[:5])
         raise Interrupted(problem, fix="check network policies, then start all workers again")
 
 
 def _check_reachable(cluster: Cluster, index: int, address: str) -> list[str]:
-    """Connect to one worker, with retries. Returns a fault if this fails or another process responds, else []."""
+    """Connect to a worker, with retries for 30 s.
+
+    Returns a list of one fault if no connection succeeds or another process responds at the address, else [].
+    """
     deadline = time.monotonic() + REACH_TIMEOUT_SECONDS
     while True:
         try:

@@ -1,11 +1,11 @@
-"""Watchdog of a training process: a separate process, because every other guard is a thread and needs Python's GIL.
+"""Start the watchdog of a training process: a separate process, because all threads of the first need the GIL.
 
 TensorFlow holds the GIL in some calls, above all while its servers connect, which takes forever if a peer has failed.
-No signal handler, timer, control channel or HTTP thread runs then. Therefore `start` creates a process that runs
-`watchdog_process` and receives the state of this process every second and at each change.
+No signal handler, timer, control channel or HTTP thread can run then. Therefore `start` starts a process that runs
+`trainer.cluster.watchdog_process`, and sends it the state of this process every second and at each change.
 
 A process that is blocked in C can choose its exit code only in C. `_arm_exit` lets the C library wait for a byte from
-the watchdog and then call `_exit`. If that fails, the watchdog sends SIGKILL.
+the watchdog and then call `_exit`. If the process does not exit, the watchdog sends SIGKILL.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from trainer.monitoring.log import log
 
 
 class _SignalEvent(ctypes.Structure):
-    """`struct sigevent` of glibc."""
+    """`struct sigevent` of glibc: what the C library does when a read completes."""
 
     _fields_ = (
         ("value", ctypes.c_void_p), ("number", ctypes.c_int), ("notify", ctypes.c_int),
@@ -38,7 +38,7 @@ class _SignalEvent(ctypes.Structure):
 
 
 class _ReadRequest(ctypes.Structure):
-    """`struct aiocb` of glibc on 64-bit machines."""
+    """`struct aiocb`, an asynchronous read of glibc on 64-bit machines."""
 
     _fields_ = (
         ("descriptor", ctypes.c_int), ("opcode", ctypes.c_int), ("priority", ctypes.c_int),
@@ -47,31 +47,36 @@ class _ReadRequest(ctypes.Structure):
     )  # fmt: skip
 
 
-_SIGEV_THREAD = 2
-_processes: list[subprocess.Popen[bytes]] = []  # the watchdog, once it has started
-_keep_alive: list[Any] = []  # objects that the C library and the watchdog use until the process ends
+_SIGEV_THREAD = 2  # value of `sigevent.sigev_notify`: call a function in a new thread
+_processes: list[subprocess.Popen[bytes]] = []  # the watchdog, from `start` to `stop`
+_keep_alive: list[Any] = []  # objects that the C library uses, and a descriptor that stays open, until the process ends
 
 
 def start(
     runtime: Runtime, control: ControlChannel, signals: socket.socket, listener: socket.socket | None, **labels: str
 ) -> int | None:
-    """Start the watchdog of this process, and return its process ID; None if it cannot start.
+    """Start the watchdog of this process, and send it the state of this process every second and at each change.
 
     Must be called before TensorFlow is imported.
 
     Args:
-        signals: `StopFlag.unread`, the socket with the signal numbers that no thread has read.
-        listener: the socket of `/healthz`, on which the watchdog responds while this process cannot; None if there is
-            no server.
-        labels: of the log, as in `monitoring.log.configure`.
+        runtime: `termination_log` and `log_format` also apply to the watchdog.
+        control: the watchdog observes its connections.
+        signals: `StopFlag.unread`, the socket with the signal numbers that no thread has read yet.
+        listener: the listening socket of `/healthz`, on which the watchdog responds when this process cannot; None if
+            there is no HTTP server.
+        labels: labels of JSON log lines, as in `trainer.monitoring.log.configure`.
+
+    Returns:
+        The process ID of the watchdog; None if it cannot be started, which is logged.
     """
     exit_reader, exit_writer = os.pipe()
     stack_reader, stack_writer = os.pipe()
     state_reader, state_writer = os.pipe()
     for writer in (state_writer, stack_writer):
-        os.set_blocking(writer, False)  # the watchdog may be stopped
+        os.set_blocking(writer, False)  # a suspended watchdog does not read
     faulthandler.register(STACK_SIGNAL, file=stack_writer, all_threads=True)
-    with contextlib.suppress(OSError, AttributeError):  # another C library: the watchdog sends SIGKILL
+    with contextlib.suppress(OSError, AttributeError):  # another C library; the watchdog then sends SIGKILL
         _arm_exit(exit_reader)
     peers = {
         peer: (connection.socket.fileno(), control.cluster.addresses[peer])
@@ -83,25 +88,25 @@ def start(
         "termination_log": runtime.termination_log, "json_lines": runtime.log_format == "json", "labels": labels,
     }  # fmt: skip
     if listener:
-        listener.setblocking(False)  # since both processes accept, the connection can be gone
-    passed = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
+        listener.setblocking(False)  # both processes accept connections, so another one may have taken the connection
+    inherited = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
     command, environment = module_command("trainer.cluster.watchdog_process", json.dumps(settings))
     try:
         child = subprocess.Popen(
-            command, pass_fds=[*passed, *([listener.fileno()] if listener else [])], env=environment,
+            command, pass_fds=[*inherited, *([listener.fileno()] if listener else [])], env=environment,
             stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # The write end of `exit` remains open here, so that the end of the watchdog does not end this process.
+    # This process keeps the write end of `exit` open. Otherwise the end of the watchdog would also exit this process.
     _keep_alive.append(exit_writer)
     _processes.append(child)
     os.close(state_reader)
     os.close(stack_reader)
 
     def send_state() -> None:
-        # A full pipe means that the watchdog is suspended, a closed one that it was killed. Training continues.
+        # The pipe is full if the watchdog is suspended, and closed if it was killed. Training continues without it.
         with contextlib.suppress(OSError):
             os.write(state_writer, _encode_state(control))
 
@@ -109,7 +114,7 @@ def start(
         while child.poll() is None:
             send_state()
             time.sleep(INTERVAL_SECONDS)
-        if child not in _processes:  # `stop`
+        if child not in _processes:  # `stop` has ended it
             return
         log.warning(f"watchdog: has ended (exit code {child.returncode}); the run continues without it")
 
@@ -120,7 +125,7 @@ def start(
 
 
 def stop() -> None:
-    """End the watchdog if there is one, and wait for it, because the socket of `/healthz` is open in it too."""
+    """Kill the watchdog if there is one, and wait for its exit, because it keeps the port of `/healthz` open."""
     while _processes:
         child = _processes.pop()
         child.kill()
@@ -128,14 +133,21 @@ def stop() -> None:
 
 
 def _encode_state(control: ControlChannel) -> bytes:
-    """Encode the state of this process for the watchdog, in one line that a pipe writes atomically."""
+    """Encode the state of this process for the watchdog as one JSON line.
+
+    A pipe writes at most 4096 bytes (PIPE_BUF on Linux) atomically; the watchdog skips a longer line that is truncated.
+    """
     state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
              "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
     return json.dumps(state).encode() + b"\n"
 
 
 def _arm_exit(descriptor: int) -> None:
-    """Let the C library end this process with exit code 75 as soon as a byte can be read from a descriptor."""
+    """Let the C library exit this process with code 75 as soon as a byte can be read from `descriptor`.
+
+    The request is an asynchronous read whose completion (SIGEV_THREAD) calls `_exit`. Raises OSError if the C library
+    rejects the request, and AttributeError if it has no `aio_read`.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     function = ctypes.cast(library["_exit"], ctypes.c_void_p).value
     buffer = ctypes.create_string_buffer(1)

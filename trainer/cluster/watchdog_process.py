@@ -1,10 +1,11 @@
-"""The watchdog process: it acts for a training process in which Python does not run, because TensorFlow holds the GIL.
+"""The watchdog process: acts for a training process in which Python does not run, because TensorFlow holds the GIL.
 
-While the process sends no state, the watchdog observes what the kernel has received for it: signals, messages of peers,
-closed connections, and requests to `/healthz`, to which the watchdog responds. It ends the process if one of its
-threads would have done so, or after a timeout, with stacks in the log, a termination message and exit code 75.
+While the training process sends no state, the watchdog observes what the kernel has received for it: signals, messages
+and closed connections of peers, and requests to `/healthz`, to which the watchdog responds. It ends the training
+process if one of its threads would have done so, or after a timeout. It first logs the stacks of all threads and writes
+the termination message; the exit code is 75.
 
-The watchdog imports little, because every training process starts one.
+The watchdog imports few modules, because every training process starts one.
 """
 
 import contextlib
@@ -30,38 +31,43 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, erase_display, log_unbuffered
 
 INTERVAL_SECONDS = 1.0  # between states of the process, and between checks of the watchdog
-UNRESPONSIVE_SECONDS = 4.0  # without a state, after which the watchdog acts for the process
-SIGNAL_TIMEOUT_SECONDS = 12.0  # without a state after a signal; longer than any known call that holds the GIL
-PEER_TIMEOUT_SECONDS = 60.0  # without bytes of a peer, which can be unresponsive for the same cause
+UNRESPONSIVE_SECONDS = 4.0  # time without a state after which the watchdog acts for the process
+SIGNAL_TIMEOUT_SECONDS = 12.0  # time without a state after a signal; longer than known calls that hold the GIL
+PEER_TIMEOUT_SECONDS = 60.0  # time without bytes from a peer, which may be unresponsive for the same reason
 EXIT_TIMEOUT_SECONDS = 3.0  # from the request to exit until SIGKILL
-STACK_SIGNAL = signal.SIGUSR1  # makes the process write the stacks of its threads
+STACK_SIGNAL = signal.SIGUSR1  # lets the process write the stacks of its threads (`faulthandler`)
 RETRY = "nothing that was saved is lost; start the same command again to resume"
 
 
 @dataclass
 class Peer:
-    """The connection to a peer, as the kernel has it while the process does not read it."""
+    """The connection to a peer, as the kernel sees it while the process does not read from it."""
 
     index: int
     address: str
-    closed: bool = False  # by the peer
-    silent_seconds: float = 0.0  # without further bytes
-    messages: list[dict[str, Any]] = field(default_factory=list)  # message headers that the process has not read
+    closed: bool = False  # the peer has closed the connection
+    silent_seconds: float = 0.0  # since the last bytes arrived
+    messages: list[dict[str, Any]] = field(default_factory=list)  # headers of messages that the process has not read
 
 
 @dataclass
 class Observation:
-    """What the watchdog knows about an unresponsive process."""
+    """What the watchdog knows about a process that sends no state."""
 
-    seconds: float  # since its last state
-    timeout: float  # seconds without a state after which it ends
-    activity: str
-    signal_name: str | None  # of a signal that no thread has read
-    peers: list[Peer]  # those whose end ends this process
+    seconds: float  # since the last state of the process
+    timeout: float  # seconds without a state after which the watchdog ends the process
+    activity: str  # what the process was doing in its last state
+    signal_name: str | None  # SIGTERM or SIGINT, if no thread of the process has read it
+    peers: list[Peer]  # peers whose loss or failure ends the process
 
 
 def decide_end_reason(seen: Observation) -> str | None:
-    """Return the reason to end an unresponsive process; None if there is none yet."""
+    """Decide whether to end an unresponsive process; return the reason, None if there is none yet.
+
+    The reasons, in this order: a watched peer has failed, has closed its connection without notice, or has sent nothing
+    for `PEER_TIMEOUT_SECONDS`; a signal is unread, `SIGNAL_TIMEOUT_SECONDS` after the last state; the process
+    exceeds its timeout.
+    """
     if seen.seconds < UNRESPONSIVE_SECONDS:
         return None
     blocked = f"Python had not run for {seen.seconds:.0f} s in: {seen.activity}"
@@ -80,11 +86,15 @@ def decide_end_reason(seen: Observation) -> str | None:
 
 
 def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
-    """Parse message headers of the control channel, in bytes that can begin within a message."""
+    """Parse the headers of unread messages of the control channel.
+
+    The data can begin in the middle of a message, because the process has read the first bytes, and end in the middle
+    of one. Headers that are incomplete are skipped.
+    """
     headers, start = [], data.find(MAGIC)
-    with contextlib.suppress(ValueError):  # the process has read the prefix of this message
-        first, _ = json.JSONDecoder().raw_decode(data[: max(start, 0) or None].decode())
-        headers += [first] if isinstance(first, dict) else []
+    with contextlib.suppress(ValueError):  # the process may have read the prefix of a message, but not its header
+        first_header, _ = json.JSONDecoder().raw_decode(data[: max(start, 0) or None].decode())
+        headers += [first_header] if isinstance(first_header, dict) else []
     while start >= 0 and len(data) >= start + PREFIX.size:
         _, header_bytes, _ = PREFIX.unpack_from(data, start)
         with contextlib.suppress(ValueError):
@@ -94,7 +104,7 @@ def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
 
 
 class _Watchdog:
-    """The watchdog of one process, with which it has the descriptors in `settings` in common."""
+    """The watchdog of the process that has started this one and passed it the descriptors in `settings`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.process, self.settings = settings["process"], settings
@@ -105,11 +115,11 @@ class _Watchdog:
             "activity": "starting", "limit": float("inf"), "watched": [], "phase": health.phase, "step": None,
         }  # fmt: skip
         self._unread_state = b""  # the beginning of a line
-        self.seconds = 0.0  # since the last state, without the time in which either process was suspended
-        self._unread_bytes: dict[int, tuple[int, float]] = {}  # peer -> count of unread bytes, `seconds` of its change
+        self.seconds = 0.0  # since the last state; time in which either process was suspended does not count
+        self._unread_bytes: dict[int, tuple[int, float]] = {}  # peer -> (unread bytes, `seconds` at their change)
 
     def run(self) -> None:
-        """Receive states until the process ends; act for it while it sends none."""
+        """Receive states until the process ends, and check the process while it sends none."""
         for name in ("state", "stack"):
             os.set_blocking(self.settings[name], False)
         poll = select.poll()
@@ -119,7 +129,7 @@ class _Watchdog:
             self.log_stacks()
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
-                # At most twice the interval, so that the process can run first after the machine was suspended.
+                # At most twice the interval: after the machine was suspended, the process gets time to send a state.
                 self.seconds += min(now - before, 2 * INTERVAL_SECONDS)
                 before = now
                 self.check()
@@ -132,7 +142,10 @@ class _Watchdog:
             self.seconds, self._unread_bytes, before = 0.0, {}, time.monotonic()
 
     def check(self) -> None:
-        """Respond to `/healthz`, and end the process if there is a reason, unless it is suspended (SIGSTOP)."""
+        """If the process is unresponsive, respond to `/healthz`, and end the process if there is a reason.
+
+        Time in which the process is suspended (SIGSTOP) does not count.
+        """
         if self.seconds < UNRESPONSIVE_SECONDS:
             return
         if _is_stopped(self.process):
@@ -147,7 +160,7 @@ class _Watchdog:
             self.end(reason)
 
     def observe(self, index: int) -> Peer:
-        """Observe the connection to a peer without reading from it."""
+        """Observe the connection to a peer without consuming its bytes."""
         connection, address = self.connections[index]
         poll = select.poll()
         poll.register(connection, select.POLLRDHUP)
@@ -159,13 +172,13 @@ class _Watchdog:
         return Peer(index, address, bool(poll.poll(0)), self.seconds - since, messages)
 
     def respond(self) -> None:
-        """Respond to waiting requests: 200 to `/healthz` before the timeout, 503 after it and to any other path."""
+        """Respond to the waiting HTTP clients: 200 to `/healthz` before the process's timeout, otherwise 503."""
         text = f"{self.state['activity']}; Python has not run for {self.seconds:.0f} s"
-        deadline = time.monotonic() + INTERVAL_SECONDS  # clients must not keep the watchdog from its checks
+        deadline = time.monotonic() + INTERVAL_SECONDS  # slow clients must not delay the checks of the watchdog
         while self.listener and time.monotonic() < deadline:
             try:
                 client, _ = self.listener.accept()
-            except OSError:  # none is waiting
+            except OSError:  # no client is waiting
                 return
             with contextlib.suppress(OSError), client:
                 client.settimeout(INTERVAL_SECONDS / 4)
@@ -175,61 +188,64 @@ class _Watchdog:
                 client.sendall(f"{header}{text}\n".encode())
 
     def end(self, reason: str) -> None:
-        """End the process with exit code 75 after logging its stacks; send SIGKILL if it does not exit."""
+        """Log the stacks of the process, and let it exit with code 75; send SIGKILL if it does not exit."""
         try:
             health.phase = self.state["phase"]
             if self.state["step"] is not None:
                 health.set_gauges(step=self.state["step"])
-            erase_display(1, 2)  # of the process, which cannot
+            erase_display(1, 2)  # the process cannot erase its progress display
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, STACK_SIGNAL)
             self.log_stacks(0.5)
             log_unbuffered(f"interrupted: {reason}")
             termination.write(INTERRUPTED, reason)
         finally:
-            with contextlib.suppress(OSError):  # the process has ended
+            with contextlib.suppress(OSError):  # the process has already ended
                 os.write(self.settings["exit"], b"x")
         if not _wait_until(lambda: os.getppid() != self.process, EXIT_TIMEOUT_SECONDS):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
 
     def log_stacks(self, seconds: float = 0.0) -> None:
-        """Log the stacks that the process has written for a signal, until it has paused for these seconds."""
+        """Log the stacks that the process has written to its pipe; wait until it has written nothing for `seconds`."""
         if stacks := _read_all(self.settings["stack"], seconds):
             log_unbuffered(f"stacks of the threads:\n{stacks}")
 
 
 def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
-    """Parse the last line of `data` that is a state, None if there is none; return it and the line that has no end yet.
+    """Parse the newest complete state in `data`, which consists of JSON lines.
 
-    A long line is not always written whole: what follows in its line is then no state.
+    A full pipe can truncate a line. The truncated line and the next one are then read as one line, which is skipped.
+
+    Returns:
+        The state (None if no line is a JSON object) and the bytes after the last line break.
     """
-    *lines, rest = data.split(b"\n")
+    *lines, incomplete_line = data.split(b"\n")
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
             if isinstance(state := json.loads(line), dict):
-                return state, rest
-    return None, rest
+                return state, incomplete_line
+    return None, incomplete_line
 
 
 def _peek(connection: socket.socket, size: int) -> bytes:
-    """Return at most `size` received bytes without removing them; empty if the process has just read them."""
+    """Return at most `size` received bytes without consuming them; empty if there are none."""
     with contextlib.suppress(OSError):
         return connection.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     return b""
 
 
 def _is_stopped(process: int) -> bool:
-    """Return whether a signal or debugger has suspended a process (`man 5 proc`, state T or t)."""
+    """Return whether a signal or a debugger has suspended a process (`man 5 proc`, state T or t)."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     return False
 
 
 def _read_all(descriptor: int, seconds: float) -> str:
-    """Read what another process writes to a pipe, until it pauses for these seconds."""
+    """Read what another process writes to a pipe, until it has written nothing for `seconds`."""
     chunks: list[bytes] = []
-    poll = select.poll()  # `select.select` has no descriptors over 1023
+    poll = select.poll()  # `select.select` does not support descriptors above 1023
     poll.register(descriptor, select.POLLIN)
     while poll.poll(seconds * 1000) and len(chunks) < 100 and (chunk := os.read(descriptor, 1 << 16)):
         chunks.append(chunk)
@@ -237,6 +253,7 @@ def _read_all(descriptor: int, seconds: float) -> str:
 
 
 def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    """Poll a condition until it is true or `timeout` seconds have passed; return whether it is true."""
     deadline = time.monotonic() + timeout
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -244,9 +261,9 @@ def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
 
 
 def main(arguments: Iterable[str]) -> None:
-    """Run the watchdog of the process that started this one. The only argument has its settings as JSON."""
+    """Run the watchdog of the parent process. The only argument is a JSON object, the settings of `watchdog.start`."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # the watchdog ends with its process
+        signal.signal(signum, signal.SIG_IGN)  # the watchdog ends when the process ends
     (text,) = arguments
     settings = json.loads(text)
     configure(settings["json_lines"], **settings["labels"])

@@ -19,28 +19,35 @@ class Worker:
 
     @property
     def index(self) -> int:
-        """The index of this worker; 0 is the chief."""
+        """Index of this worker; 0 is the chief."""
         return self.control.index
 
     @property
     def size(self) -> int:
-        """The number of workers."""
+        """Number of workers."""
         return self.control.size
 
     @property
     def is_chief(self) -> bool:
+        """Whether this is worker 0."""
         return self.control.is_chief
 
     @property
     def replicas(self) -> int:
-        """The number of replicas on this worker."""
+        """Number of replicas (devices) on this worker."""
         return self.strategy.num_replicas_in_sync // self.size
 
     def stop_requested(self) -> bool:
-        """Record progress, and return whether this worker has a stop request. The compiled step calls this."""
+        """Record progress, and return whether this worker has a stop request.
+
+        The compiled training step calls this in a TensorFlow thread.
+        """
         health.record_progress()
         return self.stop.reason is not None
 
     def should_stop(self, when: str) -> bool:
-        """Return whether any worker has a stop request. All workers must call this at the same point."""
+        """Return on every worker whether any worker has a stop request.
+
+        All workers must call this at the same point of the run, with the same `when`, which names that point.
+        """
         return self.control.any_worker(f"stop {when}", self.stop.reason is not None)

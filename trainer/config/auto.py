@@ -1,4 +1,4 @@
-"""Resolve `auto` values by the numbers of training images and classes, and by the device (docs/phases.md)."""
+"""Resolve `auto` values from the numbers of training images and classes, and from the device (docs/phases.md)."""
 
 import math
 
@@ -7,8 +7,8 @@ from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, with_choices
 from trainer.types import CPU, Device
 
-FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset below one of these, in total or per class, has few images
-MANY_IMAGES, MANY_CLASSES = 50_000, 50  # thresholds of a larger backbone
+FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset has few images below one of these, in total or per class on average
+MANY_IMAGES, MANY_CLASSES = 50_000, 50  # the largest backbone is chosen if a dataset has both
 
 
 def resolve_auto(
@@ -21,82 +21,101 @@ def resolve_auto(
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`.
 
-    A resumed run passes `begun`, the configuration that it began with, and keeps its choices. Otherwise the choices
-    depend on the numbers of training images and classes, on the device, and on the number of all replicas. Returns the
-    configuration, and a line per choice with its reason.
+    Args:
+        config: the requested configuration. A `RunConfig` is returned unchanged, without reasons.
+        images: number of training images.
+        classes: number of classes.
+        device: device that trains.
+        begun: configuration that a resumed run began with. Its values are used, and the other arguments are ignored.
+        replicas: number of replicas on all workers.
+
+    Returns:
+        The configuration without `auto`, and for each key that was `auto` a line "KEY=auto: VALUE, REASON".
     """
     if isinstance(config, RunConfig):
         return config, []
     if begun:
         choices = Choices(begun.model.backbone, begun.training.batch_size, begun.phases, begun.runtime.precision)
-        texts = {"model.backbone": choices.backbone, "phases": ", ".join(choices.phases)}
-        texts |= {"training.batch_size": str(choices.batch_size), "runtime.precision": choices.precision}
-        texts = {key: f"{value}, as this run began" for key, value in texts.items()}
+        explanations = {"model.backbone": choices.backbone, "phases": ", ".join(choices.phases)}
+        explanations |= {"training.batch_size": str(choices.batch_size), "runtime.precision": choices.precision}
+        explanations = {key: f"{value}, as this run began" for key, value in explanations.items()}
     else:
-        counted = f"for {images:,} training images of {classes} classes"
-        backbone, size = _choose_backbone(images, classes)
-        phases, row, hint = _choose_phases(config, images, classes)
-        precision, kernels = choose_precision(device)
-        resolved = with_choices(config, Choices(backbone, 1, phases, precision))
-        batch_size, rule = choose_batch_size(resolved, images, device, replicas)
-        divisor = compute_batch_divisor(resolved, replicas)
-        if device.kind == "GPU":
+        dataset = f"for {images:,} training images of {classes} classes"
+        backbone, backbone_reason = _choose_backbone(images, classes)
+        phases, phases_reason, hint = _choose_phases(config, images, classes)
+        precision, precision_reason = choose_precision(device)
+        provisional_config = with_choices(config, Choices(backbone, 1, phases, precision))
+        batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
+        divisor = compute_batch_divisor(provisional_config, replicas)
+        if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
             batch_size = max(batch_size // divisor, 1) * divisor
         choices = Choices(backbone, batch_size, phases, precision)
-        texts = {
-            "model.backbone": f"{backbone}, {counted} ({size})",
-            "phases": f"{row}, {counted} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
-            "training.batch_size": f"{batch_size}, for {images:,} training images{rule}",
-            "runtime.precision": f"{precision}, {kernels}",
+        explanations = {
+            "model.backbone": f"{backbone}, {dataset} ({backbone_reason})",
+            "phases": f"{phases_reason}, {dataset} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
+            "training.batch_size": f"{batch_size}, for {images:,} training images{batch_size_reason}",
+            "runtime.precision": f"{precision}, {precision_reason}",
         }
-    reasons = [f"{key}=auto: {text}" for key, text in texts.items() if key in config.autos]
+    reasons = [f"{key}=auto: {explanation}" for key, explanation in explanations.items() if key in config.autos]
     return with_choices(config, choices), reasons
 
 
 def choose_precision(device: Device) -> tuple[Precision, str]:
-    """Choose the fastest precision for training on a device; return it with the reason.
+    """Choose the fastest precision for training on a device. Return it, and its reason for the log.
 
-    Tensor cores compute in float16 from compute capability 7.0 on, and in bfloat16, which needs no loss scale, from 8.0
-    on (NVIDIA, CUDA C++ Programming Guide, table of features by compute capability). On CPUs a step in half precision
-    is not faster (docs/speed.md).
+    Tensor Cores require compute capability 7.0 for float16, and 8.0 for bfloat16, which needs no loss scaling (NVIDIA,
+    CUDA C++ Programming Guide, table of features by compute capability). On CPUs a step in half precision is not faster
+    (docs/speed.md).
     """
     if device.kind == "CPU":
         return "float32", "on a CPU"
     capability = device.compute_capability or (0, 0)
-    known = (
+    capability_text = (
         "compute capability {}.{}".format(*capability) if device.compute_capability else "compute capability unknown"
     )
     if capability >= (8, 0):
-        return "bfloat16", f"on a GPU of {known} (from 8.0 on)"
+        return "bfloat16", f"on a GPU of {capability_text} (from 8.0 on)"
     if capability >= (7, 0):
-        return "float16", f"with a loss scale, on a GPU of {known} (bfloat16 from 8.0 on)"
-    return "float32", f"on a GPU of {known} (float16 from 7.0 on)"
+        return "float16", f"with a loss scale, on a GPU of {capability_text} (bfloat16 from 8.0 on)"
+    return "float32", f"on a GPU of {capability_text} (float16 from 7.0 on)"
 
 
 def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
-    """Compute the divisor of a valid batch size, from replicas, micro-batches and pairs of mixed examples."""
-    pairs = 2 if config.augmentation.mixes else 1
+    """Return the number that a valid global batch size is a multiple of.
+
+    The batch must divide evenly over `replicas` (on all workers) and their micro-batches, and with mixup or cutmix each
+    replica needs an even number of examples. `training.virtual_replicas`, if set, replaces `replicas`.
+    """
+    group_size = 2 if config.augmentation.mixes else 1
     if config.training.virtual_replicas:
-        return config.training.virtual_replicas * pairs
-    return math.lcm(replicas * config.training.accumulate, replicas * pairs)
+        return config.training.virtual_replicas * group_size
+    return math.lcm(replicas * config.training.accumulate, replicas * group_size)
 
 
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
-    """Limit the batch size to an epoch of `images` examples; return the configuration, and the reason if it changed.
+    """Reduce a batch size that exceeds `images`, the number of training examples, to this number.
 
-    The limit is rounded up to a multiple of `compute_batch_divisor`. The gradients are those of the larger batch, the
-    rest of which would be padding.
+    The number is rounded up to a multiple of `compute_batch_divisor`. The gradients do not change, because the rest of
+    the larger batch would be padding.
+
+    Returns:
+        The configuration, and a message for the log, "" if the batch size has not changed.
     """
     training, divisor = config.training, compute_batch_divisor(config, replicas)
-    limit = -(-images // divisor) * divisor
-    if training.batch_size <= limit:
+    max_batch_size = -(-images // divisor) * divisor
+    if training.batch_size <= max_batch_size:
         return config, ""
-    reason = f"training.batch_size={training.batch_size} is more than the {images:,} examples: a batch has {limit}"
-    return config.model_copy(update={"training": training.model_copy(update={"batch_size": limit})}), reason
+    reason = (
+        f"training.batch_size={training.batch_size} is more than the {images:,} examples: a batch has {max_batch_size}"
+    )
+    return config.model_copy(update={"training": training.model_copy(update={"batch_size": max_batch_size})}), reason
 
 
 def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
-    """Choose the backbone: larger networks transfer better (Kornblith et al. 2019), but need more images and time."""
+    """Choose the backbone, and return it with its reason for the log.
+
+    Networks with a higher ImageNet accuracy transfer better (Kornblith et al. 2019), but need more images and time.
+    """
     if images < FEW_IMAGES and classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
     if images < MANY_IMAGES or classes < MANY_CLASSES:
@@ -105,12 +124,16 @@ def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
 
 
 def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
-    """Choose the phases; return them, a description of their row in the table, and a hint if `domain` is not set."""
+    """Choose the phases from the rows of the table `phases.auto`.
+
+    Returns the phases, a description of the row, and a hint if `phases.auto.domain` is not set. If the phases are
+    configured, they are returned with two empty strings.
+    """
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
-    table, few = config.phases.auto, images < max(FEW_IMAGES, FEW_PER_CLASS * classes)
-    row = f"{'few' if few else 'many'}_{table.domain or 'similar'}"
-    phases: dict[str, Phase] = getattr(table, row)
+    phase_table, has_few_images = config.phases.auto, images < max(FEW_IMAGES, FEW_PER_CLASS * classes)
+    row_name = f"{'few' if has_few_images else 'many'}_{phase_table.domain or 'similar'}"
+    phases: dict[str, Phase] = getattr(phase_table, row_name)
     names = ", ".join(f"{name} ({phase.thaw})" for name, phase in phases.items())
     hint = "; similar to the images of the backbone unless phases.auto.domain is set to similar or different"
-    return phases, f"{row}, that is {names}", "" if table.domain else hint
+    return phases, f"{row_name}, that is {names}", "" if phase_table.domain else hint

@@ -14,9 +14,12 @@ RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progr
 
 
 class Section(BaseModel):
-    """A frozen section of the configuration, without unknown keys. docs/configuration.md prints the docstrings."""
+    """Base class of the configuration's sections. Sections are frozen, and an unknown key is an error.
 
-    # Numbers are coerced to text, because a class or run can be named 2024.
+    docs/configuration.md and the JSON schema contain the docstrings of sections and fields.
+    """
+
+    # Numbers become strings if a key takes a string, because a class or run can be named 2024.
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, coerce_numbers_to_str=True
     )
@@ -24,9 +27,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _reject_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject true and false for numbers, since pydantic would convert them to 1 and 0."""
-        kinds = list_union_members(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+        """Reject true and false for a number, since pydantic would convert them to 1 and 0."""
+        types = list_union_members(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in types and {int, float} & set(types):
             raise InvalidValue("is not a number", value=str(value).lower(), fix="use a number")
         return value
 
@@ -41,7 +44,7 @@ class Section(BaseModel):
 
 
 class InvalidValue(ConfigError, ValueError):
-    """An error of a validator. Its `key` is relative to the validated section; None is the section itself."""
+    """Raised by validators. `key` is relative to the section of the validator; None if the value itself is invalid."""
 
 
 class Duration(Section):
@@ -53,12 +56,15 @@ class Duration(Section):
     """Unit of `count`."""
 
     def steps(self, steps_per_epoch: int, batch_size: int) -> int:
-        """Convert to optimizer steps, rounded to the nearest integer; at least 1 unless `count` is 0."""
-        per_unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "examples": 1.0 / batch_size}[self.unit]
-        return max(round(self.count * per_unit), 1 if self.count > 0 else 0)
+        """Convert to optimizer steps, rounded to the nearest integer, but at least 1 unless `count` is 0.
+
+        `batch_size` is the global one, in examples per step.
+        """
+        steps_per_unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "examples": 1.0 / batch_size}[self.unit]
+        return max(round(self.count * steps_per_unit), 1 if self.count > 0 else 0)
 
 
-MAX_COUNT = 2**31 - 1  # of steps and sizes, many of which TensorFlow stores with 32 bits
+MAX_COUNT = 2**31 - 1  # largest count, such as of steps or units; TensorFlow stores many counts as int32
 _DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(epoch|step|example)s?\s*")
 
 
@@ -87,47 +93,54 @@ PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
 
 
 def check_address(text: str) -> str:
-    """Return a local path or the address of a bucket unchanged; raise an InvalidValue for any other scheme."""
-    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/?.*)", text, re.S)
-    if not scheme or re.match("(gs|s3)://[^/]", text):
+    """Return `text` unchanged if it is a local path or a gs:// or s3:// address.
+
+    Raises InvalidValue for an address with another scheme, or without a bucket.
+    """
+    match = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/?.*)", text, re.S)
+    if not match or re.match("(gs|s3)://[^/]", text):
         return text
-    name, rest = scheme[1].lower(), scheme[2].lstrip("/")
-    if bucket := _BUCKET_SCHEMES.get(name):
-        fix = f"write {bucket}://{rest or 'bucket/folder'}"
+    scheme, path = match[1].lower(), match[2].lstrip("/")
+    if bucket := _BUCKET_SCHEMES.get(scheme):
+        fix = f"write {bucket}://{path or 'bucket/folder'}"
         raise InvalidValue("is not the address of a bucket", value=text, fix=fix)
-    if not scheme[2].startswith("/"):  # a file name with a colon
+    if not match[2].startswith("/"):  # a file name with a colon
         return text
-    if name == "file":
-        raise InvalidValue("is a URL", value=text, fix=f"write the path: /{rest}")
+    if scheme == "file":
+        raise InvalidValue("is a URL", value=text, fix=f"write the path: /{path}")
     fix = "copy it to a local disk, gs:// or s3://, and give that address"
-    raise InvalidValue(f"is at {name}://, and only local paths, gs:// and s3:// can be read", value=text, fix=fix)
+    raise InvalidValue(f"is at {scheme}://, and only local paths, gs:// and s3:// can be read", value=text, fix=fix)
 
 
-_BUCKET_SCHEMES = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3", "s3n": "s3"}  # as people write them
+_BUCKET_SCHEMES = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3", "s3n": "s3"}  # scheme in other tools -> scheme
 Address = Annotated[str, AfterValidator(check_address)]
 
 
 def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
-    """Return the key at pydantic's `path`, without its names of union members, and the section that holds the key."""
-    names, section, kinds = [], root, list_union_members(root)
+    """Return the dotted key of an error, and the section type that has the key.
+
+    `path` is the location of the error in pydantic's form, such as ("phases", "head", "epochs"). It can also have names
+    of union members, such as "tuple[float,float]", which are not part of the key.
+    """
+    names, section, types = [], root, list_union_members(root)
     for name in path:
-        kind = next((k for k in kinds if is_section(k) and name in k.model_fields), kinds[0])
-        if is_section(kind):
-            section = kind
-            field = kind.model_fields.get(str(name))
-            kinds = list_union_members(field.annotation) if field else [None]
-        elif len(kinds) > 1 and (member := re.match(r"(dict|tuple)\[", str(name))):  # pydantic's name of a union member
-            kinds = [next(k for k in kinds if get_origin(k) is {"dict": dict, "tuple": tuple}[member[1]])]
+        type_ = next((member for member in types if is_section(member) and name in member.model_fields), types[0])
+        if is_section(type_):
+            section = type_
+            field = type_.model_fields.get(str(name))
+            types = list_union_members(field.annotation) if field else [None]
+        elif len(types) > 1 and (match := re.match(r"(dict|tuple)\[", str(name))):  # pydantic's name of a union member
+            types = [next(t for t in types if get_origin(t) is {"dict": dict, "tuple": tuple}[match[1]])]
             continue
-        elif get_origin(kind) in (dict, tuple):
-            kinds = list_union_members(get_args(kind)[get_origin(kind) is dict])
+        elif get_origin(type_) in (dict, tuple):
+            types = list_union_members(get_args(type_)[get_origin(type_) is dict])
         else:
             break
         names.append(str(name))
     return ".".join(names), section
 
 
-_FIXES = {  # error type of pydantic -> fix, since its own messages name Python types
+_FIXES = {  # error type of pydantic -> fix, because pydantic's own messages name Python types
     "string_type": "use a text",
     "tuple_type": "use a list, such as [a,b]",
     "dict_type": "use a value for each name, such as {a: 1, b: 2}",
@@ -143,43 +156,53 @@ _FIXES = {  # error type of pydantic -> fix, since its own messages name Python 
 }
 
 
-def _key_of_value(key: str, value: Any, section: type[BaseModel]) -> str:
-    """Return the fix for a section that was given a value: the key in it that has a value of this kind."""
-    kinds = {name: list_union_members(field.annotation) for name, field in section.model_fields.items()}
-    if isinstance(value, str) and "name" in kinds:
+def _fix_for_section_value(key: str, value: Any, section: type[BaseModel]) -> str:
+    """Return the fix if the section `key` is set to a plain value: a key in the section that takes such a value."""
+    types_by_key = {name: list_union_members(field.annotation) for name, field in section.model_fields.items()}
+    if isinstance(value, str) and "name" in types_by_key:
         return f"write {key}.name={value}"
-    numbers = [name for name, members in kinds.items() if {int, float} & set(members)]
+    numeric_keys = [name for name, types in types_by_key.items() if {int, float} & set(types)]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"set a key in it, such as {key}.{(numbers if is_number and numbers else list(kinds))[0]}"
+    return f"set a key in it, such as {key}.{(numeric_keys if is_number and numeric_keys else list(types_by_key))[0]}"
 
 
 def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate one entry of `ValidationError.errors()` for the validated `tree`."""
-    (key, _), kind, path = _locate(root, details["loc"]), details["type"], details["loc"]
+    """Translate `details`, one entry of `ValidationError.errors()`, to a ConfigError.
+
+    `root` and `tree` are the type and the value that were validated.
+    """
+    (key, _), error_type, path = _locate(root, details["loc"]), details["type"], details["loc"]
     value = None if isinstance(details["input"], dict | BaseModel) else details["input"]
     if isinstance(error := details.get("ctx", {}).get("error"), InvalidValue):
         key = ".".join(filter(None, (key, error.key)))
         value = error.value if error.key or error.value is not None else value
         return ConfigError(error.problem, key=key, value=value, fix=error.fix)
-    if kind == "extra_forbidden":
+    if error_type == "extra_forbidden":
         if key in RENAMED:
             return ConfigError("has been renamed", key=key, fix=f"use {RENAMED[key]}")
         return ConfigError(
             "there is no such key", key=key, fix=suggest_key(key, list_keys(root, tree), details["input"])
         )
-    if kind.startswith("model_") and not isinstance(details["input"], dict):
-        rest = {n: v for n, v in tree.get("phases", {}).items() if isinstance(v, dict)} if path[0] == "phases" else {}
-        fix = suggest_key(key, list_keys(root, tree | {"phases": rest})) if path[0] == "phases" else "known"
-        inside = _key_of_value(key, value, _locate(root, (*path, ""))[1])
-        is_other = fix.startswith("did") and f" {key}?" not in fix and f" {key}." not in fix
-        return ConfigError("has keys, not a value", key=key, value=value, fix=fix if is_other else inside)
-    if kind == "missing" and len(path) == 3 and path[::2] == ("phases", "thaw"):  # a mistyped name makes a new phase
-        others = [name for name in tree["phases"] if name != path[1]]
-        return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], others))
-    if kind == "missing":
+    if error_type.startswith("model_") and not isinstance(details["input"], dict):
+        phases = (
+            {name: phase for name, phase in tree.get("phases", {}).items() if isinstance(phase, dict)}
+            if path[0] == "phases"
+            else {}
+        )
+        fix = suggest_key(key, list_keys(root, tree | {"phases": phases})) if path[0] == "phases" else "known"
+        section_fix = _fix_for_section_value(key, value, _locate(root, (*path, ""))[1])
+        suggests_other_key = fix.startswith("did") and f" {key}?" not in fix and f" {key}." not in fix
+        return ConfigError(
+            "has keys, not a value", key=key, value=value, fix=fix if suggests_other_key else section_fix
+        )
+    # A misspelled name makes a new phase, which has no `thaw`.
+    if error_type == "missing" and len(path) == 3 and path[::2] == ("phases", "thaw"):
+        other_phases = [name for name in tree["phases"] if name != path[1]]
+        return ConfigError(f"there is no phase {path[1]!r}", key=key, fix=suggest_name(path[1], other_phases))
+    if error_type == "missing":
         return ConfigError("is missing", key=key, fix=f"set {key}")
-    if kind in _FIXES:
-        return ConfigError("is not valid", key=key, value=value, fix=_FIXES[kind])
+    if error_type in _FIXES:
+        return ConfigError("is not valid", key=key, value=value, fix=_FIXES[error_type])
     match = re.match(r"\w+ should (?:be|have|match) (.+?)(?:, unable.*|, got.*| after.*)?$", details["msg"])
     if not match:
         return ConfigError(details["msg"], key=key, value=value, fix="see docs/configuration.md")
@@ -188,12 +211,20 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
 
 
 def _has_nested_error(path: tuple[Any, ...], error: ValidationError) -> bool:
-    """Return whether another member of the union at `path` has an error at a nested key."""
-    return any(d["loc"][: len(path) - 1] == path[:-1] and len(d["loc"]) > len(path) for d in error.errors())
+    """Return whether `error` also has an error at a key below another member of the union at `path`."""
+    return any(
+        details["loc"][: len(path) - 1] == path[:-1] and len(details["loc"]) > len(path) for details in error.errors()
+    )
 
 
 def translate_validation_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate pydantic's errors for `tree` into one error, with one of its `faults` per key."""
+    """Translate pydantic's errors to one ConfigError, whose `faults` has one error per key.
+
+    Args:
+        error: pydantic's error.
+        root: section type that was validated.
+        tree: value that was validated.
+    """
     faults: dict[str | None, ConfigError] = {}
     for details in error.errors():
         if (
@@ -201,8 +232,8 @@ def translate_validation_error(error: ValidationError, root: type[BaseModel], tr
             and isinstance(details["input"], dict | list)
             and _has_nested_error(details["loc"], error)
         ):
-            continue  # the value belongs to another member of the union, which has the fault
+            continue  # the value is meant for another member of the union, whose error is reported
         fault = _translate(details, root, tree)
-        if (other := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
-            other.fix = f"{other.fix} or {str(fault.fix).removeprefix('use ')}"
+        if (first_fault := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
+            first_fault.fix = f"{first_fault.fix} or {str(fault.fix).removeprefix('use ')}"
     return ConfigError.of_faults(faults.values())

@@ -1,4 +1,4 @@
-"""Choose `training.batch_size=auto`: by the number of images, and on GPUs by what the network needs of their memory."""
+"""Choose `training.batch_size=auto` from the number of images, and on GPUs from the memory that training needs."""
 
 from dataclasses import dataclass
 
@@ -6,27 +6,28 @@ from trainer.config.schema import Precision, RunConfig
 from trainer.types import Device
 
 BYTES_PER_VALUE: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-IMAGE_BYTES_PER_VALUE = 11  # on a GPU: three batches of uint8 and two of float32
+IMAGE_BYTES_PER_VALUE = 11  # bytes per value of an input image on a GPU: three batches in uint8 and two in float32
 
-LARGEST_PER_GPU = 256  # images
-MIN_STEPS_PER_EPOCH = 20  # with a batch that is larger than the rule for CPUs
-MEMORY_FRACTION = 0.8  # of a GPU; the rest is for fragmentation and the error of the estimate
-GPU_RESERVE = 1_500_000_000  # bytes for the CUDA context, cuDNN's workspaces and compiled programs; assumed
-TRAINED_BYTES_PER_PARAMETER = 4 * 5  # the weight, its gradient, two values of the optimizer, its average
+LARGEST_PER_GPU = 256  # images in the batch of one GPU
+MIN_STEPS_PER_EPOCH = 20  # that remain if the batch is larger than that of the rule for CPUs
+MEMORY_FRACTION = 0.8  # fraction of a GPU's memory to use; the rest is for fragmentation and the error of the estimate
+GPU_RESERVE = 1_500_000_000  # bytes for the CUDA context, cuDNN's workspaces and compiled programs; an assumption
+TRAINED_BYTES_PER_PARAMETER = 4 * 5  # float32: the weight, its gradient, two optimizer variables, its moving average
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the memory of a network depends on; values are counted per pixel of an image of `side` pixels.
+    """The sizes of a backbone from which its memory is estimated.
 
-    Activations are those that `planning.estimates` counts in the network (tests/planning/test_estimates.py).
+    The activations are numbers of values per image, divided by the pixels of the image (side^2). They are those that
+    `trainer.planning.estimates` counts in the network, as tests/planning/test_gpu_memory.py checks.
     """
 
-    side: int  # of the images for which it was counted, the default of the network
-    trained: float  # values stored for the gradient, all layers thawed, normalization frozen
-    trained_norm: float  # the same, normalization with batch statistics
-    frozen: float  # values in memory at once, all layers frozen
-    parameters: float  # millions
+    side: int  # pixels of the images for which the activations were counted: the default size of the backbone
+    trained: float  # activations stored for the gradient, all layers thawed, normalization layers frozen
+    trained_norm: float  # the same, if the normalization layers use batch statistics
+    frozen: float  # activations in memory at the same time, all layers frozen
+    parameters: float  # millions of weights
 
 
 FOOTPRINTS = {
@@ -74,44 +75,63 @@ FOOTPRINTS = {
 
 
 def count_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
-    """Count the bytes of one image in training, in the phase that needs most, and of what does not grow with a batch.
+    """Estimate the GPU memory of training, in the phase that needs most.
 
-    A phase that thaws a part of the layers counts as if it thawed all.
+    A phase that thaws some of the layers counts as if it thawed all.
+
+    Returns:
+        Bytes per image of a batch, and bytes that do not depend on the batch size.
     """
-    thawed = [phase for phase in config.phases.values() if phase.thaw != "none"]
-    values = footprint.frozen
-    if thawed:
-        values = footprint.trained_norm if any(p.batch_norm == "train" for p in thawed) else footprint.trained
+    thawed_phases = [phase for phase in config.phases.values() if phase.thaw != "none"]
+    values_per_pixel = footprint.frozen
+    if thawed_phases:
+        values_per_pixel = (
+            footprint.trained_norm if any(phase.batch_norm == "train" for phase in thawed_phases) else footprint.trained
+        )
     pixels, width = (config.model.image_size or footprint.side) ** 2, config.model.alpha or 1.0
-    image = pixels * (values * width * BYTES_PER_VALUE[config.runtime.precision] + 3 * IMAGE_BYTES_PER_VALUE)
-    per_parameter = TRAINED_BYTES_PER_PARAMETER if thawed else 4
-    half = 0 if config.runtime.precision == "float32" else BYTES_PER_VALUE[config.runtime.precision]
-    return int(image), int(footprint.parameters * 1e6 * width**2 * (per_parameter + half)) + GPU_RESERVE
+    bytes_per_image = pixels * (
+        values_per_pixel * width * BYTES_PER_VALUE[config.runtime.precision] + 3 * IMAGE_BYTES_PER_VALUE
+    )
+    bytes_per_parameter = TRAINED_BYTES_PER_PARAMETER if thawed_phases else 4
+    # The variables are float32. In half precision, a step also has a copy of them in half precision.
+    copy_bytes = 0 if config.runtime.precision == "float32" else BYTES_PER_VALUE[config.runtime.precision]
+    return int(bytes_per_image), int(
+        footprint.parameters * 1e6 * width**2 * (bytes_per_parameter + copy_bytes)
+    ) + GPU_RESERVE
 
 
 def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: int) -> tuple[int, str]:
-    """Choose the global batch size for `replicas` devices; return it with the rest of its reason.
+    """Choose the global batch size. Return it, and its reason, which continues the line of the log.
 
-    On CPUs: 16 under 1,000 images, 64 from 50,000 on, else 32. On GPUs: per GPU the largest power of two up to
-    `LARGEST_PER_GPU` that fits into `MEMORY_FRACTION` of its memory, and that leaves `MIN_STEPS_PER_EPOCH` or is not
-    larger than the rule for CPUs.
+    On CPUs, it is 16 for less than 1,000 images, 32 for less than 50,000, and else 64. The same rule applies if the
+    memory of the GPU or the backbone is unknown. On GPUs, it is per GPU the largest power of two up to
+    `LARGEST_PER_GPU` that fits into `MEMORY_FRACTION` of the memory, and either leaves `MIN_STEPS_PER_EPOCH` steps or
+    does not exceed the rule for CPUs.
+
+    Args:
+        config: configuration with the phases, the precision and the backbone resolved.
+        images: number of training images.
+        device: device that trains; `memory` is in bytes.
+        replicas: number of devices on all workers.
     """
-    by_images = 16 if images < 1_000 else 32 if images < 50_000 else 64
+    cpu_size = 16 if images < 1_000 else 32 if images < 50_000 else 64
     footprint = find_footprint(config.model.backbone)
     if device.kind == "CPU" or not device.memory or not footprint:
-        return by_images, " (16 under 1,000, 64 from 50,000 on, else 32)"
-    image, fixed = count_bytes(config, footprint)
-    fitting = int((MEMORY_FRACTION * device.memory - fixed) / image) * config.training.accumulate
-    useful = max(by_images, images // MIN_STEPS_PER_EPOCH) // replicas
-    per_gpu = 1 << max(min(LARGEST_PER_GPU, fitting, useful), 1).bit_length() - 1
-    reason = f": {per_gpu} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {fitting:,}"
+        return cpu_size, " (16 under 1,000, 64 from 50,000 on, else 32)"
+    bytes_per_image, fixed_bytes = count_bytes(config, footprint)
+    max_fitting = int((MEMORY_FRACTION * device.memory - fixed_bytes) / bytes_per_image) * config.training.accumulate
+    max_useful = max(cpu_size, images // MIN_STEPS_PER_EPOCH) // replicas
+    per_gpu = 1 << max(min(LARGEST_PER_GPU, max_fitting, max_useful), 1).bit_length() - 1
+    reason = (
+        f": {per_gpu} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {max_fitting:,}"
+    )
     limits = (
-        f"a power of two, at most {LARGEST_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {by_images} images"
+        f"a power of two, at most {LARGEST_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {cpu_size} images"
     )
     return per_gpu * replicas, f"{reason} ({limits})"
 
 
 def find_footprint(backbone: str) -> Footprint | None:
-    """Return the footprint of a backbone, whose name may have other capitals and separators; None if it is unknown."""
-    normalized = "".join(filter(str.isalnum, backbone)).lower()
-    return next((value for name, value in FOOTPRINTS.items() if name.lower() == normalized), None)
+    """Return the footprint of a backbone; None if it is unknown. Case and separators in its name do not matter."""
+    normalized_name = "".join(filter(str.isalnum, backbone)).lower()
+    return next((footprint for name, footprint in FOOTPRINTS.items() if name.lower() == normalized_name), None)

@@ -1,4 +1,4 @@
-"""Compare configurations: what can change when a run is resumed, and what can differ between its workers."""
+"""Compare configurations: which keys can change when a run is resumed, and which can differ between its workers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from trainer.config.model import NAMED_WEIGHTS
 from trainer.config.phases import UNITS
 from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
-# Keys and sections that can change on resume, because they do not affect the weights.
+# Keys and sections that can change on resume, because they do not affect how the weights are trained.
 CHANGEABLE_ON_RESUME = (
     "output_dir",
     "resume",
@@ -17,9 +17,9 @@ CHANGEABLE_ON_RESUME = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
-# Addresses that can change on resume if the content has the recorded fingerprint.
+# Addresses that can change on resume if the content there has the fingerprint that the run recorded.
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "distillation.teacher")
-# Addresses that a run reads when it begins, and not when it resumes.
+# Addresses of weights that a run reads when it begins, but not when it resumes.
 INITIAL_WEIGHTS = ("model.weights", "warm_start")
 # Keys that can differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
@@ -27,45 +27,52 @@ PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "dis
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Return whether a key, or the section that holds it, is in `CHANGEABLE_ON_RESUME`."""
+    """Return whether a key, or a section that contains it, is in `CHANGEABLE_ON_RESUME`."""
     return f"{key}.".startswith(tuple(f"{name}." for name in CHANGEABLE_ON_RESUME))
 
 
 def select_common_settings(config: RequestedConfig) -> dict[str, Any]:
-    """Select the values that must be equal on all workers of a run: {"training.batch_size": 32, ...}."""
+    """Return the values that must be equal on all workers of a run, by dotted key: {"training.batch_size": 32, ...}."""
     return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_WORKER}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}; an empty dict is a value."""
+    """Flatten nested dicts to dotted keys, which begin with `prefix`: {"a": {"b": 1}} -> {"a.b": 1}.
+
+    An empty dict is a value, as is anything that is not a dict.
+    """
     if isinstance(tree, dict) and tree:
-        return {k: v for name, branch in tree.items() for k, v in flatten(branch, f"{prefix}{name}.").items()}
+        return {
+            key: value for name, branch in tree.items() for key, value in flatten(branch, f"{prefix}{name}.").items()
+        }
     return {prefix.rstrip("."): tree}
 
 
 def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
-    """List the changes that are forbidden on resume, each as "key: before -> now".
+    """List the changes between two configurations of a run that are forbidden on resume, as "KEY: BEFORE -> NOW".
 
-    Allowed are a longer last phase, which extends a finished run, and changes of `CHANGEABLE_ON_RESUME`, `ADDRESSES`
-    and `INITIAL_WEIGHTS`. Fingerprints and checksums are compared instead of addresses.
+    A longer last phase or a higher debug.max_steps is allowed, to extend a finished run, and so are changes of keys in
+    `CHANGEABLE_ON_RESUME`. A key in `ADDRESSES` or `INITIAL_WEIGHTS` can change from one address to another; callers
+    compare the fingerprint or checksum of the content.
     """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    lengths = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
-    changed = []
+    length_keys = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = old.get(key), new.get(key)
-        is_longer = key in lengths and old_value is not None and (new_value is None or new_value >= old_value)
+        is_longer = key in length_keys and old_value is not None and (new_value is None or new_value >= old_value)
         is_moved = _is_address(key, old_value) and _is_address(key, new_value)
         if old_value != new_value and not may_change_on_resume(key) and not is_longer and not is_moved:
-            changed.append(f"{key}: {old_value} -> {new_value}")
-    return changed
+            changes.append(f"{key}: {old_value} -> {new_value}")
+    return changes
 
 
 def _is_address(key: str, value: Any) -> bool:
+    """Return whether the value is an address, and not null or a name such as "imagenet"."""
     return key in (*ADDRESSES, *INITIAL_WEIGHTS) and value not in (None, TRAIN, *NAMED_WEIGHTS)
 
 
 def list_moved_addresses(before: RunConfig, now: RunConfig, keys: tuple[str, ...] = ADDRESSES) -> list[str]:
-    """List those of the addresses `keys` that have changed, each as "key: before -> now"."""
+    """List the addresses that have changed, among those of `keys`, as "KEY: BEFORE -> NOW"."""
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return [f"{key}: {old[key]} -> {new[key]}" for key in keys if key in old and old[key] != new.get(key)]

@@ -1,4 +1,4 @@
-"""The configuration of a teacher, and of the run that trains it (docs/training.md)."""
+"""The configuration of knowledge distillation: the teacher, and the run that trains it (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, NamedPhases, Phase, validate_phases
 from trainer.errors import TrainerError
 
-TRAIN = "train"  # value of `distillation.teacher`: the run trains it first
-FOLDER = "teacher"  # in output_dir, of the run that trains it
+TRAIN = "train"  # value of `distillation.teacher` with which the run trains its teacher first
+FOLDER = "teacher"  # name of the folder in output_dir that contains the run of the teacher
 Error = TypeVar("Error", bound=TrainerError)
 
 
@@ -28,19 +28,20 @@ OptionalPhases = Annotated[
 
 
 class Distillation(Section):
-    """A teacher: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
+    """Knowledge distillation: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
     teacher: Address
     """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or in a bucket. train: the
-    run trains it first, in OUTPUT_DIR/teacher (docs/training.md)."""
+    run trains its teacher first, in OUTPUT_DIR/teacher (docs/training.md)."""
     model: Model | None = None
-    """teacher=train: its network, with the keys of `model`, or the name of one of the group `model`."""
+    """teacher=train: the network of the teacher, with the keys of `model`, or a name in the group `model`."""
     phases: OptionalPhases = None
-    """teacher=train: its phases, with the keys of `phases`, or a name of the group `phases`; null: those of the run."""
+    """teacher=train: the phases of the teacher, with the keys of `phases`, or a name in the group `phases`; null: the
+    same phases as the student."""
     alpha: float = Field(0.1, ge=0, lt=1)
-    """Weight of the loss with the labels as targets."""
+    """Weight of the loss against the labels; the loss against the teacher has the weight 1 - alpha."""
     temperature: float = Field(1.0, ge=0.01, le=1e3)
-    """Temperature that softens the predictions of teacher and student."""
+    """Number by which the logits of teacher and student are divided before the softmax; above 1 softens them."""
 
     @model_validator(mode="after")
     def _check_trained(self) -> Distillation:
@@ -55,12 +56,15 @@ class Distillation(Section):
 
 
 def teacher_address(output_dir: str) -> str:
-    """Return the output_dir of the run that trains the teacher of the run in `output_dir`."""
+    """Return the output_dir of the teacher's run: OUTPUT_DIR/teacher, where `output_dir` is that of the student."""
     return f"{output_dir.rstrip('/')}/{FOLDER}"
 
 
 def name_key_of_teacher(error: Error) -> Error:
-    """Name the key of an error in the run of a teacher as it is written in the command, and return the error."""
+    """Return an error in the configuration of a teacher's run, with its key as users write it.
+
+    The key of `error` itself is changed, such as from "model.backbone" to "distillation.model.backbone".
+    """
     if error.key and error.key.startswith(("model.", "phases.")):
         error.key = f"distillation.{error.key}"
     return error

@@ -1,4 +1,7 @@
-"""The configuration keys: their kinds of values, and suggestions for mistyped ones."""
+"""List the keys of the configuration, describe the values that they take, and suggest corrections of misspelled keys.
+
+All of it is derived from the schema, the pydantic models in `trainer.config`.
+"""
 
 import difflib
 from types import UnionType
@@ -6,63 +9,76 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-# Name in other tools -> key.
+# Name in other tools, or a likely guess -> last component of the key here; "model.name" and its value are whole keys.
 _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "gpus": "replicas", "epoch": "epochs",
             "num_epochs": "epochs", "img_size": "image_size", "size": "image_size", "input_size": "image_size",
             "output": "output_dir", "run_name": "experiment_name", "num_workers": "data_threads", "path": "root",
             "gpu": "replicas", "out": "output_dir", "folder": "root", "scheduler": "schedule",
             "model.name": "model.backbone", "wd": "weight_decay", "classes": "class_names", "pretrained": "weights",
             "val_split": "validation_fraction", "val_fraction": "validation_fraction"}  # fmt: skip
-_MAX_SUGGESTED = 3
-Kind = Literal["text", "texts", "weights", "names", "other"]
+_MAX_SUGGESTED = 3  # keys in one "did you mean"
+Kind = Literal["text", "texts", "weights", "names", "other"]  # see `classify_key`
 
 
 def list_union_members(annotation: Any) -> list[Any]:
-    """List the types of a union except None, or the only type otherwise, without constraints (`Annotated`)."""
-    union = get_origin(annotation) in (Union, UnionType)
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] if union else [annotation]
-    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    """List the types in a union except None, or the type itself if it is not a union. `Annotated[T, ...]` becomes T."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    members = [member for member in get_args(annotation) if member is not type(None)] if is_union else [annotation]
+    return [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
 
 
 def is_section(annotation: Any) -> bool:
-    """Return whether a type is a configuration section."""
+    """Return whether a type is a section of the configuration, which is a pydantic model."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def suggest_name(name: str, known: list[str]) -> str:
-    """Suggest a similar known name, or list all known names."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    """Return "did you mean NAME?" for the most similar known name, or a list of all known names if none is similar."""
+    matches = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known)}"
 
 
 def list_keys(root: type[BaseModel], tree: Any = None, inside: bool = False) -> list[str]:
-    """List the keys below a section, depth first. Keys of phases are listed for the phase names in `tree`.
+    """List the dotted keys in a section, depth first.
 
-    A section that is null within another one (`inside`), such as the model of a teacher, is one key.
+    Args:
+        root: type of the section.
+        tree: values of the section as nested dicts. A dict of sections, such as `phases`, has the names in it
+            (`phases.head.epochs`), so that without `tree` it has no keys.
+        inside: whether `root` is within another section. An optional section in it, such as the model of a teacher, is
+            then one key if it is null by default and has no value in `tree`.
     """
     keys = []
     for name, field in root.model_fields.items():
-        branch = (tree.get(name) if isinstance(tree, dict) else None) or {}
-        section, named = _sections(field.annotation, branch)
-        if inside and (named or section) and field.default is None and not branch:
+        content = (tree.get(name) if isinstance(tree, dict) else None) or {}
+        section, named_section = _section_types(field.annotation, content)
+        if inside and (named_section or section) and field.default is None and not content:
             keys.append(name)
-        elif named:
-            keys += [f"{name}.{phase}.{key}" for phase in branch for key in list_keys(named, branch[phase], True)]
+        elif named_section:
+            keys += [
+                f"{name}.{phase}.{key}" for phase in content for key in list_keys(named_section, content[phase], True)
+            ]
         else:
-            keys += [f"{name}.{key}" for key in list_keys(section, branch, True)] if section else [name]
+            keys += [f"{name}.{key}" for key in list_keys(section, content, True)] if section else [name]
     return keys
 
 
 def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
-    """Add the defaults of missing keys to a composed tree, in the order of the schema."""
+    """Return the values in `tree`, a composed configuration, and the default of each missing key.
+
+    The keys are in the order of the schema, followed by unknown keys.
+    """
     values: dict[str, Any] = {}
     for name, field in root.model_fields.items():
         value = tree.get(name, field.default)
-        section, named = _sections(field.annotation, value)
+        section, named_section = _section_types(field.annotation, value)
         if isinstance(value, BaseModel):
-            value = _as_typed(value.model_dump(mode="json"))
-        elif named and isinstance(value, dict):
-            value = {n: add_defaults(named, v) if isinstance(v, dict) else v for n, v in value.items()}
+            value = _format_durations(value.model_dump(mode="json"))
+        elif named_section and isinstance(value, dict):
+            value = {
+                key: add_defaults(named_section, item) if isinstance(item, dict) else item
+                for key, item in value.items()
+            }
         elif section and isinstance(value, dict):
             value = add_defaults(section, value)
         if name in tree or not field.is_required():
@@ -70,142 +86,163 @@ def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     return values | {name: value for name, value in tree.items() if name not in values}
 
 
-def _as_typed(value: Any) -> Any:
-    """Write each length of training in a dumped section as it is typed: {count: 2, unit: epochs} -> "2 epochs"."""
+def _format_durations(value: Any) -> Any:
+    """Replace each duration in a dumped section by its text form: {"count": 2, "unit": "epochs"} -> "2 epochs"."""
     if isinstance(value, dict) and value.keys() == {"count", "unit"}:
         return f"{value['count']:g} {value['unit']}"
-    return {key: _as_typed(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return {key: _format_durations(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _sections(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
-    """Return the section in a key's type, and the section that is the value type of a dict in it; None for none.
+def _section_types(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
+    """Return the section type that a key accepts or None, and the section type S of a `dict[str, S]`, or None.
 
-    If there are both, the keys of `tree` decide which one is used.
+    A `Duration`, which has a field `unit`, does not count as a section, because users write it as one value. If a key
+    accepts both types and `tree` has a key of the section, the dict is ignored: phases={auto: ...} has no phase `auto`.
     """
     members = list_union_members(annotation)
-    section = next((kind for kind in members if is_section(kind) and "unit" not in kind.model_fields), None)
-    named = next((get_args(k)[1] for k in members if get_origin(k) is dict and is_section(get_args(k)[1])), None)
-    if named and section and isinstance(tree, dict) and section.model_fields.keys() & tree.keys():
-        named = None
-    return section, named
+    section = next((member for member in members if is_section(member) and "unit" not in member.model_fields), None)
+    named_section = next(
+        (get_args(member)[1] for member in members if get_origin(member) is dict and is_section(get_args(member)[1])),
+        None,
+    )
+    if named_section and section and isinstance(tree, dict) and section.model_fields.keys() & tree.keys():
+        named_section = None
+    return section, named_section
 
 
 def classify_key(root: type[BaseModel], key: str) -> Kind:
-    """Classify the value of a key: text, list of texts, weights by class name, list or mapping of names, or other."""
-    kinds = _types_of(root, key)
-    if any(get_origin(kind) is dict and get_args(kind) == (str, str) for kind in kinds):
+    """Classify the values that a key takes.
+
+    Returns:
+        "text" for a string, "texts" for a list of strings, "weights" for numbers by class name, "names" for class names
+        (a list, or a mapping to display names), or "other", also for an unknown key.
+    """
+    types = _resolve_types(root, key)
+    if any(get_origin(type_) is dict and get_args(type_) == (str, str) for type_ in types):
         return "names"
-    if str in kinds and not {int, float} & set(kinds):
+    if str in types and not {int, float} & set(types):
         return "text"
     if any(
-        get_origin(kind) is dict and get_args(kind)[0] is str and not is_section(get_args(kind)[1]) for kind in kinds
+        get_origin(type_) is dict and get_args(type_)[0] is str and not is_section(get_args(type_)[1])
+        for type_ in types
     ):
         return "weights"
-    items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
-    return "texts" if any(item is str or get_origin(item) is Literal for item in items) else "other"
+    item_types = [get_args(type_)[0] for type_ in types if get_origin(type_) is tuple]
+    return "texts" if any(item_type is str or get_origin(item_type) is Literal for item_type in item_types) else "other"
 
 
 def takes_list(root: type[BaseModel], key: str) -> bool:
-    """Return whether the value of a key may be a list, or the key is not known."""
-    kinds = _types_of(root, key)
-    return not kinds or any(get_origin(kind) is tuple for kind in kinds)
+    """Return whether a key accepts a list; True for an unknown key."""
+    types = _resolve_types(root, key)
+    return not types or any(get_origin(type_) is tuple for type_ in types)
 
 
 def how_to_write(root: type[BaseModel], key: str) -> str:
-    """Return how the value of a key is written, such as "use a whole number"; "" if any text may be meant."""
-    kinds, kind = _types_of(root, key), classify_key(root, key)
+    """Return a hint on the syntax of a key's value, such as "use a whole number"; "" if any string is valid."""
+    types, kind = _resolve_types(root, key), classify_key(root, key)
     if kind == "weights":
         return "write {cat: 1, dog: 2}"
     if kind == "names":
         return "write a list, such as [a,b], or the names that are shown, such as {a: cat, b: dog}"
     if kind == "texts":
         return "write a list, such as [a,b]"
-    if any(is_section(k) and "unit" in k.model_fields for k in kinds):
+    if any(is_section(type_) and "unit" in type_.model_fields for type_ in types):
         return 'write "500 steps", "2 epochs" or "10000 examples"'
-    numbers = {int: "use a whole number", float: "use a number", bool: "use true or false"}
-    listed = "write a list, such as [1,2]" if any(get_origin(k) is tuple for k in kinds) else ""
-    return next((fix for number, fix in numbers.items() if number in kinds), listed)
+    scalar_hints = {int: "use a whole number", float: "use a number", bool: "use true or false"}
+    list_hint = "write a list, such as [1,2]" if any(get_origin(type_) is tuple for type_ in types) else ""
+    return next((hint for type_, hint in scalar_hints.items() if type_ in types), list_hint)
 
 
-def _types_of(root: type[BaseModel], key: str) -> list[Any]:
-    """Return the types that the value of a key may have; [] for a key that does not exist."""
-    kinds: list[Any] = [root]
+def _resolve_types(root: type[BaseModel], key: str) -> list[Any]:
+    """Return the types that a dotted key below `root` accepts; [] for an unknown key."""
+    types: list[Any] = [root]
     for name in key.split("."):
-        section = next((k for k in kinds if is_section(k) and name in k.model_fields), None)
-        named = next((k for k in kinds if get_origin(k) is dict and is_section(get_args(k)[1])), None)
+        section = next((type_ for type_ in types if is_section(type_) and name in type_.model_fields), None)
+        dict_type = next(
+            (type_ for type_ in types if get_origin(type_) is dict and is_section(get_args(type_)[1])), None
+        )
         if section:
-            kinds = list_union_members(section.model_fields[name].annotation)
-        elif named:
-            kinds = [get_args(named)[1]]
+            types = list_union_members(section.model_fields[name].annotation)
+        elif dict_type:
+            types = [get_args(dict_type)[1]]
         else:
             return []
-    return kinds
+    return types
 
 
 def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
-    """Suggest similar keys anywhere in the configuration for an unknown one, or list the keys of its section.
+    """Return "did you mean KEY?" for an unknown key, or a list of the keys of its section if no key is similar.
 
-    `tree` is the value of the key. For `head: {epochs: 3}`, keys that end with `head.epochs` are suggested.
+    Args:
+        key: dotted key that is not in `known`.
+        known: dotted keys of the configuration. Similar keys are searched in all sections.
+        tree: value of the key. If it is a dict, its first key counts as well: `head: {epochs: 3}` suggests keys that
+            end with `head.epochs`, such as `phases.head.epochs`.
     """
     if isinstance(tree, dict) and tree:
-        if near := _match_components(f"{key}.{first_path(tree)}", known):
-            return _did_you_mean(near)
-        name, branch = next(iter(tree.items()))
-        below = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], branch)
-        here = suggest_key(key, known)
-        if below.startswith("did") or here.startswith("did"):
-            return below if below.startswith("did") else here
-        return suggest_key(f"{key}.{name}", known, branch)
+        if matches := _match_components(f"{key}.{first_path(tree)}", known):
+            return _did_you_mean(matches)
+        name, value = next(iter(tree.items()))
+        child_suggestion = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], value)
+        own_suggestion = suggest_key(key, known)
+        if child_suggestion.startswith("did") or own_suggestion.startswith("did"):
+            return child_suggestion if child_suggestion.startswith("did") else own_suggestion
+        return suggest_key(f"{key}.{name}", known, value)
     section, _, name = key.rpartition(".")
     prefix = section + "." * bool(section)
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
-    wanted = _ALIASES.get(name, name)
-    near = (
+    canonical_name = _ALIASES.get(name, name)
+    # From certain to vague: an alias of the key; a slip in a key of this section; the key in another section;
+    # the name in this section; the name anywhere; a misspelled key of this section; a misspelled name of any section.
+    matches = (
         [k for k in known if k == _ALIASES.get(key)]
         or _match_similar(key, siblings, prefix, 0.75)
         or [k for k in known if f".{k}".endswith(f".{key}")]
-        or _match_names(wanted, [k for k in known if k.startswith(prefix)])
-        or _match_names(wanted, known)
+        or _match_names(canonical_name, [k for k in known if k.startswith(prefix)])
+        or _match_names(canonical_name, known)
         or _match_similar(key, siblings, prefix, 0.5)
-        or [k for last in difflib.get_close_matches(wanted, {k.rpartition(".")[2] for k in known}, 1, 0.7)
-            for k in _match_names(last, known)]
+        or [k for match in difflib.get_close_matches(canonical_name, {k.rpartition(".")[2] for k in known}, 1, 0.7)
+            for k in _match_names(match, known)]
     )  # fmt: skip
-    if not near and key != key.lower():
+    if not matches and key != key.lower():
         return suggest_key(key.lower(), known)
-    if not near:
+    if not matches:
         names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known))
         return f"known: {', '.join(names)}"
-    return _did_you_mean(near)
+    return _did_you_mean(matches)
 
 
 def _did_you_mean(keys: list[str]) -> str:
-    *others, last = keys[:_MAX_SUGGESTED]
-    return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
+    *first_keys, last_key = keys[:_MAX_SUGGESTED]
+    return f"did you mean {', '.join(first_keys)}{' or ' * bool(first_keys)}{last_key}?"
 
 
 def first_path(tree: dict[str, Any]) -> str:
-    """Return the key of the first value in a tree: {"head": {"epochs": 3}} -> "head.epochs"."""
-    name, branch = next(iter(tree.items()))
-    return f"{name}.{first_path(branch)}" if isinstance(branch, dict) and branch else str(name)
+    """Return the dotted key of the first leaf in nested dicts: {"head": {"epochs": 3}} -> "head.epochs"."""
+    name, value = next(iter(tree.items()))
+    return f"{name}.{first_path(value)}" if isinstance(value, dict) and value else str(name)
 
 
 def _match_components(key: str, known: list[str]) -> list[str]:
-    """Return the known keys that have all components of a key, in its order, and the same last component."""
-    *path, name = key.split(".")
-    wanted, matching = _ALIASES.get(name, name), []
+    """Return the known keys with the last component of `key`, whose parents contain the parents of `key` in this order.
+
+    `head.epochs` matches `phases.head.epochs`. An alias such as `lr` counts as the name that it represents.
+    """
+    *key_parents, name = key.split(".")
+    canonical_name, matches = _ALIASES.get(name, name), []
     for candidate in known:
         *parents, last = candidate.split(".")
-        rest = iter(parents)
-        if last == wanted and all(part in rest for part in path):
-            matching.append(candidate)
-    return matching
+        remaining_parents = iter(parents)
+        if last == canonical_name and all(parent in remaining_parents for parent in key_parents):
+            matches.append(candidate)
+    return matches
 
 
 def _match_names(name: str, keys: list[str]) -> list[str]:
-    """Return the keys with this last component, or else the first key in each section with this name."""
-    same = [key for key in keys if key.rpartition(".")[2] == name]
-    inside = {f"{key}.".partition(f"{name}.")[0]: key for key in reversed(keys) if f".{name}." in f".{key}"}
-    return same or list(reversed(inside.values()))
+    """Return the keys whose last component is `name`; if there are none, the first key of each section of this name."""
+    matches = [key for key in keys if key.rpartition(".")[2] == name]
+    first_keys = {f"{key}.".partition(f"{name}.")[0]: key for key in reversed(keys) if f".{name}." in f".{key}"}
+    return matches or list(reversed(first_keys.values()))
 
 
 def _match_similar(key: str, siblings: list[str], prefix: str, cutoff: float) -> list[str]:

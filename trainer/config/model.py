@@ -8,11 +8,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from trainer.config.base import Address, InvalidValue, Section
 
-WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of Keras' files
-NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are no address
+WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of files with weights in a format of Keras
+NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are not addresses
 
 
-MAX_HIDDEN_LAYERS = 8  # of the head
+MAX_HIDDEN_LAYERS = 8  # in the head
 HiddenUnits = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -32,19 +32,19 @@ class Model(Section):
     backbone: str
     """Name of a network in `keras.applications`; auto: chosen by the numbers of images and classes (docs/phases.md)."""
     weights: Address = "imagenet"
-    """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or of a
-    folder that `trainer.prepare weights=...` wrote. Local or in a bucket."""
+    """imagenet, glyphs (included in the package), none (random), the path of a .weights.h5 or .keras file, or the path
+    of a folder that `trainer.prepare weights=...` wrote. Local or in a bucket."""
     alpha: float | None = Field(None, gt=0, le=4)
-    """MobileNet, MobileNetV2: width multiplier; null: 1."""
+    """MobileNet, MobileNetV2: multiplier of the number of filters in each layer; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
     """Side of the square input images in pixels; null: the default of the backbone."""
     resize: Literal["stretch", "crop"] = "stretch"
-    """How an image becomes square: it is stretched, or its central square is used."""
+    """How an image becomes square. stretch: its aspect ratio is changed; crop: its central square is used."""
     pooling: Literal["avg", "max"] = "avg"
     """Global pooling of the last feature maps of the backbone."""
     hidden: HiddenUnits | HiddenLayers | None = None
-    """Units of an additional ReLU layer in the head, or a list of the units of several, from the backbone up; null:
-    none."""
+    """Number of units of a hidden ReLU layer in the head, or a list with one number per hidden layer, from the backbone
+    up; null: no hidden layers."""
     hidden_batch_norm: bool = False
     """BatchNormalization in each hidden layer of the head, before its ReLU (docs/phases.md)."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -54,14 +54,14 @@ class Model(Section):
 
     @property
     def hidden_units(self) -> tuple[int, ...]:
-        """The units of each hidden layer of the head, from the backbone up."""
+        """The number of units of each hidden layer of the head, from the backbone up; empty if there are none."""
         if self.hidden is None:
             return ()
         return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
 
     @property
     def has_weights_folder(self) -> bool:
-        """Whether `weights` is the address of a folder, from which the file of the network is read."""
+        """Whether `weights` is the address of a folder, which has one weights file per network."""
         return self.weights not in NAMED_WEIGHTS and not self.weights.endswith(WEIGHTS_SUFFIXES)
 
     @model_validator(mode="after")

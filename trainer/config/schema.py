@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen, validated tree.
+"""The configuration of a run: one frozen, validated tree of sections.
 
-Hydra composes a plain tree from the YAML in `conf/`. `load` validates it and returns a `RunConfig` if nothing is
-`auto`, else a `RequestedConfig`. One `ConfigError` lists all faults. This module does not import TensorFlow.
+Hydra composes nested dicts from the YAML in `conf/`. `load` validates them and returns a `RunConfig` if no value is
+`auto`, otherwise a `RequestedConfig`. One `ConfigError` lists all faults. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Data(Section):
     """The labelled images: source, splits, order and caches."""
 
     source: Literal["digits", "image_folder", "csv", "tfds", "tfrecords"]
-    """The digits of scikit-learn, image files in one folder per class, image files that a CSV file lists, a dataset of
-    TFDS, or TFRecord files."""
+    """digits: the digits of scikit-learn; image_folder: image files in one folder per class; csv: image files that a
+    CSV file lists; tfds: a dataset of TensorFlow Datasets (TFDS); tfrecords: TFRecord files."""
     root: Address | None = None
     """image_folder: folder with the images; csv: the CSV file, with the columns file, label and optionally split; tfds:
     folder of one prepared dataset. Local or in a bucket."""
@@ -55,58 +55,65 @@ class Data(Section):
     label_field: str = "label"
     """tfds, tfrecords: field of the class index."""
     class_names: tuple[str, ...] | dict[str, str] | None = None
-    """tfrecords: class names, in the order of their indices. A dataset with its own class names: the same names in
-    another order. A mapping {n01: daisy, n02: red rose} shows other names instead of those of these classes."""
+    """tfrecords: class names, in the order of their indices. Other sources have class names: a list of the same names
+    sets their order, and a mapping {n01: daisy, n02: red rose} gives these classes other names."""
     class_prefix: str | None = None
-    """Regular expression; what it matches at the beginning of each class name that data.class_names does not map is
-    removed, such as n[0-9]+- of n02085620-Chihuahua. null: nothing."""
+    """Regular expression of a prefix to remove from class names, except those that data.class_names maps: n[0-9]+-
+    turns n02085620-Chihuahua into Chihuahua. null: no prefix."""
     label_kind: Literal["index", "index1", "text", "onehot"] = "index"
     """tfds, tfrecords: content of data.label_field. index: class index from 0; index1: class index from 1; text: one
     of data.class_names; onehot: a one-hot vector."""
     train_split: str = "train"
-    """tfds: split of the training examples, slices included, such as train[:80%]."""
+    """tfds: split of the training examples, which can have a slice, such as train[:80%]."""
     validation_split: str | None = None
-    """tfds: split of the validation examples; null: what data.train_split leaves of the split "validation" if it
-    exists, else data.validation_fraction; none: data.validation_fraction, as if the dataset had no such split."""
+    """tfds: split of the validation examples. null: the examples of the split "validation" that data.train_split does
+    not use, or data.validation_fraction if there is no such split; none: always data.validation_fraction."""
     test_split: str | None = None
-    """tfds: split of the test examples; null: what data.train_split leaves of the split "test" if it exists, else
-    data.test_fraction; none: data.test_fraction, as if the dataset had no such split."""
+    """tfds: split of the test examples. null: the examples of the split "test" that data.train_split does not use, or
+    data.test_fraction if there is no such split; none: always data.test_fraction."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
-    """Fraction of the training examples that become the validation split if the data has none."""
+    """Fraction of the training examples that becomes the validation split if the data has none."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the training examples that become the test split if the data has none."""
+    """Fraction of the training examples that becomes the test split if the data has none."""
     split_seed: int = Field(42, ge=0, lt=2**63)
-    """Seed of the random split into these fractions."""
+    """Seed of the random split by data.validation_fraction and data.test_fraction."""
     labels_per_class: int | None = Field(None, ge=1, le=MAX_COUNT)
-    """Number of training examples per class; null: all."""
+    """Maximum number of training examples per class, chosen at random; null: all."""
     shuffle_window: int = Field(8192, ge=1, le=MAX_COUNT)
-    """Number of records that are shuffled together."""
+    """digits, tfds, tfrecords: number of records that are shuffled together."""
     shards: int | None = Field(None, ge=1, le=MAX_COUNT)
-    """`trainer.prepare`: shards of the largest split; others have shards of the same size. null: one per 100 MB."""
+    """`trainer.prepare`: number of shards of the largest split; other splits have shards of the same size. null: one
+    shard per 100 MB."""
     orientation: Orientation = "exif"
-    """exif: rotate images upright by their EXIF orientation, in the exported model too; ignore: for images with wrong
-    tags."""
+    """exif: rotate images by their EXIF orientation, in the exported model too; ignore: use images as stored, because
+    their EXIF tags are wrong."""
     on_error: Literal["fail", "skip"] = "fail"
-    """Whether an image or record that cannot be read ends the run or is skipped."""
+    """What happens if an image or record cannot be read. fail: the run ends; skip: the image or record is skipped."""
     cache: Literal["auto", "memory", "disk", "none"] = "auto"
-    """Where decoded images are cached; auto: in memory, else on disk, else not, within the budgets of `runtime`."""
+    """Where decoded images are cached. auto: in memory, else on disk, else nowhere, within the budgets of `runtime`."""
     shard_by: Literal["auto", "record", "file"] = "auto"
-    """How the training examples are sharded over n workers: each reads every n-th record, or whole files."""
+    """How the training examples are sharded over n workers. record: each worker reads every n-th record; file: each
+    worker reads whole files; auto: file if there are enough files and no virtual replicas, and images are decoded in
+    every epoch, else record."""
     fingerprint: Literal["auto", "content"] = "auto"
-    """content: the fingerprint of the data covers all bytes of its files; auto: at most 1 GB, else samples of them."""
+    """Which bytes of the data its fingerprint covers. content: all; auto: all up to 1 GB, samples of larger data."""
     group_field: str | None = None
-    """csv: column, tfds, tfrecords: field (text or integer) whose values are groups with separate scores in the
-    report."""
+    """csv: column; tfds, tfrecords: field of a string or an integer. Its values are groups that the report scores
+    separately."""
 
     corrections: Address | None = None
     """CSV file with corrections: examples to exclude or to relabel, as the page of a report saves it (docs/report.md).
-    Local or gs://."""
+    Local or in a bucket."""
 
     @field_validator("class_names")
     @classmethod
     def _check_class_names(cls, names: Any) -> Any:
-        if unnamed := [own for own, name in names.items() if not name.strip()] if isinstance(names, dict) else []:
-            raise InvalidValue(f"has no name for {unnamed[0]}", fix="write one, or leave the class out")
+        if (
+            unnamed_classes := [class_name for class_name, name in names.items() if not name.strip()]
+            if isinstance(names, dict)
+            else []
+        ):
+            raise InvalidValue(f"has no name for {unnamed_classes[0]}", fix="write one, or leave the class out")
         return names
 
     @field_validator("class_prefix")
@@ -121,14 +128,16 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_complete(self) -> Data:
-        needed = {"image_folder": ("root",), "csv": ("root",), "tfrecords": ("pattern", "class_names")}.get(
+        required_keys = {"image_folder": ("root",), "csv": ("root",), "tfrecords": ("pattern", "class_names")}.get(
             self.source, ()
         )
-        missing = [f"data.{key}" for key in needed if not getattr(self, key)]
+        missing_keys = [f"data.{key}" for key in required_keys if not getattr(self, key)]
         if self.source == "tfds" and not (self.name or self.root):
-            missing = ["data.name (or data.root)"]
-        if missing:
-            raise InvalidValue("is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing)}")
+            missing_keys = ["data.name (or data.root)"]
+        if missing_keys:
+            raise InvalidValue(
+                "is incomplete", key="source", value=self.source, fix=f"set {' and '.join(missing_keys)}"
+            )
         if self.group_field and self.source not in ("csv", "tfds", "tfrecords"):
             problem = f"data.source={self.source} has only image and label"
             fix = "use data.source=csv, tfds or tfrecords"
@@ -139,7 +148,7 @@ class Data(Section):
         return self
 
 
-MIN_WEIGHT = 1e-6  # smaller ones vanish in the rounding of float32, or are 0 there
+MIN_WEIGHT = 1e-6  # smallest class weight above 0; smaller ones vanish by rounding in float32
 
 
 def _check_weight(weight: float) -> float:
@@ -155,42 +164,42 @@ class Training(Section):
     """Settings that apply to all phases."""
 
     batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Literal["auto"] = 32
-    """Examples per step, over all replicas and workers; auto: chosen by the number of
-    images and the memory of a GPU (docs/phases.md)."""
+    """Examples per step, over all replicas and workers; auto: chosen by the number of images and the memory of a GPU
+    (docs/phases.md)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """Loss function (docs/training.md)."""
     focal_gamma: float = Field(2.0, ge=0, le=100)
-    """focal: exponent of (1 - p), which reduces the loss of easy examples."""
+    """focal: exponent gamma of (1 - p), which reduces the loss of examples with a high probability p of their class."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of the target that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
-    """Weight of an example's loss by its class: equal, inversely proportional to the frequency of the class, or
-    {class: weight}."""
+    """Weight of an example's loss by its class. none: equal weights; balanced: inversely proportional to the frequency
+    of the class; or a mapping {CLASS: WEIGHT}."""
     clip_norm: float | None = Field(None, ge=1e-12, le=1e12)
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
     """Number of micro-batches into which a replica splits its batch, to save memory."""
     virtual_replicas: int | None = Field(None, ge=1, le=4096)
-    """Number of equal parts of a global batch, a power of two; a run then has the same bits on any number of replicas
-    that divides it (docs/distributed.md). null: the parts are the batches of the replicas."""
+    """Number of equal parts into which a global batch is divided, a power of two. A run then has the same bits on any
+    number of replicas that divides it (docs/distributed.md). null: one part per replica."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, which is validated and exported; null: off."""
+    """Decay per step of an exponential moving average of the weights, which is validated and exported; null: none."""
     keep: Literal["best", "last"] = "best"
-    """Weights for the next phase and the export: those of the best epoch, or of the last step."""
+    """Weights for the next phase and the export. best: those of the best epoch; last: those of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
-    """Fraction of the validation batches that is scored after each epoch, to select the best one. The end of a phase
-    scores the selected weights on all."""
+    """Fraction of the validation batches that is scored after each epoch, to select the best epoch. At the end of a
+    phase, the selected weights are scored on all batches."""
 
     def micro_batches(self, replicas: int) -> int:
-        """Return the number of micro-batches of each of `replicas`, the number on all workers."""
+        """Return the number of micro-batches per step on each replica. `replicas` is their number on all workers."""
         return self.virtual_replicas // replicas if self.virtual_replicas else self.accumulate
 
     @model_validator(mode="after")
     def _check_virtual_replicas(self) -> Training:
-        parts = self.virtual_replicas or 1
-        if parts & (parts - 1):
-            fix = f"use {1 << (parts.bit_length() - 1)} or {1 << parts.bit_length()}"
-            raise InvalidValue("is not a power of two", key="virtual_replicas", value=str(parts), fix=fix)
+        num_parts = self.virtual_replicas or 1
+        if num_parts & (num_parts - 1):
+            fix = f"use {1 << (num_parts.bit_length() - 1)} or {1 << num_parts.bit_length()}"
+            raise InvalidValue("is not a power of two", key="virtual_replicas", value=str(num_parts), fix=fix)
         if self.virtual_replicas and self.accumulate > 1:
             problem, fix = "cannot be used with training.virtual_replicas", "set one of the two"
             raise InvalidValue(problem, key="accumulate", value=str(self.accumulate), fix=fix)
@@ -204,8 +213,8 @@ class Training(Section):
         return self
 
 
-GIGABYTE = 1024**3
-MAX_DEPTH = 100  # of a configuration, which has about 5 levels
+GIGABYTE = 1024**3  # bytes in the unit of `memory_budget_gb` and `disk_budget_gb`
+MAX_DEPTH = 100  # levels of a configuration file, which needs about 5; more are an error
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -215,9 +224,10 @@ class Runtime(Section):
     """Devices, logs and caches. Only precision, xla, deterministic and replicas can affect the weights."""
 
     precision: Precision | Literal["auto"] = "float32"
-    """Data type of computations; weights and loss are float32. auto: by the device (docs/speed.md)."""
+    """Data type of computations; weights and loss are float32. auto: chosen by the device (docs/speed.md)."""
     xla: bool | Literal["auto"] = False
-    """Compile the training step with XLA, 7 to 15 times slower on CPUs; auto: decided by phase (docs/speed.md)."""
+    """Compile the training step with XLA, which makes it 7 to 15 times slower on CPUs; auto: decided for each phase
+    (docs/speed.md)."""
     deterministic: bool = True
     """Make runs on the same machine bitwise reproducible."""
     replicas: int | None = Field(None, ge=1, le=1024)
@@ -235,19 +245,21 @@ class Runtime(Section):
     log_every: PositiveDuration = Duration(count=20, unit="steps")
     """Interval at which training metrics are logged."""
     checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
-    """Interval between checkpoints, checked at each log interval; best epochs and the end of a phase are saved too."""
+    """Interval between checkpoints, checked at each log interval; best epochs and the ends of phases are saved too."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
-    """Number of newest checkpoints that are retained, in addition to the best one and those with which phases ended."""
+    """Number of newest checkpoints that are retained, in addition to the best one and those at the ends of phases."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: Address = "~/.cache/kubetune"
-    """Local folder of all caches and staged files."""
+    """Local folder of all caches, and of copies of remote files."""
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
-    """Gigabytes of memory for decoded images and features; null: a quarter of the memory of this machine."""
+    """Gigabytes (2^30 bytes) of memory for decoded images and features; null: a quarter of the memory of the
+    container or machine."""
     disk_budget_gb: float | None = Field(None, ge=0, le=1e9)
-    """Maximum gigabytes in `cache_dir` per cache; null: 50, and at most two fifths of the disk that is free there."""
+    """Maximum gigabytes (2^30 bytes) in `cache_dir` per cache; null: 50, but at most two fifths of the free disk or of
+    the pod's limit."""
     data_threads: int | None = Field(None, ge=1, le=1024)
-    """Number of threads that read and decode images (also in `trainer.prepare`); null: by the number of CPUs."""
+    """Number of threads that read and decode images, in `trainer.prepare` too; null: chosen by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
     """Port of /healthz and /metrics; null: no server."""
     stuck_after: float = Field(900.0, gt=0, le=1e9)
@@ -271,12 +283,12 @@ class Runtime(Section):
 
     @property
     def memory_budget(self) -> int | None:
-        """Bytes of memory for decoded images and features; None for the default of this machine."""
+        """Bytes of memory for decoded images and features; None means the default of this machine."""
         return int(self.memory_budget_gb * GIGABYTE) if self.memory_budget_gb else None
 
     @property
     def disk_budget(self) -> int | None:
-        """Maximum bytes in `cache_folder` per cache; None for the default of this machine."""
+        """Maximum bytes in `cache_folder` per cache; None means the default of this machine."""
         return None if self.disk_budget_gb is None else int(self.disk_budget_gb * GIGABYTE)
 
 
@@ -289,7 +301,8 @@ class Export(Section):
     formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")
     """Formats to export (docs/exports.md)."""
     max_accuracy_drop: float = Field(0.01, ge=0, le=1)
-    """Maximum accuracy drop of an export, as a fraction of scored examples; above it the run ends with exit code 2."""
+    """Maximum drop of an export's accuracy below that of the model, as a fraction of the scored examples; above it, the
+    run ends with exit code 2."""
 
 
 def _require_order(steps: tuple[int, int]) -> tuple[int, int]:
@@ -312,7 +325,7 @@ class Debug(Section):
     overfit: bool = False
     """Train on a single batch without regularization, and score that batch."""
     profile_steps: ProfileSteps | None = None
-    """[first, last] step of the run to profile for TensorBoard."""
+    """[FIRST, LAST]: steps of the run to profile for TensorBoard."""
 
 
 class RequestedConfig(Section):
@@ -332,7 +345,8 @@ class RequestedConfig(Section):
     output_dir: Address | None = None
     """Folder of the run, local or in a bucket; a start with the same folder resumes it. null: a new one in outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Whether to resume the run in output_dir. auto: if there is one; never: fail if so; must: fail if not."""
+    """Whether to resume the run in output_dir. auto: if there is one; never: fail if there is one; must: fail
+    if there is none."""
     warm_start: Address | None = None
     """output_dir of an earlier run, or one of its checkpoints; this run begins with its weights."""
     experiment_name: str | None = None
@@ -347,7 +361,7 @@ class RequestedConfig(Section):
 
     @property
     def autos(self) -> list[str]:
-        """The keys that are `auto`."""
+        """The keys that are `auto`, among those that `resolve_auto` resolves."""
         values = {"model.backbone": self.model.backbone, "training.batch_size": self.training.batch_size}
         values["runtime.precision"] = self.runtime.precision
         keys = ["phases"] * isinstance(self.phases, AutoPhases)
@@ -355,7 +369,7 @@ class RequestedConfig(Section):
 
     @property
     def example_limit(self) -> int | None:
-        """Maximum number of examples per split: one batch with debug.overfit; None for all."""
+        """Maximum number of examples per split, which is one batch with debug.overfit; None means all."""
         size = self.training.batch_size
         return size if self.debug.overfit and isinstance(size, int) else self.debug.max_examples
 
@@ -373,10 +387,10 @@ class ResolvedRuntime(Runtime):
 
 
 class RunConfig(RequestedConfig):
-    """The configuration of a run, with every `auto` resolved that the weights of a checkpoint depend on.
+    """The configuration of a run, in which the backbone, the batch size, the phases and the precision are resolved.
 
-    What depends on a phase, such as its `features` and `runtime.xla`, is decided when the network is built, and
-    recorded in run.json.
+    The weights of a checkpoint depend on these values. Other keys can still be `auto`: `features` and `runtime.xla` are
+    decided for each phase when the network is built, and recorded in run.json.
     """
 
     phases: dict[str, Phase] = Field(min_length=1)
@@ -384,12 +398,12 @@ class RunConfig(RequestedConfig):
     runtime: ResolvedRuntime = ResolvedRuntime()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
-        """Compute the maximum number of optimizer steps of a phase. Early stopping can end it before."""
+        """Return the number of optimizer steps after which a phase ends, if early stopping does not end it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
     def why_not_cacheable(self, phase: Phase) -> str | None:
-        """Return why the features of a phase cannot be cached; None if they can."""
+        """Return the reason why the features of a phase cannot be cached; None if they can be cached."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
@@ -399,9 +413,9 @@ class RunConfig(RequestedConfig):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def feature_fault(self, name: str) -> ConfigError | None:
-        """Return the error in a phase's settings for cached features; None if there is none."""
-        phase, active = self.phases[name], self.augmentation.active
-        if phase.augmented_views and phase.augmented_views > 1 and not active:
+        """Return the error in the keys `features` and `augmented_views` of a phase; None if they are valid."""
+        phase, is_augmented = self.phases[name], self.augmentation.active
+        if phase.augmented_views and phase.augmented_views > 1 and not is_augmented:
             return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
                                value=phase.augmented_views, fix="set it to null, or set augmentation")  # fmt: skip
         reason = self.why_not_cacheable(phase)
@@ -414,9 +428,10 @@ class RunConfig(RequestedConfig):
 
 
 def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
-    """Return the configuration of the run that trains the teacher; None if `distillation.teacher` is not train.
+    """Return the configuration of the run that trains the teacher; None if `distillation.teacher` is not "train".
 
-    It has the teacher's model and phases, and OUTPUT_DIR/teacher. It exports nothing. All else is as in `config`.
+    The run has the model and the phases of the teacher, and OUTPUT_DIR/teacher as its output_dir. It has no warm start
+    and no exports, and " teacher" is appended to its experiment_name. All other keys are those of `config`.
     """
     distillation = config.distillation
     if not distillation or distillation.teacher != TRAIN or distillation.model is None:
@@ -430,15 +445,24 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
 
 
 def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
-    """List the faults in the settings of phases for cached features; those that `auto` chooses have none."""
+    """List the errors in the keys `features` and `augmented_views` of phases; phases=auto is not checked here."""
     names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), with_choices(config)
     return [fault for name in names if (fault := resolved.feature_fault(name))]
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
-    """Validate a composed tree, and return a `RunConfig` if nothing in it is `auto`.
+    """Validate a composed configuration.
 
-    Raises a ConfigError whose `faults` lists all faults.
+    Args:
+        tree: nested dicts, without interpolations.
+
+    Returns:
+        A `RunConfig` if the backbone, the batch size, the phases and the precision are not `auto`, otherwise a
+        `RequestedConfig`.
+
+    Raises:
+        ConfigError: its `faults` lists all faults. A key that is not a string, or a loop of YAML aliases, is reported
+            alone.
     """
     if problem := _tree_fault(tree):
         raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
@@ -455,7 +479,10 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree such as config.yaml of a run; raise a ConfigError if it has faults or a value is `auto`."""
+    """Validate the configuration of an existing run, such as its config.yaml, as `load` does.
+
+    Raises ConfigError if it has faults, or if a value is `auto` that must be resolved.
+    """
     config = load(tree)
     if not isinstance(config, RunConfig):
         raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")
@@ -463,7 +490,12 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
 
 
 def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
-    """Describe the first key of a tree that is not a text, or the loop of its YAML aliases; None if it has neither."""
+    """Describe the first key in `value` that is not a string, or a loop of YAML aliases; None if it has neither.
+
+    Args:
+        path: dotted key of `value`.
+        above: ids of the dicts and lists that contain `value`.
+    """
     if not isinstance(value, dict | list):
         return None
     if id(value) in above or len(above) > MAX_DEPTH:
@@ -471,7 +503,8 @@ def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str 
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
         name = f"{path}.{key}".lstrip(".")
-        is_class = path in ("training.class_weights", "data.class_names")  # YAML reads the name of a class as a number
+        # A class can be named 2024, which YAML reads as a number.
+        is_class = path in ("training.class_weights", "data.class_names")
         if isinstance(value, dict) and not isinstance(key, str) and not is_class:
             return f"has a key that is not a text, {name}"
         if fault := _tree_fault(child, name, (*above, id(value))):
@@ -480,10 +513,12 @@ def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str 
 
 
 def parse_config(text: str | bytes) -> dict[str, Any]:
-    """Parse a config.yaml; keys that have been renamed since it was written get their current names.
+    """Parse the config.yaml of a run, and rename its keys that have been renamed since it was written.
 
-    Older versions had no data.orientation and trained on images as stored, so it defaults to "ignore". Raises
-    ConfigError if the text is not YAML, or not a mapping.
+    Older versions had no data.orientation, and trained on images as stored, so that its default here is "ignore".
+
+    Raises:
+        ConfigError: the text is not YAML, is not a mapping, or has a key that is not a string or a loop of aliases.
     """
     try:
         tree = yaml.safe_load(text)
@@ -496,17 +531,17 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
         raise ConfigError(fault, fix="restore the file")
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("orientation", "ignore")
-    for old, new in RENAMED.items():
-        section, _, key = old.rpartition(".")
-        values = tree.get(section)
-        if isinstance(values, dict) and key in values:
-            values[new.rpartition(".")[2]] = values.pop(key)
+    for old_key, new_key in RENAMED.items():
+        section, _, name = old_key.rpartition(".")
+        section_values = tree.get(section)
+        if isinstance(section_values, dict) and name in section_values:
+            section_values[new_key.rpartition(".")[2]] = section_values.pop(name)
     return tree
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The values of the keys that are `auto`."""
+    """The values to use for the keys that are `auto`."""
 
     backbone: str = ""
     batch_size: int = 0
@@ -515,7 +550,7 @@ class Choices:
 
 
 def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
-    """Resolve a configuration: use these values for the keys that are `auto`."""
+    """Return the resolved configuration, in which the values of `choices` replace `auto`. Other keys are unchanged."""
     training, runtime = dict(config.training), dict(config.runtime)
     if training["batch_size"] == "auto":
         training["batch_size"] = choices.batch_size
@@ -538,7 +573,10 @@ OVERFIT: dict[str, dict[str, Any]] = {
 
 
 def apply_overfit(config: RequestedConfig) -> RequestedConfig:
-    """Switch off all regularization if debug.overfit is set; otherwise return the configuration unchanged."""
+    """Switch off augmentation, distillation and regularization if debug.overfit is set, and return the configuration.
+
+    A batch size of `auto` becomes 32. Without debug.overfit, the configuration is returned unchanged.
+    """
     if not config.debug.overfit:
         return config
     batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size

@@ -1,9 +1,9 @@
-"""Quote values for the command line: for Hydra only where necessary, and for the shell."""
+"""Quote values for the command line: for Hydra, if its grammar would not read them literally, and for the shell."""
 
 import re
 import shlex
 
-# Texts that are not literal: quoted, an interpolation, a function of a sweep, or null.
+# Values that Hydra does not read literally: a string in quotes, an interpolation, a function of a sweep, or null.
 QUOTED = r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'"
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]+\}")
 FUNCTION = re.compile(r"\s*(choice|range|interval|glob|tag|shuffle|sort)\s*\((.*)\)\s*", re.S)
@@ -11,22 +11,25 @@ _SPECIAL = re.compile(rf"(?i:null)|{QUOTED}", re.S)
 
 
 def quote(text: str, interpolate: bool = False) -> str:
-    r"""Quote a text for Hydra: `it's` -> `"it's"`, `a\` -> `"a\\"`. `interpolate` keeps `${...}` for OmegaConf."""
+    r"""Quote a string for Hydra: `it's` -> `"it's"`, `a\` -> `"a\\"`.
+
+    With `interpolate`, OmegaConf resolves `${...}` in it; otherwise `${` is escaped, and remains literal.
+    """
     if not interpolate:
         text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + (r"\"" if match[2] else ""), text) + '"'
 
 
 def is_literal(text: str) -> bool:
-    """Return whether these characters themselves are the value of a text key."""
+    """Return whether a key that takes a string gets `text` itself as its value if a user writes KEY=TEXT."""
     return not (_SPECIAL.fullmatch(text) or INTERPOLATION.search(text) or FUNCTION.fullmatch(text))
 
 
 def quote_if_needed(text: object) -> str:
-    """Return a text as it is typed after `KEY=`: quoted for Hydra if needed, otherwise unchanged."""
+    """Return a value as users write it after `KEY=`: in quotes if Hydra needs them, otherwise unchanged."""
     return str(text) if is_literal(str(text)) else quote(str(text))
 
 
 def format_argument(key: str, value: object) -> str:
-    """Format `KEY=VALUE`, quoted for the shell, so that it can be pasted into a command."""
+    """Format `KEY=VALUE`, quoted for Hydra and the shell, so that it can be pasted into a command."""
     return shlex.quote(f"{key}={quote_if_needed(value)}")

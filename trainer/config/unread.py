@@ -1,4 +1,4 @@
-"""Find configuration keys that are not read because of the chosen source, augmentation, optimizer or phase."""
+"""Find configuration keys that have no effect because of other keys, such as the source or the optimizer of a phase."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import OVERFIT, Data, RequestedConfig, configure_teacher
 from trainer.errors import ConfigError
 
-# Key of `data` -> sources that read it; the other keys are read for every source.
+# Key of `data` -> values of data.source that read the key; keys that are not listed are read for every source.
 _SOURCES: dict[str, tuple[str, ...]] = {
     "root": ("image_folder", "csv", "tfds"),
     "name": ("tfds",),
@@ -27,12 +27,16 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "label_kind": ("tfds", "tfrecords"),
     "shard_by": ("tfds", "tfrecords"),
 }
-_GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # these leave pixels to fill
-Reasons = Iterator[tuple[str, str]]
+_GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # transformations that need fill pixels
+Reasons = Iterator[tuple[str, str]]  # (key in a section, why it is not read)
 
 
 def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
-    """Find the keys that differ from their default but are not read, each with the reason."""
+    """Find the keys that differ from their default but are not read.
+
+    Returns:
+        Dotted key -> reason, a predicate such as "is not read without momentum".
+    """
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _check_data(config.data)),
         ("augmentation", config.augmentation, _check_augmentation(config)),
@@ -53,17 +57,21 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         if getattr(section, key) != type(section).model_fields[key].default
     }
     if teacher := configure_teacher(config):
-        of_teacher = find_unread_keys(teacher).items()
-        unread |= {f"distillation.{key}": why for key, why in of_teacher if key.startswith(("model.", "phases."))}
+        teacher_keys = find_unread_keys(teacher).items()
+        unread |= {
+            f"distillation.{key}": reason for key, reason in teacher_keys if key.startswith(("model.", "phases."))
+        }
     return unread
 
 
 def _list_phases(config: RequestedConfig) -> dict[str, Phase]:
-    """Return the phases by their key below `phases`; with phases=auto those of each row of the table."""
+    """Return the phases by their key below `phases`: "head", or "auto.few_similar.head" with phases=auto."""
     if not isinstance(config.phases, AutoPhases):
         return config.phases
-    rows = {row: named for row, named in config.phases.auto if isinstance(named, dict)}
-    return {f"auto.{row}.{name}": phase for row, named in rows.items() for name, phase in named.items()}
+    phases_by_row = {row: row_phases for row, row_phases in config.phases.auto if isinstance(row_phases, dict)}
+    return {
+        f"auto.{row}.{name}": phase for row, row_phases in phases_by_row.items() for name, phase in row_phases.items()
+    }
 
 
 def _check_run(config: RequestedConfig) -> Reasons:
@@ -83,7 +91,7 @@ def _check_export(config: RequestedConfig) -> Reasons:
 
 
 def _check_overfit(config: RequestedConfig, *keys: str) -> Reasons:
-    """Yield what `apply_overfit` switches off."""
+    """Yield `keys`, which `apply_overfit` overrides, if debug.overfit is set."""
     if config.debug.overfit:
         yield from ((key, "is not read with debug.overfit") for key in keys)
 
@@ -127,13 +135,16 @@ def _check_optimizer(phase: Phase) -> Reasons:
 
 
 def _check_schedule(phase: Phase) -> Reasons:
-    read = {"cosine": {"final"}, "exponential": {"decay", "every"}, "time": {"decay"}, "step": {"decay", "at"}}
-    for key in {"final", "decay", "every", "at"} - read.get(phase.schedule.name, set()):
+    valid_keys = {"cosine": {"final"}, "exponential": {"decay", "every"}, "time": {"decay"}, "step": {"decay", "at"}}
+    for key in {"final", "decay", "every", "at"} - valid_keys.get(phase.schedule.name, set()):
         yield key, f"is not read with schedule.name={phase.schedule.name}"
 
 
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
-    """Raise a ConfigError if the value of one of the command-line `keys` is not read."""
+    """Raise a ConfigError if one of `keys`, given on the command line, is not read and differs from its default.
+
+    The `faults` of the error list all these keys.
+    """
     unread = find_unread_keys(config)
     if faults := [ConfigError(unread[key], key=key, value=_value(config, key), fix="remove it")
                   for key in sorted(set(keys) & unread.keys())]:  # fmt: skip
@@ -141,6 +152,7 @@ def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
 
 
 def _value(config: RequestedConfig, key: str) -> Any:
+    """Return the value of a dotted key as users write it: "true" or "false" for a bool."""
     value: Any = config
     for name in key.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)

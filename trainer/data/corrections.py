@@ -1,8 +1,8 @@
-"""Apply a list of corrections to a dataset: examples to exclude, and labels to replace.
+"""Apply a list of corrections to a dataset: exclude examples, and change labels.
 
-The list is a CSV file with the columns file, action (exclude or relabel) and class, as the page of a report saves it. A
-file is named as in predictions.csv: by its path or address, by SHARD#RECORD, or by the name that its record stores. Of
-a path, the part below data.root suffices, so that a list remains valid if the data is moved.
+The list is a CSV file with the columns file, action (exclude or relabel) and class, such as the page of a report saves.
+Column file names an example as in predictions.csv: by the path or address of its file, by SHARD#RECORD, or by the file
+name that its record stores. The path below data.root suffices, so that a list remains valid if the data is moved.
 """
 
 import difflib
@@ -26,11 +26,11 @@ ACTIONS = ("exclude", "relabel")
 
 @dataclass(frozen=True)
 class Correction:
-    """A row of the list."""
+    """A row of a list of corrections."""
 
-    row: int
-    file: str  # escaped as for display
-    class_name: str | None  # normalized; None: the example is excluded
+    row: int  # number of the row, as in a spreadsheet
+    file: str  # name of the example, escaped for display
+    class_name: str | None  # new class, normalized; None if the example is excluded
 
     def __str__(self) -> str:
         return f"row {self.row} relabels it to {self.class_name}" if self.class_name else f"row {self.row} excludes it"
@@ -38,20 +38,20 @@ class Correction:
 
 @dataclass(frozen=True)
 class Example:
-    """An example that a correction may name."""
+    """An example of a split, with the names by which a correction can refer to it."""
 
-    name: str  # unique: path of its file, or SHARD#RECORD
-    short: str  # an ending of the names that mean it: name below data.root, name in the record, or SHARD#RECORD
+    name: str  # path of the file, or SHARD#RECORD with the path of the shard
+    short: str  # path below data.root, SHARD#RECORD with the file name of the shard, or file name in the record
     split: str
-    index: int
+    index: int  # in the split
 
 
 def read_corrections(address: str) -> list[Correction]:
-    """Read a list of corrections.
+    """Read the list of corrections at a storage path.
 
     Raises:
-        DataError: the file cannot be read (`read_table`), a row names no file or no action of `ACTIONS`, or a row with
-            the action relabel has no class.
+        DataError: the file cannot be read (`read_table`), a row has no file or none of the `ACTIONS`, or a row with the
+            action relabel has no class.
     """
 
     def error(problem: str, fix: str) -> DataError:
@@ -63,49 +63,51 @@ def read_corrections(address: str) -> list[Correction]:
         if not file.strip():
             raise error(f"row {row.number} has no file", "write its name as in predictions.csv, or remove the row")
         if action not in ACTIONS:
-            near = difflib.get_close_matches(action, ACTIONS, 1)
-            fix = f"did you mean {near[0]}?" if near else "write exclude or relabel"
-            has = f"the action {escape_unprintable(action)}" if action else "no action"
-            raise error(f"row {row.number} has {has}", fix)
-        name = row["class"].strip()
-        if action == "relabel" and not name:
+            matches = difflib.get_close_matches(action, ACTIONS, 1)
+            fix = f"did you mean {matches[0]}?" if matches else "write exclude or relabel"
+            content = f"the action {escape_unprintable(action)}" if action else "no action"
+            raise error(f"row {row.number} has {content}", fix)
+        class_cell = row["class"].strip()
+        if action == "relabel" and not class_cell:
             raise error(f"row {row.number} relabels {file}, but has no class", "write its class, or exclude it")
-        class_name = normalize_class_name(decode_cell(name)) if action == "relabel" else None
+        class_name = normalize_class_name(decode_cell(class_cell)) if action == "relabel" else None
         corrections.append(Correction(row.number, file, class_name))
     return corrections
 
 
 def describe_corrections(corrections: Iterable[Correction]) -> str:
-    """Describe how many corrections there are of each action, such as "3 excluded, 5 relabelled"."""
-    excluded = [correction.class_name is None for correction in corrections]
-    return f"{sum(excluded)} excluded, {len(excluded) - sum(excluded)} relabelled"
+    """Format the number of corrections by action, such as "3 excluded, 5 relabelled"."""
+    is_excluded = [correction.class_name is None for correction in corrections]
+    return f"{sum(is_excluded)} excluded, {len(is_excluded) - sum(is_excluded)} relabelled"
 
 
 def apply_corrections(raw: RawData, address: str, other_names: dict[str, str], skip_unknown: bool) -> RawData:
-    """Apply the list of corrections at an address; each example remains in its split.
+    """Apply the list of corrections at a storage path, and add a note on them. No example moves to another split.
 
     Args:
         raw: a dataset with its final class names, before any selection of examples.
-        other_names: further names of classes that the list may use -> names of `raw`.
-        skip_unknown: leave out rows that name no example of the dataset, with a note, instead of failing.
+        other_names: further class names that the list can use -> class name in `raw`.
+        skip_unknown: whether rows that name no example of the dataset are skipped with a note, instead of an error.
 
     Raises:
-        DataError: the list is invalid (`read_corrections`), has an unknown class, an unknown file or a name of several
-            examples, contradicts itself, or excludes all examples of a split.
+        DataError: the list is invalid (`read_corrections`), a row has an unknown class, a row names no example or
+            several different ones, two rows contradict each other, or all examples of a split are excluded.
     """
     corrections = read_corrections(address)
     labels = {name: label for label, name in enumerate(raw.class_names)}
     labels = {other: labels[name] for other, name in other_names.items() if name in labels} | labels
     for correction in corrections:
         if correction.class_name and correction.class_name not in labels:
-            near = difflib.get_close_matches(correction.class_name, raw.class_names, 1)
-            fix = f"did you mean {near[0]}?" if near else f"write one of {join_first(raw.class_names)}"
+            similar_names = difflib.get_close_matches(correction.class_name, raw.class_names, 1)
+            fix = (
+                f"did you mean {similar_names[0]}?" if similar_names else f"write one of {join_first(raw.class_names)}"
+            )
             problem = f"row {correction.row} relabels {correction.file} to an unknown class, {correction.class_name}"
             raise DataError(problem, key=KEY, value=address, fix=fix)
     matches = _find_examples(raw, corrections, address)
     if unknown := [c for c in corrections if c not in matches]:
-        listed = join_first([f"{c.file} (row {c.row})" for c in unknown])
-        problem = f"{len(unknown)} of {len(corrections)} rows name no file or record of {raw.name}: {listed}"
+        files = join_first([f"{c.file} (row {c.row})" for c in unknown])
+        problem = f"{len(unknown)} of {len(corrections)} rows name no file or record of {raw.name}: {files}"
         if not skip_unknown:
             fix = "remove these rows, give the data that the list was made for, or set data.on_error=skip to omit them"
             raise DataError(problem, key=KEY, value=address, fix=fix)
@@ -119,33 +121,37 @@ def apply_corrections(raw: RawData, address: str, other_names: dict[str, str], s
     targets = {(e.split, e.index): c.class_name for c, examples in matches.items() for e in examples}
     splits = {name: _correct(split, targets, labels) for name, split in raw.splits.items()}
     summary = f"corrections: {describe_corrections(applied.values())} ({escape_unprintable(address)})"
-    same = sum(name is not None and labels[name] == raw.splits[s].labels[i] for (s, i), name in targets.items())
-    summary += f"; {same} had the class already" * bool(same)
+    unchanged = sum(name is not None and labels[name] == raw.splits[s].labels[i] for (s, i), name in targets.items())
+    summary += f"; {unchanged} had the class already" * bool(unchanged)
     return replace(raw, splits=splits, notes=[*raw.notes, summary])
 
 
 def _correct(split: Split, targets: dict[tuple[str, int], str | None], labels: dict[str, int]) -> Split:
-    """Return the split with the new labels, and without the examples to exclude (class None)."""
-    new, remains = split.labels.copy(), np.ones(split.count, bool)
+    """Return the split with the new labels, and without the examples to exclude.
+
+    `targets` maps the split name and index of an example to its new class, or to None if it is excluded.
+    """
+    new_labels, is_included = split.labels.copy(), np.ones(split.count, bool)
     for (name, index), class_name in targets.items():
         if name == split.name and class_name is None:
-            remains[index] = False
+            is_included[index] = False
         elif name == split.name and class_name is not None:
-            new[index] = labels[class_name]
-    if not remains.any():
+            new_labels[index] = labels[class_name]
+    if not is_included.any():
         raise empty_split_error(split.name, f"{KEY} excludes all {split.count} of it", ())
-    corrected = replace(split, labels=new)
-    return corrected if remains.all() else take(corrected, np.flatnonzero(remains))
+    corrected = replace(split, labels=new_labels)
+    return corrected if is_included.all() else take(corrected, np.flatnonzero(is_included))
 
 
 def _find_examples(raw: RawData, corrections: list[Correction], address: str) -> dict[Correction, list[Example]]:
-    """Return the example that each correction names, once for each split that has it. Unknown ones are left out.
+    """Return the example that each correction names, once for each split that has it.
 
-    The longest match counts. Names that records store are read only if a name is no path and no SHARD#RECORD.
+    Corrections that name no example are left out. The file names in records are read only if a correction matches
+    neither a path nor SHARD#RECORD. Raise a DataError if a correction matches several files or records.
     """
     matches = _match(corrections, _list_examples(raw))
-    if rest := [c for c in corrections if c not in matches]:
-        matches |= _match(rest, _list_record_sources(raw))
+    if unmatched := [c for c in corrections if c not in matches]:
+        matches |= _match(unmatched, _list_record_sources(raw))
     for correction, examples in matches.items():
         if len(names := dict.fromkeys(example.name for example in examples)) > 1:
             problem = f"row {correction.row} names {len(names)} examples, {correction.file}: {join_first(list(names))}"
@@ -155,26 +161,30 @@ def _find_examples(raw: RawData, corrections: list[Correction], address: str) ->
 
 
 def _match(corrections: list[Correction], examples: Iterable[Example]) -> dict[Correction, list[Example]]:
-    """Return the examples whose name a correction has, or else those whose short name is its longest ending."""
+    """Return the examples that each correction matches.
+
+    An example matches if its `name` or `short` equals the file of the correction, or the end of it after a slash. Only
+    the examples with the longest such name are returned.
+    """
     by_ending: dict[str, list[Correction]] = {}
     for correction in corrections:
-        parts = correction.file.split("/")
-        for start in range(len(parts)):
-            by_ending.setdefault("/".join(parts[start:]), []).append(correction)
-    best: dict[Correction, tuple[int, list[Example]]] = {}
+        components = correction.file.split("/")
+        for start in range(len(components)):
+            by_ending.setdefault("/".join(components[start:]), []).append(correction)
+    longest: dict[Correction, tuple[int, list[Example]]] = {}  # length of the name, and the examples that have it
     for example in examples:
         for name in dict.fromkeys((example.name, example.short)):
             for correction in by_ending.get(name, ()):
-                length, members = best.setdefault(correction, (len(name), []))
+                length, matches = longest.setdefault(correction, (len(name), []))
                 if len(name) > length:
-                    best[correction] = (len(name), [example])
-                elif len(name) == length and example not in members:
-                    members.append(example)
-    return {correction: members for correction, (_, members) in best.items()}
+                    longest[correction] = (len(name), [example])
+                elif len(name) == length and example not in matches:
+                    matches.append(example)
+    return {correction: matches for correction, (_, matches) in longest.items()}
 
 
 def _list_examples(raw: RawData) -> Iterator[Example]:
-    """Yield each example with the path of its file or shard."""
+    """Yield each example, named by the path of its file or by SHARD#RECORD."""
     for split in raw.splits.values():
         for index, path in enumerate(split.files):
             name = raw.identities[path].rsplit(" ", 2)[0]
@@ -188,7 +198,7 @@ def _list_examples(raw: RawData) -> Iterator[Example]:
 
 
 def _list_record_sources(raw: RawData) -> Iterator[Example]:
-    """Yield each record that stores a file name."""
+    """Yield the example of each record that stores a file name, with this name as `short`."""
     for split in raw.splits.values():
         if split.shards:
             records = (f"{escape_unprintable(s.path)}#{n}" for s in split.shards for n in range(s.start, s.stop))

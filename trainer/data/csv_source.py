@@ -1,4 +1,4 @@
-"""Open a dataset of image files that a CSV file lists, with their labels, and optionally their splits and groups."""
+"""Open a dataset of image files that a CSV file lists with their labels, and optionally with splits and groups."""
 
 import os
 from collections.abc import Iterator
@@ -20,37 +20,40 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
 from trainer.types import Purpose
 
-REQUIRED, OPTIONAL = ("file", "label"), ("split", "group")
-_EMPTY = normalize_class_name("")
+REQUIRED, OPTIONAL = ("file", "label"), ("split", "group")  # columns; data.group_field can give "group" another name
+_EMPTY_CLASS_NAME = normalize_class_name("")
 
 
 def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData:
-    """Open the images that the CSV file data.root lists, one row each.
+    """Open the images that the CSV file data.root lists, one image per row.
 
-    The columns are `file` (relative to the folder of the CSV file, absolute, or gs://), `label` (the name of the
-    class), optionally `split`, and optionally the one that data.group_field names. Files in a bucket are read from
-    their copies in `cache_dir` (`plan_copies`). Without a column `split` all images are in train; splits are divided
-    as those of an image folder, also by the same hash, so that a CSV file of a folder gives the splits of the folder.
+    The columns are `file` (a path that is relative to the folder of the CSV file or absolute, or a gs:// address),
+    `label` (the class name), optionally `split`, and the column data.group_field if it is set. Files in a bucket are
+    read from their copies in `cache_dir`, which `plan_copies` plans.
+
+    Without a column `split`, all images are in train. Missing splits are divided off like those of an image folder
+    (`build_raw_data`), so that a CSV file with the relative paths in a folder gives the splits of that folder.
 
     Raises:
         DataError: the CSV file cannot be read (`read_table`); a row has no file, label, split or group, an unknown
-            split, or the file of an earlier row; no row is in train; data.group_field is no column, or has more than
-            `MAX_GROUPS` values; with on_error="fail", a file cannot be read or is not an image.
+            split, an invalid gs:// address, or the file of an earlier row; no row is in train; data.group_field is not
+            a column, or has more than `MAX_GROUPS` values; a split has no readable file; with on_error="fail", a file
+            cannot be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
     table = _read(root)
     group_column = _find_group_column(data, root, table)
     class_names = sorted({_read_label(root, row) for row in table.rows})
-    index = {name: label for label, name in enumerate(class_names)}
-    images: dict[str, list[ImageFile]] = {}
-    first_rows: dict[str, int] = {}
+    labels = {name: label for label, name in enumerate(class_names)}
+    images: dict[str, list[ImageFile]] = {}  # by split
+    first_rows: dict[str, int] = {}  # path -> number of the first row that lists it
     for row in table.rows:
         path = _find_local_path(root, row, cache_dir)
-        if (first := first_rows.setdefault(os.path.normpath(path), row.number)) != row.number:
-            problem = f"names the file of row {first} again: {escape_unprintable(row['file'])}"
+        if (first_row := first_rows.setdefault(os.path.normpath(path), row.number)) != row.number:
+            problem = f"names the file of row {first_row} again: {escape_unprintable(row['file'])}"
             raise _row_error(root, row, problem, "list each file once")
         group = _read_group(root, row, group_column) if group_column else None
-        image = ImageFile(path, row["file"], index[_read_label(root, row)], row.number, group)
+        image = ImageFile(path, row["file"], labels[_read_label(root, row)], row.number, group)
         images.setdefault(_read_split(root, row, table), []).append(image)
     if "train" not in images:
         splits = join_first(list(images))
@@ -60,9 +63,9 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
         _check_groups(data, [image.group or "" for members in images.values() for image in members])
     by_split = {name: images[name] for name in SPLITS if name in images}
     contents = {name: f"{len(members)} rows of {escape_unprintable(root)}" for name, members in by_split.items()}
-    unread = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
-    listed = join_first([escape_unprintable(name) for name in unread if name])
-    notes = [f"columns that are not read: {listed}; data.group_field=COLUMN reports scores by one"] if listed else []
+    unused_columns = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
+    unused = join_first([escape_unprintable(name) for name in unused_columns if name])
+    notes = [f"columns that are not read: {unused}; data.group_field=COLUMN reports scores by one"] if unused else []
     return build_raw_data(ListedImages(Path(root).stem, tuple(class_names), by_split, contents, notes), data, purpose)
 
 
@@ -75,38 +78,39 @@ def _row_error(root: str, row: Row, problem: str, fix: str) -> DataError:
 
 
 def _read_file(root: str, row: Row) -> str:
-    """Return the cell with the file."""
+    """Return the cell of the column `file`, or raise a DataError if it is blank."""
     if not row["file"].strip():
         raise _row_error(root, row, "has no file", "write its path, or remove the row")
     return row["file"]
 
 
 def _read_label(root: str, row: Row) -> str:
-    """Return the name of the class."""
-    if (name := normalize_class_name(row["label"])) == _EMPTY:
+    """Return the normalized class name of a row, or raise a DataError if it is blank."""
+    if (name := normalize_class_name(row["label"])) == _EMPTY_CLASS_NAME:
         file = escape_unprintable(_read_file(root, row))
         raise _row_error(root, row, f"has no label: {file}", "write the name of its class, or remove the row")
     return name
 
 
 def _read_split(root: str, row: Row, table: Table) -> str:
+    """Return the split of a row, which is train if the table has no column `split`."""
     if "split" not in table.columns:
         return "train"
-    word = row["split"].strip()
-    if split := SPLIT_NAMES.get(word.lower()):
+    cell = row["split"].strip()
+    if split := SPLIT_NAMES.get(cell.lower()):
         return split
-    problem = f"has an unknown split, {escape_unprintable(word)}" if word else "has no split"
+    problem = f"has an unknown split, {escape_unprintable(cell)}" if cell else "has no split"
     fix = "write train, validation (or val, valid) or test in each row, or remove the column"
     raise _row_error(root, row, problem, fix)
 
 
 def _find_group_column(data: Data, root: str, table: Table) -> str | None:
-    """Return the column that data.group_field names; None if it is not set."""
+    """Return the column that data.group_field names, in lower case; None if data.group_field is not set."""
     column = (data.group_field or "").strip().lower()
     if column and column not in table.columns:
-        listed = join_first([escape_unprintable(name) for name in table.columns if name not in ("file", "split")])
+        candidates = join_first([escape_unprintable(name) for name in table.columns if name not in ("file", "split")])
         problem = f"is not a column of {escape_unprintable(root)}"
-        raise DataError(problem, key="data.group_field", value=data.group_field, fix=f"set one of {listed}")
+        raise DataError(problem, key="data.group_field", value=data.group_field, fix=f"set one of {candidates}")
     return column or None
 
 
@@ -126,7 +130,7 @@ def _check_groups(data: Data, groups: list[str]) -> None:
 
 
 def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
-    """Return the path of the file, or of its copy in `cache_dir` if it is in a bucket."""
+    """Return the path of the file of a row, or of its copy in `cache_dir` if it is in a bucket."""
     file = _read_file(root, row)
     if is_remote(file):
         bucket, key = _split_address(root, row, file)
@@ -135,7 +139,7 @@ def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
 
 
 def _split_address(root: str, row: Row, address: str) -> tuple[str, str]:
-    """Return the address of the bucket, and the name of the object."""
+    """Split gs://BUCKET/KEY into gs://BUCKET and KEY, or raise a DataError if KEY cannot be a local file name."""
     bucket, _, key = address.removeprefix("gs://").partition("/")
     if fault := find_path_fault(key) if bucket else "it names no bucket":
         problem = f"names {escape_unprintable(address)}, which cannot be a file ({fault})"
@@ -147,13 +151,15 @@ def _split_address(root: str, row: Row, address: str) -> tuple[str, str]:
 class BucketFiles:
     """The files in one bucket that a CSV file lists, and the folder for their copies."""
 
-    bucket: str  # its address
+    bucket: str  # address of the bucket
     folder: Path
-    entries: dict[str, ObjectInfo]  # by name in the bucket, and in the folder
-    absent: frozenset[str]  # names that the bucket does not have
+    entries: dict[
+        str, ObjectInfo
+    ]  # object name, which is also the path of the copy relative to `folder` -> object info
+    absent: frozenset[str]  # names that the CSV file lists but the bucket does not have
 
     def delete_absent(self) -> None:
-        """Delete the copies of files that the bucket had when they were made."""
+        """Delete the copies of files that are no longer in the bucket."""
         for name in self.absent:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -161,32 +167,37 @@ class BucketFiles:
 def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[BucketFiles]]:
     """List the files of data.source=csv that must be copied from buckets before the source is opened.
 
+    Args:
+        budget: maximum size of all copies, in bytes.
+
     Returns:
-        The settings with the local path of the CSV file, and the files of each bucket, the CSV file among them.
+        `data`, with the path of the local copy as data.root if the CSV file is in a bucket, and the files of each
+        bucket, including the CSV file.
 
     Raises:
-        DataError: the CSV file cannot be read, a row names an object that cannot be a file, the files exceed `budget`
-            bytes, or a bucket cannot be listed.
+        DataError: the CSV file cannot be read, a row has no file or names an object that cannot be a local file, the
+            files exceed the budget, or a bucket cannot be listed.
+        Interrupted: a bucket does not respond.
     """
     root = str(data.root)
     addresses = list(_list_addresses(root))
     if not addresses:
         return data, []
-    names: dict[str, set[str]] = {}
+    names_by_bucket: dict[str, set[str]] = {}
     for bucket, key in addresses:
-        names.setdefault(bucket, set()).add(key)
-    copies = [_list_bucket(bucket, wanted, cache_dir) for bucket, wanted in names.items()]
+        names_by_bucket.setdefault(bucket, set()).add(key)
+    copies = [_list_bucket(bucket, names, cache_dir) for bucket, names in names_by_bucket.items()]
     size = sum(info.size for copy in copies for info in copy.entries.values())
     check_budget(root, size, cache_dir, budget)
     if is_remote(root):
         bucket, _, key = root.removeprefix("gs://").partition("/")
-        local = find_copy_folder(storage_path(f"gs://{bucket}"), cache_dir) / key
-        data = data.model_copy(update={"root": str(local)})
+        local_root = find_copy_folder(storage_path(f"gs://{bucket}"), cache_dir) / key
+        data = data.model_copy(update={"root": str(local_root)})
     return data, copies
 
 
 def _list_addresses(root: str) -> Iterator[tuple[str, str]]:
-    """Yield the bucket and the name of each listed file that is in a bucket, and of the CSV file if it is."""
+    """Yield the bucket and the object name of each file in a bucket: of the CSV file and of the files that it lists."""
     table = _read(root)
     bucket, _, key = root.removeprefix("gs://").partition("/")
     if is_remote(root):
@@ -200,12 +211,12 @@ def _list_addresses(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _list_bucket(bucket: str, names: set[str], cache_dir: Path) -> BucketFiles:
-    """List the folders that have files of these names, each with one request per 1,000 objects."""
+    """Return which of the objects `names` a bucket has. Each of their folders is listed, 1,000 objects per request."""
 
     def list_folder(folder: str) -> dict[str, ObjectInfo]:
         health.record_progress()
-        home = storage_path(f"{bucket}/{folder}")
-        infos = home.list(recursive=False)
+        bucket_folder = storage_path(f"{bucket}/{folder}")
+        infos = bucket_folder.list(recursive=False)
         return {str(info.path).removeprefix(f"{bucket}/"): info for info in infos}
 
     folders = sorted({name.rpartition("/")[0] for name in names})

@@ -13,7 +13,7 @@ from trainer.data.orientation import compute_center_offsets, extract_exif, turn_
 from trainer.names import encode_file_name, escape_unprintable
 from trainer.types import Orientation, Split
 
-Resize = Literal["stretch", "crop"]
+Resize = Literal["stretch", "crop"]  # how an image becomes square; see `decode_image`
 
 # Antialias when an image is reduced by more than this factor. Bilinear interpolation without antialiasing reads 2x2
 # source pixels per output pixel. At a factor of about 2, antialiasing doubles the decoding time (500x333 JPEG to 224:
@@ -25,7 +25,7 @@ JPEG_RATIOS = (1, 2, 4, 8)  # decode at 1 / ratio of the size, as in Pillow's dr
 
 
 def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
-    """Decode a BMP, and apply its palette if it has 8 bits per pixel.
+    """Decode a BMP to uint8 [H, W, 3], and apply its palette if it has 8 bits per pixel.
 
     TensorFlow returns the palette indices of such an image as gray values.
     """
@@ -33,20 +33,25 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     def header_field(offset: int, dtype: tf.DType) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(tf.strings.substr(data, offset, dtype.size), dtype)[0], tf.int32)
 
+    # Fields of the header, by offset: 14 size of the info header, 28 bits per pixel, 46 number of colors (0 for 256).
     pixels = tf.io.decode_image(data, channels=0, expand_animations=False)
     has_palette = tf.logical_and(tf.equal(header_field(28, tf.uint16), 8), tf.equal(tf.shape(pixels)[2], 1))
 
     def apply_palette() -> tf.Tensor:
-        offset, colors = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
-        colors = tf.where(colors > 0, colors, 256)
-        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, offset, 4 * colors), tf.uint8), [-1, 4])
+        offset, num_colors = 14 + header_field(14, tf.int32), header_field(46, tf.int32)
+        num_colors = tf.where(num_colors > 0, num_colors, 256)
+        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, offset, 4 * num_colors), tf.uint8), [-1, 4])
         return tf.gather(palette[:, 2::-1], tf.cast(pixels[:, :, 0], tf.int32))  # stored as blue, green, red, unused
 
     return tf.cond(has_palette, apply_palette, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
 
 
 def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
-    """Decode a JPEG, or its centered square, at the smallest scale that leaves both sides >= `size` pixels."""
+    """Decode a JPEG, or its centered square if `resize` is "crop", at a reduced scale.
+
+    The scale is the smallest of `JPEG_RATIOS` at which both sides have at least `size` pixels. A smaller image has its
+    full size.
+    """
     shape = tf.io.extract_jpeg_shape(data)
 
     def decode(ratio: int) -> tf.Tensor:
@@ -62,16 +67,19 @@ def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) ->
 
 
 def decode_pixels(data: tf.Tensor) -> tf.Tensor:
-    """Decode a PNG, BMP, GIF (first frame) or WebP as it is stored, to uint8 [H, W, 3] without alpha."""
+    """Decode a PNG, BMP, GIF (first frame) or WebP, a string scalar, to uint8 [H, W, 3].
+
+    Alpha is dropped, and the EXIF orientation is not applied.
+    """
     decode = partial(tf.io.decode_image, data, expand_animations=False)
     is_bmp, is_webp = (tf.strings.substr(data, 0, len(magic)) == magic for magic in (b"BM", b"RIFF"))
     # TensorFlow cannot drop the alpha of a WebP itself.
-    decode_rest = partial(tf.cond, is_webp, lambda: decode(channels=0)[:, :, :3], lambda: decode(channels=3))
-    return tf.cond(is_bmp, lambda: _decode_bmp(data), decode_rest)
+    decode_non_bmp = partial(tf.cond, is_webp, lambda: decode(channels=0)[:, :, :3], lambda: decode(channels=3))
+    return tf.cond(is_bmp, lambda: _decode_bmp(data), decode_non_bmp)
 
 
 def _decode_other(data: tf.Tensor, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
-    """Decode a PNG, BMP, GIF or WebP. Crop it to its centered square if `resize` is "crop"."""
+    """Decode a PNG, BMP, GIF or WebP at full size. Crop it to its centered square if `resize` is "crop"."""
     pixels = decode_pixels(data)
     if resize == "stretch":
         return pixels
@@ -91,9 +99,12 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
 
     Args:
         data: the encoded image, a string scalar.
-        size: the side S of the result, uint8 [S, S, 3].
+        size: side of the result in pixels.
         resize: "stretch" changes the aspect ratio; "crop" takes the largest centered square.
         orientation: "exif" turns an image upright by its EXIF orientation; "ignore" leaves it as it is stored.
+
+    Returns:
+        The pixels, uint8 [size, size, 3].
 
     Raises:
         tf.errors.InvalidArgumentError: the image is corrupt, truncated or of an unknown format.
@@ -114,14 +125,21 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
 
 @cache
 def compile_decoder(size: int, resize: Resize, orientation: Orientation) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Compile `decode_image` for one setting, once per process: no pipeline traces its hundred operations again."""
+    """Return `decode_image` for one setting as a tf.function, which is traced once per process.
+
+    Each further pipeline saves the time to trace about a hundred operations.
+    """
     signature = [tf.TensorSpec([], tf.string)]
     decode = partial(decode_image, size=size, resize=resize, orientation=orientation)
     return tf.function(decode, input_signature=signature, autograph=False)
 
 
 def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
-    """Decode one image at its full size, eagerly, to uint8 [H, W, 3]. Raise a tf.errors.OpError if it is unreadable."""
+    """Decode an image eagerly, at full size, to uint8 [H, W, 3], and turn it upright if `orientation` is "exif".
+
+    Raises:
+        tf.errors.OpError: the image is unreadable.
+    """
     encoded = tf.constant(data)
     is_jpeg = data.startswith(b"\xff\xd8\xff")
     pixels = tf.io.decode_jpeg(encoded, channels=3) if is_jpeg else decode_pixels(encoded)
@@ -129,33 +147,42 @@ def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
 
 
 def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the message of a read error, which is a UnicodeDecodeError if a file name in it is not UTF-8."""
+    """Return the message of an error of reading an image.
+
+    TensorFlow raises a UnicodeDecodeError if the message contains a file name that is not UTF-8.
+    """
     if isinstance(error, UnicodeDecodeError):
         return error.object.decode(errors="surrogateescape")
     return str(error.message)
 
 
 def describe_decoding_error(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the first line of TensorFlow's message, without graph node names."""
-    text = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
-    return escape_unprintable(text.strip().rstrip("."))
+    """Return the first line of TensorFlow's message, escaped for display, without graph node names."""
+    line = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
+    return escape_unprintable(line.strip().rstrip("."))
 
 
-Row = dict[str, tf.Tensor]  # one example or a batch of them, by column
-COLUMNS = ("index", "weight", "position", "epoch")
+Row = dict[str, tf.Tensor]  # column -> value, for one example or for a batch of them
+COLUMNS = ("index", "weight", "position", "epoch")  # columns of a `Block` that its rows retain
 
 without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph doubles the time to build a pipeline
 
 
 def build_block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Return a dataset of blocks 0 to `count` - 1, infinite if None. It skips empty blocks and prefetches one."""
+    """Return a dataset of the blocks with index 0 to `count` - 1, or an infinite one if `count` is None.
+
+    `block` computes a block from its index, int64. Empty blocks are skipped. One block is prefetched.
+    """
     blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
     return blocks.filter(without_autograph(lambda block: tf.size(block["index"]) > 0)).prefetch(1)
 
 
 def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Add to each block its serialized `records`, string [n]. An unreadable record is an empty string."""
+    """Replace the `ranges` of each block by `records`, string [n], the serialized records in these ranges.
+
+    A record that cannot be read is an empty string.
+    """
     paths = tf.constant([encode_file_name(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
 
@@ -175,10 +202,10 @@ def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
 
 
 def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Make a function that decodes the image of a row to uint8 [S, S, 3].
+    """Make a function that decodes the image of a row to uint8 [size, size, 3].
 
-    A row has its serialized `record` if the split has shards, else the `index` of its file. The function raises a
-    tf.errors.OpError for an unreadable image.
+    It reads the serialized record in column `record` if the split has shards, otherwise the file of example `index`. It
+    raises a tf.errors.OpError for an unreadable image, or a UnicodeDecodeError (see `error_message`).
     """
     paths = None if split.shards else tf.constant([*map(encode_file_name, split.files)], tf.string)
 
@@ -198,11 +225,17 @@ def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row],
 def decode_blocks(
     blocks: tf.data.Dataset, split: Split, size: int, resize: Resize, *, threads: int, failures: str | None
 ) -> tf.data.Dataset:
-    """Return a dataset of the rows of blocks: index, weight, position, epoch and image, uint8 [S, S, 3].
+    """Return a dataset of the rows of `blocks`, in order, each with its decoded image.
 
-    Images are decoded by `threads` parallel calls, in row order. Padding has a black image. With a file `failures`, the
-    index of each unreadable example is appended to it, one per line, and its row has weight 0 and a black image. This
-    costs 10 % of the speed. Without a file, an unreadable example ends the iteration with a tf.errors.OpError.
+    Args:
+        blocks: dataset of blocks, as from `build_block_dataset`.
+        threads: number of images that are decoded in parallel.
+        failures: file to which the index of each unreadable example is appended, one per line. Its row gets weight 0
+            and a black image. This costs 10 % of the speed. If None, an unreadable example raises a tf.errors.OpError
+            when the dataset is iterated.
+
+    Returns:
+        Rows with the columns `COLUMNS` of their block, and image, uint8 [size, size, 3], which is black for padding.
     """
     decode, black_image = make_row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
@@ -220,40 +253,40 @@ def decode_blocks(
     def add_image(row: Row) -> Row:
         block, row_index = row["block"], row["row_index"]
         last_index = tf.size(block["index"], tf.int64) - 1
-        source = tf.minimum(row_index, last_index)  # an end marker has the columns of the last row, unused
-        example = {k: block[k][source] for k in COLUMNS}
-        record = {"record": tf.gather(block["records"], block["offset"][source])} if split.shards else {}
-        used = tf.logical_and(row_index <= last_index, example["weight"] > 0)
-        image = tf.cond(used, lambda: decode({**example, **record}), lambda: black_image)
+        source_row = tf.minimum(row_index, last_index)  # an end marker gets the columns of the last row, unused
+        example = {name: block[name][source_row] for name in COLUMNS}
+        record = {"record": tf.gather(block["records"], block["offset"][source_row])} if split.shards else {}
+        has_image = tf.logical_and(row_index <= last_index, example["weight"] > 0)
+        image = tf.cond(has_image, lambda: decode({**example, **record}), lambda: black_image)
         if failures is None:
             return {**example, "image": image}
-        columns = {k: block[k] for k in COLUMNS}
+        columns = {name: block[name] for name in COLUMNS}
         return {"row_index": row_index, "is_marker": row_index > last_index, "block": columns, "image": image}
 
     @without_autograph
     def add_first_missing(first_missing: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Add `first_missing`, the index after the last decoded row. The rows from it up to this one failed."""
-        following = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["row_index"] + 1)
-        return following, {**row, "first_missing": first_missing}
+        """Add `first_missing`, the index after the previous decoded row. All rows from there to this one failed."""
+        next_missing = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["row_index"] + 1)
+        return next_missing, {**row, "first_missing": first_missing}
 
     @without_autograph
     def insert_failed_rows(row: Row) -> tf.data.Dataset:
         """Return a black row of weight 0 for each failed row before this one, then this row, unless it is a marker."""
         first, row_index = row["first_missing"], row["row_index"]
-        examples = {k: v[first : row_index + 1] for k, v in row["block"].items()}  # a marker adds no row
-        failed, rows = row["block"]["index"][first:row_index], tf.shape(examples["index"])[0]
-        any_failed = tf.size(failed) > 0
+        examples = {name: column[first : row_index + 1] for name, column in row["block"].items()}  # a marker has no row
+        failed_index, num_rows = row["block"]["index"][first:row_index], tf.shape(examples["index"])[0]
+        any_failed = tf.size(failed_index) > 0
 
         def record_failures() -> tf.Operation:
-            lines = tf.strings.reduce_join(tf.strings.as_string(failed), separator="\n")
+            lines = tf.strings.reduce_join(tf.strings.as_string(failed_index), separator="\n")
             return tf.print(lines, output_stream=f"file://{failures}")
 
         with tf.control_dependencies([tf.cond(any_failed, record_failures, tf.no_op)]):
-            is_decoded = tf.range(rows) >= tf.size(failed)
-        blanks = tf.zeros([tf.size(failed), size, size, 3], tf.uint8)
+            is_decoded = tf.range(num_rows) >= tf.size(failed_index)
+        blanks = tf.zeros([tf.size(failed_index), size, size, 3], tf.uint8)
         images = tf.cond(any_failed, lambda: tf.concat([blanks, row["image"][None]], 0), lambda: row["image"][None])
         examples["weight"] = tf.where(is_decoded, examples["weight"], 0.0)
-        return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:rows]})
+        return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:num_rows]})
 
     blocks = _add_records(blocks, split) if split.shards else blocks
     rows = blocks.flat_map(enumerate_rows).map(add_image, num_parallel_calls=threads, deterministic=True)

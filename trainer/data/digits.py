@@ -1,4 +1,4 @@
-"""Prepare the embedded dataset, scikit-learn's 1,797 scanned handwritten digits of 8x8 pixels."""
+"""Prepare the embedded dataset, the 1,797 scanned handwritten digits of 8x8 pixels in scikit-learn."""
 
 import io
 import os
@@ -15,11 +15,11 @@ TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257
 
 
 def prepare_digits(cache_dir: Path) -> Path:
-    """Return the folder of the digits in TFDS's format, below the cache folder. The first call writes it.
+    """Return the folder of the digits, a TFDS dataset in the cache folder. The first call writes it.
 
-    The images are 8-bit grayscale PNGs of white ink on black, scaled from 0..16 to 0..255. The split into
-    1,257 / 180 / 360 examples is fixed and stratified by class. Source: test set of Optical Recognition of Handwritten
-    Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
+    The images are 8-bit grayscale PNGs of white ink on black, scaled from 0..16 to 0..255. The split into 1,257
+    training, 180 validation and 360 test examples is fixed and stratified by class. Source: test set of Optical
+    Recognition of Handwritten Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
 
     Raises:
         OSError: the folder cannot be written.
@@ -31,14 +31,14 @@ def prepare_digits(cache_dir: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    # Two runs can write it concurrently: the first rename succeeds.
+    # Two runs can write the folder concurrently. Only the first rename succeeds.
     temporary = cache_dir / f".digits-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     digits, images = load_digits(), []
     for pixels in digits.images:
-        out = io.BytesIO()
-        Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(out, "PNG")
-        images.append(out.getvalue())
+        png = io.BytesIO()
+        Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(png, "PNG")
+        images.append(png.getvalue())
 
     def split_off(indices: np.ndarray, count: int) -> list[np.ndarray]:
         return train_test_split(indices, test_size=count, stratify=digits.target[indices], random_state=SPLIT_SEED)

@@ -1,7 +1,8 @@
-"""Dataset fingerprints, the hashes by which a run recognizes the data that it began with.
+"""Compute dataset fingerprints, the hashes by which a run recognizes the data that it began with.
 
-There are three kinds. In addition to the name and size of each file, "ends" covers its first and last bytes (or, for
-prepared shards, the checksum in the manifest), "sample" blocks spread over the file, and "content" the whole file.
+Every fingerprint covers the class names, the labels, and the name and size of each file. There are three kinds: "ends"
+also covers the first and last bytes of each file (for prepared shards, the checksum in the manifest), "sample" covers
+blocks spread over the file, and "content" covers all of its bytes.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
 from trainer.types import LogMessage
 
-WHOLE_BYTES = 1 << 30  # by default, a dataset of at most this size is read completely
+WHOLE_BYTES = 1 << 30  # with data.fingerprint=auto, a dataset of at most this size is read completely
 _BLOCK_BYTES = 4096  # size of a sampled block
-_MAX_BLOCKS = 16  # per file
-_READ_BYTES = 1 << 20
-_FILES_PER_TASK = 32
+_MAX_BLOCKS = 16  # sampled blocks per file
+_READ_BYTES = 1 << 20  # size of a read of a whole file
+_FILES_PER_TASK = 32  # scheduling a task costs more than reading one small file
 _SETTLED_NS = 2 * 10**9  # a file modified this recently could change again without a new modification time
 
 Kind = Literal["content", "sample"]
@@ -37,28 +38,35 @@ Kind = Literal["content", "sample"]
 def compute_fingerprints(
     raw: RawData, setting: Literal["auto", "content"], cache_dir: Path, streamed: bool, log_message: LogMessage
 ) -> dict[str, str]:
-    """Return the fingerprints of a dataset (16 hex digits) by kind: "ends", and either "content" or "sample".
+    """Compute the fingerprints of a dataset, and log the most thorough one.
 
-    The kind is "content" if `setting` is, if the files have at most `WHOLE_BYTES`, or if the shards are `streamed`: the
-    bucket has confirmed the checksums in their manifest. Checksums are cached in `cache_dir` by file path, size and
-    times, so an unchanged file is read once. A file that was moved or touched is read again, and has the same
-    fingerprint.
+    Checksums are cached by path, size, times and inode of the file, so that an unchanged file is read only once. A file
+    that was moved or touched is read again, and has the same fingerprint.
+
+    Args:
+        setting: data.fingerprint. "auto" reads only a sample of the files if they have more than `WHOLE_BYTES`.
+        cache_dir: folder below which the checksums are cached.
+        streamed: whether the shards are in a bucket. The bucket has then confirmed the checksums in their manifest, so
+            that nothing is read or logged.
+
+    Returns:
+        The fingerprints (16 hex digits) by kind: "ends", and then either "content" or "sample".
     """
     splits = raw.splits.values()
     paths = sorted({path for s in splits for path in (*s.files, *(shard.path for shard in s.shards))})
-    weakest = {"ends": hash_raw_data(raw)}
+    fingerprints = {"ends": hash_raw_data(raw)}
     if streamed:
-        return weakest | {"content": weakest["ends"]}
-    statuses = {path: status for path in paths if (status := _stat(path))}
-    size = sum(status.st_size for status in statuses.values())
+        return fingerprints | {"content": fingerprints["ends"]}
+    stats = {path: stat for path in paths if (stat := _stat(path))}
+    size = sum(stat.st_size for stat in stats.values())
     kind: Kind = "content" if setting == "content" or size <= WHOLE_BYTES else "sample"
-    checksums = _compute_checksums(statuses, kind, cache_dir)
-    identities = {path: _format_identity(raw, path, statuses, checksums) for path in paths}
-    value = hash_raw_data(replace(raw, identities=identities))
+    checksums = _compute_checksums(stats, kind, cache_dir)
+    identities = {path: _format_identity(raw, path, stats, checksums) for path in paths}
+    fingerprint = hash_raw_data(replace(raw, identities=identities))
     coverage = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
     files = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
-    log_message(f"data fingerprint: {value}, of the {coverage} of {files}, {size / 1e6:,.1f} MB")
-    return weakest | {kind: value}
+    log_message(f"data fingerprint: {fingerprint}, of the {coverage} of {files}, {size / 1e6:,.1f} MB")
+    return fingerprints | {kind: fingerprint}
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -68,75 +76,78 @@ def _stat(path: str) -> os.stat_result | None:
         return None
 
 
-def _format_identity(raw: RawData, path: str, statuses: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
-    """Format file name, size and checksum, as in the manifest of prepared shards."""
+def _format_identity(raw: RawData, path: str, stats: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
+    """Format "NAME SIZE CHECKSUM", as in the manifest of prepared shards, or "NAME unreadable"."""
     name = raw.identities[path].rsplit(" ", 2)[0]
-    return f"{name} {statuses[path].st_size} {checksums[path]:08x}" if path in checksums else f"{name} unreadable"
+    return f"{name} {stats[path].st_size} {checksums[path]:08x}" if path in checksums else f"{name} unreadable"
 
 
-def _compute_checksums(statuses: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
-    """Compute the checksum of each readable file. Those of unchanged files are read from the cache."""
-    keys = {path: _hash_status(path, status) for path, status in statuses.items()}
-    table = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(statuses), 8).hex() if statuses else ''}.npz"
-    known = _read_table(table)
-    new = [path for path in statuses if keys[path] not in known]
+def _compute_checksums(stats: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
+    """Return the checksum of each readable file by path. The checksums of unchanged files come from the cache."""
+    keys = {path: _hash_stat(path, stat) for path, stat in stats.items()}
+    cache_file = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(stats), 8).hex() if stats else ''}.npz"
+    stored = _read_table(cache_file)
+    uncached = [path for path in stats if keys[path] not in stored]
     checksum = partial(_compute_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
         health.record_progress()
-        return [checksum(path) for path in new[first : first + _FILES_PER_TASK]]
+        return [checksum(path) for path in uncached[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each read costs a round trip
-        values = chain.from_iterable(pool.map(checksum_batch, range(0, len(new), _FILES_PER_TASK)))
-        computed = {path: value for path, value in zip(new, values, strict=True) if value is not None}
-    result = {path: known[keys[path]] for path in statuses if keys[path] in known} | computed
-    settled = time.time_ns() - _SETTLED_NS
+        values = chain.from_iterable(pool.map(checksum_batch, range(0, len(uncached), _FILES_PER_TASK)))
+        computed = {path: value for path, value in zip(uncached, values, strict=True) if value is not None}
+    checksums = {path: stored[keys[path]] for path in stats if keys[path] in stored} | computed
+    max_mtime = time.time_ns() - _SETTLED_NS
     if computed:
-        _write_table(table, {keys[p]: value for p, value in result.items() if statuses[p].st_mtime_ns < settled})
-    return result
+        _write_table(cache_file, {keys[p]: value for p, value in checksums.items() if stats[p].st_mtime_ns < max_mtime})
+    return checksums
 
 
 def _compute_checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
-    """Compute the CRC32C of what `read(handle, size)` yields. None if the file is unreadable: decoding reports it."""
+    """Return the CRC32C of the blocks that `read(descriptor, size)` yields for a file.
+
+    Return None if the file is unreadable. The error is reported when the file is decoded.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             crc = 0
-            for block in read(handle, os.fstat(handle).st_size):
+            for block in read(descriptor, os.fstat(descriptor).st_size):
                 crc = google_crc32c.extend(crc, block)
             return crc
         finally:
-            os.close(handle)
+            os.close(descriptor)
     except OSError:
         return None
 
 
-def _read_whole(handle: int, _size: int) -> Iterable[bytes]:
-    while block := os.read(handle, _READ_BYTES):
+def _read_whole(descriptor: int, _size: int) -> Iterable[bytes]:
+    while block := os.read(descriptor, _READ_BYTES):
         health.record_progress()
         yield block
 
 
-def _read_sample(handle: int, size: int) -> Iterable[bytes]:
-    """Yield evenly spaced blocks, including the first and the last one, or the whole of a small file."""
+def _read_sample(descriptor: int, size: int) -> Iterable[bytes]:
+    """Yield evenly spaced blocks of a file, including the first and the last one. Read a small file completely."""
     count = min(_MAX_BLOCKS, 3 + size // _READ_BYTES)
     if size <= count * _BLOCK_BYTES:
-        return _read_whole(handle, size)
-    return (os.pread(handle, _BLOCK_BYTES, i * (size - _BLOCK_BYTES) // (count - 1)) for i in range(count))
+        return _read_whole(descriptor, size)
+    return (os.pread(descriptor, _BLOCK_BYTES, i * (size - _BLOCK_BYTES) // (count - 1)) for i in range(count))
 
 
 def _digest(text: str, size: int) -> bytes:
     return hashlib.blake2b(os.fsencode(text), digest_size=size).digest()
 
 
-def _hash_status(path: str, status: os.stat_result) -> int:
-    """Hash the path of a file, and the fields of its status that change with its content."""
-    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-    return int.from_bytes(_digest(f"{os.path.abspath(path)} {times}", 8), "big")
+def _hash_stat(path: str, stat: os.stat_result) -> int:
+    """Hash the path of a file, and the fields of its stat result that change with its content."""
+    fields = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    return int.from_bytes(_digest(f"{os.path.abspath(path)} {fields}", 8), "big")
 
 
 def _read_table(file: Path) -> dict[int, int]:
-    """Read the checksums by key. Empty if the file is missing or corrupt."""
+    """Read the cached checksums by `_hash_stat`. Return {} if the file is missing or corrupt."""
     try:
         arrays = unpack(file.read_bytes())
         return dict(zip(arrays["keys"].tolist(), arrays["checksums"].tolist(), strict=True))

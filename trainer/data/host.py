@@ -1,4 +1,4 @@
-"""The memory and CPUs available to this process, given its container (cgroup), and page-aligned arrays."""
+"""Determine the memory and CPUs that this process can use in its container (cgroup), and allocate aligned arrays."""
 
 import contextlib
 import mmap
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")  # mount point of the control groups, version 1 or 2
 
 
 def _read_integers(file: Path) -> list[int]:
+    """Return the integers in a file, separated by spaces; [] if it has other content or cannot be read."""
     try:
         return [int(text) for text in file.read_text().split()]
     except (OSError, ValueError):  # the file is missing, or holds "max"
@@ -20,25 +21,25 @@ def _read_integers(file: Path) -> list[int]:
 def memory_limit(cgroup: Path = CGROUP) -> int:
     """Return the memory of the machine in bytes, or the container's limit (cgroup v2 or v1) if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    v2, v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
-    return min([machine, *v2, *v1])
+    limit_v2, limit_v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    return min([machine, *limit_v2, *limit_v1])
 
 
 def default_memory_budget(cgroup: Path = CGROUP) -> int:
-    """Return the default memory budget of decoded images in bytes, a quarter of the memory limit."""
+    """Return the memory budget in bytes if runtime.memory_budget_gb is null: a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 
 
 def count_usable_cpus(cgroup: Path = CGROUP) -> int:
-    """Count the CPUs in the affinity of this process, or in its container's quota (rounded up) if that is lower."""
+    """Count the CPUs on which this process may run, or the quota of its container (rounded up) if that is lower."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    v1 = [value for name in ("quota", "period") for value in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
-    quota = _read_integers(cgroup / "cpu.max") or v1  # quota and period in microseconds; without a quota "max" or -1
+    cfs_v1 = [value for name in ("quota", "period") for value in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
+    quota = _read_integers(cgroup / "cpu.max") or cfs_v1  # quota and period in microseconds; "max" or -1: no quota
     return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
 
 
 def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate zeros in newly mapped pages, aligned for DLPack. A page occupies memory only once it is written."""
+    """Allocate an array of zeros, aligned to pages as DLPack requires. A page takes no memory until it is written."""
     size = int(np.prod(shape)) * dtype.itemsize
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

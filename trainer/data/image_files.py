@@ -1,4 +1,4 @@
-"""Build a dataset of listed image files: check their first bytes, order them, and divide them into splits."""
+"""Build a dataset from a list of image files: check their first bytes, order them, and divide them into splits."""
 
 import hashlib
 from bisect import bisect_right
@@ -26,12 +26,13 @@ from trainer.monitoring.health import health
 from trainer.names import escape_unprintable
 from trainer.types import Purpose, Split
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
-PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these, `trainer.prepare` converts them
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")  # TensorFlow decodes these formats
+PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these; `trainer.prepare` converts them
+# Name of a split folder, or cell in column split, in lower case -> split.
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
-_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
+_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")  # first bytes of JPEG, PNG, BMP and GIF
 _FORMATS = "JPEG, PNG, BMP, GIF or WebP"
-_END_BYTES = 64  # of the beginning and the end of each file, covered by the dataset fingerprint
+_END_BYTES = 64  # number of first and of last bytes of each file that the dataset fingerprint covers
 _FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
 
 
@@ -40,17 +41,18 @@ class ImageFile:
     """A labelled image file of a source."""
 
     path: str
-    name: str  # as the source names it, independent of its folder: relative to the root, with forward slashes
-    label: int
-    row: int | None = None  # of a table that lists it
-    group: str | None = None
+    name: str  # path relative to the image folder, with forward slashes, or the cell in column file of a CSV file
+    label: int  # class index
+    row: int | None = None  # number of the row in a CSV file
+    group: str | None = None  # value of data.group_field
 
     @property
     def shown(self) -> str:
-        """The path, with the row that lists it, for messages."""
+        """The path, and the row if it is from a CSV file, for messages."""
         return escape_unprintable(self.path) + (f" (row {self.row})" if self.row else "")
 
     def sort_key(self, seed: int) -> tuple[bytes, str]:
+        """Return a key that sorts files by a hash of seed and name."""
         content = f"{seed}/{self.name}".encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
@@ -59,20 +61,20 @@ class ImageFile:
 class ListedImages:
     """The image files that a source lists, before any of them is read."""
 
-    name: str  # of the dataset
+    name: str  # name of the dataset
     class_names: tuple[str, ...]
-    images: Mapping[str, list[ImageFile]]  # of each split that the source defines, train among them
-    contents: Mapping[str, str]  # what such a split has, for the error if none of it is readable
+    images: Mapping[str, list[ImageFile]]  # by split, for the splits that the source defines, which include train
+    contents: Mapping[str, str]  # split -> description of its files, for the error if none of them is readable
     notes: list[str] = field(default_factory=list)
-    ignored: dict[int, str] = field(default_factory=dict)  # as of `RawData`
+    ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
 
 
 def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawData:
     """Check the beginning of each file, and divide the images of train into the splits that are missing.
 
     Images are sorted by a hash of data.split_seed and their name, which mixes the classes. Missing splits get a
-    fraction of each class: the first images become the validation split, the next the test split, and all others stay
-    in train. So a new image moves hardly any other image to another split.
+    fraction of each class: the first images become the validation split, the next ones the test split, and all others
+    stay in train. Adding an image to the source therefore moves few other images to another split.
 
     Raises:
         DataError: with on_error="fail", a file cannot be read or is not an image; a split has no readable file.
@@ -87,10 +89,12 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
     for name, members in images.items():
         if not readable[name]:
             raise empty_split_error(name, listed.contents[name], [faults[image.path] for image in members])
-    ordered = {name: sorted(i, key=lambda image: image.sort_key(data.split_seed)) for name, i in readable.items()}
+    ordered = {
+        name: sorted(members, key=lambda image: image.sort_key(data.split_seed)) for name, members in readable.items()
+    }
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    missing = {name: fraction for name, fraction in fractions.items() if name not in images}
-    ordered |= _divide(ordered["train"], missing)
+    missing_splits = {name: fraction for name, fraction in fractions.items() if name not in images}
+    ordered |= _divide(ordered["train"], missing_splits)
     splits = {name: _make_split(name, members) for name, members in ordered.items() if members}
     notes = listed.notes + unused_fractions(data, images)
     return RawData(listed.name, listed.class_names, splits, identities, list(faults.values()), notes, listed.ignored)
@@ -103,7 +107,10 @@ def _make_split(name: str, images: list[ImageFile]) -> Split:
 
 
 def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the identity of each file (name, size, hash of its ends) and the faults of unreadable ones, by path."""
+    """Return the identity of each file by path ("NAME SIZE HASH", with a hash of its first and last bytes), and faults.
+
+    The faults describe, by path, why a file is not a readable image. A file that cannot be read has the identity "".
+    """
 
     def inspect(image: ImageFile) -> tuple[str, str]:
         try:
@@ -135,8 +142,8 @@ def _divide(images: list[ImageFile], fractions: dict[str, float]) -> dict[str, l
     edges = {label: list(accumulate(compute_split_sizes(total, fractions).values())) for label, total in totals.items()}
     names = [*fractions, "train"]
     splits: dict[str, list[ImageFile]] = {name: [] for name in names}
-    seen: Counter[int] = Counter()
+    ranks: Counter[int] = Counter()  # label -> number of earlier images of the class
     for image in images:
-        splits[names[bisect_right(edges[image.label], seen[image.label])]].append(image)
-        seen[image.label] += 1
+        splits[names[bisect_right(edges[image.label], ranks[image.label])]].append(image)
+        ranks[image.label] += 1
     return splits

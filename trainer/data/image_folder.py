@@ -23,7 +23,8 @@ from trainer.errors import DataError
 from trainer.names import escape_unprintable, normalize_class_name
 from trainer.types import Purpose
 
-# Folders of file systems, archives and network disks, and thumbnail files. Hidden ones are left out too.
+# Lower-case names of folders that file systems, archives and network disks create, and of thumbnail files. They are
+# ignored, like hidden files and folders.
 SYSTEM_NAMES = frozenset((
     "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -33,23 +34,24 @@ LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ a
 
 @dataclass(frozen=True)
 class _Listing:
-    """The names directly in a folder."""
+    """The names of the files and folders directly in a folder."""
 
     folders: list[str]  # sorted
     files: list[str]
-    system: list[str]  # files and folders with a system name, which are not in the other lists
+    system: list[str]  # files and folders for which `is_system_name` is true, which are not in the other lists
 
 
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
-    """Open `root/<class>`, split by fraction, or `root/{train,validation|val|valid,test}/<class>`.
+    """Open the image files in the class folders of data.root, or of its folders train, validation and test.
 
-    Splits without a folder get a fraction of each class (`build_raw_data`). With `purpose` "prepare", files of formats
-    that only Pillow decodes are images too.
+    The validation folder can also be named val or valid. A split without a folder gets a fraction of the training
+    images of each class (`build_raw_data`). With `purpose` "prepare", files that only Pillow decodes are images too.
 
     Raises:
-        DataError: the folder is missing, unreadable, without images, or has an unsupported layout; there are fewer than
-            two classes and `purpose` is not "evaluate"; the splits have different classes or are the same folder; with
-            on_error="fail", a file cannot be read or is not an image.
+        DataError: the folder is missing, unreadable, without images, or has an unsupported layout; two folders are the
+            same class or the same split; there is only one class and `purpose` is not "evaluate"; the splits have
+            different classes; a split has no readable image; with on_error="fail", a file cannot be read or is not an
+            image.
     """
     root = os.path.expanduser(data.root or "")
     try:
@@ -57,34 +59,44 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     except OSError as error:
         problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
-    below = f"below {escape_unprintable(root)}"
-    contents = {name: f"its folder has {len(members)} images {below}" for name, members in images.items()}
+    location = f"below {escape_unprintable(root)}"
+    contents = {name: f"its folder has {len(members)} images {location}" for name, members in images.items()}
     name = os.path.basename(os.path.abspath(root))
     return build_raw_data(ListedImages(name, class_names, images, contents, notes, ignored), data, purpose)
 
 
 def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[ImageFile]], list[str], dict[int, str]]:
-    """Return the class names, the images of each split that has a folder, notes, and the ignored files per class."""
+    """Scan the folders of the splits.
+
+    Returns:
+        The class names, the images of each split that has a folder, notes, and a description of the ignored files by
+        class index.
+    """
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
-    list_folder = cache(_list_folder)  # on a network disk each listing takes a while
+    list_folder = cache(_list_folder)  # listing a folder on a network disk is slow
     folders = _find_split_folders(root, list_folder)
     classes = {split: _find_class_folders(root, folder, list_folder(folder)) for split, folder in folders.items()}
     images: dict[str, list[ImageFile]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
-    system = Counter[str]()
-    loose = []
+    system_names = Counter[str]()
+    loose_notes = []
     for folder in dict.fromkeys([root, *folders.values()]):
-        system.update(_list_system_names(list_folder(folder).system))
-        if kinds := Counter(os.path.splitext(name)[1].lower() for name in list_folder(folder).files):
-            loose.append(f"{_list_kinds(kinds)}: directly in {escape_unprintable(folder)}, not in a class folder")
+        system_names.update(_list_system_names(list_folder(folder).system))
+        if counts := Counter(os.path.splitext(name)[1].lower() for name in list_folder(folder).files):
+            loose_notes.append(
+                f"{_describe_ignored(counts)}: directly in {escape_unprintable(folder)}, not in a class folder"
+            )
     for split, folder in folders.items():
         if not classes[split]:
             count = sum(_is_image(name, extensions) for name in list_folder(folder).files)
             problem = f"{escape_unprintable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         if classes[split].keys() != classes["train"].keys():
-            train, other = set(classes["train"]), set(classes[split])
-            extra = {folders["train"]: sorted(train - other), folder: sorted(other - train)}
+            train_classes, split_classes = set(classes["train"]), set(classes[split])
+            extra = {
+                folders["train"]: sorted(train_classes - split_classes),
+                folder: sorted(split_classes - train_classes),
+            }
             differences = ", and ".join(
                 f"only {escape_unprintable(path)} has {', '.join(names)}" for path, names in extra.items() if names
             )
@@ -93,73 +105,83 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
         images[split] = [
             ImageFile(path, os.path.relpath(path, root).replace(os.sep, "/"), label)
             for label, name in enumerate(classes["train"])
-            for path in find_image_files(os.path.join(folder, classes[split][name]), extensions, ignored[label], system)
+            for path in find_image_files(
+                os.path.join(folder, classes[split][name]), extensions, ignored[label], system_names
+            )
         ]
     class_names = tuple(classes["train"])
-    notes = _note_ignored(sum(ignored.values(), Counter()), system, extensions) + loose
+    notes = _note_ignored(sum(ignored.values(), Counter()), system_names, extensions) + loose_notes
     notes += _note_nesting(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     if len(class_names) == 1 and purpose != "evaluate":
         only_class = os.path.join(root, classes["train"][class_names[0]])
-        nested = folders["train"] == root and len(list_folder(only_class).folders) > 1
+        has_subfolders = folders["train"] == root and len(list_folder(only_class).folders) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
-        fix = f"set {format_argument('data.root', only_class)}" if nested else LAYOUT
+        fix = f"set {format_argument('data.root', only_class)}" if has_subfolders else LAYOUT
         raise DataError(problem, key="data.root", value=root, fix=fix)
-    return class_names, images, notes, {label: _list_kinds(kinds) for label, kinds in ignored.items() if kinds}
+    return class_names, images, notes, {label: _describe_ignored(counts) for label, counts in ignored.items() if counts}
 
 
-def _list_kinds(kinds: Counter[str]) -> str:
-    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    listed = (f"{count} {escape_unprintable(kind) or 'without extension'}" for kind, count in ordered[:10])
-    return f"{', '.join(listed)}{', ...' * (len(kinds) > 10)} ignored"
+def _describe_ignored(counts: Counter[str]) -> str:
+    """Describe file counts by extension, most frequent first, such as "3 .txt, 1 without extension ignored"."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    items = (f"{count} {escape_unprintable(extension) or 'without extension'}" for extension, count in ordered[:10])
+    return f"{', '.join(items)}{', ...' * (len(counts) > 10)} ignored"
 
 
 def _note_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple[str, ...]) -> list[str]:
+    """Return notes on the files below the class folders that are not images, and on system and hidden files."""
     notes = []
     if ignored:
-        known = "/".join(extension[1:] for extension in extensions)
-        notes.append(f"files without a {known} extension: {_list_kinds(ignored)}")
-        if converted := sum(ignored[extension] for extension in PILLOW_EXTENSIONS):
+        image_types = "/".join(extension[1:] for extension in extensions)
+        notes.append(f"files without a {image_types} extension: {_describe_ignored(ignored)}")
+        if num_convertible := sum(ignored[extension] for extension in PILLOW_EXTENSIONS):
             names = "/".join(PILLOW_EXTENSIONS)
-            notes.append(f"python -m trainer.prepare converts the {converted} {names} files to PNG")
+            notes.append(f"python -m trainer.prepare converts the {num_convertible} {names} files to PNG")
     if system:
-        notes.append(f"left out as of the system or hidden: {_list_kinds(system).removesuffix(' ignored')}")
+        notes.append(f"left out as of the system or hidden: {_describe_ignored(system).removesuffix(' ignored')}")
     return notes
 
 
 def is_system_name(name: str) -> bool:
-    """Return whether a file or folder is hidden, or was made by a file system, an archive or a photo viewer."""
+    """Return whether a name is hidden (`.cache`), or is used by a file system, an archive tool or a photo viewer."""
     return name.startswith((".", "SYNOPHOTO_THUMB")) or name.lower() in SYSTEM_NAMES
 
 
 def _list_system_names(names: list[str]) -> list[str]:
-    """Return each system name among `names`, as "hidden" if it is not one of `SYSTEM_NAMES`."""
+    """Return the system names among `names`. Those that are not in `SYSTEM_NAMES` are listed as "hidden"."""
     return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
 def _note_nesting(folder: str, images: list[ImageFile]) -> list[str]:
-    """Return a note if all images are in subfolders of the class folders, as if the root were one folder too high."""
+    """Return a note if all images are in subfolders of the class folders: data.root may be one level too high.
+
+    `folder` is the training folder, and `images` are its images. Subfolders with only one name are not noted.
+    """
     paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
-    nested = sorted({path[1] for path in paths})
-    if len(nested) < 2 or min(map(len, paths)) < 3:
+    subfolders = sorted({path[1] for path in paths})
+    if len(subfolders) < 2 or min(map(len, paths)) < 3:
         return []
-    deeper = format_argument("data.root", os.path.join(folder, paths[0][0]))
-    fix = f"if these are the classes, set {escape_unprintable(deeper)}"
+    argument = format_argument("data.root", os.path.join(folder, paths[0][0]))
+    fix = f"if these are the classes, set {escape_unprintable(argument)}"
     return [
-        f"all images are two folders deep ({escape_unprintable(join_first(nested))} below the class folders): {fix}"
+        f"all images are two folders deep ({escape_unprintable(join_first(subfolders))} below the class folders): {fix}"
     ]
 
 
 def _find_class_folders(root: str, folder: str, listing: _Listing) -> dict[str, str]:
-    """Return the class folders by class name, sorted. Raise a DataError if two of them have the same class name."""
+    """Return the folder name of each class, sorted by class name.
+
+    Raise a DataError if two folder names become the same class name when they are normalized.
+    """
     names = listing.folders
     classes = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
         if (other := classes[normalize_class_name(name)]) != name:
-            both = f"are both the class {normalize_class_name(name)}"
-            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} {both}"
+            predicate = f"are both the class {normalize_class_name(name)}"
+            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} {predicate}"
             fix = "rename one, or move its images to the other (class names are in NFC, without spaces at their ends)"
             raise DataError(problem, key="data.root", value=root, fix=fix)
     return dict(sorted(classes.items()))
@@ -167,11 +189,11 @@ def _find_class_folders(root: str, folder: str, listing: _Listing) -> dict[str, 
 
 def _list_folder(folder: str) -> _Listing:
     with os.scandir(folder) as entries:
-        are_folders = {entry.name: entry.is_dir() for entry in entries}
-    system = [name for name in are_folders if is_system_name(name)]
-    others = {name: is_folder for name, is_folder in are_folders.items() if not is_system_name(name)}
-    folders = sorted(name for name, is_folder in others.items() if is_folder)
-    return _Listing(folders, [name for name, is_folder in others.items() if not is_folder], system)
+        folder_flags = {entry.name: entry.is_dir() for entry in entries}
+    system = [name for name in folder_flags if is_system_name(name)]
+    data_flags = {name: is_folder for name, is_folder in folder_flags.items() if not is_system_name(name)}
+    folders = sorted(name for name, is_folder in data_flags.items() if is_folder)
+    return _Listing(folders, [name for name, is_folder in data_flags.items() if not is_folder], system)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
@@ -179,21 +201,24 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> dict[str, str]:
-    """Return the folder of each split, or {"train": root} if the class folders are directly in the root."""
+    """Return the folder of each split, or {"train": root} if the class folders are directly in the root.
+
+    Raise a DataError for an unsupported layout, or if two folders are the same split.
+    """
     names = list_folder(root).folders
-    splits = {name: SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
-    others = [name for name in names if name not in splits]
+    splits = {name: SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}  # by folder name
+    other_names = [name for name in names if name not in splits]
     if "train" not in splits.values():
-        if splits and not others:
+        if splits and not other_names:
             problem = f"has {' and '.join(splits)} but no train folder"
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         return {"train": root}
-    if others:
+    if other_names:
         train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
         if not list_folder(train).folders:  # "train" is a class
             return {"train": root}
-        named = ", ".join(map(escape_unprintable, others[:5]))
-        problem = f"has both split folders ({', '.join(splits)}) and others ({named})"
+        examples = ", ".join(map(escape_unprintable, other_names[:5]))
+        problem = f"has both split folders ({', '.join(splits)}) and others ({examples})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
     for name, split in splits.items():
@@ -215,21 +240,27 @@ def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> di
 def find_image_files(
     folder: str, extensions: tuple[str, ...], ignored: Counter[str], system: Counter[str]
 ) -> list[str]:
-    """Return the image files below a class folder, sorted.
+    """Return the paths of the image files below a folder, sorted. Links are followed, and each folder is visited once.
 
-    Count system and hidden files in `system` by name, and all other files in `ignored` by extension.
+    Args:
+        extensions: file name extensions of images, in lower case.
+        ignored: gets the count of other files, by extension.
+        system: gets the count of system and hidden files and folders, by name. Such folders are not visited.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
-    files, seen = [], set()
+    files, visited = [], set()
 
     def reraise(error: OSError) -> None:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=reraise, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder that was visited
+        real_path = os.path.realpath(parent)
+        if real_path in visited:  # through a link
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real_path)
         system.update(_list_system_names([*folders, *names]))
         folders[:] = [name for name in folders if not is_system_name(name)]
         files += [os.path.join(parent, name) for name in names if _is_image(name, extensions)]

@@ -1,4 +1,4 @@
-"""The decoded images of a split, cached in memory or on disk, or decoded each time they are read."""
+"""Store the decoded images of each split in memory or on disk, or decode them each time they are read."""
 
 import hashlib
 import json
@@ -46,39 +46,43 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import Dataset, LogMessage, Split
 
-Cache = Literal["auto", "memory", "disk", "none"]
-# Errors that corrupt images never cause.
-_NOT_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
+Cache = Literal["auto", "memory", "disk", "none"]  # data.cache
+# TensorFlow errors that a corrupt image never causes.
+_NON_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
                     tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
-# TensorFlow raises the second one if a file name in its message is not UTF-8.
+# TensorFlow raises a UnicodeDecodeError instead of its own error if a file name in the message is not UTF-8.
 _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
-_MAX_LOGGED = 20  # skipped images that are logged by name
-_BATCH = 64  # images per batch, outside of training and evaluation
-_FORMAT_VERSION = 4  # of the cache on disk; increment it when decoding changes
+_MAX_LOGGED_IMAGES = 20  # skipped images per split that are logged by name
+_BATCH_SIZE = 64  # images per batch while a cache is filled, and in `Pixels.rows`
+_FORMAT_VERSION = 4  # of the disk cache; increment it when decoding gives other pixels
 
 
 class BatchSource(Protocol):
     """The rows of a split that batches are built from: decoded images (`Pixels`) or features of a trunk."""
 
     split: Split
-    threads: int | None
+    threads: int | None  # size of a private thread pool; None: TensorFlow's pool
 
     @property
-    def parallel(self) -> int: ...  # examples that a pipeline decodes in parallel
+    def parallel(self) -> int: ...  # number of examples that a pipeline decodes in parallel
     @property
-    def bad(
-        self,
-    ) -> dict[int, str]: ...  # index -> reason, for examples that were unreadable so far; they have weight 0
-    def tensor(self) -> tf.Tensor: ...  # all rows, without a copy
+    def bad(self) -> dict[int, str]: ...  # index -> reason, for unreadable examples, which get weight 0
+    def tensor(self) -> tf.Tensor: ...  # all cached rows, without a copy
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Gather rows of `tensor()` in a pipeline. `index` (`split.count` in padding) and `epoch` are int64 [b]."""
+        """Gather the rows of a batch in a tf.data pipeline.
+
+        Args:
+            tensor: the result of `tensor()`.
+            index: example indices, int64 [b]; `split.count` for padding and for unreadable examples.
+            epoch: epoch of each example, int64 [b]. Features can differ between epochs.
+        """
 
     def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate: ...
 
 
 def wrap_array(array: np.ndarray | None) -> tf.Tensor:
-    """Return a CPU tensor that uses the memory of an array (DLPack). Pages of a mapped file load on demand."""
+    """Wrap an array in a CPU tensor without a copy (DLPack). A memory-mapped file is read on demand."""
     assert array is not None
     with tf.device("CPU:0"):
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -91,31 +95,32 @@ class Pixels:
     split: Split
     size: int  # side of an image, in pixels
     resize: Resize
-    on_error: Literal["fail", "skip"]
-    threads: int | None = None  # of a private thread pool; None: one decode per CPU, in TensorFlow's pool
+    on_error: Literal["fail", "skip"]  # data.on_error
+    threads: int | None = None  # size of a private thread pool; None: one decode per CPU, in TensorFlow's pool
     log_message: LogMessage = lambda _: None
-    check: Callable[[], None] = lambda: None  # called between the batches that fill a cache; can raise to stop
-    array: np.ndarray | None = None  # uint8 [count + 1, S, S, 3], the last one black; None: decoded when read
+    check: Callable[[], None] = lambda: None  # called between decoded batches and blocks of a cache; raises to stop
+    array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None: not cached
     cached_in: Literal["memory", "disk", "none"] = "none"
     shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are local
     known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
-    stored_count: int = 0  # images in the cache so far, while it is filled
+    stored_count: int = 0  # number of images that have been cached while the cache is filled
     # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
     failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
 
     @property
     def bad(self) -> dict[int, str]:
+        """Reason by index, for each example that could not be read so far."""
         self.collect_failures()
         return self.known_bad
 
     def collect_failures(self) -> None:
-        """Move the indices that the pipeline has written to `failures` into `known_bad`, and log the first ones."""
+        """Add the indices that the pipeline has appended to `failures` to `known_bad`, and log the first ones."""
         for index in map(int, self.failures):
             if index not in self.known_bad:
                 self.known_bad[index] = find_failure_reason(self, index)
-                if len(self.known_bad) <= _MAX_LOGGED:
+                if len(self.known_bad) <= _MAX_LOGGED_IMAGES:
                     self.log_message(f"skipped {describe_example(self, index)}: {self.known_bad[index]}")
-                if len(self.known_bad) == _MAX_LOGGED:
+                if len(self.known_bad) == _MAX_LOGGED_IMAGES:
                     self.log_message("further skipped images are only counted")
 
     @property
@@ -133,20 +138,29 @@ class Pixels:
         return ShardGate(None if self.array is not None else shards, self.split, reader, blocks, ahead)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images, uint8 [k, S, S, 3]. An unreadable one is black, or with on_error=fail a DataError."""
+        """Return the images of the examples `indices`, int [k] in any order, as uint8 [k, S, S, 3].
+
+        An unreadable image is black if `on_error` is "skip".
+
+        Raises:
+            DataError: an image is unreadable and `on_error` is "fail", or a shard is missing.
+        """
         if self.array is not None:
             return np.array(self.array[indices])
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         empty = np.zeros((0, self.size, self.size, 3), np.uint8)
         with convert_data_errors(self):
             # One row at a time from a bucket: the rows of a batch can be in more shards than fit the shard cache.
-            return np.concatenate([empty, *_iterate_decoded(self, ascending, "rows", 1 if self.shards else _BATCH)])[
-                inverse
-            ]
+            return np.concatenate(
+                [empty, *_iterate_decoded(self, ascending, "rows", 1 if self.shards else _BATCH_SIZE)]
+            )[inverse]
 
 
 def describe_example(pixels: Pixels, index: int) -> str:
-    """Return the file of an example, or its shard and record, and the file name that the record stores, if any."""
+    """Return the name of an example for a message: its file, or `SHARD#RECORD (FILE)`.
+
+    FILE is the file name that the record stores. It is left out if there is none or the record cannot be read.
+    """
     name = pixels.split.name_of(index)
     if pixels.split.shards:
         with suppress(OSError, DataError, IndexError):  # a shard that is missing, corrupt or truncated
@@ -157,7 +171,10 @@ def describe_example(pixels: Pixels, index: int) -> str:
 
 
 def find_failure_reason(pixels: Pixels, index: int) -> str:
-    """Decode an example again, and return why that fails."""
+    """Decode an example that was unreadable again, and return why that fails or that it succeeds now.
+
+    Its shard is fetched again if it is in a bucket and no longer on disk.
+    """
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
         if split.shards:
@@ -176,22 +193,25 @@ def find_failure_reason(pixels: Pixels, index: int) -> str:
 
 @contextmanager
 def convert_data_errors(source: BatchSource) -> Iterator[None]:
-    """Convert TensorFlow's error for an unreadable example into a `DataError`. Every loop over batches runs within it.
+    """Convert TensorFlow's error for an unreadable example into a `DataError`. Use it around each loop over batches.
 
-    TensorFlow's error does not name the example, so the split is decoded up to it, which can take as long as an epoch.
-    Errors from outside the input pipeline, or for which no unreadable example is detected, are raised unchanged.
+    TensorFlow's error does not name the example. The split is therefore decoded again from `stored_count` to the first
+    unreadable example, which can take as long as an epoch. An error is raised unchanged if it is not from the input
+    pipeline, if `source` is cached or holds features, or if no unreadable example is detected.
     """
     try:
         yield
     except _READ_ERRORS as error:
-        if not isinstance(source, Pixels) or source.array is not None or isinstance(error, _NOT_DATA_ERRORS):
+        if not isinstance(source, Pixels) or source.array is not None or isinstance(error, _NON_DATA_ERRORS):
             raise
-        if not re.search("Iterator|Dataset", error_message(error)):  # the error is not of the input pipeline
+        if not re.search("Iterator|Dataset", error_message(error)):  # not an error of the input pipeline
             raise
         if not source.stored_count:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
-        s = source
-        probe = Pixels(s.split, s.size, s.resize, "skip", s.threads, check=s.check, shards=s.shards)
+        pixels = source
+        probe = Pixels(
+            pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, check=pixels.check, shards=pixels.shards
+        )
         index = next((min(probe.bad) for _ in _iterate_from(probe, source.stored_count) if probe.bad), None)
         if index is None:
             raise
@@ -200,32 +220,44 @@ def convert_data_errors(source: BatchSource) -> Iterator[None]:
 
 
 def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
-    """Raise a DataError if no image of the split, or for train no image of some class, could be decoded so far."""
+    """Raise a DataError if every image of a split, or every training image of a class, is unreadable.
+
+    An image that has not been decoded yet counts as readable.
+    """
     split, bad = pixels.split, pixels.bad
     if not bad:
         return
-    left = np.bincount(np.delete(split.labels, sorted(bad)), minlength=len(class_names))
-    gone = (np.bincount(split.labels, minlength=len(class_names)) > 0) & (left == 0)
-    if left.any() and (split.name != "train" or not gone.any()):
+    readable_counts = np.bincount(np.delete(split.labels, sorted(bad)), minlength=len(class_names))
+    is_lost = (np.bincount(split.labels, minlength=len(class_names)) > 0) & (readable_counts == 0)  # by class
+    if readable_counts.any() and (split.name != "train" or not is_lost.any()):
         return
-    first = next(index for index in sorted(bad) if gone[split.labels[index]])
-    what = f"{split.name} images" if not left.any() else f"training images of {class_names[split.labels[first]]}"
-    count = split.count if not left.any() else int((split.labels == split.labels[first]).sum())
-    problem = f"none of the {count} {what} can be decoded, the first: {describe_example(pixels, first)}: {bad[first]}"
+    first = next(index for index in sorted(bad) if is_lost[split.labels[index]])
+    images = (
+        f"{split.name} images"
+        if not readable_counts.any()
+        else f"training images of {class_names[split.labels[first]]}"
+    )
+    count = split.count if not readable_counts.any() else int((split.labels == split.labels[first]).sum())
+    problem = f"none of the {count} {images} can be decoded, the first: {describe_example(pixels, first)}: {bad[first]}"
     raise DataError(problem, fix="repair them, or remove the class or split")
 
 
 def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Build a dataset of the rows of blocks 0 to `count` - 1 (infinite if None), decoded each time they are read."""
+    """Build a dataset of rows, as `decode_blocks` returns them, that are decoded each time they are read.
+
+    Args:
+        block: function from the index of a block to the block.
+        count: number of blocks; None for an infinite dataset.
+    """
     failures = pixels.failures.name if pixels.on_error == "skip" else None
     blocks = build_block_dataset(block, count)
     return decode_blocks(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
 
 
-def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH) -> Iterator[np.ndarray]:
-    """Yield the images of examples as uint8 [<= rows, S, S, 3].
+def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH_SIZE) -> Iterator[np.ndarray]:
+    """Yield the images of the examples `indices`, int64 [n], increasing, in batches: uint8 [at most `rows`, S, S, 3].
 
-    `indices` are increasing. `reader` identifies this pipeline to the shard cache.
+    `reader` identifies this pipeline to the shard cache.
     """
     count, block = make_sequence_blocks(pixels.split, indices, 1)
     gate = pixels.open_gate(reader, compute_block_shards(block, count), max_rows_ahead(rows, pixels.parallel, 2))
@@ -241,61 +273,71 @@ def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int
 
 
 def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
-    """Yield batches of all images from index `start`. `pixels.stored_count` counts those that are consumed."""
+    """Yield batches of the images from index `start` to the end of the split.
+
+    `pixels.stored_count` grows by the size of a batch when the caller takes the next one.
+    """
     for images in _iterate_decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
         pixels.stored_count += len(images)
 
 
 def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
-    """Open the cache on disk. Return False if it is incomplete or corrupt, or has bad examples with on_error "fail"."""
-    data = stem.with_suffix(".u8")
+    """Map the disk cache, STEM.u8, as `pixels.array`. Return False if it is missing, incomplete or corrupt.
+
+    Return False also if it lists unreadable examples and `pixels.on_error` is "fail".
+    """
+    pixel_file = stem.with_suffix(".u8")
 
     def report_block() -> None:
         health.record_progress()
         pixels.check()
 
     try:
-        about = json.loads(stem.with_suffix(".json").read_bytes())
-        bad, crc32c = {int(index): str(reason) for index, reason in about["bad"].items()}, about["crc32c"]
+        metadata = json.loads(stem.with_suffix(".json").read_bytes())
+        bad, crc32c = {int(index): str(reason) for index, reason in metadata["bad"].items()}, metadata["crc32c"]
         if any(not 0 <= index < pixels.split.count for index in bad):
             return False
-        if data.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
+        if pixel_file.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
             return False
-        if _with_bad(compute_file_crc32c(data, report_block), bad) != crc32c:
-            pixels.log_message(f"{data} is corrupt (checksum mismatch); decoding the images again")
+        if _extend_crc(compute_file_crc32c(pixel_file, report_block), bad) != crc32c:
+            pixels.log_message(f"{pixel_file} is corrupt (checksum mismatch); decoding the images again")
             return False
-        # Mapped copy-on-write, because DLPack requires writable memory; nothing writes to it.
-        pixels.array, pixels.cached_in = np.memmap(data, np.uint8, "c", shape=shape), "disk"
+        # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
+        pixels.array, pixels.cached_in = np.memmap(pixel_file, np.uint8, "c", shape=shape), "disk"
     except (OSError, *CONTENT_ERRORS):
         return False
     pixels.known_bad.update(bad)
     return True
 
 
-def _with_bad(crc: int, bad: dict[int, str]) -> int:
-    """Extend the CRC32C of the pixels by the examples that cannot be decoded, if there are any."""
+def _extend_crc(crc: int, bad: dict[int, str]) -> int:
+    """Extend `crc`, the CRC32C of the pixels, by the unreadable examples. Return it unchanged if there are none."""
     return google_crc32c.extend(crc, json.dumps(sorted(bad.items())).encode()) if bad else crc
 
 
 def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
-    """Write the cache to a temporary file and rename it. Then write the JSON file that marks it as complete."""
+    """Write the pixels to STEM.u8, by renaming a temporary file, and then STEM.json, which marks them as complete."""
     delete_unfinished(stem.parent, ABANDONED_SECONDS)
-    crc, black = 0, np.zeros((1, *shape[1:]), np.uint8)
-    with temporary_file(stem.with_suffix(".u8")) as partial:
-        with open(partial, "wb") as file:  # not mapped: on a full disk, a write to a mapped file kills the process
-            for images in chain(_iterate_from(pixels), [black]):
+    crc, black_image = 0, np.zeros((1, *shape[1:]), np.uint8)
+    with temporary_file(stem.with_suffix(".u8")) as temporary:
+        # Not through a mapped file: a full disk would kill the process with SIGBUS.
+        with open(temporary, "wb") as file:
+            for images in chain(_iterate_from(pixels), [black_image]):
                 file.write(images.data)
                 crc = google_crc32c.extend(crc, images.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, stem.with_suffix(".u8"))
-    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": _with_bad(crc, pixels.bad)}))
+        os.replace(temporary, stem.with_suffix(".u8"))
+    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": _extend_crc(crc, pixels.bad)}))
 
 
 def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
-    """Return the file name, without extension, of the disk cache of a split. It identifies the pixels."""
-    # Without the folder of the shards, which can differ at the next start. The fingerprint identifies their content.
+    """Return the file name of a split's disk cache, without extension: `pixels-train-224-HASH`.
+
+    HASH covers everything that determines the pixels. `fingerprint` is the fingerprint of the dataset.
+    """
+    # The folder of the shards is left out: it can differ at the next start, and the fingerprint covers their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
     members = [*split.files, *ranges, split.image_field]
     key = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
@@ -313,10 +355,13 @@ class CachePlan:
 
 
 def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
-    """Choose where to cache decoded images of `needed` bytes.
+    """Choose where to cache the decoded images of a split.
 
-    With `cache` "auto", they are cached in memory or else on disk if its budget (in bytes) suffices, and not cached if
-    training reads them only `once`. Any other value of `cache` applies regardless of the budgets.
+    Args:
+        cache: data.cache. "auto" chooses memory if its budget suffices, else the disk if its budget suffices, else no
+            cache. Any other value applies regardless of the budgets.
+        needed: size of the images in bytes. The budgets are in bytes too.
+        once: whether training reads the images only once, to compute features. Then "auto" does not cache them.
     """
     budgets = f"memory budget {format_bytes(memory_budget)}, disk budget {format_bytes(disk_budget)}"
     if cache != "auto":
@@ -331,14 +376,17 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
 def plan_image_caches(
     config: RunConfig, dataset: Dataset, size: int, train_images_read_once: bool
 ) -> dict[str, CachePlan]:
-    """Plan the cache of each split, in the order of `SPLITS`, for images with a side of `size` pixels."""
+    """Plan the cache of each split by name, for images with a side of `size` pixels.
+
+    The splits are planned in the order of `SPLITS`; each one gets the memory that the previous ones leave.
+    """
     plans: dict[str, CachePlan] = {}
-    memory = config.runtime.memory_budget or default_memory_budget()
-    disk, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
+    memory_left = config.runtime.memory_budget or default_memory_budget()
+    disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     for name in [split for split in SPLITS if split in dataset.splits]:
         once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
-        plans[name] = plan_image_cache(config.data.cache, needed, memory, disk, once)
-        memory -= needed if plans[name].where == "memory" else 0
+        plans[name] = plan_image_cache(config.data.cache, needed, memory_left, disk_budget, once)
+        memory_left -= needed if plans[name].where == "memory" else 0
     return plans
 
 
@@ -352,8 +400,13 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
 
     If the disk cannot be written, nothing is cached, and images are decoded each time they are read.
 
+    Args:
+        folder: the folder of disk caches.
+        fingerprint: the fingerprint of the dataset, by which a disk cache is recognized.
+
     Raises:
         DataError: a shard is missing, or an image cannot be decoded and `on_error` is "fail".
+        Interrupted: the bucket does not respond.
     """
     split, log_message = pixels.split, pixels.log_message
     shape = (split.count + 1, pixels.size, pixels.size, 3)
@@ -387,19 +440,24 @@ class ImageStore:
     """The decoded images of all splits of a run, under one memory budget."""
 
     def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
-        """Open no split yet. `check` is called with "while the train images were decoded", and can raise to stop."""
+        """Create the store without opening a split.
+
+        Args:
+            size: side of the images in pixels.
+            check: called between batches, for example with "while the train images were decoded"; raises to stop.
+        """
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images
         self._data, self._check, self._opened = data, check, dict[str, Pixels]()
 
     def split(self, name: str) -> Pixels:
-        """Return the images of a split. The first call opens the split and can fill a cache."""
+        """Return the images of a split. The first call opens the split, and fills its cache if it has one."""
         if name not in self._opened:
             self._opened[name] = self._open(name, self.size, self.config.model.resize, self.config.data.cache)
         return self._opened[name]
 
     def at(self, name: str, size: int, resize: Resize) -> Pixels:
-        """Return the images of a split at another size or with another `resize`, not cached."""
+        """Open the images of a split at another size or with another `resize`. They are not cached."""
         return self._open(name, size, resize, "none")
 
     def _open(self, name: str, size: int, resize: Resize, cache: Cache) -> Pixels:
@@ -415,21 +473,23 @@ class ImageStore:
         return pixels
 
     def gather_unreadable(self, control: ControlChannel) -> None:
-        """Add the unreadable images that the other workers have detected; all workers call this."""
+        """Add the unreadable images that the other workers have detected. This is a collective call of all workers."""
         if control.size == 1 or self.config.data.on_error == "fail":
             return
-        own = {name: {int(index): why for index, why in p.bad.items()} for name, p in self._opened.items()}
-        for detected in control.reduce("unreadable images", own, list):
-            for name in detected.keys() & self._opened.keys():
-                self._opened[name].known_bad |= {int(index): why for index, why in detected[name].items()}
+        local_bad = {
+            name: {int(index): reason for index, reason in pixels.bad.items()} for name, pixels in self._opened.items()
+        }
+        for worker_bad in control.reduce("unreadable images", local_bad, list):
+            for name in worker_bad.keys() & self._opened.keys():
+                self._opened[name].known_bad |= {int(index): reason for index, reason in worker_bad[name].items()}
 
     def require_readable(self) -> None:
-        """Apply `require_readable` to each opened split."""
+        """Raise a DataError if an opened split, or a class of the opened training split, has no readable image."""
         for pixels in self._opened.values():
             require_readable(pixels, self.dataset.class_names)
 
     def describe_remaining(self) -> list[str]:
-        """Return a line per split with undecodable images, with the counts that are left, in total and per class."""
+        """Return a line for each opened split with unreadable images: its readable images, in total and per class."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
             + count_classes(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
@@ -438,11 +498,11 @@ class ImageStore:
         ]
 
     def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the images of these examples of a split, uint8 [k, S, S, 3]."""
+        """Return the images of the examples `indices` of a split, uint8 [k, S, S, 3]. See `Pixels.rows`."""
         return self.split(name).rows(np.asarray(indices, np.int64))
 
     def close(self) -> None:
-        """Start no more transfers of shards from a bucket."""
+        """Stop further transfers of shards from a bucket."""
         if self._data.shards:
             self._data.shards.close()
 
@@ -452,36 +512,39 @@ class ImageStore:
 
     @property
     def memory_left(self) -> int:
-        """Bytes of the memory budget that are not used by decoded images."""
+        """Bytes of the memory budget that are not used by decoded images. It is negative if they exceed the budget."""
         budget = self.config.runtime.memory_budget or default_memory_budget()
         return budget - sum(
-            count_image_bytes(p.split, p.size) for p in self._opened.values() if p.cached_in == "memory"
+            count_image_bytes(pixels.split, pixels.size)
+            for pixels in self._opened.values()
+            if pixels.cached_in == "memory"
         )
 
     def name_of(self, split: str, index: int) -> str:
-        """Return the file, or SHARD#RECORD, of an example. For a copy from a bucket, this is the address there."""
+        """Return the file of an example, or SHARD#RECORD. A local copy is named by its address in the bucket."""
         return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
 
     def list_sources(self, name: str, indices: np.ndarray) -> tuple[str, ...]:
-        """Return the file name that the record of each of these examples stores; () if the first one stores none.
+        """Return the file names that the records of the examples `indices`, int [k], increasing, store.
 
-        `indices` are increasing. Shards in a bucket are fetched again if they are not on the local disk any more.
+        A record without a file name has "". The result is () if the split has no shards, if the first record has no
+        file name, or if a shard cannot be read. Shards that are no longer on the local disk are fetched again.
         """
         split, shards = self.dataset.splits[name], self._data.shards
         if not split.shards:
             return ()
-        chosen = take(split, indices)
+        examples = take(split, indices)
 
         def read() -> Iterator[str]:
-            for path, members in groupby(chosen.shards, lambda shard: shard.path):
+            for path, ranges in groupby(examples.shards, lambda shard: shard.path):
                 if shards:
                     shards.require("names", [os.path.basename(path)])
-                for record in locate_records(replace(chosen, shards=tuple(members))):
+                for record in locate_records(replace(examples, shards=tuple(ranges))):
                     health.record_progress()
                     yield read_source_name(record)
 
         sources: tuple[str, ...] = ()
-        with suppress(OSError, DataError):  # a shard that is missing or corrupt: the images are cached
+        with suppress(OSError, DataError):  # the images may be cached although a shard is now missing or corrupt
             names = read()
             sources = (first, *names) if (first := next(names, "")) else ()
         if shards:
@@ -490,17 +553,17 @@ class ImageStore:
 
     @property
     def addresses(self) -> dict[str, str]:
-        """The bucket folder of each local folder that is a copy of one."""
+        """Local folder -> the bucket folder that it is a copy of."""
         return self._data.addresses
 
     def _log(self, text: str) -> None:
         log.info(with_addresses(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:
-        """List the unreadable examples that data.on_error=skip has skipped so far, each with the reason."""
-        opened = sorted(self._opened.items())
+        """List the unreadable examples of the opened splits that were skipped so far, each with the reason."""
+        splits = sorted(self._opened.items())
         return [
-            with_addresses(f"{describe_example(pixels, i)}: {why}", self.addresses)
-            for _, pixels in opened
-            for i, why in sorted(pixels.bad.items())
+            with_addresses(f"{describe_example(pixels, index)}: {reason}", self.addresses)
+            for _, pixels in splits
+            for index, reason in sorted(pixels.bad.items())
         ]

@@ -28,7 +28,7 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset, LogMessage, Purpose, choose_scored_split
 
 SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
-MAX_CLASS_RATIO = 3  # above this ratio of the most to the least training examples of a class, a note on imbalance
+MAX_CLASS_RATIO = 3  # examples of the largest training class per example of the smallest; a higher ratio is noted
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,49 @@ def open_run_data(
     stream: bool = True,
     purpose: Purpose = "train",
 ) -> OpenedData:
-    """Copy a dataset and weights in buckets to the local disk, and open the dataset."""
+    """Copy the dataset and the weights of a run from buckets to the local disk, and open the dataset.
+
+    Log lines, notes and errors name files in a bucket by their address there, not by the path of the local copy.
+
+    Args:
+        check: called with the address that is being copied; raises to stop.
+        stream: leave the shards of a prepared dataset in its bucket, and fetch them while they are read.
+        purpose: see `open_dataset`.
+
+    Raises:
+        DataError: an address is missing, the copies exceed the disk budget, or the dataset cannot be opened.
+        Interrupted: a bucket does not respond.
+    """
     local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
 
-    def named(text: str) -> str:
+    def restore_addresses(text: str) -> str:
         return with_addresses(text, addresses)
 
     with addresses_in_errors(addresses):
         dataset = open_run_dataset(
-            config, local.data, lambda text: log_message(named(text)), shards is not None, purpose
+            config, local.data, lambda text: log_message(restore_addresses(text)), shards is not None, purpose
         )
-    dataset = replace(dataset, skipped=tuple(map(named, dataset.skipped)), notes=tuple(map(named, dataset.notes)))
+    dataset = replace(
+        dataset,
+        skipped=tuple(map(restore_addresses, dataset.skipped)),
+        notes=tuple(map(restore_addresses, dataset.notes)),
+    )
     return OpenedData(dataset, addresses, shards, local.model.weights)
 
 
 def open_run_dataset(
     config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False, purpose: Purpose = "train"
 ) -> Dataset:
-    """Open `data`, which is `config.data` with local paths. debug.overfit makes one batch both train and validation."""
-    cache, limit = config.runtime.cache_folder, config.example_limit
+    """Open the dataset of a run with `open_dataset`. `data` is `config.data` with local paths.
+
+    With debug.overfit, one batch is both the training and the validation split.
+    """
+    cache_dir, max_examples = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
         data,
         seed=config.seed,
-        cache_dir=cache,
-        max_examples=limit,
+        cache_dir=cache_dir,
+        max_examples=max_examples,
         log_message=log_message,
         streamed=streamed,
         purpose=purpose,
@@ -104,40 +123,41 @@ def open_dataset(
     streamed: bool = False,
     purpose: Purpose = "train",
 ) -> Dataset:
-    """Open the source that `data.source` names.
+    """Open the dataset that `data` configures: read its source, name its classes, and select its examples.
 
     Args:
         seed: selects the examples of data.labels_per_class and `max_examples`.
-        cache_dir: stores the digits and the labels of record shards for later runs.
-        max_examples: maximum per split, balanced over the classes as far as possible.
-        log_message: logs a line before slow work, and each of `Dataset.notes`.
-        streamed: data.root has only manifest and labels. Its shards are fetched while they are used.
+        cache_dir: folder that stores the digits, the labels of record shards and the checksums of files for later runs.
+        max_examples: maximum number of examples per split, with class counts as equal as possible; None for all.
+        log_message: logs a line before slow work, each of `Dataset.notes`, and the fingerprint.
+        streamed: whether data.root holds only the metadata and labels of a prepared dataset, whose shards are fetched
+            while they are read.
         purpose: "prepare" reads data.group_field of every split, not only of the split of the final scores, and accepts
-            image files that only Pillow decodes. "evaluate" accepts a single class, classes without training
-            examples, and other classes than those of data.class_names, as `map_to_run_classes` maps them by name.
+            image files that only Pillow decodes. "evaluate" accepts a single class, classes without training examples,
+            and other classes than those of data.class_names: `runs.stored_run.map_to_run_classes` then maps the labels.
 
     Raises:
         DataError: the dataset is missing, corrupt, or contradicts the configuration.
     """
     cache_dir = Path(cache_dir).expanduser()
     raw = _open_source(data, cache_dir, log_message, streamed, purpose)
-    own_names = tuple(map(normalize_class_name, raw.class_names))
+    source_names = tuple(map(normalize_class_name, raw.class_names))
     if purpose != "evaluate":
-        require_mapped_classes(own_names, data)
-    raw.name, raw.class_names = escape_unprintable(raw.name), show_class_names(own_names, data)
+        require_mapped_classes(source_names, data)
+    raw.name, raw.class_names = escape_unprintable(raw.name), show_class_names(source_names, data)
     class_names = show_class_order(data)
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
         raw = apply_class_names(raw, class_names)
     if data.corrections:
-        other_names = dict(zip(own_names, show_class_names(own_names, data), strict=True))
+        other_names = dict(zip(source_names, show_class_names(source_names, data), strict=True))
         raw = apply_corrections(raw, data.corrections, other_names, skip_unknown=data.on_error == "skip")
     _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
-        smaller = np.flatnonzero(np.bincount(train.labels) < data.labels_per_class)
-        if smaller.size:
-            names = _list_classes(raw, smaller)
+        small_classes = np.flatnonzero(np.bincount(train.labels) < data.labels_per_class)
+        if small_classes.size:
+            names = _list_classes(raw, small_classes)
             raw.notes.append(f"data.labels_per_class={data.labels_per_class}: fewer examples exist of {names}")
         raw.splits["train"] = select_per_class(train, data.labels_per_class, seed)
     if max_examples:
@@ -151,11 +171,12 @@ def open_dataset(
     for line in raw.notes:
         log_message(line)
     skipped, notes = tuple(raw.skipped), tuple(raw.notes)
-    hashes = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
-    return Dataset(raw.name, raw.class_names, raw.splits, [*hashes.values()][-1], skipped, notes, hashes)
+    fingerprints = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
+    return Dataset(raw.name, raw.class_names, raw.splits, [*fingerprints.values()][-1], skipped, notes, fingerprints)
 
 
 def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, purpose: Purpose) -> RawData:
+    """Open the source that data.source names, with the class names and all examples that it stores."""
     if data.source == "image_folder":
         return open_image_folder(data, purpose)
     if data.source == "csv":
@@ -172,26 +193,31 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
 
 
 def show_class_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
-    """Return the shown names of classes with these normalized names.
+    """Return the names under which classes are shown, in the order of `names`.
 
-    These are their names in the mapping of data.class_names, otherwise without what data.class_prefix matches at their
-    beginning.
+    If data.class_names is a mapping that has the class, its name there is shown. Otherwise the prefix that
+    data.class_prefix matches is removed.
+
+    Args:
+        names: class names of the dataset, normalized by `normalize_class_name`.
 
     Raises:
-        DataError: nothing is left of a name, or two names become equal.
+        DataError: a shown name is empty, or two classes have the same shown name.
     """
-    mapped = {normalize_class_name(own): normalize_class_name(name) for own, name in _mapping(data).items()}
+    mapped_names = {normalize_class_name(key): normalize_class_name(name) for key, name in _get_mapping(data).items()}
     prefix = re.compile(rf"\A(?:{data.class_prefix or ''})")
-    shown = tuple(mapped[name] if name in mapped else prefix.sub("", name).strip() for name in names)
-    first = dict(zip(reversed(shown), reversed(names), strict=True))
-    for own, name in zip(names, shown, strict=True):
-        if not name or first[name] != own:
-            outcome = f"{first[name]} and {own} both become {name}" if name else f"nothing is left of {own}"
-            if {own, first[name]} & mapped.keys():
-                raise DataError(outcome, key="data.class_names", fix="give each class a name of its own")
+    shown_names = tuple(mapped_names[name] if name in mapped_names else prefix.sub("", name).strip() for name in names)
+    originals = dict(zip(reversed(shown_names), reversed(names), strict=True))  # shown name -> name in the dataset
+    for original, name in zip(names, shown_names, strict=True):
+        if not name or originals[name] != original:
+            problem = (
+                f"{originals[name]} and {original} both become {name}" if name else f"nothing is left of {original}"
+            )
+            if {original, originals[name]} & mapped_names.keys():
+                raise DataError(problem, key="data.class_names", fix="give each class a name of its own")
             fix = "match less of the names, or leave it out"
-            raise DataError(outcome, key="data.class_prefix", value=data.class_prefix, fix=fix)
-    return shown
+            raise DataError(problem, key="data.class_prefix", value=data.class_prefix, fix=fix)
+    return shown_names
 
 
 def show_class_order(data: Data) -> tuple[str, ...] | None:
@@ -201,35 +227,42 @@ def show_class_order(data: Data) -> tuple[str, ...] | None:
     return show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
 
 
-def _mapping(data: Data) -> dict[str, str]:
+def _get_mapping(data: Data) -> dict[str, str]:
+    """Return data.class_names if it is a mapping {name in the dataset: shown name}, otherwise an empty one."""
     return data.class_names if isinstance(data.class_names, dict) else {}
 
 
 def require_mapped_classes(names: tuple[str, ...], data: Data) -> None:
-    """Raise a DataError if the mapping of data.class_names has a class that is not one of the normalized `names`."""
-    own = {normalize_class_name(name): name for name in _mapping(data)}
-    if len(own) < len(_mapping(data)):
-        twice = next(name for name in _mapping(data) if own[normalize_class_name(name)] != name)
-        problem = f"has several names for {normalize_class_name(twice)}"
+    """Raise a DataError if the mapping data.class_names has a class twice, or one that is not in the dataset.
+
+    `names` are the class names of the dataset, normalized by `normalize_class_name`.
+    """
+    keys = {normalize_class_name(key): key for key in _get_mapping(data)}  # normalized name -> key
+    if len(keys) < len(_get_mapping(data)):
+        duplicate = next(key for key in _get_mapping(data) if keys[normalize_class_name(key)] != key)
+        problem = f"has several names for {normalize_class_name(duplicate)}"
         raise DataError(problem, key="data.class_names", fix="give each class one name")
-    for name in own.keys() - set(names):
-        near = difflib.get_close_matches(name, names, 1)
-        fix = f"did you mean {near[0]}?" if near else f"its classes are {join_first(names)}"
+    for name in keys.keys() - set(names):
+        matches = difflib.get_close_matches(name, names, 1)
+        fix = f"did you mean {matches[0]}?" if matches else f"its classes are {join_first(names)}"
         raise DataError(f"maps {name}, which is no class of the data", key="data.class_names", fix=fix)
 
 
 def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
-    """Reorder the classes of a dataset as in data.class_names, and map its labels.
+    """Reorder the classes of a dataset, and map its labels.
+
+    Args:
+        names: the same class names in the new order, from `show_class_order`; None leaves the order as it is.
 
     Raises:
-        DataError: the dataset has other class names of its own.
+        DataError: `names` are not exactly the class names of the dataset.
     """
     if not names or names == raw.class_names:
         return raw
     if sorted(names) != sorted(raw.class_names):
-        only = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
-        sides = (f"only {where} has {join_first(sorted(some))}" for where, some in only.items() if some)
-        differences = ", ".join(sides) or "a name is repeated"
+        extra = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
+        clauses = (f"only {owner} has {join_first(sorted(classes))}" for owner, classes in extra.items() if classes)
+        differences = ", ".join(clauses) or "a name is repeated"
         problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
         fix = "name exactly these classes in any order, or leave it out (null) where the source is not tfrecords"
         raise DataError(problem, key="data.class_names", value=f"[{','.join(names)}]", fix=fix)
@@ -245,52 +278,60 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
 
 
 def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) -> None:
+    """Raise a DataError for duplicate class names, fewer than two classes, or a class without training examples.
+
+    With `purpose` "evaluate", only duplicate names are an error. With `may_begin_with_1`, the labels are class indices,
+    and the error for the first class suggests that they could begin with 1.
+    """
     count = len(raw.class_names)
     if count < 2 and purpose != "evaluate":
         classes = "".join(raw.class_names) or "no classes"
         raise DataError(f"{raw.name} has only {classes}", fix="use data of at least two classes")
     if len(set(raw.class_names)) < count:
-        repeated = join_first([name for name, times in Counter(raw.class_names).items() if times > 1])
-        raise DataError(f"{raw.name} has duplicate class names: {repeated}", fix="use each class name once")
-    absent = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=count) == 0)
-    if absent.size and purpose != "evaluate":
-        skipped = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
-        skipped += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent[:5] if i in raw.ignored)
+        duplicates = join_first([name for name, uses in Counter(raw.class_names).items() if uses > 1])
+        raise DataError(f"{raw.name} has duplicate class names: {duplicates}", fix="use each class name once")
+    absent_classes = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=count) == 0)
+    if absent_classes.size and purpose != "evaluate":
+        details = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
+        details += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent_classes[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"
-        if may_begin_with_1 and absent[0] == 0 and raw.splits["train"].shards:
+        if may_begin_with_1 and absent_classes[0] == 0 and raw.splits["train"].shards:
             fix = f"if labels begin with 1, set data.label_kind=index1; otherwise {fix}"
-        raise DataError(f"no training example of {_list_classes(raw, absent)}{skipped}", fix=fix)
+        raise DataError(f"no training example of {_list_classes(raw, absent_classes)}{details}", fix=fix)
 
 
 def _note_quality(raw: RawData, limited: bool) -> list[str]:
     """Return notes on class imbalance, small splits, absent classes and skipped files.
 
-    `limited`: max_examples is set, so splits are small on purpose.
+    With `limited`, splits are small on purpose (max_examples), so small splits and absent classes are not noted.
     """
     notes = []
     counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))
     if counts.max() > MAX_CLASS_RATIO * counts.min():
         order = np.argsort(counts, kind="stable")
-        shown = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
-        listed = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in shown)
-        listed += "; the five rarest and the five most frequent" * (len(order) > 10)
-        differ = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
-        notes.append(f"{differ} ({listed}): training.class_weights=balanced may help")
+        shown_classes = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
+        class_counts = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in shown_classes)
+        class_counts += "; the five rarest and the five most frequent" * (len(order) > 10)
+        imbalance = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
+        notes.append(f"{imbalance} ({class_counts}): training.class_weights=balanced may help")
     for name, split in raw.splits.items():
         if split.count < SMALL_SPLIT and name != "train" and not limited:
             notes.append(f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy")
-        absent = np.setdiff1d(np.arange(len(raw.class_names)), split.labels)
-        if absent.size and not limited:
-            notes.append(f"{name} has no example of {_list_classes(raw, absent)}")
+        absent_classes = np.setdiff1d(np.arange(len(raw.class_names)), split.labels)
+        if absent_classes.size and not limited:
+            notes.append(f"{name} has no example of {_list_classes(raw, absent_classes)}")
     if raw.skipped:
         notes.append(f"{len(raw.skipped)} skipped (data.on_error=skip), the first: {raw.skipped[0]}")
-        left = (f"{name} {count_classes(split.labels, raw.class_names)}" for name, split in raw.splits.items())
-        notes.append(f"left after skipping: {'; '.join(left)}")
+        split_counts = (f"{name} {count_classes(split.labels, raw.class_names)}" for name, split in raw.splits.items())
+        notes.append(f"left after skipping: {'; '.join(split_counts)}")
     return notes
 
 
 def _note_copies(raw: RawData) -> list[str]:
-    """Return notes on files that are both in train and in another split. Read only files of equal size and ends."""
+    """Return a note for each other split that has byte-for-byte copies of training files.
+
+    Only files with the same size and the same hash of their first and last bytes are compared.
+    """
 
     def size_and_digest(path: str) -> tuple[str, ...]:
         return tuple(raw.identities[path].rsplit(" ", 2)[1:])
@@ -301,8 +342,8 @@ def _note_copies(raw: RawData) -> list[str]:
         candidates[size_and_digest(path)].append(path)
     for name, split in raw.splits.items():
         files = split.files if name != "train" else ()
-        alike = [(path, other) for path in files for other in candidates.get(size_and_digest(path), ())]
-        pairs = [(path, other) for path, other in alike if cmp(path, other, shallow=False)]
+        similar_pairs = [(path, other) for path in files for other in candidates.get(size_and_digest(path), ())]
+        pairs = [(path, other) for path, other in similar_pairs if cmp(path, other, shallow=False)]
         if pairs:
             copies = f"{len(pairs)} of the {len(files)} files of {name} also occur byte for byte in train"
             notes.append(f"{copies}, the first: {escape_unprintable(pairs[0][0])} = {escape_unprintable(pairs[0][1])}")

@@ -1,9 +1,10 @@
-"""The order of examples, computed in blocks.
+"""Compute the order of examples in blocks of consecutive rows.
 
-A block is a pure function of its index, so a stream can begin at any step.
+A block is a pure function of its index, so a stream of training examples can begin at any step.
 
-Everything is computed in the graph, without `tf.py_function`. Under op determinism (`runtime.deterministic`),
-TensorFlow removes all parallelism and prefetching from a pipeline with a stateful op (grappler's make_deterministic).
+Everything is computed in the graph, without `tf.py_function`, which is a stateful op. Under op determinism
+(`runtime.deterministic`), TensorFlow removes all parallelism and prefetching from a pipeline with a stateful op
+(grappler's make_deterministic).
 """
 
 import itertools
@@ -17,8 +18,8 @@ from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shar
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
-BLOCK_RECORDS = 1024  # span of a block in records, if they are not shuffled
-ROWS_PER_WORKER = 1 << 40  # more than any worker has; offset between the random streams of two workers
+BLOCK_RECORDS = 1024  # maximum number of records that a block spans, if they are not shuffled
+ROWS_PER_WORKER = 1 << 40  # offset between the random streams of two workers; more rows than any worker has
 
 
 @dataclass(frozen=True)
@@ -27,32 +28,32 @@ class Order:
 
     batch_size: int  # rows of a global batch; a multiple of the number of workers
     seed: int
-    window: int  # records that are shuffled together (data.shuffle_window); see `plan_windows`
+    window: int  # number of records that are shuffled together (data.shuffle_window); see `plan_windows`
     first_epoch: int = 0
-    first_step: int = 0  # counted from the beginning of `first_epoch`; can exceed its length
-    shuffle: bool = True  # False: in index order, except with sharding by file
+    first_step: int = 0  # counted from the beginning of `first_epoch`; can exceed the steps of an epoch
+    shuffle: bool = True  # False: in index order, except with sharding by file, which always shuffles
     sharding: Sharding = UNSHARDED
 
     @property
     def rows(self) -> int:
-        """Rows of each worker in a global batch."""
+        """Number of rows of each worker in a global batch."""
         return self.batch_size // self.sharding.workers
 
 
 # A block: r consecutive rows of an epoch, and the record ranges to read for them.
 #   ranges   int64 [k, 3]  shard index, first record, record count; k = 0 for image files
 #   offset   int64 [r]     index of the row's record in the concatenated ranges (unused for image files)
-#   index    int64 [r]     example index (0 in padding)
+#   index    int64 [r]     example index in the split (0 in padding)
 #   weight   float32 [r]   1 for an example, 0 for padding
-#   position int64 [r]     row of the global batch
+#   position int64 [r]     index of the row in the global batch
 #   epoch    int64 [r]
 Block = dict[str, tf.Tensor]
 
-Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # ranges, offset and index of a block, without padding
+Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # `ranges`, `offset` and `index` of a block, without padding
 
 
 def _sort_permutation(keys: tf.Tensor) -> tf.Tensor:
-    """Return the permutation that sorts random keys, int64 [n]."""
+    """Return the permutation that sorts random keys, int64 [n], as int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
@@ -60,7 +61,7 @@ class _ShardRecords:
     """Map the concatenated records of some shards of a split to record ranges and example indices."""
 
     def __init__(self, split: Split, shards: np.ndarray | None = None) -> None:
-        """`shards` are indices of the split's shards, int64 [s], by default all."""
+        """`shards` are indices of shards of the split, int64 [s]. It defaults to all shards."""
         self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
         self.sizes = count_shard_records(split)
@@ -68,12 +69,16 @@ class _ShardRecords:
         self.total = int(self.sizes[self.shards].sum())
 
     def locate(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the record ranges and example indices of records [start, stop) of the concatenated `shards`."""
+        """Locate the records [start, stop) of the concatenated `shards`, int64 [s], which are shard indices.
+
+        Returns:
+            Their record ranges, int64 [k, 3], as in a `Block`, and their example indices, int64 [stop - start].
+        """
         sizes = tf.gather(tf.constant(self.sizes), shards)
         ends = tf.cumsum(sizes)
         begins = ends - sizes
         overlaps = tf.logical_and(tf.logical_and(ends > start, begins < stop), sizes > 0)
-        shards, begins, ends = (tf.boolean_mask(x, overlaps) for x in (shards, begins, ends))
+        shards, begins, ends = (tf.boolean_mask(tensor, overlaps) for tensor in (shards, begins, ends))
         low, high = tf.maximum(begins, start), tf.minimum(ends, stop)
         ranges = tf.stack([shards, tf.gather(tf.constant(self.starts), shards) + low - begins, high - low], axis=1)
         index_shift = tf.gather(tf.constant(self.first_index), shards) - begins
@@ -83,12 +88,19 @@ class _ShardRecords:
 def plan_windows(
     split: Split, seed: int, window: int, shuffle: bool = True, shards: np.ndarray | None = None, worker: int = 0
 ) -> tuple[int, Callable[..., Window]]:
-    """Return the number of windows per epoch, and a function (epoch, window index) that computes a window.
+    """Divide an epoch into windows, which are ranges of examples that are shuffled together.
 
-    A window is a range of examples that are shuffled together. In each epoch the shards are permuted, concatenated and
-    divided into windows of `window` records. All image files are one window, since opening them in random order costs
-    nothing extra. Without `shuffle`, the examples are in index order. If workers read different `shards` (None: all),
-    `worker` selects the random stream.
+    In each epoch the shards are permuted, concatenated and divided into windows. All image files are one window,
+    because opening files in random order costs nothing extra.
+
+    Args:
+        window: number of records per window. It has no effect on image files.
+        shuffle: whether shards and examples are shuffled. Otherwise the examples are in index order.
+        shards: indices of the shards to read, int64 [s]. Defaults to all shards.
+        worker: selects the random stream, if workers read different shards.
+
+    Returns:
+        The number of windows per epoch, and a function of epoch and window index, both int64, that computes a `Window`.
     """
 
     def file_window(epoch: tf.Tensor, _index: tf.Tensor) -> Window:
@@ -116,27 +128,30 @@ def plan_windows(
 
 
 def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
-    """Build the block of a window, whose first row is row `start` of `total`. The last block of an epoch is padded."""
+    """Build the block of a window. Append `padding` rows to the last block of an epoch.
+
+    The first row of the window is row `start` of the `total` rows of the epoch. A global batch has `batch` rows.
+    """
     ranges, offset, index = window
-    rows = tf.size(index, tf.int64)
-    padding = tf.where(start + rows >= total, tf.constant(padding, tf.int64), 0)
+    num_rows = tf.size(index, tf.int64)
+    padding = tf.where(start + num_rows >= total, tf.constant(padding, tf.int64), 0)
     paddings = tf.stack([tf.constant(0, tf.int64), padding])[None, :]
     return {
         "ranges": ranges,
         "offset": tf.pad(offset, paddings),
         "index": tf.pad(index, paddings),
         "weight": tf.pad(tf.ones_like(index, tf.float32), paddings),
-        "position": (start + tf.range(rows + padding)) % batch,
-        "epoch": tf.fill([rows + padding], epoch),
+        "position": (start + tf.range(num_rows + padding)) % batch,
+        "epoch": tf.fill([num_rows + padding], epoch),
     }
 
 
 def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
-    """Make a function from the index of a block to the block, for an infinite stream that begins at the first step.
+    """Make a function from the index of a block, int64, to the block, for an infinite stream of training examples.
 
-    Block 0 is in the window of the first step, so earlier windows of its epoch are not read. A block has only the rows
-    of this worker, so it can be empty. With sharding by file, a worker with fewer records than others ends each epoch
-    with padding.
+    The stream begins at `order.first_step`. Block 0 is in the window of that step, so that earlier windows of the epoch
+    are not read. A block has only the rows of this worker, so it can be empty. With sharding by file, a worker with
+    fewer records than others ends each epoch with padding.
     """
     sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
     shards = assign_shards(split, sharding.workers)[sharding.worker] if by_file else None
@@ -170,12 +185,17 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
 def make_sequence_blocks(
     split: Split, indices: np.ndarray, batch_size: int
 ) -> tuple[int, Callable[[tf.Tensor], Block]]:
-    """Return the number of blocks for given examples, and a function from the index of a block to the block.
+    """Divide the examples `indices` into blocks, in index order and in epoch 0.
 
-    `indices` are increasing, int64 [n]. The last block is padded to whole batches.
+    Args:
+        indices: example indices, int64 [n], increasing.
+        batch_size: rows of a batch. The last block is padded so that all batches are complete.
+
+    Returns:
+        The number of blocks, and a function from the index of a block, int64, to the block.
     """
     edges = np.array([0, len(indices)], np.int64)
-    if split.shards:  # a block spans at most BLOCK_RECORDS records, however few of them it has
+    if split.shards:  # a block reads all records from its first to its last one, even if it uses few of them
         limits = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
         edges = np.unique(np.searchsorted(indices, limits)).astype(np.int64)
     records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
@@ -191,11 +211,16 @@ def make_sequence_blocks(
     return len(edges) - 1 if len(indices) else 0, compute_block
 
 
-BlockShards = tuple[int, np.ndarray]  # rows of this worker in a block, and the indices of its shards, int64 [k]
+BlockShards = tuple[int, np.ndarray]  # number of rows of a block, and the indices of its shards, int64 [k]
 
 
 def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[BlockShards]:
-    """Compute on the host the rows and shards of nonempty blocks 0 to `count` - 1, infinite if None."""
+    """Yield the number of rows and the shards of each nonempty block, computed on the host.
+
+    Args:
+        block: function from the index of a block, int64, to the block.
+        count: number of blocks; None for an infinite number.
+    """
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
     def compute(block_index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -203,23 +228,25 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
         return tf.size(columns["index"]), columns["ranges"][:, 0]
 
     with tf.device("CPU:0"):
-        computed = compute.get_concrete_function()  # a run has many pipelines, each with a trace: no warning of it
+        # Not called directly: a run has many pipelines, and TensorFlow would warn that each traces the function again.
+        compute_concrete = compute.get_concrete_function()
     for block_index in itertools.count() if count is None else range(count):
         with tf.device("CPU:0"):
-            rows, shards = computed(tf.constant(block_index, tf.int64))
-        if int(rows):
-            yield int(rows), shards.numpy()
+            num_rows, shards = compute_concrete(tf.constant(block_index, tf.int64))
+        if int(num_rows):
+            yield int(num_rows), shards.numpy()
 
 
 def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
-    """Split `indices`, int64 [n], among `workers` into parts of whole device calls of `rows` images.
+    """Split `indices`, int64 [n], into one array per worker, each with whole device calls of `rows` images.
+
+    Only the last call of all can have fewer images. No array is larger than the first.
 
     On some processors the bits of a result depend on the position of its image in the call, because a kernel computes
     the last elements of a batch with other instructions. With whole calls the position does not depend on `workers`.
-    No part is larger than the first.
     """
-    calls = np.arange(0, len(indices), rows)
-    edges = [part[0] if len(part) else len(indices) for part in np.array_split(calls, workers)]
+    call_starts = np.arange(0, len(indices), rows)
+    edges = [starts[0] if len(starts) else len(indices) for starts in np.array_split(call_starts, workers)]
     return np.split(indices, edges[1:])
 
 
@@ -228,14 +255,17 @@ def select_examples_to_score(
 ) -> np.ndarray:
     """Return the indices, int64 [n], increasing, of the examples that this worker scores.
 
-    A `fraction` below 1 selects that fraction of the batches, from a random permutation that is always the same.
-    With `rows`, the workers divide whole device calls of that many images.
+    Args:
+        batch_size: examples per global batch.
+        fraction: fraction of the batches to score, rounded up. Below 1, the examples are a random sample, which is the
+            same in each call.
+        rows: images per device call. If set, the workers divide whole calls (`split_by_calls`), otherwise examples.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
-        batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
+        num_batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
         shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
-        indices = np.sort(shuffled[: batches * batch_size])
+        indices = np.sort(shuffled[: num_batches * batch_size])
     if rows:
         return split_by_calls(indices, rows, sharding.workers)[sharding.worker]
     return np.array_split(indices, sharding.workers)[sharding.worker]

@@ -1,6 +1,7 @@
 """Build the input pipelines of training and evaluation.
 
-A stream of training batches that begins at any (epoch, step) equals the uninterrupted stream bit for bit.
+A stream of training batches can begin at any step of any epoch. It is bit-identical to the uninterrupted stream from
+that step, so that a resumed run trains on the same batches.
 """
 
 from collections.abc import Callable
@@ -25,13 +26,17 @@ from trainer.data.order import (
 from trainer.data.shard_gate import ShardGate, ShardGates, max_rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
-DEVICE_BUFFER = 2  # elements per replica that a `tf.distribute` strategy prefetches to its device
+# Elements that are prefetched to the device of each replica, by a `tf.distribute` strategy or `prefetch_to_device`.
+DEVICE_BUFFER = 2
 
 
 def _build_batches(
     source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int
 ) -> tf.data.Dataset:
-    """Build batches of `size` rows of blocks 0 to `count` - 1: image, weight, index, position, epoch and label."""
+    """Build batches of `size` rows from blocks 0 to `count` - 1, or from infinitely many blocks if `count` is None.
+
+    A batch has the keys image, weight, index, position, epoch and label.
+    """
     if isinstance(source, Pixels) and source.array is None:
         batches = build_row_dataset(source, block, count).batch(size, drop_remainder=True)
     else:
@@ -41,11 +46,11 @@ def _build_batches(
 
 
 def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Build batches of rows that are in an array, with one gather per batch."""
-    # When TensorFlow creates an iterator it allocates a second tensor of the shape of each tensor that a function has
-    # captured, which would double the memory of the images. An Optional has no shape.
+    """Build batches of cached images or features, with one gather per batch."""
+    # When TensorFlow creates an iterator, it allocates a second tensor of the shape of each tensor that a function has
+    # captured. This would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
-        content = tf.experimental.Optional.from_value(source.tensor())
+        cached_rows = tf.experimental.Optional.from_value(source.tensor())
     bad_indices = tf.constant(sorted(source.bad), tf.int64)
 
     def gather(rows: Row) -> Row:
@@ -53,8 +58,8 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: in
         if source.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        index = tf.where(weight > 0, rows["index"], source.split.count)
-        return {**rows, "weight": weight, "image": source.gather_rows(content.get_value(), index, rows["epoch"])}
+        index = tf.where(weight > 0, rows["index"], source.split.count)  # row `count` is padding
+        return {**rows, "weight": weight, "image": source.gather_rows(cached_rows.get_value(), index, rows["epoch"])}
 
     rows = blocks.map(without_autograph(lambda block: {name: block[name] for name in COLUMNS}))
     return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
@@ -62,14 +67,18 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: in
 
 @without_autograph
 def _concatenate(*parts: Row) -> Row:
-    """Concatenate the rows of the parts of a batch."""
+    """Concatenate the rows of all parts of a batch, key by key."""
     return {name: tf.concat([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
 def _prefetch(
     batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
 ) -> tuple[tf.data.Dataset, int]:
-    """Prefetch elements of `rows` rows, with a fixed order and parallelism. Return also `max_rows_ahead`."""
+    """Prefetch `elements` elements of `rows` rows, or 2 elements per replica if `elements` is 0.
+
+    Return the dataset, and the maximum number of rows that it pulls in advance (`max_rows_ahead`). `parallel` is the
+    number of parallel calls that augment elements.
+    """
     elements = elements or 2 * replicas
     options = tf.data.Options()
     options.deterministic = True
@@ -82,22 +91,26 @@ def _prefetch(
 
 
 def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset:
-    """Copy batches to a device, such as GPU:0, while earlier ones are used. Nothing can be applied to the result."""
+    """Copy batches to a device, such as "GPU:0", while earlier ones are used.
+
+    This must be the last transformation of a pipeline.
+    """
     return dataset.apply(tf.data.experimental.prefetch_to_device(device, DEVICE_BUFFER))
 
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and the gate at which the host waits for its shards."""
+    """A dataset of batches, and a function that makes the gate at which the host waits for shards."""
 
-    dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` of one replica
-    count: int | None  # global batches, after which only padding follows; None for training
-    open_gate: Callable[[], ShardGate | ShardGates]  # for one iteration; call `wait_for` before taking rows
+    dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` for one replica
+    count: int | None  # number of global batches, after which only padding follows; None for training
+    # Makes the gate of one iteration over `dataset`. Call the gate's `wait_for` before taking rows.
+    open_gate: Callable[[], ShardGate | ShardGates]
 
 
 @dataclass(frozen=True)
 class View:
-    """The augmentation of one training epoch, for a single pass over a split."""
+    """The augmentation that training applies in one epoch, for a single pass over a split."""
 
     augmentation: Augmentation
     seed: int
@@ -107,19 +120,23 @@ class View:
 def build_training_batches(
     source: BatchSource, order: Order, *, replicas: int, augmentation: Augmentation, views: int | None = None
 ) -> Batches:
-    """Build the infinite stream of training batches in this order.
+    """Build this worker's infinite stream of training batches.
 
-    An epoch has `steps_per_epoch` global batches; the last one is padded with rows of weight 0. An element has
-    batch_size / workers / replicas rows; `replicas` consecutive elements are this worker's rows of a global batch.
+    An epoch has `steps_per_epoch` global batches. The last one is padded with rows of weight 0. An element has
+    batch_size / workers / replicas rows. `replicas` consecutive elements are this worker's rows of a global batch.
     Iterate within `images.convert_data_errors`, so that an error names the unreadable example.
 
     Args:
-        augmentation: with mixup or cutmix, elements also have `other_label` and `mix`, and need an even number of rows.
-        views: number of augmentations per image. Epoch e repeats that of epoch e % views. None: each epoch differs.
+        order: the order of the examples, and the step at which the stream begins.
+        replicas: number of replicas of this worker.
+        augmentation: with mixup or cutmix, elements also have the keys `other_label` and `mix`. Their number of rows
+            must then be even.
+        views: number of different augmentations of each image: epoch e repeats that of epoch e % views. None means
+            that the augmentation differs in each epoch.
     """
 
     @without_autograph
-    def change(batch: Row) -> Row:
+    def augment_rows(batch: Row) -> Row:
         epoch = batch.pop("epoch")
         view = epoch % views if views else epoch
         batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
@@ -127,26 +144,28 @@ def build_training_batches(
             batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
-    orders = [replace(order, sharding=part) for part in order.sharding.of_parts()]
-    blocks, rows = [make_training_blocks(source.split, part) for part in orders], order.rows // replicas
+    part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.of_parts()]
+    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows // replicas
     parallel = source.parallel if augmentation.active else None
-    # Without a known infinite cardinality, a strategy makes all workers check for the end of the dataset at each step.
-    endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
+    # each step.
+    assert_infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     if len(blocks) == 1:
         batches = _build_batches(source, blocks[0], None, rows)
     else:
-        parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, orders[0].rows) for block in blocks))
+        parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, part_orders[0].rows) for block in blocks))
         batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
     dataset, ahead = _prefetch(
-        batches.map(change, num_parallel_calls=parallel).apply(endless), source, rows, replicas, parallel, 0
-    )
+        batches.map(augment_rows, num_parallel_calls=parallel).apply(assert_infinite),
+        source, rows, replicas, parallel, 0,
+    )  # fmt: skip
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
             return source.open_gate("training", compute_block_shards(blocks[0], None), ahead)
-        names = [f"training, part {part.sharding.worker}" for part in orders]
+        readers = [f"training, part {part.sharding.worker}" for part in part_orders]
         return ShardGates(
-            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(names, blocks, strict=True)]
+            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(readers, blocks, strict=True)]
         )
 
     return Batches(dataset, None, open_gate)
@@ -156,11 +175,17 @@ def build_evaluation_batches(
     source: BatchSource, *, batch_size: int, replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED,
     rows: int | None = None,
 ) -> Batches:  # fmt: skip
-    """Build the batches that this worker scores. Together the workers score each example of the split once.
+    """Build the batches that this worker scores. Together, the workers score each selected example once.
 
-    Each worker has consecutive examples in index order, without augmentation. A worker without any has `count` 0.
-    See `select_examples_to_score` for a `fraction` below 1. `rows` of an element, by default those of a replica's part
-    of `batch_size`.
+    Each worker has consecutive selected examples, in index order and without augmentation. The result has `count` 0 if
+    there are none for this worker.
+
+    Args:
+        batch_size: rows of a global batch.
+        replicas: number of replicas of this worker.
+        fraction: fraction of the global batches to score, as `select_examples_to_score` selects it.
+        sharding: the index of this worker, and the number of workers.
+        rows: rows of an element. It defaults to batch_size / workers / replicas.
     """
     indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
     rows = rows * replicas if rows else batch_size // sharding.workers
@@ -170,17 +195,19 @@ def build_evaluation_batches(
 def build_chosen_batches(
     source: BatchSource, indices: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
-    """Build batches of the given examples, followed by infinite padding.
+    """Build batches of the examples at `indices`, followed by infinitely many batches of padding.
 
     Args:
-        indices: the examples, int64 [n], increasing.
+        indices: example indices, int64 [n], increasing.
         rows: rows of this worker in a global batch. An element has rows / replicas rows.
-        prefetched: number of elements to prefetch. 0: 2 per replica.
+        replicas: number of replicas of this worker.
+        view: the augmentation of the images; None for no augmentation.
+        prefetched: number of elements to prefetch; 0 for 2 per replica.
     """
     count, block = make_sequence_blocks(source.split, indices, rows)
 
     @without_autograph
-    def change(batch: Row) -> Row:
+    def augment_rows(batch: Row) -> Row:
         del batch["epoch"]
         if view is not None:
             views = tf.fill(tf.shape(batch["index"]), tf.constant(view.epoch, tf.int64))
@@ -188,9 +215,9 @@ def build_chosen_batches(
         return batch
 
     parallel = source.parallel if view is not None and view.augmentation.active else None
-    batches = _build_batches(source, block, count, rows // replicas).map(change, num_parallel_calls=parallel)
+    batches = _build_batches(source, block, count, rows // replicas).map(augment_rows, num_parallel_calls=parallel)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
-    # Infinite, so that a strategy does not check for the end of the dataset.
+    # Infinite padding, so that a strategy does not check for the end of the dataset.
     endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
     dataset, ahead = _prefetch(endless, source, rows // replicas, replicas, parallel, prefetched)
     batch_count = -(-len(indices) // rows)

@@ -23,44 +23,49 @@ from trainer.types import Split
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset of a configuration to the folder `output`. A restart writes only the missing shards.
+    """Write the dataset of a configuration to a folder. A restart writes only the shards that are missing.
 
-    `part` (i, n) selects shards i, i + n, i + 2n, ... The process that completes the shards writes the metadata.
+    Args:
+        output: the folder, local or in a bucket.
+        part: (i, n) to write shards i, i + n, i + 2n, ... The process that completes the dataset writes the metadata.
 
     Raises:
-        ConfigError: data.group_field would overwrite a field of the records.
-        DataError: the data cannot be read, an image cannot be decoded (on_error=fail), or `output` has other files.
-        Interrupted: a bucket does not respond.
+        ConfigError: data.group_field would overwrite the image or label of the records.
+        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), `output` has other files,
+            or it cannot be written to.
+        Interrupted: a bucket does not respond, or the disk of `output` is full or fails.
+        OSError: a shard cannot be written.
     """
-    field = config.data.group_field
-    if field in ("image", "label") and field != config.data.label_field:
+    group_field = config.data.group_field
+    if group_field in ("image", "label") and group_field != config.data.label_field:
         problem, fix = "is the name under which records store the image or the label", "set another field"
-        raise ConfigError(problem, key="data.group_field", value=field, fix=fix)
-    cache_dir, limit = config.runtime.cache_folder, config.debug.max_examples
-    local, addresses, _ = fetch_local_copies(config, log.info, lambda _address: health.record_progress())
-    data = local.data
+        raise ConfigError(problem, key="data.group_field", value=group_field, fix=fix)
+    cache_dir, max_examples = config.runtime.cache_folder, config.debug.max_examples
+    local_config, addresses, _ = fetch_local_copies(config, log.info, lambda _address: health.record_progress())
+    data = local_config.data
     with addresses_in_errors(addresses):
         dataset = open_dataset(
-            data, seed=config.seed, cache_dir=cache_dir, max_examples=limit, log_message=log.info, purpose="prepare"
-        )
+            data, seed=config.seed, cache_dir=cache_dir, max_examples=max_examples, log_message=log.info,
+            purpose="prepare",
+        )  # fmt: skip
     splits: dict[str, list[tuple[ImageSource, int]]] = {}
-    texts: dict[str, dict[str, list[str]]] = {}
+    text_fields: dict[str, dict[str, list[str]]] = {}  # field -> split -> text of each example
     for name, split in dataset.splits.items():  # shuffled, so that each shard has examples of all classes
         order = np.random.default_rng([data.split_seed, split.count]).permutation(split.count)
         sources: Sequence[ImageSource] = split.files or locate_records(split)
         splits[name] = [(sources[i], int(split.labels[i])) for i in order]
-        if split.groups and field and field != "label":  # the label, which can also be the group, is stored anyway
-            texts.setdefault(field, {})[name] = [split.groups[i] for i in order]
+        if split.groups and group_field and group_field != "label":  # records store the label in any case
+            text_fields.setdefault(group_field, {})[name] = [split.groups[i] for i in order]
         root = os.path.dirname(data.root or "") if data.source == "csv" else data.root
-        if field != SOURCE_FIELD and (names := list_source_names(split, root)):
-            texts.setdefault(SOURCE_FIELD, {})[name] = [with_addresses(names[i], addresses) for i in order]
+        if group_field != SOURCE_FIELD and (source_names := list_source_names(split, root)):
+            text_fields.setdefault(SOURCE_FIELD, {})[name] = [with_addresses(source_names[i], addresses) for i in order]
     workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
         data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
         orientation=data.orientation,
     )  # fmt: skip
     target = storage_path(output)
-    images = LabeledImages(dataset.name, dataset.class_names, splits, texts)
+    images = LabeledImages(dataset.name, dataset.class_names, splits, text_fields)
     with show_image_progress(config.runtime.progress) as progress, addresses_in_errors(addresses):
         entries = write_dataset(target, images, options, progress)
     if entries is None:
@@ -68,43 +73,51 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
             log.info(f"skipped {with_addresses(fault, addresses)}")
-        as_stored = " data.orientation=ignore" * (data.orientation == "ignore")  # the images have their marks still
+        # JPEG and PNG images are stored with their EXIF data, so training must ignore it too.
+        orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
         outcome = (
             f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
-            f"python -m trainer data=tfds {format_argument('data.root', target)}{as_stored}"
+            f"python -m trainer data=tfds {format_argument('data.root', target)}{orientation_argument}"
         )
     log.info(outcome)
     termination.set_success_message(outcome)
 
 
 def list_source_names(split: Split, root: str | None) -> list[str]:
-    """Return the path of each image file, of those below the root relative to it.
+    """Return the file name of each example of a split, escaped for display.
 
-    For records, return the stored names if all have one, else [].
+    For image files, this is the path relative to `root` if the file is below it, else the absolute path. `root`
+    defaults to the current folder. For records, it is the file name that each record stores. If a record stores none,
+    the result is [].
     """
     if split.files:
         root_path = os.path.abspath(os.path.expanduser(root or ""))
         paths = [os.path.abspath(path) for path in split.files]
-        relative = [os.path.relpath(path, root_path) for path in paths]
-        names = [p if r.startswith(f"..{os.sep}") else r for p, r in zip(paths, relative, strict=True)]
+        relative_paths = [os.path.relpath(path, root_path) for path in paths]
+        names = [
+            path if relative.startswith(f"..{os.sep}") else relative
+            for path, relative in zip(paths, relative_paths, strict=True)
+        ]
         return list(map(escape_unprintable, names))
     names = [read_source_name(record) for record in locate_records(split)]
     return names if all(names) else []
 
 
 def parse_job_part(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the pod index and the pod count, from JOB_COMPLETION_INDEX (default 0) and WORKER_COUNT (default 1).
+    """Return the index of this pod in an Indexed Job, and the number of pods.
+
+    They are the environment variables JOB_COMPLETION_INDEX, which defaults to 0, and WORKER_COUNT, which defaults to 1.
 
     Raises:
-        ConfigError: one of them is not a whole number, or the index is not below the count.
+        ConfigError: a variable is not a whole number, or the index is not below the number of pods.
     """
     values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
     for key, value in values.items():
         if not value.strip().isdecimal():
             raise ConfigError("is not a whole number", key=key, value=value, fix="set a whole number in the manifest")
-    index, pods = map(int, values.values())
-    if index >= pods:
-        problem, fix = f"is not in 0..{pods - 1}", "set WORKER_COUNT to the completions of the Job"
+    index, num_pods = map(int, values.values())
+    if index >= num_pods:
+        problem, fix = f"is not in 0..{num_pods - 1}", "set WORKER_COUNT to the completions of the Job"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=index, fix=fix)
-    return index, pods
+    return index, num_pods

@@ -21,15 +21,15 @@ from trainer.errors import DataError
 from trainer.names import escape_unprintable, normalize_class_name
 from trainer.types import Shard, Split
 
-HEADER_BYTES, FOOTER_BYTES = 12, 4  # before and after a payload
-UNLABELLED = -1  # the label of TFDS for an example that has none
-MAX_GROUPS = 100  # distinct values of data.group_field
+HEADER_BYTES, FOOTER_BYTES = 12, 4  # length and its checksum before a payload; checksum of the payload after it
+UNLABELLED = -1  # the label that TFDS stores for an example without a label
+MAX_GROUPS = 100  # distinct values of data.group_field; the report has scores of each one
 
 
 class RecordLocation(NamedTuple):
-    """Location of a record in a shard, and the name of the feature with the encoded image."""
+    """Location of a record in a shard, and the name of the field with the encoded image."""
 
-    path: str
+    path: str  # of the shard
     record_index: int  # in the shard
     offset: int  # of the payload, in bytes
     length: int  # of the payload, in bytes
@@ -37,6 +37,7 @@ class RecordLocation(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The record as PATH#INDEX, escaped for display."""
         return f"{escape_unprintable(self.path)}#{self.record_index}"
 
 
@@ -54,30 +55,38 @@ class ShardIndex:
 
 
 def locate_records(split: Split) -> list[RecordLocation]:
-    """Locate the records of a split, in the order of its examples. Read the record headers of its shards."""
-    index = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
+    """Read the record headers of a split's shards, and return the location of each example, by example index.
+
+    Raises:
+        DataError: a shard cannot be indexed (`index_shard`).
+        IndexError: a shard has fewer records than the split uses.
+    """
+    indexes = {path: index_shard(path) for path in {shard.path for shard in split.shards}}
     return [
-        RecordLocation(s.path, n, int(index[s.path].offsets[n]), int(index[s.path].lengths[n]), split.image_field)
+        RecordLocation(s.path, n, int(indexes[s.path].offsets[n]), int(indexes[s.path].lengths[n]), split.image_field)
         for s in split.shards
         for n in range(s.start, s.stop)
     ]
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Compute the checksum that TFRecord stores, which is CRC32C rotated right by 15 bits, plus a constant."""
+    """Compute the checksum that TFRecord files store: the CRC32C, rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def is_truncated_at(file: Path, start: int) -> bool:
-    """Return whether a file of records ends at byte `start`, or in the record that begins there."""
+    """Return whether a file of records ends at byte `start`, or before the end of the record that begins there.
+
+    If the header of this record is corrupt, the file counts as corrupt instead of truncated, and the result is False.
+    """
     with open(file, "rb") as content:
         content.seek(start)
-        header, rest = content.read(HEADER_BYTES), file.stat().st_size - start
+        header, remaining_bytes = content.read(HEADER_BYTES), file.stat().st_size - start
     if len(header) < HEADER_BYTES:
         return True
     length, crc = struct.unpack("<QI", header)
-    return crc == masked_crc32c(header[:8]) and rest < HEADER_BYTES + length + FOOTER_BYTES
+    return crc == masked_crc32c(header[:8]) and remaining_bytes < HEADER_BYTES + length + FOOTER_BYTES
 
 
 def frame_record(payload: bytes) -> bytes:
@@ -93,7 +102,7 @@ def unreadable_error(path: str | Path, error: OSError) -> DataError:
 
 
 def join_first(items: Sequence[str], separator: str = ", ") -> str:
-    """Join the first five items for a message, followed by the count of the others."""
+    """Join the first five items for a message, followed by the number of the others, such as "and 2 more"."""
     more = [f"and {len(items) - 5} more"] if len(items) > 5 else []
     return separator.join([*items[:5], *more])
 
@@ -101,7 +110,8 @@ def join_first(items: Sequence[str], separator: str = ", ") -> str:
 def index_shard(path: str | Path) -> ShardIndex:
     """Read the record headers of a shard, about a million per second, and return the location of each payload.
 
-    A file that is truncated, or corrupt after its first header, is indexed up to that point. `fault` is the reason.
+    If the file is truncated, or a header after the first one is corrupt, the records before it are indexed, and `fault`
+    is the reason. An empty file has no records and no fault.
 
     Raises:
         DataError: the file is missing, unreadable, compressed, or not a TFRecord file.
@@ -118,6 +128,7 @@ def index_shard(path: str | Path) -> ShardIndex:
 
 
 def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
+    """Index a mapped shard of `size` bytes. `path` is its path, escaped for messages."""
     offsets: list[int] = []
     lengths: list[int] = []
     start, fault = 0, None
@@ -128,9 +139,9 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
             length, crc = struct.unpack("<QI", header)
             if crc != masked_crc32c(header[:8]):
                 if start == 0:
-                    kind = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
+                    predicate = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
                     fix = "write its tf.train.Example records as an uncompressed TFRecord file"
-                    raise DataError(f"shard {path} {kind}", fix=fix)
+                    raise DataError(f"shard {path} {predicate}", fix=fix)
                 fault = f"shard {path} is corrupt at the header of record {len(offsets)}"
                 break
             end += length + FOOTER_BYTES
@@ -144,19 +155,31 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
 
 
 def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Iterator[tuple[int, str, Any, str]]:
-    """Yield index, name, Example and fault ("" if it is readable) of each of these records of a shard."""
+    """Read some records of a shard, and verify their checksums.
+
+    Args:
+        records: indices of the records in the shard.
+
+    Yields:
+        For each record: its index in the shard, its name for messages, its Example, and its fault. If the record is
+        corrupt, the Example is None. If it is intact, the fault is "".
+
+    Raises:
+        OSError: the file cannot be read.
+        IndexError: the shard has no record of this index.
+    """
     if not index.count:  # an empty file cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for record_index in records:
             start = int(index.offsets[record_index])
             end = start + int(index.lengths[record_index])
-            example, fault = _parse(data[start:end], data[end : end + FOOTER_BYTES])
+            example, fault = _parse_payload(data[start:end], data[end : end + FOOTER_BYTES])
             name = f"record {record_index} of shard {escape_unprintable(path)}"
-            yield record_index, _with_source(name, example), example, fault
+            yield record_index, _append_source_name(name, example), example, fault
 
 
-# tensorflow/core/example/{example,feature}.proto; importing them from TensorFlow takes eight seconds per process.
+# Copy of tensorflow/core/example/{example,feature}.proto: importing TensorFlow takes eight seconds per process.
 _EXAMPLE_PROTO = """
 name: "kubetune_example.proto" package: "kubetune" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -184,7 +207,13 @@ def get_example_class() -> Any:
 
 
 def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
-    """Serialize a `tf.train.Example` with the features `image`, `label`, and a bytes feature for each of `texts`."""
+    """Serialize a `tf.train.Example` with the bytes field "image", the int64 field "label", and a field per text.
+
+    Args:
+        image: the encoded image.
+        label: class index.
+        texts: field name -> text, which is stored as UTF-8.
+    """
     example = get_example_class()()
     example.features.feature["image"].bytes_list.value.append(image)
     example.features.feature["label"].int64_list.value.append(label)
@@ -193,7 +222,8 @@ def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) 
     return example.SerializeToString(deterministic=True)
 
 
-_KINDS = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
+# Type of a field for messages, by the list of its Feature that has the values.
+_FIELD_TYPES = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
 def _escape_text(value: bytes) -> str:
@@ -202,76 +232,87 @@ def _escape_text(value: bytes) -> str:
 
 
 def describe_fields(example: Any) -> str:
-    """List the fields of an Example, such as "image (bytes), label (int64)"."""
-    kinds = {
-        escape_unprintable(name): _KINDS[value.WhichOneof("kind")] for name, value in example.features.feature.items()
+    """List the fields of an Example for a message, such as "image (bytes), label (int64)"."""
+    types = {
+        escape_unprintable(name): _FIELD_TYPES[feature.WhichOneof("kind")]
+        for name, feature in example.features.feature.items()
     }
-    return ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items())) or "no fields"
+    return ", ".join(f"{name} ({field_type})" for name, field_type in sorted(types.items())) or "no fields"
 
 
 NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"
 
 
-def _parse(payload: bytes, crc: bytes) -> tuple[Any, str]:
-    """Verify the checksum of a payload and parse its Example. Return also the fault, "" if there is none."""
-    if struct.pack("<I", masked_crc32c(payload)) != crc:
+def _parse_payload(payload: bytes, footer: bytes) -> tuple[Any, str]:
+    """Verify the checksum of a payload, and return its Example and "", or None and the fault."""
+    if struct.pack("<I", masked_crc32c(payload)) != footer:
         return None, "is corrupt (checksum mismatch)"
     try:
         example = get_example_class().FromString(payload)
-    except Exception:  # protobuf's DecodeError, and other exceptions that arbitrary bytes raise
+    except Exception:  # arbitrary bytes raise protobuf's DecodeError and other exceptions
         return None, NOT_AN_EXAMPLE
     return (example, "") if example.features.feature else (None, f"{NOT_AN_EXAMPLE}: it has no fields")
 
 
 def _read_example(record: RecordLocation) -> tuple[Any, str]:
+    """Read the Example of a record and "", or None and the fault."""
     with open(record.path, "rb") as file:
         file.seek(record.offset)
-        return _parse(file.read(record.length), file.read(FOOTER_BYTES))
+        return _parse_payload(file.read(record.length), file.read(FOOTER_BYTES))
 
 
 def read_image(record: RecordLocation) -> bytes:
-    """Read the encoded image of a record. Raise a DataError if it is corrupt, or the field is not one bytes value."""
+    """Read the encoded image of a record.
+
+    Raises:
+        DataError: the record is corrupt, or its image field does not have exactly one bytes value.
+        OSError: the shard cannot be read.
+    """
     example, fault = _read_example(record)
     if fault:
         raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
-    value = example.features.feature.get(record.image_field)
-    if value is None or len(value.bytes_list.value) != 1:
-        raise _missing_image_error(_with_source(record.name, example), record.image_field, example)
-    return value.bytes_list.value[0]
+    feature = example.features.feature.get(record.image_field)
+    if feature is None or len(feature.bytes_list.value) != 1:
+        raise _missing_image_error(_append_source_name(record.name, example), record.image_field, example)
+    return feature.bytes_list.value[0]
 
 
-SOURCE_FIELD = "filename"  # in which `trainer.prepare` stores the name of the image file
-_SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # in records of other programs too
+SOURCE_FIELD = "filename"  # field in which `trainer.prepare` stores the name of the image file
+_SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # fields in which this and other programs store it
 
 
 def read_source_name(record: RecordLocation) -> str:
-    """Read the file name of the source image from a record, escaped; "" if the record has none or is corrupt."""
+    """Read the name of the image file that a record was written from, escaped for display.
+
+    Return "" if the record stores no name or is corrupt. Raises OSError if the shard cannot be read.
+    """
     return _get_source_name(_read_example(record)[0])
 
 
 def read_source_names(split: Split) -> Iterator[str]:
-    """Yield the file name that the record of each example of a split stores, escaped; "" for none."""
+    """Yield what `read_source_name` returns for the record of each example, but read each shard sequentially."""
     for shard in split.shards:
         for _, _, example, _ in read_examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
             yield _get_source_name(example)
 
 
 def _get_source_name(example: Any) -> str:
-    """Return the file name of the source image, escaped; "" if the Example, None if it is corrupt, has none."""
+    """Return the file name that an Example stores, escaped. Return "" if it stores none, or `example` is None."""
     for field in () if example is None else _SOURCE_FIELDS:
-        value = example.features.feature.get(field)
-        if value is not None and len(value.bytes_list.value) == 1:
-            return _escape_text(value.bytes_list.value[0])
+        feature = example.features.feature.get(field)
+        if feature is not None and len(feature.bytes_list.value) == 1:
+            return _escape_text(feature.bytes_list.value[0])
     return ""
 
 
-def _with_source(record: str, example: Any) -> str:
-    """Add the file name of the source image, if the Example has one, to the name of a record."""
-    source = _get_source_name(example)
-    return f"{record} ({source})" if source else record
+def _append_source_name(record: str, example: Any) -> str:
+    """Append the file name that an Example stores, if any, to the name of its record."""
+    source_name = _get_source_name(example)
+    return f"{record} ({source_name})" if source_name else record
 
 
 def _missing_image_error(record: str, field: str, example: Any) -> DataError:
+    """Build the error for the record of this name, whose image field `field` is wrong."""
     problem, fix = (
         f"{record} does not have exactly one bytes value in this field",
         f"set one of {describe_fields(example)}",
@@ -281,46 +322,51 @@ def _missing_image_error(record: str, field: str, example: Any) -> DataError:
 
 @dataclass(frozen=True)
 class LabelFields:
-    """Fields of image and label in records, and how to interpret the label."""
+    """The names of the label and image fields of records, and how to interpret the label."""
 
-    label: str  # name of the field
-    image: str  # name of the field
-    classes: int
-    kind: str = "index"  # data.label_kind
-    names: tuple[str, ...] = ()  # class names, normalized by `normalize_class_name`, for labels of the kind "text"
+    label: str  # name of the label field
+    image: str  # name of the image field
+    classes: int  # number of classes
+    kind: str = "index"  # data.label_kind: index, index1, text or onehot
+    names: tuple[str, ...] = ()  # class names for the kind "text", normalized by `normalize_class_name`
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
-    """Read the label of each record, int32 [n], -1 if it has none or is unreadable, and the faults of such records.
+    """Read the labels of the n records of a shard that `index` locates.
+
+    Returns:
+        The class index of each record, int32 [n], and a list of faults. A corrupt record, and one whose stored label is
+        `UNLABELLED`, has the class index -1 and a fault.
 
     Raises:
-        DataError: a record has no bytes in the image field, or its label is missing, not of the kind `fields.kind`, or
-            not one of the classes.
+        DataError: an intact record has no bytes in the image field, or its label is missing, not of the kind
+            `fields.kind`, or not one of the classes.
+        OSError: the shard cannot be read.
     """
     labels = np.full(index.count, -1, np.int32)
     faults: list[str] = []
-    for record_index, record, example, fault in read_examples(path, index, range(index.count)):
+    for record_index, record_name, example, fault in read_examples(path, index, range(index.count)):
         if fault:
-            faults.append(f"{record} {fault}")
+            faults.append(f"{record_name} {fault}")
             continue
         features = example.features.feature
         if fields.label not in features:
-            problem, fix = f"{record} has no such field", f"set one of {describe_fields(example)}"
+            problem, fix = f"{record_name} has no such field", f"set one of {describe_fields(example)}"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
         if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
-            raise _missing_image_error(record, fields.image, example)
+            raise _missing_image_error(record_name, fields.image, example)
         if fields.kind.startswith("index") and list(features[fields.label].int64_list.value) == [UNLABELLED]:
-            faults.append(f"{record} {NOT_LABELLED}")
+            faults.append(f"{record_name} {NOT_LABELLED}")
             continue
-        labels[record_index] = _parse_label(record, example, fields)
+        labels[record_index] = _parse_label(record_name, example, fields)
     return labels, faults
 
 
-NOT_LABELLED = f"is not labelled ({UNLABELLED})"
+NOT_LABELLED = f"is not labelled ({UNLABELLED})"  # end of the fault of a record without a label
 
 
 def label_error(fault: str, field: str) -> DataError:
-    """Build the error for a fault of `read_labels`; `field` is data.label_field."""
+    """Build the error for a fault that `read_labels` or `index_shard` reported. `field` is data.label_field."""
     if not fault.endswith(NOT_LABELLED):
         fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
         return DataError(fault, fix=fix)
@@ -329,9 +375,12 @@ def label_error(fault: str, field: str) -> DataError:
 
 
 def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
-    """Return whether every record has the label -1, which TFDS gives to examples that are not labelled.
+    """Return whether every intact record of `shards` has the label `UNLABELLED`. Return False if there are no shards.
 
-    Reading ends at the first record that has a label.
+    Reading ends at the first record that has another label, or none.
+
+    Raises:
+        DataError: a shard cannot be indexed (`index_shard`).
     """
     for shard in shards:
         index = index_shard(shard.path)
@@ -342,78 +391,84 @@ def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
 
 
 def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
-    """Return the zero-based class index of an Example; raise a DataError that describes what it holds instead."""
+    """Return the class index, from 0, of the Example of a record. `record` is the name of the record for messages.
+
+    Raises DataError, with a description of the values in the label field, if they are not one label of `fields.kind`.
+    """
     feature = example.features.feature[fields.label]
-    kind = feature.WhichOneof("kind")
-    values: list[Any] = list(getattr(feature, kind).value) if kind else []
-    shown = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
-    holds = f"{record} holds {_describe_label(shown, fields)}"
-    has_one_hot = kind != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
-    is_onehot = has_one_hot and len(values) == fields.classes
-    if has_one_hot and not is_onehot:
-        problem = f"{holds}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
+    list_name = feature.WhichOneof("kind")
+    values: list[Any] = list(getattr(feature, list_name).value) if list_name else []
+    shown_values = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
+    content = f"{record} holds {_describe_label(shown_values, fields)}"
+    is_vector = list_name != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
+    is_onehot = is_vector and len(values) == fields.classes
+    if is_vector and not is_onehot:
+        problem = f"{content}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
         fix = f"give {len(values)} class names, or set another data.label_field"
         raise DataError(problem, key="data.class_names", fix=fix)
-    actual = "onehot" if is_onehot else "text" if kind == "bytes_list" else "index"
+    actual_kind = "onehot" if is_onehot else "text" if list_name == "bytes_list" else "index"
     if len(values) != 1 and not is_onehot:
         fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"
-        problem = f"{holds}, and a classifier needs one label"
+        problem = f"{content}, and a classifier needs one label"
         raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-    if kind == "float_list" and not is_onehot:
+    if list_name == "float_list" and not is_onehot:
         fix = f"write class indices as integers, or set one of {describe_fields(example)}"
-        raise DataError(f"{holds}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
-    if actual != fields.kind.removesuffix("1"):
-        fix = f"set data.label_kind={actual}, or another data.label_field of {describe_fields(example)}"
-        raise DataError(f"{holds}", key="data.label_kind", value=fields.kind, fix=fix)
+        raise DataError(f"{content}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
+    if actual_kind != fields.kind.removesuffix("1"):
+        fix = f"set data.label_kind={actual_kind}, or another data.label_field of {describe_fields(example)}"
+        raise DataError(f"{content}", key="data.label_kind", value=fields.kind, fix=fix)
     if fields.kind == "text":
-        name = normalize_class_name(shown[0])
+        name = normalize_class_name(shown_values[0])
         if name not in fields.names:
-            problem = f"{holds}, which is not in data.class_names"
+            problem = f"{content}, which is not in data.class_names"
             fix = f"add it to {join_first(fields.names)}, or set another field"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
         return fields.names.index(name)
     if is_onehot:
         return int(np.argmax(values))
-    first = 1 if fields.kind == "index1" else 0
-    if not first <= values[0] < first + fields.classes:
-        problem = f"the label {values[0]} of {record} is outside {first}..{first + fields.classes - 1}"
-        other = "index" if first else "index1"
-        counts_otherwise = values[0] == (0 if first else fields.classes)
-        hint = f"if labels begin with {1 - first}, set data.label_kind={other}; otherwise " if counts_otherwise else ""
+    base = 1 if fields.kind == "index1" else 0
+    if not base <= values[0] < base + fields.classes:
+        problem = f"the label {values[0]} of {record} is outside {base}..{base + fields.classes - 1}"
+        other_kind = "index" if base else "index1"
+        fits_other = values[0] == (0 if base else fields.classes)
+        hint = f"if labels begin with {1 - base}, set data.label_kind={other_kind}; otherwise " if fits_other else ""
         fix = f"{hint}set another field, or one class name per label instead of {fields.classes}"
         raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-    return int(values[0]) - first
+    return int(values[0]) - base
 
 
 def _describe_label(values: Sequence[Any], fields: LabelFields) -> str:
-    """Describe the values of a label field, such as "the text dog" or "3 labels (1, 4, 5)"."""
+    """Describe the values of a label field for a message, such as "the text dog" or "3 labels (1, 4, 5)"."""
     if len(values) == 1:
-        kind = {str: "the text", float: "the decimal number", int: "the number"}[type(values[0])]
-        return f"{kind} {values[0]}"
+        noun = {str: "the text", float: "the decimal number", int: "the number"}[type(values[0])]
+        return f"{noun} {values[0]}"
     if not values:
         return "no label"
-    listed = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
-    return f"{len(values)} {'numbers' if len(values) == fields.classes else 'labels'} {listed}"
+    value_list = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
+    return f"{len(values)} {'numbers' if len(values) == fields.classes else 'labels'} {value_list}"
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Read the group of each example of a split of records, which is one text or whole number in `field`.
+    """Read the group of each example of a split of records, in the order of the examples.
 
-    `names` are the names of the numbers 0, 1, ... If None, a number is its own name.
+    Args:
+        field: data.group_field. It holds one text or whole number per record.
+        names: names of the groups 0, 1, ... if the field holds whole numbers. None to convert the numbers to text.
 
     Raises:
-        DataError: a record has no such value, or there are more than `MAX_GROUPS` distinct values.
+        DataError: a shard or record cannot be read, a record does not have exactly one text or whole number in the
+            field, a number has no name, or there are more than `MAX_GROUPS` distinct groups.
     """
     groups: list[str] = []
     for shard in split.shards:
-        records = range(shard.start, shard.stop)
-        for _, record, example, fault in read_examples(shard.path, index_shard(shard.path), records):
+        record_indices = range(shard.start, shard.stop)
+        for _, record_name, example, fault in read_examples(shard.path, index_shard(shard.path), record_indices):
             if fault:
-                raise DataError(f"{record} {fault}", fix="fetch or write the shard again")
-            value = example.features.feature.get(field)
-            values: list[Any] = [*value.bytes_list.value, *value.int64_list.value] if value else []
+                raise DataError(f"{record_name} {fault}", fix="fetch or write the shard again")
+            feature = example.features.feature.get(field)
+            values: list[Any] = [*feature.bytes_list.value, *feature.int64_list.value] if feature else []
             if len(values) != 1:
-                problem = f"{record} does not have exactly one text or whole number in this field"
+                problem = f"{record_name} does not have exactly one text or whole number in this field"
                 fix = f"set one of {describe_fields(example)}"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
             group = values[0]
@@ -424,11 +479,14 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
             elif 0 <= group < len(names):
                 groups.append(names[group])
             else:
-                problem, fix = f"{record} holds {group}, but there are {len(names)} names", "set another field"
+                problem, fix = f"{record_name} holds {group}, but there are {len(names)} names", "set another field"
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
-    distinct = set(groups)
-    if len(distinct) > MAX_GROUPS:
-        count = f"{len(distinct):,} different values among the {split.count:,} {split.name} examples"
-        problem, fix = f"{count}, such as {min(distinct)!r}", f"set a field of at most {MAX_GROUPS} different values"
+    distinct_groups = set(groups)
+    if len(distinct_groups) > MAX_GROUPS:
+        count = f"{len(distinct_groups):,} different values among the {split.count:,} {split.name} examples"
+        problem, fix = (
+            f"{count}, such as {min(distinct_groups)!r}",
+            f"set a field of at most {MAX_GROUPS} different values",
+        )
         raise DataError(problem, key="data.group_field", value=field, fix=fix)
     return tuple(groups)

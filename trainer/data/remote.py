@@ -1,4 +1,7 @@
-"""Copy the dataset and weights of a configuration from buckets to the local disk."""
+"""Copy the dataset and weights of a configuration from buckets to the local disk.
+
+Messages to the user show the addresses in the buckets instead of the paths of the local copies.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +22,22 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """If data.data_dir is in a bucket, set data.root to the prepared folder of data.name there.
+    """Locate a dataset that data.data_dir in a bucket contains, and decide whether its shards can be streamed.
 
-    Return also the bucket folder whose shards can be fetched while they are used. It is None for a local dataset, for
-    sources other than tfds, and with data.group_field or data.corrections, since only the records store the groups and
-    the names of files.
+    Returns:
+        The settings, with data.root instead of data.data_dir if that is in a bucket; and the bucket folder whose shards
+        can be fetched while they are read. The folder is None for a local dataset and for sources other than
+        tfds. It is also None with data.group_field or data.corrections, because only the records store the groups and
+        the file names that these settings need before training.
+
+    Raises:
+        DataError: data.data_dir has no dataset or version data.name.
     """
     if is_remote(data.data_dir) and data.name:
         folder = find_prepared_folder(str(data.data_dir), data.name)
         data = data.model_copy(update={"root": folder, "data_dir": None})
-    streams = data.source == "tfds" and is_remote(data.root) and not (data.group_field or data.corrections)
-    return data, str(data.root).rstrip("/") if streams else None
+    can_stream = data.source == "tfds" and is_remote(data.root) and not (data.group_field or data.corrections)
+    return data, str(data.root).rstrip("/") if can_stream else None
 
 
 def fetch_local_copies(
@@ -38,21 +46,23 @@ def fetch_local_copies(
     """Copy the dataset and weights of a configuration from buckets to the local disk.
 
     Args:
-        check: called with an address while it is copied; can raise to stop.
-        stream: leave the shards of a prepared dataset in the bucket, where `resolve_addresses` allows it.
+        check: is called repeatedly with an address while its files are fetched, and raises to cancel.
+        stream: whether to leave the shards of a prepared dataset in the bucket, if `resolve_addresses` permits it.
 
     Returns:
-        The configuration with local paths; the address of each local folder; and the cache that fetches the shards
-        while they are read, None if everything is copied.
+        The configuration with local paths; local folder -> the bucket folder that it is a copy of; and the cache that
+        fetches shards while they are read, or None if all files are local.
 
     Raises:
-        DataError: an address is missing, exceeds the disk budget, or has a shard that differs from its manifest.
+        DataError: nothing exists at an address, its files exceed the disk budget or cannot be local files, a shard
+            differs from its manifest, or a CSV file of data.source=csv is invalid.
         Interrupted: a bucket does not respond.
     """
     runtime = config.runtime
     addresses: dict[str, str] = {}
 
     def copy_to_disk(address: str | None) -> str | None:
+        """Return the local path that replaces an address in a bucket. Return any other path unchanged."""
         if not address or not is_remote(address):
             return address
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
@@ -61,11 +71,11 @@ def fetch_local_copies(
         addresses[folder] = bucket_folder
         return path
 
-    data, address = resolve_addresses(config.data)
-    shards = _open_shards(address, runtime, log_message, check) if stream and address else None
-    if address and shards:
-        addresses[str(shards.folder)] = address
-        data = data.model_copy(update={"root": str(shards.folder)})
+    data, streamed_folder = resolve_addresses(config.data)
+    cache = _open_shard_cache(streamed_folder, runtime, log_message, check) if stream and streamed_folder else None
+    if streamed_folder and cache:
+        addresses[str(cache.folder)] = streamed_folder
+        data = data.model_copy(update={"root": str(cache.folder)})
     if data.source == "csv":
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         data, copies = plan_copies(data, runtime.cache_folder, budget)
@@ -74,23 +84,29 @@ def fetch_local_copies(
             fetch_missing(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
             addresses[str(copy.folder)] = copy.bucket
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
-    if names := _stored_class_names(config.data):
-        copy_to_disk(names)
+    if class_names_address := _find_class_names(config.data):
+        copy_to_disk(class_names_address)
     model = config.model.model_copy(update={"weights": copy_to_disk(config.model.weights)})
-    return config.model_copy(update={"data": data, "model": model}), addresses, shards
+    return config.model_copy(update={"data": data, "model": model}), addresses, cache
 
 
-def _stored_class_names(data: Data) -> str | None:
-    """Return the address of the class names next to record files in a bucket; None if there are none."""
+def _find_class_names(data: Data) -> str | None:
+    """Return the address of the file with class names in the bucket folder of data.pattern.
+
+    Return None if there is no such file, data.pattern is not in a bucket, or labels are not indices from 0.
+    """
     if data.source != "tfrecords" or data.label_kind != "index" or not is_remote(data.pattern):
         return None
     folder = str(data.pattern).rpartition("/")[0]
-    names = storage_path(f"{folder}/{data.label_field}.labels.txt")
-    return str(names) if not has_wildcard(folder) and names.exists() else None
+    names_file = storage_path(f"{folder}/{data.label_field}.labels.txt")
+    return str(names_file) if not has_wildcard(folder) and names_file.exists() else None
 
 
 def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
-    """Replace the paths of local copies in a text by the addresses that they are copies of."""
+    """Replace the paths of local copies in a text, escaped for display or not, by their addresses in buckets.
+
+    `addresses` maps each local folder to the bucket folder that it is a copy of.
+    """
     for path, address in addresses.items():
         text = text.replace(path, address).replace(escape_unprintable(path), escape_unprintable(address))
     return text
@@ -98,7 +114,10 @@ def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
 
 @contextmanager
 def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
-    """In errors raised within this context, replace the paths of local copies by their addresses in buckets."""
+    """Replace the paths of local copies by their addresses in each `TrainerError` that this context raises.
+
+    `addresses` maps each local folder to the bucket folder that it is a copy of.
+    """
     try:
         yield
     except TrainerError as error:
@@ -110,17 +129,20 @@ def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Shards and metadata files, by name, of a bucket folder that `python -m trainer.prepare` wrote."""
+    """Shards and metadata files, by file name, of a bucket folder that `python -m trainer.prepare` wrote."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
 
 
 def find_prepared(address: str) -> Prepared | None:
-    """Return the prepared dataset in a bucket folder. None if the manifest, the labels or dataset_info.json is missing.
+    """Return the files of the dataset that `python -m trainer.prepare` wrote to a bucket folder.
+
+    Return None if the manifest, the labels file or dataset_info.json is missing.
 
     Raises:
-        DataError: a shard is missing or differs from the manifest.
+        DataError: a shard is missing, or has another size or checksum than in the manifest.
+        Interrupted: the bucket does not respond.
     """
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
     if not {MANIFEST, LABELS, INFO} <= files.keys():
@@ -138,23 +160,23 @@ def find_prepared(address: str) -> Prepared | None:
     return Prepared({name: files[name] for name in manifest}, metadata)
 
 
-def _open_shards(
+def _open_shard_cache(
     address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
 ) -> ShardCache | None:
-    """Fetch the metadata of a prepared folder, and return the cache that fetches its shards. None if not prepared."""
+    """Fetch the metadata of a prepared folder, and return a cache for its shards; None if it is not prepared."""
     prepared = find_prepared(address)
     if prepared is None:
         return None
-    folder, check_address = runtime.cache_folder, partial(check, address)
-    budget, _ = choose_disk_budget(runtime.disk_budget, folder)
-    shards = ShardCache(address, prepared.shards, folder, budget, log_message, check_address, prepared.metadata)
-    fetch_missing(address, prepared.metadata, shards.folder, log_message, check_address)
-    log_message(f"{address}: {describe_shards(prepared, budget)}, to {shards.folder}")
-    return shards
+    cache_folder, check_address = runtime.cache_folder, partial(check, address)
+    budget, _ = choose_disk_budget(runtime.disk_budget, cache_folder)
+    cache = ShardCache(address, prepared.shards, cache_folder, budget, log_message, check_address, prepared.metadata)
+    fetch_missing(address, prepared.metadata, cache.folder, log_message, check_address)
+    log_message(f"{address}: {describe_shards(prepared, budget)}, to {cache.folder}")
+    return cache
 
 
 def describe_shards(prepared: Prepared, budget: int) -> str:
-    """Describe the count and size of the shards, and the size of the disk cache."""
+    """Describe the number and size of the shards, and the bytes that they use on disk, at most `budget`."""
     size = sum(info.size for info in prepared.shards.values())
     count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
     at_most = f"{min(size, budget) / 1e6:,.1f} MB at most on disk"

@@ -18,61 +18,70 @@ CheckpointState = Mapping[str, Any]  # `ShardingPlan.checkpoint_state`; empty fo
 class Sharding:
     """The subset of the training split that one worker reads.
 
-    By record, the global batches are those of a run on one worker, and each worker takes its rows of them. By file,
-    each worker has its own shards, the same in every epoch, and fills its rows of each global batch from them: a record
-    is read by one worker only, but is shuffled only within the shards of that worker.
+    Sharded by record, the global batches are those of a run on one worker, and each worker takes its rows of each
+    batch. Sharded by file, each worker has its own shards, the same in every epoch, and fills its rows of each global
+    batch from them. Then each record is read by one worker only, but it is shuffled only within the shards of that
+    worker.
 
-    With virtual replicas by file, each of their `parts` of a global batch has its own shards, and a worker reads those
-    of consecutive parts. So the global batches do not depend on the number of workers.
+    With virtual replicas, a global batch has one part per virtual replica. Sharded by file, each part has its own
+    shards, and a worker reads the shards of consecutive parts. So the global batches do not depend on the number of
+    workers.
     """
 
-    worker: int = 0
-    workers: int = 1
+    worker: int = 0  # index of this worker
+    workers: int = 1  # number of workers
     by: ShardingMode = "record"
-    parts: int | None = None  # virtual replicas, a multiple of `workers`; None: each worker is one part
+    parts: int | None = None  # number of virtual replicas, a multiple of `workers`; None if each worker is one part
 
     @property
     def by_file(self) -> bool:
+        """Whether the examples are sharded by file. A single part reads all shards, so it counts as by record."""
         return self.by == "file" and (self.parts or self.workers) > 1
 
     def of_parts(self) -> list["Sharding"]:
-        """Return the sharding of each part that this worker reads, as if each part were one worker."""
+        """Return the sharding of each part that this worker reads, as if each part were a worker.
+
+        It is only this sharding itself if it is by record or has no virtual replicas.
+        """
         if not self.by_file or self.parts is None:
             return [self]
-        own = self.parts // self.workers
-        return [Sharding(part, self.parts, self.by) for part in range(self.worker * own, (self.worker + 1) * own)]
+        count = self.parts // self.workers  # parts per worker
+        return [Sharding(part, self.parts, self.by) for part in range(self.worker * count, (self.worker + 1) * count)]
 
 
 UNSHARDED = Sharding()
 
 
 def count_shard_records(split: Split) -> np.ndarray:
-    """Count the records of each shard that the split uses, int64 [shards]."""
+    """Return the number of records that a split uses of each of its shards, int64 [shards]."""
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
 def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
-    """Return the shard indices of each worker, increasing, int64.
+    """Assign each shard to a worker, and return the shard indices of each worker, int64, increasing.
 
-    The record counts are balanced by longest-processing-time-first scheduling (Graham 1969).
+    The numbers of records are balanced by longest-processing-time-first scheduling (Graham 1969).
     """
     sizes = count_shard_records(split)
-    loads, owner = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
+    loads, worker_of_shard = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
-        owner[shard] = np.argmin(loads)
-        loads[owner[shard]] += sizes[shard]
-    return [np.flatnonzero(owner == worker) for worker in range(workers)]
+        worker_of_shard[shard] = np.argmin(loads)
+        loads[worker_of_shard[shard]] += sizes[shard]
+    return [np.flatnonzero(worker_of_shard == worker) for worker in range(workers)]
 
 
 def select_worker_shards(split: Split, sharding: Sharding) -> np.ndarray:
-    """Return the shard indices of a worker with sharding by file, increasing, int64."""
+    """Return the indices of the shards that a worker reads if the split is sharded by file, int64 [k], increasing."""
     parts = sharding.of_parts()
     assigned = assign_shards(split, parts[0].workers)
     return np.sort(np.concatenate([assigned[part.worker] for part in parts]))
 
 
 def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
-    """Return the indices, int64 [n], increasing, of the training examples that a worker can read: all if by record."""
+    """Return the indices of the training examples that a worker can read, int64 [n], increasing.
+
+    They are all examples if the split is sharded by record, because a worker reads other examples in each epoch.
+    """
     if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
     shards, sizes = select_worker_shards(split, sharding), count_shard_records(split)
@@ -80,7 +89,10 @@ def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
 
 
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Count the global batches per epoch, the last one padded. By file, the worker or part with most decides."""
+    """Return the number of global batches per epoch. The last one can be padded.
+
+    Sharded by file, the worker or part with the most batches determines it, and the others end the epoch with padding.
+    """
     if sharding.by_file:
         parts = sharding.parts or sharding.workers
         sizes, rows = count_shard_records(split), batch_size // parts
@@ -93,34 +105,38 @@ class ShardingPlan:
     """Sharding of the training split over all workers, and the reason for it."""
 
     by: ShardingMode
-    workers: int
+    workers: int  # number of workers
     steps_per_epoch: int
-    reason: str
-    parts: int | None = None  # see `Sharding`
+    reason: str  # a clause for the log line
+    parts: int | None = None  # number of virtual replicas; None if each worker is one part
 
     def of_worker(self, worker: int) -> Sharding:
+        """Return the sharding with which a worker trains."""
         return Sharding(worker, self.workers, self.by, self.parts)
 
     def of_scoring(self, worker: int) -> Sharding:
-        """Return the sharding of scoring and features. With virtual replicas the workers divide whole device calls."""
+        """Return the sharding with which a worker scores examples and computes features.
+
+        With virtual replicas it is by record, because the workers then divide the examples into whole device calls.
+        """
         return Sharding(worker, self.workers, "record" if self.parts else self.by)
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint stores, so that `check_resumable` can compare the plan of a later start with it."""
-        workers = self.parts or self.workers  # any number of workers has the batches of these parts
+        """The values that a checkpoint stores, so that `check_resumable` can compare a later start's plan with them."""
+        workers = self.parts or self.workers  # with virtual replicas, the batches are the same on any number of workers
         return {"by": self.by, "workers": workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """Format the log line about the records of a worker."""
+        """Format the log line about the sharding, with the numbers of shards and records that a worker reads."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
         shards, sizes = select_worker_shards(split, self.of_worker(worker)), count_shard_records(split)
         paths = [shard.path for shard in split.shards]  # a split can use several ranges of a file
-        files, records = len({paths[shard] for shard in shards}), sizes[shards].sum()
+        num_files, num_records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
-            f"sharding: by file ({self.reason}); worker {worker} has {files} of {len(set(paths))} shards with "
-            f"{records:,} of {sizes.sum():,} records"
+            f"sharding: by file ({self.reason}); worker {worker} has {num_files} of {len(set(paths))} shards with "
+            f"{num_records:,} of {sizes.sum():,} records"
         )
 
 
@@ -130,18 +146,27 @@ def plan_sharding(
 ) -> ShardingPlan:  # fmt: skip
     """Choose the sharding of the training split.
 
-    Sharding by file requires at least one shard per worker or virtual replica. "auto" keeps the sharding of the
-    checkpoint. It shards a new run by file if decoded images are not cached, so that each record is read and decoded by
-    one worker only; with virtual replicas it does not, because what is cached can differ between numbers of workers.
+    Sharding by file requires at least two workers or virtual replicas, and at least one shard for each of them.
+    Otherwise the split is sharded by record. If both conditions hold, "auto" retains the sharding of the checkpoint. It
+    shards a new run by file if decoded images are not cached, so that each record is read and decoded by one worker
+    only. With virtual replicas it shards a new run by record, because what is cached can depend on the number of
+    workers, and the batches must not.
 
-    `image_cache` is where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
-    images only once, to compute features.
+    Args:
+        shard_by: data.shard_by.
+        split: the training split.
+        workers: number of workers.
+        batch_size: rows of a global batch.
+        image_cache: where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
+            images only once, to compute features.
+        checkpoint: `ShardingPlan.checkpoint_state` of the checkpoint to resume from; empty for a new run.
+        virtual_replicas: training.virtual_replicas.
     """
     by: ShardingMode = "record"
     parts = virtual_replicas or workers
     if parts > 1 and len(split.shards) >= parts:
-        automatic: ShardingMode = "file" if image_cache == "none" and not virtual_replicas else "record"
-        by = checkpoint.get("by") or automatic if shard_by == "auto" else shard_by
+        auto_mode: ShardingMode = "file" if image_cache == "none" and not virtual_replicas else "record"
+        by = checkpoint.get("by") or auto_mode if shard_by == "auto" else shard_by
     if shard_by == by:
         reason = "as configured"
     elif parts == 1:
@@ -164,16 +189,23 @@ def plan_sharding(
 
 
 def check_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
-    """Raise a ConfigError if a run cannot resume from a checkpoint with this plan.
+    """Check that a run can resume from a checkpoint with this plan.
 
-    Sharding by file can change only between epochs, and only to equal steps per epoch. `epoch_step` is the
-    number of steps of the current epoch in the checkpoint.
+    A run that is or was sharded by file can change its sharding only at the beginning of an epoch, and only if the
+    steps per epoch remain the same.
+
+    Args:
+        checkpoint: `ShardingPlan.checkpoint_state` of the checkpoint; empty for a new run.
+        epoch_step: steps that the checkpoint has of its current epoch; 0 at the beginning of an epoch.
+
+    Raises:
+        ConfigError: the run cannot resume with this plan.
     """
     if not checkpoint or checkpoint == plan.checkpoint_state or "file" not in (plan.by, checkpoint["by"]):
         return
     steps_differ = checkpoint["steps_per_epoch"] != plan.steps_per_epoch
     if epoch_step or steps_differ:
-        why = "the steps per epoch differ" if steps_differ else f"the checkpoint is {epoch_step} steps into an epoch"
-        used = f"the checkpoint used {checkpoint['by']} on {checkpoint['workers']} workers"
-        problem = f"cannot resume with another sharding: {used}, this start uses {plan.by} on {plan.workers} ({why})"
+        cause = "the steps per epoch differ" if steps_differ else f"the checkpoint is {epoch_step} steps into an epoch"
+        state = f"the checkpoint used {checkpoint['by']} on {checkpoint['workers']} workers"
+        problem = f"cannot resume with another sharding: {state}, this start uses {plan.by} on {plan.workers} ({cause})"
         raise ConfigError(problem, fix=f"resume with {checkpoint['workers']} workers")

@@ -1,4 +1,4 @@
-"""Build splits of examples, select from them, hash them, and read the labels of TFRecord shards."""
+"""Build splits of examples, select examples from them, hash them, and read the labels of TFRecord shards."""
 
 import glob
 import hashlib
@@ -39,30 +39,43 @@ SPLITS = ("train", "validation", "test")
 class RawData:
     """A dataset as a source provides it, before the selections and checks that all sources have in common."""
 
-    name: str
-    class_names: tuple[str, ...]
-    splits: dict[str, Split]
-    identities: dict[str, str]  # path of a file or shard -> its name, size in bytes, and checksum or hash of its ends
-    skipped: list[str] = field(default_factory=list)  # unreadable files and records, with the reason
-    notes: list[str] = field(default_factory=list)
-    ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
-    group_names: tuple[str, ...] | None = None  # names of the values 0, 1, ... of data.group_field
+    name: str  # of the dataset
+    class_names: tuple[str, ...]  # by class index
+    splits: dict[str, Split]  # train, and validation and test if there are any
+    identities: dict[str, str]  # path of a file or shard -> "NAME BYTES HASH", with a checksum or hash of its ends
+    skipped: list[str] = field(default_factory=list)  # unreadable files and records, each with the reason
+    notes: list[str] = field(default_factory=list)  # log lines about the dataset
+    ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of its files that are not images
+    group_names: tuple[str, ...] | None = None  # of the groups 0, 1, ... in data.group_field; None if it has texts
 
 
 def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str]:
-    """Return the size of a file in bytes, its first `length` bytes, and a hash of its first and last `length` bytes."""
-    handle = os.open(path, os.O_RDONLY)  # faster: a Python file object doubles the time of this function
+    """Read the first and the last `length` bytes of a file.
+
+    Returns:
+        The size of the file in bytes, its first `length` bytes, and a hash of both ends, 16 hex digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY)  # a Python file object would double the time of this function
     try:
-        size = os.fstat(handle).st_size
-        head = os.pread(handle, length, 0)
-        tail = os.pread(handle, length, max(len(head), size - length))
+        size = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, length, 0)
+        tail = os.pread(descriptor, length, max(len(head), size - length))  # a short file has no byte in both
     finally:
-        os.close(handle)
+        os.close(descriptor)
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
 
 
 def unused_fractions(data: Data, existing: Container[str]) -> list[str]:
-    """Return a note for each fraction of the configuration that is not used, since the data has this split."""
+    """Return a note for each configured fraction that is not used because the data has this split.
+
+    A fraction of 0 or with the default value counts as not configured.
+
+    Args:
+        existing: names of the splits that the data has.
+    """
     notes = []
     for name in ("validation", "test"):
         fraction, default = getattr(data, key := f"{name}_fraction"), Data.model_fields[f"{name}_fraction"].default
@@ -72,7 +85,7 @@ def unused_fractions(data: Data, existing: Container[str]) -> list[str]:
 
 
 def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """Describe the example counts in total and per class, such as "7 (cat 3, dog 4)", for at most the ten rarest."""
+    """Describe the number of examples in total and in each of the ten rarest classes, such as "7 (cat 3, dog 4)"."""
     counts = np.bincount(labels, minlength=len(class_names))
     shown = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
     more = ", ..." * (len(counts) > 10)
@@ -80,59 +93,72 @@ def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
-    """Return a split of the examples `indices`, int [k], which must be increasing if the split has shards."""
+    """Return a split of only the examples at `indices`, int [k]. They must be increasing if the split has shards."""
     labels = split.labels[indices]
     if split.groups is not None:
         split = replace(split, groups=tuple(split.groups[i] for i in indices))
     if split.files:
         return replace(split, labels=labels, files=tuple(split.files[i] for i in indices))
-    shard_of = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[indices]
+    shard_index = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[indices]
     record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[indices]
-    breaks = np.flatnonzero((np.diff(shard_of) != 0) | (np.diff(record) != 1)) + 1
-    runs = [run for run in np.split(np.arange(len(indices)), breaks) if len(run)]  # of consecutive records
-    shards = [replace(split.shards[shard_of[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in runs]
+    breaks = np.flatnonzero((np.diff(shard_index) != 0) | (np.diff(record) != 1)) + 1
+    ranges = [r for r in np.split(np.arange(len(indices)), breaks) if len(r)]  # consecutive records of one shard
+    shards = [
+        replace(split.shards[shard_index[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in ranges
+    ]
     return replace(split, labels=labels, shards=tuple(shards))
 
 
 def rank_within_classes(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Rank each example, from 0, in a random order of its class, int64 [n]."""
+    """Shuffle the examples of each class, and return the rank of each example in its class, from 0, int64 [n].
+
+    Args:
+        labels: class index of each example, int [n].
+    """
     shuffled = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sorted_by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)
-    result = np.empty(len(labels), np.int64)
-    result[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return result
+    ranks = np.empty(len(labels), np.int64)
+    ranks[sorted_by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
 
 
 def select_per_class(split: Split, limit: int, seed: int) -> Split:
-    """Select at most `limit` random examples of each class, in unchanged order."""
+    """Select at most `limit` random examples of each class, and retain their order."""
     return take(split, np.flatnonzero(rank_within_classes(split.labels, seed) < limit))
 
 
 def select_at_most(split: Split, limit: int, seed: int) -> Split:
-    """Select at most `limit` random examples, balanced over the classes as far as possible, in unchanged order."""
+    """Select at most `limit` random examples, and retain their order.
+
+    The classes get equal numbers of examples (or 1 more), except that a class with fewer examples gets all of them.
+    """
     if split.count <= limit:
         return split
     return take(split, np.sort(np.argsort(rank_within_classes(split.labels, seed), kind="stable")[:limit]))
 
 
 def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Compute the size of each new split, its rounded fraction of `count`, at least 1 if above 0. Train retains 1."""
-    sizes, left = {}, count - 1
+    """Compute the sizes of new splits that get fractions of `count` examples. The train split gets the others.
+
+    A size is the rounded fraction, but at least 1 if the fraction is above 0. Because the train split retains at least
+    one example, the last splits get fewer examples, or none, if `count` is small.
+    """
+    sizes, remaining = {}, count - 1
     for name, fraction in fractions.items():
-        sizes[name] = min(left, max(1, round(count * fraction))) if fraction > 0 else 0
-        left -= sizes[name]
+        sizes[name] = min(remaining, max(1, round(count * fraction))) if fraction > 0 else 0
+        remaining -= sizes[name]
     return sizes
 
 
 def count_overlap(first: Split, second: Split) -> int:
     """Count the records that are in both splits."""
-    pairs = [(one, other) for one, other in product(first.shards, second.shards) if one.path == other.path]
-    return sum(max(0, min(one.stop, other.stop) - max(one.start, other.start)) for one, other in pairs)
+    pairs = [(a, b) for a, b in product(first.shards, second.shards) if a.path == b.path]
+    return sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in pairs)
 
 
 def hash_raw_data(raw: RawData) -> str:
-    """Hash class names, splits, labels and file identities, independent of the root folder, to 16 hex digits."""
+    """Hash class names, splits, labels and file identities to 16 hex digits, independently of the root folder."""
     digest = hashlib.sha256(repr(raw.class_names).encode())
     for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
@@ -144,45 +170,48 @@ def hash_raw_data(raw: RawData) -> str:
     return digest.hexdigest()[:16]
 
 
-_END_BYTES = 2**16  # of the beginning and the end of a shard, covered by the dataset fingerprint
+_END_BYTES = 2**16  # bytes at each end of a shard that its identity, and so the dataset fingerprint, covers
 
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Settings for reading the shards of a source."""
+    """Settings for reading the shards of a dataset."""
 
     data: Data
     classes: int  # number of classes
     cache_dir: Path  # stores the labels of shards for later runs
     log_message: LogMessage
-    streamed: bool = False  # the shards are fetched later: use manifest and labels file
+    streamed: bool = False  # True: the shards are not local yet, so labels are read from the labels file of the folder
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Read the labels and identities of shards. Cache the labels of intact shards on disk.
+    """Read the labels and identities of shards, or load the labels that an earlier start cached on disk.
 
-    In a folder that `python -m trainer.prepare` wrote, the identities are those of its manifest, so that a dataset has
-    the same fingerprint on a local disk and in a bucket. Local records are still read, to verify their checksums.
+    The labels of a shard are cached if all of its records are intact and labelled. In a folder that
+    `python -m trainer.prepare` wrote, the identities are those of the manifest, so that a dataset has the same
+    fingerprint on a local disk and in a bucket. Unless cached, labels of local shards are still read from the records,
+    to verify the checksums.
 
     Returns:
-        By path, the labels of each shard, int32 [records], -1 for a corrupt or unlabelled record. By path, its
-        identity: file name, size, and CRC32C or hash of its ends. A description of each such shard or record.
+        Path -> labels of the shard, int32 [records], -1 for a corrupt or unlabelled record; path -> identity of the
+        shard, "NAME BYTES HASH"; and a description of each truncated or corrupt shard, and of each corrupt or
+        unlabelled record.
 
     Raises:
-        DataError: a shard is missing, or not in the manifest; a record has no valid image or label field; or, with
-            on_error="fail", a shard is corrupt or a record is not labelled.
+        DataError: a shard cannot be read, or a streamed one is not in the manifest; a record has no valid image or
+            label field; or a shard has a fault and data.on_error is "fail".
     """
     data = source.data
-    names = tuple(map(normalize_class_name, data.class_names or ()))
-    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, names)
-    how = (data.label_kind, names if data.label_kind == "text" else None)
+    class_names = tuple(map(normalize_class_name, data.class_names or ()))
+    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, class_names)
+    label_format = (data.label_kind, class_names if data.label_kind == "text" else None)
     labels: dict[str, np.ndarray] = {}
     identities: dict[str, str] = {}
     skipped: list[str] = []
-    stored = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
-    for done, path in enumerate(paths):
+    manifests = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
+    for num_done, path in enumerate(paths):
         health.record_progress()
-        name, (entries, stored_labels) = os.path.basename(path), stored[os.path.dirname(path)]
+        name, (entries, stored_labels) = os.path.basename(path), manifests[os.path.dirname(path)]
         if source.streamed:
             if name not in entries:
                 problem = f"shard {escape_unprintable(path)} is not in the manifest of its folder"
@@ -190,26 +219,28 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             identities[path], labels[path] = entries[name].identity, stored_labels[name]
             continue
         try:
-            status = os.stat(path)
-            prepared = name in entries and entries[name].bytes == status.st_size
-            digest = "" if prepared else digest_head_and_tail(path, _END_BYTES)[2]
-            identities[path] = entries[name].identity if prepared else f"{name} {status.st_size} {digest}"
+            stat = os.stat(path)
+            has_entry = name in entries and entries[name].bytes == stat.st_size
+            digest = "" if has_entry else digest_head_and_tail(path, _END_BYTES)[2]
+            identities[path] = entries[name].identity if has_entry else f"{name} {stat.st_size} {digest}"
         except OSError as error:
             raise unreadable_error(path, error) from None
-        key = repr((identities[path], status.st_mtime_ns, fields.label, fields.image, source.classes))
-        key += repr(how) if data.label_kind != "index" else ""
-        cached = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        key = repr((identities[path], stat.st_mtime_ns, fields.label, fields.image, source.classes))
+        key += repr(label_format) if data.label_kind != "index" else ""
+        cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         with suppress(OSError, ValueError, KeyError):  # missing or corrupt: read the shard again
-            labels[path] = unpack(cached.read_bytes())["labels"]
+            labels[path] = unpack(cache_file.read_bytes())["labels"]
             continue
-        if done % 100 == 0:
-            source.log_message(f"reading the labels of {len(paths) - done} shards (once, cached in {cached.parent})")
+        if num_done % 100 == 0:
+            source.log_message(
+                f"reading the labels of {len(paths) - num_done} shards (once, cached in {cache_file.parent})"
+            )
         index = index_shard(path)
         labels[path], faults = read_labels(path, index, fields)
         faults += [index.fault] if index.fault else []
         if not faults:
-            with suppress(OSError):  # a later start reads the shard again
-                write_atomically(cached, pack({"labels": labels[path]}))
+            with suppress(OSError):  # not cached, so that a later start reads the shard again
+                write_atomically(cache_file, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
             raise label_error(faults[0], data.label_field)
         skipped += faults
@@ -217,19 +248,30 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
 
 
 def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
-    """Build the error for a split that the dataset or the configuration defines, but that has no example."""
-    unreadable_ones = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
+    """Build the error for a split that the dataset or the configuration defines, but that has no example.
+
+    Args:
+        content: a clause about what the split has, such as "a.tfrec has 3 records".
+        skipped: descriptions of its unreadable files or records.
+    """
+    skipped_clause = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
     fix = "repair them, or remove the split" if skipped else "add examples to it, or use another split"
-    return DataError(f"the {name} split has no example: {content}{unreadable_ones}", fix=fix)
+    return DataError(f"the {name} split has no example: {content}{skipped_clause}", fix=fix)
 
 
 def build_split(
     name: str, ranges: list[Shard], labels: dict[str, np.ndarray], source: RecordSource, skipped: Sequence[str]
 ) -> Split:
-    """Build the split of the intact and labelled records in `ranges`.
+    """Build a split from the intact and labelled records in `ranges`.
+
+    Args:
+        ranges: the records of the split.
+        labels: path -> labels of the shard, int32 [records], -1 for a corrupt or unlabelled record.
+        skipped: descriptions of all faults, from which the error for an empty split selects those of its shards.
 
     Raises:
-        DataError: no record is left, none is labelled, or a count differs from dataset_info.json (on_error="fail").
+        DataError: no record is intact and labelled, or a shard has another number of records than `ranges` specifies
+            and data.on_error is "fail".
     """
     shards = []
     for shard in ranges:
@@ -253,42 +295,47 @@ def build_split(
 
 
 def find_matching_files(pattern: str) -> list[str]:
-    """Return the files that a pattern matches, sorted. A path component that exists literally is not a pattern."""
+    """Return the files that a glob pattern matches, sorted.
+
+    A path component that exists literally, such as a folder `photos [2024]`, is not a pattern.
+    """
     components = pattern.split("/")
     for i, component in enumerate(components):
         if has_wildcard(component) and not os.path.lexists("/".join(components[: i + 1])):
-            literal = [glob.escape(earlier) for earlier in components[:i]]
-            return sorted(filter(os.path.isfile, glob.glob("/".join([*literal, *components[i:]]), recursive=True)))
+            escaped = [glob.escape(literal) for literal in components[:i]]
+            return sorted(filter(os.path.isfile, glob.glob("/".join([*escaped, *components[i:]]), recursive=True)))
     return [pattern] if os.path.isfile(pattern) else []
 
 
 def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawData:
     """Open the TFRecord files that match data.pattern, and assign them to splits by the configured fractions.
 
-    In path order, the first files are the validation split, the next the test split, and all others the train split. In
-    a folder that stores class names, as `trainer.prepare` and TFDS write it, the labels are indices of these.
+    In path order, the first files are the validation split, the next files the test split, and all others the train
+    split. If labels are class indices from 0 and the folder of a shard stores class names, as TFDS and
+    `python -m trainer.prepare` write them, the labels are indices of these names instead of data.class_names.
 
     Raises:
-        DataError: no file matches the pattern, there are fewer files than splits, or a shard cannot be read.
+        DataError: no file matches the pattern, there are fewer files than splits, folders store different class names,
+            a shard or record cannot be read or has no valid label, or a split has no example.
     """
     assert data.pattern
     assert data.class_names
     paths = find_matching_files(os.path.expanduser(data.pattern))
     if not paths:
         if os.path.isdir(os.path.expanduser(data.pattern)):
-            files = f"set {format_argument('data.pattern', os.path.join(data.pattern, '*.tfrec*'))}"
-            raise DataError("is a folder", key="data.pattern", value=data.pattern, fix=files)
+            folder_fix = f"set {format_argument('data.pattern', os.path.join(data.pattern, '*.tfrec*'))}"
+            raise DataError("is a folder", key="data.pattern", value=data.pattern, fix=folder_fix)
         problem, fix = f"no file matches (searched from {os.getcwd()})", "set the pattern of the shards"
         raise DataError(problem, key="data.pattern", value=data.pattern, fix=fix)
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     names = ["train", *(name for name, fraction in fractions.items() if fraction > 0)]
     if len(paths) < len(names):
-        matches = f"matches {len(paths)} file{'s' * (len(paths) > 1)}, too few for the splits {', '.join(names)}"
-        zero = " and ".join(f"data.{name}_fraction=0" for name in names[1:])
-        fix = f"write more shards (python -m trainer.prepare), or set {zero}"
-        raise DataError(matches, key="data.pattern", value=data.pattern, fix=fix)
+        mismatch = f"matches {len(paths)} file{'s' * (len(paths) > 1)}, too few for the splits {', '.join(names)}"
+        overrides = " and ".join(f"data.{name}_fraction=0" for name in names[1:])
+        fix = f"write more shards (python -m trainer.prepare), or set {overrides}"
+        raise DataError(mismatch, key="data.pattern", value=data.pattern, fix=fix)
     sizes = compute_split_sizes(len(paths), fractions)
-    class_names = _stored_names(paths, data) or tuple(data.class_names)
+    class_names = _read_class_names(paths, data) or tuple(data.class_names)
     source = RecordSource(data, len(class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
@@ -299,21 +346,23 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     return RawData(name, class_names, splits, identities, skipped)
 
 
-def _stored_names(paths: list[str], data: Data) -> tuple[str, ...]:
-    """Return the class names that the folders of the shards store, as TFDS does, for labels that are indexes; or ().
+def _read_class_names(paths: list[str], data: Data) -> tuple[str, ...]:
+    """Return the class names that TFDS's LABEL_FIELD.labels.txt in the folders of the shards lists.
 
-    Raises DataError if two folders number their classes differently.
+    Return () if no folder has such a file, or if labels are not class indices from 0. Raises DataError if two folders
+    number their classes differently.
     """
-    names: dict[str, tuple[str, ...]] = {}
+    names_by_folder: dict[str, tuple[str, ...]] = {}
     for folder in {os.path.dirname(path): None for path in paths} if data.label_kind == "index" else ():
-        with suppress(OSError, UnicodeDecodeError):  # without names, or none that TFDS could read
-            stored = Path(folder, f"{data.label_field}.labels.txt").read_text().splitlines()
-            names[folder] = tuple(map(normalize_class_name, filter(None, stored)))
-    if len(set(names.values())) > 1:
-        (one, first), (other, second) = [*{v: (k, v) for k, v in names.items()}.values()][:2]
-        differ = (
-            f"{escape_unprintable(one)} has {join_first(first)}, {escape_unprintable(other)} has {join_first(second)}"
+        with suppress(OSError, UnicodeDecodeError):  # there is no such file, or TFDS could not read it either
+            lines = Path(folder, f"{data.label_field}.labels.txt").read_text().splitlines()
+            names_by_folder[folder] = tuple(map(normalize_class_name, filter(None, lines)))
+    if len(set(names_by_folder.values())) > 1:
+        (folder1, names1), (folder2, names2) = [*{n: (f, n) for f, n in names_by_folder.items()}.values()][:2]
+        difference = (
+            f"{escape_unprintable(folder1)} has {join_first(names1)}, "
+            f"{escape_unprintable(folder2)} has {join_first(names2)}"
         )
-        problem = f"matches folders whose classes are numbered differently: {differ}"
+        problem = f"matches folders whose classes are numbered differently: {difference}"
         raise DataError(problem, key="data.pattern", value=data.pattern, fix="give a pattern of one of them")
-    return next(iter(names.values()), ())
+    return next(iter(names_by_folder.values()), ())

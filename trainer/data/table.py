@@ -1,4 +1,4 @@
-"""Read a CSV file of texts: the cells of each row by column, with the numbers that a spreadsheet shows for the rows."""
+"""Read a CSV file as rows of strings by column name. Each row has the number that a spreadsheet shows for it."""
 
 import csv
 import io
@@ -11,15 +11,15 @@ from trainer.errors import DataError
 from trainer.names import escape_unprintable
 from trainer.storage.path import storage_path
 
-_SEPARATORS = (",", ";", "\t")  # the first one with which the header has the required columns is used
+_SEPARATORS = (",", ";", "\t")  # tried in this order, until the header has the required columns
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table."""
 
-    number: int  # as in a spreadsheet: the header has number 1
-    cells: dict[str, str]  # by column
+    number: int  # as in a spreadsheet, where the header has number 1
+    cells: dict[str, str]  # column name -> text
 
     def __getitem__(self, column: str) -> str:
         return self.cells[column]
@@ -27,75 +27,78 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a CSV file, in lower case, and its rows without the blank ones."""
+    """The content of a CSV file."""
 
-    columns: tuple[str, ...]
-    rows: list[Row]
+    columns: tuple[str, ...]  # names in lower case, without spaces at their ends
+    rows: list[Row]  # without the header and blank rows
 
 
 def read_table(address: str, key: str, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """Read the CSV file at an address, local or in a bucket; `key` is the configuration key that has the address.
+    """Read a CSV file, local or in a bucket.
 
-    A byte order mark, quoted cells with separators and line breaks, and semicolons or tabs instead of commas are
-    accepted.
+    Cells are separated by commas, semicolons or tabs. Quoted cells can contain separators and line breaks. A byte order
+    mark is ignored. A row with fewer cells than the header ends with empty cells.
 
     Args:
+        address: the path or address of the file.
+        key: the configuration key whose value is `address`, for error messages.
         required: columns that the header must have.
-        optional: further columns, for the error about a header.
+        optional: columns that the header can have, for the message about a wrong header. Other columns are read too.
 
     Raises:
-        DataError: there is no such file, it is not UTF-8 or not CSV, its header lacks a column or has it twice, or a
-            row has more cells than the header.
+        DataError: the file does not exist or cannot be read, is not UTF-8 or not CSV, its header lacks a required
+            column or has a name twice, or a row has more cells than the header.
         Interrupted: the bucket does not respond.
     """
-    header = ",".join(required) + "".join(f"[,{name}]" for name in optional)
-    text = _read_text(address, key, f"set the path of a CSV file with the columns {header}")
-    fault: DataError | None = None
+    expected_header = ",".join(required) + "".join(f"[,{name}]" for name in optional)
+    text = _read_text(address, key, f"set the path of a CSV file with the columns {expected_header}")
+    first_error: DataError | None = None
     for separator in _SEPARATORS:
         try:
             records = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
         except csv.Error as error:
             fix = "close each quote, and write a quote inside quotes twice"
-            fault = fault or DataError(f"is not CSV ({error})", key=key, value=address, fix=fix)
+            first_error = first_error or DataError(f"is not CSV ({error})", key=key, value=address, fix=fix)
             continue
         columns = tuple(name.strip().lower() for name in (records or [[]])[0])
         if set(required) <= set(columns):
             return _make_table(columns, records, key, address)
-        if fault is None:
-            lacks = " and ".join(name for name in required if name not in columns)
-            first = escape_unprintable(join_first(columns)) if any(columns) else "nothing"
-            problem = f"has no column {lacks}: its first row has {first}"
-            fault = DataError(problem, key=key, value=address, fix=f"begin it with the row {header}")
-    assert fault
-    raise fault
+        if first_error is None:
+            missing_columns = " and ".join(name for name in required if name not in columns)
+            header = escape_unprintable(join_first(columns)) if any(columns) else "nothing"
+            problem = f"has no column {missing_columns}: its first row has {header}"
+            first_error = DataError(problem, key=key, value=address, fix=f"begin it with the row {expected_header}")
+    assert first_error
+    raise first_error
 
 
 def _read_text(address: str, key: str, fix: str) -> str:
-    """Read a file as UTF-8, without a byte order mark."""
+    """Read a UTF-8 file, without its byte order mark. `fix` is the advice if there is no such file."""
     path = storage_path(address)
     if path.is_local and Path(str(path)).is_dir():
         raise DataError("is a folder", key=key, value=address, fix=fix)
     try:
-        content = path.fetch()
+        fetched = path.fetch()  # content and version
     except DataError as error:
         raise DataError(error.problem, key=key, value=address, fix=error.fix) from None
-    if content is None:
+    if fetched is None:
         raise DataError("does not exist", key=key, value=address, fix=fix)
     try:
-        text = content[0].decode("utf-8-sig")
+        text = fetched[0].decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[0][: error.start].count(b"\n") + 1
+        line = fetched[0][: error.start].count(b"\n") + 1
         raise DataError(f"is not UTF-8 in line {line}", key=key, value=address, fix="save it as CSV in UTF-8") from None
-    before, null, _ = text.partition("\0")
+    text_before, null, _ = text.partition("\0")
     if null:
-        problem = f"has a null character in line {before.count(chr(10)) + 1}"
+        problem = f"has a null character in line {text_before.count(chr(10)) + 1}"
         raise DataError(problem, key=key, value=address, fix="save it as CSV in UTF-8")
     return text
 
 
 def _make_table(columns: tuple[str, ...], records: list[list[str]], key: str, address: str) -> Table:
-    if repeated := [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]:
-        problem = f"has several columns {escape_unprintable(join_first(repeated))}"
+    """Build a table from parsed records, of which the first is the header that has the names `columns`."""
+    if duplicates := [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]:
+        problem = f"has several columns {escape_unprintable(join_first(duplicates))}"
         raise DataError(problem, key=key, value=address, fix="give each column another name")
     rows = []
     for number, cells in enumerate(records[1:], 2):
@@ -103,6 +106,6 @@ def _make_table(columns: tuple[str, ...], records: list[list[str]], key: str, ad
             problem = f"row {number} has {len(cells)} cells, but the first row has {len(columns)}"
             raise DataError(problem, key=key, value=address, fix="put a name that contains the separator in quotes")
         if any(cell.strip() for cell in cells):
-            padded = [*cells, *[""] * (len(columns) - len(cells))]
-            rows.append(Row(number, dict(zip(columns, padded, strict=True))))
+            padded_cells = [*cells, *[""] * (len(columns) - len(cells))]
+            rows.append(Row(number, dict(zip(columns, padded_cells, strict=True))))
     return Table(columns, rows)

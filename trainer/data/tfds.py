@@ -1,4 +1,4 @@
-"""Open datasets in TFDS's format, by name or from the folder of one version."""
+"""Open datasets in the format of TFDS (TensorFlow Datasets), by name or from the folder of one version."""
 
 import difflib
 import os
@@ -35,15 +35,19 @@ from trainer.types import LogMessage, Shard, Split
 def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool = False) -> RawData:
     """Open the dataset of data.root or data.name, and read the labels of its splits.
 
-    If data.validation_split is null, the dataset's own split "validation" is used. Without one, the last
-    data.validation_fraction of the training records becomes the validation split. If a class is absent there, because
-    the records are sorted by class, a stratified random sample is used instead. The same applies to the test split,
-    and to a split whose examples are not labelled. A `streamed` folder has only manifest and labels. Its shards are
-    fetched later.
+    If data.validation_split is null, the validation split is the dataset's split "validation". If the dataset has no
+    such split, or if its examples are not labelled, data.validation_fraction of the training records becomes the
+    validation split (`carve_splits`). The same applies to the test split.
+
+    Args:
+        cache_dir: stores the labels of shards for later runs.
+        streamed: whether data.root has only the metadata, manifest and labels file of a dataset in a bucket. Its shards
+            are fetched while they are read.
 
     Raises:
-        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or train and
-            another split overlap.
+        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or the train
+            split overlaps another split.
+        Interrupted: the dataset cannot be downloaded now, or a disk is full or fails.
     """
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
     file_format = info.file_format.value if info.file_format else "tfrecord"
@@ -70,9 +74,13 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split. Null means the split of that name, if it is in `existing`.
+    """Return the TFDS split string of each split that is configured or exists, by the name of the split.
 
-    A validation or test split that is configured as "none" is not returned.
+    A split string that is null in the configuration is the name of the split, if the name is in `existing`. A
+    validation or test split that is configured as "none" is left out.
+
+    Args:
+        existing: names of the splits that the dataset has.
     """
     specs = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     return {
@@ -83,63 +91,73 @@ def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
 
 
 def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
-    """Return the split string and the shard ranges of each split, and notes.
+    """Resolve the configured splits to records of the dataset.
 
-    A validation or test split that is not configured (null) is the dataset's split of that name without the records of
-    data.train_split. If none are left, there is no such split.
+    A validation or test split that is null in the configuration has the records of the dataset's split of that name,
+    except those that are also in data.train_split. If there are no others, the split is left out.
+
+    Args:
+        info: the `tfds.core.DatasetInfo` of the dataset.
+
+    Returns:
+        Split name -> split string; split name -> ranges of records in shards; and notes about removed records.
+
+    Raises:
+        DataError: a split does not exist, is empty, or has a shard outside of the dataset's folder.
     """
     specs, notes = list_split_specs(data, info.splits), []
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
     for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
-        rest = _subtract_ranges(ranges[name], ranges["train"])
-        if rest != ranges[name]:
-            all_records, left = (sum(s.stop - s.start for s in shards) for shards in (ranges[name], rest))
-            used = f"{all_records - left} of the {all_records} examples of {name} are in data.train_split"
-            outcome = f"the others are the {name} split" if left else f"they are not the {name} split"
-            notes.append(f"{used}={specs['train']}: {outcome}")
-            ranges[name] = rest
-            if not rest:
+        remaining = _subtract_ranges(ranges[name], ranges["train"])
+        if remaining != ranges[name]:
+            count, num_remaining = (sum(s.stop - s.start for s in shards) for shards in (ranges[name], remaining))
+            overlap = f"{count - num_remaining} of the {count} examples of {name} are in data.train_split"
+            outcome = f"the others are the {name} split" if num_remaining else f"they are not the {name} split"
+            notes.append(f"{overlap}={specs['train']}: {outcome}")
+            ranges[name] = remaining
+            if not remaining:
                 del ranges[name], specs[name]
     return specs, ranges, notes
 
 
 def _subtract_ranges(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
-    """Return the records of `ranges` that are not in `removed`."""
-    for other in removed:
-        pieces = [
-            (shard, ((shard.start, min(shard.stop, other.start)), (max(shard.start, other.stop), shard.stop)))
-            if shard.path == other.path and max(shard.start, other.start) < min(shard.stop, other.stop)
+    """Return the ranges of the records that are in `ranges`, but not in `removed`."""
+    for hole in removed:
+        shards_and_bounds = [
+            (shard, ((shard.start, min(shard.stop, hole.start)), (max(shard.start, hole.stop), shard.stop)))
+            if shard.path == hole.path and max(shard.start, hole.start) < min(shard.stop, hole.stop)
             else (shard, ((shard.start, shard.stop),))
             for shard in ranges
         ]
-        ranges = [replace(shard, start=a, stop=b) for shard, bounds in pieces for a, b in bounds if a < b]
+        ranges = [replace(shard, start=a, stop=b) for shard, bounds in shards_and_bounds for a, b in bounds if a < b]
     return ranges
 
 
 def select_missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
-    """Return the nonzero fractions of the training records that become the splits missing from `splits`."""
+    """Return the configured fractions above 0 for the validation and test splits that are missing from `splits`."""
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
 
 
 def _open_folder(root: str) -> Any:
+    """Return the TFDS builder of the dataset version in a folder."""
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        nested: list[Path] = []
-        with suppress(OSError, ValueError):  # a name that no folder can have: there is none
-            nested = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        infos: list[Path] = []
+        with suppress(OSError, ValueError):  # `root` cannot be the name of a folder
+            infos = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
         fix = (
-            f"set {format_argument('data.root', nested[0].parent)}"
-            if nested
+            f"set {format_argument('data.root', infos[0].parent)}"
+            if infos
             else "write one with python -m trainer.prepare"
         )
         raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
     except Exception as error:  # including those of TFDS's JSON and protobuf parsers
-        if full := translate_disk_error(error, [root]):
-            raise full from error
+        if disk_error := translate_disk_error(error, [root]):
+            raise disk_error from error
         problem = f"TFDS cannot read this folder: {_get_first_line(error)}"
         raise DataError(problem, key="data.root", value=root, fix="prepare the dataset again") from None
 
@@ -149,6 +167,7 @@ def _get_first_line(error: Exception) -> str:
 
 
 def _open_by_name(data: Data) -> Any:
+    """Return the TFDS builder of data.name. If data.download is set, download and prepare a missing dataset."""
     import tensorflow_datasets as tfds
 
     assert data.name
@@ -158,13 +177,13 @@ def _open_by_name(data: Data) -> Any:
         builder = tfds.builder(data.name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         builders = tfds.list_builders(with_community_datasets=False)  # listing community datasets requires the network
-        close = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], builders, 1)
-        fix = f"set data.name={close[0]}" if close else "set a name that TFDS lists, or data.data_dir to its folder"
+        matches = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], builders, 1)
+        fix = f"set data.name={matches[0]}" if matches else "set a name that TFDS lists, or data.data_dir to its folder"
         problem = f"TFDS has no dataset of this name, and none is prepared in {prepared_in}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
-        if full := translate_disk_error(error, [prepared_in]):
-            raise full from error
+        if disk_error := translate_disk_error(error, [prepared_in]):
+            raise disk_error from error
         problem, fix = f"TFDS cannot open it: {_get_first_line(error)}", "set a version and config that TFDS lists"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     if builder.info.splits:
@@ -176,23 +195,30 @@ def _open_by_name(data: Data) -> Any:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
     except Exception as error:  # network, checksums, missing packages or disk space
-        if full := translate_disk_error(error, [prepared_in]):
-            raise full from error
+        if disk_error := translate_disk_error(error, [prepared_in]):
+            raise disk_error from error
         raise _make_download_error(error, data.name) from error
     return builder
 
 
 def _make_download_error(error: Exception, name: str) -> DataError | Interrupted:
-    """Make the error for a dataset that could not be downloaded (`Interrupted`) or prepared."""
+    """Make the error for a dataset that could not be downloaded or prepared.
+
+    It is `Interrupted` if the same download can succeed later, else DataError.
+    """
     fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
-    if failed := translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=fix):
-        return failed
+    if interrupted := translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=fix):
+        return interrupted
     problem = f"TFDS cannot download and prepare it: {_get_first_line(error)}"
     return DataError(problem, key="data.name", value=name, fix=fix)
 
 
 def check_download(data: Data) -> None:
-    """Raise the error of a run if the server of data.name cannot be reached. Nothing is downloaded."""
+    """Check that the first server of data.name can be reached. Nothing is downloaded.
+
+    Raises:
+        Interrupted: the server cannot be reached; a run would raise the same error when it downloads the dataset.
+    """
     import tensorflow_datasets as tfds
 
     assert data.name
@@ -201,70 +227,85 @@ def check_download(data: Data) -> None:
         try:
             request_size(url)
         except Exception as error:
-            failed = _make_download_error(error, data.name)
-            if isinstance(failed, Interrupted):  # a server that refuses HEAD alone can still be downloaded from
-                raise failed from error
+            download_error = _make_download_error(error, data.name)
+            if isinstance(download_error, Interrupted):  # a server that refuses only HEAD requests permits the download
+                raise download_error from error
 
 
 def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
-    """Return the class names. Check first that the image and label fields have suitable types."""
+    """Check the types of the image and label features, and return the class names of the label feature.
+
+    A label that is not a `ClassLabel` has no names. It requires data.class_names, which are then returned.
+    """
     import tensorflow_datasets as tfds
 
     features = dict(info.features) if hasattr(info.features, "items") else {}
     title = escape_unprintable(info.name)
-    listed = ", ".join(
+    feature_list = ", ".join(
         f"{escape_unprintable(name)} ({type(feature).__name__})" for name, feature in sorted(features.items())
     )
     required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
-    for kind, name, expected in required:
+    for role, name, expected in required:
         feature = features.get(name)
-        kinds = {"text": tfds.features.Text, "onehot": tfds.features.Tensor}
-        numbered = isinstance(feature, expected) and (kind == "image" or data.label_kind == "index")
-        named = kind == "label" and isinstance(feature, kinds.get(data.label_kind, tfds.features.Scalar))
-        if numbered or (named and data.class_names):
+        nameless_types = {"text": tfds.features.Text, "onehot": tfds.features.Tensor}  # by data.label_kind
+        is_expected = isinstance(feature, expected) and (role == "image" or data.label_kind == "index")
+        is_nameless = role == "label" and isinstance(feature, nameless_types.get(data.label_kind, tfds.features.Scalar))
+        if is_expected or (is_nameless and data.class_names):
             continue
-        if kind == "label" and isinstance(feature, expected):
+        if role == "label" and isinstance(feature, expected):
             problem, fix = f"{name} of {title} is a {expected.__name__}, which counts from 0", "leave it out"
             raise DataError(problem, key="data.label_kind", value=data.label_kind, fix=fix)
-        suitable = [n for n, f in features.items() if isinstance(f, expected)]
-        required_type = expected.__name__
+        candidates = [n for n, f in features.items() if isinstance(f, expected)]
+        type_name = expected.__name__
         fix = (
-            f"set {escape_unprintable(format_argument(f'data.{kind}_field', suitable[0]))}"
-            if suitable
-            else f"use a dataset with a feature {required_type}"
+            f"set {escape_unprintable(format_argument(f'data.{role}_field', candidates[0]))}"
+            if candidates
+            else f"use a dataset with a feature {type_name}"
         )
-        if kind == "label" and isinstance(feature, tfds.features.Text):
+        if role == "label" and isinstance(feature, tfds.features.Text):
             fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
-        elif kind == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected):
-            read = "data.label_kind=onehot" if feature.shape else "data.label_kind=index (index1 if they begin with 1)"
-            fix = f"{fix}, or set data.class_names, and {read} to read its numbers as labels"
-        problem = f"{title} has no {required_type} of this name; it has {listed}"
-        raise DataError(problem, key=f"data.{kind}_field", value=name, fix=fix)
-    own = getattr(features[data.label_field], "names", None)
-    return tuple(own or data.class_names or ())
+        elif role == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected):
+            kind = "data.label_kind=onehot" if feature.shape else "data.label_kind=index (index1 if they begin with 1)"
+            fix = f"{fix}, or set data.class_names, and {kind} to read its numbers as labels"
+        problem = f"{title} has no {type_name} of this name; it has {feature_list}"
+        raise DataError(problem, key=f"data.{role}_field", value=name, fix=fix)
+    names = getattr(features[data.label_field], "names", None)
+    return tuple(names or data.class_names or ())
 
 
 def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
-    """Return the names of the values 0, 1, ... of data.group_field. None if they have no names."""
+    """Return the names of the values 0, 1, ... of data.group_field.
+
+    Return None if the field has no such names, or if data.group_field is not set.
+    """
     if not data.group_field:
         return None
     features = dict(info.features)
     if data.group_field not in features:
-        close = difflib.get_close_matches(data.group_field, list(features), 1)
+        matches = difflib.get_close_matches(data.group_field, list(features), 1)
         fix = "set another field, or prepare the data again with data.group_field (python -m trainer.prepare)"
-        fix = f"set {escape_unprintable(format_argument('data.group_field', close[0]))}" if close else fix
-        listed = ", ".join(map(escape_unprintable, sorted(features)))
-        problem = f"{escape_unprintable(info.name)} has no such feature; it has {listed}"
+        fix = f"set {escape_unprintable(format_argument('data.group_field', matches[0]))}" if matches else fix
+        feature_list = ", ".join(map(escape_unprintable, sorted(features)))
+        problem = f"{escape_unprintable(info.name)} has no such feature; it has {feature_list}"
         raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
     return tuple(map(escape_unprintable, getattr(features[data.group_field], "names", None) or ())) or None
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
-    """Resolve the split string of split `name` to shard ranges. Raise a DataError if it is unknown or empty."""
-    existing = ", ".join(
+    """Resolve a TFDS split string to ranges of records in shards.
+
+    Args:
+        info: the `tfds.core.DatasetInfo` of the dataset.
+        spec: the split string, such as "train[:80%]".
+        name: the split that it is configured for, for error messages.
+
+    Raises:
+        DataError: the split does not exist, is empty, or has a shard outside of the dataset's folder.
+    """
+    split_list = ", ".join(
         f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items()
     )
-    key, fix = f"data.{name}_split", f"set a split string over {existing}"
+    key, fix = f"data.{name}_split", f"set a split string over {split_list}"
     try:
         instructions = info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
@@ -288,45 +329,55 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
-    """Raise a DataError if train overlaps another split. Return a note if validation and test overlap."""
+    """Raise a DataError if train overlaps another split. Return a list with a note if validation and test overlap."""
     for name in ("validation", "test"):
-        if name in splits and (common := count_overlap(splits["train"], splits[name])):
-            problem = f"has {common} examples in common with data.train_split={specs['train']}"
+        if name in splits and (count := count_overlap(splits["train"], splits[name])):
+            problem = f"has {count} examples in common with data.train_split={specs['train']}"
             fix = "set a split without training examples"
             raise DataError(problem, key=f"data.{name}_split", value=specs[name], fix=fix)
-    if "validation" in splits and "test" in splits and (common := count_overlap(splits["validation"], splits["test"])):
-        return [f"validation and test have {common} examples in common: the checkpoint is selected on test examples"]
+    if "validation" in splits and "test" in splits and (count := count_overlap(splits["validation"], splits["test"])):
+        return [f"validation and test have {count} examples in common: the checkpoint is selected on test examples"]
     return []
 
 
 def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Move fractions of the training records to new splits. Return all splits, and notes.
+    """Move fractions of the training records to new splits.
 
-    The new splits are the last records, so that each split is one range of records. If a class is then absent from one
-    of the splits, they are a stratified random sample instead.
+    The new splits are the last records, so that each split is one range of records. If a class is then missing from
+    train, or a frequent class is missing from a new split, because the records are sorted by class, the new splits are
+    a stratified random sample instead.
+
+    Args:
+        train: the split with all training records.
+        fractions: name of each new split -> its fraction of the records.
+        seed: seed of the random sample.
+
+    Returns:
+        All splits by name, train among them; and a list with a note if the new splits are a random sample.
     """
     count, sizes = train.count, compute_split_sizes(train.count, fractions)
-    classes = np.bincount(train.labels)
+    class_counts = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut the new splits off the end of `order`, indices of all records. Return increasing indices per split."""
+        """Cut the new splits off the end of `order`, a permutation of all indices. Return sorted indices per split."""
         names = [*reversed(fractions), "train"]
         sections = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
         return {name: np.sort(section) for name, section in zip(names, sections, strict=True)}
 
     def lacks_a_class(name: str, indices: np.ndarray) -> bool:
-        """Return whether train lacks a class, or a new split one that 95 % of random samples of its size have."""
-        absent = np.bincount(train.labels[indices], minlength=len(classes)) == 0
-        expected = classes * len(indices) / count  # a sample lacks a class with probability exp(-expected)
-        return bool((absent & ((expected >= 3) | ((name == "train") & (classes > 0)))).any())
+        """Return whether a split lacks a class that 95 % of random samples of its size have. Train must lack none."""
+        absent = np.bincount(train.labels[indices], minlength=len(class_counts)) == 0
+        expected = class_counts * len(indices) / count  # a sample lacks a class with probability exp(-expected)
+        return bool((absent & ((expected >= 3) | ((name == "train") & (class_counts > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
     if any(lacks_a_class(name, indices) for name, indices in cuts.items()):
-        rank = (rank_within_classes(train.labels, seed) + 0.5) / classes[train.labels]  # between 0 and 1 in each class
+        # Relative rank in the class, between 0 and 1: any tail in this order has the same fraction of each class.
+        rank = (rank_within_classes(train.labels, seed) + 0.5) / class_counts[train.labels]
         cuts = cut(np.argsort(rank, kind="stable"))
-        drawn = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
+        sampling = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
         notes.append(
-            f"the tail of the training records lacks classes (they are sorted), so {drawn} with data.split_seed="
+            f"the tail of the training records lacks classes (they are sorted), so {sampling} with data.split_seed="
             f"{seed}; shards written by python -m trainer.prepare read faster, or set data.validation_split"
         )
     return {name: replace(take(train, indices), name=name) for name, indices in cuts.items()}, notes

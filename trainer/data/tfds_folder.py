@@ -1,4 +1,7 @@
-"""Write a dataset folder in TFDS's format, local or in a bucket, metadata last. Read its manifest."""
+"""Write a dataset folder in the format of TFDS, local or in a bucket, and read its manifest and labels.
+
+The metadata is written last, so that a folder with missing shards is not readable as a dataset.
+"""
 
 import contextlib
 import io
@@ -21,87 +24,106 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.local import compute_file_crc32c, delete_abandoned, delete_unfinished
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MANIFEST = "kubetune_shards.json"
-LABELS = "kubetune_labels.npz"  # int32 [records] by shard file name, so that shards need not be read for labels
+MANIFEST = "kubetune_shards.json"  # list of the `ShardEntry` of each shard
+LABELS = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
 INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
-METADATA = (INFO, "features.json", "label.labels.txt")
+METADATA = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """The manifest entry of a finished shard. Until the manifest is written, it is the content of a sidecar file."""
 
-    file: str
-    count: int  # records
-    bytes: int
+    file: str  # name
+    count: int  # number of records
+    bytes: int  # size of the file
     crc32c: str  # of the file, 8 hex digits
-    made_of: str  # hash of class names, source images (name, size and time, or content), labels and texts
-    skipped: tuple[str, ...] = ()  # images that could not be read or decoded, with the reason
-    missing: tuple[int, ...] = ()  # their indices among the source images
+    # Hash of all that the shard is written from: class names, options, images, labels and texts. An image is identified
+    # by its content, its name and version in a bucket, or its path, size and time.
+    made_of: str
+    skipped: tuple[str, ...] = ()  # images that could not be read or decoded, each with the reason
+    missing: tuple[int, ...] = ()  # indices of the skipped images among the source images of the shard
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Build an entry from a JSON object. Unknown or absent keys raise TypeError or KeyError."""
+        """Build an entry from a JSON object.
+
+        Raises:
+            TypeError, KeyError or ValueError: a key is unknown or missing, or has a wrong value.
+        """
         lists = {"skipped": tuple(value["skipped"]), "missing": tuple(map(int, value.get("missing", ())))}
         return cls(**{**value, **lists, "count": int(value["count"]), "bytes": int(value["bytes"])})
 
     @property
     def identity(self) -> str:
-        """Name, size and checksum, for the dataset fingerprint."""
+        """Name, size and checksum of the shard, which the dataset fingerprint covers."""
         return f"{self.file} {self.bytes} {self.crc32c}"
 
 
 class DatasetFolder:
-    """A dataset that is being written.
+    """The folder of a dataset while it is written.
 
-    Until it is complete, each finished shard has a sidecar file `.NAME.json` with its `ShardEntry`.
+    Until the dataset is complete, each finished shard has a sidecar file `.NAME.json` with its `ShardEntry`.
     """
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
-        """`scratch` is where unfinished shards of a bucket are written, by default a new temporary folder."""
-        local = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
-        self.folder, self.scratch, self.alone = folder, local, False
+        """Write nothing yet.
+
+        Args:
+            folder: the folder of the dataset.
+            scratch: local folder for the shards of a bucket before they are uploaded. It defaults to a new temporary
+                folder. It is not used if `folder` is local, where a shard is written under a temporary name.
+        """
+        scratch_folder = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
+        self.folder, self.scratch, self.alone = folder, scratch_folder, False
 
     def create(self, shards: set[str], alone: bool) -> None:
         """Create the folder, and delete the temporary files of killed starts.
 
-        Those of the last hour may be of other pods, unless this process is `alone` and the folder is local.
+        Args:
+            shards: file names of all shards of the dataset.
+            alone: whether no other pod writes the dataset. Otherwise, temporary files of the last hour
+                (`ABANDONED_SECONDS`) are not deleted, because another pod may be writing them.
 
-        Raises DataError if the folder is not writable, or has files of another dataset.
+        Raises:
+            DataError: the folder cannot be written to, or has other files than those of this dataset.
+            Interrupted: the disk is full or fails.
         """
         names = {MANIFEST, LABELS, *METADATA} | shards
         self.alone = alone and self.folder.is_local
-        temporary = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
+        prefixes = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             self._delete_abandoned(shards)
             files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
-            others = sorted({file.name for file in files} - names)
-            others = [name for name in others if not (name.startswith(temporary) or is_unfinished(name))]
+            extras = sorted({file.name for file in files} - names)
+            extras = [name for name in extras if not (name.startswith(prefixes) or is_unfinished(name))]
         except OSError as error:
             raise make_write_error(error, str(self.folder), "output", fix, DataError) from None
-        if others:
-            problem = f"has other files ({', '.join(map(escape_unprintable, others[:3]))}{', ...' * (len(others) > 3)})"
+        if extras:
+            problem = f"has other files ({', '.join(map(escape_unprintable, extras[:3]))}{', ...' * (len(extras) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def _delete_abandoned(self, shards: set[str]) -> None:
+        """Delete the temporary files of killed processes, among them those that older versions named `.SHARD.*.tmp`."""
         self._delete_unfinished()
         for file in self.scratch.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # deleted meanwhile
-                own = any(file.name.startswith(f".{shard}.") for shard in shards)
-                if own and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
+                is_shard = any(file.name.startswith(f".{shard}.") for shard in shards)
+                if is_shard and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
                     file.unlink()
 
     def _delete_unfinished(self) -> None:
+        """Delete the temporary files of killed processes, unless another pod may be writing them."""
         if self.alone:
             delete_abandoned(self.scratch)
         delete_unfinished(self.scratch, ABANDONED_SECONDS, recursive=False)
 
     def read_entries(self) -> dict[str, ShardEntry]:
-        """Return the entries of the shards that earlier starts or other pods have written, by file name.
+        """Read the entries of the shards that earlier starts or other pods have written, by file name.
 
-        A shard whose entry is corrupt is written again.
+        Entries in a corrupt manifest or sidecar file are left out, so that their shards are written again.
         """
         files = self._list_files()
         manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
@@ -112,7 +134,7 @@ class DatasetFolder:
         return [info.path for info in self.folder.list(recursive=False)]
 
     def has_intact(self, entry: ShardEntry) -> bool:
-        """Return whether the shard exists with the size and checksum of its entry."""
+        """Return whether the shard of an entry exists with the size and checksum of the entry."""
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
@@ -120,7 +142,7 @@ class DatasetFolder:
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
-        """Move a finished shard to its final name, then write its sidecar file."""
+        """Rename or upload a finished shard, whose path is `temporary`, to its final name. Then write its sidecar."""
         if self.folder.is_local:
             os.replace(temporary, self.scratch / entry.file)
         else:
@@ -136,9 +158,16 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_fields: Sequence[str],
     ) -> None:
-        """Write manifest, labels (int32 [records] by file name) and metadata. Then delete the sidecar files.
+        """Write the manifest, the labels file and the metadata of a complete dataset. Then delete sidecars.
 
-        Several pods can do so concurrently. `text_fields` are additional text features of the records.
+        Several pods can call this concurrently for the same dataset.
+
+        Args:
+            name: name of the dataset.
+            class_names: by class index.
+            splits: name of each split -> entries of its shards.
+            labels: file name of each shard -> class index of each record, int32 [records].
+            text_fields: names of further fields of the records, with one text each.
         """
         import tensorflow_datasets as tfds
 
@@ -148,23 +177,23 @@ class DatasetFolder:
         } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
-        arrays = io.BytesIO()
-        np.savez_compressed(arrays, **labels)  # type: ignore[arg-type]
-        (self.folder / LABELS).write(arrays.getvalue())
+        npz = io.BytesIO()
+        np.savez_compressed(npz, **labels)  # type: ignore[arg-type]
+        (self.folder / LABELS).write(npz.getvalue())
         with tempfile.TemporaryDirectory() as local:
             for entry in manifest:  # TFDS only checks that files of these names exist
                 Path(local, str(entry["file"])).touch()
             template = tfds.core.ShardedFileTemplate(data_dir=local, dataset_name=name, filetype_suffix="tfrecord")
-            infos = []
+            split_infos = []
             for split, entries in splits.items():
-                lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
-                infos.append(tfds.core.SplitInfo(split, lengths, size, template.replace(split=split)))
+                shard_lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
+                split_infos.append(tfds.core.SplitInfo(split, shard_lengths, size, template.replace(split=split)))
             tfds.folder_dataset.write_metadata(
-                data_dir=local, features=features, split_infos=infos, filename_template=template, version="1.0.0",
+                data_dir=local, features=features, split_infos=split_infos, filename_template=template, version="1.0.0",
                 check_data=False,
             )  # fmt: skip
             for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
-                if file.stat().st_size:
+                if file.stat().st_size:  # not one of the empty shards
                     (self.folder / file.name).write(file.read_bytes())
         for path in self._list_files():
             if _is_sidecar(path.name):
@@ -176,7 +205,7 @@ class DatasetFolder:
 
 
 def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
-    """Parse the entries of a manifest, by file name. Empty if the content is not a manifest."""
+    """Parse the entries of a manifest, by file name. Return {} if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
     except CONTENT_ERRORS:
@@ -184,16 +213,18 @@ def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
 
 
 def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[str, np.ndarray]]:
-    """Read the entries and labels (int32 [records]) of the shards of a prepared folder, by file name.
+    """Read the manifest and the labels file of a folder that `python -m trainer.prepare` wrote.
 
-    Both are empty if manifest or labels file are missing, corrupt or inconsistent. Then the shards must be read.
+    Returns:
+        The entries of the shards and their labels, int32 [records], both by file name. Both are empty if a file is
+        missing or corrupt, or if the files contradict each other. Then labels must be read from the shards.
     """
     try:
         entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
     except (OSError, *CONTENT_ERRORS):
         return {}, {}
-    consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
-    return (entries, labels) if consistent else ({}, {})
+    is_consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
+    return (entries, labels) if is_consistent else ({}, {})
 
 
 def _is_sidecar(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""Write labeled images as sharded TFRecords in TFDS's folder format, in several threads.
+"""Write labeled images as sharded TFRecord files in the folder format of TFDS, in several threads.
 
-TensorFlow is imported only to verify images, with the decoder of training.
+This module imports TensorFlow only to verify images, which are decoded as in training.
 """
 
 import hashlib
@@ -38,32 +38,36 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import identify_staged_file
 from trainer.types import Orientation
 
-ImageSource = str | Path | bytes | RecordLocation
-TIFF_MAGIC = (b"II*\0", b"MM\0*")
-SHARD_BYTES = 100 * 2**20  # approximate shard size if the shard count is not configured
+ImageSource = str | Path | bytes | RecordLocation  # path of an image file, encoded image, or record with an image
+TIFF_MAGIC = (b"II*\0", b"MM\0*")  # first bytes of a little-endian and of a big-endian TIFF
+SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """A dataset to write. Splits have (image, label) pairs in record order. Empty splits are omitted."""
+    """A dataset to write."""
 
-    name: str
-    class_names: Sequence[str]
+    name: str  # of the dataset
+    class_names: Sequence[str]  # by class index
+    # Name of each split -> image and class index of each record. Empty splits are not written.
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
-    texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)  # field -> split -> values
+    # Name of each further field of the records -> split -> text of each record.
+    texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """Options of `write_dataset`."""
 
-    shards: int | None = None  # of the largest split; others get shards of equal size. None: `SHARD_BYTES`
+    # Number of shards of the largest split; other splits get shards of about the same size. None for shards of about
+    # `SHARD_BYTES`.
+    shards: int | None = None
     workers: int = 1  # number of threads
-    verify: bool = True  # before an image is written, decode it as in training
+    verify: bool = True  # whether to decode each image as in training before it is written
     on_error: str = "fail"  # fail | skip, for images that cannot be read or decoded
-    scratch: Path | None = None  # local folder for shards that are then uploaded to a bucket
-    part: tuple[int, int] = (0, 1)  # (i, n): write shards i, i + n, i + 2n, ...
-    orientation: Orientation = "exif"  # of images that are converted to PNG
+    scratch: Path | None = None  # local folder for shards before they are uploaded to a bucket
+    part: tuple[int, int] = (0, 1)  # (i, n) to write shards i, i + n, i + 2n, ...
+    orientation: Orientation = "exif"  # whether images that are converted to PNG are turned upright
 
 
 DEFAULT_OPTIONS = WriteOptions()
@@ -73,16 +77,16 @@ DEFAULT_OPTIONS = WriteOptions()
 class ShardJob:
     """One shard to write."""
 
-    split: str
-    file: str
-    examples: list[tuple[ImageSource, int]]
-    texts: list[dict[str, str]]  # additional text fields of each example
-    made_of: str  # as in `ShardEntry`
-    verify: bool
+    split: str  # name of the split
+    file: str  # name of the shard file
+    examples: list[tuple[ImageSource, int]]  # image and class index of each example
+    texts: list[dict[str, str]]  # further fields of each example: name -> text
+    made_of: str  # see `ShardEntry.made_of`
+    verify: bool  # this and `orientation` as in `WriteOptions`
     orientation: Orientation
 
     def matches(self, entry: ShardEntry) -> bool:
-        """Return whether the shard of an entry was written from the same images, labels and texts."""
+        """Return whether the shard of an entry was written from the same examples, with the same options."""
         return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
@@ -93,29 +97,34 @@ def _get_source_name(source: ImageSource) -> str:
 
 
 def _describe_source(source: ImageSource) -> str:
-    """Return the name of a source, with the name of the file that a record stores, for messages."""
-    stored = ""
+    """Return the name of a source for messages. For a record, append the file name that it stores, if any."""
+    file_name = ""
     if isinstance(source, RecordLocation):
         with suppress(OSError):
-            stored = read_source_name(source)
-    return f"{_get_source_name(source)} ({stored})" if stored else _get_source_name(source)
+            file_name = read_source_name(source)
+    return f"{_get_source_name(source)} ({file_name})" if file_name else _get_source_name(source)
 
 
 def _get_size(source: ImageSource) -> int:
+    """Return the bytes of an encoded image or of the payload of its record."""
     if isinstance(source, RecordLocation):
         return source.length
     return len(source) if isinstance(source, bytes) else os.path.getsize(source)
 
 
 def _format_identity(source: ImageSource) -> str:
-    """Identify the content of an image, by a hash of the bytes, an address in a bucket, or file size and time."""
+    """Return a text that changes with the content of an image.
+
+    It is a hash of the bytes, the name and version in a bucket, or the path, size and time of the file, with the index
+    of a record in the file.
+    """
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     path = source.path if isinstance(source, RecordLocation) else source
-    if address := identify_staged_file(path):  # in other pods, the local copy has another path and time
-        return f"{address} {source.record_index}" if isinstance(source, RecordLocation) else address
-    status = os.stat(path)
-    return f"{_get_source_name(source)} {status.st_size} {status.st_mtime_ns}"
+    if version := identify_staged_file(path):  # in other pods, the local copy has another path and time
+        return f"{version} {source.record_index}" if isinstance(source, RecordLocation) else version
+    stat = os.stat(path)
+    return f"{_get_source_name(source)} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _read(source: ImageSource) -> bytes:
@@ -125,13 +134,17 @@ def _read(source: ImageSource) -> bytes:
 
 
 def convert_for_storage(data: bytes, orientation: Orientation) -> bytes:
-    """Verify an encoded image with the decoder of training, and convert it to what records store.
+    """Verify that an image can be decoded as in training, and return the encoded image that a record stores.
 
-    JPEG and PNG are stored unchanged. Others become PNG with the pixels that training would read: the first frame,
-    without alpha, upright if `orientation` is "exif". Pillow decodes only TIFF, which TensorFlow does not.
+    A JPEG or PNG is returned unchanged. An image of another format is converted to PNG with the pixels that training
+    would read: the first frame, without alpha. It is turned upright if `orientation` is "exif". A TIFF is decoded with
+    Pillow, because TensorFlow cannot decode it.
+
+    Args:
+        data: the encoded image.
 
     Raises:
-        ValueError: the image cannot be decoded; the message is the reason.
+        ValueError: the image cannot be decoded. The message is the reason.
     """
     import tensorflow as tf
 
@@ -142,12 +155,15 @@ def convert_for_storage(data: bytes, orientation: Orientation) -> bytes:
         pixels = _decode_tiff(data, orientation) if is_tiff else decode_full_size(data, orientation)
     except tf.errors.OpError as error:
         raise ValueError(describe_decoding_error(error)) from None
-    unchanged = data.startswith((b"\xff\xd8\xff", b"\x89PNG"))
-    return data if unchanged else tf.io.encode_png(pixels).numpy()
+    is_jpeg_or_png = data.startswith((b"\xff\xd8\xff", b"\x89PNG"))
+    return data if is_jpeg_or_png else tf.io.encode_png(pixels).numpy()
 
 
 def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
-    """Decode a TIFF with Pillow to uint8 [H, W, 3]. Raise a ValueError if that fails, or if it has 16 or 32 bits."""
+    """Decode a TIFF with Pillow to uint8 [H, W, 3].
+
+    Raises ValueError if this fails, or if the image has 16 or 32 bits per channel.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -158,25 +174,31 @@ def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
                     raise ValueError(f"has pixels of mode {image.mode}; save it with 8 bits per channel")
                 upright = ImageOps.exif_transpose(image) if orientation == "exif" else image
                 return np.asarray(upright.convert("RGB"))
-    except Exception as error:  # corrupt bytes raise many types, such as struct.error and zlib.error
+    except Exception as error:  # corrupt bytes raise many exception types, such as struct.error and zlib.error
         raise ValueError(str(error)) from None
 
 
 def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
-    """Write one shard to a new temporary file in `folder`. Return the path and the entry of the shard."""
+    """Write one shard to a new temporary file in `folder`. Return the path of the file and the entry of the shard.
+
+    `image_done` is called after each image. If the shard cannot be written, the file is deleted.
+    """
     temporary = make_temporary_name(folder / job.file)
     try:
         return temporary, _write_records(job, temporary, image_done)
     except BaseException:
         with suppress(OSError):  # must not hide the error
-            temporary.unlink(missing_ok=True)  # on a full disk each start would leave one more
+            temporary.unlink(missing_ok=True)  # on a full disk, each start would leave one more file
         raise
 
 
 def _write_records(job: ShardJob, temporary: Path, image_done: Callable[[], None]) -> ShardEntry:
-    """Write the records of a shard to a file; return its entry."""
-    faults, missing = [], []
-    crc = size = records = 0
+    """Write the records of a shard to the file `temporary`, and return the entry of the shard.
+
+    Images that cannot be read or decoded are left out, and listed in the entry.
+    """
+    faults, missing_indices = [], []
+    crc = size = num_records = 0
     with add_path_to_errors(temporary), open(temporary, "wb") as file:
         for index, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
             try:
@@ -184,37 +206,38 @@ def _write_records(job: ShardJob, temporary: Path, image_done: Callable[[], None
                 payload = serialize(convert_for_storage(image, job.orientation) if job.verify else image, label, texts)
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
-                missing.append(index)
+                missing_indices.append(index)
             else:
                 record = frame_record(payload)
                 file.write(record)
-                crc, size, records = google_crc32c.extend(crc, record), size + len(record), records + 1
+                crc, size, num_records = google_crc32c.extend(crc, record), size + len(record), num_records + 1
             image_done()
         file.flush()
         os.fsync(file.fileno())
-    return ShardEntry(job.file, records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing))
+    return ShardEntry(job.file, num_records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing_indices))
 
 
 def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardJob]:
-    """Divide the examples of each split into shards of about equal size."""
+    """Divide the examples of each split into shards with equal numbers of examples (or 1 more)."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_get_size(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
     jobs: list[ShardJob] = []
     for split, examples in splits.items():
+        # The tolerance is for rounding errors, which would add a shard to the largest split.
         count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
         bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
         for index in range(count):
             rows = slice(bounds[index], bounds[index + 1])
-            members = list(examples[rows])
-            identities = [(_format_identity(source), int(label)) for source, label in members]
+            shard_examples = list(examples[rows])
+            identities = [(_format_identity(source), int(label)) for source, label in shard_examples]
             content: list[Any] = [list(images.class_names), options.verify, options.orientation, identities]
             columns = {field: values[split][rows] for field, values in images.texts.items()}
-            texts = [{field: values[i] for field, values in columns.items()} for i in range(len(members))]
+            texts = [{field: values[i] for field, values in columns.items()} for i in range(len(shard_examples))]
             content.append(texts)
             made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{index:05d}-of-{count:05d}"
-            jobs.append(ShardJob(split, file, members, texts, made_of, options.verify, options.orientation))
+            jobs.append(ShardJob(split, file, shard_examples, texts, made_of, options.verify, options.orientation))
     return jobs
 
 
@@ -224,102 +247,111 @@ def write_dataset(
     options: WriteOptions = DEFAULT_OPTIONS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[ShardEntry] | None:
-    """Write a folder in TFDS's format: shards `<name>-<split>.tfrecord-0000i-of-0000n`, then the metadata.
+    """Write a folder in the format of TFDS: shards named `NAME-SPLIT.tfrecord-0000i-of-0000n`, then the metadata.
 
     Each shard is written to a temporary file, flushed, and renamed or uploaded. Then its entry (records, bytes, CRC32C)
     is stored. A finished shard whose sources are unchanged is not written again, so that the same call continues an
-    interrupted one. With `verify`, JPEG and PNG bytes are stored unchanged, and any other image as PNG. Without it, all
-    bytes are stored unchanged. `progress` is called with the count of images done and the total.
+    interrupted one. If `options.verify` is set, JPEG and PNG images are stored unchanged, and images of other formats
+    are converted to PNG. Otherwise all images are stored unchanged.
+
+    Args:
+        folder: the folder of the dataset, local or in a bucket.
+        progress: is called with the number of written images and of all images of `options.part`.
 
     Returns:
         The entries of all shards, in the order of the splits, or None if shards of other parts are missing. The part
-        that completes the shards writes the metadata.
+        that completes the dataset writes the metadata.
 
     Raises:
-        DataError: `folder` has other files or is not writable, an image is missing or cannot be read or decoded (with
-            on_error="fail"), or a shard has no readable image.
+        DataError: `folder` has other files or cannot be written to, a file does not exist, a shard has no readable
+            image, or an image cannot be read or decoded and `options.on_error` is "fail".
+        Interrupted: a bucket does not respond, or `folder` cannot be created because a disk is full or fails.
+        OSError: a shard cannot be written.
     """
-    out = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
+    output_folder = DatasetFolder(folder if isinstance(folder, StoragePath) else storage_path(folder), options.scratch)
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = make_file_stem(name if name[0].isalpha() else f"data_{name}")
     try:
         jobs = _plan_shards(name, images, options)
     except OSError as error:
         raise unreadable_error(error.filename, error) from None
-    first, step = options.part
-    out.create({job.file for job in jobs}, alone=step == 1)
+    part_index, num_parts = options.part
+    output_folder.create({job.file for job in jobs}, alone=num_parts == 1)
 
-    def find_finished() -> dict[str, ShardEntry]:
-        """Return the entries of intact shards that were written from the same images."""
-        entries = {file: e for file, e in out.read_entries().items() if not e.skipped or options.on_error == "skip"}
-        known = [(job, entries[job.file]) for job in jobs if job.file in entries]
-        return {job.file: entry for job, entry in known if job.matches(entry) and out.has_intact(entry)}
+    def read_finished() -> dict[str, ShardEntry]:
+        """Return the entries of intact shards that were written from the same examples, by file name."""
+        entries = {f: e for f, e in output_folder.read_entries().items() if not e.skipped or options.on_error == "skip"}
+        candidates = [(job, entries[job.file]) for job in jobs if job.file in entries]
+        return {job.file: entry for job, entry in candidates if job.matches(entry) and output_folder.has_intact(entry)}
 
-    entries = find_finished()
-    part_jobs = jobs[first::step]
+    entries = read_finished()
+    part_jobs = jobs[part_index::num_parts]
     missing_jobs = [job for job in part_jobs if job.file not in entries]
     if missing_jobs:  # the folder must not be readable as a dataset while shards are missing
-        (out.folder / INFO).delete()
+        (output_folder.folder / INFO).delete()
     total = sum(len(job.examples) for job in part_jobs)
     done_before = total - sum(len(job.examples) for job in missing_jobs)
     faults: list[str] = []
-    failed = False  # a shard has faults that are not skipped, or no readable image
-    written = _write_shards(
-        missing_jobs, out.scratch, options.workers, lambda done: progress(done_before + done, total)
+    has_failed = False  # whether a shard has faults that must not be skipped, or no readable image
+    written_shards = _write_shards(
+        missing_jobs, output_folder.scratch, options.workers, lambda done: progress(done_before + done, total)
     )
-    for temporary, entry in written:
+    for temporary, entry in written_shards:
         faults += entry.skipped
         if entry.skipped and (options.on_error == "fail" or not entry.count):
-            failed = True
+            has_failed = True
             temporary.unlink()
         else:
-            out.commit(temporary, entry)
+            output_folder.commit(temporary, entry)
             entries[entry.file] = entry
-    if failed:
-        listed = join_first(sorted(faults), "\n  ")
-        problem = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be read or decoded:\n  {listed}"
+    if has_failed:
+        fault_lines = join_first(sorted(faults), "\n  ")
+        problem = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be read or decoded:\n  {fault_lines}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     progress(total, total)
-    if step > 1:  # other parts can have written their shards meanwhile
-        entries = find_finished()
+    if num_parts > 1:  # other pods may have written their shards meanwhile
+        entries = read_finished()
     if len(entries) < len(jobs):
         return None
-    manifest: dict[str, list[ShardEntry]] = {}
-    labels = {}  # int32 [records] of each shard
+    split_entries: dict[str, list[ShardEntry]] = {}
+    labels = {}  # file name -> int32 [records]
     for job in jobs:
-        manifest.setdefault(job.split, []).append(entries[job.file])
-        missing = np.array(entries[job.file].missing, np.int64)
-        labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing)
-    out.finish(name, images.class_names, manifest, labels, list(images.texts))
+        split_entries.setdefault(job.split, []).append(entries[job.file])
+        missing_indices = np.array(entries[job.file].missing, np.int64)
+        labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing_indices)
+    output_folder.finish(name, images.class_names, split_entries, labels, list(images.texts))
     return [entries[job.file] for job in jobs]
 
 
 def _write_shards(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
-    """Write shards in threads, since decoding releases the GIL. Yield the temporary file and entry of each shard."""
-    done: list[None] = []  # one element per image: appending needs no lock
+    """Write shards in `workers` threads, and yield the temporary file and the entry of each shard as it is completed.
+
+    Threads suffice, because decoding releases the GIL. `progress` is called with the number of written images.
+    """
+    done: list[None] = []  # one element per image, because appending to a list needs no lock
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             yield _write_shard(job, folder, lambda: done.append(None))
             progress(len(done))
         return
     with ThreadPoolExecutor(min(workers, len(jobs))) as pool:
-        ended: set[Future[tuple[Path, ShardEntry]]] = set()
+        completed: set[Future[tuple[Path, ShardEntry]]] = set()
         pending = {pool.submit(_write_shard, job, folder, lambda: done.append(None)) for job in jobs}
         try:
             while pending:
-                ended, pending = wait(pending, timeout=0.25, return_when="FIRST_COMPLETED")
+                completed, pending = wait(pending, timeout=0.25, return_when="FIRST_COMPLETED")
                 progress(len(done))
-                for future in ended:
+                for future in completed:
                     yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for future in (*ended, *pending):
-                future.add_done_callback(_discard_shard)
+            for future in (*completed, *pending):
+                future.add_done_callback(_delete_written_shard)
             raise
 
 
-def _discard_shard(written: Future[tuple[Path, ShardEntry]]) -> None:
-    """Delete a shard that is not committed."""
-    if not written.cancelled() and not written.exception():
+def _delete_written_shard(future: Future[tuple[Path, ShardEntry]]) -> None:
+    """Delete the temporary file that a completed call of `_write_shard` returned, because it will not be committed."""
+    if not future.cancelled() and not future.exception():
         with suppress(OSError):
-            written.result()[0].unlink(missing_ok=True)
+            future.result()[0].unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The teacher that a run trains itself (`distillation.teacher=train`): a run of its own in OUTPUT_DIR/teacher.
+"""The teacher that a run trains first (`distillation.teacher=train`), as a separate run in OUTPUT_DIR/teacher.
 
-It is trained, stopped and resumed as any run. The start that finishes it replaces its process by one of the same
-command, which then begins the student, since TensorFlow cannot be set up twice in one process.
+The teacher's run is trained, stopped and resumed like any other. When it is finished, the process replaces itself by a
+new one with the same command, which begins the student's run: TensorFlow cannot be set up twice in one process.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,17 @@ from trainer.storage.path import storage_path
 
 
 def choose_run(config: RequestedConfig, control: ControlChannel) -> tuple[RequestedConfig, RequestedConfig | None]:
-    """Return the configuration of the run, and that of its teacher if this start must train it; else None.
+    """Decide whether this start trains the teacher or the run itself.
 
-    A run without an output_dir gets a new one, which both starts need. All workers must call this; only the chief
-    reads the folders.
+    All workers must call this; only the chief reads the folders. Errors in the student's output_dir are raised here,
+    so that they are known before the teacher trains.
+
+    Returns:
+        The configuration of the run, and that of its teacher if this start must train it, else None. If the teacher
+        trains first and output_dir was not set, a new folder is created, because the next start needs it too.
 
     Raises:
-        ConfigError: output_dir has another run or other files. It is raised before the teacher trains.
+        ConfigError: output_dir has another run or other files, or `resume` does not allow the run.
     """
     teacher = configure_teacher(config)
     if teacher is None:
@@ -36,7 +40,7 @@ def choose_run(config: RequestedConfig, control: ControlChannel) -> tuple[Reques
     elif (
         control.is_chief and config.resume == "must" and not (storage_path(config.output_dir) / "config.yaml").exists()
     ):
-        config = config.model_copy(update={"resume": "auto"})  # the run that must exist is that of the teacher
+        config = config.model_copy(update={"resume": "auto"})  # resume=must then applies to the teacher's run
     if not control.broadcast("teacher to train", lambda: must_train(config, teacher)):
         return config, None
     log.info(f"teacher: trained first, as a run of its own: {teacher.output_dir}")
@@ -44,26 +48,39 @@ def choose_run(config: RequestedConfig, control: ControlChannel) -> tuple[Reques
 
 
 def must_train(config: RequestedConfig, teacher: RequestedConfig) -> bool:
-    """Return whether the teacher of a run is unfinished. Write nothing.
+    """Return whether the teacher of a run still has to be trained. Write nothing.
 
-    Once the student has a checkpoint, a finished teacher is used as it is, even if the run is extended.
+    Once the student has a checkpoint, a finished teacher is not trained further, even if its phases were extended.
 
-    Raises ConfigError if the run cannot use its output_dir.
+    Args:
+        config: the configuration of the student's run.
+        teacher: that of the teacher's run, from `configure_teacher`.
+
+    Raises:
+        ConfigError: the student's run cannot use its output_dir, or the config.yaml of the teacher's run is invalid.
     """
-    begun, _ = inspect_folder(config)
-    if begun is not None and (storage_path(str(teacher.output_dir)) / DONE).exists():
+    resumed_config, _ = inspect_folder(config)
+    if resumed_config is not None and (storage_path(str(teacher.output_dir)) / DONE).exists():
         return False
     return not is_finished(teacher)
 
 
 def locate_teacher(address: str, output_dir: str) -> str:
-    """Return the address of the teacher that is configured as `address` for the run in `output_dir`."""
+    """Return the address of a teacher: `address`, or OUTPUT_DIR/teacher if `address` is "train".
+
+    Args:
+        address: value of `distillation.teacher`.
+        output_dir: that of the student's run.
+    """
     return teacher_address(output_dir) if address == TRAIN else address
 
 
 @contextmanager
 def keys_of_teacher() -> Iterator[None]:
-    """Name the keys in an error of the teacher's run as they are written in the command."""
+    """Within the context, rename the keys in the errors of a teacher's run: `phases.x` -> `distillation.phases.x`.
+
+    The configuration of that run has the keys of any run, but in the command they begin with `distillation`.
+    """
     try:
         yield
     except TrainerError as error:

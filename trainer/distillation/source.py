@@ -1,4 +1,4 @@
-"""The files of the teacher at `distillation.teacher`, in a local folder or a bucket."""
+"""Read and check the files of a teacher, the output_dir of a run or a SavedModel, local or in a bucket."""
 
 import hashlib
 import json
@@ -19,31 +19,31 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, read_json
 from trainer.storage.staging import divide_listing
 
-KEY = "distillation.teacher"
+KEY = "distillation.teacher"  # the configuration key in error messages
 ROWS_PER_CALL = 32  # images per replica and device call; constant, so that the bits do not depend on the batch size
-_GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"
+_GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"  # files in the folder of an exported SavedModel
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """A teacher whose weights are not loaded: its address, files and classes."""
+    """The address, files and classes of a teacher, without its weights."""
 
     address: str  # as configured
-    home: StoragePath  # folder of the files
-    classes: tuple[str, ...]
-    fingerprint: str  # 16 hex digits of a hash of its weights and model
-    files: dict[str, int]  # path relative to `home` -> size in bytes
+    home: StoragePath  # folder of the SavedModel or of the checkpoint
+    classes: tuple[str, ...]  # class names in the order of the logits
+    fingerprint: str  # 16 hex digits of a hash: of all files of a SavedModel; of a checkpoint's weights and its model
+    files: dict[str, int]  # path relative to `home` -> size in bytes; of a checkpoint only variables.npz
     model: config.Model | None = None  # configuration of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
-        """A description for the log."""
+        """A description for log and plan: address, backbone and checkpoint if any, number of classes, size."""
         what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
         return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
     def properties(self) -> dict[str, Any]:
-        """What all workers need to know before the weights are loaded, as JSON values."""
+        """Classes, fingerprint, summary and model as JSON values, which the chief broadcasts before the weights."""
         values = {key: getattr(self, key) for key in ("classes", "fingerprint", "summary")}
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
@@ -51,11 +51,12 @@ class TeacherFiles:
 def describe_teacher(address: str) -> TeacherFiles:
     """Describe the teacher at an address, which is the folder of a SavedModel or the output_dir of a run.
 
-    The teacher of a run is its best checkpoint if `training.keep` is best, otherwise its newest one. Weights are read
-    only if the storage has no checksums of them.
+    The teacher of a run is its best checkpoint if its `training.keep` is best, otherwise its newest one. Weights are
+    not read, except those of a SavedModel without checksums, such as on the local disk.
 
     Raises:
-        DataError: the address has neither, the run has no checkpoint yet, or its files are corrupt.
+        DataError: the address has neither, the SavedModel is not an export of kubetune, the run has no checkpoint yet,
+            or files are corrupt.
         ConfigError: the run's config.yaml is not valid in this version.
     """
     home = storage_path(address)
@@ -113,9 +114,15 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
 
 
 def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
-    """Read the scores of a teacher from its report, as `teacher` of report.json; None if it has no readable report.
+    """Read the scores of a teacher from its report, for the key `teacher` in the report.json of the student.
 
-    `fingerprint` is that of the student's data.
+    Args:
+        address: the teacher, as for `describe_teacher`.
+        fingerprint: that of the student's dataset.
+
+    Returns:
+        `split` that was scored, number of examples `n`, `accuracy`, its 95 % `interval`, and `same_data`, whether the
+        teacher was trained on the student's dataset; None if there is no report (as of a SavedModel), or a corrupt one.
     """
     with suppress(DataError):
         return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), "")
@@ -123,7 +130,7 @@ def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _parse_scores(fingerprint: str, report: Any) -> dict[str, Any]:
-    """Parse the scores in report.json; raise one of `CONTENT_ERRORS` for anything else."""
+    """Parse the scores in a report.json; raise one of `CONTENT_ERRORS` if they are missing or invalid."""
     test, (low, high) = report["test"], report["test"]["interval"]
     scores = {"accuracy": float(test["accuracy"]), "interval": [float(low), float(high)]}
     return {
@@ -135,7 +142,13 @@ def _parse_scores(fingerprint: str, report: Any) -> dict[str, Any]:
 
 
 def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
-    """Raise a DataError unless the teacher has the classes of the dataset, in the same order."""
+    """Raise a DataError unless `teacher` and `data` are the same class names in the same order.
+
+    Args:
+        address: of the teacher, for the message.
+        teacher: class names of the teacher.
+        data: class names of the dataset.
+    """
     teacher, data = (tuple(map(normalize_class_name, names)) for names in (teacher, data))
     if teacher == data:
         return
@@ -147,14 +160,20 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
 
 
 def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
-    """Raise a DataError if the run in output_dir `run` began with a teacher of another fingerprint than `current`."""
+    """Raise a DataError if a run began with another teacher.
+
+    Args:
+        run: output_dir of the run, for the message.
+        recorded: fingerprint of the teacher in the checkpoint of the run; None for a new run.
+        current: fingerprint of the configured teacher.
+    """
     if recorded not in (None, current):
         problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 
 def _list_extra(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    """List the names that are not in `others`, at most five, and the count of the rest."""
+    """Format the names that are not in `others`: at most five, and the number of further ones."""
     extra = [name for name in names if name not in others]
     return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
@@ -163,11 +182,11 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
     """Read the weights of a teacher.
 
     Returns:
-        For a checkpoint, the variables by name, or their moving averages if the run computed them. For a SavedModel,
-        the content of each file, uint8 [bytes], by relative path.
+        For a checkpoint, the variables by name, or their moving averages (EMA) if the run computed them. For a
+        SavedModel, the content of each file, uint8 [bytes], by path relative to `TeacherFiles.home`.
 
     Raises:
-        DataError: a file of a checkpoint is missing, or does not match its size or checksum.
+        DataError: a file is missing, or a file of a checkpoint does not match its size or checksum.
     """
     if teacher.model is None:
         return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
@@ -179,7 +198,7 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, as `read_weights` returns them, to a folder."""
+    """Write the files of a SavedModel, in the form that `read_weights` returns, to a folder."""
     for name, content in files.items():
         file = join_inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

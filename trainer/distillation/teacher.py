@@ -1,4 +1,4 @@
-"""The teacher of a run with knowledge distillation (Hinton et al. 2015), and its soft labels."""
+"""Load the teacher of a run with knowledge distillation (Hinton et al. 2015), and compute its soft labels."""
 
 import hashlib
 import tempfile
@@ -29,22 +29,26 @@ from trainer.storage.local import write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.training.losses import log_probs
 
-_FORMAT = 1  # version of the soft labels on disk; increment it when their values change
+_FORMAT = 1  # version of the cached soft labels; increment it when a change of the code changes their values
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's network, for inference on images with a side of S pixels."""
+    """The teacher's network for inference. S is `image_size`, the side of its input in pixels."""
 
     image_size: int
     forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
     variable_bytes: int = 0
     classifier: Classifier | None = None  # None for a SavedModel
 
-    def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - as `Network.logits`
-        """Compute logits, float32 [b, classes], up to a constant per row. No gradient flows through them.
+    def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - required by `Network`
+        """Compute logits, float32 [b, classes], without a gradient.
 
-        Images are uint8 or float32 [b, s, s, 3] in 0..255. They are resized bilinearly if s is not S.
+        A SavedModel has only probabilities, so its logits are log-probabilities, which differ by a constant per row.
+
+        Args:
+            images: uint8 or float32 [b, s, s, 3] in 0..255; resized bilinearly if s is not S.
+            training: ignored.
         """
         pixels = tf.cast(images, tf.float32)
         if pixels.shape[1] != self.image_size:
@@ -53,7 +57,11 @@ class Teacher:
 
 
 def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
-    """Load a SavedModel of kubetune as a teacher. Must be called in the scope of the strategy.
+    """Load an exported SavedModel as a teacher. Must be called in the scope of the strategy.
+
+    Args:
+        folder: local folder of the SavedModel.
+        address: the configured address, for error messages.
 
     Raises:
         DataError: it has no signature `images` with a fixed image size and an output `probabilities`.
@@ -66,7 +74,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         raise DataError(problem, key=KEY, value=address, fix=f"{fix}, or its output_dir")
 
     def forward(images: Any) -> Any:
-        assert loaded is not None  # the reference keeps its variables alive
+        assert loaded is not None  # while this function refers to `loaded`, its variables are not deleted
         return log_probs(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward, count_variable_bytes(signature.variables))
@@ -74,14 +82,17 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
 
 @dataclass(frozen=True)
 class OpenedTeacher:
-    """Opened teacher: a network for every step, or the soft labels of all examples. Neither after a stop request."""
+    """What the teacher contributes to training: a network for every step, or the soft labels of all examples.
+
+    After a stop request, both are None.
+    """
 
     fingerprint: str  # hash of its weights
     network: Teacher | None = None
-    soft_labels: np.ndarray | None = None  # probabilities, float32 [count, classes], by example index
+    soft_labels: np.ndarray | None = None  # probabilities, float32 [training examples, classes], by example index
 
     def add_soft_labels(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """Add the soft labels, if there are any, to training batches as `teacher`."""
+        """Add the soft labels, if there are any, to training batches: key `teacher`, float32 [b, classes]."""
         if self.soft_labels is None:
             return batches
         soft_labels = tf.constant(self.soft_labels)
@@ -91,25 +102,29 @@ class OpenedTeacher:
 
 @dataclass
 class ConfiguredTeacher:
-    """The teacher that is configured: its network, or the soft labels that an earlier start has computed."""
+    """The configured teacher: its network, or the soft labels that an earlier start has computed."""
 
     fingerprint: str  # hash of its weights
-    resize: Resize  # of its images
-    labels_file: Path  # of the soft labels, in the cache
-    network: Teacher | None  # None if there are soft labels; `open_teacher` releases it once it has computed them
-    soft_labels: np.ndarray | None  # float32 [count, classes]
+    resize: Resize  # how its images become square
+    labels_file: Path  # file of the soft labels in the cache
+    network: Teacher | None  # None if there are soft labels; `open_teacher` sets it to None when it has computed them
+    soft_labels: np.ndarray | None  # float32 [training examples, classes]
 
 
 def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
-    """Find, check and load the configured teacher on all workers; the chief reads its files and broadcasts them.
+    """Check and load the configured teacher. All workers must call this; the chief reads the files and broadcasts them.
 
-    Without augmentation the soft labels of an earlier start are used if there are any, instead of the network.
-    `recorded` is the fingerprint of the teacher with which the run in output_dir `run` began. None for a new run.
+    Without augmentation, cached soft labels of an earlier start are used instead of the network, if there are any.
+
+    Args:
+        run: output_dir of this run.
+        recorded: fingerprint of the teacher with which this run began; None for a new run.
 
     Raises:
-        DataError: there is no usable teacher at the address, it has other classes, its files are corrupt, or this run
-            began with another one.
+        DataError: there is no teacher at the address, it has other classes, its files are corrupt, or this run began
+            with another teacher.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
+        ModelError: the teacher's network cannot be built.
     """
     config, dataset, control = images.config, images.dataset, worker.control
     assert config.distillation
@@ -144,7 +159,12 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
 def _build(
     worker: Worker, images: ImageStore, model: dict[str, Any] | None, arrays: dict[str, np.ndarray], address: str
 ) -> Teacher:
-    """Build the network of a teacher from the weights of a checkpoint, or if `model` is None the files of an export."""
+    """Build the network of a teacher on this worker.
+
+    Args:
+        model: configuration of a checkpoint's network, as JSON values; None for a SavedModel.
+        arrays: the result of `source.read_weights`.
+    """
     with worker.strategy.scope():
         if model is None:
             with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
@@ -159,11 +179,11 @@ def _build(
 def open_teacher(
     worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher
 ) -> OpenedTeacher:
-    """Choose what the teacher contributes to a step on all workers.
+    """Prepare what the teacher contributes to training. All workers must call this.
 
-    Without augmentation every epoch has the same images, so their soft labels are computed now; with augmentation the
-    teacher predicts in every step. Computing soft labels ends early on a stop request: check `Worker.should_stop`
-    afterwards.
+    Without augmentation, every epoch has the same images, so their soft labels are computed now, unless they were
+    cached. With augmentation, the teacher predicts in every step. A stop request ends the computation of soft labels
+    early, so call `Worker.should_stop` before you use the result.
     """
     network, labels = configured.network, configured.soft_labels
     if network is None:
@@ -179,19 +199,22 @@ def open_teacher(
 def _soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher, teacher: Teacher
 ) -> np.ndarray | None:
-    """Compute the soft labels of the training images, resized as the teacher's; None if the run should stop."""
+    """Compute and cache the soft labels of the training images, float32 [training examples, classes].
+
+    The images have the size and the resize mode of the teacher. Return None after a stop request.
+    """
     control, config, file, resize = worker.control, images.config, configured.labels_file, configured.resize
     split, classes = images.dataset.splits["train"], len(images.dataset.class_names)
     health.set_activity("the soft labels of the teacher")
     subject = f"{split.count:,} training images at {teacher.image_size} px"
     log.info(f"soft labels of {subject}: computed once, stored in {file}")
-    as_student = (teacher.image_size, resize) == (images.size, config.model.resize)
-    pixels = images.split("train") if as_student else images.at("train", teacher.image_size, resize)
+    same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as those of the student
+    pixels = images.split("train") if same_images else images.at("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
     scored = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
-    # Examples without a prediction have an undecodable image, and weight 0.
+    # Examples without a prediction have an undecodable image, so their weight in training is 0.
     labels = np.full((split.count, classes), 1 / classes, np.float32)
     labels[scored.indices] = scored.probabilities
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
@@ -205,7 +228,7 @@ def _soft_labels(
 
 
 def _read_cached(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Read the soft labels in a file. None if it is missing or corrupt."""
+    """Read cached soft labels of this shape, float32; None if the file is missing or corrupt."""
     try:
         labels = unpack(file.read_bytes())["answers"]
     except (OSError, *CONTENT_ERRORS):

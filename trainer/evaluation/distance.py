@@ -1,8 +1,8 @@
-"""Distance of images from the reference distribution of an export, in its features, without TensorFlow.
+"""Measure how far the embeddings of images are from the reference distribution of an export, without TensorFlow.
 
-The distance is the Mahalanobis distance of the embedding from one Gaussian for all classes, the "marginal Mahalanobis
-distance" (Kamoi and Kobayashi 2020, "Why is the Mahalanobis Distance Effective for Anomaly Detection?"; Lee et al. 2018
-have a Gaussian per class). The Gaussian is that of reference.json, by which `trainer.drift` measures too.
+The measure is the "marginal Mahalanobis distance": the Mahalanobis distance from one Gaussian for all classes (Kamoi
+and Kobayashi 2020, "Why is the Mahalanobis Distance Effective for Anomaly Detection?"). Lee et al. 2018 fit a Gaussian
+per class instead. The Gaussian is stored in reference.json, which `trainer.drift` uses too.
 """
 
 from collections.abc import Mapping
@@ -11,36 +11,39 @@ from typing import Any
 
 import numpy as np
 
-MIN_VARIANCE = 1e-3  # of the mean variance: directions with less of it, such as of dead units, count as having that
+MIN_VARIANCE = 1e-3  # fraction of the mean variance, to which a lower one is raised, such as that of a dead unit
 
 
 @dataclass(frozen=True)
 class EmbeddingDistance:
-    """The Mahalanobis distance from the embeddings of a reference; C is the width of an embedding."""
+    """The Mahalanobis distance from the embeddings of the reference examples.
+
+    C is the width of an embedding, and C' the width of its projection; without a projection, C' = C.
+    """
 
     width: int  # C
-    whitening: np.ndarray  # float64 [C, C'], projects and scales to unit variance
-    center: np.ndarray  # float64 [C'], the mean after that
-    reference_rms: float  # root mean square of the distances of the reference's own examples
-    split: str  # that these examples are of
+    whitening: np.ndarray  # float64 [C, C'], projects an embedding and scales it to unit variance
+    center: np.ndarray  # float64 [C'], the mean of the whitened reference embeddings
+    reference_rms: float  # root mean square distance of the reference examples
+    split: str  # split that contains the reference examples, "held-out" if reference.json does not name it
 
     def measure(self, embeddings: np.ndarray) -> np.ndarray:
-        """Measure the distances, float64 [n] and at least 0, of embeddings float [n, C]."""
+        """Return the distances, float64 [n], of embeddings, float [n, C]."""
         return np.sqrt(((embeddings.astype(np.float64) @ self.whitening - self.center) ** 2).sum(axis=1))
 
 
 def fit_distance(reference: Mapping[str, Any]) -> EmbeddingDistance | None:
-    """Compute the distance function of the content of reference.json; None if it has no embedding."""
+    """Make the distance function from the content of reference.json. Return None if it has no embedding."""
     moments = reference.get("embedding")
     if not moments:
         return None
     mean, covariance = np.asarray(moments["mean"], np.float64), np.asarray(moments["covariance"], np.float64)
     variances, directions = np.linalg.eigh(covariance)
     variances = np.maximum(variances, 0.0)
-    floored = np.maximum(variances, max(MIN_VARIANCE * variances.mean(), 1e-12))
-    whitening = directions / np.sqrt(floored)
+    floored_variances = np.maximum(variances, max(MIN_VARIANCE * variances.mean(), 1e-12))
+    whitening = directions / np.sqrt(floored_variances)
     projection = moments.get("projection")
-    center, rms = mean @ whitening, float(np.sqrt((variances / floored).sum()))
+    center, rms = mean @ whitening, float(np.sqrt((variances / floored_variances).sum()))
     if projection is not None:
         whitening = np.asarray(projection, np.float64) @ whitening
     return EmbeddingDistance(len(whitening), whitening, center, rms, str(reference.get("split", "held-out")))

@@ -1,13 +1,15 @@
-"""Drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
+"""Measure the drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
 
 The reference, `export/reference.json`, describes the predictions for the test split, or for the validation split if
-there is no test split. There are three measures. Without drift, each exceeds its thresholds in at most about 1 of 100
-windows:
+there is no test split. The thresholds of the three measures are raised for small windows of predictions, so that each
+measure exceeds them in about 1 of 100 windows without drift, or fewer:
 
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
 - `confidence`: the PSI of the largest probability;
 - `embedding`: the Frechet distance between Gaussians fitted to the embeddings (Dowson and Landau 1982; as in the
-  Frechet inception distance of Heusel et al. 2017), as a fraction of the reference's own variance.
+  Frechet inception distance of Heusel et al. 2017), as a fraction of the total variance of the reference.
+
+In shapes, C is the width of an embedding, and C' the width after the projection in reference.json (C if it has none).
 """
 
 import json
@@ -26,11 +28,11 @@ from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 from trainer.storage.versions import list_versions
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
-EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's variance
-QUANTILE = 0.99  # no threshold is below this quantile of its measure without drift
-BOOTSTRAP_SAMPLES = 200
+EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's total variance
+QUANTILE = 0.99  # of a measure without drift; a lower threshold is raised to it
+BOOTSTRAP_SAMPLES = 200  # pairs of samples from which that quantile of the embedding distance is estimated
 CONFIDENCE_BINS = 20  # equal bins of the largest probability, over 0..1
-MIN_BIN_FRACTION = 0.05  # of the reference; smaller bins are merged
+MIN_BIN_FRACTION = 0.05  # of the reference's predictions; a bin with fewer is merged with its neighbors
 
 DESCRIPTIONS = {
     "classes": "population stability index of the predicted classes",
@@ -43,38 +45,46 @@ Level = Literal["stable", "moderate", "shifted"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of drift over `n` predictions; `moderate` and `shifted` are the thresholds of these levels."""
+    """The value of one measure of drift, and its thresholds."""
 
     name: str  # classes | confidence | embedding
-    value: float
-    moderate: float
-    shifted: float
-    n: int
+    value: float  # at least 0; larger for more drift
+    moderate: float  # lowest value of the level "moderate"
+    shifted: float  # lowest value of the level "shifted"
+    n: int  # number of predictions that were measured
 
     @property
     def level(self) -> Level:
+        """The most severe level whose threshold the value reaches."""
         return "shifted" if self.value >= self.shifted else "moderate" if self.value >= self.moderate else "stable"
 
 
 class Window:
-    """Counts and moments of the last `size` predictions, or of all predictions if `size` is None. Not thread-safe."""
+    """Counts and moments of the latest `size` predictions, or of all predictions if `size` is None. Not thread-safe."""
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
         self.size = size
         self.classes = np.zeros(class_count, np.int64)  # predictions per class
         self.confidences = np.zeros(CONFIDENCE_BINS, np.int64)  # histogram of the largest probability
         self.embedding_count = 0  # predictions with an embedding
-        self._sum: Any = 0.0
-        self._outer: Any = 0.0
+        self._sum: Any = 0.0  # sum of the embeddings; float64 [C'] after the first one
+        self._outer: Any = 0.0  # sum of their outer products; float64 [C', C'] after the first one
+        # Class index, bin of the confidence and embedding of each prediction, oldest first; empty if `size` is None.
         self._recent: deque[tuple[int, int, np.ndarray | None]] = deque()
 
     @property
     def n(self) -> int:
-        """The number of predictions."""
+        """The number of predictions in the window."""
         return int(self.classes.sum())
 
     def add(self, predicted: int, confidence: float, embedding: Sequence[float] | np.ndarray | None = None) -> None:
-        """Add a prediction: class index, its probability, and the projected embedding [C'], None if there is none."""
+        """Add a prediction, and drop the oldest one if there are more than `size`.
+
+        Args:
+            predicted: index of the predicted class.
+            confidence: probability of this class, 0 to 1.
+            embedding: projected embedding, float [C']; None if the model does not return it.
+        """
         vector = None if embedding is None else np.asarray(embedding, np.float64)
         bin_index = min(max(int(confidence * CONFIDENCE_BINS), 0), CONFIDENCE_BINS - 1)
         self._update(predicted, bin_index, vector, 1)
@@ -92,7 +102,7 @@ class Window:
             self._outer = self._outer + sign * np.outer(vector, vector)
 
     def fit_gaussian(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean [C'] and covariance [C', C'] of the embeddings. At least two are required."""
+        """Return the mean, float64 [C'], and covariance, float64 [C', C'], of at least two embeddings."""
         mean = self._sum / self.embedding_count
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
@@ -100,9 +110,9 @@ class Window:
 def population_stability_index(
     reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray
 ) -> float:
-    """Return PSI = sum of (q - p) ln(q / p) over the frequencies p and q of two histograms [bins].
+    """Return the PSI of two histograms [bins]: the sum of (q - p) ln(q / p) over their frequencies p and q.
 
-    It is 0 for equal frequencies. Half a count is added to every bin, so that an empty bin does not make it infinite.
+    It is 0 for equal frequencies. Half a count is added to every bin, so that it is finite if a bin is empty.
     """
     smoothed = [np.asarray(c, np.float64) + 0.5 for c in (reference_counts, counts)]
     p, q = (bins / bins.sum() for bins in smoothed)
@@ -110,10 +120,11 @@ def population_stability_index(
 
 
 def psi_quantile(reference_n: int, n: int, bins: int) -> float:
-    """Return the 0.99 quantile of the PSI of two samples, of sizes `reference_n` and `n`, from one distribution.
+    """Return the 0.99 quantile of the PSI without drift, that is for two samples of the same distribution.
 
     The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
-    freedom (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index").
+    freedom (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index"). `reference_n` and
+    `n` are the sizes of the samples.
     """
     from scipy.special import chdtri  # imported here: the server imports this module, but does not need the quantiles
 
@@ -121,7 +132,10 @@ def psi_quantile(reference_n: int, n: int, bins: int) -> float:
 
 
 def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge neighboring bins of two histograms until each bin has at least 5 % of the reference's counts."""
+    """Merge neighboring bins of two histograms [bins] so that each has at least 5 % of the reference's total count.
+
+    Returns both histograms with the same, merged bins.
+    """
     minimum, edges = MIN_BIN_FRACTION * reference.sum(), [0]
     for edge in range(1, len(reference) + 1):
         if min(reference[edges[-1] : edge].sum(), reference[edge:].sum()) >= minimum:
@@ -134,9 +148,9 @@ def embedding_distance(
 ) -> float:
     """Return the squared Frechet distance of two Gaussians, divided by the trace of the reference's covariance.
 
-    (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1) is 0 for equal Gaussians, and 1 for equal covariances if
-    the squared distance of the means equals the total variance of the reference. `reference` is `embedding` of
-    reference.json, with `mean` [C'] and `covariance` [C', C'].
+    The result is (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1). It is 0 for equal Gaussians. With equal
+    covariances it is 1 if the squared distance of the means equals the total variance of the reference, tr(S1).
+    `reference` is `embedding` of reference.json; its `mean` and `covariance` also have the shapes [C'] and [C', C'].
     """
     m1, s1 = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
     m2, s2 = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
@@ -148,29 +162,31 @@ def embedding_distance(
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:
-    """Return the symmetric square root; negative eigenvalues, from rounding, count as 0."""
+    """Return the symmetric square root of a covariance [k, k]. Negative eigenvalues, from rounding, count as 0."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """Return the 0.99 quantile of the distance between `n` embeddings and the reference without drift.
+    """Return the 0.99 quantile of `embedding_distance` without drift, by a parametric bootstrap.
 
-    Parametric bootstrap (Efron and Tibshirani 1993, chapter 6): mean and covariance of pairs of samples, of sizes
-    `reference_n` and `n`, are drawn from the Gaussian of the reference.
+    Pairs of samples, of `reference_n` and `n` embeddings, are drawn from the Gaussian of the reference, `embedding` of
+    reference.json (Efron and Tibshirani 1993, chapter 6).
     """
     mean, covariance = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
-    root, draw, width = _square_root(covariance), np.random.default_rng(seed), len(mean)
+    root, generator, width = _square_root(covariance), np.random.default_rng(seed), len(mean)
 
     def sample_moments(count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the mean and covariance of a sample."""
         count = max(count, 2)
         if count <= width:
-            sample = draw.standard_normal((count, width)) @ root
+            sample = generator.standard_normal((count, width)) @ root
             return mean + sample.mean(0), np.cov(sample, rowvar=False).reshape(width, width)
-        factor = np.tril(draw.standard_normal((width, width)), -1)  # Bartlett 1933: draws a Wishart matrix directly
-        factor += np.diag(np.sqrt(draw.chisquare(count - 1 - np.arange(width))))
+        # The covariance has a Wishart distribution. Bartlett 1933: draw it directly, which requires count > width.
+        factor = np.tril(generator.standard_normal((width, width)), -1)
+        factor += np.diag(np.sqrt(generator.chisquare(count - 1 - np.arange(width))))
         scaled = root @ factor
-        return mean + root @ draw.standard_normal(width) / np.sqrt(count), scaled @ scaled.T / (count - 1)
+        return mean + root @ generator.standard_normal(width) / np.sqrt(count), scaled @ scaled.T / (count - 1)
 
     distances = []
     for _ in range(BOOTSTRAP_SAMPLES):
@@ -180,7 +196,10 @@ def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, 
 
 
 def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
-    """Measure the drift of a window of predictions; without at least two embeddings, leave out `embedding`."""
+    """Measure the drift of a window of predictions from the content of reference.json.
+
+    The measure `embedding` is left out unless the reference has embeddings and the window has at least two.
+    """
     reference_n = int(reference["n"])
     classes = np.asarray(reference["class_frequencies"], np.float64) * reference_n, window.classes
     confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
@@ -203,17 +222,20 @@ def most_severe_level(measures: Sequence[Measure]) -> Level:
 
 
 def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Parse reference.json; return None if it is corrupt or has another number of classes than `classes`."""
+    """Parse reference.json. Return None if it is corrupt or its number of classes differs from that of `classes`.
+
+    `classes` defaults to the class names in the file.
+    """
     try:
         reference: dict[str, Any] = json.loads(content)
-        sizes = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
-        names = reference["classes"] if classes is None else classes
-        own_names = reference.get("classes", list(names))
-        valid = isinstance(own_names, list) and all(isinstance(name, str) for name in own_names)
-        valid &= len(own_names) == len(names)
-        valid &= sizes == (len(names), CONFIDENCE_BINS) and reference["n"] > 0
+        lengths = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
+        expected_names = reference["classes"] if classes is None else classes
+        stored_names = reference.get("classes", list(expected_names))
+        valid = isinstance(stored_names, list) and all(isinstance(name, str) for name in stored_names)
+        valid &= len(stored_names) == len(expected_names)
+        valid &= lengths == (len(expected_names), CONFIDENCE_BINS) and reference["n"] > 0
         histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
-        valid &= all(np.isfinite(np.asarray(values, np.float64)).all() for values in histograms)
+        valid &= all(0 < np.sum(values) < np.inf and np.min(values) >= 0 for values in histograms)
         valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
         require_nonnegative(reference.get("embedding", {}).get("n", 1))
     except CONTENT_ERRORS:
@@ -222,21 +244,24 @@ def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dic
 
 
 def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
-    """Return whether there are a finite mean [C'], covariance [C', C'] and, if any, projection [C, C']."""
+    """Return whether `mean` [C'], `covariance` [C', C'] and, if present, `projection` [C, C'] are valid and finite."""
     mean, covariance = np.asarray(embedding["mean"], np.float64), np.asarray(embedding["covariance"], np.float64)
-    matrix = embedding.get("projection")
-    projection = np.asarray([mean] if matrix is None else matrix, np.float64)
-    shaped = mean.ndim == 1 and covariance.shape == 2 * mean.shape and projection.shape[1:] == mean.shape
-    return shaped and all(np.isfinite(values).all() for values in (mean, covariance, projection))
+    stored_projection = embedding.get("projection")
+    projection = np.asarray([mean] if stored_projection is None else stored_projection, np.float64)
+    shapes_match = mean.ndim == 1 and covariance.shape == 2 * mean.shape and projection.shape[1:] == mean.shape
+    return shapes_match and all(np.isfinite(values).all() for values in (mean, covariance, projection))
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """Read reference.json from the address of the file itself, or of a run, its export, a SavedModel or its versions.
+    """Read the reference.json of a model.
 
-    Of a folder of versions, the reference is that of the newest one (`find_version`).
+    Args:
+        address: a .json file, an output_dir, its `export` folder, a SavedModel, or a folder of numbered SavedModels, of
+            which the newest one is used (`find_version`). Local or in a bucket.
 
     Raises:
         DataError: the file does not exist or is corrupt.
+        Interrupted: the bucket does not respond.
     """
     version = find_version(address)
     root = version or storage_path(address)
@@ -253,21 +278,24 @@ def read_reference(address: str) -> dict[str, Any]:
 
 
 def find_version(address: str) -> StoragePath | None:
-    """Return the newest version in a folder of versions; None if the address is something else."""
+    """Return the folder of the newest version in a folder of numbered SavedModels; None if `address` is another one."""
     versions = [] if address.endswith(".json") else list_versions(storage_path(address))
     return versions[0].path.parent if versions else None
 
 
 @dataclass(frozen=True)
 class Period:
-    """The predictions of a log that are read: those of a model version in [since, until); None does not limit them."""
+    """The predictions of a log that are read: those of one model version in a range of time. None sets no limit."""
 
-    since: datetime | None = None
-    until: datetime | None = None
-    version: str | None = None
+    since: datetime | None = None  # inclusive
+    until: datetime | None = None  # exclusive
+    version: str | None = None  # name of the version's folder, such as "3"
 
     def includes(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row of the log is included. Raises one of `CONTENT_ERRORS` if it has no valid time."""
+        """Return whether a row of the log is read. A row without `model_version` counts as one of the version.
+
+        Raises one of `CONTENT_ERRORS` if the time is limited and the row has no valid `time`.
+        """
         if self.version is not None and row.get("model_version", self.version) != self.version:
             return False
         if self.since is None and self.until is None:
@@ -276,16 +304,18 @@ class Period:
         return (self.since is None or time >= self.since) and (self.until is None or time < self.until)
 
     def __str__(self) -> str:
-        texts = [f" of version {self.version}"] if self.version else []
-        texts += [f" since {self.since:%Y-%m-%d %H:%M} UTC"] if self.since else []
-        return "".join(texts + ([f" until {self.until:%Y-%m-%d %H:%M} UTC"] if self.until else []))
+        """Format the limits for the end of a message, such as " of version 3 since 2026-01-31 02:00 UTC"."""
+        parts = [f" of version {self.version}"] if self.version else []
+        parts += [f" since {self.since:%Y-%m-%d %H:%M} UTC"] if self.since else []
+        return "".join(parts + ([f" until {self.until:%Y-%m-%d %H:%M} UTC"] if self.until else []))
 
 
 def list_log(address: str, period: Period) -> list[StoragePath]:
-    """List the files of a log: the file itself, or those in a folder and in its folders of days.
+    """List the files of a log that can have predictions in a period, sorted by address.
 
-    `trainer.serve` writes a part into the folder of the day, in UTC, of its first prediction. Its last prediction can
-    be of the next day.
+    That is `address` if it is a file, or else the *.jsonl files in this folder and in its folders of days, such as
+    `2026-01-31`. `trainer.serve` writes a file into the folder of the day, in UTC, of its first prediction. Its last
+    prediction can be of the next day, so the day before the period is included.
     """
     root = storage_path(address)
     if root.exists():
@@ -308,8 +338,9 @@ def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tupl
         The window, and the number of skipped invalid lines; the server may still be writing the last line.
 
     Raises:
-        DataError: there is no log, or it has predictions of another model.
+        DataError: there is no log, or a prediction has a class or an embedding width that `reference` does not have.
         NoPredictions: the log has no predictions in the period.
+        Interrupted: the bucket does not respond.
     """
     files = list_log(address, period)
     if not files and (address.endswith(".jsonl") or not storage_path(address).is_folder()):
@@ -317,34 +348,34 @@ def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tupl
             "is not a file or folder with *.jsonl", key="log", value=address, fix="give the log of a server"
         )
     class_indices = {name: i for i, name in enumerate(reference["classes"])}
-    width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
-    window, invalid = Window(len(class_indices)), 0
+    embedding_width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
+    window, invalid_count = Window(len(class_indices)), 0
     for line in (line for file in files for line in file.read().decode("utf-8", "replace").splitlines()):
         try:
             row = json.loads(line)
             if not period.includes(row):
                 continue
-            name, confidence, vector = row["class"], float(row["confidence"]), row.get("embedding")
-            finite = vector is None or np.isfinite(np.asarray(vector, np.float64)).all()
-            if not finite or not 0 <= confidence <= 1.001:  # above 1 by rounding
+            name, confidence, embedding = row["class"], float(row["confidence"]), row.get("embedding")
+            is_finite = embedding is None or np.isfinite(np.asarray(embedding, np.float64)).all()
+            if not is_finite or not 0 <= confidence <= 1.001:  # above 1 by rounding
                 raise ValueError
         except CONTENT_ERRORS:
-            invalid += 1
+            invalid_count += 1
             continue
-        if name not in class_indices or (vector is not None and len(vector) != width):
-            mismatch = f"the class {name}" if name not in class_indices else f"embeddings of {len(vector)} numbers"
+        if name not in class_indices or (embedding is not None and len(embedding) != embedding_width):
+            mismatch = f"the class {name}" if name not in class_indices else f"embeddings of {len(embedding)} numbers"
             raise DataError(
                 f"has {mismatch}, unlike the reference", key="log", value=address, fix="give its model's reference"
             )
-        window.add(class_indices[name], confidence, vector)
+        window.add(class_indices[name], confidence, embedding)
     if not window.n:
         fix = "give another log, or more hours"
         raise NoPredictions(f"has no predictions{period}", key="log", value=address, fix=fix)
-    return window, invalid
+    return window, invalid_count
 
 
 def format_measures(measures: Sequence[Measure], invalid: int) -> list[str]:
-    """Format one line per measure, and one that counts `invalid` log lines if there are any."""
+    """Format one line per measure, one if the embeddings were not measured, and one if `invalid` log lines exist."""
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {DESCRIPTIONS[m.name]}"

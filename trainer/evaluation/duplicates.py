@@ -1,4 +1,4 @@
-"""Detect duplicate images: in two splits they inflate the scores, and with different labels they reveal label errors.
+"""Detect duplicate images. Those in two splits inflate the scores, and those with different labels are mislabeled.
 
 Each image is reduced to a 16 x 16 thumbnail and a perceptual hash of its low frequencies (Zauner 2010, "Implementation
 and benchmarking of perceptual image hash functions"). Two images whose hashes differ in few bits are candidates. They
@@ -18,10 +18,10 @@ from scipy.sparse.csgraph import connected_components
 THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 6  # bits in which the hashes of two candidates may differ
 MIN_CORRELATION = 0.99  # of the thumbnails of two duplicates
-_MIN_STD = 3.0  # standard deviation of the values of a thumbnail, 0 to 255, below which the image is blank
-_IMAGES_PER_BATCH = 8  # fits the processor's cache, 9 times as fast as 256
-_HASH_PAIRS_PER_BATCH = 2_000_000  # their differing bits take 16 MB
-_THUMBNAIL_PAIRS_PER_BATCH = 50_000
+_MIN_STD = 3.0  # an image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this
+_IMAGES_PER_BATCH = 8  # resized at a time; they fit the processor's cache, 9 times as fast as 256
+_HASH_PAIRS_PER_BATCH = 2_000_000  # compared at a time; their differing bits take 16 MB
+_THUMBNAIL_PAIRS_PER_BATCH = 50_000  # compared at a time
 MAX_DUPLICATE_PAIRS = 2_000_000  # the search stops here and groups are incomplete; video frames can have far more pairs
 MAX_LISTED_GROUPS = 100  # in report.json
 MAX_LISTED_MEMBERS = 20  # of a group in report.json
@@ -47,54 +47,59 @@ def make_thumbnails(images: np.ndarray) -> np.ndarray:
 def hash_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
     """Hash thumbnails, uint8 [n, 16, 16, 3], to uint64 [n].
 
-    A bit is set if one of the 8 x 8 lowest DCT coefficients exceeds their median. The median excludes the mean, which
-    changes with the brightness; the bit of the mean is always set.
+    Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the gray image, and is set if the coefficient
+    exceeds their median. The first coefficient, the mean, changes with the brightness. So it is excluded from the
+    median, and its bit is always set.
     """
     gray = thumbnails.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     low = dctn(gray, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(gray), 64)
-    low[:, 0] = np.inf
+    low[:, 0] = np.inf  # sets the bit of the mean
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
 def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield, in batches, the indices of all pairs of distinct hashes that differ in at most `MAX_HASH_DISTANCE` bits.
+    """Yield batches of pairs of hashes that differ in at most `MAX_HASH_DISTANCE` bits, as two arrays of indices.
 
-    A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes have at least one of them in common
-    (pigeonhole principle), so only hashes with an equal segment are compared. A pair with several equal segments is
-    yielded several times.
+    `hashes`, uint64 [n], are distinct. A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes have
+    at least one of the segments in common (pigeonhole principle), so only hashes with an equal segment are compared. A
+    pair with several equal segments is yielded several times.
     """
-    for start, stop in pairwise(np.linspace(0, 64, MAX_HASH_DISTANCE + 2).astype(int)):
-        segment = (hashes >> np.uint64(start)) & np.uint64((1 << int(stop - start)) - 1)
+    for first_bit, end_bit in pairwise(np.linspace(0, 64, MAX_HASH_DISTANCE + 2).astype(int)):
+        segment = (hashes >> np.uint64(first_bit)) & np.uint64((1 << int(end_bit - first_bit)) - 1)
         order = np.argsort(segment, kind="stable")
         bounds = np.flatnonzero(np.diff(segment[order])) + 1
         for bucket in np.split(order, bounds):
             step = max(_HASH_PAIRS_PER_BATCH // len(bucket), 1)
-            for first in range(0, len(bucket) - 1, step):
-                rows = bucket[first : first + step]
+            for start in range(0, len(bucket) - 1, step):
+                rows = bucket[start : start + step]
                 distance = np.bitwise_count(hashes[rows][:, None] ^ hashes[bucket][None, :])
-                later = np.arange(len(bucket))[None, :] > np.arange(first, first + len(rows))[:, None]
-                one, other = np.nonzero((distance <= MAX_HASH_DISTANCE) & later)
-                if len(one):
-                    yield rows[one], bucket[other]
+                is_later = np.arange(len(bucket))[None, :] > np.arange(start, start + len(rows))[:, None]
+                row, column = np.nonzero((distance <= MAX_HASH_DISTANCE) & is_later)
+                if len(row):
+                    yield rows[row], bucket[column]
 
 
 def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the rows of duplicate pairs, int64 [2, k]; of each hash, only the first image is compared with others."""
+    """Return the pairs of thumbnails, uint8 [n, 16, 16, 3], that are duplicates, as rows int64 [2, k].
+
+    Of the images with one hash, only the first is compared: with the others of the same hash, and with the first images
+    of close hashes. The search stops at `MAX_DUPLICATE_PAIRS`.
+    """
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
-    hashes, first, inverse = np.unique(hash_thumbnails(thumbnails), return_index=True, return_inverse=True)
+    hashes, first_rows, inverse = np.unique(hash_thumbnails(thumbnails), return_index=True, return_inverse=True)
     vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    representative = first[inverse]  # row of the first image with the same hash
-    repeated = np.flatnonzero(representative != np.arange(len(inverse)))
-    close = (first[np.stack(pair)] for pair in _close_pairs(hashes))
+    first_with_hash = first_rows[inverse]  # row of the first image with the same hash
+    repeat_rows = np.flatnonzero(first_with_hash != np.arange(len(inverse)))
+    close_pairs = (first_rows[np.stack(pair)] for pair in _close_pairs(hashes))
     accepted, count = [np.zeros((2, 0), np.int64)], 0
-    for candidates in chain([np.stack([representative[repeated], repeated])], close):
+    for candidates in chain([np.stack([first_with_hash[repeat_rows], repeat_rows])], close_pairs):
         for start in range(0, candidates.shape[1], _THUMBNAIL_PAIRS_PER_BATCH):
-            one, other = batch = candidates[:, start : start + _THUMBNAIL_PAIRS_PER_BATCH]
-            correlated = np.einsum("ij,ij->i", vectors[one], vectors[other]) >= MIN_CORRELATION
+            left, right = batch = candidates[:, start : start + _THUMBNAIL_PAIRS_PER_BATCH]
+            correlated = np.einsum("ij,ij->i", vectors[left], vectors[right]) >= MIN_CORRELATION
             accepted.append(batch[:, correlated])
             count += int(correlated.sum())
         if count >= MAX_DUPLICATE_PAIRS:
@@ -110,13 +115,14 @@ def find_duplicates(
 ) -> dict[str, Any]:
     """Return `duplicates` of report.json: the groups of images that occur more than once.
 
-    Groups with several labels come first, those that are also in several splits before the others. Groups within one
-    split and class are only counted, unless `list_all`, which lists them last. Blank images are left out.
+    Groups with several labels are listed first, and among them those in several splits. Then follow the other groups in
+    several splits. At most `MAX_LISTED_GROUPS` are listed. Blank images are ignored.
 
     Args:
-        thumbnails: indices int64 [n] and their thumbnails uint8 [n, 16, 16, 3], by split.
-        labels: int [count], by split.
-        describe: returns split, index, file and label (the class name) of an example from its split and index.
+        thumbnails: by split, the indices int64 [n] of the compared examples and their thumbnails uint8 [n, 16, 16, 3].
+        labels: by split, the class index of each example of the split, int [count].
+        describe: returns the split, index, file and label (class name) of an example, given its split and index.
+        list_all: whether groups within one split and class, which are otherwise only counted, are listed last.
     """
     splits = list(thumbnails)
     per_split = [
@@ -126,30 +132,33 @@ def find_duplicates(
     columns = [np.concatenate(column) for column in zip(*per_split, strict=True)]
     not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
     split_of, index_of, label_of, images = (column[not_blank] for column in columns)
-    one, other = _duplicate_pairs(images)
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(images),) * 2)
+    left, right = _duplicate_pairs(images)
+    graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(images),) * 2)
     _, component = connected_components(graph, directed=False)
     order = np.argsort(component, kind="stable")
     groups = [group for group in np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(group) > 1]
     spans_splits = [len(np.unique(split_of[group])) > 1 for group in groups]
     has_several_labels = [len(np.unique(label_of[group])) > 1 for group in groups]
-    rank = [2 * several + spans for several, spans in zip(has_several_labels, spans_splits, strict=True)]
+    rank = [
+        2 * labels_differ + splits_differ
+        for labels_differ, splits_differ in zip(has_several_labels, spans_splits, strict=True)
+    ]
     by_rank = sorted(range(len(groups)), key=lambda k: (-rank[k], groups[k][0]))
     notable = [k for k in by_rank if rank[k]]
 
     def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
         return [describe(splits[split_of[i]], int(index_of[i])) for i in rows]
 
-    listed = []
+    entries = []
     for k in (by_rank if list_all else notable)[:MAX_LISTED_GROUPS]:
         _, first_of_label = np.unique(label_of[groups[k]], return_index=True)
         names = sorted({member["label"] for member in describe_all(groups[k][first_of_label])})
         members = describe_all(groups[k][:MAX_LISTED_MEMBERS])
-        listed.append({"count": len(groups[k]), "across_splits": spans_splits[k], "labels": names, "members": members})
+        entries.append({"count": len(groups[k]), "across_splits": spans_splits[k], "labels": names, "members": members})
     return {
         "compared": {name: len(indices) for name, (indices, _) in thumbnails.items()},
         "across_splits": sum(spans_splits),
         "different_labels": sum(has_several_labels),
         "within_one_split_and_class": len(groups) - len(notable),
-        "groups": listed,
+        "groups": entries,
     }

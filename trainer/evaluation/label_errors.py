@@ -12,13 +12,13 @@ MAX_LISTED = 100  # examples in report.json
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the examples that the model confidently assigns to a class other than their label.
 
-    The threshold of a class is the mean probability of the class over the examples labeled with it. The suggestion for
-    an example is the most probable of the classes whose threshold its probability reaches. An example whose suggestion
-    differs from its label is a possible error (in the paper: off the diagonal of the confident joint). Use it only with
-    a model that was not trained on the examples.
+    The threshold of a class is the mean probability of the class over the examples labeled with it. The class suggested
+    for an example is the most probable of those whose threshold its probability reaches. If this class differs from the
+    label, the label is a possible error (in the paper: off the diagonal of the confident joint). The model must not
+    have been trained on the examples.
 
     Args:
-        labels: int [n].
+        labels: class indices, int [n].
         probabilities: float [n, c].
 
     Returns:
@@ -30,26 +30,30 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     sums = np.bincount(labels, weights=label_probabilities, minlength=classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # never suggest a class without examples
-    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)  # -1: below
-    best = confident.argmax(axis=1)
-    candidates = np.flatnonzero((confident[np.arange(n), best] >= 0) & (best != labels))
-    margin = label_probabilities[candidates] - probabilities[candidates, best[candidates]]
+    # -1 replaces each probability below the threshold of its class.
+    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
+    suggestions = confident.argmax(axis=1)
+    candidates = np.flatnonzero((confident[np.arange(n), suggestions] >= 0) & (suggestions != labels))
+    margin = label_probabilities[candidates] - probabilities[candidates, suggestions[candidates]]
     order = np.argsort(margin, kind="stable")
-    return candidates[order], best[candidates[order]]
+    return candidates[order], suggestions[candidates[order]]
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
-    """Return `label_errors` of report.json: the count, and as rows the `MAX_LISTED` ones with the smallest margins."""
+    """Return `label_errors` of report.json: the count, and in `rows` the `MAX_LISTED` errors with the smallest margins.
+
+    `index` of a row is the row of the example in the result and in predictions.csv.
+    """
     indices, suggestions = find_label_errors(result.labels, result.probabilities)
     rows = [
         {
             "index": int(i),
             "file": result.names[i],
             "label": result.class_names[result.labels[i]],
-            "suggestion": result.class_names[k],
+            "suggestion": result.class_names[suggestion],
             "label_probability": float(result.probabilities[i, result.labels[i]]),
-            "suggestion_probability": float(result.probabilities[i, k]),
+            "suggestion_probability": float(result.probabilities[i, suggestion]),
         }
-        for i, k in zip(indices[:MAX_LISTED], suggestions[:MAX_LISTED], strict=True)
+        for i, suggestion in zip(indices[:MAX_LISTED], suggestions[:MAX_LISTED], strict=True)
     ]
     return {"count": len(indices), "rows": rows}

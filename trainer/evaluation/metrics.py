@@ -10,26 +10,27 @@ from trainer.errors import DataError
 from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson_interval
 from trainer.types import EvaluationResult
 
-TOP_K = 5  # k of top-k accuracy, which is computed only with more classes than that
-CALIBRATION_BINS = 15  # as in Guo et al. 2017
-MIN_PROBABILITY = 1e-7  # lower bound before the logarithm, as in Keras
+TOP_K = 5  # k of top-k accuracy, which is computed only for more than k classes
+CALIBRATION_BINS = 15  # equal bins of the confidence, as in Guo et al. 2017
+MIN_PROBABILITY = 1e-7  # lower bound of the argument of the logarithm, as in Keras
 
 
 def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> int:
     """Count the examples whose label is among the k most probable classes.
 
     Ties are broken by class index, as in argmax, so top-k accuracy is never below accuracy (in scikit-learn it can be).
+    Probabilities are float [n, c]; labels are class indices, int [n].
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels][:, None]
-    earlier = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
-    ranked_higher = (probabilities > label_probabilities) | ((probabilities == label_probabilities) & earlier)
+    precedes_label = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
+    ranked_higher = (probabilities > label_probabilities) | ((probabilities == label_probabilities) & precedes_label)
     return int((ranked_higher.sum(axis=1) < k).sum())
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean F1 of the classes that occur as label or prediction, as scikit-learn does.
+    """Return the mean F1 of the classes that occur as label or prediction, as scikit-learn's macro `f1_score`.
 
-    Predictions and labels are int [n], n >= 1.
+    Predictions and labels are class indices, int [n] with n >= 1.
     """
     size = int(max(predictions.max(), labels.max())) + 1
     hits = np.bincount(labels[predictions == labels], minlength=size)
@@ -38,31 +39,38 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
-    """Return the expected calibration error and its bins (Guo et al. 2017, "On calibration of modern neural networks").
+    """Compute the expected calibration error (Guo et al. 2017, "On calibration of modern neural networks").
 
-    `confidence`, float [n], is the probability of the predicted class, and `correct` is bool [n]. Each bin (low, high]
-    has low, high, count, mean confidence and accuracy (None if it is empty).
+    Args:
+        confidence: probability of the predicted class, float [n].
+        correct: whether the prediction is correct, bool [n].
+
+    Returns:
+        The error, and the `CALIBRATION_BINS` bins (low, high] (`trainer.report.schema.CalibrationBin`), in which the
+        mean confidence and the accuracy are None if the bin is empty.
     """
     edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
     bin_of = np.digitize(confidence, edges[1:-1], right=True)
     bins: list[dict[str, Any]] = []
     error = 0.0
-    for b, (low, high) in enumerate(pairwise(edges.tolist())):
-        inside = bin_of == b
-        count, mean, accuracy = int(inside.sum()), None, None
+    for k, (low, high) in enumerate(pairwise(edges.tolist())):
+        in_bin = bin_of == k
+        count, mean_confidence, accuracy = int(in_bin.sum()), None, None
         if count:
-            mean, accuracy = float(confidence[inside].mean(dtype=np.float64)), float(correct[inside].mean())
-            error += count / len(confidence) * abs(accuracy - mean)
-        bins.append({"low": low, "high": high, "count": count, "confidence": mean, "accuracy": accuracy})
+            mean_confidence, accuracy = float(confidence[in_bin].mean(dtype=np.float64)), float(correct[in_bin].mean())
+            error += count / len(confidence) * abs(accuracy - mean_confidence)
+        bins.append({"low": low, "high": high, "count": count, "confidence": mean_confidence, "accuracy": accuracy})
     return error, bins
 
 
 def _score_accuracy(correct: np.ndarray) -> dict[str, Any]:
+    """Return n, the number of correct predictions, the accuracy and its interval, from `correct`, bool [n], n >= 1."""
     n, hits = len(correct), int(correct.sum())
     return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson_interval(hits, n))}
 
 
 def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return `per_class` of report.json (`trainer.report.schema.ClassScores`). Rows of `confusion` are the truth."""
     hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     ratios = {"precision": (hits, predicted), "recall": (hits, support), "f1": (2 * hits, predicted + support)}
     return [
@@ -79,7 +87,10 @@ def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[di
 def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Return `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
 
-    Labels are int32 [n]; probabilities are float32 [n, c], and each row sums to 1.
+    Args:
+        labels: class indices, int32 [n].
+        probabilities: float32 [n, c]; each row sums to 1.
+        class_names: the c class names, by index.
 
     Raises:
         DataError: there is no example, the shapes do not match, a label is out of range or a probability not finite.
@@ -94,7 +105,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         hits = count_top_k(probabilities, labels)
         scores |= {"top_5": hits / n, "top_5_interval": list(wilson_interval(hits, n))}
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
-    losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))
+    losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))  # -log(1) would be -0.0
     error, bins = measure_calibration(confidence, correct)
     counts = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
     confusion = counts.reshape(classes, classes)
@@ -142,7 +153,11 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
 
     Two groups differ significantly if their intervals do not overlap.
 
-    Labels and predictions are int [n]; `groups` has the value of `field` (configuration key data.group_field) for each.
+    Args:
+        labels: class indices, int [n].
+        predictions: class indices, int [n].
+        groups: name of the group of each example.
+        field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:
         DataError: the numbers of groups and examples differ.
@@ -161,12 +176,12 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
         rows.append({"name": name, **_score_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
     scores: dict[str, Any] = {"field": field, "rows": rows}
     if len(rows) > 1:
-        high, low = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
+        best, worst = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
         scores["gap"] = {
-            "accuracy": high["accuracy"] - low["accuracy"],
-            "highest": high["name"],
-            "lowest": low["name"],
-            "overlap": low["interval"][1] >= high["interval"][0],
+            "accuracy": best["accuracy"] - worst["accuracy"],
+            "highest": best["name"],
+            "lowest": worst["name"],
+            "overlap": worst["interval"][1] >= best["interval"][0],
         }
     return scores
 
@@ -183,12 +198,17 @@ def evaluate_arrays(
     """Score the predictions for a split, and return them with their scores.
 
     Args:
-        labels: int32 [n], ordered by example index.
+        split: name of the split.
+        class_names: the c class names, by index.
+        labels: class indices, int32 [n], ordered by example index.
         probabilities: float32 [n, c].
-        groups: the value of `group_field` of each example; None omits the scores per group.
+        names: file or record of each example.
+        groups: name of the group of each example; None omits the scores per group.
+        group_field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:
-        DataError: the arrays contradict each other, there is no example, or a probability is not finite.
+        DataError: the lengths or shapes contradict each other, there is no example, a label is out of range, or a
+            probability is not finite.
     """
     labels, probabilities = np.asarray(labels, np.int32), np.asarray(probabilities, np.float32)
     if len(names) != len(labels):

@@ -1,4 +1,4 @@
-"""Write predictions.csv and probabilities.npy, the prediction for every example."""
+"""Write predictions.csv and probabilities.npy, which contain the prediction for every example."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 
 
 def write_predictions(path: Path, result: EvaluationResult) -> None:
-    """Write a CSV file with one line per example, ordered by index.
+    """Write the predictions in `result` to a CSV file with one line per example, atomically.
 
-    Truth and prediction are class names, probability is that of the prediction with six decimals, correct is true or
-    false. A last column `source` has the file names that records store, if they do. Names are encoded by `encode_cell`,
-    text as UTF-8, line ends as "\\n". Equal results give equal bytes.
+    `index` counts the lines from 0. `truth` and `prediction` are class names, `probability` is that of the prediction
+    with six decimals, and `correct` is true or false. If the examples are records that store the name of their image
+    file, it is in a last column `source`. Names are encoded by `encode_cell`. Equal results give equal bytes.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow((*COLUMNS, "source") if result.sources else COLUMNS)
     predictions = result.probabilities.argmax(axis=1)
     for index, (truth, prediction) in enumerate(zip(result.labels, predictions, strict=True)):
@@ -30,11 +30,11 @@ def write_predictions(path: Path, result: EvaluationResult) -> None:
         correct = "true" if truth == prediction else "false"
         source = map(encode_cell, result.sources[index : index + 1])
         writer.writerow((index, *map(encode_cell, names), probability, correct, *source))
-    write_atomically(path, text.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def write_probabilities(path: Path, probabilities: np.ndarray) -> None:
-    """Write the probabilities, float32 [n, classes], as an .npy file whose rows are in the order of predictions.csv."""
-    content = io.BytesIO()
-    np.save(content, np.ascontiguousarray(probabilities, np.float32), allow_pickle=False)
-    write_atomically(path, content.getvalue())
+    """Write the probabilities, float32 [n, classes], to an .npy file, in the order of predictions.csv, atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(probabilities, np.float32), allow_pickle=False)
+    write_atomically(path, buffer.getvalue())

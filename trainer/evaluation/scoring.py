@@ -1,4 +1,4 @@
-"""Score a split on all replicas and workers, and compute the validation scores of an epoch."""
+"""Predict and score a split on all replicas and workers, and compute the validation scores of an epoch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,13 +16,13 @@ from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macr
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
 
-# Images per replica and device call of the feature pass, and of scoring with `training.virtual_replicas`. Constant, so
-# that the bits do not depend on batch size and worker count.
+# Images per replica and device call of the feature pass, of `trainer.predict`, and of scoring with
+# `training.virtual_replicas`. Constant, so that the bits do not depend on batch size and worker count.
 ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
 
 
 def rows_per_call() -> int:
-    """Return the number of images per replica and device call on this machine."""
+    """Return the value of `ROWS_PER_CALL` for this machine."""
     return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
 
 
@@ -30,11 +30,11 @@ class Network(Protocol):
     """A classifier, the tail of a classifier (its layers above cached features), or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Return float32 [b, classes] for images [b, S, S, 3] in 0..255, or for features if this is a tail."""
+        """Return logits, float32 [b, classes], for images [b, S, S, 3] in 0..255, or for features if this is a tail."""
 
 
 class Predictor:
-    """Predicts distributed batches with a network, compiled for the replicas of a strategy."""
+    """A network that predicts batches of a distributed dataset, compiled for the replicas of a strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
@@ -48,7 +48,12 @@ class Predictor:
     def predict(
         self, batches: Any, count: int, is_ready: Callable[[], bool] = lambda: True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Predict `count` batches of a distributed dataset, or fewer if `is_ready` returns False before one of them.
+        """Predict batches of a distributed dataset.
+
+        Args:
+            batches: iterable of distributed batches (`trainer.types.Batch`).
+            count: number of batches to predict.
+            is_ready: called before each batch; the prediction ends early if it returns False.
 
         Returns:
             Probabilities float32 [n, classes], labels int32 [n], indices int64 [n] and losses (cross-entropy of the
@@ -61,16 +66,16 @@ class Predictor:
             if not is_ready():
                 break
             outputs, losses, batch = self._predict(next(stream))
-            columns = [local(batch[k]) for k in ("label", "index", "weight")]
-            for tensors in zip(local(outputs), local(losses), *columns, strict=True):
-                p, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
-                real = weight > 0  # padding has weight 0
-                per_replica.append((p[real], label[real], index[real], loss[real]))
+            other_columns = [local(batch[k]) for k in ("label", "index", "weight")]
+            for tensors in zip(local(outputs), local(losses), *other_columns, strict=True):
+                probabilities, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
+                is_example = weight > 0  # padding has weight 0
+                per_replica.append((probabilities[is_example], label[is_example], index[is_example], loss[is_example]))
         return _join_by_index(per_replica)
 
 
 class Scorer:
-    """Scores whole splits with a network; exactly one worker scores each example.
+    """Scores the examples of a split with a network; each worker predicts the examples of its own shard.
 
     The workers do not wait for each other between batches. At the end the chief gathers the predictions of the others.
     """
@@ -86,27 +91,35 @@ class Scorer:
         """Create a scorer.
 
         Args:
-            on_wait: called with the seconds of each wait for shards.
-            rows: images per replica and device call. None: a replica's part of the batch size.
+            worker: this worker.
+            network: the network, built in the scope of the worker's strategy.
+            sharding: which examples this worker predicts.
+            on_wait: called with the seconds of each wait for shards from a bucket.
+            rows: images per replica and device call; defaults to the batch size of a replica.
         """
         self.worker, self.sharding, self.on_wait, self.rows = worker, sharding, on_wait, rows
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
     def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> Scored:
-        """Predict the examples of `source`, each worker those of its shard. All workers must call this.
+        """Predict the examples of `source`. All workers must call this.
 
-        On the chief the result has the predictions for all examples, on another worker for those of its shard. A stop
-        request ends the call early with incomplete predictions and without an exception, so call `Worker.should_stop`
-        before you use the result.
+        A stop request ends the call early with incomplete predictions and without an exception. So call
+        `Worker.should_stop` before you use the result.
 
         Args:
+            source: the images or features of a split.
             batch_size: the global batch size.
             topic: name of the gather of the predictions on the control channel.
-            fraction: the fraction of the batches to predict; they have the same examples at every call.
+            fraction: fraction of the batches to predict; they have the same examples at every call.
+
+        Returns:
+            On the chief, the predictions for all these examples; on another worker, for those of its shard. Examples
+            that cannot be read are omitted.
 
         Raises:
-            DataError: an example cannot be read (data.on_error=fail), or none can.
+            DataError: an example cannot be read and data.on_error is "fail", or on the chief, no example can be read.
+            Interrupted: the bucket with the shards does not respond.
         """
         batches, stream = self._open(source, batch_size, fraction)
         rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
@@ -121,16 +134,16 @@ class Scorer:
                 arrays = _join_by_index([tuple(shard[n] for n in names) for shard in shards if len(shard["labels"])])
         probabilities, labels, indices, losses = arrays
         if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
-            reasons = [f"{source.split.name_of(index)}: {why}" for index, why in sorted(source.bad.items())]
+            reasons = [f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.bad.items())]
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
         return Scored(source.split.name, indices, labels, probabilities, losses)
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
-        """Return the batches of a source and their distributed dataset, which is built once for all epochs."""
-        for opened, settings, batches, stream in self._opened:
-            if opened is source and settings == (batch_size, fraction):
+        """Return the batches of a source and their distributed dataset; each is built once and reused later."""
+        for opened_source, settings, batches, stream in self._opened:
+            if opened_source is source and settings == (batch_size, fraction):
                 return batches, stream
         batches = build_evaluation_batches(
             source, batch_size=batch_size, replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding,
@@ -141,7 +154,7 @@ class Scorer:
         return batches, stream
 
     def _wait_for_shards(self, gate: ShardGate | ShardGates, examples: int) -> bool:
-        """Wait for the shards of the next `examples` examples; return False after a stop request."""
+        """Wait until the next `examples` examples can be read; return False after a stop request."""
         try:
             seconds = gate.wait_for(examples)
         except StopRequested:
@@ -155,7 +168,7 @@ class Scorer:
 def _join_by_index(
     chunks: Sequence[tuple[np.ndarray, ...]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate tuples of (probabilities, labels, indices, losses), and order their rows by index."""
+    """Concatenate tuples of arrays (probabilities, labels, indices, losses), and sort the rows by index."""
     if not chunks:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
     probabilities, labels, indices, losses = (np.concatenate(column) for column in zip(*chunks, strict=True))
@@ -166,10 +179,17 @@ def _join_by_index(
 def validation_scores(
     probabilities: np.ndarray, labels: np.ndarray, losses: np.ndarray | tuple[()]
 ) -> dict[str, float]:
-    """Return the scores of the validation split after an epoch, computed in float64.
+    """Compute the scores of the validation split after an epoch, in float64.
 
-    val_loss is the mean cross-entropy, and val_n the number of examples. val_top_5 requires more than five classes. A
-    probability below `MIN_PROBABILITY` may have underflowed, so its loss is that of the logits, in `losses`.
+    Args:
+        probabilities: float32 [n, classes] with n >= 1.
+        labels: class indices, int32 [n].
+        losses: cross-entropy of the logits, float32 [n]. It replaces the loss of a probability of the label below
+            `MIN_PROBABILITY`, which may have underflowed.
+
+    Returns:
+        val_loss, the mean cross-entropy; val_accuracy; val_macro_f1; val_n, the number of examples; and val_top_5, the
+        top-5 accuracy, if there are more than five classes.
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)

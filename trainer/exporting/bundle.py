@@ -1,4 +1,4 @@
-"""The inputs of an export: the model with its metadata, and the examples of the parity check."""
+"""The inputs of an export: the trained model with its metadata, and the examples of the parity check."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model with the metadata of its exports; S is `image_size`, the side of its square input in pixels."""
+    """A trained model with the metadata of its exports. S is `image_size`, the side of its square input in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
-    explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding and heatmap
+    explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding, heatmap (`grad_cam`)
     class_names: tuple[str, ...]  # in the order of the probabilities
     image_size: int
-    resize: Resize
+    resize: Resize  # how images become square
     reference: Mapping[str, Any]  # content of reference.json, for the drift check
     calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
     orientation: Orientation = "exif"  # "exif": encoded images are turned upright; "ignore": they are not
@@ -35,7 +35,7 @@ class ExportBundle:
 class ParityExamples:
     """Examples of the test or validation split, with the probabilities that the trainer computed for them.
 
-    An export is compared with what the trainer computes in the same precision, as rounding changes predictions.
+    Rounding changes predictions, so an export is compared with the probabilities in the precision of that export.
     """
 
     images: np.ndarray  # uint8 [n, S, S, 3]
@@ -45,37 +45,38 @@ class ParityExamples:
 
 
 def _collect_layers(root: Any) -> list[Any]:
-    """Return a model with all layers of it and of the models in it."""
+    """List a model and its layers, including the layers of nested models."""
     return [root, *(inner for layer in getattr(root, "layers", ()) for inner in _collect_layers(layer))]
 
 
 def computes_in_half_precision(model: keras.Model) -> bool:
-    """Return whether a layer computes in bfloat16 or float16."""
+    """Return whether any layer of a model computes in bfloat16 or float16."""
     return any(layer.compute_dtype in ("bfloat16", "float16") for layer in _collect_layers(model))
 
 
 @contextmanager
 def plain_float32(model: keras.Model) -> Iterator[None]:
-    """Within the context, let `model` compute in float32 and contain only layers of Keras.
+    """Within the context, let `model` compute in float32 and contain only Keras' own layer classes.
 
-    LiteRT and ONNX have few kernels for half precision, and custom layers could be loaded only with this package. The
-    statistics of Normalization layers become arrays, because tf2onnx would turn tensors into model inputs.
+    LiteRT and ONNX have few kernels for half precision, and a file with custom layers could be loaded only with this
+    package. The statistics of Normalization layers become NumPy arrays, because tf2onnx would turn tensors into inputs
+    of the model.
     """
 
     originals = [(layer, layer.dtype_policy, type(layer)) for layer in _collect_layers(model)]
-    norms = [(layer, layer.mean, layer.variance) for layer, _, kind in originals if kind.__name__ == "Normalization"]
+    norms = [(layer, layer.mean, layer.variance) for layer, _, cls in originals if cls.__name__ == "Normalization"]
     try:
         for layer, mean, variance in norms:
             layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
-        for layer, _, kind in originals:
+        for layer, _, cls in originals:
             layer.dtype_policy = "float32"
-            if get_library_class(layer) is not kind:  # a subclass defined in this package
+            if get_library_class(layer) is not cls:  # a subclass that this package defines
                 swap_class(layer, get_library_class(layer))
         yield
     finally:
         for layer, mean, variance in norms:
             layer.mean, layer.variance = mean, variance
-        for layer, policy, kind in originals:
+        for layer, policy, cls in originals:
             layer.dtype_policy = policy
-            if type(layer) is not kind:
-                swap_class(layer, kind)
+            if type(layer) is not cls:
+                swap_class(layer, cls)

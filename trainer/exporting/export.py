@@ -1,4 +1,4 @@
-"""Export of a scored classifier at the end of a run, and of any checkpoint of a finished run."""
+"""Export a scored classifier at the end of its run, or later any checkpoint of a stored run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +23,15 @@ from trainer.storage.small_files import read_json_or_default, require_json_objec
 from trainer.types import Scored, choose_scored_split
 
 BATCH_SIZE = 256  # images that are read and scored at a time
-MAX_PARITY_EXAMPLES = 1000  # of the scored split
-MAX_CALIBRATION_IMAGES = 200  # of the training split, for an int8 file
+MAX_PARITY_EXAMPLES = 1000  # examples of the scored split in a parity check
+MAX_CALIBRATION_IMAGES = 200  # training images with which int8 is calibrated
 
 
 def _sample_indices(count: int, max_samples: int) -> np.ndarray:
-    """Draw at most `max_samples` indices below `count`, int64, ascending; the seed is `count`."""
+    """Draw at most `max_samples` different indices below `count`, int64, ascending.
+
+    The seed is `count`, so all exports of a run use the same examples.
+    """
     return np.sort(np.random.default_rng(count).permutation(count)[:max_samples]).astype(np.int64)
 
 
@@ -44,9 +47,17 @@ def export_classifier(
 
     Args:
         images: the run's dataset, for the parity check and the calibration of int8.
-        scored: predictions for all examples of the test split, or of the validation split if there is no test split.
+        scored: predictions for all readable examples of the test split, or of the validation split if there is no test
+            split.
+        explainer: that of `classifier`.
         check: called before each format and each batch of the parity check; it can raise an exception to stop the
             export.
+
+    Returns:
+        The result of `export_formats`.
+
+    Raises:
+        ModelError: a written file cannot be loaded.
     """
     config, dataset, size = images.config, images.dataset, classifier.image_size
     sampled = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
@@ -77,10 +88,12 @@ def export_classifier(
 
 
 def open_images(run: StoredRun, size: int) -> ImageStore:
-    """Open the dataset of a finished run, uncached, with images of `size` x `size` pixels.
+    """Open the dataset of a stored run, with images of `size` x `size` pixels that are not cached.
+
+    Labels are mapped to the classes of the run.
 
     Raises:
-        DataError: the dataset has a class that the run does not know.
+        DataError: the dataset cannot be read, or has a class that the run does not know.
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
@@ -90,7 +103,11 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Predict the examples of a split; leave out those whose image cannot be decoded."""
+    """Predict all examples of a split, except those whose image cannot be decoded.
+
+    Raises:
+        DataError: no image can be decoded, or one cannot and data.on_error is fail.
+    """
     labels = images.dataset.splits[split].labels
     batches = [
         explainer(images.rows(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
@@ -102,7 +119,12 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
 
 
 def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Export a checkpoint of a finished run to `folder`; return the scores by format."""
+    """Score a checkpoint of a stored run, and export it to `folder`; return the scores by format.
+
+    Raises:
+        DataError: the dataset of the run cannot be read.
+        ModelError: the classifier cannot be built, or a written file cannot be loaded.
+    """
     classifier = open_classifier(run, checkpoint)
     images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
     split = choose_scored_split(images.dataset.splits)
@@ -113,7 +135,7 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
 
 
 def _parse_report(report: Any) -> dict[str, Any]:
-    """Return a report, with the section `export` if it has none; raise one of `CONTENT_ERRORS` for anything else."""
+    """Validate a report, and add an empty section `export` if there is none; raise one of `CONTENT_ERRORS`."""
     return {
         **require_json_object(report),
         "export": require_json_object(report.get("export", {})),
@@ -122,19 +144,22 @@ def _parse_report(report: Any) -> dict[str, Any]:
 
 
 def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
-    """Write the scores by format to the report and model card of the run, or to export.json in `folder`.
+    """Record the scores of an export: in the report and model card of the run, or else in export.json in `folder`.
 
-    The report is updated only if it exists and the export is `in_run`: `folder` is the run's own `export`.
+    Args:
+        folder: the folder of the export.
+        in_run: whether `folder` is OUTPUT_DIR/export. Then the report is updated, unless it is missing or corrupt.
+        exports: scores by format, as `export_run` returns them.
     """
     path = folder.parent / "report" / "report.json"
     if in_run:
-        delete_unfinished(path.parent)  # of this function; those in `folder` are deleted by `export_formats`
+        delete_unfinished(path.parent)  # temporary files of a killed export; `export_formats` deletes those in `folder`
     report = read_json_or_default(path, _parse_report, {}) if in_run else {}
     if not report:
         if in_run and path.exists():
             log.info(f"{path} is corrupt: it is not updated; the scores are in {folder}/export.json")
         write_json(folder / "export.json", exports)
         return
-    report["export"] |= {k: v | {"path": f"export/{v['path']}"} for k, v in exports.items()}
+    report["export"] |= {name: scores | {"path": f"export/{scores['path']}"} for name, scores in exports.items()}
     write_json(path, report)
     write_model_card(folder / "model_card.md", report, run.config.model_dump(mode="json"))

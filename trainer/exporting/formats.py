@@ -23,13 +23,13 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_atomically
 
-ONNX_OPSET = 18  # of ONNX 1.13 (2022); supported by TensorRT 10
+ONNX_OPSET = 18  # version of the operator set, of ONNX 1.13 (2022); TensorRT 10 supports it
 
 
 def export_keras(bundle: ExportBundle, path: Path) -> None:
     """Write a Keras model atomically: float32 [n, S, S, 3] RGB in 0..255 -> float32 probabilities [n, classes].
 
-    `keras.saving.load_model(path)` loads it in safe mode and without this package.
+    `keras.saving.load_model(path)` can load the file in safe mode, and without this package.
     """
     with temporary_folder(path) as folder, plain_float32(bundle.model):
         bundle.model.save(f"{folder}/{path.name}")
@@ -40,7 +40,8 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 def export_onnx(bundle: ExportBundle, path: Path) -> None:
     """Write an ONNX model atomically: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
 
-    For ONNX Runtime, TensorRT and OpenVINO; requires the extra `onnx`. The metadata `labels` has one class per line.
+    It is for ONNX Runtime, TensorRT and OpenVINO. Its metadata entry `labels` has one class name per line. Requires the
+    packages of the extra `onnx`.
     """
     import onnx
     import tf2onnx
@@ -67,16 +68,16 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
-IN_RUN_PRECISION = frozenset({"saved_model"})  # the formats that compute in the precision of the run; others: float32
-_ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # of the extra `onnx`
+IN_RUN_PRECISION = frozenset({"saved_model"})  # formats that compute in the precision of the run, not in float32
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # packages of the extra `onnx`
 
 
 def check_formats(formats: Iterable[str], backbone: str) -> None:
-    """Check before training that the formats can be written; only ONNX has requirements.
+    """Check before training that the formats can be written. Only ONNX has requirements.
 
     Raises:
-        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone (tf2onnx
-            1.17 has no Erfc, which the GELU of ConvNeXt uses).
+        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone: tf2onnx
+            1.17 lacks the operation Erfc, which the GELU of ConvNeXt uses.
     """
     if "onnx" not in formats:
         return
@@ -104,15 +105,19 @@ def export_formats(
     max_accuracy_drop: float,
     check: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
-    """Write each format below `folder` and score it; delete it if it lost too much accuracy.
+    """Write each format below `folder`, score it, and delete it if it is refused (`verify.judge_accuracy_drop`).
 
-    A loss of more than the fraction `max_accuracy_drop` of the examples is too much if it is also significant;
-    otherwise it is a warning in the log. `check` is called before each format and each batch; it can raise an exception
-    to stop the export.
+    An accuracy drop above the limit that is not significant causes a warning in the log.
+
+    Args:
+        formats: keys of `FORMATS`.
+        held_out: examples of the parity check.
+        max_accuracy_drop: the largest fraction of the examples that a format may lose.
+        check: called before each format and each batch; it can raise an exception to stop the export.
 
     Returns:
-        For each format its scores (`trainer.exporting.verify.score`), `path` below `folder`, `bytes`, and `refused`,
-        True if it was deleted.
+        By format: its scores (`verify.score`), `path` relative to `folder`, `bytes`, and `refused`, True if it was
+        deleted.
 
     Raises:
         ModelError: a written file cannot be loaded.
@@ -122,27 +127,33 @@ def export_formats(
     for i, name in enumerate(names := list(formats)):
         check()
         health.record_progress(i, len(names))
-        file, write = FORMATS[name]
-        path = folder / file
+        relative_path, write = FORMATS[name]
+        path = folder / relative_path
         write(bundle, path)
-        like = held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.in_float32)
-        scores = score(load_export(path), like, check)
+        expected = held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.in_float32)
+        scores = score(load_export(path), expected, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
         refused, reason = judge_accuracy_drop(scores, max_accuracy_drop)
         if reason:
-            log.warning(f"warning: {file} {reason}{'; it is deleted' if refused else ''}")
+            log.warning(f"warning: {relative_path} {reason}{'; it is deleted' if refused else ''}")
         if refused:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
                 path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/
-        exports[name] = {"path": file, "bytes": size, **scores, "refused": refused}
+        exports[name] = {"path": relative_path, "bytes": size, **scores, "refused": refused}
     return exports
 
 
 def raise_if_refused(
     exports: Mapping[str, Mapping[str, Any]], max_accuracy_drop: float, section: str = "export."
 ) -> None:
-    """Raise a ModelError if a format was deleted; `section` is the prefix of the configuration keys in its message."""
+    """Raise a ModelError if a format was refused.
+
+    Args:
+        exports: the result of `export_formats`.
+        max_accuracy_drop: the limit, for the message.
+        section: prefix of the configuration keys in the message; "" for arguments of `trainer.export`.
+    """
     refused = [
         f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"
         for name, scores in exports.items()

@@ -1,4 +1,4 @@
-"""Write the model card from a template, and format labels.txt."""
+"""Write the model card, a Markdown file from a Jinja template, and format labels.txt."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ def format_labels(class_names: Sequence[str]) -> str:
 
 
 def escape_markdown(name: object) -> str:
-    """Escape a name for a line or table cell of Markdown, so that none of its characters is markup."""
+    """Escape a name for a line or table cell of Markdown, so that its characters are displayed as they are."""
     text = re.sub(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", escape_unprintable(str(name)))
-    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # would begin a list or heading
+    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # unescaped, it would begin a list or heading
 
 
 def format_code_span(name: object) -> str:
-    """Format a name as a Markdown code span. In a table, the caller must escape its vertical bars."""
+    """Format a name as a Markdown code span. In a table, the caller must escape vertical bars in the result."""
     text = escape_unprintable(str(name))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if fence != "`" or text.startswith(" ") or text.endswith(" ") else ""
@@ -33,7 +33,12 @@ def format_code_span(name: object) -> str:
 
 
 def write_model_card(path: Path, report: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write the model card in Markdown from the content of report.json and the resolved configuration."""
+    """Write the model card.
+
+    Args:
+        report: content of report.json.
+        config: the resolved configuration, as JSON values.
+    """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": escape_markdown, "code": format_code_span}
     card = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=report, config=config)

@@ -1,4 +1,4 @@
-"""Compute and write reference.json, the distribution of predictions from which drift is measured."""
+"""Compute and write reference.json: the distribution of predictions with which `trainer.drift` compares later ones."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from trainer.evaluation.drift import CONFIDENCE_BINS, Window
 from trainer.names import normalize_class_name
 from trainer.storage.local import write_atomically
 
-MAX_EMBEDDING_WIDTH = 16  # wider ones are projected: a 64 x 64 covariance needs more examples than most splits have
-PROJECTION_SEED = 8
+# Wider embeddings are projected to this width: a 64 x 64 covariance needs more examples than most splits have.
+MAX_EMBEDDING_WIDTH = 16
+PROJECTION_SEED = 8  # arbitrary
 
 
 def compute_reference(
@@ -23,25 +24,30 @@ def compute_reference(
     image_size: int,
     resize: str,
 ) -> dict[str, Any]:
-    """Compute the content of reference.json from the examples of `split`, test or validation.
+    """Compute the content of reference.json from the predictions for a split.
 
     Args:
-        probabilities: float32 [n, classes].
-        embeddings: float32 [m, C], of all or some of these examples.
+        split: test or validation.
+        probabilities: of the n examples, float32 [n, classes].
+        embeddings: of all or some of these examples, float32 [m, C].
+        image_size: side of the model's input in pixels.
+        resize: how images become square.
 
     Returns:
-        `classes`, `n`, `split`, `image_size` and `resize`; `class_frequencies` [classes], the fraction of predictions
-        per class; `confidence_histogram`, with `edges` [21] and `counts` [20] of the largest probability; `embedding`,
-        with `n`, `mean` [C'], `covariance` [C', C'] and, if C > 16, the `projection` [C, C'] with C' = 16 by which an
-        embedding is multiplied before the comparison.
+        `classes`: class names.
+        `n`, `split`, `image_size`, `resize`: as above.
+        `class_frequencies`: fraction of the predictions per class, [classes].
+        `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability.
+        `embedding`: `n` (m above), `mean` [C'] and `covariance` [C', C']. If C > 16, C' is 16, and `projection`
+            [C, C'] is the matrix by which an embedding is multiplied before the comparison; otherwise C' is C.
     """
     window = Window(len(class_names))
     for row in probabilities:
         window.add(int(row.argmax()), float(row.max()))
     vectors, projection = embeddings.astype(np.float64), draw_projection(embeddings.shape[1])
-    projected = {}
+    projection_entry = {}
     if projection is not None:
-        vectors, projected = vectors @ projection, {"projection": projection.tolist()}
+        vectors, projection_entry = vectors @ projection, {"projection": projection.tolist()}
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
     embedding = {"n": len(vectors), "mean": _round(vectors.mean(0)), "covariance": _round(covariance)}
     edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
@@ -51,14 +57,14 @@ def compute_reference(
         "split": split,
         "class_frequencies": (window.classes / max(window.n, 1)).tolist(),
         "confidence_histogram": {"edges": edges, "counts": counts},
-        "embedding": embedding | projected,
+        "embedding": embedding | projection_entry,
         "image_size": image_size,
         "resize": resize,
     }
 
 
 def draw_projection(width: int) -> np.ndarray | None:
-    """Draw a projection with orthonormal columns, float64 [width, 16]; return None if the width is at most 16.
+    """Draw a random projection with orthonormal columns, float64 [width, 16]; None if `width` is at most 16.
 
     The seed is fixed, so all models with the same embedding width have the same projection.
     """
@@ -69,7 +75,7 @@ def draw_projection(width: int) -> np.ndarray | None:
 
 
 def _round(values: np.ndarray) -> Any:
-    """Round to six significant digits, which halves the size of the file."""
+    """Round to six significant digits, which halves the size of the file; return a (nested) list."""
     return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Export a SavedModel, whose graph decodes images, for TensorFlow Serving and `trainer.serve`."""
+"""Export a SavedModel for TensorFlow Serving and `trainer.serve`. Its graph decodes and resizes images itself."""
 
 import os
 import shutil
@@ -15,17 +15,19 @@ from trainer.exporting.model_card import format_labels
 from trainer.exporting.reference import write_reference
 from trainer.storage.local import temporary_folder, write_atomically
 
-WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
-WARMUP_BATCH = (
-    4  # images in the larger request to each signature, as a graph that is warm for one image can be cold for several
-)
-MAX_PARALLEL_DECODING = 32  # images of one request
+WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"  # the path that TensorFlow Serving expects
+# Images in the larger warm-up request to each signature: a graph that is warm for one image can be cold for several.
+WARMUP_BATCH = 4
+MAX_PARALLEL_DECODING = 32  # images of one request that are decoded at the same time
 
-trace = partial(tf.function, autograph=False)  # AutoGraph doubles the time, and no function has a loop over tensors
+trace = partial(tf.function, autograph=False)  # AutoGraph would double the time of tracing, and no function needs it
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
-    """Write warm-up requests: one and several encoded images for each signature, and one image as pixels."""
+    """Write the warm-up requests of a SavedModel, which TensorFlow Serving executes before the model is available.
+
+    Each signature for encoded images gets a request with one image and one with several, `images` one with one image.
+    """
     gradient = np.linspace(0, 255, image_size, dtype=np.float32)
     image = np.broadcast_to(gradient[None, :, None], (image_size, image_size, 3))
     encoded = tf.io.encode_jpeg(image.astype(np.uint8)).numpy()
@@ -47,10 +49,10 @@ def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
 
 
 class _ServedModule(tf.Module):
-    """The object that is saved: functions, of which three are the signatures, with labels and reference as assets.
+    """The object that is saved: the functions of the signatures, the model's variables, and two assets.
 
-    Its attributes are the model's variables and not the model, whose thousands of objects would take seconds to list
-    when it is saved and loaded. Each function is traced once, and others call it.
+    The model itself is not an attribute, because listing its thousands of objects would take seconds whenever it is
+    saved or loaded. Each function is traced once, and the others call it.
     """
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
@@ -88,17 +90,17 @@ class _ServedModule(tf.Module):
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
-    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename, after an older one is deleted.
+    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename, after an existing one is deleted.
 
     Signatures:
-    - `image_bytes`, also as `serving_default`: string [n], encoded images -> `probabilities` float32 [n, classes];
-      images are decoded and resized as in the evaluation;
-    - `images`: float32 [n, S, S, 3], RGB in 0..255 -> `probabilities`;
+    - `image_bytes`, also as `serving_default`: string [n], encoded images -> `probabilities` float32 [n, classes].
+      Images are decoded and resized as in the evaluation.
+    - `images`: float32 [n, S, S, 3], RGB in 0..255 -> `probabilities`.
     - `explain`: string [n], encoded images -> `probabilities`, `embedding` float32 [n, C], and `heatmap` float32
-      [n, h, w] in 0..1, the Grad-CAM of the predicted class.
+      [n, h, w] in 0..1, the Grad-CAM heatmap of the predicted class.
 
-    Assets: `labels.txt`, one class per line, and `reference.json`. `assets.extra` has the requests with which
-    TensorFlow Serving warms up the model before it is available.
+    Assets: `labels.txt`, one class name per line, and `reference.json`. The folder `assets.extra` has the warm-up
+    requests (`write_warmup`).
     """
     # The temporary name has a dot, so a model server that lists the folder before the rename ignores it.
     with temporary_folder(folder) as temporary:

@@ -1,4 +1,4 @@
-"""Export LiteRT (TFLite) models in four precisions, for phones and embedded devices; the input is pixels."""
+"""Export LiteRT (TFLite) models in four precisions, for phones and embedded devices. Their input is pixels."""
 
 import contextlib
 import io
@@ -21,12 +21,13 @@ from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_atomically
 
 _LOG_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
-# Context manager without the stderr lines that every conversion and every new interpreter prints.
+# Context manager that drops the stderr lines which every conversion and every new interpreter prints.
 suppress_litert_output = partial(drop_stderr_lines, _LOG_LINES)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metadata: input and output descriptions, and the class names in a zip archive at the end of the file
 
+# Name of the metadata buffer, and the FlatBuffers file identifiers of metadata and model.
 METADATA_NAME, METADATA_IDENTIFIER, MODEL_IDENTIFIER = b"TFLITE_METADATA", b"M001", b"TFL3"
 LABELS = "labels.txt"
 # Values of TENSOR_AXIS_LABELS, ColorSpaceType.RGB, ImageProperties and NormalizationOptions in metadata_schema.fbs
@@ -34,34 +35,37 @@ _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
 
 
 def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """Return the model with input and output descriptions, and with the class names."""
-    tree = schema.ModelT.InitFromPackedBuf(model, 0)
-    tree.metadata = [entry for entry in tree.metadata or [] if entry.name != METADATA_NAME]
+    """Return the content of a .tflite file with input and output descriptions, and with the class names."""
+    model_table = schema.ModelT.InitFromPackedBuf(model, 0)
+    model_table.metadata = [entry for entry in model_table.metadata or [] if entry.name != METADATA_NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
-    buffer.data = list(_model_metadata())
-    entry.name, entry.buffer = METADATA_NAME, len(tree.buffers)
-    tree.buffers.append(buffer)
-    tree.metadata.append(entry)
+    buffer.data = list(_build_metadata())
+    entry.name, entry.buffer = METADATA_NAME, len(model_table.buffers)
+    model_table.buffers.append(buffer)
+    model_table.metadata.append(entry)
     builder = flatbuffers.Builder(len(model) + 4096)
-    builder.Finish(tree.Pack(builder), MODEL_IDENTIFIER)
+    builder.Finish(model_table.Pack(builder), MODEL_IDENTIFIER)
     file = io.BytesIO(bytes(builder.Output()))
     with zipfile.ZipFile(file, "a") as archive:  # the date is fixed, so that equal models are equal files
         archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), format_labels(class_names))
     return file.getvalue()
 
 
-def _model_metadata() -> bytes:
-    """Build a ModelMetadata table: one image as input, one probability per class as output."""
+def _build_metadata() -> bytes:
+    """Build a ModelMetadata table of metadata_schema.fbs: one image as input, one probability per class as output.
+
+    Tables are built from the inside to the outside, since a table refers to the offsets of those in it.
+    """
     builder = flatbuffers.Builder(1024)
 
-    def table(*fields: tuple[str, int, int], slots: int) -> int:
+    def table(*fields: tuple[str, int, int], slots: int) -> int:  # fields: (type, slot, value or offset)
         builder.StartObject(slots)
         for kind, slot, value in fields:
             prepend = builder.PrependUOffsetTRelativeSlot if kind == "offset" else builder.PrependInt8Slot
             prepend(slot, value, 0)
         return builder.EndObject()
 
-    def vector(value: float, prepend: Callable[[float], None] = builder.PrependUOffsetTRelative) -> int:
+    def vector(value: float, prepend: Callable[[float], None] = builder.PrependUOffsetTRelative) -> int:  # of one value
         builder.StartVector(4, 1, 4)
         prepend(value)
         return builder.EndVector()
@@ -71,20 +75,20 @@ def _model_metadata() -> bytes:
 
     mean, deviation = (vector(value, builder.PrependFloat32) for value in (0.0, 1.0))  # the model normalizes
     normalization = table(("offset", 0, mean), ("offset", 1, deviation), slots=2)
-    unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
+    process_unit = table(("byte", 0, _NORMALIZATION), ("offset", 1, normalization), slots=2)
     colors = table(("byte", 0, _RGB), slots=2)
     content = table(("byte", 0, _IMAGE), ("offset", 1, colors), slots=3)
-    units = vector(unit)
-    named = [text(0, "image"), text(1, "RGB in 0..255, resized as in training; the model normalises it itself")]
-    image = table(*named, ("offset", 3, content), ("offset", 4, units), slots=7)
-    named = [text(0, LABELS), text(1, "class names, one a line")]
-    labels = vector(table(*named, ("byte", 2, _AXIS_LABELS), slots=5))
-    named = [text(0, "probability"), text(1, "of each class, summing to 1")]
-    output = table(*named, ("offset", 6, labels), slots=7)
+    process_units = vector(process_unit)
+    strings = [text(0, "image"), text(1, "RGB in 0..255, resized as in training; the model normalises it itself")]
+    image = table(*strings, ("offset", 3, content), ("offset", 4, process_units), slots=7)
+    strings = [text(0, LABELS), text(1, "class names, one a line")]
+    labels = vector(table(*strings, ("byte", 2, _AXIS_LABELS), slots=5))
+    strings = [text(0, "probability"), text(1, "of each class, summing to 1")]
+    output = table(*strings, ("offset", 6, labels), slots=7)
     inputs, outputs = vector(image), vector(output)
     graphs = vector(table(("offset", 2, inputs), ("offset", 3, outputs), slots=8))
-    named = [text(0, "image classifier"), text(7, "1.0.0")]
-    root = table(*named, ("offset", 3, graphs), slots=8)
+    strings = [text(0, "image classifier"), text(7, "1.0.0")]
+    root = table(*strings, ("offset", 3, graphs), slots=8)
     builder.Finish(root, METADATA_IDENTIFIER)
     return bytes(builder.Output())
 
@@ -99,19 +103,20 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     """Write a LiteRT model atomically: images [n, S, S, 3] RGB in 0..255 -> probabilities [n, classes].
 
     Args:
-        precision: `float32`; `float16`, which halves the size of the weights; `dynamic`, 8-bit weights with float32
-            computation unless there is an 8-bit kernel; or `int8`, 8-bit weights and computation with ranges calibrated
-            on training images, uint8 pixels as input, and probabilities in steps of 1/256 as output.
+        precision: "float32"; "float16", weights of half the size; "dynamic", 8-bit weights, computation in 8 bits if
+            there is a kernel and otherwise in float32; or "int8", 8-bit weights and computation, with ranges calibrated
+            on training images. Input and output are float32; with "int8" uint8, with probabilities in steps of 1/256.
     """
     size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")  # int8 measures them
+        # The statistics of int8 inputs are measured on the calibration images.
+        warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")
         predict = tf.function(
             lambda images: bundle.model(images, training=False), input_signature=spec, autograph=False
         )
         converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
-        converter.experimental_lower_to_saved_model = False  # weights stay constants: faster, and int8 needs it
+        converter.experimental_lower_to_saved_model = False  # weights stay constants, which is faster; int8 needs it
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "float16":
@@ -126,7 +131,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
 
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Yield model inputs of one image each."""
+    """Yield the inputs of the model for calibration, each a list with one image, float32 [1, S, S, 3]."""
     images = images.astype(np.float32)
-    images[0, 0, :2] = [[0], [255]]  # makes the input range 0..255 and the input scale exactly 1
+    images[0, 0, :2] = [[0], [255]]  # two pixels make the input range exactly 0..255, and so the input scale 1
     yield from ([image[None]] for image in images)

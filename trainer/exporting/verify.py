@@ -1,4 +1,4 @@
-"""Check the parity of an exported file: compare its predictions with those of the trainer, and time it."""
+"""Parity check of an exported file: compare its predictions with those of the trainer, and time it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,32 +16,33 @@ from trainer.storage.disk import translate_disk_error
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]
 
-BATCH_SIZE = 32  # images
-TIMED_CALLS = 20  # with one image each
-WARMUP_CALLS = 3  # before the timed ones, as the first calls allocate memory
-SIGNIFICANCE = 0.05  # largest p of a significant drop
+BATCH_SIZE = 32  # images per call
+TIMED_CALLS = 20  # calls with one image each
+WARMUP_CALLS = 3  # calls before the timed ones, because the first calls allocate memory
+SIGNIFICANCE = 0.05  # a drop is significant if its p is below this level
 
 
 def load_export(path: Path) -> Classify:
-    """Load a .keras, .tflite or .onnx file, or the folder of a SavedModel, with its own library.
+    """Load a .keras, .tflite or .onnx file, or the folder of a SavedModel, with the library of its format.
 
     Raises:
-        ModelError: the file is missing or corrupt, or onnxruntime is not installed.
+        ModelError: the file is missing or corrupt, or the library is not installed.
+        Interrupted: the disk is full or fails.
     """
     load = {".keras": _load_keras, ".tflite": _load_tflite, ".onnx": _load_onnx}.get(path.suffix, _load_saved_model)
     try:
         return load(path)
     except ModuleNotFoundError as error:
         raise ModelError(f"{path} cannot be loaded: {error}", fix="run pip install 'kubetune[onnx]'") from error
-    except Exception as error:  # each library has its own error classes
-        if full := translate_disk_error(error, [path, "/tmp"]):
-            raise full from error
+    except Exception as error:  # the libraries have different error classes
+        if disk_error := translate_disk_error(error, [path, "/tmp"]):
+            raise disk_error from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{path} cannot be loaded: {reason}", fix="export it again") from error
 
 
 def _load_saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # the signature fails without a reference to it
+    loaded = tf.saved_model.load(str(folder))  # the function below refers to it, without which its signature would fail
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 
@@ -62,20 +63,20 @@ def _load_tflite(path: Path) -> Classify:
 
     with suppress_litert_output():
         interpreter = Interpreter(model_content=path.read_bytes())
-        source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+        model_input, model_output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
         interpreter.allocate_tensors()
 
     def classify(images: np.ndarray) -> np.ndarray:
         if tuple(interpreter.get_input_details()[0]["shape"]) != images.shape:
-            interpreter.resize_tensor_input(source["index"], images.shape)
+            interpreter.resize_tensor_input(model_input["index"], images.shape)
             interpreter.allocate_tensors()
-        interpreter.set_tensor(source["index"], images.astype(source["dtype"]))
+        interpreter.set_tensor(model_input["index"], images.astype(model_input["dtype"]))
         interpreter.invoke()
-        output = interpreter.get_tensor(target["index"])
+        output = interpreter.get_tensor(model_output["index"])
         if output.dtype == np.float32:
             return output
-        scale, zero = target["quantization"]
-        return (output.astype(np.float32) - zero) * np.float32(scale)
+        scale, zero_point = model_output["quantization"]
+        return (output.astype(np.float32) - zero_point) * np.float32(scale)
 
     return classify
 
@@ -88,13 +89,21 @@ def _load_onnx(path: Path) -> Classify:
 
 
 def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Score an export on held-out examples, and time it on this machine; `check` is called before each batch.
+    """Score an export on held-out examples, and time it on this machine.
+
+    Args:
+        classify: the loaded export.
+        held_out: at least one example.
+        check: called before each batch; it can raise an exception to stop the check.
 
     Returns:
-        `examples`: count; `accuracy` and `trainer_accuracy` on them; `lost`: count that only the trainer predicts
-        correctly; `gained`: count that only the export predicts correctly; `p` of McNemar's test that both predict
-        equally well; `largest_difference` of a probability, infinite if one is not finite; `timing`:
-        `milliseconds_per_image`, the median over calls with one image.
+        `examples`: number of examples.
+        `accuracy`, `trainer_accuracy`: of the export and of the trainer on these examples.
+        `lost`: number of examples that only the trainer classifies correctly.
+        `gained`: number of examples that only the export classifies correctly.
+        `p`: of McNemar's exact test that both classify equally well.
+        `largest_difference`: of a probability; infinite if a probability of the export is not finite.
+        `timing`: `milliseconds_per_image`, the median over calls with one image.
     """
     images, batches = held_out.images, []
     for start in range(0, len(images), BATCH_SIZE):
@@ -106,28 +115,35 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
         began = time.perf_counter()
         classify(image)
         seconds.append(time.perf_counter() - began)
-    finite = np.isfinite(probabilities).all()
-    correct, expected = (p.argmax(-1) == held_out.labels for p in (probabilities, held_out.probabilities))
-    pair = compare_paired(expected, correct)
+    is_finite = np.isfinite(probabilities).all()
+    correct, trainer_correct = (p.argmax(-1) == held_out.labels for p in (probabilities, held_out.probabilities))
+    comparison = compare_paired(trainer_correct, correct)
     return {
         "examples": len(images),
         "accuracy": float(correct.mean()),
-        "trainer_accuracy": float(expected.mean()),
-        "lost": pair.lost,
-        "gained": pair.won,
-        "p": pair.p,
-        "largest_difference": float(np.abs(probabilities - held_out.probabilities).max()) if finite else np.inf,
+        "trainer_accuracy": float(trainer_correct.mean()),
+        "lost": comparison.lost,
+        "gained": comparison.won,
+        "p": comparison.p,
+        "largest_difference": float(np.abs(probabilities - held_out.probabilities).max()) if is_finite else np.inf,
         "timing": {"milliseconds_per_image": round(float(np.median(seconds[WARMUP_CALLS:])) * 1000, 3)},
     }
 
 
 def judge_accuracy_drop(scores: Mapping[str, Any], max_drop: float) -> tuple[bool, str]:
-    """Decide whether an export is refused; return also the reason, or a warning, or "" if the drop is not too large.
+    """Decide whether an export is refused because of its accuracy.
 
-    A refused export has lost more than the fraction `max_drop` of the examples, and significantly more than chance
-    explains, by the test that `trainer.compare` uses. Rounding changes some predictions for better or worse, and on few
-    examples the net of them can exceed any limit: 3 lost of 120 are not significant, 6 are. If a probability is not
-    finite, the export is always refused.
+    An export is refused if its net loss (`lost` - `gained`) is more than the fraction `max_drop` of the examples and
+    significant by the test that `trainer.compare` uses. Rounding changes some predictions for better or worse, and on
+    few examples their net can exceed any limit: 3 lost of 120 are not significant, 6 are. An export with a probability
+    that is not finite is always refused.
+
+    Args:
+        scores: the result of `score`.
+        max_drop: fraction of the examples.
+
+    Returns:
+        Whether the export is refused; and the reason, or a warning if a drop above the limit is not significant, or "".
     """
     if not np.isfinite(scores["largest_difference"]):
         return True, "has probabilities that are not finite"

@@ -1,4 +1,4 @@
-"""The pass over the images of a split that computes their features, in parallel on all workers."""
+"""A pass over the images of a split that computes their features, in parallel on all workers."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -21,26 +21,27 @@ from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-BLOCK_BYTES = 32 << 20  # approximate size of a block, the features that are computed, exchanged and stored together
-MAX_CALLS_PER_BLOCK = 8
-MAX_DECODED_BYTES = 256 << 20  # images decoded while the first call compiles
+# A block consists of the features that a worker computes, exchanges and stores together.
+BLOCK_BYTES = 32 << 20  # approximate maximum size of a block
+MAX_CALLS_PER_BLOCK = 8  # device calls
+MAX_DECODED_BYTES = 256 << 20  # maximum size of the images that are decoded while the trunk is compiled
 
 
 @dataclass
 class FeatureRequest:
-    """A request for the features at one cut."""
+    """A request to compute the features at one cut."""
 
     cut: Cut
-    features: Features
-    required: bool  # by the phase that begins; features for a later phase are optional
-    failed: bool = False  # this worker could not store them
+    features: Features  # where the results are stored
+    required: bool  # whether the phase that begins needs them; those for a later phase are optional
+    failed: bool = False  # whether this worker could not store them
 
 
 Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """Compute the features of one split per call of `fill`. The same cuts are compiled once."""
+    """Computes and stores the features of one split per call of `fill`. The trunk of equal cuts is compiled once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
@@ -48,11 +49,19 @@ class FeaturePass:
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
-        """Compute and store the missing features of one split. Return False if the run should stop.
+        """Compute and store the missing features of one split. With `exchange`, all workers must call this together.
 
-        Each worker computes the features that it reads. With `exchange`, all workers read the same features: each
-        computes a shard of them, and they exchange the results. If this worker cannot store the features of a request,
-        it sets `failed` of the request, without notice to the other workers.
+        If this worker cannot store the features of a request, it sets `failed` of the request. It does not inform the
+        other workers.
+
+        Args:
+            requests: at different cuts, but of the same split and with the same number of views.
+            augmentation: applied to the images, differently in each view.
+            exchange: whether all workers read the same features. If so, each worker computes a shard of them, and the
+                workers exchange the results. Otherwise, each worker computes the features that it reads.
+
+        Returns:
+            False if the run should stop. Then some features are missing.
 
         Raises:
             DataError: an image cannot be read, or a feature is too large for float16.
@@ -79,7 +88,7 @@ class FeaturePass:
             )
 
     def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
-        """Return which features this worker, or with `exchange` any worker, lacks, bool [count]."""
+        """Return which examples have no stored features, bool [count]: on this worker or, with `exchange`, on any."""
         missing, control = request.features.missing(view), self.worker.control
         if not exchange:
             return missing
@@ -92,29 +101,34 @@ class FeaturePass:
         self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchange: bool, view: int,
         is_missing: np.ndarray,
     ) -> bool:  # fmt: skip
-        """Compute and store the missing features of one view, in blocks. Return False if the run should stop."""
+        """Compute and store the features of examples in one view, in blocks. Return False if the run should stop.
+
+        `is_missing`, bool [count], selects the examples.
+        """
         worker = self.worker
         shards = split_by_calls(np.flatnonzero(is_missing), self.rows, worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
-        calls = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
+        calls_per_block = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
         health.record_progress(0, len(shards[0]))
         with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
-            for first in range(0, len(shards[0]), calls * self.rows):  # no shard is larger than the first
-                index = shard[first : first + calls * self.rows]
+            # No shard is larger than the first one, so all workers exchange the same number of blocks.
+            for first in range(0, len(shards[0]), calls_per_block * self.rows):
+                index = shard[first : first + calls_per_block * self.rows]
                 outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
                 self._store_block(requests, pixels, view, index, outputs, exchange)
-                health.record_progress(min(first + calls * self.rows, len(shards[0])), len(shards[0]))
+                health.record_progress(min(first + calls_per_block * self.rows, len(shards[0])), len(shards[0]))
         return True
 
     def _compute_batches(
         self, cuts: Sequence[Cut], pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
-        """Yield the outputs of each device call, weights float32 [rows] and then the features at each cut.
+        """Yield the outputs of each device call: weights, float32 [rows], and the features [rows, *shape] at each cut.
 
-        The weight of padding and of images that cannot be read is 0. A stop request ends the iteration early.
+        The weight is 0 for padding and for images that cannot be read, otherwise 1. A stop request ends the iteration
+        early.
         """
         compute, local = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
         if pixels.array is not None and not augmentation.active:
@@ -131,13 +145,13 @@ class FeaturePass:
     def _iterate_pipeline(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call, from an input pipeline that decodes and augments."""
-        replicas, one_view = self.worker.replicas, View(augmentation, self.images.config.seed, view)
-        # Decode while the trunk is compiled, unless shards have to be fetched.
+        """Yield images and weights for each device call, from an input pipeline that decodes and augments images."""
+        replicas, view_settings = self.worker.replicas, View(augmentation, self.images.config.seed, view)
+        # Decode many batches while the trunk is compiled, unless shards have to be fetched (0 is the default).
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
-        ahead = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
+        prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
         batches = build_chosen_batches(
-            pixels, shard, rows=self.rows, replicas=replicas, view=one_view, prefetched=ahead
+            pixels, shard, rows=self.rows, replicas=replicas, view=view_settings, prefetched=prefetched
         )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.open_gate()
@@ -152,27 +166,27 @@ class FeaturePass:
             gate.close()
 
     def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call, from the memory cache. Consecutive images are not copied."""
-        cached, padding, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
-        bad = list(pixels.bad)
+        """Yield images and weights for each device call, from the image cache. Consecutive images are not copied."""
+        cached, padding_index, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
+        bad_indices = list(pixels.bad)
         for first in range(0, len(shard), self.rows):
             if self.worker.stop.reason is not None:
                 return
             indices = shard[first : first + self.rows]
-            index = np.pad(indices, (0, self.rows - len(indices)), constant_values=padding)
-            weights = ((index < padding) & ~np.isin(index, bad)).astype(np.float32)
+            index = np.pad(indices, (0, self.rows - len(indices)), constant_values=padding_index)
+            weights = ((index < padding_index) & ~np.isin(index, bad_indices)).astype(np.float32)
 
             def on_replica(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
                 start = context.replica_id_in_sync_group % self.worker.replicas * per_replica
-                rows = index[start : start + per_replica]
-                is_consecutive = rows[-1] - rows[0] == per_replica - 1 and rows[-1] < padding
-                images = cached[rows[0] : rows[0] + per_replica] if is_consecutive else tf.gather(cached, rows)
+                part = index[start : start + per_replica]
+                is_consecutive = part[-1] - part[0] == per_replica - 1 and part[-1] < padding_index
+                images = cached[part[0] : part[0] + per_replica] if is_consecutive else tf.gather(cached, part)
                 return images, tf.constant(weights[start : start + per_replica])
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
     def _compile_trunk(self, cuts: Sequence[Cut]) -> Any:
-        """Compile the function (images, weights) -> weights, features at the first cut, ..."""
+        """Return a `tf.function` from images and weights to a list: the weights, and the features at each cut."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -186,17 +200,20 @@ class FeaturePass:
     def _store_block(
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
     ) -> None:
-        """Store the features of the examples `index`, and with `exchange` those that other workers computed."""
+        """Store the features of a block and, with `exchange`, of the blocks that other workers computed.
+
+        `index`, int64 [n], are the examples of the block. `outputs` are the items of `_compute_batches` for them.
+        """
         columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
-        failed = index[columns[0] == 0] if columns else index
-        reasons = np.array([pixels.bad.get(int(i), "") for i in failed] if len(failed) else [], str)
-        rows = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
-        block = {"index": index, "failed": failed, "reasons": reasons}
-        for i, (request, values) in enumerate(zip(requests, rows, strict=True)):
+        unreadable = index[columns[0] == 0] if columns else index
+        reasons = np.array([pixels.bad.get(int(i), "") for i in unreadable] if len(unreadable) else [], str)
+        features = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
+        block = {"index": index, "failed": unreadable, "reasons": reasons}
+        for i, (request, values) in enumerate(zip(requests, features, strict=True)):
             block[f"rows{i}"] = request.features.encode(values)
         if exchange:
-            gathered = self.worker.control.gather_arrays("features", block)
-            joined = {key: np.concatenate([values[key] for values in gathered]) for key in block} if gathered else {}
+            blocks = self.worker.control.gather_arrays("features", block)
+            joined = {key: np.concatenate([arrays[key] for arrays in blocks]) for key in block} if blocks else {}
             block = self.worker.control.broadcast_arrays("features", joined)
         bad = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
         for i, request in enumerate(requests):

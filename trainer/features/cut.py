@@ -1,4 +1,4 @@
-"""The cut of a classifier into a frozen trunk, whose output is computed once, and a tail that is trained on it."""
+"""The cut of a classifier into a frozen trunk, whose outputs are computed once, and a tail that is trained on them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,21 @@ from trainer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor of the backbone. The layers below it are frozen, and those above depend on this tensor alone."""
+    """A tensor of the backbone at which it is cut.
 
-    layer: str  # name of the layer or operation whose output it is
-    layer_index: int  # of that layer in `backbone.layers`; for an operation, of the last layer before it
+    The layers below the cut are frozen. The layers above it use no other output of the layers below.
+    """
+
+    layer: str  # name of the layer or operation that computes the tensor
+    layer_index: int  # index of that layer in `backbone.layers`; of the last layer before it if it is an operation
     tensor: Any  # KerasTensor [None, ...]
-    pooled: bool  # the cut is the output of the backbone, and the trunk pools it to float32 [b, C]
-    shape: tuple[int, ...]  # of the trunk's output per example
+    pooled: bool  # whether the tensor is the output of the backbone; then the trunk pools it to float32 [b, C]
+    shape: tuple[int, ...]  # of the trunk's output for one example
     dtype: str  # of the trunk's output: float32 if pooled, otherwise the compute dtype
-    variables: dict[str, keras.Variable]  # of the trunk, named as in `Classifier.variables`
+    variables: dict[str, keras.Variable]  # of the trunk, by their names in `Classifier.variables`
 
     def fingerprint(self) -> str:
-        """Hash the variables of the trunk to 16 hex digits."""
+        """Return a hash of the names and values of the trunk's variables, 16 hex digits."""
         digest = hashlib.sha256()
         for name, variable in self.variables.items():
             value = tf.distribute.get_strategy().experimental_local_results(variable.value)[0]
@@ -41,17 +44,21 @@ class Cut:
 
 
 def find_cut(classifier: Classifier) -> Cut | None:
-    """Return the cut with the most layers below it, given `apply_thaw`. None if no layer below any cut has weights."""
+    """Return the cut with the most layers below it, or None if no layer below any cut has weights.
+
+    `apply_thaw` must have been called before, because it determines which layers are frozen.
+    """
     backbone, operations = classifier.backbone, classifier.backbone.operations
-    uses = enumerate(operations[1:], 1)
-    last_use = {id(tensor): index for index, op in uses for tensor in keras.tree.flatten(op.input)}
+    consumers = enumerate(operations[1:], 1)
+    last_use = {id(tensor): index for index, op in consumers for tensor in keras.tree.flatten(op.input)}
     (end,) = backbone.outputs
     last_use[id(end)] = len(operations)
-    # Tensors that an operation up to the current one computes and a later one uses. If there is one, it is a cut.
+    # Tensors that an operation up to the current one computes and a later operation uses, by id, each with the index of
+    # the operation that computes it. If there is only one such tensor, it is a cut.
     crossing: dict[int, tuple[int, Any]] = {}
     deepest, has_weights = None, False
     for index, operation in enumerate(operations):
-        is_layer = isinstance(operation, keras.Layer)  # else a function, such as the addition of two tensors
+        is_layer = isinstance(operation, keras.Layer)  # otherwise a function, such as the addition of two tensors
         if is_layer and (operation.trainable_weights or updates_moving_averages(operation)):
             break
         has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
@@ -62,8 +69,8 @@ def find_cut(classifier: Classifier) -> Cut | None:
             deepest = (index, *next(iter(crossing.values())))
     if deepest is None:
         return None
-    last_below, producer, tensor = deepest
-    layers = [operation for operation in operations[: last_below + 1] if isinstance(operation, keras.Layer)]
+    last_index, producer, tensor = deepest
+    layers = [operation for operation in operations[: last_index + 1] if isinstance(operation, keras.Layer)]
     trunk_ids = {id(variable) for layer in layers for variable in layer.weights}
     pooled = tensor is end
     return Cut(
@@ -80,7 +87,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
 class Trunk:
     """The layers below one or more cuts of a classifier, for inference.
 
-    The constructor folds BatchNormalization, so the variables of the layers must not change afterwards.
+    The constructor folds BatchNormalization into convolutions, so the variables of the layers must not change later.
     """
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
@@ -89,7 +96,7 @@ class Trunk:
         self._folded = fold_weights(self._network)
 
     def features(self, images: Any) -> tuple[Any, ...]:
-        """Compute the features at each cut, [b, *shape], of images uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Return the features at each cut, [b, *shape], of images, uint8 or float32 [b, S, S, 3] in 0..255."""
         pixels = self.classifier.spec.preprocess(keras.ops.cast(images, "float32"))
         maps = keras.tree.flatten(apply_folded(self._network, pixels, weights=self._folded))
         outputs = zip(self.cuts, maps, strict=True)
@@ -107,7 +114,11 @@ class Tail:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute logits as `Classifier.logits`. `images` is the trunk's output [b, *shape], of any float dtype."""
+        """Return the logits, float32 [b, classes], for features.
+
+        `images` are the features: outputs of the trunk, [b, *shape], of any float dtype. The other arguments are those
+        of `Classifier.logits`.
+        """
         maps = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
             with use_example_weights(weight if batch_norm_training else None):
@@ -120,11 +131,11 @@ class Tail:
 
     @property
     def statistics_sizes(self) -> dict[str, int]:
-        """The number of values that `collect_statistics` gives for each layer."""
+        """Number of values that `collect_statistics` collects for each layer, by layer name."""
         return self.classifier.statistics_sizes  # layers below the cut have no moving averages to update
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
+        """Update the moving averages from the sums of `collect_statistics`, which are the same on all replicas."""
         self.classifier.update_moving_averages(strategy, sums)
 
     def l2_loss(self) -> tf.Tensor:

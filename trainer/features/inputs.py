@@ -1,4 +1,4 @@
-"""The inputs of a phase: images, or cached features, which are the output of the frozen layers (the trunk)."""
+"""The inputs of a phase: images, or cached features, which are outputs of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget
 from trainer.training.step import Network
 
-_FORMAT = 2  # version of the features on disk; increment it when their values change
+_FORMAT = 2  # version of the features on disk, part of their file name; increment it when their values change
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,28 @@ class Inputs:
     """The inputs of a phase, and the network that it trains: the classifier on images, or its tail on features."""
 
     network: Network
-    scorer: Scorer
+    scorer: Scorer  # scores `validation`
     training: BatchSource
     validation: BatchSource
-    augmentation: Augmentation  # applied to batches of `training`; disabled for features, which include it
-    views: int | None  # augmented views per example, cycled over the epochs; None: each epoch draws new views
+    augmentation: Augmentation  # applied to batches of `training`; inactive for features, which are of augmented images
+    views: int | None  # augmented views per example, one per epoch in turn; None to draw a new view in each epoch
 
 
 def open_inputs(
     name: str, worker: Worker, images: ImageStore, classifier: Classifier, plan: FeaturePlan, scorer: Scorer
 ) -> Inputs | None:
-    """Open the inputs of a phase after `apply_thaw`. All workers compute the missing features together.
+    """Open the inputs of a phase. If it reads cached features, all workers compute the missing ones together.
 
-    `scorer` is that of the complete classifier. Results of None, and errors, are those of `FeatureCache.open`.
+    Args:
+        name: of the phase, whose thaw rule has been applied to the classifier.
+        plan: the input of each phase.
+        scorer: scorer of the complete classifier.
+
+    Returns:
+        The inputs. None on all workers if the run should stop, or if a worker cannot store the features.
+
+    Raises:
+        DataError: an image cannot be read, or a feature is too large for float16.
     """
     augmentation, kind = images.config.augmentation, plan.input_kinds[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
@@ -57,21 +66,21 @@ def open_inputs(
     if kind == "cached":
         train_features, validation_features = features
         return Inputs(tail, tail_scorer, train_features, validation_features, Augmentation(), None)
-    (validation_features,) = features  # kind == "validation": training on images, validation on features
+    (validation_features,) = features  # the kind is "validation": training on images, validation on features
     return Inputs(classifier, tail_scorer, images.split("train"), validation_features, augmentation, views)
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Make a phase read images, because there is no space for its features."""
+    """Change the plan so that a phase reads images. It is called if there is no space for the phase's features."""
     if plan.input_kinds[name] == "cached":
-        images.drop("train")  # uncached images are dropped, so that the next call can fill the image cache
+        images.drop("train")  # they were opened without a cache, to be read once; they are now opened again with one
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Opens the features of phases. Those that an earlier start stored on disk are read."""
+    """Opens the features of phases: reads those that an earlier start has stored on disk, and computes the others."""
 
     worker: Worker
     images: ImageStore
@@ -80,10 +89,13 @@ class FeatureCache:
     scorer: Scorer
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
-        """Return the complete features of these splits for a phase.
+        """Return the complete features of these splits for a phase, in the order of `splits`.
 
-        The same pass computes features for later phases whose trunk is not trained before they begin. Return None on
-        all workers if the run should stop, or if one of them has no space for the features of `phase`.
+        Features for later phases, if their trunks do not change until then, are computed in the same pass over the
+        images. All workers call this together.
+
+        Returns:
+            The features. None on all workers if the run should stop, or if a worker cannot store the features.
 
         Raises:
             DataError: an image cannot be read, or a feature is too large for float16.
@@ -114,15 +126,16 @@ class FeatureCache:
         return opened
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
-        """Return the later phases that read the same views of a split, each at a new cut.
+        """Return the later phases for which the pass for `phase` can compute the features too.
 
-        The trunk of such a phase is not updated by `phase` or any phase in between.
+        Such a phase reads the same views of the split, but at a cut of its own. Its trunk is not updated by `phase` or
+        any phase in between.
         """
         names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
         updated: set[str] = set()
         later_phases, cut_layers = [], {self.plan.cut(phase).layer}
-        for before, later in pairwise(names[names.index(phase) :]):
-            updated |= self.plan.divisions[before].updated
+        for previous, later in pairwise(names[names.index(phase) :]):
+            updated |= self.plan.divisions[previous].updated
             if split == "train":
                 same_views = kinds[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
             else:
@@ -136,7 +149,12 @@ class FeatureCache:
         return later_phases
 
     def _open(self, phase: str, split: str, memory_budget: int | None, disk_used: int = 0) -> Features | None:
-        """Open the features of a split. Return None if there is no space. `memory_budget` None: on disk only."""
+        """Open the features of a split for a phase. Return None if there is no space for them.
+
+        Args:
+            memory_budget: in bytes; None to store them on disk alone.
+            disk_used: bytes of the disk budget that the other features of the same pass use.
+        """
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
         cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
         augmented = split == "train" and config.augmentation.active

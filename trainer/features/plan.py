@@ -1,4 +1,4 @@
-"""The choice between cached features and images as the input of each phase (docs/features.md)."""
+"""The choice between images and cached features as the input of each phase (docs/features.md)."""
 
 import math
 from collections.abc import Mapping
@@ -18,55 +18,60 @@ from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.types import Dataset
 
-# Input of a phase: "cached": features; "live": images; "validation": images, but features for validation.
+# Input of a phase. "cached": features; "live": images; "validation": images for training, features for validation.
 InputKind = Literal["cached", "live", "validation"]
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """Input of one phase, with the reason."""
+    """The input of one phase, and the reason for it."""
 
     input_kind: InputKind
     reason: str
 
     def describe(self, name: str) -> str:
-        """Format the log line about the training images of phase `name`."""
+        """Return the log line about the training images of phase `name`."""
         return f"features of phase {name}: {'cached' if self.input_kind == 'cached' else 'live'}, {self.reason}"
 
 
 @dataclass(frozen=True)
 class Division:
-    """The cut of the classifier in a phase, if any, and what the phase updates and differentiates."""
+    """How a phase divides the classifier: where it can be cut, and what the phase updates and differentiates."""
 
-    cut: Cut | None
-    updated: frozenset[str]  # names of variables
-    differentiated: tuple[Differentiated, ...]  # operations of the backbone
+    cut: Cut | None  # None if no frozen layers with weights can be cut off
+    updated: frozenset[str]  # names of the variables that the phase changes, as in `Classifier.variables`
+    differentiated: tuple[Differentiated, ...]  # operations of the backbone that gradients pass through
 
 
 @dataclass
 class FeaturePlan:
-    """The inputs of all phases of a run. A phase without space for its features becomes "live"."""
+    """The inputs of all phases of a run, by phase name.
+
+    If a phase begins and there is no space for its features, its input is changed to "live".
+    """
 
     divisions: Mapping[str, Division]
     input_kinds: dict[str, InputKind]
 
     def cut(self, phase: str) -> Cut:
-        """Return the cut of a phase that reads features."""
+        """Return the cut of a phase that reads features (its input is not "live")."""
         cut = self.divisions[phase].cut
         assert cut is not None, "a phase that reads features has a cut"
         return cut
 
 
 def select_stored_dtype(phase: Phase, cut: Cut) -> str:
-    """Return the dtype of stored features: the configured one if the trunk's output is float32, otherwise its own."""
+    """Return the dtype of stored features: `features_dtype` if the trunk's output is float32, otherwise its dtype."""
     return phase.features_dtype if cut.dtype == "float32" else cut.dtype
 
 
 def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Apply the thaw rule of each phase in turn, and return its division. The last rule stays applied.
+    """Apply the thaw rule of each phase in turn, and return the division of each phase by name.
+
+    The last rule stays applied to the classifier.
 
     Raises:
-        ModelError: a thaw rule cannot be applied. The key of the error names the phase.
+        ModelError: a thaw rule cannot be applied. The key of the error is that of the phase, `phases.NAME`.
     """
     divisions = {}
     for name, phase in config.phases.items():
@@ -76,22 +81,32 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
             key = f"phases.{name}.{error.key}" if error.key else f"phases.{name}"
             raise ModelError(error.problem, key=key, value=error.value, fix=error.fix) from None
         updated = set(plan.trainable)
-        norm_ids = {id(v) for norm in classifier.normalizations.values() for v in norm.weights}
-        updated |= {n for n, v in classifier.variables.items() if id(v) in norm_ids}
+        norm_ids = {id(variable) for norm in classifier.normalizations.values() for variable in norm.weights}
+        updated |= {key for key, variable in classifier.variables.items() if id(variable) in norm_ids}
         divisions[name] = Division(find_cut(classifier), frozenset(updated), find_differentiated(classifier.backbone))
     return divisions
 
 
 def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
-    """Return whether phases `first` and later read the training images only once, to compute features."""
-    reread = config.augmentation.active or config.distillation is not None
-    return not reread and all(input_kinds.get(name) == "cached" for name in list(config.phases)[first:])
+    """Return whether the training images are read only to compute features, so that caching them is useless.
+
+    `first` is the index of the first phase that has not ended.
+    """
+    is_reread = config.augmentation.active or config.distillation is not None
+    return not is_reread and all(input_kinds.get(name) == "cached" for name in list(config.phases)[first:])
 
 
 def plan_features(
     config: RunConfig, divisions: Mapping[str, Division], dataset: Dataset, budget: int
 ) -> dict[str, FeatureChoice]:
-    """Choose cached features or images for each phase. Its features can use `budget` bytes, in memory or on disk.
+    """Choose the input of each phase.
+
+    Args:
+        divisions: result of `divide_phases`.
+        budget: bytes that the features of a phase may use, in memory or on disk.
+
+    Returns:
+        The choice for each phase, by name.
 
     Raises:
         ConfigError: a phase with `features=cached` cannot have cached features.
@@ -120,10 +135,11 @@ def plan_features(
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], run_json: Mapping[str, Any]
 ) -> dict[str, InputKind]:
-    """Return the input of each phase, the same on all workers.
+    """Return the input of each phase by name, the same on all workers. All workers call this together.
 
-    The chief takes them from `run_json` if the run resumes, and chooses them if that is empty. A run.json without them
-    is of a version without cached features: every phase reads images.
+    A new run, whose `run_json` is empty, chooses the inputs on the chief. A run that resumes has the inputs in
+    `run_json`. If they are missing there, the run began with a version of this package without cached features, and
+    every phase reads images.
     """
     config = images.config
 
@@ -145,11 +161,17 @@ def choose_features(
 def _choose(
     config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int
 ) -> FeatureChoice:
-    """Choose "cached" or "live" for one phase; `examples` are those of training and validation."""
+    """Choose "cached" or "live" for one phase.
+
+    Args:
+        epochs: length of the phase.
+        examples: number of training and validation examples.
+        budget: in bytes.
+    """
     if phase.features == "live":
         return FeatureChoice("live", "as configured")
-    if why := config.why_not_cacheable(phase):
-        return FeatureChoice("live", why)
+    if reason := config.why_not_cacheable(phase):
+        return FeatureChoice("live", reason)
     if cut is None:
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1

@@ -1,8 +1,8 @@
 """Features of the images of a split, which are computed once, stored in memory or on disk, and read instead of images.
 
-On disk, `NAME.rows` has a row per view and example, at a fixed offset. After a block of consecutive rows is written, a
-JSON line with its range and checksum is appended to `NAME.list`. A restart therefore reads the rows of all earlier
-starts. Missing and corrupt rows are computed again.
+On disk, `NAME.rows` has a row for each example of each view, at a fixed offset. After a block of consecutive rows is
+written, a JSON line with its range and checksum is appended to `NAME.list`. So a restart can read the rows that earlier
+starts have written. Missing and corrupt rows are computed again.
 """
 
 import json
@@ -32,14 +32,14 @@ STORED: dict[str, np.dtype] = {
 
 @dataclass
 class Features:
-    """The features of the examples of a split that this worker reads, as a `BatchSource`."""
+    """The features of the examples of a split that this worker reads. Batches are built from them (`BatchSource`)."""
 
     split: Split
-    shape: tuple[int, ...]  # of one example
+    shape: tuple[int, ...]  # of the features of one example
     dtype: str  # float32 | float16 | bfloat16
-    views: int  # per example; epoch e reads view e % views
-    indices: np.ndarray  # int64, increasing; the examples that this worker reads
-    threads: int | None = None  # of a private thread pool for pipelines; None: TensorFlow's pool
+    views: int  # augmented views per example; epoch e reads view e % views
+    indices: np.ndarray  # int64 [n], increasing; the examples that this worker reads
+    threads: int | None = None  # number of threads in a private pool for pipelines; None for TensorFlow's pool
     log_message: LogMessage = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
     array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of a view is 0, for padding
@@ -49,15 +49,17 @@ class Features:
 
     @property
     def parallel(self) -> int:
+        """Number of examples that a pipeline processes in parallel."""
         return self.threads or count_usable_cpus()
 
     @property
     def row_bytes(self) -> int:
+        """Size of the features of one example in one view, in bytes."""
         return count_feature_bytes(self.shape, self.dtype, 1, 1)
 
     @property
     def location(self) -> str:
-        """Where the features are stored, for log lines."""
+        """The storage location, for log lines: the path of a file, or "memory"."""
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
@@ -66,26 +68,32 @@ class Features:
         return count_feature_bytes(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
-        """Return a tensor over all rows, without a copy."""
+        """Return a tensor of all rows that uses the memory of `array`."""
         return wrap_array(self.array)
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Gather rows [b, *shape] of the examples `index`, int64 [b], in the view for their `epoch`, int64 [b]."""
+        """Gather the features [b, *shape] of examples, each in the view of its epoch.
+
+        Args:
+            tensor: result of `tensor`.
+            index: indices of the examples, int64 [b]; `split.count` for padding.
+            epoch: epoch of each example, int64 [b].
+        """
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
     def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
-        """Return a gate that never waits, because features do not need the shards of the images."""
+        """Return a gate that never waits, because features are read without the shards of the images."""
         return ShardGate(None, self.split, reader, blocks, ahead)
 
     def missing(self, view: int) -> np.ndarray:
-        """Return the examples that this worker reads but has no features of, bool [count]."""
+        """Return which examples this worker reads but has no stored features of, bool [count]."""
         required = np.zeros(self.split.count, bool)
         required[self.indices] = True
         return required & ~self.stored[view]
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Convert rows [n, *shape] of any float dtype to the stored dtype, as `write` requires.
+        """Convert rows [n, *shape] of any float dtype to the NumPy dtype in which `write` stores them.
 
         Raises:
             DataError: a finite value is too large for float16.
@@ -100,7 +108,13 @@ class Features:
         return converted
 
     def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store encoded `rows` [n, *shape] of the examples `index`, int64 [n], increasing, and `bad`.
+        """Store the features of examples.
+
+        Args:
+            view: index of the view.
+            index: indices of the examples, int64 [n], increasing.
+            rows: features from `encode`, [n, *shape].
+            bad: index -> reason, for those of the examples whose image cannot be read.
 
         Raises:
             OSError: the rows cannot be written to disk, and the features are not in memory.
@@ -132,13 +146,13 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                with suppress(OSError):  # the disk fails, and the features are in memory
+                with suppress(OSError):  # the features are in memory, so that the files are not needed
                     delete_features(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
     def complete(self) -> None:
-        """Make the features readable, after all rows have been stored."""
+        """Make the features readable. All rows must have been stored."""
         assert not any(self.missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
@@ -148,22 +162,31 @@ class Features:
 
 
 def delete_features(file: Path) -> None:
-    """Delete features from disk. A process that has mapped them can still read them."""
+    """Delete the files of features, of which `file` is the path without suffix. Mapped files can still be read."""
     for suffix in (".rows", ".list"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
-    """Count the bytes of stored features, of `shape` per view and example."""
+    """Return the size of stored features in bytes. `shape` is that of the features of one example in one view."""
     return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
-    """Prepare new `features` for writing, load the rows that earlier starts stored in `file`, and return `features`.
+    """Prepare `features` for writing, and load the rows that earlier starts have stored in `file`.
 
-    Features that fit the memory budget (in bytes) are in memory, and also on disk if they fit the disk budget. All
-    others are on disk only, as with a `memory_budget` of None. The least recently used features of other files are
-    deleted to stay within the disk budget. Return None if there is no space. `file` has no suffix.
+    Features that fit the memory budget are stored in memory, and also on disk if they fit the disk budget. Features
+    that fit only the disk budget are stored on disk alone. The least recently used features in other files of the same
+    folder are deleted to stay within the disk budget.
+
+    Args:
+        features: new features; they are changed and returned.
+        file: path of the files on disk, without suffix.
+        memory_budget: in bytes; None to store on disk alone.
+        disk_budget: in bytes.
+
+    Returns:
+        The features; None if they fit neither budget, or if they do not fit in memory and the disk fails.
     """
     in_memory = memory_budget is not None and features.bytes <= memory_budget
     on_disk = features.bytes <= disk_budget
@@ -178,8 +201,8 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _evict(file, features.bytes, disk_budget)
-            with open(file.with_suffix(".rows"), "ab") as sparse:
-                sparse.truncate(rows * features.row_bytes)
+            with open(file.with_suffix(".rows"), "ab") as sparse_file:
+                sparse_file.truncate(rows * features.row_bytes)
             file.with_suffix(".list").touch()
             features.file = file
             _load_rows(features)
@@ -192,9 +215,9 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
 
 
 def _load_rows(features: Features) -> None:
-    """Mark the rows on disk that match their checksums as stored. Read them if the features are in memory."""
+    """Mark the rows on disk that match their checksums as stored. Copy them to memory if the features are there."""
     assert features.file
-    corrupt, size = 0, features.split.count + 1
+    num_corrupt, rows_per_view = 0, features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:
@@ -204,35 +227,35 @@ def _load_rows(features: Features) -> None:
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
             except CONTENT_ERRORS:  # the process died while it wrote the line
                 continue
-            in_range = 0 <= view < features.views and first >= 0 and 0 < count < size - first
+            in_range = 0 <= view < features.views and first >= 0 and 0 < count < rows_per_view - first
             if not in_range or any(not first <= index < first + count for index in bad):
                 continue
-            start = view * size + first
+            start = view * rows_per_view + first
             rows.seek(start * features.row_bytes)
             content = rows.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == checksum
-            corrupt += not is_intact
-            features.stored[view, first : first + count] = is_intact  # a later line replaces an earlier one
+            num_corrupt += not is_intact
+            features.stored[view, first : first + count] = is_intact  # a later line overrides an earlier one
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
                     values = np.frombuffer(content, STORED[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
-    if corrupt:
-        blocks = f"{corrupt} block{'s' * (corrupt > 1)}"
+    if num_corrupt:
+        blocks = f"{num_corrupt} block{'s' * (num_corrupt > 1)}"
         features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 
 def _evict(file: Path, needed: int, budget: int) -> None:
-    """Delete the least recently used features, except those of `file`, until `needed` bytes fit the budget."""
-    others = []
+    """Delete the least recently used features in other files of the folder, until `needed` bytes fit the budget."""
+    other_files = []
     for path in file.parent.glob("*.list"):
         rows = path.with_suffix(".rows")
         if path.stem != file.name and rows.exists():
-            others.append((path.stat().st_mtime, rows.stat().st_blocks * 512, path.with_suffix("")))
-    total = needed + sum(size for _, size, _ in others)
-    for _, size, other in sorted(others):
-        if total <= budget:
+            other_files.append((path.stat().st_mtime, rows.stat().st_blocks * 512, path.with_suffix("")))
+    total_bytes = needed + sum(num_bytes for _, num_bytes, _ in other_files)
+    for _, num_bytes, other_file in sorted(other_files):
+        if total_bytes <= budget:
             return
-        delete_features(other)
-        total -= size
+        delete_features(other_file)
+        total_bytes -= num_bytes

@@ -1,6 +1,6 @@
 """Registry of backbones, the classification networks of keras.applications, by name.
 
-Only `BackboneSpec.build` and `BackboneSpec.preprocess` import Keras, so that listing and finding backbones is fast.
+Keras is imported only to build a network or to preprocess images, so that finding a backbone is fast.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class BackboneSpec:
     """A network of keras.applications.
 
-    Block names are derived from layer names, with `block_pattern`. In the Inception and NASNet families, most layers of
-    a block have automatic names (`conv2d_17`) and precede the layer that names the block. There a block begins right
-    after the previous one, and the first block right after the layer `stem_end`.
+    The blocks of a network are derived from its layer names with `block_pattern`: the layer `block_6_expand` of
+    MobileNetV2 is in `block_6`. In the Inception and NASNet families, most layers of a block have automatic names
+    (`conv2d_17`) and precede the layer that names the block. Their blocks begin right after the previous one, and the
+    first block right after the layer `stem_end`.
     """
 
     name: str  # constructor in keras.applications, such as "MobileNetV2"
@@ -33,12 +34,12 @@ class BackboneSpec:
     min_size: int  # minimum image side in pixels
     block_pattern: str  # regular expression, searched in layer names
     block_name: str = r"\1"  # template of the block name, expanded with the match
-    stem_end: str | None = None  # last layer before the first block
-    takes_alpha: bool = False  # has a width multiplier, as the MobileNet families do
-    weight_sizes: tuple[int, ...] = ()  # image sides with ImageNet weights of their own; () if all sizes have the same
+    stem_end: str | None = None  # last layer before the first block; None if a block begins with a layer of its name
+    takes_alpha: bool = False  # whether the network has a width multiplier
+    weight_sizes: tuple[int, ...] = ()  # image sides with separate ImageNet weights; () if one file is for all sizes
 
     def preprocess(self, images: Any) -> Any:
-        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] in 0..255."""
+        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] with values in 0..255."""
         import keras
 
         return getattr(keras.applications, self.module).preprocess_input(images)
@@ -46,9 +47,15 @@ class BackboneSpec:
     def build(self, image_size: int, alpha: float | None, weights: str | None) -> keras.Model:
         """Build the network without its classification top. It maps float [b, S, S, 3] to float [b, h, w, C].
 
+        Args:
+            image_size: S, the side of the square images in pixels.
+            alpha: width multiplier; None is 1. Must be None for a network without one.
+            weights: "imagenet", which Keras downloads unless they are cached, or None for random values.
+
         Raises:
-            ModelError: the image size is too small, the network takes no `alpha`, or Keras rejects the arguments.
-            Exception: Keras cannot download the `imagenet` weights.
+            ModelError: the image size is too small, the network has no width multiplier, or Keras rejects the
+                arguments.
+            Exception: Keras cannot download the ImageNet weights.
         """
         import keras
 
@@ -72,22 +79,23 @@ class BackboneSpec:
         return network
 
     def name_weights_file(self, image_size: int, alpha: float | None) -> str:
-        """Name the file of the ImageNet weights in a folder that `trainer.prepare weights=...` writes.
+        """Return the name of the file with the ImageNet weights in a folder that `trainer.prepare weights=...` writes.
 
-        Such as Xception.weights.h5, or MobileNetV2_0.35_160.weights.h5: Keras has weights for several image sizes of
-        the older MobileNets, and takes those of 224 pixels for any other size.
+        Examples: Xception.weights.h5, and MobileNetV2_0.35_160.weights.h5 for alpha 0.35 at 160 pixels. Keras has
+        separate weights for several image sizes of MobileNet and MobileNetV2, and uses those for 224 pixels at any
+        other size.
         """
         width = f"_{alpha or 1.0:g}" if self.takes_alpha else ""
         size = image_size if image_size in self.weight_sizes else self.default_size
         return f"{self.name}{width}{f'_{size}' if self.weight_sizes else ''}.weights.h5"
 
     def find_block(self, layer_name: str) -> str | None:
-        """Return the block that a layer name contains. None for the stem, the top and automatic names."""
+        """Return the block in the name of a layer; None for layers of stem and top, and for automatic names."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
     def find_block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
-        """Map each block to the index of its first layer, in layer order."""
+        """Return the index of the first layer of each block, by block name. `layer_names` are those of the network."""
         starts: dict[str, int] = {}
         previous = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
@@ -98,7 +106,7 @@ class BackboneSpec:
 
 
 def _renumber_automatic_names(network: keras.Model) -> None:
-    """Number the layers with automatic names from 0.
+    """Number the layers with automatic names from 0 per network: conv2d, conv2d_1, conv2d_2, ...
 
     Keras numbers them across all networks of a process, but freezing patterns and checkpoints need stable names.
     """
@@ -120,6 +128,7 @@ def _renumber_automatic_names(network: keras.Model) -> None:
 @cache
 def backbones() -> dict[str, BackboneSpec]:
     """Return all backbones by normalized name, such as "mobilenetv2"."""
+    # Block patterns.
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
     cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
@@ -136,6 +145,7 @@ def backbones() -> dict[str, BackboneSpec]:
         BackboneSpec("InceptionV3", "inception_v3", 299, 75, r"^(mixed\d+)$", stem_end="max_pooling2d_1"),
         BackboneSpec("InceptionResNetV2", "inception_resnet_v2", 299, 75, inception_resnet, stem_end="max_pooling2d_1"),
     ]  # fmt: skip
+    # Family, module, default size by variant, block pattern, other fields.
     families: list[tuple[str, str, dict[Any, int], str, dict[str, Any]]] = [
         ("MobileNetV3", "mobilenet_v3", dict.fromkeys(("Small", "Large"), 224), mobile_v3, {"takes_alpha": True}),
         ("NASNet", "nasnet", {"Mobile": 224, "Large": 331}, cells, {"block_name": r"cell_\1", "stem_end": "stem_bn1"}),
@@ -157,32 +167,36 @@ def backbones() -> dict[str, BackboneSpec]:
 
 
 def _normalize(name: str) -> str:
-    """Convert a name to lower case without separators."""
+    """Return a name in lower case, without spaces, underscores, dots and hyphens."""
     return re.sub(r"[\s_.-]", "", name).lower()
 
 
 def find_backbone(name: str) -> BackboneSpec:
-    """Return the backbone of a name. Case, spaces, dots, underscores and hyphens are ignored.
+    """Return the backbone called `name`. Case, spaces, dots, underscores and hyphens are ignored.
 
     Raises:
-        ModelError: no backbone has that name. The fix suggests the closest name, or lists all.
+        ModelError: no backbone has that name. Its `fix` suggests the closest name, or lists all names.
     """
     registry, normalized = backbones(), _normalize(name)
     if normalized in registry:
         return registry[normalized]
-    close = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)
+    matches = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)
     names = ", ".join(backbone.name for backbone in registry.values())
-    fix = f"did you mean {registry[close[0]].name}?" if close else f"use one of {names}"
+    fix = f"did you mean {registry[matches[0]].name}?" if matches else f"use one of {names}"
     raise ModelError("is not a known backbone", key="model.backbone", value=name, fix=fix)
 
 
 def parse_backbones(text: str, key: str) -> list[tuple[BackboneSpec, float | None]]:
-    """Parse [mobilenet_v2,mobilenet_v2:0.35,xception], the value of argument `key`, to backbones with their alpha.
+    """Parse a list such as [mobilenet_v2,mobilenet_v2:0.35,xception] into backbones, each with its alpha or None.
+
+    Args:
+        text: value of a command-line argument.
+        key: name of that argument, for error messages.
 
     Raises:
-        ConfigError: it is empty, a name is not that of a backbone, or its alpha is not a number or not taken.
+        ConfigError: the list is empty, a backbone is unknown or has no width multiplier, or an alpha is not a number.
     """
-    chosen = []
+    selection = []
     for item in filter(None, map(str.strip, text.strip("[] ").split(","))):
         name, colon, width = item.partition(":")
         try:
@@ -193,7 +207,7 @@ def parse_backbones(text: str, key: str) -> list[tuple[BackboneSpec, float | Non
             raise ConfigError("has an alpha that is not a number", key=key, value=item, fix=f"write {name}:0.35")
         if colon and not spec.takes_alpha:
             raise ConfigError(f"{spec.name} takes no alpha", key=key, value=item, fix=f"write {name}")
-        chosen.append((spec, float(width) if colon else None))
-    if not chosen:
+        selection.append((spec, float(width) if colon else None))
+    if not selection:
         raise ConfigError("names no backbone", key=key, value=text, fix=f"write {key}=[mobilenet_v2,xception]")
-    return chosen
+    return selection

@@ -1,4 +1,4 @@
-"""BatchNormalization with statistics over the examples of all replicas, without padding."""
+"""Synchronized BatchNormalization that excludes padding examples from its batch statistics."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +10,17 @@ import tensorflow as tf
 
 NORM = keras.layers.BatchNormalization
 
+# Context variables, because a Keras backbone does not pass additional arguments to its layers.
 _example_weights: ContextVar[Any] = ContextVar("example_weights", default=None)
-_collected: ContextVar[dict[str, Any] | None] = ContextVar("collected", default=None)
+_collected_statistics: ContextVar[dict[str, Any] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
 def use_example_weights(weights: Any) -> Iterator[None]:
-    """Make layers that are called in this context exclude examples of weight 0 from their batch statistics.
+    """Exclude padding from the batch statistics of `PaddingAwareBatchNormalization` layers called in this context.
 
-    `weights` are 0 or 1, float32 [b]. None includes the entire batch.
+    Args:
+        weights: 1 for examples and 0 for padding, float32 [b]. With None, the layers behave like Keras' layer.
     """
     token = _example_weights.set(weights)
     try:
@@ -29,91 +31,109 @@ def use_example_weights(weights: Any) -> Iterator[None]:
 
 @contextmanager
 def collect_statistics() -> Iterator[dict[str, Any]]:
-    """Make layers that are called in this context normalize by the statistics of this call alone.
+    """Make layers that are called in this context normalize by the statistics of the local batch, and collect these.
 
-    They neither all-reduce them nor update their moving averages, but put their sums into the dictionary by layer
-    name: float32 [2 * channels + 1], the sums of the inputs and of their squared deviations, and the number of values.
-    Such sums of several calls add up, for `update_moving_averages` (ghost batch normalization, Hoffer et al. 2017).
+    It affects only `PaddingAwareBatchNormalization` layers that train within `use_example_weights`. They do not
+    all-reduce the statistics, and do not update their moving averages. Add up the collected vectors over micro-batches
+    and replicas, and pass the totals to `update_moving_averages`: this is ghost batch normalization (Hoffer et al.
+    2017). Each layer must be called once, since a second call replaces its vector.
+
+    Yields:
+        By layer name, float32 [2 * channels + 1]: per channel the sum of the inputs, per channel the sum of their
+        squared deviations from the mean of this call, and the number of values per channel.
     """
     statistics: dict[str, Any] = {}
-    token = _collected.set(statistics)
+    token = _collected_statistics.set(statistics)
     try:
         yield statistics
     finally:
-        _collected.reset(token)
+        _collected_statistics.reset(token)
 
 
 class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
-    """Keras' layer with `synchronized=True`, but it excludes padding and needs two collectives, not three.
+    """`keras.layers.BatchNormalization(synchronized=True)` without padding, in two all-reduces instead of three.
 
-    Outside training, or without `use_example_weights`, it behaves as Keras' layer. Keras' mask does not help:
-    statistics with a mask are not synchronized, and the layers of a backbone do not propagate it.
+    In inference, if frozen, or outside `use_example_weights`, it behaves like Keras' layer. The Keras argument `mask`
+    is no substitute: Keras does not synchronize masked statistics, and the layers of a backbone do not propagate masks.
+    With example weights, `mask` is ignored.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         weights = _example_weights.get()
         if weights is None or not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
-        x = tf.cast(inputs, tf.float32)
-        axes, channels = list(range(len(x.shape) - 1)), x.shape[-1]
+        x = tf.cast(inputs, tf.float32)  # the statistics are float32 under every precision policy
+        reduction_axes, channels = list(range(len(x.shape) - 1)), x.shape[-1]
         assert self.axis in (-1, len(x.shape) - 1), "channels come last"
-        weights = tf.reshape(weights, [-1] + [1] * len(axes))
+        weights = tf.reshape(weights, [-1] + [1] * len(reduction_axes))
         count = tf.reduce_sum(tf.ones_like(x[..., :1]) * weights)
-        collected = _collected.get()
-        all_reduce = _sum_over_replicas if collected is None else tf.identity
-        sums = all_reduce(tf.concat([tf.reduce_sum(x * weights, axes), count[None]], axis=0))
-        total, count = sums[:channels], sums[channels]
+        collected = _collected_statistics.get()
+        reduce = _sum_over_replicas if collected is None else tf.identity
+        total_and_count = reduce(tf.concat([tf.reduce_sum(x * weights, reduction_axes), count[None]], axis=0))
+        total, count = total_and_count[:channels], total_and_count[channels]
         mean = tf.math.divide_no_nan(total, count)
-        # Keras computes E(x^2) - E(x)^2 over replicas, in which small variances cancel in float32.
-        squares = all_reduce(tf.reduce_sum(tf.square(x - mean) * weights, axes))
-        variance = tf.math.divide_no_nan(squares, count)
+        # Two passes. Keras computes E(x^2) - E(x)^2 over replicas, in which small variances cancel in float32.
+        squared_deviations = reduce(tf.reduce_sum(tf.square(x - mean) * weights, reduction_axes))
+        variance = tf.math.divide_no_nan(squared_deviations, count)
         if collected is None:
-            for average, updated in _moving_averages(self, mean, variance, count):
-                average.assign(updated)
+            for average, new_value in _compute_moving_averages(self, mean, variance, count):
+                average.assign(new_value)
         else:
-            collected[self.name] = tf.concat([total, squares, count[None]], axis=0)
+            collected[self.name] = tf.concat([total, squared_deviations, count[None]], axis=0)
         gamma = tf.convert_to_tensor(self.gamma) if self.scale else None
         beta = tf.convert_to_tensor(self.beta) if self.center else None
         return tf.cast(tf.nn.batch_normalization(x, mean, variance, beta, gamma, self.epsilon), self.compute_dtype)
 
 
 def updates_moving_averages(layer: keras.layers.Layer) -> bool:
-    """Return whether training updates the moving averages of a layer. Requires `apply_thaw`, which sets its class."""
+    """Return whether training updates the moving averages of a layer.
+
+    For a layer of the backbone, call `apply_thaw` first, which sets its class.
+    """
     return isinstance(layer, PaddingAwareBatchNormalization) and layer.trainable
 
 
 def count_statistics(layer: keras.layers.BatchNormalization) -> int:
-    """Count the values that `collect_statistics` gives for a layer."""
+    """Return the length of the vector that `collect_statistics` collects for a layer: 2 * channels + 1."""
     return 2 * int(layer.moving_mean.shape[0]) + 1
 
 
 def update_moving_averages(
     strategy: tf.distribute.Strategy, layers: Mapping[str, keras.layers.BatchNormalization], sums: Mapping[str, Any]
 ) -> None:
-    """Update the moving averages of layers from collected sums, the same on all replicas of the strategy."""
+    """Update the moving averages of layers from collected statistics. Must be called in cross-replica context.
+
+    Args:
+        layers: layers by name.
+        sums: totals of the vectors of `collect_statistics` by layer name, float32 [2 * channels + 1], as the result of
+            `strategy.run`. Every replica must have the same totals.
+    """
 
     def compute(sums: Mapping[str, Any]) -> list[Any]:
-        updated = []
-        for name, values in sums.items():
-            total, squares = tf.split(values[:-1], 2)
-            mean, variance = tf.math.divide_no_nan(total, values[-1]), tf.math.divide_no_nan(squares, values[-1])
-            updated += [value for _, value in _moving_averages(layers[name], mean, variance, values[-1])]
-        return updated
+        new_values = []
+        for name, vector in sums.items():
+            total, squares = tf.split(vector[:-1], 2)
+            mean, variance = tf.math.divide_no_nan(total, vector[-1]), tf.math.divide_no_nan(squares, vector[-1])
+            new_values += [value for _, value in _compute_moving_averages(layers[name], mean, variance, vector[-1])]
+        return new_values
 
     averages = [average for name in sums for average in (layers[name].moving_mean, layers[name].moving_variance)]
     for average, value in zip(averages, strategy.run(compute, args=(sums,)), strict=True):
         strategy.extended.update(average.value, lambda variable, value: variable.assign(value), args=(value,))
 
 
-def _moving_averages(layer: Any, mean: Any, variance: Any, count: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the moving averages of a layer with their new values, for batch statistics over `count` values."""
+def _compute_moving_averages(layer: Any, mean: Any, variance: Any, count: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the moving mean and the moving variance, each with its new value.
+
+    `mean` and `variance` are the batch statistics, float32 [channels], over `count` values per channel.
+    """
     rate = tf.where(count > 0, 1.0 - layer.momentum, 0.0)  # a micro-batch of padding must not move the averages
-    for average, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        value = tf.convert_to_tensor(average)
-        yield average, value + (batch - value) * rate
+    for average, batch_statistic in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        old_value = tf.convert_to_tensor(average)
+        yield average, old_value + (batch_statistic - old_value) * rate
 
 
 def _sum_over_replicas(sums: tf.Tensor) -> tf.Tensor:
-    """Add up sums over all replicas. In cross-replica context, return them unchanged."""
-    replica = tf.distribute.get_replica_context()
-    return sums if replica is None else replica.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+    """All-reduce sums over the replicas. In cross-replica context, return them unchanged."""
+    replica_context = tf.distribute.get_replica_context()
+    return sums if replica_context is None else replica_context.all_reduce(tf.distribute.ReduceOp.SUM, sums)

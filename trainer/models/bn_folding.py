@@ -1,9 +1,9 @@
-"""BatchNormalization folding: for speed, a convolution also computes the frozen layer that follows it.
+"""BatchNormalization folding: merge a BatchNormalization layer into the convolution before it, for speed.
 
-With constant moving averages, BatchNormalization is a scale and a shift per channel, so a convolution with a scaled
-kernel and another bias computes the same in one operation. Variables do not change: kernels are scaled in the graph, in
-float32, and gradients flow through the scaling. Compare Jacob et al. 2018, "Quantization and Training of Neural
-Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
+With constant moving averages, BatchNormalization is a scale and a shift per channel. A convolution with scaled kernels
+and another bias therefore computes both layers in one operation. The variables do not change: kernels are scaled in the
+graph, in float32, and gradients flow through the scaling. Compare Jacob et al. 2018, "Quantization and Training of
+Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 """
 
 import inspect
@@ -18,12 +18,14 @@ import tensorflow as tf
 from trainer.models.batch_norm import NORM
 from trainer.private_api import get_producer, run_through_graph
 
+# Layer class -> function of keras.ops that computes it from inputs and kernels.
 CONVOLUTIONS = {
     keras.layers.Conv2D: keras.ops.conv,
     keras.layers.DepthwiseConv2D: keras.ops.depthwise_conv,
     keras.layers.SeparableConv2D: keras.ops.separable_conv,
 }
-# Kernels (depthwise and pointwise if separable, otherwise one) and bias of a folded convolution, in the compute dtype.
+# Kernels and bias of a folded convolution, in its compute dtype. A SeparableConv2D has a depthwise and a pointwise
+# kernel, the other layers have one.
 FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
 
 
@@ -36,19 +38,24 @@ def apply_folded(
 ) -> Any:
     """Compute `network(inputs, training=training)` with folded layers. The result is equal up to rounding.
 
-    With `training`, trainable BatchNormalization layers are not folded, because they use batch statistics. Without
-    `fold_trainable` they are not folded either: folding would round the gradients of gamma and beta differently from
-    Keras. With symbolic inputs nothing is folded. `weights` is the result of `fold_weights`, for a network whose
-    variables do not change afterwards. None folds in the graph, with the values of the variables at each execution.
+    Args:
+        inputs: a tensor, or a `keras.KerasTensor`, for which nothing is folded.
+        training: passed to the layers. If it is true, trainable BatchNormalization layers are not folded, because they
+            use batch statistics.
+        weights: result of `fold_weights`, if the variables of the network do not change any more. None folds in the
+            graph, with the values of the variables at each execution.
+        fold_trainable: whether to fold trainable BatchNormalization layers in inference. Folding rounds the gradients
+            of gamma and beta differently from Keras, so a training step does not fold these layers.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
     fold_trainable = fold_trainable and not training
-    norm_of = {conv.name: norm for conv, norm in find_foldable_pairs(network) if fold_trainable or not norm.trainable}
-    folded_norms = {norm.name for norm in norm_of.values()}
+    # The folded layer by the name of its convolution.
+    norms = {conv.name: norm for conv, norm in find_foldable_pairs(network) if fold_trainable or not norm.trainable}
+    folded_norms = {norm.name for norm in norms.values()}
 
     def operation_fn(operation: Any) -> Callable[..., Any]:
-        if norm := norm_of.get(operation.name):
+        if norm := norms.get(operation.name):
             folded = weights[operation.name] if weights is not None else _fold(operation, norm)
             return partial(_convolve, operation, folded)
         if operation.name in folded_norms:
@@ -62,12 +69,15 @@ def apply_folded(
 
 
 def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
-    """Fold all foldable layers with the current values of their variables. Keys are convolution names."""
+    """Fold all foldable pairs with the current values of their variables; return weights by convolution name."""
     return {convolution.name: _fold(convolution, norm) for convolution, norm in find_foldable_pairs(network)}
 
 
 def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
-    """Find the pairs of a convolution without activation and the BatchNormalization that alone uses its output."""
+    """Find the pairs of a convolution without activation and a BatchNormalization that alone uses its output.
+
+    Both must be channels-last, and the convolution must not be an output of the network.
+    """
     consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
     for operation in network.operations:
         if not isinstance(operation, keras.layers.InputLayer):
@@ -79,14 +89,14 @@ def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.l
         if type(operation) in CONVOLUTIONS and id(operation) not in output_producers:
             is_linear = operation.activation in (None, keras.activations.linear)
             users = consumers[id(operation.output)]
-            before_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
-            if is_linear and before_norm and operation.data_format == "channels_last":
+            feeds_only_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
+            if is_linear and feeds_only_norm and operation.data_format == "channels_last":
                 pairs.append((operation, users[0]))
     return pairs
 
 
 def _fold(convolution: Any, norm: Any) -> FoldedWeights:
-    """Scale kernels and shift the bias of a convolution as the BatchNormalization after it would."""
+    """Compute the kernels and the bias with which a convolution includes the BatchNormalization after it."""
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma

@@ -1,4 +1,4 @@
-"""The classifier: preprocessing, backbone, pooling and head, as functions of images and Keras variables."""
+"""The classifier: preprocessing, backbone, pooling and head."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -24,21 +24,22 @@ from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
 
-# Of the moving averages in the head. Keras' default, 0.99, needs hundreds of steps, more than many heads train.
+# Momentum of the moving averages in the head. With Keras' default, 0.99, they need hundreds of steps to approach the
+# statistics of the data, which is more than many heads train.
 HEAD_NORM_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A hidden layer of the head: a Dense layer, BatchNormalization if `norm` is not None, and ReLU."""
+    """A hidden layer of the head: Dense, BatchNormalization if `norm` is not None, and ReLU."""
 
-    dense: keras.layers.Dense  # without activation if the layer has a `norm`, which precedes it
+    dense: keras.layers.Dense  # with ReLU if `norm` is None, otherwise without activation
     norm: PaddingAwareBatchNormalization | None = None
 
     def __call__(self, x: Any, training: bool) -> Any:
-        """Compute the activations, float32 [b, units], of float32 [b, inputs].
+        """Compute the activations, float32 [b, units], of inputs, float32 [b, n].
 
-        In training, the statistics are those of the batch, whatever `batch_norm` of the phase is, which is about the
+        In training, `norm` uses batch statistics in every phase; the setting `batch_norm` of a phase affects only the
         backbone.
         """
         x = self.dense(x)
@@ -49,8 +50,8 @@ class HiddenLayer:
 class Classifier:
     """Image classifier. S is the image side in pixels, C the number of output channels of the backbone.
 
-    The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function
-    and in the replicas of a strategy.
+    The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function,
+    and in the replica context of a strategy.
     """
 
     spec: BackboneSpec
@@ -65,19 +66,22 @@ class Classifier:
     def features(
         self, images: Any, batch_norm_training: bool = False, weight: Any = None, fold_trainable: bool = True
     ) -> Any:
-        """Compute feature maps [b, h, w, C], in the compute dtype, of images uint8 or float32 [b, S, S, 3] in 0..255.
+        """Compute feature maps, [b, h, w, C] in the compute dtype of the backbone.
 
-        With `batch_norm_training`, trainable BatchNormalization layers use the batch statistics and update their moving
-        averages. Otherwise the backbone runs with `training=False` even in a training step, because `training=True`
-        could update the averages (keras#20285). Examples of `weight` 0, float32 [b], are excluded from the statistics.
-        `fold_trainable` is that of `apply_folded`.
+        Args:
+            images: uint8 or float32 [b, S, S, 3] in 0..255.
+            batch_norm_training: trainable BatchNormalization layers use batch statistics and update their moving
+                averages. Otherwise the backbone runs with `training=False` even in a training step, because
+                `training=True` could update the averages (keras#20285).
+            weight: 1 for examples and 0 for padding, float32 [b]. Batch statistics exclude padding; None includes all.
+            fold_trainable: see `apply_folded`.
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
         with use_example_weights(weight if batch_norm_training else None):
             return apply_folded(self.backbone, pixels, batch_norm_training, fold_trainable=fold_trainable)
 
     def pool(self, features: Any) -> Any:
-        """Pool feature maps [b, h, w, C] to float32 [b, C]. Features of rank 2 are pooled already."""
+        """Pool feature maps [b, h, w, C] to float32 [b, C]. Features [b, C] are pooled already, and only cast."""
         features = keras.ops.cast(features, "float32")
         if len(features.shape) == 2:
             return features
@@ -89,9 +93,14 @@ class Classifier:
     ) -> Any:  # fmt: skip
         """Compute logits, float32 [b, classes], of feature maps [b, h, w, C] or pooled features [b, C].
 
-        The dropout mask depends on `seed`, the `step` of the run, the `position` in the global batch, int64 [b], and
-        the unit, but not on how the batch is split over replicas. Examples of `weight` 0, float32 [b], are excluded
-        from the statistics of BatchNormalization.
+        The dropout mask is a function of `seed`, `step`, `position` and the unit, so it does not depend on how the
+        batch is split over replicas.
+
+        Args:
+            training: apply dropout, and use batch statistics in the BatchNormalization layers of the head.
+            step: steps of the run so far.
+            position: of each example in the global batch, int64 [b]; required if dropout is applied.
+            weight: 1 for examples and 0 for padding, float32 [b]. Batch statistics exclude padding; None includes all.
         """
         x = self.pool(features)
         with use_example_weights(weight if training else None):
@@ -102,7 +111,7 @@ class Classifier:
             draws = random_uniform(
                 seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :]
             )
-            # Inverted dropout: scaled here, not at inference.
+            # Inverted dropout: scale the remaining units here, so that inference needs no scaling.
             x = tf.where(draws >= self.dropout, x / (1.0 - self.dropout), 0.0)
         return self.output(x)
 
@@ -110,16 +119,19 @@ class Classifier:
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute logits, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute logits, float32 [b, classes], of images, uint8 or float32 [b, S, S, 3] in 0..255.
+
+        The arguments are those of `features` and `head_logits`.
+        """
         maps = self.features(images, batch_norm_training, weight, fold_trainable=not training)
         return self.head_logits(maps, training, seed, step, position, weight)
 
     def probabilities(self, images: Any) -> Any:
-        """Compute class probabilities, float32 [b, classes], of images uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Compute class probabilities, float32 [b, classes], of images, uint8 or float32 [b, S, S, 3] in 0..255."""
         return keras.ops.softmax(self.logits(images))
 
     def l2_loss(self) -> tf.Tensor:
-        """Compute the L2 penalty, `l2` times the sum of squares of the head's kernels, a float32 scalar."""
+        """Compute the L2 penalty, a float32 scalar: `l2` times the sum of squares of the head's kernels."""
         if self.l2 == 0:
             return tf.constant(0.0)
         kernels = [layer.kernel for layer in (*(hidden.dense for hidden in self.hidden), self.output)]
@@ -127,13 +139,13 @@ class Classifier:
 
     @property
     def normalizations(self) -> dict[str, keras.layers.BatchNormalization]:
-        """The layers whose moving averages training updates, by name."""
+        """The BatchNormalization layers whose moving averages training updates in this phase, by layer name."""
         layers = [layer for layer in self.backbone.layers if updates_moving_averages(layer)]
         return {layer.name: layer for layer in [*layers, *self.head_normalizations]}
 
     @property
     def head_normalizations(self) -> list[keras.layers.BatchNormalization]:
-        """The normalization layers of the head, which train in every phase."""
+        """The BatchNormalization layers of the head, which train in every phase."""
         return [hidden.norm for hidden in self.hidden if hidden.norm is not None]
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
@@ -142,21 +154,21 @@ class Classifier:
 
     @property
     def statistics_sizes(self) -> dict[str, int]:
-        """The number of values that `collect_statistics` gives for each layer."""
+        """The length of the vector that `collect_statistics` collects for each layer, by layer name."""
         return {name: count_statistics(layer) for name, layer in self.normalizations.items()}
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update moving averages from sums of `collect_statistics`, the same on all replicas."""
+        """Update the moving averages from the totals of `collect_statistics` (see `batch_norm`)."""
         update_moving_averages(strategy, self.normalizations, sums)
 
     def build_keras_model(self) -> keras.Model:
-        """Build a Keras model, with the same variables, that computes `probabilities` of float32 images."""
+        """Build a Keras model with the same variables: float32 images [b, S, S, 3] in 0..255 -> `probabilities`."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
-        """Variables of the head by name, such as head/output/bias, moving averages included."""
+        """The variables of the head, moving averages included, by name, such as head/output/bias."""
         layers: dict[str, keras.layers.Layer] = {}
         for name, hidden in zip(_name_hidden_layers(len(self.hidden)), self.hidden, strict=True):
             layers |= {name: hidden.dense} | ({f"{name}_norm": hidden.norm} if hidden.norm is not None else {})
@@ -165,34 +177,35 @@ class Classifier:
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """All variables, the backbone in layer order, then the head, by names that are stable across processes."""
-        named: dict[str, keras.Variable] = {}
+        """All variables by name, those of the backbone first, in layer order. The names are equal in every process."""
+        backbone: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in named:  # a layer with sublayers can have several variables of the same name
+                while key in backbone:  # a layer with sublayers can have several variables of the same name
                     key += "_"
-                named[key] = variable
-        return named | self.head_variables
+                backbone[key] = variable
+        return backbone | self.head_variables
 
 
 def count_parameters(variables: Iterable[Any]) -> int:
-    """Count the parameters of variables."""
+    """Return the total number of values in variables."""
     return sum(math.prod(v.shape) for v in variables)
 
 
 def count_variable_bytes(variables: Iterable[Any]) -> int:
-    """Count the bytes of variables."""
+    """Return the total size of variables in bytes."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classifier:
     """Build the classifier that `config` describes. Random initial values depend on `seed` only.
 
-    Must be called in the scope of the strategy, after setting Keras' global precision policy.
+    Must be called in the scope of the strategy, after Keras' global dtype policy is set.
 
     Raises:
         ModelError: there are fewer than two classes, or the backbone cannot be built or its weights loaded.
+        Interrupted: ImageNet weights cannot be downloaded, because of the network or a full disk.
     """
     if class_count < 2:
         problem = f"the number of classes is {class_count}, and a classifier needs at least 2"
@@ -201,13 +214,13 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
     image_size = config.image_size or spec.default_size
     backbone = build_with_weights(spec, image_size, config.alpha, config.weights, seed)
     for layer in backbone.layers:
-        # Drop-connect layers, which some families have, draw from a stateful generator. Checkpoints do not save it, so
-        # a resumed run would differ.
+        # The drop-connect layers of some families draw from a stateful generator. Checkpoints do not save its state, so
+        # a resumed run would differ from an uninterrupted one.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     hidden, width, units = [], backbone.output_shape[-1], config.hidden_units
     for i, name in enumerate(_name_hidden_layers(len(units))):
-        layer_seed = seed if i == 0 else seed + 1 + i  # seed + 1 is that of the output layer
+        layer_seed = seed if i == 0 else seed + 1 + i  # the output layer has seed + 1
         activation = None if config.hidden_batch_norm else "relu"
         dense = _build_dense(units[i], width, name, layer_seed, activation)
         hidden.append(HiddenLayer(dense, _build_norm(units[i], f"{name}_norm") if config.hidden_batch_norm else None))
@@ -220,7 +233,7 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
 
 
 def _name_hidden_layers(count: int) -> list[str]:
-    """Name the hidden layers of the head: hidden, hidden_2, hidden_3, ..."""
+    """Return the names of `count` hidden layers: hidden, hidden_2, hidden_3, ..."""
     return ["hidden" if i == 0 else f"hidden_{i + 1}" for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Freezing: the selection of the trainable layers of a phase and their learning-rate multipliers."""
+"""Freezing: select the trainable layers of a phase, and compute their learning-rate multipliers."""
 
 import bisect
 import difflib
@@ -13,6 +13,7 @@ from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, upda
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
+# Groups of variables in the order of the log: the part of the classifier, and what training does with the variables.
 GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
           "backbone, frozen", "batch norm, frozen")  # fmt: skip
 
@@ -21,20 +22,20 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 class ThawPlan:
     """The trainable and frozen variables of a classifier in one phase."""
 
-    thaw: str
+    thaw: str  # the rule, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
-    trainable: dict[str, keras.Variable]  # variables of the optimizer, in a fixed order
-    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the names in `GROUPS`
-    first_thawed: int | None  # index in backbone.layers of the first layer with trainable weights
+    trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
+    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the nonempty `GROUPS`
+    first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
     first_name: str | None  # name of that layer
-    thawed_layers: int  # count of the layers that the rule selects
-    layer_count: int  # count of the backbone layers
-    batch_norm_training: bool  # whether training updates moving averages
-    lr_multipliers: tuple[float, ...]  # per variable of `trainable`; empty if all are 1
+    thawed_layers: int  # number of backbone layers that the rule selects
+    layer_count: int  # number of backbone layers
+    batch_norm_training: bool  # whether training updates moving averages in the backbone
+    lr_multipliers: tuple[float, ...]  # per variable of `trainable`, relative to the head; empty if all are 1
     lr_summary: str  # text with the multiplier of each block; empty if all are 1
 
     def format_lines(self) -> list[str]:
-        """Format the plan as a heading, a table with a row per group, and the multipliers."""
+        """Format the plan as lines for the log: a heading, a table with a row per group, and the multipliers."""
         summary = f"all {self.layer_count} layers of the backbone are frozen"
         if self.first_thawed is not None:
             summary = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
@@ -51,49 +52,55 @@ class ThawPlan:
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` of every backbone layer by the rule `thaw` (docs/phases.md). The head always trains.
+    """Set `.trainable` of every backbone layer for a phase. The head always trains.
 
-    `batch_norm=frozen` freezes all BatchNormalization layers. `affine` trains gamma and beta of the thawed ones, which
-    keep their moving averages. `train` trains them with statistics over the examples of all replicas. Training steps
-    must be traced after this call, as a traced function ignores the change.
+    Training steps must be traced after this call, because a function that is traced already ignores the change.
 
-    The learning rate of a backbone layer is that of the head times `backbone_rate * layer_decay ** d`, where d is 1 in
-    the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard & Ruder 2018; d as in
-    BEiT, Bao et al. 2022).
+    Args:
+        thaw: rule that selects the trainable layers, such as "none", "last_blocks:2" or "pattern:^block_1"
+            (docs/phases.md).
+        batch_norm: for the BatchNormalization layers of the backbone. "frozen" freezes all of them. "affine" trains
+            gamma and beta of the selected ones, and leaves their moving averages unchanged. "train" also normalizes by
+            the statistics over the examples of all replicas, and updates the moving averages.
+        backbone_rate: learning-rate multiplier of the backbone.
+        layer_decay: the learning rate of a backbone layer is that of the head times `backbone_rate * layer_decay ** d`,
+            where d is 1 in the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard
+            & Ruder 2018; d as in BEiT, Bao et al. 2022).
 
     Raises:
-        ModelError: the rule is invalid, matches no layer, or none with trainable weights. Its `key` is "thaw".
+        ModelError: the rule is invalid, selects no layer, or no layer with trainable weights. Its `key` is "thaw".
     """
     layers, head = classifier.backbone.layers, classifier.head_variables
-    matching = _matching_layers(classifier, thaw)
+    selected = _select_layers(classifier, thaw)
     classifier.backbone.trainable = True
     for index, layer in enumerate(layers):
         is_norm = isinstance(layer, NORM)
-        layer.trainable = index in matching and not (is_norm and batch_norm == "frozen")
-        if is_norm:  # if its statistics are those of the batch, they exclude padding
-            uses_batch = layer.trainable and batch_norm == "train"
-            swap_class(layer, PaddingAwareBatchNormalization if uses_batch else NORM)
-    thawed = [index for index in sorted(matching) if layers[index].trainable_weights]
-    if matching and not thawed:
+        layer.trainable = index in selected and not (is_norm and batch_norm == "frozen")
+        if is_norm:  # batch statistics must exclude padding
+            uses_batch_statistics = layer.trainable and batch_norm == "train"
+            swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else NORM)
+    thawed = [index for index in sorted(selected) if layers[index].trainable_weights]
+    if selected and not thawed:
         frozen_class = NORM if batch_norm == "frozen" else ()
         *_, last = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
         fix = f"include layer {last} ({layers[last].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
-    trained = {id(variable) for layer in layers for variable in layer.trainable_weights}
-    norms = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
-    moving = {id(v) for layer in layers if updates_moving_averages(layer) for v in layer.non_trainable_weights}
-    averages = moving | {id(v) for norm in classifier.head_normalizations for v in norm.non_trainable_weights}
+    # Sets of ids of variables; the last two are moving averages that training updates.
+    trained_ids = {id(variable) for layer in layers for variable in layer.trainable_weights}
+    norm_ids = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
+    moving_ids = {id(v) for layer in layers if updates_moving_averages(layer) for v in layer.non_trainable_weights}
+    average_ids = moving_ids | {id(v) for norm in classifier.head_normalizations for v in norm.non_trainable_weights}
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
-        is_head = name in head and id(variable) not in averages
-        kind = "head" if is_head else "batch norm" if name in head or id(variable) in norms else "backbone"
-        role = "trains" if name in head or id(variable) in trained else "frozen"
-        groups[f"{kind}, {'moving averages' if id(variable) in averages else role}"].append(variable)
+        is_head = name in head and id(variable) not in average_ids
+        kind = "head" if is_head else "batch norm" if name in head or id(variable) in norm_ids else "backbone"
+        role = "trains" if name in head or id(variable) in trained_ids else "frozen"
+        groups[f"{kind}, {'moving averages' if id(variable) in average_ids else role}"].append(variable)
     expected = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
     assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
-    trainable = {n: v for n, v in classifier.variables.items() if (n in head and v.trainable) or id(v) in trained}
+    trainable = {n: v for n, v in classifier.variables.items() if (n in head and v.trainable) or id(v) in trained_ids}
     multipliers, summary = _lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
     return ThawPlan(
         thaw=thaw,
@@ -102,9 +109,9 @@ def apply_thaw(
         groups={name: group for name, group in groups.items() if group},
         first_thawed=thawed[0] if thawed else None,
         first_name=layers[thawed[0]].name if thawed else None,
-        thawed_layers=len(matching),
+        thawed_layers=len(selected),
         layer_count=len(layers),
-        batch_norm_training=bool(moving),
+        batch_norm_training=bool(moving_ids),
         lr_multipliers=multipliers,
         lr_summary=summary,
     )
@@ -113,12 +120,15 @@ def apply_thaw(
 def _lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
-    """Return the multiplier of each trainable variable, and a text with that of each block. Both empty if all are 1."""
+    """Return the learning-rate multiplier of each trainable variable, and a text with the multiplier of each block.
+
+    Both are empty if all multipliers are 1.
+    """
     layers = classifier.backbone.layers
     starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
     names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
-    by_variable: dict[int, float] = {}  # by id
-    by_block: dict[str, float] = {}  # only blocks with trainable weights
+    by_variable: dict[int, float] = {}  # id of the variable -> multiplier
+    by_block: dict[str, float] = {}  # name of the block -> multiplier, only for blocks with trainable weights
     for index, layer in enumerate(layers):
         block = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
         multiplier = backbone_rate * layer_decay ** (len(names) - block)
@@ -132,8 +142,8 @@ def _lr_multipliers(
     return tuple(by_variable.get(id(variable), 1.0) for variable in trainable.values()), summary
 
 
-def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
-    """Return the indices of the backbone layers that a rule selects."""
+def _select_layers(classifier: Classifier, thaw: str) -> set[int]:
+    """Return the indices in backbone.layers that the rule `thaw` selects; raise the ModelError of `apply_thaw`."""
     names = [layer.name for layer in classifier.backbone.layers]
     starts = classifier.spec.find_block_starts(names)
     rule, _, value = thaw.partition(":")
@@ -154,9 +164,9 @@ def _matching_layers(classifier: Classifier, thaw: str) -> set[int]:
             return matching
         case "from_block":
             if value not in starts:
-                close = difflib.get_close_matches(value, starts, 3, cutoff=0.5) or ["one of these"]
+                suggestions = difflib.get_close_matches(value, starts, 3, cutoff=0.5) or ["one of these"]
                 problem = f"is not a block of {network}, which has {', '.join(starts)}"
-                raise ModelError(problem, key="thaw", value=thaw, fix=f"use {' or '.join(close)}")
+                raise ModelError(problem, key="thaw", value=thaw, fix=f"use {' or '.join(suggestions)}")
             first = starts[value]
         case "last_blocks":
             total = len(starts)

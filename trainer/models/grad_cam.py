@@ -13,9 +13,9 @@ BATCH_SIZE = 32  # maximum number of images per call of the compiled function
 
 @dataclass(frozen=True)
 class Explainer:
-    """`explain` of one classifier, compiled. Called with any number of images, it returns arrays."""
+    """The function `explain` for one classifier, compiled. Call it with one or more images to get arrays."""
 
-    compiled: Any  # tf.function: uint8 [n, S, S, 3] -> the results of `explain`; exports contain it
+    compiled: Any  # tf.function: uint8 [n, S, S, 3] -> tensors of `explain` by name; a SavedModel export contains it
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         batches = [self.compiled(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
@@ -23,7 +23,7 @@ class Explainer:
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
-    """Compile `explain` for any number of images. The first call traces it."""
+    """Make the explainer of a classifier. Its first call traces the function, once for all batch sizes."""
     signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)
     compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
     return Explainer(compiled)
@@ -32,16 +32,21 @@ def make_explainer(classifier: Classifier) -> Explainer:
 def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
     """Compute probabilities, embeddings and Grad-CAM heatmaps of images, eagerly or in a graph.
 
-    Grad-CAM (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+    A Grad-CAM heatmap (Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization") is the ReLU of a weighted sum of the feature maps. The weight of a map is the spatial mean of the
     gradient of the class logit. Only the head is differentiated, so a heatmap costs little more than a prediction.
-    Images are uint8 or float32 [b, S, S, 3] in 0..255. `classes`, int32 [b], defaults to the predicted classes.
+
+    Args:
+        images: uint8 or float32 [b, S, S, 3] in 0..255.
+        classes: the class of each heatmap, int32 [b]; defaults to the predicted classes.
 
     Returns:
-        `probabilities`, float32 [b, number of classes]; `embedding`, float32 [b, C], the pooled features; `heatmap`,
-        float32 [b, h, w], of the size of the feature maps. Its maximum is 1, or 0 if no feature supports the class.
+        `probabilities`: float32 [b, number of classes].
+        `embedding`: the pooled features, float32 [b, C].
+        `heatmap`: float32 [b, h, w], of the size of the feature maps. The maximum of each heatmap is 1, or 0 if no
+            feature supports the class.
     """
-    features = tf.cast(classifier.features(images), tf.float32)  # in half precision, small gradients would underflow
+    features = tf.cast(classifier.features(images), tf.float32)  # small gradients would underflow in half precision
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(features)
         logits = classifier.head_logits(features)

@@ -1,4 +1,4 @@
-"""The operations of a backbone whose gradient a training step computes."""
+"""Find the operations of a backbone whose gradient a training step computes."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ import keras
 
 @dataclass(frozen=True)
 class Differentiated:
-    """An operation of a backbone, with respect to whose input the loss is differentiated."""
+    """An operation of a backbone through which a training step propagates gradients to an input."""
 
     name: str
-    kind: str  # name of the class of the layer or operation in Keras, such as MaxPooling2D
+    kind: str  # class name of the Keras layer or operation, such as MaxPooling2D
 
 
 def find_differentiated(backbone: keras.Model) -> tuple[Differentiated, ...]:
-    """Find the operations that are differentiated with respect to an input, in order, given `apply_thaw`.
+    """Find the operations through which gradients propagate, in the order of the network. Call `apply_thaw` first.
 
-    These are the operations with an input that depends on a trainable variable: below the first thawed layer, gradients
-    end.
+    These are the operations with an input that depends on a trainable variable. Backpropagation ends at the first
+    thawed layer, which is not one of them: only its variables have gradients.
     """
     dependent: set[int] = set()  # ids of tensors that depend on a trainable variable
     differentiated = []

@@ -1,4 +1,4 @@
-"""Initial weights of a backbone: published ImageNet weights, the packaged file, another file, or random values."""
+"""Load the initial weights of a backbone: ImageNet weights, the packaged file, another file, or random values."""
 
 import os
 import zipfile
@@ -18,39 +18,43 @@ from trainer.models.backbones import BackboneSpec
 from trainer.storage.disk import translate_disk_error
 from trainer.storage.download import translate_download_error
 
-# This project's own backbone, pretrained on rendered letters.
+# Weights in this package: MobileNetV2 with alpha 0.35, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # per channel (red, green, blue), in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue; of pixels in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
 def build_with_weights(
     spec: BackboneSpec, image_size: int, alpha: float | None, weights: str, seed: int
 ) -> keras.Model:
-    """Build a backbone with `weights`: imagenet, glyphs, none, or the path of a Keras file or of a folder with one.
+    """Build a backbone with its initial weights.
 
-    With `none`, the values depend on `seed` only. Keras draws the seeds of its initializers from Python's global random
-    generator, which is therefore seeded here. Nothing else in a run uses it.
+    Args:
+        weights: "imagenet"; "glyphs", the packaged file; "none", random values that depend on `seed` only; or the local
+            path of a Keras file, or of a folder that `trainer.prepare weights=...` wrote.
+        seed: for Python's global random generator, from which Keras draws the seeds of its initializers. Nothing else
+            in a run uses that generator.
 
     Raises:
         ModelError: the backbone cannot be built, or the weights cannot be loaded or do not fit it.
+        Interrupted: ImageNet weights cannot be downloaded, because of the network or a full disk.
     """
     keras.utils.set_random_seed(seed)
     if weights == "imagenet":
         return _download(spec, image_size, alpha)
-    path = find_weights_file(spec, image_size, alpha, weights)  # first, because building the network takes seconds
+    path = find_weights_file(spec, image_size, alpha, weights)  # checked first: building the network takes seconds
     if path is None:
         return spec.build(image_size, alpha, None)
     network = spec.build(image_size, alpha, None)
-    # Keras itself checks shapes in the older HDF5 format, that of the published ImageNet files.
+    # In the older HDF5 format, that of the published ImageNet files, Keras itself checks the shapes.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
         _check_shapes(network, path, spec, image_size, alpha)
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        # Only Keras' sentence about the first object that does not fit, without lists.
-        reasons = [line for line in str(error).splitlines() if line.strip()]
-        detail = reasons[1] if len(reasons) > 1 and reasons[0].startswith("A total of") else reasons[0]
+        # Report Keras' sentence about the first object that does not fit, without the list of all objects.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        detail = lines[1] if len(lines) > 1 and lines[0].startswith("A total of") else lines[0]
         raise _mismatch_error(path, spec, alpha, detail.strip()) from error
     if spec.module == "efficientnet":
         _set_published_variance(network)
@@ -58,10 +62,10 @@ def build_with_weights(
 
 
 def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, weights: str) -> Path | None:
-    """Return the local file of `weights`, as in `build_with_weights`; None for imagenet, which Keras has, and none.
+    """Return the local file of `weights`, a value of `build_with_weights`; None for "imagenet" and "none".
 
     Raises:
-        ModelError: there is no such file, or it is not one of Keras.
+        ModelError: the file is missing, corrupt or not in a Keras format, or "glyphs" does not fit the backbone.
     """
     if weights in ("imagenet", "none"):
         return None
@@ -84,26 +88,27 @@ def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, 
 
 
 def _set_published_variance(network: keras.Model) -> None:
-    """Set the variance of EfficientNet B0 to B7's input normalization to that of the published weights.
+    """Correct the variance in the input normalization of an EfficientNet B0 to B7, so that it fits published weights.
 
     Published weights expect (x - mean) / std^1.5. Keras builds that as Normalization (/ std) plus Rescaling
-    (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without it, variance
-    std^3 gives the same result. Other means or variances than those of ImageNet are not changed.
+    (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without that layer, the
+    variance std^3 gives the same result. Means and variances other than those of ImageNet are not changed.
     """
     index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
     mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
-    other_variance, published = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
+    wrong_variance, right_variance = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
-        other_variance, published = published, other_variance
-    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, other_variance, atol=1e-3):
-        norm.adapt_variance.assign(published)
+        wrong_variance, right_variance = right_variance, wrong_variance
+    if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, wrong_variance, atol=1e-3):
+        norm.adapt_variance.assign(right_variance)
         norm.finalize_state()
 
 
 def refresh_normalization(network: keras.Model) -> None:
     """Update the input normalization of a network after values were assigned to its variables.
 
-    A Normalization layer computes with constants that Keras derives from its variables only when it loads them.
+    A Normalization layer computes with constants, which Keras derives from the variables only when it loads a file.
+    Networks without a Normalization layer that has variables are not changed.
     """
     for layer in network.layers:
         if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
@@ -112,43 +117,49 @@ def refresh_normalization(network: keras.Model) -> None:
 
 
 def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
-    """Build a backbone with ImageNet weights, which Keras downloads or has cached.
+    """Build a backbone with ImageNet weights, which Keras downloads unless they are cached.
 
-    An EfficientNet gets the layers that it has with any other weights, so that a plan, which downloads nothing, counts
-    the same layers.
+    With `weights="imagenet"` Keras builds an EfficientNet with an additional layer (see `_set_published_variance`). It
+    is rebuilt without that layer, so that a plan, which downloads nothing, counts the same layers.
     """
     try:
         network = spec.build(image_size, alpha, "imagenet")
     except Exception as error:  # keras.utils.get_file raises a bare Exception if it cannot connect
-        translated = make_download_error(spec, error)
-        if translated is error:
+        translated_error = make_download_error(spec, error)
+        if translated_error is error:
             raise
-        raise translated from error
+        raise translated_error from error
     if spec.module != "efficientnet":
         return network
-    plain = spec.build(image_size, alpha, None)
-    plain.set_weights(network.get_weights())
-    refresh_normalization(plain)  # after values were assigned
-    return plain
+    rebuilt = spec.build(image_size, alpha, None)
+    rebuilt.set_weights(network.get_weights())
+    refresh_normalization(rebuilt)
+    return rebuilt
 
 
 def make_download_error(spec: BackboneSpec, error: Exception) -> TrainerError:
-    """Make the error for ImageNet weights that could not be downloaded; a `ModelError` of the build is returned."""
+    """Make the error for `error`, with which `BackboneSpec.build` or a download of ImageNet weights failed.
+
+    Returns:
+        Interrupted if the network, the server or the disk failed; `error` itself if it is another `ModelError` of the
+        build; otherwise a ModelError, such as for an address that the server refuses.
+    """
     problem = f"the weights of {spec.name} could not be downloaded"
     fix = "use the path of a .weights.h5 file or of a folder that `trainer.prepare weights=...` wrote, or none"
-    cause = error.__cause__ if isinstance(error, ModelError) else error  # a ValueError if the file is incomplete
-    if cause and (failed := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)):
-        return failed
+    # For an incomplete file, Keras raises a ValueError, which `build` translates to a ModelError.
+    cause = error.__cause__ if isinstance(error, ModelError) else error
+    if cause and (failure := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)):
+        return failure
     if isinstance(error, ModelError):
         return error
-    if full := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
-        return full
+    if disk_error := translate_disk_error(error, [os.environ.get("KERAS_HOME", "~/.keras")]):
+        return disk_error
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ModelError(f"{problem} ({reason})", key="model.weights", value="imagenet", fix=fix)
 
 
 def make_missing_error(folder: str | Path, spec: BackboneSpec, name: str, alpha: float | None) -> ModelError:
-    """Make the error for a folder without the weights of a backbone, whose file would have this name."""
+    """Make the error for a `folder` that lacks the file `name`, the weights of a backbone."""
     argument = spec.name + (f":{alpha:g}" if alpha else "")
     command = f"python -m trainer.prepare weights=[{argument}] {format_argument('output', folder)}"
     problem = f"is a folder without {name}, the weights of {_format_name(spec, alpha)}"
@@ -169,7 +180,7 @@ def _mismatch_error(
 
 
 def _suggest_warm_start(path: Path) -> str | None:
-    """Return the format_argument for a warm start, if `path` is the output_dir of a run or in it."""
+    """Return the advice to use `warm_start` if `path` is the output_dir of a run, or in it; otherwise None."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
             return f"set {format_argument('warm_start', folder)} to begin with all weights of this run"
@@ -177,7 +188,7 @@ def _suggest_warm_start(path: Path) -> str | None:
 
 
 def _check_file(path: Path) -> None:
-    """Raise a ModelError unless the path is a file in one of Keras' formats."""
+    """Raise a ModelError unless the path is a file in a format of Keras, judging by its suffix and first bytes."""
     if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
@@ -192,7 +203,11 @@ def _corrupt_error(path: Path, reason: object) -> ModelError:
 
 
 def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
-    """Count the arrays of each shape in a Keras 3 file, except optimizer and random generator states."""
+    """Return the number of arrays of each shape in a Keras 3 file, without the states of optimizer and generators.
+
+    Raises:
+        ModelError: the file is corrupt.
+    """
     shapes: Counter[tuple[int, ...]] = Counter()
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -215,7 +230,10 @@ def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
 
 
 def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless the file has exactly the shapes of the network. Keras would ignore extra arrays."""
+    """Raise a ModelError unless file and network have the same number of arrays of each shape.
+
+    Keras would ignore additional arrays in the file. If the file fits another published alpha, the error suggests it.
+    """
     actual, expected = _count_shapes_in_file(path), _count_shapes(network)
     if actual == expected:
         return

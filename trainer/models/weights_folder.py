@@ -1,7 +1,7 @@
-"""A folder of published weights, local or in a bucket, from which a cluster without internet trains.
+"""A folder of published weights, local or in a bucket, for clusters without internet access.
 
-`python -m trainer.prepare weights=[mobilenet_v2:0.35,...] output=FOLDER` writes it; `model.weights=FOLDER` reads the
-file of the configured network in it.
+`python -m trainer.prepare weights=[mobilenet_v2:0.35,...] output=FOLDER` writes the folder. With
+`model.weights=FOLDER`, a run reads the file of its backbone from the folder.
 """
 
 import os
@@ -20,12 +20,14 @@ from trainer.types import LogMessage
 
 
 def locate_weights(model: Model) -> Model:
-    """Return the settings with the file of the network instead of a folder of weights in a bucket.
+    """If `model.weights` is a folder in a bucket, replace it by the file of the backbone, so that only that is copied.
 
-    So only that file is copied. With `backbone: auto` the network is not known yet, and the folder remains.
+    Returns:
+        The changed settings, or `model` itself if `weights` is anything else, or if the backbone is auto, and the file
+        is therefore not known yet.
 
     Raises:
-        ModelError: the folder does not have the file.
+        ModelError: the folder does not contain the file.
     """
     if not (is_remote(model.weights) and model.has_weights_folder) or model.backbone == "auto":
         return model
@@ -38,21 +40,25 @@ def locate_weights(model: Model) -> Model:
 
 
 def describe_weights(model: Model) -> str:
-    """Describe where a run gets the weights of a backbone from, without downloading them.
+    """Describe for a plan where a run would get the weights of its backbone from. Nothing is downloaded.
 
     Raises:
-        TrainerError: the run would end with this error.
+        TrainerError: the run would end with this error, such as a missing file or an unreachable server.
     """
     if model.weights == "imagenet":
         return _check_download(model)
-    located = locate_weights(model).weights
-    if is_remote(located):
-        return f"{located}: {storage_path(located).size() / 1e6:,.1f} MB"
-    return located
+    weights = locate_weights(model).weights
+    if is_remote(weights):
+        return f"{weights}: {storage_path(weights).size() / 1e6:,.1f} MB"
+    return weights
 
 
 def _check_download(model: Model) -> str:
-    """Return the path or URL of the ImageNet weights; raise the error of a run if their server cannot be reached."""
+    """Describe the source of the ImageNet weights: Keras, its cache or a URL, for which the size is requested.
+
+    Raises:
+        TrainerError: the request failed. A run would end with this error.
+    """
     spec = find_backbone(model.backbone)
     download = find_download(lambda: spec.build(model.image_size or spec.default_size, model.alpha, "imagenet"))
     if download is None:
@@ -63,7 +69,7 @@ def _check_download(model: Model) -> str:
         return f"imagenet: {cached}"
     try:
         size = request_size(url)
-    except Exception as error:  # those of keras.utils.get_file, with which the run would end
+    except Exception as error:  # keras.utils.get_file would raise it in the run
         raise make_download_error(spec, error) from error
     return f"imagenet: the run would download {size / 1e6:,.1f} MB from {url}"
 
@@ -71,11 +77,21 @@ def _check_download(model: Model) -> str:
 def prepare_weights(
     chosen: Sequence[tuple[BackboneSpec, float | None]], output: str, log_message: LogMessage
 ) -> list[str]:
-    """Write the ImageNet weights of backbones to a folder; return the names of their files. Existing files remain.
+    """Write the ImageNet weights of backbones to a folder, one file per image size with separate weights.
+
+    Files that exist are not written again.
+
+    Args:
+        chosen: backbones with their width multiplier; None if a backbone has none, or for 1.
+        output: folder, local or in a bucket.
+        log_message: called with a line per file.
+
+    Returns:
+        The names of all files, including those that existed.
 
     Raises:
-        Interrupted: weights cannot be downloaded, or the bucket does not respond.
-        ModelError: a backbone has no weights of this alpha.
+        Interrupted: weights cannot be downloaded, the disk is full, or the bucket does not respond.
+        ModelError: a backbone has no weights for this alpha, or the server refuses the download.
     """
     folder, names = storage_path(output.rstrip("/")), []
     for spec, alpha in chosen:

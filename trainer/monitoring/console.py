@@ -1,4 +1,4 @@
-"""A console of rich for a terminal or a pipe whose reader may end first."""
+"""A console of rich for a terminal or a pipe whose reader may end before the command."""
 
 from rich.console import Console
 
@@ -6,9 +6,9 @@ from trainer.monitoring.log import discard_if_closed
 
 
 class PatientConsole(Console):
-    """A console that discards what is printed once nobody reads it, where rich ends the process with code 1."""
+    """A console that discards its output once the reader of the pipe has ended. Rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more; the command continues, as with a log that nobody reads."""
+        """Print nothing more, so that the command continues, as it does if nothing reads its log."""
         self.quiet = True
         discard_if_closed(self.file)  # type: ignore[arg-type]

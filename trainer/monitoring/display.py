@@ -12,12 +12,12 @@ from trainer.monitoring.health import FINISH, START, health
 from trainer.monitoring.log import set_display
 
 REFRESHES_PER_SECOND = 4
-MAX_NAME_LENGTH = 24  # characters of a phase name
-FULL, EMPTY = "━", "╌"
+MAX_NAME_LENGTH = 24  # characters of the name of a phase; longer names are truncated
+FULL, EMPTY = "━", "╌"  # characters of the progress bar
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds: 75 as "1:15", 3700 as "1:01:40"."""
+    """Format a duration in seconds: "1:15" for 75, "1:01:40" for 3700."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -25,40 +25,47 @@ def format_duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class PhaseProgress:
-    """A training phase, and the step and time at which this process entered it."""
+    """The extent of a training phase in a run, and the step and time at which this process entered it."""
 
     name: str
-    first_step: int  # step of the run at which the phase begins
-    steps: int
-    last_epoch: int  # of the run, counted from 1
+    first_step: int  # steps of the run before the phase
+    steps: int  # maximum length of the phase
+    last_epoch: int  # epoch of the run in which the phase ends, counted from 1
     began_step: int  # step of the run at which this process entered the phase
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)  # time.monotonic() of that
 
     def seconds_left(self, step: int, now: float) -> float | None:
-        """Estimate the seconds until the end of the phase, with validation; None until a step is complete."""
-        done, left = step - self.began_step, self.first_step + self.steps - step
-        return (now - self.began) / done * left if done > 0 else None
+        """Estimate the seconds until the end of the phase, including validation, at the time.monotonic() `now`.
+
+        `step` is the current step of the run. None until this process has completed a step of the phase.
+        """
+        steps_done, steps_left = step - self.began_step, self.first_step + self.steps - step
+        return (now - self.began) / steps_done * steps_left if steps_done > 0 else None
 
 
 def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
     """Format the status line for a terminal of `width` columns.
 
-    The bar shows the progress of the phase while it trains, otherwise that of the current activity (`health`). From 80
-    columns on, all fields before the figures are complete. `figures` are those of the last log interval; the ones that
-    do not fit are omitted.
+    While the phase trains, the bar shows its progress, otherwise that of the current activity (`Health.work`). In at
+    least 80 columns, all fields before the figures are complete.
+
+    Args:
+        phase: the current training phase; None before the first one.
+        figures: figures of the last logging interval, most important first. Those that do not fit are omitted.
+        now: the current time.monotonic().
     """
-    done, total, fields, left = *health.work, [health.describe()], health.seconds_left(now)
+    done, total, fields, seconds_left = *health.work, [health.describe()], health.seconds_left(now)
     if phase and health.phase == phase.name and health.activity in ("training", phase.name):
         step, epoch = int(health.values.get("step", 0)), int(health.values.get("epoch", 1))
         fields = [phase.name[:MAX_NAME_LENGTH], f"epoch {epoch}/{phase.last_epoch}"]
-        done, total, left = step - phase.first_step, phase.steps, phase.seconds_left(step, now)
+        done, total, seconds_left = step - phase.first_step, phase.steps, phase.seconds_left(step, now)
     elif phase and health.phase not in (START, FINISH):
         fields = [phase.name[:MAX_NAME_LENGTH], *fields]
     if total:
-        size = max(min(width // 8, 30), 5)
-        full = min(size * done // total, size)
-        fields += [FULL * full + EMPTY * (size - full), f"{min(done / total, 1):4.0%}"]
-        fields.append(f"left {'-:--' if left is None else format_duration(math.ceil(left))}")
+        bar_width = max(min(width // 8, 30), 5)
+        full_width = min(bar_width * done // total, bar_width)
+        fields += [FULL * full_width + EMPTY * (bar_width - full_width), f"{min(done / total, 1):4.0%}"]
+        fields.append(f"left {'-:--' if seconds_left is None else format_duration(math.ceil(seconds_left))}")
     else:
         fields.append(format_duration(now - health.activity_began))
     line = "  ".join(fields)
@@ -69,12 +76,12 @@ def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[
 
 
 class Display:
-    """Shows `format_progress_line` at the bottom of a terminal, below the log lines, until `stop` erases it."""
+    """Shows a status line at the bottom of a terminal, below the log lines, until `stop` erases it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.phase: PhaseProgress | None = None
-        self.figures: list[str] = []  # of training, most important first
+        self.figures: list[str] = []  # of the last logging interval, most important first
         self._live = Live(
             get_renderable=self._render, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND
         )
@@ -88,6 +95,6 @@ class Display:
         return Text(line, no_wrap=True, overflow="crop")
 
     def stop(self) -> None:
-        """Erase the line."""
+        """Erase the status line, and show it no more."""
         self._live.stop()
         set_display(None)

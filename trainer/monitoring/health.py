@@ -1,28 +1,28 @@
 """Health of this process for `/healthz`, `/metrics` and the log: its activity, last progress and gauges.
 
-The main thread sets the activity, and any thread can read the health or record progress. There is no lock: single
-operations are atomic under the GIL, but a reader can combine values from before and after a change.
+The main thread sets the activity. Any thread can record progress or read the health. There is no lock, because single
+reads and writes of attributes are atomic under the GIL. A reader can combine values from before and after a change.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-START, FINISH = "start", "finish"
+START, FINISH = "start", "finish"  # values of `Health.phase` before and after the training phases
 
 
 class Health:
     """The activity, last progress and gauges of a process."""
 
     def __init__(self) -> None:
-        self.phase = START  # or the name of a phase of training, or FINISH
-        self.activity = "starting"  # what the main thread does, in a few words
+        self.phase = START  # START, the name of the current training phase, FINISH, or the name of another command
+        self.activity = "starting"  # what the main thread is doing, in a few words
         self.stuck_after = float("inf")  # seconds without progress that count as a stall (`runtime.stuck_after`)
         # Sends the state to the watchdog; called by `set_activity` and by `ControlChannel` when watched peers change.
         self.on_change: Callable[[], None] = lambda: None
         self.values: dict[str, float] = {}  # gauges set so far, by name: step, epoch, loss, ...
-        self.work = (0, 0)  # completed and total units of the activity; total is 0 if unknown
-        self.work_began = (0, 0.0)  # parts that were done when they were counted first, and the time of that
+        self.work = (0, 0)  # completed and total units of the activity; the total is 0 if it is unknown
+        self.work_began = (0, 0.0)  # units that were completed at the first count, and its time.monotonic()
         self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
@@ -30,7 +30,7 @@ class Health:
         self._blocked_timeout: float | None = None
 
     def enter_phase(self, phase: str) -> None:
-        """Set the phase of the run, and its name as the activity."""
+        """Set the phase of the run, and use its name as the activity."""
         self.phase = phase
         self.set_activity(phase)
 
@@ -42,10 +42,14 @@ class Health:
         self.on_change()
 
     def record_progress(self, done: int = 0, total: int = 0) -> None:
-        """Record progress: a step, a batch, a chunk of a file, or an iteration of a loop with a timeout.
+        """Record progress, such as a step, a batch, a part of a file, or an iteration of a polling loop.
 
-        `done` of the `total` units of the activity are complete; 0 and 0 if the total is unknown. An activity can have
-        several loops in sequence, each with its own units.
+        An activity can run several loops in sequence, each with its own units: another `total`, or a smaller `done`,
+        starts a new count.
+
+        Args:
+            done: completed units of the current loop.
+            total: all its units; 0 if their number is unknown.
         """
         self._last_progress = time.monotonic()
         if total:
@@ -54,9 +58,12 @@ class Health:
             self.work = (done, total)
 
     def seconds_left(self, now: float) -> float | None:
-        """Estimate the seconds until all counted parts are done; None before the second part."""
-        (done, total), (first, began) = self.work, self.work_began
-        return (now - began) / (done - first) * (total - done) if done > first else None
+        """Estimate the seconds until all units are completed, at the time.monotonic() `now`.
+
+        None until a unit is completed after the first count.
+        """
+        (done, total), (first_done, first_counted_at) = self.work, self.work_began
+        return (now - first_counted_at) / (done - first_done) * (total - done) if done > first_done else None
 
     def record_steps(self, step: int, epoch: int) -> None:
         """Record that the run has taken `step` optimizer steps and is in `epoch`, counted from 1."""
@@ -65,16 +72,19 @@ class Health:
         self.set_gauges(step=step, epoch=epoch)
 
     def record_checkpoint(self, seconds_ago: float = 0.0) -> None:
-        """Record that the state as of `seconds_ago` is saved, or that training begins with nothing to lose."""
+        """Record that the state of `seconds_ago` is saved, or that training starts, with nothing to lose yet."""
         self._saved = time.monotonic() - seconds_ago
 
     def set_gauges(self, **values: float) -> None:
-        """Set gauges by name, such as loss."""
+        """Set gauges for `/metrics` and the log by name, such as `loss=0.5`. `http.GAUGES` has the names."""
         self.values |= values
 
     @contextmanager
     def waiting_for(self, target: str) -> Iterator[None]:
-        """Disable stall detection while the main thread waits for a peer, or for a library without progress reports."""
+        """Disable stall detection in this block, in which the main thread waits for a peer or a library.
+
+        The library is one that reports no progress. Blocks cannot be nested.
+        """
         self._waiting_for = target
         try:
             yield
@@ -84,41 +94,44 @@ class Health:
 
     @contextmanager
     def blocked_in(self, activity: str, timeout: float) -> Iterator[None]:
-        """Set the activity to a call that holds the GIL, so that Python might not run for up to `timeout` seconds."""
-        outer, self._blocked_timeout = self.activity, timeout
+        """Set the activity in this block, a call that can hold the GIL, so that no Python code runs.
+
+        The watchdog lets the process be unresponsive for `timeout` seconds meanwhile. Blocks cannot be nested.
+        """
+        outer_activity, self._blocked_timeout = self.activity, timeout
         self.set_activity(activity)
         try:
             yield
         finally:
             self._blocked_timeout = None
-            self.set_activity(outer)
+            self.set_activity(outer_activity)
 
     @property
     def unresponsive_timeout(self) -> float:
-        """Seconds without any Python code running, after which the watchdog ends this process."""
+        """Seconds without any running Python code after which the watchdog ends this process."""
         return self.stuck_after if self._blocked_timeout is None else self._blocked_timeout
 
     @property
     def seconds_since_progress(self) -> float:
-        """Seconds since the last progress; 0 within `waiting_for`."""
+        """Seconds since the last progress; 0 in a block of `waiting_for`."""
         return 0.0 if self._waiting_for else time.monotonic() - self._last_progress
 
     @property
     def step_age(self) -> float | None:
-        """Seconds since this process took its last step; None before the first."""
+        """Seconds since this process completed its last step; None before the first one."""
         return None if self._last_step is None else time.monotonic() - self._last_step
 
     @property
     def checkpoint_age(self) -> float | None:
-        """Seconds of work that a kill would lose; None without a recorded checkpoint, as on all but the chief."""
+        """Seconds of training that a kill would lose; None if no checkpoint was recorded, as on all but the chief."""
         return None if self._saved is None else time.monotonic() - self._saved
 
     def describe(self) -> str:
-        """Describe the activity, and what it waits for."""
+        """Describe the activity, and what the main thread waits for, if anything."""
         return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
     def stall_reason(self) -> str | None:
-        """Describe the duration and activity of a stall; None if the process makes progress."""
+        """Describe a stall by its duration and activity; None if there is none."""
         seconds = self.seconds_since_progress
         if seconds <= self.stuck_after:
             return None
@@ -127,4 +140,4 @@ class Health:
         return f"stalled: no progress for {seconds:.0f} s ({timeout}) in: {self.activity}{step}"
 
 
-health = Health()  # the health of this process
+health = Health()  # of this process, for all modules

@@ -1,7 +1,7 @@
 """HTTP server for `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
-It runs in threads, so that it responds while the main thread is blocked in TensorFlow. While the main thread holds the
-GIL, the watchdog of a training process responds on the same socket.
+It runs in daemon threads, so that it responds while the main thread is blocked in TensorFlow. If a call holds the GIL,
+so that no thread runs, the watchdog process of a training process responds on the same listening socket.
 """
 
 import socket
@@ -22,7 +22,7 @@ from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.health import Health
 from trainer.monitoring.log import log, log_traceback
 
-GAUGES = {
+GAUGES = {  # name in `Health.values` and, after the prefix "kubetune_", in Prometheus -> description
     "step": "Optimizer steps of the run so far",
     "epoch": "Current epoch of the run, counted from 1 over all phases",
     "loss": "Mean training loss of the last logging interval",
@@ -34,11 +34,11 @@ GAUGES = {
     "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
     "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-CLIENT_TIMEOUT_SECONDS = 10.0  # for receiving a request
+CLIENT_TIMEOUT_SECONDS = 10.0  # for each read from or write to the connection of a client
 
 
 class HealthCollector(Collector):
-    """The health of a process as Prometheus metrics, read at each scrape. Unset gauges are omitted."""
+    """Presents the health of a process as Prometheus metrics, read at each scrape. Unset gauges are omitted."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
@@ -47,26 +47,26 @@ class HealthCollector(Collector):
         health = self.health
         labels = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
         yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", labels)
-        values: dict[str, float | None] = {
+        gauge_values: dict[str, float | None] = {
             **health.values,
             "last_step_age_seconds": health.step_age,
             "last_progress_age_seconds": health.seconds_since_progress,
             "checkpoint_age_seconds": health.checkpoint_age,
         }
         for name, description in GAUGES.items():
-            if (value := values.get(name)) is not None:
+            if (value := gauge_values.get(name)) is not None:
                 yield GaugeMetricFamily(f"kubetune_{name}", description, value)
 
 
-class _Server(ThreadingHTTPServer):
-    """A server on all addresses of this host, IPv6 and IPv4."""
+class _DualStackServer(ThreadingHTTPServer):
+    """An HTTP server on all interfaces, over IPv6 and IPv4 if the host supports both at once, else over IPv4."""
 
     request_queue_size = 16
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # accept IPv4 as well
         TCPServer.server_bind(self)  # HTTPServer.server_bind would resolve the host name, which can be slow
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
@@ -76,35 +76,44 @@ class _Server(ThreadingHTTPServer):
 
 
 def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
-    """Start a server for `/healthz` and `/metrics`. Raises ConfigError if it cannot listen on `port`."""
-    metrics = CollectorRegistry()
-    metrics.register(HealthCollector(health, run))
-    ProcessCollector(registry=metrics)
-    stall_logged = threading.Event()  # the current stall is in the log
+    """Start an HTTP server for `/healthz` and `/metrics` in daemon threads, and return it.
+
+    Args:
+        port: TCP port on all interfaces (`runtime.http_port`).
+        health: state that both pages show.
+        run: label `run` of the metrics.
+
+    Raises:
+        ConfigError: the server cannot listen on `port`.
+    """
+    registry = CollectorRegistry()
+    registry.register(HealthCollector(health, run))
+    ProcessCollector(registry=registry)
+    stall_logged = threading.Event()  # set while the current stall is in the log
 
     class Handler(BaseHTTPRequestHandler):
         timeout = CLIENT_TIMEOUT_SECONDS
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            code, body, media_type = 404, b"the paths are /healthz and /metrics\n", "text/plain; charset=utf-8"
+            status, body, content_type = 404, b"the paths are /healthz and /metrics\n", "text/plain; charset=utf-8"
             if path == "/metrics":
-                code, (body, media_type) = 200, encode_metrics(metrics, self.headers.get("Accept") or "")
+                status, (body, content_type) = 200, encode_metrics(registry, self.headers.get("Accept") or "")
             elif path == "/healthz":
                 reason = health.stall_reason()
                 _log_stall_once(reason, stall_logged)
-                code, body = 503 if reason else 200, f"{reason or health.describe()}\n".encode()
-            self.send_response(code)
-            self.send_header("Content-Type", media_type)
+                status, body = 503 if reason else 200, f"{reason or health.describe()}\n".encode()
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Log nothing."""
+            """Write no access log: the requests of probes and Prometheus would fill the log."""
 
     try:
-        server = _Server(("", port), Handler)
+        server = _DualStackServer(("", port), Handler)
     except OSError as error:
         problem = f"cannot listen on this port ({error.strerror or error})"
         fix = "end the process that uses it, set another port, or null for no server"
@@ -114,7 +123,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
 
 
 def _log_stall_once(reason: str | None, stall_logged: threading.Event) -> None:
-    """Log a stall and the stack of the main thread, unless they are in the log. A `reason` of None ends the stall."""
+    """Log a stall and the stack of the main thread once. `reason` describes the stall; None if there is none."""
     if reason is None:
         stall_logged.clear()
     elif not stall_logged.is_set():

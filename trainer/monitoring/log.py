@@ -1,7 +1,7 @@
 """The log of a process, through the standard `logging`, as text or as one JSON object per line.
 
 `log` is the logger of this package. INFO goes to stdout, WARNING and above to stderr. In JSON mode, Python's warnings
-and the warnings and errors of other libraries also become JSON on stderr. What a library prints itself is unchanged.
+and the warnings and errors of other libraries are JSON on stderr as well. What a library prints itself is unchanged.
 """
 
 import datetime
@@ -21,43 +21,44 @@ from typing import Any, NoReturn, TextIO
 
 from trainer.monitoring.health import health
 
-LABELS_FIELD = "logging.googleapis.com/labels"
-SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LABELS_FIELD = "logging.googleapis.com/labels"  # of Cloud Logging
+SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")  # levels that Cloud Logging has too; others become INFO
 
 log = logging.getLogger("trainer")
-_stderr = os.dup(2)  # the original: descriptor 2 is redirected while TensorFlow is imported
-_ERASE = b"\r\x1b[2K\x1b[?25h"  # erases the line of the cursor, and shows the cursor
-_display: int | None = None  # descriptor of the terminal on which a progress display is drawn
+_stderr_descriptor = os.dup(2)  # a copy, because descriptor 2 is redirected while TensorFlow is imported
+_ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # erases the line of the cursor, and shows the cursor
+_display_descriptor: int | None = None  # of the terminal on which a progress display is drawn; None if there is none
 
 
 def set_display(descriptor: int | None) -> None:
-    """Set the terminal on which a progress display is drawn and hides the cursor; None if there is none."""
-    global _display
-    _display = descriptor
+    """Set the descriptor of the terminal on which a progress display is drawn; None if there is no display."""
+    global _display_descriptor
+    _display_descriptor = descriptor
 
 
 def erase_display(*terminals: int) -> None:
-    """Erase the line of the progress display and show the cursor, on these terminals or on that of `set_display`.
+    """Erase the line of the progress display and show the cursor. Any thread may call this.
 
-    Any thread may call this; a terminal whose output is paused is left as it is.
+    `terminals` are file descriptors, and default to that of `set_display`. A terminal whose output is paused is not
+    changed, because the write would block.
     """
-    for descriptor in terminals or ([] if _display is None else [_display]):
+    for descriptor in terminals or ([] if _display_descriptor is None else [_display_descriptor]):
         with suppress(OSError):
             if os.isatty(descriptor) and select.select([], [descriptor], [], 0)[1]:
-                os.write(descriptor, _ERASE)
+                os.write(descriptor, _ERASE_LINE)
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End the process at once, from any thread, and leave no progress display on the terminal."""
+    """End the process at once with this exit code, from any thread, and erase the progress display."""
     erase_display()
     os._exit(code)
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as one JSON object with the field names of Cloud Logging.
+    """Formats a record as one JSON object with the field names of Cloud Logging.
 
-    The object has the phase and step of the run, the labels, and the `extra={"fields": {...}}` of the record. NaN and
-    infinity become strings.
+    The object has the severity, time and message, the phase and step of the run, the labels of the process, and the
+    fields of the record, which are passed to `log` as `extra={"fields": {...}}`. NaN and infinity become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -73,29 +74,29 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_without_nan(entry), ensure_ascii=False, default=str)
 
 
-_uncaptured: TextIO | None = None  # stderr, while `drop_stderr_lines` has redirected its descriptor
+_original_stderr: TextIO | None = None  # the original stream while `drop_stderr_lines` has redirected descriptor 2
 
 
-class _StandardStream(logging.StreamHandler[TextIO]):
-    """A handler that writes to the current value of `sys.stdout` or `sys.stderr`."""
+class _StandardStreamHandler(logging.StreamHandler[TextIO]):
+    """A handler that writes to the current `sys.stdout` or `sys.stderr`, which can be replaced at any time."""
 
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
         self._name = name
-        self.failed = False  # a record could not be written, which has been logged
+        self.failed = False  # whether a record could not be written; the failure is logged once
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         stream: TextIO = getattr(sys, self._name)
-        return _uncaptured if _uncaptured and self._name == "stderr" else stream
+        return _original_stderr if _original_stderr and self._name == "stderr" else stream
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record, and escape what the stream cannot encode, such as surrogate escapes in file names."""
+        """Format a record, and escape characters that the stream cannot encode, such as those of odd file names."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discard the stream if its reader has ended, and log a full disk once: the run does not depend on its log."""
+        """Discard the stream if its reader has ended; log a full disk once. The run does not depend on its log."""
         error = sys.exception()
         if discard_if_closed(self.stream):
             return
@@ -106,88 +107,92 @@ class _StandardStream(logging.StreamHandler[TextIO]):
             log_unbuffered(f"{self._name}: cannot be written to ({error.strerror or error}); lines of the log are lost")
 
 
-_out, _err = _StandardStream("stdout"), _StandardStream("stderr")
-_out.addFilter(lambda record: record.levelno < logging.WARNING)
-_err.setLevel(logging.WARNING)
+_stdout_handler, _stderr_handler = _StandardStreamHandler("stdout"), _StandardStreamHandler("stderr")
+_stdout_handler.addFilter(lambda record: record.levelno < logging.WARNING)
+_stderr_handler.setLevel(logging.WARNING)
 
 
 def configure(json_lines: bool = False, **labels: str) -> None:
-    """Set up `log` for text or JSON. The labels are in JSON only, as are uncaught exceptions and Python's warnings."""
+    """Set up `log` as text or as JSON lines.
+
+    `labels` are added to each line in JSON mode only. In JSON mode, uncaught exceptions and Python's warnings become
+    JSON lines as well.
+    """
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [_out, _err]
+    log.handlers = [_stdout_handler, _stderr_handler]
     for handler in log.handlers:
         handler.setFormatter(JsonFormatter(labels) if json_lines else None)
     if not json_lines:
         return
-    logging.getLogger().addHandler(_err)
+    logging.getLogger().addHandler(_stderr_handler)
     logging.captureWarnings(True)
     # The resource tracker of multiprocessing outlives `os._exit`, and its warnings would not be JSON.
     filters = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
     sys.excepthook = lambda _kind, error, _trace: log_traceback(error)
-    threading.excepthook = lambda ended: log_traceback(ended.exc_value)
+    threading.excepthook = lambda hook_args: log_traceback(hook_args.exc_value)
 
 
 def discard_if_closed(stream: TextIO) -> bool:
-    """Redirect a stream to /dev/null if it is a pipe without a reader, and return whether it is."""
+    """Return whether a stream is a pipe without a reader; if so, redirect the stream to /dev/null."""
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError):  # a substitute without a descriptor, or closed
+    except (OSError, ValueError):  # the stream is closed, or a substitute without a descriptor
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    closed = any(events & select.POLLERR for _, events in poll.poll(0))
-    if closed:
+    is_closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if is_closed:
         discard(stream)
-    return closed
+    return is_closed
 
 
 def discard(stream: TextIO) -> None:
-    """Discard what is written to a stream from now on, and what it has buffered."""
+    """Redirect a stream to /dev/null, so that its buffered and its later output is discarded."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def stdout_lost_lines() -> bool:
-    """Return whether lines of the log could not be written to stdout, which has been logged."""
-    return _out.failed
+    """Return whether lines of the log could not be written to stdout. The failure is already logged."""
+    return _stdout_handler.failed
 
 
 def log_traceback(error: BaseException | None) -> None:
-    """Log an exception with its traceback; ignore None and SystemExit."""
+    """Log an exception as an error with its traceback; ignore None and SystemExit."""
     if error is not None and not isinstance(error, SystemExit):
         log.error("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def log_unbuffered(text: str) -> None:
-    """Log a WARNING directly to the file descriptor of stderr, so that it is written even before `os._exit`.
+    """Log a WARNING directly to the descriptor of stderr, so that it is written even if `os._exit` follows.
 
-    The function is thread-safe. It waits at most one second for the handler's lock, whose holder might be blocked. If
-    stderr is closed or its disk is full, the text is lost, since the callers are about to end the process.
+    Thread-safe. Waits at most one second for the lock of the handler, whose holder may be blocked. If stderr is closed
+    or its disk is full, the text is lost, because the callers are about to end the process.
     """
     erase_display()
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
-    data = memoryview((_err.format(record) + "\n").encode(errors="backslashreplace"))
-    lock = _err.lock
+    data = memoryview((_stderr_handler.format(record) + "\n").encode(errors="backslashreplace"))
+    lock = _stderr_handler.lock
     acquired = lock.acquire(timeout=1.0) if lock else False
     try:
         with suppress(OSError):
             while data:
-                data = data[os.write(_stderr, data) :]
+                data = data[os.write(_stderr_descriptor, data) :]
     finally:
         if lock and acquired:
             lock.release()
 
 
 def format_utc_now() -> str:
-    """Format the current time as RFC 3339 in UTC with milliseconds: 2026-01-31T12:00:00.000Z."""
+    """Format the current time in UTC as RFC 3339 with milliseconds: 2026-01-31T12:00:00.000Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, with strings, in nested dicts too."""
+    """Replace NaN and infinity, which JSON does not have, by strings, in nested dicts too."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return {k: _without_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -195,12 +200,13 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
-    """Drop the stderr lines that match `pattern`, including those of C++ libraries, which bypass `logging`.
+    """Drop the lines that are written to stderr in this block and match `pattern`; print the others at its end.
 
-    The other lines are printed at the end of the block, also after an exception; records of the log are written at
-    once, since the process may end within the block. Without space for a temporary file, all lines are printed.
+    The others are printed even after an exception. Lines of C++ libraries, which bypass `logging`, are included.
+    Records of `log` are written at once, because the process may end within the block. If there is no space for a
+    temporary file, all lines are printed.
     """
-    global _uncaptured
+    global _original_stderr
     try:
         temporary = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError:  # no disk has space
@@ -208,16 +214,16 @@ def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
         return
     with temporary as captured:
         sys.stderr.flush()
-        stderr = os.dup(2)
+        stderr_copy = os.dup(2)
         os.dup2(captured.fileno(), 2)
-        _uncaptured = os.fdopen(stderr, "w", errors="backslashreplace", closefd=False)
+        _original_stderr = os.fdopen(stderr_copy, "w", errors="backslashreplace", closefd=False)
         try:
             yield
         finally:
-            _uncaptured = None
+            _original_stderr = None
             sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            os.dup2(stderr_copy, 2)
+            os.close(stderr_copy)
             captured.seek(0)
             for line in captured.read().decode(errors="replace").splitlines():
                 if not pattern.search(line):

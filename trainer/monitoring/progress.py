@@ -1,4 +1,4 @@
-"""Progress display for writing images, as a bar on a terminal or as log lines."""
+"""Progress displays: a bar or log lines while images are written, and log lines during slow activities."""
 
 import sys
 import threading
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log, set_display
 
-ShowProgress = Callable[[int, int], None]  # arguments: numbers of written images and of all images
+ShowProgress = Callable[[int, int], None]  # arguments: number of written images, number of all images
 
 
 @contextmanager
 def show_image_progress(kind: str) -> Iterator[ShowProgress]:
-    """Yield a function that shows the number of written images in a bar, or in a log line every ten seconds.
+    """Yield a function that shows the number of written images in a bar, or in log lines at least ten seconds apart.
 
-    It is a bar if `kind` (`runtime.progress`) is "bar", or "auto" and stdout is a terminal. A call with a new number
-    counts as progress of the process (`health`).
+    `kind` is `runtime.progress`. The bar is used if it is "bar", or "auto" and stdout is a terminal. Each call of the
+    function with a new number of written images counts as progress of this process (`health`).
     """
-    start = last_logged = time.monotonic()
-    previous = logged = -1
+    started_at = last_logged_at = time.monotonic()
+    previous_count = logged_count = -1
 
     def show_line(done: int, total: int) -> None:
-        nonlocal previous, last_logged, logged
-        if done != previous:
-            previous = done
+        nonlocal previous_count, last_logged_at, logged_count
+        if done != previous_count:
+            previous_count = done
             health.record_progress()
         now = time.monotonic()
-        if done != logged and (done == total or now - last_logged >= 10):
-            last_logged, logged = now, done
-            text = f"wrote {done} of {total} images ({done / max(now - start, 1e-3):.0f}/s)"
+        if done != logged_count and (done == total or now - last_logged_at >= 10):
+            last_logged_at, logged_count = now, done
+            text = f"wrote {done} of {total} images ({done / max(now - started_at, 1e-3):.0f}/s)"
             log.info(text, extra={"fields": {"done": done, "total": total}})
 
     if kind != "bar" and (kind != "auto" or not sys.stdout.isatty()):
@@ -57,24 +57,24 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
             set_display(None)
 
 
-SLOW_SECONDS = 10.0  # after which `log_while_slow` logs for the first time
+SLOW_SECONDS = 10.0  # duration after which `log_while_slow` logs for the first time
 
 
 @contextmanager
 def log_while_slow(activity: str, after: float = SLOW_SECONDS) -> Iterator[None]:
-    """Log that `activity` lasts, after that many seconds, then after twice as many, four times as many, and so on."""
-    ended, began = threading.Event(), time.monotonic()
+    """Log that `activity` is still running, after `after` seconds and then after 2, 4, 8, ... times as many."""
+    stopped, started_at = threading.Event(), time.monotonic()
 
     def log_periodically() -> None:
-        due = after
-        while not ended.wait(began + due - time.monotonic()):
-            log.info(f"still {activity}, for {time.monotonic() - began:.0f} s")
-            due *= 2
+        next_log_seconds = after
+        while not stopped.wait(started_at + next_log_seconds - time.monotonic()):
+            log.info(f"still {activity}, for {time.monotonic() - started_at:.0f} s")
+            next_log_seconds *= 2
 
     thread = threading.Thread(target=log_periodically, name="slow", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         thread.join()

@@ -1,6 +1,7 @@
-"""Termination message of a container, with which `kubectl describe pod` shows why the process ended.
+"""The termination message of a container, with which `kubectl describe pod` shows why the process has ended.
 
-SIGKILL leaves none. With `terminationMessagePolicy: FallbackToLogsOnError` Kubernetes then shows the end of the log.
+A process that is killed with SIGKILL writes none. With `terminationMessagePolicy: FallbackToLogsOnError`, Kubernetes
+then shows the end of the log.
 """
 
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, REFUSED, UNREADABLE, WRONG_INPUT
 from trainer.monitoring.log import log_unbuffered
 
-MAX_BYTES = 4096  # Kubernetes reads no more
-MEANINGS = {
+MAX_BYTES = 4096  # longest message that Kubernetes reads
+MEANINGS = {  # of the exit codes in `trainer.errors`
     DONE: "done",
     BUG: "a bug",
     WRONG_INPUT: "configuration or data is wrong",
@@ -25,23 +26,26 @@ _success_message = ""
 
 
 def set_path(path: str | None) -> None:
-    """Set the file for the message (`runtime.termination_log`); None disables it."""
+    """Set the file of the message (`runtime.termination_log`); None disables the message."""
     global _path
     _path = path
 
 
 def set_success_message(text: str) -> None:
-    """Set the default reason of `write` for exit code 0."""
+    """Set the reason that `write` uses for exit code 0 if it gets none."""
     global _success_message
     _success_message = text
 
 
 def write(code: int, reason: str = "") -> None:
-    """Write the exit code and reason. Called right before the process exits, from any thread; logs its own failure."""
+    """Write the exit code and the reason to the file of `set_path`. Log a failure to write.
+
+    Called right before the process exits, from any thread.
+    """
     if not _path:
         return
-    text = reason or (_success_message if code == DONE else "")
-    message = f"exit code {code} ({MEANINGS.get(code, 'unexpected')})" + (f": {text}" if text else "")
+    explanation = reason or (_success_message if code == DONE else "")
+    message = f"exit code {code} ({MEANINGS.get(code, 'unexpected')})" + (f": {explanation}" if explanation else "")
     try:
         Path(_path).write_bytes(truncate_message(message))
     except OSError as error:
@@ -49,6 +53,6 @@ def write(code: int, reason: str = "") -> None:
 
 
 def truncate_message(text: str) -> bytes:
-    """Encode as UTF-8, and truncate between characters to at most `MAX_BYTES`."""
-    data = text.strip().encode(errors="backslashreplace")
-    return data if len(data) <= MAX_BYTES else (data[: MAX_BYTES - 3].decode(errors="ignore") + "…").encode()
+    """Encode a text as UTF-8, and truncate it between characters to at most `MAX_BYTES`, with an ellipsis."""
+    encoded = text.strip().encode(errors="backslashreplace")
+    return encoded if len(encoded) <= MAX_BYTES else (encoded[: MAX_BYTES - 3].decode(errors="ignore") + "…").encode()

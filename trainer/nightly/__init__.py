@@ -38,15 +38,15 @@ def main() -> None:
     with exit_with_code():
         arguments, overrides = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         for key in ("output_dir", "warm_start"):
-            if any(text.lstrip("+").startswith(f"{key}=") for text in overrides):
+            if any(override.lstrip("+").startswith(f"{key}=") for override in overrides):
                 raise ConfigError("is set by trainer.nightly", key=key, fix="remove it")
         hours, keep = parse_hours(arguments.get("hours", "24")), parse_keep(arguments)
         now = parse_time(arguments, "now")
         runs = arguments["runs"].rstrip("/")
-        chosen, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
-        composed = compose(chosen)
+        run_overrides, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
+        composed = compose(run_overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
-        config = load_given(composed, chosen)  # before anything is measured
+        config = load_given(composed, run_overrides)  # fails before the drift is measured, not after
         configure_log(config.runtime)
-        to, predictions = (arguments[key].rstrip("/") for key in ("to", "log"))
-        run_night(Settings(to, predictions, runs, hours, keep, tuple(overrides)), now, config.runtime)
+        to, predictions_log = (arguments[key].rstrip("/") for key in ("to", "log"))
+        run_night(Settings(to, predictions_log, runs, hours, keep, tuple(overrides)), now, config.runtime)

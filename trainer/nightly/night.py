@@ -1,4 +1,4 @@
-"""One night of the loop from the prediction log to the next version: measure, retrain, compare, promote."""
+"""Run one night of `trainer.nightly`: measure the drift of the served version, retrain, compare, and promote."""
 
 import json
 import signal
@@ -37,38 +37,39 @@ from trainer.monitoring.termination import set_success_message
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json
 
-RECORDS = "nights"  # folder of the records in `runs`
-# Outcomes of a night. A day with one of the second group is done; after the others it can be started again.
+RECORDS = "nights"  # folder below `Settings.runs` with the records of all nights
+# Outcomes of a night. A second start on the same day measures again after STABLE and NO_PREDICTIONS, continues the run
+# after FAILED, and does nothing after PROMOTED and REFUSED.
 STABLE, NO_PREDICTIONS, FAILED = "stable", "no predictions", "failed"
 PROMOTED, REFUSED = "promoted", "refused"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `trainer.nightly`; addresses have no slash at their end."""
+    """The arguments of `trainer.nightly`. Addresses, local or in a bucket, do not end with a slash."""
 
-    to: str
-    log: str
-    runs: str
-    hours: float
-    keep: int
-    overrides: tuple[str, ...]
+    to: str  # folder of the versions of the served model
+    log: str  # prediction log
+    runs: str  # folder of the runs and of `RECORDS`
+    hours: float  # length of the period whose predictions are compared with the reference
+    keep: int  # number of versions to retain
+    overrides: tuple[str, ...]  # configuration of the runs, KEY=VALUE
 
 
 @dataclass(frozen=True)
 class Night:
-    """The record of a night, `runs/nights/DAY.json`. It is written before its run begins, and with the outcome."""
+    """The record of a night, `runs/nights/DAY.json`. It is written before the run begins, and with the outcome."""
 
-    day: str
-    warm_start: str | None = None  # the run of the version that was served
+    day: str  # in UTC, such as 2026-01-31; also the name of the run's folder
+    warm_start: str | None = None  # output_dir of the run whose weights this one begins with; None for the backbone's
     levels: Mapping[str, str] | None = None  # level of each measure of drift; None if nothing was measured
-    outcome: str | None = None  # None: the run of this day is not finished
-    reason: str = ""
-    version: int | None = None  # that was promoted
+    outcome: str | None = None  # None if the run of this day is not finished
+    reason: str = ""  # of the outcome, or of the run if it is not finished
+    version: int | None = None  # number of the promoted version; None if none was promoted
 
 
 def parse_night(value: Any) -> Night:
-    """Validate the record of a night; raise one of `CONTENT_ERRORS` if it is something else."""
+    """Convert the JSON object of a night to a `Night`; raise one of `CONTENT_ERRORS` if it is something else."""
     night = Night(**value)
     if night.outcome not in (None, STABLE, NO_PREDICTIONS, FAILED, PROMOTED, REFUSED):
         raise ValueError(f"unknown outcome {night.outcome!r}")
@@ -76,23 +77,25 @@ def parse_night(value: Any) -> Night:
 
 
 def choose_night(nights: list[Night], today: str) -> tuple[Night, bool]:
-    """Choose the night that a start is for; return also whether its run has begun.
+    """Choose the night that this start continues or begins. Return it, and whether its run has begun.
 
-    That is the newest night whose run is unfinished, else that of today, whose run has begun if it failed.
+    This is the newest night if its run is not finished, and today's night otherwise. The run of today's night has begun
+    if an earlier start today failed.
     """
     newest = max(nights, key=lambda night: night.day, default=None)
     if newest and newest.outcome is None:
         return newest, True
-    own = next((night for night in nights if night.day == today), Night(today))
-    return own, own.outcome == FAILED
+    todays_night = next((night for night in nights if night.day == today), Night(today))
+    return todays_night, todays_night.outcome == FAILED
 
 
 def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
-    """Run a night, or what is left of an unfinished one.
+    """Run a night, or continue an unfinished one.
 
     Raises:
         Refused: the run is worse than the served version.
         Interrupted: the run was interrupted; the next start continues it.
+        DataError: the reference, the prediction log or a record cannot be used, or the run cannot be promoted.
         TrainerError: the run failed.
     """
     records = storage_path(settings.runs) / RECORDS
@@ -114,14 +117,14 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
             raise Interrupted(f"{settings.runs}/{night.day} is not finished", fix="the next start continues it")
         if code != DONE:
             error = _describe_failure(settings, night.day, code, runtime)
-            if code in (WRONG_INPUT, GAVE_UP):  # the same run would fail again: the next night begins another one
+            if code in (WRONG_INPUT, GAVE_UP):  # the run would fail again, so that the next night begins another one
                 _write_night(records, replace(night, outcome=FAILED, reason=str(error)))
             raise error
         _promote(settings, night, records)
 
 
 def _promote(settings: Settings, night: Night, records: StoragePath) -> None:
-    """Promote the finished run of a night, and record the outcome."""
+    """Promote the finished run of a night, and record the outcome. Raises the errors of `promote`."""
     from trainer.promote.promotion import promote  # here, because it imports matplotlib
 
     try:
@@ -142,19 +145,19 @@ def _finish(message: str) -> None:
 
 
 def _measure(settings: Settings, day: str, now: datetime) -> Night:
-    """Measure the drift of the served version; the outcome is None if a run has to be trained."""
+    """Measure the drift of the served version. Return the record, whose outcome is None if a run has to be trained."""
     version = find_version(settings.to)
     if version is None:
         log.info(f"{settings.to} has no version yet: training the first one")
         return Night(day, reason="there was no version")
     period = Period(now - timedelta(hours=settings.hours), now, version.name)
     try:
-        measured = measure(settings.to, settings.log, period, f"{settings.runs}/{RECORDS}/{day}.png")
+        measures = measure(settings.to, settings.log, period, f"{settings.runs}/{RECORDS}/{day}.png")
     except NoPredictions as error:
         log.warning(f"{error}; without predictions there is no drift to measure")
         return Night(day, outcome=NO_PREDICTIONS, reason=error.problem)
-    levels = {each.name: each.level for each in measured}
-    if most_severe_level(measured) != "shifted":
+    levels = {drift.name: drift.level for drift in measures}
+    if most_severe_level(measures) != "shifted":
         return Night(day, None, levels, STABLE, f"version {version.name} has not drifted")
     warm_start = _find_run(version)
     log.info(f"version {version.name} has drifted: training from the weights of {warm_start or 'the backbone'}")
@@ -162,7 +165,7 @@ def _measure(settings: Settings, day: str, now: datetime) -> Night:
 
 
 def _find_run(version: StoragePath) -> str | None:
-    """Return the run of a version; None if it is unknown or was deleted."""
+    """Return the output_dir of the run from which a version was promoted; None if it is unknown or was deleted."""
     from trainer.promote.promotion import read_manifest
 
     run = read_manifest(version).get("run")
@@ -182,48 +185,49 @@ def _write_night(records: StoragePath, night: Night) -> None:
 
 
 def train(settings: Settings, night: Night) -> int:
-    """Train or continue the run of a night in a process of its own, and return its exit code.
+    """Start or resume the run of a night in a child process, and return its exit code.
 
-    SIGTERM is forwarded to it, so that it saves. Ctrl-C reaches it without that.
+    The code is negative if a signal ended the process. SIGTERM is forwarded to it, so that it saves a checkpoint.
+    SIGINT is ignored here, because a terminal sends Ctrl-C to the child process as well.
     """
     command = [sys.executable, "-m", "trainer", *settings.overrides]
     command.append(f"output_dir={quote_if_needed(f'{settings.runs}/{night.day}')}")
     if night.warm_start:
         command.append(f"warm_start={quote_if_needed(night.warm_start)}")
-    child: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
+    child: list[subprocess.Popen[bytes]] = []  # empty until the process exists
+    received_signals: list[int] = []
 
     def forward(signum: int, _frame: object) -> None:
-        received.append(signum)
+        received_signals.append(signum)
         for process in child:
             process.send_signal(signum)
 
     signal.signal(signal.SIGTERM, forward)
-    interrupt = signal.signal(signal.SIGINT, lambda _signum, _frame: None)
+    sigint_handler = signal.signal(signal.SIGINT, lambda _signum, _frame: None)
     try:
         child.append(subprocess.Popen(command))
-        if received:  # before the process existed
-            child[0].send_signal(received[0])
+        if received_signals:  # perhaps before `forward` had a process
+            child[0].send_signal(received_signals[0])
         return child[0].wait()
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, sigint_handler)
         exit_on_sigterm()
 
 
 def _describe_failure(settings: Settings, day: str, code: int, runtime: Runtime) -> TrainerError:
-    """Make the error for a run that failed, with its termination message if it has written one."""
+    """Return the error for a failed run, with the termination message that it has written, or else its exit code."""
     message = ""
     if runtime.termination_log and code in (BUG, WRONG_INPUT, GAVE_UP):
         with suppress(OSError):
             message = Path(runtime.termination_log).read_text(errors="replace")
     problem = message or (f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}")
-    kind = {WRONG_INPUT: DataError, GAVE_UP: GaveUp}.get(code, TrainerError)
-    return kind(f"{settings.runs}/{day}: {problem}", fix="read its log")
+    error_class = {WRONG_INPUT: DataError, GAVE_UP: GaveUp}.get(code, TrainerError)
+    return error_class(f"{settings.runs}/{day}: {problem}", fix="read its log")
 
 
 @contextmanager
 def _monitored(runtime: Runtime) -> Iterator[None]:
-    """Respond on `runtime.http_port` in this block; while a run trains, its process does."""
+    """Serve `/healthz` and `/metrics` on `runtime.http_port` in this block. While a run trains, its process does so."""
     if not runtime.http_port:
         yield
         return

@@ -1,4 +1,4 @@
-"""Check the remote dataset, output folder, warm start and teacher of a plan, with the same errors as a run."""
+"""The checks of a plan on a remote dataset, output_dir, warm start and teacher. They raise the errors of a run."""
 
 import tempfile
 import uuid
@@ -38,7 +38,10 @@ from trainer.types import Dataset, Split
 
 @contextmanager
 def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
-    """Download files of a bucket to a temporary folder of the same name, and yield its path."""
+    """Within the context, download `files` of a bucket to a temporary folder with the name of the folder at `address`.
+
+    Yield the path of the temporary folder.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / storage_path(address).name
         folder.mkdir()
@@ -51,7 +54,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     """Build the dataset of a TFDS folder in a bucket from its metadata. Counts are correct, but all labels are 0.
 
     Raises:
-        DataError: it is not a TFDS folder, or lacks a configured split.
+        DataError: `root` is not a TFDS folder, or lacks a configured split or class.
     """
     import tensorflow_datasets as tfds
 
@@ -60,17 +63,17 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     with fetch_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
-            own_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
-        except Exception as error:  # TFDS passes on the exceptions of its parsers
+            dataset_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
+        except Exception as error:  # TFDS does not translate the exceptions of its parsers
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
-    require_mapped_classes(own_names, data)
-    shown = RawData(info.name, show_class_names(own_names, data), {}, {})
-    names = apply_class_names(shown, show_class_order(data)).class_names
+    require_mapped_classes(dataset_names, data)
+    raw_data = RawData(info.name, show_class_names(dataset_names, data), {}, {})
+    names = apply_class_names(raw_data, show_class_order(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
-    carved = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
-    counts |= carved | {"train": counts["train"] - sum(carved.values())}
+    split_off = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
+    counts |= split_off | {"train": counts["train"] - sum(split_off.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
     splits = {n: Split(n, np.zeros(c, np.int32), shards=shards.get(n, shards["train"])) for n, c in counts.items()}
@@ -78,23 +81,33 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
 
 
 def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
-    """Return the local path of an address (None if a run would fetch files), a line for the plan, and its files.
+    """Describe the local copy of an address in a bucket, without downloading anything.
+
+    Returns:
+        The local path that replaces the address, or None if a run would first fetch files; a line for the plan; and all
+        files in the bucket that match the address.
 
     Raises:
-        DataError: the address does not exist, cannot be read, or exceeds the budget.
+        DataError: the address does not exist, cannot be read, or has more than `budget` bytes.
     """
-    copy = plan_copy(address, cache, budget)
-    missing, entries = select_missing(copy.folder, copy.entries), list(copy.entries.values())
-    suffix = f"; {describe_left_out(copy.left_out)}" if copy.left_out else ""
+    local_copy = plan_copy(address, cache, budget)
+    missing, files = select_missing(local_copy.folder, local_copy.entries), list(local_copy.entries.values())
+    suffix = f"; {describe_left_out(local_copy.left_out)}" if local_copy.left_out else ""
     if not missing:
-        return copy.path, f"{address}: is in {copy.folder} already{suffix}", entries
-    size = sum(entry.size for entry in missing.values())
-    line = f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {copy.folder}{suffix}"
-    return None, line, entries
+        return local_copy.path, f"{address}: is in {local_copy.folder} already{suffix}", files
+    size = sum(file.size for file in missing.values())
+    line = f"{address}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB, to {local_copy.folder}{suffix}"
+    return None, line, files
 
 
 def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
-    """Read the state of the newest readable checkpoint in output_dir; return None if there is none."""
+    """Read the state of the newest checkpoint in output_dir, None if there is none.
+
+    In a local folder, corrupt checkpoints are skipped. In a bucket, only the newest one is read.
+
+    Raises:
+        DataError: in a bucket, LATEST or the state is corrupt.
+    """
     folder = storage_path(config.output_dir or "")
     if folder.is_local:
         checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", 1, lambda _: None)
@@ -107,7 +120,13 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in output_dir; return a line for the plan, or raise the error of a run."""
+    """Write and delete a small file in output_dir; return a line for the plan.
+
+    If a local output_dir does not exist, the file is written to its nearest parent that exists.
+
+    Raises:
+        TrainerError: the file cannot be written. A run would end with this error.
+    """
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
     if is_remote(address):
@@ -132,7 +151,7 @@ def probe_output(config: RequestedConfig) -> str:
 
 
 def describe_warm_start(run: str) -> str:
-    """Describe the checkpoints for a warm start; raise a DataError if there are none."""
+    """Describe the checkpoints of the warm start `run` for the plan; raise a DataError if there are none."""
     if is_remote(run):
         if not (storage_path(run) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
@@ -142,18 +161,26 @@ def describe_warm_start(run: str) -> str:
 
 
 def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
-    """Match a local warm start with the model as a run does; return the run's warning, or raise its error."""
-    source = config.warm_start
-    if not source or is_remote(source):
+    """Match a local warm start with the model as a run does, and return the warning of the run; "" if there is none.
+
+    A warm start in a bucket is not checked, since that would download the checkpoint.
+
+    Raises:
+        DataError: the checkpoint cannot be read, or does not fit the backbone.
+    """
+    address = config.warm_start
+    if not address or is_remote(address):
         return ""
-    values = select_inference_weights(read_warm_start(source, config.runtime.cache_folder)[1])
-    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), source)[1]
+    values = select_inference_weights(read_warm_start(address, config.runtime.cache_folder)[1])
+    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), address)[1]
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
-    """Return the files of a teacher; raise a DataError or ConfigError if there is none or its classes differ.
+    """Return the files of a teacher. Check that it has the `classes` of the dataset, unless these are None (unknown).
 
-    `classes` are the class names of the dataset, None if they are unknown.
+    Raises:
+        DataError: there is no usable teacher at the address, or it has other classes.
+        ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
     files = source.describe_teacher(address)
     if classes is not None:
@@ -165,10 +192,16 @@ def plan_teacher(
     config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int,
     trained_first: Model | None = None,
 ) -> tuple[str, Uses]:  # fmt: skip
-    """Open the teacher as a run does, without downloading weights; return a description and its memory on this worker.
+    """Open the teacher as a run does, but without downloading weights.
 
-    `examples` is the number of examples that each of the `replicas` on this worker computes at once. `trained_first` is
-    the network of a teacher that the run will train, which has no files yet.
+    Args:
+        examples: number of examples that a replica computes at once.
+        replicas: number of replicas on this worker.
+        trained_first: the network of a teacher that the run will train, which has no files yet; None for other
+            teachers.
+
+    Returns:
+        A description for the plan, and the teacher's uses of memory on this worker.
 
     Raises:
         DataError, ConfigError, ModelError: a run would fail with this error.

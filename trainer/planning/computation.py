@@ -14,34 +14,35 @@ from trainer.models.gradients import Differentiated
 from trainer.monitoring.log import log
 from trainer.types import Dataset, Device
 
-# Layers of Keras whose gradient XLA cannot compute deterministically on GPUs, with TensorFlow's message, in TensorFlow
-# 2.21. Without XLA, all gradients of the backbones are deterministic: of the operations for which TensorFlow's library
-# has the message "A deterministic GPU implementation of ... is not currently available", no backbone uses one
-# (tests/planning/test_computation.py traces them).
+# Keras layer -> the message of TensorFlow 2.21 that XLA cannot compute its gradient deterministically on GPUs. Without
+# XLA, the gradients of all backbones are deterministic: no backbone uses an operation for which TensorFlow has the
+# message "A deterministic GPU implementation of ... is not currently available" (tests/planning/test_computation.py
+# traces them).
 NO_DETERMINISTIC_XLA_GRADIENT = {
     "MaxPooling2D": "GPU MaxPool gradient ops do not yet have a deterministic XLA implementation"
 }
 
-# MobileNetV2 at 224 px, batch 256, all layers thawed, bfloat16, on an H200: compiling its 154 layers takes 24 s, and an
-# image then takes 58 us less (docs/speed.md), so it pays from 24 s / 154 / 58 us = 2,700 images per layer on.
+# XLA pays off above this number of images per backbone layer. Measured with MobileNetV2 at 224 px, batch size 256, all
+# layers thawed, bfloat16, on an H200: compiling its 154 layers takes 24 s, and each image then takes 58 us less
+# (docs/speed.md), so the limit is 24 s / 154 / 58 us = 2,700.
 IMAGES_PER_LAYER = 2_700
 
 
 @dataclass(frozen=True)
 class PhaseFacts:
-    """What the decision for one phase depends on, in addition to the device and the settings."""
+    """The inputs of the decision for one phase, in addition to device and configuration."""
 
-    images: int  # that one device trains on in the phase
-    layers: int  # of the backbone
-    differentiated: tuple[Differentiated, ...]
+    images: int  # images that one replica, or one virtual replica, trains on in the phase
+    layers: int  # number of backbone layers
+    differentiated: tuple[Differentiated, ...]  # operations whose gradient a step computes
 
 
 @dataclass(frozen=True)
 class Computation:
-    """How the training steps of a phase are computed, with the reason."""
+    """Whether XLA compiles the training step of a phase, with the reason."""
 
     xla: bool
-    reason: str
+    reason: str  # a phrase for log and plan
 
     def describe(self, name: str, config: RunConfig) -> str:
         """Format the log line about phase `name`."""
@@ -53,18 +54,21 @@ class Computation:
 def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseFacts) -> Computation:
     """Decide whether XLA compiles the training step of phase `name`.
 
+    With `runtime.xla=auto` it does on GPUs if the phase is long enough for the time that compiling takes, and the
+    gradients are deterministic or need not be.
+
     Raises:
         ConfigError: `runtime.xla=true` is set, and an operation that the phase differentiates has no deterministic
             gradient under XLA.
     """
     runtime = config.runtime
-    missing = [op for op in facts.differentiated if op.kind in NO_DETERMINISTIC_XLA_GRADIENT]
-    forbidden = ""
-    if device.kind == "GPU" and runtime.deterministic and missing:
-        forbidden = f"the gradient of {missing[0].name} ({missing[0].kind}) has no deterministic XLA kernel on GPUs"
-    if runtime.xla is True and forbidden:
+    blockers = [op for op in facts.differentiated if op.kind in NO_DETERMINISTIC_XLA_GRADIENT]
+    obstacle = ""
+    if device.kind == "GPU" and runtime.deterministic and blockers:
+        obstacle = f"the gradient of {blockers[0].name} ({blockers[0].kind}) has no deterministic XLA kernel on GPUs"
+    if runtime.xla is True and obstacle:
         raise ConfigError(
-            f"{forbidden}, and phase {name} needs it",
+            f"{obstacle}, and phase {name} needs it",
             key="runtime.xla",
             value="true",
             fix="use auto or false, set runtime.deterministic=false, or thaw fewer layers",
@@ -73,8 +77,8 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
         return Computation(runtime.xla, "as configured")
     if device.kind == "CPU":
         return Computation(False, "on a CPU it would be slower")
-    if forbidden:
-        return Computation(False, forbidden)
+    if obstacle:
+        return Computation(False, obstacle)
     needed = IMAGES_PER_LAYER * facts.layers
     counts = f"{facts.images:,} images per GPU, and compiling {facts.layers} layers pays from {needed:,} on"
     return Computation(facts.images >= needed, counts)
@@ -84,7 +88,13 @@ def plan_computations(
     config: RunConfig, device: Device, replicas: int, classifier: Classifier, dataset: Dataset,
     divisions: Mapping[str, Division],
 ) -> dict[str, Computation]:  # fmt: skip
-    """Decide how each phase is computed; `replicas` is the number on all workers."""
+    """Decide for each phase, by name, whether XLA compiles its step; raise the ConfigError of `decide_computation`.
+
+    Args:
+        replicas: number of replicas on all workers. With virtual replicas the decision depends on their number instead,
+            so that a run has the same bits on any number of devices.
+        divisions: result of `divide_phases`, by phase.
+    """
     per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     computations, parts = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
@@ -98,18 +108,23 @@ def adopt_computations(
     control: ControlChannel, config: RunConfig, device: Device, computations: Mapping[str, Computation],
     run_json: Mapping[str, Any],
 ) -> dict[str, bool]:  # fmt: skip
-    """Return for each phase whether XLA compiles its step: as `run_json` of a resumed run has it, else as planned.
+    """Return for each phase whether XLA compiles its step, and log it. All workers must call this.
 
-    All workers must call this. They get the decision of the chief.
+    They get the decision of the chief: as in run.json if the run resumes, so that its bits do not change, else as
+    planned.
+
+    Args:
+        computations: the decisions of `plan_computations`.
+        run_json: content of run.json if the run resumes, else {}.
     """
 
     def choose() -> tuple[dict[str, bool], list[str]]:
         recorded = run_json.get("xla", {})
-        chosen = {
+        results = {
             name: Computation(recorded[name], "as this run began") if name in recorded else computation
             for name, computation in computations.items()
         }
-        return {name: c.xla for name, c in chosen.items()}, [c.describe(name, config) for name, c in chosen.items()]
+        return {name: c.xla for name, c in results.items()}, [c.describe(name, config) for name, c in results.items()]
 
     compiled, lines = control.broadcast("computations", choose)
     if device.kind == "GPU" or config.runtime.xla == "auto":

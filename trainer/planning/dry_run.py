@@ -1,4 +1,4 @@
-"""Dry run: open the dataset, build the network, and plan phases, memory and bytes without training."""
+"""Dry run (`trainer.plan`): open the dataset, build the network, and plan phases, memory and bytes without training."""
 
 import sys
 from contextlib import suppress
@@ -42,7 +42,15 @@ from trainer.types import Dataset
 
 
 def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool) -> None:
-    """Print all sections of the plan, and collect its warnings and errors; first those of a teacher to train."""
+    """Print all sections of the plan, and collect its warnings and errors.
+
+    If the run would first train its teacher, print the plan of that run before.
+
+    Args:
+        arguments: the command-line arguments of the run, such as `data=digits`.
+        plot: PNG file for a drawing of the network; None for none.
+        summary: whether to list the layers of the network.
+    """
     teacher = _show_teacher(plan, arguments, summary)
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
@@ -53,31 +61,31 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 
 
 def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
-    """Print the plan of the run that trains the teacher, and return it; None if none would be trained."""
-    config, needed = plan.config, False
+    """Print the plan of the run that trains the teacher, and return it; None if the teacher need not be trained."""
+    config, is_needed = plan.config, False
     teacher = configure_teacher(config)
     if teacher:
         with suppress(ConfigError):  # of output_dir, which `show_configuration` reports
-            needed = config.output_dir is None or must_train(config, teacher)
-    if not teacher or not needed:
+            is_needed = config.output_dir is None or must_train(config, teacher)
+    if not teacher or not is_needed:
         return None
-    of_teacher = Plan(teacher, plan.cluster)
+    teacher_plan = Plan(teacher, plan.cluster)
     plan.print(Text("the teacher, trained first", style="bold reverse"))
     with keys_of_teacher():
-        show_run(of_teacher, arguments, None, summary)
-    plan.faults += [name_key_of_teacher(fault) for fault in of_teacher.faults]
-    plan.trained_first = of_teacher.config
+        show_run(teacher_plan, arguments, None, summary)
+    plan.faults += [name_key_of_teacher(fault) for fault in teacher_plan.faults]
+    plan.trained_first = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
-    return of_teacher
+    return teacher_plan
 
 
 def _show_cluster(plan: Plan) -> None:
-    """Print the workers, the devices, and the division of a batch."""
+    """Print the workers, the devices, and the division of a batch. Check the formats of the export."""
     config, cluster = plan.config, plan.cluster
     device, plan.replicas = detect_device(), choose_devices(config.runtime, cluster.size)[1]
-    text = f": {device.describe(plan.replicas)}"
+    devices = f": {device.describe(plan.replicas)}"
     if isinstance(config, RunConfig):
-        text = describe_devices(device, plan.replicas, cluster, config)
+        devices = describe_devices(device, plan.replicas, cluster, config)
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
     source = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
@@ -86,7 +94,7 @@ def _show_cluster(plan: Plan) -> None:
         rows.append(("addresses", format_names(cluster.addresses)))
     accumulate = config.training.accumulate
     micro_batches = f", in {accumulate} micro-batches per replica" if accumulate > 1 else ""
-    rows += [("devices", text.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
+    rows += [("devices", devices.partition(": ")[2]), ("batch", f"{config.training.batch_size} images{micro_batches}")]
     plan.print_section("cluster", rows)
 
 
@@ -94,7 +102,11 @@ _NOT_STAGED = ("not opened", "a plan downloads no data: classes and counts are k
 
 
 def _open_data(plan: Plan) -> Rows:
-    """Open the dataset, or list the files that a run would stage first; return rows for the plan."""
+    """Open the dataset if its files are on this machine; return rows for the section about the data.
+
+    Otherwise set `plan.to_stage` to the files that a run would fetch first. The metadata of a TFDS folder is downloaded
+    to a temporary folder, so that its classes and counts can be planned.
+    """
     config = plan.config
     data, streamed_folder = resolve_addresses(config.data)
     cache = config.runtime.cache_folder
@@ -102,8 +114,8 @@ def _open_data(plan: Plan) -> Rows:
     rows: Rows = [("disk budget", f"{budget / 1e9:,.1f} GB per cache, {reason}")]
     corrections: Rows = []
     if data.corrections:
-        listed = describe_corrections(read_corrections(data.corrections))
-        corrections = [("corrections", f"{data.corrections} lists: {listed}; applied once the data is staged")]
+        summary = describe_corrections(read_corrections(data.corrections))
+        corrections = [("corrections", f"{data.corrections} lists: {summary}; applied once the data is staged")]
     if streamed_folder and (prepared := find_prepared(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
@@ -113,7 +125,7 @@ def _open_data(plan: Plan) -> Rows:
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
-    unstaged, addresses = None, dict[str, str]()
+    unstaged, addresses = None, dict[str, str]()  # the address of files to fetch; local folder -> bucket folder
     if data.source == "csv":
         data, copies = plan_copies(data, cache, budget)
         addresses = {str(copy.folder): copy.bucket for copy in copies}
@@ -127,12 +139,12 @@ def _open_data(plan: Plan) -> Rows:
     local_paths = {"root": data.root, "pattern": data.pattern}
     for key, address in local_paths.items():
         if address and is_remote(address):
-            local_paths[key], line, entries = checks.plan_staging(address, cache, budget)
+            local_paths[key], line, files = checks.plan_staging(address, cache, budget)
             rows.append(("bucket", line))
             if path := local_paths[key]:
                 addresses |= [copied_folder(path, address, cache)]
             else:
-                unstaged, plan.to_stage = address, entries
+                unstaged, plan.to_stage = address, files
     if unstaged:
         if data.source != "tfds":
             return [*rows, *corrections, _NOT_STAGED]
@@ -149,11 +161,16 @@ def _open_data(plan: Plan) -> Rows:
 
 
 def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
-    """Open a dataset on this machine as a run does; return False if the run would download it first."""
+    """Open the dataset `data` as a run does, and check it. Return False if the run would first download it (TFDS).
+
+    Args:
+        data: the settings with local paths.
+        streamed: whether the files of `data` are only the metadata of shards in a bucket.
+    """
     config = plan.config
 
     def log_message(text: str) -> None:
-        if text.startswith("reading"):  # it may take long; the sections show what the other messages report
+        if text.startswith("reading"):  # reading may take long; the sections contain what the other messages report
             print(text, flush=True)
 
     try:
@@ -164,21 +181,21 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
         raise
     plan.dataset = dataset
     if config.output_dir and not plan.faults:
-        _, run_facts = inspect_folder(config)
-        check_same_data(config.output_dir, run_facts, dataset)
-        check_same_weights(config.output_dir, run_facts.get("initial_weights", {}), config)
-        plan.warnings += filter(None, [describe_versions(run_facts)])
-    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # checks
+        _, run_json = inspect_folder(config)
+        check_same_data(config.output_dir, run_json, dataset)
+        check_same_weights(config.output_dir, run_json.get("initial_weights", {}), config)
+        plan.warnings += filter(None, [describe_versions(run_json)])
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
     return True
 
 
 def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
-    """Print the sections that require the dataset."""
+    """Print the sections about data and storage, and, if the dataset can be opened, those about the network."""
     rows: Rows = []
-    before = len(plan.faults)
+    fault_count = len(plan.faults)
     with plan.collect_errors():
         rows = _open_data(plan)
-    problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > before else ""
+    problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > fault_count else ""
     if plan.dataset:
         with plan.collect_errors():
             require_validation(plan.dataset, plan.config.data.validation_fraction)
@@ -194,38 +211,38 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 
 
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
-    """Resolve `auto` as a run does, build the network, and print the sections about it."""
+    """Resolve `auto` as a run does, build the network, and print the sections about it and its training."""
     classes = len(dataset.class_names)
     device, replicas = detect_device(), plan.replicas * plan.cluster.size
     config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes, device, replicas=replicas)
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
-    config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas)
-    plan.warnings += [limited] * bool(limited)
+    config, limit_warning = limit_batch_size(config, dataset.splits["train"].count, replicas)
+    plan.warnings += [limit_warning] * bool(limit_warning)
     check_batch_size(config, replicas)
-    chosen_now = plan.config.model.backbone == "auto"
+    is_auto_backbone = plan.config.model.backbone == "auto"
     plan.config = config
-    weights = sections.show_weights(plan) if chosen_now else []
+    weights_rows = sections.show_weights(plan) if is_auto_backbone else []  # else `show_storage` has printed them
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
-    pixels = config.model.image_size or backbone.default_size
-    memory_before = estimates.measure_resident_bytes()
-    unread = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
-    model = without_weights(config.model) if unread else config.model  # nothing is downloaded
+    image_size = config.model.image_size or backbone.default_size
+    baseline_bytes = estimates.measure_resident_bytes()
+    skips_weights = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
+    model = without_weights(config.model) if skips_weights else config.model  # a plan downloads no weights
     classifier = build_classifier(model, classes, config.seed)
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     budget = max(config.runtime.memory_budget or default_memory_budget(), disk_budget)
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
-    caches = plan_image_caches(config, dataset, pixels, train_images_read_once=read_once)
+    caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
         config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {},
         config.training.virtual_replicas,
     )  # fmt: skip
     epoch_steps = sharding.steps_per_epoch
-    per_device = max(batch_size // replicas, 1)
-    per_replica = max(per_device // config.training.micro_batches(replicas), 1)
+    per_device = max(batch_size // replicas, 1)  # examples of a global batch per replica
+    per_replica = max(per_device // config.training.micro_batches(replicas), 1)  # examples that it computes at once
     phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
     sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
     computations = {}
@@ -241,10 +258,10 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=memory_before
+        classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=baseline_bytes
     )
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
-    model_rows = [*_describe_model(config, classifier, classes), *weights]
+    model_rows = [*_describe_model(config, classifier, classes), *weights_rows]
     with plan.collect_errors():
         if not plan.resuming:
             plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
@@ -268,7 +285,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
     plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
-    if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate
+    if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         compiled = {name: computation.xla for name, computation in computations.items()}
         seconds = estimate_time(config, classifier, dataset, inputs, compiled, epoch_steps)
@@ -278,11 +295,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
 
 
 def _describe_model(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
-    """Return rows about the backbone, the image size and the head."""
-    backbone, head = classifier.backbone, count_parameters(classifier.head_variables.values())
+    """Return rows about the backbone, the image size and the head. `classes` is the number of classes."""
+    backbone, head_size = classifier.backbone, count_parameters(classifier.head_variables.values())
     widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, classes))
     norm = " with batch normalization" if classifier.head_normalizations else ""
-    body = f"{estimates.count_model_parameters(classifier) - head:,} parameters in {len(backbone.layers)} layers"
-    return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {body}"),
+    counts = f"{estimates.count_model_parameters(classifier) - head_size:,} parameters in {len(backbone.layers)} layers"
+    return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {counts}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
-            ("head", f"{config.model.pooling} pooling, {widths}{norm}, {head:,} parameters")]  # fmt: skip
+            ("head", f"{config.model.pooling} pooling, {widths}{norm}, {head_size:,} parameters")]  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from trainer.types import Split
 
 
 def estimate_split_bytes(split: Split) -> int:
-    """Estimate the bytes of a split from its files or its fraction of each shard; 0 if one of them is not local."""
+    """Estimate the bytes of a split: the sizes of its files, or its fraction of each shard; 0 if one is not local."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -34,71 +35,74 @@ def estimate_split_bytes(split: Split) -> int:
         return 0
 
 
-# Measured with TensorFlow 2.21: the peak of the quickstart, 984 MB, minus all other uses, 806 MB.
+# Bytes of compiled steps and buffers. Measured with TensorFlow 2.21: the peak memory of the quickstart, 984 MB, minus
+# all other uses, 806 MB.
 COMPILED_BYTES = 180_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """The plan of one phase. Gradients, optimizer, averages and activations are in bytes per replica."""
+    """The plan of one phase. Memory is in bytes per replica."""
 
     name: str
-    steps: int
+    steps: int  # maximum; early stopping can end the phase before
     epochs: float
     thaw: ThawPlan
     trainable_parameters: int
     trained_layers: frozenset[int]  # indices of the backbone's layers with trainable variables
-    gradients: int
-    optimizer: int
-    averages: int
-    activations: int
-    frozen_activations: int  # of `activations`: of the layers below the first thawed one
-    half_precision_weights: int  # copies of all weights in the precision of the computations; 0 in float32
-    saves: int  # maximum number of checkpoints
+    gradients: int  # bytes
+    optimizer: int  # bytes of the optimizer's variables
+    averages: int  # bytes of the moving averages of the weights (EMA)
+    activations: int  # bytes, in training or scoring, whichever needs more
+    frozen_activations: int  # the part of `activations` of frozen layers; all of it if scoring needs more
+    half_precision_weights: int  # bytes of the copies of all weights in half precision; 0 in float32
+    saves: int  # maximum number of checkpoints that the phase saves
 
 
 def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, examples: int) -> list[PhasePlan]:
-    """Plan every phase by applying its thaw rule. The classifier remains in the state of the last phase.
+    """Plan each phase by applying its thaw rule. The classifier remains in the state of the last phase.
 
-    `epoch_steps` is the number of steps per epoch, `examples` the number of examples that a replica computes at once.
+    Args:
+        epoch_steps: number of steps per epoch.
+        examples: number of examples that a replica computes at once.
 
     Raises:
-        ModelError: a thaw rule matches no layer.
+        ModelError: a thaw rule cannot be applied.
     """
     plans, precision, virtual = [], config.runtime.precision, config.training.virtual_replicas
-    values = count_variable_bytes(classifier.variables.values()) // 4
-    every = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
+    parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
+    steps_per_save = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = config.phase_steps(phase, epoch_steps)
-        sizes = count_variable_bytes(thaw.trainable.values())
+        trainable_bytes = count_variable_bytes(thaw.trainable.values())
         trained, frozen = estimate_activations(
             classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
         )
-        # Scoring has no micro-batches.
-        scored = rows_per_call() if virtual else examples * config.training.accumulate
-        scoring = sum(estimate_activations(classifier, None, scored, precision))
-        saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / every), 1)
+        # Scoring computes the examples of all micro-batches at once.
+        scored_examples = rows_per_call() if virtual else examples * config.training.accumulate
+        scoring = sum(estimate_activations(classifier, None, scored_examples, precision))
+        saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
         plans.append(PhasePlan(
-            name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=sizes,
-            averages=sizes if config.training.ema else 0,
+            name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=trainable_bytes,
+            averages=trainable_bytes if config.training.ema else 0,
             trainable_parameters=count_parameters(thaw.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
-            optimizer=count_optimizer_slots(phase.optimizer) * sizes,
+            optimizer=count_optimizer_slots(phase.optimizer) * trainable_bytes,
             activations=max(trained + frozen, scoring),
             frozen_activations=frozen if trained + frozen >= scoring else scoring,
-            half_precision_weights=0 if precision == "float32" else values * BYTES_PER_VALUE[precision],
+            half_precision_weights=0 if precision == "float32" else parameters * BYTES_PER_VALUE[precision],
         ))  # fmt: skip
     return plans
 
 
 def count_model_parameters(classifier: Classifier) -> int:
-    """Count the parameters of backbone and head, including the moving statistics of BatchNormalization."""
+    """Count the parameters of backbone and head, including the moving averages of BatchNormalization."""
     return count_parameters(classifier.variables.values())
 
 
 def count_optimizer_slots(optimizer: Optimizer) -> int:
-    """Count the values per trainable parameter that a Keras optimizer stores."""
+    """Return the number of values that a Keras optimizer stores per trainable parameter, such as 2 for Adam."""
     return {"sgd": 0, "rmsprop": 1}.get(optimizer.name, 2) + bool(optimizer.momentum)
 
 
@@ -106,15 +110,24 @@ def estimate_activations(
     classifier: Classifier, first_thawed: int | None, examples: int, precision: Precision = "float32",
     batch_norm_training: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Estimate the bytes of the activations of `examples` examples, of the trained layers and of those below them.
+    """Estimate the memory of the activations of a batch.
 
-    The outputs of the first thawed layer and all layers above it are stored for the gradient. Below it only two at a
-    time are in memory, and the largest two are counted. A folded BatchNormalization has no output of its own; one whose
-    gamma and beta train stores it, and with batch statistics also the centered and the scaled input (measured: 0.75 to
-    1.1 of the estimate).
+    The outputs of the first thawed layer and of all layers above it are stored for the gradient. Below that layer, only
+    two outputs at a time are in memory, so the two largest ones are counted. A folded BatchNormalization has no output.
+    One whose gamma and beta are trained stores its output, and with batch statistics also its centered and its scaled
+    input. Measured uses are 0.75 to 1.1 of the estimate.
+
+    Args:
+        first_thawed: index in backbone.layers of the first trainable layer; None if all are frozen, or for inference.
+        examples: number of examples in the batch.
+        precision: of the computations.
+        batch_norm_training: trainable BatchNormalization layers use batch statistics.
+
+    Returns:
+        The bytes of the layers from `first_thawed` up, and the bytes of the layers below it.
     """
-    pairs, trains = find_foldable_pairs(classifier.backbone), first_thawed is not None
-    folded = {norm.name for _, norm in pairs if not (trains and norm.trainable)}
+    pairs, is_training = find_foldable_pairs(classifier.backbone), first_thawed is not None
+    folded = {norm.name for _, norm in pairs if not (is_training and norm.trainable)}
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
@@ -129,21 +142,22 @@ def estimate_activations(
 
 
 def measure_resident_bytes() -> int:
-    """Measure the memory of this process in bytes."""
+    """Measure the memory of this process (its resident set) in bytes. Where there is no /proc, return its peak."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak so far
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except OSError:  # not Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes in macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
+# Labels. Three uses grow with the batch: ACTIVATIONS, BATCHES and TEACHER[1].
 DECODED = "decoded images in memory"
 HALF_PRECISION = "weights in half precision"
-ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"  # with TEACHER[1], what grows with the batch
+ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
-# Where an estimate exceeds the limit by more than its own error, the run cannot fit.
-ESTIMATE_ERROR = 1.25
+ESTIMATE_ERROR = 1.25  # error of an estimate: a run is refused if it exceeds this multiple of the memory
 
 
 def estimate_memory(
@@ -152,17 +166,20 @@ def estimate_memory(
 ) -> Uses:  # fmt: skip
     """Estimate the uses of memory on this worker, in the phase that requires most.
 
-    Each of the `replicas` on this worker has `examples` examples of a batch. `baseline` is the memory of the process
-    with its libraries, before the network is built.
+    Args:
+        caches: the plan of the image cache of each split.
+        examples: number of examples of a global batch per replica.
+        replicas: number of replicas on this worker.
+        baseline: bytes of the process with its libraries, before the network is built.
     """
     largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
-    half = largest.half_precision_weights * replicas
+    half_precision = largest.half_precision_weights * replicas
     return [
         ("TensorFlow and libraries, measured here", baseline),
         ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
         (f"gradients (phase {largest.name})", largest.gradients * replicas),
         ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
-        *([(HALF_PRECISION, half)] if half else []),
+        *([(HALF_PRECISION, half_precision)] if half_precision else []),
         (ACTIVATIONS, largest.activations * replicas),
         (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
@@ -176,9 +193,16 @@ def estimate_teacher_memory(
 ) -> Uses:  # fmt: skip
     """Estimate the uses of memory of a teacher on this worker while the student trains.
 
-    A teacher that predicts in every step needs its variables, and activations for the `examples` that each of the
-    `replicas` computes at once; those of a SavedModel, without `classifier`, are unknown. Otherwise its `labels` many
-    soft labels, float32, are left, since its network is released before the training.
+    A teacher that predicts in every step needs its variables and activations. Otherwise only its soft labels, float32,
+    are in memory, because its network is released before training begins.
+
+    Args:
+        variable_bytes: bytes of the teacher's variables.
+        classifier: the teacher; None for a SavedModel, whose activations are unknown and counted as 0.
+        every_step: whether it predicts in every step.
+        examples: number of examples that a replica computes at once.
+        replicas: number of replicas on this worker.
+        labels: number of values of all soft labels: training examples times classes.
     """
     if not every_step:
         return [("its logits", 4 * labels)]
@@ -187,23 +211,29 @@ def estimate_teacher_memory(
 
 
 def select_gpu_uses(uses: Uses) -> Uses:
-    """Select the uses of memory that are on the GPUs if there are any."""
+    """Select the uses that are in the memory of the GPUs on a worker with GPUs."""
     names = ("variables", ACTIVATIONS, HALF_PRECISION, *TEACHER)
     return [use for use in uses if use[0] in names or use[0].startswith(("grad", "opt"))]
 
 
 def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
-    """Return a warning if the estimated uses exceed the memory `limit` of the device in bytes, else "".
+    """Return a warning if the estimated uses exceed the memory of a device, else "".
 
-    Raises ConfigError, with the largest batch that fits or another cache, if they exceed it by more than the error of
-    the estimate. `replicas` is the number on all workers.
+    Args:
+        limit: memory of the device in bytes.
+        replicas: number of replicas on all workers.
+        device: name of the device in the message.
+
+    Raises:
+        ConfigError: the uses exceed the limit by more than the error of the estimate. The fix is the largest batch size
+            that fits, or another cache for decoded images.
     """
     total, batch = sum(count for _, count in uses), config.training.batch_size
     if total <= limit:
         return ""
-    growing = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
+    batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
     divisor = compute_batch_divisor(config, replicas)
-    largest = int(batch * (limit - total + growing) / max(growing, 1)) // divisor * divisor
+    largest = int(batch * (limit - total + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {largest} or less" if largest >= divisor else "use a smaller model.image_size or another model.backbone"
@@ -219,11 +249,15 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
 
 
 def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
-    """Apply `check_device_memory` to this worker and to its GPUs; return the warnings."""
-    gpus = query_gpu_memory()
-    device = select_gpu_uses(uses) if gpus else []
-    checks = [([use for use in uses if use not in device], memory_limit(), "this machine")]
-    if gpus:
-        checks.append((device, gpus, "the memory of its GPUs"))
+    """Apply `check_device_memory` to the main memory and to the GPUs of this worker; return the warnings.
+
+    Raises:
+        ConfigError: the run does not fit into one of them.
+    """
+    gpu_memory = query_gpu_memory()
+    gpu_uses = select_gpu_uses(uses) if gpu_memory else []
+    checks = [([use for use in uses if use not in gpu_uses], memory_limit(), "this machine")]
+    if gpu_memory:
+        checks.append((gpu_uses, gpu_memory, "the memory of its GPUs"))
     warnings = (check_device_memory(config, subset, limit, replicas, name) for subset, limit, name in checks)
     return [warning for warning in warnings if warning]

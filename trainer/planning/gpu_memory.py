@@ -1,4 +1,4 @@
-"""The memory that each phase needs on a GPU, and settings that are slow on it. Pure functions of facts."""
+"""Describe the memory that each phase needs on a GPU, and find settings that are slow on GPUs."""
 
 from trainer.config.auto import choose_precision
 from trainer.config.batch_size import GPU_RESERVE, IMAGE_BYTES_PER_VALUE
@@ -6,17 +6,20 @@ from trainer.config.schema import RunConfig
 from trainer.planning.estimates import PhasePlan, format_bytes
 from trainer.types import Device
 
-# Images per second that one CPU reads: half of what two decode again in each epoch, and half of what two augment
-# (flip, rotation, zoom), at 160 px (docs/performance.md). Larger photos take longer.
+# Images per second of one CPU, measured with two CPUs at 160 px (docs/performance.md): with decoding in each epoch, and
+# with augmentation (flip, rotation, zoom) of cached images. Larger photos take longer.
 DECODED_PER_CPU, AUGMENTED_PER_CPU = 945, 2_950
-# Images per second of one GPU: between the 2,871 of ResNet50 and the 9,423 of MobileNetV2 on an H200 (docs/speed.md).
+# Images per second on which one GPU is assumed to train. An H200 trains ResNet50 on 2,871 and MobileNetV2 on 9,423
+# (docs/speed.md).
 READ_PER_GPU = 4_000
 
 
 def describe_gpu_memory(device: Device, phases: list[PhasePlan], variables: int, pixels: int) -> list[tuple[str, str]]:
-    """Describe the memory of one GPU that each phase needs, and the memory that it has; [] on CPUs.
+    """Describe in rows for the plan the memory that each phase needs on one GPU, and the memory of the GPU; [] on CPUs.
 
-    `variables` are the bytes of all variables, `pixels` the values of the uint8 images of its batch.
+    Args:
+        variables: bytes of all variables of the classifier.
+        pixels: number of values in the images of one GPU's batch.
     """
     if device.kind == "CPU":
         return []
@@ -38,9 +41,12 @@ def describe_gpu_memory(device: Device, phases: list[PhasePlan], variables: int,
 
 
 def find_device_warnings(config: RunConfig, device: Device, cpus: int, replicas: int, cached_in: str) -> list[str]:
-    """Find settings that make training slow on `replicas` GPUs of this worker, which has this number of CPUs.
+    """Return warnings about settings that make training slow on the GPUs of this worker; [] on CPUs.
 
-    `cached_in` is where the decoded training images are cached: memory, disk or none.
+    Args:
+        cpus: number of CPUs of this worker.
+        replicas: number of GPUs of this worker.
+        cached_in: where the decoded training images are cached: "memory", "disk" or "none".
     """
     if device.kind == "CPU":
         return []

@@ -1,4 +1,4 @@
-"""Format the layers of a network as a table: index, name, type, output, dtype, parameters, phases that train them."""
+"""Format the layers of a network as a text table with output shapes, parameters and the phases that train them."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,28 +12,33 @@ from trainer.report.figures import shorten_name
 
 PIPE_WIDTH = 80  # characters per line if the output is not a terminal
 _COLUMNS = ("#", "layer", "type", "output", "dtype", "parameters", "trains in")
-_NAME, _TYPE = 1, 2  # columns that are shortened in a narrow terminal, first the type
-_RIGHT = (0, 5)  # columns of numbers
-_MIN_NAME, _MIN_TYPE = 16, 9  # characters
+_NAME, _TYPE = 1, 2  # indices of the columns that are shortened in a narrow terminal, first the type
+_RIGHT_ALIGNED = (0, 5)  # indices of the columns of numbers
+_MIN_NAME, _MIN_TYPE = 16, 9  # minimum widths of these columns in characters
 
 
 def format_layers(classifier: Classifier, phases: Sequence[PhasePlan], width: int) -> list[str]:
-    """Format a line per layer of at most `width` characters (72 or more), and lines with the totals.
+    """Return a line per layer, and lines with the total number of parameters and that of each phase.
 
-    Layers have the indices that thaw rules such as from_layer:100 count. The head has none, and trains in each phase.
+    Layers have the index that thaw rules such as from_layer:100 use. Layers of the head have none, and train in each
+    phase.
+
+    Args:
+        width: maximum number of characters per line, at least 72.
     """
     rows = [_COLUMNS, *_describe_backbone(classifier, phases), *_describe_head(classifier, len(phases))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for column, least in ((_TYPE, _MIN_TYPE), (_NAME, _MIN_NAME)):
-        excess = sum(widths) + 2 + len(widths) - 1 - width
-        widths[column] -= max(0, min(excess, widths[column] - least))
+    for column, min_width in ((_TYPE, _MIN_TYPE), (_NAME, _MIN_NAME)):
+        excess = sum(widths) + 2 + len(widths) - 1 - width  # 2: indentation; one space between columns
+        widths[column] -= max(0, min(excess, widths[column] - min_width))
     lines = []
     for row in rows:
-        cells = [shorten_name(text, wide) for text, wide in zip(row, widths, strict=True)]
-        padded = [
-            f"{c:>{w}}" if i in _RIGHT else f"{c:{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        texts = [shorten_name(text, text_width) for text, text_width in zip(row, widths, strict=True)]
+        cells = [
+            f"{t:>{w}}" if i in _RIGHT_ALIGNED else f"{t:{w}}"
+            for i, (t, w) in enumerate(zip(texts, widths, strict=True))
         ]
-        lines.append(f"  {' '.join(padded)}".rstrip())
+        lines.append(f"  {' '.join(cells)}".rstrip())
     trained = ", ".join(f"{number} {p.name} {p.trainable_parameters:,}" for number, p in enumerate(phases, 1))
     totals = f"{count_model_parameters(classifier):,} parameters; trainable ones by phase: {trained}"
     return [*lines, *textwrap.wrap(totals, width, initial_indent="  ", subsequent_indent="  ")]
@@ -60,15 +65,15 @@ def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]
 
 
 def _describe(layer: Any, shape: Sequence[int | None]) -> tuple[str, str, str, str]:
-    """Return the type, the output without the batch dimension, the compute dtype and the parameters of a layer."""
-    kind = (
-        NORM.__name__ if isinstance(layer, NORM) else type(layer).__name__
-    )  # a thawed one has a class of this project
+    """Return the cells type, output, dtype and parameters of a layer. `shape` is that of its output for one example."""
+    # A thawed BatchNormalization has a subclass of this project.
+    class_name = NORM.__name__ if isinstance(layer, NORM) else type(layer).__name__
     parameters = count_parameters(layer.weights)
-    return kind, "x".join(map(str, shape)), layer.compute_dtype, f"{parameters:,}" if parameters else ""
+    return class_name, "x".join(map(str, shape)), layer.compute_dtype, f"{parameters:,}" if parameters else ""
 
 
 def _format_numbers(numbers: Sequence[int]) -> str:
     """Format increasing numbers with ranges: [1, 3, 4, 5] -> "1,3-5"."""
+    # Consecutive numbers have the same difference from their index.
     groups = [[n for _, n in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ",".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)

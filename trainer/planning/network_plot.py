@@ -1,4 +1,7 @@
-"""Draw the network: its stages (consecutive layers), and which of them each phase trains."""
+"""Draw the network as a PNG (`trainer.plan --plot`): its stages, and which of them each phase trains.
+
+A stage is the stem, a block, several merged blocks, or the top of the backbone.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +17,8 @@ from trainer.planning.estimates import PhasePlan, count_model_parameters
 from trainer.report.figures import GRID_LINE, INK, MUTED, create_figure, format_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colors of a stage
-MAX_STAGES = 36  # in a network with more, the blocks of one resolution are merged
-# x coordinates of the columns, and the width of one per phase; a row is 1 high.
+MAX_STAGES = 36  # in a network with more stages, consecutive blocks of one resolution are merged
+# x coordinates of the columns, and the width of the column of a phase. The height of a row is 1.
 CENTER_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
 
@@ -25,32 +28,36 @@ class Stage:
 
     name: str
     layers: range  # indices in backbone.layers
-    shape: tuple[int, ...]  # of the output, without the batch dimension
-    parameters: int
+    shape: tuple[int, ...]  # shape of the output, without the batch dimension
+    parameters: int  # number of parameters
 
 
-Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]  # name, output, layers, parameters, stage or "head"
+# Name, output shape, number of layers, number of parameters, and the stage, "head", or None for a row without weights.
+Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]
 
 
 def divide_into_stages(classifier: Classifier) -> list[Stage]:
-    """Divide the backbone into stem, blocks and top; above `MAX_STAGES`, merge consecutive blocks of one resolution."""
+    """Divide the backbone into stem, blocks and top.
+
+    If these are more than `MAX_STAGES`, merge consecutive ones whose feature maps have the same size.
+    """
     spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
-    edges = list(spec.find_block_starts(names).items())
-    top = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == edges[-1][0])
-    if edges[0][1] > 0:
-        edges.insert(0, ("stem", 0))
+    first_layers = list(spec.find_block_starts(names).items())  # (block, index)
+    top = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == first_layers[-1][0])
+    if first_layers[0][1] > 0:
+        first_layers.insert(0, ("stem", 0))
     if top < len(names):
-        edges.append(("top", top))
-    borders = pairwise([*edges, ("end", len(names))])
-    single = [_make_stage(classifier, name, range(first, after)) for (name, first), (_, after) in borders]
-    if len(single) <= MAX_STAGES:
-        return single
-    merged: list[Stage] = []
-    for _, group in groupby(single, key=lambda stage: stage.shape[:2]):
-        alike = list(group)
-        name = alike[0].name if len(alike) == 1 else f"{alike[0].name} to {alike[-1].name}"
-        merged.append(_make_stage(classifier, name, range(alike[0].layers.start, alike[-1].layers.stop)))
-    return merged
+        first_layers.append(("top", top))
+    intervals = pairwise([*first_layers, ("end", len(names))])
+    stages = [_make_stage(classifier, name, range(first, stop)) for (name, first), (_, stop) in intervals]
+    if len(stages) <= MAX_STAGES:
+        return stages
+    merged_stages: list[Stage] = []
+    for _, group in groupby(stages, key=lambda stage: stage.shape[:2]):
+        members = list(group)
+        name = members[0].name if len(members) == 1 else f"{members[0].name} to {members[-1].name}"
+        merged_stages.append(_make_stage(classifier, name, range(members[0].layers.start, members[-1].layers.stop)))
+    return merged_stages
 
 
 def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
@@ -60,17 +67,20 @@ def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
 
 
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
-    """Draw the network from images to probabilities as a PNG, and return its path.
+    """Draw the network from images to head as a PNG, and return `path`.
 
-    Each row is a stage. Its width shows the side of its feature maps, its color whether it trains in the last phase. A
-    column per phase shows whether it trains in that phase.
+    Each row has a box for a stage, whose width shows the side of its feature maps, and whose color shows whether it
+    trains in the last phase. A column per phase shows whether the stage trains in that phase.
+
+    Args:
+        classes: number of classes.
     """
-    size, drawn = classifier.image_size, divide_into_stages(classifier)
+    size, stages = classifier.image_size, divide_into_stages(classifier)
     head = count_parameters(classifier.head_variables.values())
     hidden = f"hidden {', '.join(str(layer.dense.units) for layer in classifier.hidden)}, " if classifier.hidden else ""
     rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
-    rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in drawn]
-    rows.append((f"{classifier.pooling} pooling", (drawn[-1].shape[-1],), 0, 0, None))
+    rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in stages]
+    rows.append((f"{classifier.pooling} pooling", (stages[-1].shape[-1],), 0, 0, None))
     rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + len(classifier.hidden), head, "head"))
 
     width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
@@ -102,12 +112,13 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
 
 
 def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int) -> None:
+    """Draw a row. `colors` are those of its box in each phase, `size` is the side of the images in pixels."""
     name, shape, layers, parameters, _ = row
     # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
     side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
-    width_of_box, ink = 3.4 + 2.4 * side, "white" if colors[-1] == TRAINS else INK
-    _draw_box(axes, CENTER_X - width_of_box / 2, y, width_of_box, 0.6, colors[-1])
-    axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=ink)
+    box_width, text_color = 3.4 + 2.4 * side, "white" if colors[-1] == TRAINS else INK
+    _draw_box(axes, CENTER_X - box_width / 2, y, box_width, 0.6, colors[-1])
+    axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=text_color)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
     for x, count in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
         axes.text(x, y, f"{count:,}" if count else "", fontsize=9, va="center", ha="right", color=INK)
@@ -116,20 +127,23 @@ def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int)
             _draw_box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, color)
 
 
-def _draw_box(axes: Axes, left: float, middle: float, width: float, height: float, color: str | None) -> None:
-    """Draw a filled box, or only its edge if `color` is None."""
+def _draw_box(axes: Axes, left: float, center_y: float, width: float, height: float, color: str | None) -> None:
+    """Draw a filled box with rounded corners, or only its edge if `color` is None."""
     face, edge, style = color or "white", "none" if color else MUTED, "round,pad=0,rounding_size=0.11"
-    corner = (left, middle - height / 2)
+    corner = (left, center_y - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=face, edgecolor=edge, linewidth=0.8))
 
 
 def _choose_color(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """Choose the color of a stage: all, some or none of its layers with weights train in a phase."""
+    """Choose the color of a stage in a phase: whether all, some or none of its layers with weights train.
+
+    The head trains in every phase. A row without weights has no color.
+    """
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     layers = classifier.backbone.layers
-    # Without BatchNormalization, so that frozen layers do not make a stage appear partly trained.
-    with_weights = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
-    if with_weights and with_weights <= phase.trained_layers:
+    # Exclude BatchNormalization: with batch_norm=frozen, it does not make a stage appear partly trained.
+    trainable = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
+    if trainable and trainable <= phase.trained_layers:
         return TRAINS
     return FROZEN if phase.trained_layers.isdisjoint(stage.layers) else TRAINS_PARTLY

@@ -1,4 +1,4 @@
-"""Print the sections of a plan, each a heading with a table, and collect warnings and errors in the `Plan`."""
+"""Print the sections of a plan, each a heading with a table. `Plan` collects the warnings and errors."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +32,8 @@ from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
 WIDTH = 100  # characters per line if the output is not a terminal
-MAX_NAMES = 5  # printed class names or addresses
-Rows = list[tuple[str, str]]
+MAX_NAMES = 5  # maximum number of printed class names or addresses
+Rows = list[tuple[str, str]]  # (label, value)
 
 
 @dataclass
@@ -42,24 +42,24 @@ class Plan:
 
     config: RequestedConfig
     cluster: Cluster
-    replicas: int = 1  # of this worker
+    replicas: int = 1  # number of replicas on this worker
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
-    dataset: Dataset | None = None
+    dataset: Dataset | None = None  # None until it is opened, or if it cannot be opened
     resuming: bool = False  # a run would resume from a checkpoint
     labels_known: bool = True  # False if only the metadata of the dataset was read
-    reasons: list[str] = field(default_factory=list)  # for each value that a resumed run chose for `auto`
+    reasons: list[str] = field(default_factory=list)  # a line for each value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
-    trained_first: RequestedConfig | None = None  # the run of a teacher that the run would train first
-    finished: bool = False  # the run would exit with 0 before it reads anything else
+    trained_first: RequestedConfig | None = None  # configuration of the teacher's run, if the run would begin with it
+    finished: bool = False  # output_dir contains the finished run, so a run would exit with 0 at once
 
     @property
     def bytes_to_stage(self) -> int:
-        """Bytes of the files to stage."""
+        """Total size of the files to stage."""
         return sum(file.size for file in self.to_stage)
 
     def print_section(self, title: str, rows: Rows, width: int = 14) -> None:
-        """Print a heading, and below it a table of labels and values."""
+        """Print a heading, and below it a table of labels, at least `width` characters wide, and values."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
         table.add_column(overflow="fold")
@@ -68,7 +68,7 @@ class Plan:
         self.print(Text(f"\n{title}", style="bold"), table)
 
     def print(self, *renderables: RenderableType) -> None:
-        """Print tables and texts without trailing spaces."""
+        """Print tables and texts with Rich, without trailing spaces."""
         console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         with console.capture() as captured:
             console.print(*renderables, sep="\n")
@@ -76,7 +76,7 @@ class Plan:
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
-        """Collect a TrainerError of the block for `show_warnings_and_raise`."""
+        """Catch a TrainerError of the block, and add it to `faults`, unless an equal one is there already."""
         try:
             yield
         except TrainerError as error:
@@ -84,7 +84,11 @@ class Plan:
                 self.faults.append(error)
 
     def show_warnings_and_raise(self) -> None:
-        """Print the warnings, and raise the collected errors, except for a finished run."""
+        """Print the warnings, and raise the collected errors. For a finished run, the errors are warnings.
+
+        Raises:
+            TrainerError: the only error, or a ConfigError that lists all of them, with the exit code of the first.
+        """
         if self.finished:
             self.warnings += [f"if the run were extended: {fault}" for fault in self.faults]
             self.faults = []
@@ -94,11 +98,11 @@ class Plan:
             raise self.faults[0]
         if self.faults:
             error = ConfigError.of_faults(self.faults, "the run")
-            error.exit_code = self.faults[0].exit_code  # in the order in which a run would find them
+            error.exit_code = self.faults[0].exit_code  # the error that ends a run, since the order is that of a run
             raise error
 
     def check(self, action: Callable[[], str]) -> str:
-        """Run `action`; return a tick and its result, or collect its error and return a cross and the error."""
+        """Call `action` and return "✓ RESULT", or collect its TrainerError and return "✗ ERROR"."""
         with self.collect_errors():
             try:
                 return f"✓ {action()}"
@@ -109,13 +113,17 @@ class Plan:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Format up to `MAX_NAMES` names, and the count of the others."""
+    """Format up to `MAX_NAMES` names, and the number of the others."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
-    """Print the chosen groups, the values changed on the command line, and the state of output_dir."""
+    """Print the chosen groups, the values changed on the command line, and the state of output_dir.
+
+    Set the fields of the plan that depend on output_dir: `config` with the `auto` values of a resumed run, `reasons`,
+    `resuming` and `finished`.
+    """
     config, output = plan.config, plan.config.output_dir
     choices = [a for a in arguments if a.split("=")[0] in GROUPS]
     rows: Rows = [("choices", "  ".join(choices) or "experiment=quickstart"), ("seed", str(config.seed))]
@@ -136,35 +144,38 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
             elif begun := inspect_folder(config)[0]:
                 plan.config, plan.reasons = resolve_auto(config, begun=begun)
                 plan.resuming = True
-                saved = checks.read_newest_state(config) or {"step": 0, "phase": 0}
-                phase = ([*plan.config.phases, "the end"])[saved["phase"]]
-                state = f"has this run, which would resume at step {saved['step']:,}, phase {phase}"
-            if (holder := find_folder_holder(config)) and not state.startswith("finished"):
+                newest = checks.read_newest_state(config) or {"step": 0, "phase": 0}
+                phase = ([*plan.config.phases, "the end"])[newest["phase"]]
+                state = f"has this run, which would resume at step {newest['step']:,}, phase {phase}"
+            if (holder := find_folder_holder(config)) and not plan.finished:
                 plan.warnings.append(f"output_dir={output} is in use by {holder}: a run would wait for it or end")
         if plan.faults:
             state = f"a run would fail: {plan.faults[-1]}"
-    before = len(plan.faults)
+    fault_count = len(plan.faults)
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
-    state += "; a run with several workers would fail" * (len(plan.faults) > before)
+    state += "; a run with several workers would fail" * (len(plan.faults) > fault_count)
     plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
-    """Print the names, counts, bytes and class balance of the dataset, and a table of the examples per class."""
+    """Print the names, counts, bytes and class balance of the dataset, and a table of the examples per class.
+
+    `rows` follow the rows about the dataset; they are about how it was opened.
+    """
     names = dataset.class_names
-    shown: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
+    dataset_rows: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
     for name, split in dataset.splits.items():
         files = len({shard.path for shard in split.shards})
         shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
         on_disk = f", {format_bytes(count)}" if (count := estimate_split_bytes(split)) else ""
-        shown.append((name, f"{split.count:,} examples{shards}{on_disk}"))
+        dataset_rows.append((name, f"{split.count:,} examples{shards}{on_disk}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
         largest, smallest = int(counts.argmax()), int(counts.argmin())
-        shown.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
-                                 f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
-    plan.print_section("data", [*shown, *rows, *(("note", note) for note in dataset.notes)])
+        dataset_rows.append(("balance", f"most training examples {counts[largest]:,} ({names[largest]}), "
+                                        f"fewest {counts[smallest]:,} ({names[smallest]})"))  # fmt: skip
+    plan.print_section("data", [*dataset_rows, *rows, *(("note", note) for note in dataset.notes)])
     if plan.labels_known:
         counts_per_split = {
             name: np.bincount(split.labels, minlength=len(names)).tolist() for name, split in dataset.splits.items()
@@ -176,7 +187,8 @@ def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
 def show_storage(plan: Plan, problem: str) -> None:
     """Read from the dataset, write to output_dir, check warm start, teacher and weights, and print the results.
 
-    `problem` is why the dataset could not be opened; "" if it was opened or is not staged yet.
+    Args:
+        problem: the reason why the dataset could not be opened; "" if it was opened, or would first be staged.
     """
     config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
@@ -204,7 +216,7 @@ def show_storage(plan: Plan, problem: str) -> None:
 
 
 def show_weights(plan: Plan) -> Rows:
-    """Return a row about weights that a run copies or downloads, after checking that it can; no row for others."""
+    """Check that a run can copy or download the weights of its backbone, and return a row; [] for local weights."""
     model = plan.config.model
     if model.weights == "imagenet" or is_remote(model.weights):
         return [("weights", plan.check(lambda: describe_weights(model)))]
@@ -214,8 +226,10 @@ def show_weights(plan: Plan) -> Rows:
 def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch_steps: int, by: str) -> None:
     """Print a table of the phases.
 
-    `total` is the number of parameters of the model, `epoch_steps` the number of steps per epoch, and `by` the unit by
-    which several workers shard the dataset, "record" or "file".
+    Args:
+        total: number of parameters of the model.
+        epoch_steps: number of steps per epoch.
+        by: unit by which several workers shard the dataset, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -241,13 +255,18 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
 
 
 def show_memory(plan: Plan, uses: Uses) -> None:
-    """Print the estimated uses of memory and the limit of this machine."""
-    shown = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
-    plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in shown])
+    """Print the estimated uses of memory, their sum and the limit of this machine."""
+    sizes = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
+    plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in sizes])
 
 
 def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
-    """Print the estimated `seconds` of each phase and of scoring on one device, divided by the number of `devices`."""
+    """Print the estimated time of each phase and of scoring; nothing if `seconds` is empty.
+
+    Args:
+        seconds: result of `estimate_time`, for one device.
+        devices: number of devices of the run, by which the seconds are divided.
+    """
     if seconds:
         rows = [(name, f"about {format_time(spent / devices)}") for name, spent in seconds.items()]
         total = format_time(sum(seconds.values()) / devices)
@@ -256,7 +275,12 @@ def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
 
 
 def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
-    """Print the bytes that a run reads and writes; `checkpoint` and `model` are the bytes of one of each."""
+    """Print the bytes that a run reads and writes.
+
+    Args:
+        checkpoint: bytes of a checkpoint.
+        model: bytes of the exported model, in float32.
+    """
     assert plan.dataset
     config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}

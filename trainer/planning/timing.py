@@ -19,9 +19,9 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 from trainer.types import Dataset, choose_scored_split
 
-BUDGET_SECONDS = 60.0  # for all measurements; later ones are not started
+BUDGET_SECONDS = 60.0  # after this time no further measurement begins
 BATCH_SIZE = 8  # images per measured step
-CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of measured calls, after the one that compiles
+CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of the timed calls, after the first one, which compiles
 
 
 def format_time(seconds: float) -> str:
@@ -32,12 +32,12 @@ def format_time(seconds: float) -> str:
 
 
 def has_gpus() -> bool:
-    """Return whether replicas compute in parallel, each on a GPU. On CPUs they use the same cores."""
+    """Return whether this worker has GPUs. If not, its replicas compute on the same cores, so they do not save time."""
     return bool(tf.config.list_physical_devices("GPU"))
 
 
 def measure_call(call: Callable[[], object]) -> float:
-    """Return the median seconds of a few calls, without the first one."""
+    """Return the median seconds of a few calls. The first call, which compiles, is not timed."""
     call()
     seconds: list[float] = []
     while len(seconds) < CALLS and sum(seconds) < CALL_SECONDS:
@@ -48,11 +48,14 @@ def measure_call(call: Callable[[], object]) -> float:
 
 
 def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation, seed: int) -> Any:
-    """Return an iterator that repeats a batch of random values, augmented anew in each step as in training."""
+    """Return an iterator that repeats a batch of random values, augmented differently in each step, as in training.
+
+    `shape` is that of one image, or of its features at a cut.
+    """
     index = np.arange(BATCH_SIZE, dtype=np.int64)
     values = tf.cast(np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, *shape)), dtype)
-    columns = {"label": np.zeros(BATCH_SIZE, np.int32), "weight": np.ones(BATCH_SIZE, np.float32), "index": index}
-    batch = {"image": values, "position": index, **columns}
+    labels = {"label": np.zeros(BATCH_SIZE, np.int32), "weight": np.ones(BATCH_SIZE, np.float32), "index": index}
+    batch = {"image": values, "position": index, **labels}
 
     def augment_batch(batch: dict[str, Any], step: Any) -> dict[str, Any]:
         epochs = tf.fill([BATCH_SIZE], step)
@@ -65,11 +68,11 @@ def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation
 def measure_training(
     config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None, xla: bool
 ) -> float:
-    """Measure the seconds per image of training in a phase, on features at `cut` or, if that is None, on images.
+    """Measure the seconds per image of training in a phase. The weights of the classifier are changed.
 
-    With `xla`, the step is compiled.
-
-    It changes the weights of the classifier.
+    Args:
+        cut: train on features at this cut; None to train on images.
+        xla: whether XLA compiles the step.
     """
     thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     lr = phase.optimizer.learning_rate
@@ -88,7 +91,7 @@ def measure_training(
 
 
 def measure_scoring(classifier: Classifier, seed: int) -> float:
-    """Measure the seconds per image of scoring; computing features takes as long."""
+    """Measure the seconds per image of scoring. Computing the features of an image takes about as long."""
     side = classifier.image_size
     predictor = Predictor(tf.distribute.get_strategy(), classifier)
     batch = next(_make_batches((side, side, 3), "uint8", Augmentation(), seed))
@@ -99,15 +102,18 @@ def estimate_time(
     config: RunConfig, classifier: Classifier, dataset: Dataset, inputs: Mapping[str, tuple[FeatureChoice, Division]],
     compiled: Mapping[str, bool], steps_per_epoch: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Estimate the seconds of each phase with its validation, and of scoring at the end, for one device.
+    """Estimate the seconds of each phase with its validation, and of the scoring at the end, on one device.
 
-    `inputs` has the planned input and the division of the network by phase, `compiled` whether XLA compiles its step.
-    The result is {} if the measurements exceed `BUDGET_SECONDS`. Reading and decoding images, the teacher, compiling,
-    export and report are not included.
+    Reading and decoding images, the teacher, compiling, export and report are not included.
+
+    Args:
+        inputs: by phase, its planned input and the division of its network.
+        compiled: by phase, whether XLA compiles its step.
+
+    Returns:
+        Seconds by name of the phase, and of "scoring"; {} if the measurements exceed `BUDGET_SECONDS`.
     """
     deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
-    if time.monotonic() >= deadline:
-        return {}
     scoring, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
     for name, phase in config.phases.items():
         if time.monotonic() >= deadline:
@@ -118,12 +124,12 @@ def estimate_time(
         images = steps / steps_per_epoch * counts["train"]
         cut = division.cut if cached else None
         seconds = images * measure_training(config, classifier, dataset, phase, cut, compiled[name])
-        if cached:  # computed once, for training and validation
+        if cached:  # features are computed once, for training and validation
             seconds += scoring * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
         else:
             passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring * counts["validation"] * passes * config.training.validation_share
-        if config.training.validation_share < 1:  # the weights that the phase ends with, on the whole split
+        if config.training.validation_share < 1:  # the phase weights are scored on the entire split
             seconds += scoring * counts["validation"]
         estimates[name] = seconds
     return estimates | {"scoring": scoring * counts[choose_scored_split(dataset.splits)]}

@@ -1,4 +1,4 @@
-"""Find settings that are valid but probably not intended. A plan prints these warnings, and a run logs them."""
+"""Warn of settings that are valid but probably not intended. A plan prints these warnings, and a run logs them."""
 
 from collections.abc import Mapping
 
@@ -17,25 +17,28 @@ from trainer.planning.estimates import check_worker_memory, estimate_memory, est
 from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
-MIN_RATE_RATIO = 5  # of the head's learning rate to that with which thawed layers should begin
-ADAPTIVE = frozenset({"adam", "adamw", "adamax", "nadam", "rmsprop"})  # their rates have about the same meaning
-DOMINANT_FRACTION = 0.6  # of the training examples; a larger class is worth a warning
+MIN_RATE_RATIO = 5  # thawed layers should begin with at most the learning rate of the head divided by this
+ADAPTIVE = frozenset({"adam", "adamw", "adamax", "nadam", "rmsprop"})  # optimizers with comparable learning rates
+DOMINANT_FRACTION = 0.6  # a class with a larger fraction of the training examples causes a warning
 
 
 def find_run_warnings(
     images: ImageStore, classifier: Classifier, teacher: ConfiguredTeacher | None, worker: Worker, baseline: int
 ) -> list[str]:
-    """Return the warnings of a run, as its plan prints them; raise ConfigError if it does not fit into the memory.
+    """Return the warnings of a run, the same that its plan prints; [] on workers other than the chief.
 
-    On workers other than the chief the list is empty. `baseline` is the memory of the process before the network was
-    built.
+    Args:
+        baseline: bytes of the process before the network was built.
+
+    Raises:
+        ConfigError: the run does not fit into the memory of this worker.
     """
     config, dataset, replicas = images.config, images.dataset, worker.replicas
-    train, once = dataset.splits["train"], images.train_images_read_once
+    train, read_once = dataset.splits["train"], images.train_images_read_once
     examples = max(config.training.batch_size // (worker.size * replicas), 1)
     per_replica = max(examples // config.training.micro_batches(worker.size * replicas), 1)
     epoch_steps = steps_per_epoch(train, config.training.batch_size)
-    caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=once)
+    caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
     phases = plan_phases(config, classifier, epoch_steps, per_replica)
     uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
     if teacher:
@@ -53,28 +56,32 @@ def find_run_warnings(
 
 
 def find_settings_warnings(config: RequestedConfig) -> list[str]:
-    """Return the warnings that follow from the configuration alone."""
+    """Return the warnings that follow from the configuration alone.
+
+    Phases are included only if no value is `auto`, that is in a `RunConfig`.
+    """
     warnings = []
-    settings = config.phases if isinstance(config, RunConfig) else {}
-    frozen = [name for name, phase in settings.items() if phase.batch_norm != "train"]
+    phases = config.phases if isinstance(config, RunConfig) else {}
+    frozen = [name for name, phase in phases.items() if phase.batch_norm != "train"]
     if config.model.weights == "none" and not config.warm_start and frozen:
         warnings.append(
             f"model.weights=none without batch_norm=train in {', '.join(frozen)}: the statistics of normalization stay "
             f"as initialized, scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all"
         )
-    warnings += find_rate_warnings(settings)
+    warnings += find_rate_warnings(phases)
     if limits := [f"debug.{key}={value}" for key, value in config.debug if value]:
         warnings.append(f"{', '.join(limits)}: this is a trial run")
     return warnings
 
 
 def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
-    """Return a warning for each phase that thaws layers at more than a fifth of the learning rate of the head before.
+    """Return a warning for each phase that begins to train thawed layers at too high a learning rate.
 
-    Large steps destroy what the backbone has learned before (Howard & Ruder 2018). A phase with a warm-up begins with
-    small ones. Rates of different kinds of optimizers cannot be compared.
+    Large steps destroy what the backbone has learned in pretraining (Howard & Ruder 2018). The limit is a fifth of the
+    learning rate of the last phase before that trained only the head. A phase with a warm-up begins with small steps,
+    and learning rates of optimizers of different kinds cannot be compared, so these cause no warning.
     """
-    warnings, head = [], ("", 0.0, frozenset[str]())  # name, learning rate, optimizers of the same kind
+    warnings, head = [], ("", 0.0, frozenset[str]())  # the last phase with thaw=none: name, rate, similar optimizers
     for name, phase in phases.items():
         optimizer = phase.optimizer
         if phase.thaw == "none":
@@ -94,7 +101,12 @@ def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
 def find_dataset_warnings(
     config: RunConfig, dataset: Dataset, epoch_steps: int, labels_known: bool = True
 ) -> list[str]:
-    """Return the warnings about the dataset with these settings."""
+    """Return the warnings about the dataset with these settings.
+
+    Args:
+        epoch_steps: number of steps per epoch.
+        labels_known: False if only the metadata of the dataset was read, so that all labels are 0.
+    """
     warnings, train = [], dataset.splits["train"]
     counts = np.bincount(train.labels, minlength=len(dataset.class_names))
     largest = int(counts.argmax())
@@ -102,14 +114,14 @@ def find_dataset_warnings(
         fraction, name = f"{counts[largest] / counts.sum():.0%}", dataset.class_names[largest]
         warnings.append(f"{fraction} of the training examples are {name}: a constant prediction is right {fraction} of "
                         "the time; try training.class_weights=balanced")  # fmt: skip
-    every = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)
+    every = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)  # steps per checkpoint
     steps = {name: config.phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
     if short := ", ".join(name for name, count in steps.items() if every > count):
         warnings.append(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of "
                         "it")  # fmt: skip
     if "test" not in dataset.splits and not config.debug.overfit:
-        of_test = config.data.test_fraction
-        fix = f"data.test_fraction={of_test:g} leaves none, add images" if of_test else "set data.test_fraction"
+        ratio = config.data.test_fraction
+        fix = f"data.test_fraction={ratio:g} leaves none, add images" if ratio else "set data.test_fraction"
         warnings.append(f"there is no test split: the score is of the split that chose the checkpoint; {fix}")
     validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
     if 0 < validation < 100 and not any("validation has only" in note for note in dataset.notes):

@@ -25,11 +25,11 @@ from trainer.storage.path import storage_path
 
 # Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "", "to": "is required", "keep": "", "allow_worse": "", "back": ""}
-KEEP = 5  # versions, by default
+KEEP = 5  # default number of versions to retain
 
 
 def parse_keep(arguments: dict[str, str]) -> int:
-    """Parse the number of versions to retain; raise a ConfigError if it is not a positive integer."""
+    """Return the number of versions to retain; raise a ConfigError if it is not a positive integer."""
     text = arguments.get("keep", str(KEEP))
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise ConfigError("is not a positive integer", key="keep", value=text, fix=f"give a number, such as {KEEP}")
@@ -37,6 +37,7 @@ def parse_keep(arguments: dict[str, str]) -> int:
 
 
 def _parse_flag(arguments: dict[str, str], key: str) -> bool:
+    """Return the value of an argument that is true or false (the default); raise a ConfigError for any other text."""
     text = arguments.get(key, "false")
     if text not in ("true", "false"):
         raise ConfigError("is neither true nor false", key=key, value=text, fix=f"write {key}=true")

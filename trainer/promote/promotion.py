@@ -1,4 +1,4 @@
-"""Promote the model of a run to the next version of a served model, or go back to an earlier version."""
+"""Promotion of the model of a run to the next version of a served model, and the return to an earlier version."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ from trainer.storage.versions import (
     parse_manifest,
 )
 
-SCORES = ("report/report.json", "report/predictions.csv")  # of a run; recorded with its version
+SCORES = ("report/report.json", "report/predictions.csv")  # files of a run that are copied to its version
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,14 @@ class Decision:
 
 
 def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> Decision:
-    """Decide whether a run is promoted, by its comparison with the served version on n held-out examples."""
+    """Decide whether to promote a run: unless it is significantly worse than the served version.
+
+    Args:
+        pair: comparison of the run with the served version, which is the reference.
+        n: number of held-out examples in the comparison.
+        version: number of the served version.
+        allow_worse: promote the run even if it is worse.
+    """
     outcome = describe_outcome(pair, pair.p)
     low, high = pair.interval
     relation = "from" if outcome == "no significant difference" else "than"
@@ -55,10 +62,13 @@ def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> D
 
 
 def plan_return(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Choose the version that `back=true` makes the newest again; None if there is no earlier one.
+    """Return the number of the version that `back=true` makes the newest again, or None if there is no earlier one.
 
-    `manifests` has those of all versions by number. A copy counts as its origin, so that going back twice in a row
-    returns to the version before the last two.
+    That is the version before the newest one. A copy counts as its origin: of versions 1, 2 and 3, the first return
+    copies version 2 to version 4, and the next one copies version 1.
+
+    Args:
+        manifests: manifest of each version, by number; not empty.
     """
 
     def origin(number: int) -> int:
@@ -71,12 +81,15 @@ def plan_return(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 @contextmanager
 def _exclusive(folder: StoragePath) -> Iterator[None]:
-    """Hold the lease on the folder of the versions, and clean up at its end."""
+    """Hold the lease on the folder of the versions, and delete incomplete versions at the end of the block.
+
+    If the block raises an error, nothing is deleted.
+    """
     holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
     try:
         lease = acquire_lease(folder, holder, os.environ.get("JOB_UID"), log_message=log.info)
     except Interrupted as error:
-        error.key = error.key and "to"
+        error.key = error.key and "to"  # the argument of this command instead of output_dir
         raise
     with lease:
         yield
@@ -87,31 +100,40 @@ def _exclusive(folder: StoragePath) -> Iterator[None]:
 
 
 def read_manifest(version: StoragePath) -> dict[str, Any]:
-    """Read the manifest of a version; {} if it was not written by `trainer.promote`. Raises DataError if corrupt."""
+    """Read the manifest of a version. Return {} if the version was not written by `trainer.promote`.
+
+    Raises:
+        DataError: the manifest is corrupt.
+    """
     return read_json(version / MANIFEST, parse_manifest, "promote a run with allow_worse=true") or {}
 
 
 def _number(version: StoragePath) -> int:
+    """Return the number of a version from `list_versions` or `commit_version`."""
     number = number_of(version)
     assert number is not None, "from `list_versions` or `commit_version`"
     return number
 
 
 def _fetch_run(run: str, to: Path) -> None:
-    """Copy the export of a finished run and its scores to a local folder."""
-    home = storage_path(run)
-    if not (home / "DONE").exists():
+    """Copy the newest SavedModel of a finished run, and its scores, to a local folder.
+
+    Raises:
+        DataError: the run is not finished, or has no SavedModel or scores.
+    """
+    run_folder = storage_path(run)
+    if not (run_folder / "DONE").exists():
         fix = "give the output_dir of a finished run"
         raise DataError("is not a finished run", key="run", value=run, fix=fix)
-    exports = list_versions(home / "export" / "saved_model")
+    exports = list_versions(run_folder / "export" / "saved_model")
     if not exports:
         fix = "add saved_model to export.formats, or run trainer.export"
         raise DataError("has no export/saved_model", key="run", value=run, fix=fix)
     _fetch(exports[0].path.parent, to)
     for name in SCORES:
-        if not (home / name).exists():
+        if not (run_folder / name).exists():
             raise DataError(f"has no {name}", key="run", value=run, fix="give the output_dir of a finished run")
-        (home / name).download(to / name)
+        (run_folder / name).download(to / name)
 
 
 def _fetch(version: StoragePath, to: Path) -> None:
@@ -123,24 +145,33 @@ def _fetch(version: StoragePath, to: Path) -> None:
 
 
 def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False) -> tuple[int, str]:
-    """Make the model of a run the next version in `folder`; return its number and why it was promoted.
+    """Make the model of a run the next version in `folder`.
 
-    A run whose export is the newest version already is not promoted again.
+    If the newest version has exactly the files of the run, no version is added.
+
+    Args:
+        run: output_dir of a finished run, local or in a bucket.
+        folder: folder of the versions.
+        keep: number of versions to retain; older ones are deleted after the promotion.
+        allow_worse: promote the run even if it is worse than the newest version or cannot be compared with it.
+
+    Returns:
+        The number of the version with the model, and the reason for the promotion.
 
     Raises:
-        DataError: the run has no export or scores, or cannot be compared with the newest version.
+        DataError: the run is not finished, has no export or scores, or cannot be compared with the newest version.
         Refused: the run is worse than the newest version, and `allow_worse` is False.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
     with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
-        local = Path(temporary)
-        _fetch_run(run, local)
-        files, versions = checksum_files(local), [info.path.parent for info in list_versions(folder)]
+        local_folder = Path(temporary)
+        _fetch_run(run, local_folder)
+        files, versions = checksum_files(local_folder), [info.path.parent for info in list_versions(folder)]
         decision, comparison = Decision(True, "there is no version to compare with"), None
         if versions:
             newest, number = versions[0], _number(versions[0])
-            served = _read_served(newest, allow_worse)
-            if served.get("files") == files:
+            served_manifest = _read_served(newest, allow_worse)
+            if served_manifest.get("files") == files:
                 log.info(f"{run} is version {number} of {folder} already")
                 return number, "promoted already"
             decision, comparison = _compare(run, newest, allow_worse)
@@ -148,13 +179,13 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
             fix = "nothing was changed; allow_worse=true promotes it all the same"
             raise Refused(f"is {decision.reason}", key="run", value=run, fix=fix)
         manifest = {"run": canonicalize_address(run), "origin": None, "comparison": comparison, "files": files}
-        number = _commit(folder, local, manifest, keep)
+        number = _commit(folder, local_folder, manifest, keep)
         log.info(f"{run} is version {number} of {folder}; {decision.reason}")
         return number, decision.reason
 
 
 def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
-    """Read the manifest of the version that a run is compared with; {} if it is corrupt and need not be compared."""
+    """Read the manifest of the served version. If `allow_worse`, return {} for a corrupt one."""
     try:
         return read_manifest(version)
     except DataError:
@@ -164,53 +195,58 @@ def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
 
 
 def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision, dict[str, Any] | None]:
-    """Compare a run with the newest version on their common held-out examples, as `trainer.compare` does."""
+    """Compare a run with the newest version on the held-out examples that both have scored.
+
+    Return the decision, and the figures of the comparison for the manifest (None if the two cannot be compared, which
+    is an error unless `allow_worse`).
+    """
     number = _number(newest)
     try:
-        compared = compare_runs([read_scored_run(str(newest), str(number)), read_scored_run(run, run)])
+        result = compare_runs([read_scored_run(str(newest), str(number)), read_scored_run(run, run)])
     except DataError as error:
         if allow_worse:
             return Decision(True, f"not compared with version {number}: {error.problem}"), None
         problem = f"cannot be compared with version {number}: {error.problem}"
         raise DataError(problem, key="run", value=run, fix="promote it with allow_worse=true") from None
-    (pair,), n = compared.pairs, len(compared.files)
-    values = {"version": number, "n": n, "difference": pair.difference, "interval": list(pair.interval), "p": pair.p}
-    return decide(pair, n, number, allow_worse), values
+    (pair,), n = result.pairs, len(result.files)
+    figures = {"version": number, "n": n, "difference": pair.difference, "interval": list(pair.interval), "p": pair.p}
+    return decide(pair, n, number, allow_worse), figures
 
 
 def go_back(folder: StoragePath, keep: int) -> int:
-    """Make the version before the newest one the newest again, as a copy with a new number; return that number.
+    """Copy the version before the newest one to a new version, and return the number of the copy.
 
-    A new number, because servers choose the highest one, and a deleted number would be used twice.
+    The copy has a new number because servers choose the version with the highest number. If the newest version were
+    deleted instead, its number would be used again. `keep` is the number of versions to retain.
 
     Raises:
-        DataError: there is no earlier version, or its files are corrupt.
+        DataError: there is no earlier version, its files are corrupt, or the manifest of a version is corrupt.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
     with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
-        local = Path(temporary)
+        local_folder = Path(temporary)
         versions = {_number(info.path.parent): info.path.parent for info in list_versions(folder)}
         manifests = {number: read_manifest(version) for number, version in versions.items()}
-        chosen = plan_return(manifests) if manifests else None
-        if chosen is None:
+        source = plan_return(manifests) if manifests else None
+        if source is None:
             fix = "promote a run instead"
             raise DataError("has no version before the newest one", key="to", value=str(folder), fix=fix)
-        _fetch(versions[chosen], local)
-        manifest = manifests[chosen] or {"run": None, "comparison": None, "files": checksum_files(local)}
-        if damage := find_damage(local, manifest):
-            raise DataError(f"{versions[chosen]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
-        origin = manifest.get("origin") or chosen
-        number = _commit(folder, local, manifest | {"origin": origin}, keep)
+        _fetch(versions[source], local_folder)
+        manifest = manifests[source] or {"run": None, "comparison": None, "files": checksum_files(local_folder)}
+        if damage := find_damage(local_folder, manifest):
+            raise DataError(f"{versions[source]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
+        origin = manifest.get("origin") or source
+        number = _commit(folder, local_folder, manifest | {"origin": origin}, keep)
         log.info(f"version {number} of {folder} is a copy of version {origin}, instead of version {max(versions)}")
         return number
 
 
-def _commit(folder: StoragePath, local: Path, manifest: dict[str, Any], keep: int) -> int:
-    """Write a version with its manifest, delete the oldest ones, and return the number of the new one."""
-    written = manifest | {"promoted": format_utc_now(), "kubetune": trainer.__version__}
-    write_json(local / MANIFEST, written)
-    assert (local / GRAPH).exists()
-    number = _number(commit_version(folder, local))
+def _commit(folder: StoragePath, local_folder: Path, manifest: dict[str, Any], keep: int) -> int:
+    """Add a version with its manifest, delete the oldest versions, and return the number of the new version."""
+    full_manifest = manifest | {"promoted": format_utc_now(), "kubetune": trainer.__version__}
+    write_json(local_folder / MANIFEST, full_manifest)
+    assert (local_folder / GRAPH).exists()
+    number = _number(commit_version(folder, local_folder))
     for info in list_versions(folder)[keep:]:
         delete_version(info.path.parent)
         log.info(f"deleted {info.path.parent}, as keep={keep}")

@@ -11,7 +11,7 @@ suggest a learning rate by a range test, before a run is trained.
 Example: python -m trainer.rates data=image_folder data.root=photos model=mobilenet_v2
 
 The learning rate grows exponentially from step to step (Smith 2017), with the batches, the augmentation and the
-optimizer of the phase, but without its schedule. Takes as long as about 100 steps, or an epoch if that is longer, and
+optimizer of the phase, but without its schedule. Takes an epoch, but at least 100 and at most 400 steps, and
 writes nothing but these files and caches. Exit codes: 0 done; 2 an argument or the data is wrong; 75 interrupted.
 """
 
@@ -25,9 +25,9 @@ from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 from trainer.rates.curve import HIGHEST, LOWEST, parse_bounds
 
-# Key -> problem if it is missing, "" if it is optional.
+# Key -> problem to report if the argument is missing; "" if it is optional.
 ARGUMENTS = {"phase": "", "lowest": "", "highest": "", "output": ""}
-OUTPUT = "outputs/rates"
+OUTPUT = "outputs/rates"  # default of `output`
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The curve of a range test: its rates, the smoothed loss, when to stop, and the suggested learning rate."""
+"""The curve of a learning-rate range test: the rates to test, the smoothed loss, when to stop, and the suggestion."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import numpy as np
 
 from trainer.errors import ConfigError
 
-LOWEST, HIGHEST = 1e-7, 10.0
-MIN_STEPS, MAX_STEPS = 100, 400  # of a test; between them, those of an epoch
-DIVERGED = 4.0  # the test ends when the smoothed loss is more than this times its minimum
-SMOOTHING_STEPS = 3.0  # standard deviation of the kernel
-MIN_DECREASE = 0.05  # of the first loss; with a smaller one, nothing is suggested
+LOWEST, HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
+MIN_STEPS, MAX_STEPS = 100, 400  # limits of the length of a test, which is otherwise an epoch
+DIVERGED = 4.0  # the test ends when the smoothed loss exceeds its minimum by this factor
+SMOOTHING_STEPS = 3.0  # standard deviation of the smoothing kernel, in steps
+MIN_DECREASE = 0.05  # fraction of the first loss by which the loss must decrease for a suggestion
 
 
 class Bounds(NamedTuple):
-    """The learning rates of the first and the last step."""
+    """The learning rates of the first and the last step of a test."""
 
     lowest: float
     highest: float
@@ -24,19 +24,19 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Two learning rates that a curve suggests."""
+    """The learning rates that two rules suggest for a curve."""
 
-    steepest: float  # where the smoothed loss decreases fastest
-    tenth: float  # a tenth of the rate of the minimum
+    steepest: float  # the rate where the smoothed loss decreases fastest
+    tenth: float  # a tenth of the rate where the smoothed loss has its minimum
 
     @property
     def chosen(self) -> float:
-        """The smaller one, with two digits."""
+        """The smaller of the two, rounded to two significant digits."""
         return float(f"{min(self.steepest, self.tenth):.1e}")
 
 
 def parse_bounds(lowest: str, highest: str) -> Bounds:
-    """Parse the bounds; raise a ConfigError unless both are positive numbers at least a decade apart."""
+    """Parse the bounds. Raise a ConfigError unless both are numbers from 1e-12 to 1e6, and highest >= 10 * lowest."""
     values = []
     for key, text in (("lowest", lowest), ("highest", highest)):
         try:
@@ -54,15 +54,18 @@ def parse_bounds(lowest: str, highest: str) -> Bounds:
 
 
 def count_steps_per_decade(bounds: Bounds, steps_per_epoch: int) -> int:
-    """Return the number of steps in which the rate grows tenfold: about an epoch in total, within the limits."""
+    """Return the number of steps in which the rate grows tenfold.
+
+    All steps together are about an epoch, but at least `MIN_STEPS` and at most `MAX_STEPS`.
+    """
     steps = min(max(steps_per_epoch, MIN_STEPS), MAX_STEPS)
     return max(math.ceil(steps / math.log10(bounds.highest / bounds.lowest)), 1)
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """Smooth the losses of steps, float [n], by a Gaussian kernel.
+    """Smooth the losses of consecutive steps, float [n], with a Gaussian kernel. Return float [n].
 
-    It is centered: a trailing average would lag behind, and shift the suggestion to larger rates.
+    The kernel is centered, because a trailing average would lag behind and shift the suggestion to larger rates.
     """
     steps = np.arange(len(losses))
     weights = np.exp(-0.5 * ((steps[:, None] - steps[None, :]) / SMOOTHING_STEPS) ** 2)
@@ -70,7 +73,10 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def has_diverged(losses: np.ndarray) -> bool:
-    """Return whether the newest losses of a test show that larger rates need not be tried."""
+    """Return whether the test can end, because the loss diverges. `losses` are those of all steps so far, float [n].
+
+    The loss diverges if its newest value is not finite, or its smoothed value exceeds `DIVERGED` times the minimum.
+    """
     if not np.isfinite(losses[-1:]).all():
         return True
     smoothed = smooth(losses)
@@ -78,15 +84,23 @@ def has_diverged(losses: np.ndarray) -> bool:
 
 
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> Suggestion | None:
-    """Suggest a learning rate by increasing `rates` and smoothed losses, float [n]; None if the loss never decreases.
+    """Suggest a learning rate by two common rules (Smith 2017; Howard & Gugger 2020).
 
-    The slope is over the logarithm of the rate. Both rules are those of practice: the rate of the steepest descent, and
-    a tenth of the rate of the minimum, where the loss begins to diverge (Smith 2017; Howard & Gugger 2020).
+    The first is the rate where the loss decreases fastest over the logarithm of the rate. The second is a tenth of the
+    rate of the minimum, because the loss begins to diverge there.
+
+    Args:
+        rates: learning rate of each step, increasing, float [n].
+        smoothed: smoothed loss of each step, float [n].
+
+    Returns:
+        The suggestion; None if the loss decreases by less than `MIN_DECREASE` of the first one, or if there are fewer
+        than two steps before its minimum.
     """
     if len(rates) < 3:
         return None
-    minimum = int(smoothed.argmin())
-    if minimum < 2 or smoothed[:minimum].max() - smoothed[minimum] < MIN_DECREASE * smoothed[0]:
+    min_step = int(smoothed.argmin())
+    if min_step < 2 or smoothed[:min_step].max() - smoothed[min_step] < MIN_DECREASE * smoothed[0]:
         return None
-    slopes = np.gradient(smoothed, np.log(rates))[: minimum + 1]
-    return Suggestion(float(rates[int(slopes.argmin())]), float(rates[minimum] / 10))
+    slopes = np.gradient(smoothed, np.log(rates))[: min_step + 1]
+    return Suggestion(float(rates[int(slopes.argmin())]), float(rates[min_step] / 10))

@@ -1,4 +1,4 @@
-"""The range test of a phase: its training steps, with a learning rate that grows exponentially."""
+"""The learning-rate range test of a phase: training steps with a learning rate that grows exponentially."""
 
 import json
 import tempfile
@@ -27,16 +27,24 @@ from trainer.runs.folder import open_run_folder
 from trainer.storage.path import storage_path
 from trainer.train import choose_inputs, make_plan, restore, set_up
 
-SUMMARY = "rates.json"
+SUMMARY = "rates.json"  # file with the result of `summarize`, next to the page
 
 
 def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, output: str) -> None:
     """Test the learning rates of a phase, print a summary with a suggestion, and write the page and rates.json.
 
-    The run is set up in a temporary folder, which is deleted.
+    The run is set up in a temporary folder, which is deleted at the end.
+
+    Args:
+        config: configuration of the run.
+        phase: name of the phase to test; None means the first one.
+        bounds: learning rates of the first and the last step.
+        output: folder of the page and rates.json, a local path or a bucket address.
 
     Raises:
-        TrainerError: what ends the run at its start; StopRequested after a signal.
+        ConfigError: the phase does not exist, the run would train its teacher first, or the loss is not finite.
+        StopRequested: the process has received a signal.
+        TrainerError: any error with which the run itself would end at its start.
     """
     page_folder = storage_path(output)
     require_page_of(page_folder, "trainer.rates", SUMMARY)
@@ -54,7 +62,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
             run, divisions, _, baseline = set_up(requested, folder, control, stop, time.time())
             try:
                 name = phase or next(iter(run.config.phases))
-                if name not in run.config.phases:  # chosen by phases=auto
+                if name not in run.config.phases:  # phases=auto has only now chosen the phases
                     fix = f"use {' or '.join(run.config.phases)}"
                     raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
                 original = run.config.phases[name]
@@ -79,49 +87,61 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
 
 
 def restrict(run: RunContext, name: str, bounds: Bounds) -> None:
-    """Make a phase the only one of a run, with the rates and the length of the test."""
-    per_epoch = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
-    phase = make_test_phase(run.config.phases[name], bounds, per_epoch)
+    """Replace the phases in the configuration of `run` by one test phase, which `make_test_phase` makes of `name`."""
+    epoch_steps = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
+    phase = make_test_phase(run.config.phases[name], bounds, epoch_steps)
     debug = run.config.debug.model_copy(update={"max_steps": None})
     run.config = run.images.config = run.config.model_copy(update={"phases": {name: phase}, "debug": debug})
 
 
 def make_test_phase(phase: Phase, bounds: Bounds, per_epoch: int) -> Phase:
-    """Return a phase with a learning rate that grows from the lowest to the highest, in its number of steps."""
-    per_decade = count_steps_per_decade(bounds, per_epoch)
-    steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * per_decade - 1e-9)) + 1
-    schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{per_decade} steps"})
+    """Return a copy of a phase whose learning rate grows from the lowest to the highest, and which ends there.
+
+    `per_epoch` is the number of steps per epoch.
+    """
+    decade_steps = count_steps_per_decade(bounds, per_epoch)
+    steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * decade_steps - 1e-9)) + 1
+    schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{decade_steps} steps"})
     optimizer = phase.optimizer.model_copy(update={"learning_rate": bounds.lowest})
     length = {"epochs": None, "examples": None, "steps": steps}
     return phase.model_copy(update={"schedule": schedule, "optimizer": optimizer, **length})
 
 
 def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Train the steps of the test until the loss diverges; return the rates and mean losses of the steps, float [n].
+    """Train the steps of the test until the loss diverges. Return the learning rate and the loss of each step.
 
-    The losses are those before the update of their step.
+    Both are float64 [n]. The loss of a step is the mean over its batch, before the step updates the weights. Steps from
+    the first loss that is not finite are omitted.
+
+    Raises:
+        ConfigError: the first or second loss is not finite.
+        DataError: the images of the batches cannot be read.
+        StopRequested: the process has received a signal.
     """
     phase = run.config.phases[name]
-    total = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
+    max_steps = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-    log.info(f"phase {name}: up to {total} steps of {phase.optimizer.name}")
-    current = open_phase(run, name, thaw, total)
+    log.info(f"phase {name}: up to {max_steps} steps of {phase.optimizer.name}")
+    current = open_phase(run, name, thaw, max_steps)
     losses = np.zeros(0)
-    while len(losses) < total and not (len(losses) and has_diverged(losses)):
-        losses = np.concatenate([losses, _run_steps(run, current, min(5, total - len(losses)), len(losses))])
+    while len(losses) < max_steps and not (len(losses) and has_diverged(losses)):
+        losses = np.concatenate([losses, _run_steps(run, current, min(5, max_steps - len(losses)), len(losses))])
         run.worker.stop.check("during the range test")
     current.batches = None  # deletes the pipeline, which ends its prefetching
     current.gate.close()
     rates = np.array([float(current.schedule(step)) for step in range(len(losses))])
-    finite = len(losses) if np.isfinite(losses).all() else int(np.argmax(~np.isfinite(losses)))
-    if finite < 2:
+    num_finite = len(losses) if np.isfinite(losses).all() else int(np.argmax(~np.isfinite(losses)))
+    if num_finite < 2:
         problem, fix = "the loss is not finite from the first steps on", "use a smaller one"
         raise ConfigError(problem, key="lowest", value=f"{rates[0]:g}", fix=fix)
-    return rates[:finite], losses[:finite]
+    return rates[:num_finite], losses[:num_finite]
 
 
 def _run_steps(run: RunContext, current: PhaseRun, count: int, step: int) -> np.ndarray:
-    """Run training steps, and return their mean losses, float64 [n]; NaN for a step without a readable image."""
+    """Run `count` training steps from `step`, and return their mean losses, float64 [count].
+
+    The loss is NaN for a step without a readable image.
+    """
     with convert_data_errors(current.inputs.training):
         current.gate.wait_for(count * run.config.training.batch_size)
         sums, _, _ = current.step.run(current.batches, count, step, step)
@@ -133,7 +153,15 @@ def _run_steps(run: RunContext, current: PhaseRun, count: int, step: int) -> np.
 def describe(
     name: str, phase: Phase, rates: np.ndarray, smoothed: np.ndarray, suggestion: Suggestion | None
 ) -> list[str]:
-    """Return the summary of a test."""
+    """Return the lines of the summary of a test. Without a suggestion, they state that the loss does not decrease.
+
+    Args:
+        name: name of the phase.
+        phase: configuration of the phase, with the learning rate of the run.
+        rates: learning rate of each step, float [n].
+        smoothed: smoothed loss of each step, float [n].
+        suggestion: result of `suggest`.
+    """
     lines = [f"phase {name}, {phase.optimizer.name}: {len(rates)} steps, learning rates {rates[0]:.1e} to "
              f"{rates[-1]:.1e}"]  # fmt: skip
     if suggestion is None:
@@ -152,7 +180,7 @@ def describe(
 def summarize(
     name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
 ) -> dict[str, Any]:
-    """Return the content of rates.json: the rate and the mean loss of each step, and the suggestion, or None."""
+    """Return the content of rates.json: the rate and the mean loss of each step, and the suggested rate or None."""
     return {
         "phase": name, "optimizer": phase.optimizer.name, "configured": phase.optimizer.learning_rate,
         "learning_rates": rates.tolist(), "losses": losses.tolist(),
@@ -163,7 +191,7 @@ def summarize(
 def render_page(
     name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
 ) -> str:  # fmt: skip
-    """Render the page, which needs no other file."""
+    """Render the HTML page with the summary and the curve. It needs no other file."""
     smoothed = smooth(losses)
     marks: list[tuple[str, float]] = []
     if suggestion:

@@ -5,7 +5,7 @@ log that `trainer.drift` and `trainer.nightly` read, in the format of `trainer.s
 
 Example: python -m trainer.relay model=gs://BUCKET/models/flowers log=gs://BUCKET/predictions
 
-The arguments are listed below with their defaults; docs/serving.md describes them.
+The arguments are listed below with their values; docs/serving.md describes them.
 Exit codes: 0 stopped by a signal after a response to every accepted request; 2 a setting, the log or the port cannot be
 used; 75 stopped with unfinished requests.
 """
@@ -23,8 +23,8 @@ def main() -> None:
     with exit_with_code():
         fields = RelaySettings.model_fields
         width = max(map(len, fields)) + 2
-        shown = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
-        rows = [f"    {f'{key}={shown[key]}':{width + 24}}{field.description or ''}" for key, field in fields.items()]
+        values = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
+        rows = [f"    {f'{key}={values[key]}':{width + 24}}{field.description or ''}" for key, field in fields.items()]
         required = {key: "is required" for key, field in fields.items() if field.is_required()}
         arguments, _ = parse_arguments(
             sys.argv[1:], "\n".join([f"{__doc__}", *rows]), dict.fromkeys(fields, "") | required, more=ALL
@@ -37,4 +37,4 @@ def main() -> None:
             package = str(error.name).partition(".")[0]
             raise ConfigError(f"{package} is not installed", fix="run pip install 'kubetune[serve]'") from None
         with listen(settings.host, settings.port) as listener:
-            run_service(lambda: Relay(settings), listener, lambda relay, _server: relay.follow_upstream())
+            run_service(lambda: Relay(settings), listener, lambda relay: relay.follow_upstream())

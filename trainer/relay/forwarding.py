@@ -1,7 +1,8 @@
-"""ASGI application that forwards requests to TensorFlow Serving as they are, and records its predictions.
+"""ASGI application that forwards REST requests to TensorFlow Serving and logs the predictions of its responses.
 
-The response of TensorFlow Serving does not name the version that predicted. Therefore a prediction by the newest
-version is requested from that version by its number. If it is no longer loaded, the number is requested again first.
+Bodies are forwarded unchanged. The response of TensorFlow Serving does not name the version that predicted. Therefore
+the relay forwards a `:predict` request without a version to the newest loaded version by its number. If TensorFlow
+Serving has unloaded that version (404), the relay requests the newest number and sends the request again.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from trainer.serving.prediction_log import CLOSE_SECONDS, open_log
 from trainer.serving.requests import MemoryBudget, read_body
 from trainer.serving.settings import Settings
 
-CONNECT_SECONDS = 5.0
-STATUS_SECONDS = 5.0  # timeout of a request for the status
-# Of a connection, not of a message; and what a server adds itself. Without Accept-Encoding no response is compressed.
+CONNECT_SECONDS = 5.0  # timeout of a connection to TensorFlow Serving
+STATUS_SECONDS = 5.0  # timeout of a request for the loaded versions
+# Headers that belong to a connection and not to a message, or that each server sets itself. `accept-encoding` is not
+# forwarded, so that TensorFlow Serving does not compress responses, which the recorder parses.
 _NOT_FORWARDED = {
     "accept-encoding", "connection", "content-length", "date", "expect", "host", "keep-alive", "proxy-connection", "te",
     "trailer", "transfer-encoding", "upgrade", "x-request-id",
@@ -41,13 +43,16 @@ _NOT_FORWARDED = {
 
 
 class Relay:
-    """The HTTP service of a relay. Raises ConfigError if the prediction log cannot be written."""
+    """The HTTP service of a relay, for `trainer.serving.server.run_service`.
+
+    Raises ConfigError if the prediction log cannot be written.
+    """
 
     def __init__(self, settings: RelaySettings) -> None:
         self.settings = settings
-        self.version: str | None = None  # the newest one that TensorFlow Serving has loaded, as far as known
-        self.stopping, self.loading, self.ready = False, False, False
-        self.active = self.cancelled = 0
+        self.version: str | None = None  # number of the newest version that was loaded at the last check
+        self.stopping, self.loading, self.ready = False, False, False  # the relay itself loads no model
+        self.active = self.cancelled = 0  # requests in progress; requests that were cancelled at the end of `drain`
         self.log = open_log(settings.log, settings.log_seconds)
         serving = Settings(model=settings.model, name=settings.name, log=settings.log, log_sample=settings.log_sample)
         self.metrics = ServingMetrics(serving, self.log)
@@ -64,23 +69,23 @@ class Relay:
         self._predict = re.compile(rf"{re.escape(self._model)}(?:/versions/(\d+))?:predict")
 
     def close(self) -> None:
-        """End the threads that forward."""
+        """Stop the threads that forward requests."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def close_log(self) -> None:
-        """Record the responses that wait, and write the rest of the log."""
+        """Record the responses that wait, and write the rest of the prediction log; give up after a time limit each."""
         self.recorder.close(CLOSE_SECONDS)
         if self.log:
             self.log.close()
 
     async def follow_upstream(self) -> None:
-        """Request the newest loaded version now and every `poll` seconds."""
+        """Update `ready` and `version` from TensorFlow Serving now and every `poll` seconds, until cancelled."""
         while True:
             await self._run(self._update_version)
             await asyncio.sleep(self.settings.poll)
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request as an ASGI application, and count it."""
+        """Serve an HTTP request as an ASGI application, and count it in the metrics."""
         if scope["type"] != "http":
             return
         began, code, identifier = time.monotonic(), "none", identify(scope)
@@ -107,6 +112,7 @@ class Relay:
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
     async def _respond(self, request: Request, identifier: str) -> Response:
+        """Respond to `/healthz`, `/readyz` and `/metrics`; forward any other request."""
         try:
             match request.url.path:
                 case "/healthz":
@@ -128,27 +134,28 @@ class Relay:
             return _respond_error(500, "internal error of the relay")
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
+        """Call a function in one of the threads that forward requests."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def _forward(self, request: Request, body: bytes, identifier: str) -> Response:
-        """Forward a request, and record the predictions of its response."""
+        """Forward a request, pass the response to the recorder if it has predictions, and return the response."""
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
-        predicts = self._predict.fullmatch(path) if request.method == "POST" else None
-        version = predicts[1] or self.version if predicts else None
+        predict_match = self._predict.fullmatch(path) if request.method == "POST" else None
+        version = predict_match[1] or self.version if predict_match else None
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _NOT_FORWARDED]
         query = f"?{request.url.query}" if request.url.query else ""
 
         def send(path: str) -> urllib3.BaseHTTPResponse:
             return self._send(request.method, path + query, body, {**dict(headers), "X-Request-Id": identifier})
 
-        if predicts and not predicts[1] and version:
+        if predict_match and not predict_match[1] and version:
             response = send(f"{self._model}/versions/{version}:predict")
             if response.status == 404:  # no longer loaded
                 version = self._update_version()
                 response = send(f"{self._model}/versions/{version}:predict" if version else path)
         else:
             response = send(path)
-        if predicts and response.status == 200:
+        if predict_match and response.status == 200:
             if version:
                 self.recorder.put(version, identifier, response.data)
             else:
@@ -157,14 +164,18 @@ class Relay:
         return Response(response.data, response.status, forwarded)
 
     def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        """Send a request to TensorFlow Serving, twice if it closes the connection, and return the response.
+
+        Raises HTTPException: 502 it closed the connection twice; 503 it cannot be reached; 504 `timeout` has passed.
+        """
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=self.settings.timeout)
-        for last in (False, True):
+        for is_retry in (False, True):
             try:
                 return self._upstream.urlopen(
                     method, path, body, headers, redirect=False, timeout=timeout, decode_content=False
                 )
-            except urllib3.exceptions.ProtocolError:  # an idle connection was closed as it was used again
-                if last:
+            except urllib3.exceptions.ProtocolError:  # TensorFlow Serving may just have closed an idle connection
+                if is_retry:
                     raise HTTPException(502, "TensorFlow Serving closed the connection") from None
             except urllib3.exceptions.ReadTimeoutError:
                 raise HTTPException(504, f"TensorFlow Serving took more than {self.settings.timeout:g} s") from None
@@ -173,7 +184,10 @@ class Relay:
         raise AssertionError("unreachable")
 
     def _update_version(self) -> str | None:
-        """Request the newest loaded version from TensorFlow Serving; None if it has none or does not respond."""
+        """Request the newest loaded version from TensorFlow Serving, update `ready` and `version`, and return it.
+
+        Returns None if no version is loaded or TensorFlow Serving does not respond; `version` then keeps its value.
+        """
         newest = None
         with suppress(urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError):
             timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=STATUS_SECONDS)

@@ -1,4 +1,4 @@
-"""Log the predictions in responses of TensorFlow Serving, in a thread that no request waits for."""
+"""Log the predictions in responses of TensorFlow Serving, in a thread for which no request waits."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ from trainer.storage.base import request_deadline
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MAX_BUFFERED_BYTES = 64 << 20  # of responses that are not parsed yet
-READ_SECONDS = 20.0  # deadline of reading the labels of a version
-RETRY_SECONDS = 30.0  # until the labels of a version that could not be read are read again
+MAX_BUFFERED_BYTES = 64 << 20  # of responses that wait to be parsed
+READ_SECONDS = 20.0  # timeout of each bucket request when the labels of a version are read
+RETRY_SECONDS = 30.0  # from a failure to read the labels of a version until they may be read again
 
 
 class Recorder:
-    """Parses responses, counts their predictions, and logs a sample of them. `put` is thread-safe.
+    """Parses responses, counts their predictions, and logs a sample of them, in a thread. `put` is thread-safe.
 
-    Responses wait in memory up to `MAX_BUFFERED_BYTES`; later ones are dropped and counted.
+    Up to `MAX_BUFFERED_BYTES` of responses wait in memory. Further responses are dropped and counted.
     """
 
     def __init__(self, model: str, metrics: ServingMetrics) -> None:
         self._model, self._metrics = model, metrics
         self._versions: dict[str, ModelMetrics] = {}
-        self._failures: dict[str, float] = {}  # version -> when its labels are read again, by the monotonic clock
+        self._failures: dict[str, float] = {}  # version -> monotonic time from which its labels may be read again
+        # Responses that wait, as (version, identifier of the request, body); None ends the thread.
         self._waiting: queue.SimpleQueue[tuple[str, str, bytes] | None] = queue.SimpleQueue()
-        self._lock, self._buffered = threading.Lock(), 0
+        self._lock, self._buffered = threading.Lock(), 0  # bytes of the responses in `_waiting`
         self._thread = threading.Thread(target=self._record_all, name="recording", daemon=True)
         self._thread.start()
 
     def put(self, version: str, request: str, response: bytes) -> None:
-        """Record the predictions of a response later. Does not raise or wait."""
+        """Queue the JSON body of a response for recording; if the queue is full, drop and count it.
+
+        `request` is the identifier of the request, for the log. Does not raise or wait.
+        """
         with self._lock:
             has_room = self._buffered + len(response) <= MAX_BUFFERED_BYTES
             self._buffered += len(response) if has_room else 0
@@ -51,13 +55,13 @@ class Recorder:
             self._metrics.dropped.inc()
 
     def close(self, seconds: float) -> None:
-        """Record what waits, at most for so long; called once, after the last `put`."""
+        """Wait until all responses are recorded, at most `seconds`. Must be called once, after the last `put`."""
         self._waiting.put(None)
         self._thread.join(seconds)
 
     def _record_all(self) -> None:
-        while (entry := self._waiting.get()) is not None:
-            version, request, response = entry
+        while (item := self._waiting.get()) is not None:
+            version, request, response = item
             try:
                 self._record(version, request, response)
             except Exception as error:  # a bug here must not end the log
@@ -67,13 +71,14 @@ class Recorder:
                 self._buffered -= len(response)
 
     def _record(self, version: str, request: str, response: bytes) -> None:
+        """Count the predictions of a response, and log a sample of them."""
         metrics = self._find_metrics(version)
         if metrics is None:
             self._metrics.dropped.inc()
             return
         try:
             predictions = parse_predictions(response, len(metrics.export.classes))
-        except CONTENT_ERRORS:  # of another signature
+        except CONTENT_ERRORS:  # such as the response of another signature
             self._metrics.dropped.inc()
             return
         images = [EncodedImage(b"", "", 0, request=request) for _ in predictions]
@@ -81,7 +86,10 @@ class Recorder:
         metrics.record(images, predictions)
 
     def _find_metrics(self, version: str) -> ModelMetrics | None:
-        """Return the metrics of a version; None if its labels cannot be read now."""
+        """Return the metrics of a version; None if its labels cannot be read now.
+
+        After a failure, the labels are not read again for `RETRY_SECONDS`.
+        """
         if version not in self._versions and time.monotonic() >= self._failures.get(version, 0.0):
             try:
                 with request_deadline(READ_SECONDS):
@@ -93,7 +101,10 @@ class Recorder:
 
 
 def read_labels(model: str, version: str) -> Export:
-    """Read the classes and the reference of a version, without its variables. Raises DataError if it has none."""
+    """Read the labels and the reference of a version, but not its graph and variables.
+
+    Raises DataError if there are no labels, or the labels or the reference are corrupt.
+    """
     folder = storage_path(model) / version
     labels, content = (folder / LABELS).read(), (folder / REFERENCE).fetch()
     try:
@@ -104,13 +115,21 @@ def read_labels(model: str, version: str) -> Export:
     reference = None if content is None else parse_reference(content[0], classes)
     if content is not None and reference is None:
         raise DataError(f"{folder / REFERENCE}: is corrupt or of another model", fix="promote the run again")
-    return Export(model, Path(str(folder)), version, classes, reference)  # the folder is not read
+    return Export(model, Path(str(folder)), version, classes, reference)  # nothing else of the folder is read
 
 
 def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
-    """Parse a response of the signatures `image_bytes`, `images` or `explain`, in rows or columns.
+    """Parse a predict response of TensorFlow Serving, in the row format (`predictions`) or column format (`outputs`).
 
-    Raises one of `CONTENT_ERRORS` if it is something else.
+    Args:
+        response: JSON body of a response of the signatures `image_bytes`, `images` or `explain`.
+        classes: number of classes.
+
+    Returns:
+        One prediction per image, without heatmaps; with embeddings if the response has them.
+
+    Raises:
+        ValueError or another of `CONTENT_ERRORS`: the response has no finite probabilities of `classes` classes.
     """
     content = json.loads(response)
     if "predictions" in content:
@@ -119,7 +138,7 @@ def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
     else:
         columns = content["outputs"]
     columns = columns if isinstance(columns, dict) else {"probabilities": columns}
-    probabilities = np.asarray(columns["probabilities"], np.float32)
+    probabilities = np.asarray(columns["probabilities"], np.float32)  # [images, classes]
     if probabilities.ndim != 2 or probabilities.shape[1] != classes or not np.isfinite(probabilities).all():
         raise ValueError(f"no probabilities of {classes} classes")
     if "embedding" not in columns:

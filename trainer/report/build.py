@@ -1,4 +1,4 @@
-"""Build the report of a scored split from its predictions and images, and show its figures in TensorBoard."""
+"""Build the report of a scored split from its predictions and images, and show the figures in TensorBoard."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import collect_versions
 from trainer.types import Scored
 
-if TYPE_CHECKING:  # it imports Keras, which trainer.look does without
+if TYPE_CHECKING:  # imports Keras, which `trainer.look`, another caller, does not need
     from trainer.models.grad_cam import Explainer
 
 MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
 READ_BATCH = 64  # images per batch in the search for duplicates
 SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first one
-FETCH_BATCH = 512  # images in remote shards that are read at a time, as their shards must be on the local disk
+FETCH_BATCH = 512  # images per pipeline if shards are in a bucket, to limit its shards on the local disk
 
 
 def build_report(
@@ -45,20 +45,24 @@ def build_report(
     """Write the report on the predictions for a split to `folder`; return the content of report.json.
 
     Args:
-        report_fields: optional `title`, `history`, `phases`, `export`, `teacher` and `timing` of report.json, `note` on
-            how to read the scores, and `trained_on`, whether the model was trained on the split.
+        images: the images of all splits, with the dataset and the configuration.
+        explain: computes the Grad-CAM heatmaps.
+        report_fields: the keys of `run` of `write_report` that this function does not compute.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
         check: called after each batch of the search for duplicates; it can raise an exception to abort the report.
+
+    Raises:
+        DataError: an image cannot be read and data.on_error is "fail", or the predictions are not finite.
     """
     split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
     duplicates = find_duplicate_images(images, splits, check)  # first, as it adds corrupt images to `undecodable`
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
-    group_names, field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
+    group_names, group_field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
-    result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=field)
+    result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=group_field)
     result = replace(result, sources=images.list_sources(split, indices))
     data = describe_data(dataset)
-    run = {
+    report_content = {
         "seed": config.seed,
         "data": data | {"undecodable": images.list_undecodable(), "notes": data["notes"] + images.describe_remaining()},
         "config": config.model_dump(mode="json"),
@@ -71,32 +75,40 @@ def build_report(
 
     samples = select_training_samples(images) if "train" in splits else None
     report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
-    return write_report(folder, result, run, report_images)
+    return write_report(folder, result, report_content, report_images)
 
 
 def select_training_samples(images: ImageStore) -> Samples:
-    """Select random training images, and augment the first one."""
+    """Select `SAMPLE_COUNT` random training images, and augment the first one if augmentation is configured."""
     split, config = images.dataset.splits["train"], images.config
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
-    rows = images.rows("train", chosen)
-    augmented = augment_views(config.augmentation, config.seed, rows, chosen) if config.augmentation.active else None
-    return Samples(rows, [images.dataset.class_names[i] for i in split.labels[chosen]], augmented)
+    indices = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
+    originals = images.rows("train", indices)
+    augmented = (
+        augment_views(config.augmentation, config.seed, originals, indices) if config.augmentation.active else None
+    )
+    return Samples(originals, [images.dataset.class_names[i] for i in split.labels[indices]], augmented)
 
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Augment the first of `images`, uint8 [k, S, S, 3], as `augment_first` does; return uint8 [v, S, S, 3]."""
+    """Return the views of the first image, uint8 [VIEW_COUNT, S, S, 3], with the arguments of `augment_first`."""
     return augment_first(augmentation, seed, images, indices, 1)[0]
 
 
 def augment_first(
     augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """Augment the first `count` of `images`, uint8 [k, S, S, 3], as in `VIEW_COUNT` epochs each.
+    """Augment each of the first `count` images as in the first `VIEW_COUNT` epochs of training.
 
-    Mixup and CutMix mix each with another of the images in each epoch. The random parameters depend on `indices`, int64
-    [k], the indices of the images in the training split. Returns uint8 [count, v, S, S, 3].
+    Mixup and CutMix mix an image with the next one in the first epoch, the one after that in the second, and so on.
+
+    Args:
+        images: uint8 [k, S, S, 3] with k >= `count`.
+        indices: indices of the images in the training split, int64 [k], on which the random parameters depend.
+
+    Returns:
+        The augmented images, uint8 [count, VIEW_COUNT, S, S, 3].
     """
-    per_view = 2 if augmentation.mixes else 1  # pairs are mixed, and the first image of each is shown
+    per_view = 2 if augmentation.mixes else 1  # `mix_pairs` mixes pairs of rows; the first row of a pair is the view
     epochs = np.tile(np.repeat(np.arange(VIEW_COUNT), per_view), count)
     rows = np.repeat(np.arange(count), VIEW_COUNT * per_view)
     if augmentation.mixes:
@@ -111,20 +123,26 @@ def augment_first(
 
 
 def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -> dict[str, int]:
-    """Divide `limit` images equally among the splits, where no split gets more images than it has."""
-    compared: dict[str, int] = {}
+    """Divide `limit` images equally among the splits; what small splits do not need is divided among the larger ones.
+
+    `counts` has the number of images by split, and the result the number to compare.
+    """
+    allocated: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
-        compared[name] = min(counts[name], (limit - sum(compared.values())) // (len(counts) - rank))
-    return compared
+        allocated[name] = min(counts[name], (limit - sum(allocated.values())) // (len(counts) - rank))
+    return allocated
 
 
 def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """Read the examples at `indices`, in ascending order, and return thumbnails, uint8 [k, 16, 16, 3]."""
+    """Read images and return their thumbnails, uint8 [k, 16, 16, 3]. Those of unreadable images are meaningless.
+
+    `indices`, int64 [k], ascending, select the images. `check` is called after each batch, and can raise to abort.
+    """
     if pixels.shards and len(indices) > FETCH_BATCH:
-        batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
-        return np.concatenate([read_thumbnails(pixels, batch, check) for batch in batches])
-    chosen = build_chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
-    stream, gate = iter(chosen.dataset), chosen.open_gate()
+        index_batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
+        return np.concatenate([read_thumbnails(pixels, batch_indices, check) for batch_indices in index_batches])
+    batches = build_chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
+    stream, gate = iter(batches.dataset), batches.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)
     health.record_progress(0, len(indices))
@@ -140,16 +158,20 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
 
 
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
-    """Find duplicates among the images of splits, or among a sample if there are more than `MAX_COMPARED`."""
+    """Find duplicates among all images of `splits`, or among a sample if there are more than `MAX_COMPARED`.
+
+    `check` is passed to `read_thumbnails`. Raises DataError if an image cannot be read and data.on_error is "fail".
+    """
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
     counts = allocate_comparisons({name: dataset.splits[name].count for name in splits})
     for name in splits:
         indices, split = np.arange(counts[name], dtype=np.int64), dataset.splits[name]
-        if len(indices) < split.count and not split.shards:  # files are ordered by class, the records of shards are not
+        # Files are ordered by class, so they are sampled at equal intervals. Records of shards are not ordered.
+        if len(indices) < split.count and not split.shards:
             indices = np.linspace(0, split.count - 1, len(indices)).astype(np.int64)
-        read = read_thumbnails(images.split(name), indices, check)
+        split_thumbnails = read_thumbnails(images.split(name), indices, check)
         readable = ~np.isin(indices, list(images.split(name).bad))
-        thumbnails[name] = indices[readable], read[readable]
+        thumbnails[name] = indices[readable], split_thumbnails[readable]
     labels = {name: dataset.splits[name].labels for name in splits}
 
     def describe(split: str, index: int) -> dict[str, Any]:
@@ -157,13 +179,13 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
         return {"split": split, "index": index, "file": images.name_of(split, index), "label": label}
 
     duplicates = find_duplicates(thumbnails, labels, describe)
-    shown = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_WITH_IMAGES]]
-    pixels = [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown]
-    return DuplicateImages(duplicates, pixels)
+    shown_groups = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_WITH_IMAGES]]
+    group_images = [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown_groups]
+    return DuplicateImages(duplicates, group_images)
 
 
 def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
-    """Write the figures of the report in `folder` as TensorBoard images; replace the folder `logs`."""
+    """Write the figures of the report in `folder` as TensorBoard images of a step; replace the folder `logs`."""
     shutil.rmtree(logs, ignore_errors=True)
     writer = tf.summary.create_file_writer(str(logs))
     with writer.as_default(step=step), tf.device("CPU"):

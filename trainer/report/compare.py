@@ -1,4 +1,4 @@
-"""Compare runs on the examples they have in common, in a table and on an HTML page."""
+"""Compare runs on the examples that they have in common, in a table and on an HTML page."""
 
 import csv
 import io
@@ -31,20 +31,20 @@ from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, require_json_object
 
-SIGNIFICANCE_LEVEL = 0.05  # a run is better or worse than the first one if p is below this level
-_IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # of the configuration; they have no effect on the scores
+SIGNIFICANCE_LEVEL = 0.05  # a run is better or worse than the first one if its p-value is below this level
+_IGNORED_KEYS = {"output_dir", "runtime.cache_dir", "resume"}  # configuration keys that have no effect on the scores
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run, or an evaluation of a run."""
+    """The scores and predictions of a run, of an evaluation of a run, or of a version of a served model."""
 
-    name: str  # the shortest ending of the address that is unique among the runs
-    address: str  # output_dir, or the folder of the evaluation, as the user gave it
-    report: Mapping[str, Any]  # the content of report.json
+    name: str  # for display, unique among the compared runs
+    address: str  # output_dir, or the folder of the evaluation or version, as the user gave it
+    report: Mapping[str, Any]  # content of report.json
     predictions: Mapping[str, tuple[str, str]]  # class names (truth, prediction) by file
-    config: Mapping[str, Any]  # empty if it is not available
-    history: Sequence[Mapping[str, Any]]  # a row per epoch
+    config: Mapping[str, Any]  # content of config.yaml; empty if there is none
+    history: Sequence[Mapping[str, Any]]  # a row per epoch (`trainer.report.schema.Epoch`)
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,19 @@ class Comparison:
     """Comparison of runs with the first one, the reference, on the examples that they have in common."""
 
     runs: Sequence[ScoredRun]
-    files: Sequence[str]  # names of the common examples
-    names: Sequence[Sequence[str]]  # for each run, its own names of these examples
-    correct: np.ndarray  # bool [runs, files]
-    pairs: Sequence[PairedComparison]  # each later run with the first one
-    p: Sequence[float]  # of each pair, adjusted for the number of pairs (Holm 1979)
+    files: Sequence[str]  # names that all runs have for the common examples
+    names: Sequence[Sequence[str]]  # per run, the names of these examples in its predictions
+    correct: np.ndarray  # whether the prediction is correct, bool [runs, files]
+    pairs: Sequence[PairedComparison]  # comparison of each later run with the first one
+    p: Sequence[float]  # p-value of each pair, adjusted for the number of pairs (Holm 1979)
 
 
 def read_scored_run(address: str, name: str) -> ScoredRun:
-    """Read a run or an evaluation from its folder, local or in a bucket.
+    """Read a run, an evaluation or a version of a served model from its folder, local or in a bucket.
 
     Raises:
         DataError: report.json or predictions.csv is missing, or a file is corrupt.
+        Interrupted: the bucket does not respond.
     """
     root = storage_path(address)
     folder = root if (root / "report.json").exists() else root / "report"
@@ -76,8 +77,8 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
     try:
         report = json.loads(report_json[0])
         _require_scores(report)
-        lines = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
-        cells = ([decode_cell(line[key]) for key in ("file", "truth", "prediction")] for line in lines)
+        rows = csv.DictReader(io.StringIO(predictions_csv[0].decode()))
+        cells = ([decode_cell(line[key]) for key in ("file", "truth", "prediction")] for line in rows)
         predictions = {file: (truth, prediction) for file, truth, prediction in cells}
         history = report.get("history") or _read_epochs(root)
         return ScoredRun(name, address, report, predictions, _read_configuration(root), history)
@@ -86,7 +87,7 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
 
 
 def _require_scores(report: Any) -> None:
-    """Raise an error of `WRONG_CONTENT` unless a report.json has what a comparison reads."""
+    """Raise one of `CONTENT_ERRORS` unless the content of report.json has all that a comparison reads."""
     set(report["data"]["class_names"])
     for row in report["test"]["per_class"]:
         require_json_object(row)["name"], row["f1"]
@@ -95,14 +96,14 @@ def _require_scores(report: Any) -> None:
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
-    """Read the epochs from metrics.jsonl."""
+    """Read the epochs of a run from metrics.jsonl; [] if it does not exist."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
 
 
 def _read_configuration(root: StoragePath) -> dict[str, Any]:
-    """Read config.yaml of a run, or of the run two folders above an evaluation; return {} if neither has one."""
+    """Read config.yaml of a run, or of the run RUN if `root` is RUN/evaluations/NAME; {} if it does not exist."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():
             return dict(yaml.safe_load(content[0]))
@@ -110,95 +111,108 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
 
 
 def shorten_addresses(addresses: Sequence[str]) -> list[str]:
-    """Shorten addresses to as few of their last folders as make the names distinct."""
-    folders = [address.rstrip("/").split("/") for address in addresses]
-    for count in range(1, max(map(len, folders)) + 1):
-        names = ["/".join(each[-count:]) for each in folders]
+    """Return a name per address: its last path components, as few as make all names distinct.
+
+    For example, `outputs/a` and `outputs/b` become "a" and "b", and `out/a/x` and `out/b/x` become "a/x" and "b/x".
+    """
+    components = [address.rstrip("/").split("/") for address in addresses]
+    for count in range(1, max(map(len, components)) + 1):
+        names = ["/".join(parts[-count:]) for parts in components]
         if len(set(names)) == len(names):
             return names
     return list(addresses)
 
 
 def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return the files of each run by a name that all runs have in common.
+    """Return, per run, a mapping from a common name of an example to its file in the predictions of the run.
 
-    The names are the files themselves if at least one file is in all runs. Otherwise they are relative to the common
-    folder of a run's files, as the runs may have read the same dataset from different paths.
+    The common name is the file itself if at least one file is in all runs. Otherwise the runs may have read the same
+    dataset from different paths, so the name is the path relative to the common folder of all files of the run.
     """
-    unchanged = [{file: file for file in run.predictions} for run in runs]
-    if set.intersection(*map(set, unchanged)):
-        return unchanged
-    relative = []
+    by_file = [{file: file for file in run.predictions} for run in runs]
+    if set.intersection(*map(set, by_file)):
+        return by_file
+    by_path = []
     for run in runs:
         parents = [str(PurePosixPath(file).parent) for file in run.predictions]
         root = commonpath(parents) if len({p.startswith("/") for p in parents}) == 1 else ""
-        relative.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.predictions})
-    return relative
+        by_path.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.predictions})
+    return by_path
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
-    """Compare runs on the examples that they have in common.
+    """Compare runs with the first one, on the examples that all of them have in common.
 
     Raises:
-        DataError: the runs have other classes or another label of an example, or no example in common.
+        DataError: the classes of the runs or the labels of an example differ, or the runs have no example in common.
     """
     first = runs[0]
     for run in runs[1:]:
-        classes = (set(each.report["data"]["class_names"]) for each in (first, run))
+        classes = (set(compared.report["data"]["class_names"]) for compared in (first, run))
         if unmatched := sorted(set.symmetric_difference(*classes)):
             raise DataError(
                 f"{first.address} and {run.address} cannot be compared: their classes differ (only one of them has "
                 f"{unmatched[0]!r})",
                 fix="compare runs on data of the same classes",
             )
-    files = _files_by_common_name(runs)
-    common = sorted(set.intersection(*map(set, files)))
+    files_by_name = _files_by_common_name(runs)
+    common = sorted(set.intersection(*map(set, files_by_name)))
     if not common:
         raise DataError(
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them",
             fix="evaluate them on the same data with python -m trainer.evaluate",
         )
-    names = [[file_of[name] for name in common] for file_of in files]
-    rows = [[run.predictions[file] for file in each] for run, each in zip(runs, names, strict=True)]
-    for run, predictions in zip(runs, rows, strict=True):
-        for name, (expected, _), (truth, _) in zip(common, rows[0], predictions, strict=True):
+    names = [[file_of[name] for name in common] for file_of in files_by_name]
+    outcomes = [[run.predictions[file] for file in run_files] for run, run_files in zip(runs, names, strict=True)]
+    for run, predictions in zip(runs, outcomes, strict=True):
+        for name, (expected, _), (truth, _) in zip(common, outcomes[0], predictions, strict=True):
             if truth != expected:
                 raise DataError(
                     f"{first.address} and {run.address} cannot be compared: the label of {name} is {expected!r} in one "
                     f"and {truth!r} in the other",
                     fix="evaluate both on the same labels",
                 )
-    correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in rows], bool)
+    correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in outcomes], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
     return Comparison(runs, common, names, correct, pairs, adjust_p_values([pair.p for pair in pairs]))
 
 
 def describe_outcome(pair: PairedComparison, p: float) -> str:
-    """Return "better", "worse" or "no significant difference" for the second run of a pair; `p` is adjusted."""
+    """Return "better", "worse" or "no significant difference" for the second run of a pair.
+
+    `p` is the p-value of the pair, adjusted if several pairs are compared.
+    """
     return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
 
 def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (key, value in each run) for each configuration key whose values differ."""
-    trees = [flatten(dict(run.config)) for run in runs]
+    """Return (key, value in each run) for each configuration key whose values differ.
+
+    If only some runs have a phase, its keys are left out, and the row `phases` lists the phases of each run.
+    """
+    configs = [flatten(dict(run.config)) for run in runs]
     phases = [list(run.config.get("phases", {})) for run in runs]
-    only_some = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
-    keys = [key for key in sorted(set().union(*trees) - _IGNORED_KEYS) if not key.startswith(only_some)]
-    if only_some:  # one row instead of all keys of these phases
-        trees, keys = [tree | {"phases": p} for tree, p in zip(trees, phases, strict=True)], ["phases", *keys]
-    rows = [(key, [_format_argument(tree[key]) if key in tree else MISSING for tree in trees]) for key in keys]
+    prefixes = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
+    keys = [key for key in sorted(set().union(*configs) - _IGNORED_KEYS) if not key.startswith(prefixes)]
+    if prefixes:
+        configs, keys = [config | {"phases": p} for config, p in zip(configs, phases, strict=True)], ["phases", *keys]
+    rows = [(key, [_format_argument(config[key]) if key in config else MISSING for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _format_argument(value: Any) -> str:
-    """Format a configuration value as on the command line."""
+    """Format a configuration value as it is written on the command line, such as null, true or [a,b]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"[{','.join(map(_format_argument, value))}]" if isinstance(value, list) else str(value)
 
 
 def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a row of the table and page per run, about the common examples; `pair` is None for the first run."""
+    """Return a row per run for the table and the page, computed from the common examples.
+
+    `pair` is None in the row of the first run. `changed` has a title and the indices into `Comparison.files` for the
+    examples that exactly one of this run and the first one predicts correctly, in each direction.
+    """
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         hits = int(correct.sum())
@@ -214,7 +228,7 @@ def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-# (section of report.json, key in it, label, function that formats the value)
+# (section of report.json, key in the section, label, function that formats the value)
 _REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
     ("test", "n", "examples", format_number), ("test", "accuracy", "accuracy", partial(format_percent, digits=2)),
     ("test", "top_5", "top-5 accuracy", partial(format_percent, digits=2)),
@@ -226,7 +240,7 @@ _REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
 
 
 def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
-    """Return (label, value in each run) of the scores in the reports, each on the examples of its own run."""
+    """Return (label, value in each run) for the scores in the reports, which cover all scored examples of a run."""
     rows = [
         (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
     ]
@@ -237,7 +251,7 @@ _index_once = lru_cache(maxsize=8)(index_shard)  # indexing reads all headers of
 
 
 def _read_image(run: ScoredRun, file: str) -> Markup | None:
-    """Return an <img> element of an image file or record; None if it cannot be read on this machine."""
+    """Return an <img> element of an image file or a record (SHARD#RECORD); None if this machine cannot read it."""
     path, _, record = file.rpartition("#")
     try:
         if record.isdigit() and path:
@@ -247,31 +261,33 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:
-            ignored = run.config.get("data", {}).get("orientation", "ignore") == "ignore"  # as the model of the run
-            shown = image.convert("RGB") if ignored else ImageOps.exif_transpose(image.convert("RGB"))
-        return embed_thumbnail(np.asarray(ImageOps.fit(shown, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+            # Show the image in the orientation in which the model of the run reads it.
+            ignored = run.config.get("data", {}).get("orientation", "ignore") == "ignore"
+            rgb = image.convert("RGB") if ignored else ImageOps.exif_transpose(image.convert("RGB"))
+        return embed_thumbnail(np.asarray(ImageOps.fit(rgb, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
     except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
         return None
 
 
 def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the changed examples of each later run and direction of change, `MAX_PER_TAB` of them with images."""
+    """Return a section of the page per later run and direction of change, with up to `MAX_PER_TAB` images each."""
     first, sections = comparison.runs[0], []
-    for row, run, files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
+    for row, run, run_files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:
-            shots, listed = [], [comparison.files[k] for k in examples]
+            shots, names = [], [comparison.files[k] for k in examples]
             for k in examples[:MAX_PER_TAB]:
                 name = comparison.names[0][k]
-                if image := _read_image(first, name) or _read_image(run, files[k]):
+                if image := _read_image(first, name) or _read_image(run, run_files[k]):
                     truth, prediction = first.predictions[name]
                     shots.append({"image": image, "file": comparison.files[k], "truth": truth,
-                                  "first": prediction, "prediction": run.predictions[files[k]][1]})  # fmt: skip
+                                  "first": prediction, "prediction": run.predictions[run_files[k]][1]})  # fmt: skip
             if examples:
-                sections.append({"run": run.name, "title": title, "files": listed, "shots": shots})
+                sections.append({"run": run.name, "title": title, "files": names, "shots": shots})
     return sections
 
 
 def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
+    """Draw validation accuracy and loss over the epochs, a line per run; a chart without any values is left out."""
     charts = []
     for key, title in (("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss")):
         lines = []
@@ -304,10 +320,10 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write a self-contained HTML page. Classes are in ascending order of the change of F1 from the first run."""
+    """Write a self-contained HTML page. The class whose F1 is lowest relative to the first run comes first."""
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
-    names = sorted(f1[0], key=lambda name: min(each[name] - f1[0][name] for each in f1[1:]))
+    names = sorted(f1[0], key=lambda name: min(scores[name] - f1[0][name] for scores in f1[1:]))
     rows = _rows_on_common_examples(comparison)
     page = render(
         "compare.html.j2",
@@ -316,7 +332,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         n=len(comparison.files),
         scores=_reported_scores(runs),
         charts=_draw_curves(runs),
-        classes=[(name, [each[name] for each in f1]) for name in names],
+        classes=[(name, [scores[name] for scores in f1]) for name in names],
         differences=compare_configurations(runs),
         significance_level=SIGNIFICANCE_LEVEL,
         color_count=len(SERIES),

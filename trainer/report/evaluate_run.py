@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a finished run on a split of its own dataset or of another one."""
+"""Evaluate a checkpoint of a run, which need not be finished, on a split of its dataset or of another one."""
 
 import shlex
 import sys
@@ -37,7 +37,7 @@ UNSPLIT_NOTE = (
     "This data is not divided into splits, so all of it was scored as the split train. The run was trained on other "
     "data, which may contain some of these images."
 )
-DURING_EVALUATION = "during the evaluation"
+DURING_EVALUATION = "during the evaluation"  # end of the message of a stop request
 
 
 def evaluate(
@@ -46,38 +46,41 @@ def evaluate(
     """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:
-        options: `split` (default: the first of test, validation and train that the dataset has) and `output`, the
-            folder of the report (default: a folder below `evaluations` of the run).
-        moved: another configuration of the same dataset, which divides and corrects it as the run did. It is used if
-            the dataset of `run.config`, which does neither, turns out to be a moved copy of the run's dataset.
+        run: the run, whose `config` can have another dataset than that of the training.
+        checkpoint: the checkpoint to score.
+        options: optional arguments of the command. `split` defaults to the first of test, validation and train that the
+            dataset has, and `output`, the folder of the report, to RUN/evaluations/CHECKPOINT-DATA-SPLIT.
+        moved: `run.config` with the splits, limits and corrections of the run, if `run.config` has another dataset, of
+            which it uses all examples; otherwise None. It is used if that dataset is a moved copy of the run's.
 
     Raises:
         ConfigError: the data has no such split.
         DataError: the data has a class that the run does not know, or cannot be read.
-        StopRequested: by a signal; the evaluation has to be started again.
+        ModelError: the backbone cannot be loaded.
+        StopRequested: a signal was received; the evaluation has to be started again.
     """
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
-        unloaded = config.model_copy(update={"model": without_weights(config.model)})  # loads no pretrained weights
+        weightless = config.model_copy(update={"model": without_weights(config.model)})  # fetches no pretrained weights
         return open_run_data(
-            unloaded, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
+            weightless, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
         )
 
     data = open_data(config, log.info)
     if moved and (list(data.dataset.splits) == ["train"] or moved.data.corrections):
-        with suppress(DataError):  # other data may be too small to be divided
+        with suppress(DataError):  # another dataset may be too small to be divided
             divided = open_data(moved, lambda _: None)
             data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data
     dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
-    largest, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
-    config, _ = limit_batch_size(config, largest, replicas)  # as in the run
+    max_count, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
+    config, _ = limit_batch_size(config, max_count, replicas)  # as a run does
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
-        classes, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
-        classifier = rebuild_classifier(config.model, classes, config.seed, checkpoint.values, source)
+        class_count, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
+        classifier = rebuild_classifier(config.model, class_count, config.seed, checkpoint.values, source)
     log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 
@@ -88,8 +91,8 @@ def evaluate(
     is_run_data = has_fingerprints(dataset, run.fingerprint)
     is_unsplit = not is_run_data and list(dataset.splits) == ["train"]
     prefix = "" if is_unsplit else f"{split} "
-    whole = "all " if is_unsplit else ""
-    log.info(f"evaluating {whole}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
+    quantifier = "all " if is_unsplit else ""
+    log.info(f"evaluating {quantifier}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     with addresses_in_errors(images.addresses):
         scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
@@ -112,8 +115,8 @@ def evaluate(
     name = f"{checkpoint.name}-{make_file_stem(dataset.name)}-{split}"
     output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name
     splits = list(dataset.splits) if is_run_data else [split]
-    with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary:
-        folder = Path(str(output)) if output.is_local else Path(temporary)
+    with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary_folder:
+        folder = Path(str(output)) if output.is_local else Path(temporary_folder)
         delete_abandoned(folder)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)

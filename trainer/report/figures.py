@@ -29,17 +29,17 @@ from trainer.names import escape_unprintable
 from trainer.storage.local import write_atomically
 from trainer.types import EvaluationResult
 
-DPI = 110
+DPI = 110  # of PNG files
 PNG_COMPRESSION = 2  # of 9; for photos it takes half the time of the default 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
 MAX_NUMBERED_CLASSES = 20  # a confusion matrix of more classes has no counts and class names
-MAX_BARS = 120  # classes in the F1 figure
-MAX_EXAMPLES = 12  # in a figure of examples
+MAX_BARS = 120  # classes in the F1 figure; of more, only the weakest are drawn
+MAX_EXAMPLES = 12  # images in a figure of examples
 MAX_MARKERS = 60  # a line with more epochs has no markers and tooltips
-INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"
-PALE, ACCENT = "#94a3b8", "#2563eb"
+INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"  # text, secondary text, lines behind the data
+PALE, ACCENT = "#94a3b8", "#2563eb"  # secondary and primary data
 RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
-TOP_5 = "#7e22ce"  # also in SERIES, so that it has a custom property
+TOP_5 = "#7e22ce"  # line of top-5 accuracy; a color of SERIES, so that it has a custom property
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
 # Custom properties of report.css that replace colors in the page, so that charts follow its light or dark theme.
@@ -50,23 +50,29 @@ CSS_PROPERTIES = {
 
 
 def create_figure(height: float, width: float = WIDTH, fit_labels: bool = True) -> Figure:
-    """Create an empty white figure, with sizes in inches. `fit_labels` fits axis labels by drawing it twice."""
+    """Create an empty white figure. Sizes are in inches.
+
+    With `fit_labels`, matplotlib arranges the axes so that all labels fit, for which it draws the figure twice.
+    """
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if fit_labels else None, facecolor="white")
 
 
 def shorten_name(name: str, max_length: int) -> str:
-    """Make a name printable, and replace its middle by an ellipsis if it is too long."""
-    name, tail = escape_unprintable(name), max_length // 2
-    return name if len(name) <= max_length else name[: max_length - tail - 1] + "…" + name[-tail:]
+    """Make a name printable, and replace its middle by an ellipsis if it has more than `max_length` characters."""
+    name, tail_length = escape_unprintable(name), max_length // 2
+    return name if len(name) <= max_length else name[: max_length - tail_length - 1] + "…" + name[-tail_length:]
 
 
 def format_label(name: str, max_length: int = 24) -> str:
-    """Shorten a class or file name for a figure, and escape $, which would begin a formula in matplotlib."""
+    """Shorten a class or file name for a figure, and escape $, which begins a formula in matplotlib."""
     return shorten_name(name, max_length).replace("$", r"\$")
 
 
 def style_axes(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, color: str = INK) -> None:
-    """Style axes: frame lines at the left and bottom only, tick labels, and grid lines behind the data."""
+    """Style axes: frame lines only at the left and bottom, tick labels, and grid lines across the axis `grid`.
+
+    `size` (points) and `color` are those of the tick labels.
+    """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID_LINE)
     axes.tick_params(colors=color, length=0, labelsize=size)
@@ -82,22 +88,22 @@ def set_heading(axes: Axes, title: str) -> None:
 
 @contextmanager
 def _ignore_missing_glyphs() -> Iterator[None]:
-    """Ignore warnings about glyphs that matplotlib's font lacks. They are boxes in a PNG, but correct in the page."""
+    """Ignore warnings about glyphs that matplotlib's font lacks. They are boxes in a PNG; the page has other fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
-    """Write a figure, or several stacked vertically, to a PNG file atomically; return its path."""
-    drawn = []
+    """Write a figure, or several of them stacked vertically, to a PNG file atomically. Return `path`."""
+    arrays = []
     for figure in [figures] if isinstance(figures, Figure) else figures:
-        agg = FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         with _ignore_missing_glyphs():
-            agg.draw()
-        drawn.append(np.asarray(agg.buffer_rgba())[..., :3])
-    width = max(pixels.shape[1] for pixels in drawn)
-    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in drawn]
+            canvas.draw()
+        arrays.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    width = max(pixels.shape[1] for pixels in arrays)
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in arrays]
     content = io.BytesIO()
     Image.fromarray(np.concatenate(padded)).save(content, "PNG", compress_level=PNG_COMPRESSION, dpi=(DPI, DPI))
     write_atomically(path, content.getvalue())
@@ -110,19 +116,24 @@ class Chart:
 
     figure: Figure
     alt_text: str
-    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tooltips of the markers, by gid of the artist
+    # Tooltips by gid of the artist: one per marker of a line, or one for an artist without markers.
+    tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for artist in self.figure.findobj():
-            artist.set_clip_on(False)  # so that the edge of the axes does not cut markers
+            artist.set_clip_on(False)  # markers at the edge of the axes are drawn completely
 
 
 def to_svg(name: str, chart: Chart) -> Markup:
-    """Convert a chart to an <svg> element with text, the colors of the page, and ids derived from `name`."""
-    out = io.StringIO()
+    """Convert a chart to an <svg> element for the page, with tooltips.
+
+    Text remains text, in the font of the page, and colors become custom properties (`CSS_PROPERTIES`). The ids in the
+    element are derived from `name`, so that equal charts give equal bytes.
+    """
+    svg = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _ignore_missing_glyphs():
-        chart.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(out.getvalue())
+        chart.figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(svg.getvalue())
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
         if element.tag == "g" and (tips := chart.tips.get(element.attrib.pop("id", ""))):
@@ -138,8 +149,8 @@ def to_svg(name: str, chart: Chart) -> Markup:
             element.set("style", style)
         element.text, element.tail = (element.text or "").strip() or None, None
     view_box = root.attrib["viewBox"]
-    size = {"viewBox": view_box, "width": view_box.split()[2]}
-    root.attrib = {"class": "chart", **size, "role": "img", "aria-label": chart.alt_text}
+    attributes = {"viewBox": view_box, "width": view_box.split()[2]}
+    root.attrib = {"class": "chart", **attributes, "role": "img", "aria-label": chart.alt_text}
     for child in [child for child in root if child.tag == "metadata" or child.find("style") is not None]:
         root.remove(child)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
@@ -148,7 +159,7 @@ def to_svg(name: str, chart: Chart) -> Markup:
 def create_plot(
     title: str, width: float, height: float, *, left: float, top: float, right: float = 10, bottom: float = 36
 ) -> tuple[Figure, Axes]:
-    """Create a figure with a title and one Axes; sizes and margins are in points (units of the SVG)."""
+    """Create a figure with a title and one Axes. Sizes and margins are in points, which are units of the SVG."""
     figure = create_figure(height / 72, width / 72, fit_labels=False)
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes = figure.add_axes(box)
@@ -164,15 +175,16 @@ def _draw_title(figure: Figure, title: str, size: float = 13) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A series of values over epochs. Missing values are NaN or None; `points` are the others."""
+    """A line of a chart: a series of values over epochs."""
 
-    name: str
+    name: str  # in the legend and in tooltips
     color: str
     epochs: Sequence[float]
-    values: Sequence[float | None]
+    values: Sequence[float | None]  # one per epoch; None or NaN if it is missing
 
     @property
     def points(self) -> list[tuple[float, float]]:
+        """The (epoch, value) of each value that is not missing."""
         pairs = zip(self.epochs, self.values, strict=True)
         return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
@@ -194,49 +206,54 @@ def line_chart(
     """Draw lines over the epochs; return None if all values are missing.
 
     Args:
-        fractions: the values are fractions, so the axis is in percent and ends at 100; otherwise it begins at 0.
-        phase_starts: x coordinate of the start of each phase, shown as a vertical line with its name.
+        lines: the lines; one without values is left out.
+        fractions: whether the values are fractions; then the axis is in percent and ends at 100. Otherwise it begins at
+            0, and values are at least 0.
+        phase_starts: x coordinate of the start of each phase, shown as a vertical line with the name of the phase.
         best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
+        legend: whether the chart has a legend.
     """
-    drawn = [(line, line.points) for line in lines if line.points]
-    if not drawn:
+    drawn_lines = [(line, line.points) for line in lines if line.points]
+    if not drawn_lines:
         return None
-    epochs, values = zip(*(point for _, points in drawn for point in points), strict=True)
+    epochs, values = zip(*(point for _, points in drawn_lines for point in points), strict=True)
     first, last = min(epochs) - 0.5, max(epochs) + 0.5
     low, high = (min(values), 1.0) if fractions else (0.0, max(values))
     padding = 0.06 * max(high - low, 1e-6)
     width, left, right = 400, 46, 10  # points
     phase_starts = phase_starts or {}
     step = (width - left - right) / (last - first)  # points per epoch
-    # 6.5: points per character
-    crowded = any((b - a) * step < 6.5 * len(name) + 4 for (name, a), (_, b) in pairwise(phase_starts.items()))
-    top = 78 if crowded else 44
+    # A character is about 6.5 points wide.
+    names_overlap = any(
+        (end - start) * step < 6.5 * len(name) + 4 for (name, start), (_, end) in pairwise(phase_starts.items())
+    )
+    top = 78 if names_overlap else 44
     figure, axes = create_plot(title, width, 204 + top, left=left, top=top, right=right)
     axes.grid(axis="y", color=GRID_LINE, linewidth=1)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(first, last), ylim=(max(0.0, low - padding), high if fractions else high + padding))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    show = (
+    format_value = (
         (lambda v: f"{100 * v:.4g}%")
         if fractions
         else (_format_scientific if 0 < high < 0.01 else lambda v: f"{v:.3g}")
     )
-    axes.yaxis.set_major_formatter(lambda value, _: show(value))
+    axes.yaxis.set_major_formatter(lambda value, _: format_value(value))
     axes.set_xlabel("epoch", loc="right", fontsize=11, color=MUTED, labelpad=1)
     for name, epoch in phase_starts.items():
         axes.axvline(epoch, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), gid=f"mark {name}")
-        rotation: dict[str, Any] = {"rotation": 30 if crowded else 0, "rotation_mode": "anchor"}
-        axes.annotate(format_label(name, 12 if crowded else 24), (epoch, 1), xycoords=("data", "axes fraction"),
+        rotation: dict[str, Any] = {"rotation": 30 if names_overlap else 0, "rotation_mode": "anchor"}
+        axes.annotate(format_label(name, 12 if names_overlap else 24), (epoch, 1), xycoords=("data", "axes fraction"),
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
     tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
-    for i, (line, points) in enumerate(drawn):
+    for i, (line, points) in enumerate(drawn_lines):
         marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
         axes.plot(*zip(*points, strict=True), color=line.color, linewidth=2, label=format_label(line.name),
                   gid=str(i), **marker)  # fmt: skip
         if marker:
-            shown = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
-            tips[str(i)] = [f"{escape_unprintable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in shown]
+            labels = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
+            tips[str(i)] = [f"{escape_unprintable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in labels]
     if best_points:
         axes.plot(*zip(*best_points, strict=True), linestyle="", marker="o", markersize=13, markerfacecolor="none",
                   markeredgecolor=WRONG, markeredgewidth=1.6, label="best epoch of a phase", gid="rings")  # fmt: skip
@@ -249,18 +266,19 @@ def line_chart(
 def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Draw loss, accuracy and learning rate over the epochs of all phases, and mark the best epoch of each phase.
 
-    The accuracy has a line of the top-5 accuracy if the history does, which is with more than five classes.
+    The chart of the accuracy has a line of the top-5 accuracy if the history contains it. A chart without values is
+    left out.
 
     Args:
         history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores can be missing, None or NaN.
         phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
     """
     epochs = [float(row["epoch"]) for row in history]
-    best = [phase["best_epoch"] for phase in phases.values() if phase.get("best_epoch") is not None]
-    starts: dict[str, float] = {}
+    best_epochs = [phase["best_epoch"] for phase in phases.values() if phase.get("best_epoch") is not None]
+    phase_starts: dict[str, float] = {}
     for row in history:
-        starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
-    shared: dict[str, Any] = {"phase_starts": starts if len(starts) > 1 else None}
+        phase_starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
+    marks: dict[str, Any] = {"phase_starts": phase_starts if len(phase_starts) > 1 else None}
 
     def line(name: str, color: str, key: str) -> Line:
         return Line(name, color, epochs, [row.get(key) for row in history])
@@ -269,10 +287,10 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
         lines = [line("training", PALE, key), line("validation", ACCENT, f"val_{key}")]
         lines += [line("validation, top 5", TOP_5, "val_top_5")] if key == "accuracy" else []
-        best_points = [point for point in lines[1].points if point[0] in best]
+        best_points = [point for point in lines[1].points if point[0] in best_epochs]
         fractions = key == "accuracy"
-        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **shared))
-    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **shared))
+        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **marks))
+    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **marks))
     return [chart for chart in charts if chart]
 
 
@@ -282,7 +300,7 @@ def zero_diagonal(confusion: np.ndarray) -> np.ndarray:
 
 
 def find_top_confusions(confusion: np.ndarray, max_count: int = 15) -> list[tuple[int, int, int]]:
-    """Return (truth, prediction, count) of the most frequent confusions; ties are in the order of truth."""
+    """Return (truth, prediction, count) of the `max_count` most frequent confusions; ties are in the order of truth."""
     wrong = zero_diagonal(confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[: min(max_count, np.count_nonzero(wrong))]
     truth, prediction = np.unravel_index(order, wrong.shape)
@@ -290,9 +308,9 @@ def find_top_confusions(confusion: np.ndarray, max_count: int = 15) -> list[tupl
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
-    """Draw a blue (correct) or red (wrong) pixel per cell, and gray rows for classes without examples.
+    """Draw a confusion matrix: a blue (correct) or red (wrong) pixel per cell, gray rows for classes without examples.
 
-    Return the opacity of the cells, float [c, c] in 0..1, which grows with their fraction of the true class.
+    Return the opacity of the cells, float [c, c] in 0..1. It grows with the fraction of the true class in the cell.
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
@@ -309,40 +327,41 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
-    """Draw the confusion matrix, int [c, c] (rows: truth); opacity grows with the fraction of the true class.
+    """Draw a confusion matrix, int [c, c], whose rows are the truth; opacity grows with the fraction of the true class.
 
-    Up to `MAX_NUMBERED_CLASSES` classes it has class names and counts. With more classes it has neither, and a second
-    chart shows the most frequent confusions.
+    With up to `MAX_NUMBERED_CLASSES` classes it has class names and counts. With more classes it has neither, and a
+    second chart shows the most frequent confusions.
     """
-    table, classes = np.asarray(confusion), len(class_names)
+    matrix, classes = np.asarray(confusion), len(class_names)
     if classes > MAX_NUMBERED_CLASSES:
         title = f"Confusion matrix of {classes} classes, in their order"
         figure, axes = create_plot(title, 560, 580, left=56, top=30)
-        _draw_matrix(axes, table)
-        return [Chart(figure, title), _draw_confusions(table, class_names)]
-    names, support = [format_label(name) for name in class_names], table.sum(axis=1)
-    rows = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
+        _draw_matrix(axes, matrix)
+        return [Chart(figure, title), _draw_confusions(matrix, class_names)]
+    names, support = [format_label(name) for name in class_names], matrix.sum(axis=1)
+    row_labels = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * classes)  # of the matrix without the names around it, in points
-    # 6.6 and, slanted, 5: points per character
-    left, bottom = 36 + 6.6 * max(map(len, rows)), 40 + 5 * max(map(len, names))
+    # A character takes 6.6 points, and 5 points in slanted names.
+    left, bottom = 36 + 6.6 * max(map(len, row_labels)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
     figure, axes = create_plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
-    opacity = _draw_matrix(axes, table)
+    opacity = _draw_matrix(axes, matrix)
     has_long_name = max(map(len, names)) > 3
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
     axes.set_xticks(range(classes), names, **slanted)
-    axes.set_yticks(range(classes), rows)
+    axes.set_yticks(range(classes), row_labels)
     tips = {}
-    for row, column in np.argwhere(table):
-        count, gid = table[row, column], f"cell {row} {column}"
+    for row, column in np.argwhere(matrix):
+        count, gid = matrix[row, column], f"cell {row} {column}"
         color = "white" if opacity[row, column] > 0.7 else INK
         axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=11, color=color, gid=gid)
         tips[gid] = [f"{100 * count / support[row]:.1f} % of {escape_unprintable(class_names[row])}"]
     return [Chart(figure, "Confusion matrix", tips)]
 
 
-def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
-    pairs, title = find_top_confusions(table), "Most frequent confusions"
+def _draw_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> Chart:
+    """Draw the most frequent confusions of a confusion matrix, int [c, c], as bars."""
+    pairs, title = find_top_confusions(matrix), "Most frequent confusions"
     figure, axes = create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
     if not pairs:
         axes.set_axis_off()
@@ -351,9 +370,9 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
     axes.grid(axis="x", color=GRID_LINE, linewidth=0.6)
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=WRONG, height=0.7)
     for y, (truth, _, count) in enumerate(pairs):
-        axes.text(count, y, f" {count:,} of {table[truth].sum():,}", va="center", fontsize=9, color=MUTED)
-    texts = [f"{format_label(class_names[t], 22)} predicted as {format_label(class_names[p], 22)}" for t, p, _ in pairs]
-    axes.set_yticks(range(len(pairs)), texts, fontsize=9)
+        axes.text(count, y, f" {count:,} of {matrix[truth].sum():,}", va="center", fontsize=9, color=MUTED)
+    names = [f"{format_label(class_names[t], 22)} predicted as {format_label(class_names[p], 22)}" for t, p, _ in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=9)
     axes.set(xlim=(0, pairs[0][2]), ylim=(len(pairs) - 0.4, -0.6))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("examples", color=MUTED)
@@ -361,43 +380,45 @@ def _draw_confusions(table: np.ndarray, class_names: Sequence[str]) -> Chart:
 
 
 def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
-    """Draw F1 per class as bars, weakest first, in columns of up to 40; only the `MAX_BARS` weakest are drawn.
+    """Draw F1 per class as bars, in columns of up to 40 classes, and macro F1 as a dashed line.
 
-    Classes without examples come last and have no score. Macro F1 is a dashed line.
+    The `MAX_BARS` weakest classes are drawn, weakest first. Classes without examples come last, and have no bar.
+
+    `per_class` is that of report.json (`trainer.report.schema.ClassScores`).
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
-    shown = ranked[:MAX_BARS]
-    texts = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in shown]
-    columns = math.ceil(len(shown) / 40)
-    length = math.ceil(len(shown) / columns)
-    left = 12 + 6.6 * max(map(len, texts))  # points, as all sizes here
-    width, height = 570 if columns == 1 else left + 145, 72 + (22 if length <= 15 else 17) * length
-    total = columns * width
-    figure = create_figure(height / 72, total / 72, fit_labels=False)
-    for column in range(columns):
-        in_column = slice(column * length, (column + 1) * length)
-        rows = shown[in_column]
+    drawn_classes = ranked[:MAX_BARS]
+    labels = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in drawn_classes]
+    column_count = math.ceil(len(drawn_classes) / 40)
+    row_count = math.ceil(len(drawn_classes) / column_count)
+    left = 12 + 6.6 * max(map(len, labels))  # points, as all sizes here
+    width, height = 570 if column_count == 1 else left + 145, 72 + (22 if row_count <= 15 else 17) * row_count
+    total_width = column_count * width
+    figure = create_figure(height / 72, total_width / 72, fit_labels=False)
+    for column in range(column_count):
+        in_column = slice(column * row_count, (column + 1) * row_count)
+        rows = drawn_classes[in_column]
         ys = range(len(rows))
-        box = ((column * width + left) / total, 36 / height, (width - left - 8) / total, 1 - 66 / height)
+        box = ((column * width + left) / total_width, 36 / height, (width - left - 8) / total_width, 1 - 66 / height)
         axes = figure.add_axes(box)
         style_axes(axes, "x", size=11)
         axes.barh(ys, [row["f1"] for row in rows], color=ACCENT, height=0.68)
         for y, row in zip(ys, rows, strict=True):
             x, text, color = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
             axes.text(x, y, text, va="center", fontsize=11, color=color)
-        axes.set_yticks(ys, texts[in_column])
-        axes.set(xlim=(0, 1.35 if columns > 1 else 1.1), ylim=(length - 0.4, -0.6))
+        axes.set_yticks(ys, labels[in_column])
+        axes.set(xlim=(0, 1.35 if column_count > 1 else 1.1), ylim=(row_count - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", fontsize=11, color=INK)
-    selection = "" if len(shown) == len(ranked) else f", the weakest {len(shown)} of {len(ranked)}"
+    selection = "" if len(drawn_classes) == len(ranked) else f", the weakest {len(drawn_classes)} of {len(ranked)}"
     title = f"F1 per class{selection} (number of examples); macro F1 {macro_f1:.3f} dashed"
     _draw_title(figure, title, 11)
     return Chart(figure, title)
 
 
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
-    """Draw a reliability diagram (accuracy over confidence) above a histogram of the confidence; omit empty bins.
+    """Draw a reliability diagram (accuracy over confidence) above a histogram of the confidence. Omit empty bins.
 
     `bins` and `error` are the results of `trainer.evaluation.metrics.measure_calibration`.
     """
@@ -431,7 +452,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     return Chart(figure, "Calibration: accuracy over confidence", tips)
 
 
-# Reads the images at k rows of the result, uint8 [k, S, S, 3].
+# Reads the images of k rows of an `EvaluationResult`; returns uint8 [k, S, S, 3].
 FetchImages = Callable[[Sequence[int]], np.ndarray]
 
 _TITLE_HEIGHT = 0.36  # inches
@@ -440,10 +461,16 @@ _TITLE_HEIGHT = 0.36  # inches
 def draw_images(
     title: str, images: np.ndarray, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None
 ) -> Figure:
-    """Draw a grid of images, uint8 [k, S, S, 3] with k >= 1, each with a caption above it and a colored frame.
+    """Draw a grid of images, each with a caption above it and a frame.
 
     All are drawn on one Axes, whose origin is the upper left corner and whose unit is an inch. One Axes per image would
     take three times as long.
+
+    Args:
+        images: uint8 [k, S, S, 3] with k >= 1.
+        captions: one per image; may have several lines.
+        columns: maximum number of images in a row.
+        colors: color of the frame and the caption of each image; by default frames are gray.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -457,7 +484,7 @@ def draw_images(
         left = (i % columns) * cell + (width - columns * cell + 0.14) / 2
         top = _TITLE_HEIGHT + (i // columns) * (side + caption_height + 0.1) + caption_height
         color = colors[i] if colors else GRID_LINE
-        interpolation = "nearest" if len(image) <= 64 else "antialiased"  # the pixels of a tiny image remain sharp
+        interpolation = "nearest" if len(image) <= 64 else "antialiased"  # pixels of a tiny image have sharp edges
         axes.imshow(image, interpolation=interpolation, extent=(left, left + side, top + side, top), aspect="auto")
         line_width = 2.5 if colors else 0.8
         axes.add_patch(Rectangle((left, top), side, side, fill=False, color=color, linewidth=line_width))
@@ -471,7 +498,13 @@ def draw_images(
 def draw_examples(
     title: str, result: EvaluationResult, fetch: FetchImages, indices: Sequence[int], show_files: bool = True
 ) -> Figure:
-    """Draw examples with truth, prediction and probability; correct ones are green, wrong ones red."""
+    """Draw examples with truth, prediction and probability. Correct predictions are green, wrong ones red.
+
+    Args:
+        fetch: reads the images.
+        indices: rows of `result` to draw; if it is empty, the figure states that.
+        show_files: whether captions have the file name.
+    """
     if not indices:
         figure = create_figure(height=1.0)
         figure.text(0.5, 0.5, f"{title}: none", ha="center", va="center", color=MUTED)
@@ -490,7 +523,7 @@ def draw_examples(
 
 
 def select_most_wrong(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
-    """Return the rows of the wrong predictions with the highest probabilities, in descending order."""
+    """Return the rows of the wrong predictions with the highest probabilities, highest first."""
     predictions = result.probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predictions != result.labels)
     order = np.argsort(-result.probabilities[wrong, predictions[wrong]], kind="stable")
@@ -498,7 +531,7 @@ def select_most_wrong(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -
 
 
 def select_least_sure(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
-    """Return the rows with the smallest margins between the two highest probabilities, in ascending order."""
+    """Return the rows with the smallest margins between the two highest probabilities, smallest first."""
     if result.probabilities.shape[1] < 2:
         return []  # no margin is defined
     highest = -np.partition(-result.probabilities, 1, axis=1)[:, :2]
@@ -506,6 +539,6 @@ def select_least_sure(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -
 
 
 def select_random(result: EvaluationResult, seed: int) -> list[int]:
-    """Return up to nine random rows; the same seed and number of examples give the same rows."""
+    """Return nine random rows, or all if there are fewer. The same seed and number of examples give the same rows."""
     n = len(result.labels)
     return np.random.default_rng([seed, n]).choice(n, min(9, n), replace=False).tolist()

@@ -26,18 +26,23 @@ from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath
 from trainer.types import EvaluationResult
 
-INDEX = "index.html"
+INDEX = "index.html"  # the page in a folder that this or another command writes
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "\u2013"  # en dash, shown instead of a missing value
 
-# The functions up to `format_count` are filters of the templates, which output Markup unchanged and escape all else.
-
 
 def require_page_of(folder: StoragePath, command: str, data_file: str) -> None:
-    """Raise a ConfigError if a folder has a page, such as a report, that a command would replace, but not its data."""
+    """Raise a ConfigError if the index.html in `folder` is not of `command`, which would replace it.
+
+    The command writes `data_file` next to its page. So a page without this file is another one, such as a report.
+    """
     if (folder / INDEX).exists() and not (folder / data_file).exists():
         problem = f"has an {INDEX} that {command} did not write"
         raise ConfigError(problem, key="output", value=str(folder), fix="choose another folder")
+
+
+# The functions from here to `format_count` are filters of the templates. Templates output Markup unchanged, and escape
+# all other values.
 
 
 def shorten(name: object, max_length: int = 28) -> str:
@@ -48,6 +53,7 @@ def shorten(name: object, max_length: int = 28) -> str:
 
 
 def format_percent(fraction: float | None, digits: int = 1) -> Markup:
+    """Format a fraction in percent, like "93.1 %", or None as a dash."""
     return Markup(MISSING if fraction is None else f"{100 * fraction:.{digits}f}\u202f%")
 
 
@@ -57,10 +63,12 @@ def format_interval(bounds: Sequence[float]) -> Markup:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
+    """Format an int like "2,000", a float with `digits` decimals, or None as a dash."""
     return MISSING if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def format_duration(seconds: float | None) -> str:
+    """Format seconds like "12.5 s", "5 min 3 s" or "2 h 10 min", or None as a dash."""
     if seconds is None:
         return MISSING
     if seconds < 100:
@@ -76,6 +84,7 @@ def format_count(count: int, singular: str, plural: str | None = None) -> str:
 
 @cache
 def _environment() -> Environment:
+    """Return the Jinja environment of the templates, with their filters, style sheet and script."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -102,13 +111,13 @@ def _environment() -> Environment:
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a template of this package; an undefined variable is an error."""
+    """Render a template of this package with the variables in `context`; an undefined variable is an error."""
     return _environment().get_template(template).render(context)
 
 
 GALLERY_SIDE, LIST_SIDE = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
 MAX_WITH_IMAGES = 12  # label errors, and groups of duplicates, that are shown with images
-MAX_IMAGES_PER_GROUP = 4
+MAX_IMAGES_PER_GROUP = 4  # of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
 _HEATMAP_SIDE = 28  # pixels of an overlay, which the browser enlarges with interpolation
 _MAX_PNG_BYTES = 100_000  # a larger figure is embedded as JPEG, which takes a fifth of the size for photos
@@ -124,7 +133,10 @@ def _embed_image(image: Image.Image, image_format: str, alt: str = "", css_class
 
 
 def embed_thumbnail(pixels: np.ndarray, max_side: int, alt: str) -> Markup:
-    """Return an <img> element for uint8 [S, S, 3], reduced to at most `max_side` pixels per side unless it is tiny."""
+    """Return an <img> element for an image, uint8 [S, S, 3], reduced to `max_side` pixels per side if it is larger.
+
+    An image of at most `_MAX_PIXELATED_SIDE` pixels per side is not reduced.
+    """
     image = Image.fromarray(pixels)
     if max(image.size) <= _MAX_PIXELATED_SIDE:
         return _embed_image(image, "PNG", alt, "sharp", optimize=True)
@@ -151,26 +163,26 @@ def _embed_figure(file: Path, alt: str) -> Markup:
 
 @dataclass(frozen=True)
 class Samples:
-    """Training images that the report shows."""
+    """Training images that the report shows, as the model reads them."""
 
     images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
-    class_names: Sequence[str]  # of each image
-    augmented: np.ndarray | None  # uint8 [v, S, S, 3], the first image as augmented in v epochs
+    class_names: Sequence[str]  # class name of each image
+    augmented: np.ndarray | None  # uint8 [v, S, S, 3], the first image as in v epochs; None without augmentation
 
 
 @dataclass(frozen=True)
 class DuplicateImages:
-    """Images that occur more than once."""
+    """The groups of images that occur more than once, and the pixels of some of them."""
 
     summary: dict[str, Any]  # `duplicates` of report.json
-    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3], of the first members of the first groups of `summary`
+    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3]: the first members of the first groups in `summary`
 
 
 @dataclass(frozen=True)
 class ReportImages:
     """Access to the images of the scored split, and the images of optional sections of the report."""
 
-    fetch: FetchImages
+    fetch: FetchImages  # reads images of the scored split
     samples: Samples | None = None
     # Computes Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k rows of the scored split.
     explain: Callable[[Sequence[int]], np.ndarray] | None = None
@@ -178,6 +190,7 @@ class ReportImages:
 
 
 MAX_PER_TAB = 24  # images in a tab of the gallery
+# Captions of the figures that the page embeds, by the name of the figure.
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
 # Label and CSS custom property (report.css) of each category of the time breakdown.
 CATEGORY_COLORS = {
@@ -192,7 +205,10 @@ CATEGORY_COLORS = {
 def _gallery_entry(
     result: EvaluationResult, index: int, pixels: np.ndarray, heatmap: np.ndarray | None
 ) -> dict[str, Any]:
-    """Return the context of an example in the gallery template."""
+    """Return the template variables of an example in the gallery.
+
+    `index` is the row of the example in the result, `pixels` its image, uint8 [S, S, 3].
+    """
     label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
     prediction = int(probabilities.argmax())
     return {
@@ -208,9 +224,9 @@ def _gallery_entry(
 
 
 def _name_by_sources(result: EvaluationResult) -> dict[str, str]:
-    """Return the names in corrections.csv of the examples whose record stores a file name that no other one has.
+    """Return the names for corrections.csv of records that store a unique file name, by their name SHARD#RECORD.
 
-    Such a name is valid after the records were written again, unlike the name SHARD#RECORD. Keys are the names.
+    The stored file name stays valid if the shards are written again; SHARD#RECORD does not.
     """
     counts = Counter(result.sources)
     pairs = zip(result.names, result.sources, strict=True) if result.sources else ()
@@ -225,14 +241,20 @@ def write_page(
     images: ReportImages,
     charts: Mapping[str, Sequence[Chart]],
 ) -> None:
-    """Write the page to `path`, with the figures in the same folder embedded.
+    """Write the page of a report, which needs no other file.
 
-    Only a limited number of images is read, so the page does not grow with the number of examples. The keys of `charts`
-    are "curves", which can be empty, "confusion", "f1" and "calibration".
+    Only a limited number of images is read, so the page does not grow with the number of examples.
+
+    Args:
+        path: of the page. The figures that it embeds, PNG files, are in the same folder.
+        report: content of report.json.
+        config: the resolved configuration; {} if it is not known.
+        result: the predictions for the scored split.
+        charts: the charts of "curves", which can be empty, "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    many_classes, wrong = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
-    confused_with = wrong.argmax(axis=1)  # the most frequent wrong prediction for each class
+    many_classes, wrong_counts = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
+    confused_with = wrong_counts.argmax(axis=1)  # index of the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
         "most_wrong": figures.select_most_wrong(result, MAX_PER_TAB),
@@ -240,9 +262,9 @@ def write_page(
         "random": figures.select_random(result, report["seed"]),
     }
     in_gallery = sorted({index for indices in tabs.values() for index in indices})
-    suspects = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
-    shown = sorted({*in_gallery, *(row["index"] for row in suspects)})
-    pixels = dict(zip(shown, images.fetch(shown), strict=True))
+    suspect_rows = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
+    shown_rows = sorted({*in_gallery, *(row["index"] for row in suspect_rows)})
+    pixels = dict(zip(shown_rows, images.fetch(shown_rows), strict=True))
     heatmaps = dict(zip(in_gallery, images.explain(in_gallery), strict=True)) if images.explain and in_gallery else {}
     gallery = {i: _gallery_entry(result, i, pixels[i], heatmaps.get(i)) for i in in_gallery}
     seconds = report["timing"].get("seconds", {})
@@ -252,16 +274,17 @@ def write_page(
         "report.html.j2",
         report=report,
         config=config,
-        charts={key: [to_svg(f"{key}{i}", chart) for i, chart in enumerate(drawn)] for key, drawn in charts.items()},
+        charts={key: [to_svg(f"{key}{i}", chart) for i, chart in enumerate(group)] for key, group in charts.items()},
         many_classes=many_classes,
         confusions=figures.find_top_confusions(confusion, 15 if many_classes else 8),
         per_class=[
-            (per_class[i], per_class[confused_with[i]]["name"], int(wrong[i, confused_with[i]])) for i in weakest_first
+            (per_class[i], per_class[confused_with[i]]["name"], int(wrong_counts[i, confused_with[i]]))
+            for i in weakest_first
         ],
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
         names_in_list=_name_by_sources(result),
-        suspects={row["index"]: embed_thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspects},
+        suspects={row["index"]: embed_thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspect_rows},
         group_images=[
             [embed_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
             for members, group in zip(group_images, groups, strict=False)

@@ -1,4 +1,4 @@
-"""Charts of measured values that are not over epochs: a scatter plot with intervals, and the loss over rates."""
+"""Draw charts whose x axis is logarithmic: accuracy over the time per image, and the loss over the learning rate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from trainer.names import escape_unprintable
 from trainer.report.figures import ACCENT, GRID_LINE, MUTED, PALE, WRONG, Chart, create_plot, format_label
 
-WIDTH, HEIGHT = 560, 320  # points
+WIDTH, HEIGHT = 560, 320  # points, of each chart
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a scatter plot, whose y is a fraction with its interval."""
+    """A point of a scatter plot of fractions over milliseconds."""
 
     name: str
-    x: float  # above 0
-    y: float
-    interval: tuple[float, float]
+    x: float  # milliseconds, above 0
+    y: float  # fraction, 0 to 1
+    interval: tuple[float, float]  # bounds of the interval of y
     color: str
 
 
 def _use_log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
-    """Make the x axis logarithmic, with ticks at multiples of the powers of ten, as plain text instead of formulas."""
+    """Make the x axis logarithmic, with ticks at these multiples of the powers of ten, labeled with plain numbers."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -33,7 +33,7 @@ def _use_log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
 
 
 def draw_scatter(title: str, points: Sequence[Point], x_label: str) -> Chart:
-    """Draw points with their intervals over a logarithmic x axis; at least one."""
+    """Draw at least one point, each with its name and its interval, over a logarithmic x axis."""
     figure, axes = create_plot(title, WIDTH, HEIGHT, left=50, top=30, right=20, bottom=44)
     axes.grid(color=GRID_LINE, linewidth=0.6)
     _use_log_axis(axes, (1, 2, 5))
@@ -59,9 +59,14 @@ def draw_scatter(title: str, points: Sequence[Point], x_label: str) -> Chart:
 def draw_rates(
     title: str, rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, marks: Sequence[tuple[str, float]]
 ) -> Chart:
-    """Draw the losses of steps, and smoothed, over their learning rates, all float [n] with n >= 2.
+    """Draw the loss of each step, and a smoothed line, over the learning rate.
 
-    `marks` are names and rates of vertical lines.
+    Args:
+        title: title above the chart.
+        rates: learning rate of each step, float [n], increasing, n >= 2.
+        losses: loss of each step, float [n]; values outside the range of the smoothed losses are clipped.
+        smoothed: smoothed losses, float [n].
+        marks: name and learning rate of each vertical line.
     """
     figure, axes = create_plot(title, WIDTH, HEIGHT, left=50, top=30 + 16 * len(marks), right=20, bottom=44)
     axes.grid(color=GRID_LINE, linewidth=0.6)

@@ -10,7 +10,7 @@ Number = float | None  # null if it is not finite
 
 
 def about(description: str) -> Any:
-    """Describe a key in the JSON Schema."""
+    """Return a pydantic field with a description for the JSON Schema. A fragment continues the name of the key."""
     return Field(description=description)
 
 
@@ -26,7 +26,7 @@ class ClassScores(TypedDict):
 
 
 class CalibrationBin(TypedDict):
-    """Predictions with a confidence in (low, high]: their count, mean confidence and accuracy (null without any)."""
+    """Predictions with a confidence in (low, high]; mean confidence and accuracy are null if the count is 0."""
 
     low: float
     high: float
@@ -64,7 +64,7 @@ class Groups(TypedDict):
 
 
 class Scores(TypedDict):
-    """Scores of the split that was scored: test, or validation if the data has no test split."""
+    """Scores on one split. A run scores the test split, or the validation split if the data has no test split."""
 
     split: str
     note: NotRequired[Annotated[str, about("How to read the scores.")]]
@@ -88,10 +88,11 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """Result of a phase; keys that begin with val_ are scores of the weights that the phase ends with.
+    """Result of a phase. Keys that begin with val_ are scores of the weights that the phase ends with.
 
-    They are of the whole validation split. With `epoch_val_accuracy`, training.validation_share is below 1: then they
-    were scored at the end of the phase, and that after the best epoch, on `epoch_val_n` of the examples.
+    They are scores on the whole validation split. If training.validation_share is below 1, each epoch is scored on a
+    fraction of this split. Then the keys that begin with val_ are computed at the end of the phase, and
+    `epoch_val_accuracy` is the accuracy of the same weights after their epoch, on `epoch_val_n` examples.
     """
 
     epochs: float
@@ -165,7 +166,7 @@ class Export(TypedDict):
 
 
 class LabelError(TypedDict):
-    """An example whose label may be wrong, and the class that the model suggests."""
+    """An example whose label may be wrong, and the suggested class. `index` is its row in predictions.csv."""
 
     index: int
     file: str
@@ -183,7 +184,7 @@ class LabelErrors(TypedDict, total=False):
 
 
 class Copy(TypedDict):
-    """One of several duplicate images."""
+    """One of several duplicate images. `index` is that of the example in its split."""
 
     split: str
     index: int
@@ -201,7 +202,10 @@ class CopyGroup(TypedDict):
 
 
 class Duplicates(TypedDict, total=False):
-    """Images that occur more than once; empty if they were not searched for."""
+    """Groups of images that occur more than once; empty if they were not searched for.
+
+    `across_splits` is the number of groups in several splits, `different_labels` that of groups with several labels.
+    """
 
     compared: Annotated[dict[str, int], about("Number of images by split.")]
     across_splits: int

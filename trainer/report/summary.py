@@ -11,7 +11,9 @@ from trainer.monitoring.log import log
 def log_summary(report: Mapping[str, Any], address: str) -> None:
     """Log the results in report.json, and set the scores and the path of the page as the termination message.
 
-    `address` is the output_dir, as the user gave it.
+    Args:
+        report: content of the report.json of a run.
+        address: its output_dir, as the user gave it.
     """
     test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
     low, high = test["interval"]
@@ -35,6 +37,7 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
 
 
 def _describe_phase(phase: Mapping[str, Any]) -> str:
+    """Describe the weights that a phase ends with: their scores, and the phase that they are from if it is another."""
     text = f"val_accuracy {phase['val_accuracy']:.4f}"
     if "val_interval" in phase:
         low, high = phase["val_interval"]
@@ -42,8 +45,8 @@ def _describe_phase(phase: Mapping[str, Any]) -> str:
     if "kept_from" in phase:
         text += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
     if "epoch_val_accuracy" in phase:
-        whole = f"; whole split, after its epoch {phase['epoch_val_accuracy']:.4f}"
-        text += whole + (f" of {phase['epoch_val_n']}" if "epoch_val_n" in phase else "")
+        epoch_text = f"; whole split, after its epoch {phase['epoch_val_accuracy']:.4f}"
+        text += epoch_text + (f" of {phase['epoch_val_n']}" if "epoch_val_n" in phase else "")
     return text
 
 
@@ -51,8 +54,8 @@ def _describe_teacher(report: Mapping[str, Any]) -> list[str]:
     if not (teacher := report.get("teacher")):
         return []
     low, high = teacher["interval"]
-    data = "" if teacher["same_data"] else ", of other data"
-    interval = f"95 % interval {low:.4f} to {high:.4f}, n = {teacher['n']}{data}"
+    suffix = "" if teacher["same_data"] else ", of other data"
+    interval = f"95 % interval {low:.4f} to {high:.4f}, n = {teacher['n']}{suffix}"
     return [f"  teacher: {teacher['split']} accuracy {teacher['accuracy']:.4f} ({interval})"]
 
 

@@ -1,4 +1,4 @@
-"""Write the files of a report: figures, predictions, report.json and index.html, one self-contained page."""
+"""Write the files of a report: figures, predictions, report.json, and index.html, which needs no other file."""
 
 import json
 import math
@@ -29,7 +29,7 @@ VALIDATION_NOTE = (
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Describe a dataset, as `data` of report.json."""
+    """Return the description of a dataset that report.json has as `data` (`trainer.report.schema.Data`)."""
     splits, classes = dataset.splits.values(), len(dataset.class_names)
     return {
         "name": dataset.name,
@@ -57,7 +57,10 @@ def _to_json_types(value: Any) -> Any:
 def _summarize_phases(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return `phases` of report.json: the given values, with missing ones computed from the history."""
+    """Return `phases` of report.json: the values in `phases`, with missing ones added.
+
+    `epochs` and `seconds` are computed from the history of the epochs, `val_interval` from `val_accuracy` and `val_n`.
+    """
     summary = {}
     for name, values in phases.items():
         rows = [row for row in history if row["phase"] == name]
@@ -72,7 +75,10 @@ def _summarize_phases(
 def _draw_all(
     folder: Path, result: EvaluationResult, report: Report, images: ReportImages
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
-    """Draw and save all figures; return the file names by figure, and the charts that the page shows as SVG."""
+    """Draw all figures, and save them as PNG files in `folder`.
+
+    Return the file names by name of the figure, and the charts that the page shows as SVG by name of the section.
+    """
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
         "curves": figures.draw_curves(report["history"], report["phases"]),
@@ -84,7 +90,7 @@ def _draw_all(
     def examples(title: str, indices: list[int], show_files: bool = True) -> Figure:
         return figures.draw_examples(f"{title} ({result.split})", result, images.fetch, indices, show_files)
 
-    drawn: dict[str, Figure | list[Figure]] = {
+    plots: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
         "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
         "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
@@ -94,12 +100,12 @@ def _draw_all(
     if samples := images.samples:
         captions = [figures.format_label(name, 20) for name in samples.class_names]
         title = "Training examples, as the input of the model"
-        drawn["samples"] = figures.draw_images(title, samples.images, captions)
+        plots["samples"] = figures.draw_images(title, samples.images, captions)
         if samples.augmented is not None:
             views = np.stack([samples.images[0], *samples.augmented])
             captions = ["original", *(f"view {i}" for i in range(1, len(views)))]
-            drawn["augmentation"] = figures.draw_images("One training example under augmentation", views, captions)
-    return {name: figures.save(f, folder / f"{name}.png").name for name, f in drawn.items() if f}, charts
+            plots["augmentation"] = figures.draw_images("One training example under augmentation", views, captions)
+    return {name: figures.save(plot, folder / f"{name}.png").name for name, plot in plots.items() if plot}, charts
 
 
 def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any], images: ReportImages) -> Report:
@@ -108,11 +114,13 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     Return the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
     Args:
-        run: all keys are optional: title, seed, phases, history, data, export, teacher, versions, timing of report.json
-            (`trainer.report.schema`); `config`, the resolved configuration; `note` on how to read the scores, which by
-            default warns that validation scores are biased; and `trained_on`, whether the model was trained on these
-            examples, so that label errors, whose detection requires held-out data, are left out. Missing `epochs` and
-            `seconds` of a phase are computed from the history, `val_interval` from `val_accuracy` and `val_n`.
+        result: the scores of a split, and the predictions.
+        run: further content, all keys are optional. `title`, `seed`, `phases`, `history`, `data`, `export`, `teacher`,
+            `versions` and `timing` are those of report.json (`trainer.report.schema`). `config` is the resolved
+            configuration. `note` explains how to read the scores; by default it warns that validation scores are
+            biased, and None omits it. `trained_on` is True if the model was trained on these examples: label errors are
+            then left out, as their detection requires held-out data.
+        images: access to the images that are shown.
     """
     began = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)

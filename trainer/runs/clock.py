@@ -11,23 +11,27 @@ from trainer.storage.local import write_json
 from trainer.storage.small_files import read_json_or_default, require_json_object, require_nonnegative
 
 CATEGORIES = (
-    "train",  # training steps that were not lost
-    "wait",  # waiting for training or validation data
+    "train",  # training, except for steps that were lost
+    "wait",  # waiting for data in training, validation or evaluation
     "compile",  # set-up of a phase and its first device call
     "start",  # from the start of the process until the first phase
     "features",  # computing the features of frozen layers; counts towards goodput
     "checkpoint",  # writing a checkpoint
-    "evaluation",  # of the validation split, and of the test split at the end
+    "evaluation",  # validation, and at the end the evaluation of the test split
     "finish",  # report and export
-    "lost",  # training steps after the last checkpoint of a process, which the next one repeated
+    "lost",  # training steps after the last checkpoint of a process, which the next process repeated
     "down",  # no process of the run was active
 )
 BREAKDOWN_FILE = "ledger.json"  # in the folder of a run
-WRITE_SECONDS = 5.0  # minimum interval between two writes of the file
+WRITE_SECONDS = 5.0  # minimum interval between two writes of the file while the clock runs
 
 
 def parse_breakdown(value: Any) -> dict[str, float]:
-    """Parse ledger.json: seconds by category, and `as_of`. Raises one of `CONTENT_ERRORS` for anything else."""
+    """Return the seconds by category, and `as_of`, of a decoded ledger.json.
+
+    `as_of` is the time.time() at which the breakdown was complete. Unknown categories are ignored. Raises one of
+    `CONTENT_ERRORS` if the content is invalid.
+    """
     fields = require_json_object(value)
     seconds = {
         name: require_nonnegative(spent)
@@ -40,47 +44,49 @@ def parse_breakdown(value: Any) -> dict[str, float]:
 class Clock:
     """Counts each second since the first start of the run in exactly one category.
 
-    Within spans, that is the category of the innermost open span; outside of all spans, `start`.
+    That is the category of the innermost `span` in which the program is, or `start` outside of all spans.
     """
 
     def __init__(self, file: Path | None, process_started: float) -> None:
-        """Continue the breakdown in `file` if it exists and is intact; if `file` is None, write nothing.
+        """Continue the breakdown in a file of an earlier start.
 
-        `process_started` is the start of the process, as time.time().
+        Args:
+            file: file to read and write. It can be missing or corrupt. If `file` is None, nothing is read or written.
+            process_started: time.time() at the start of the process.
         """
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # of the open span
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        saved: dict[str, float] = read_json_or_default(file, parse_breakdown, {}) if file else {}
-        if saved:
-            as_of = saved.pop("as_of")
-            self.seconds |= saved
+        stored: dict[str, float] = read_json_or_default(file, parse_breakdown, {}) if file else {}
+        if stored:
+            as_of = stored.pop("as_of")
+            self.seconds |= stored
             self.seconds["down"] += max(process_started - as_of, 0.0)
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time of the context in `category`, and show `activity`, a few words, at `/healthz` meanwhile."""
-        outer, outer_activity = self._category, health.activity
+        """Count the time of this block in `category`. Meanwhile, show `activity`, a few words, at `/healthz`."""
+        outer_category, outer_activity = self._category, health.activity
         self._attribute(category)
         if activity:
             health.set_activity(activity)
         try:
             yield
         finally:
-            self._attribute(outer)
+            self._attribute(outer_category)
             if activity:
                 health.set_activity(outer_activity)
 
     def add_wait(self, seconds: float) -> None:
-        """Count `seconds` of the open span in `wait` instead of its category."""
+        """Count `seconds` of the open span in `wait` instead of in the category of the span."""
         self._waited += seconds
 
     def lap(self) -> None:
-        """Count the time until now in the category of the open span."""
+        """Count the time until now in the category of the open span, so that `seconds` is up to date."""
         self._attribute(self._category)
 
     def _attribute(self, next_category: str) -> None:
-        """Count the time since the last call in the current category, and change to `next_category`."""
+        """Count the time since the last call in the current category, and then change to `next_category`."""
         now = time.time()
         spent = max(now - self._last, 0.0)
         waited = min(self._waited, spent)
@@ -91,22 +97,25 @@ class Clock:
             self.write()
 
     def move_lost_time(self, train_seconds: float) -> None:
-        """Move the training time after the restored checkpoint, which has `train_seconds`, to `lost`."""
+        """Move the training time after the restored checkpoint to `lost`.
+
+        `train_seconds` is the training time of the run up to that checkpoint.
+        """
         lost = max(self.seconds["train"] - train_seconds, 0.0)
         self.seconds["train"] -= lost
         self.seconds["lost"] += lost
 
     @property
     def goodput(self) -> float:
-        """Fraction of the time since the first start that counts in `train` or `features`."""
+        """Fraction of the time since the first start that counts in `train` or `features`; 0..1."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def images_per_second(self, images: float) -> float:
-        """Return the training throughput; `images` is the number of trained images so far."""
+        """Return the mean training throughput; `images` is the number of images that the run has trained on so far."""
         return images / max(self.seconds["train"], 1e-9)
 
     def report(self, images: float) -> dict[str, Any]:
-        """Return the breakdown for the report; `images` is the number of trained images."""
+        """Return the breakdown up to now for the report, in seconds; `images` is the number of trained images."""
         self.lap()
         return {
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
@@ -116,7 +125,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Write the breakdown, as of the last change of category or `lap`."""
+        """Write the breakdown as of the last `lap` or change of category."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

@@ -48,40 +48,41 @@ from trainer.storage.small_files import (
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset, Device, has_fingerprints, require_fingerprint
 
-LOCK_INTERVAL_SECONDS = 0.5  # between requests for the lock of another process
-LOCK = ".lock"  # file in a local folder; the process that trains there holds a flock on it
-RUN_JSON = "run.json"
-RESULTS = ("export", "report", DONE)
+LOCK_INTERVAL_SECONDS = 0.5  # between attempts to lock a folder that another process uses
+LOCK = ".lock"  # file in a local folder, on which the process that trains there holds a flock
+RUN_JSON = "run.json"  # records the dataset and the starts of a run
+RESULTS = ("export", "report", DONE)  # files and folders that a run writes after its last step
 
 
 @dataclass
 class RunFolder:
     """The output_dir of this run, which the chief has locked. Other workers do not access it.
 
-    Until `begin`, a start changes only the lock in it, and the list of starts that the run did not begin.
+    Before `begin`, a start changes only two things in output_dir: the lock (in a bucket, the lease), and `.starts`, the
+    list of starts that ended before the run began or resumed.
     """
 
-    path: Path  # the local folder; for a bucket, a cache folder that is published to `address`
-    address: str  # output_dir as the user gave it, or a new folder under outputs/; of a teacher, the folder within it
-    resuming: bool  # an earlier start has saved a checkpoint; always False on workers other than the chief
+    path: Path  # local folder of the run; if output_dir is in a bucket, a cache folder that is published to `address`
+    address: str  # output_dir as configured, or a new folder under outputs/; OUTPUT_DIR/teacher for a teacher's run
+    resuming: bool  # whether an earlier start has saved a checkpoint; always False on workers other than the chief
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
-    config: RequestedConfig  # when resuming, with the values that the run chose for `auto`
-    previous: RunConfig | None = None  # the configuration of the last start; None if there is none or it is corrupt
-    created: bool = False  # this process created the folder
-    begun: bool = False  # on the chief, from `begin` on
-    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start left it; empty if missing or corrupt
+    config: RequestedConfig  # if `resuming`, with the values that the run chose for `auto`
+    previous: RunConfig | None = None  # configuration of the last start; None if there was none or it is corrupt
+    created: bool = False  # whether this process created the folder
+    begun: bool = False  # whether `begin` was called; always False on workers other than the chief
+    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start wrote it; empty if missing or corrupt
     unbegun: UnbegunStarts | None = None  # None on workers other than the chief
-    student: str | None = None  # output_dir of the run that begins once this one, of its teacher, is finished
-    _written: dict[str, Any] = field(default_factory=dict)  # run.json of this start, in case the file is corrupted
+    student: str | None = None  # if this is the run of a teacher: output_dir of its student, which trains next
+    _written: dict[str, Any] = field(default_factory=dict)  # last written content of run.json, if the file is corrupt
 
     @property
     def is_new(self) -> bool:
-        """Whether the run begins: there is no checkpoint, and no earlier start, or the last one had other settings."""
+        """True if there is no checkpoint, and the last start, if any, had other settings or a corrupt config.yaml."""
         return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise a DataError if the run has a checkpoint and began with a dataset of another fingerprint, or weights."""
+        """Raise a DataError if a resumed run began with other data, or with other initial weights."""
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
             check_same_weights(self.address, self.run_json.get("initial_weights", {}), self.config)
@@ -89,15 +90,20 @@ class RunFolder:
     def begin(
         self, config: RunConfig, dataset: Dataset, of_phases: dict[str, dict[str, Any]], fields: dict[str, Any]
     ) -> None:
-        """Write config.yaml, which marks the folder as that of this run, and run.json.
+        """Write config.yaml, which marks the folder as that of this run, and run.json; start to publish the folder.
 
-        A finished run is extended, so DONE is deleted. Corrupt files are renamed, and temporary files that killed
-        processes left are deleted.
+        Deletes DONE, because the start may extend a finished run, and temporary files of killed processes. Renames
+        corrupt JSON files.
 
         Args:
-            config: written to config.yaml.
-            of_phases: `features`, the input of each phase, and `xla`, whether its step is compiled, for run.json.
-            fields: entries of this start for run.json; `classes` and `advice` are entries of the whole run.
+            config: content of config.yaml.
+            dataset: the dataset whose fingerprints run.json records.
+            of_phases: for run.json: `features`, the input of each phase, and `xla`, whether its step is compiled.
+            fields: for run.json: `classes` and `advice` describe the run, all other fields this start.
+
+        Raises:
+            OSError: the disk is full or fails.
+            Interrupted: the bucket does not respond, or the lease was lost.
         """
         self.begun = True
         delete_unfinished(self.path)
@@ -109,15 +115,15 @@ class RunFolder:
         with temporary_file(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             sync(temporary)
-            (self.path / DONE).unlink(missing_ok=True)  # after the write that fails if the disk is full
+            (self.path / DONE).unlink(missing_ok=True)  # only now: if the disk is full, the write above has failed
             os.replace(temporary, self.path / "config.yaml")
         sync(self.path)
         for name, parse in {RUN_JSON: parse_run_json, ATTEMPTS: parse_entries, BREAKDOWN_FILE: parse_breakdown}.items():
             try:
                 read_json(self.path / name, parse, "")
             except DataError as error:
-                renamed = set_aside(self.path / name).name
-                log.info(f"{error.problem}: renamed to {renamed}, and begun anew{_LOSSES[name]}")
+                new_name = set_aside(self.path / name).name
+                log.info(f"{error.problem}: renamed to {new_name}, and begun anew{_CORRUPTION_EFFECTS[name]}")
         earlier = {} if self.is_new else self.run_json
         if warning := describe_versions(earlier):
             log.warning(warning)
@@ -129,52 +135,53 @@ class RunFolder:
             "versions": collect_versions(),
             "git": _git_commit(),
         }
-        of_run = {key: fields[key] for key in ("classes", "advice") if key in fields}
-        start |= {key: value for key, value in fields.items() if key not in of_run}
+        run_fields = {key: fields[key] for key in ("classes", "advice") if key in fields}
+        start |= {key: value for key, value in fields.items() if key not in run_fields}
         attempts = {"attempts": [*earlier.get("attempts", []), start]}
-        known = of_run | (earlier if self.resuming else {"initial_weights": describe_initial_weights(config)})
-        recorded = known.get("data_fingerprint", {})  # of an older version: a string, the hash of kind "ends"
-        hashes = {**(recorded if isinstance(recorded, dict) else {}), **dataset.fingerprints}
-        self._written = known | {"data_fingerprint": hashes} | of_phases | attempts
+        all_fields = run_fields | (earlier if self.resuming else {"initial_weights": describe_initial_weights(config)})
+        recorded_hashes = all_fields.get("data_fingerprint", {})  # of an older version: one hash, of kind "ends"
+        fingerprints = {**(recorded_hashes if isinstance(recorded_hashes, dict) else {}), **dataset.fingerprints}
+        self._written = all_fields | {"data_fingerprint": fingerprints} | of_phases | attempts
         write_json(self.path / RUN_JSON, self._written)
         self.publisher.begin()
         if self.unbegun:
             self.unbegun.clear()
 
     def read_last_command(self) -> str:
-        """Return the shell command of this start, from run.json."""
+        """Return the command of this start, quoted for a shell."""
         return shlex.join((read_run_json(self.path) or self._written)["attempts"][-1]["command"])
 
     def update_run_json(self, fields: dict[str, Any]) -> None:
-        """Add or replace fields of run.json."""
+        """Add or replace top-level fields of run.json."""
         self._written = (read_run_json(self.path) or self._written) | fields
         write_json(self.path / RUN_JSON, self._written)
 
     def record_end(self, error: BaseException | None) -> None:
-        """Record the error that ends this start if it is before `begin`."""
+        """Record the error that ends this start, unless the run has begun: then `RestartHistory` records it."""
         if self.unbegun and not self.begun:
             self.unbegun.end(error)
 
     def record_exit(self, code: int, reason: str, stopped: bool) -> None:
-        """Record that this process exits at once with this code, after a stop request if `stopped`.
+        """Record that this process exits at once with this code, and delete the folder if it is unused.
 
-        Another worker can be the first to find an error that ends the start: the folder is left as by `abandon`.
+        Called if another thread or worker ends this process, so that `abandon` is not reached. `stopped` is whether the
+        cause is a stop request.
         """
-        kind = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
-        self.record_end((StopRequested if stopped else kind)(reason))
+        error_class = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
+        self.record_end((StopRequested if stopped else error_class)(reason))
         self._delete_if_unused()
 
     def _delete_if_unused(self) -> None:
-        """Delete the folder if this process created it and has recorded no start in it."""
+        """Delete the folder if this process created it and the run has not begun in it."""
         if self.lock and self.created and not self.begun:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # other files are in it
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
                 if self.student:
-                    self.path.parent.rmdir()  # output_dir, if it has nothing else either
+                    self.path.parent.rmdir()  # output_dir of the student; fails if other files are in it
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Release the folder after a start that ended before `begin` with this error; delete it if it is unused."""
+        """Record the end of a start that ended before `begin`, and release its folder; delete an unused folder."""
         self.record_end(error)
         self.publisher.close(publish=False)
         self._delete_if_unused()
@@ -182,7 +189,7 @@ class RunFolder:
             self.lock.close()
 
 
-_LOSSES = {
+_CORRUPTION_EFFECTS = {  # by corrupt file: what its loss means for the run, for the log
     RUN_JSON: "; the data cannot be compared with that of earlier starts",
     ATTEMPTS: "; earlier restarts are not counted",
     BREAKDOWN_FILE: "; the time breakdown lacks earlier starts",
@@ -190,7 +197,7 @@ _LOSSES = {
 
 
 def parse_run_json(value: Any) -> dict[str, Any]:
-    """Validate the content of run.json; raise one of `CONTENT_ERRORS` for anything else."""
+    """Return the content of run.json if it is valid; raise one of `CONTENT_ERRORS` if it is not."""
     fields = require_json_object(value)
     require_json_object(fields.get("features", {}))
     require_json_object(fields.get("xla", {}))
@@ -205,12 +212,12 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """Read run.json in the folder of a run; return {} if it does not exist or is corrupt."""
+    """Read the run.json of a run; return {} if the file does not exist or is corrupt."""
     return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
-    """Describe the package versions that changed since the last start of a run; return None if none did."""
+    """Describe the package versions that changed since the last start of a run; return None if none changed."""
     last, now = (run_json.get("attempts") or [{}])[-1].get("versions", {}), collect_versions()
     changed = [f"{name} {last[name]} -> {now[name]}" for name in now if last.get(name, now[name]) != now[name]]
     if not changed:
@@ -219,12 +226,12 @@ def describe_versions(run_json: dict[str, Any]) -> str | None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Collect the versions of the packages that determine the bits of a run."""
+    """Return the versions of the packages that determine the exact results of a run, by package name."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
 def hash_source() -> str:
-    """Hash the package's Python files, which can differ between container images of one version, to 16 hex digits."""
+    """Return a hash of the package's Python files, as 16 hex digits; images of one version can have different files."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -232,20 +239,25 @@ def hash_source() -> str:
 
 
 def _git_commit() -> str | None:
-    """Return $KUBETUNE_REVISION or the git commit of the package; None if neither is available."""
+    """Return $KUBETUNE_REVISION, or else `git describe` of the package; None if neither is available."""
     if revision := os.environ.get("KUBETUNE_REVISION"):  # a container image has no .git
         return revision
     package = Path(trainer.__file__).parent
     command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return git.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def create_output_folder(name: str | None) -> Path:
-    """Create a new folder under outputs/, named after the time and the experiment."""
+    """Create a new folder, named after the time and the experiment `name`: outputs/20260131-120000-NAME.
+
+    Raises:
+        ConfigError: the folder cannot be created.
+        Interrupted: the disk is full or fails.
+    """
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}" + (f"-{make_file_stem(name)}" if name else "")
     for i in range(1, 1000):
         folder = Path("outputs") / (stem if i == 1 else f"{stem}-{i}")
@@ -262,14 +274,16 @@ def create_output_folder(name: str | None) -> Path:
 def _lock_folder(folder: Path, patience: float) -> TextIO:
     """Create a local folder, and lock it until the returned file is closed or the process ends.
 
-    Raises Interrupted if another process still has locked it after `patience` seconds.
+    Raises:
+        ConfigError: the folder cannot be written to.
+        Interrupted: another process still has the lock after `patience` seconds, or the disk is full or fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
         raise make_write_error(error, folder, "output_dir", "give a folder with write permission") from None
-    deadline, waits = time.monotonic() + patience, False
+    deadline, is_wait_logged = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -280,13 +294,14 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
             if time.monotonic() >= deadline:
                 lock.close()
                 raise in_use from None
-        if not waits:
+        if not is_wait_logged:
             log.info(f"output_dir={folder} {in_use.problem}; waiting up to {patience:.0f} s until it ends")
-        waits = True
+        is_wait_logged = True
         time.sleep(LOCK_INTERVAL_SECONDS)
     try:
         lock.truncate(0)
-        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())  # not buffered, see `close`
+        # `os.write` has no buffer that `close` would have to write to a disk that is full meanwhile.
+        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     except OSError as error:
         lock.close()
         raise make_write_error(error, folder, "output_dir", "give a folder on another disk") from None
@@ -294,7 +309,11 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
 
 
 def find_folder_holder(config: RequestedConfig) -> str | None:
-    """Describe the process that holds the lock or lease of output_dir; return None if there is none. Write nothing."""
+    """Describe the process that holds the lock or lease of output_dir, without writing anything.
+
+    Returns None if the folder is free, or its lock file cannot be opened, or the holder is a pod of the same Kubernetes
+    Job, whose lease this process can take over.
+    """
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
         return describe_holder(folder, os.environ.get("JOB_UID") or None)
@@ -310,14 +329,16 @@ def find_folder_holder(config: RequestedConfig) -> str | None:
 
 
 def open_run_folder(config: RequestedConfig) -> RunFolder:
-    """Lock `config.output_dir` or a new folder under outputs/, and determine whether the run resumes.
+    """Lock `config.output_dir`, or a new folder under outputs/, and determine whether the run resumes.
 
-    If output_dir is in a bucket, take its lease and download the run. Only the chief calls this.
+    If output_dir is in a bucket, also acquire its lease and download the run. Only the chief calls this.
 
     Raises:
-        ConfigError: the folder has another run or other files, or `resume` forbids it.
+        ConfigError: the folder cannot be written to or used by this run (`check_folder`).
+        DataError: `LATEST` or `BEST` in the bucket is corrupt.
         GaveUp: too many starts ended before the run began or resumed.
-        Interrupted: another process uses the folder, also after `plan_patience`; or the bucket does not respond.
+        Interrupted: another process uses the folder, and still does so after a wait (`plan_patience`); the disk is
+            full; or the bucket does not respond.
     """
     address = config.output_dir or str(create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
@@ -347,23 +368,23 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
 class FolderContents:
     """The contents of a folder that determine whether a run can use it."""
 
-    names: Set[str]  # of its files and folders, without temporary files
-    config: bytes | None  # the content of config.yaml, None if there is none
-    has_checkpoint: bool
+    names: Set[str]  # of its files and folders, without the lock, `.starts`, config.yaml and temporary files
+    config: bytes | None  # content of config.yaml; None if there is none
+    has_checkpoint: bool  # also true if all its checkpoints are corrupt
 
     @property
     def results(self) -> list[str]:
-        """The names of what a run writes after its last step."""
+        """The names of the results, which a run writes after its last step, that are in the folder."""
         return [name for name in RESULTS if name in self.names]
 
 
 def _read_contents(folder: StoragePath) -> FolderContents:
-    """Read what `check_folder` needs, of a folder on disk or in a bucket."""
+    """Read the contents of a folder, on disk or in a bucket, for `check_folder`."""
     names = {child.name for child in [*(info.path for info in folder.list(recursive=False)), *folder.folders()]}
     if folder.is_local:
         has_checkpoint = has_checkpoints(child.name for child in (folder / "checkpoints").folders())
     else:
-        names = {name for name in names if not name.startswith(".")}  # the lease
+        names = {name for name in names if not name.startswith(".")}  # without the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
     names = {name for name in names if not is_unfinished(name)} - {LOCK, UNBEGUN, "config.yaml"}
@@ -373,13 +394,21 @@ def _read_contents(folder: StoragePath) -> FolderContents:
 def check_folder(
     config: RequestedConfig, address: str, contents: FolderContents
 ) -> tuple[RunConfig | None, RunConfig | None]:
-    """Check that a run can use its output_dir; return the configurations of the last start there and of this start.
+    """Check that a run can use its output_dir, and return the configurations of the last start there and of this start.
 
-    The former is None if there was no start, or if its config.yaml is corrupt and it saved no checkpoint. The latter is
-    None if the run begins: no start has saved a checkpoint, so nothing is lost if its settings differ.
+    Args:
+        config: the requested configuration of this start.
+        address: output_dir, for errors.
+        contents: what is in output_dir now.
 
-    Raises ConfigError if the folder has another run or other files, results without the checkpoints that a run needs
-    to continue, or `resume` forbids it.
+    Returns:
+        The configuration of the last start. It is None if there was no start, or if config.yaml is corrupt and there is
+        no checkpoint. Then the configuration of this start, if it resumes a checkpoint. It is None if the run begins:
+        without a checkpoint nothing is lost if the settings differ.
+
+    Raises:
+        ConfigError: the folder has another run, other files, a corrupt config.yaml with checkpoints, or results without
+            the checkpoints that a run needs to continue; or `resume` forbids to use it.
     """
     if contents.config is None:
         if config.resume == "must":
@@ -410,7 +439,7 @@ def check_folder(
 
 
 def parse_stored_config(content: bytes, address: str) -> RunConfig:
-    """Parse the config.yaml of the run in output_dir `address`; raise a ConfigError if it is corrupt or invalid."""
+    """Parse the config.yaml in output_dir `address`. Raises ConfigError if the content is corrupt or invalid."""
     try:
         return load_resolved(parse_config(content))
     except ConfigError as error:
@@ -421,9 +450,13 @@ def parse_stored_config(content: bytes, address: str) -> RunConfig:
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Read the configuration with which a run would resume and its run.json; None and {} if it would begin.
+    """Return the configuration with which this start would resume a run, and the run.json of that run.
 
-    Writes nothing. Raises the error of `check_folder`.
+    Returns None and {} if the run would begin. The second value is {} as well if run.json is missing or corrupt. Writes
+    nothing.
+
+    Raises:
+        ConfigError: the run cannot use its output_dir (`check_folder`).
     """
     folder = storage_path(config.output_dir or "")
     _, resumed = check_folder(config, str(config.output_dir), _read_contents(folder))
@@ -433,36 +466,42 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
 
 
 def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) -> None:
-    """Raise a DataError if the run with this run.json began with a dataset of another fingerprint."""
-    first = run_json.get("data_fingerprint")
-    if first is not None and not has_fingerprints(dataset, first):
-        first, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (first, dataset.fingerprints))
-        problem = f"was trained on other data (fingerprint {first}, now {now})"
+    """Raise a DataError if the run in output_dir `address` began with a dataset of another fingerprint."""
+    recorded = run_json.get("data_fingerprint")
+    if recorded is not None and not has_fingerprints(dataset, recorded):
+        recorded, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (recorded, dataset.fingerprints))
+        problem = f"was trained on other data (fingerprint {recorded}, now {now})"
         fix = "give another folder, or the data of its first start"
         raise DataError(problem, key="output_dir", value=address, fix=fix)
 
 
 def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
-    """Return `config` with the values that the run in the folder chose for `auto`.
+    """Return `config` with the values of an earlier start for keys that are `auto`.
 
-    Raises ConfigError if `before`, the configuration of that run, differs in a value that a resumed run cannot change.
+    Raises:
+        ConfigError: `before`, the configuration of the run in output_dir `address`, differs in a value that a resumed
+            run cannot change.
     """
     config, _ = resolve_auto(config, begun=before)
     if changed := list_forbidden_changes(before, config):
-        problem = "\n".join(["holds a run with another configuration:", *(f"  {line}" for line in changed)])
+        problem = "\n".join(["holds a run with another configuration:", *(f"  {change}" for change in changed)])
         raise ConfigError(problem, key="output_dir", value=address, fix="give another folder, or the same values")
     return config
 
 
 def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
-    """List the differences that a resumed run must not have, and addresses that moved."""
+    """List the changes that a resumed run must not have, and the changed addresses, as "key: before -> now"."""
     config, _ = resolve_auto(config, begun=before)
-    moved = list_moved_addresses(before, config, (*ADDRESSES, *INITIAL_WEIGHTS))
-    return [*list_forbidden_changes(before, config), *moved]
+    moved_addresses = list_moved_addresses(before, config, (*ADDRESSES, *INITIAL_WEIGHTS))
+    return [*list_forbidden_changes(before, config), *moved_addresses]
 
 
 def is_finished(config: RequestedConfig) -> bool:
-    """Return whether `config.output_dir` contains this run, finished with the same number of steps. Write nothing."""
+    """Return whether `config.output_dir` contains this run, finished with the same number of steps. Writes nothing.
+
+    Raises:
+        ConfigError: the run is finished, but its config.yaml is corrupt or invalid.
+    """
     if not config.output_dir or config.resume == "never":
         return False
     folder = storage_path(config.output_dir)
@@ -470,29 +509,29 @@ def is_finished(config: RequestedConfig) -> bool:
         return False
     before = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
     config, _ = resolve_auto(config, begun=before)
-    same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    return same_length and not _list_changes(before, config)
+    is_same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
+    return is_same_length and not _list_changes(before, config)
 
 
 class Finished(Exception):
-    """The run is finished already, so the process ends with exit code 0."""
+    """The run is already finished, so the process ends with exit code 0. Not an error."""
 
 
 def require_unfinished(config: RequestedConfig) -> None:
-    """Raise `Finished` if the run is finished."""
+    """Raise `Finished` if the run of this configuration is finished."""
     if is_finished(config):
         folder = config.output_dir
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
 def require_output_dir(config: RequestedConfig, workers: int) -> None:
-    """Raise a ConfigError if several workers have no output_dir."""
+    """Raise a ConfigError if a run with several workers has no output_dir."""
     if workers > 1 and not config.output_dir:
         raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
 def follow_run_folder(config: RequestedConfig) -> RunFolder:
-    """Create the RunFolder of a worker other than the chief, without access to the disk or bucket."""
+    """Create the `RunFolder` of a worker other than the chief. It accesses neither the disk nor the bucket."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, resuming=False, lock=None, publisher=Publisher(path, None), config=config)
@@ -508,16 +547,19 @@ def _local_folder(config: RequestedConfig, address: str) -> Path:
 def resolve_auto_once(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device, replicas: int
 ) -> tuple[RunConfig, list[str]]:
-    """Resolve `auto` values on the chief: as an earlier start of this run did, or else for the dataset and the device.
+    """Resolve the `auto` values on the chief, and broadcast them. All workers must call this.
 
-    `replicas` is the number on all workers. All workers must call this. They get the same configuration, and a reason
-    for each chosen value.
+    A resumed run uses the values of its earlier starts. A new run chooses them for the dataset, the device, and the
+    number of `replicas` of all workers.
+
+    Returns:
+        The configuration, equal on all workers, and a line with the reason for each chosen value.
     """
 
     def choose() -> tuple[dict[str, Any], list[str]]:
-        resumed = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
-        images, classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, images, classes, device, resumed, replicas)
+        earlier_config = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
+        num_images, num_classes = dataset.splits["train"].count, len(dataset.class_names)
+        chosen, reasons = resolve_auto(config, num_images, num_classes, device, earlier_config, replicas)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

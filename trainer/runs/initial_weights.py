@@ -1,6 +1,7 @@
-"""What the weights of a new run are read from: the file of `model.weights` and the checkpoint of `warm_start`.
+"""The files that the weights of a new run are read from: `model.weights`, and the checkpoint of `warm_start`.
 
-A run that resumes reads neither. It records their checksums when it begins, so that others are refused.
+A run that resumes does not read them. When it begins, it records their checksums in run.json, so that a later start
+with other weights is refused.
 """
 
 import json
@@ -22,56 +23,62 @@ from trainer.storage.staging import is_remote
 
 
 def describe_initial_weights(config: RequestedConfig) -> dict[str, dict[str, str]]:
-    """Return the address and the CRC32C of the initial weights of a new run, by key, for run.json.
+    """Return the address and the CRC32C of the initial weights of a new run, by configuration key, for run.json.
 
-    Without the keys that name no address, and those whose content cannot be read.
+    The keys are "model.weights" and "warm_start". A key is omitted if its value is not the address of a file, or if the
+    content cannot be read.
     """
-    described = {}
+    weights_by_key = {}
     values = flatten(config.model_dump(mode="json"))
     for key in INITIAL_WEIGHTS:
         if (address := values.get(key)) and (crc32c := _compute_crc32c(key, address)):
-            described[key] = {"address": address, "crc32c": crc32c}
-    return described
+            weights_by_key[key] = {"address": address, "crc32c": crc32c}
+    return weights_by_key
 
 
 def check_same_weights(run: str, recorded: Mapping[str, Any], config: RequestedConfig) -> None:
-    """Raise a DataError if the run at the address `run` began with other weights than those of `config`.
+    """Raise a DataError if a run began with other weights than those of `config`.
 
-    `recorded` is what `describe_initial_weights` returned. Weights at the recorded address, and those that do not exist
-    any more, are not compared, because a run that resumes does not need them.
+    Weights at the recorded address are not compared, nor are weights that no longer exist, because a run that resumes
+    does not need them.
+
+    Args:
+        run: output_dir of the run, for the error.
+        recorded: the result of `describe_initial_weights` when the run began.
+        config: the configuration of this start.
     """
     values = flatten(config.model_dump(mode="json"))
-    for key, entry in recorded.items():
+    for key, recorded_weights in recorded.items():
         address = values.get(key)
-        crc32c = _compute_crc32c(key, address) if address and address != entry["address"] else ""
-        if crc32c not in ("", entry["crc32c"]):
-            problem = f"{run} began with other weights (CRC32C {entry['crc32c']}, now {crc32c})"
-            fix = f"give {entry['address']}, which need not exist any more, or another output_dir"
+        crc32c = _compute_crc32c(key, address) if address and address != recorded_weights["address"] else ""
+        if crc32c not in ("", recorded_weights["crc32c"]):
+            problem = f"{run} began with other weights (CRC32C {recorded_weights['crc32c']}, now {crc32c})"
+            fix = f"give {recorded_weights['address']}, which need not exist any more, or another output_dir"
             raise DataError(problem, key=key, value=address, fix=fix)
 
 
 def _compute_crc32c(key: str, address: str) -> str:
-    """Return the CRC32C of the variables at an address, in 8 hex digits; "" if they cannot be read, or have no file."""
+    """Return the CRC32C of the weights at an address, as 8 hex digits; "" if they have no file or cannot be read."""
     if key == "model.weights" and address in NAMED_WEIGHTS:
         return ""
     with suppress(OSError, TrainerError, *CONTENT_ERRORS):
         if key == "model.weights":
             info = storage_path(address).stat() if is_remote(address) else None
-            if info and info.crc32c is None:  # an object of another program in S3
+            if info and info.crc32c is None:  # another program has written this object in S3
                 return crc32c_hex(info.path.read())
             crc32c = info.crc32c if info else compute_file_crc32c(Path(address).expanduser())
             return f"{crc32c:08x}"
-        if not is_remote(address):  # a run in a bucket would have to be downloaded
+        if not is_remote(address):  # otherwise the run would have to be downloaded
             manifest = json.loads((find_warm_start(address, Path(address).expanduser()) / "manifest.json").read_bytes())
             return str(manifest["variables.npz"]["crc32c"])
     return ""
 
 
 def find_warm_start(source: str, folder: Path) -> Path:
-    """Return the folder of the checkpoint for the `warm_start` value `source`: the best one, or else the newest.
+    """Return the folder of the checkpoint for a warm start: the best one of a run, or else its newest.
 
-    `folder` is the output_dir of a run, or one of its checkpoints, which is returned. Raises the DataError of
-    `open_local_checkpoints`.
+    `folder` is the local output_dir of a run, or one of its checkpoints, which is returned. `source` is the value of
+    `warm_start`, for errors. Raises DataError if there is no checkpoint, or the file `BEST` is corrupt.
     """
     checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent != folder:
@@ -81,12 +88,13 @@ def find_warm_start(source: str, folder: Path) -> Path:
 
 
 def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """Open the checkpoints of a run; `folder` is its output_dir or one of its checkpoints.
+    """Open the checkpoints of a run for reading.
 
-    Raises DataError, which names the `warm_start` value `source`, if the folder or its checkpoints do not exist.
+    `folder` is the local output_dir of the run, or one of its checkpoints. `source` is the value of `warm_start`, for
+    errors. Raises DataError if the folder does not exist, or the run has no checkpoint.
     """
-    home = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-    checkpoints = CheckpointFolder(home / "checkpoints", 1, log.info)
+    run_folder = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
+    checkpoints = CheckpointFolder(run_folder / "checkpoints", 1, log.info)
     if not folder.is_dir() or not checkpoints.list_steps():
         raise DataError("there is no checkpoint", key="warm_start", value=source, fix="give the output_dir of a run")
     return checkpoints

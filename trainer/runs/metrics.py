@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -22,82 +23,111 @@ from trainer.storage.disk import describe_failure
 from trainer.storage.local import add_path_to_errors, temporary_file, write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
-TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # one point per epoch
+TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # of each epoch
+SCORE_PREFIX = "validation/"  # of the names of these scores in TensorBoard
 
 
-def truncate_metrics(metrics: Path, logs: Path, step: int) -> None:
-    """Delete the lines of metrics.jsonl and the TensorBoard records after `step`, at which the run resumes.
+def truncate_metrics(metrics: Path, logs: Path, step: int, epoch_step: int) -> None:
+    """Delete the metrics after the checkpoint with which a run resumes, from metrics.jsonl and the TensorBoard files.
 
-    Of a file that is corrupt elsewhere than in its last line or record, which a kill truncates, a copy remains.
+    A checkpoint of the last step of an epoch can be older than the validation of this epoch, which is then repeated.
+
+    A kill can truncate the last line or record of a file, which is deleted. If a file is corrupt elsewhere, a copy of
+    it remains (NAME.damaged).
+
+    Args:
+        metrics: path of metrics.jsonl, which need not exist.
+        logs: folder with one folder of TensorBoard files per phase.
+        step: optimizer steps of the run at its newest checkpoint.
+        epoch_step: step at the end of the last epoch whose validation the checkpoint has; 0 if there is none.
     """
     if metrics.exists():
         content = metrics.read_bytes()
-        steps = [_parse_step(line) for line in content.splitlines()]
-        # Only the last line can be truncated by a kill.
-        if corrupt := sum(of_line is None for of_line in steps[: len(steps) - (not content.endswith(b"\n"))]):
-            shutil.copyfile(metrics, copy := metrics.with_name(f"{metrics.name}.damaged"))
-            lines_are = "1 line is" if corrupt == 1 else f"{corrupt} lines are"
-            log.info(f"{metrics}: {lines_are} corrupt and deleted; {copy.name} is a copy of the file")
-        lines = zip(content.splitlines(keepends=True), steps, strict=True)
-        write_atomically(metrics, b"".join(line for line, of_line in lines if of_line is not None and of_line <= step))
+        retained = [_is_retained(line, step, epoch_step) for line in content.splitlines()]
+        # A kill can truncate only the last line, which has no line break then.
+        if num_corrupt := retained[: len(retained) - (not content.endswith(b"\n"))].count(None):
+            shutil.copyfile(metrics, backup := metrics.with_name(f"{metrics.name}.damaged"))
+            subject = "1 line is" if num_corrupt == 1 else f"{num_corrupt} lines are"
+            log.info(f"{metrics}: {subject} corrupt and deleted; {backup.name} is a copy of the file")
+        write_atomically(metrics, b"".join(compress(content.splitlines(keepends=True), retained)))
     for file in list(logs.glob("*/events.out.tfevents.*")):
-        with temporary_file(file) as shortened:
-            size, valid = 0, True
-            with tf.io.TFRecordWriter(str(shortened)) as writer, suppress(tf.errors.DataLossError):
+        with temporary_file(file) as truncated:
+            end, is_intact = 0, True  # end: byte offset of the end of the intact records
+            with tf.io.TFRecordWriter(str(truncated)) as writer, suppress(tf.errors.DataLossError):
                 for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                     try:
-                        later = Event.FromString(record).step > step
+                        event = Event.FromString(record)
                     except DecodeError:
-                        valid = False
+                        is_intact = False
                         break
-                    size += HEADER_BYTES + len(record) + FOOTER_BYTES
-                    if not later:
+                    end += HEADER_BYTES + len(record) + FOOTER_BYTES
+                    is_score = any(value.tag.startswith(SCORE_PREFIX) for value in event.summary.value)
+                    if event.step <= (epoch_step if is_score else step):
                         writer.write(record)
-            if not (valid and is_truncated_at(file, size)):
-                copy = file.with_name(f"{file.name.replace('tfevents', 'events')}.damaged")  # no file of TensorBoard
-                shutil.copyfile(file, copy)
-                log.info(f"{file}: is corrupt, and ends before byte {size:,} now; {copy.name} is a copy of the file")
-            shortened.replace(file)
+            if not (is_intact and is_truncated_at(file, end)):
+                # TensorBoard reads any file with "tfevents" in its name.
+                backup = file.with_name(f"{file.name.replace('tfevents', 'events')}.damaged")
+                shutil.copyfile(file, backup)
+                log.info(f"{file}: is corrupt, and ends before byte {end:,} now; {backup.name} is a copy of the file")
+            truncated.replace(file)
 
 
-def _parse_step(line: bytes) -> float | None:
-    """Parse the step of a line of metrics.jsonl; return None if the line is corrupt."""
+def _is_retained(line: bytes, step: int, epoch_step: int) -> bool | None:
+    """Return whether a line of metrics.jsonl is not later than the checkpoint; None if the line is corrupt."""
     try:
-        return require_nonnegative(json.loads(line)["step"])
+        entry = json.loads(line)
+        return require_nonnegative(entry["step"]) <= (epoch_step if entry["kind"] == "epoch" else step)
     except CONTENT_ERRORS:
         return None
 
 
-class MetricsWriter:
-    """Writes the metrics of a run on the chief; on other workers every method does nothing.
+def count_steps_to_profile(step: int, window: tuple[int, int] | None) -> int:
+    """Return the number of steps after `step` before the profiler starts or stops, a very large one if it does not.
 
-    A line of metrics.jsonl is a logging interval ("kind": "train") or an epoch ("kind": "epoch"). Values that depend on
-    the machine and the time are under "timing"; everything else is reproducible.
+    Every worker computes it, so that all run the same number of steps in a device call.
+    """
+    boundaries = [window[0] - 1, window[1]] if window else []
+    return next((boundary - step for boundary in boundaries if boundary > step), sys.maxsize)
+
+
+class MetricsWriter:
+    """Writes the metrics of a run on the chief. On other workers it only sets the gauges for `/metrics`.
+
+    A line of metrics.jsonl has the metrics of a logging interval ("kind": "train") or an epoch ("kind": "epoch").
+    Values that depend on the machine and the time are under "timing"; everything else is reproducible.
     """
 
     def __init__(self, folder: Path | None, style: str, batch_size: int) -> None:
-        """`folder`: None on workers other than the chief. `style`: bar, lines, or auto (a bar in a terminal)."""
+        """Create a writer, which writes nothing yet.
+
+        Args:
+            folder: local folder of the run; None on workers other than the chief.
+            style: `runtime.progress`: "bar", "lines", or "auto", which is a bar on a terminal.
+            batch_size: size of the global batch, to estimate the remaining time.
+        """
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.display: Display | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._profiling = False
 
     def start(self, total_steps: int) -> None:
-        """Set the total number of steps of all phases, and start the progress display if it is enabled."""
+        """Set the number of steps of all phases, and start the progress display unless `style` selects log lines."""
         self.total_steps = total_steps
         if self.folder and (self.style == "bar" or (self.style == "auto" and sys.stdout.isatty())):
             self.display = Display(PatientConsole(highlight=False))
 
     def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
-        """Show a phase of `steps` steps in the display; at `step` of the run, `phase_step` of them are done.
+        """Show a phase in the progress display.
 
-        Call it again after the first device call, which compiles, since the remaining time is estimated from then on.
+        At step `step` of the run, `phase_step` of the `steps` steps of the phase are done. The phase ends in epoch
+        `last_epoch` of the run, counted from 1. Call this again after the first device call, which compiles: the
+        remaining time is estimated from the last call of this function.
         """
         if self.display:
             self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)
 
     def log(self, text: str, **fields: Any) -> None:
-        """Log a line, above the progress display if there is one; `fields` are its values in a JSON log."""
+        """Log a line on the chief: above the progress display, or, if there is none, with `fields` in a JSON log."""
         if self.display:
             self.display.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
@@ -107,10 +137,15 @@ class MetricsWriter:
         self, entry: dict[str, Any], examples: float, seconds: float, waited: float, goodput: float,
         mean_rate: float = 0.0,
     ) -> None:  # fmt: skip
-        """Write and log a logging interval of training.
+        """Write, log and show the metrics of a logging interval.
 
-        `entry` has phase, epoch, step, loss, accuracy and learning_rate. `waited` is the number of seconds in which the
-        device had no data. `goodput`, in 0..1, and `mean_rate`, in images per second, are those of the run so far.
+        Args:
+            entry: phase, epoch, step, loss, accuracy and learning_rate.
+            examples: number of examples that all workers trained on in the interval.
+            seconds: duration of the interval.
+            waited: seconds of it in which this worker waited for data.
+            goodput: fraction of the time since the first start that was spent on training steps or features, 0..1.
+            mean_rate: mean throughput of the run so far, in images per second.
         """
         seconds = max(seconds, 1e-9)
         rate, wait = examples / seconds, min(waited / seconds, 1.0)
@@ -123,19 +158,25 @@ class MetricsWriter:
         scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
         self._write_scalars(phase, step, scalars)
         loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
-        ends = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
+        lr_wait = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
         if self.display:
             speed = [f"{mean_rate:,.0f} images/s", f"goodput {goodput:.0%}"]
-            self.display.figures = [loss, accuracy, *speed, *ends]
+            self.display.figures = [loss, accuracy, *speed, *lr_wait]
             return
         progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-        line = "  ".join([loss, accuracy, ends[0], f"{rate:,.0f} images/s", ends[1], f"goodput {goodput:.0%}"])
+        line = "  ".join([loss, accuracy, lr_wait[0], f"{rate:,.0f} images/s", lr_wait[1], f"goodput {goodput:.0%}"])
         self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {left}", **entry, **timing)
 
     def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
-        """Write and log an epoch: training means and validation scores; `best` marks the best epoch so far."""
+        """Write and log the metrics of an epoch: training means and validation scores.
+
+        Args:
+            entry: phase, epoch, step, loss, accuracy, learning_rate and the validation scores (`val_...`).
+            timing: `seconds` of training and `validation_seconds`.
+            best: whether this is the best epoch of the phase so far.
+        """
         self._write({"kind": "epoch", **entry, "timing": timing})
-        scores = {f"validation/{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
+        scores = {f"{SCORE_PREFIX}{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
         self._write_scalars(entry["phase"], entry["step"], scores)
         self.flush()
         top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
@@ -162,15 +203,20 @@ class MetricsWriter:
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
-        """Flush the TensorBoard files, so that a kill does not lose records before the next checkpoint."""
+        """Flush the TensorBoard files, so that a kill loses no records from before the checkpoint that comes next."""
         for writer in self._writers.values():
             writer.flush()
 
     def profile(self, step: int, window: tuple[int, int] | None) -> None:
-        """Start or stop TensorBoard's profiler before `step`, so that it records the steps [first, end) in `window`."""
+        """Start or stop TensorBoard's profiler before a device call, so that it records the steps in `window`.
+
+        Args:
+            step: steps of the run before the device call, which ends at `count_steps_to_profile` more at the latest.
+            window: the first and the last step, counted from 1; None to stop the profiler.
+        """
         if self.folder is None:
             return
-        if window and not self._profiling and window[0] <= step < window[1]:
+        if window and not self._profiling and window[0] - 1 <= step < window[1]:
             tf.profiler.experimental.start(str(self.folder / "logs"))
             self._profiling = True
         elif self._profiling and not (window and step < window[1]):
@@ -178,7 +224,7 @@ class MetricsWriter:
             self._profiling = False
 
     def stop_display(self) -> None:
-        """Erase the progress display, if there is one; later lines go to the log."""
+        """Erase the progress display, if there is one. Later lines go to the log."""
         if self.display:
             self.display.stop()
             self.display = None
@@ -186,9 +232,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Erase the display, stop the profiler and close the TensorBoard files. Disk errors are only logged."""
         self.stop_display()
-        for close in (partial(self.profile, 0, None), *(writer.close for writer in self._writers.values())):
+        for close_resource in (partial(self.profile, 0, None), *(writer.close for writer in self._writers.values())):
             try:
-                close()
+                close_resource()
             except Exception as error:  # must not hide the error that ends the run
                 if (reason := describe_failure(error)) is None:
                     raise

@@ -1,8 +1,8 @@
 """Publish the local folder of a run to its folder in a bucket, in the background of training.
 
-Both folders have the same layout, except that checkpoint names in the bucket have a token of the process that published
-them (see `trainer.runs.checkpoints`). Writing LATEST through the lease commits a checkpoint. `DONE` is written last,
-also through the lease.
+Both folders have the same layout, except that the names of checkpoints in the bucket end with a token of the process
+that published them: `step-00000420-1a2b3c4d`. A checkpoint is committed when `LATEST`, which is written through the
+lease, names it. `DONE` is written last, also through the lease.
 """
 
 import shutil
@@ -25,35 +25,40 @@ from trainer.storage.staging import describe_left_out, divide_listing
 
 PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
-LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"
-FINAL_RESULTS = ("report/", "export/")  # published only at the end
-TEMPORARY = ("autotuning/tmp/",)  # XLA renames the files there (trainer.cluster.compilation_cache)
+LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"  # files in the folder of a run
+FINAL_RESULTS = ("report/", "export/")  # folders that are published only at the end
+TEMPORARY = ("autotuning/tmp/",)  # folders that are not published: XLA still renames the files in them
 
 
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
-    """Replace a local folder by the files of a run in a bucket, without uncommitted checkpoints, report and export.
+    """Replace a local folder by the files of a run in a bucket, and return the names of its committed checkpoints.
 
-    The run of its teacher is not fetched.
+    Report, export, DONE, uncommitted checkpoints and the run of a teacher are not downloaded.
 
-    Return the names of the committed checkpoints in the bucket, by local name.
+    Returns:
+        The name of each committed checkpoint on disk -> its name in the bucket.
+
+    Raises:
+        DataError: `LATEST` or `BEST` in the bucket is corrupt.
+        Interrupted: the bucket does not respond.
     """
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
     committed = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
-    entries, left_out = divide_listing(remote, remote.list())
+    infos_by_name, left_out = divide_listing(remote, remote.list())
     if left_out:
         log.warning(f"{remote}: {describe_left_out(left_out)}")
-    for name, info in entries.items():
+    for name, info in infos_by_name.items():
         if name.startswith((".", f"{FOLDER}/", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
             continue
-        local_name = name
+        target_name = name
         if name.startswith(f"checkpoints/{PREFIX}"):
-            _, checkpoint, *rest = name.split("/")
-            if checkpoint not in committed or len(rest) != 1:
+            _, checkpoint, *file_path = name.split("/")
+            if checkpoint not in committed or len(file_path) != 1:
                 continue
-            local_name = f"checkpoints/{_strip_token(checkpoint)}/{rest[0]}"
-        downloads.append((info.path, join_inside(local, local_name)))
+            target_name = f"checkpoints/{_strip_token(checkpoint)}/{file_path[0]}"
+        downloads.append((info.path, join_inside(local, target_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
@@ -63,31 +68,31 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
 
 
 class Publisher:
-    """Copies the folder `local` to the folder of the lease, to which no other process can commit meanwhile.
+    """Copies a local folder to the folder of a lease in a bucket. While it has the lease, no other process can commit.
 
-    `lease` is None for a run with a local output_dir and on workers other than the chief. Then nothing is copied, and
-    only `publish_checkpoints` and `finish` have an effect (on `/healthz`, and DONE in `local`).
+    `lease` is None if output_dir is local, and on workers other than the chief. Then nothing is copied, and only two
+    methods have an effect: `publish_checkpoints` records the checkpoint for `/healthz`, and `finish` writes DONE.
     """
 
     def __init__(self, local: Path, lease: Lease | None) -> None:
-        """Create a publisher, which publishes nothing before `begin`."""
+        """Create a publisher of the folder `local`. It publishes nothing before `begin`."""
         self.local, self.lease = local, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
-        self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time when it was copied
-        self._error: BaseException | None = None  # of the background thread
+        self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time (ns) when it was copied
+        self._error: BaseException | None = None  # raised in the background thread
         self._pending: Future[None] | None = None
         self._closed, self._begun = threading.Event(), False
         if lease:
             self._pool = ThreadPoolExecutor(1, "publisher")  # one thread: publications do not overlap
 
     def fetch(self) -> None:
-        """Replace `local` by the run's files in the bucket."""
+        """Replace `local` by the run's files in the bucket. Raises the errors of `fetch_run`."""
         if self.lease:
             self._names = fetch_run(self.lease.folder, self.local)
 
     def begin(self) -> None:
-        """Delete DONE in the bucket, and start to publish changed files, now and every `PUBLISH_SECONDS`."""
+        """Delete DONE in the bucket, and start to publish changed files, now and then every `PUBLISH_SECONDS`."""
         self._begun = True
         if self.lease:
             self.lease.delete(DONE)  # first: with the new config.yaml it would mark an extended run as finished
@@ -95,39 +100,42 @@ class Publisher:
             threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def publish_checkpoints(self) -> None:
-        """Start to publish the local checkpoints. Call `wait` before the next one is written."""
+        """Start to publish the local checkpoints in the background. Call `wait` before the next one is written."""
         if not self.lease:
             health.record_checkpoint()
         self._submit(partial(self._upload_and_commit, time.monotonic()))
 
     def wait(self) -> None:
-        """Wait until the publication in progress has ended. Raises the errors of `check`."""
+        """Wait until the running publication has ended. Raises the errors of `check`."""
         if self._pending:
             self._pending.result()
         self.check()
 
     def check(self) -> None:
-        """Raise the error of the background thread, or Interrupted if the lease was lost."""
+        """Raise the error of the background thread, if any. Raise Interrupted if the lease was lost."""
         if self._error:
             raise self._error
         if self.lease:
             self.lease.check()
 
     def publish_results(self) -> None:
-        """Publish all changed files, including report and export."""
+        """Publish all changed files, including report and export. Raises the errors of `check`."""
         self.wait()
         if self.lease:
             self._publish_files(results=True)
 
     def finish(self, content: str) -> None:
-        """Publish all changed files, then write DONE with this content, in the bucket and locally."""
+        """Publish all changed files, and then write DONE with this content, in the bucket and locally."""
         self.publish_results()
         if self.lease:
             self.lease.commit(DONE, content)
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
-        """Publish changed files after `begin`, unless `publish` is False or publishing failed; release the lease."""
+        """Release the lease, if any. Before that, publish changed files if the run has begun and nothing failed.
+
+        `publish=False` skips this publication. Later calls have no effect.
+        """
         if not self.lease or self._closed.is_set():
             return
         self._closed.set()
@@ -155,47 +163,50 @@ class Publisher:
                 self._submit(self._publish_files)
 
     def _upload_and_commit(self, written_at: float) -> None:
-        """Upload new local checkpoints, commit them, and delete those that no longer exist locally."""
+        """Upload new local checkpoints, commit them, and delete those that no longer exist locally.
+
+        `written_at` is the time.monotonic() at which the newest one was written.
+        """
         assert self.lease
         remote = self.lease.folder
-        local = (path.name for path in (self.local / "checkpoints").iterdir())
-        names = sorted(filter(is_local_checkpoint, local), reverse=True)
+        local_names = (path.name for path in (self.local / "checkpoints").iterdir())
+        names = sorted(filter(is_local_checkpoint, local_names), reverse=True)
         for name in names:
             if name not in self._names:
-                published, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
+                remote_name, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
-                    (remote / f"checkpoints/{published}/{file.name}").upload(file)
+                    (remote / f"checkpoints/{remote_name}/{file.name}").upload(file)
                     health.record_progress()
-                self._names[name] = published
-        self._names = {name: published for name, published in self._names.items() if name in names}
+                self._names[name] = remote_name
+        self._names = {name: remote_name for name, remote_name in self._names.items() if name in names}
         self._publish_files()  # before the commit: a resumed run can delete later metrics, but not add missing ones
         self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in names))
         health.record_checkpoint(time.monotonic() - written_at)
         best = self.local / BEST
         if best.exists() and (name := best.read_text().strip()) in self._names:
             (remote / BEST).write(self._names[name] + "\n")
-        for old in (remote / "checkpoints").folders():
-            if is_checkpoint(old.name) and old.name not in self._names.values():
-                old.delete_tree()
+        for folder in (remote / "checkpoints").folders():
+            if is_checkpoint(folder.name) and folder.name not in self._names.values():
+                folder.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:
-        """Copy changed files except checkpoints. Each is read only once, since it can grow meanwhile."""
+        """Copy changed files except checkpoints. Read each file only once, because it can grow meanwhile."""
         assert self.lease
         self.lease.check()
-        first = self.local / "config.yaml"  # it marks the folder as that of a run, for the next start after a kill
-        for file in sorted(self.local.rglob("*"), key=lambda file: (file != first, file)):
+        config_file = self.local / "config.yaml"  # copied first, so that after a kill the folder is that of a run
+        for file in sorted(self.local.rglob("*"), key=lambda file: (file != config_file, file)):
             name = file.relative_to(self.local).as_posix()
             hidden = any(component.startswith(".") for component in Path(name).parts)
             excluded = (f"checkpoints/{PREFIX}", *TEMPORARY, *(() if results else FINAL_RESULTS))
             temporary = name.endswith(".tmp")  # TensorFlow renames such a file once a program is written
             if hidden or temporary or name in (DONE, LATEST, BEST) or name.startswith(excluded) or not file.is_file():
                 continue
-            status = file.stat()
-            current = (status.st_size, status.st_mtime_ns)
-            if self._published.get(name) != current:
+            file_stat = file.stat()
+            size_and_time = (file_stat.st_size, file_stat.st_mtime_ns)
+            if self._published.get(name) != size_and_time:
                 (self.lease.folder / name).write(file.read_bytes())
                 health.record_progress()
-                self._published[name] = current
+                self._published[name] = size_and_time
 
 
 def _strip_token(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Assign checkpoint values to a classifier, also from another run (warm start)."""
+"""Assign the values of a checkpoint to a classifier: of this run, or of another one (warm start)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +21,10 @@ from trainer.training import variables
 
 
 def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign trained values, by name, to `targets`, which are all or some of the classifier's variables.
+    """Assign trained values, by name, to the variables in `targets`, or change none of them if one does not fit.
 
-    Raises DataError if a value is missing or has another shape; then nothing was assigned. `source` names the values.
+    `targets` are all or some of the variables of the classifier. `source` describes the origin of the values in errors.
+    Raises DataError if a value is missing or has another shape.
     """
     variables.assign_values(targets, values, source)
     refresh_normalization(classifier.backbone)
@@ -32,18 +33,22 @@ def assign_values(classifier: Classifier, targets: dict[str, Any], values: dict[
 def load_warm_start(
     control: ControlChannel, classifier: Classifier, source: str, cache_folder: Path
 ) -> tuple[str, int]:
-    """Assign the variables that this model and another run's checkpoint have in common, with averages (EMA) if any.
+    """Assign to a classifier the variables that it has in common with another run's checkpoint.
 
-    All workers must call this; the chief reads the checkpoint and broadcasts it. Return its path and the number of
-    assigned values. A head with other classes keeps its initial values. Backbone variables that the checkpoint lacks
-    cause a warning.
+    All workers must call this. The chief reads the checkpoint and broadcasts it. If the run computed averages (EMA),
+    they are assigned. Head variables that the checkpoint lacks, or that have another shape there, keep their initial
+    values. Backbone variables that the checkpoint lacks cause a warning.
 
     Args:
         source: output_dir of the other run, local or in a bucket, to read its best or else its newest checkpoint; or
             the folder of a local checkpoint.
-        cache_folder: a run in a bucket is downloaded below it.
+        cache_folder: folder into which a run in a bucket is downloaded.
 
-    Raises DataError if there is no checkpoint, or it is of another backbone (`match_warm_start`).
+    Returns:
+        The path of the checkpoint, and the number of assigned variables.
+
+    Raises:
+        DataError: there is no checkpoint, it is corrupt, or it is of another backbone.
     """
     path, values = read_warm_start(source, cache_folder) if control.is_chief else ("", {})
     path = control.broadcast("warm start", lambda: path)
@@ -55,27 +60,35 @@ def load_warm_start(
     return path, len(names)
 
 
-Shapes = dict[str, tuple[int, ...]]  # shape of each variable by its name
+Shapes = dict[str, tuple[int, ...]]  # name of a variable -> its shape
 
 
 def collect_shapes(values: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of variables or arrays by name."""
+    """Return the shapes of variables or arrays, by name."""
     return {name: tuple(value.shape) for name, value in values.items()}
 
 
 def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[list[str], str]:
-    """Return the names of the variables that a warm start assigns, and a warning, "" if the backbone is complete.
+    """Match the variables of a model with those of a checkpoint, from which it gets a warm start.
 
-    The head can have other classes or layers. Backbone variables that the checkpoint lacks cause a warning. Backbone
-    variables of the same name must have the same shape, since another shape means another backbone or width.
+    The head can have other classes or layers. Backbone variables of the same name must have the same shape, because
+    another shape means another backbone or width.
 
-    Raises DataError if a backbone variable has another shape, or the checkpoint has no backbone variable.
+    Args:
+        model, checkpoint: shapes of the variables, by name.
+        source: the value of `warm_start`, for messages.
+
+    Returns:
+        The names of the variables to assign, and a warning about backbone variables that the checkpoint lacks, or "".
+
+    Raises:
+        DataError: a backbone variable has another shape, or the checkpoint has no backbone variable.
     """
-    matching = [name for name, shape in model.items() if checkpoint.get(name) == shape]
-    backbone = [name for name in model if name.startswith("backbone/")]
-    differing = [name for name in backbone if name in checkpoint and name not in matching]
-    missing = [name for name in backbone if name not in checkpoint]
-    total, fix = len(backbone), "give a run with the same model.backbone and model.alpha"
+    matches = [name for name, shape in model.items() if checkpoint.get(name) == shape]
+    backbone_names = [name for name in model if name.startswith("backbone/")]
+    differing = [name for name in backbone_names if name in checkpoint and name not in matches]
+    missing = [name for name in backbone_names if name not in checkpoint]
+    total, fix = len(backbone_names), "give a run with the same model.backbone and model.alpha"
     if differing:
         first = differing[0]
         problem = (f"is of another backbone: {len(differing)} of {total} variables of the backbone have other shapes, "
@@ -84,11 +97,15 @@ def match_warm_start(model: Shapes, checkpoint: Shapes, source: str) -> tuple[li
     if len(missing) == total:
         raise DataError("has none of the backbone's variables", key="warm_start", value=source, fix=fix)
     warning = f"warm_start={source} has only {total - len(missing)} of the backbone's {total} variables: "
-    return matching, f"{warning}{join_first(missing)} keep their initial values" if missing else ""
+    return matches, f"{warning}{join_first(missing)} keep their initial values" if missing else ""
 
 
 def read_warm_start(source: str, cache_folder: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Read the checkpoint of a warm start; return its local path and its variables."""
+    """Read the checkpoint of a warm start; return its local path and its variables, by name.
+
+    `source` and `cache_folder` are as in `load_warm_start`. Raises DataError if there is none or it is corrupt, and
+    Interrupted if the bucket does not respond.
+    """
     folder = Path(source).expanduser()
     if is_remote(source):
         folder = cache_folder / "warm_start"

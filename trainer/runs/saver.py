@@ -18,11 +18,11 @@ class Saver:
     """Saves and reads the checkpoints of one run, and holds its restart history.
 
     Only the chief accesses the disk. All workers must call `broadcast_newest` and `broadcast_weights`. On workers other
-    than the chief, `save` only records the step. `saved_step` is the step of the newest checkpoint, 0 if there is none.
+    than the chief, `save` only records the step. `saved_step` is the step of the newest checkpoint; 0 if there is none.
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
-        """`keep`: number of newest checkpoints that are retained (`runtime.keep_checkpoints`)."""
+        """Create a saver for the run in `folder`, which retains the `keep` newest checkpoints."""
         self.path, self.address, self.publisher, self.folder = folder.path, folder.address, folder.publisher, folder
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
@@ -30,28 +30,32 @@ class Saver:
         self._newest: tuple[dict[str, Any] | None, dict[str, np.ndarray]] = None, {}
 
     def broadcast_newest(self, resuming: bool) -> bool:
-        """Broadcast the newest intact checkpoint for `take_newest`; return whether there is one.
+        """Broadcast the newest intact checkpoint to all workers, for `take_newest`; return whether there is one.
 
-        If the run is new, `resuming` is False and nothing is read.
+        If `resuming` is False on the chief, because the run is new, no checkpoint is read or broadcast.
         """
-        newest = self.checkpoints.read_newest() if resuming and self.control.is_chief else None
-        state = self.control.broadcast("state", lambda: newest[0] if newest else None)
+        checkpoint = self.checkpoints.read_newest() if resuming and self.control.is_chief else None
+        state = self.control.broadcast("state", lambda: checkpoint[0] if checkpoint else None)
         if state is None:
             return False
         self.saved_step = state["step"]
-        self._newest = state, self.control.broadcast_arrays("checkpoint", newest[1] if newest else {})
+        self._newest = state, self.control.broadcast_arrays("checkpoint", checkpoint[1] if checkpoint else {})
         return True
 
     def take_newest(self) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """Return the state and the variables that were broadcast, once, which releases them; None and {} if none."""
-        newest, self._newest = self._newest, (None, {})
-        return newest
+        """Return the state and the variables of the newest checkpoint once, and release them; else None and {}."""
+        checkpoint, self._newest = self._newest, (None, {})
+        return checkpoint
 
     def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
-        """Commit a checkpoint of the variables `current` to the local disk, and publish it in the background.
+        """Commit a checkpoint to the local disk, and publish it in the background.
 
-        The call waits until the previous checkpoint is published. `best_step` is the step of the best checkpoint so
-        far. Raises the errors of `Publisher.wait` and `CheckpointFolder.save`.
+        First waits until the previous checkpoint is published. `current` are the variables to save, by name, and
+        `best_step` is the step of the best checkpoint so far, or None.
+
+        Raises:
+            OSError: the disk is full or fails.
+            Interrupted: the bucket does not respond, or the lease was lost.
         """
         self.saved_step = state["step"]
         if self.control.is_chief:
@@ -61,9 +65,18 @@ class Saver:
             self.publisher.publish_checkpoints()
 
     def broadcast_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
-        """Broadcast the model variables `names` of a checkpoint, with averages (EMA) if any; return its step and them.
+        """Broadcast the weights of a checkpoint to all workers. Averages (EMA) replace them if the run computes any.
 
-        If the checkpoint of `step` is corrupt, the one of `last_step` is read instead.
+        Args:
+            step: step of the checkpoint.
+            last_step: step of the checkpoint that is read if that of `step` is corrupt.
+            names: names of the model variables to broadcast.
+
+        Returns:
+            The step of the checkpoint that was read, and the weights by name.
+
+        Raises:
+            DataError: neither of the two checkpoints is intact (on the chief only).
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
@@ -80,6 +93,6 @@ class Saver:
 
     @property
     def resume_hint(self) -> str:
-        """The `fix` of an error after an interruption."""
+        """The last part of an error message after an interruption: the command that resumes the run."""
         output_dir = self.folder.student or self.address
         return f"Start the same command again with {format_argument('output_dir', output_dir)} to resume"

@@ -1,4 +1,4 @@
-"""Read a run from its output_dir, local or in a bucket, to evaluate or export one of its checkpoints."""
+"""Read a run from its output_dir, local or in a bucket, for commands that use one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The configuration and classes of a run, which need not be finished."""
+    """The configuration and the classes of a run, which need not be finished."""
 
-    address: str  # output_dir as the user gave it
-    home: StoragePath  # output_dir
+    address: str  # output_dir as the user wrote it
+    home: StoragePath  # output_dir as a storage path
     config: RunConfig
     class_names: tuple[str, ...]
-    fingerprint: str | dict[str, str]  # of the training dataset, for `has_fingerprints`
+    fingerprint: str | dict[str, str]  # of the dataset that the run trained on, for `has_fingerprints`
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
-    """Read a run: return output_dir, config.yaml (not validated) and run.json (`classes` and `data_fingerprint`).
+    """Read the two files that describe the run in an output_dir.
 
-    Raises DataError if there is no run or run.json is corrupt, and ConfigError if config.yaml is corrupt.
+    Returns:
+        output_dir as a storage path, the content of config.yaml, which is not validated, and that of run.json, with
+        `classes` and `data_fingerprint`.
+
+    Raises:
+        DataError: config.yaml does not exist, or run.json does not exist or is corrupt.
+        ConfigError: config.yaml is corrupt.
     """
     home = storage_path(address)
     config = (home / "config.yaml").fetch()
     if config is None:
         raise DataError("has no config.yaml", key="run", value=address, fix="give the output_dir of a run")
     try:
-        tree = parse_config(config[0])
+        config_tree = parse_config(config[0])
     except ConfigError as error:
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
@@ -52,34 +58,40 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         run_json = None
     if run_json is None:
         raise DataError("has no run.json, or a corrupt one", key="run", value=address, fix="give another run")
-    return home, tree, run_json
+    return home, config_tree, run_json
 
 
 def _parse_run_json(value: Any) -> dict[str, Any]:
-    """Validate run.json and normalize its class names; raise one of `CONTENT_ERRORS` for anything else."""
-    names = value["classes"]
+    """Return the content of run.json with normalized class names; raise one of `CONTENT_ERRORS` if it is invalid."""
+    class_names = value["classes"]
     require_fingerprint(value["data_fingerprint"])
-    if not (isinstance(names, list) and all(isinstance(text, str) for text in names)):
+    if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
         raise ValueError("no list of class names")
-    return require_json_object(value) | {"classes": [normalize_class_name(name) for name in names]}
+    return require_json_object(value) | {"classes": [normalize_class_name(name) for name in class_names]}
 
 
 def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
-    """Read a run and validate its configuration, with `changes` such as {"data.root": "/elsewhere"}.
+    """Read a run and validate its configuration.
 
-    Raises the errors of `read_run`, and ConfigError if config.yaml is of another version or `changes` are invalid.
+    Args:
+        address: output_dir of the run.
+        changes: values that replace those of the run, by key, such as {"data.root": "/elsewhere"}.
+
+    Raises:
+        DataError: there is no run, or its run.json is corrupt.
+        ConfigError: config.yaml is corrupt or of another version, or `changes` are invalid.
     """
-    home, tree, run_json = read_run(address)
+    home, config_tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
-        *path, last = key.split(".")
-        section = tree
-        for name in path:
+        *section_names, field_name = key.split(".")
+        section = config_tree
+        for name in section_names:
             if not isinstance(section.setdefault(name, {}), dict):
                 section[name] = {}
             section = section[name]
-        section[last] = value
+        section[field_name] = value
     try:
-        config = load_resolved(tree)
+        config = load_resolved(config_tree)
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
@@ -87,12 +99,16 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
 
 
 def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
-    """Return the folder of a checkpoint; `which` is best, last, a step, or a phase: the weights with which it ended.
+    """Return the folder of a checkpoint of a run.
 
-    Raises ConfigError if `which` is something else, and DataError if the run does not have that checkpoint.
+    `which` is "best", "last", a step such as "420", or the name of a phase: the checkpoint with its phase weights.
+
+    Raises:
+        ConfigError: `which` is something else.
+        DataError: the run does not have that checkpoint, or `LATEST` or `BEST` is corrupt.
     """
     folder = run.home / "checkpoints"
-    remote = not run.home.is_local  # then LATEST has all committed checkpoints, newest first
+    remote = not run.home.is_local  # in a bucket, only checkpoints that LATEST lists are committed
     latest = read_pointer(folder / "LATEST") if remote or which == "last" else []
     available = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
     if remote:
@@ -103,11 +119,11 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
         names = [name for name in available if parse_step(name) == int(which)]
     else:
         phases = _read_phases(run) or _read_finished_phases(find_checkpoint(run, "last"))
-        ends = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
-        if which in ends:
-            return find_checkpoint(run, str(ends[which]))
-        ended = f", or a phase that has ended: {', '.join(ends)}" if ends else ""
-        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{ended}")
+        step_by_phase = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
+        if which in step_by_phase:
+            return find_checkpoint(run, str(step_by_phase[which]))
+        hint = f", or a phase that has ended: {', '.join(step_by_phase)}" if step_by_phase else ""
+        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{hint}")
     if names and names[0] in available:
         return available[names[0]]
     if not available:
@@ -117,7 +133,7 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
 
 
 def _read_phases(run: StoredRun) -> dict[str, Any]:
-    """Read the summaries of the phases in the report of a run; {} if it has none. Log a message if it is damaged."""
+    """Read the summaries of the phases in a run's report, by phase; {} if there is no report. Log a corrupt report."""
     try:
         return read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
     except DataError as error:
@@ -126,7 +142,7 @@ def _read_phases(run: StoredRun) -> dict[str, Any]:
 
 
 def _read_finished_phases(checkpoint: StoragePath) -> dict[str, Any]:
-    """Read the summaries of the phases that had ended at a checkpoint, without reading its variables."""
+    """Read the summaries of the phases that had finished at a checkpoint, by phase, without reading its variables."""
 
     def parse(state: Any) -> dict[str, Any]:
         return require_json_object(require_json_object(state).get("finished", {}))
@@ -140,75 +156,86 @@ def _parse_phases(report: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """The contents of a checkpoint that an evaluation or export uses."""
+    """The contents of a checkpoint that evaluation, export and prediction use."""
 
-    name: str  # best, last, a phase, or step-420
+    name: str  # "best", "last", the name of a phase, or "step-420"
     step: int
     history: list[dict[str, Any]]  # one entry per epoch
-    phases: dict[str, Any]  # summaries by phase, as in report.json
-    values: dict[str, np.ndarray]  # the model's variables by name, with averages (EMA) if the run computed them
+    phases: dict[str, Any]  # summary of each finished phase, by its name, as in report.json
+    values: dict[str, np.ndarray]  # the model's variables by name; averages (EMA) if the run computed them
 
 
 def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint; `which` is that of `find_checkpoint`, and defaults to the one that the run exports.
+    """Read a checkpoint of a run.
 
-    Raises the errors of `find_checkpoint`, and DataError if the checkpoint is corrupt.
+    `which` selects the checkpoint, as for `find_checkpoint`. It defaults to the checkpoint that the run exports, which
+    is `training.keep`.
+
+    Raises:
+        ConfigError: `which` is neither best, last, a step nor a phase.
+        DataError: the checkpoint does not exist or is corrupt.
     """
     which = which or run.config.training.keep
     state, values = read_checkpoint(find_checkpoint(run, which))
     phases = _read_phases(run)
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
-        phases = state.get("finished", {})  # the report, if any, is of another checkpoint
+        phases = state.get("finished", {})  # the report, if there is one, is of another checkpoint
     name = f"step-{state['step']}" if which.isdecimal() else which
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, select_inference_weights(values))
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with a checkpoint's weights. Sets Keras' global dtype policy to its precision."""
+    """Rebuild the classifier of a run with the weights of a checkpoint. Sets Keras' global dtype policy for the run."""
     import keras
 
     from trainer.cluster.devices import POLICIES
 
     keras.config.set_dtype_policy(POLICIES[run.config.runtime.precision])
-    classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
-    return rebuild_classifier(run.config.model, classes, run.config.seed, checkpoint.values, source)
+    num_classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
+    return rebuild_classifier(run.config.model, num_classes, run.config.seed, checkpoint.values, source)
 
 
 def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
-    """Return the dataset with the classes of the run, in their order. Labels are mapped by class name.
+    """Return a dataset with the classes of a run, in the order of the run. Labels are mapped by class name.
 
-    The dataset can lack some of the classes; then a note, which is also logged, names them. Raises DataError if the
-    dataset has a class that the run does not know.
+    The dataset can lack some of the classes. Then a note in the result names them, and is logged.
+
+    Raises:
+        DataError: the dataset has a class that the run was not trained on.
     """
     names = run.class_names
     if dataset.class_names == names:
         return dataset
     if unknown := [repr(name) for name in dataset.class_names if name not in names]:
-        has = f"has classes that the run was not trained on: {join_first(unknown)}"
+        problem = f"has classes that the run was not trained on: {join_first(unknown)}"
         fix = f"give data of the classes {join_first([repr(name) for name in names])}"
-        raise DataError(has, key="run", value=run.address, fix=fix)
-    run_label = np.array([names.index(name) for name in dataset.class_names], np.int32)
-    splits = {name: replace(split, labels=run_label[split.labels]) for name, split in dataset.splits.items()}
+        raise DataError(problem, key="run", value=run.address, fix=fix)
+    run_labels = np.array([names.index(name) for name in dataset.class_names], np.int32)  # by dataset label
+    splits = {name: replace(split, labels=run_labels[split.labels]) for name, split in dataset.splits.items()}
     notes = dataset.notes
-    if absent := [name for name in names if name not in dataset.class_names]:
-        note = f"the data has no example of {join_first(absent)}: their rows in the report are empty"
+    if missing := [name for name in names if name not in dataset.class_names]:
+        note = f"the data has no example of {join_first(missing)}: their rows in the report are empty"
         log.info(note)
         notes += (note,)
     return replace(dataset, class_names=names, splits=splits, notes=notes)
 
 
 def without_weights(model: Model) -> Model:
-    """Return a copy of the settings with `weights=none`, for a model whose values come from a checkpoint."""
+    """Return a copy of the settings with `weights=none`, so that no pretrained weights are loaded for a checkpoint."""
     return model.model_copy(update={"weights": "none"})
 
 
 def rebuild_classifier(
     model: Model, class_count: int, seed: int, values: dict[str, np.ndarray], source: str
 ) -> Classifier:
-    """Build a classifier, and assign trained values by name to all its variables; other values are ignored.
+    """Build a classifier, and assign trained values by name to all its variables.
 
-    Must be called in the scope of the strategy, after the global Keras dtype policy is set. Raises ModelError if the
-    backbone cannot be loaded, and DataError, which names `source`, if a value is missing or has another shape.
+    Must be called in the scope of the strategy, after the global Keras dtype policy is set. The pretrained weights of
+    `model` are not loaded. Arrays in `values` of other names are ignored. `source` describes their origin in errors.
+
+    Raises:
+        ModelError: the backbone cannot be built.
+        DataError: a value is missing or has another shape.
     """
     from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values

@@ -1,4 +1,4 @@
-"""ASGI application of the server: routes, responses, and the requests in progress."""
+"""ASGI application of the server: routes, responses, and the count of requests in progress."""
 
 from __future__ import annotations
 
@@ -51,40 +51,40 @@ CSP = (  # content security policy: the page is self-contained and connects only
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")  # an identifier of a client or proxy that is logged as it is
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")  # X-Request-Id of a client or proxy that is used and logged unchanged
 LOADING_PAGE = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
 
 
 @dataclass(eq=False)
 class ServedVersion:
-    """A loaded version of the model, with its queues. It is in use until its last request has its predictions."""
+    """A loaded version of the model, with its queues. It is in use while requests wait for its predictions."""
 
     export: Export
     model: ServedModel
-    batchers: Mapping[bool, Batcher]  # by `explain`
-    tasks: list[asyncio.Task[None]]  # that form batches
-    requests: int = 0  # that wait for predictions
+    batchers: Mapping[bool, Batcher]  # key: whether heatmaps are computed
+    tasks: list[asyncio.Task[None]]  # the tasks that run the batchers
+    requests: int = 0  # number of requests that wait for predictions
 
     def close(self) -> None:
-        """End the tasks that form batches."""
+        """Stop the tasks that form batches."""
         for task in self.tasks:
             task.cancel()
 
 
 class Service:
-    """The HTTP service of one model; it responds before the model is loaded and until the server exits.
+    """The HTTP service of one model. It also responds while the model is loaded, and until the server exits.
 
     Raises ConfigError if the prediction log cannot be written.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
         self.settings = settings
-        self.version: ServedVersion | None = None  # None until it is loaded and warmed up
-        self._loading = export  # the version that is loaded first
-        self._replaced: set[ServedVersion] = set()  # earlier versions, still in use
+        self.version: ServedVersion | None = None  # None until the first version is loaded and warmed up
+        self._loading = export  # the version to load first
+        self._replaced: set[ServedVersion] = set()  # earlier versions that are still in use
         self.stopping = False  # after a signal: the service is not ready, and responses close their connections
         self.active = 0  # requests in progress, to any route
-        self.cancelled = 0  # requests that were still in progress `drain` seconds after the shutdown began
+        self.cancelled = 0  # requests that were cancelled at the end of `drain`
         self.log = open_log(settings.log, settings.log_seconds)
         self.metrics = ServingMetrics(settings, self.log)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
@@ -112,39 +112,43 @@ class Service:
 
     @property
     def export(self) -> Export:
-        """The version that is served, or the one that is being loaded if there is none."""
+        """The version that is served; before the first is loaded, the version that is being loaded."""
         return self.version.export if self.version else self._loading
 
     def use(self, export: Export, model: ServedModel) -> None:
-        """Serve a version from now on. Requests that wait for an earlier one still get its predictions."""
+        """Serve this version from now on; requests that already wait get predictions from the previous version.
+
+        Must be called in the event loop.
+        """
         metrics = ModelMetrics(self.metrics, export)
         batchers = {explain: self._create_batcher(model, metrics, explain) for explain in (False, True)}
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
-        before, self.version = self.version, ServedVersion(export, model, batchers, tasks)
+        previous, self.version = self.version, ServedVersion(export, model, batchers, tasks)
         self.metrics.current = metrics
-        if before:
-            self._replaced.add(before)
+        if previous:
+            self._replaced.add(previous)
             self._close_unused()
 
     def _close_unused(self) -> None:
+        """Close the replaced versions for which no request waits."""
         for version in [version for version in self._replaced if not version.requests]:
             version.close()
             self._replaced.remove(version)
 
     def close(self) -> None:
-        """End the tasks that form batches."""
+        """Stop the tasks that form batches, for all versions."""
         for version in (self.version, *self._replaced):
             if version:
                 version.close()
 
     def close_log(self) -> None:
-        """Write the rest of the prediction log, which waits; called once, after `close`."""
+        """Write the rest of the prediction log, at most for ten seconds. Must be called once, after `close`."""
         if self.log:
             self.log.close()
 
     @property
     def loading(self) -> bool:
-        """Whether no version of the model has been loaded yet."""
+        """Whether no version of the model is loaded yet."""
         return self.version is None
 
     def _count_queued(self) -> int:
@@ -160,13 +164,16 @@ class Service:
             metrics.record(images, predictions)
             return predictions
 
-        s = self.settings
-        limits = {"size": s.batch, "queue": s.queue, "pixels": s.max_pixels}
-        return Batcher(run_model, self._model_thread, window=s.window_ms / 1000, **limits)
+        settings = self.settings
+        limits = {"size": settings.batch, "queue": settings.queue, "pixels": settings.max_pixels}
+        return Batcher(run_model, self._model_thread, window=settings.window_ms / 1000, **limits)
 
     @contextlib.contextmanager
     def _current_version(self) -> Iterator[ServedVersion]:
-        """Yield the version that is served, which stays in use until the end of the context."""
+        """Yield the version that is served, and keep it in use until the end of the context.
+
+        Raises HTTPException 503 if no version is loaded.
+        """
         version = self.version
         if version is None:
             raise unavailable_error("the model is being loaded")
@@ -178,11 +185,11 @@ class Service:
             self._close_unused()
 
     def not_ready_reason(self) -> str:
-        """Return why the service is not ready; "" if it is."""
+        """Return the reason why the service is not ready; "" if it is ready."""
         return "stopping" if self.stopping else "" if self.version else "the model is being loaded"
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request as an ASGI application, count it, and close its connection while the server stops."""
+        """Serve an HTTP request as an ASGI application, and count it; while the server stops, close its connection."""
         if scope["type"] != "http":
             return
         began, code, identifier = time.monotonic(), "none", identify(scope)
@@ -199,9 +206,9 @@ class Service:
 
         self.active += 1
         try:
-            with contextlib.suppress(Exception):  # Starlette raises an error again after `_respond_to_bug`
+            with contextlib.suppress(Exception):  # after `_respond_to_bug` Starlette raises the exception again
                 await self._routes(scope, receive, count_and_send)
-        except asyncio.CancelledError:  # `drain` seconds after the shutdown began
+        except asyncio.CancelledError:  # the time of `drain` has passed
             self.cancelled += 1
             if code == "none":
                 response = _json_response({"error": "the server has stopped; send the request to another one"}, 503)
@@ -215,7 +222,11 @@ class Service:
     async def _predict_images(
         self, request: Request, parse: Callable[..., PredictRequest], *arguments: Any
     ) -> tuple[Export, PredictRequest, list[Prediction]]:
-        """Read a request, parse it with `parse(body, *arguments)`, and predict its images with one version."""
+        """Read a request, parse it with `parse(body, *arguments)`, and predict its images with one version.
+
+        Returns the version, the parsed request, and one prediction per image. Raises HTTPException if the request is
+        invalid, an image cannot be decoded, or the service has no capacity.
+        """
         if self.version is None:
             raise unavailable_error("the model is being loaded")
         with self._memory.reservation() as reserve:
@@ -247,13 +258,13 @@ class Service:
         )
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
-            p = prediction.probabilities
-            top = np.argsort(-p, kind="stable")[: parsed.top_k]
-            classes = [{"class": export.classes[i], "probability": float(p[i])} for i in top]
+            probabilities = prediction.probabilities  # float32 [classes]
+            top = np.argsort(-probabilities, kind="stable")[: parsed.top_k]
+            classes = [{"class": export.classes[i], "probability": float(probabilities[i])} for i in top]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
                 reference = export.reference or {}
-                geometry = {  # crop: the central square only; ignore: the image as it is stored
+                geometry = {  # the area of the heatmap; crop: the central square, ignore: without EXIF rotation
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
@@ -262,7 +273,10 @@ class Service:
         return _json_response({"model": self.settings.name, "version": export.version, "predictions": entries})
 
     async def predict_instances(self, request: Request) -> Response:
-        """Respond as KServe and TensorFlow Serving do: with probabilities; `:explain` adds embedding and heatmap."""
+        """Respond as KServe and TensorFlow Serving do, with the probabilities of all classes.
+
+        A request with `:explain` in the path or `explain` as signature also gets the embedding and the heatmap.
+        """
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
         _, parsed, predictions = await self._predict_images(request, parse_instances, self.settings, explain)
@@ -285,7 +299,10 @@ class Service:
             raise HTTPException(404, f"there is no version {version!a}; available: {export.version}")
 
     async def get_status(self, request: Request) -> Response:
-        """Respond with the status of the model: `ready` for KServe, `model_version_status` for TensorFlow Serving."""
+        """Respond with the status of the model: `ready` for KServe, `model_version_status` for TensorFlow Serving.
+
+        The status code is 503 while the service is not ready.
+        """
         self._check_model(request)
         state = "UNLOADING" if self.stopping else "AVAILABLE" if self.version else "LOADING"
         status = {"error_code": "OK", "error_message": ""}
@@ -294,18 +311,18 @@ class Service:
         return _json_response(body, 503 if self.not_ready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
-        """Respond to a readiness probe; 503 while the model is loaded and while the server stops."""
+        """Respond to a readiness probe: 200, or 503 while the first version is loaded and while the server stops."""
         reason = self.not_ready_reason()
         return Response(f"{reason or 'ready'}\n", 503 if reason else 200, media_type="text/plain")
 
     async def get_metrics(self, request: Request) -> Response:
-        """Respond with the metrics in a format that the client accepts."""
+        """Respond with the metrics in a format that the header `Accept` lists."""
         accept = request.headers.get("accept", "")
         text, content_type = await asyncio.to_thread(encode_metrics, self.metrics.registry, accept)
         return Response(text, headers={"Content-Type": content_type})
 
     async def get_page(self, request: Request) -> Response:
-        """Respond with the page to browsers, and with KServe's liveness status to other clients."""
+        """Respond to browsers with the page for uploads, and to other clients with KServe's liveness status."""
         if "text/html" not in request.headers.get("accept", ""):
             return _json_response({"status": "alive"})
         if self.version is None:
@@ -318,13 +335,13 @@ class Service:
 
 
 def identify(scope: Scope) -> str:
-    """Return the identifier of a request: its header X-Request-Id if that is short and printable, else a new one."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    """Return the identifier of a request: its header X-Request-Id if `REQUEST_ID` matches it, else a new one."""
+    client_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    return client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
 def _route_label(path: str) -> str:
-    """Return the metrics label of a path. The set of labels is fixed, so that clients cannot add time series."""
+    """Return the metrics label of a path. There is a fixed set of labels, so that clients cannot create time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
@@ -332,7 +349,7 @@ def _route_label(path: str) -> str:
 
 
 def _encode_png(heatmap: np.ndarray) -> str:
-    """Encode a heatmap, float32 [h, w] in 0..1, as a grayscale PNG in base64."""
+    """Encode a heatmap, float32 [h, w] with values in 0..1, as a grayscale PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(np.rint(np.clip(heatmap, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Locate an export and read its labels and reference. This module does not import TensorFlow."""
+"""Locate an export, and read its labels and its drift reference. This module does not import TensorFlow."""
 
 import os
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from trainer.storage.small_files import parse_json
 from trainer.storage.staging import is_remote, stage
 from trainer.storage.versions import GRAPH, MANIFEST, find_damage, list_versions, parse_manifest
 
-LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"
-MAX_EXPORT_BYTES = 20 * 1024**3  # of an export in a bucket, which is copied to the local disk
+LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"  # in a SavedModel
+MAX_EXPORT_BYTES = 20 * 1024**3  # maximum size of an export in a bucket, which is copied to the local disk
 
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on the local disk."""
+    """A SavedModel on the local disk, with its labels and reference."""
 
     address: str  # the setting `model`, for messages
     folder: Path
     version: str  # the name of its folder if that is a number, else "1"
-    classes: tuple[str, ...]  # labels.txt, in the order of the probabilities
+    classes: tuple[str, ...]  # class names of labels.txt, in the order of the probabilities
     reference: dict[str, Any] | None  # parsed reference.json; None if the export has none
-    graph: ObjectInfo | None = field(default=None, compare=False)  # its saved_model.pb where it was read from
+    graph: ObjectInfo | None = field(default=None, compare=False)  # original saved_model.pb, in the bucket or local
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,27 @@ class Prediction:
     """The outputs of the model for one image."""
 
     probabilities: np.ndarray  # float32 [classes]
-    embedding: np.ndarray | None = None  # float32 [C], the pooled features; None without the signature `explain`
+    embedding: np.ndarray | None = None  # float32 [C], the pooled features; None if the signature does not return them
     heatmap: np.ndarray | None = None  # float32 [h, w] in 0..1, Grad-CAM of the predicted class; None if not requested
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
-    """Find the newest version of an export that can be read, and read its labels and reference.
+    """Read the labels and the reference of the newest version of an export that can be read.
 
-    The address is the output_dir of a run, its `export`, a folder of numbered SavedModels, or one SavedModel. An export
-    in a bucket is copied to `cache_dir`. Damaged versions are logged, and the one before them is used.
+    Versions that cannot be read are logged and skipped.
+
+    Args:
+        address: the output_dir of a run, its folder `export`, a folder of numbered SavedModels, or one SavedModel;
+            local or in a bucket.
+        cache_dir: folder for local copies of exports in a bucket.
+        log_message: logs what is copied and which versions are skipped.
 
     Raises:
-        DataError: there is no SavedModel, it has no labels, or labels or reference are corrupt or of another model.
+        ConfigError: the address has an unsupported scheme.
+        DataError: there is no SavedModel, or no version can be read; this is the error of the newest one.
         Interrupted: the bucket does not respond.
     """
-    faults: list[tuple[str, DataError]] = []
+    faults: list[tuple[str, DataError]] = []  # (version, error)
     for graph in list_exports(address):
         try:
             export = read_export(address, graph, cache_dir, log_message, lambda: None)
@@ -65,7 +71,10 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
 
 
 def list_exports(address: str) -> list[ObjectInfo]:
-    """List the graphs of the versions at an address (`find_export`), newest first; DataError if there is none."""
+    """List `saved_model.pb` of each version at an address (see `find_export`), newest first.
+
+    Raises DataError if there is none.
+    """
     root = storage_path(address)
     if graph := (root / GRAPH).stat():
         return [graph]
@@ -78,9 +87,19 @@ def list_exports(address: str) -> list[ObjectInfo]:
 def read_export(
     address: str, graph: ObjectInfo, cache_dir: Path, log_message: Callable[[str], None], check: Callable[[], None]
 ) -> Export:
-    """Copy a version to the local disk if it is in a bucket, and read it.
+    """Read the labels and the reference of a version, after copying it to the local disk if it is in a bucket.
 
-    `check` is called after each copied file, and raises to cancel. Raises the errors of `find_export`.
+    Args:
+        address: the setting `model`, for messages.
+        graph: `saved_model.pb` of the version, from `list_exports`.
+        cache_dir: folder for local copies.
+        log_message: logs what is copied.
+        check: called after each copied file; raises an exception to cancel.
+
+    Raises:
+        DataError: the version differs from its manifest, has no labels, or is larger than `MAX_EXPORT_BYTES`; or its
+            labels or reference are corrupt or of another model.
+        Interrupted: the bucket does not respond.
     """
     source = graph.path.parent
     folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, check))
@@ -104,7 +123,7 @@ def read_export(
 
 
 def _read_asset(file: Path, address: str) -> bytes | None:
-    """Read a file of an export; return None if it does not exist."""
+    """Read a file of an export; None if it does not exist. Raises DataError if it cannot be read."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -115,7 +134,7 @@ def _read_asset(file: Path, address: str) -> bytes | None:
 
 
 def _no_export_error(address: str, root: StoragePath) -> DataError:
-    """Make the error for an address without a SavedModel."""
+    """Return the error for an address without a SavedModel. The problem depends on what the address is."""
     if root.exists():
         fix = "give the folder of a SavedModel"
         return DataError("is a file, not a SavedModel", key="model", value=address, fix=fix)

@@ -18,20 +18,20 @@ from trainer.serving.prediction_log import PredictionLog
 from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import Settings, batch_sizes
 
-WINDOW_PREDICTIONS = 5000  # drift is measured over the latest ones
-MIN_PREDICTIONS = 100  # drift is not reported for fewer
-LOGGED_CLASSES = 5  # probabilities per line of the prediction log
-LOGGED_NAME = 200  # characters of a file name in it
+WINDOW_PREDICTIONS = 5000  # maximum number of latest predictions over which drift is measured
+MIN_PREDICTIONS = 100  # drift is not reported for fewer predictions
+LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
+LOGGED_NAME = 200  # maximum characters of a file name in the prediction log
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
-disable_created_metrics()  # no series kubetune_serving_..._created
+disable_created_metrics()  # no metrics `kubetune_serving_..._created` with the time of creation
 
 
 class ServingMetrics(Collector):
-    """The metrics of a server, and of the served version its drift, which is computed at each scrape."""
+    """The metrics of a server, and the drift of the served version, which is computed at each scrape."""
 
     def __init__(self, settings: Settings, predictions: PredictionLog | None = None) -> None:
         self.settings, self.predictions = settings, predictions
-        self.current: ModelMetrics | None = None  # of the served version; None until it is loaded
+        self.current: ModelMetrics | None = None  # metrics of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         common: Any = {"namespace": "kubetune_serving", "registry": registry}
         sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
@@ -50,13 +50,13 @@ class ServingMetrics(Collector):
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield name and version of the model, and its drift."""
+        """Yield the metrics of the served version: its name and version, and its drift."""
         if self.current is not None:
             yield from self.current.collect()
 
 
 class ModelMetrics:
-    """The predictions of one version of the model: their metrics, their drift, and a sample of them in the log."""
+    """The predictions of one version of the model: their metrics, their drift, and a logged sample of them."""
 
     def __init__(self, metrics: ServingMetrics, export: Export) -> None:
         self.export, self._metrics = export, metrics
@@ -64,16 +64,24 @@ class ModelMetrics:
         reference = export.reference or {}
         self._class_names = reference.get("classes", export.classes)  # labels.txt has spaces instead of line breaks
         embedding = reference.get("embedding", {})
+        # Float64 [C, C'], from the pooled features to the embeddings of the reference; None if these are the features.
         self._projection = np.asarray(embedding["projection"], np.float64) if embedding.get("projection") else None
-        self._embedding_width = len(embedding.get("mean", ()))
-        self._lock = threading.Lock()
-        self._recorded = 0
+        self._embedding_width = len(embedding.get("mean", ()))  # C'; 0 if the reference has no embeddings
+        self._lock = threading.Lock()  # of the window
+        self._recorded = 0  # number of predictions so far
 
     def record(self, images: Sequence[EncodedImage], predictions: Sequence[Prediction | str]) -> None:
-        """Count predictions and log a sample of them; only the thread that runs the model may call it."""
-        time, lines, metrics = format_utc_now(), [], self._metrics
+        """Count predictions, add them to the window of drift, and log a sample of them.
+
+        Only one thread may call this, but `collect` may run at the same time.
+
+        Args:
+            images: the images of a batch; name and identifier of the request are logged.
+            predictions: prediction of each image, or the reason why it cannot be decoded, which is not counted.
+        """
+        timestamp, lines, metrics = format_utc_now(), [], self._metrics
         for image, prediction in zip(images, predictions, strict=True):
-            if isinstance(prediction, str):  # it could not be decoded
+            if isinstance(prediction, str):
                 continue
             predicted = int(prediction.probabilities.argmax())
             confidence = float(prediction.probabilities[predicted])
@@ -83,14 +91,14 @@ class ModelMetrics:
             with self._lock:
                 self._window.add(predicted, confidence, embedding)
             self._recorded += 1
-            fraction = metrics.settings.log_sample  # logged predictions are evenly spaced, not random
+            fraction = metrics.settings.log_sample  # the logged predictions are evenly spaced, not random
             if metrics.predictions and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
-                lines.append(self._format_log_line(time, image, prediction.probabilities, embedding))
+                lines.append(self._format_log_line(timestamp, image, prediction.probabilities, embedding))
         if lines and metrics.predictions:
             metrics.dropped.inc(metrics.predictions.append(lines))
 
     def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
-        """Project an embedding [C] as in the reference; return None if the reference has no embeddings."""
+        """Project an embedding [C] to the space of the reference [C']; None if one of the two has no embedding."""
         if embedding is None or not self._embedding_width:
             return None
         return embedding @ self._projection if self._projection is not None else embedding
@@ -98,6 +106,7 @@ class ModelMetrics:
     def _format_log_line(
         self, time: str, image: EncodedImage, probabilities: np.ndarray, embedding: np.ndarray | None
     ) -> str:
+        """Format a line of the prediction log: JSON with the most probable classes and the projected embedding [C']."""
         top = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
         line: dict[str, Any] = {
             "time": time,
@@ -111,7 +120,10 @@ class ModelMetrics:
         return json.dumps(line) + "\n"
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the version of the model and, if there are a reference and enough predictions, the drift."""
+        """Yield the version of the model and the number of predictions in the window, and the drift.
+
+        Drift is omitted if the export has no reference, or for fewer than `MIN_PREDICTIONS` predictions.
+        """
         labels = {
             "model": self._metrics.settings.name,
             "model_version": self.export.version,
@@ -125,14 +137,14 @@ class ModelMetrics:
         reference = self.export.reference
         if reference is None or n < MIN_PREDICTIONS:
             return
-        text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
-        stability = GaugeMetricFamily("kubetune_serving_population_stability_index", text, labels=["of"])
-        frequencies = np.asarray(reference["class_frequencies"]) * reference["n"]
-        stability.add_metric(["classes"], population_stability_index(frequencies, classes))
-        expected = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
-        stability.add_metric(["confidence"], population_stability_index(*merge_bins(expected, confidences)))
+        help_text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
+        stability = GaugeMetricFamily("kubetune_serving_population_stability_index", help_text, labels=["of"])
+        reference_counts = np.asarray(reference["class_frequencies"]) * reference["n"]
+        stability.add_metric(["classes"], population_stability_index(reference_counts, classes))
+        reference_histogram = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
+        stability.add_metric(["confidence"], population_stability_index(*merge_bins(reference_histogram, confidences)))
         yield stability
         if gaussian is not None and self._embedding_width:
-            text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
+            help_text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
             distance = embedding_distance(reference["embedding"], *gaussian)
-            yield GaugeMetricFamily("kubetune_serving_embedding_distance", text, distance)
+            yield GaugeMetricFamily("kubetune_serving_embedding_distance", help_text, distance)

@@ -12,26 +12,28 @@ from trainer.serving.export_files import GRAPH, Export, Prediction
 from trainer.serving.settings import batch_sizes
 from trainer.storage.disk import translate_disk_error
 
-# Operations that `saved_model_cli scan` warns of, and those that print or call Python.
+# Operations that read or write files, print, or call Python; `saved_model_cli scan` warns of the first three.
 FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
-IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # signatures
-OUTPUTS = ("probabilities", "embedding", "heatmap")
+IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # names of signatures
+OUTPUTS = ("probabilities", "embedding", "heatmap")  # of the signature `explain`; other signatures return the first
 
 
 class ServedModel:
     """A loaded export. Not thread-safe.
 
-    Raises DataError if it cannot be loaded, does not fit its labels or reference, or contains forbidden operations.
+    Raises:
+        DataError: the export cannot be loaded, does not fit its labels or its reference, or contains `FORBIDDEN_OPS`.
+        Interrupted: the disk is full or fails.
     """
 
     def __init__(self, export: Export) -> None:
         address = export.address
         _check_operations(export)
         try:
-            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail without a reference to it
+            self._loaded = tf.saved_model.load(str(export.folder))  # signatures fail once this object is deleted
         except Exception as error:  # a corrupt file raises errors of many classes
-            if full := translate_disk_error(error, [export.folder, "/tmp"]):
-                raise full from error
+            if disk_error := translate_disk_error(error, [export.folder, "/tmp"]):
+                raise disk_error from error
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
@@ -43,23 +45,27 @@ class ServedModel:
             problem = f"has {width} outputs for {len(export.classes)} classes"
             raise DataError(problem, key="model", value=address, fix="export it again")
         side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
-        self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()
+        self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()  # for warm-up and padding
         self._explain = signatures.get(EXPLAIN)
-        self.explains = self._explain is not None  # the export has the signature `explain`
+        self.explains = self._explain is not None  # whether the export has the signature `explain`
+        # Returns probabilities and, if the export has them, embeddings.
         self._classify = _drop_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
         reference = (export.reference or {}).get("embedding")
         if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
             if width != len(reference.get("projection") or reference["mean"]):
                 raise DataError("reference.json is of another model", key="model", value=address, fix="export it again")
-        # Pad batches on a GPU, where each new batch size starts a search for the fastest kernels.
+        # On a GPU, each new batch size starts a search for the fastest kernels, so batches are padded there.
         self._pad = bool(tf.config.list_physical_devices("GPU"))
 
     def predict(self, images: Sequence[bytes], explain: bool = False) -> list[Prediction | str]:
         """Return for each encoded image its prediction, or the reason why it cannot be decoded.
 
         A batch that fails is halved, down to single images, so that a corrupt image does not affect the others.
-        `explain` requires `explains` and adds heatmaps.
+
+        Args:
+            images: encoded images, as in a file.
+            explain: add heatmaps; requires that `explains` is true.
         """
         signature = self._explain if explain else self._classify
         assert signature, "requires `explains`"
@@ -72,13 +78,14 @@ class ServedModel:
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
     def warm_up(self, max_batch: int) -> list[int]:
-        """Call each signature with every batch size of `batch_sizes`, and return the sizes."""
+        """Call each signature with each of `batch_sizes(max_batch)`, so that later calls are fast; return the sizes."""
         for size in (sizes := batch_sizes(max_batch)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
         return sizes
 
     def _call(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Prediction | str]:
+        """Call a signature on encoded images; return one prediction per image."""
         padded = list(images)
         if self._pad:
             padded += [self._blank] * (batch_sizes(len(padded))[-1] - len(padded))
@@ -87,7 +94,7 @@ class ServedModel:
 
 
 def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls the signature `explain` without computing its heatmap."""
+    """Return a function with the outputs of the signature `explain` except the heatmap, which is not computed."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")], autograph=False)
     def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -98,11 +105,11 @@ def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_operations(export: Export) -> None:
-    """Raise a DataError if the graph can read or write files, print or call Python, as no export of kubetune does."""
+    """Raise a DataError if the graph contains `FORBIDDEN_OPS`, or is corrupt. No export of kubetune contains them."""
     model = make_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
-    except Exception:  # DecodeError; its module is not public
+    except Exception:  # DecodeError, whose module is not public
         raise DataError(f"its {GRAPH} is corrupt", key="model", value=export.address, fix="export it again") from None
     forbidden = set()
     for graph in model.meta_graphs:
@@ -113,12 +120,12 @@ def _check_operations(export: Export) -> None:
         raise DataError(problem, key="model", value=export.address, fix="serve an export of kubetune")
 
 
-# Prefixes of the lines that TensorFlow adds to the message of an operation that fails inside a function.
+# Prefixes of the lines that TensorFlow adds to the message of an operation that fails inside of a function
 _GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
 
 
 def describe_decoding_error(error: tf.errors.OpError) -> str:
-    """Return the first line of the message that is about the image, without node names."""
+    """Return the first line of the error message that is about the image, without names of graph nodes."""
     lines = (line.strip() for line in (error.message or "").splitlines())
     text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
     return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"

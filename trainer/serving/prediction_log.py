@@ -1,8 +1,8 @@
-"""The prediction log of a server: one file that is appended to, or parts in a folder or a bucket.
+"""The prediction log of a server: a local file to which lines are appended, or a folder of parts, also in a bucket.
 
-A part is written as a whole, to `<folder>/<day>/<time>-<server>-<number>.jsonl`, where day and time (in UTC) are those
-of its first prediction. Predictions wait in memory until a thread has written them. If the folder or bucket cannot be
-written, they wait there up to a limit, and later ones are dropped and counted; no request waits or fails.
+A part is one file, `<folder>/<day>/<time>-<server>-<number>.jsonl`, which is written as a whole. Day and time (UTC) are
+those of its first prediction. Lines of a part wait in memory until a thread has written them. If the folder or bucket
+cannot be written, they wait up to a memory limit. Further lines are dropped and counted; no request waits or fails.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ from trainer.storage.base import StoragePath, request_deadline
 from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 
-PART_BYTES = 4 << 20  # a part is not larger, except for one with a single longer line
-MAX_BUFFERED_BYTES = 64 << 20  # of predictions that are not written yet
-WRITE_SECONDS = 30.0  # deadline of writing one part
-RETRY_SECONDS = 2.0  # until a part that could not be written is tried again
+PART_BYTES = 4 << 20  # maximum size of a part, unless a single line is longer
+MAX_BUFFERED_BYTES = 64 << 20  # of lines that are not written yet
+WRITE_SECONDS = 30.0  # timeout of each bucket request when a part is written
+RETRY_SECONDS = 2.0  # from a failure to write a part until the next try
 CLOSE_SECONDS = 10.0  # for writing the last parts when the server stops
 
 
 class PredictionLog(Protocol):
-    """Where the lines of predictions are written."""
+    """A log to which lines with predictions are written."""
 
     def append(self, lines: Sequence[str]) -> int:
-        """Add lines, which end with a line break, and return the number of dropped ones. Does not raise or wait."""
+        """Add lines, which end with a line break, and return the number of dropped lines. Does not raise."""
 
     def close(self) -> None:
-        """Write what is not written yet; called once, after the last `append`."""
+        """Write the lines that are not written yet. Must be called once, after the last `append`."""
 
 
 class FileLog:
-    """A local file that is appended to. After an error nothing is written anymore."""
+    """A local file to which lines are appended. After an error nothing is written anymore.
+
+    Raises ConfigError if the file cannot be opened.
+    """
 
     def __init__(self, file: str) -> None:
         path = Path(file).expanduser()
-        self._file, self._descriptor = file, -1
+        self._file, self._descriptor = file, -1  # -1 after an error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -71,27 +74,27 @@ class FileLog:
 
 @dataclass
 class _Part:
-    """The lines of a part; no line is added after `end`, in seconds of the monotonic clock."""
+    """The lines of a part. No line is added after `end`."""
 
-    name: str
-    end: float
-    size: int = 0
+    name: str  # relative to the folder of the log
+    end: float  # in seconds of the monotonic clock
+    size: int = 0  # bytes of all lines
     lines: list[str] = field(default_factory=list)
 
 
 class PartLog:
     """Parts in a folder or bucket, written by a thread. Thread-safe.
 
-    A part ends after `seconds`, or when it has `PART_BYTES`. One that cannot be written is tried again under the same
-    name, so that no prediction is in two parts.
+    A part is complete after `seconds`, or when it has `PART_BYTES`. If it cannot be written, this is tried again under
+    the same name, so that no prediction is in two parts.
     """
 
     def __init__(self, folder: StoragePath, seconds: float) -> None:
         self.folder, self._seconds = folder, seconds
         self._server = f"{os.environ.get('HOSTNAME') or platform.node()}-{secrets.token_hex(4)}"
-        self._complete: deque[_Part] = deque()  # not written yet, oldest first
-        self._open: _Part | None = None  # that lines are added to
-        self._buffered = self._number = 0  # bytes in all these parts; parts so far
+        self._complete: deque[_Part] = deque()  # complete parts that are not written yet, oldest first
+        self._open: _Part | None = None  # the part to which lines are added
+        self._buffered = self._number = 0  # bytes in all these parts; number of parts so far
         self._failing = self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._write_parts, name="prediction log", daemon=True)
@@ -109,21 +112,21 @@ class PartLog:
                     now, self._number = datetime.now(UTC), self._number + 1
                     name = f"{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}Z-{self._server}-{self._number:06d}.jsonl"
                     self._open = _Part(name, time.monotonic() + self._seconds)
-                    self._changed.notify_all()  # the thread waits until its end
+                    self._changed.notify_all()  # the thread then waits until the end of this part
                 self._open.lines.append(line)
                 self._open.size += size
                 self._buffered += size
             return 0
 
     def _complete_part(self) -> None:
-        """Complete the open part; the caller has the lock."""
+        """Complete the open part, if there is one. The caller must hold the lock."""
         if self._open is not None:
             self._complete.append(self._open)
             self._open = None
             self._changed.notify_all()
 
     def _write_parts(self) -> None:
-        """Write parts as they are complete, until the log is closed and everything is written."""
+        """Write each part as soon as it is complete, until the log is closed and all parts are written."""
         while part := self._next_part():
             written = self._write(part.name, "".join(part.lines))
             with self._changed:
@@ -134,7 +137,7 @@ class PartLog:
                     self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
 
     def _next_part(self) -> _Part | None:
-        """Wait for a complete part, and return the oldest one; None if the log is closed and has none."""
+        """Wait for a complete part, and return the oldest one; None if the log is closed and all parts are written."""
         with self._changed:
             while not self._complete:
                 if self._open and (self._closed or time.monotonic() >= self._open.end):
@@ -146,7 +149,7 @@ class PartLog:
             return self._complete[0]
 
     def _write(self, name: str, content: str) -> bool:
-        """Write a part; log the first of several failures in a row, and the success after them."""
+        """Write a part and return whether this succeeded; log the first of several failures, and the end of them."""
         try:
             with request_deadline(WRITE_SECONDS):
                 (self.folder / name).write(content)
@@ -171,9 +174,15 @@ class PartLog:
 
 
 def open_log(address: str | None, seconds: float) -> PredictionLog | None:
-    """Open the prediction log at an address: a local *.jsonl file, or a folder of parts, local or in a bucket.
+    """Open the prediction log at an address; None if there is no address.
 
-    Raises ConfigError if a local file or folder cannot be written. A bucket is not read before the first part.
+    Args:
+        address: a local *.jsonl or other existing file, to which lines are appended; otherwise a folder of parts, local
+            or in a bucket. A bucket is not accessed before the first part is written.
+        seconds: maximum seconds of predictions in a part.
+
+    Raises:
+        ConfigError: a local file or folder cannot be written, or the address is a *.jsonl file in a bucket.
     """
     if not address:
         return None

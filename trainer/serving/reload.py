@@ -1,4 +1,4 @@
-"""Load the model of a server, and newer versions of it while the earlier one is served."""
+"""Load the model of a server, and load newer versions while the current one is served."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
 LoadModel = Callable[[Export], "ServedModel"]
-POLL_SECONDS = 10.0  # deadline of each request of a check for a newer version
+POLL_SECONDS = 10.0  # timeout of each bucket request of a check for a newer version
 
 
 async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo | None]:
-    """Load and serve the export of the service, or an earlier version if that cannot be loaded.
+    """Load and serve the export of the service; if it cannot be loaded, the newest version that can be loaded.
 
-    Returns the graphs of the versions that cannot be loaded. Raises the error of the newest one if none can be.
+    Returns:
+        `saved_model.pb` of the versions that cannot be loaded.
+
+    Raises:
+        DataError: no version can be loaded; this is the error of the first.
+        Interrupted: the bucket does not respond, or the disk is full.
     """
     failed: set[ObjectInfo | None] = set()
     export = service.export
@@ -40,10 +45,13 @@ async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo 
 
 
 def _load_earlier(
-    service: Service, load_model: LoadModel, failed: set[ObjectInfo | None], first: DataError
+    service: Service, load_model: LoadModel, failed: set[ObjectInfo | None], first_error: DataError
 ) -> tuple[Export, ServedModel, list[int]]:
-    """Load the newest version that can be loaded, without the failed ones; raise the first error if there is none."""
-    error = first
+    """Load the newest version that is not in `failed` and can be loaded.
+
+    Adds the versions that cannot be loaded to `failed`. Raises `first_error` if no version can be loaded.
+    """
+    error = first_error
     for graph in list_exports(service.settings.model):
         if graph not in failed:
             log.warning(f"trying version {graph.path.parent.name}, as a newer one is not served: {error}")
@@ -53,17 +61,22 @@ def _load_earlier(
             except DataError as other:
                 failed.add(graph)
                 error = other
-    raise first
+    raise first_error
 
 
 async def follow_versions(service: Service, load_model: LoadModel, failed: set[ObjectInfo | None]) -> None:
-    """Serve the newest version whenever it is another one; a version that cannot be loaded is logged and ignored."""
-    unreachable = False
+    """Check for a newer version every `poll` seconds, and load and serve it, until the server stops.
+
+    The newest version that has not failed is served, also if it is older than the current one, which may have been
+    deleted. A version that cannot be loaded is logged, added to `failed`, and ignored until its `saved_model.pb`
+    changes.
+    """
+    unreachable = False  # the current failure of checks is already logged
     while not service.stopping:
         await asyncio.sleep(service.settings.poll)
         try:
             graph = await asyncio.to_thread(_find_newest, service, failed)
-        except Exception as error:  # no version at the moment, or the bucket does not respond
+        except Exception as error:  # such as no version at the moment, or a bucket that does not respond
             if not isinstance(error, TrainerError | OSError):
                 log_traceback(error)
             elif not unreachable:
@@ -73,11 +86,11 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
         unreachable = False
         if graph is None or graph == service.export.graph:
             continue
-        name, before = graph.path.parent.name, service.export
-        log.info(f"loading version {name}, while version {before.version} is served")
+        name, previous = graph.path.parent.name, service.export
+        log.info(f"loading version {name}, while version {previous.version} is served")
         try:
             export, model, _ = await asyncio.to_thread(_load_version, service, load_model, graph)
-        except Interrupted as error:  # the bucket does not respond, or the disk is full: the next check tries again
+        except Interrupted as error:  # the bucket does not respond, or the disk is full: try again at the next check
             log.warning(f"version {name} is not loaded yet: {error}")
             continue
         except Exception as error:
@@ -85,23 +98,27 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
                 log_traceback(error)
             failed.add(graph)
             service.metrics.failed_versions.inc()
-            log.warning(f"version {name} is not served: {error}; version {before.version} still is")
+            log.warning(f"version {name} is not served: {error}; version {previous.version} still is")
             continue
         service.use(export, model)
-        log.info(f"serving version {name} ({len(export.classes)} classes) instead of version {before.version}")
-        if is_remote(service.settings.model):
-            await asyncio.to_thread(shutil.rmtree, before.folder, ignore_errors=True)  # it is in memory
+        log.info(f"serving version {name} ({len(export.classes)} classes) instead of version {previous.version}")
+        if is_remote(service.settings.model):  # delete the local copy of the previous version, which is in memory
+            await asyncio.to_thread(shutil.rmtree, previous.folder, ignore_errors=True)
 
 
 def _find_newest(service: Service, failed: set[ObjectInfo | None]) -> ObjectInfo | None:
-    """Return the graph of the newest version that has not failed; None if all have."""
+    """Return `saved_model.pb` of the newest version that is not in `failed`; None if all are."""
     with request_deadline(POLL_SECONDS):
         graphs = list_exports(service.settings.model)
     return next((graph for graph in graphs if graph not in failed), None)
 
 
 def _load_version(service: Service, load_model: LoadModel, graph: ObjectInfo) -> tuple[Export, ServedModel, list[int]]:
-    """Copy, read, load and warm up a version. Raises Interrupted if the server stops meanwhile."""
+    """Copy a version to the local disk if it is in a bucket, read it, load it, and warm it up.
+
+    Returns the export, the model, and the warm batch sizes. Raises the errors of `read_export` and `load_model`, and
+    Interrupted if the server stops meanwhile.
+    """
 
     def check() -> None:
         if service.stopping:
@@ -114,5 +131,6 @@ def _load_version(service: Service, load_model: LoadModel, graph: ObjectInfo) ->
 
 
 def _load_and_warm_up(service: Service, load_model: LoadModel, export: Export) -> tuple[ServedModel, list[int]]:
+    """Load an export into memory and warm it up; return the model and the batch sizes that it has been called with."""
     model = load_model(export)
     return model, model.warm_up(service.settings.batch)

@@ -1,4 +1,4 @@
-"""Read and parse requests within limits, and check the headers of their images."""
+"""Read and parse requests within limits of size, time and memory, and check the headers of their images."""
 
 import asyncio
 import base64
@@ -20,47 +20,53 @@ from starlette.requests import ClientDisconnect, Request
 
 from trainer.serving.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # that exports decode
-MAX_SCANS = 100  # of a progressive JPEG; each costs as much as a baseline JPEG, and usual files have about ten
-# Decoding time per pixel, relative to a PNG (7,000 x 7,000 on one core: PNG, WebP, GIF and BMP 2.1 to 2.6 s, JPEG of
-# 10 scans 1.1 s; a baseline JPEG is decoded at a fraction of its size, 0.1 s).
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # formats that exports decode
+MAX_SCANS = 100  # of a progressive JPEG; each scan costs as much as a baseline JPEG, and usual files have about ten
+# Decoding time per pixel, relative to a PNG. Measured with 7,000 x 7,000 pixels on one core: PNG, WebP, GIF and BMP 2.1
+# to 2.6 s; JPEG with 10 scans 1.1 s; baseline JPEG 0.1 s, because it is decoded at a fraction of its size.
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
-BODY_TIMEOUT = 30.0  # seconds, to which the bytes received so far / MIN_BYTES_PER_SECOND are added
+BODY_TIMEOUT = 30.0  # seconds for a body, plus one second per MIN_BYTES_PER_SECOND bytes received so far
 MIN_BYTES_PER_SECOND = 100_000
-CONCURRENT_BODIES = 8  # memory limit of all bodies, in bodies of `max_bytes`
-CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, in images of `max_pixels`
-DISCARDED_BODIES = 4  # a too long body is read and discarded up to this limit, so that the client gets the response
+CONCURRENT_BODIES = 8  # memory limit of the bodies of all requests, as a multiple of `max_bytes`
+CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, as a multiple of `max_pixels`
+DISCARDED_BODIES = 4  # up to this multiple of `max_bytes`, too long bodies are read, so that clients get the response
 MAX_FIELDS = 16  # of a form, in addition to its files
-CLOSE = {"Connection": "close"}
+CLOSE = {"Connection": "close"}  # header of responses to bodies that are not read to the end
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns or raises; `max_pixels` replaces it
+Image.MAX_IMAGE_PIXELS = None  # disables Pillow's own limit, which warns or raises; `max_pixels` replaces it
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded image with a valid header; `pixels` is width x height."""
+    """An encoded image whose header has been checked."""
 
     data: bytes
-    name: str
-    pixels: int
-    cost: int = 0  # of decoding it, in pixels of a PNG that takes as long
-    request: str = ""  # identifier of its request
+    name: str  # file name, or position in the request such as "images[0]"
+    pixels: int  # width x height
+    cost: int = 0  # of decoding, as the number of pixels of a PNG that takes as long
+    request: str = ""  # identifier of the request
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """The images of a request, and what its response contains."""
+    """The images of a request, and what its response must contain."""
 
     images: list[EncodedImage]
     top_k: int = 5  # number of classes per image in a response of /predict
-    explain: bool = False  # the response has heatmaps and, except for /predict, embeddings
-    columnar: bool = False  # has `inputs` instead of `instances`, and the response `outputs`, one list per output
+    explain: bool = False  # the response has heatmaps and, except on the route /predict, embeddings
+    columnar: bool = False  # the request has `inputs`, not `instances`; the response then has one list per output
 
 
 def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
-    """Check the header of an image without decoding it.
+    """Check the header of an image without decoding it, and estimate the cost of decoding it.
 
-    Raises HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
+    Args:
+        data: content of an image file.
+        name: name of the image for errors and the log.
+        max_pixels: limit of width x height.
+
+    Raises:
+        HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
     """
     if not data:
         raise HTTPException(400, f"{name} is empty")
@@ -86,14 +92,14 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
 
 @dataclass
 class MemoryBudget:
-    """Memory for request bodies, `CONCURRENT_BODIES` times `max_bytes`. A request that would exceed it gets 503."""
+    """Limit of the memory for the bodies of all requests in progress: `CONCURRENT_BODIES` times `max_bytes`."""
 
     max_bytes: int
-    reserved: int = 0
+    reserved: int = 0  # bytes
 
     @contextlib.contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves bytes until the end of the context."""
+        """Yield a function that reserves bytes until the end of the context, and raises HTTPException 503 if full."""
         size = 0
 
         def reserve(count: int) -> None:
@@ -111,17 +117,20 @@ class MemoryBudget:
 
 @dataclass
 class ClientBudget:
-    """Decoding cost of each client's images in progress, at most `CONCURRENT_PIXELS` times `max_pixels`.
+    """Limit of the decoding cost of each client's images in progress: `CONCURRENT_PIXELS` times `max_pixels`.
 
-    It limits the time for which one client keeps the model busy, over all its requests.
+    It limits the time for which one client keeps the model busy with all its requests.
     """
 
     max_pixels: int
-    reserved: Counter[str] = field(default_factory=Counter)  # by the client's address
+    reserved: Counter[str] = field(default_factory=Counter)  # decoding cost by address of the client
 
     @contextlib.contextmanager
     def reservation(self, client: str, images: Sequence[EncodedImage]) -> Iterator[None]:
-        """Reserve the cost of images within the context; raise HTTPException 413 or 429 if it exceeds the limit."""
+        """Reserve the cost of images of a client within the context.
+
+        Raises HTTPException: 413 the images alone exceed the limit; 429 they exceed it with those in progress.
+        """
         cost, limit = sum(image.cost for image in images), CONCURRENT_PIXELS * self.max_pixels
         if cost > limit:
             text = f"the images take as long to decode as {cost:,} pixels of a PNG, the limit is {limit:,}"
@@ -139,15 +148,20 @@ class ClientBudget:
 
 
 def unavailable_error(reason: str) -> HTTPException:
-    """Create an HTTP error 503 with `Retry-After`."""
+    """Return an HTTP error 503 with the header `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
 
 async def read_body(request: Request, reserve: Callable[[int], None], max_bytes: int) -> bytes:
-    """Read the body of a request; call `reserve` with the size of each chunk before it is stored.
+    """Read the body of a request.
+
+    Args:
+        reserve: called with the size of each chunk in bytes before the chunk is stored; may raise an HTTPException.
+        max_bytes: limit of the body.
 
     Raises:
-        HTTPException: 400 the client disconnected; 408 too slow; 413 longer than `max_bytes`; 503 raised by `reserve`.
+        HTTPException: 400 the client disconnected; 408 the body was sent too slowly; 413 it exceeds `max_bytes`; 503
+            raised by `reserve`.
     """
     header = request.headers.get("content-length", "")
     declared = int(header) if header.isdigit() else 0
@@ -164,7 +178,7 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
                     discarded += len(chunk)
                     if discarded > DISCARDED_BODIES * max_bytes:
                         raise too_long
-                    continue  # without more time
+                    continue  # the deadline is not extended for discarded bytes
                 deadline += len(chunk) / MIN_BYTES_PER_SECOND
                 timeout.reschedule(deadline)
                 reserve(len(chunk))
@@ -181,7 +195,13 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
 def parse_predict(body: bytes, content_type: str, query: dict[str, str], settings: Settings) -> PredictRequest:
     """Parse the body of `POST /predict`: a form, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
-    Raises HTTPException 400, 413 or 415, as `parse_instances` does.
+    Args:
+        content_type: header that distinguishes a form from JSON.
+        query: parameters of the URL; those of the body win.
+
+    Raises:
+        HTTPException: 400 invalid form, JSON, base64, parameter or image; 413 too many images or pixels; 415 another
+            content type, or an animation.
     """
     media_type, options = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
@@ -205,7 +225,13 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
 
     Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or
     without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
-    Serving, it ignores the content type. `explain`, for paths that end in `:explain`, requests that signature.
+    Serving, it ignores the content type.
+
+    Args:
+        explain: the path ends in `:explain`, which requests that signature, as `"signature_name": "explain"` does.
+
+    Raises:
+        HTTPException: 400 invalid JSON, base64 or image; 413 too many images or pixels; 415 an animation.
     """
     tree = _parse_object(body)
     if ("instances" in tree) == ("inputs" in tree):
@@ -224,12 +250,14 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
 
 
 def _check_images(files: list[tuple[str, bytes]], settings: Settings) -> list[EncodedImage]:
+    """Check the header of each image, given as (name, content), with `check_image`."""
     if not files:
         raise HTTPException(400, "there is no image in the request")
     return [check_image(data, name, settings.max_pixels) for name, data in files]
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises HTTPException 400 if the body is something else."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -240,6 +268,7 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
+    """Decode a JSON list of images in base64. Returns (name, content) of each, with names such as "images[0]"."""
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
     if len(images) > max_images:
@@ -255,6 +284,7 @@ _BASE64_FORMS = (
 
 
 def _decode_base64(value: Any, name: str) -> bytes:
+    """Decode an image in base64, standard or URL-safe. Raises HTTPException 400 if `value` is something else."""
     text = value.get("b64") if isinstance(value, dict) else value
     if not isinstance(text, str) or (isinstance(value, dict) and len(value) > 1):
         raise HTTPException(400, f'{name} must be an image in base64: "..." or {{"b64": "..."}}')
@@ -267,9 +297,13 @@ def _decode_base64(value: Any, name: str) -> bytes:
 
 
 def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
+    """Parse a multipart form. Returns its fields by name, and (name, content) of its files.
+
+    Raises HTTPException: 400 it is malformed or has too many fields; 413 it has too many files.
+    """
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
-    ended = threading.Event()
+    ended = threading.Event()  # set by the parser at the end of a complete form
 
     def on_field(field: Field) -> None:
         fields[(field.field_name or b"").decode(errors="replace")[:50]] = (field.value or b"").decode(errors="replace")
@@ -283,7 +317,7 @@ def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
 
-    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # instead of temporary files
+    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # no temporary files
     with contextlib.suppress(FormParserError):
         parser = FormParser("multipart/form-data", on_field, on_file, ended.set, boundary=boundary, config=in_memory)
         parser.write(body)
@@ -298,6 +332,7 @@ def _too_many_images_error(max_images: int) -> HTTPException:
 
 
 def _parse_top_k(value: Any) -> int:
+    """Parse the parameter `top_k`, a JSON number or text. Raises HTTPException 400 unless it is a positive integer."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -306,6 +341,7 @@ def _parse_top_k(value: Any) -> int:
 
 
 def _parse_explain(value: Any) -> bool:
+    """Parse the parameter `explain`, a JSON boolean or text. Raises HTTPException 400 if it is something else."""
     flags = {"true": True, "1": True, "false": False, "0": False}
     flag = flags.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):

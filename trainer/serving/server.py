@@ -1,4 +1,4 @@
-"""The server process. It listens while the model is loaded, and finishes accepted requests before it exits."""
+"""The server process: it listens while the model is loaded, and finishes accepted requests before it exits."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
     LoadModel = Callable[[Export], ServedModel]
 
-HEAD_TIMEOUT = 10.0  # seconds for the head of a request, from the connection or the first byte of the request on
+HEAD_TIMEOUT = 10.0  # seconds for the head of a request, from the connection or, later, from its first byte
 IDLE_TIMEOUT = 75.0  # seconds until an idle connection is closed; more than the usual 60 s of load balancers
 FIRST_REQUEST_TIMEOUT = 1.0  # seconds to wait for the first request of a connection during the shutdown
-MAX_BACKLOG = 1024  # connections that the kernel queues
-MAX_HEAD_BYTES = 32 * 1024
+MAX_BACKLOG = 1024  # connections that the kernel queues until they are accepted
+MAX_HEAD_BYTES = 32 * 1024  # of the request line and the headers
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP connection with a timeout for the head of a request and a shutdown that loses no request."""
+    """uvicorn's HTTP connection, with a timeout for the head of a request, and a shutdown that loses no request."""
 
     _head_timeout: asyncio.TimerHandle | None = None
 
@@ -64,26 +64,29 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close the connection, after a wait if a request can have arrived that has not been read yet."""
+        """Close the connection; if a request may have arrived that has not been read yet, wait for it first."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
             self._set_head_timeout(FIRST_REQUEST_TIMEOUT)
         else:
             super().shutdown()
 
     def _set_head_timeout(self, seconds: float | None) -> None:
+        """Start the timeout after which the connection is closed, instead of an earlier one; None stops it."""
         if self._head_timeout is not None:
             self._head_timeout.cancel()
         self._head_timeout = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers; serves every connection in the backlog before it exits."""
+    """uvicorn's server without its signal handlers, which serves the connections in the backlog before it exits."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept all connections that wait in the backlog, then shut down as uvicorn does."""
+
         def new_connection() -> asyncio.Protocol:
             return Connection(self.config, self.server_state, self.lifespan.state)
 
@@ -104,50 +107,55 @@ class Server(uvicorn.Server):
 
 
 class HttpService(Protocol):
-    """What `run_service` serves: an ASGI application with its state."""
+    """The service that `run_service` runs: an ASGI application with its state."""
 
-    settings: Any  # with host, linger and drain
-    stopping: bool  # is set after a signal
-    active: int  # requests in progress
-    cancelled: int  # requests that were still in progress `drain` seconds after the shutdown began
+    settings: Any  # has the attributes host, linger and drain
+    stopping: bool  # `run_service` sets this after a signal
+    active: int  # number of requests in progress
+    cancelled: int  # number of requests that were cancelled at the end of `drain`
 
     @property
     def loading(self) -> bool:
-        """Whether the service cannot respond yet, and a signal ends the process at once."""
+        """Whether the model is still being loaded, so that a signal exits the process at once."""
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request."""
+        """Serve a request as an ASGI application."""
 
     def close(self) -> None:
-        """End the tasks of the service."""
+        """Stop the tasks or threads of the service."""
 
     def close_log(self) -> None:
-        """Write the rest of the prediction log."""
+        """Write the rest of the prediction log. Called once, after `close`."""
 
 
 AnyService = TypeVar("AnyService", bound=HttpService)
 
 
 def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
-    """Serve until SIGTERM or SIGINT is received and every accepted request has its response.
+    """Serve an export until SIGTERM or SIGINT is received and every accepted request has its response.
 
-    A signal before the model is loaded, and a second signal, end the process immediately with exit code 75.
+    A signal before the model is loaded, and a second signal, exit the process at once with code 75.
+
+    Args:
+        settings: the settings of the server.
+        export: the version to load first.
+        load_model: loads an export; called in a thread.
 
     Raises:
-        ConfigError: the port is not available.
-        DataError: the model cannot be loaded.
+        ConfigError: the port is not available, or the prediction log cannot be written.
+        DataError: no version of the model can be loaded.
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
     """
 
-    def load(service: Service, server: Server) -> Coroutine[Any, Any, None]:
-        return _load(service, server, load_model)
+    def load(service: Service) -> Coroutine[Any, Any, None]:
+        return _load(service, load_model)
 
     with listen(settings.host, settings.port) as listener:
         run_service(lambda: Service(settings, export), listener, load, f" while {export.folder} is loaded")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket that a server listens on. Raises ConfigError if the port is not available."""
+    """Open the listening socket of a server. Raises ConfigError if the address or the port is not available."""
     dual_stack = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -160,14 +168,20 @@ def listen(host: str, port: int) -> socket.socket:
 def run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    work: Callable[[AnyService], Coroutine[Any, Any, None]],
     note: str = "",
 ) -> None:
-    """Serve until a signal, and meanwhile run `work`, whose error ends the server. Raises the errors of `serve`.
+    """Run a service until a signal stops it and all accepted requests have a response; run `work` meanwhile.
 
     Args:
-        make_service: is called in the event loop.
-        note: follows the address in the log.
+        make_service: makes the service; called in the event loop.
+        listener: the socket from `listen`.
+        work: background task of the service. An error of it stops the server.
+        note: text after the address in the log line.
+
+    Raises:
+        Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
+        Exception: an error of `make_service`, or of `work`; the latter is raised after the server has stopped.
     """
     asyncio.run(_run_service(make_service, listener, work, note))
 
@@ -175,7 +189,7 @@ def run_service(
 async def _run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService, Server], Coroutine[Any, Any, None]],
+    work: Callable[[AnyService], Coroutine[Any, Any, None]],
     note: str,
 ) -> None:
     service = make_service()
@@ -197,7 +211,7 @@ async def _run_service(
     )
     server = Server(config)
     loop = asyncio.get_running_loop()
-    signals: list[str] = []
+    signals: list[str] = []  # names of the received signals
 
     def stop(received: signal.Signals) -> None:
         signals.append(received.name)
@@ -211,17 +225,22 @@ async def _run_service(
         log.info(f"{received.name}: accepting requests for another {settings.linger:g} s, then finishing them")
         loop.call_later(settings.linger, setattr, server, "should_exit", True)
 
-    for handled in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(handled, stop, handled)
-    working = asyncio.create_task(work(service, server))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop, signum)
+    work_task = asyncio.create_task(work(service))
+
+    def stop_after_error(task: asyncio.Task[None]) -> None:
+        server.should_exit |= not task.cancelled() and task.exception() is not None
+
+    work_task.add_done_callback(stop_after_error)
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     log.info(f"listening on http://{host}:{port}/{note}")
     await server.serve(sockets=[listener])
-    if working.done():
-        working.result()  # raises if the model could not be loaded
-    working.cancel()
-    await asyncio.sleep(0.1)  # until cancelled requests are counted
+    if work_task.done():
+        work_task.result()  # raises the error of `work`, such as that the model cannot be loaded
+    work_task.cancel()
+    await asyncio.sleep(0.1)  # lets cancelled requests be counted
     service.close()
     await asyncio.to_thread(service.close_log)
     if count := service.cancelled + service.active:
@@ -229,15 +248,11 @@ async def _run_service(
     log.info(f"{signals[0]}: every accepted request got its response")
 
 
-async def _load(service: Service, server: Server, load_model: LoadModel) -> None:
-    """Load the model in a thread, so that the server responds to probes, and newer versions as they appear.
+async def _load(service: Service, load_model: LoadModel) -> None:
+    """Load the model in a thread, so that the server responds meanwhile, and then newer versions as they appear.
 
-    An error of the first load stops the server.
+    Raises the error of the newest version if no version can be loaded.
     """
-    try:
-        failed = await load_first(service, load_model)
-    except Exception:
-        server.should_exit = True
-        raise
+    failed = await load_first(service, load_model)
     if service.settings.poll:
         await follow_versions(service, load_model, failed)

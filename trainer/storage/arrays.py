@@ -1,4 +1,4 @@
-"""Serialize named NumPy arrays without loss, for files (checkpoints, labels) and for messages between workers."""
+"""Serialization of named NumPy arrays, for files (checkpoints, labels) and for messages between workers."""
 
 import io
 
@@ -7,13 +7,17 @@ import numpy as np
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
     """Serialize named arrays to the bytes of an uncompressed .npz file."""
-    out = io.BytesIO()
-    np.savez(out, **arrays)  # type: ignore[arg-type]
-    return out.getvalue()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def unpack(npz: bytes) -> dict[str, np.ndarray]:
-    """Deserialize arrays by name. Raises ValueError if this is not an .npz file or a checksum does not match."""
+    """Return the arrays in the bytes of an .npz file, by name.
+
+    Raises:
+        ValueError: this is not an .npz file, it contains pickled objects, or a checksum does not match.
+    """
     try:
         with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}

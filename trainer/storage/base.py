@@ -1,6 +1,6 @@
-"""The interface that local paths, `gs://` and `s3://` addresses have in common.
+"""`StoragePath`, the interface that local paths, `gs://` and `s3://` addresses have in common.
 
-This module imports no client of a bucket: their imports are slow.
+This module imports no client library of a bucket, because these imports are slow.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from trainer.errors import DataError, TrainerError
 
 
 class Conflict(TrainerError):
-    """A conditional write failed because the file has another version. Nothing was written."""
+    """A conditional write failed because the file does not have the required version. Nothing was written."""
 
 
-# Modification time of a local file in ns, generation of an object in Google's storage, ETag of an object in S3. The
-# first two are unique per write. An ETag is unique per content: a rewrite with the same content has the same one.
+# Modification time in ns of a local file, generation of an object in Google's storage, ETag of an object in S3.
+# Each write has a new modification time and generation. An ETag is a hash of the content, so that writes of the same
+# content have the same ETag.
 Version = int | str
-ANY: Version = -1  # for an unconditional write; no file has this version
+ANY: Version = -1  # value of `only_if` for an unconditional write; no file has this version
 
-UNFINISHED_DIGITS = 15  # many, so that no file of a user has such a name: a date and time have at most 14
+UNFINISHED_DIGITS = 15  # of a random number in a temporary name; a date and time in a name of a user has at most 14
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
 _UNFINISHED = re.compile(
     rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{UNFINISHED_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
 )
-ABANDONED_SECONDS = 3600.0  # age from which a temporary file that another machine may have written is deleted
+ABANDONED_SECONDS = 3600.0  # age at which a temporary file is deleted although another machine may have written it
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether this is the name of a temporary file or upload part, of a running or killed transfer."""
+    """Return whether a name, path or address is that of a temporary file or upload part, of any process."""
     return bool(_UNFINISHED.search(name))
 
 
@@ -45,18 +46,19 @@ class ObjectInfo:
     path: StoragePath
     size: int  # in bytes
     version: Version
-    crc32c: int | None = field(default=None, compare=False)  # None for local files, and in listings of S3
+    crc32c: int | None = field(default=None, compare=False)  # None if unknown, as for local files and listings of S3
 
 
 class StoragePath(ABC):
-    """A file or folder, local or in a bucket.
+    """The address of a file or folder, local or in a bucket. The file need not exist.
 
-    Equal addresses are equal values. `str` returns the address as written. Writes create missing parent folders.
+    Paths with the same address are equal. `str` returns the address: a local path, or `gs://bucket/key`. Writes create
+    missing parent folders.
 
     Every operation raises `DataError` for a permanent error (no such bucket, no permission, no credentials) and
-    `Interrupted` if no request to a bucket succeeds in time. `read`, `read_text`, `size` and `download` also raise
-    `DataError` if there is no such file. Local writes and deletions raise `OSError`, so that callers can handle a full
-    disk.
+    `Interrupted` if no request to a bucket succeeds in time. `read`, `read_text`, `read_range`, `size`, `require_info`
+    and `download` also raise `DataError` if there is no such file. Local writes and deletions raise `OSError`, so that
+    callers can handle a full disk.
     """
 
     is_local: bool
@@ -70,7 +72,7 @@ class StoragePath(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The last path component, or the bucket name if the path is a bucket."""
+        """Last path component, or the name of the bucket if this is the address of a bucket."""
 
     @property
     @abstractmethod
@@ -78,28 +80,37 @@ class StoragePath(ABC):
 
     @abstractmethod
     def stat(self) -> ObjectInfo | None:
-        """Return the size and version of the file; None if it does not exist or is a folder."""
+        """Return the size and version of the file, or None if it does not exist or is a folder."""
 
     @abstractmethod
     def fetch(self) -> tuple[bytes, Version] | None:
-        """Read the content and its version; None if there is no such file. The checksum of an object is verified."""
+        """Read the content and its version, or return None if there is no such file. Verify an object's checksum."""
 
     @abstractmethod
     def read_range(self, start: int, length: int) -> bytes:
-        """Read `length` bytes from `start`, fewer at the end of the file."""
+        """Read `length` bytes from offset `start`, or fewer at the end of the file."""
 
     @abstractmethod
     def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
-        """Write atomically and return the new version.
+        """Write the file atomically and return the new version.
 
-        `only_if` makes the write conditional: None requires that the file does not exist, and a version requires that
-        the file has this version. Otherwise Conflict is raised. If the response to a write was lost, its retry
-        recognizes the new version as its own and succeeds.
+        A retry after a lost response recognizes that the first attempt has written the new version, and succeeds.
+
+        Args:
+            content: text is encoded as UTF-8.
+            only_if: condition of the write. None requires that the file does not exist, and a version requires that
+                the file has this version. It defaults to no condition.
+
+        Raises:
+            Conflict: the condition does not hold.
         """
 
     @abstractmethod
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
-        """List the files below this folder, or only directly in it, sorted by path; empty without such a folder."""
+        """List the files below this folder, or only those directly in it, sorted by path, without temporary files.
+
+        The list is empty if there is no such folder.
+        """
 
     @abstractmethod
     def folders(self) -> Sequence[StoragePath]:
@@ -115,10 +126,13 @@ class StoragePath(ABC):
 
     @abstractmethod
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        """Copy to a local file atomically and return the size and version that were copied.
+        """Copy to the local file `to` atomically, and return the size and version that were copied.
 
-        The checksum of an object is verified. The copy is not flushed to disk, so a power failure can lose it. With
-        `expected`, an item of `list`, only this version is copied, without another metadata request.
+        The checksum of an object is verified. The copy is not flushed to disk, so a power failure can lose it.
+        `expected`, an item of `list`, is the version to copy; it defaults to the current one.
+
+        Raises:
+            DataError: there is no such file, or it no longer has the expected version.
         """
 
     @abstractmethod
@@ -126,14 +140,14 @@ class StoragePath(ABC):
         """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
-        """Read the content. The checksum of an object is verified."""
+        """Read the content, and verify the checksum of an object."""
         content = self.fetch()
         if content is None:
             raise self._absent()
         return content[0]
 
     def read_text(self) -> str:
-        """Read the content as UTF-8; raise a DataError if it is not."""
+        """Read the content as text; raise a DataError if it is not UTF-8."""
         try:
             return self.read().decode()
         except UnicodeDecodeError as error:
@@ -145,20 +159,20 @@ class StoragePath(ABC):
         return self.require_info().size
 
     def exists(self) -> bool:
-        """Return whether there is a file, not a folder, at this path."""
+        """Return whether this is an existing file, not a folder."""
         return self.stat() is not None
 
     def version(self) -> Version | None:
-        """Return the version of the file; None if there is no such file."""
+        """Return the version of the file, or None if there is no such file."""
         info = self.stat()
         return None if info is None else info.version
 
     @abstractmethod
     def is_folder(self) -> bool:
-        """Return whether there is anything below this path."""
+        """Return whether this is a folder that is not empty."""
 
     def require_info(self) -> ObjectInfo:
-        """Return the size and version of the file; raise a DataError if there is none."""
+        """Return the size and version of the file; raise a DataError if it does not exist."""
         info = self.stat()
         if info is None:
             raise self._absent()
@@ -169,12 +183,13 @@ class StoragePath(ABC):
         """Make the error for a missing file."""
 
 
-deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)  # see `request_deadline`
+# Deadline that `request_deadline` sets; None for the default, `retries.DEADLINE_SECONDS`.
+deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)
 
 
 @contextlib.contextmanager
 def request_deadline(seconds: float) -> Iterator[None]:
-    """Set the deadline of each bucket request in this block, retries included, instead of the default."""
+    """Limit each bucket request in this block to these seconds, retries included, instead of the default."""
     token = deadline_seconds.set(seconds)
     try:
         yield

@@ -1,8 +1,9 @@
-"""`BucketPath`, the part of a storage path that is the same for all buckets; a backend adds its requests.
+"""`BucketPath`, the base class of the storage paths in buckets.
 
-A backend (`gcs.GcsPath`, `s3.S3Path`) implements single attempts: the metadata, content and ranges of one object, a
-page of a listing, a conditional write, a deletion, and the upload of a large file. This module adds what they have in
-common: addresses, checksums, parallel transfers, and the recognition of a write whose response was lost.
+A subclass (`gcs.GcsPath`, `s3.S3Path`) implements the single requests of its storage: the metadata, content and ranges
+of one object, a page of a listing, a conditional write, a deletion, and the upload of a large file. This class adds
+what they have in common: addresses, checksums, parallel transfers, and the recognition of a write whose response was
+lost.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, Version
 from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
 from trainer.storage.retries import CHECK_BUCKET, NO_BUCKET, CorruptTransfer, Result, Timeouts
 
-MAX_CONCURRENT_REQUESTS = 8  # of one transfer
+MAX_CONCURRENT_REQUESTS = 8  # per transfer
 MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
-CHUNK_BYTES = 16 << 20  # of a download
+CHUNK_BYTES = 16 << 20  # size of a chunk of a download
 PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
-MAX_DOWNLOADS = 5  # attempts until the CRC32C of a large object matches
+MAX_DOWNLOADS = 5  # attempts of a download, if the CRC32C does not match or the object is replaced meanwhile
 WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a version
 
-Action = Literal["read", "list", "write", "delete"]  # what a request does, for the permission in an error message
+Action = Literal["read", "list", "write", "delete"]  # of a request; an error message names the permission for it
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the storage reports about the object that a write made, or that a write was refused for."""
+    """What the storage reports about an object after a write, or after it has refused a conditional write."""
 
     version: Version
-    write_id: str | None  # identifies the write that created this version; None if it was not one of this package
+    write_id: str | None  # identifies the write that created this version; None if another program wrote it
     crc32c: int | None  # None if the storage does not compute it
 
 
 class PreconditionFailed(Exception):
-    """The object has another version than a conditional write requires."""
+    """The object does not have the version that a conditional write requires."""
 
 
 class Replaced(DataError):
@@ -61,7 +62,10 @@ class Replaced(DataError):
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int = MAX_CONCURRENT_REQUESTS
 ) -> list[Result]:
-    """Map `function` over items in threads, with the caller's deadline. An error cancels the calls not yet begun."""
+    """Call `function` for each item in threads, with the caller's `request_deadline`, and return the results in order.
+
+    The error of a call cancels the calls that have not begun, and is raised.
+    """
     calls = [partial(copy_context().run, function, item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda call: call(), calls))
@@ -69,7 +73,7 @@ def in_parallel(
 
 @dataclass(frozen=True)
 class BucketPath(StoragePath):
-    """`SCHEME://bucket/key`; the bucket itself has the key ""."""
+    """The address `SCHEME://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     bucket: str
     key: str = ""
@@ -78,15 +82,18 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _call(self, action: Action, request: Callable[[Timeouts], Result]) -> Result:
-        """Call `request`, a single attempt, with the retries and errors of this storage."""
+        """Call `request`, which makes a single attempt, with retries; translate the errors of this storage."""
 
     @abstractmethod
     def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
-        """Request the metadata of the object; None if there is none."""
+        """Request the metadata of the object. Return None if it does not exist."""
 
     @abstractmethod
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
-        """Request the content of a version (None: the current one), and verify it; None if there is no such object."""
+        """Request the content of a version, or of the current one if `version` is None, and verify its checksum.
+
+        Return None if there is no such object or version.
+        """
 
     @abstractmethod
     def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
@@ -96,15 +103,15 @@ class BucketPath(StoragePath):
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page of a listing; see `_page`."""
+        """Request a page of a listing. `_page` documents the arguments and the result."""
 
     @abstractmethod
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
-        """Write in one request. Raises PreconditionFailed if the condition `only_if` does not hold."""
+        """Write the object in one request. Raise PreconditionFailed if the condition `only_if` does not hold."""
 
     @abstractmethod
     def _request_written(self, timeouts: Timeouts) -> Written | None:
-        """Request what the storage knows about the last write of the object; None if there is none."""
+        """Request the metadata of the last write of the object. Return None if the object does not exist."""
 
     @abstractmethod
     def _request_deletion(self, timeouts: Timeouts) -> None:
@@ -112,11 +119,11 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
-        """Return the CRC32C of a version, which may take a request; None if the storage does not know it."""
+        """Return the CRC32C of a version, or None if it is unknown. S3 requires a request for it."""
 
     @abstractmethod
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload a large file in parallel parts, which become visible together. `read_range`: see `_upload`."""
+        """Upload a file of `size` bytes in parallel parts, which become visible together. See `_upload`."""
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
@@ -139,15 +146,15 @@ class BucketPath(StoragePath):
         return self._call("read", self._request_info) if self.key else None
 
     def is_folder(self) -> bool:
-        return any(page for page, _ in self._pages(""))  # the first pages may have placeholders only
+        return any(page for page, _ in self._pages(""))  # a page without objects, only folder markers, is empty
 
     def fetch(self, version: Version | None = None) -> tuple[bytes, Version] | None:
         return self._call("read", partial(self._request_content, version))
 
     def read_range(self, start: int, length: int) -> bytes:
-        """Read a range, for which the storage has no checksum.
+        """Read a range of the content. The storage has no checksum of a range.
 
-        A small object is read and verified as a whole. The range of a large one is read twice and compared.
+        So a small object is read and verified as a whole, and the range of a large object is read twice and compared.
         """
         info = self.require_info()
         length = min(length, info.size - start)
@@ -193,7 +200,7 @@ class BucketPath(StoragePath):
 
     def folders(self) -> Sequence[StoragePath]:
         prefixes = {prefix for _, page in self._pages("/") for prefix in page if not is_unfinished(prefix)}
-        # An object such as "p//x" makes "p//" a prefix, whose path would be that of this folder again.
+        # An object such as "p//x" has the prefix "p//", whose path would be that of this folder again.
         return [replace(self, key=name.rstrip("/")) for name in sorted(prefixes) if not f"/{name}".endswith("//")]
 
     def delete(self) -> None:
@@ -205,13 +212,13 @@ class BucketPath(StoragePath):
     def _absent(self) -> DataError:
         try:
             replace(self, key="")._page("", "", 1)
-        except DataError as error:  # a different one if the account can read but not list
+        except DataError as error:  # of the bucket, or of the permission to list, which this account may lack
             if NO_BUCKET in str(error):
                 return DataError(f"{self}: {NO_BUCKET}", fix=CHECK_BUCKET)
         return DataError(f"{self}: there is no such object", fix="check the address")
 
     def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
-        """Yield the objects and subfolders of each page. Delimiter "/" lists one level, "" all objects below."""
+        """Yield the objects and the prefixes of subfolders of each page of a listing. See `_page`."""
         token: str | None = ""
         while token is not None:
             page, prefixes, token = self._page(token, delimiter)
@@ -220,18 +227,31 @@ class BucketPath(StoragePath):
     def _page(
         self, token: str, delimiter: str, max_objects: int | None = None
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page: its objects, its subfolders as prefixes, and the token of the next page (None at the end)."""
+        """Request a page of the listing of this folder, with retries.
+
+        Args:
+            token: of this page, from the page before it; "" for the first page.
+            delimiter: "/" to list the objects and subfolders directly in this folder, "" to list all objects below.
+            max_objects: maximum number of objects in the page; defaults to that of the storage.
+
+        Returns:
+            The objects, the prefixes of the subfolders such as "a/b/", and the token of the next page (None if this is
+            the last one).
+        """
         return self._call("list", partial(self._request_page, token, delimiter, max_objects))
 
     def _attempt_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
-        """Request a range as `_request_range` does, and verify its length."""
+        """Call `_request_range`, and verify the length of the result."""
         data = self._request_range(info, start, length, timeouts)
         if len(data) != length:
             raise CorruptTransfer(f"{len(data)} bytes of {length}")
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one version to a file and return whether its CRC32C matches; chunks have no checksum of their own."""
+        """Copy one version to a file. Return False if its CRC32C does not match.
+
+        Large objects are verified as a whole, because chunks have no checksums.
+        """
 
         def copy_chunk(start: int) -> None:
             length = min(CHUNK_BYTES, info.size - start)
@@ -252,7 +272,7 @@ class BucketPath(StoragePath):
         return self._get_crc32c(info) in (None, compute_file_crc32c(to))
 
     def _upload_object(self, data: bytes, only_if: Version | None) -> Version:
-        """Upload in one request, whose content the storage verifies before the object becomes visible."""
+        """Upload in one request. The storage verifies the content before the object becomes visible."""
         write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
         condition, attempts = only_if, 0
 
@@ -262,7 +282,7 @@ class BucketPath(StoragePath):
             try:
                 written = self._request_write(data, write_id, condition, timeouts)
             except PreconditionFailed as error:
-                # An earlier attempt may have succeeded and lost its response; then the object has our write ID.
+                # The response of an earlier, successful attempt may have been lost. Then the object has our write ID.
                 current = self._request_written(timeouts) if attempts > 1 else None
                 if current is None or current.write_id != write_id:
                     raise Conflict(f"{self}: changed since it was read") from error
@@ -277,7 +297,7 @@ class BucketPath(StoragePath):
     def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: Version | None) -> Version:
         """Upload a small file in one request, and a large one in parallel parts.
 
-        `read_range` takes an offset and a length.
+        `read_range` returns the bytes from an offset (its first argument) of a length (its second argument).
         """
         if size <= PART_BYTES:
             return self._upload_object(read_range(0, size), only_if)

@@ -1,4 +1,4 @@
-"""Failed downloads of other libraries: the same command can succeed later."""
+"""Translation of failed downloads by other libraries (Keras, TFDS) to errors with a fix."""
 
 import http.client
 import ssl
@@ -9,16 +9,21 @@ from typing import Any
 from trainer.errors import Interrupted
 from trainer.names import escape_unprintable
 
-CONNECT_SECONDS = 20.0
-_NETWORK = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException, urllib.error.URLError)
-# Of requests and TFDS, which are not imported here. A wrong checksum is that of an incomplete file.
-_NAMES = {"RequestException", "DownloadError", "NonMatchingChecksumError"}
-_RETRIED = (408, 429)  # request timeout, too many requests
-_KERAS = ("URL fetch failure", "Incomplete or corrupted file")  # `get_file` raises Exception and ValueError
+CONNECT_SECONDS = 20.0  # timeout of `request_size`
+_NETWORK_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException, urllib.error.URLError)
+# Names of error classes of requests and TFDS, which are not imported here. An incomplete file has a wrong checksum.
+_NETWORK_ERROR_NAMES = {"RequestException", "DownloadError", "NonMatchingChecksumError"}
+_RETRYABLE_STATUSES = (408, 429)  # request timeout, too many requests; 5xx statuses are retryable too
+# How the messages of `keras.utils.get_file` begin, which raises plain `Exception` and `ValueError`.
+_KERAS_MESSAGES = ("URL fetch failure", "Incomplete or corrupted file")
 
 
 def request_size(url: str) -> int:
-    """Return the size of the file at a URL, 0 if its server does not state it. Nothing is downloaded."""
+    """Return the size of the file at a URL in bytes, or 0 if its server does not state it. Download nothing.
+
+    Raises:
+        OSError: the server does not respond within `CONNECT_SECONDS` or refuses the request (`urllib.error.URLError`).
+    """
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS) as response:
         return int(response.headers.get("Content-Length") or 0)
 
@@ -26,11 +31,16 @@ def request_size(url: str) -> int:
 def translate_download_error(
     error: BaseException, problem: str, *, key: str, value: str | None, fix: str
 ) -> Interrupted | None:
-    """Translate the error of a failed download to `Interrupted`; None for any other error.
+    """Translate an error of a download to `Interrupted` if the same download can succeed later.
 
-    A server that refuses the address (403, 404) would refuse it again; one that is overloaded (429, 5xx) would not.
+    Return None for any other error, also if a server refuses the address (403, 404). An overloaded server (429, 5xx)
+    can accept it later.
 
-    `problem` names what could not be downloaded, `fix` is what helps where there is no network.
+    Args:
+        error: as raised by urllib, requests, Keras or TFDS; its causes are inspected too.
+        problem: what could not be downloaded.
+        key, value: the argument or configuration key that requires the download, and its value.
+        fix: what the user can do without a network.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -38,7 +48,7 @@ def translate_download_error(
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     statuses = [status for error in chain if (status := _get_status(error))]
-    is_refused = any(status < 500 and status not in _RETRIED for status in statuses)
+    is_refused = any(status < 500 and status not in _RETRYABLE_STATUSES for status in statuses)
     if is_refused or not any(map(_is_network_error, chain)):
         return None
     reason = escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
@@ -47,11 +57,15 @@ def translate_download_error(
 
 
 def _is_network_error(error: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return isinstance(error, _NETWORK) or bool(names & _NAMES) or str(error).startswith(_KERAS)
+    class_names = {cls.__name__ for cls in type(error).__mro__}
+    return (
+        isinstance(error, _NETWORK_ERRORS)
+        or bool(class_names & _NETWORK_ERROR_NAMES)
+        or str(error).startswith(_KERAS_MESSAGES)
+    )
 
 
 def _get_status(error: Any) -> int | None:
-    """Return the HTTP status of an error of urllib (`code`) or requests (`response`), or None."""
+    """Return the HTTP status in an error of urllib (`code`) or requests (`response`), or None if there is none."""
     status = error.code if isinstance(error, urllib.error.HTTPError) else None
     return status or getattr(getattr(error, "response", None), "status_code", None)

@@ -1,7 +1,7 @@
 """`GcsPath`, the storage path of an object or folder in a Google Cloud Storage bucket.
 
-The version of an object is its generation. All content is verified by CRC32C. `gcs_client.call_with_retries` sends each
-request with timeouts and retries.
+The version of an object is its generation. Complete contents are verified by CRC32C. `gcs_client.call_with_retries`
+sends each request with timeouts and retries.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from trainer.storage.bucket import (
 from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts
 
-MAX_COMPOSED_PARTS = 32  # the storage's maximum per compose request
-MAX_MEMORY_BYTES = 256 << 20  # of the upload parts in memory at the same time
+MAX_COMPOSED_PARTS = 32  # limit of Google's storage per compose request
+MAX_MEMORY_BYTES = 256 << 20  # maximum size of all upload parts that are in memory at the same time
 CLEANUP_SECONDS = 10.0  # deadline for deleting one part after an upload
 
-_FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"
+_FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"  # in the response to a list request
+# Permission that an action requires, for error messages.
 _PERMISSIONS: dict[Action, str] = {
     "read": "storage.objects.get",
     "list": "storage.objects.list",
@@ -48,13 +49,13 @@ _PERMISSIONS: dict[Action, str] = {
 
 
 def _decode_crc32c(crc32c: str | None) -> int | None:
-    """Decode a CRC32C as the storage reports it, big-endian in base64."""
+    """Decode a CRC32C in the form in which Google's storage reports it: base64 of 4 big-endian bytes."""
     return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
 
 
 @dataclass(frozen=True)
 class GcsPath(BucketPath):
-    """`gs://bucket/key`; the bucket itself has the key ""."""
+    """The address `gs://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     scheme = "gs"
 
@@ -121,10 +122,11 @@ class GcsPath(BucketPath):
         return info.crc32c
 
     def _blob(self, generation: Version | None = None) -> Any:
+        """Make a `storage.Blob` of the object or one of its generations, without a request."""
         return get_bucket(self.bucket).blob(self.key, generation=generation)
 
     def _current_blob(self, timeouts: Timeouts) -> Any:
-        """Request the metadata of the object, without retries; None if there is no such object."""
+        """Request the object's metadata as a `storage.Blob`, without retries; None if there is no such object."""
         return get_bucket(self.bucket).get_blob(self.key, timeout=timeouts, retry=None)
 
     def _info(self, blob: Any) -> ObjectInfo:
@@ -134,10 +136,10 @@ class GcsPath(BucketPath):
         return Written(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload parts, whose CRC32C is verified, and compose them in one atomic request.
+        """Upload the parts as objects with verified CRC32C, and compose them to one object in an atomic request.
 
-        A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. `list` omits the
-        parts that a killed process left, and `delete_tree` deletes them.
+        A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. The parts that a
+        killed process left are omitted by `list` and deleted by `delete_tree`.
         """
         part_bytes = max(buckets.PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")

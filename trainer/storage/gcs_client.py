@@ -34,25 +34,32 @@ from trainer.storage.retries import (
     Transient,
 )
 
-POD_CREDENTIALS_SECONDS = 20.0  # timeout for the credentials of a new pod
-CONNECTION_POOL_SIZE = 16
+POD_CREDENTIALS_SECONDS = 20.0  # how long a new pod waits for its credentials
+CONNECTION_POOL_SIZE = 16  # connections per server
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CREDENTIALS_FIX = (
     "run `gcloud auth application-default login`, give the pod a service account (workload identity), or set "
     "GOOGLE_APPLICATION_CREDENTIALS (STORAGE_EMULATOR_HOST for an emulator)"
 )
-_TRANSIENT = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
-_WRONG_ADDRESS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-_lock = threading.Lock()
+_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
+_URL_ERRORS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
+_lock = threading.Lock()  # of the client and of `_requester_pays`
 _requester_pays: set[str] = set()  # names of the buckets that have rejected a request without a payer
 
 
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
-    """Call `request` as `retries.call_with_retries` does, with the errors of Google's client.
+    """Call `request`, and retry after transient errors of Google's client until the deadline.
 
-    `request` must get its bucket from `get_bucket` in each call, because a retry can add a payer. `permission` is the
-    one that it needs, for error messages if the response does not name one.
+    Args:
+        address: of the object, for error messages.
+        permission: that `request` requires, for an error message if the response does not name a permission.
+        request: takes the timeouts of an attempt. It must get its bucket from `get_bucket` in each call, because a
+            retry can add a payer.
+
+    Raises:
+        DataError: the error is permanent.
+        Interrupted: no attempt succeeded before the deadline.
     """
     bad_requests, paid = 0, False
 
@@ -73,7 +80,7 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
 
 
 def _transient_reason(error: Exception) -> str | None:
-    """Describe an error after which a retry can succeed; None for a permanent one."""
+    """Describe an error after which a retry can succeed. Return None for any other error."""
     if isinstance(error, CorruptTransfer | DataCorruption):
         return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
@@ -85,7 +92,7 @@ def _transient_reason(error: Exception) -> str | None:
         return "no access token" if error.retryable else None
     if isinstance(error, TransportError):
         return "the token server cannot be reached"
-    if isinstance(error, _WRONG_ADDRESS):
+    if isinstance(error, _URL_ERRORS):
         return None
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
         return "timeout"
@@ -93,18 +100,18 @@ def _transient_reason(error: Exception) -> str | None:
         return "connection broken"
     if isinstance(error, requests.ConnectionError | ConnectionError):
         return "connection refused" if "refused" in str(error) else "no connection"
-    return type(error).__name__ if isinstance(error, _TRANSIENT) else None
+    return type(error).__name__ if isinstance(error, _NETWORK_ERRORS) else None
 
 
 def get_bucket(name: str) -> Any:
-    """Return a `storage.Bucket`. If it is known as requester-pays, GOOGLE_CLOUD_PROJECT pays for its requests."""
+    """Return a `storage.Bucket`. If it is known as requester-pays, $GOOGLE_CLOUD_PROJECT pays for its requests."""
     return get_client().bucket(name, user_project=_get_payer() if name in _requester_pays else None)
 
 
 def _add_payer(address: str) -> bool:
-    """Register the bucket of an address as requester-pays, and return whether `get_bucket` has a payer to add.
+    """Register the bucket of an address as requester-pays, and return whether $GOOGLE_CLOUD_PROJECT names a payer.
 
-    A payer is added only for these buckets, since it is charged.
+    Requests to other buckets have no payer, because a payer is charged for them too.
     """
     name, project = address.removeprefix("gs://").partition("/")[0], _get_payer()
     with _lock:
@@ -124,9 +131,12 @@ def _lacks_payer(error: Exception) -> bool:
 
 
 def get_client() -> Any:
-    """Return the `storage.Client` of this process, which the first call creates; anonymous if there are no credentials.
+    """Return the `storage.Client` of this process. The first call creates it, without credentials if there are none.
 
-    A client cannot be used after a fork or for another STORAGE_EMULATOR_HOST, so each process and host has its own.
+    A client cannot be used after a fork or for another $STORAGE_EMULATOR_HOST, so each process and host has its own.
+
+    Raises:
+        DataError: $GOOGLE_APPLICATION_CREDENTIALS is not the path of a credentials file.
     """
     with _lock:
         return _create_client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
@@ -144,14 +154,14 @@ def _create_client(_process: int, emulator: str | None) -> Any:
             if "GOOGLE_APPLICATION_CREDENTIALS" in os.environ:
                 problem, key = str(error).splitlines()[0], "GOOGLE_APPLICATION_CREDENTIALS"
                 raise DataError(problem, key=key, value=os.environ[key], fix="set it to a credentials file") from error
-    created = storage.Client(project=project, credentials=credentials)
-    mount_transport(created, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTION_POOL_SIZE))
-    disable_bucket_metadata(created)
-    return created
+    client = storage.Client(project=project, credentials=credentials)
+    mount_transport(client, HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTION_POOL_SIZE))
+    disable_bucket_metadata(client)
+    return client
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Return credentials and project. Retries in a new pod, where GKE's metadata server might not be ready yet."""
+    """Return credentials and project. Retry in a new pod, where GKE's metadata server may not be ready yet."""
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     deadline = time.monotonic() + (POD_CREDENTIALS_SECONDS if in_pod else 0.0)
     while True:
@@ -165,7 +175,7 @@ def _find_credentials() -> tuple[Credentials, str | None]:
 
 
 def describe_identity() -> str:
-    """Describe the account that sends the requests."""
+    """Describe the account that sends the requests, such as "service account x@y.iam.gserviceaccount.com"."""
     credentials = get_credentials(get_client())
     email = getattr(credentials, "service_account_email", None)
     if isinstance(credentials, AnonymousCredentials):
@@ -182,23 +192,23 @@ def describe_identity() -> str:
 
 
 def _explain(error: Exception, address: str, permission: str) -> DataError | None:
-    """Translate a permanent error of Google's client to a `DataError` with a fix; None for any other error."""
+    """Translate a permanent error of Google's client to a `DataError` with a fix. Return None for any other error."""
     if isinstance(error, NotFound):
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
-    denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
-    if denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
-        anonymous = isinstance(get_credentials(get_client()), AnonymousCredentials)
-        if anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
+    is_denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
+    if is_denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
+        is_anonymous = isinstance(get_credentials(get_client()), AnonymousCredentials)
+        if is_anonymous and "STORAGE_EMULATOR_HOST" not in os.environ:
             return DataError(f"{address}: is not public, and there are no credentials", fix=_CREDENTIALS_FIX)
     if _lacks_payer(error):
         problem, fix = f"{address}: is in a requester-pays bucket", "set it to the project that pays for the requests"
         return DataError(problem, key="GOOGLE_CLOUD_PROJECT", fix=fix)
     if isinstance(error, ClientError):  # includes 401 and 403
         response = f"({int(error.code or 0)}: {error.message})"
-        if not denied:
+        if not is_denied:
             return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
-        missing = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
-        problem = f"{address}: {describe_identity()} lacks the permission {missing} {response}"
+        missing_permission = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
+        problem = f"{address}: {describe_identity()} lacks the permission {missing_permission} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")
     if isinstance(error, GoogleAuthError):
         return DataError(f"{address}: {describe_identity()} got no access token ({error})", fix=_CREDENTIALS_FIX)

@@ -30,12 +30,12 @@ from trainer.storage.base import (
 )
 from trainer.storage.scratch import is_running
 
-_COPY_BYTES = 1 << 22  # per read
-_ABSENT = (FileNotFoundError, NotADirectoryError)
+_COPY_BYTES = 1 << 22  # bytes that are read at once
+_ABSENT_ERRORS = (FileNotFoundError, NotADirectoryError)
 
 
 def compute_file_crc32c(path: Path, on_block: Callable[[], None] = lambda: None) -> int:
-    """Read a file and return its CRC32C; `on_block` is called after each block, and can raise to stop."""
+    """Return the CRC32C of a file. `on_block` is called after every 4 MiB, and can raise to stop."""
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(_COPY_BYTES):
@@ -45,7 +45,7 @@ def compute_file_crc32c(path: Path, on_block: Callable[[], None] = lambda: None)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file to disk, or the names in a folder after one of them was created or renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,7 +54,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file atomically and flush it to disk; create its folder if needed."""
+    """Write a file atomically and flush it to disk. Create its folder if needed. Text is encoded as UTF-8."""
     with temporary_file(path) as temporary:
         temporary.write_bytes(encode_utf8(content))
         sync(temporary)
@@ -63,9 +63,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def join_inside(folder: Path, name: str) -> Path:
-    """Join a folder and an untrusted "/"-separated name.
+    """Join a folder and a "/"-separated name that comes from elsewhere, such as that of an object in a bucket.
 
-    Raises DataError if the name leads out of the folder, or no file can have it.
+    Raises:
+        DataError: the name leads out of the folder, or is not a possible file name.
     """
     if fault := find_path_fault(name):
         problem = (
@@ -82,7 +83,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield an unused temporary path next to `path`; create the folder if needed, and delete the file at the end."""
+    """Yield an unused temporary path next to `path`, and delete the file at the end unless the block has renamed it.
+
+    The folder is created if needed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = make_temporary_name(path)
     try:
@@ -95,7 +99,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder next to `path`; delete it at the end, unless the block has renamed it."""
+    """Create and yield a temporary folder next to `path`, and delete it at the end unless the block has renamed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = make_temporary_name(path)
     temporary.mkdir()
@@ -107,7 +111,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def make_temporary_name(path: Path) -> Path:
-    """Return a path next to `path` that `is_unfinished` recognizes."""
+    """Return a temporary path next to `path`, which `is_unfinished` recognizes. Create nothing."""
     # Random, since process IDs are not unique on a disk that several pods use.
     suffix = f".{os.getpid()}-{secrets.randbelow(10**UNFINISHED_DIGITS):0{UNFINISHED_DIGITS}d}"
     return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
@@ -115,7 +119,7 @@ def make_temporary_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError in this block that names no file, such as one from writing to an open file."""
+    """Add `path` to an OSError in this block that has no file name, such as one from writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -124,9 +128,12 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) -> None:
-    """Delete the temporary files and folders that killed processes left, at least `age` seconds old.
+    """Delete the temporary files and folders below `folder` that were not modified for `age` seconds.
 
-    They are those below `folder`, or only those directly in it.
+    With an `age` of 0, no other process may write to the folder.
+
+    Args:
+        recursive: include subfolders; if False, only files and folders directly in `folder` are deleted.
     """
     for parent, folders, names in os.walk(folder):
         for name in filter(is_unfinished, [*names, *folders]):
@@ -138,23 +145,24 @@ def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) ->
 
 
 def delete_abandoned(folder: Path, name: str = "") -> None:
-    """Delete the temporary files directly in `folder`, or only those of its file `name`, whose process has ended here.
+    """Delete the temporary files directly in `folder` that no other running process of this machine has written.
 
-    Those of a process that may run elsewhere are deleted once they are `ABANDONED_SECONDS` old.
+    Delete also those older than `ABANDONED_SECONDS`, since a process ID can be used again. If `name` is not empty,
+    delete only the temporary files of the file of this name.
     """
     with contextlib.suppress(OSError):  # there is no folder
         for path in filter(lambda path: is_unfinished(path.name), list(folder.iterdir())):
             stem, _, suffix = path.name.removeprefix(".").rpartition(".")
             if name in ("", stem):
                 with contextlib.suppress(OSError):  # deleted meanwhile
-                    old = time.time() - path.lstat().st_mtime >= ABANDONED_SECONDS
-                    if old or not is_running(suffix.partition("-")[0]):
+                    is_old = time.time() - path.lstat().st_mtime >= ABANDONED_SECONDS
+                    if is_old or not is_running(suffix.partition("-")[0]):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @dataclass(frozen=True)
 class LocalPath(StoragePath):
-    """A path on the local disk."""
+    """The path of a local file or folder."""
 
     path: Path
     is_local = True
@@ -174,9 +182,9 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.parent)
 
     def stat(self) -> ObjectInfo | None:
-        with self._reading(), contextlib.suppress(*_ABSENT):
-            status = self.path.stat()
-            return self._info(status) if self.path.is_file() else None
+        with self._reading(), contextlib.suppress(*_ABSENT_ERRORS):
+            file_stat = self.path.stat()
+            return self._info(file_stat) if self.path.is_file() else None
         return None
 
     def is_folder(self) -> bool:
@@ -184,7 +192,7 @@ class LocalPath(StoragePath):
             return self.path.is_dir() and any(self.path.iterdir())
 
     def fetch(self) -> tuple[bytes, int] | None:
-        with self._reading(), contextlib.suppress(*_ABSENT), open(self.path, "rb") as file:
+        with self._reading(), contextlib.suppress(*_ABSENT_ERRORS), open(self.path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return None
 
@@ -217,11 +225,11 @@ class LocalPath(StoragePath):
             return [self / name for name in sorted(child.name for child in self.path.iterdir() if child.is_dir())]
 
     def delete(self) -> None:
-        with contextlib.suppress(*_ABSENT):
+        with contextlib.suppress(*_ABSENT_ERRORS):
             self.path.unlink()
 
     def delete_tree(self) -> None:
-        with contextlib.suppress(*_ABSENT):
+        with contextlib.suppress(*_ABSENT_ERRORS):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
@@ -239,7 +247,7 @@ class LocalPath(StoragePath):
             return self._commit(temporary, ANY)
 
     def open(self) -> BinaryIO:
-        """Open the file for reading. Raises DataError if it cannot be opened; later errors remain OSErrors."""
+        """Open the file for reading. Raise a DataError if it cannot be opened; later errors are OSErrors."""
         with self._reading():
             return open(self.path, "rb")
 
@@ -259,7 +267,7 @@ class LocalPath(StoragePath):
         try:
             yield
         except OSError as error:
-            if isinstance(error, _ABSENT):
+            if isinstance(error, _ABSENT_ERRORS):
                 raise self._absent() from error
             problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
             raise DataError(problem, fix="check the path and its permissions") from error
@@ -267,9 +275,12 @@ class LocalPath(StoragePath):
     def _commit(self, temporary: Path, only_if: Version | None) -> int:
         """Rename a temporary file to this path if the condition `only_if` holds, and return the new version.
 
-        A conditional write locks the folder from the check to the rename. An unconditional one does not, so the
-        condition is reliable only if all writers of the file are conditional. The modification time is set explicitly,
-        because the kernel's clock ticks in milliseconds and versions must be unique.
+        A conditional write locks the folder from the check of the condition to the rename. An unconditional write does
+        not, so the condition is reliable only if all writes to the file are conditional. The modification time is set
+        explicitly, because the kernel's clock ticks in milliseconds and versions must be unique.
+
+        Raises:
+            Conflict: the condition does not hold.
         """
         sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)
@@ -291,5 +302,5 @@ class LocalPath(StoragePath):
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, _ABSENT):
+    if not isinstance(error, _ABSENT_ERRORS):
         raise error

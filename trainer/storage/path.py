@@ -3,7 +3,7 @@
     folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
     version = (folder / "LATEST").write("step-420", only_if=None)  # only if it does not exist yet
 
-Path libraries for buckets lack conditional writes, which leases need (docs/storage.md).
+Leases need conditional writes, which path libraries for buckets do not have (docs/storage.md).
 """
 
 import os
@@ -17,13 +17,17 @@ from trainer.storage.local import LocalPath
 __all__ = ["Conflict", "ObjectInfo", "StoragePath", "storage_path"]
 
 
-SCHEMES = ("gs", "s3")  # of buckets
+SCHEMES = ("gs", "s3")  # of addresses in buckets
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
-    """Parse `gs://bucket/a/b`, `s3://bucket/a/b` or a local path, and expand `~` in a string.
+    """Parse `gs://bucket/a/b`, `s3://bucket/a/b` or a local path.
 
-    Raises ConfigError for another scheme, an address without a bucket, or the address of a bucket as a pathlib.Path.
+    A `~` is expanded in a string, but not in a `Path`. A `StoragePath` is returned unchanged.
+
+    Raises:
+        ConfigError: the address has another scheme, no bucket, or the component `..`; or it is a `pathlib.Path`
+            although it is in a bucket.
     """
     if isinstance(text, StoragePath):
         return text
@@ -41,7 +45,7 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
 
 
 def _make_bucket_path(scheme: str, bucket: str) -> StoragePath:
-    """Make the path of a bucket. Its client is imported here, since that is slow."""
+    """Make the path of a bucket. Its client is imported here, because the import is slow."""
     if scheme == "gs":
         from trainer.storage.gcs import GcsPath
 
@@ -52,5 +56,8 @@ def _make_bucket_path(scheme: str, bucket: str) -> StoragePath:
 
 
 def canonicalize_address(address: str) -> str:
-    """Return the canonical address of a folder: absolute, without `~`, `.`, `..`, symbolic links and trailing slash."""
+    """Return the canonical address of a folder, without a trailing slash.
+
+    The canonical local path is absolute, without `~`, `.`, `..` and symbolic links.
+    """
     return str(storage_path(address.rstrip("/"))) if "://" in address else os.path.realpath(os.path.expanduser(address))

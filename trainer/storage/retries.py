@@ -1,4 +1,4 @@
-"""Retries of the requests to a bucket: deadlines, timeouts, backoff, and errors that are the same for all storages."""
+"""Retries of requests to a bucket: deadlines, timeouts, backoff, and the errors that all storages have in common."""
 
 import random
 import time
@@ -9,17 +9,17 @@ from typing import TypeVar
 from trainer.errors import Interrupted, TrainerError
 from trainer.storage import base
 
-DEADLINE_SECONDS = 120.0  # of a request, retries included
-CONNECT_SECONDS = 10.0  # connect timeout
-READ_SECONDS = 30.0  # read timeout
-INITIAL_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniform between 0 and the backoff
+DEADLINE_SECONDS = 120.0  # maximum duration of a request by default, retries included
+CONNECT_SECONDS = 10.0  # timeout of connecting, per attempt
+READ_SECONDS = 30.0  # timeout of reading, per attempt
+INITIAL_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniformly random between 0 and the backoff
 MAX_BACKOFF_SECONDS = 16.0
-MAX_BAD_REQUESTS = 5  # retries after a response 400, since a request can be corrupted in transit
-TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
+MAX_BAD_REQUESTS = 5  # retries after responses with status 400, because a request can be corrupted in transit
+TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses after which a retry can succeed
 NO_BUCKET = "there is no such bucket, or this account has no access to it"
 CHECK_BUCKET = "check the address"
 
-# Not seeded: with the seed of the run, all workers would retry at the same moment.
+# Not seeded, because all workers of a run have the same seed and would retry at the same time.
 _jitter = random.SystemRandom()
 
 Timeouts = tuple[float, float]  # connect and read timeout in seconds
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class CorruptTransfer(Exception):
-    """Transferred data has a wrong checksum or length."""
+    """Transferred data has the wrong checksum or length. It is transferred again."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Transient:
 
 
 def get_deadline() -> float:
-    """Return the seconds that a request may take, retries included."""
+    """Return the seconds that a request may take, retries included: those of `request_deadline` or the default."""
     return base.deadline_seconds.get() or DEADLINE_SECONDS
 
 
@@ -52,12 +52,14 @@ def call_with_retries(
     """Call `request`, and retry after transient errors until the deadline.
 
     Args:
-        request: gets the connect and read timeout of each attempt.
-        classify: translates an error of the library; None for one that is not the library's, which is re-raised.
+        address: of the object, for the message of a timeout.
+        request: makes one attempt with the given connect and read timeouts.
+        classify: translates an error of `request` to `Transient` if a retry can succeed, or to the error to raise. It
+            returns None for an error of unknown origin, which is raised as it is.
 
     Raises:
         Interrupted: no attempt succeeded before the deadline.
-        DataError: `classify` reports a permanent error.
+        DataError: `classify` returned it for a permanent error.
     """
     deadline, start, backoff = get_deadline(), time.monotonic(), INITIAL_BACKOFF_SECONDS
     while True:
@@ -81,6 +83,6 @@ def call_with_retries(
 
 
 def make_timeout_error(address: str, seconds: float, reason: str) -> Interrupted:
-    """Make the error for a storage that does not respond in time. The same command can succeed later."""
+    """Make the error for a storage that did not respond within `seconds`. The same command can succeed later."""
     problem = f"{address}: no request succeeded within {seconds:g} s ({reason})"
     return Interrupted(problem, fix="start the same command again: everything saved is intact")

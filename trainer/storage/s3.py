@@ -1,8 +1,8 @@
 """`S3Path`, the storage path of an object or folder in an S3 bucket.
 
-The version of an object is its ETag, on which a conditional write depends (If-Match, If-None-Match). S3 verifies an
-upload by its signed SHA-256. Objects that this package writes have their CRC32C in their metadata, by which a download
-is verified. Those of other programs have none: only the length is verified, in addition to what TLS verifies.
+The version of an object is its ETag, which a conditional write sends (If-Match, If-None-Match). S3 verifies an upload
+by its signed SHA-256. This package writes the CRC32C of an object into its metadata, and verifies downloads by it. Of
+an object of another program, only the length is verified, in addition to what TLS verifies.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from trainer.storage.bucket import (
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts, Transient
 from trainer.storage.s3_client import call_with_retries, classify_error, get_store, parse_failure
 
-MAX_PARTS = 10_000  # the storage's maximum
-MIN_PART_BYTES = 5 << 20  # the storage's minimum, except for the last part
-MAX_UPLOADS = 10  # attempts of a large file, after errors that obstore does not retry: corrupt parts, cut responses
-PAGE_OBJECTS = 1000  # the storage's maximum
+MAX_PARTS = 10_000  # limit of S3 per upload
+MIN_PART_BYTES = 5 << 20  # limit of S3, except for the last part
+MAX_UPLOADS = 10  # attempts to upload a large file, if errors occur that obstore does not retry (corrupt parts, ...)
+PAGE_OBJECTS = 1000  # limit of S3 per page of a listing
 
-_CRC32C = "kubetune-crc32c"  # metadata key; 8 hex digits
+_CRC32C_KEY = "kubetune-crc32c"  # metadata key; its value has 8 hex digits
+# Permission that an action requires, for error messages.
 _PERMISSIONS: dict[Action, str] = {
     "read": "s3:GetObject",
     "list": "s3:ListBucket",
@@ -50,18 +51,24 @@ _PERMISSIONS: dict[Action, str] = {
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
-    """Return whether there is no such object, while there may be such a bucket; a HEAD request has no code."""
+    """Return whether only the object does not exist, not the bucket.
+
+    The response to a HEAD request does not distinguish them; then the result is True.
+    """
     return parse_failure(error).code != "NoSuchBucket"
 
 
 def _failed_precondition(error: Exception) -> bool:
-    """Return whether a conditional write was refused; 409 is that of another one in progress, which is repeated."""
+    """Return whether a conditional write was refused because its condition does not hold.
+
+    The status 409 is not included. It means that another conditional write is in progress, and this one is retried.
+    """
     return isinstance(error, AlreadyExistsError | PreconditionError) and parse_failure(error).status in (404, 412, 304)
 
 
 @dataclass(frozen=True)
 class S3Path(BucketPath):
-    """`s3://bucket/key`; the bucket itself has the key ""."""
+    """The address `s3://bucket/key` of an object or folder. The key of the bucket itself is ""."""
 
     scheme = "s3"
 
@@ -98,16 +105,16 @@ class S3Path(BucketPath):
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page as `_page` does; the token is the last key of the page before it.
+        """Request a page of a listing. The token of a page is the last key of the page before it.
 
-        One level is requested at once. obstore removes the slash at the end of a key by which a console marks a folder:
-        it is an empty object here, with the name of the folder.
+        With a delimiter, all objects and subfolders are in one page. The web console marks a folder with an empty
+        object whose key ends in a slash. obstore removes the slash, so the object has the name of the folder here.
         """
         store, prefix, limit = get_store(self.bucket, timeouts), self.key or None, max_objects or PAGE_OBJECTS
         if delimiter:
-            level = obstore.list_with_delimiter(store, prefix)
-            page = [replace(self, key=meta["path"])._info(meta) for meta in level["objects"]]
-            return page, {f"{name}/" for name in level["common_prefixes"]}, None
+            listing = obstore.list_with_delimiter(store, prefix)
+            page = [replace(self, key=meta["path"])._info(meta) for meta in listing["objects"]]
+            return page, {f"{name}/" for name in listing["common_prefixes"]}, None
         metas = next(iter(obstore.list(store, prefix, offset=token or None, chunk_size=limit)), [])
         page = [replace(self, key=meta["path"])._info(meta) for meta in metas]
         return page, set(), metas[-1]["path"] if len(metas) == limit else None
@@ -142,7 +149,10 @@ class S3Path(BucketPath):
         return current.crc32c
 
     def _get(self, options: Any, timeouts: Timeouts) -> Any:
-        """Request the object, without retries; None if there is no such object."""
+        """Request the object or, depending on the options, a range or its metadata, without retries.
+
+        Return None if there is no such object.
+        """
         try:
             return obstore.get(get_store(self.bucket, timeouts), self.key, options=options)
         except FileNotFoundError as error:
@@ -151,44 +161,47 @@ class S3Path(BucketPath):
             raise
 
     def _info(self, meta: Any, attributes: Mapping[str, str] | None = None) -> ObjectInfo:
-        crc32c = (attributes or {}).get(_CRC32C)
-        with contextlib.suppress(ValueError, TypeError):  # of another program
+        crc32c = (attributes or {}).get(_CRC32C_KEY)
+        with contextlib.suppress(ValueError, TypeError):  # an object of another program
             return ObjectInfo(self, meta["size"], str(meta["e_tag"]), int(crc32c, 16))  # type: ignore[arg-type]
         return ObjectInfo(self, meta["size"], str(meta["e_tag"]))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload in one multipart upload, which a last request makes visible; obstore retries each part.
+        """Upload a large file in one multipart upload, whose last request makes the object visible.
 
-        The storage deletes the parts that a killed process left if the bucket has a rule for that (docs/storage.md).
+        S3 deletes the parts that a killed process left, if the bucket has a rule for that (docs/storage.md).
         """
         part_bytes = max(buckets.PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
 
-        crc = sent = google_crc32c.value(b"")
-        for start in range(0, size, part_bytes):  # the metadata precedes the content
+        crc = sent_crc = google_crc32c.value(b"")
+        for start in range(0, size, part_bytes):  # first, because the metadata is sent before the content
             crc = google_crc32c.extend(crc, read_range(start, min(part_bytes, size - start)))
 
         def read_parts() -> Iterator[bytes]:
-            nonlocal sent
-            sent = google_crc32c.value(b"")
+            nonlocal sent_crc
+            sent_crc = google_crc32c.value(b"")
             for start in range(0, size, part_bytes):
                 part = read_range(start, min(part_bytes, size - start))
-                sent = google_crc32c.extend(sent, part)
+                sent_crc = google_crc32c.extend(sent_crc, part)
                 health.record_progress()
                 yield part
 
         version = self._send_parts(part_bytes, read_parts, crc)
-        if sent != crc:
+        if sent_crc != crc:
             self.delete()
             raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
         return version
 
     def _send_parts(self, part_bytes: int, read_parts: Callable[[], Iterator[bytes]], crc: int) -> Version:
-        """Upload the parts, and all of them again after an error that obstore does not retry, before the deadline."""
+        """Upload all parts. Upload all of them again after a transient error that obstore did not retry.
+
+        obstore itself retries each part until the deadline.
+        """
         deadline = retries.get_deadline()
         timeouts = min(retries.CONNECT_SECONDS, deadline), min(retries.READ_SECONDS, deadline)
         store = get_store(self.bucket, timeouts, retry_seconds=deadline)
         for attempt in range(MAX_UPLOADS):
-            write_id, began = uuid.uuid4().hex, time.monotonic()
+            write_id, start = uuid.uuid4().hex, time.monotonic()
             try:
                 result = obstore.put(
                     store, self.key, read_parts(), attributes=_make_attributes(write_id, crc), use_multipart=True,
@@ -199,10 +212,10 @@ class S3Path(BucketPath):
                 verdict = classify_error(error, str(self), _PERMISSIONS["write"])
                 if verdict is None:
                     raise
-                is_last = attempt + 1 == MAX_UPLOADS or time.monotonic() - began >= deadline
-                if isinstance(verdict, Transient) and is_last:
+                is_last_attempt = attempt + 1 == MAX_UPLOADS or time.monotonic() - start >= deadline
+                if isinstance(verdict, Transient) and is_last_attempt:
                     raise retries.make_timeout_error(str(self), deadline, verdict.reason) from error
-                # The last request may have succeeded and lost its response; its repetition then fails.
+                # The last request may have succeeded, and its response may have been lost. Then its repetition fails.
                 if isinstance(verdict, Transient) or parse_failure(error).code == "NoSuchUpload":
                     written = self._call("read", self._request_written)
                     if written is not None and written.write_id == write_id:
@@ -214,4 +227,4 @@ class S3Path(BucketPath):
 
 
 def _make_attributes(write_id: str, crc32c: int) -> Any:
-    return {WRITE_ID: write_id, _CRC32C: f"{crc32c:08x}", "Content-Type": "application/octet-stream"}
+    return {WRITE_ID: write_id, _CRC32C_KEY: f"{crc32c:08x}", "Content-Type": "application/octet-stream"}

@@ -1,7 +1,8 @@
 """The process-wide clients for S3 (obstore): credentials, timeouts, and errors with a fix.
 
-obstore reads its settings and credentials from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...; a
-web identity (IRSA); EKS Pod Identity; the role of a node. Its own retries are used for the parts of an upload only.
+obstore reads its settings from environment variables (AWS_ENDPOINT_URL, AWS_REGION, ...). Its credentials are those of
+the environment (AWS_ACCESS_KEY_ID, ...), a web identity (IRSA), EKS Pod Identity or the role of a node. Its own retries
+are used for the parts of an upload only.
 """
 
 import http.client
@@ -28,33 +29,34 @@ from trainer.storage.retries import (
     Transient,
 )
 
-# A client has one timeout, and connections of its own, so the timeouts of requests are rounded up to these.
+# Seconds. The timeouts of requests are rounded up to these, since a client has fixed timeouts and its own connections.
 _TIMEOUTS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_MAX_PART_RETRIES = 1000  # the deadline ends them
+_MAX_PART_RETRIES = 1000  # more than there can be before the deadline
 _CREDENTIALS_FIX = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, give the pod's service account a role (IRSA, EKS Pod Identity), "
     "or set AWS_SKIP_SIGNATURE=true for a public bucket"
 )
-_CONFLICT = 409  # of two conditional writes at the same time; S3 requires a retry
-# Of a response 400 or 403: what is wrong with the credentials, not with their permissions
-_BAD_CREDENTIALS = {
+_CONFLICT_STATUS = 409  # of conditional writes at the same time; S3 requires a retry
+# Error codes of S3: the credentials are invalid (status 400 or 403; missing permissions have other codes), the bucket
+# is in another region, and a retry cannot succeed although the status is 400.
+_BAD_CREDENTIALS_CODES = {
     "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }  # fmt: skip
-_WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
-_REFUSED = {"InvalidBucketName", "InvalidRequest", "InvalidArgument", "KeyTooLongError", "EntityTooLarge"}
-# The servers of credentials: of a node, of a container or pod, and the token service
+_WRONG_REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_PERMANENT_CODES = {"InvalidBucketName", "InvalidRequest", "InvalidArgument", "KeyTooLongError", "EntityTooLarge"}
+# URLs of the servers that issue credentials: for a node, for a container or pod, and for web identities (STS)
 _CREDENTIALS_URL = re.compile(r"https?://([^/\s]+/latest/(api/token|meta-data)|169\.254\.170\.|\[fd00:ec2::23\]|sts\.)")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What obstore's text of an error states; it has no other details."""
+    """The fields in the text of an obstore error, which has no attributes for them."""
 
-    text: str  # its first lines, without Rust's
-    status: int | None  # of the response; None if there is none
-    code: str  # S3's, such as NoSuchBucket; "" if the response has no body
-    message: str
+    text: str  # text of the error, without the debug output of obstore's Rust code
+    status: int | None  # HTTP status of the response; None if there was no response
+    code: str  # error code of S3, such as NoSuchBucket; "" if the response has no body
+    message: str  # of S3; "" if the response has no body
 
 
 def parse_failure(error: BaseException) -> Failure:
@@ -66,12 +68,18 @@ def parse_failure(error: BaseException) -> Failure:
 
 
 def get_store(bucket: str, timeouts: Timeouts, retry_seconds: float = 0.0) -> S3Store:
-    """Return the client of this process for a bucket, which the first call creates.
+    """Return the client of this process for a bucket. The first call with equal arguments creates it.
 
-    A client cannot be used after a fork or for other settings, so each process and environment has its own. With
-    `retry_seconds` it retries transient errors itself for so long.
+    A client cannot be used after a fork or for other AWS_* variables, so each process and environment has its own.
+
+    Args:
+        timeouts: of connecting and reading, in seconds; rounded up.
+        retry_seconds: how long the client retries transient errors itself; 0 to leave that to the caller.
+
+    Raises:
+        DataError: the endpoint in the environment is not a URL.
     """
-    connect, read = (next((t for t in _TIMEOUTS if t >= seconds), seconds) for seconds in timeouts)
+    connect, read = (next((limit for limit in _TIMEOUTS if limit >= seconds), seconds) for seconds in timeouts)
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     return _create_store(os.getpid(), settings, bucket, (connect, read), retry_seconds)
 
@@ -88,7 +96,7 @@ def _create_store(
     pause = timedelta(seconds=retries.INITIAL_BACKOFF_SECONDS)
     return S3Store(
         bucket,
-        # Deleting one object by a request for many needs Content-MD5 on some servers.
+        # Otherwise obstore deletes an object by a request for many objects, which needs Content-MD5 on some servers.
         config={"disable_bulk_delete": True},
         client_options={"allow_http": endpoint.startswith("http://"), "timeout": read, "connect_timeout": connect},
         retry_config={
@@ -102,9 +110,14 @@ def _create_store(
 
 
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
-    """Call `request` as `retries.call_with_retries` does, with the errors of obstore.
+    """Call `request`, and retry after transient errors of obstore until the deadline.
 
-    `permission` is the one that it needs, for error messages if the response does not name one.
+    `request` takes the timeouts of an attempt. `permission` is the one that it requires, for an error message if the
+    response does not name a permission.
+
+    Raises:
+        DataError: the error is permanent.
+        Interrupted: no attempt succeeded before the deadline.
     """
     bad_requests = 0
 
@@ -121,7 +134,10 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
 
 
 def classify_error(error: BaseException, address: str, permission: str) -> Transient | TrainerError | None:
-    """Translate an error of obstore; None for any other one."""
+    """Translate an error of obstore. Return None for any other error.
+
+    The result is `Transient` if a retry can succeed, and otherwise a DataError with a fix.
+    """
     if isinstance(error, CorruptTransfer):
         return Transient(f"corrupt response: {error}")
     failure = parse_failure(error)
@@ -134,74 +150,81 @@ def classify_error(error: BaseException, address: str, permission: str) -> Trans
         return _classify_credentials_error(failure, address)
     if failure.status is None:
         return _classify_without_response(error, failure, address)
-    if failure.status in TRANSIENT_CODES or failure.status == _CONFLICT or failure.code == "RequestTimeout":
+    if failure.status in TRANSIENT_CODES or failure.status == _CONFLICT_STATUS or failure.code == "RequestTimeout":
         return Transient(f"{failure.status} {http.client.responses.get(failure.status, '')}".strip())
-    if failure.code in _WRONG_REGION or failure.status == 301:
+    if failure.code in _WRONG_REGION_CODES or failure.status == 301:
         problem, value = f"{address}: is in another region", os.environ.get("AWS_REGION")
         return DataError(problem, key="AWS_REGION", value=value, fix="set it to the region of the bucket")
-    if failure.code in _BAD_CREDENTIALS:
+    if failure.code in _BAD_CREDENTIALS_CODES:
         problem = f"{address}: the storage refused {describe_identity()} ({failure.status} {failure.code})"
         return DataError(problem, fix=_CREDENTIALS_FIX)
     if failure.status in (401, 403):
         return _make_denial(address, permission, failure)
     if failure.status == 404:
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
-    if failure.status == 400 and failure.code not in _REFUSED:
+    if failure.status == 400 and failure.code not in _PERMANENT_CODES:
         return Transient("400 corrupt request")
     return _make_refusal(address, failure)
 
 
 def _classify_without_response(error: BaseException, failure: Failure, address: str) -> Transient | TrainerError:
-    if "LOCATION" in failure.text:  # S3 redirects to the region of a bucket without an address
+    """Translate an obstore error without an HTTP status, by its text."""
+    if "LOCATION" in failure.text:  # a redirect of S3 to another region has no Location header
         problem, value = f"{address}: is in another region", os.environ.get("AWS_REGION")
         return DataError(problem, key="AWS_REGION", value=value, fix="set it to the region of the bucket")
     if "parsing Path" in failure.text or "empty path segment" in failure.text:
         problem = f"{address}: has an object whose name S3's client cannot read ({_escape(failure)})"
         return DataError(problem, fix="rename or remove that object")
-    if "token" in failure.text.lower() and "HTTP error" not in failure.text:  # the file of a web identity
+    if "token" in failure.text.lower() and "HTTP error" not in failure.text:  # the token file cannot be read
         return DataError(f"{address}: there are no credentials ({_escape(failure)})", fix=_CREDENTIALS_FIX)
-    details = str(error)
+    full_text = str(error)
     for word, reason in (("imed", "timeout"), ("refused", "connection refused"), ("Connect", "no connection")):
-        if word in details.replace("retry_timeout", ""):
+        if word in full_text.replace("retry_timeout", ""):
             return Transient(reason)
     return Transient("connection broken")
 
 
 def _classify_credentials_error(failure: Failure, address: str) -> Transient | TrainerError:
-    """Translate an error of a server of credentials.
+    """Translate an error of a server that issues credentials.
 
-    A pod with a role waits for it. Elsewhere no server means that there are no credentials: a laptop has no role.
+    The result is `Transient` in a pod or with a role, unless the server refuses the request. Elsewhere, for example on
+    a laptop, a server that does not respond means that there are no credentials.
     """
-    has_role = any(name in os.environ for name in ("AWS_ROLE_ARN", *_CONTAINER)) or (
+    has_role = any(name in os.environ for name in ("AWS_ROLE_ARN", *_POD_ROLE_VARIABLES)) or (
         "KUBERNETES_SERVICE_HOST" in os.environ
     )
-    refused = failure.status is not None and failure.status not in TRANSIENT_CODES
-    if has_role and not refused:
+    is_refused = failure.status is not None and failure.status not in TRANSIENT_CODES
+    if has_role and not is_refused:
         return Transient("no access token")
     reason = f" ({failure.status} {failure.code})".replace(" )", ")") if failure.status and has_role else ""
     return DataError(f"{address}: {describe_identity()} got no credentials{reason}", fix=_CREDENTIALS_FIX)
 
 
-_CONTAINER = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+# Variables that Kubernetes or ECS sets in a container with a role
+_POD_ROLE_VARIABLES = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
 def describe_identity() -> str:
-    """Describe the account that sends the requests, in the order in which obstore searches for credentials."""
+    """Describe the account that sends the requests, such as "access key AKIA...".
+
+    The checks are in the order in which obstore searches for credentials.
+    """
     if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes"):
         return "nobody (anonymous)"
     if key := os.environ.get("AWS_ACCESS_KEY_ID"):
         return f"access key {key}"
     if (role := os.environ.get("AWS_ROLE_ARN")) and os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         return f"role {role}"
-    if any(os.environ.get(name) for name in _CONTAINER):
+    if any(os.environ.get(name) for name in _POD_ROLE_VARIABLES):
         return "the role of this pod"
     return "the role of this node"
 
 
 def _make_denial(address: str, permission: str, failure: Failure) -> DataError:
-    missing = (re.findall(r"s3:\w+", failure.message) or [permission])[0]
+    """Make the error for a missing permission: the one that the response names, otherwise `permission`."""
+    missing_permission = (re.findall(r"s3:\w+", failure.message) or [permission])[0]
     response = f"({failure.status}: {failure.message})" if failure.message else f"({failure.status})"
-    problem = f"{address}: {describe_identity()} lacks the permission {missing} {response}"
+    problem = f"{address}: {describe_identity()} lacks the permission {missing_permission} {response}"
     return DataError(problem, fix="grant it (docs/storage.md)")
 
 
@@ -211,4 +234,5 @@ def _make_refusal(address: str, failure: Failure) -> DataError:
 
 
 def _escape(failure: Failure) -> str:
+    """Return the text of a failure for an error message, or only its last part if it is long."""
     return escape_unprintable(failure.text.rpartition(": ")[2] if len(failure.text) > 300 else failure.text)

@@ -1,4 +1,4 @@
-"""The folder for temporary files of this process, those of libraries included, and those that killed processes left."""
+"""A folder for the temporary files of this process and its libraries, and deletion of those of killed processes."""
 
 import fcntl
 import os
@@ -11,36 +11,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-_PREFIX = "kubetune-"
-_SETTLED_SECONDS = 60.0  # a folder of this age is locked, unless its process has ended
+_PREFIX = "kubetune-"  # of the names of temporary folders and files
+_SETTLED_SECONDS = 60.0  # a younger folder of a running process may not be locked yet
 
 
 @contextmanager
 def scratch_folder() -> Iterator[None]:
-    """Let `tempfile` use a new folder in this block, named after this process, and delete it at the end.
+    """Let `tempfile` create its files in a new folder during this block, and delete the folder at the end.
 
-    A folder is locked by its process until that ends, so that those that killed processes left are deleted first. If
-    the folder cannot be created, `tempfile` is left as it is, and reports the reason when it is used.
+    First delete the folders that killed processes left: a process locks its folder until it ends, so these are not
+    locked. If no folder can be created, `tempfile` is not changed, and its next call raises an error with the reason.
     """
-    lock, folder, before = None, None, tempfile.tempdir
+    lock, folder, previous_tempdir = None, None, tempfile.tempdir
     with suppress(OSError):
         parent = Path(tempfile.gettempdir())
         _delete_abandoned(parent)
         folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
-        lock = _lock(folder)
+        lock = _lock_folder(folder)
         tempfile.tempdir = folder
     try:
         yield
     finally:
-        tempfile.tempdir = before
+        tempfile.tempdir = previous_tempdir
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
-def _lock(folder: str | Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed or the process ends; None if another process has it."""
+def _lock_folder(folder: str | Path) -> int | None:
+    """Lock a folder until the returned file descriptor is closed or the process ends.
+
+    Return None if the folder cannot be locked, because another process has locked it.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,20 +54,23 @@ def _lock(folder: str | Path) -> int | None:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete the folders of processes that have ended."""
+    """Delete the folders in `parent` that belong to processes that have ended."""
     for folder in parent.glob(f"{_PREFIX}[0-9]*-*"):
         with suppress(OSError):  # of another user, or deleted meanwhile
-            process = folder.name.removeprefix(_PREFIX).partition("-")[0]
-            # A process that begins has no lock for a moment.
-            if is_running(process) and time.time() - folder.stat().st_mtime < _SETTLED_SECONDS:
+            process_id = folder.name.removeprefix(_PREFIX).partition("-")[0]
+            # A process that has just started may have created its folder but not locked it yet.
+            if is_running(process_id) and time.time() - folder.stat().st_mtime < _SETTLED_SECONDS:
                 continue
-            if (lock := _lock(folder)) is not None:
+            if (lock := _lock_folder(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
 
 
 def is_running(process: str) -> bool:
-    """Return whether another process of this machine or container has this number."""
+    """Return whether another process of this machine or container has this ID.
+
+    The result is False for the ID of this process, and for a text that is not a number.
+    """
     with suppress(ValueError, OverflowError, ProcessLookupError):
         if int(process) == os.getpid():
             return False
@@ -77,7 +83,10 @@ def is_running(process: str) -> bool:
 
 
 def open_scratch_file(purpose: str) -> IO[str]:
-    """Open a new temporary file for reading; it is deleted when it is closed."""
+    """Create a temporary file, whose name contains `purpose`, and open it for reading.
+
+    Others can write to it by its name. It is deleted when the returned object is garbage-collected.
+    """
     file = tempfile.NamedTemporaryFile("r", prefix=f"{_PREFIX}{purpose}-", delete=False)  # noqa: SIM115
-    weakref.finalize(file, Path(file.name).unlink, missing_ok=True)  # the folder of the process may be deleted before
+    weakref.finalize(file, Path(file.name).unlink, missing_ok=True)  # missing if `scratch_folder` has deleted it
     return file

@@ -1,8 +1,9 @@
 """Disk cache for the shards of a dataset in a bucket, with a byte budget and prefetching.
 
-A reader is one input pipeline. It requires the shards that it can open next, waits for them, and lists the shards that
-it needs later. Required shards stay on disk until the reader requires others. Later ones are prefetched in the
-background within the budget. Shards that no reader needs are evicted first, then those that are needed last.
+A reader is one input pipeline. By `require` it waits for the shards that it can open next (the required shards), and
+lists the shards that it needs later. Required shards stay on disk until the reader requires others. Later shards are
+prefetched in the background within the budget. Shards that no reader needs are evicted first, then those that are
+needed last.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
 
-MAX_TRANSFERS = 8  # concurrent shards; a large one is transferred in several concurrent chunks
-REPORT_SECONDS = 5.0  # a longer wait is logged
+MAX_TRANSFERS = 8  # shards in transfer at the same time; a large shard is transferred in several concurrent chunks
+REPORT_SECONDS = 5.0  # a wait for shards that takes longer is logged
 
 
 def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
-    """Lock a local folder for the shards of `address`, and return it with the open lock file.
+    """Create or reuse a local folder for the shards of `address`, lock it, and return it with the open lock file.
 
-    Each process on a machine (several workers or runs) gets its own folder. The lock ends with the process, after which
+    Each process on a machine (several workers or runs) gets its own folder. The lock ends with the process. Then
     another process can reuse the folder and its shards.
     """
     digest = hashlib.sha256(address.encode()).hexdigest()[:16]
@@ -44,15 +45,15 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
             break
         except BlockingIOError:
             lock.close()
-        except OSError:  # the file system has no locks
+        except OSError:  # the file system does not support locks
             break
     folder = parent / storage_path(address).name
     folder.mkdir(exist_ok=True)
     return folder, lock
 
 
-def _make_stamp(version: Version) -> int:
-    """Return a modification time in ns that identifies a version: a generation is one, an ETag is hashed."""
+def _make_mtime_ns(version: Version) -> int:
+    """Return a modification time in ns that identifies a version: a generation itself, or a hash of an ETag."""
     return version if isinstance(version, int) else int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
 
 
@@ -69,14 +70,15 @@ class ShardCache:
         check: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:
-        """Reuse cached shards of the same version, and delete all other files.
+        """Reuse shards of the same version in a local folder below `cache_dir`, and delete its other files.
 
         Args:
-            entries: file name -> object info of each shard in the folder `address`.
-            budget: maximum bytes on disk; a shard in transfer counts with its full size.
-            note: logs reused shards, and waits longer than `REPORT_SECONDS`.
-            check: is called while a reader waits, and raises to cancel.
-            other_files: names of other files in the local folder that are not deleted.
+            address: folder of the shards in a bucket.
+            entries: object info of each shard, by file name.
+            budget: maximum bytes on disk. A shard in transfer counts with its full size.
+            note: logs the number of reused shards, and waits that take longer than `REPORT_SECONDS`.
+            check: called while a reader waits; can raise to cancel.
+            other_files: names of files in the local folder that are not shards and are not deleted.
 
         Raises:
             DataError: a shard name cannot be a file name.
@@ -86,26 +88,30 @@ class ShardCache:
         for name in entries:
             join_inside(self.folder, name)
         self._changed = threading.Condition()
-        self._cached: dict[str, int] = {}  # name -> bytes; least recently required first
+        self._cached: dict[str, int] = {}  # name -> bytes of each shard on disk; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard
-        # reader -> required and later shards, ordered by the last call of `require`
+        # reader -> names of required and of later shards; the reader that called `require` last comes last
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-        self._rank: dict[str, int] = {}  # name -> rank in the order in which shards are needed
-        self._failed: dict[str, Exception] = {}
+        self._rank: dict[str, int] = {}  # name -> rank in the order in which shards are needed, from 0
+        self._failed: dict[str, Exception] = {}  # name -> error of the last transfer
         self._closed = False
         self._reuse_cached({*other_files})
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
-        """Wait until these shards are on disk, and return the seconds waited.
+        """Wait until shards are on disk, and return the seconds waited.
 
-        They stay there until the reader requires others or is released. `then` lists the shards that the reader needs
-        later, soonest first.
+        The shards stay on disk until the reader requires others or is released.
+
+        Args:
+            reader: name of the input pipeline that reads the shards.
+            names: file names of the shards to wait for.
+            then: file names of the shards that the reader needs later, soonest first. They are prefetched.
 
         Raises:
             DataError: a shard was deleted or replaced in the bucket, or the required shards of all readers together
                 exceed the budget.
             Interrupted: a transfer did not succeed in time.
-            OSError: the disk is full.
+            OSError: a shard cannot be written, for example because the disk is full.
         """
         names = tuple(dict.fromkeys(names))
         with self._changed:
@@ -116,7 +122,7 @@ class ShardCache:
                 if name in self._cached:
                     size = self._cached.pop(name)
                     if self._is_intact(name):
-                        self._cached[name] = size  # last: the most recently required
+                        self._cached[name] = size  # inserted last, as the most recently required
             self._check_budget()
             self._rank_shards()
             return self._wait(names)
@@ -128,18 +134,18 @@ class ShardCache:
             self._rank_shards()
 
     def close(self) -> None:
-        """Begin no more transfers and unlock the folder, without waiting for transfers in progress."""
+        """Start no more transfers, and unlock the folder without waiting for transfers in progress."""
         with self._changed:
             self._closed = True
         self._lock.close()
 
     @property
     def used(self) -> int:
-        """Bytes on disk or in transfer."""
+        """Bytes of all shards on disk or in transfer."""
         return sum(self._cached.values()) + sum(self._in_transfer.values())
 
     def _reuse_cached(self, other_files: set[str]) -> None:
-        """Register the local shards that have the bucket's version, and delete other files."""
+        """Register the local shards that have the bucket's version. Delete all other files except `other_files`."""
         for file in sorted(self.folder.iterdir()):
             if file.name in self.entries and self._is_intact(file.name):
                 self._cached[file.name] = self.entries[file.name].size
@@ -150,20 +156,22 @@ class ShardCache:
             self.note(f"{self.address}: {count} are already in {self.folder}")
 
     def _is_intact(self, name: str) -> bool:
-        """Return whether the file is complete and has the bucket's version, stored as its modification time."""
+        """Return whether the local file is complete and its modification time identifies the bucket's version."""
         try:
-            status = (self.folder / name).stat()
+            stat = (self.folder / name).stat()
         except OSError:
             return False
-        return (status.st_size, status.st_mtime_ns) == (
+        return (stat.st_size, stat.st_mtime_ns) == (
             self.entries[name].size,
-            _make_stamp(self.entries[name].version),
+            _make_mtime_ns(self.entries[name].version),
         )
 
     def _required(self) -> set[str]:
+        """Return the names of the shards that any reader requires now."""
         return {name for names, _ in self._needs.values() for name in names}
 
     def _check_budget(self) -> None:
+        """Raise a DataError if the required shards of all readers exceed the budget."""
         required = self._required()
         size = sum(self.entries[name].size for name in required)
         if size > self.budget:
@@ -172,30 +180,32 @@ class ShardCache:
             raise DataError(problem, key="runtime.disk_budget_gb", value=budget, fix=fix)
 
     def _wait(self, names: tuple[str, ...]) -> float:
-        began, reported = time.monotonic(), False
+        """Wait until shards are on disk, and return the seconds waited. Raise the error of a failed transfer."""
+        start, has_logged = time.monotonic(), False
         while missing := [name for name in names if name not in self._cached]:
             for name in missing:
                 if name in self._failed:
                     raise self._failed[name]
             self._changed.wait(0.1)
             self.check()
-            if not reported and time.monotonic() - began > REPORT_SECONDS:
-                reported = True
+            if not has_logged and time.monotonic() - start > REPORT_SECONDS:
+                has_logged = True
                 first = escape_unprintable(missing[0])
                 self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {first}")
-        waited = time.monotonic() - began
-        if reported:
-            self.note(f"{self.address}: continuing after {waited:.0f} s of waiting for shards")
-        return waited
+        seconds = time.monotonic() - start
+        if has_logged:
+            self.note(f"{self.address}: continuing after {seconds:.0f} s of waiting for shards")
+        return seconds
 
     def _rank_shards(self) -> None:
-        """Rank the shards that readers need, required ones first, and begin transfers in this order."""
-        ordered = [name for names, _ in reversed(self._needs.values()) for name in names]
-        ordered += [name for _, then in reversed(self._needs.values()) for name in then]
-        self._rank = {name: rank for rank, name in enumerate(dict.fromkeys(ordered))}
+        """Rank the shards that readers need, required shards first, and start transfers in this order."""
+        ordered_names = [name for required, _ in reversed(self._needs.values()) for name in required]
+        ordered_names += [name for _, later in reversed(self._needs.values()) for name in later]
+        self._rank = {name: rank for rank, name in enumerate(dict.fromkeys(ordered_names))}
         self._begin_transfers()
 
     def _begin_transfers(self) -> None:
+        """Start the transfers of the shards of lowest rank for which there are threads and space."""
         for name, rank in self._rank.items():
             if self._closed or len(self._in_transfer) >= MAX_TRANSFERS:
                 return
@@ -208,14 +218,19 @@ class ShardCache:
             threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
 
     def _evict(self, size: int, rank: int) -> bool:
-        """Evict shards that rank after `rank`, last first, until `size` bytes fit. Returns False if they cannot fit."""
+        """Evict shards that rank after `rank`, last first, until a shard of `size` bytes fits.
+
+        Return False, and evict nothing, if it cannot fit.
+        """
         excess = self.used + size - self.budget
-        required, unneeded = self._required(), len(self._rank)  # a shard that no reader needs ranks last
-        later = [n for n in self._cached if self._rank.get(n, unneeded) > rank and n not in required]
-        if sum(self._cached[name] for name in later) < excess:
+        required, unneeded_rank = self._required(), len(self._rank)  # a shard that no reader needs ranks last
+        evictable = [
+            name for name in self._cached if self._rank.get(name, unneeded_rank) > rank and name not in required
+        ]
+        if sum(self._cached[name] for name in evictable) < excess:
             return False
-        later.sort(key=lambda name: -self._rank.get(name, unneeded))  # stable: least recently required first
-        for name in later:
+        evictable.sort(key=lambda name: -self._rank.get(name, unneeded_rank))  # stable: least recently required first
+        for name in evictable:
             if excess <= 0:
                 break
             (self.folder / name).unlink(missing_ok=True)
@@ -223,20 +238,21 @@ class ShardCache:
         return True
 
     def _fetch(self, name: str) -> None:
-        info, file, failure = self.entries[name], self.folder / name, None
+        """Transfer one shard in this thread, then start the next transfers and wake up the readers that wait."""
+        info, file, transfer_error = self.entries[name], self.folder / name, None
         try:
             info.path.download(file, expected=info)
-            os.utime(file, ns=(time.time_ns(), _make_stamp(info.version)))
+            os.utime(file, ns=(time.time_ns(), _make_mtime_ns(info.version)))
         except Exception as error:
-            failure = error
+            transfer_error = error
         with self._changed:
             size = self._in_transfer.pop(name)
-            if failure is None:
+            if transfer_error is None:
                 self._cached[name] = size
-                # The bucket is available again: retry the transfers that timed out.
-                self._failed = {n: e for n, e in self._failed.items() if not isinstance(e, Interrupted)}
+                # The bucket is available again, so that the transfers that timed out are retried.
+                self._failed = {shard: e for shard, e in self._failed.items() if not isinstance(e, Interrupted)}
             else:
-                self._failed[name] = failure
+                self._failed[name] = transfer_error
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
             self._begin_transfers()

@@ -1,4 +1,4 @@
-"""Read the small JSON files that this package wrote, and set corrupt ones aside."""
+"""Read and validate small JSON files that this package has written, and set corrupt files aside."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from trainer.storage.path import StoragePath, storage_path
 
 T = TypeVar("T")
 D = TypeVar("D")
-# Raised by parsing corrupt JSON, or JSON of another shape.
+# Errors from parsing corrupt JSON, and from reading the fields of JSON with an unexpected structure.
 CONTENT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
@@ -23,24 +23,30 @@ def require_json_object(value: Any) -> dict[str, Any]:
 
 
 def require_json_objects(value: Any) -> list[dict[str, Any]]:
-    """Return a list of JSON objects unchanged; raise a ValueError for any other value."""
+    """Return a list of JSON objects; raise a ValueError for any other value."""
     if not isinstance(value, list):
         raise ValueError(f"not a JSON list, but {type(value).__name__}")
     return [require_json_object(item) for item in value]
 
 
 def require_nonnegative(value: Any) -> float:
-    """Return a finite number of at least 0 as a float; raise a ValueError for any other value."""
+    """Return a finite number that is at least 0 as a float; raise a ValueError for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{value!r} is not a finite number of at least 0")
     return float(value)
 
 
 def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fix: str) -> T:
-    """Parse JSON and return `shape(value)`.
+    """Parse JSON, and validate and convert the value with `shape`.
 
-    `shape` validates the value, converts it, and raises one of `CONTENT_ERRORS` if it is invalid. Raises a DataError
-    with the file `name` if the content is corrupt or invalid.
+    Args:
+        content: of the file; bytes are UTF-8.
+        shape: returns the converted value, or raises one of `CONTENT_ERRORS` if the value is invalid.
+        name: of the file, for the error message.
+        fix: what the user can do about a corrupt file, for the error message.
+
+    Raises:
+        DataError: the content is not JSON, or `shape` rejects its value.
     """
     try:
         return shape(json.loads(content))
@@ -50,13 +56,18 @@ def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fi
 
 
 def read_json(path: StoragePath | Path, shape: Callable[[Any], T], fix: str) -> T | None:
-    """Read a file and parse it with `parse_json`; None if it does not exist."""
+    """Read a file and parse it with `parse_json`. Return None if the file does not exist.
+
+    Raises:
+        DataError: the file is corrupt or cannot be read.
+        Interrupted: the bucket does not respond.
+    """
     content = storage_path(path).fetch()
     return None if content is None else parse_json(content[0], shape, path, fix)
 
 
 def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T | D:
-    """Read a file that a run can do without. Returns `default` if it is missing, corrupt or unreadable."""
+    """Read an optional local file. Return `default` if it is missing, corrupt or unreadable."""
     try:
         value = read_json(path, shape, "")
     except DataError:
@@ -65,5 +76,5 @@ def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a corrupt file to NAME.damaged, replacing an earlier one, and return the new path."""
+    """Rename a corrupt file to `NAME.damaged`, and return the new path. Replace an earlier file of this name."""
     return path.replace(path.with_name(f"{path.name}.damaged"))

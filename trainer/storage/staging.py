@@ -1,4 +1,4 @@
-"""Staging: download files from a bucket in parallel, and cache them for later starts on this machine."""
+"""Staging: copy files from a bucket to the local disk in parallel, and reuse the copies in later starts."""
 
 import fnmatch
 import hashlib
@@ -20,31 +20,34 @@ from trainer.storage.path import SCHEMES, StoragePath, storage_path
 from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
 
-MAX_TRANSFERS = 16  # concurrent files
+MAX_TRANSFERS = 16  # files that are transferred at the same time
 REPORT_SECONDS = 5.0  # between log lines about the progress
-_LIST_COMMANDS = {"gs": "gcloud storage ls", "s3": "aws s3 ls"}  # by scheme
-VERSIONS = ".versions.json"  # in the local folder: name -> object version of each downloaded file
+_LIST_COMMANDS = {"gs": "gcloud storage ls", "s3": "aws s3 ls"}  # by scheme, for error messages
+VERSIONS = ".versions.json"  # file in the local folder: relative name -> object version of each downloaded file
 
 
 def is_remote(address: str | None) -> bool:
-    """Return whether the address is in a bucket."""
+    """Return whether this is an address in a bucket, and neither a local path nor None."""
     return bool(address) and str(address).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
-    """Download a file, folder or pattern (`gs://bucket/folder/*.tfrec`) and return the local path that replaces it.
+    """Copy remote files to `cache_dir`, and return the local path that replaces the address.
 
-    A local address is returned unchanged. An address that exists literally is not a pattern. Objects that cannot be
-    local files (`divide_listing`) are logged and skipped. Files cached in the same version are not downloaded again.
-    Local files that the bucket no longer has are deleted.
+    Objects that cannot be local files (see `divide_listing`) are logged and skipped. Files of which `cache_dir` has
+    the same version are not downloaded again. Copies of files that the bucket no longer has are deleted.
 
     Args:
-        budget: maximum bytes on disk for this address.
+        address: a file, folder or pattern such as `gs://bucket/folder/*.tfrec`. An address with wildcard characters
+            that exists literally is not a pattern. A local path is returned unchanged.
+        budget: maximum size of the copies of this address, in bytes.
         note: logs what is downloaded and, every few seconds, the progress.
-        check: is called after each file, and raises to cancel.
+        check: called after each file; can raise to cancel.
 
     Raises:
-        DataError: nothing matches the address, or its files exceed the budget.
+        DataError: nothing matches the address, its files exceed the budget, or the bucket denies access.
+        Interrupted: the bucket does not respond.
+        OSError: a copy cannot be written.
     """
     if not is_remote(address):
         return address
@@ -57,9 +60,12 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
 
 
 def copied_folder(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
-    """Return the local folder and the bucket folder of all files of `address`, for which `stage` returned `path`."""
-    _, _, *end = Path(path).relative_to(cache_dir / "staged").parts  # a pattern or the name of a single file
-    suffix = "".join(f"/{part}" for part in end)
+    """Return the local folder and the bucket folder of the files that `stage(address, ...)` copied.
+
+    `path` is the result of `stage`. For `gs://b/photos/*.jpg`, the bucket folder is `gs://b/photos`.
+    """
+    _, _, *end = Path(path).relative_to(cache_dir / "staged").parts  # components of a pattern or file name
+    suffix = "".join(f"/{component}" for component in end)
     return path.removesuffix(suffix), address.rstrip("/").removesuffix(suffix)
 
 
@@ -67,39 +73,42 @@ def copied_folder(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
 class Copy:
     """The files in a bucket that match an address, and the local folder for their copies."""
 
-    folder: Path
-    end: str  # the address below the folder: a pattern or a file name, "" for the folder itself
-    is_pattern: bool
-    entries: dict[str, ObjectInfo]  # files in the bucket, by name relative to the folder
-    left_out: tuple[str, ...] = ()  # objects that cannot be local files, each with the reason
+    folder: Path  # local
+    end: str  # last part of the address, relative to the folder: a pattern or file name; "" for the folder itself
+    is_pattern: bool  # whether `end` is a pattern
+    entries: dict[str, ObjectInfo]  # the matching files in the bucket, by name relative to the folder
+    left_out: tuple[str, ...] = ()  # objects that cannot be local files: "ADDRESS (reason)"
 
     @property
     def path(self) -> str:
-        """The local path or pattern that replaces the address."""
+        """Local path or pattern that replaces the address."""
         return str(self.folder / self.end)
 
     def matches(self, name: str) -> bool:
-        """Return whether the address includes the file of this relative name."""
+        """Return whether the address includes a file, by its name relative to the folder."""
         return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
 
 
 def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
-    """Divide a listing into files by name relative to the folder, and objects that cannot be local files.
+    """Divide a listing of `folder` into objects that can be local files, and objects that cannot.
 
-    The latter are described with the reason. Empty objects with the name of a folder are in neither: some tools write
-    them to mark the folder.
+    An object cannot be a local file if its name is invalid, such as `a//b`, or also the name of a folder. Some tools
+    mark a folder with an empty object of the same name; such objects are in neither part of the result.
+
+    Returns:
+        The info of each file by name relative to the folder, and for each other object "ADDRESS (reason)".
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
     faults = {name: fault for name in entries if (fault := find_path_fault(name))}
-    folders = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
-    same = folders & entries.keys()
-    faults |= {name: "there is a folder of the same name" for name in same if entries[name].size}
+    folder_names = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
+    shared_names = folder_names & entries.keys()
+    faults |= {name: "there is a folder of the same name" for name in shared_names if entries[name].size}
     left_out = [f"{escape_unprintable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
-    return {name: info for name, info in entries.items() if name not in faults and name not in same}, left_out
+    return {n: info for n, info in entries.items() if n not in faults and n not in shared_names}, left_out
 
 
 def describe_left_out(left_out: Iterable[str]) -> str:
-    """Describe the objects that `divide_listing` left out, the first three by name."""
+    """Format a log message about the objects that `divide_listing` left out, with the first three of them."""
     names = tuple(left_out)
     more = f" and {len(names) - 3} more" * (len(names) > 3)
     objects = "1 object cannot be a file and is" if len(names) == 1 else f"{len(names)} objects cannot be files and are"
@@ -107,7 +116,10 @@ def describe_left_out(left_out: Iterable[str]) -> str:
 
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """List the files that `stage` would download, and choose their local folder. Raises the errors of `stage`."""
+    """List the files that `stage` would download, and choose the folder for their copies.
+
+    The arguments and the errors (except OSError) are those of `stage`.
+    """
     root, end, is_pattern = _split_address(address)
     folder = find_copy_folder(root, cache_dir)
     entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
@@ -122,12 +134,12 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 
 
 def find_copy_folder(root: StoragePath, cache_dir: Path) -> Path:
-    """Return the local folder for copies of the files below a folder or bucket."""
+    """Return the local folder for copies of the files below `root`, a folder or bucket."""
     return cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
 
 
 def check_budget(address: str, size: int, cache_dir: Path, budget: int) -> None:
-    """Raise a DataError if the files of an address, in total `size` bytes, exceed the `budget` on disk in bytes."""
+    """Raise a DataError if the files of an address, in total `size` bytes, exceed the `budget` in bytes."""
     if size > budget:
         problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
         fix = "raise it, or set runtime.cache_dir to a larger disk"
@@ -135,14 +147,18 @@ def check_budget(address: str, size: int, cache_dir: Path, budget: int) -> None:
 
 
 def find_prepared_folder(data_dir: str, name: str) -> str:
-    """Return the folder of a dataset that TensorFlow Datasets prepared in `data_dir`, such as gs://tfds-data/datasets.
+    """Return the folder of a dataset that TensorFlow Datasets has prepared below `data_dir`.
 
-    `name` is `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The default version is the newest one.
-    Raises DataError if the dataset or version does not exist.
+    Args:
+        data_dir: such as gs://tfds-data/datasets.
+        name: `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The version defaults to the highest one.
+
+    Raises:
+        DataError: the dataset or version does not exist, or the bucket denies access.
     """
     builder, _, version = name.partition(":")
     folder = storage_path(data_dir) / builder
-    versions = [f.name for f in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
+    versions = [child.name for child in folder.folders() if re.fullmatch(r"\d+\.\d+\.\d+", child.name)]
     if not versions or (version and version not in versions):
         problem = f"has no {f'version {version}' if version else 'prepared dataset'} in {folder}"
         fix = "prepare it there, or give data.data_dir=gs://tfds-data/datasets for the public ones"
@@ -151,31 +167,42 @@ def find_prepared_folder(data_dir: str, name: str) -> str:
 
 
 def _split_address(address: str) -> tuple[StoragePath, str, bool]:
-    """Split an address into a folder and the rest below it, and return also whether the rest is a pattern.
+    """Split an address into a folder and the end, and return also whether the end is a pattern.
 
-    The rest is a pattern, a file name, or "" for the folder itself. A name that exists literally, such as
+    The end is a pattern, a file name, or "" if the address is that of a folder. A name that exists literally, such as
     `photos [2024]`, is not a pattern. If an object and a folder have the same name, the folder is used.
     """
-    whole = storage_path(address)
-    components = str(whole).split("/")
+    path = storage_path(address)
+    components = str(path).split("/")
     for i in [i for i, component in enumerate(components) if has_wildcard(component)]:
         literal = storage_path("/".join(components[: i + 1]))
         if not literal.is_folder() and not (i + 1 == len(components) and literal.exists()):
             return storage_path("/".join(components[:i])), "/".join(components[i:]), True
-    if whole.exists() and not whole.is_folder():
-        return whole.parent, whole.name, False
-    return whole, "", False
+    if path.exists() and not path.is_folder():
+        return path.parent, path.name, False
+    return path, "", False
 
 
 def has_wildcard(text: str) -> bool:
-    """Return whether a text has a character of a pattern: *, ? or [."""
+    """Return whether a text contains a wildcard character: *, ? or [."""
     return any(character in text for character in "*?[")
 
 
 def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
-    """Download the entries (by relative name) that the local folder does not have in the same version."""
+    """Download the files of which a local folder does not have the same version.
+
+    Args:
+        address: where the files are, for log messages.
+        entries: info of each file in the bucket, by name relative to `folder`.
+        note: logs what is downloaded and, every few seconds, the progress.
+        check: called after each file; can raise to cancel.
+
+    Raises:
+        DataError: a file was deleted or replaced since it was listed, or its name leads out of the folder.
+        Interrupted, OSError: as in `stage`.
+    """
     versions, missing = _read_versions(folder) or {}, select_missing(folder, entries)
     if not missing:
         note(f"{address}: all files are already in {folder}")
@@ -183,7 +210,7 @@ def fetch_missing(
     size, done = sum(info.size for info in missing.values()), 0
     files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
     note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
-    began = reported = time.monotonic()
+    start = last_report = time.monotonic()
 
     def download(name: str) -> str:
         missing[name].path.download(join_inside(folder, name), expected=missing[name])
@@ -196,9 +223,9 @@ def fetch_missing(
                 versions[name] = missing[name].version
                 done += missing[name].size
                 check()
-                if time.monotonic() - reported > REPORT_SECONDS:
-                    reported = time.monotonic()
-                    rate = done / 1e6 / (reported - began)
+                if time.monotonic() - last_report > REPORT_SECONDS:
+                    last_report = time.monotonic()
+                    rate = done / 1e6 / (last_report - start)
                     note(f"{address}: {count:,} of {len(missing):,} files, {rate:,.1f} MB/s")
                     write_json(folder / VERSIONS, versions)
         finally:
@@ -207,7 +234,7 @@ def fetch_missing(
 
 
 def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Return the entries that a local folder does not have in the same version and size."""
+    """Return those of `entries` (info by relative name) of which a local folder lacks this version and size."""
     versions = _read_versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
@@ -220,7 +247,10 @@ def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Ob
 
 
 def identify_staged_file(path: str | Path) -> str | None:
-    """Return the name and version of a staged file in the bucket, equal on every machine; None for other files."""
+    """Return "NAME VERSION" of the object that a local file is a copy of, or None if it is not a staged file.
+
+    Unlike the local path and modification time, this text is the same on every machine.
+    """
     path = Path(path)
     for folder in path.parents:
         if (versions := _read_versions_cached(folder)) is not None:
@@ -230,7 +260,7 @@ def identify_staged_file(path: str | Path) -> str | None:
 
 
 def _read_versions(folder: Path) -> dict[str, Version] | None:
-    """Read the versions of the staged files in a folder, by name; None if nothing was staged there."""
+    """Read the version of each staged file in a folder, by relative name; None if the folder has no staged files."""
     return read_json_or_default(folder / VERSIONS, require_json_object, None)
 
 
@@ -238,18 +268,21 @@ _read_versions_cached = cache(_read_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete files that the bucket no longer has, and temporary files that are too old for a running download."""
+    """Delete copies of files that the bucket no longer has, old temporary files, and folders that are then empty.
+
+    A younger temporary file may belong to a running download of another process.
+    """
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
             continue
-        unfinished = is_unfinished(name)
-        if unfinished and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
+        is_temporary = is_unfinished(name)
+        if is_temporary and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
             continue
-        if unfinished or copy.matches(name):
+        if is_temporary or copy.matches(name):
             file.unlink(missing_ok=True)
-    current = {parent for name in copy.entries for parent in (copy.folder / name).parents}
+    needed_folders = {parent for name in copy.entries for parent in (copy.folder / name).parents}
     for folder in sorted((path for path in copy.folder.rglob("*") if path.is_dir()), reverse=True):
-        if folder not in current:
+        if folder not in needed_folders:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()

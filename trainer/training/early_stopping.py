@@ -1,4 +1,4 @@
-"""Early stopping, and the choice of the best epoch, whose weights the next phase or the export starts from."""
+"""Early stopping, and the selection of the best epoch, whose weights the next phase and the export continue from."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,35 +11,40 @@ from trainer.training.state import RunState
 def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     """Update `state.best` and `state.bad_epochs` after an epoch, and return whether it is the new best epoch.
 
-    `epoch` is its entry of `state.history`. At equal accuracy, a lower validation loss makes an epoch the best one, so
-    that a saturated accuracy does not select the earliest epoch. It still counts as an epoch without improvement.
+    `epoch` is the entry of the epoch for `state.history`. The epoch improves if its metric exceeds the best one by more
+    than `rule.min_delta`. At equal accuracy, an epoch with a lower validation loss becomes the best one, but counts as
+    an epoch without improvement. So a saturated accuracy does not select the earliest epoch.
     """
-    value = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
+    score = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
-    improved, wins_tie = best is None, False
+    is_improvement, wins_tie = best is None, False
     if best is not None:
-        improved = value > best["value"] + rule.min_delta
-        wins_tie = rule.metric == "accuracy" and value == best["value"] and epoch["val_loss"] < best["val_loss"]
-    if improved or wins_tie:
-        state.best = {"step": state.step, "epoch": epoch["epoch"], "value": value, "val_loss": epoch["val_loss"]}
-    state.bad_epochs = 0 if improved else state.bad_epochs + 1
-    return improved or wins_tie
+        is_improvement = score > best["value"] + rule.min_delta
+        wins_tie = rule.metric == "accuracy" and score == best["value"] and epoch["val_loss"] < best["val_loss"]
+    if is_improvement or wins_tie:
+        state.best = {"step": state.step, "epoch": epoch["epoch"], "value": score, "val_loss": epoch["val_loss"]}
+    state.bad_epochs = 0 if is_improvement else state.bad_epochs + 1
+    return is_improvement or wins_tie
 
 
 def is_out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
-    """Return whether the last `patience` epochs brought no improvement. A patience of 0 disables early stopping."""
+    """Return whether the last `patience` epochs of the phase are without improvement; never if `patience` is 0."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
 
 
 def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
-    """Return the step of the best epoch so far, over all phases. Return None before the first validation."""
+    """Return the step of the best epoch so far, over all phases; of equal epochs, that of the current phase.
+
+    Earlier phases are included only if `training.keep` is best, because otherwise `state.carried` is None. Returns None
+    if no epoch is included, that is, before the first validation.
+    """
     if state.best is None or state.carried is None:
         return state.best["step"] if state.best else state.carried
     entries = {entry["step"]: entry for entry in state.history}
 
     def rank(step: int) -> tuple[float, ...]:
-        accuracy, loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
-        return (accuracy, -loss) if rule.metric == "accuracy" else (-loss,)
+        val_accuracy, val_loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
+        return (val_accuracy, -val_loss) if rule.metric == "accuracy" else (-val_loss,)
 
     return max(state.best["step"], state.carried, key=rank)  # `max` returns the first of equal ranks
 
@@ -49,12 +54,17 @@ def summarize_phase(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summarize the finished phase `name`, whose phase weights are those of `step`.
 
-    `whole` has their scores on the whole validation split if epochs are scored on a fraction of it. They replace those
-    of the epoch, of which `epoch_val_accuracy` and `epoch_val_n` remain.
+    Args:
+        state: the run state at the end of the phase, before it is advanced to the next phase.
+        name: name of the phase.
+        step: step whose weights the phase ends with; it can belong to an earlier phase.
+        whole: scores of these weights on the whole validation split, if epochs are scored on a fraction of it. They
+            replace the scores of the epoch, of which `epoch_val_accuracy` and `epoch_val_n` remain.
 
     Returns:
-        The summary, and the history entry of `step`. If `step` belongs to an earlier phase, `kept_from` in the summary
-        is the name of that phase, and `own_val_accuracy` the accuracy of the best epoch of this phase.
+        The summary, for the report and `state.finished`, and the history entry of `step`. If `step` belongs to an
+        earlier phase, `kept_from` in the summary is the name of that phase, and `own_val_accuracy` is the accuracy of
+        the best epoch of this phase.
     """
     assert state.best is not None
     epochs = [entry for entry in state.history if entry["phase"] == name]
@@ -78,9 +88,13 @@ def summarize_phase(
 def describe_phase_end(
     name: str, summary: Mapping[str, Any], entry: Mapping[str, Any], weights: str, epoch: str
 ) -> list[str]:
-    """Describe the end of a phase in lines of the log, from the results of `summarize_phase`.
+    """Describe the end of a phase in one or two lines for the log.
 
-    `weights` names the weights that the run continues from, as "the best weights", `epoch` their epoch, as "epoch 3".
+    Args:
+        name: name of the phase.
+        summary, entry: the results of `summarize_phase`.
+        weights: name of the weights that the run continues from, such as "the best weights".
+        epoch: name of the epoch of these weights, such as "epoch 3".
     """
     accuracy = f"{entry['val_accuracy']:.4f}"
     line = f"phase {name}: val_accuracy {accuracy}; continuing from {weights} ({epoch})"

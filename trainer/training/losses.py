@@ -11,37 +11,39 @@ import tensorflow as tf
 from trainer.errors import DataError
 from trainer.names import normalize_class_name
 
-# Uniform predictions have the loss ln(classes). With a published recipe (RMSprop at 0.1 on pooled features) the first
-# steps reach up to a hundred times as much, and training recovers.
+# Uniform predictions have a mean loss of ln(classes). In the first steps of a published recipe (RMSprop at a learning
+# rate of 0.1 on pooled features) the loss is up to 100 times that, and training recovers. 300 leaves a margin.
 MAX_LOSS_RATIO = 300
-_MIN_COMPLEMENT = 1e-7  # lower bound of 1 - p: for gamma < 1, the slope of (1 - p)^gamma is infinite at 0
-_MIN_PROBABILITY = 1.2e-38  # lower bound before the logarithm: the smallest normal float32
+_MIN_COMPLEMENT = 1e-7  # lower bound of 1 - p: if gamma < 1, the gradient of (1 - p)^gamma is infinite at p = 1
+_MIN_PROBABILITY = 1.2e-38  # lower bound of a probability before its logarithm, just above the smallest normal float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of the per-example loss."""
+    """Settings of the loss of an example."""
 
     label_smoothing: float = 0.0
-    focal_gamma: float | None = None  # of the focal loss; None for cross-entropy
-    class_weights: tuple[float, ...] | None = None  # loss weight per class; None if all are 1
-    alpha: float = 1.0  # distillation: weight of the label's loss; the teacher's is 1 - alpha
-    temperature: float = 1.0  # distillation: divisor of the logits of teacher and student
+    focal_gamma: float | None = None  # gamma of the focal loss; None for cross-entropy
+    class_weights: tuple[float, ...] | None = None  # loss weight of each class, by class index; None if all are 1
+    alpha: float = 1.0  # weight of the loss against the labels; the distillation loss has weight 1 - alpha
+    temperature: float = 1.0  # of the distillation: divisor of the teacher's and the student's logits
 
 
 def compute_class_weights(
     setting: Literal["none", "balanced"] | dict[str, float], class_names: Sequence[str], labels: np.ndarray
 ) -> tuple[float, ...] | None:
-    """Compute a loss weight per class. Return None if all are 1.
+    """Compute the loss weight of each class, by class index. Returns None if `setting` is "none".
 
     Args:
-        setting: "none"; "balanced", which is n / (classes * class count) as in scikit-learn; or weights by class name,
-            which default to 1.
+        setting: `training.class_weights`. "none": all weights are 1; "balanced": n / (classes * examples of the class),
+            as in scikit-learn, where a class without examples counts as having one; or weights by class name, which
+            default to 1.
+        class_names: names of the classes, by class index.
         labels: class indices of the training examples, int32 [n].
 
     Raises:
-        DataError: the setting names a class twice or one that is not in the data, or only examples of one class have a
-            weight above 0.
+        DataError: `setting` names a class twice, or one that is not in the data; or fewer than two classes with
+            training examples have a weight above 0, although the data has two.
     """
     if setting == "none":
         return None
@@ -51,30 +53,30 @@ def compute_class_weights(
     assert isinstance(setting, dict)
     weights = {normalize_class_name(name): weight for name, weight in setting.items()}
     if len(weights) < len(setting):
-        twice = ", ".join(
+        duplicates = ", ".join(
             repr(name)
             for name in setting
             if [*map(normalize_class_name, setting)].count(normalize_class_name(name)) > 1
         )
-        problem = f"has several weights for one class: {twice}"
+        problem = f"has several weights for one class: {duplicates}"
         raise DataError(problem, key="training.class_weights", fix="give each class one weight")
     if unknown := ", ".join(sorted(set(weights) - set(class_names))):
         problem, fix = f"the data has no class {unknown}", f"use {', '.join(class_names)}"
         raise DataError(problem, key="training.class_weights", fix=fix)
-    per_class = tuple(float(weights.get(name, 1.0)) for name in class_names)
-    weighted = np.unique(labels[np.take(per_class, labels) > 0])
-    if len(weighted) < min(2, len(np.unique(labels))):
-        others = f" that is not {class_names[weighted[0]]}" if len(weighted) else ""
-        problem = f"is 0 for every training example{others}, so nothing would be learned"
+    weights_per_class = tuple(float(weights.get(name, 1.0)) for name in class_names)
+    learned_classes = np.unique(labels[np.take(weights_per_class, labels) > 0])
+    if len(learned_classes) < min(2, len(np.unique(labels))):
+        exception = f" that is not {class_names[learned_classes[0]]}" if len(learned_classes) else ""
+        problem = f"is 0 for every training example{exception}, so nothing would be learned"
         raise DataError(problem, key="training.class_weights", fix="use a weight above 0 for at least two classes")
-    return per_class
+    return weights_per_class
 
 
 def max_plausible_loss(settings: LossSettings, classes: int) -> float:
-    """Return the mean loss above which training has diverged, for a number of `classes`.
+    """Return the mean loss above which training counts as diverged, for a number of `classes` of at least 2.
 
-    It is `MAX_LOSS_RATIO` times ln(classes). Like the losses themselves, it is scaled by the largest class weight and,
-    with a teacher, by the square of a temperature above 1.
+    It is `MAX_LOSS_RATIO` times ln(classes). Class weights and distillation scale the losses, so it is multiplied by
+    the largest class weight and, with distillation, by the square of a temperature above 1.
     """
     scale = max(settings.class_weights or (1.0,)) * (max(settings.temperature, 1.0) ** 2 if settings.alpha < 1 else 1.0)
     return MAX_LOSS_RATIO * math.log(classes) * scale
@@ -86,58 +88,75 @@ def _smooth_labels(labels: tf.Tensor, classes: int, smoothing: float) -> tf.Tens
 
 
 def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
-    """Compute the softmax cross-entropy per example, float32 [b], with label smoothing (Szegedy et al. 2016)."""
+    """Compute the softmax cross-entropy of each example, float32 [b].
+
+    Args:
+        labels: class indices, int32 [b].
+        logits: float32 [b, classes].
+        smoothing: amount of label smoothing, from 0 to below 1 (Szegedy et al. 2016).
+    """
     return tf.nn.softmax_cross_entropy_with_logits(_smooth_labels(labels, logits.shape[-1], smoothing), logits)
 
 
 def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: float = 0.0) -> tf.Tensor:
-    """Compute the focal loss per example (Lin et al. 2017), float32 [b].
+    """Compute the focal loss of each example (Lin et al. 2017), float32 [b]. `cross_entropy` documents the arguments.
 
-    The loss is the sum of -y (1 - p)^gamma log p over the classes. It equals Keras'
-    `CategoricalFocalCrossentropy(alpha=1)`, and cross-entropy if gamma is 0. It is linear in the target y, so the loss
-    of a smoothed or mixed target is the weighted mean of the losses of its classes.
+    The loss is the sum of -y (1 - p)^gamma log p over the classes. Up to the clipping of probabilities it equals
+    `keras.losses.CategoricalFocalCrossentropy(alpha=1, from_logits=True)`. If gamma is 0, it is the cross-entropy. It
+    is linear in the target y, so the loss of a smoothed or mixed target is the weighted mean of the losses of its
+    classes.
     """
     targets = _smooth_labels(labels, logits.shape[-1], smoothing)
     log_p = tf.nn.log_softmax(logits)
-    complements = tf.maximum(-tf.math.expm1(log_p), _MIN_COMPLEMENT)
+    complements = tf.maximum(-tf.math.expm1(log_p), _MIN_COMPLEMENT)  # 1 - p, without cancellation near p = 1
     return -tf.reduce_sum(targets * complements**gamma * log_p, -1)
 
 
 def distillation_loss(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
-    """Compute the distillation loss per example, float32 [b].
+    """Compute the distillation loss of each example, float32 [b]: T^2 * KL(teacher || student) at temperature T.
 
-    The loss is T^2 * KL(teacher, student) at temperature T. The gradients of soft labels scale with 1 / T^2, and the
-    factor T^2 makes their weight relative to the labels independent of T (Hinton et al. 2015, "Distilling the knowledge
-    in a neural network"). Both logits, float32 [b, classes], are divided by T. Log-probabilities of the teacher are
-    equivalent to its logits.
+    The gradients of soft labels scale with 1 / T^2. The factor T^2 makes their weight, relative to that of the labels,
+    roughly independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network").
+
+    Args:
+        teacher_logits: float32 [b, classes]. The teacher's log-probabilities give the same loss.
+        logits: logits of the student, float32 [b, classes].
+        temperature: T, above 0; both logits are divided by it.
     """
     teacher, student = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
     return temperature**2 * tf.reduce_sum(tf.exp(teacher) * (teacher - student), -1)
 
 
 def log_probs(probabilities: tf.Tensor) -> tf.Tensor:
-    """Compute the logarithm of float32 probabilities, which is finite even for 0."""
+    """Return the natural logarithm of float32 probabilities of any shape, clamped so that it is finite for 0."""
     return tf.math.log(tf.maximum(probabilities, _MIN_PROBABILITY))
 
 
 def weighted_losses(
     batch: dict[str, Any], logits: tf.Tensor, settings: LossSettings, teacher_logits: tf.Tensor | None = None
 ) -> tf.Tensor:
-    """Compute the weighted loss of each example, float32 [b]. It is 0 for padding.
+    """Compute the weighted loss of each example, float32 [b]. It is 0 for padding, whose weight is 0.
 
-    The weight is that of the example times that of its class. With `teacher_logits`, float32 [b, classes], the loss is
-    alpha times the loss against the label plus (1 - alpha) times the distillation loss. In a batch with the columns
-    `mix` and `other_label`, `label` counts with the weight `mix`, and `other_label` with 1 - `mix`.
+    The weight is that of the example times that of its class, and also applies to the distillation loss.
+
+    Args:
+        batch: `label`, int32 [b], and `weight`, float32 [b]. Examples mixed by mixup or cutmix have `other_label`,
+            int32 [b], and `mix`, float32 [b]: the loss against `label` then has the weight `mix`, and the loss against
+            `other_label` the weight 1 - `mix`.
+        logits: float32 [b, classes].
+        settings: which losses are computed, and their weights.
+        teacher_logits: float32 [b, classes]. With them, the loss is alpha times the loss against the labels plus
+            (1 - alpha) times the distillation loss.
     """
-    targets = [(batch["label"], batch["weight"])]
+    weighted_targets = [(batch["label"], batch["weight"])]
     if "mix" in batch:
         mix, weight = batch["mix"], batch["weight"]
-        targets = [(batch["label"], weight * mix), (batch["other_label"], weight * (1.0 - mix))]
+        weighted_targets = [(batch["label"], weight * mix), (batch["other_label"], weight * (1.0 - mix))]
     distillation = None
     if teacher_logits is not None:
         distillation = (1.0 - settings.alpha) * distillation_loss(teacher_logits, logits, settings.temperature)
-    weighted = []
-    for labels, weights in targets:
+    losses_per_target = []
+    for labels, weights in weighted_targets:
         if settings.focal_gamma is None:
             losses = cross_entropy(labels, logits, settings.label_smoothing)
         else:
@@ -146,12 +165,15 @@ def weighted_losses(
             losses = settings.alpha * losses + distillation
         if settings.class_weights:
             weights = weights * tf.gather(tf.constant(settings.class_weights), labels)
-        weighted.append(losses * weights)
-    return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
+        losses_per_target.append(losses * weights)
+    return losses_per_target[0] if len(losses_per_target) == 1 else losses_per_target[0] + losses_per_target[1]
 
 
 def example_accuracy(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
-    """Compute the accuracy of each example, float32 [b]. For mixed examples it is the weight of the predicted class."""
+    """Return 1 for each correctly classified example and 0 for others, float32 [b]; padding is not masked.
+
+    For an example mixed by mixup or cutmix, return the weight in its mix of the class that is predicted.
+    """
     predictions = tf.argmax(logits, -1, tf.int32)
     correct = tf.cast(predictions == batch["label"], tf.float32)
     if "mix" not in batch:

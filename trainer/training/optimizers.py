@@ -11,15 +11,18 @@ from trainer.private_api import get_variable_index
 
 schedules = keras.optimizers.schedules
 
-# Values of `optimizer.name` -> classes of Keras.
-CLASSES = {
+CLASSES = {  # value of `optimizer.name` -> class in `keras.optimizers`
     "adam": "Adam", "adamw": "AdamW", "adamax": "Adamax", "sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad",
     "adadelta": "Adadelta", "nadam": "Nadam", "lion": "Lion",
 }  # fmt: skip
 
 
 class WarmUp(LearningRateSchedule):
-    """Linear warm-up for `steps` steps, peak * (s + 1) / (steps + 1) at step s, then `main_schedule`."""
+    """A linear warm-up, followed by another schedule.
+
+    At step s of the first `steps` steps, the learning rate is peak * (s + 1) / (steps + 1). Later it is that of
+    `main_schedule`, whose step 0 is the first one after the warm-up.
+    """
 
     def __init__(self, peak: float, steps: int, main_schedule: LearningRateSchedule) -> None:
         super().__init__()
@@ -34,59 +37,71 @@ class WarmUp(LearningRateSchedule):
 def build_schedule(
     schedule: Schedule, rate: float, *, total_steps: int, steps_per_epoch: int, batch_size: int
 ) -> LearningRateSchedule:
-    """Build the learning rate as a function of the step within the phase, 0 <= step < total_steps.
+    """Build the learning rate as a function of the step within a phase, from 0 to `total_steps` - 1.
 
-    The schedules, where s is the number of steps since the end of the warm-up:
-    - constant: always `rate`;
+    `schedule.name` selects the function, in which s is the number of steps since the end of the warm-up:
+    - constant: `rate`;
     - cosine: from `rate` at s = 0 to final * rate at the end of the phase (Loshchilov & Hutter 2017);
     - exponential: rate * decay ** (s / every);
     - time: rate / (1 + decay * s);
-    - step: `rate`, multiplied by `decay` when s reaches each value of `at`.
+    - step: `rate`, multiplied by `decay` when s reaches each of the values in `at`.
+
+    Args:
+        schedule: the function, its constants and the length of the warm-up.
+        rate: learning rate at the end of the warm-up.
+        total_steps: length of the phase in steps.
+        steps_per_epoch, batch_size: convert lengths in epochs or examples to steps.
     """
 
     def steps(duration: Any) -> int:
         return duration.steps(steps_per_epoch, batch_size)
 
-    warmup = min(steps(schedule.warmup), total_steps)
+    warmup_steps = min(steps(schedule.warmup), total_steps)
     match schedule.name:
         case "cosine":
-            main = schedules.CosineDecay(rate, max(total_steps - warmup, 1), alpha=schedule.final)
+            main = schedules.CosineDecay(rate, max(total_steps - warmup_steps, 1), alpha=schedule.final)
         case "exponential":
             main = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
         case "time":
             main = schedules.InverseTimeDecay(rate, 1, schedule.decay)
         case "step":
             rates = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
-            # Keras changes the value after the boundary; subtracting 1 changes it at the boundary.
+            # Keras changes the rate one step after a boundary, so the boundaries are one step earlier.
             main = schedules.PiecewiseConstantDecay([steps(at) - 1 for at in schedule.at], rates)
         case _:
             main = schedules.PiecewiseConstantDecay([0], [rate, rate])
-    return WarmUp(rate, warmup, main) if warmup else main
+    return WarmUp(rate, warmup_steps, main) if warmup_steps else main
 
 
 def build_optimizer(
     optimizer: Optimizer, rate: LearningRateSchedule, lr_multipliers: tuple[float, ...] = ()
 ) -> keras.optimizers.Optimizer:
-    """Build a Keras optimizer. `lr_multipliers` has one factor of `rate` per variable, or is empty if all are 1."""
-    cls = getattr(keras.optimizers, CLASSES[optimizer.name])
+    """Build a Keras optimizer.
+
+    Args:
+        optimizer: class and options of the optimizer.
+        rate: learning rate by step.
+        lr_multipliers: one factor of `rate` for each variable, in the order of `optimizer.build`; empty if all are 1.
+    """
+    optimizer_class = getattr(keras.optimizers, CLASSES[optimizer.name])
     if lr_multipliers:
-        cls = _with_lr_multipliers(cls, lr_multipliers)
-    # A fixed name: checkpoints need stable names, and Keras would append a counter.
-    return cls(learning_rate=rate, name="optimizer", **optimizer.options)
+        optimizer_class = _with_lr_multipliers(optimizer_class, lr_multipliers)
+    # The names of the optimizer's variables in checkpoints contain this name. Keras' default ends with a counter.
+    return optimizer_class(learning_rate=rate, name="optimizer", **optimizer.options)
 
 
-def _with_lr_multipliers(cls: Any, lr_multipliers: tuple[float, ...]) -> Any:
-    """Derive an optimizer class that scales the learning rate, and with it the weight decay, per variable.
+def _with_lr_multipliers(base_class: Any, lr_multipliers: tuple[float, ...]) -> Any:
+    """Derive an optimizer class that multiplies the learning rate, and thus the weight decay, per variable.
 
-    Scaling gradients would have no effect in adaptive optimizers, which normalize them.
+    Scaling the gradients instead would have no effect in adaptive optimizers, which normalize gradients.
     """
 
-    class WithLrMultipliers(cls):
+    class WithLrMultipliers(base_class):
         weight_decay: Any
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            # Keras decays all variables at one rate before the first update. Here each decays before its own update.
+            # Keras decays all variables at one rate before the first update. Here a variable decays before its update.
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

@@ -8,25 +8,25 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """Progress of a run, saved as JSON in every checkpoint; JSON represents the floats exactly."""
+    """The progress of a run, which every checkpoint stores as JSON. JSON represents the floats exactly."""
 
-    phase: int = 0  # index of the current phase
-    epoch: int = 0  # finished epochs of all phases; determines example order and augmentation
+    phase: int = 0  # index of the current phase; the number of phases once all are finished
+    epoch: int = 0  # finished epochs of all phases; determines the order and augmentation of the examples
     step: int = 0  # optimizer steps of the run
     phase_step: int = 0  # optimizer steps of the current phase
     epoch_step: int = 0  # optimizer steps of the current epoch
-    best: dict[str, Any] | None = None  # of the current phase: {"step", "epoch", "value", "val_loss"}
+    best: dict[str, Any] | None = None  # best epoch of the current phase: {"step", "epoch", "value", "val_loss"}
     bad_epochs: int = 0  # consecutive epochs of the current phase without improvement
-    carried: int | None = None  # step of the best epoch of all earlier phases
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # this epoch: loss, correct, examples
+    carried: int | None = None  # step of the best epoch of all earlier phases; None if training.keep is not best
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: losses, correct, examples
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same sums since the last log line
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # one entry per finished phase
-    images: float = 0.0  # training examples processed
-    train_seconds: float = 0.0  # training time up to this checkpoint
-    starts: int = 0  # starts of the process, including restarts
-    sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"}
-    teacher: str | None = None  # fingerprint of the teacher's weights
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # summary of each finished phase, by its name
+    images: float = 0.0  # training examples processed in the run
+    train_seconds: float = 0.0  # seconds of training up to this checkpoint
+    starts: int = 0  # starts of the run up to this checkpoint, including restarts
+    sharding: dict[str, Any] = field(default_factory=dict)  # {"by", "workers", "steps_per_epoch"} (`ShardingPlan`)
+    teacher: str | None = None  # fingerprint of the teacher's weights; None if there is no teacher
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

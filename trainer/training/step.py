@@ -1,13 +1,15 @@
 """The compiled training step.
 
-The loss of a step is one mean over the global batch, sum(loss * weight) / sum(weight), so that it does not depend on
-padding, which has weight 0, or on how examples are distributed over replicas. Replicas therefore all-reduce the sum of
-weights before they compute gradients. That all-reduce also sums stop flags: all workers stop after the same step.
+The loss of a step is one mean over the global batch, sum(loss * weight) / sum(weight), where `weight` is 1 for an
+example and 0 for padding. It depends neither on padding nor on how the examples are distributed over replicas.
+Therefore replicas all-reduce the sum of weights before they compute gradients. The same all-reduce sums the stop flags
+of the workers, so that all workers stop after the same step.
 
-`TrainingStep.run` executes several steps in a compiled loop (`_loop`); `_terms` is the forward and backward pass.
+`TrainingStep.run` executes several steps in one compiled loop (`_loop`). `_terms` is the forward and backward pass.
 
-With virtual replicas (VirtualFlow, Or et al. 2022) a global batch is a fixed number of equal parts, whatever the number
-of replicas, and all sums over the parts are made in one binary tree: over those of a replica, then over the replicas.
+With virtual replicas (VirtualFlow, Or et al. 2022), a global batch consists of a fixed number of equal parts, whatever
+the number of replicas. Sums over the parts are added in one binary tree, first within a replica, then over the
+replicas, so that rounding does not depend on the number of replicas.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from trainer.training.losses import (
 from trainer.types import Batch, Dataset
 
 CALL_SECONDS = 2.0  # approximate maximum of a device call that checks for a stop request only at its beginning
-FUNCTIONS_PER_PHASE = 1_000_000  # more than the functions that a process traces before a phase, and in it
+# Distance between the function numbers of two phases: more functions than a process traces before or in a phase.
+FUNCTIONS_PER_PHASE = 1_000_000
 INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
@@ -48,36 +51,44 @@ class Network(Protocol):
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
         position: Any = None, weight: Any = None,
     ) -> Any:  # fmt: skip
-        """Compute logits, float32 [b, classes], of images [b, S, S, 3] in 0..255, or of features."""
+        """Compute logits, float32 [b, classes], of images [b, S, S, 3] in 0..255, or of cached features.
+
+        Args:
+            training: apply dropout, and use batch statistics in the normalization layers of the head.
+            batch_norm_training: use batch statistics in the trainable normalization layers of the backbone.
+            seed, step: dropout depends on the seed and on the step of the run.
+            position: positions of the examples in the global batch, int64 [b]; dropout depends on them.
+            weight: 1 for an example and 0 for padding, float32 [b]; padding is excluded from batch statistics.
+        """
 
     def l2_loss(self) -> tf.Tensor:
         """Return the L2 penalty on the head, a float32 scalar."""
 
     @property
     def statistics_sizes(self) -> dict[str, int]:
-        """The number of values that `collect_statistics` gives for each normalization layer."""
+        """The number of values that `collect_statistics` collects for each normalization layer, by layer name."""
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
-        """Normalize each call of `logits` by its own statistics, and collect their sums by layer, float32 [n]."""
+        """Normalize each call of `logits` by its own batch statistics; collect their sums by layer, float32 [n]."""
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update the moving averages from collected sums, the same on all replicas. In cross-replica context."""
+        """Update the moving averages from the collected sums, equal on all replicas. Call in cross-replica context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(LossSettings):
-    """Settings of a training step."""
+    """Settings of a training step, in addition to those of its loss."""
 
     seed: int
-    clip_norm: float | None = None  # maximum global norm of the gradients
-    accumulate: int = 1  # micro-batches per step
-    virtual_replicas: int | None = None  # equal parts of a global batch, a power of two
-    ema: float | None = None  # decay of the moving averages of the weights; None: no averages
-    batch_norm_training: bool = False  # trainable BatchNormalization layers use batch statistics
+    clip_norm: float | None = None  # maximum global norm of the gradients; None if they are not clipped
+    accumulate: int = 1  # micro-batches per step on each replica
+    virtual_replicas: int | None = None  # number of equal parts of a global batch, a power of two
+    ema: float | None = None  # decay of the moving averages of the weights; None if there are no averages
+    batch_norm_training: bool = False  # whether trainable BatchNormalization layers use batch statistics
     loss_scaling: bool = False  # dynamic loss scaling, for float16
-    xla: bool = False  # compile the forward and backward pass; collectives and the optimizer stay outside
-    polls_each_step: bool = True  # check for a stop request at each step; False: once per call
-    phase: int = 0  # index of the phase; with `xla`, its compiled functions have the same names in each start
+    xla: bool = False  # compile the forward and backward pass with XLA; collectives and the optimizer stay outside
+    polls_each_step: bool = True  # whether to check for a stop request at each step, not only once per device call
+    phase: int = 0  # index of the phase; with `xla`, gives its functions the same names in each start
 
     @classmethod
     def from_config(
@@ -108,57 +119,64 @@ class StepSettings(LossSettings):
 
 
 def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
-    """Raise `Diverged` unless all `sums` are finite. `TrainingStep.run` returned them, for the steps up to `step`."""
+    """Raise `Diverged` unless all sums are finite.
+
+    Args:
+        sums: the sums that `TrainingStep.run` returned for its last steps, float32 [n, 3].
+        step: number of the last of these steps, counted from 1 over the run.
+        phase, epoch: name of the phase and number of the epoch, for the message.
+    """
     if not np.isfinite(sums).all():
-        first = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
-        raise _divergence_error("loss", "not finite", first, phase, epoch)
+        first_step = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
+        raise _divergence_error("loss", "not finite", first_step, phase, epoch)
 
 
 def require_plausible(
     losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
 ) -> None:
-    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss`, or is not finite.
+    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss` for this number of `classes`, or is not finite.
 
-    `losses` are by name. The validation loss, "val_loss", has neither class weights nor a teacher.
+    `losses` are mean losses by name. The one named "val_loss" is the validation loss, which has neither class weights
+    nor distillation. The other arguments locate the loss in the message.
     """
     for name, loss in losses.items():
         limit = max_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
         if not loss <= limit:  # also true for NaN
-            kind = "validation loss" if name == "val_loss" else "loss"
+            loss_name = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
-                raise _divergence_error(kind, "not finite", step, phase, epoch)
+                raise _divergence_error(loss_name, "not finite", step, phase, epoch)
             why = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
-            raise _divergence_error(kind, f"{loss:,.0f}", step, phase, epoch, why)
+            raise _divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, why)
 
 
 def _divergence_error(kind: str, value: str, step: int, phase: str, epoch: int, why: str = "") -> Diverged:
-    """Build the error, with the step, phase and epoch, and what to change."""
+    """Build the error: which loss has which value, where, why that is too much, and what the user can change."""
     fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
     return Diverged(f"the {kind} is {value} at step {step} (phase {phase}, epoch {epoch}){why}", fix=fix)
 
 
 @dataclass
 class Averages:
-    """Exponential moving averages of the trained weights."""
+    """Exponential moving averages (EMA) of the trained weights."""
 
-    shadows: dict[str, tf.Variable]  # the averages
-    weights: dict[str, keras.Variable]  # the trained weights, by the same names
+    shadows: dict[str, tf.Variable]  # the averages, by name of the weight
+    weights: dict[str, keras.Variable]  # the trained weights, by name
 
     def swap(self) -> None:
-        """Exchange the values of averages and weights. A second call restores them."""
-        averaged, raw = by_name.copy_values(self.shadows), by_name.copy_values(self.weights)
-        by_name.assign_values(self.weights, averaged, "the averages")
-        by_name.assign_values(self.shadows, raw, "the weights")
+        """Exchange the values of averages and weights. A second call exchanges them back."""
+        average_values, weight_values = by_name.copy_values(self.shadows), by_name.copy_values(self.weights)
+        by_name.assign_values(self.weights, average_values, "the averages")
+        by_name.assign_values(self.shadows, weight_values, "the weights")
 
 
 def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()) -> tf.Tensor:
-    """Add a graph operation that calls a Python function once the tensors in `after` have been copied to the host.
+    """Add an operation to the graph that calls a Python function, after the tensors in `after` are on the host.
 
-    Return the result of the function, a float64 scalar.
+    Returns the result of the function, a float64 scalar.
     """
-    value = tf.numpy_function(lambda *_: np.float64(function()), list(after), tf.float64)
-    value.set_shape([])
-    return value
+    result = tf.numpy_function(lambda *_: np.float64(function()), list(after), tf.float64)
+    result.set_shape([])
+    return result
 
 
 def _all_reduce(values: Any, replicas: int) -> Any:
@@ -169,14 +187,14 @@ def _all_reduce(values: Any, replicas: int) -> Any:
 
 
 def _add_in_tree(rows: tf.Tensor) -> tf.Tensor:
-    """Add up rows [n, k], n a power of two, in a binary tree over neighbours."""
+    """Add up the rows of a tensor [n, k], where n is a power of two, in a binary tree: pairs of neighbors first."""
     while rows.shape[0] > 1:
         rows = rows[0::2] + rows[1::2]
     return rows[0]
 
 
 class TrainingStep:
-    """Run training steps, several per call, under any distribution strategy."""
+    """Runs training steps, several per device call, under any distribution strategy."""
 
     def __init__(
         self,
@@ -189,25 +207,30 @@ class TrainingStep:
         should_stop: Callable[[], bool] = lambda: False,
         teacher: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Create the variables of optimizer, averages and loss scale in the scope of the strategy.
+        """Create the variables of the optimizer, the averages and the loss scale in the scope of the strategy.
 
         Args:
-            should_stop: called in each step, in a TensorFlow thread. If it returns true on any worker, all workers
-                stop after that step. Without `polls_each_step`, it is called before the first step of a device call,
-                and the device does not wait for the host between steps: then the number of steps per call depends on
-                this process, so several workers must poll each step.
+            strategy: distributes the step over replicas.
+            network: computes the logits and the L2 penalty.
+            trained: the trainable variables of the network by name; the optimizer updates no others.
+            optimizer: is built here for the variables in `trained`.
+            should_stop: returns whether this worker is requested to stop. Called at each step, in a TensorFlow thread.
+                If it returns true on any worker, all workers stop after that step. Without `polls_each_step`, it is
+                called only before the first step of a device call, and the device does not wait for the host between
+                steps. The number of steps per call then depends on this process, so several workers must poll at each
+                step.
             teacher: computes logits, float32 [b, classes], of the images of each step, without gradients. None if the
-                batches have soft labels, or without distillation.
+                batches have soft labels, or if there is no distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
-        self.replicas = strategy.num_replicas_in_sync  # of all workers
+        self.replicas = strategy.num_replicas_in_sync  # on all workers
         self.on_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        devices: tuple[str, ...] = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
-        self.exchanges_slices = len(devices) == 1 and "GPU" not in devices[0]
+        local_devices: tuple[str, ...] = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
+        self.exchanges_slices = len(local_devices) == 1 and "GPU" not in local_devices[0]
         virtual = settings.virtual_replicas
-        self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # of a replica
-        # The layers whose statistics are collected, and the number of their values.
+        self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # per step on each replica
+        # Names of the layers whose statistics are collected -> number of their values.
         self.statistics_sizes = network.statistics_sizes if virtual else {}
         with strategy.scope():
             optimizer.build(self.variables)
@@ -219,7 +242,7 @@ class TrainingStep:
                 shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.copy_values(trained).items()}
                 self.averages = Averages(shadows, trained)
         self.traced = False  # whether `run` has been called; the first call traces and compiles
-        self._steps_per_call = 1  # maximum, without `polls_each_step`: as many as take `CALL_SECONDS`
+        self._steps_per_call = 1  # limit without `polls_each_step`: as many steps as take `CALL_SECONDS`
         self._compiled_loop = tf.function(self._loop, autograph=False)
         self._replica_terms: Callable[..., list[tf.Tensor]] = self._terms
         if settings.xla:
@@ -228,14 +251,14 @@ class TrainingStep:
             self._replica_terms = lambda *arguments: compiled(*arguments)
 
     def checkpoint_variables(self) -> dict[str, Any]:
-        """Return the variables of optimizer, averages and loss scale by name."""
+        """Return the variables of the optimizer, the averages and the loss scale, by their names in checkpoints."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
         return by_name.optimizer_variables(self.optimizer) | shadows | scale
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Give the model the averages of its weights in this context, if there are any (`training.ema`)."""
+        """Give the network the averages of its weights within this context, if there are averages (`training.ema`)."""
         if self.averages:
             self.averages.swap()
         try:
@@ -245,71 +268,74 @@ class TrainingStep:
                 self.averages.swap()
 
     def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
-        """Run `steps` steps on the iterator `batches`, or fewer if a worker requests a stop.
+        """Run `steps` steps, or fewer if a worker requests a stop.
 
         Args:
-            run_step: steps of the run so far; dropout depends on it.
-            phase_step: steps of the phase so far; the decay of the averages depends on it.
+            batches: distributed iterator over the batches of this worker.
+            steps: number of steps to run.
+            run_step: steps of the run before this call; dropout depends on it.
+            phase_step: steps of the phase before this call; the decay of the averages depends on it.
 
         Returns:
-            - For each step run, the loss sum, the correct examples and all examples of all workers, float32 [n, 3].
+            - For each executed step, three sums over all workers, float32 [n, 3]: the weighted losses, the correct
+              examples, and all examples.
             - The seconds for which this worker waited for data.
-            - Whether a stop was requested, the same on all workers.
+            - Whether a stop was requested, equal on all workers.
         """
-        if self.settings.xla and not self.traced:  # the names are a part of the key of a stored program
+        if self.settings.xla and not self.traced:  # the names of functions are part of the key of a stored XLA program
             advance_function_numbers((self.settings.phase + 1) * FUNCTIONS_PER_PHASE)
-        rows, waited, stopped, done = list[np.ndarray](), 0.0, False, 0
-        while done < steps and not stopped:
-            count = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - done)
-            began = time.perf_counter()
-            sums, seconds, flag = self._compiled_loop(
-                batches, tf.constant(count), tf.constant(run_step + done, tf.int64),
-                tf.constant(phase_step + done, tf.int64),
+        call_sums, waited, stopped, steps_done = list[np.ndarray](), 0.0, False, 0
+        while steps_done < steps and not stopped:
+            call_steps = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - steps_done)
+            started_at = time.perf_counter()
+            sums, wait_seconds, stop_flag = self._compiled_loop(
+                batches, tf.constant(call_steps), tf.constant(run_step + steps_done, tf.int64),
+                tf.constant(phase_step + steps_done, tf.int64),
             )  # fmt: skip
-            rows.append(sums.numpy())
-            waited, stopped, done = waited + float(seconds), bool(flag), done + len(rows[-1])
-            per_step = (time.perf_counter() - began) / max(len(rows[-1]), 1)
-            self._steps_per_call = max(int(CALL_SECONDS / per_step), 1)
+            call_sums.append(sums.numpy())
+            waited, stopped, steps_done = waited + float(wait_seconds), bool(stop_flag), steps_done + len(call_sums[-1])
+            seconds_per_step = (time.perf_counter() - started_at) / max(len(call_sums[-1]), 1)
+            self._steps_per_call = max(int(CALL_SECONDS / seconds_per_step), 1)
             self.traced = True
-        return np.concatenate(rows), waited, stopped
+        return np.concatenate(call_sums), waited, stopped
 
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
-        """Run the steps in a graph. Return what `run` returns, as tensors: float32 [n, 3], float64 and bool."""
-        on_replicas, local = self.strategy.run, self.strategy.experimental_local_results
+        """Run the steps in a graph. Returns the results of `run` as tensors: float32 [n, 3], float64 and bool."""
+        on_replicas, local_results = self.strategy.run, self.strategy.experimental_local_results
         virtual = self.settings.virtual_replicas
         if virtual:
-            terms_of = self._terms_in_tree
+            terms_fn = self._terms_in_tree
         else:
-            terms_of = self._replica_terms if self.micro_batches == 1 else self._accumulated_terms
+            terms_fn = self._replica_terms if self.micro_batches == 1 else self._accumulated_terms
         polls, is_requested = self.settings.polls_each_step, tf.constant(False)
         if not polls:
             is_requested = self._is_stop_requested()
-            with tf.device("CPU:0"):  # the loop compares with it on the host
+            with tf.device("CPU:0"):  # the condition of the loop is computed on the host
                 steps = tf.where(is_requested, 1, steps)
 
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
 
         def one_step(i: Any, stopped: Any, rows: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, seconds, stop_flag = self._fetch(batches, after=rows[0])
-            done = tf.cast(i, tf.int64)
+            batch, wait_seconds, stop_flag = self._fetch(batches, after=rows[0])
+            step_index = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
-            terms = on_replicas(terms_of, args=(batch, run_step + done, examples))
+            terms = on_replicas(terms_fn, args=(batch, run_step + step_index, examples))
             gradients, (sums, *statistics) = terms[: len(self.variables)], terms[len(self.variables) :]
             self._update(gradients, examples)
             if statistics:
                 by_layer = dict(zip(self.statistics_sizes, statistics, strict=True))
                 self.network.update_moving_averages(self.strategy, by_layer)
             if self.averages:
-                self._update_averages(phase_step + done)
-            row = local(sums)[0] if virtual else tf.add_n(local(sums))
+                self._update_averages(phase_step + step_index)
+            row = local_results(sums)[0] if virtual else tf.add_n(local_results(sums))
             if polls:
-                stopped = local(stop_flags)[0] > 0
-            return i + 1, stopped, (*rows[1:], row), waited + seconds, per_step.write(i, row)
+                stopped = local_results(stop_flags)[0] > 0
+            return i + 1, stopped, (*rows[1:], row), waited + wait_seconds, per_step.write(i, row)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        rows = (tf.zeros([3]),) * (1 if polls else 2)  # of the last steps, the first of which a fetch waits for
+        rows = (tf.zeros([3]),) * (1 if polls else 2)  # sums of the last one or two steps; a fetch waits for the first
         initial = (tf.constant(0), is_requested, rows, tf.zeros([], tf.float64), per_step)
         _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
         sums = per_step.stack()
@@ -318,12 +344,16 @@ class TrainingStep:
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
-        """Fetch a batch once `after` is computed. Return also the seconds waited and the stop flag, 1 or 0.
+        """Fetch a batch once the tensor `after` is computed.
 
-        Without `polls_each_step`, `after` is of the step before the last one: the device computes the last step while
-        the host fetches, and the time of the fetch is not counted as waiting as long as a batch is ready by then.
+        With `polls_each_step`, `after` is from the last step. Otherwise it is from the step before the last one: the
+        device computes the last step while the host fetches. The time of the fetch then counts as waiting only if the
+        batch is late.
+
+        Returns:
+            The batch, the seconds waited (a float64 scalar), and the stop flag, 1 or 0 (a float32 scalar).
         """
-        # A control dependency does not wait for a GPU, an argument on the host does.
+        # On a GPU, a control dependency does not wait for the value of `after`. An argument on the host does.
         arguments = [] if self.settings.polls_each_step else [after]
         with tf.control_dependencies([after]):
             start = _call_on_host(time.perf_counter, arguments)  # tf.timestamp is not allowed with deterministic ops
@@ -335,53 +365,60 @@ class TrainingStep:
             return batch, waited, tf.cast(stop_flag, tf.float32)
 
     def _is_stop_requested(self) -> tf.Tensor:
-        """Return whether a stop is requested in this process, a bool scalar on the host."""
+        """Return whether this process is requested to stop, a bool scalar on the host."""
         with tf.device("CPU:0"):
             return _call_on_host(self.should_stop) > 0
 
     def _count_globally(self, batch: Batch, stop_flag: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sum examples and stop flags over all replicas, float32 scalars. Must be called in replica context."""
+        """Sum the examples and the stop flags over all replicas, float32 scalars. Call in replica context."""
         counts = _all_reduce(tf.stack([tf.reduce_sum(batch["weight"]), stop_flag]), self.replicas)
         return tuple(tf.unstack(counts))
 
     def _terms(self, batch: Batch | dict[str, Any], run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
-        """Compute what a step sums over micro-batches and replicas. Must be called in replica context.
+        """Compute the terms that a step sums over micro-batches and replicas. Call in replica context.
 
-        Return the gradients of the local terms of the mean loss over the `examples` of the global batch, multiplied by
-        the loss scale, in the order of the variables; the loss sum, correct examples and all examples, float32 [3];
-        and with virtual replicas the sums of the normalization layers whose statistics are of the batch.
+        Args:
+            batch: a batch or micro-batch of this replica.
+            run_step: steps of the run before this one, an int64 scalar.
+            examples: number of examples in the global batch, a float32 scalar.
+
+        Returns:
+            - The gradients, in the order of the variables, of this batch's part of the global mean loss, multiplied by
+              the loss scale.
+            - The sums of the weighted losses, of the correct examples and of all examples, float32 [3].
+            - With virtual replicas, the sums of each normalization layer that uses batch statistics.
         """
-        settings, values = self.settings, dict[str, Any](batch)
+        settings, tensors = self.settings, dict[str, Any](batch)
         teacher_logits = None
-        if "teacher" in values:
-            teacher_logits = log_probs(values["teacher"])
+        if "teacher" in tensors:
+            teacher_logits = log_probs(tensors["teacher"])
         elif self.teacher:
-            teacher_logits = self.teacher(values["image"])
-        raw = [v.value for v in self.variables]
+            teacher_logits = self.teacher(tensors["image"])
+        tf_variables = [v.value for v in self.variables]
         collect = self.network.collect_statistics() if self.statistics_sizes else nullcontext({})
-        # Accessed variables are not watched, so that frozen layers are not recorded.
+        # Accessed variables are not watched, so that the operations of frozen layers are not recorded.
         with collect as statistics, tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(raw)
+            tape.watch(tf_variables)
             logits = self.network.logits(
                 batch["image"], training=True, batch_norm_training=settings.batch_norm_training, seed=settings.seed,
                 step=run_step, position=batch["position"], weight=batch["weight"],
             )  # fmt: skip
-            losses = weighted_losses(values, logits, settings, teacher_logits)
-            penalty = self.network.l2_loss() / (self.replicas * self.micro_batches)
-            loss = tf.reduce_sum(losses) / tf.maximum(examples, 1.0) + penalty  # 0 if all images are skipped
-            scaled = loss * self.loss_scale[0] if self.loss_scale else loss
-        gradients = tape.gradient(scaled, raw, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        num_correct = tf.reduce_sum(example_accuracy(values, logits) * batch["weight"])
+            losses = weighted_losses(tensors, logits, settings, teacher_logits)
+            l2_penalty = self.network.l2_loss() / (self.replicas * self.micro_batches)
+            loss = tf.reduce_sum(losses) / tf.maximum(examples, 1.0) + l2_penalty  # 0 if all images are skipped
+            scaled_loss = loss * self.loss_scale[0] if self.loss_scale else loss
+        gradients = tape.gradient(scaled_loss, tf_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        num_correct = tf.reduce_sum(example_accuracy(tensors, logits) * batch["weight"])
         sums = tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
         return [*gradients, sums, *(statistics[name] for name in self.statistics_sizes)]
 
     def _micro_batches(self, batch: Batch) -> dict[str, Any]:
-        """Split the values of a batch into micro-batches: [count, b / count, ...]."""
+        """Reshape each tensor of a batch from [b, ...] to [micro-batches, b / micro-batches, ...]."""
         count = self.micro_batches
         return {k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()}
 
     def _accumulated_terms(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
-        """Sum `_terms` over micro-batches, in sequence: memory holds the activations of one at a time."""
+        """Sum `_terms` over micro-batches, in sequence, so that only one at a time has activations in memory."""
         micro_batches = self._micro_batches(batch)
 
         def add(i: tf.Tensor, *sums: tf.Tensor) -> tuple[Any, ...]:
@@ -393,11 +430,12 @@ class TrainingStep:
         return sums
 
     def _terms_in_tree(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
-        """Sum `_terms` over the parts of all replicas, in a binary tree. Must be called in replica context.
+        """Sum `_terms` over the parts of all replicas, in a binary tree. Call in replica context.
 
-        Parts are computed in sequence, like micro-batches. `sums[l]` is the sum over 2**l parts that waits for that
-        over the next 2**l, as in a binary counter. A replica has the parts of one subtree, because they are a power of
-        two; the sums of the replicas are added in the same order, so every replica has the total.
+        The parts of this replica are computed in sequence, like micro-batches, and added as in a binary counter:
+        `sums[l]` is the sum over 2**l parts, and waits for the sum over the next 2**l parts. The number of parts per
+        replica is a power of two, so they form one subtree. The sums of the replicas are then added in the same order.
+        Every replica has the total.
         """
         micro_batches, levels = self._micro_batches(batch), self.micro_batches.bit_length()
         shapes = [tuple(v.shape) for v in self.variables] + [(3,), *((n,) for n in self.statistics_sizes.values())]
@@ -419,12 +457,12 @@ class TrainingStep:
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _add_replicas_in_tree(self, values: tf.Tensor) -> tf.Tensor:
-        """Sum a vector over all replicas, a power of two, in a binary tree. Must be called in replica context.
+        """Sum a vector over all replicas, a power of two, in a binary tree. Call in replica context.
 
-        With one replica per worker, each adds one slice of the vectors and gathers the sums of the others: it receives
-        2 (R - 1) / R times the bytes of a vector, as in an all-reduce (Thakur et al. 2005). Otherwise it gathers the
-        whole vectors, R - 1 times the bytes, because the devices of one process have one memory; on GPUs as well, where
-        the exchange has not been tested.
+        If each worker has one replica, and no GPU, each replica adds up one slice of all vectors, and gathers the other
+        sums: it receives 2 (R - 1) / R times the bytes of a vector, as in an all-reduce (Thakur et al. 2005). Otherwise
+        each replica gathers the entire vectors, R - 1 times the bytes of one. The devices of one process have a common
+        memory, and on GPUs the exchange of slices is not tested.
         """
         replicas, size = self.replicas, values.shape[0]
         if replicas == 1:
@@ -438,52 +476,53 @@ class TrainingStep:
         return tf.ensure_shape(gather(total, axis=0), padded.shape)[:size]
 
     def _update(self, gradients: Any, examples: Any) -> None:
-        """Apply the optimizer. With loss scaling, skip the step unless all gradients are finite."""
+        """Apply the optimizer. With loss scaling, adapt the scale; skip the step unless all gradients are finite."""
 
         def apply() -> bool:
             self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
             return True
 
         if self.settings.clip_norm or self.loss_scale or self.settings.virtual_replicas:
-            gradients, finite = self.strategy.run(self._unscale_and_clip, args=(gradients, examples))
+            gradients, is_finite = self.strategy.run(self._unscale_and_clip, args=(gradients, examples))
         if self.loss_scale is None:
             apply()
         else:
-            all_finite = self.strategy.experimental_local_results(finite)[0]
+            all_finite = self.strategy.experimental_local_results(is_finite)[0]
             tf.cond(all_finite, apply, lambda: False)
             self._adjust_loss_scale(all_finite)
 
     def _unscale_and_clip(self, gradients: list[tf.Tensor], examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Sum gradients over replicas, undo the loss scale, and clip by global norm. Must be called in replica context.
+        """Sum gradients over replicas, divide them by the loss scale, and clip by global norm. Call in replica context.
 
-        Return also whether all gradients are finite, which is checked only with loss scaling.
+        Returns the gradients in a form that `optimizer.apply` sums over the replicas, and whether all of them are
+        finite, a bool scalar. That is computed only with loss scaling; otherwise it is true.
         """
-        # The norm needs the sum over replicas.
-        is_total, finite = self.settings.virtual_replicas, tf.constant(True)
+        # The norm is that of the sum over replicas.
+        is_total, is_finite = self.settings.virtual_replicas, tf.constant(True)
         gradients = gradients if is_total else _all_reduce(gradients, self.replicas)
         if self.loss_scale:
             gradients = [g / self.loss_scale[0] for g in gradients]
-            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+            is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
         if self.settings.clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, self.settings.clip_norm)
-        # `optimizer.apply` adds the replicas again.
+        # `optimizer.apply` sums over the replicas again.
         if is_total:  # a sum of equal fractions depends on its order, a sum with zeros does not
             # Not a constant on one replica: TensorFlow would multiply the factors of clipping and learning rate first.
             is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0) & (examples >= 0)
-            return [tf.where(is_first, g, tf.zeros_like(g)) for g in gradients], finite
-        return [g / self.replicas for g in gradients], finite
+            return [tf.where(is_first, g, tf.zeros_like(g)) for g in gradients], is_finite
+        return [g / self.replicas for g in gradients], is_finite
 
     def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
-        """Halve the loss scale on overflow. Double it after 2,000 finite steps (Micikevicius et al. 2018)."""
+        """Halve the loss scale on overflow, double it after 2,000 finite steps (Micikevicius et al. 2018)."""
         assert self.loss_scale is not None
         scale, finite_steps = self.loss_scale
-        count = tf.where(finite, finite_steps + 1.0, 0.0)
-        grows = count >= LOSS_SCALE_GROWTH_STEPS
-        scale.assign(tf.where(finite, tf.where(grows, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
-        finite_steps.assign(tf.where(grows, 0.0, count))
+        finite_count = tf.where(finite, finite_steps + 1.0, 0.0)
+        is_doubled = finite_count >= LOSS_SCALE_GROWTH_STEPS
+        scale.assign(tf.where(finite, tf.where(is_doubled, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
+        finite_steps.assign(tf.where(is_doubled, 0.0, finite_count))
 
     def _update_averages(self, phase_step: tf.Tensor) -> None:
-        """Add (1 - decay) * (weight - shadow) to each average. At step t, decay is at most (1 + t) / (10 + t)."""
+        """Add (1 - decay) * (weight - average) to each average. At step t, decay is at most (1 + t) / (10 + t)."""
         assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)
         rate = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))

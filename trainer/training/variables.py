@@ -9,22 +9,28 @@ import tensorflow as tf
 from trainer.errors import DataError
 
 
-def _tf_variable(variable: Any) -> Any:
+def _unwrap_keras_variable(variable: Any) -> Any:
+    """Return the TensorFlow variable of a Keras variable, or the variable itself if it is not one of Keras."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def copy_values(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Copy the values of variables from the first local replica. All replicas hold equal values."""
-    tensors = {name: _tf_variable(variable) for name, variable in variables.items()}
+    """Copy the values of variables, by name, from the first local replica. All replicas have equal values."""
+    tf_variables = {name: _unwrap_keras_variable(variable) for name, variable in variables.items()}
     replicated = tf.distribute.DistributedValues
-    return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tensors.items()}
+    return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tf_variables.items()}
 
 
 def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
-    """Assign `values` to all `variables`, or to none if one does not fit. `source` names their origin in errors.
+    """Assign an array to each variable, or change none of them if an array is missing or does not fit.
+
+    Args:
+        variables: Keras or TensorFlow variables by name.
+        values: arrays by name; arrays of other names are ignored.
+        source: describes the origin of the arrays in errors, such as "checkpoint step 420".
 
     Raises:
-        DataError: a variable is missing from `values`, or its shape differs.
+        DataError: `values` lacks a variable, or its array has another shape.
     """
     for name, variable in variables.items():
         if name not in values:
@@ -33,13 +39,15 @@ def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], sour
             problem = f"{source}: {name} has shape {shape}, the model has {expected}"
             raise DataError(problem, fix="use a checkpoint of this model and version")
     for name, variable in variables.items():
-        _tf_variable(variable).assign(values[name])
+        _unwrap_keras_variable(variable).assign(values[name])
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Return the variables of an optimizer by names that are stable across processes.
+    """Return the variables of an optimizer by names that are the same in each process.
 
-    Keras names the product of momentum factors of Nadam by a counter of the process (`variable_7`).
+    The names have an index and Keras' path of the variable, such as "optimizer/0000/optimizer/iteration".
+    Keras gives one variable of Nadam, the product of momentum factors, a path with a counter of the process
+    (`variable_7`), which is replaced by "product".
     """
     paths = [v.path if v.path.startswith(f"{optimizer.name}/") else "product" for v in optimizer.variables]
     return {f"optimizer/{i:04d}/{path}": v for i, (path, v) in enumerate(zip(paths, optimizer.variables, strict=True))}

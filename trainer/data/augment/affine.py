@@ -1,8 +1,8 @@
-"""Affine transforms of a batch of images, each in one bilinear resampling, compiled by XLA.
+"""Apply a random affine transform to each image of a batch, in one bilinear resampling that XLA compiles.
 
 TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel, and takes 2.6 ms of
 CPU time for an image of 224 x 224 pixels. This module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
-interpolation are compiled separately: a single XLA loop would be slower, because XLA vectorizes no loop that gathers.
+interpolation are compiled separately: a single loop would be slower, because XLA does not vectorize loops that gather.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment import draws as draw_ids
 from trainer.data.augment.draws import LEVELS, Draws, tabulate_levels
 
-MAX_ASPECT = 4 / 3  # of a crop, width : height; the minimum is 1 / MAX_ASPECT
+MAX_ASPECT = 4 / 3  # maximum aspect ratio of a crop, width : height; the minimum is 1 / MAX_ASPECT
 
 
 def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Flip images as drawn, without resampling. The dtype does not change."""
-    horizontal = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
-    for is_on, draw, axis in (horizontal, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
-        if is_on:
+    """Flip images [b, S, S, 3] of any dtype by copying pixels, each flip with probability 1/2 if `a` enables it."""
+    horizontal_flip = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
+    for is_enabled, draw, axis in (horizontal_flip, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
+        if is_enabled:
             # One flag per image takes half the time of `tf.where` with a flag per pixel.
             images = tf.raw_ops.Select(condition=draws.coin(draw), x=tf.reverse(images, [axis]), y=images)
     return images
@@ -32,11 +32,12 @@ def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    The product maps output coordinates relative to the output's center to source coordinates relative to that of the
-    crop.
+    The product is a 2 x 2 matrix, whose entries are numbers or float32 [b]. It maps output coordinates relative to the
+    center of the output to source coordinates relative to the center of the crop.
     """
 
     def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+        """Return the product of `matrix` and `m`."""
         return [[row[0] * m[0][j] + row[1] * m[1][j] for j in range(2)] for row in matrix]
 
     matrix = crop_matrix
@@ -62,9 +63,12 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
 
 
 def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Crop, flip, zoom, shear, rotate, stretch and shift images uint8 [b, S, S, 3], in one resampling."""
-    count, size = tf.shape(images)[0], images.shape[1]
-    zero, center, max_shift = tf.zeros([count]), (size - 1) / 2, a.shift * size
+    """Crop, flip, zoom, shear, rotate, stretch and shift images, uint8 [b, S, S, 3], in one resampling.
+
+    Only the operations that `a` enables are in the graph. `draws` selects their parameters.
+    """
+    batch_size, size = tf.shape(images)[0], images.shape[1]
+    zeros, center, max_shift = tf.zeros([batch_size]), (size - 1) / 2, a.shift * size
     crop_matrix, crop_center = [[1.0, 0.0], [0.0, 1.0]], (center, center)
     if a.crop:
         (width, height), (left, top) = draw_crops(a.crop, draws)
@@ -72,33 +76,40 @@ def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
         crop_center = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
     (xx, xy), (yx, yy) = _matrix(a, draws, crop_matrix)
     shifts = tabulate_levels(-max_shift, max_shift)
-    center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zero)
-    center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zero)
+    center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zeros)
+    center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zeros)
     x, y = crop_center[0] - xx * center_x - xy * center_y, crop_center[1] - yx * center_x - yy * center_y
-    return resample(images, tf.stack([zero + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
+    return resample(images, tf.stack([zeros + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
 
 
 def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate equally likely aspect ratios of a crop, and the maximum area of a crop of each.
+    """Tabulate equally likely aspect ratios of a crop, and the maximum area of a crop with each ratio.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
-    the area is uniform in [min_area, 1] and the log of the aspect (width : height) in +- log(4/3), given that the crop
-    fits into the image. The density of the log of an aspect q >= 1 is then proportional to 1 / q - min_area, and the
-    area is uniform in [min_area, 1 / q]; q and 1 / q are equally likely and have the same areas.
+    the area is uniform in [min_area, 1], and the log of the aspect ratio (width : height) is uniform in +- log(4/3), on
+    condition that the crop fits into the image. The density of the log of a ratio q >= 1 is then proportional to
+    1 / q - min_area, and the area is uniform in [min_area, 1 / q]. The ratios q and 1 / q have equal probabilities and
+    areas.
+
+    Args:
+        min_area: minimum area of a crop as a fraction of the image, above 0 and below 1.
 
     Returns:
-        Square roots of the aspects, and maximum areas as fractions of the image, float64 [LEVELS] each.
+        Square roots of the aspect ratios, and maximum areas as fractions of the image, float64 [LEVELS] each.
     """
-    limit = min(np.log(MAX_ASPECT), -np.log(min_area))
-    grid = np.linspace(0, limit, 100_001)
+    max_log_aspect = min(np.log(MAX_ASPECT), -np.log(min_area))
+    grid = np.linspace(0, max_log_aspect, 100_001)
     cumulative = 1 - np.exp(-grid) - min_area * grid  # distribution function of the log aspect, not normalized
-    half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * cumulative[-1], cumulative, grid)
-    log_aspects = np.concatenate([-half[::-1], half])
+    upper_half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * cumulative[-1], cumulative, grid)
+    log_aspects = np.concatenate([-upper_half[::-1], upper_half])
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 
 
 def draw_crops(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Draw (width, height) and (left, top) of a crop per image, as fractions of the image, float32 [b] each."""
+    """Draw (width, height) and (left, top) of one crop per image, as fractions of the image, float32 [b] each.
+
+    `min_area` is the minimum area of a crop as a fraction of the image.
+    """
     roots, max_areas = tabulate_aspects(min_area)
     root = draws.select(draw_ids.CROP_ASPECT, roots)
     max_area = draws.select(draw_ids.CROP_ASPECT, max_areas)
@@ -122,7 +133,7 @@ def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
     Args:
         images: uint8 [b, S, S, 3] with b * (S + 2)^2 < 2^31, the limit of an int32 index.
         transforms: t0 to t5 of each image, in pixels, float32 [b, 6].
-        fill: pixels outside the source, `nearest` (the nearest source pixel), `constant` (black) or `reflect`.
+        fill: values outside the source: "nearest" (the nearest source pixel), "constant" (black) or "reflect".
 
     Returns:
         uint8 [b, S, S, 3]. The bits of an image do not depend on the rest of the batch.
@@ -134,12 +145,12 @@ def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
 
 
 def pack(planes: list[tf.Tensor]) -> tf.Tensor:
-    """Pack red, green and blue, int32 in 0..255, into one int32 tensor of the same shape."""
+    """Pack three planes, red, green and blue, int32 in 0..255, into one int32 tensor of the same shape."""
     return planes[0] + planes[1] * 2**8 + planes[2] * 2**16
 
 
 def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
-    """Unpack pixels int32 [b, S, S] into images uint8 [b, S, S, 3]."""
+    """Unpack pixels, int32 [b, S, S], into images, uint8 [b, S, S, 3]. `shape` is the static shape of the images."""
     return tf.ensure_shape(tf.bitcast(pixels, tf.uint8)[..., :3], shape)
 
 
@@ -150,14 +161,14 @@ def _pack_images(images: tf.Tensor) -> tf.Tensor:
 
 @cache
 def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Make a compiled function that maps transforms [b, 6] to source positions.
+    """Make a compiled function that maps transforms, float32 [b, 6], to the source position of each output pixel.
 
-    It returns the int32 index, in the flattened batch, of the pixel at or to the upper left of each position, and the
-    float32 distances to the right and down from there, [b, S, S] each.
+    It returns three tensors [b, S, S]: the index of the pixel at or to the upper left of the position, int32, in the
+    flattened batch, and the distances from this pixel to the position, to the right and down, float32.
     """
 
     def apply_fill(x: tf.Tensor) -> tf.Tensor:
-        """Map a coordinate into 0..size - 1, or into 0..size + 1 of a source with a black border."""
+        """Map a coordinate into 0..size - 1, or, if `fill` is "constant", into 0..size + 1 of the bordered source."""
         if fill == "constant":
             return tf.clip_by_value(x + 1.0, 0.0, size + 1.0)
         if fill == "reflect":  # about the outer edges of the outermost pixels
@@ -181,7 +192,10 @@ def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple
 
 @compile_with_xla
 def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Gather the pixels at, right of, below, and below right of `upper_left`. Those beyond the edge get weight 0."""
+    """Gather the pixels at, right of, below, and below right of `upper_left`.
+
+    Beyond the right or lower edge these are other pixels, which get weight 0 in the interpolation.
+    """
     row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
     steps = (0, 1, row_length, row_length + 1)
     return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)
@@ -191,7 +205,10 @@ def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tens
 def _interpolate(
     a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
 ) -> tf.Tensor:
-    """Interpolate the four neighbors a b / c d, packed pixels, per channel. Round and pack the result."""
+    """Interpolate packed pixels per channel: a and b in the upper row, c and d in the lower row. Round and pack them.
+
+    `right` and `down` are the distances from `a`, float32 in [0, 1).
+    """
 
     def channel(packed: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(packed, shift), 255), tf.float32)

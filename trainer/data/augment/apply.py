@@ -1,4 +1,4 @@
-"""Augmentation of single images, which depends on seed, epoch and example, but not on the rest of the batch."""
+"""Augment images one by one. The result depends on seed, epoch and example, but not on the rest of the batch."""
 
 import tensorflow as tf
 
@@ -11,32 +11,38 @@ from trainer.data.augment.randaugment import apply_randaugment
 
 
 def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Augment each image, uint8 [b, S, S, 3], with its own random numbers. Disabled operations are not in the graph.
+    """Augment each image of a batch with its own random numbers. Disabled operations are not in the graph.
 
-    1. Colors: contrast, mean + factor * (x - mean) with the mean of the image and a factor in 1 +- `contrast`;
-       brightness, x +- 255 * `brightness`; saturation, gray + factor * (x - gray) with the gray of the pixel and a
-       factor in 1 +- `saturation`; a rotation of the HSV hue by up to `hue` turns either way. Values are clipped to
-       0..255.
-    2. Geometry, in one bilinear resampling: a crop to between the fraction `crop` and all of the area, with an aspect
-       ratio of 3/4 to 4/3; then, about the center, flips, zoom (magnification 1 +- `zoom`), shear (x + y * tan(angle)),
+    The operations are applied in this order. Names in backticks are fields of `a`.
+
+    1. Colors, clipped to 0..255. Contrast: mean + factor * (x - mean), with the mean of the image and a factor in
+       1 +- `contrast`. Brightness: x +- 255 * `brightness`. Saturation: gray + factor * (x - gray), with the gray of
+       the pixel and a factor in 1 +- `saturation`. Hue: a rotation of the HSV hue by up to `hue` turns either way.
+    2. Geometry, in one bilinear resampling. First a crop of at least the fraction `crop` of the area, with an aspect
+       ratio of 3/4 to 4/3. Then, about the center: flips, zoom (magnification 1 +- `zoom`), shear (x + y * tan(angle)),
        rotation (the sum of one draw per range; positive angles are clockwise), stretch (a separate zoom of width and
-       height) and shift (up to `shift` * S pixels per axis). `fill` sets the pixels outside the source. Flips alone
-       need no resampling; they copy pixels, before step 1.
+       height) and shift (up to `shift` * S pixels per axis). `fill` sets the pixels outside the source. If flips are
+       the only geometric operation, they copy pixels before step 1, without resampling.
     3. RandAugment: `randaugment` operations, drawn per image.
-    4. Cutout. Mixup and cutmix, which need pairs of examples, are applied later (`mixing.py`).
+    4. Cutout. Mixup and cutmix, which need pairs of examples, are applied later (`mixing.mix_pairs`).
 
-    Every step takes and returns uint8. `epoch` and `index` are int64 [b]. The bits of an image do not depend on the
-    rest of the batch.
+    Args:
+        images: uint8 [b, S, S, 3].
+        epoch: epoch of each image, int64 [b].
+        index: example index of each image, int64 [b].
+
+    Returns:
+        uint8 [b, S, S, 3]. The bits of an image do not depend on the rest of the batch.
     """
     if not a.active:
         return images
     draws = Draws(seed, epoch, index)
-    resamples = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
-    if not resamples:
+    needs_resampling = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
+    if not needs_resampling:
         images = flip(images, a, draws)
     if a.contrast or a.brightness or a.saturation or a.hue:
         images = recolor(images, a, draws)
-    if resamples:
+    if needs_resampling:
         images = warp(images, a, draws)
     if a.randaugment:
         images = apply_randaugment(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))

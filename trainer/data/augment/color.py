@@ -1,4 +1,4 @@
-"""Color augmentation: contrast, brightness, saturation and hue, clipped to 0..255."""
+"""Change contrast, brightness, saturation and hue of images at random."""
 
 from typing import TypeAlias
 
@@ -8,14 +8,17 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import compile_with_xla, pack, unpack
 from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, tabulate_levels
 
-LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the gray of a pixel (ITU-R BT.601)
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the gray value of a pixel (ITU-R BT.601)
 
-Planes = list[tf.Tensor]  # red, green, blue: float32 [b, S, S] each
+Planes = list[tf.Tensor]  # red, green and blue, float32 [b, S, S] each
 Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
 def recolor(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Change contrast and brightness, then saturation, then hue, of images uint8 [b, S, S, 3], as drawn."""
+    """Change contrast and brightness, then saturation, then hue, of images, uint8 [b, S, S, 3].
+
+    `a` has the range of each change; `draws` selects a value in it per image. Values are clipped to 0..255.
+    """
     pixels = _recolor(
         images,
         draws.select(CONTRAST, tabulate_levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
@@ -30,12 +33,15 @@ def recolor(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
 def _recolor(
     images: tf.Tensor, contrast: Parameter, brightness: Parameter, saturation: Parameter, hue: Parameter
 ) -> tf.Tensor:
-    """Return packed pixels int32 [b, S, S]. Parameters are factors, offsets, factors and fractions of a turn."""
+    """Return the changed images as packed pixels, int32 [b, S, S].
+
+    Contrast and saturation are factors, brightness is an offset of the values, and hue is a fraction of a turn.
+    """
     planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
     offset = tf.zeros([]) if brightness is None else brightness[:, None, None]
     if contrast is not None:  # (x - mean) * factor + mean
         factor = contrast[:, None, None]
-        offset += _mean(images) * (1 - factor)
+        offset += _compute_means(images) * (1 - factor)
         planes = [plane * factor for plane in planes]
     if contrast is not None or brightness is not None:
         planes = [tf.clip_by_value(plane + offset, 0.0, 255.0) for plane in planes]
@@ -48,23 +54,26 @@ def _recolor(
     return pack([tf.cast(plane + 0.5, tf.int32) for plane in planes])
 
 
-def _mean(images: tf.Tensor) -> tf.Tensor:
-    """Compute the mean of each uint8 image, float32 [b, 1, 1]. Integer sums do not depend on their order."""
+def _compute_means(images: tf.Tensor) -> tf.Tensor:
+    """Compute the mean of each uint8 image, float32 [b, 1, 1].
+
+    Sums of integers do not depend on the order of summation, so that the bits of a mean do not depend on the batch.
+    """
     columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
     total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
     return tf.cast(total / (3 * images.shape[1] * images.shape[2]), tf.float32)[:, None, None]
 
 
 def _rotate_hue(planes: Planes, turns: tf.Tensor) -> Planes:
-    """Rotate the HSV hue by fractions of a turn. HSV value and saturation do not change."""
+    """Rotate the HSV hue by fractions of a turn, float32 [b, 1, 1]. HSV value and saturation do not change."""
     red, green, blue = planes
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
-    unit = 1 / tf.where(chroma > 0, chroma, 1.0)  # the hue of gray has no effect
+    inverse_chroma = 1 / tf.where(chroma > 0, chroma, 1.0)  # a gray pixel has chroma 0, and its hue has no effect
     hue_sixths = tf.where(
         value == red,
-        (green - blue) * unit,
-        tf.where(value == green, (blue - red) * unit + 2.0, (red - green) * unit + 4.0),
+        (green - blue) * inverse_chroma,
+        tf.where(value == green, (blue - red) * inverse_chroma + 2.0, (red - green) * inverse_chroma + 4.0),
     )
     rotated = []
     for start in (5.0, 3.0, 1.0):  # of red, green, blue in the closed form of HSV to RGB (Smith's hexcone)

@@ -1,7 +1,7 @@
-"""Cutout, mixup and cutmix.
+"""Apply cutout, mixup and cutmix to a batch.
 
-Mixup and cutmix pair the examples at positions 2k and 2k + 1 of the global batch. Both are on the same replica, and the
-pairs do not depend on the number of replicas.
+Mixup and cutmix pair the examples at positions 2k and 2k + 1 of the global batch. Both examples of a pair are on the
+same replica, and the pairs do not depend on the number of replicas.
 """
 
 import numpy as np
@@ -15,7 +15,10 @@ GRAY = 128  # middle of the pixel range, close to zero after the preprocessing o
 
 
 def apply_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
-    """Apply cutout (DeVries and Taylor 2017): a gray square of side `fraction` * S, centered anywhere in the image."""
+    """Apply cutout (DeVries and Taylor 2017): a gray square of side `fraction` * S, centered at a random pixel.
+
+    The images are uint8 [b, S, S, 3]. A square at the edge of the image is cut off there.
+    """
     sides = tf.fill([tf.shape(images)[0]], max(round(fraction * images.shape[1]), 1))
     square, _ = _random_squares(sides, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
     return tf.reshape(tf.where(square, tf.constant(GRAY, images.dtype), _flatten(images)), tf.shape(images))
@@ -24,15 +27,21 @@ def apply_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
 def _random_squares(
     sides: tf.Tensor, draws: Draws, center_draws: tuple[int, int], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw a square per image, clipped to the image. Return masks, bool [b, S, 3 S], and pixel counts, int32 [b]."""
-    inside, lengths, pixels = [], [], tf.range(size)
+    """Draw one square per image, with the sides `sides`, int32 [b], and clip it to the image.
+
+    `center_draws` are the draws of its center, x and y. `size` is the side S of the images in pixels.
+
+    Returns:
+        Masks of the squares in flattened images, bool [b, S, 3 S], and their numbers of pixels, int32 [b].
+    """
+    axis_masks, lengths, pixels = [], [], tf.range(size)
     for draw in center_draws:
         first = tf.cast(draws.uniform(draw) * size, tf.int32) - sides // 2
         start, stop = tf.maximum(first, 0), tf.minimum(first + sides, size)
-        inside.append((pixels >= start[:, None]) & (pixels < stop[:, None]))
+        axis_masks.append((pixels >= start[:, None]) & (pixels < stop[:, None]))
         lengths.append(stop - start)
-    across, down = inside
-    return down[:, :, None] & tf.repeat(across, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
+    column_mask, row_mask = axis_masks
+    return row_mask[:, :, None] & tf.repeat(column_mask, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
 
 
 def _flatten(images: tf.Tensor) -> tf.Tensor:
@@ -41,8 +50,8 @@ def _flatten(images: tf.Tensor) -> tf.Tensor:
 
 
 def beta_quantiles(alpha: float) -> np.ndarray:
-    """Return equally likely values of a Beta(alpha, alpha) variable, float64 [LEVELS]."""
-    from scipy import stats  # imported here: it takes half a second or more, and few runs need it
+    """Return `LEVELS` equally likely values of a Beta(alpha, alpha) variable, increasing, float64 [LEVELS]."""
+    from scipy import stats  # not at the top: the import takes half a second or more, and few runs need it
 
     return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
 
@@ -50,27 +59,30 @@ def beta_quantiles(alpha: float) -> np.ndarray:
 def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
     """Mix each image with its partner, the other image of its pair, by mixup or cutmix.
 
-    Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner. Cutmix (Yun et al. 2019) replaces a square of
-    the image with that of the partner; lam is the fraction of the image that remains. If both are configured, each is
-    applied with probability 1/2. Padding, and an example whose partner is padding, is not mixed.
+    Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner, with lam from Beta(`a.mixup`, `a.mixup`).
+    Cutmix (Yun et al. 2019) replaces a square of the image with the same square of the partner. Its area is 1 - x with
+    x from Beta(`a.cutmix`, `a.cutmix`), less what is outside the image, and lam is the fraction of the image that
+    remains. If both are configured, each is applied with probability 1/2. Padding, and examples whose partner is
+    padding, are not mixed.
 
     Args:
-        batch: image uint8 [b, S, S, 3], label int32 [b], weight float32 [b] and index int64 [b]. b is even, and the
-            first row has an even position in the global batch.
-        epoch: int64 [b].
+        batch: `image` uint8 [b, S, S, 3], `label` int32 [b], `weight` float32 [b] and `index` int64 [b]. b is even, and
+            the first row has an even position in the global batch.
+        epoch: epoch of each example, int64 [b].
 
     Returns:
-        `image` as above; `other_label` int32 [b], the partner's label; `mix` float32 [b], lam, or 1 if not mixed.
+        `image` uint8 [b, S, S, 3]; `other_label` int32 [b], the label of the partner; `mix` float32 [b], which is lam,
+        or 1 if the example is not mixed.
     """
     images = _flatten(batch["image"])
     size, partners, draws = images.shape[1], _swap_pairs(images), Draws(seed, epoch, batch["index"])
-    both_real = (batch["weight"] > 0) & (_swap_pairs(batch["weight"]) > 0)
-    is_cut = both_real if a.cutmix else tf.zeros_like(both_real)
+    can_mix = (batch["weight"] > 0) & (_swap_pairs(batch["weight"]) > 0)
+    is_cut = can_mix if a.cutmix else tf.zeros_like(can_mix)
     if a.mixup and a.cutmix:
         is_cut &= draws.coin(MIX_KIND)
     mixture, lam = images, tf.ones_like(batch["weight"])
     if a.mixup:
-        lam = tf.where(both_real & ~is_cut, draws.select(MIX, beta_quantiles(a.mixup)), 1.0)
+        lam = tf.where(can_mix & ~is_cut, draws.select(MIX, beta_quantiles(a.mixup)), 1.0)
         mixture = _blend(images, partners, lam)
     if a.cutmix:
         sides = tf.cast(draws.select(MIX, np.rint(np.sqrt(1 - beta_quantiles(a.cutmix)) * size)), tf.int32)

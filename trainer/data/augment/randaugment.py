@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2019), which applies random operations, of fourteen, per image with one magnitude.
+"""Apply RandAugment (Cubuk et al. 2019): random operations per image, out of fourteen, all with the same magnitude.
 
-Operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on uint8 images, except that geometric
-operations interpolate bilinearly and fill as `augmentation.fill` configures.
+The operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on uint8 images, except that geometric
+operations interpolate bilinearly, and `augmentation.fill` sets the pixels outside the source.
 """
 
 import math
@@ -15,13 +15,17 @@ from trainer.data.augment.draws import RANDAUGMENT, Draws
 
 MAX_MAGNITUDE = 30
 
-# An operation: images uint8 [m, S, S, 3], direction float32 [m] (-1 or 1), strength 0..1, fill -> uint8 [m, S, S, 3].
-# Sums over an image use integers, so that their order, and with it m, does not change the bits of an image.
+# An operation. Its arguments are images, uint8 [m, S, S, 3], direction, float32 [m] (-1 or 1), strength (0 to 1) and
+# fill; it returns uint8 [m, S, S, 3]. Sums over an image use integers: their order then has no effect, so that the bits
+# of an image do not depend on m, the number of images with the same operation.
 Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
-    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3]. `draws` begin at `RANDAUGMENT`."""
+    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3].
+
+    The first index of `draws` is `RANDAUGMENT`, with two draws per operation: which one, and its direction.
+    """
     for k in range(a.randaugment):
         choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
         direction = tf.where(draws.coin(RANDAUGMENT + 2 * k + 1), -1.0, 1.0)
@@ -40,7 +44,10 @@ def _to_uint8(values: tf.Tensor) -> tf.Tensor:
 
 
 def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
-    """Return the transforms [xx, xy, x, yx, yy, y] from output to source pixels, for directions -1 and 1."""
+    """Return two transforms from output to source pixels, for the directions -1 and 1.
+
+    A transform [xx, xy, x, yx, yy, y] maps the pixel (i, j) to (xx * i + xy * j + x, yx * i + yy * j + y).
+    """
     slope, shift = 0.3 * strength, int(150 / 331 * size * strength)
     match name:
         case "shear_x":  # about the upper edge, by up to 0.3 pixels per row
@@ -57,6 +64,7 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
 
 
 def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
+    """Shear, translate or rotate images in one bilinear resampling; `name` is the key in `OPERATIONS`."""
     transforms = tf.constant([[*m, 0.0, 0.0] for m in _transforms(name, strength, images.shape[1])], tf.float32)
     # `affine.resample` takes a third of the time, but XLA would compile it again for every group size.
     warped = tf.raw_ops.ImageProjectiveTransformV3(
@@ -71,36 +79,42 @@ def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strengt
 
 
 def _to_gray(images: tf.Tensor) -> tf.Tensor:
-    """Compute the luminance, int32 [m, S, S], as Pillow does."""
+    """Compute the luminance, int32 [m, S, S], like Pillow's conversion to mode L."""
     red, green, blue = tf.unstack(tf.cast(images, tf.int32), axis=-1)
     return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
 
 def _blend(images: tf.Tensor, base: tf.Tensor, direction: tf.Tensor, strength: float) -> tf.Tensor:
-    """Compute base + factor * (images - base), as Pillow does, with factor 1 +- 0.9 * strength and float32 `base`."""
+    """Compute base + factor * (images - base), like Pillow's `Image.blend`, with a factor of 1 +- 0.9 * strength.
+
+    `base` is float32 and can be broadcast to the images.
+    """
     factor = (1 + direction * (0.9 * strength))[:, None, None, None]
     return _to_uint8(base + factor * (tf.cast(images, tf.float32) - base))
 
 
 def brightness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with black."""
+    """Change the brightness: blend with black."""
     return _blend(images, tf.zeros([]), direction, strength)
 
 
 def color(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with the gray image."""
+    """Change the saturation: blend with the gray image."""
     return _blend(images, tf.cast(_to_gray(images), tf.float32)[..., None], direction, strength)
 
 
 def contrast(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with the mean luminance of the image."""
+    """Change the contrast: blend with the mean luminance of the image."""
     total = tf.reduce_sum(tf.cast(tf.reduce_sum(_to_gray(images), axis=2), tf.int64), axis=1)
     mean = tf.cast(tf.cast(total, tf.float64) / images.shape[1] ** 2, tf.float32)
     return _blend(images, mean[:, None, None, None], direction, strength)
 
 
 def sharpness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Blend with the image smoothed by the kernel (1 1 1, 1 5 1, 1 1 1) / 13; pixels at the edge do not change."""
+    """Change the sharpness: blend with the image smoothed by the kernel (1 1 1, 1 5 1, 1 1 1) / 13.
+
+    The pixels at the edges do not change.
+    """
     pixels = tf.cast(images, tf.int32)
     columns = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
     sums = columns[:, :, :-2] + columns[:, :, 1:-1] + columns[:, :, 2:] + 4 * pixels[:, 1:-1, 1:-1]
@@ -111,24 +125,24 @@ def sharpness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: s
 
 
 def posterize(images: tf.Tensor, _direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Clear the lowest 0 to 4 bits of each byte."""
+    """Clear the lowest bits of each value: none at strength 0, four at strength 1."""
     return tf.bitwise.bitwise_and(images, tf.constant(256 - 2 ** round(4 * strength), tf.uint8))
 
 
 def solarize(images: tf.Tensor, _direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
-    """Invert bytes at or above a threshold, 255 at strength 0 down to 0 at strength 1."""
+    """Invert the values at or above a threshold, which is 255 at strength 0 and 0 at strength 1."""
     return tf.where(tf.cast(images, tf.float32) >= 255 * (1 - strength), 255 - images, images)
 
 
 def autocontrast(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
     """Stretch the values of each channel to 0..255; a constant channel does not change."""
-    low, high = (tf.cast(f(images, axis=[1, 2], keepdims=True), tf.float32) for f in (tf.reduce_min, tf.reduce_max))
+    low, high = (tf.cast(op(images, axis=[1, 2], keepdims=True), tf.float32) for op in (tf.reduce_min, tf.reduce_max))
     stretched = (tf.cast(images, tf.float32) - low) * (255 / tf.maximum(high - low, 1))
     return tf.where(high > low, _to_uint8(stretched), images)
 
 
 def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
-    """Equalize the histogram of each channel, as Pillow does."""
+    """Equalize the histogram of each channel, like Pillow's `ImageOps.equalize`."""
     channels = tf.reshape(tf.range(tf.shape(images)[0] * 3), [-1, 1, 1, 3])
     bins = channels * 256 + tf.cast(images, tf.int32)
     size = tf.shape(images)[0] * 3 * 256
@@ -142,7 +156,7 @@ def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: 
     return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
 
 
-# An operation is drawn by its index in this table, so any change of the table changes the images of every run.
+# A random number selects an operation by its index in this table. Any change of the table changes the images of runs.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, _direction, _strength, _fill: images,
     **{n: partial(_apply_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
