@@ -226,7 +226,7 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         if step:
-            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # the last one at the end
+            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # at the end the last one
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
