@@ -242,7 +242,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name],
         polls_each_step=not on_gpu or worker.size > 1, phase=state.phase,
     )  # fmt: skip
-    logits = teacher.network.logits if teacher and teacher.network else None  # None: soft labels are in the batches
+    logits = teacher.network.logits if teacher and teacher.network else None  # None if batches have soft labels
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=logits)
     # The order of the examples is a function of the seed and the epoch, so a resumed epoch continues with the same one.

@@ -53,10 +53,10 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         changes: arguments such as "data.root=photos" or "data=tfds".
 
     Returns:
-        The configuration of the evaluation, and None. If the changes choose another dataset, all examples of it are
-        used, except as far as the changes themselves set fractions, limits or corrections. In this case the second
-        value is a configuration with the fractions and limits of the run, because the dataset may be a moved copy of
-        the run's own. It is None if the changes set a fraction.
+        The configuration of the evaluation, and None. If the changes choose another dataset, the fractions, limits and
+        corrections of the run do not apply to it; only those among the changes do. The second value is then the same
+        configuration with those of the run, in case the dataset is a moved copy of the run's dataset. It is None if a
+        fraction is among the changes.
 
     Raises:
         ConfigError: a change is invalid, or its key cannot be changed in an evaluation.
