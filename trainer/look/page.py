@@ -64,13 +64,13 @@ class PageImages:
 def draw_examples(examples: Mapping[str, Sequence[Example]]) -> Figure:
     """Draw at most `MAX_DRAWN` examples, grouped by class."""
     per_class = max(MAX_DRAWN // max(len(examples), 1), 1)
-    drawn = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
-    if not drawn:
+    selected = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
+    if not selected:
         figure = create_figure(height=1.0)
         figure.text(0.5, 0.5, "no example can be decoded", ha="center", va="center", color=INK)
         return figure
-    captions = [format_label(name, MAX_CAPTION) for name, _ in drawn]
-    return draw_images("Training examples", np.stack([pixels for _, pixels in drawn]), captions)
+    captions = [format_label(name, MAX_CAPTION) for name, _ in selected]
+    return draw_images("Training examples", np.stack([pixels for _, pixels in selected]), captions)
 
 
 def draw_augmentation(augmented: Sequence[AugmentedImage]) -> Figure:

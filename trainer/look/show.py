@@ -141,11 +141,11 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
     files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     files[INDEX] = render_page(content.facts, content.suggestions, content.images, config)
     with tempfile.TemporaryDirectory() as folder:
-        drawn = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
+        figure_files = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
     for name in FIGURES:
-        if name not in drawn:
+        if name not in figure_files:
             (output / name).delete()
-    for name, data in (drawn | files).items():
+    for name, data in (figure_files | files).items():
         if output.is_local:
             delete_abandoned(Path(str(output)), name)
         (output / name).write(data)

@@ -47,14 +47,14 @@ def predict_parts(
     parts = Parts(output, identify(model, images, flip), len(images), len(model.class_names))
     missing = [i for i in range(len(parts)) if parts.read(i) is None]
     if len(missing) < len(parts):
-        done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))  # number of images
-        log.info(f"resuming after {done:,} of {len(images):,} images")
-    finished = 0
+        num_done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
+        log.info(f"resuming after {num_done:,} of {len(images):,} images")
+    done_images = 0
 
     def report(count: int) -> None:
-        nonlocal finished
-        finished += count
-        health.record_progress(finished, len(images))
+        nonlocal done_images
+        done_images += count
+        health.record_progress(done_images, len(images))
         check()
 
     for index in missing:
