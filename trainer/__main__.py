@@ -47,11 +47,11 @@ from trainer.runs.folder import (
 )
 from trainer.storage.disk import file_errors
 
-DONE_CHECK_INTERVAL_SECONDS = 15.0  # between checks whether the run is finished, while waiting for other workers
+DONE_CHECK_INTERVAL_SECONDS = 15.0  # while a worker waits for the others, time between checks for DONE
 
 
 def main() -> None:
-    """Run the command, and exit with a code of `trainer.errors`."""
+    """Run `python -m trainer`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         process_started, environment_at_start = time.time(), dict(os.environ)
         arguments, environment = select_job(choose_and_log_source(sys.argv[1:]), os.environ)
@@ -65,7 +65,7 @@ def main() -> None:
         stop, last_check = StopFlag(), time.monotonic()
 
         def check_cancelled() -> None:
-            """Raise StopRequested after a stop request, or Finished if the run is finished."""
+            """Raise StopRequested after a stop request, or `Finished` if the run is finished."""
             nonlocal last_check
             stop.check("while waiting for the other workers")
             if time.monotonic() - last_check > DONE_CHECK_INTERVAL_SECONDS:
@@ -82,7 +82,7 @@ def main() -> None:
             return termination.set_success_message(str(finished))
         control.on_stop = stop.request
         stop.on_signal = lambda name: control.broadcast_stop(f"{name} on worker {control.index}")
-        # Nothing needs saving yet, and importing TensorFlow takes longer than some grace periods, so end at once.
+        # End immediately: nothing needs to be saved yet, and importing TensorFlow can take longer than a grace period.
         stop.on_request = lambda reason: control.end(
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
@@ -91,28 +91,29 @@ def main() -> None:
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
             config, teacher = choose_run(config, control)
-            now = teacher or config  # the run that this start trains
+            run_config = teacher or config  # the run that this start trains
             with keys_of_teacher() if teacher else nullcontext():
-                folder = open_run_folder(now) if control.is_chief else follow_run_folder(now)
+                folder = open_run_folder(run_config) if control.is_chief else follow_run_folder(run_config)
             folder.student = config.output_dir if teacher else None
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
-            of_run = folder.path if control.is_chief else None
-            set_compilation_cache(config.runtime.cache_folder, of_run, config.runtime.deterministic)
+            chief_folder = folder.path if control.is_chief else None
+            set_compilation_cache(config.runtime.cache_folder, chief_folder, config.runtime.deterministic)
             with suppress_import_noise():
-                from trainer.train import train_run  # here, so that help and errors do not wait for it
+                from trainer.train import train_run  # here, so that --help and errors do not wait for TensorFlow
 
             with keys_of_teacher() if teacher else nullcontext():
-                train_run(now, folder, control, stop, process_started)
+                train_run(run_config, folder, control, stop, process_started)
         control.disconnect()
         if teacher:
             stop.check("between the teacher and its student")
             log.info("teacher: finished; starting the run of its student")
             watchdog.stop()
-            folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"  # it may be a new folder
-            known = folder_argument in sys.argv or is_sweep(sys.argv)
-            raise StartAgain([] if known else [folder_argument], environment_at_start, stop.has_request)
+            # The student needs the folder that this start has chosen, unless the command already has it.
+            folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"
+            has_folder = folder_argument in sys.argv or is_sweep(sys.argv)
+            raise StartAgain([] if has_folder else [folder_argument], environment_at_start, stop.has_request)
 
 
 if __name__ == "__main__":

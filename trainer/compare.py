@@ -35,7 +35,7 @@ def main() -> None:
         names = compare.shorten_addresses(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
         delete_abandoned(output.parent, output.name)
-        compare.write_comparison(output, comparison)  # first, as whoever reads the table may end
+        compare.write_comparison(output, comparison)  # before the table, since a closed pipe can end the process
         compare.print_comparison(comparison)
         log.info(f"page: {output}")
 

@@ -1,4 +1,4 @@
-"""The objects of a run and of its current phase on one worker: how a phase opens, is validated, and how a run fails."""
+"""The objects of a run and of its current phase on one worker; open and validate a phase, record how a run fails."""
 
 import sys
 import time
@@ -47,14 +47,14 @@ class RunPlan:
     """The decisions that each start makes before its first step."""
 
     features: FeaturePlan
-    compiled: dict[str, bool]  # by phase: whether XLA compiles its training step
+    compiled: dict[str, bool]  # name of a phase -> whether XLA compiles its training step
     sharding: ShardingPlan
-    teacher: OpenedTeacher | None
+    teacher: OpenedTeacher | None  # None without distillation
 
 
 @dataclass
 class RunContext:
-    """The objects of a run on one worker. `train.make_plan` sets `plan` and `scorer`."""
+    """The objects of a run on one worker. `plan` and `scorer` are set later, by `train_run` and `make_plan`."""
 
     config: RunConfig
     worker: Worker
@@ -74,9 +74,9 @@ class PhaseRun:
 
     name: str
     phase: Phase
-    total_steps: int  # maximum; early stopping can end the phase before
+    total_steps: int  # maximum number of steps; early stopping can end the phase earlier
     step: TrainingStep
-    schedule: Any  # learning rate as a function of the step within the phase
+    schedule: Any  # function: step within the phase -> learning rate
     inputs: Inputs
     batches: Any  # iterator over global batches
     gate: ShardGate | ShardGates  # waits for the shards of the next batches
@@ -84,7 +84,10 @@ class PhaseRun:
 
 
 def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
-    """Choose how workers shard the data; `image_cache` has an influence only if the run begins."""
+    """Choose how the workers shard the training split.
+
+    `image_cache` is "memory", "disk", "none" or "features", as in `plan_sharding`. It has no effect on a resumed run.
+    """
     config, split, training = run.config, run.images.dataset.splits["train"], run.config.training
     return plan_sharding(
         config.data.shard_by, split, run.worker.size, training.batch_size, image_cache, run.state.sharding,
@@ -93,9 +96,10 @@ def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPla
 
 
 def resume_sharding(run: RunContext) -> ShardingPlan | None:
-    """Plan the sharding of a checkpoint for the workers of this start; None if the checkpoint has none.
+    """Plan the sharding of a run that resumes from a checkpoint. Return None if the checkpoint has no sharding.
 
-    Raises ConfigError if they cannot continue its epoch.
+    Raises:
+        ConfigError: the number of workers has changed, and the run cannot resume with the new sharding.
     """
     if not run.state.sharding:
         return None
@@ -105,25 +109,25 @@ def resume_sharding(run: RunContext) -> ShardingPlan | None:
 
 
 def broadcast_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
-    """Return the chief's plan of the sharding on all workers."""
+    """Plan the sharding on the chief, and return its plan on all workers. All workers must call this."""
     return ShardingPlan(**run.worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, image_cache))))
 
 
 def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show the phase and its last epoch in the progress display."""
+    """Show the phase, its `total` steps and its last epoch in the progress display."""
     state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
     last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
     run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
 
 
 def is_checkpoint_due(run: RunContext) -> bool:
-    """Return whether the last checkpoint is at least `runtime.checkpoint_every` old."""
+    """Return whether `runtime.checkpoint_every` has passed since the last checkpoint."""
     every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
     return run.state.step - run.saver.saved_step >= max(every, 1)
 
 
 def raise_stopped(run: RunContext, when: str) -> NoReturn:
-    """Disconnect from the other workers, which stop at the same point, and raise StopRequested."""
+    """Disconnect from the other workers, which stop at the same step, and raise StopRequested."""
     run.worker.control.disconnect()
     reason = run.worker.stop.reason or "stopped by another worker"
     raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
@@ -131,34 +135,34 @@ def raise_stopped(run: RunContext, when: str) -> NoReturn:
 
 @contextmanager
 def advise_export(run: str) -> Iterator[None]:
-    """Add to an error about the data, after the training of a run at this address, how its weights are exported."""
+    """Add to a DataError after the training how to export the weights anyway. `run` is the address of the run."""
     try:
         yield
     except DataError as error:
         command = f"python -m trainer.export {format_argument('run', run)} data.on_error=skip"
-        trained = "this run, which is trained, accepts no other data"
-        error.fix = f"{error.fix or 'repair the data'}; {trained}: then export it with {command}"
+        reason = "this run, which is trained, accepts no other data"
+        error.fix = f"{error.fix or 'repair the data'}; {reason}: then export it with {command}"
         raise
 
 
 @contextmanager
 def _wait_for_lost_peers(control: ControlChannel) -> Iterator[None]:
-    """Re-raise a TensorFlow error of one of several workers only after the heartbeat timeout.
+    """If there are several workers, delay a TensorFlow error by the heartbeat timeout.
 
-    Its cause can be a lost peer, which TensorFlow's own heartbeat may find first; the control channel then ends the
-    process with exit code 75.
+    The cause of the error may be a lost peer, which TensorFlow can detect before the control channel does. Within the
+    timeout, the control channel detects the loss too, and ends the process with exit code 75.
     """
     try:
         yield
     except tf.errors.OpError:
-        if control.size > 1:  # perhaps a failed collective
+        if control.size > 1:  # the error may be of a collective operation
             time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 2 * HEARTBEAT_INTERVAL_SECONDS)
         raise
 
 
 @contextmanager
 def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[None]:
-    """Release the folder of a start that fails in this block."""
+    """If this block fails, record the error of the start in the folder, and release the folder."""
     try:
         with _wait_for_lost_peers(control):
             yield
@@ -169,27 +173,29 @@ def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[Non
 
 @contextmanager
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
-    """Record the reason and the time breakdown if the run fails or is stopped, and close its files in any case.
+    """Record the reason and the time breakdown if this block fails or is stopped. Close the files of the run.
 
-    Before the folder has `begun`, only the end of this start is recorded. An `OSError`, and any error of a full disk,
-    becomes `Interrupted`, because a restart might succeed. Exceptions other than these, TensorFlow's and `TrainerError`
-    are not recorded.
+    Before `RunFolder.begin`, only the end of this start is recorded. Errors of TensorFlow, `TrainerError` and `OSError`
+    are recorded; other exceptions are not.
+
+    Raises:
+        Interrupted: instead of an `OSError` or an error that a full disk caused, because a restart may succeed.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
         if folder.begun:
             saver.restarts.record_failure(code, reason)
-            with suppress(OSError):  # probably the recorded error again
+            with suppress(OSError):  # the disk may have the same problem as before
                 run.clock.write()
         else:
             folder.record_exit(code, reason, stopped=stop.reason is not None)
 
     def on_request(reason: str) -> None:
-        """Record a stop request; end a stalled process at once, because it would not reach the next step."""
+        """Record a stop request. End a stalled process immediately, because it would not reach the next step."""
         if stalled := health.stall_reason():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
-        saver.restarts.end(STOPPED, reason)  # in case the process is killed before it has saved
+        saver.restarts.end(STOPPED, reason)  # now, because the process may be killed before it has saved
         timed_out = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
         end_without_progress(control.end, timed_out)
 
@@ -219,7 +225,11 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
 
 
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
-    """Open the inputs of a phase and build its learning-rate schedule, optimizer, training step and batches."""
+    """Open the inputs of a phase, and build its learning-rate schedule, optimizer, training step and batches.
+
+    `thaw` is the plan of its trainable layers, `total` its maximum number of steps. Batches begin at the current step
+    of the current epoch.
+    """
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
     inputs = open_phase_inputs(run, name)
     teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
@@ -232,10 +242,10 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name],
         polls_each_step=not on_gpu or worker.size > 1, phase=state.phase,
     )  # fmt: skip
-    live = teacher.network.logits if teacher and teacher.network else None
+    logits = teacher.network.logits if teacher and teacher.network else None  # None if batches have soft labels
     stop, trained = worker.stop_requested, thaw.trainable
-    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=live)
-    # The example order is a function of the seed; batches begin at the current step of the current epoch.
+    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=logits)
+    # The order of the examples is a function of the seed and the epoch, so a resumed epoch continues with the same one.
     order = Order(
         batch_size=batch_size,
         seed=config.seed,
@@ -248,7 +258,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
     )
     dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
-    if on_gpu and worker.replicas == 1:  # with several, the strategy does it
+    if on_gpu and worker.replicas == 1:  # with several replicas, the strategy prefetches
         dataset = prefetch_to_device(dataset, "GPU:0")
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     return PhaseRun(
@@ -258,7 +268,12 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
-    """Open the cached features or the images of a phase. Uses images if there is no space for its features."""
+    """Open the cached features or the images of a phase. Use images if there is no space to cache the features.
+
+    Raises:
+        Interrupted: the phase has begun with cached features, for which there is no space now.
+        StopRequested: a stop was requested while features were computed.
+    """
     category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
     with run.clock.span(category, "computing features" if category == "features" else "opening the training images"):
         inputs = open_inputs(name, run.worker, run.images, run.classifier, run.plan.features, run.scorer)
@@ -281,9 +296,14 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
 def score_validation(
     run: RunContext, scorer: Scorer, source: BatchSource, fraction: float = 1.0
 ) -> dict[str, float] | None:
-    """Score a fraction of the batches of the validation split; all workers must call this, and get the same scores.
+    """Score the validation split. All workers must call this, and get the same scores.
 
-    `scorer` is that of the network that reads `source`. Return None on all workers if the run should stop.
+    Args:
+        scorer: scorer of the network whose inputs `source` has: images, or cached features.
+        fraction: fraction of the batches that are scored.
+
+    Returns:
+        The scores by name, such as "val_loss"; None on all workers if a stop was requested.
     """
     with run.clock.span("evaluation", "validation"):
         scored = scorer.score(source, run.config.training.batch_size, "validation", fraction)
@@ -294,14 +314,14 @@ def score_validation(
 
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
-    """Raise `Diverged` if a mean loss is not finite, or larger than that of any classifier."""
+    """Raise `Diverged` if a mean loss is not finite, or too large for a classifier that learns. `losses`: by name."""
     state, classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
     require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Collect the contents of the report, in addition to the scores."""
+    """Return the content of report.json except for the scores. `exports`: format -> its entry."""
     teacher = {}
     if run.config.distillation:
         address = locate_teacher(run.config.distillation.teacher, run.saver.address)

@@ -40,12 +40,12 @@ from trainer.monitoring.log import log
 from trainer.storage.local import delete_abandoned
 from trainer.storage.path import storage_path
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"reference": "is required", "log": "is required", "hours": "", "until": "", "output": ""}
 
 
 def parse_hours(text: str) -> float:
-    """Parse a number of hours; raise a ConfigError if it is not positive."""
+    """Parse the argument `hours`; raise a ConfigError if it is not a number above 0 and below a million."""
     with suppress(ValueError):
         if 0 < (hours := float(text)) < 10**6:
             return hours
@@ -53,7 +53,11 @@ def parse_hours(text: str) -> float:
 
 
 def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
-    """Parse a time in ISO 8601, by default the current one; raise a ConfigError if it is something else."""
+    """Parse the argument `key`, a time in ISO 8601, to UTC. It defaults to the current time.
+
+    Raises:
+        ConfigError: the argument is not a time in ISO 8601.
+    """
     if (text := arguments.get(key)) is None:
         return datetime.now(UTC)
     try:
@@ -65,9 +69,16 @@ def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
 
 
 def measure(reference_address: str, log_address: str, period: Period, output: str) -> list[Measure]:
-    """Measure the drift of the predictions of a log in a period, log the measures, and draw them in a PNG file.
+    """Measure the drift of logged predictions from a reference, log the measures, and plot them.
 
-    Raises the errors of `read_reference` and `read_log`.
+    Args:
+        reference_address: a run, its export, a SavedModel, a folder of versions, or a reference.json.
+        log_address: a file of predictions, or a folder of such files.
+        period: the predictions to measure.
+        output: the PNG file, local or gs://.
+
+    Raises:
+        TrainerError: the errors of `read_reference` and `read_log`.
     """
     reference = read_reference(reference_address)
     window, invalid = read_log(log_address, reference, period)
@@ -102,7 +113,7 @@ def main() -> None:
         )
         measured = measure(arguments["reference"], arguments["log"], period, output)
         if most_severe_level(measured) == "shifted":
-            shifted = ", ".join(each.name for each in measured if each.level == "shifted")
+            shifted = ", ".join(item.name for item in measured if item.level == "shifted")
             fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
             raise Drifted(f"{shifted} shifted from reference={arguments['reference']}", fix=fix)
 

@@ -1,17 +1,18 @@
-"""Errors that are explained to the user, and the exit codes of the process."""
+"""Errors that are reported to the user without a traceback, and the exit codes of the process."""
 
 from collections.abc import Iterable
 
 from trainer.names import escape_unprintable
 
+# Exit codes. A podFailurePolicy in k8s/ ends the Job after 2 and 3, and restarts the pod after 75.
 DONE = 0
-BUG = 1
+BUG = 1  # an unexpected exception
 WRONG_INPUT = 2  # the same command fails again
 GAVE_UP = 3
 DRIFTED = 4
 REFUSED = 5
 UNREADABLE = 6
-INTERRUPTED = 75  # the same command resumes
+INTERRUPTED = 75  # the same command resumes; EX_TEMPFAIL of sysexits.h
 
 
 class TrainerError(Exception):
@@ -19,9 +20,11 @@ class TrainerError(Exception):
 
     Attributes:
         problem: what is wrong: a predicate of `KEY=VALUE` ("is not a duration") or a sentence.
-        key: the configuration key, command-line argument or environment variable at fault; None if there is none.
-        value: the value of `key`; None omits it from the message.
+        key: configuration key, command-line argument or environment variable that has the problem; None if there is
+            none.
+        value: value of `key`; None omits it from the message.
         fix: what the user can do; None if there is no advice.
+        exit_code: exit code of the process.
     """
 
     exit_code = BUG
@@ -37,10 +40,10 @@ class TrainerError(Exception):
 
 
 class ConfigError(TrainerError):
-    """The configuration, an argument or an environment variable is wrong. A restart cannot help.
+    """The configuration, an argument or an environment variable is wrong. The same command fails again.
 
     Attributes:
-        faults: the errors that this one lists; empty if it is a single error.
+        faults: the errors that this error lists; empty if it is not a list.
     """
 
     exit_code = WRONG_INPUT
@@ -48,7 +51,7 @@ class ConfigError(TrainerError):
 
     @classmethod
     def of_faults(cls, faults: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
-        """Build one error that lists `faults`, one per line."""
+        """Build an error that lists `faults`, one per line. `subject` is the subject of its first line."""
         all_faults = tuple(faults)
         lines = "\n".join(f"  {fault}" for fault in all_faults)
         error = cls(f"{subject} has {len(all_faults)} fault{'s' * (len(all_faults) > 1)}:\n{lines}")
@@ -63,7 +66,7 @@ class DataError(TrainerError):
 
 
 class NoPredictions(DataError):
-    """The log of a served model has no predictions in a period."""
+    """The prediction log of a served model has no predictions in the period."""
 
 
 class ModelError(TrainerError):
@@ -73,19 +76,19 @@ class ModelError(TrainerError):
 
 
 class Diverged(TrainerError):
-    """The loss is not finite, or larger than that of any classifier. The same run would diverge again."""
+    """The loss is not finite, or too large for a classifier that learns. The same run would diverge again."""
 
     exit_code = WRONG_INPUT
 
 
 class Interrupted(TrainerError):
-    """The run stopped for an external cause, such as a lost worker or unavailable storage. The same command resumes."""
+    """The command stopped for an external cause: a lost worker, unavailable storage. The same command resumes."""
 
     exit_code = INTERRUPTED
 
 
 class StopRequested(Interrupted):
-    """The run stopped on a signal to this or another worker."""
+    """The command stopped because of a signal to this or another worker."""
 
 
 class GaveUp(TrainerError):
@@ -101,12 +104,12 @@ class Drifted(TrainerError):
 
 
 class Refused(TrainerError):
-    """A model is not promoted, as it is worse than the served one. A result, not a failure."""
+    """A model is not promoted, because it is worse than the served model. A result, not a failure."""
 
     exit_code = REFUSED
 
 
 class SomeUnreadable(TrainerError):
-    """Some of the images to predict cannot be read; the others are predicted. A result, not a failure."""
+    """Some of the images to predict cannot be read. The others are predicted. A result, not a failure."""
 
     exit_code = UNREADABLE

@@ -34,50 +34,56 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
+# Keys and groups of the run's configuration that an evaluation can change.
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 FRACTIONS = {"validation_fraction", "test_fraction"}
-# Keys of `data` that use only some of the examples, or correct them -> the value that uses all of them as they are.
+# Keys of `data` that select or correct examples -> the value that uses all examples without corrections.
 ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None, "corrections": None}
-# Keys that choose other data.
+# Keys and groups that choose another dataset.
 ADDRESSES = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
 
 
 def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunConfig, RunConfig | None]:
-    """Apply changes as `KEY=VALUE` or `GROUP=NAME` to `run_config`, the configuration of a run.
+    """Apply changes to the configuration of a run, to evaluate it.
+
+    Args:
+        run_config: config.yaml of the run as a mapping; it is modified.
+        changes: arguments such as "data.root=photos" or "data=tfds".
 
     Returns:
-        The configuration of the evaluation, and None. If the changes choose another dataset, the evaluation uses all of
-        it, except for fractions and limits among the changes. The second value is then the configuration that splits
-        and limits the dataset like the run's, for a moved copy of it; None if a fraction is among the changes.
+        The configuration of the evaluation, and None. If the changes choose another dataset, the fractions, limits and
+        corrections of the run do not apply to it; only those among the changes do. The second value is then the same
+        configuration with those of the run, in case the dataset is a moved copy of the run's dataset. It is None if a
+        fraction is among the changes.
 
     Raises:
-        ConfigError: an argument is invalid, or changes a key that an evaluation cannot change.
+        ConfigError: a change is invalid, or its key cannot be changed in an evaluation.
     """
     keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
-            near = suggest_key(key, [known for known in list_keys(RunConfig) if CHANGEABLE.fullmatch(known)])
+            suggestion = suggest_key(key, [name for name in list_keys(RunConfig) if CHANGEABLE.fullmatch(name)])
             fix = "change only data, runtime, training.batch_size and debug.max_examples"
-            fix = near if near.startswith("did") else fix
+            fix = suggestion if suggestion.startswith("did") else fix
             raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)
     composed = compose(changes)
     assert composed is not None, "no argument is one of Hydra's flags"
     if any(re.match(r"data\b", key) for key in keys):
-        run_config["debug"]["overfit"] = False  # the batch that the run trained on
+        run_config["debug"]["overfit"] = False  # True would evaluate only the batch that the run trained on
     run_data = dict(run_config["data"])
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group is applied before the keys in it
-        old, new = run_config, composed
+        target, source = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
-            old, new = old[parent], new[parent]
-        old[name] = new[name]
+            target, source = target[parent], source[parent]
+        target[name] = source[name]
     if "data" in keys and "data.orientation" not in keys:
         run_config["data"]["orientation"] = run_data.get(
             "orientation", "ignore"
         )  # part of the preprocessing that the model was trained with
-    if "data" in keys and "data.class_prefix" not in keys:  # the classes of the model have the shown names
+    if "data" in keys and "data.class_prefix" not in keys:  # so that its classes match those of the model
         run_config["data"]["class_prefix"] = run_data.get("class_prefix")
     if "data" in keys and "data.class_names" not in keys and isinstance(run_data.get("class_names"), dict):
         run_config["data"]["class_names"] = run_data["class_names"]
@@ -86,21 +92,22 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     if not ADDRESSES & set(keys):
         return config, None
     limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
-    as_run = {key: run_data[key] for key in limits if key in run_data}
-    moved: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | as_run})
-    if not limits.keys() >= FRACTIONS:  # a fraction is given; the other one is the run's
+    run_limits = {key: run_data[key] for key in limits if key in run_data}
+    moved: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | run_limits})
+    if not limits.keys() >= FRACTIONS:  # the changes set a fraction; the other fraction remains that of the run
         moved, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
     debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
     return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved
 
 
 def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str]:
-    """Prepend `data=SOURCE` to changes whose dataset requires another source than `source`, that of the run.
+    """Prepend `data=SOURCE` to the changes if their dataset has another source than that of the run, `source`.
 
-    Returns the changes, and a line that states what was chosen and why; "" if the source of the run is right.
+    Returns:
+        The changes, and a log line with the choice and its reason, "" if the source is that of the run.
     """
-    chosen, note = choose_source(changes)
-    return (chosen[1:], "") if note and chosen[0] == f"data={source}" else (chosen, note)
+    with_source, note = choose_source(changes)
+    return (with_source[1:], "") if note and with_source[0] == f"data={source}" else (with_source, note)
 
 
 def main() -> None:

@@ -1,21 +1,22 @@
-"""Rules for untrusted names: of files, folders, objects in a bucket, records and classes.
+"""Handle untrusted names of files, folders, objects in buckets, records and classes: escape, normalize, validate.
 
 A file name is a string with surrogate escapes (PEP 383), from which Python restores the bytes of the file system.
-`escape_unprintable` prepares it for display. A name from a listing, a record or a file becomes a local path only with
-`storage.local.join_inside`, which rejects the faults of `find_path_fault`. Every source normalizes its class names with
-`normalize_class_name`, and only normalized class names are written to files.
+`escape_unprintable` prepares a name for display. `storage.local.join_inside` converts a name from a listing, a record
+or a file to a local path, and rejects names for which `find_path_fault` returns a reason. Every dataset source
+normalizes its class names with `normalize_class_name`. Only normalized class names are written to files.
 """
 
 import re
 import unicodedata
 
-MAX_COMPONENT_BYTES = 255  # per path component, on all common file systems
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # can reorder the text on the screen
+MAX_COMPONENT_BYTES = 255  # limit of common file systems for a component of a path
+_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidirectional marks, which can reorder text
 _ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
-# A cell that begins like a formula of a spreadsheet, in full width too, or with the mark that `encode_cell` adds.
+# A cell that a spreadsheet would take for a formula (also by a full-width character), or that begins with the quote
+# that `encode_cell` adds.
 _BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
 _FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
-# In countries with a decimal comma a cell ends at ";", in quotes too if they do not begin the line.
+# Where the decimal separator is a comma, spreadsheets separate cells at ";", even in quotes that do not begin the line.
 _FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
 _ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
@@ -30,7 +31,7 @@ def _escape(character: str) -> str:
 def escape_unprintable(text: str) -> str:
     r"""Escape line breaks, control characters, bidirectional marks, and bytes that are not UTF-8 (as "\xe9").
 
-    The result fits on one line and can be encoded as UTF-8. The function is idempotent.
+    The result is a single line that can be encoded as UTF-8. To escape it again does not change it.
     """
     if text.isprintable() and not _BIDI.search(text):
         return text
@@ -38,37 +39,38 @@ def escape_unprintable(text: str) -> str:
 
 
 def normalize_class_name(name: str) -> str:
-    """Escape unprintable characters, normalize to NFC, and strip spaces at both ends, which TFDS strips too.
+    r"""Return the name of a class with unprintable characters escaped, in Unicode NFC, without spaces at its ends.
 
-    A byte order mark at an end, as of the first cell of some CSV files, counts as a space.
+    TFDS strips these spaces too. A byte order mark, with which some CSV files begin, counts as a space. The name of a
+    class without any other character becomes "\x20".
     """
     return _ENDS.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
 
 
 def encode_cell(name: str) -> str:
-    """Escape a name for a CSV cell, with a ' where a spreadsheet would begin to compute it as a formula."""
+    """Escape a name for a CSV cell: unprintable characters, and a ' before anything that would be a formula."""
     text = _FORMULA_IN_NAME.sub(r"\1'", escape_unprintable(name))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def decode_cell(cell: str) -> str:
-    """Return the printable name that `encode_cell` wrote."""
+    """Return the escaped name from a cell that `encode_cell` wrote, without the quotes against formulas."""
     return _ESCAPED_IN_NAME.sub(r"\1", cell.removeprefix("'"))
 
 
 def make_file_stem(text: str) -> str:
-    """Convert any text to a file stem of at most 100 bytes, of letters, digits, ".", "-" and "_"."""
+    """Convert any text to a file stem of at most 100 bytes: letters and digits of any language, ".", "-" and "_"."""
     stem = re.sub(r"[^\w.-]+", "-", text)
     return stem.encode()[:100].decode(errors="ignore")
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text has no surrogate escapes, which represent other bytes in arguments and file names."""
+    """Return whether a text can be encoded as UTF-8: it has no surrogates, by which Python represents other bytes."""
     return encode_utf8(text).decode() == text
 
 
 def encode_file_name(text: str) -> bytes:
-    """Restore the bytes that the file system has for a file name."""
+    """Return the bytes of a file name in the file system."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -78,7 +80,7 @@ def encode_utf8(content: bytes | str) -> bytes:
 
 
 def find_path_fault(name: str) -> str | None:
-    """Return why a "/"-separated name cannot be a file below a folder; None if it can."""
+    """Return the reason why a relative name such as "a/b.jpg" cannot be a file in a folder, or None if it can."""
     components = name.split("/")
     if name.startswith("/"):
         return "it begins with a slash"

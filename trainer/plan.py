@@ -29,7 +29,7 @@ from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.storage.base import request_deadline
 
-BUCKET_DEADLINE_SECONDS = 30.0  # per request, retries included; a run waits longer
+BUCKET_DEADLINE_SECONDS = 30.0  # for a request with its retries; shorter than for a run, since a user is waiting
 
 
 def main() -> None:

@@ -45,12 +45,12 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log, log_unbuffered
 
-USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")
-USED_KEYS_OF_WEIGHTS = re.compile(r"runtime\..+")
+USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")  # configuration keys that are read
+USED_KEYS_OF_WEIGHTS = re.compile(r"runtime\..+")  # those that are read with weights=...
 
 
 def _exit_on_signal(signum: int, _frame: object) -> None:
-    """Exit at once; finished shards remain."""
+    """Exit immediately. Finished shards remain, so the same command continues."""
     reason = f"{signal.Signals(signum).name}; start the same command again to write what is missing"
     log_unbuffered(f"interrupted: {reason}")
     termination.write(INTERRUPTED, reason)
@@ -69,12 +69,13 @@ def main() -> None:
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {format_usage(__doc__)}")
         config = load(composed)
-        given = list_given_keys(overrides)
-        require_read(config, given - {"data.split_seed", "data.shards"})  # the seed orders the records of every source
+        explicit_keys = list_given_keys(overrides)
+        # With every source, data.split_seed orders the records that are written.
+        require_read(config, explicit_keys - {"data.split_seed", "data.shards"})
         used, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")
-        if unread := sorted(key for key in given if not used.fullmatch(key)):
+        if unread_keys := sorted(key for key in explicit_keys if not used.fullmatch(key)):
             problem = f"is not read by trainer.prepare{suffix}"
-            raise ConfigError.of_faults(ConfigError(problem, key=key, fix="remove it") for key in unread)
+            raise ConfigError.of_faults(ConfigError(problem, key=key, fix="remove it") for key in unread_keys)
         configure_log(config.runtime)
         part = parse_job_part(os.environ)
         start_monitoring(config, *part)
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def _write_weights(names: str, output: str) -> None:
-    """Write the weights of the named backbones, and log how to train with them."""
+    """Write the ImageNet weights of backbones, and log how to train with them. `names`: the argument `weights`."""
     from trainer.models.weights_folder import prepare_weights  # imports TensorFlow
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress

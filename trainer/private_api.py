@@ -1,8 +1,8 @@
 """All uses of private APIs of other libraries.
 
 A library can rename or remove a private name in any release without notice. Therefore each use is a function in this
-module, and no other module uses a private name. `tests/test_private_api.py` tests every row of these tables on the
-installed versions. After an incompatible upgrade it fails and prints the library, its version and the name.
+module, and no other module uses a private name. `tests/test_private_api.py` tests every row of these tables with the
+installed versions. After an incompatible upgrade, it fails and prints the library, its version and the name.
 
 Private names, with the function that wraps each:
 
@@ -46,7 +46,10 @@ from typing import Any
 
 
 def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], Callable[..., Any]]) -> Any:
-    """Compute the outputs of a functional `keras.Model`, calling `operation_fn(operation)` for each operation."""
+    """Compute the outputs of a functional `keras.Model` from `inputs`, with other functions as its operations.
+
+    `operation_fn(operation)` returns the function that is called with the inputs of the operation.
+    """
     return network._run_through_graph(inputs, operation_fn=operation_fn)
 
 
@@ -56,62 +59,62 @@ def get_producer(tensor: Any) -> Any:
 
 
 def get_variable_index(optimizer: Any, variable: Any) -> int:
-    """Return the index of a variable in the list with which the optimizer was built."""
+    """Return the index of a variable in the list of variables with which the optimizer was built."""
     return optimizer._get_variable_index(variable)
 
 
 def swap_class(layer: Any, cls: type) -> None:
-    """Change the class of a layer to a base class or subclass without more state. Its variables do not change."""
+    """Change the class of a layer to a base class, or to a subclass that adds no state. Its variables do not change."""
     layer.__class__ = cls
 
 
-class _FoundDownload(Exception):
-    """Ends the build of a network at its first download."""
+class _DownloadRequested(Exception):
+    """Ends `build` in `find_download` at its first download."""
 
 
 def find_download(build: Callable[[], Any]) -> tuple[str, str] | None:
-    """Return the file name and the URL of the first file that `build` would download with Keras; None if there is none.
+    """Return the file name and the URL of the first file that `build` would download with Keras, or None.
 
-    Nothing is downloaded. Not thread-safe.
+    `build` is called, but nothing is downloaded. Not thread-safe.
     """
     from keras.src.utils import file_utils
 
     def report(fname: str, origin: str, **_: Any) -> None:
-        raise _FoundDownload(fname, origin)
+        raise _DownloadRequested(fname, origin)
 
-    original, file_utils.get_file = file_utils.get_file, report
+    original_get_file, file_utils.get_file = file_utils.get_file, report
     try:
-        with warnings.catch_warnings():  # Keras warns of an image size that has no weights of its own
+        with warnings.catch_warnings():  # Keras warns if there are no weights for the image size
             warnings.simplefilter("ignore")
             build()
-    except _FoundDownload as download:
+    except _DownloadRequested as download:
         name, url = download.args
         return name, url
     finally:
-        file_utils.get_file = original
+        file_utils.get_file = original_get_file
     return None
 
 
 def get_library_class(layer: Any) -> type:
-    """Return the class of a layer, or its nearest base class outside this package."""
+    """Return the class of a layer, or its nearest base class that this package does not define."""
     return next(cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] != __package__)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow, TensorBoard
 
-_ALL_TO_ALL_GROUP = 1 << 20  # a strategy numbers its groups from 1
+_ALL_TO_ALL_GROUP = 1 << 20  # group key that no strategy uses, because strategies count their groups from 1
 
 
 def make_saved_model_proto() -> Any:
-    """Make an empty `SavedModel` message, into which a `saved_model.pb` can be parsed."""
+    """Return an empty `SavedModel` message, into which a `saved_model.pb` can be parsed."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     return SavedModel()
 
 
 def advance_function_numbers(number: int) -> None:
-    """Advance the counter in the names of TensorFlow's functions to `number`, unless it is larger already."""
+    """Advance the counter in the names of TensorFlow's functions to at least `number`."""
     from tensorflow.python.framework.ops import uid
 
     while uid() < number:
@@ -119,10 +122,15 @@ def advance_function_numbers(number: int) -> None:
 
 
 def all_to_all(rows: Any, replicas: int, key: int) -> Any:
-    """Send row i of `rows`, [replicas, ...], to replica i, and return the rows that all replicas send to this one.
+    """Send row i of `rows`, [replicas, ...], to replica i. Return the rows that the replicas send to this one.
 
-    Must be called in the replica context of a `MultiWorkerMirroredStrategy` with one replica per worker. `key`, the
-    same on all workers, identifies the call: all calls with one key have the same shape.
+    Must be called in the replica context of a `MultiWorkerMirroredStrategy` with one replica per worker.
+
+    Args:
+        key: identifies the call, the same on all workers. All calls with the same key must have the same shape.
+
+    Returns:
+        A tensor [replicas, ...], whose row i is from replica i.
     """
     from tensorflow.python.ops.collective_ops import all_to_all_v2
 
@@ -130,7 +138,7 @@ def all_to_all(rows: Any, replicas: int, key: int) -> Any:
 
 
 def make_session_end_summary(session_end_info: Any) -> Any:
-    """Make the `Summary` message of a `SessionEndInfo`, which completes a run's row on TensorBoard's HParams page."""
+    """Return the `Summary` message of a `SessionEndInfo`, which completes a run's row on TensorBoard's HParams page."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 
     data = plugin_data_pb2.HParamsPluginData(session_end_info=session_end_info)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def _load_model(export: Export) -> ServedModel:
-    """Import TensorFlow and load the export, in a thread while the server already listens."""
+    """Import TensorFlow and load the export. The server calls this in a thread while it already listens."""
     with suppress_import_noise():
         from trainer.serving.model import ServedModel
     return ServedModel(export)

@@ -1,4 +1,4 @@
-"""One training run, from the configuration to the report and the exported models. Read it top to bottom.
+"""Train a run on this worker, from the configuration to the report and the exported models. Read it top to bottom.
 
 set up -> restore -> plan -> per phase: freeze, open inputs, train and validate epochs -> test, export, report
 """
@@ -67,18 +67,18 @@ from trainer.training.state import RunState
 from trainer.training.step import require_finite
 from trainer.types import choose_scored_split
 
-AFTER_TRAINING = "after the end of training"
+AFTER_TRAINING = "after the end of training"  # completes the message of a stop request
 
 
 def train_run(
     config: RequestedConfig, folder: RunFolder, control: ControlChannel, stop: StopFlag, process_started: float
 ) -> None:
-    """Train, evaluate, export and report, or resume the run in `folder`. Every worker of the run calls this.
+    """Train, evaluate, export and report. Resume the run if `folder` has a checkpoint. All workers must call this.
 
     `process_started` is time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: the run failed or was stopped. Its `exit_code` is that of the process.
+        TrainerError: the run failed or was stopped. The process should exit with the `exit_code` of the error.
     """
     with abandon_on_error(folder, control):
         run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)
@@ -89,10 +89,10 @@ def train_run(
         run.plan = make_plan(run, features, compiled, teacher, sharding)
         with run.clock.span("train"):
             while run.state.phase < len(run.config.phases):
-                if run.worker.should_stop("before a phase"):  # compiling can take longer than the grace period
+                if run.worker.should_stop("before a phase"):  # as compiling can take longer than the grace period
                     raise_stopped(run, "between phases")
                 train_phase(run, list(run.config.phases)[run.state.phase], restored)
-                restored = {}
+                restored = {}  # later phases begin with the phase weights
         with run.clock.span("finish"):
             finish(run)
 
@@ -106,16 +106,18 @@ def set_up(
 ) -> tuple[RunContext, dict[str, Division], list[str], int]:
     """Open the dataset, configure the devices, build the model, and divide its layers into trunk and tail per phase.
 
-    Returns also the reasons for the choices of `auto` values, and the bytes of the process before the model was built.
+    Returns:
+        The run; the division of each phase, by name; a line per resolved `auto` value with the reason; and the resident
+        memory of the process before the model was built, in bytes.
     """
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
     saver = Saver(folder, control, requested.runtime.keep_checkpoints)
-    has_checkpoint = saver.broadcast_newest(folder.resuming)  # else the initial weights are needed
+    has_checkpoint = saver.broadcast_newest(folder.resuming)  # the checkpoint substitutes the initial weights
     model = without_weights(requested.model) if has_checkpoint else locate_weights(requested.model)
-    needed = requested.model_copy(update={"model": model})
-    data = open_run_data(needed, log.info, lambda address: stop.check(f"while fetching {address}"))
+    to_fetch = requested.model_copy(update={"model": model})
+    data = open_run_data(to_fetch, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
     counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
@@ -124,12 +126,12 @@ def set_up(
     control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": [*dataset.class_names]} | examples)
     if control.is_chief:
         folder.check_data(dataset)
-    # First the `auto` values, then the devices (before the first tensor), then the model under the strategy.
+    # The order matters: `auto` values depend on the devices, which are configured before the first tensor is created.
     replicas = choose_devices(requested.runtime, control.size)[1]
     config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device(), replicas * control.size)
-    folder.config = config  # for config.yaml, with the requested batch size
-    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
-    config, limited = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
+    folder.config = config  # config.yaml gets the batch size before it is limited
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # check
+    config, limit_reason = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
     health.set_activity("building the model")
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
@@ -140,8 +142,8 @@ def set_up(
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
     log.info(f"model: {config.model.backbone} ({config.model.weights}) at {classifier.image_size} px")
-    if limited and control.is_chief:
-        log.warning(f"warning: {limited}")
+    if limit_reason and control.is_chief:
+        log.warning(f"warning: {limit_reason}")
     chief_folder = folder.path if control.is_chief else None
     run = RunContext(
         config=config,
@@ -157,14 +159,14 @@ def set_up(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Restore, begin and plan
+# Restore and plan
 
 
 def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None]:
-    """Load the weights of this run's newest checkpoint, or else of `warm_start`. Writes no file.
+    """Load the weights of the run's newest checkpoint, or of `warm_start` if there is none. No file is written.
 
-    Returns the variables of this run's checkpoint by name, for the optimizer of the current phase, and its sharding; {}
-    and None if there is none. Raises ConfigError if the workers of this start cannot continue its epoch.
+    Returns the variables of the checkpoint by name, among them those of the optimizer, and its sharding for this start;
+    {} and None without a checkpoint. Raises a ConfigError if this start has another sharding and cannot resume with it.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     sharding: ShardingPlan | None = None
@@ -186,9 +188,9 @@ def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division], baseline: int
 ) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
-    """Choose the input of each phase and whether XLA compiles it, load the teacher, log warnings. Writes no file.
+    """Choose the input of each phase and whether XLA compiles its step, load the teacher, and log warnings.
 
-    Raises ConfigError if the run does not fit into the memory.
+    No file is written. `baseline` is the last result of `set_up`. Raises a ConfigError if the memory is too small.
     """
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
     settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
@@ -204,9 +206,9 @@ def choose_inputs(
 
 
 def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[str, Any]], advice: list[str]) -> None:
-    """Record the start in the folder, and delete results there that are newer than the checkpoint.
+    """Record the start in the folder, and discard the metrics and checkpoints that are newer than the restored one.
 
-    This is the first change of the folder by a start.
+    A start does not change the folder before this. `of_phases`: the fields of run.json that have a value per phase.
 
     Raises:
         GaveUp: too many restarts without progress.
@@ -224,7 +226,7 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.set_aside_after(step)
         if step:
-            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping
+            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # at the end the last one
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
@@ -239,7 +241,7 @@ def make_plan(
     run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None,
     sharding: ShardingPlan | None,
 ) -> RunPlan:  # fmt: skip
-    """Choose how workers shard the data, and compute what the teacher predicts in advance."""
+    """Choose how the workers shard the data, create the scorer, and compute the teacher's soft labels if possible."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     health.set_activity("opening the training images")
     cache = "features" if images.train_images_read_once else images.split("train").cached_in  # opens it on all workers
@@ -263,7 +265,7 @@ def make_plan(
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Set the trainable layers, train until the last step or early stopping, and load the phase weights."""
+    """Freeze layers, assign the `restored` variables, train to the last step or early stopping, load phase weights."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -278,7 +280,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.is_out_of_patience(state, phase.early_stopping)
 
-    epoch_is_complete = state.epoch_step == 0  # False if stopped before the validation of the epoch
+    epoch_is_complete = state.epoch_step == 0  # False if the last start stopped before the validation of the epoch
     if not (epoch_is_complete and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
@@ -304,9 +306,9 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
 
 
 def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
-    """Load the phase weights that `training.keep` selects, and advance the state to the next phase.
+    """Load the phase weights (best or last, by `training.keep`), and advance the state to the next phase.
 
-    With `training.validation_share` below 1 they are scored on the whole validation split. A restart repeats that.
+    If `training.validation_share` is below 1, score them on the whole validation split first.
     """
     state, training = run.state, run.config.training
     best = early_stopping.find_best_step(state, run.config.phases[name].early_stopping)
@@ -314,13 +316,13 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     selected = best if training.keep == "best" else state.step
     step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
     variables.assign_values(run.classifier.variables, weights, f"checkpoint step {step}")
-    whole: dict[str, float] | None = {}
+    full_scores: dict[str, float] | None = {}
     if training.validation_share < 1:
         log.info(f"phase {name}: scoring the {training.keep} weights on the whole validation split")
-        whole = score_validation(run, run.scorer, run.images.split("validation"))
-    if whole is None:
+        full_scores = score_validation(run, run.scorer, run.images.split("validation"))
+    if full_scores is None:
         raise_stopped(run, f"at the end of phase {name}")
-    summary, entry = early_stopping.summarize_phase(state, name, step, whole)
+    summary, entry = early_stopping.summarize_phase(state, name, step, full_scores)
     state.finished[name] = summary | {"trainable_parameters": count_parameters(thaw.trainable.values())}
     epoch = f"epoch {entry['epoch']}{', averaged' if training.ema else ''}"
     for line in early_stopping.describe_phase_end(name, summary, entry, f"the {training.keep} weights", epoch):
@@ -334,25 +336,23 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
 
 
 def train_epoch(run: RunContext, current: PhaseRun) -> None:
-    """Run the remaining steps of an epoch.
-
-    Logs at each interval, saves a checkpoint when one is due, and stops on request.
+    """Run the remaining steps of an epoch: log at each interval, and save a checkpoint when one is due.
 
     Raises:
         DataError: an example cannot be read.
         Diverged: the loss is not finite, or larger than that of any classifier.
-        StopRequested: after saving a checkpoint, except if this worker is one of several and was waiting for shards.
+        StopRequested: a stop was requested. A checkpoint is saved, except if one of several workers waits for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
     steps_per_epoch = run.plan.sharding.steps_per_epoch
-    left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
+    steps_left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
     log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
     profile_steps = run.config.debug.profile_steps
-    began, waited = time.monotonic(), 0.0
-    while left > 0:
+    start, waited = time.monotonic(), 0.0
+    while steps_left > 0:
         run.metrics.profile(state.step, profile_steps)
         traced = current.step.traced
-        count = min(runtime.steps_per_call if traced else 1, left, log_every - state.step % log_every,
+        count = min(runtime.steps_per_call if traced else 1, steps_left, log_every - state.step % log_every,
             count_steps_to_profile(state.step, profile_steps))  # fmt: skip
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
         slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
@@ -360,18 +360,18 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             try:
                 shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
             except StopRequested:
-                if run.worker.size > 1:  # without a checkpoint, since peers can be in a step that needs this worker
+                if run.worker.size > 1:  # no checkpoint, because peers may be in a step that waits for this worker
                     raise
                 save_and_stop(run, current)
             sums, batches_waited, stopped = current.step.run(current.batches, count, state.step, state.phase_step)
             run.clock.add_wait(batches_waited + shards_waited)
         # A stop request can end the call after fewer than `count` steps.
         waited += batches_waited + shards_waited
-        taken = len(sums)
-        left -= taken
-        state.step += taken
-        state.phase_step += taken
-        state.epoch_step += taken
+        steps_run = len(sums)
+        steps_left -= steps_run
+        state.step += steps_run
+        state.phase_step += steps_run
+        state.epoch_step += steps_run
         health.record_steps(state.step, state.epoch + 1)
         if not traced:
             show_phase(run, current.name, current.total_steps)
@@ -380,35 +380,35 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             state.sums = [a + float(b) for a, b in zip(state.sums, step_sums, strict=True)]
             state.interval = [a + float(b) for a, b in zip(state.interval, step_sums, strict=True)]
         state.images += float(sums[:, 2].sum())
-        if state.step % log_every == 0 or left == 0:
+        if state.step % log_every == 0 or steps_left == 0:
             loss, correct, examples = state.interval
             learning_rate = float(current.schedule(state.phase_step - 1))
-            if examples:  # else all images of these steps were skipped
+            if examples:  # 0 if all images of these steps were skipped as unreadable
                 entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
                          "accuracy": correct / examples, "learning_rate": learning_rate}  # fmt: skip
                 goodput, mean_rate = run.clock.goodput, run.clock.images_per_second(state.images)
-                run.metrics.write_interval(entry, examples, time.monotonic() - began, waited, goodput, mean_rate)
+                run.metrics.write_interval(entry, examples, time.monotonic() - start, waited, goodput, mean_rate)
                 require_plausible_losses(run, current, {"loss": loss / examples})
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
-            if left and is_checkpoint_due(run) and not stopped:
+            if steps_left and is_checkpoint_due(run) and not stopped:
                 save(run, current)
-            began, waited = time.monotonic(), 0.0
+            start, waited = time.monotonic(), 0.0
         if stopped:
             save_and_stop(run, current)
     run.metrics.profile(state.step, profile_steps)
 
 
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
-    """Score the validation split; return its history entry and whether it is the best one of the phase so far.
+    """Score the validation split, by the averaged weights if `training.ema` is set.
 
-    With `training.ema` the averaged weights are scored.
+    Returns the epoch's entry of `RunState.history`, and whether the epoch is the best one of the phase so far.
     """
     state, inputs = run.state, current.inputs
-    began, (loss, correct, examples) = time.monotonic(), state.sums
-    run.images.gather_unreadable(run.worker.control)  # each worker knows those of its shard
+    start, (loss, correct, examples) = time.monotonic(), state.sums
+    run.images.gather_unreadable(run.worker.control)  # each worker has detected only those of its own shard
     run.images.require_readable()
-    if not examples:  # the phase ends soon after the epoch begins
+    if not examples:  # possible if the phase ends a few steps after the epoch begins
         problem = f"no image of epoch {state.epoch + 1} (phase {current.name}, {state.epoch_step} steps) could be read"
         raise DataError(problem, fix=f"repair the images, or make phases.{current.name} longer")
     with current.step.averaged_weights():
@@ -421,7 +421,7 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
     require_plausible_losses(run, current, {"val_loss": scores["val_loss"]})
     is_best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
-    run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - began}, is_best)
+    run.metrics.write_epoch(entry, {"seconds": seconds, "validation_seconds": time.monotonic() - start}, is_best)
     return {**entry, "seconds": seconds}, is_best
 
 
@@ -430,7 +430,7 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
 
 
 def save(run: RunContext, current: PhaseRun) -> None:
-    """Commit a checkpoint of the current state. The chief writes it, and the other workers return at once."""
+    """Save a checkpoint of the current state. Only the chief writes; the other workers return immediately."""
     state = run.state
     with run.clock.span("checkpoint", "saving a checkpoint"):
         state.train_seconds = run.clock.seconds["train"]
@@ -440,7 +440,7 @@ def save(run: RunContext, current: PhaseRun) -> None:
 
 
 def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
-    """Save a checkpoint unless this step has one, wait on all workers until it is published, raise StopRequested."""
+    """Save a checkpoint unless this step has one, wait until it is published, raise StopRequested on all workers."""
     if run.saver.saved_step != run.state.step:
         save(run, current)
     run.saver.publisher.wait()
@@ -453,13 +453,14 @@ def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
 
 
 def finish(run: RunContext) -> None:
-    """Score the test split, export, verify, report, and write DONE. A restart repeats all of this.
+    """Score the test split, export and verify the model, write the report, and write DONE.
 
-    All workers score. Then the other workers wait while the chief exports and writes.
+    All workers score. Then the other workers wait until the chief has exported and written. A restart repeats all this.
 
     Raises:
-        StopRequested: the next start repeats this function.
+        DataError: an example cannot be read.
         ModelError: an export lost too much accuracy. All results are written, but not DONE.
+        StopRequested: a stop was requested. The next start repeats this function.
     """
     # Imported here, because SciPy and matplotlib would delay the first training step by seconds.
     from trainer.exporting.export import export_classifier
@@ -507,7 +508,7 @@ def finish(run: RunContext) -> None:
     clock.write()
     run.metrics.flush()
     health.set_activity("publishing")
-    if any(facts["refused"] for facts in exports.values()):
+    if any(entry["refused"] for entry in exports.values()):
         saver.publisher.publish_results()
         run.metrics.stop_display()
         log_summary(report, saver.address)

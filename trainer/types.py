@@ -1,4 +1,4 @@
-"""Types that several packages exchange: dataset, batch, predictions and scores."""
+"""Types that several packages use: device, dataset, batch, predictions and scores."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-FINGERPRINT_KINDS = ("content", "sample", "ends")  # the bytes of each file that are hashed, most thorough kind first
+# Which bytes of each file a fingerprint hashes, the most thorough kind first.
+FINGERPRINT_KINDS = ("content", "sample", "ends")
 LogMessage = Callable[[str], None]  # logs a line
-Orientation = Literal["exif", "ignore"]  # exif: images are turned upright
+Orientation = Literal["exif", "ignore"]  # exif: images are turned upright by their EXIF orientation
 Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
 
 
 @dataclass(frozen=True)
 class Device:
-    """The processor that a replica computes on; of several different GPUs, what all of them have."""
+    """The processor on which a replica computes. For GPUs that differ, the properties that all of them have."""
 
     kind: Literal["CPU", "GPU"] = "CPU"
-    name: str = ""
+    name: str = ""  # such as "NVIDIA H200"
     compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
-    memory: int | None = None  # bytes of a GPU; None if unknown
+    memory: int | None = None  # memory of a GPU in bytes; None if unknown
 
     def describe(self, count: int = 1) -> str:
-        """Describe devices of this kind: one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)."""
-        facts = self.name
+        """Describe `count` such devices: "one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)"."""
+        properties = self.name
         if self.compute_capability:
-            facts += ", compute capability {}.{}".format(*self.compute_capability)
+            properties += ", compute capability {}.{}".format(*self.compute_capability)
         if self.memory:
-            facts += f", {self.memory / 2**30:.1f} GiB"
+            properties += f", {self.memory / 2**30:.1f} GiB"
         devices = f"{count} {self.kind}s" if count > 1 else f"one {self.kind}"
-        return f"{devices} ({facts})" if facts else devices
+        return f"{devices} ({properties})" if properties else devices
 
 
 CPU = Device()
@@ -43,7 +44,7 @@ CPU = Device()
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file with `count` records, of which a split uses the indices [`start`, `stop`)."""
+    """A TFRecord file with `count` records, of which a split uses the records `start` to `stop` - 1."""
 
     path: str
     count: int
@@ -55,14 +56,14 @@ class Shard:
 class Split:
     """The examples of one split, with indices 0 to `count` - 1.
 
-    Either `files` lists one image file per example, or the records in `shards` are the examples, in order.
+    Either `files` has the image file of each example, or the examples are the records of `shards`, in their order.
     """
 
     name: str  # train | validation | test
-    labels: np.ndarray  # int32 [count]
+    labels: np.ndarray  # class index of each example, int32 [count]
     files: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
-    image_field: str = "image"
+    image_field: str = "image"  # field of the records with the encoded image
     orientation: Orientation = "exif"
     groups: tuple[str, ...] | None = None  # data.group_field of each example; None if it was not read
 
@@ -71,14 +72,14 @@ class Split:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an example, or its shard and record index as `PATH#RECORD`, escaped for display."""
+        """Return the image file of an example, or its record as "PATH#INDEX", with unprintable characters escaped."""
         if self.files:
             return escape_unprintable(self.files[index])
         path, record = self.record_of(index)
         return f"{escape_unprintable(path)}#{record}"
 
     def record_of(self, index: int) -> tuple[str, int]:
-        """Return the shard path of an example, and its record index in the shard."""
+        """Return the path of the shard that has an example, and the index of its record in that shard."""
         for shard in self.shards:
             if index < shard.stop - shard.start:
                 return shard.path, shard.start + index
@@ -92,32 +93,33 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split]  # train, and validation and test if there are any
-    fingerprint: str  # the most thorough of `fingerprints`
+    splits: dict[str, Split]  # by name: train, and optionally validation and test
+    fingerprint: str  # value of the most thorough kind in `fingerprints`
     skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
     notes: tuple[str, ...] = ()  # log lines about the dataset: class imbalance, an empty split, ...
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # kind -> hash of names, labels, sizes and checksums
 
 
 def require_fingerprint(value: object) -> None:
-    """Raise a ValueError unless a value of run.json is the fingerprint of data: a text, or texts by kind."""
+    """Raise a ValueError unless a value from run.json is a fingerprint of data: a string, or strings by kind."""
     hashes = list(value.values()) if isinstance(value, dict) else [value]
     if not hashes or not all(isinstance(text, str) for text in hashes):
         raise ValueError("data_fingerprint has no text")
 
 
 def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
-    """Return whether run.json recorded the same dataset, by the most thorough hash that both have.
+    """Return whether `recorded` is the fingerprint of a dataset, by the most thorough kind that both have.
 
-    Older versions recorded a single hash, of kind "ends".
+    Args:
+        recorded: the fingerprint in run.json, by kind, or a string of kind "ends" if an older version wrote it.
     """
-    earlier = {"ends": recorded} if isinstance(recorded, str) else recorded
-    common = [kind for kind in FINGERPRINT_KINDS if kind in earlier and kind in dataset.fingerprints]
-    return bool(common) and earlier[common[0]] == dataset.fingerprints[common[0]]
+    recorded_hashes = {"ends": recorded} if isinstance(recorded, str) else recorded
+    common = [kind for kind in FINGERPRINT_KINDS if kind in recorded_hashes and kind in dataset.fingerprints]
+    return bool(common) and recorded_hashes[common[0]] == dataset.fingerprints[common[0]]
 
 
 class Batch(TypedDict):
-    """The examples of one replica for one step. b is the batch size per replica, S the image side in pixels."""
+    """The examples of one replica for one step. b: batch size per replica. S: height and width of images in pixels."""
 
     image: tf.Tensor  # uint8 [b, S, S, 3], or cached features of the frozen layers
     label: tf.Tensor  # int32 [b]
@@ -131,28 +133,28 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Scored:
-    """A network's predictions for examples of a split, ordered by example index."""
+    """The predictions of a network for n examples of a split, ordered by example index."""
 
     split: str
     indices: np.ndarray  # int64 [n]: example index in the split
-    labels: np.ndarray  # int32 [n]
+    labels: np.ndarray  # int32 [n]: class index
     probabilities: np.ndarray  # float32 [n, classes]
-    losses: np.ndarray | tuple[()] = ()  # float32 [n], cross-entropy of the logits, if they were computed
+    losses: np.ndarray | tuple[()] = ()  # float32 [n]: cross-entropy of the logits; () if not computed
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The scores of a classifier on one split, and the predictions that they summarize."""
+    """The scores of a classifier on a split, and the predictions from which they are computed."""
 
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
-    names: tuple[str, ...]  # file or record of each example
+    names: tuple[str, ...]  # `Split.name_of` each example
     metrics: dict[str, object]  # name -> value: accuracy, loss, per-class scores, ...
-    sources: tuple[str, ...] = ()  # file name that the record of each example stores, "" for none; () if no record does
+    sources: tuple[str, ...] = ()  # file name in the record of each example, "" if it has none; () if no record has one
 
 
 def choose_scored_split(splits: Container[str]) -> str:
-    """Return the split that is scored at the end: test, or validation if there is no test split."""
+    """Return the split for the final scores: "test", or "validation" if there is no test split."""
     return "test" if "test" in splits else "validation"

@@ -6,8 +6,9 @@
     result.report["test"]["accuracy"]
     result.predict("new_photos").labels
 
-Training and evaluation run `python -m trainer` and `python -m trainer.evaluate` in a process of their own, predictions
-in this one. docs/api.md describes it. Errors are those of `trainer.errors`, and `CommandFailed`.
+Training and evaluation run `python -m trainer` and `python -m trainer.evaluate` in child processes; predictions are
+computed in this process. Errors are subclasses of `trainer.errors.TrainerError`, such as `CommandFailed`. See
+docs/api.md.
 """
 
 from trainer.api.processes import CommandFailed, run_command
@@ -23,11 +24,16 @@ __all__ = ["CommandFailed", "Predictions", "Report", "Result", "load", "open_run
 
 
 def load(*overrides: str) -> RequestedConfig:
-    """Compose and validate the configuration of a run from arguments as those of `python -m trainer`; train nothing.
+    """Compose and validate the configuration of a run without training it.
 
-    Raises ConfigError with all faults.
+    Args:
+        overrides: the arguments of `python -m trainer`, such as "data.root=photos"; no options such as "--cfg".
+
+    Raises:
+        ConfigError: the configuration is wrong; the error lists all its faults.
+        DataError: `data.root` is not a supported dataset.
     """
-    if option := next((text for text in overrides if text.startswith("-")), None):
+    if option := next((argument for argument in overrides if argument.startswith("-")), None):
         raise ConfigError("is an option of the command line", key=option, fix="give KEY=VALUE or GROUP=NAME")
     arguments, _ = choose_source(list(overrides))
     composed = compose(arguments)
@@ -36,18 +42,21 @@ def load(*overrides: str) -> RequestedConfig:
 
 
 def train(*overrides: str, show_log: bool = True) -> Result:
-    """Train, resume or confirm the run that the arguments configure, in a process of its own, and wait for its end.
+    """Train or resume a run in a child process, wait for it to end, and return its results.
 
-    It is one process on this machine: variables of the environment that describe several workers are not passed on.
-    Ctrl-C, or the interruption of a notebook's cell, stops the run after a checkpoint; the same call resumes it.
+    A run that is already finished is not trained again. The run has a single worker on this machine: environment
+    variables that describe a cluster are not passed to it. Ctrl-C, or interrupting a notebook's cell, makes the run
+    save a checkpoint and stop; the same call resumes it.
 
     Args:
-        overrides: as those of `python -m trainer`. Without `output_dir` a new folder below outputs/ is used.
+        overrides: the arguments of `python -m trainer`. `output_dir` defaults to a new folder below outputs/.
         show_log: print the log of the run to `sys.stdout`.
 
     Raises:
         ConfigError: the configuration is wrong; no process was started.
-        CommandFailed: the run ended with another exit code than 0, which it has as `exit_code`.
+        DataError: `data.root` is not a supported dataset; no process was started.
+        CommandFailed: the exit code of the run is not 0; the error has it as `exit_code`.
+        KeyboardInterrupt: the call was interrupted; the run has stopped.
     """
     config, arguments = load(*overrides), list(overrides)
     address = config.output_dir

@@ -1,4 +1,4 @@
-"""Run a command of this package in a process of its own: TensorFlow and signal handlers are set up once per process."""
+"""Run a command of this package in a child process, because TensorFlow can be configured only once per process."""
 
 import os
 import signal
@@ -11,33 +11,39 @@ from pathlib import Path
 import trainer
 from trainer.errors import BUG, TrainerError
 
-# Variables by which a run would wait for other workers, or run one job of a sweep (`cluster.discovery`, `cli.sweep`).
+# Environment variables that a command does not inherit: they would make a run wait for other workers (read by
+# `trainer.cluster.discovery`), or select one job of a sweep (`trainer.cli.sweep`).
 OF_CLUSTERS = ("TF_CONFIG", "WORKER_COUNT", "JOB_COMPLETION_INDEX", "JOB_INDEX", "REPLICATED_JOB_REPLICAS", "SWEEP_JOB")
-_OUTCOMES = ("error: ", "interrupted: ", "drift: ", "refused: ", "unreadable: ")  # beginnings of the last message
-MAX_LINES = 40  # at the end of the log, in which the reason of a failure is searched for
+_OUTCOMES = ("error: ", "interrupted: ", "drift: ", "refused: ", "unreadable: ")  # prefixes of a command's last message
+MAX_LINES = 40  # last lines of the log, which are retained to find the reason of a failure
 
 
 class CommandFailed(TrainerError):
-    """A command ended with another exit code than 0."""
+    """A command ended with an exit code other than 0."""
 
     def __init__(self, problem: str, exit_code: int) -> None:
-        """Create the error; `problem` is the last message of the command."""
+        """Create the error. `problem` is the last message of the command."""
         super().__init__(problem)
         self.exit_code = exit_code
 
 
 def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[str]:
-    """Run `python -m MODULE` with arguments, and return the last lines of its log.
+    """Run `python -m MODULE ARGUMENTS`, and return the last `MAX_LINES` lines of its log.
 
-    An interruption (KeyboardInterrupt) is passed to the command as SIGINT, and this waits until it has stopped.
+    A KeyboardInterrupt is passed to the command as SIGINT. It is raised again after the command has stopped.
+
+    Args:
+        module: name of the module, such as "trainer.evaluate".
+        arguments: command-line arguments.
+        show_log: print the log to `sys.stdout`.
 
     Raises:
-        CommandFailed: its exit code is not 0.
-        KeyboardInterrupt: again, after the command has stopped.
+        CommandFailed: the exit code is not 0. If a signal ended the command, the error has exit code 1.
+        KeyboardInterrupt: the call was interrupted.
     """
     environment = {name: value for name, value in os.environ.items() if name not in OF_CLUSTERS}
-    package = str(Path(trainer.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    package_parent = str(Path(trainer.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
     lines: deque[str] = deque(maxlen=MAX_LINES)
     interrupted = False
     with subprocess.Popen(
@@ -48,7 +54,7 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
         encoding="utf-8",
         errors="replace",
         env=environment | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-        process_group=0,  # so that Ctrl-C in a terminal reaches it once, from here
+        process_group=0,  # otherwise Ctrl-C in a terminal would reach the command twice: directly and from here
     ) as process:
         assert process.stdout is not None
         while True:
@@ -73,8 +79,12 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
 
 
 def find_reason(lines: Sequence[str]) -> str:
-    """Return the last message of a log with its continuation lines, without the outcome; "" if there is none."""
+    """Return the last message of a failed command from its log.
+
+    The message begins with an outcome such as "error: ", which is removed, and may have several lines. If the log has
+    no such message, return its last three lines, or "" if it is empty.
+    """
     for i in range(len(lines) - 1, -1, -1):
-        if outcome := next((text for text in _OUTCOMES if lines[i].startswith(text)), None):
-            return "\n".join([lines[i].removeprefix(outcome), *lines[i + 1 :]])
+        if prefix := next((text for text in _OUTCOMES if lines[i].startswith(text)), None):
+            return "\n".join([lines[i].removeprefix(prefix), *lines[i + 1 :]])
     return "\n".join(lines[-3:])

@@ -1,4 +1,4 @@
-"""The results of a run: its report, curves and figures, and predictions with its model."""
+"""Read the results of a run: report, learning curves and figures; predict with its model, and evaluate it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from trainer.storage.small_files import parse_json, require_json_object
 if TYPE_CHECKING:
     from trainer.predict.model import Model
 
-SHOWN_FIGURES = ("curves", "confusion")  # in a notebook
-SHOWN_IMAGES = 20
+SHOWN_FIGURES = ("curves", "confusion")  # figures of the report that a notebook shows
+SHOWN_IMAGES = 20  # predictions that a notebook shows
 
 
 @dataclass(frozen=True)
 class Report(Mapping[str, Any]):
-    """A report: a mapping with the content of report.json, and its files."""
+    """The report of a run or evaluation: a mapping with the content of report.json."""
 
-    folder: str  # local or gs://
-    content: dict[str, Any] = field(repr=False)  # docs/report.schema.json
+    folder: str  # folder of report.json and the other files, local or gs://
+    content: dict[str, Any] = field(repr=False)  # content of report.json; its format is docs/report.schema.json
 
     def __getitem__(self, key: str) -> Any:
         return self.content[key]
@@ -49,7 +49,7 @@ class Report(Mapping[str, Any]):
 
     @property
     def path(self) -> str:
-        """The page, index.html."""
+        """Path or gs:// address of the page, index.html."""
         return f"{self.folder}/index.html"
 
     @property
@@ -78,7 +78,7 @@ class Report(Mapping[str, Any]):
 
 
 def read_report(folder: StoragePath) -> Report | None:
-    """Read a report from its folder; None if there is none. Raises DataError if it is corrupt."""
+    """Read a report from its folder. Return None if there is no report.json; raise a DataError if it is corrupt."""
     content = (folder / "report.json").fetch()
     if content is None:
         return None
@@ -88,21 +88,22 @@ def read_report(folder: StoragePath) -> Report | None:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for images, in the order in which they were given."""
+    """Predictions for n images. A list of images keeps its order; those of a folder or pattern are sorted by path."""
 
-    files: tuple[str, ...]  # as in the column `file` of `trainer.predict`
+    files: tuple[str, ...]  # paths or addresses of the images, with unprintable characters escaped
     class_names: tuple[str, ...]
     probabilities: np.ndarray = field(repr=False)  # float32 [n, classes]; NaN for an unreadable image
-    distances: np.ndarray = field(repr=False)  # float64 [n]; NaN if there is none (docs/predict.md)
-    errors: dict[int, str]  # index -> why the image cannot be read
-    decode: Callable[[int], np.ndarray | None] = field(repr=False, compare=False)  # reads an image again, as the input
+    distances: np.ndarray = field(repr=False)  # float64 [n]: distance from the training data, NaN if it is not known
+    errors: dict[int, str]  # index -> reason why the image cannot be read
+    # Reads the image of an index again; returns the input of the model, uint8 [S, S, 3], or None if it is unreadable.
+    decode: Callable[[int], np.ndarray | None] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
     def labels(self) -> list[str | None]:
-        """The most probable class of each image; None for an unreadable one."""
+        """The most probable class of each image, None for an unreadable image."""
         return [
             None if i in self.errors else self.class_names[int(row.argmax())]
             for i, row in enumerate(self.probabilities)
@@ -110,7 +111,7 @@ class Predictions:
 
     @property
     def confidences(self) -> np.ndarray:
-        """The largest probability of each image, float32 [n]; NaN for an unreadable one."""
+        """The largest probability of each image, float32 [n], NaN for an unreadable image."""
         return self.probabilities.max(axis=1)
 
     def _repr_html_(self) -> str:
@@ -124,19 +125,19 @@ class Predictions:
             confidence = "" if label is None else f"{self.confidences[i]:.3f}"
             row = "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>"
             rows += Markup(row).format(image, escape_unprintable(str(outcome)), confidence, file)
-        more = len(self) - SHOWN_IMAGES
-        note = Markup("<p>and {:,} more</p>").format(more) if more > 0 else ""
+        num_hidden = len(self) - SHOWN_IMAGES
+        note = Markup("<p>and {:,} more</p>").format(num_hidden) if num_hidden > 0 else ""
         head = "<tr><th></th><th>prediction</th><th>confidence</th><th>file</th></tr>"
         return f"<table>{head}{rows}</table>{note}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run, finished or not, in its output_dir, local or in a bucket."""
+    """A run in its output_dir, local or in a bucket. It may be unfinished."""
 
-    address: str
+    address: str  # path or gs:// address of the output_dir
     run: StoredRun = field(repr=False)
-    _models: dict[str | None, Model] = field(default_factory=dict, repr=False, compare=False)
+    _models: dict[str | None, Model] = field(default_factory=dict, repr=False, compare=False)  # by checkpoint
 
     @property
     def config(self) -> RunConfig:
@@ -145,12 +146,12 @@ class Result:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of the probabilities."""
+        """The names of the classes, in the order of the probabilities."""
         return self.run.class_names
 
     @property
     def report(self) -> Report:
-        """The report of the run. Raises DataError if the run is not finished, or report.json is corrupt."""
+        """The report of the run. Raises a DataError if there is no report.json yet, or it is corrupt."""
         report = read_report(self.run.home / "report")
         if report is None:
             problem = "has no report yet"
@@ -159,28 +160,34 @@ class Result:
 
     @property
     def curves(self) -> dict[str, list[Any]]:
-        """The epochs of the run so far, as columns: phase, epoch, step, loss, val_accuracy, ...; None if missing."""
+        """The metrics of the epochs so far, as lists by name: phase, epoch, step, loss, val_accuracy, ...
+
+        All lists have the same length. A value is None if the epoch does not have the metric.
+        """
         content = (self.run.home / "metrics.jsonl").fetch()
         lines = content[0].decode("utf-8", "replace").splitlines() if content else []
         rows = []
         for line in lines:
             try:
                 row = require_json_object(json.loads(line))
-            except ValueError:  # the run may be writing it
+            except ValueError:  # the run may still be writing this line
                 continue
             if row.pop("kind", None) == "epoch":
                 rows.append(row)
         return {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
 
     def evaluate(self, *changes: str, show_log: bool = False, **options: str) -> Report:
-        """Score a checkpoint as `python -m trainer.evaluate` does, in a process of its own; return its report.
+        """Evaluate a checkpoint by `python -m trainer.evaluate` in a child process, and return the report.
 
         Args:
-            changes: as `data.root=new_photos`.
-            options: `checkpoint`, `split` and `output`; the report is in a folder of the run without `output`.
+            changes: changes of the configuration, such as "data.root=new_photos".
+            show_log: print the log of the evaluation to `sys.stdout`.
+            options: `checkpoint`, `split` and `output`, as for `trainer.evaluate`. `output` defaults to a folder of the
+                run.
 
         Raises:
-            CommandFailed: the evaluation ended with another exit code than 0.
+            CommandFailed: the exit code of the evaluation is not 0.
+            KeyboardInterrupt: the call was interrupted; the evaluation has stopped.
         """
         arguments = [
             f"run={self.address}",
@@ -198,33 +205,43 @@ class Result:
     def predict(
         self, images: str | os.PathLike[str] | Iterable[str | Path], *, checkpoint: str | None = None, tta: str = "none"
     ) -> Predictions:
-        """Predict images in this process as `python -m trainer.predict` does, and write nothing.
+        """Predict images in this process, with the same results as `python -m trainer.predict`. Nothing is written.
 
-        The model is loaded by the first call, and remains in memory.
+        The first call loads the model, which remains in memory.
 
         Args:
-            images: a folder, a pattern, a file or a .csv list, local or gs://; or paths, each of one image.
-            checkpoint: best, last or a step; None for the one that the run exports.
+            images: a folder, a glob pattern, an image or a .csv list, local or gs://; or the paths of the images.
+            checkpoint: "best", "last" or a step; defaults to the checkpoint that the run exports.
             tta: "none", or "flip" for the mean of the probabilities of an image and of its mirror image.
 
+        Returns:
+            The predictions. Images that cannot be read are in `Predictions.errors`.
+
         Raises:
-            ConfigError, DataError: there is no image, or no such checkpoint. Unreadable images are in `errors` instead.
+            ConfigError: `tta` or `checkpoint` is invalid.
+            DataError: there is no image, or the checkpoint is missing or corrupt.
+            Interrupted: a bucket does not respond.
         """
         flip = parse_tta(tta)
         address = os.fspath(images) if isinstance(images, str | os.PathLike) else None
-        listed = list_paths(images) if address is None else list_images(address)  # type: ignore[arg-type]
+        image_files = list_paths(images) if address is None else list_images(address)  # type: ignore[arg-type]
         from trainer.predict.parts import predict_images
 
         model = self._open(checkpoint)
-        done = predict_images(model, listed, flip)
-        errors = {i: error for i, error in enumerate(done.errors) if error}
-        files = tuple(image.name for image in listed)
+        predicted = predict_images(model, image_files, flip)
+        errors = {i: error for i, error in enumerate(predicted.errors) if error}
+        files = tuple(image.name for image in image_files)
         return Predictions(
-            files, self.class_names, done.probabilities, done.distances, errors, lambda i: _decode(model, listed[i])
+            files,
+            self.class_names,
+            predicted.probabilities,
+            predicted.distances,
+            errors,
+            lambda i: _decode(model, image_files[i]),
         )
 
     def _open(self, checkpoint: str | None) -> Model:
-        """Load a model once. Keras' global precision policy is left as it is."""
+        """Return the model of a checkpoint, loading it once. Restore Keras' global precision policy after that."""
         if checkpoint not in self._models:
             from trainer.cli.process import suppress_import_noise
 
@@ -256,6 +273,11 @@ def _decode(model: Model, image: ImageFile) -> np.ndarray | None:
 
 
 def open_run(address: str | os.PathLike[str]) -> Result:
-    """Open a run in its output_dir, local or gs://. Raises DataError or ConfigError if there is none."""
-    text = os.fspath(address)
-    return Result(text, find_run(text))
+    """Open the run in an output_dir, local or gs://.
+
+    Raises:
+        DataError: the folder has no run, or run.json is corrupt.
+        ConfigError: config.yaml is corrupt or of another version.
+    """
+    path = os.fspath(address)
+    return Result(path, find_run(path))

@@ -26,9 +26,9 @@ from trainer.cli.process import choose_and_log_source, exit_with_code, start_mon
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"among": "is required", "output": "", "folds": ""}
-OUTPUT = "outputs/backbones"
+OUTPUT = "outputs/backbones"  # default of the argument output
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
         composed = compose(overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
         config = load_given(composed, overrides)
-        given = list_given_keys(overrides) | map_given_values(overrides).keys()
-        choices = apply_choices(config, candidates, given)
+        explicit_keys = list_given_keys(overrides) | map_given_values(overrides).keys()
+        choices = apply_choices(config, candidates, explicit_keys)
         start_monitoring(config, 0, 1)
         health.enter_phase("backbones")
         with suppress_import_noise():

@@ -1,4 +1,4 @@
-"""The networks of a comparison, and the configuration with which the head of each is trained."""
+"""Parse the arguments of a comparison, and derive the configuration that trains a head on each backbone."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -9,38 +9,39 @@ from trainer.config.schema import Model, RequestedConfig
 from trainer.errors import ConfigError
 from trainer.models.backbones import BackboneSpec, find_backbone, parse_backbones
 
-MAX_FOLDS = 100
-_CHOSEN_BY_AMONG = ("model", "model.backbone", "model.alpha")
+MAX_FOLDS = 100  # bounds the number of heads that are trained per backbone
+_KEYS_SET_BY_AMONG = ("model", "model.backbone", "model.alpha")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network to compare, as `among` names it."""
+    """A backbone to compare: one item of the argument `among`."""
 
     spec: BackboneSpec
-    alpha: float | None  # width multiplier; None: 1
-    weights: str | None  # its own weights, as in model.weights; None: those of all networks
+    alpha: float | None  # width multiplier; None means 1
+    weights: str | None  # overrides model.weights for this backbone; None if the item has no weights
 
     @property
     def name(self) -> str:
-        """The name of the network, with its width multiplier if it is not 1."""
+        """The name of the backbone, with its width multiplier if it is not 1: "MobileNetV2 0.35"."""
         return self.spec.name + (f" {self.alpha:g}" if self.alpha else "")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a comparison computes: a configuration for each network, which differ in `model` only."""
+    """The configuration that all backbones have in common, and the `model` section of each backbone."""
 
-    config: RequestedConfig  # its only phase trains the head
+    config: RequestedConfig  # has a single phase, which trains the head
     phase: str  # name of that phase
-    models: dict[str, Model]  # by the name in the table
+    models: dict[str, Model]  # label in the table -> replacement for `config.model`
 
 
 def parse_candidates(text: str) -> list[Candidate]:
-    """Parse [mobilenet_v2:0.35,vgg16@none], the value of `among`.
+    """Parse the argument `among`, a list of NAME[:ALPHA][@WEIGHTS] such as `[mobilenet_v2:0.35,vgg16@none]`.
 
     Raises:
-        ConfigError: it is empty, a network is not known or listed twice, or its alpha or weights cannot be read.
+        ConfigError: the list is empty, a backbone is unknown or listed twice, an alpha is invalid, or nothing is
+            after an @.
     """
     candidates = list[Candidate]()
     items = [item.strip() for item in text.strip("[] ").split(",") if item.strip()]
@@ -60,7 +61,11 @@ def parse_candidates(text: str) -> list[Candidate]:
 
 
 def parse_folds(text: str | None) -> int | None:
-    """Parse the number of folds; None if it is not given. Raises a ConfigError if it is not a whole number above 0."""
+    """Parse the argument `folds`; return None if it is not set. With 1, the validation split is scored once.
+
+    Raises:
+        ConfigError: it is not a whole number from 1 to `MAX_FOLDS`.
+    """
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_FOLDS):
@@ -69,60 +74,70 @@ def parse_folds(text: str | None) -> int | None:
 
 
 def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], given: Set[str]) -> Choices:
-    """Apply the networks to a configuration, whose first phase with thaw=none trains the head.
+    """Derive the configuration of a comparison: the first phase with thaw=none, no augmentation, a model per backbone.
 
-    Weights and image size of the composed configuration are those of one network, so they apply only if `given`, the
-    keys and groups on the command line, has them. Otherwise each network has its ImageNet weights and its own size.
+    The composed `config` has the weights and the image size of one backbone. They apply to all backbones only if the
+    user set them. By default, each backbone has its ImageNet weights and its default image size.
+
+    Args:
+        given: keys and config groups that are set on the command line.
 
     Raises:
-        ConfigError: no phase trains the head alone, or the arguments choose a network, augmentation or a teacher.
+        ConfigError: no phase trains only the head, a key of `given` has no effect in a comparison (such as
+            model.backbone, augmentation or resume), or the images are too small for a backbone.
     """
     for key in sorted(given):
-        if key in _CHOSEN_BY_AMONG:
+        if key in _KEYS_SET_BY_AMONG:
             raise ConfigError("is not read here, among=[...] chooses the networks", key=key, fix="remove it")
         if key.split(".")[0] in ("augmentation", "distillation", "output_dir", "warm_start", "resume", "debug.overfit"):
             problem = "is of runs only: heads are trained on features, which are computed once"
             raise ConfigError(problem, key=key, fix="remove it")
     if isinstance(config.phases, AutoPhases):
         raise ConfigError("is chosen for one run", key="phases", value="auto", fix="use phases=head_only")
-    name = next((name for name, phase in config.phases.items() if phase.thaw == "none"), None)
-    if name is None:
+    phase_name = next((name for name, phase in config.phases.items() if phase.thaw == "none"), None)
+    if phase_name is None:
         problem, fix = "has no phase that trains the head alone (thaw=none)", "use phases=head_only"
         raise ConfigError(problem, key="phases", value=", ".join(config.phases), fix=fix)
-    unread = (*(f"phases.{other}" for other in config.phases if other != name),
-              *(f"phases.{name}.{key}" for key in ("early_stopping", "augmented_views", "features")))  # fmt: skip
+    ignored_prefixes = (
+        *(f"phases.{other}" for other in config.phases if other != phase_name),
+        *(f"phases.{phase_name}.{key}" for key in ("early_stopping", "augmented_views", "features")),
+    )
     for key in sorted(given):
-        if f"{key}.".startswith(tuple(f"{prefix}." for prefix in unread)):
-            problem = f"is not read here: {name} is trained for its whole length, on features"
+        if f"{key}.".startswith(tuple(f"{prefix}." for prefix in ignored_prefixes)):
+            problem = f"is not read here: {phase_name} is trained for its whole length, on features"
             raise ConfigError(problem, key=key, fix="remove it")
-    weights = config.model.weights if "model.weights" in given else "imagenet"
-    size = config.model.image_size if "model.image_size" in given else None
+    default_weights = config.model.weights if "model.weights" in given else "imagenet"
+    image_size = config.model.image_size if "model.image_size" in given else None
     models: dict[str, Model] = {}
     for candidate in candidates:
         values = config.model.model_dump() | {
-            "backbone": candidate.spec.name, "alpha": candidate.alpha, "weights": candidate.weights or weights,
-            "image_size": size,
+            "backbone": candidate.spec.name, "alpha": candidate.alpha, "weights": candidate.weights or default_weights,
+            "image_size": image_size,
         }  # fmt: skip
         model = Model.model_validate(values)
-        _check_size(candidate.spec, model)
+        _require_image_size(candidate.spec, model)
         label = candidate.name
+        # A backbone that is compared with several weights: add the file's name, or its path if two have this name.
         if candidate.weights and any(other != candidate and other.name == label for other in candidates):
-            file = candidate.weights.rstrip("/").rpartition("/")[2]  # the whole path if two files have this name
-            label = f"{label}@{candidate.weights if f'{label}@{file}' in models else file}"
+            weights_file = candidate.weights.rstrip("/").rpartition("/")[2]
+            label = f"{label}@{candidate.weights if f'{label}@{weights_file}' in models else weights_file}"
         models[label] = model
-    phase = config.phases[name].model_copy(update={"early_stopping": EarlyStopping(), "augmented_views": None,
-                                                   "features": "cached"})  # fmt: skip
-    update = {"phases": {name: phase}, "augmentation": Augmentation(), "distillation": None, "output_dir": None}
-    return Choices(config.model_copy(update=update), name, models)
+    head_phase = config.phases[phase_name].model_copy(
+        update={"early_stopping": EarlyStopping(), "augmented_views": None, "features": "cached"}
+    )
+    update = {
+        "phases": {phase_name: head_phase}, "augmentation": Augmentation(), "distillation": None, "output_dir": None,
+    }  # fmt: skip
+    return Choices(config.model_copy(update=update), phase_name, models)
 
 
-def _check_size(spec: BackboneSpec, model: Model) -> None:
-    """Raise the error of the build before anything is computed."""
+def _require_image_size(spec: BackboneSpec, model: Model) -> None:
+    """Raise a ConfigError if the images are too small for the backbone, before any features are computed."""
     if (model.image_size or spec.default_size) < spec.min_size:
         problem, fix = f"is too small for {spec.name}", f"use at least {spec.min_size}, or compare other networks"
         raise ConfigError(problem, key="model.image_size", value=model.image_size, fix=fix)
 
 
 def find_size(model: Model) -> int:
-    """Return the side of the images of a network, in pixels."""
+    """Return the height and width of the images of a backbone, in pixels."""
     return model.image_size or find_backbone(model.backbone).default_size

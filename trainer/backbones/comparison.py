@@ -1,4 +1,4 @@
-"""Compare backbones on one dataset: open it, measure each network, and write the table and the page."""
+"""Compare backbones on one dataset: open the data, measure each backbone, print the table and write the page."""
 
 import hashlib
 import platform
@@ -42,27 +42,34 @@ from trainer.monitoring.log import log
 from trainer.storage.local import compute_file_crc32c
 from trainer.storage.path import StoragePath, storage_path
 
-WHILE_FETCHING = "while {} was fetched"
+WHILE_FETCHING = "while {} was fetched"  # completes the message of a StopRequested; {} is the address in the bucket
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all networks of a comparison have in common."""
+    """What all backbones of a comparison have in common."""
 
-    config: RunConfig  # its `model` is that of the first network
-    data: OpenedData  # with the pool of train and validation examples as its split train
+    config: RunConfig  # without auto values; `model` is replaced for each backbone
+    data: OpenedData  # its split train is the pool of train and validation examples
     folds: FoldPlan
     worker: Worker
-    machine: str
+    machine: str  # the device and the number of CPU cores, for the table
     output: StoragePath
 
 
 def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
-    """Measure the networks, those with the smallest images first, print a table, and write the page.
+    """Measure the backbones, print the table, and write index.html and backbones.json to the folder `output`.
+
+    The backbones are measured in ascending order of image size, so that those of the same size use the same decoded
+    images. The table has the order of accuracy.
+
+    Args:
+        output: local or gs:// folder, which is empty or has the results of an earlier comparison.
+        folds: the number of folds; None to choose it by the number of examples.
 
     Raises:
-        TrainerError: an argument, the data or the weights of a network cannot be used.
-        StopRequested: by a signal; the same command continues.
+        TrainerError: an argument, the data or the weights of a backbone cannot be used.
+        StopRequested: after a signal. The same command continues with the results that are stored.
     """
     ignore_retracing()
     folder = storage_path(output.rstrip("/"))
@@ -77,8 +84,8 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
             log.info(f"{label} ({number} of {len(order)}), weights {choices.models[label].weights}")
             if images is None or images.size != find_size(models[label]):
                 images = _open_images(comparison, find_size(models[label]))
-                sizes = [find_size(models[other]) for other in order[number:]]
-                images.train_images_read_once = images.size not in sizes
+                later_sizes = [find_size(models[other]) for other in order[number:]]
+                images.train_images_read_once = images.size not in later_sizes
             measured[label] = _measure_network(comparison, label, models[label], images)
     facts = Facts(
         dataset=comparison.data.dataset, folds=comparison.folds, machine=comparison.machine, phase=choices.phase,
@@ -89,38 +96,39 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
 
 
 def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Model:
-    """Return a model with local weights; raise the error of its build before anything is computed."""
+    """Copy the weights from a bucket; return `model` with their local path. Raise its errors before any computation."""
     if model.weights == "imagenet":
         describe_weights(model)
         return model
+    # The packaged digits substitute the dataset, which is not fetched here.
     only_weights = config.model_copy(update={"data": Data(source="digits"), "model": locate_weights(model)})
     local, addresses, _ = fetch_local_copies(
         only_weights, log.info, lambda address: stop.check(WHILE_FETCHING.format(address))
     )
     with addresses_in_errors(addresses):
-        _find_file(local.model)
+        _find_local_weights(local.model)  # raises a ModelError if the file is missing or is not a weights file
     return local.model
 
 
-def _find_file(model: Model) -> Path | None:
+def _find_local_weights(model: Model) -> Path | None:
     return find_weights_file(find_backbone(model.backbone), find_size(model), model.alpha, model.weights)
 
 
 def _open(choices: Choices, model: Model, output: StoragePath, folds: int | None, stop: StopFlag) -> Comparison:
-    """Open the data, assign it to folds, and configure the devices, as a run does."""
+    """Open the data, assign the examples to folds, choose the devices, and resolve the auto values as a run does."""
     unweighted = choices.config.model_copy(update={"model": model.model_copy(update={"weights": "none"})})
     data = open_run_data(unweighted, log.info, lambda address: stop.check(WHILE_FETCHING.format(address)))
     pool = pool_examples(data.dataset)
     split, field = pool.splits["train"], unweighted.data.group_field
     plan = plan_folds(data.dataset, folds, unweighted.data.split_seed, read_groups(split, field) if field else None)
-    splits = "scored" if plan.count == 1 else f"in {plan.count} folds"
-    log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {splits} ({plan.reason})")
+    usage = "scored" if plan.count == 1 else f"in {plan.count} folds"
+    log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {usage} ({plan.reason})")
     control, (_, replicas) = ControlChannel(discover({}), {}), choose_devices(unweighted.runtime, 1)
-    trained = len(plan.split(0)[0])
-    config, reasons = resolve_auto(unweighted, trained, len(pool.class_names), detect_device(), replicas=replicas)
+    num_trained = len(plan.split(0)[0])
+    config, reasons = resolve_auto(unweighted, num_trained, len(pool.class_names), detect_device(), replicas=replicas)
     for reason in reasons:
         log.info(reason)
-    config, _ = limit_batch_size(config, trained, replicas)
+    config, _ = limit_batch_size(config, num_trained, replicas)
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow replaces the signal handlers
     machine = f"{detect_device().describe(replicas)}, {count_usable_cpus()} cores ({platform.machine()})"
@@ -132,7 +140,7 @@ def _open_images(comparison: Comparison, size: int) -> ImageStore:
 
 
 def _measure_network(comparison: Comparison, label: str, model: Model, images: ImageStore) -> MeasuredNetwork:
-    """Read the results of a network that are stored, and compute the others."""
+    """Read the stored results of a backbone, and compute the missing ones. Times of another machine are not used."""
     config, worker, dataset = comparison.config, comparison.worker, comparison.data.dataset
     config = config.model_copy(update={"model": model})
     folder = comparison.output / RESULTS / name_folder(model.backbone, _identify(comparison, config))
@@ -162,9 +170,9 @@ def _measure_network(comparison: Comparison, label: str, model: Model, images: I
 
 
 def _identify(comparison: Comparison, config: RunConfig) -> Mapping[str, Any]:
-    """Return everything that the predictions of a network depend on; its weights are identified by their content."""
-    dataset, file = comparison.data.dataset, _find_file(config.model)
-    weights = config.model.weights if file is None else f"{compute_file_crc32c(file):08x}"
+    """Return everything that the predictions of a backbone depend on. A weights file is identified by its checksum."""
+    dataset, weights_file = comparison.data.dataset, _find_local_weights(config.model)
+    weights = config.model.weights if weights_file is None else f"{compute_file_crc32c(weights_file):08x}"
     return {
         "data": dataset.fingerprint, "classes": list(dataset.class_names), "orientation": config.data.orientation,
         "folds": hashlib.sha256(comparison.folds.of.tobytes()).hexdigest(), "window": config.data.shuffle_window,

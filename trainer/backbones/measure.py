@@ -1,4 +1,4 @@
-"""Measure one network: its features of all examples once, a head per fold on them, and the time of a forward pass."""
+"""Measure one backbone: compute the features of all examples once, train a head per fold, and time a forward pass."""
 
 import statistics
 import time
@@ -32,37 +32,38 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep, require_finite
 from trainer.types import Dataset
 
-# A head per fold is a new function each time, which TensorFlow takes for a mistake.
-_RETRACING = "triggered tf.function retracing"
-WARM_UP_CALLS = 3  # before a time is measured; the first one compiles
-MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # of a measured call
+# Part of the warning for a tf.function in a loop. Here it is intended: the step of each fold's head is a new function.
+_RETRACING_WARNING = "triggered tf.function retracing"
+WARM_UP_CALLS = 3  # calls before the timed ones; the first call compiles
+MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # number of timed calls, and the limit of their total time
 
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen network with its features of all examples."""
+    """A frozen backbone with a head, and the features of all examples."""
 
-    config: RunConfig  # with its `model`, and the phase of the head alone
+    config: RunConfig  # with the `model` of this backbone, and one phase, which trains the head
     worker: Worker
-    dataset: Dataset  # the pool of train and validation examples as its split train
+    dataset: Dataset  # its split train is the pool of train and validation examples
     classifier: Classifier
     cut: Cut
     features: Features  # of the pool
-    initial: dict[str, np.ndarray]  # values of the head before it is trained
-    scorer: Scorer
+    initial: dict[str, np.ndarray]  # initial values of the variables of the head, by name
+    scorer: Scorer  # predicts from features
 
 
 def ignore_retracing() -> None:
-    """Drop TensorFlow's warning that the same function is traced again."""
-    tf.get_logger().addFilter(lambda record: _RETRACING not in str(record.msg))
+    """Suppress TensorFlow's warning that a function is traced again."""
+    tf.get_logger().addFilter(lambda record: _RETRACING_WARNING not in str(record.msg))
 
 
 def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifier: Classifier) -> Network:
-    """Freeze the backbone and compute its features of all images, or read those that an earlier start stored.
+    """Freeze the backbone, and compute its features of all images. Features that an earlier start stored are read.
 
     Raises:
         DataError: an image cannot be read.
-        Interrupted: there is no space for the features; StopRequested after a signal.
+        Interrupted: there is no space for the features.
+        StopRequested: after a signal.
     """
     (phase,) = config.phases
     divisions = divide_phases(config, classifier)
@@ -81,43 +82,49 @@ def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifi
 
 
 def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
-    """Train a head from its initial values on all folds but one, and predict the examples of that one.
+    """Train a head from its initial values on all folds except `fold`, and predict the examples of `fold`.
 
-    The result is a function of the configuration and the data, not of the folds before.
+    The result does not depend on which folds were scored before.
 
     Raises:
+        DataError: no example to train on, or no example of the fold, can be read.
         Diverged: the loss is not finite.
         StopRequested: after a signal.
     """
     classifier, training = network.classifier, network.config.training
-    inside, outside = folds.split(fold)
-    began = time.perf_counter()
+    train_indices, held_out_indices = folds.split(fold)
+    start = time.perf_counter()
     variables.assign_values(classifier.head_variables, network.initial, "the initial values")
-    step = _train_head(network, take_rows(network.features, inside, "train"))
-    seconds = time.perf_counter() - began
+    step = _train_head(network, take_rows(network.features, train_indices, "train"))
+    seconds = time.perf_counter() - start
     if step.averages:
-        step.averages.swap()
-    held_out = take_rows(network.features, outside, "validation")
+        step.averages.swap()  # predict with the averaged weights (EMA)
+    held_out = take_rows(network.features, held_out_indices, "validation")
     scored = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
     network.worker.stop.check("while a fold was scored")
-    return FoldResult(outside[scored.indices], scored.probabilities.argmax(axis=1), seconds)
+    return FoldResult(held_out_indices[scored.indices], scored.probabilities.argmax(axis=1), seconds)
 
 
 def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
-    """Return the features of these examples, int64 [k], increasing, in memory, as those of a split `name`."""
+    """Copy the features of some examples into memory, as the features of a new split.
+
+    Args:
+        indices: example indices, int64 [k], increasing.
+        name: name of the new split.
+    """
     assert features.array is not None, "the features are complete"
     array = allocate_array((len(indices) + 1, *features.shape), STORED[features.dtype])  # the last row is padding
     array[: len(indices)] = features.array[indices]
-    position = {int(index): i for i, index in enumerate(indices)}
+    new_index = {int(index): i for i, index in enumerate(indices)}
     return Features(
         replace(take(features.split, indices), name=name), features.shape, features.dtype, 1,
         np.arange(len(indices), dtype=np.int64), features.threads, log.info, array=array,
-        bad={position[index]: why for index, why in features.bad.items() if index in position},
+        bad={new_index[index]: reason for index, reason in features.bad.items() if index in new_index},
     )  # fmt: skip
 
 
 def _train_head(network: Network, features: Features) -> TrainingStep:
-    """Train the head for the whole length of the phase, as a run does; return its step, which has the averages."""
+    """Train the head for the whole length of the phase. Return the training step, which has the averages (EMA)."""
     config, worker, strategy = network.config, network.worker, network.worker.strategy
     ((name, phase),) = config.phases.items()
     batch_size, split = config.training.batch_size, features.split
@@ -150,7 +157,14 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
 
 
 def measure(network: Network, machine: str) -> Measurements:
-    """Measure the sizes of a network with its head, and the times of its forward pass on this machine."""
+    """Measure the sizes of a backbone with its head, and the time of its forward pass on this machine.
+
+    Args:
+        machine: description of the machine, which is stored with the times.
+
+    Raises:
+        StopRequested: after a signal.
+    """
     classifier, rows = network.classifier, rows_per_call()
     trunk = Trunk(classifier, [network.cut])
 
@@ -160,17 +174,18 @@ def measure(network: Network, machine: str) -> Measurements:
         return tf.nn.softmax(classifier.head_logits(features))
 
     def milliseconds(count: int) -> float:
+        """Return the median time of a forward pass of `count` images."""
         size = classifier.image_size
         pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-        images, taken = tf.constant(pixels), list[float]()
+        images, times = tf.constant(pixels), list[float]()
         for _ in range(WARM_UP_CALLS):
             predict(images).numpy()
-        while len(taken) < MIN_REPEATS or (len(taken) < MAX_REPEATS and sum(taken) < MAX_SECONDS):
-            began = time.perf_counter()
+        while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < MAX_SECONDS):
+            start = time.perf_counter()
             predict(images).numpy()  # waits for the device
-            taken.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
             network.worker.stop.check("while a network was timed")
-        return 1e3 * statistics.median(taken)
+        return 1e3 * statistics.median(times)
 
     values = list(classifier.variables.values())
     return Measurements(

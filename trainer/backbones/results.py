@@ -1,7 +1,7 @@
-"""The stored results of a comparison: one file per network and fold, and one of sizes and times per network.
+"""Store the results of a comparison: a folder per backbone, with a file per fold and a file of sizes and times.
 
-The name of a network's folder has a hash of everything that its results depend on, so a later start, or another
-comparison in the same folder, reads exactly the results that it would compute.
+The name of a backbone's folder contains a hash of everything that its predictions depend on. So a later start, or
+another comparison with the same output folder, reads a stored result only if it would compute the same one.
 """
 
 import hashlib
@@ -18,34 +18,34 @@ from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.path import StoragePath
 from trainer.storage.small_files import read_json, require_json_object, require_nonnegative
 
-FORMAT = 1  # of the files; increment it when their content changes
-RESULTS, SUMMARY = "results", "backbones.json"
+FORMAT = 1  # part of the hash; increment it when the content of the files changes
+RESULTS, SUMMARY = "results", "backbones.json"  # the names in the output folder: folder of all results, summary file
 
 
 @dataclass(frozen=True)
 class FoldResult:
     """The predictions of a head for the examples of the fold that it was not trained on."""
 
-    indices: np.ndarray  # int64 [n]: example index in the pool of train and validation, increasing
-    predictions: np.ndarray  # int64 [n]: class index
-    seconds: float  # to train the head on features
+    indices: np.ndarray  # int64 [n]: example indices in the pool of train and validation examples, increasing
+    predictions: np.ndarray  # int64 [n]: predicted class indices
+    seconds: float  # time to train the head on features
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Sizes of a network with its head, and the times of its forward pass on this machine."""
+    """Sizes of a backbone with its head, and the time of its forward pass on one machine."""
 
-    image_size: int  # pixels
-    parameters: int
-    bytes: int  # of its variables
-    single_ms: float  # median of a batch of one image
-    batch_ms: float  # median of a batch of `batch_rows` images, divided by their number
+    image_size: int  # height and width, pixels
+    parameters: int  # number of values in all variables
+    bytes: int  # size of all variables
+    single_ms: float  # median time of a batch of one image
+    batch_ms: float  # median time of a batch of `batch_rows` images, divided by `batch_rows`
     batch_rows: int
-    machine: str
+    machine: str  # description of the machine on which the times were measured
 
 
 def require_comparison_folder(folder: StoragePath) -> None:
-    """Raise a ConfigError if a folder has files that are not of a comparison, which would be mixed with its own."""
+    """Raise a ConfigError if a folder has content but no comparison, so that results are not mixed with other files."""
     names = {info.path.name for info in folder.list(recursive=False)} | {child.name for child in folder.folders()}
     if names and not names & {RESULTS, SUMMARY}:
         problem = f"is not empty and holds no comparison ({escape_unprintable(min(names))})"
@@ -53,30 +53,35 @@ def require_comparison_folder(folder: StoragePath) -> None:
 
 
 def name_folder(network: str, identity: Mapping[str, Any]) -> str:
-    """Name the folder of a network with results that depend on `identity`, a JSON object."""
+    """Return the name of a backbone's folder, such as `mobilenet_v2-0a1b2c3d4e5f`.
+
+    Args:
+        network: name of the backbone.
+        identity: everything that its predictions depend on, JSON-serializable.
+    """
     digest = hashlib.sha256(json.dumps({"format": FORMAT, **identity}, sort_keys=True).encode())
     return f"{make_file_stem(network)}-{digest.hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """The results of one network."""
+    """The stored results of one backbone."""
 
-    folder: StoragePath
-    examples: int  # of the pool
-    classes: int
+    folder: StoragePath  # it may not exist yet
+    examples: int  # number of examples in the pool
+    classes: int  # number of classes
 
     def read_fold(self, fold: int) -> FoldResult | None:
-        """Return a stored result; None if there is none, or it is corrupt."""
+        """Return the stored result of a fold, or None if there is none or it is corrupt."""
         return self._read(f"fold-{fold + 1}.json", self._parse_fold)
 
     def write_fold(self, fold: int, result: FoldResult) -> None:
-        """Write a result atomically."""
-        columns = {"indices": result.indices.tolist(), "predictions": result.predictions.tolist()}
-        self._write(f"fold-{fold + 1}.json", {**columns, "seconds": result.seconds})
+        """Write the result of a fold atomically."""
+        arrays = {"indices": result.indices.tolist(), "predictions": result.predictions.tolist()}
+        self._write(f"fold-{fold + 1}.json", {**arrays, "seconds": result.seconds})
 
     def read_measurements(self) -> Measurements | None:
-        """Return the stored measurements; None if there are none, or they are corrupt."""
+        """Return the stored measurements, or None if there are none or they are corrupt."""
         return self._read("measurements.json", _parse_measurements)
 
     def write_measurements(self, measurements: Measurements) -> None:
@@ -86,8 +91,8 @@ class ResultFolder:
     def _parse_fold(self, value: Any) -> FoldResult:
         fields = require_json_object(value)
         indices, predictions = (np.asarray(fields[key]) for key in ("indices", "predictions"))
-        for column, limit in ((indices, self.examples), (predictions, self.classes)):
-            if column.ndim != 1 or column.dtype.kind != "i" or not ((column >= 0) & (column < limit)).all():
+        for array, limit in ((indices, self.examples), (predictions, self.classes)):
+            if array.ndim != 1 or array.dtype.kind != "i" or not ((array >= 0) & (array < limit)).all():
                 raise ValueError("not a list of indices")
         if len(indices) != len(predictions) or not len(indices) or (np.diff(indices) <= 0).any():
             raise ValueError("not a prediction for each example")

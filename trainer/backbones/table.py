@@ -1,4 +1,4 @@
-"""The table of a comparison on standard output, its page, and backbones.json."""
+"""Rank the backbones of a comparison; print the table, and write index.html and backbones.json."""
 
 import datetime
 import json
@@ -21,65 +21,68 @@ from trainer.report.scatter import Point, draw_scatter
 from trainer.storage.path import StoragePath
 from trainer.types import Dataset
 
-VERSION = 1  # of backbones.json
-NAME_WIDTH = 25  # characters of the first column of the table, which has 80 in total
+VERSION = 1  # of the format of backbones.json
+NAME_WIDTH = 25  # characters of the first column of the printed table, so that its lines have at most 80
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """The results of one network."""
+    """The results of one backbone."""
 
-    label: str
+    label: str  # its name in the table
     folds: Sequence[FoldResult]
     measurements: Measurements
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the table states about all networks."""
+    """What all backbones of the table have in common, and the weights of each."""
 
-    dataset: Dataset  # the pool of examples as its split train
+    dataset: Dataset  # its split train is the pool of train and validation examples
     folds: FoldPlan
-    machine: str
-    phase: str
-    settings: Phase  # of the head
-    weights: Mapping[str, str]  # model.weights by label, as given
+    machine: str  # description of the machine that computes this comparison
+    phase: str  # name of the phase that trains the head
+    settings: Phase  # settings of that phase
+    weights: Mapping[str, str]  # label -> model.weights, as the user wrote it
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network with its scores over all out-of-fold predictions."""
+    """A backbone with its scores. Accuracies are fractions."""
 
     label: str
     weights: str
-    accuracy: float
-    interval: tuple[float, float]  # 95 %
-    examples: int
+    accuracy: float  # of the predictions of all folds together
+    interval: tuple[float, float]  # 95 % confidence interval of the accuracy
+    examples: int  # number of examples that are scored
     fold_accuracies: list[float]
     measurements: Measurements
-    train_seconds: float  # of a head and the features that it is trained on: the mean over the folds
-    pair: PairedComparison | None  # with the best one; None for the best one itself
-    p: float | None  # of the pair, adjusted for the number of pairs (Holm 1979)
+    train_seconds: float  # to compute the features of one fold's training examples and train a head: mean of the folds
+    pair: PairedComparison | None  # comparison with the best backbone; None for the best one itself
+    p: float | None  # p-value of `pair`, adjusted for the number of pairs (Holm 1979)
 
     @property
     def is_random(self) -> bool:
+        """Whether the backbone has random weights, which are not trained."""
         return self.weights == "none"
 
     @property
     def is_worse(self) -> bool:
-        """Whether the difference from the best network is significant."""
+        """Whether the backbone is significantly worse than the best one."""
         return self.p is not None and self.p < SIGNIFICANCE_LEVEL
 
 
 def rank(networks: Sequence[MeasuredNetwork], facts: Facts) -> list[Row]:
-    """Score the networks on the examples that all have predicted, and compare each with the best one.
+    """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
-    The rows are in descending order of accuracy; of two with the same accuracy, the smaller network is better.
+    Returns:
+        The rows in descending order of accuracy. Of two backbones with the same accuracy, the one with fewer parameters
+        is first.
     """
     labels = facts.dataset.splits["train"].labels
-    predictions = [_join(network.folds, len(labels)) for network in networks]
-    common = np.flatnonzero(np.all([each >= 0 for each in predictions], axis=0))
-    correct = [each[common] == labels[common] for each in predictions]
+    predictions = [_join_folds(network.folds, len(labels)) for network in networks]
+    common = np.flatnonzero(np.all([predicted >= 0 for predicted in predictions], axis=0))
+    correct = [predicted[common] == labels[common] for predicted in predictions]
     order = sorted(range(len(networks)), key=lambda i: (-int(correct[i].sum()), networks[i].measurements.parameters, i))
     best = order[0]
     pairs = {i: compare_paired(correct[best], correct[i]) for i in order[1:]}
@@ -87,20 +90,20 @@ def rank(networks: Sequence[MeasuredNetwork], facts: Facts) -> list[Row]:
     rows = []
     for i in order:
         network, hits, measured = networks[i], int(correct[i].sum()), networks[i].measurements
-        heads = [result.seconds for result in network.folds]
-        trained = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
+        head_seconds = [result.seconds for result in network.folds]
+        num_trained = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
         rows.append(Row(
             label=network.label, weights=facts.weights[network.label], accuracy=hits / len(common),
             interval=wilson_interval(hits, len(common)), examples=len(common),
             fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in network.folds],
             measurements=measured, pair=pairs.get(i), p=adjusted.get(i),
-            train_seconds=float(np.mean(heads) + np.mean(trained) * measured.batch_ms / 1e3),
+            train_seconds=float(np.mean(head_seconds) + np.mean(num_trained) * measured.batch_ms / 1e3),
         ))  # fmt: skip
     return rows
 
 
-def _join(folds: Sequence[FoldResult], count: int) -> np.ndarray:
-    """Return the predicted class of each example, int64 [count]; -1 for one without a prediction."""
+def _join_folds(folds: Sequence[FoldResult], count: int) -> np.ndarray:
+    """Return the predicted class of each example, int64 [count], or -1 if no fold has predicted the example."""
     predictions = np.full(count, -1, np.int64)
     for result in folds:
         predictions[result.indices] = result.predictions
@@ -108,38 +111,39 @@ def _join(folds: Sequence[FoldResult], count: int) -> np.ndarray:
 
 
 def find_cheapest(rows: Sequence[Row]) -> Row:
-    """Return the fastest network, for batches of one image, that is not significantly worse than the best one."""
+    """Return the fastest backbone, for one image, of those that are not significantly worse than the best."""
     return min((row for row in rows if not row.is_worse), key=lambda row: row.measurements.single_ms)
 
 
-def _format_short(value: float) -> str:
-    """Format a positive number with two decimals, from 10 on with one, and from 1,000 on with none."""
+def _format_3_digits(value: float) -> str:
+    """Format a positive number with about three digits: 1.23, 12.3, 123.4, 1234."""
     return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
 def format_table(rows: Sequence[Row]) -> list[str]:
-    """Format the table, in lines of at most 80 characters."""
+    """Return the lines of the printed table, each of at most 80 characters."""
     batch_rows = rows[0].measurements.batch_rows
-    head = ("acc.", "95 %", "params", "MB", "ms/1", f"ms/{batch_rows}", "train", "p")
+    headers = ("acc.", "95 %", "params", "MB", "ms/1", f"ms/{batch_rows}", "train", "p")
     widths = (5, 9, 6, 5, 6, 6, 5, 5)
 
     def line(name: str, cells: Sequence[str]) -> str:
         columns = " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         return f"{shorten_name(name, NAME_WIDTH).ljust(NAME_WIDTH)} {columns}".rstrip()
 
-    lines = [line("backbone", head)]
+    lines = [line("backbone", headers)]
     for row in rows:
         m, (low, high) = row.measurements, row.interval
         p = "best" if row.p is None else "<.001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")
         cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}", 
-                 f"{_format_short(m.parameters / 1e6)}M", _format_short(m.bytes / 1e6), _format_short(m.single_ms),
-                 _format_short(m.batch_ms), f"{row.train_seconds:.0f}s", p)  # fmt: skip
+                 f"{_format_3_digits(m.parameters / 1e6)}M", _format_3_digits(m.bytes / 1e6),
+                 _format_3_digits(m.single_ms), _format_3_digits(m.batch_ms), f"{row.train_seconds:.0f}s",
+                 p)  # fmt: skip
         lines.append(line(row.label + " *" * row.is_random, cells))
     return lines
 
 
 def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
-    """Return the sentences about the results, each of at most 80 characters."""
+    """Return the lines that are printed below the table and shown on the page: examples, head, and the choice."""
     n, count, settings = rows[0].examples, facts.folds.count, facts.settings
     scored = "validation examples" if count == HOLD_OUT else f"out-of-fold predictions, {count} folds"
     sentences = [
@@ -148,15 +152,15 @@ def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
     if len(rows) > 1:
-        cheapest, equal = find_cheapest(rows), [row for row in rows[1:] if not row.is_worse]
-        if equal:
-            sentences.append(f"no significant difference from the best: {', '.join(row.label for row in equal)}")
+        cheapest, not_worse = find_cheapest(rows), [row for row in rows[1:] if not row.is_worse]
+        if not_worse:
+            sentences.append(f"no significant difference from the best: {', '.join(row.label for row in not_worse)}")
             sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")
     return sentences
 
 
 def explain_columns(rows: Sequence[Row]) -> list[str]:
-    """Return the legend of the printed table, each line of at most 80 characters; the page has its own."""
+    """Return the lines of the legend of the printed table. The page has its own legend."""
     lines = ["* random weights, not trained"] if any(row.is_random for row in rows) else []
     if len(rows) > 1:
         lines.append("p: McNemar's exact test against the best, adjusted by Holm's method")
@@ -190,7 +194,7 @@ def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
 
 
 def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
-    """Render the page, which needs no other file."""
+    """Render the page as HTML that loads no other file. `created`: time in ISO 8601."""
     points = [
         Point(row.label, row.measurements.single_ms, row.accuracy, row.interval, SERIES[i % len(SERIES)])
         for i, row in enumerate(rows)

@@ -25,14 +25,14 @@ from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"output": "", "images": ""}
-OUTPUT, IMAGES = "outputs/look", 4000  # defaults
-MAX_IMAGES = 100_000  # as in the search for duplicates of a report
+OUTPUT, IMAGES = "outputs/look", 4000  # defaults of the arguments output and images
+MAX_IMAGES = 100_000  # largest value of the argument images; the limit of the search for duplicates in a report
 
 
 def parse_images(arguments: dict[str, str]) -> int:
-    """Parse the maximum number of images; raise a ConfigError if it is not a positive integer up to `MAX_IMAGES`."""
+    """Parse the argument `images`; raise a ConfigError if it is not an integer from 1 to `MAX_IMAGES`."""
     text = arguments.get("images", str(IMAGES))
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IMAGES):
         problem = f"is not a whole number from 1 to {MAX_IMAGES}"
@@ -43,8 +43,8 @@ def parse_images(arguments: dict[str, str]) -> int:
 def main() -> None:
     """Run `python -m trainer.look`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        own, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=ALL)
-        images = parse_images(own)
+        options, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=ALL)
+        images = parse_images(options)
         if is_sweep(arguments):
             raise ConfigError("a sweep has no page, only a single run has one", fix="remove --multirun and sweep=...")
         arguments = choose_and_log_source(arguments)
@@ -56,4 +56,4 @@ def main() -> None:
         health.enter_phase("look")
         with suppress_import_noise(with_keras=False):
             from trainer.look.show import show  # here, because it imports TensorFlow
-        show(config, own.get("output", OUTPUT), images)
+        show(config, options.get("output", OUTPUT), images)

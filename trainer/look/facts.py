@@ -1,4 +1,4 @@
-"""The facts about a dataset that the page and the suggestions state: counts, sizes, formats, duplicates, faults."""
+"""Examine a dataset: counts per class and split, sizes and formats of images, duplicates, unreadable files."""
 
 import os
 from collections import Counter
@@ -23,10 +23,12 @@ from trainer.names import escape_unprintable
 from trainer.report.build import allocate_comparisons, read_thumbnails
 from trainer.types import Orientation, Split
 
-COMPARED_SIDE = 32  # pixels of the images that are compared; a JPEG of 256 or more is decoded at an eighth of its size
-MAX_SIZES = 8  # most frequent sizes that are listed
-_MAX_GROUPS, _MAX_FIELDS = 50, 20  # distinct values of a field that may name groups; such fields that are listed
-# Aspect ratios, width / height: name -> lower bound.
+# Height and width, in pixels, at which images are compared. At this size, a JPEG of 256 pixels or more is decoded at an
+# eighth of its size, which is fast.
+COMPARED_SIDE = 32
+MAX_SIZES = 8  # number of the most frequent sizes that are listed
+_MAX_GROUPS, _MAX_FIELDS = 50, 20  # distinct values of a field that may be groups; number of such fields to list
+# Ranges of aspect ratios, width / height: name -> lower bound. The upper bound is the next lower bound.
 ASPECTS = {
     "narrower than 1:2": 0.0, "1:2 to 3:4": 0.5, "3:4 to square": 0.75, "square": 0.98, "square to 4:3": 1.02,
     "4:3 to 16:9": 1.334, "16:9 to 2:1": 1.778, "wider than 2:1": 2.0001,
@@ -39,64 +41,67 @@ class Settings:
 
     source: str
     image_size: int  # pixels
-    sizes: tuple[int, ...]  # image sides with weights of their own; () if all sizes have the same
-    min_size: int  # pixels, of the backbone
+    sizes: tuple[int, ...]  # image sizes for which there are weights, pixels; () if all sizes have the same weights
+    min_size: int  # smallest image size of the backbone, pixels
     resize: str
     orientation: Orientation
     on_error: str
-    class_weights: bool  # whether there are any
-    augmented: bool
+    class_weights: bool  # whether the classes have weights
+    augmented: bool  # whether training images are augmented
     validation_fraction: float
     test_fraction: float
     group_field: str | None
-    is_trial: bool  # debug.* limits the examples
+    is_trial: bool  # whether debug.* or data.labels_per_class limits the examples
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a dataset: `look.json`. Counts are of all examples, all else is of the examined ones."""
+    """The content of look.json, except for the suggestions.
 
-    name: str
+    `counts`, `files` and `skipped` are of the whole dataset. All other statistics are of the examined images only.
+    """
+
+    name: str  # of the dataset
     settings: Settings
     class_names: tuple[str, ...]
-    counts: dict[str, list[int]]  # split -> examples per class
+    counts: dict[str, list[int]]  # split -> number of examples per class
     from_train: tuple[str, ...]  # splits that are a fraction of the training examples
-    files: int  # record files of all splits; 0 for image files
+    files: int  # number of record files of all splits; 0 for image files
     examined: dict[str, int]  # split -> number of examined images
-    formats: dict[str, int]
-    modes: dict[str, int]
-    orientations: dict[int, int]  # EXIF orientation -> images
-    width: dict[str, float]  # upright; min, p5, median, p95 and max, {} if nothing is known
+    formats: dict[str, int]  # format, such as JPEG -> number of images
+    modes: dict[str, int]  # color mode -> number of images
+    orientations: dict[int, int]  # EXIF orientation -> number of images
+    width: dict[str, float]  # min, p5, median, p95 and max of the upright images, pixels; {} if no size is known
     height: dict[str, float]
     shorter_side: dict[str, float]
-    elongation: dict[str, float]  # longer / shorter side
-    aspects: dict[str, int]  # name in `ASPECTS` -> images
-    frequent_sizes: list[tuple[int, int, int]]  # width, height, images
-    copies: dict[str, int]  # images that are equal byte for byte: images, groups, across_splits, different_labels
-    duplicates: dict[str, Any]  # as in report.json, with all groups
-    skipped: tuple[str, ...]  # files and records that are detected as unreadable when the data is opened, with reasons
-    undecodable: tuple[str, ...]  # examined images that cannot be decoded, with reasons
-    notes: tuple[str, ...]
-    group_fields: dict[str, int]  # field of the records -> distinct values, if these may be groups
+    elongation: dict[str, float]  # min, p5, ... of longer / shorter side
+    aspects: dict[str, int]  # name in `ASPECTS` -> number of images
+    frequent_sizes: list[tuple[int, int, int]]  # width, height, number of images
+    copies: dict[str, int]  # `images` in `groups` that are equal byte for byte; groups `across_splits`, ...
+    duplicates: dict[str, Any]  # as in report.json, with all groups and `exact`: equal byte for byte
+    skipped: tuple[str, ...]  # files and records that could not be read when the data was opened, each with the reason
+    undecodable: tuple[str, ...]  # examined images that cannot be decoded, each with the reason
+    notes: tuple[str, ...]  # `Dataset.notes`, without those about skipped files
+    group_fields: dict[str, int]  # field of the records whose values may be groups -> number of distinct values
 
 
 def summarize(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Return min, p5, median, p95 and max of values, {} if there are none."""
+    """Return min, p5, median, p95 and max of the values, or {} if there are no values."""
     names = ("min", "p5", "median", "p95", "max")
     return dict(zip(names, np.quantile(values, (0, 0.05, 0.5, 0.95, 1)).tolist(), strict=True)) if len(values) else {}
 
 
 def count_aspects(ratios: np.ndarray) -> dict[str, int]:
-    """Count the aspect ratios, width / height, in each of `ASPECTS`."""
+    """Count the images in each range of `ASPECTS`. `ratios`: width / height, float [n]."""
     indices = np.searchsorted(list(ASPECTS.values()), ratios, side="right") - 1
     return dict(zip(ASPECTS, np.bincount(indices, minlength=len(ASPECTS)).tolist(), strict=True))
 
 
 def find_splits_from_train(data: Data, splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """Return the splits whose sizes follow data.validation_fraction and data.test_fraction.
+    """Return the splits other than train whose sizes depend on data.validation_fraction or data.test_fraction.
 
-    Their files are in the folders, or their records in the shards, of the training split; data.pattern is always
-    divided.
+    Such a split has files in the folders of the training split, or records in its shards. With data.source=tfrecords,
+    every split without a data.validation_split or data.test_split is one.
     """
 
     def sources(split: Split) -> set[str]:
@@ -104,14 +109,18 @@ def find_splits_from_train(data: Data, splits: Mapping[str, Split]) -> tuple[str
 
     if data.source == "digits":
         return ()
-    named = {"validation": data.validation_split, "test": data.test_split}
-    others = (name for name in splits if name != "train" and named[name] in (None, "none"))
+    explicit_splits = {"validation": data.validation_split, "test": data.test_split}
+    candidates = (name for name in splits if name != "train" and explicit_splits[name] in (None, "none"))
     train = sources(splits["train"])
-    return tuple(name for name in others if data.source == "tfrecords" or sources(splits[name]) & train)
+    return tuple(name for name in candidates if data.source == "tfrecords" or sources(splits[name]) & train)
 
 
 def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[str, Any]:
-    """Summarize the sizes of images as training sees them; return these fields of `Facts`."""
+    """Summarize the sizes of the images, which are turned upright if `orientation` is exif.
+
+    Returns:
+        The fields `width`, `height`, `shorter_side`, `elongation`, `aspects` and `frequent_sizes` of `Facts`.
+    """
     sides = [
         (h.height, h.width) if orientation == "exif" and h.orientation >= 5 else (h.width, h.height)
         for h in headers
@@ -130,14 +139,18 @@ def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[s
 
 
 def find_group_fields(headers: Iterable[Headers], used: Sequence[str]) -> dict[str, int]:
-    """Return the fields of records, other than `used`, whose values may be groups, with the number of distinct values.
+    """Return the fields of records that may be suitable as data.group_field, with their numbers of distinct values.
 
-    Of at most `_MAX_GROUPS` values each occurs at least twice, on average ten times. An unprintable name of a field
-    cannot be typed.
+    Such a field has 2 to `_MAX_GROUPS` distinct values. Each value occurs at least twice, and on average ten times. The
+    name of the field is printable, so that it can be typed.
+
+    Args:
+        headers: the headers of each split.
+        used: names of the fields with the image, the label and the configured group.
     """
     totals: dict[str, Counter[bytes | int]] = {}
-    for each in headers:
-        for name, values in each.fields.items():
+    for split_headers in headers:
+        for name, values in split_headers.fields.items():
             totals.setdefault(name, Counter()).update(values)
     fields = {
         name: len(values)
@@ -169,9 +182,14 @@ def read_settings(config: RunConfig) -> Settings:
 
 
 def open_pixels(config: RunConfig, data: OpenedData, side: int, whole: bool = False) -> tuple[Pixels, dict[str, int]]:
-    """Open the images of all splits at `side` pixels, not cached; also return the index at which each split begins.
+    """Open the images of all splits as one split, because building one pipeline takes less time than several.
 
-    Unreadable images are skipped; `whole` ones are not cropped. One pipeline takes less time to build than several.
+    Args:
+        side: height and width of the decoded images, pixels. They are not cached, and unreadable images are skipped.
+        whole: stretch the images, instead of the configured resize, which may crop them.
+
+    Returns:
+        The images, and the index of the first image of each split.
     """
     split, starts = concatenate(data.dataset.splits)
     resize: Resize = "stretch" if whole else config.model.resize
@@ -181,18 +199,18 @@ def open_pixels(config: RunConfig, data: OpenedData, side: int, whole: bool = Fa
 def _find_duplicates(
     config: RunConfig, data: OpenedData, sample: Mapping[str, np.ndarray], headers: Mapping[str, Headers]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare the examined images; return `Facts.duplicates` and `Facts.undecodable`."""
+    """Compare the examined images, and return `Facts.duplicates` and `Facts.undecodable`."""
     dataset = data.dataset
     pixels, starts = open_pixels(config, data, COMPARED_SIDE, whole=True)
     positions = np.concatenate([indices + starts[name] for name, indices in sample.items()])
-    small = read_thumbnails(pixels, positions, health.record_progress)
+    all_thumbnails = read_thumbnails(pixels, positions, health.record_progress)
     bad = pixels.bad
-    faults = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
-    undecodable = [with_addresses(fault, data.addresses) for fault in faults]
+    reasons = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
+    undecodable = [with_addresses(reason, data.addresses) for reason in reasons]
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for (name, indices), start in zip(sample.items(), accumulate(map(len, sample.values()), initial=0), strict=False):
         readable = ~np.isin(indices + starts[name], list(bad))
-        thumbnails[name] = indices[readable], small[start : start + len(indices)][readable]
+        thumbnails[name] = indices[readable], all_thumbnails[start : start + len(indices)][readable]
     labels = {name: split.labels for name, split in dataset.splits.items()}
 
     def describe(split: str, index: int) -> dict[str, Any]:
@@ -211,16 +229,25 @@ def _find_duplicates(
 
 
 def _count_copies(groups: Sequence[Sequence[tuple[str, int]]], splits: Mapping[str, Split]) -> dict[str, int]:
-    across = [len({name for name, _ in group}) > 1 for group in groups]
-    several = [len({int(splits[name].labels[index]) for name, index in group}) > 1 for group in groups]
+    spans_splits = [len({name for name, _ in group}) > 1 for group in groups]
+    has_several_labels = [len({int(splits[name].labels[index]) for name, index in group}) > 1 for group in groups]
     images = sum(map(len, groups))
-    return {"images": images, "groups": len(groups), "across_splits": sum(across), "different_labels": sum(several)}
+    return {
+        "images": images, "groups": len(groups), "across_splits": sum(spans_splits),
+        "different_labels": sum(has_several_labels),
+    }  # fmt: skip
 
 
 def gather_facts(config: RunConfig, data: OpenedData, limit: int) -> tuple[Facts, dict[str, np.ndarray]]:
-    """Examine at most `limit` images of a dataset; return the facts, and the indices of the examined images by split.
+    """Examine a sample of the images of a dataset.
 
-    `config.data.on_error` is that of the run; `data` was opened with "skip".
+    Args:
+        config: the configuration of the run, with its own data.on_error.
+        data: the dataset, opened with data.on_error=skip.
+        limit: maximum number of images that are examined, but at least one per split.
+
+    Returns:
+        The facts, and the indices of the examined images, int64 [k], by split.
 
     Raises:
         DataError: a shard is missing.
@@ -233,8 +260,8 @@ def gather_facts(config: RunConfig, data: OpenedData, limit: int) -> tuple[Facts
     headers = {name: read_headers(splits[name], indices, data.shards) for name, indices in sample.items()}
     add_digests(headers, splits)
     duplicates, undecodable = _find_duplicates(config, data, sample, headers)
-    flat = list(chain.from_iterable(each.by_index.values() for each in headers.values()))
-    used = (config.data.image_field, config.data.label_field, config.data.group_field or "")
+    all_headers = list(chain.from_iterable(split_headers.by_index.values() for split_headers in headers.values()))
+    used_fields = (config.data.image_field, config.data.label_field, config.data.group_field or "")
     facts = Facts(
         name=dataset.name,
         settings=settings,
@@ -246,16 +273,16 @@ def gather_facts(config: RunConfig, data: OpenedData, limit: int) -> tuple[Facts
         from_train=find_splits_from_train(config.data, splits),
         files=len({shard.path for split in splits.values() for shard in split.shards}),
         examined={name: len(indices) for name, indices in sample.items()},
-        formats=dict(Counter(escape_unprintable(h.format or "unknown") for h in flat).most_common()),
-        modes=dict(Counter(h.mode or "unknown" for h in flat).most_common()),
-        orientations=dict(sorted(Counter(h.orientation for h in flat).items())),
-        **measure_sizes(flat, settings.orientation),
+        formats=dict(Counter(escape_unprintable(h.format or "unknown") for h in all_headers).most_common()),
+        modes=dict(Counter(h.mode or "unknown" for h in all_headers).most_common()),
+        orientations=dict(sorted(Counter(h.orientation for h in all_headers).items())),
+        **measure_sizes(all_headers, settings.orientation),
         copies=_count_copies(group_copies(headers), splits),
         duplicates=duplicates,
         skipped=dataset.skipped,
         undecodable=tuple(undecodable),
-        # What is skipped is listed anyway, and in a run only with data.on_error=skip.
+        # Without the notes about skipped files: `skipped` lists them, and the run may have data.on_error=fail.
         notes=tuple(n for n in dataset.notes if "skipped (data.on_error" not in n and "left after skipping" not in n),
-        group_fields=find_group_fields(headers.values(), used) if dataset.splits["train"].shards else {},
+        group_fields=find_group_fields(headers.values(), used_fields) if dataset.splits["train"].shards else {},
     )
     return facts, sample

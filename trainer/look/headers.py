@@ -1,4 +1,4 @@
-"""Read the headers of encoded images: format, size, color mode, EXIF orientation, and a digest of copies."""
+"""Read the headers of encoded images (format, size, color mode, EXIF orientation), and detect exact copies."""
 
 import hashlib
 import io
@@ -21,43 +21,51 @@ from trainer.monitoring.health import health
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
-_HEAD_BYTES = 2**16  # bytes read of a file; the EXIF data of a photo begin there
-_READ_BYTES = 1 << 20
-_THREADS = 16  # on a network disk each file costs a round trip
-_READER = "headers"  # name for the shard cache
+_HEAD_BYTES = 2**16  # first bytes of a file in which the EXIF orientation is searched for
+_READ_BYTES = 1 << 20  # chunk size to read whole files
+_THREADS = 16  # for files on a network disk, where opening one takes a round trip
+_READER = "headers"  # name of this reader in the shard cache
+# Pillow's mode -> name on the page.
 _MODES = {
     "1": "bilevel", "L": "gray", "LA": "gray with alpha", "RGB": "RGB", "RGBA": "RGB with alpha", "P": "palette",
     "PA": "palette with alpha", "CMYK": "CMYK",
 }  # fmt: skip
-_PNG_MODES = {0: "gray", 2: "RGB", 4: "gray with alpha", 6: "RGB with alpha"}  # by color type
-_MAX_TEXT_BYTES = 100  # of a field that may name a group
+_PNG_MODES = {0: "gray", 2: "RGB", 4: "gray with alpha", 6: "RGB with alpha"}  # by the color type in a PNG header
+_MAX_TEXT_BYTES = 100  # fields of records with longer values cannot be groups
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an encoded image states. `format` is "" if Pillow cannot read it."""
+    """The header of an encoded image. If Pillow cannot identify the image, only `size` and `orientation` are set."""
 
-    size: int  # bytes
-    format: str = ""  # as Pillow names it, such as JPEG
-    mode: str = ""  # such as RGB, gray, CMYK, 16-bit gray
-    width: int = 0  # in pixels, as it is stored
+    size: int  # of the encoded image, bytes
+    format: str = ""  # Pillow's name, such as JPEG
+    mode: str = ""  # color mode, such as RGB, gray, CMYK, 16-bit gray
+    width: int = 0  # pixels, as stored, without the EXIF orientation
     height: int = 0
-    orientation: int = 1  # EXIF
-    digest: str = ""  # of all bytes; "" if no other image has this size in bytes
+    orientation: int = 1  # EXIF orientation, 1 (upright) to 8
+    digest: str = ""  # hash of all bytes; "" for a file if no other file has the same size
 
 
 @dataclass
 class Headers:
-    """The headers of the examined images of a split, and the distinct values of the other fields of records."""
+    """The headers of the examined images of a split, and the values of the other fields of its records."""
 
-    by_index: dict[int, Header] = field(default_factory=dict)
+    by_index: dict[int, Header] = field(default_factory=dict)  # by example index
+    # Name of a field -> value -> number of examined records. Only for fields with a single integer or short text.
     fields: dict[str, Counter[bytes | int]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 def parse_header(head: bytes, size: int, content: BinaryIO) -> Header:
-    """Parse the header of an encoded image of `size` bytes that begins with `head`; read more of `content` if needed.
+    """Parse the header of an encoded image without decoding its pixels.
 
-    No pixel is decoded. Of an image that Pillow cannot identify, only size and orientation are known.
+    Args:
+        head: the first bytes of the image, for the EXIF orientation.
+        size: size of the image in bytes.
+        content: the image, from its beginning; Pillow reads as much as it needs.
+
+    Returns:
+        The header. If Pillow cannot identify the image, it has only `size` and `orientation`.
     """
     from PIL import Image
 
@@ -72,7 +80,7 @@ def parse_header(head: bytes, size: int, content: BinaryIO) -> Header:
             else:
                 name = "16-bit gray" if mode.startswith("I") else _MODES.get(mode, mode)
             return Header(size, image.format or "", name, *image.size, orientation)
-    except Exception:  # corrupt images raise many types; the decoder reports why
+    except Exception:  # corrupt images raise errors of many types; the reason is reported when the image is decoded
         return Header(size, orientation=orientation)
 
 
@@ -95,18 +103,18 @@ def _read_file_header(path: str) -> Header | None:
             head = file.read(_HEAD_BYTES)
             file.seek(0)
             return parse_header(head, os.fstat(file.fileno()).st_size, file)
-    except OSError:  # reported when it is decoded
+    except OSError:  # reported when the image is decoded
         return None
 
 
 def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache | None) -> Headers:
-    """Read the headers of these records, and the values of their other fields."""
-    result, chosen, position = Headers(), take(split, indices), 0
-    for path, members in groupby(chosen.shards, lambda shard: shard.path):
+    """Read the headers of records, and the values of their other fields."""
+    result, selected, position = Headers(), take(split, indices), 0
+    for path, ranges in groupby(selected.shards, lambda shard: shard.path):
         if shards:
             shards.require(_READER, [os.path.basename(path)])
-        records = [record for shard in members for record in range(shard.start, shard.stop)]
-        expected = dict(zip(records, indices[position : position + len(records)].tolist(), strict=True))
+        records = [record for shard in ranges for record in range(shard.start, shard.stop)]
+        index_of = dict(zip(records, indices[position : position + len(records)].tolist(), strict=True))
         position += len(records)
         try:
             for record, _, example, fault in read_examples(path, index_shard(path), records):
@@ -119,10 +127,10 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
                         if len(value.bytes_list.value) == 1:
                             data = values[0]
                             header = parse_header(data[:_HEAD_BYTES], len(data), io.BytesIO(data))
-                            result.by_index[expected[record]] = replace(header, digest=_digest(iter([data])))
+                            result.by_index[index_of[record]] = replace(header, digest=_digest(iter([data])))
                     elif len(values) == 1 and not (isinstance(values[0], bytes) and len(values[0]) > _MAX_TEXT_BYTES):
                         result.fields[name][values[0]] += 1
-        except (OSError, DataError, IndexError):  # a shard that is truncated; reported when it is decoded
+        except (OSError, DataError, IndexError):  # a truncated shard; reported when its images are decoded
             continue
     if shards:
         shards.release(_READER)
@@ -140,9 +148,14 @@ def _read_file_headers(split: Split, indices: np.ndarray) -> Headers:
 
 
 def read_headers(split: Split, indices: np.ndarray, shards: ShardCache | None = None) -> Headers:
-    """Read the headers of the examples `indices`, increasing; those that cannot be read are left out.
+    """Read the headers of some examples of a split. Examples that cannot be read are left out.
 
-    `shards` fetches the shards of a bucket, None if all are local.
+    Args:
+        indices: example indices, int64 [k], increasing.
+        shards: fetches the shards from a bucket; None if they are local.
+
+    Raises:
+        Interrupted: the bucket does not respond.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about corrupt EXIF data and large images
@@ -150,12 +163,12 @@ def read_headers(split: Split, indices: np.ndarray, shards: ShardCache | None = 
 
 
 def add_digests(headers: Mapping[str, Headers], splits: Mapping[str, Split]) -> None:
-    """Add the digest of each image file that has the same size in bytes as another one."""
-    sizes = Counter(header.size for each in headers.values() for header in each.by_index.values())
-    repeated = [
+    """Set the digest of each image file that has the same size as another one, as only such files can be copies."""
+    sizes = Counter(header.size for split_headers in headers.values() for header in split_headers.by_index.values())
+    same_size = [
         (name, index, splits[name].files[index])
-        for name, each in headers.items()
-        for index, header in each.by_index.items()
+        for name, split_headers in headers.items()
+        for index, header in split_headers.by_index.items()
         if splits[name].files and sizes[header.size] > 1
     ]
 
@@ -167,16 +180,16 @@ def add_digests(headers: Mapping[str, Headers], splits: Mapping[str, Split]) -> 
             return ""
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(digest, [path for _, _, path in repeated])
-    for (name, index, _), value in zip(repeated, digests, strict=True):
+        digests = pool.map(digest, [path for _, _, path in same_size])
+    for (name, index, _), value in zip(same_size, digests, strict=True):
         headers[name].by_index[index] = replace(headers[name].by_index[index], digest=value)
 
 
 def group_copies(headers: Mapping[str, Headers]) -> list[list[tuple[str, int]]]:
-    """Return the groups of examples, as split and index, whose images are equal byte for byte."""
-    members: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for name, each in headers.items():
-        for index, header in each.by_index.items():
+    """Return the groups of two or more examples, as (split, index), whose images are equal byte for byte."""
+    groups: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, split_headers in headers.items():
+        for index, header in split_headers.by_index.items():
             if header.digest:
-                members[header.digest].append((name, index))
-    return [group for group in members.values() if len(group) > 1]
+                groups[header.digest].append((name, index))
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,4 +1,4 @@
-"""Render the page about a dataset, and draw its figures."""
+"""Render the page about a dataset, and draw the figures that are stored with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,11 @@ from trainer.report.figures import (
 )  # fmt: skip
 from trainer.report.page import LIST_SIDE, embed_thumbnail, render
 
-MAX_DRAWN, MAX_CAPTION = 60, 16  # images in a figure, and characters of their captions
-MAX_BARS = 60  # classes in the figure of counts
-THUMBNAIL_SIDE = 80  # pixels of the longest side of an image of a page with many classes
+MAX_DRAWN, MAX_CAPTION = 60, 16  # number of images in examples.png; characters of a caption
+MAX_BARS = 60  # number of classes in counts.png
+THUMBNAIL_SIDE = 80  # longest side, in pixels, of the images of a page with more than `MANY_CLASSES` classes
 MANY_CLASSES = 60
+# EXIF orientation -> name on the page.
 ORIENTATIONS = {
     1: "upright", 2: "mirrored", 3: "upside down", 4: "upside down, mirrored", 5: "on its side, mirrored",
     6: "on its left side", 7: "on its side, mirrored", 8: "on its right side",
@@ -35,45 +36,45 @@ ORIENTATIONS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A training image, uint8 [S, S, 3], and its file or record."""
+    """A training image, and its file or record."""
 
-    file: str
-    pixels: np.ndarray
+    file: str  # path, or PATH#RECORD
+    pixels: np.ndarray  # uint8 [S, S, 3]
 
 
 @dataclass(frozen=True)
 class AugmentedImage:
-    """A training image and its augmented views, uint8 [v, S, S, 3], those of the first v epochs."""
+    """A training image, and its augmented views in the first v epochs."""
 
     example: Example
     class_name: str
-    index: int  # in the training split
-    views: np.ndarray
+    index: int  # example index in the training split
+    views: np.ndarray  # uint8 [v, S, S, 3]
 
 
 @dataclass(frozen=True)
 class PageImages:
-    """The images of the page, at the size of training."""
+    """The images of the page, decoded at the image size of training."""
 
-    examples: Mapping[str, Sequence[Example]]  # by class name
+    examples: Mapping[str, Sequence[Example]]  # class name -> examples
     augmented: Sequence[AugmentedImage]
-    duplicates: Sequence[Sequence[np.ndarray]]  # of the first members of the first groups of `Facts.duplicates`
+    duplicates: Sequence[Sequence[np.ndarray]]  # for the first groups of `Facts.duplicates`, images of some members
 
 
 def draw_examples(examples: Mapping[str, Sequence[Example]]) -> Figure:
-    """Draw examples of the classes, those of a class one after another, `MAX_DRAWN` at most."""
+    """Draw at most `MAX_DRAWN` examples, grouped by class."""
     per_class = max(MAX_DRAWN // max(len(examples), 1), 1)
-    drawn = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
-    if not drawn:
+    selected = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
+    if not selected:
         figure = create_figure(height=1.0)
         figure.text(0.5, 0.5, "no example can be decoded", ha="center", va="center", color=INK)
         return figure
-    captions = [format_label(name, MAX_CAPTION) for name, _ in drawn]
-    return draw_images("Training examples", np.stack([pixels for _, pixels in drawn]), captions)
+    captions = [format_label(name, MAX_CAPTION) for name, _ in selected]
+    return draw_images("Training examples", np.stack([pixels for _, pixels in selected]), captions)
 
 
 def draw_augmentation(augmented: Sequence[AugmentedImage]) -> Figure:
-    """Draw images next to their augmented views, a row each."""
+    """Draw a row per image: the original, and its augmented views. `augmented` has at least one image."""
     columns = 1 + len(augmented[0].views)
     images = np.concatenate([np.concatenate([a.example.pixels[None], a.views]) for a in augmented])
     captions = ["original", *(f"epoch {epoch}" for epoch in range(columns - 1))] * len(augmented)
@@ -81,7 +82,7 @@ def draw_augmentation(augmented: Sequence[AugmentedImage]) -> Figure:
 
 
 def draw_counts(facts: Facts) -> Figure:
-    """Draw the examples per class and split as stacked bars, rarest first; only the `MAX_BARS` rarest classes."""
+    """Draw the number of examples per class and split as stacked bars, for the `MAX_BARS` rarest classes."""
     train = facts.counts["train"]
     order = sorted(range(len(train)), key=lambda k: train[k])[:MAX_BARS]
     figure = create_figure(height=1.1 + 0.24 * len(order))
@@ -103,7 +104,7 @@ def draw_counts(facts: Facts) -> Figure:
 
 
 def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageImages, config: RunConfig) -> str:
-    """Render the page, one self-contained HTML file."""
+    """Render the page as HTML that loads no other file."""
     side = THUMBNAIL_SIDE if len(images.examples) > MANY_CLASSES else LIST_SIDE
     groups = facts.duplicates["groups"]
 

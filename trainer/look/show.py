@@ -40,12 +40,12 @@ from trainer.storage.path import StoragePath, storage_path
 
 FACTS = "look.json"
 FIGURES = ("examples.png", "augmentation.png", "counts.png")
-AUGMENTED = 4  # images that are shown next to their augmented views
+AUGMENTED = 4  # number of images that are shown next to their augmented views
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the page shows: the facts, the suggestions, and images at the size of training."""
+    """The content of the page: the facts, the suggestions, and images at the image size of training."""
 
     facts: Facts
     suggestions: list[Suggestion]
@@ -53,18 +53,23 @@ class Content:
 
 
 def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
-    """Open the dataset as a run does, but skip files that cannot be read; resolve `auto`.
+    """Open the dataset as a run does, except that unreadable files are skipped.
 
-    Raises the errors of `trainer.data.open.open_dataset`.
+    Returns:
+        The configuration without auto values, and the dataset. The configuration has the data.on_error of the run.
+
+    Raises:
+        DataError: the data cannot be opened, or exceeds the disk budget.
+        Interrupted: a bucket does not respond.
     """
 
     def log_slow_work(text: str) -> None:
-        if text.startswith("reading"):  # it may take long; the page has what the other messages report
+        if text.startswith("reading"):  # slow work begins; the page shows what the other messages report
             log.info(text)
 
-    weightless = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
+    config_without_weights = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
     local, addresses, shards = fetch_local_copies(
-        weightless, log.info, lambda _address: health.record_progress(), stream=True
+        config_without_weights, log.info, lambda _address: health.record_progress(), stream=True
     )
     data = local.data.model_copy(update={"on_error": "skip"})
     with addresses_in_errors(addresses):
@@ -78,19 +83,22 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
 
 
 def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Mapping[str, np.ndarray]) -> PageImages:
-    """Decode the images of the page as training does, and augment some as in the first epochs."""
+    """Decode the images of the page as training does, and augment some of them as in its first epochs.
+
+    `sample` has the indices of the examined images by split.
+    """
     train, names = data.dataset.splits["train"], data.dataset.class_names
-    chosen = choose_examples(train.labels, sample["train"], config.seed, only_sample=data.shards is not None)
+    selected = choose_examples(train.labels, sample["train"], config.seed, only_sample=data.shards is not None)
     pixels, starts = open_pixels(config, data, facts.settings.image_size)
     groups = [
         [starts[member["split"]] + member["index"] for member in group["members"][:MAX_IMAGES_PER_GROUP]]
         for group in facts.duplicates["groups"][:MAX_WITH_IMAGES]
     ]
     first = starts["train"]
-    positions = np.unique([*chain.from_iterable(groups), *(first + i for m in chosen.values() for i in m.tolist())])
+    positions = np.unique([*chain.from_iterable(groups), *(first + i for m in selected.values() for i in m.tolist())])
     decoded = zip(positions.tolist(), pixels.rows(positions.astype(np.int64)), strict=True)
     rows = {position: image for position, image in decoded if position not in pixels.bad}
-    readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in chosen.items()}
+    readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in selected.items()}
     examples = {
         k: [Example(with_addresses(train.name_of(i), data.addresses), rows[first + i]) for i in members]
         for k, members in readable.items()
@@ -111,7 +119,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
 
 
 def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
-    """Open the data, and examine at most `limit` images of it."""
+    """Open the data and examine at most `limit` of its images. Return the resolved configuration, and the content."""
     resolved, data = open_data(config)
     try:
         with log_while_slow("examining the images"), addresses_in_errors(data.addresses):
@@ -124,7 +132,7 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
 
 
 def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
-    """Write the figures, look.json and, last, the page. Each file appears as a whole; an older one is replaced."""
+    """Write the figures, look.json and, last, the page. Each file is written atomically, and replaces an older one."""
     figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
     if content.images.augmented:
         figures["augmentation.png"] = draw_augmentation(content.images.augmented)
@@ -133,21 +141,25 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
     files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     files[INDEX] = render_page(content.facts, content.suggestions, content.images, config)
     with tempfile.TemporaryDirectory() as folder:
-        drawn = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
+        figure_files = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}
     for name in FIGURES:
-        if name not in drawn:
+        if name not in figure_files:
             (output / name).delete()
-    for name, data in (drawn | files).items():
+    for name, data in (figure_files | files).items():
         if output.is_local:
             delete_abandoned(Path(str(output)), name)
         (output / name).write(data)
 
 
 def show(config: RequestedConfig, output: str, limit: int) -> None:
-    """Write the page of a configuration to a folder, and log a summary.
+    """Examine the data of a configuration, write the page to a folder, and log a summary.
+
+    Args:
+        output: local or gs:// folder.
+        limit: maximum number of images that are examined.
 
     Raises:
-        ConfigError: the folder has a page of something else.
+        ConfigError: the folder has an index.html that is not a page of this command.
         DataError: the data cannot be opened.
         Interrupted: a bucket does not respond.
     """

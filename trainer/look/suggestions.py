@@ -1,4 +1,4 @@
-"""Suggestions for the configuration of a run, each with its reason, as a pure function of the facts about the data."""
+"""Suggest changes of a run's configuration or data, each with its reason, from the facts about the data."""
 
 import math
 from collections.abc import Iterator
@@ -9,38 +9,44 @@ from trainer.data.open import MAX_CLASS_RATIO, SMALL_SPLIT
 from trainer.look.facts import Facts
 from trainer.report.page import format_count
 
-ENOUGH_SCORED = 100  # validation or test examples; with fewer, one is more than 1 point of accuracy
-ENOUGH_PER_CLASS = 100  # training examples; with fewer, a network sees the same images too often
-MAX_FRACTION = 0.3  # of the training examples that a suggestion sets aside for a split
-MIN_DIVIDED = 10  # training examples, of which some can be set aside
-LARGE_RATIO, SMALL_RATIO = 2.0, 2.0  # of the photos' shorter side to model.image_size, or of the latter to the former
-GOOD_SIZE = 224  # pixels; most ImageNet weights were trained with it
+ENOUGH_SCORED = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
+ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often
+MAX_FRACTION = 0.3  # largest data.validation_fraction or data.test_fraction that is suggested
+MIN_DIVIDED = 10  # examples; of fewer, none are set aside for another split
+# Shorter side of the images / model.image_size from which a larger size is suggested; the inverse, for a smaller size.
+LARGE_RATIO, SMALL_RATIO = 2.0, 2.0
+GOOD_SIZE = 224  # pixels; the image size of most ImageNet weights
 STRETCHED = 1.7  # longer / shorter side from which a stretched image is hard to recognize; 16:9 is 1.78
-MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3  # portraits and landscapes are mixed, and stretched in opposite directions
-MAX_CROPPED = 0.5  # fraction of an image outside its centered square
+# Data with this fraction of portraits, and of landscapes, is a mix, whose images are stretched in opposite directions;
+# it matters from this longer / shorter side.
+MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3
+MAX_CROPPED = 0.5  # fraction of an image outside its centered square from which stretching is suggested
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Something to change, with its reason: arguments of the command line, or none if the data has to change."""
+    """A change of the configuration or of the data, with its reason."""
 
     title: str
     reason: str
-    settings: tuple[tuple[str, object], ...] = ()
+    settings: tuple[tuple[str, object], ...] = ()  # configuration keys and values; () if the data has to change
 
     @property
     def arguments(self) -> str:
-        """The settings as they are pasted into a command, quoted for the shell; "" if there are none."""
+        """The settings as command-line arguments, quoted for the shell; "" if there are none."""
         return " ".join(format_argument(key, value) for key, value in self.settings)
 
 
 def suggest(facts: Facts) -> list[Suggestion]:
-    """Return suggestions, the most important first; each argument can be added to the command of the run."""
-    parts = (_faults, _duplicates, _labels, _splits, _weights, _images, _shape, _augmentation, _groups)
-    return [suggestion for part in parts for suggestion in part(facts)]
+    """Return the suggestions, the most important first. Their arguments can be added to the command of the run."""
+    topics = (
+        _suggest_repairs, _suggest_removing_copies, _suggest_correcting_labels, _suggest_splits, _suggest_class_weights,
+        _suggest_image_size, _suggest_resize, _suggest_augmentation, _suggest_groups,
+    )  # fmt: skip
+    return [suggestion for topic in topics for suggestion in topic(facts)]
 
 
-def _faults(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_repairs(facts: Facts) -> Iterator[Suggestion]:
     count, settings = len(facts.skipped) + len(facts.undecodable), facts.settings
     if count and settings.on_error == "fail":
         reason = f"{format_count(count, 'file or record', 'files or records')} cannot be read, and a run ends with exit"
@@ -49,9 +55,9 @@ def _faults(facts: Facts) -> Iterator[Suggestion]:
             f"{reason} code 2 at the first one; they are listed with their reasons",
             (("data.on_error", "skip"),),
         )
-    marked = sum(count for orientation, count in facts.orientations.items() if orientation > 1)
-    if marked and settings.orientation == "ignore":
-        reason = f"{format_count(marked, 'examined image')} of {sum(facts.examined.values()):,} have an EXIF"
+    num_rotated = sum(count for orientation, count in facts.orientations.items() if orientation > 1)
+    if num_rotated and settings.orientation == "ignore":
+        reason = f"{format_count(num_rotated, 'examined image')} of {sum(facts.examined.values()):,} have an EXIF"
         yield Suggestion(
             "Turn photos upright",
             f"{reason} orientation, which is ignored; right if the marks are wrong",
@@ -59,40 +65,40 @@ def _faults(facts: Facts) -> Iterator[Suggestion]:
         )
 
 
-def _duplicates(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_removing_copies(facts: Facts) -> Iterator[Suggestion]:
     if count := facts.duplicates["across_splits"]:
         reason = f"{format_count(count, 'image')} {'is' if count == 1 else 'are'} in several splits: the network is"
         fix = "Remove copies from one of the splits"
         yield Suggestion(fix, f"{reason} scored on images that it was trained on, so the scores are too high")
 
 
-def _labels(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_correcting_labels(facts: Facts) -> Iterator[Suggestion]:
     if count := facts.duplicates["different_labels"]:
         reason = f"{format_count(count, 'image')} {'has' if count == 1 else 'have'} copies with another label"
         yield Suggestion("Correct contradicting labels", f"{reason}; at most one of them is right")
 
 
-def _splits(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
     settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
     if settings.source == "digits" or settings.is_trial:
         return
-    divided = totals["train"] + sum(totals[name] for name in facts.from_train)
+    num_divided = totals["train"] + sum(totals[name] for name in facts.from_train)
     fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
-    wanted: dict[str, tuple[float, str]] = {}
-    if divided >= MIN_DIVIDED:
+    proposals: dict[str, tuple[float, str]] = {}
+    if num_divided >= MIN_DIVIDED:
         if "validation" not in totals and fractions["validation"] == 0:
-            wanted["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
+            proposals["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
         if "test" not in totals and fractions["test"] == 0 and _can_divide(facts):
-            wanted["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
+            proposals["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
     for name in facts.from_train:
-        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / divided) / 100)
+        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divided) / 100)
         if totals[name] < ENOUGH_SCORED and fraction >= 1.2 * fractions[name] > 0:
-            wanted[name] = fraction, _describe_small_split(name, totals[name])
-    for name, (fraction, reason) in wanted.items():
+            proposals[name] = fraction, _describe_small_split(name, totals[name])
+    for name, (fraction, reason) in proposals.items():
         title = f"Set {'more' if name in totals else 'some'} images aside for {name}"
         yield Suggestion(title, reason, ((f"data.{name}_fraction", f"{fraction:g}"),))
     for name, total in totals.items():
-        if name not in ("train", *wanted) and total < SMALL_SPLIT:
+        if name not in ("train", *proposals) and total < SMALL_SPLIT:
             yield Suggestion(f"Add {name} images", _describe_small_split(name, total))
 
 
@@ -105,7 +111,7 @@ def _can_divide(facts: Facts) -> bool:
     return facts.settings.source != "tfrecords" or facts.files > len(facts.counts)
 
 
-def _weights(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_class_weights(facts: Facts) -> Iterator[Suggestion]:
     counts = facts.counts["train"]
     low, high = min(counts), max(counts)
     if high > MAX_CLASS_RATIO * low and low and not facts.settings.class_weights:
@@ -114,7 +120,7 @@ def _weights(facts: Facts) -> Iterator[Suggestion]:
         yield Suggestion("Weight the classes", reason, (("training.class_weights", "balanced"),))
 
 
-def _images(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
     settings, shorter = facts.settings, facts.shorter_side.get("median", 0)
     size = settings.image_size
     if not shorter:
@@ -135,14 +141,14 @@ def _images(facts: Facts) -> Iterator[Suggestion]:
             yield Suggestion("Try smaller images", text, (("model.image_size", side),))
 
 
-def _shape(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:
     if not facts.elongation:
         return
     elongation, total = facts.elongation["median"], max(sum(facts.aspects.values()), 1)
     names = list(facts.aspects)
-    square = names.index("square")
-    tall = sum(facts.aspects[name] for name in names[:square]) / total
-    wide = sum(facts.aspects[name] for name in names[square + 1 :]) / total
+    square_index = names.index("square")
+    tall = sum(facts.aspects[name] for name in names[:square_index]) / total
+    wide = sum(facts.aspects[name] for name in names[square_index + 1 :]) / total
     if facts.settings.resize == "stretch":
         reason = ""
         if elongation >= STRETCHED:
@@ -161,7 +167,7 @@ def _shape(facts: Facts) -> Iterator[Suggestion]:
         yield Suggestion("Stretch instead of cropping", reason, (("model.resize", "stretch"),))
 
 
-def _augmentation(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_augmentation(facts: Facts) -> Iterator[Suggestion]:
     counts = facts.counts["train"]
     per_class = sum(counts) / max(len(counts), 1)
     if per_class < ENOUGH_PER_CLASS and not facts.settings.augmented and not facts.settings.is_trial:
@@ -170,7 +176,7 @@ def _augmentation(facts: Facts) -> Iterator[Suggestion]:
         yield Suggestion("Augment the training images", text, (("augmentation", "light"),))
 
 
-def _groups(facts: Facts) -> Iterator[Suggestion]:
+def _suggest_groups(facts: Facts) -> Iterator[Suggestion]:
     if facts.group_fields and not facts.settings.group_field:
         name, count = min(facts.group_fields.items(), key=lambda item: (item[1], item[0]))
         others = f"; other such fields: {', '.join(n for n in facts.group_fields if n != name)}"

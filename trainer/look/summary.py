@@ -1,4 +1,4 @@
-"""Format the summary of a dataset for a terminal of 80 columns."""
+"""Format the summary of a dataset that is printed to a terminal of 80 columns."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
 from trainer.report.page import format_count
 
-WIDTH = 80
-_MAX_NOTES, _MAX_FAULTS = 6, 3
+WIDTH = 80  # terminal columns
+_MAX_NOTES, _MAX_FAULTS = 6, 3  # number of notes, and of unreadable files, that are listed
 
 
 def _wrap(label: str, text: str, width: int = 12) -> str:
-    """Wrap a text behind a label; long words, such as paths and arguments, are not broken."""
-    first = f"  {label:{width}}"
+    """Wrap a text to the right of a label. Long words, such as paths and arguments, are not broken."""
+    margin = f"  {label:{width}}"
     return textwrap.fill(
-        text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
+        text, WIDTH, initial_indent=margin, subsequent_indent=" " * len(margin), break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 
@@ -49,11 +49,11 @@ def _format_duplicates(facts: Facts) -> str:
 
 
 def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -> str:
-    """Format the counts, the findings and the suggestions, and where the page is."""
+    """Format the counts, sizes, duplicates, unreadable files and suggestions, and the path of the page."""
     total, examined = sum(map(sum, facts.counts.values())), sum(facts.examined.values())
-    of_all = "all examined" if examined == total else f"{examined:,} examined"
+    coverage = "all examined" if examined == total else f"{examined:,} examined"
     classes = format_count(len(facts.class_names), "class", "classes")
-    lines = [f"{shorten_name(facts.name, 30)}: {format_count(total, 'image')} of {classes}, {of_all}"]
+    lines = [f"{shorten_name(facts.name, 30)}: {format_count(total, 'image')} of {classes}, {coverage}"]
     lines += format_counts(facts.class_names, facts.counts)
     lines.append(_wrap("formats", f"{_list_counts(facts.formats)}; {_list_counts(facts.modes)}"))
     lines.append(_wrap("sizes", _format_sizes(facts)))
@@ -61,8 +61,8 @@ def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -
     faults = [*facts.skipped, *facts.undecodable]
     lines.append(_wrap("unreadable", f"{len(faults):,}" if faults else "none"))
     lines += [_wrap("", fault) for fault in faults[:_MAX_FAULTS]]
-    proposed = {f"{key}={value}" for suggestion in suggestions for key, value in suggestion.settings}
-    notes = [note for note in facts.notes if not any(argument in note for argument in proposed)]
+    suggested = {f"{key}={value}" for suggestion in suggestions for key, value in suggestion.settings}
+    notes = [note for note in facts.notes if not any(argument in note for argument in suggested)]
     lines += [_wrap("note", note) for note in notes[:_MAX_NOTES]]
     lines.append("suggestions" if suggestions else "no suggestions")
     for suggestion in suggestions:

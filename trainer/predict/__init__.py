@@ -46,17 +46,17 @@ from trainer.storage.path import StoragePath, storage_path
 if TYPE_CHECKING:
     from trainer.predict.model import Model
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "", "export": "", "images": "is required"} | dict.fromkeys(
     ("output", "checkpoint", "tta", "top"), ""
 )
-TOP = 3  # most probable classes per image, by default
-CACHE = "~/.cache/kubetune"  # of copies of exports in a bucket; $KUBETUNE_CACHE replaces it
-DURING = "during the prediction"
+TOP = 3  # default number of most probable classes per image
+CACHE = "~/.cache/kubetune"  # folder for local copies of exports in a bucket; $KUBETUNE_CACHE replaces it
+DURING = "during the prediction"  # completes the message of a StopRequested
 
 
 def parse_top(text: str) -> int:
-    """Parse the number of most probable classes; raise a ConfigError if it is not a positive integer."""
+    """Parse the argument `top`; raise a ConfigError if it is not an integer from 1 to 999,999."""
     with suppress(ValueError):
         if text.isascii() and 0 < int(text) < 10**6:
             return int(text)
@@ -64,16 +64,22 @@ def parse_top(text: str) -> int:
 
 
 def parse_tta(text: str) -> bool:
-    """Parse `tta`, and return whether mirror images are predicted too; raise a ConfigError if it is something else."""
+    """Return whether the argument `tta` is "flip"; raise a ConfigError if it is neither "flip" nor "none"."""
     if text not in ("none", "flip"):
         raise ConfigError("is not a test-time augmentation", key="tta", value=text, fix="write tta=none or tta=flip")
     return text == "flip"
 
 
 def choose_model(arguments: dict[str, str]) -> tuple[str, str, bool]:
-    """Return the key and the address of the model, and whether it is a run: `run` can also be an export.
+    """Choose the model that the arguments refer to.
 
-    Raises a ConfigError if there is neither or both, or a checkpoint of an export is requested.
+    Returns:
+        The argument that refers to the model ("run" or "export"), its address, and whether the address is a run. The
+        argument `run` can also refer to an export: a folder without a config.yaml.
+
+    Raises:
+        ConfigError: neither or both of `run` and `export` are set, or an export is given with an argument that only
+            applies to a run (`checkpoint`, `data.KEY` or `runtime.KEY`).
     """
     if ("run" in arguments) == ("export" in arguments):
         problem = "cannot be used with run" if "export" in arguments else "is required, unless there is export"
@@ -83,14 +89,17 @@ def choose_model(arguments: dict[str, str]) -> tuple[str, str, bool]:
     address = arguments[key]
     is_run = key == "run" and (storage_path(address) / "config.yaml").exists()
     if not is_run:
-        for other in (name for name in arguments if name == "checkpoint" or "." in name):
-            fix = f"leave {other} out, or give run=RUN with a config.yaml"
-            raise ConfigError("belongs to a run, and this is an export", key=other, value=arguments[other], fix=fix)
+        for option in (name for name in arguments if name == "checkpoint" or "." in name):
+            fix = f"leave {option} out, or give run=RUN with a config.yaml"
+            raise ConfigError("belongs to a run, and this is an export", key=option, value=arguments[option], fix=fix)
     return key, address, is_run
 
 
 def choose_output(arguments: dict[str, str], home: StoragePath | None) -> StoragePath:
-    """Return the output folder: by default below the run, or below the working directory for an export."""
+    """Return the output folder. The default is predictions/NAME in `home`, the run, or in the working directory.
+
+    NAME is the last component of the argument `images`.
+    """
     if output := arguments.get("output"):
         return storage_path(output)
     base = os.path.basename(arguments["images"].rstrip("/"))
@@ -99,7 +108,7 @@ def choose_output(arguments: dict[str, str], home: StoragePath | None) -> Storag
 
 
 def _open_run(run: StoredRun, arguments: dict[str, str], flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
-    """Open a checkpoint of a run, and measure what mirror images add if they are requested."""
+    """Open a checkpoint of a run; with `flip`, also measure the effect of mirror images on its held-out examples."""
     with suppress_import_noise():
         from trainer.predict.command import use_same_bits
         from trainer.predict.model import open_run_model
@@ -153,5 +162,5 @@ def main() -> None:
 
 
 def _parse_changes(arguments: dict[str, str]) -> dict[str, Any]:
-    """Parse the changes of the run's configuration, such as {"data.root": "/elsewhere"}."""
+    """Return the changes of the run's configuration, such as {"data.root": "/elsewhere"}."""
     return {key: parse_value(f"{key}={text}") for key, text in arguments.items() if "." in key}

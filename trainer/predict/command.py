@@ -1,4 +1,4 @@
-"""Predict a list of images into an output folder: predictions, page and summary."""
+"""Predict images, and write the predictions, the page and the summary to an output folder."""
 
 from __future__ import annotations
 
@@ -21,43 +21,47 @@ from trainer.runs.folder import collect_versions
 from trainer.storage.base import StoragePath
 from trainer.storage.local import delete_abandoned, write_atomically
 
-UNKNOWN_PREPROCESSING = Preprocessing(224, "crop", "exif")  # of the page, for a model that decodes images itself
+# Decodes the images that the page shows, if the preprocessing of the model is unknown (it decodes images itself).
+UNKNOWN_PREPROCESSING = Preprocessing(224, "crop", "exif")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a prediction does with its images."""
+    """The options of a prediction, and what the page and the summary state about its command."""
 
-    source: str  # address of the images, as the user gave it
-    top: int  # most probable classes per image
-    flip: bool  # average with the prediction for the mirror image
-    tta: dict[str, Any]  # what `measure_flip` returned; {} without `flip`
-    command: str  # for the page
-    print_line: Callable[[str], None] | None = None  # receives a JSON line per image
+    source: str  # the argument `images`, as the user wrote it
+    top: int  # number of most probable classes per image
+    flip: bool  # average the probabilities with those of the mirror image
+    tta: dict[str, Any]  # result of `measure_flip`, or why there is none; {} without `flip`
+    command: str  # the command line, which the page shows
+    print_line: Callable[[str], None] | None = None  # called with a JSON line per image, and one with the summary
 
 
 def predict_parts(
     model: Model, images: Sequence[ImageFile], output: StoragePath, flip: bool, check: Callable[[], None]
 ) -> Parts:
-    """Predict the parts that earlier commands with the same images, model and options have not written."""
+    """Predict the images in parts, and write each part. Parts of an earlier, interrupted command are not repeated.
+
+    `check` is called after each batch, and can raise to stop.
+    """
     parts = Parts(output, identify(model, images, flip), len(images), len(model.class_names))
     missing = [i for i in range(len(parts)) if parts.read(i) is None]
     if len(missing) < len(parts):
-        done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
-        log.info(f"resuming after {done:,} of {len(images):,} images")
-    finished = 0
+        num_done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
+        log.info(f"resuming after {num_done:,} of {len(images):,} images")
+    done_images = 0
 
     def report(count: int) -> None:
-        nonlocal finished
-        finished += count
-        health.record_progress(finished, len(images))
+        nonlocal done_images
+        done_images += count
+        health.record_progress(done_images, len(images))
         check()
 
     for index in missing:
-        chosen = parts.range_of(index)
-        parts.write(index, predict_images(model, images[chosen.start : chosen.stop], flip, report))
+        indices = parts.range_of(index)
+        parts.write(index, predict_images(model, images[indices.start : indices.stop], flip, report))
         if len(missing) > 1:
-            log.info(f"predicted {chosen.stop:,} of {len(images):,} images")
+            log.info(f"predicted {indices.stop:,} of {len(images):,} images")
     return parts
 
 
@@ -66,12 +70,19 @@ def predict_into(
 ) -> dict[str, Any]:
     """Predict images and write predictions.csv, probabilities.npy, predictions.json and index.html to `output`.
 
-    A command that was killed continues after its last part, with the same bits. Returns the content of
-    predictions.json.
+    If the same command was killed before, continue after the last part that it wrote. The predictions are then
+    bit-identical to those of one uninterrupted command.
+
+    Args:
+        check: called after each batch; can raise to stop.
+
+    Returns:
+        The content of predictions.json.
 
     Raises:
-        DataError: none of the images can be read; predictions.csv has the reasons.
-        SomeUnreadable: some of the images cannot be read; everything was written.
+        DataError: none of the images can be read. All files are written; predictions.csv has the reasons.
+        Interrupted: a bucket does not respond.
+        SomeUnreadable: some of the images cannot be read. All files are written.
         StopRequested: from `check`.
     """
     with tempfile.TemporaryDirectory(prefix="kubetune-predict-") as temporary:
@@ -96,7 +107,7 @@ def predict_into(
 
 
 def describe(model: Model, overview: Overview, options: Options) -> dict[str, Any]:
-    """Return the content of predictions.json; equal inputs give equal content."""
+    """Return the content of predictions.json. It has no times, so equal inputs have equal content."""
     distance = model.distance
     return {
         "source": options.source,
@@ -114,7 +125,12 @@ def describe(model: Model, overview: Overview, options: Options) -> dict[str, An
 
 
 def require_readable(overview: Overview, images: Sequence[ImageFile], source: str, table: str) -> None:
-    """Raise a DataError if no image could be read, and SomeUnreadable if some could not."""
+    """Raise a DataError if no image could be read, or SomeUnreadable if some could not be read.
+
+    Args:
+        source: the argument `images`, for the message.
+        table: address of predictions.csv, for the message.
+    """
     if not overview.errors:
         return
     index, reason = next(iter(overview.errors.items()))
@@ -127,7 +143,13 @@ def require_readable(overview: Overview, images: Sequence[ImageFile], source: st
 
 
 def use_same_bits(deterministic: bool) -> None:
-    """Set up TensorFlow as for an evaluation. Must be called before the first tensor exists."""
+    """Configure TensorFlow as an evaluation does, so that the predictions are bit-identical to those in its report.
+
+    Must be called before the first tensor is created.
+
+    Args:
+        deterministic: use deterministic operations, as the run does if runtime.deterministic is set.
+    """
     import tensorflow as tf
 
     from trainer.cluster.devices import set_thread_pools

@@ -1,4 +1,4 @@
-"""List the images of a folder, a pattern or a CSV file, local or in a bucket, and read them."""
+"""List the images to predict (a folder, glob pattern or CSV list; local or in a bucket), and read their bytes."""
 
 import csv
 import io
@@ -18,29 +18,33 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import is_remote, plan_copy
 
-MAX_FILE_BYTES = 256 * 2**20  # a larger file is not read
-LIST_COLUMN = "file"  # of a CSV list
-_FIX = "give a folder of images, a pattern such as photos/*.jpg, or a .csv file with a column file"
+MAX_FILE_BYTES = 256 * 2**20  # larger local files are not read; objects in a bucket have no limit
+LIST_COLUMN = "file"  # column of a CSV list that has the paths
+_INPUT_FIX = "give a folder of images, a pattern such as photos/*.jpg, or a .csv file with a column file"
 
 
 class ImageFile(NamedTuple):
-    """An image to predict."""
+    """An image to predict, or a row of a CSV list for which there is no image."""
 
-    name: str  # in the column `file`: its path, or what the list has, escaped for display
-    address: str  # local path or gs:// address; "" if there is none
-    version: str = ""  # changes with the content: size and time of the last change, generation or ETag; "" if unknown
-    fault: str = ""  # why it has no address
+    name: str  # for the column "file" of the output: the path, or the cell of the CSV list, escaped for display
+    address: str  # local path or gs:// address; "" if `fault` is set
+    # Changes with the content. Local file: size and time of the last change, or "absent" if it cannot be accessed.
+    # Object: size and generation or ETag, or "" if the bucket was not listed.
+    version: str = ""
+    fault: str = ""  # reason why there is no address; "" if there is one
 
 
 def list_images(address: str) -> list[ImageFile]:
-    """List the images at an address, sorted by path; those of a CSV file in its order.
+    """List the images of an address, sorted by path. The images of a CSV list keep the order of its rows.
 
     Args:
-        address: a folder (all files below it with the extension of an image, except hidden ones), a pattern or a file,
-            or a .csv file whose column `file` has paths relative to it. Local or gs://.
+        address: a folder, a glob pattern, an image or a .csv list, local or gs://. Of a folder and its subfolders, all
+            files with an image extension are listed, except hidden ones. The column "file" of a .csv list has gs://
+            addresses, or paths that are absolute or relative to the folder of the list.
 
     Raises:
-        DataError: there is no image, or the CSV file has no column `file` or is corrupt.
+        DataError: there is no image, a folder cannot be read, or the CSV list is corrupt or has no column "file".
+        Interrupted: a bucket does not respond.
     """
     path = storage_path(address)
     if address.lower().endswith(".csv") and path.exists():
@@ -50,18 +54,18 @@ def list_images(address: str) -> list[ImageFile]:
     else:
         images = _list_local(os.path.expanduser(address))
     if not images:
-        raise DataError("has no image", key="images", value=address, fix=_FIX)
+        raise DataError("has no image", key="images", value=address, fix=_INPUT_FIX)
     return images
 
 
 def list_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
-    """List given paths or gs:// addresses, which need not exist, in their order."""
-    return [_locate(str(path)) for path in paths]
+    """Return an `ImageFile` for each local path or gs:// address, in the same order. The files need not exist."""
+    return [_image_from_path(str(path)) for path in paths]
 
 
 def _list_local(address: str) -> list[ImageFile]:
     if os.path.isdir(address):
-        try:
+        try:  # the counts of files that are not images are not reported
             files = find_image_files(address, EXTENSIONS, Counter(), Counter())
         except OSError as error:
             problem = f"{error.strerror}: {escape_unprintable(str(error.filename))}"
@@ -70,23 +74,23 @@ def _list_local(address: str) -> list[ImageFile]:
         files = find_matching_files(address)
         if not files:
             problem = f"matches no file or folder (searched from {os.getcwd()})"
-            raise DataError(problem, key="images", value=address, fix=_FIX)
-    return [_locate(file) for file in files]
+            raise DataError(problem, key="images", value=address, fix=_INPUT_FIX)
+    return [_image_from_path(file) for file in files]
 
 
 def _list_bucket(address: str) -> list[ImageFile]:
-    # The folder for local copies is not used: images are read from the bucket one at a time.
-    copy = plan_copy(address, Path("/"), 2**63)
-    listed = (
+    # `plan_copy` lists the objects. Nothing is copied, so the local folder and the limit of bytes have no effect.
+    plan = plan_copy(address, Path("/"), 2**63)
+    images = (
         ImageFile(escape_unprintable(str(info.path)), str(info.path), f"{info.size} {info.version}")
-        for name, info in copy.entries.items()
-        if copy.end or _is_image(name)
+        for name, info in plan.entries.items()
+        if plan.end or _is_visible_image(name)
     )
-    return sorted(listed, key=lambda image: image.address)
+    return sorted(images, key=lambda image: image.address)
 
 
-def _is_image(name: str) -> bool:
-    """Return whether a relative path has the extension of an image and no hidden component."""
+def _is_visible_image(name: str) -> bool:
+    """Return whether a relative path has an image extension and no hidden component, such as `.cache`."""
     return name.lower().endswith(EXTENSIONS) and not any(map(is_system_name, PurePosixPath(name).parts))
 
 
@@ -96,16 +100,19 @@ def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         header = next(csv.reader(io.StringIO(text, newline="")), [])
     except (csv.Error, *CONTENT_ERRORS) as error:
-        raise DataError(f"is not a CSV file ({error})", key="images", value=address, fix=_FIX) from None
+        raise DataError(f"is not a CSV file ({error})", key="images", value=address, fix=_INPUT_FIX) from None
     if LIST_COLUMN not in header:
         columns = ", ".join(map(escape_unprintable, header[:5])) or "nothing"
         problem = f"has no column {LIST_COLUMN} in its first line ({columns})"
         raise DataError(problem, key="images", value=address, fix=f"name the column of the paths {LIST_COLUMN}")
-    return [_locate_in_list(path, decode_cell(row[LIST_COLUMN] or "")) for row in rows]
+    return [_image_from_cell(path, decode_cell(row[LIST_COLUMN] or "")) for row in rows]
 
 
-def _locate_in_list(path: StoragePath, cell: str) -> ImageFile:
-    """Locate a file of a list. A list in a bucket has files next to it, or in a bucket by address."""
+def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
+    """Return the `ImageFile` for a cell of the CSV list at `path`: an address, or a path relative to the list.
+
+    If the cell is not valid, `ImageFile.fault` has the reason. A list in a bucket cannot refer to local files.
+    """
     name = escape_unprintable(cell)
     if not cell:
         return ImageFile("", "", fault="the list has no file name in this row")
@@ -121,34 +128,35 @@ def _locate_in_list(path: StoragePath, cell: str) -> ImageFile:
         return ImageFile(name, str(path.parent / cell))
     if "\0" in cell:
         return ImageFile(name, "", fault="it has a null character")
-    located = _locate(os.path.join(os.path.dirname(str(path)), os.path.expanduser(cell)))
-    return ImageFile(name, located.address, located.version, located.fault)
+    image = _image_from_path(os.path.join(os.path.dirname(str(path)), os.path.expanduser(cell)))
+    return ImageFile(name, image.address, image.version, image.fault)
 
 
-def _locate(file: str) -> ImageFile:
-    """Locate a local file or an object, with the version of a local file."""
+def _image_from_path(file: str) -> ImageFile:
+    """Return the `ImageFile` for a local path or an address. An object in a bucket gets no version."""
     version = ""
     if not is_remote(file):
         try:
-            status = os.stat(file)
-            version = f"{status.st_size} {status.st_mtime_ns}"
+            file_stat = os.stat(file)
+            version = f"{file_stat.st_size} {file_stat.st_mtime_ns}"
         except (OSError, ValueError):
             version = "absent"
     return ImageFile(escape_unprintable(file), file, version)
 
 
 def read_image(image: ImageFile) -> bytes | str:
-    """Read an image; return its encoded bytes, or why it cannot be read.
+    """Return the encoded bytes of an image, or the reason (a str) why it cannot be read.
 
-    Raises Interrupted if the bucket does not respond.
+    Raises:
+        Interrupted: the bucket does not respond.
     """
     if image.fault:
         return image.fault
     try:
         if is_remote(image.address):
-            content = storage_path(image.address).fetch()
-            return "there is no such object" if content is None else content[0] or "is empty"
-        return _read_local(image.address)
+            fetched = storage_path(image.address).fetch()
+            return "there is no such object" if fetched is None else fetched[0] or "is empty"
+        return _read_local_file(image.address)
     except Interrupted:
         raise
     except DataError as error:
@@ -157,15 +165,15 @@ def read_image(image: ImageFile) -> bytes | str:
         return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _read_local(path: str) -> bytes | str:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+def _read_local_file(path: str) -> bytes | str:
+    file_stat = os.stat(path)
+    if not stat.S_ISREG(file_stat.st_mode):  # opening a pipe would block until a process writes to it
         return "is not a file"
-    if status.st_size > MAX_FILE_BYTES:
+    if file_stat.st_size > MAX_FILE_BYTES:
         return f"is larger than {MAX_FILE_BYTES // 2**20} MiB"
     return Path(path).read_bytes() or "is empty"
 
 
 def describe_versions(images: Sequence[ImageFile]) -> list[list[str]]:
-    """Describe what the predictions depend on: names, addresses and versions of the images."""
+    """Return name, address, version and fault of each image. The predictions depend on these."""
     return [[image.name, escape_unprintable(image.address), image.version, image.fault] for image in images]

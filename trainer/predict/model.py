@@ -31,18 +31,19 @@ from trainer.storage.staging import is_remote, stage
 from trainer.storage.versions import checksum_files, list_versions
 from trainer.types import LogMessage, Orientation
 
-# Files of an export without a SavedModel, in the order in which one is chosen.
+# Files of an `export` folder that has no SavedModel. The first one that exists is used.
 EXPORT_FILES = ("model.keras", "model.onnx", "model.tflite", "model_float16.tflite", "model_dynamic.tflite",
                 "model_int8.tflite")  # fmt: skip
 SUFFIXES = (".keras", ".onnx", ".tflite")
 
 Pixels = np.ndarray  # uint8 [S, S, 3]
+# Images, uint8 [n, S, S, 3] -> probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None.
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an encoded image becomes the input of a model, as in its training."""
+    """How encoded images are converted to the input of a model, as in its training."""
 
     image_size: int  # S, in pixels
     resize: Resize
@@ -51,29 +52,32 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier of encoded images. One thread may call it at a time, except for `prepare`.
+    """A classifier of encoded images. Several threads may call `prepare`; only one may call `predict` at a time.
 
-    `prepare` converts the bytes of an image to an input of `predict`, or to the reason why that is impossible.
-    `predict` returns probabilities float32 [n, classes] and embeddings float32 [n, C], None without; of an input that
-    it cannot decode, a reason is in the third value, by row, and its rows are 0.
+    `prepare` converts the encoded bytes of an image to one input of `predict`. It returns a str, the reason, if the
+    image cannot be decoded.
+
+    `predict` takes n inputs and `flip`, and returns three values: probabilities, float32 [n, classes]; embeddings,
+    float32 [n, C], or None if the model has none; and the reasons, by row, for inputs that it cannot decode. Such rows
+    are 0.
     """
 
-    name: str  # what predicts, for messages
+    name: str  # backbone and checkpoint, or the file, for messages
     class_names: tuple[str, ...]
-    identity: str  # changes with the weights
+    identity: str  # changes if the weights or the preprocessing change
     prepare: Callable[[bytes], Pixels | bytes | str]
     predict: Callable[[Sequence[Any], bool], tuple[np.ndarray, np.ndarray | None, dict[int, str]]]
-    decode: Callable[[bytes], Pixels | str] | None  # to its input; None if the preprocessing is unknown
+    decode: Callable[[bytes], Pixels | str] | None  # image as the model is given it; None: unknown preprocessing
     distance: EmbeddingDistance | None
-    no_distance: str  # why there is no distance; "" if there is one
-    image_size: int | None = None  # S, in pixels; None if the preprocessing is unknown
-    notes: tuple[str, ...] = ()
+    no_distance: str  # reason why there is no distance; "" if there is one
+    image_size: int | None = None  # S, in pixels; None for a SavedModel, which decodes images itself
+    notes: tuple[str, ...] = ()  # warnings to log
 
 
 def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str]:
-    """Compile the decoding that training and evaluation use, for single images; it may be called in several threads.
+    """Return a function that decodes an image exactly as in training and evaluation. Several threads may call it.
 
-    The function returns uint8 [S, S, 3], or why an image cannot be decoded.
+    The function takes encoded bytes, and returns uint8 [S, S, 3], or the reason (a str) why they cannot be decoded.
     """
     size, resize, orientation = preprocessing.image_size, preprocessing.resize, preprocessing.orientation
 
@@ -82,7 +86,7 @@ def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str
             return decode_image(data, size, resize, orientation)
 
     signature = [tf.TensorSpec([], tf.string)]
-    # The concrete function, because each thread would trace the other one again.
+    # Calls of a tf.function would trace it again in each thread; a concrete function is traced once.
     compiled = tf.function(decode_on_cpu, input_signature=signature, autograph=False).get_concrete_function()
 
     def decode(data: bytes) -> Pixels | str:
@@ -97,12 +101,16 @@ def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str
 
 
 def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predict images, uint8 [n, S, S, 3], in batches of one size, so that the bits of a row do not depend on n.
+    """Predict images in zero-padded batches of constant size, so that the bits of a prediction do not depend on n.
 
-    With `flip`, the probabilities are the mean of those of an image and of its mirror image. The embeddings are those
-    of the image.
+    Args:
+        images: uint8 [n, S, S, 3], n >= 1.
+        flip: average the probabilities of each image with those of its mirror image. The embeddings are not averaged.
+
+    Returns:
+        Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
     """
-    rows, parts = rows_per_call(), []
+    rows, outputs = rows_per_call(), []
     for start in range(0, len(images), rows):
         batch = images[start : start + rows]
         count = len(batch)
@@ -110,13 +118,13 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
         probabilities, embeddings = predict(batch)
         if flip:
             probabilities = (probabilities + predict(batch[:, :, ::-1])[0]) / np.float32(2)
-        parts.append((probabilities[:count], None if embeddings is None else embeddings[:count]))
-    embedded = None if parts[0][1] is None else np.concatenate([e for _, e in parts if e is not None])
-    return np.concatenate([p for p, _ in parts]), embedded
+        outputs.append((probabilities[:count], None if embeddings is None else embeddings[:count]))
+    all_embeddings = None if outputs[0][1] is None else np.concatenate([e for _, e in outputs if e is not None])
+    return np.concatenate([p for p, _ in outputs]), all_embeddings
 
 
 def compile_classifier(classifier: Classifier) -> Predict:
-    """Compile the probabilities and embeddings of images, uint8 [b, S, S, 3]; the bits are those of an evaluation."""
+    """Return a compiled function of images, with bit-identical results to those of an evaluation."""
     size = classifier.image_size
 
     def compute(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -134,27 +142,32 @@ def compile_classifier(classifier: Classifier) -> Predict:
 
 
 def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
-    """Open a checkpoint of a run (best, last, a step; None: the one that it exports).
+    """Open a checkpoint of a run.
+
+    Args:
+        which: "best", "last", a step, or a phase; None for the checkpoint that the run exports.
 
     Returns:
-        The model, and its function of pixels.
+        The model, and the function of decoded images that it calls.
 
     Raises:
-        ConfigError, DataError: there is no such checkpoint, or it is corrupt.
+        ConfigError: `which` is invalid.
+        DataError: the run does not have the checkpoint, or it is corrupt.
+        Interrupted: a bucket does not respond.
         ModelError: the backbone cannot be built.
     """
     checkpoint = load_checkpoint(run, which)
     classifier = open_classifier(run, checkpoint)
     keep = run.config.training.keep
-    exported = which in (None, keep) or find_checkpoint(run, keep).name == find_checkpoint(run, str(which)).name
+    is_exported = which in (None, keep) or find_checkpoint(run, keep).name == find_checkpoint(run, str(which)).name
     predict = compile_classifier(classifier)
-    distance, missing = None, f"the reference distribution is that of checkpoint={keep}"
-    if exported:
+    distance, no_distance = None, f"the reference distribution is that of checkpoint={keep}"
+    if is_exported:
         try:
             width = int(classifier.backbone.output_shape[-1])
-            distance, missing = _open_distance(read_reference(run.address), width)
+            distance, no_distance = _open_distance(read_reference(run.address), width)
         except DataError as error:
-            missing = f"the run {error.problem}"
+            no_distance = f"the run {error.problem}"
     crc = 0
     for name in sorted(checkpoint.values):
         crc = google_crc32c.extend(crc, np.ascontiguousarray(checkpoint.values[name]).tobytes())
@@ -162,11 +175,11 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
     name = f"{run.config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}"
     settings = f"{run.config.model.model_dump_json()} {run.config.runtime.precision}"
     identity = f"step {checkpoint.step} {crc} {preprocessing} {settings}"
-    return _pixel_model(name, run.class_names, identity, preprocessing, predict, distance, missing), predict
+    return _make_pixel_model(name, run.class_names, identity, preprocessing, predict, distance, no_distance), predict
 
 
 def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingDistance | None, str]:
-    """Return the distance function for embeddings of a width, or None and the reason why there is none."""
+    """Return the distance function and "", or None and the reason if it does not fit embeddings float32 [n, width]."""
     distance = fit_distance(reference)
     if distance is None:
         return None, "reference.json has no embedding"
@@ -175,7 +188,7 @@ def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingD
     return distance, ""
 
 
-def _pixel_model(
+def _make_pixel_model(
     name: str,
     class_names: tuple[str, ...],
     identity: str,
@@ -184,7 +197,7 @@ def _pixel_model(
     distance: EmbeddingDistance | None,
     no_distance: str,
 ) -> Model:
-    """Make a model of a function of pixels."""
+    """Return a model that decodes images and calls `predict` with the pixels."""
     decode = make_decoder(preprocessing)
 
     def predict_pixels(images: Sequence[Any], flip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
@@ -195,15 +208,20 @@ def _pixel_model(
 
 
 def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
-    """Open the model of an export: a SavedModel, or else a Keras, ONNX or LiteRT file.
+    """Open the model of an export: a SavedModel if there is one, otherwise a Keras, ONNX or LiteRT file.
 
     Args:
-        address: a file, a SavedModel, a folder of numbered ones, an `export` folder, or a run. Local or gs://.
-        key: the argument that the address is the value of, for messages.
-        flip: whether mirror images are predicted too, for which a SavedModel needs the pixels.
+        address: a Keras, ONNX or LiteRT file, a SavedModel, a folder of numbered SavedModels, an `export` folder, or
+            the output_dir of a run. Local or gs://.
+        key: the argument that has the address ("run" or "export"), for messages.
+        cache_dir: folder for the local copy of an export in a bucket.
+        flip: mirror images will be predicted. This requires that the preprocessing of a SavedModel is known.
+        log_message: called with messages about copied files and corrupt versions.
 
     Raises:
-        DataError: there is no export, it is corrupt or has no class names, or `flip` and its preprocessing is unknown.
+        DataError: there is no export, it is corrupt or has no class names, or `flip` is True and the preprocessing of
+            the SavedModel is unknown.
+        Interrupted: a bucket does not respond.
         ModelError: the file cannot be loaded.
     """
     root = storage_path(address)
@@ -221,8 +239,8 @@ def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_m
 
 
 def _has_saved_model(root: StoragePath) -> bool:
-    bases = (root, root / "saved_model", root / "export" / "saved_model")
-    return (root / "saved_model.pb").exists() or any(map(list_versions, bases))
+    folders = (root, root / "saved_model", root / "export" / "saved_model")  # each may have numbered versions
+    return (root / "saved_model.pb").exists() or any(map(list_versions, folders))
 
 
 def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
@@ -242,31 +260,31 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
         predictions = served.predict(images)
         failed = {i: p for i, p in enumerate(predictions) if isinstance(p, str)}
         blank = Prediction(np.zeros(width, np.float32))
-        done = [blank if isinstance(p, str) else p for p in predictions]
-        probabilities = np.stack([p.probabilities for p in done])
+        rows = [blank if isinstance(p, str) else p for p in predictions]
+        probabilities = np.stack([p.probabilities for p in rows])
         if flip and classify and decode:
             pixels = {i: decode(data) for i, data in enumerate(images) if i not in failed}
-            rows = [i for i, p in pixels.items() if not isinstance(p, str)]
-            if rows:
-                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in rows])
-                probabilities[rows] = (probabilities[rows] + classify(mirrored)) / np.float32(2)
-        sizes = [len(p.embedding) for p in done if p.embedding is not None]
-        embeddings = np.zeros((len(done), sizes[0]), np.float32) if sizes else None
-        for i, p in enumerate(done):
+            decoded = [i for i, p in pixels.items() if not isinstance(p, str)]
+            if decoded:
+                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in decoded])
+                probabilities[decoded] = (probabilities[decoded] + classify(mirrored)) / np.float32(2)
+        sizes = [len(p.embedding) for p in rows if p.embedding is not None]
+        embeddings = np.zeros((len(rows), sizes[0]), np.float32) if sizes else None
+        for i, p in enumerate(rows):
             if embeddings is not None and p.embedding is not None:
                 embeddings[i] = p.embedding
         return probabilities, embeddings, failed
 
-    distance, missing = fit_distance(reference), "" if reference else "the export has no reference.json"
+    distance, no_distance = fit_distance(reference), "" if reference else "the export has no reference.json"
     if distance is None or not served.explains:
-        distance, missing = None, missing or "the export has no embedding"
+        distance, no_distance = None, no_distance or "the export has no embedding"
     name = f"SavedModel {export.folder if not is_remote(address) else address}"
-    files = hashlib.sha256(repr(checksum_files(export.folder)).encode()).hexdigest()
-    return Model(name, export.classes, files, lambda data: data, predict, decode, distance, missing)
+    identity = hashlib.sha256(repr(checksum_files(export.folder)).encode()).hexdigest()
+    return Model(name, export.classes, identity, lambda data: data, predict, decode, distance, no_distance)
 
 
 def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
-    """Return the preprocessing in reference.json; None if it has none, or an unknown one."""
+    """Return the preprocessing that reference.json specifies, or None if it specifies none or an unknown one."""
     size, resize = reference.get("image_size"), reference.get("resize")
     orientation = reference.get("orientation", "ignore")  # exports of older versions did not turn images
     if not isinstance(size, int) or size < 1 or resize not in ("stretch", "crop"):
@@ -277,10 +295,13 @@ def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
 
 
 def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_message: LogMessage) -> Model:
-    """Open a Keras, ONNX or LiteRT file with the labels.txt and reference.json in its folder."""
+    """Open a Keras, ONNX or LiteRT file. Class names and preprocessing are in labels.txt and reference.json next to it.
+
+    A LiteRT file may contain the class names. Without a reference.json, the default preprocessing of training is used.
+    """
     local = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
-    labels, content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
-    text = labels[0] if labels else _read_labels_inside(local)
+    labels, reference_content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
+    text = labels[0] if labels else _read_embedded_labels(local)
     try:
         class_names = tuple((text or b"").decode("utf-8-sig").splitlines())
     except UnicodeDecodeError:
@@ -288,37 +309,37 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if not class_names:
         problem = f"has no labels.txt next to {escape_unprintable(file.name)}"
         raise DataError(problem, key=key, value=address, fix="give the folder of the export, or export it again")
-    reference = parse_reference(content[0], class_names) if content else {}
+    reference = parse_reference(reference_content[0], class_names) if reference_content else {}
     if reference is None:
         problem = "its reference.json is corrupt or of another model"
         raise DataError(problem, key=key, value=address, fix="export it again")
     classify, preprocessing = load_export(local), _read_preprocessing(reference)
     notes: tuple[str, ...] = ()
     if preprocessing is None:
-        preprocessing = Preprocessing(_read_input_side(local), "stretch", "exif")
+        preprocessing = Preprocessing(_read_input_size(local), "stretch", "exif")
         notes = ("the export has no reference.json: images are turned upright and stretched, the default of training",)
     side = preprocessing.image_size
     width = classify(np.zeros((1, side, side, 3), np.uint8)).shape[-1]
     if width != len(class_names):
         problem = f"has {width} outputs for {len(class_names)} classes"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    missing = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
+    no_distance = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
     identity = f"{compute_file_crc32c(local)} {preprocessing} {class_names}"
-    model = _pixel_model(
-        str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, missing
+    model = _make_pixel_model(
+        str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, no_distance
     )
     return replace(model, notes=notes)
 
 
-def _read_labels_inside(file: Path) -> bytes | None:
-    """Read the class names in a LiteRT file; None if it has none or is of another format."""
+def _read_embedded_labels(file: Path) -> bytes | None:
+    """Return the labels.txt in a LiteRT file (which is then also a ZIP archive), or None if there is none."""
     with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
         return archive.read("labels.txt")
     return None
 
 
-def _read_input_side(file: Path) -> int:
-    """Return S of the input [n, S, S, 3] of a Keras, ONNX or LiteRT file that can be loaded."""
+def _read_input_size(file: Path) -> int:
+    """Return S, the image size of the input [n, S, S, 3] of a Keras, ONNX or LiteRT file, in pixels."""
     if file.suffix == ".keras":
         import keras
 

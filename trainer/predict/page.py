@@ -1,4 +1,4 @@
-"""Write the page of a prediction: one self-contained HTML file with the images that are most worth a view."""
+"""Write the page of a prediction: an HTML file that loads no other file, with a selection of the images."""
 
 from __future__ import annotations
 
@@ -14,29 +14,38 @@ from trainer.predict.results import Overview
 from trainer.report.page import GALLERY_SIDE, LIST_SIDE, embed_thumbnail, render
 from trainer.storage.local import write_atomically
 
-MAX_CLASSES = 24  # with images, the most frequently predicted ones
-PER_CLASS, PER_CLASS_OF_MANY = 6, 3  # most, and least, confident images; the second with more than `MANY` classes
+MAX_CLASSES = 24  # classes that are shown with images; the most frequently predicted ones
+# Number of the most confident images per class, and of the least confident ones: up to `MANY` classes, and with more.
+PER_CLASS, PER_CLASS_OF_MANY = 6, 3
 MANY = 8
-MAX_FARTHEST = 24
+MAX_FARTHEST = 24  # images with the largest distances that are shown
 MAX_ERRORS = 500  # unreadable images that are listed
 
 
 def select_by_class(overview: Overview, classes: Sequence[int]) -> dict[int, tuple[list[int], list[int]]]:
-    """Select the most and the least confident images of each class, by class; no image is in both lists."""
+    """Select images of each class that is shown.
+
+    Args:
+        classes: class indices.
+
+    Returns:
+        Class index -> image indices of its most confident and of its least confident predictions, the extreme ones
+        first. No image is in both lists.
+    """
     count = PER_CLASS if len(classes) <= MANY else PER_CLASS_OF_MANY
     selected = {}
     for index in classes:
         members = np.flatnonzero(overview.predictions == index)
         ordered = members[np.argsort(-overview.confidences[members], kind="stable")].tolist()
-        most, rest = ordered[:count], ordered[count:]
-        selected[index] = most, rest[::-1][:count]
+        most_confident, others = ordered[:count], ordered[count:]
+        selected[index] = most_confident, others[::-1][:count]
     return selected
 
 
 def select_farthest(overview: Overview) -> list[int]:
-    """Select the images with the largest distances, the largest first; [] if there are no distances."""
-    measured = np.flatnonzero(~np.isnan(overview.distances))
-    ordered = measured[np.argsort(-overview.distances[measured], kind="stable")]
+    """Return the indices of the images with the largest distances, largest first; [] if no image has a distance."""
+    with_distance = np.flatnonzero(~np.isnan(overview.distances))
+    ordered = with_distance[np.argsort(-overview.distances[with_distance], kind="stable")]
     return [int(i) for i in ordered[:MAX_FARTHEST]]
 
 
@@ -48,13 +57,18 @@ def write_page(
     overview: Overview,
     decode: Callable[[bytes], Pixels | str],
 ) -> None:
-    """Write the page; only the selected images are read again, and those that have vanished are left out."""
+    """Write the page. The selected images are read again; those that can no longer be read are left out.
+
+    Args:
+        summary: content of predictions.json.
+        decode: decodes an image to uint8 [S, S, 3], or returns the reason (a str) why it cannot be decoded.
+    """
     counts = np.bincount(overview.predictions[overview.predictions >= 0], minlength=len(class_names))
     frequent = [int(i) for i in np.argsort(-counts, kind="stable")[:MAX_CLASSES] if counts[i]]
     by_class, farthest = select_by_class(overview, frequent), select_farthest(overview)
     side = GALLERY_SIDE if len(frequent) <= MANY else LIST_SIDE
 
-    def make_shot(index: int) -> dict[str, Any] | None:
+    def make_item(index: int) -> dict[str, Any] | None:
         content = read_image(images[index])
         pixels = content if isinstance(content, str) else decode(content)
         if isinstance(pixels, str):
@@ -69,11 +83,11 @@ def write_page(
             "file": images[index].name,
         }
 
-    def make_shots(indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [shot for shot in map(make_shot, indices) if shot]
+    def make_items(indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [item for item in map(make_item, indices) if item]
 
     rows = [
-        {"name": class_names[i], "count": int(counts[i]), "most": make_shots(most), "least": make_shots(least)}
+        {"name": class_names[i], "count": int(counts[i]), "most": make_items(most), "least": make_items(least)}
         for i, (most, least) in by_class.items()
     ]
     errors = [f"{images[i].name}: {error}" for i, error in overview.errors.items()]
@@ -83,7 +97,7 @@ def write_page(
             "predict.html.j2",
             summary=summary,
             rows=rows,
-            farthest=make_shots(farthest),
+            farthest=make_items(farthest),
             errors=errors,
             max_errors=MAX_ERRORS,
             largest=max(int(counts.max()), 1),

@@ -1,4 +1,4 @@
-"""Predict images in parts of constant size, each written atomically, so that a killed command continues after them."""
+"""Predict images in parts of constant size. Each part is written atomically, so that a killed command can resume."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from trainer.storage.arrays import pack, unpack
 from trainer.storage.base import StoragePath
 from trainer.storage.small_files import CONTENT_ERRORS
 
-PART_IMAGES = 512  # a multiple of all batch sizes, so that the batches do not depend on where a start begins
-READERS = 16  # threads that read and decode
-PREFIX = ".parts-"  # of the folder of the parts in the output folder
+PART_IMAGES = 512  # images per part; a multiple of the batch sizes, so that a resumed command has the same batches
+READERS = 16  # threads that read and decode images
+PREFIX = ".parts-"  # of the name of the folder that has the parts, in the output folder
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions for some images, in their order; NaN in the rows of an unreadable one."""
+    """Predictions for n images, in the order of the images."""
 
-    probabilities: np.ndarray  # float32 [n, classes]
-    distances: np.ndarray  # float64 [n]
-    errors: tuple[str, ...]  # why an image cannot be read; "" if it can
+    probabilities: np.ndarray  # float32 [n, classes]; NaN for an unreadable image
+    distances: np.ndarray  # float64 [n]; NaN for an unreadable image, or if the model has no distance
+    errors: tuple[str, ...]  # [n]: reason why the image cannot be read; "" if it can
 
     def encode(self) -> bytes:
-        """Encode as the bytes of a part."""
+        """Return the content of the file of a part."""
         errors = np.frombuffer(json.dumps(self.errors).encode(), np.uint8)
         return pack({"probabilities": self.probabilities, "distances": self.distances, "errors": errors})
 
 
 def decode_part(content: bytes, count: int, classes: int) -> Predicted | None:
-    """Decode a part of `count` images; None if it is corrupt."""
+    """Decode the file of a part that has `count` images. Return None if it is corrupt."""
     try:
         arrays = unpack(content)
         errors = tuple(map(str, json.loads(arrays["errors"].tobytes())))
@@ -48,18 +48,18 @@ def decode_part(content: bytes, count: int, classes: int) -> Predicted | None:
     except CONTENT_ERRORS:
         return None
     shapes = (part.probabilities.shape, part.distances.shape, len(errors))
-    kinds = (part.probabilities.dtype, part.distances.dtype)
-    return part if (shapes, kinds) == (((count, classes), (count,), count), (np.float32, np.float64)) else None
+    dtypes = (part.probabilities.dtype, part.distances.dtype)
+    return part if (shapes, dtypes) == (((count, classes), (count,), count), (np.float32, np.float64)) else None
 
 
 def predict_images(
     model: Model, images: Sequence[ImageFile], flip: bool, on_batch: Callable[[int], None] = lambda _: None
 ) -> Predicted:
-    """Predict images in batches; read and decode the next batch at the same time.
+    """Predict images in batches. While a batch is predicted, the next one is read and decoded.
 
     Args:
-        flip: average the probabilities of an image and of its mirror image.
-        on_batch: called with the number of images after each batch; it can raise to stop.
+        flip: average the probabilities of an image with those of its mirror image.
+        on_batch: called with the number of images of each batch, after the batch; can raise to stop.
 
     Raises:
         Interrupted: the bucket of the images does not respond.
@@ -75,9 +75,9 @@ def predict_images(
     with ThreadPoolExecutor(READERS) as pool:
         batches = [range(start, min(start + rows, len(images))) for start in range(0, len(images), rows)]
         loading: list[Future[Any]] = [pool.submit(load, images[i]) for i in batches[0]] if batches else []
-        for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=range(0)):
+        for batch, next_batch in itertools.zip_longest(batches, batches[1:], fillvalue=range(0)):
             loaded = [future.result() for future in loading]
-            loading = [pool.submit(load, images[i]) for i in following]
+            loading = [pool.submit(load, images[i]) for i in next_batch]
             readable = [k for k, item in enumerate(loaded) if not isinstance(item, str)]
             for k in set(range(len(loaded))) - set(readable):
                 errors[batch[k]] = loaded[k]
@@ -95,18 +95,19 @@ def predict_images(
 
 
 def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
-    """Return a hash of everything that predictions depend on; parts of another hash are not used."""
+    """Return a hash, 16 hex digits, of everything that predictions depend on. Only parts with this hash are used."""
     digest = hashlib.sha256()
-    source = (model.identity, model.class_names, flip, PART_IMAGES, rows_per_call(), collect_versions(), hash_source())
-    digest.update(repr(source).encode(errors="backslashreplace"))
+    inputs = (model.identity, model.class_names, flip, PART_IMAGES, rows_per_call(), collect_versions(), hash_source())
+    digest.update(repr(inputs).encode(errors="backslashreplace"))
     digest.update(json.dumps(describe_versions(images)).encode())
     return digest.hexdigest()[:16]
 
 
 class Parts:
-    """The parts of a prediction in its output folder, local or in a bucket."""
+    """The files of the parts of a prediction, in a folder in the output folder, local or in a bucket."""
 
     def __init__(self, output: StoragePath, identity: str, count: int, classes: int) -> None:
+        """Write nothing yet. `identity` is the result of `identify`, `count` the number of images of all parts."""
         self.folder, self.count, self.classes = output / f"{PREFIX}{identity}", count, classes
         self._number = -(-count // PART_IMAGES)
 
@@ -114,11 +115,11 @@ class Parts:
         return self._number
 
     def range_of(self, index: int) -> range:
-        """Return the indices of the images of a part."""
+        """Return the indices of the images of a part, in the list of all images."""
         return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
 
     def read(self, index: int) -> Predicted | None:
-        """Read a part; None if it does not exist yet or is corrupt."""
+        """Read a part. Return None if it does not exist yet or is corrupt."""
         content = (self.folder / f"{index:06d}.npz").fetch()
         return content and decode_part(content[0], len(self.range_of(index)), self.classes)
 
@@ -127,14 +128,14 @@ class Parts:
         (self.folder / f"{index:06d}.npz").write(part.encode())
 
     def __iter__(self) -> Iterator[Predicted]:
-        """Read the parts, all of which exist, one at a time."""
+        """Read the parts one after another. All of them must exist."""
         for index in range(len(self)):
             part = self.read(index)
             assert part is not None, "written before"
             yield part
 
     def delete_all(self) -> None:
-        """Delete the parts, and those of earlier commands with other images, model or options."""
+        """Delete the parts, and also those of earlier commands with other images, another model or other options."""
         for folder in self.folder.parent.folders():
             if folder.name.startswith(PREFIX):
                 folder.delete_tree()

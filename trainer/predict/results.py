@@ -1,4 +1,4 @@
-"""Write predictions.csv, probabilities.npy and predictions.json from the parts of a prediction, and summarize them."""
+"""Write predictions.csv and probabilities.npy from the parts of a prediction, and summarize the predictions."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from trainer.predict.images import ImageFile
 from trainer.predict.parts import Predicted
 from trainer.storage.local import sync, temporary_file
 
-MAX_NAMED_ERRORS = 5  # unreadable images that the summary names
-MAX_NAMED_CLASSES = 20  # classes that the summary names, the most frequent ones
-WIDTH = 80  # columns of the summary
+MAX_NAMED_ERRORS = 5  # unreadable images that the printed summary lists
+MAX_NAMED_CLASSES = 20  # classes that the printed summary lists, the most frequent ones
+WIDTH = 80  # terminal columns of the printed summary
 
 
 @dataclass(frozen=True)
 class Overview:
-    """What the page and the summary select images by: one value per image."""
+    """The predictions for all n images without the full probabilities, for the page and the summary."""
 
-    predictions: np.ndarray  # int32 [n], -1 for an unreadable image
-    confidences: np.ndarray  # float32 [n], NaN for an unreadable image
-    distances: np.ndarray  # float64 [n], NaN without a distance
-    errors: dict[int, str]  # index -> why the image cannot be read
+    predictions: np.ndarray  # int32 [n]: class index, -1 for an unreadable image
+    confidences: np.ndarray  # float32 [n]: largest probability, NaN for an unreadable image
+    distances: np.ndarray  # float64 [n]: NaN for an unreadable image, or if the model has no distance
+    errors: dict[int, str]  # image index -> reason why the image cannot be read
 
     @property
     def readable(self) -> int:
-        """The number of predicted images."""
+        """Number of images that are predicted."""
         return len(self.predictions) - len(self.errors)
 
 
 def make_header(class_names: Sequence[str], top: int) -> list[str]:
-    """Return the columns of predictions.csv."""
+    """Return the names of the columns of predictions.csv. `top` is the number of most probable classes per image."""
     ranked = [name for k in range(2, top + 1) for name in (f"prediction_{k}", f"confidence_{k}")]
     columns = ["file", "prediction", "confidence", *ranked, "distance", "error"]
     return [*columns, *(encode_cell(f"probability_{name}") for name in class_names)]
@@ -53,7 +53,7 @@ def _format(value: float, digits: int) -> str:
 
 
 def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> list[str]:
-    """Return the cells of row `k` of a part in predictions.csv."""
+    """Return the row of predictions.csv for an image, which is number `k` in its part."""
     name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
     if error:
         return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
@@ -67,12 +67,16 @@ def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: i
 
 
 def rank(probabilities: np.ndarray, top: int) -> list[int]:
-    """Return the indices of the `top` most probable classes; ties are broken by class index."""
+    """Return the indices of the `top` most probable classes, the most probable first. Ties are broken by class index.
+
+    Args:
+        probabilities: float32 [classes].
+    """
     return [int(i) for i in np.argsort(-probabilities, kind="stable")[:top]]
 
 
 def make_line(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> str:
-    """Return row `k` of a part as one line of JSON, in ASCII."""
+    """Return the line that --json prints for an image, which is number `k` in its part: JSON in ASCII."""
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
         return json.dumps(line | {"error": part.errors[k]})
@@ -92,9 +96,12 @@ def write_tables(
     top: int,
     print_line: Callable[[str], None] | None = None,
 ) -> Overview:
-    """Write predictions.csv and probabilities.npy, float32 [n, classes], atomically; only one part is in memory.
+    """Write predictions.csv and probabilities.npy, float32 [n, classes], to a local folder, atomically.
 
-    `print_line` receives a JSON line per image.
+    Args:
+        parts: the predictions, in the order of `images`. Only one part is in memory at a time.
+        top: number of most probable classes per image.
+        print_line: called with a JSON line per image.
     """
     shape, start = (len(images), len(class_names)), 0
     predictions = np.full(len(images), -1, np.int32)
@@ -133,7 +140,7 @@ def write_tables(
 
 
 def summarize(overview: Overview, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the counts, confidences and distances of predictions.json."""
+    """Return the counts, confidences and distances for predictions.json. Classes are sorted by descending count."""
     counts = np.bincount(overview.predictions[overview.predictions >= 0], minlength=len(class_names))
     classes = [
         {
@@ -156,10 +163,10 @@ def summarize(overview: Overview, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors: dict[int, str]) -> list[str]:
-    """Format the summary as lines of at most 80 columns, except for paths."""
-    many = summary["images"] != 1
+    """Format the printed summary as lines of about 80 columns. `summary` is the content of predictions.json."""
+    is_plural = summary["images"] != 1
     unreadable = f", {summary['unreadable']:,} could not be read" if summary["unreadable"] else ""
-    lines = [f"{summary['images']:,} image{'s' * many}: {summary['predicted']:,} predicted{unreadable}"]
+    lines = [f"{summary['images']:,} image{'s' * is_plural}: {summary['predicted']:,} predicted{unreadable}"]
     rows = summary["classes"]
     width = min(max((cell_len(escape_unprintable(row["name"])) for row in rows), default=0), 40)
     for row in rows[:MAX_NAMED_CLASSES]:
@@ -184,7 +191,7 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
 
 
 def format_tta(tta: dict[str, Any]) -> list[str]:
-    """Format what `measure_flip` returned, or why it could not be measured."""
+    """Format the result of `measure_flip`, or the problem because of which the effect could not be measured."""
     if "problem" in tta:
         return wrap(f"  tta=flip: its worth was not measured; {tta['problem']}")
     low, high = tta["interval"]
@@ -197,13 +204,13 @@ def format_tta(tta: dict[str, Any]) -> list[str]:
 
 
 def fit(text: str, width: int) -> str:
-    """Return a text in exactly `width` columns of a terminal, with an ellipsis if it is too long."""
-    shown = escape_unprintable(text)
-    return set_cell_size(shown, width) if cell_len(shown) <= width else set_cell_size(shown, width - 1) + "…"
+    """Pad or shorten a text to exactly `width` terminal columns. A shortened text ends with an ellipsis."""
+    line = escape_unprintable(text)
+    return set_cell_size(line, width) if cell_len(line) <= width else set_cell_size(line, width - 1) + "…"
 
 
 def shorten_start(name: str, width: int = WIDTH // 2) -> str:
-    """Return a name with an ellipsis instead of its beginning, if it has more columns than `width`."""
+    """Replace the beginning of a name by an ellipsis if the name has more terminal columns than `width`."""
     if cell_len(name) <= width:
         return name
     start = next(i for i in range(len(name)) if cell_len(name[i:]) < width)
@@ -211,7 +218,7 @@ def shorten_start(name: str, width: int = WIDTH // 2) -> str:
 
 
 def wrap(text: str) -> list[str]:
-    """Break a text into lines of at most `WIDTH` columns, indented as its first one."""
+    """Break a text into lines of at most `WIDTH` columns. Further lines are indented by two more than the first."""
     indent = " " * (len(text) - len(text.lstrip()))
     lines: list[str] = []
     line = indent
@@ -223,7 +230,7 @@ def wrap(text: str) -> list[str]:
 
 
 def encode_summary(summary: dict[str, Any]) -> str:
-    """Encode the summary as the content of predictions.json."""
+    """Encode the summary as JSON for predictions.json."""
     out = io.StringIO()
     json.dump(summary, out, indent=1, ensure_ascii=False, allow_nan=False)
     return out.getvalue() + "\n"

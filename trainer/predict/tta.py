@@ -1,4 +1,4 @@
-"""Measure what the average over mirror images adds to the accuracy on a run's own held-out examples."""
+"""Measure the effect of test-time augmentation: accuracy on the held-out examples of a run, with and without flips."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,39 +15,47 @@ from trainer.report.compare import describe_outcome
 from trainer.runs.stored_run import StoredRun
 from trainer.types import choose_scored_split
 
-MAX_EXAMPLES = 10_000  # of the split, drawn at random; they are predicted with and without
+MAX_EXAMPLES = 10_000  # of a larger split, a random sample of this size is predicted, to limit the time
 BATCH_SIZE = 256  # images that are read at a time
 
 
 def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Callable[[], None]) -> dict[str, Any]:
-    """Predict the test split of a run (validation without one) with and without mirror images, and compare.
+    """Predict held-out examples of a run with and without their mirror images, and compare the accuracies.
 
-    `check` is called for each batch, and can raise to stop.
+    The examples are those of the test split, or of the validation split if there is no test split.
+
+    Args:
+        predict: the model of the run, a function of images uint8 [n, image_size, image_size, 3].
+        image_size: height and width of the images in pixels.
+        check: called before each batch; can raise to stop.
 
     Returns:
-        `split`, `n`; `accuracy_without`, `accuracy_with` and their Wilson intervals; `difference` with its `interval`,
-        `won`, `lost` and `p` of McNemar's exact test as in `trainer.compare`; `outcome` in words. If the data of the
-        run cannot be opened or read: only `problem`.
+        Without flips and with flips: `accuracy_without` and `accuracy_with`, and their Wilson intervals. `difference`,
+        its `interval`, `won`, `lost` and `p` are a `PairedComparison` of the two. `split` and `n` specify the examples,
+        and `outcome` is a sentence. If the data of the run cannot be opened or read, the only key is `problem`.
+
+    Raises:
+        Interrupted: a bucket does not respond.
     """
     try:
         images = open_images(run, image_size)
         split = choose_scored_split(images.dataset.splits)
         labels = images.dataset.splits[split].labels
-        chosen = np.sort(np.random.default_rng(len(labels)).permutation(len(labels))[:MAX_EXAMPLES])
+        indices = np.sort(np.random.default_rng(len(labels)).permutation(len(labels))[:MAX_EXAMPLES])
         plain, flipped = [], []
         with addresses_in_errors(images.addresses):
-            for start in range(0, len(chosen), BATCH_SIZE):
+            for start in range(0, len(indices), BATCH_SIZE):
                 check()
-                rows = images.rows(split, chosen[start : start + BATCH_SIZE])
+                rows = images.rows(split, indices[start : start + BATCH_SIZE])
                 plain.append(predict_padded(predict, rows, flip=False)[0].argmax(axis=1))
                 flipped.append(predict_padded(predict, rows, flip=True)[0].argmax(axis=1))
             images.require_readable()
-            readable = ~np.isin(chosen, list(images.split(split).bad))
+            readable = ~np.isin(indices, list(images.split(split).bad))
     except Interrupted:
         raise
     except TrainerError as error:
         return {"problem": f"the data of the run cannot be opened ({error})"}
-    correct = [(np.concatenate(p) == labels[chosen])[readable] for p in (plain, flipped)]
+    correct = [(np.concatenate(p) == labels[indices])[readable] for p in (plain, flipped)]
     pair, n = compare_paired(*correct), int(readable.sum())
     return {
         "split": split,
