@@ -25,7 +25,7 @@ from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
-from trainer.evaluation.scoring import rows_per_call
+from trainer.evaluation.scoring import images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Cut, Trunk
 from trainer.features.plan import divide_phases
@@ -74,7 +74,7 @@ def our_pass(
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """A function that runs the layers below the cut on the same images, and returns images/s."""
-    rows, pixels = rows_per_call(), images.split("train").tensor()
+    rows, pixels = images_per_call(), images.split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])
@@ -108,7 +108,11 @@ def measure(options: argparse.Namespace) -> Result:
                     if turn:  # the first traces
                         speeds[side].append(speed)
             comparisons.append(Comparison(layers, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
-        values = {"data": describe_data(options, root), "model": describe_model(options), "rows": str(rows_per_call())}
+        values = {
+            "data": describe_data(options, root),
+            "model": describe_model(options),
+            "rows": str(images_per_call()),
+        }
     return Result(
         name=f"features-alpha-{options.alpha:g}",
         title=f"Feature pass, MobileNetV2 of width {options.alpha:g}",

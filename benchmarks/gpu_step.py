@@ -27,8 +27,8 @@ from trainer.data.pipeline import prefetch_to_device
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.gradients import find_differentiated
-from trainer.planning.computation import PhaseFacts, decide_computation
+from trainer.models.gradients import find_differentiated_operations
+from trainer.planning.computation import PhaseWorkload, decide_computation
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
@@ -99,7 +99,9 @@ def measure_ours(settings: Settings, config: RunConfig) -> dict[str, Any]:
     ((name, phase),) = config.phases.items()
     classifier = build_classifier(config.model, CLASSES, 1)
     plan = apply_thaw(classifier, phase.thaw, phase.batch_norm)
-    facts = PhaseFacts(MANY_IMAGES, len(classifier.backbone.layers), find_differentiated(classifier.backbone))
+    facts = PhaseWorkload(
+        MANY_IMAGES, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone)
+    )
     computation = decide_computation(config, name, detect_device(), facts)
     rate = build_schedule(phase.schedule, 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
     step = TrainingStep(

@@ -6,7 +6,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation, Data
-from trainer.data.host import default_memory_budget
+from trainer.data.host import get_default_memory_budget
 from trainer.data.images import Cache, Pixels, count_image_bytes, fill_cache, plan_image_cache
 from trainer.data.open import open_dataset
 from trainer.data.order import Order
@@ -19,7 +19,7 @@ def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixe
     cache = Path(tempfile.mkdtemp())
     dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, log_message=print)
     pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", log_message=print)
-    plan = plan_image_cache(cached, count_image_bytes(pixels.split, size), default_memory_budget(), 0, once=False)
+    plan = plan_image_cache(cached, count_image_bytes(pixels.split, size), get_default_memory_budget(), 0, once=False)
     fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels
 

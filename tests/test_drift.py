@@ -101,8 +101,8 @@ def test_each_level_has_its_own_colour(run: Path, tmp_path: Path) -> None:
         draw(tmp_path / f"{level}.png", reference, window, [Measure("classes", value, 0.15, 0.3, 1)])
         with Image.open(tmp_path / f"{level}.png") as image:
             pixels = {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in image.convert("RGB").getcolors(10**6) or ()}
-        colours[level] = pixels & {drawing.RIGHT, drawing.DOUBTFUL, drawing.WRONG}
-    assert colours == {"stable": {drawing.RIGHT}, "moderate": {drawing.DOUBTFUL}, "shifted": {drawing.WRONG}}
+        colours[level] = pixels & {drawing.RIGHT, drawing.MODERATE, drawing.WRONG}
+    assert colours == {"stable": {drawing.RIGHT}, "moderate": {drawing.MODERATE}, "shifted": {drawing.WRONG}}
 
 
 def test_a_log_without_embeddings_is_judged_by_the_other_measures(run: Path, compare: Call) -> None:

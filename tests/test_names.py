@@ -11,7 +11,7 @@ from tests.nasty import file_names, paths
 from trainer.cli.arguments import parse_arguments
 from trainer.config.schema import load
 from trainer.errors import ConfigError, DataError
-from trainer.names import encode_utf8, escape_unprintable, find_path_fault, make_file_stem, normalize_class_name
+from trainer.names import encode_utf8, escape_unprintable, find_path_error, make_file_stem, normalize_class_name
 from trainer.storage.local import join_inside, temporary_file, write_json
 from trainer.storage.path import storage_path
 
@@ -68,7 +68,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "problem"), REFUSED.items(), ids=range(len(REFUSED)))
 def test_a_name_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
-    assert find_path_fault(name)
+    assert find_path_error(name)
     with raises(DataError, problem=problem, fix="rename or remove it"):
         join_inside(tmp_path, name)
 

@@ -215,7 +215,7 @@ def test_the_preset_for_photos_is_strong_and_chooses_the_rest(
     images: int, backbone: str, epochs: int, batch: int
 ) -> None:
     requested = load(composed("photos"))
-    assert requested.autos == ["phases", "model.backbone", "training.batch_size"]
+    assert requested.auto_keys == ["phases", "model.backbone", "training.batch_size"]
     config, reasons = resolve_auto(requested, images, 5)
     assert len(reasons) == 3
     assert (config.model.backbone, config.training.batch_size, config.model.weights) == (backbone, batch, "imagenet")

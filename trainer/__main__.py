@@ -31,7 +31,7 @@ from trainer.cluster.rendezvous import rendezvous
 from trainer.config.diff import select_common_settings
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import quote_if_needed
-from trainer.distillation.own_teacher import choose_run, keys_of_teacher
+from trainer.distillation.own_teacher import choose_teacher_or_student, rename_teacher_keys
 from trainer.errors import INTERRUPTED
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -45,7 +45,7 @@ from trainer.runs.folder import (
     require_output_dir,
     require_unfinished,
 )
-from trainer.storage.disk import file_errors
+from trainer.storage.disk import translate_file_errors
 
 DONE_CHECK_INTERVAL_SECONDS = 15.0  # while a worker waits for the others, time between checks for DONE
 
@@ -87,12 +87,12 @@ def main() -> None:
             INTERRUPTED, f"{reason} before training began, nothing is lost; start the same command again to resume"
         )
         stop.check("before training began")
-        with control.propagate_failures(), file_errors():
+        with control.propagate_failures(), translate_file_errors():
             control.require_equal("configuration", select_common_settings(config))
             control.require_equal("code", collect_versions() | {"source": hash_source()})
-            config, teacher = choose_run(config, control)
+            config, teacher = choose_teacher_or_student(config, control)
             run_config = teacher or config  # the run that this start trains
-            with keys_of_teacher() if teacher else nullcontext():
+            with rename_teacher_keys() if teacher else nullcontext():
                 folder = open_run_folder(run_config) if control.is_chief else follow_run_folder(run_config)
             folder.student = config.output_dir if teacher else None
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
@@ -103,7 +103,7 @@ def main() -> None:
             with suppress_import_noise():
                 from trainer.train import train_run  # here, so that --help and errors do not wait for TensorFlow
 
-            with keys_of_teacher() if teacher else nullcontext():
+            with rename_teacher_keys() if teacher else nullcontext():
                 train_run(run_config, folder, control, stop, process_started)
         control.disconnect()
         if teacher:

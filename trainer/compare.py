@@ -32,7 +32,7 @@ def main() -> None:
             raise ConfigError("is not an HTML file", key="output", value=output, fix="use output=compare.html")
         from trainer.report import compare  # here, because it imports matplotlib
 
-        names = compare.shorten_addresses(addresses)
+        names = compare.make_distinct_names(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
         delete_abandoned(output.parent, output.name)
         compare.write_comparison(output, comparison)  # before the table, since a closed pipe can end the process

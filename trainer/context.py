@@ -19,7 +19,7 @@ from trainer.data.images import BatchSource, ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate, ShardGates
-from trainer.data.sharding import ShardingPlan, check_resumable, plan_sharding
+from trainer.data.sharding import ShardingPlan, plan_sharding, require_resumable
 from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
@@ -104,7 +104,7 @@ def resume_sharding(run: RunContext) -> ShardingPlan | None:
     if not run.state.sharding:
         return None
     sharding = plan_run_sharding(run)
-    check_resumable(sharding, run.state.sharding, run.state.epoch_step)
+    require_resumable(sharding, run.state.sharding, run.state.epoch_step)
     return sharding
 
 
@@ -252,7 +252,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         window=config.data.shuffle_window,
         first_epoch=state.epoch,
         first_step=state.epoch_step,
-        sharding=run.plan.sharding.of_worker(worker.index),
+        sharding=run.plan.sharding.for_worker(worker.index),
     )
     batches = build_training_batches(
         inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views

@@ -2,7 +2,7 @@
 
 A file name is a string with surrogate escapes (PEP 383), from which Python restores the bytes of the file system.
 `escape_unprintable` prepares a name for display. `storage.local.join_inside` converts a name from a listing, a record
-or a file to a local path, and rejects names for which `find_path_fault` returns a reason. Every dataset source
+or a file to a local path, and rejects names for which `find_path_error` returns a reason. Every dataset source
 normalizes its class names with `normalize_class_name`. Only normalized class names are written to files.
 """
 
@@ -79,7 +79,7 @@ def encode_utf8(content: bytes | str) -> bytes:
     return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
-def find_path_fault(name: str) -> str | None:
+def find_path_error(name: str) -> str | None:
     """Return the reason why a relative name such as "a/b.jpg" cannot be a file in a folder, or None if it can."""
     components = name.split("/")
     if name.startswith("/"):

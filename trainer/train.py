@@ -39,11 +39,11 @@ from trainer.context import (
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
 from trainer.data.open import open_run_data, require_validation
-from trainer.data.remote import addresses_in_errors
+from trainer.data.remote import show_addresses_in_errors
 from trainer.data.sharding import ShardingPlan
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
-from trainer.evaluation.scoring import Scorer, rows_per_call
+from trainer.evaluation.scoring import Scorer, images_per_call
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
@@ -82,7 +82,7 @@ def train_run(
     """
     with abandon_on_error(folder, control):
         run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)
-    with record_failures(run, folder), addresses_in_errors(run.images.addresses):
+    with record_failures(run, folder), show_addresses_in_errors(run.images.addresses):
         restored, sharding = restore(run)
         features, compiled, teacher = choose_inputs(run, folder, divisions, baseline)
         record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
@@ -137,7 +137,7 @@ def set_up(
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()  # again: TensorFlow's coordination service replaces the signal handlers
     baseline_bytes = measure_resident_bytes()
-    with worker.strategy.scope(), addresses_in_errors(data.addresses):
+    with worker.strategy.scope(), show_addresses_in_errors(data.addresses):
         model = config.model.model_copy(update={"weights": data.weights})
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     divisions = divide_phases(config, classifier)  # for all phases, so that an error in the last one ends the run now
@@ -224,7 +224,7 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         run.saver.restarts.require_progress(step, max_restarts)
         folder.begin(requested, dataset, of_phases, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, max_restarts)
-        run.saver.checkpoints.set_aside_after(step)
+        run.saver.checkpoints.mark_corrupt_after(step)
         if step:
             rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # at the end the last one
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
@@ -249,7 +249,7 @@ def make_plan(
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
-    shard, rows = sharding.of_scoring(worker.index), rows_per_call() if config.training.virtual_replicas else None
+    shard, rows = sharding.for_scoring(worker.index), images_per_call() if config.training.virtual_replicas else None
     run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows=rows)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
@@ -467,7 +467,7 @@ def finish(run: RunContext) -> None:
     from trainer.exporting.formats import raise_if_refused
     from trainer.exporting.model_card import write_model_card
     from trainer.models.grad_cam import make_explainer
-    from trainer.report.build import build_report, show_in_tensorboard
+    from trainer.report.build import build_report, write_tensorboard_images
     from trainer.report.summary import log_summary
 
     images, config, clock, saver = run.images, run.config, run.clock, run.saver
@@ -502,7 +502,7 @@ def finish(run: RunContext) -> None:
         health.set_activity("report")
         results, splits = collect_results(run, exports), list(dataset.splits)
         report = build_report(saver.path / "report", scored, images, explain, results, splits=splits, check=check)
-        show_in_tensorboard(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
+        write_tensorboard_images(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
         write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
         check()
     clock.write()

@@ -86,7 +86,7 @@ def test_the_precision_follows_the_compute_capability(device: Device, precision:
 
 def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
     alone = load(compose(["data=digits", "runtime=gpu"]) or {})
-    assert alone.autos == ["runtime.precision"]
+    assert alone.auto_keys == ["runtime.precision"]
     began, _ = resolve_auto(alone, 100, 3, Device("GPU", "L4", (8, 9)))
     stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
     assert stored == began

@@ -43,7 +43,7 @@ def test_without_phases_of_its_own_the_teacher_has_those_of_the_run() -> None:
     teacher = configure_teacher(load(whole))
     assert teacher
     assert isinstance(teacher.phases, AutoPhases)
-    assert teacher.autos == ["phases", "model.backbone"]
+    assert teacher.auto_keys == ["phases", "model.backbone"]
 
 
 def test_other_teachers_have_no_run() -> None:

@@ -109,7 +109,7 @@ def test_all_faults_are_listed_one_per_line() -> None:
 def test_auto_is_a_value_until_the_data_is_open() -> None:
     config = load({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
     assert not isinstance(config, RunConfig)
-    assert config.autos == ["phases", "model.backbone", "training.batch_size"]
+    assert config.auto_keys == ["phases", "model.backbone", "training.batch_size"]
     assert select_common_settings(config)["training.batch_size"] == "auto"  # two workers must request the same
     assert load(config.model_dump(mode="json")) == config
     assert isinstance(load(tree()), RunConfig)

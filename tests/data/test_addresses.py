@@ -16,12 +16,12 @@ from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record, serialize
-from trainer.data.remote import addresses_in_errors, with_addresses
+from trainer.data.remote import replace_local_paths, show_addresses_in_errors
 from trainer.errors import DataError
 from trainer.planning.dry_run import _open_data
 from trainer.planning.sections import Plan
 from trainer.storage.path import storage_path
-from trainer.storage.staging import copied_folder, stage
+from trainer.storage.staging import find_copied_folders, stage
 
 HOME = f"gs://{BUCKET}/data"
 
@@ -67,7 +67,7 @@ def store(tmp_path: Path, **data: Any) -> ImageStore:
 def test_an_image_that_cannot_be_decoded(tmp_path: Path, name: str) -> None:
     images = store(tmp_path, **DATA[name])
     everything = np.arange(images.dataset.splits["train"].count)
-    with raises(DataError, problem=f"cannot decode {HOME}/{name}"), addresses_in_errors(images.addresses):
+    with raises(DataError, problem=f"cannot decode {HOME}/{name}"), show_addresses_in_errors(images.addresses):
         images.rows("train", everything)
 
 
@@ -107,6 +107,6 @@ def test_a_plan_of_staged_data(tmp_path: Path) -> None:
 )
 def test_a_local_copy_is_replaced_in_texts(tmp_path: Path, address: str, folder: str) -> None:
     path = stage(address, tmp_path, 10**9, print, lambda: None)
-    local, bucket_folder = copied_folder(path, address, tmp_path)
+    local, bucket_folder = find_copied_folders(path, address, tmp_path)
     assert (bucket_folder, Path(local).is_dir()) == (folder, True)
-    assert with_addresses(f"damaged: {path}/x", {local: bucket_folder}) == f"damaged: {address.rstrip('/')}/x"
+    assert replace_local_paths(f"damaged: {path}/x", {local: bucket_folder}) == f"damaged: {address.rstrip('/')}/x"

@@ -10,7 +10,7 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
 from trainer.data.augment.affine import draw_crops, resample, tabulate_aspects
 from trainer.data.augment.apply import augment
-from trainer.data.augment.draws import Draws
+from trainer.data.augment.draws import RandomDraws
 
 
 def boxes(least: float) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_windows_are_drawn_as_published(least: float) -> None:
     """Area uniform in [least, 1], log aspect uniform in +-log(4/3), rejected if it does not fit."""
     count = 20_000
     (width, height), (left, top) = draw_crops(
-        least, Draws(1, tf.zeros(count, tf.int64), tf.range(count, dtype=tf.int64))
+        least, RandomDraws(1, tf.zeros(count, tf.int64), tf.range(count, dtype=tf.int64))
     )
     rng = np.random.default_rng(0)
     area, aspect = rng.uniform(least, 1, 10 * count), np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3), 10 * count))

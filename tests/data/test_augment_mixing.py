@@ -60,7 +60,7 @@ def test_cutmix_covers_a_square_with_the_other_image() -> None:
 
 def test_with_both_a_coin_decides() -> None:
     both, cut, up = mix(mixup=0.4, cutmix=1.0), mix(cutmix=1.0), mix(mixup=0.4)
-    is_cut = drawn(draws.MIX_KIND) < 0.5
+    is_cut = drawn(draws.MIX_METHOD) < 0.5
     assert 0 < is_cut.sum() < COUNT
     for result, by_cutmix, by_mixup in zip(both, cut, up, strict=True):
         mask = is_cut.reshape(-1, *[1] * (result.ndim - 1))

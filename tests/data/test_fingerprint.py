@@ -53,7 +53,7 @@ def replace_image(root: Path) -> None:
 def test_an_image_replaced_by_one_of_equal_size_and_ends_is_noticed(
     whole_bytes: int, kind: str, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(fingerprint, "MAX_FULL_READ_BYTES", whole_bytes)
     notes: list[str] = []
     before = opened(tmp_path, notes, source="image_folder", root=str(pets))
     replace_image(pets)
@@ -66,7 +66,7 @@ def test_an_image_replaced_by_one_of_equal_size_and_ends_is_noticed(
 
 
 def test_all_bytes_are_covered_on_request(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "MAX_FULL_READ_BYTES", 1000)
     monkeypatch.setattr(fingerprint, "_MAX_BLOCKS", 2)
 
     def both() -> tuple[Dataset, Dataset]:

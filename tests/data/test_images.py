@@ -15,7 +15,7 @@ from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, sha
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
-from trainer.data.host import count_usable_cpus, default_memory_budget, memory_limit
+from trainer.data.host import count_usable_cpus, get_default_memory_budget, memory_limit
 from trainer.data.images import Pixels, convert_data_errors, plan_image_caches
 from trainer.data.order import Order
 from trainer.data.pipeline import build_evaluation_batches, build_training_batches
@@ -133,7 +133,7 @@ def test_a_bad_example_that_was_not_recorded_means_decoding_again(bad: object, t
     (file,) = (tmp_path / "cache").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_bytes()) | {"bad": bad}))
     pixels = opened(split, "disk", tmp_path, notes, on_error="skip")
-    assert not pixels.known_bad
+    assert not pixels.known_unreadable
     assert not any("earlier start" in note for note in notes)
 
 
@@ -296,14 +296,14 @@ def test_errors_outside_the_pipeline_are_not_converted(tmp_path: Path) -> None:
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
     machine = memory_limit(tmp_path)
-    assert default_memory_budget(tmp_path) == machine // 4
+    assert get_default_memory_budget(tmp_path) == machine // 4
     (tmp_path / "memory.max").write_text("max\n")
     assert memory_limit(tmp_path) == machine
     (tmp_path / "memory.max").write_text("400000000\n")
-    assert default_memory_budget(tmp_path) == 100_000_000
+    assert get_default_memory_budget(tmp_path) == 100_000_000
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("40000000\n")
-    assert default_memory_budget(tmp_path) == 10_000_000
+    assert get_default_memory_budget(tmp_path) == 10_000_000
 
 
 def test_processor_quota_of_a_container_counts(tmp_path: Path) -> None:

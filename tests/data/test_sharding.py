@@ -8,8 +8,8 @@ import pytest
 from tests.errors import raises
 from trainer.data.sharding import (
     ShardingPlan,
-    check_resumable,
     plan_sharding,
+    require_resumable,
     select_worker_examples,
     select_worker_shards,
 )
@@ -79,29 +79,29 @@ def test_virtual_replicas_have_the_same_sharding_on_any_number_of_workers(
     assert [plan.by for plan in plans] == [by] * 3
     assert len({tuple(plan.checkpoint_state.items()) for plan in plans}) == 1
     for plan in plans:
-        check_resumable(plan, plans[0].checkpoint_state, epoch_step=3)
+        require_resumable(plan, plans[0].checkpoint_state, epoch_step=3)
 
 
 def test_a_worker_reads_the_shards_of_its_virtual_replicas() -> None:
     plans = {workers: plan_sharding("file", RECORDS, workers, 8, "none", {}, 4) for workers in (1, 2, 4)}
-    four = [select_worker_shards(RECORDS, plans[4].of_worker(worker)).tolist() for worker in range(4)]
+    four = [select_worker_shards(RECORDS, plans[4].for_worker(worker)).tolist() for worker in range(4)]
     assert sorted(shard for shards in four for shard in shards) == [0, 1, 2, 3]
-    two = [select_worker_shards(RECORDS, plans[2].of_worker(worker)).tolist() for worker in range(2)]
+    two = [select_worker_shards(RECORDS, plans[2].for_worker(worker)).tolist() for worker in range(2)]
     assert two == [sorted(four[0] + four[1]), sorted(four[2] + four[3])]
-    assert select_worker_shards(RECORDS, plans[1].of_worker(0)).tolist() == [0, 1, 2, 3]
+    assert select_worker_shards(RECORDS, plans[1].for_worker(0)).tolist() == [0, 1, 2, 3]
 
 
 def test_workers_by_file_read_each_example_once() -> None:
     plan = plan_sharding("file", RECORDS, 2, 8, "none", {})
-    own = [select_worker_examples(RECORDS, plan.of_worker(worker)) for worker in range(2)]
+    own = [select_worker_examples(RECORDS, plan.for_worker(worker)) for worker in range(2)]
     assert sorted(np.concatenate(own).tolist()) == list(range(40))
     by_record = plan_sharding("record", RECORDS, 2, 8, "none", {})
-    assert len(select_worker_examples(RECORDS, by_record.of_worker(1))) == 40
+    assert len(select_worker_examples(RECORDS, by_record.for_worker(1))) == 40
 
 
 def test_a_checkpoint_between_epochs_resumes_with_the_same_steps() -> None:
-    check_resumable(ShardingPlan("file", 2, 5, ""), BEFORE, epoch_step=3)
-    check_resumable(ShardingPlan("record", 2, 5, ""), BEFORE, epoch_step=0)
+    require_resumable(ShardingPlan("file", 2, 5, ""), BEFORE, epoch_step=3)
+    require_resumable(ShardingPlan("record", 2, 5, ""), BEFORE, epoch_step=0)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_a_checkpoint_between_epochs_resumes_with_the_same_steps() -> None:
 def test_a_checkpoint_inside_an_epoch_needs_the_same_sharding(now: ShardingPlan, epoch_step: int, why: str) -> None:
     problem = f"used file on 2 workers, this start uses {now.by} on {now.workers} .*{why}"
     with raises(ConfigError, fix="resume with 2 workers", problem=problem):
-        check_resumable(now, BEFORE, epoch_step)
+        require_resumable(now, BEFORE, epoch_step)

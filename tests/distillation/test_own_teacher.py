@@ -11,7 +11,7 @@ from tests.runs.test_folder import BEGUN, FINISHED, NEW, SAVED, leave
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, configure_teacher, load_resolved
-from trainer.distillation.own_teacher import choose_run, keys_of_teacher, locate_teacher, must_train
+from trainer.distillation.own_teacher import choose_teacher_or_student, locate_teacher, must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.runs.folder import is_finished, open_run_folder
 from trainer.storage.path import StoragePath, storage_path
@@ -30,7 +30,7 @@ def teacher_of(config: RunConfig) -> RunConfig:
 
 
 def choose(config: RunConfig) -> tuple[Any, Any]:
-    return choose_run(config, ControlChannel(discover({}), {}))
+    return choose_teacher_or_student(config, ControlChannel(discover({}), {}))
 
 
 def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_the_address_of_a_teacher() -> None:
 
 
 def test_errors_of_its_run_have_the_keys_of_the_command() -> None:
-    with raises(ConfigError, "distillation.model.backbone", "x"), keys_of_teacher():
+    with raises(ConfigError, "distillation.model.backbone", "x"), rename_teacher_keys():
         raise ConfigError("there is no such network", key="model.backbone", value="x")
-    with raises(DataError, "data.root"), keys_of_teacher():
+    with raises(DataError, "data.root"), rename_teacher_keys():
         raise DataError("is missing", key="data.root")
-    with pytest.raises(ConfigError) as caught, keys_of_teacher():
+    with pytest.raises(ConfigError) as caught, rename_teacher_keys():
         raise ConfigError.of_faults([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
     assert [fault.key for fault in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]

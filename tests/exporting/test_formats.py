@@ -33,7 +33,7 @@ from tests.exporting.subjects import (
 from trainer.config.schema import ExportFormat
 from trainer.errors import ConfigError, Interrupted, ModelError
 from trainer.evaluation.paired import compare_paired
-from trainer.exporting.bundle import ParityExamples, plain_float32
+from trainer.exporting.bundle import ParityExamples, as_plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
 from trainer.exporting.tflite import export_tflite, suppress_litert_output
 from trainer.exporting.verify import judge_accuracy_drop, load_export, score
@@ -150,7 +150,7 @@ def test_a_keras_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
 def test_the_precision_is_restored_after_an_error() -> None:
     model = small_model("mixed_bfloat16")
     before = [layer.dtype_policy.name for layer in model.layers]
-    with pytest.raises(KeyError), plain_float32(model):
+    with pytest.raises(KeyError), as_plain_float32(model):
         raise KeyError
     assert [layer.dtype_policy.name for layer in model.layers] == before
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.features.cut import Cut, Tail, Trunk, find_cut
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import ThawPlan, apply_thaw
 from trainer.training import variables
@@ -106,7 +106,7 @@ def test_the_fingerprint_is_that_of_the_weights_below_the_cut() -> None:
 def calibrate(classifier: Classifier, images: np.ndarray) -> None:
     """Set the averages of BatchNormalization; without them the output of random layers vanishes."""
     apply_thaw(classifier, "all", "train")
-    norms = [layer for layer in classifier.backbone.layers if isinstance(layer, NORM)]
+    norms = [layer for layer in classifier.backbone.layers if isinstance(layer, BATCH_NORM_CLASS)]
     for layer in norms:
         layer.momentum, layer.usual = 0.0, layer.momentum
     classifier.features(images, batch_norm_training=True)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import schema as config
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.bn_folding import apply_folded, find_foldable_pairs, fold_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
@@ -33,7 +33,7 @@ def every_kind(bias: bool = True) -> keras.Model:
         keras.layers.SeparableConv2D(5, 3, padding="same", use_bias=bias),
         keras.layers.Conv2D(8, 1, dilation_rate=1, groups=1, use_bias=bias),
     ]):  # fmt: skip
-        x = NORM(scale=number != 1, center=number != 2, epsilon=1e-3)(layer(x))
+        x = BATCH_NORM_CLASS(scale=number != 1, center=number != 2, epsilon=1e-3)(layer(x))
         x = keras.layers.ReLU()(x)
     network = keras.Model(inputs, x)
     rng = np.random.default_rng(1)
@@ -57,7 +57,11 @@ def test_every_kind_of_convolution_has_the_same_outputs(bias: bool) -> None:
 
 def test_no_operation_of_normalization_is_left(classifier: Classifier, pixels: tf.Tensor) -> None:
     backbone = classifier.backbone
-    assert len(find_foldable_pairs(backbone)) == sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
+    assert (
+        len(find_foldable_pairs(backbone))
+        == sum(isinstance(layer, BATCH_NORM_CLASS) for layer in backbone.layers)
+        == 52
+    )
     assert "Rsqrt" in operations(lambda x: backbone(x, training=False), pixels)
     weights = fold_weights(backbone)
     left = operations(lambda x: apply_folded(backbone, x, weights=weights), pixels)
@@ -96,10 +100,10 @@ def test_trainable_layers_use_batch_statistics_and_update_their_averages() -> No
 def test_a_convolution_with_other_consumers_or_an_activation_is_not_folded() -> None:
     inputs = keras.Input((5, 5, 2))
     read_twice = keras.layers.Conv2D(3, 3, padding="same")(inputs)
-    joined = keras.layers.Add()([NORM()(read_twice), read_twice])
+    joined = keras.layers.Add()([BATCH_NORM_CLASS()(read_twice), read_twice])
     put_out = keras.layers.Conv2D(3, 1)(joined)
-    curved = NORM()(keras.layers.Conv2D(3, 1, activation="relu")(put_out))
-    network = keras.Model(inputs, [put_out, NORM()(put_out), curved])
+    curved = BATCH_NORM_CLASS()(keras.layers.Conv2D(3, 1, activation="relu")(put_out))
+    network = keras.Model(inputs, [put_out, BATCH_NORM_CLASS()(put_out), curved])
     rng = np.random.default_rng(1)
     network.set_weights([rng.uniform(0.2, 1.5, w.shape) for w in network.get_weights()])
     assert find_foldable_pairs(network) == []
@@ -110,4 +114,4 @@ def test_a_convolution_with_other_consumers_or_an_activation_is_not_folded() -> 
 
 def test_the_inference_model_has_the_layers_of_keras(classifier: Classifier) -> None:
     (backbone,) = (layer for layer in classifier.build_keras_model().layers if isinstance(layer, keras.Model))
-    assert sum(isinstance(layer, NORM) for layer in backbone.layers) == 52
+    assert sum(isinstance(layer, BATCH_NORM_CLASS) for layer in backbone.layers) == 52

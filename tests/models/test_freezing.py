@@ -10,7 +10,7 @@ from tests.errors import raises
 from tests.processes import run_python
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, use_example_weights
+from trainer.models.batch_norm import BATCH_NORM_CLASS, PaddingAwareBatchNormalization, use_example_weights
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import GROUPS, apply_thaw
 
@@ -55,7 +55,9 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
     layers = classifier.backbone.layers
     assert len(layers) == 154
     expected = [
-        i for i in range(first, 154) if layers[i].weights and (batch_norm == "train" or not isinstance(layers[i], NORM))
+        i
+        for i in range(first, 154)
+        if layers[i].weights and (batch_norm == "train" or not isinstance(layers[i], BATCH_NORM_CLASS))
     ]
     assert trainable_layers(classifier) == expected
     assert plan.first_thawed == expected[0]
@@ -177,8 +179,8 @@ def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
     padded, moved = after(lambda: classifier.features(images, True, tf.constant([1.0] * 12 + [0.0] * 4)))
     unweighted, _ = after(lambda: classifier.features(images, True))
     for layer in classifier.backbone.layers:
-        if isinstance(layer, NORM):
-            layer.__class__ = NORM
+        if isinstance(layer, BATCH_NORM_CLASS):
+            layer.__class__ = BATCH_NORM_CLASS
     prepared = classifier.spec.preprocess(images[:12].astype("float32"))
     alone, expected = after(lambda: classifier.backbone(prepared, training=True))
     assert np.abs(padded - alone).max() < 0.01 < 0.5 < np.abs(unweighted - alone).max()
@@ -189,7 +191,7 @@ def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None:
     ours = PaddingAwareBatchNormalization(momentum=0.9, scale=affine, center=affine)
-    keras_own = NORM(momentum=0.9, scale=affine, center=affine)
+    keras_own = BATCH_NORM_CLASS(momentum=0.9, scale=affine, center=affine)
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (6, 4, 4, 5)).astype("float32")
     x[2] = x[5] = 100

@@ -17,7 +17,7 @@ from trainer.cluster.devices import check_batch_size
 from trainer.config.schema import load, load_resolved
 from trainer.config.unread import find_unread_keys
 from trainer.errors import ConfigError
-from trainer.exporting.bundle import plain_float32
+from trainer.exporting.bundle import as_plain_float32
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.features.plan import divide_phases
 from trainer.models.freezing import apply_thaw
@@ -165,7 +165,7 @@ def test_two_replicas_normalize_as_one_and_with_virtual_replicas_with_the_same_b
 def test_a_keras_model_has_only_layers_of_keras() -> None:
     classifier, images = build(**NORMALIZED), some_images(2).astype(np.float32)
     model = classifier.build_keras_model()
-    with plain_float32(model):
+    with as_plain_float32(model):
         assert {type(layer).__module__.partition(".")[0] for layer in model.layers} == {"keras"}
         np.testing.assert_allclose(model(images), classifier.probabilities(images), atol=1e-5)
 

@@ -19,12 +19,12 @@ from trainer.errors import ConfigError
 from trainer.models.backbones import backbones, find_backbone
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.gradients import Differentiated, find_differentiated
+from trainer.models.gradients import Differentiated, find_differentiated_operations
 from trainer.planning.computation import (
     IMAGES_PER_LAYER,
     NO_DETERMINISTIC_XLA_GRADIENT,
     Computation,
-    PhaseFacts,
+    PhaseWorkload,
     adopt_computations,
     decide_computation,
 )
@@ -59,7 +59,7 @@ def decide(
     device: Device = H100,
     **settings: Any,
 ) -> Computation:
-    return decide_computation(a_config(**settings), "head", device, PhaseFacts(images, 100, operations))
+    return decide_computation(a_config(**settings), "head", device, PhaseWorkload(images, 100, operations))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def depends_on_trained(tensor: Any, known: dict[int, bool]) -> bool:
 
 
 def decide_for(classifier: Classifier) -> Computation:
-    facts = PhaseFacts(10**9, len(classifier.backbone.layers), find_differentiated(classifier.backbone))
+    facts = PhaseWorkload(10**9, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone))
     return decide_computation(a_config(), "head", H100, facts)
 
 
@@ -180,7 +180,7 @@ def check_gradient(backbone: str, thaw: str) -> None:
     spec = tf.TensorSpec((2, classifier.image_size, classifier.image_size, 3), tf.uint8)
     kinds = {op.type for op in make_gradient(classifier, thaw).get_concrete_function(spec).graph.get_operations()}
     assert not kinds & NOT_DETERMINISTIC
-    computed = {operation.kind for operation in find_differentiated(classifier.backbone)}
+    computed = {operation.kind for operation in find_differentiated_operations(classifier.backbone)}
     assert bool(computed & set(NO_DETERMINISTIC_XLA_GRADIENT)) is ("MaxPoolGrad" in kinds), (backbone, thaw)
 
 

@@ -11,7 +11,7 @@ from tests.errors import raises
 from tests.nasty import file_names
 from trainer.errors import DataError
 from trainer.names import escape_unprintable
-from trainer.predict.images import MAX_FILE_BYTES, ImageFile, list_images, list_paths, read_image
+from trainer.predict.images import MAX_FILE_BYTES, ImageFile, list_images, list_images_of_paths, read_image
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -94,7 +94,7 @@ def test_what_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
     paths = [tmp_path / name for name in ("pipe.png", "empty.png", "large.png", "gone.png")]
-    reasons = [read_image(image) for image in list_paths([*paths, "a\0b.png"])]
+    reasons = [read_image(image) for image in list_images_of_paths([*paths, "a\0b.png"])]
     assert reasons[:4] == ["is not a file", "is empty", "is larger than 256 MiB", "no such file or directory"]
     assert isinstance(reasons[4], str)
 
@@ -102,7 +102,7 @@ def test_what_is_not_read(tmp_path: Path) -> None:
 def test_a_changed_file_has_another_version(tmp_path: Path) -> None:
     file = tmp_path / "1.png"
     file.write_bytes(b"a")
-    before = list_paths([file])
-    assert list_paths([file]) == before
+    before = list_images_of_paths([file])
+    assert list_images_of_paths([file]) == before
     file.write_bytes(b"ab")
-    assert list_paths([file]) != before
+    assert list_images_of_paths([file]) != before

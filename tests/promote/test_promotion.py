@@ -14,7 +14,7 @@ from tests.storage.emulator import BUCKET, Emulator, running
 from trainer import promote as verb
 from trainer.errors import DONE, REFUSED, WRONG_INPUT, DataError, Refused
 from trainer.evaluation.drift import read_reference
-from trainer.promote.promotion import go_back, plan_return, promote, read_manifest
+from trainer.promote.promotion import choose_previous_version, promote, read_manifest, restore_previous_version
 from trainer.report.compare import read_scored_run
 from trainer.storage import versions as storage_versions
 from trainer.storage.local import LocalPath
@@ -87,10 +87,10 @@ def test_going_back_copies_the_version_before_and_can_be_repeated(
         promote(run, models, 9)
     code, out, _ = command("back=true", f"to={models}")
     assert (code, "version 4 of" in out, "a copy of version 2, instead of version 3" in out) == (DONE, True, True)
-    assert go_back(models, 9) == 5
+    assert restore_previous_version(models, 9) == 5
     assert contents(models) == {"1": "a", "2": "b", "3": "c", "4": "b", "5": "a"}
     with raises(DataError, key="to", value=str(models), problem="no version before"):
-        go_back(models, 9)
+        restore_previous_version(models, 9)
     assert promote(runs[2], models, 9)[0] == 6  # not promoted already: the newest version is another model
     assert (read_manifest(models / "5")["origin"], read_manifest(models / "5")["run"]) == (1, runs[0])
 
@@ -101,7 +101,7 @@ def test_going_back_copies_the_version_before_and_can_be_repeated(
      ({1: None, 2: None, 3: None, 4: 2}, 1), ({1: None, 2: None, 3: 1, 4: None}, 3), ({4: 2, 5: None}, 4)],
 )  # fmt: skip
 def test_a_copy_counts_as_its_origin(origins: dict[int, int | None], chosen: int | None) -> None:
-    assert plan_return({number: {"origin": origin} for number, origin in origins.items()}) == chosen
+    assert choose_previous_version({number: {"origin": origin} for number, origin in origins.items()}) == chosen
 
 
 def test_a_reader_never_sees_a_part_of_a_version(
@@ -177,7 +177,7 @@ def test_a_corrupt_version_is_not_made_the_newest_again(tmp_path: Path) -> None:
         promote(str(finished_run(tmp_path / name, 0.7, name)), models, 5)
     (models / "1" / "variables" / "variables.index").write("other")
     with raises(DataError, key="to", problem="variables.index is corrupt"):
-        go_back(models, 5)
+        restore_previous_version(models, 5)
     assert sorted(contents(models)) == ["1", "2"]
 
 

@@ -29,8 +29,8 @@ from trainer.report.compare import (
     compare_configurations,
     compare_runs,
     describe_outcome,
+    make_distinct_names,
     read_scored_run,
-    shorten_addresses,
     write_comparison,
 )
 
@@ -212,9 +212,9 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
 
 
 def test_names_are_the_shortest_distinct_ends() -> None:
-    assert shorten_addresses(["outputs/a", "outputs/b/"]) == ["a", "b"]
-    assert shorten_addresses(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
-    assert shorten_addresses(["r", "r/evaluations/last"]) == ["r", "last"]
+    assert make_distinct_names(["outputs/a", "outputs/b/"]) == ["a", "b"]
+    assert make_distinct_names(["x/1/run", "y/1/run"]) == ["x/1/run", "y/1/run"]
+    assert make_distinct_names(["r", "r/evaluations/last"]) == ["r", "last"]
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -91,7 +91,7 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path: Path, damage: str)
     assert newest[0]["step"] == 1
     (line,) = lines
     assert (tmp_path / "step-00000002").is_dir()  # until the run begins
-    folder.set_aside_after(1)
+    folder.mark_corrupt_after(1)
     assert "renamed to damaged-step-00000002" in lines.pop()
     assert ("does not match its size or checksum" in line) == (damage in ("flip", "truncate", "size"))
     assert (tmp_path / "damaged-step-00000002").is_dir()
@@ -154,7 +154,7 @@ def test_a_copy_of_a_checkpoint_is_ignored_and_not_deleted(tmp_path: Path, name:
     assert folder.list_steps() == [1, 2]
     for step in (3, 4):
         folder.save(RunState(step=step).to_json(), variables(step), None)
-    folder.set_aside_after(4)
+    folder.mark_corrupt_after(4)
     assert (tmp_path / name / "variables.npz").exists()
     assert folder.read_newest()[0]["step"] == 4  # type: ignore[index]
     assert lines == []
@@ -230,7 +230,7 @@ def test_a_checkpoint_is_replaced_without_a_moment_in_which_there_is_none(
             newest = CheckpointFolder(folder.folder, 1, pytest.fail).read_newest()
             assert newest is not None
             assert newest[1]["a/kernel"][0, 0] == expected
-            folder.set_aside_after(7)
+            folder.mark_corrupt_after(7)
         assert sorted(p.name for p in folder.folder.iterdir() if p.is_dir()) == ["step-00000007"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.exporting.reference import compute_reference, draw_projection
 from trainer.serving.export_files import Export, Prediction
-from trainer.serving.metrics import MIN_PREDICTIONS, ModelMetrics, ServingMetrics
+from trainer.serving.metrics import MIN_PREDICTIONS, ServingMetrics, VersionMetrics
 from trainer.serving.prediction_log import open_log
 from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import parse_settings
@@ -36,7 +36,7 @@ def reference() -> dict[str, Any]:
 def make_metrics(*arguments: str, of: dict[str, Any] | None = None) -> ServingMetrics:
     settings = parse_settings({"model": "any"} | dict(a.split("=") for a in arguments))
     metrics = ServingMetrics(settings, open_log(settings.log, settings.log_seconds))
-    metrics.current = ModelMetrics(metrics, Export("any", Path("any"), "1", CLASSES, of))
+    metrics.current = VersionMetrics(metrics, Export("any", Path("any"), "1", CLASSES, of))
     return metrics
 
 

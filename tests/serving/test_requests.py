@@ -17,7 +17,7 @@ from starlette.requests import Request
 from tests.serving.images import mutated, photo
 from trainer.serving import requests
 from trainer.serving.requests import (
-    CONCURRENT_BODIES,
+    CONCURRENT_BODIES_FACTOR,
     ClientBudget,
     EncodedImage,
     MemoryBudget,
@@ -171,14 +171,14 @@ LONG = (413, "the request exceeds 10,000,000 bytes; send fewer or smaller images
 def test_a_body_without_progress_ends_after_the_grace_period(
     headers: dict[str, str], expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
     status, text, seconds = read([(0.0, b"x")] * 3 + [(0.02, b"x")] * 1000, headers)
     assert (status, text) == expected
     assert seconds < 5  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
 
 
 def test_a_body_that_is_too_long_has_no_more_time_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
     for headers in ({"content-length": "99999999"}, {}):
         chunks = [(0.0, b"x" * 10_000_001)] * (not headers) + [(0.02, b"x" * 10_000)] * 1000
         status, text, seconds = read(chunks, headers)
@@ -186,7 +186,7 @@ def test_a_body_that_is_too_long_has_no_more_time_at_the_lowest_rate(monkeypatch
 
 
 def test_a_body_that_comes_at_the_lowest_rate_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
     chunk = b"x" * (requests.MIN_BYTES_PER_SECOND // 5)
     status, _, seconds = read([(0.1, chunk)] * 8)
     assert (status, seconds > 0.6) == (200, True)
@@ -281,6 +281,6 @@ def test_memory_for_bodies_is_limited_and_released() -> None:
     memory = MemoryBudget(100)
     with memory.reservation() as first, memory.reservation() as second:
         first(60)
-        second(100 * CONCURRENT_BODIES - 60)
+        second(100 * CONCURRENT_BODIES_FACTOR - 60)
         assert result(second, 1) == (503, "too many large requests at the same time; try again")
     assert memory.reserved == 0

@@ -15,11 +15,11 @@ from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.runs.restarts import RestartHistory
 from trainer.storage.disk import (
     describe_failure,
-    file_errors,
     get_free_bytes,
     make_write_error,
     translate_disk_error,
     translate_disk_errors,
+    translate_file_errors,
 )
 from trainer.storage.local import write_atomically, write_json
 from trainer.storage.path import storage_path
@@ -100,16 +100,16 @@ def test_a_missing_temporary_folder_is_a_full_disk_only_where_it_may_be_written(
     def error(*folders: Path) -> FileNotFoundError:  # as `tempfile` raises it
         return FileNotFoundError(errno.ENOENT, f"No usable temporary directory in {list(map(str, folders))}")
 
-    with raises(Interrupted, fix="make space", problem=f"^{full}: cannot"), file_errors():
+    with raises(Interrupted, fix="make space", problem=f"^{full}: cannot"), translate_file_errors():
         raise error(full, tmp_path / "nowhere")
     subprocess.run(["mount", "-o", "remount,ro", str(full)], check=True)
-    with raises(ConfigError, fix="set TMPDIR", problem="temporary files"), file_errors():
+    with raises(ConfigError, fix="set TMPDIR", problem="temporary files"), translate_file_errors():
         raise error(full, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["Read-only file system", "Input/output error"])
 def test_a_disk_that_fails_while_tensorflow_writes_is_no_bug(tmp_path: Path, text: str) -> None:
-    with raises(Interrupted, problem=f"^{tmp_path}: cannot be written to \\({text}"), file_errors():
+    with raises(Interrupted, problem=f"^{tmp_path}: cannot be written to \\({text}"), translate_file_errors():
         raise RuntimeError(f"{tmp_path}/events; {text} [Op:FlushSummaryWriter]")
 
 
@@ -124,10 +124,10 @@ def test_a_path_that_may_not_be_accessed_is_named(tmp_path: Path) -> None:
             (tmp_path / "file" / "x", f"{tmp_path}/file: cannot be read or written (File exists)"),
             (tmp_path / ("a" * 300), f"{tmp_path}: cannot be written to (File name too long)"),
         ):
-            with raises(ConfigError, fix="another path", problem=f"^{re.escape(problem)}$"), file_errors():
+            with raises(ConfigError, fix="another path", problem=f"^{re.escape(problem)}$"), translate_file_errors():
                 write_atomically(path, "x")
     for other in (FileNotFoundError(2, "No such file", "x"), PermissionError(13, "x"), ValueError("x")):
-        with pytest.raises(type(other)), file_errors():
+        with pytest.raises(type(other)), translate_file_errors():
             raise other
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.errors import raises
 from trainer.errors import ConfigError
 from trainer.storage import disk
-from trainer.storage.disk import MAX_DISK_BUDGET, choose_disk_budget, plan_disk_budget
+from trainer.storage.disk import DEFAULT_CACHE_LIMIT_BYTES, choose_disk_budget, plan_disk_budget
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ def test_bytes_that_caches_already_use_count_as_available(tmp_path: Path, monkey
     (tmp_path / "filled" / "features" / "x").write_bytes(b"x" * 10_000_000)
     after, _ = choose_disk_budget(None, tmp_path / "filled")
     assert after - before == pytest.approx(4_000_000, rel=0.01)
-    assert before < after < MAX_DISK_BUDGET
+    assert before < after < DEFAULT_CACHE_LIMIT_BYTES
 
 
 def test_the_limit_of_the_pod_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

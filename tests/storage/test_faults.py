@@ -18,7 +18,7 @@ from tests.storage.s3_server import S3Server
 from trainer.errors import Interrupted
 from trainer.storage import retries
 from trainer.storage.base import Version, request_deadline
-from trainer.storage.path import Conflict, StoragePath
+from trainer.storage.path import ConflictError, StoragePath
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def one_worker(home: StoragePath, scratch: Path, seed: int, operations: int) -> 
                 content = content[:5_000]
                 held[name], versions[name] = content, file.write(content, only_if=versions.get(name))
             case 2:
-                with pytest.raises(Conflict):
+                with pytest.raises(ConflictError):
                     file.write("wrong", only_if='"0"' if str(home).startswith("s3:") else 12345)
             case 3:
                 (scratch / "up").write_bytes(content)
@@ -118,7 +118,7 @@ def test_a_lost_response_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bu
     theirs = (in_bucket / "marker").write("same", only_if=None)
     proxy.odds = {"lost": 0.5}
     for _ in range(10):
-        with pytest.raises(Conflict):
+        with pytest.raises(ConflictError):
             (in_bucket / "marker").write("same", only_if=None)
     assert (in_bucket / "marker").version() == theirs
 

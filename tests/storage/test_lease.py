@@ -269,7 +269,7 @@ def test_frozen_between_the_two_writes_of_a_commit(home: StoragePath, before: st
     new = acquire_lease(home, "host-b/1", "job-1")
     assert (home / "LATEST").read() == b"accepted"
     new.commit("LATEST", "newer")
-    with pytest.raises(leases.Conflict):
+    with pytest.raises(leases.ConflictError):
         (home / "LATEST").write("accepted", only_if=version)  # the delayed second write
     assert (home / "LATEST").read() == b"newer"
     new.release()

@@ -14,8 +14,8 @@ from tests.errors import raises
 from tests.storage.emulator import BUCKET
 from trainer.errors import ConfigError, DataError
 from trainer.storage.base import Version
-from trainer.storage.bucket import BucketPath, Replaced
-from trainer.storage.path import Conflict, ObjectInfo, StoragePath, storage_path
+from trainer.storage.bucket import BucketPath, ReplacedError
+from trainer.storage.path import ConflictError, ObjectInfo, StoragePath, storage_path
 
 
 def names(files: list[ObjectInfo]) -> list[str]:
@@ -92,15 +92,15 @@ def test_ranges(home: StoragePath) -> None:
 def test_conditional_writes(home: StoragePath) -> None:
     file = home / "LATEST"
     first = file.write("1", only_if=None)
-    with raises(Conflict, problem=f"{file}: changed since it was read"):
+    with raises(ConflictError, problem=f"{file}: changed since it was read"):
         file.write("2", only_if=None)
     second = file.write("2", only_if=first)
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         file.write("3", only_if=first)
     assert file.read() == b"2"
     assert file.version() == second
     file.delete()
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         file.write("3", only_if=second)
     assert not file.exists()
 
@@ -126,7 +126,7 @@ def test_one_of_many_conditional_writers_wins(home: StoragePath) -> None:
             start.wait()
             try:
                 file.write(f"{attempt} {number}", only_if=version)  # noqa: B023
-            except Conflict:
+            except ConflictError:
                 return
             won.append(number)  # noqa: B023 - the threads are joined below
 
@@ -213,7 +213,7 @@ def test_a_download_of_a_replaced_file_fails_and_leaves_nothing(home: StoragePat
     (home / "file").write("1")
     info = home.list()[0]
     (home / "file").write("22")
-    with raises(DataError if home.is_local else Replaced, problem="was replaced", fix="same command again"):
+    with raises(DataError if home.is_local else ReplacedError, problem="was replaced", fix="same command again"):
         (home / "file").download(tmp_path / "new" / "file", info)
     assert list(tmp_path.glob("new/*")) == []
 

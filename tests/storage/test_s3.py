@@ -17,7 +17,7 @@ from tests.storage.emulator import BUCKET
 from tests.storage.s3_server import READER, S3Server
 from trainer.errors import DataError
 from trainer.storage import retries
-from trainer.storage.path import Conflict, StoragePath, storage_path
+from trainer.storage.path import ConflictError, StoragePath, storage_path
 from trainer.storage.s3_client import describe_identity, get_store
 
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.*IRSA.*AWS_SKIP_SIGNATURE"
@@ -57,7 +57,7 @@ def test_a_conditional_write_replaces_what_another_program_wrote(home: StoragePa
     store = get_store(BUCKET, (5.0, 5.0))
     obstore.put(store, f"{home.key}/marker", b"theirs")  # type: ignore[attr-defined]
     version = (home / "marker").version()
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         (home / "marker").write("ours", only_if=None)
     (home / "marker").write("ours", only_if=version)
     assert (home / "marker").read() == b"ours"

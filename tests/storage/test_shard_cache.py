@@ -14,7 +14,7 @@ from tests.storage.emulator import Emulator
 from tests.storage.s3_server import S3Server
 from trainer.errors import DataError, Interrupted
 from trainer.storage import retries, shard_cache
-from trainer.storage.bucket import Replaced
+from trainer.storage.bucket import ReplacedError
 from trainer.storage.path import StoragePath
 from trainer.storage.shard_cache import ShardCache
 
@@ -184,7 +184,7 @@ def test_a_deleted_shard_is_named_when_it_is_needed(shards: StoragePath, tmp_pat
         (shards / "s07").delete()
         cache.require("a", NAMES[:7], NAMES[7:])
         assert settled(cache) == {*NAMES} - {"s07"}
-        with raises(Replaced, problem="s07: was replaced or deleted while it was read", fix="same command"):
+        with raises(ReplacedError, problem="s07: was replaced or deleted while it was read", fix="same command"):
             cache.require("a", ["s07"])
 
 

@@ -15,10 +15,10 @@ from trainer.storage.path import storage_path
 from trainer.storage.small_files import (
     read_json,
     read_json_or_default,
+    rename_corrupt_file,
     require_json_object,
     require_json_objects,
     require_nonnegative,
-    set_aside,
 )
 
 
@@ -29,7 +29,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     with raises(DataError, fix="restore it", problem=f"^{file} is corrupt"):
         read_json(file, require_json_object, "restore it")
     assert read_json_or_default(file, require_json_object, None) is None
-    assert set_aside(file).read_bytes() == content
+    assert rename_corrupt_file(file).read_bytes() == content
     assert not file.exists()
     assert read_json(file, require_json_object, "") is None
 

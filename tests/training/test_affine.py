@@ -12,7 +12,7 @@ from tests.features.test_cut import calibrate as set_averages
 from trainer.config import schema as config
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.models.backbones import BackboneSpec
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training import variables
@@ -29,12 +29,14 @@ def small() -> Classifier:
     """A classifier of three convolutions, each before a BatchNormalization, and a fourth after an addition."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((12, 12, 3))
-    x = NORM(name="first_bn")(keras.layers.Conv2D(8, 3, strides=2, name="first")(inputs))
+    x = BATCH_NORM_CLASS(name="first_bn")(keras.layers.Conv2D(8, 3, strides=2, name="first")(inputs))
     x = added = keras.layers.ReLU(name="first_relu")(x)
-    x = NORM(name="second_bn")(keras.layers.DepthwiseConv2D(3, padding="same", use_bias=False, name="second")(x))
+    x = BATCH_NORM_CLASS(name="second_bn")(
+        keras.layers.DepthwiseConv2D(3, padding="same", use_bias=False, name="second")(x)
+    )
     x = keras.layers.ReLU(name="second_relu")(x)
-    x = NORM(name="third_bn", scale=False)(keras.layers.Conv2D(8, 1, use_bias=False, name="third")(x))
-    x = NORM(name="fourth_bn")(keras.layers.Add(name="add")([x, added]))
+    x = BATCH_NORM_CLASS(name="third_bn", scale=False)(keras.layers.Conv2D(8, 1, use_bias=False, name="third")(x))
+    x = BATCH_NORM_CLASS(name="fourth_bn")(keras.layers.Add(name="add")([x, added]))
     network = keras.Model(inputs, keras.layers.ReLU(name="last_relu")(x))
     output = keras.layers.Dense(CLASSES)
     output.build((None, 8))
@@ -60,7 +62,7 @@ def calibrate(classifier: Classifier, images: np.ndarray) -> None:
     set_averages(classifier, images)
     rng = np.random.default_rng(5)
     for layer in classifier.backbone.layers:
-        for variable in layer.trainable_weights if isinstance(layer, NORM) else ():
+        for variable in layer.trainable_weights if isinstance(layer, BATCH_NORM_CLASS) else ():
             variable.assign(variable + rng.uniform(-0.1, 0.1, variable.shape))
 
 
@@ -69,8 +71,8 @@ def train_plainly(classifier: Classifier, first: int, optimizer: keras.optimizer
     network, output, preprocess = classifier.backbone, classifier.output, classifier.spec.preprocess
     for index, layer in enumerate(network.layers):
         layer.trainable = index >= first
-        if isinstance(layer, NORM):
-            layer.__class__ = NORM
+        if isinstance(layer, BATCH_NORM_CLASS):
+            layer.__class__ = BATCH_NORM_CLASS
     trained = network.trainable_weights + output.trainable_weights
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer.build(trained)

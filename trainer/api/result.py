@@ -19,7 +19,7 @@ from trainer.config.schema import RunConfig
 from trainer.errors import DataError
 from trainer.names import escape_unprintable
 from trainer.predict import parse_tta
-from trainer.predict.images import ImageFile, list_images, list_paths, read_image
+from trainer.predict.images import ImageFile, list_images, list_images_of_paths, read_image
 from trainer.runs.stored_run import StoredRun, find_run
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json, require_json_object
@@ -115,12 +115,12 @@ class Predictions:
         return self.probabilities.max(axis=1)
 
     def _repr_html_(self) -> str:
-        from trainer.report.page import LIST_SIDE, embed_thumbnail
+        from trainer.report.page import THUMBNAIL_PIXELS, embed_thumbnail
 
         rows = Markup("")
         for i, (file, label) in enumerate(zip(self.files[:SHOWN_IMAGES], self.labels, strict=False)):
             pixels = self.decode(i) if label is not None else None
-            image = "" if pixels is None else embed_thumbnail(pixels, LIST_SIDE, str(label))
+            image = "" if pixels is None else embed_thumbnail(pixels, THUMBNAIL_PIXELS, str(label))
             outcome = self.errors[i] if label is None else label
             confidence = "" if label is None else f"{self.confidences[i]:.3f}"
             row = "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>"
@@ -224,7 +224,7 @@ class Result:
         """
         flip = parse_tta(tta)
         address = os.fspath(images) if isinstance(images, str | os.PathLike) else None
-        image_files = list_paths(images) if address is None else list_images(address)  # type: ignore[arg-type]
+        image_files = list_images_of_paths(images) if address is None else list_images(address)  # type: ignore[arg-type]
         from trainer.predict.parts import predict_images
 
         model = self._open(checkpoint)

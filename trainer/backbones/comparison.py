@@ -32,7 +32,7 @@ from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, open_run_data
 from trainer.data.records import read_groups
-from trainer.data.remote import addresses_in_errors, fetch_local_copies
+from trainer.data.remote import fetch_local_copies, show_addresses_in_errors
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
 from trainer.models.weights import find_weights_file
@@ -78,7 +78,7 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
     models = {label: _fetch_weights(choices.config, model, stop) for label, model in choices.models.items()}
     comparison = _open(choices, next(iter(models.values())), folder, folds, stop)
     measured, images = dict[str, MeasuredNetwork](), None
-    with addresses_in_errors(comparison.data.addresses):
+    with show_addresses_in_errors(comparison.data.addresses):
         order = sorted(models, key=lambda label: find_size(models[label]))
         for number, label in enumerate(order, 1):
             log.info(f"{label} ({number} of {len(order)}), weights {choices.models[label].weights}")
@@ -105,7 +105,7 @@ def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Mod
     local, addresses, _ = fetch_local_copies(
         only_weights, log.info, lambda address: stop.check(WHILE_FETCHING.format(address))
     )
-    with addresses_in_errors(addresses):
+    with show_addresses_in_errors(addresses):
         _find_local_weights(local.model)  # raises a ModelError if the file is missing or is not a weights file
     return local.model
 

@@ -18,11 +18,11 @@ from trainer.data.pipeline import build_training_batches
 from trainer.data.sharding import UNSHARDED, steps_per_epoch
 from trainer.data.splits import take
 from trainer.errors import DataError, Interrupted
-from trainer.evaluation.scoring import Scorer, rows_per_call
+from trainer.evaluation.scoring import Scorer, images_per_call
 from trainer.features.cut import Cut, Tail, Trunk
 from trainer.features.inputs import FeatureCache
 from trainer.features.plan import FeaturePlan, divide_phases
-from trainer.features.store import STORED, Features
+from trainer.features.store import STORED_DTYPES, Features
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import apply_thaw
 from trainer.monitoring.health import health
@@ -113,7 +113,9 @@ def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
         name: name of the new split.
     """
     assert features.array is not None, "the features are complete"
-    array = allocate_array((len(indices) + 1, *features.shape), STORED[features.dtype])  # the last row is padding
+    array = allocate_array(
+        (len(indices) + 1, *features.shape), STORED_DTYPES[features.dtype]
+    )  # the last row is padding
     array[: len(indices)] = features.array[indices]
     new_index = {int(index): i for i, index in enumerate(indices)}
     return Features(
@@ -165,7 +167,7 @@ def measure(network: Network, machine: str) -> Measurements:
     Raises:
         StopRequested: after a signal.
     """
-    classifier, rows = network.classifier, rows_per_call()
+    classifier, rows = network.classifier, images_per_call()
     trunk = Trunk(classifier, [network.cut])
 
     @tf.function(autograph=False)

@@ -21,11 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 import trainer
 from trainer.cli.overrides import (
     GROUPS,
-    fix_of_choice,
     list_given_keys,
     options_first,
     parse_names,
     parse_weights,
+    suggest_choice_fix,
     translate_overrides,
 )
 from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
@@ -217,7 +217,7 @@ def _config_error(error: Exception) -> ConfigError:
         group, name = group_match.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
-        fix = fix_of_choice(group, name)
+        fix = suggest_choice_fix(group, name)
         fix = fix if fix.startswith("write") else suggest_name(name, list_choices(group))
         return ConfigError(f"there is no such {group}", key=group, value=name, fix=fix)
     if key_match := re.search(r"Could not override '([^']+)'", text):

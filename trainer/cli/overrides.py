@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.diff import flatten
-from trainer.config.keys import classify_key, how_to_write, list_keys, suggest_key, suggest_name, takes_list
+from trainer.config.keys import accepts_list, classify_key, describe_syntax, list_keys, suggest_key, suggest_name
 from trainer.config.schema import RequestedConfig
 from trainer.config.typed import FUNCTION, INTERPOLATION, QUOTED, format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
@@ -320,10 +320,10 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
         return
     if "," in value and not sweep and value[:1] not in "[{(":
         raise _several_values_error(f"{group}={value}")
-    raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix_of_choice(group, value))
+    raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 
 
-def fix_of_choice(group: str, value: str) -> str:
+def suggest_choice_fix(group: str, value: str) -> str:
     """Return the advice for a value that is not a choice of a group. For a path, it names the key that takes a path."""
     is_folder = group == "data" and value and Path(value).expanduser().is_dir()
     if group in _ARGUMENTS_BEFORE_PATH and (is_folder or re.search(r"[/~\\]", value)):
@@ -335,7 +335,7 @@ def fix_of_choice(group: str, value: str) -> str:
 def _check_choice_is_string(group: str, value: str) -> None:
     """Raise a ConfigError if Hydra reads the choice of a group as a number, a bool or null."""
     if not isinstance(parse_override(f"x={value}").value(), str | list | QuotedString | Sweep):
-        raise ConfigError(f"there is no such {group}", key=group, value=value, fix=fix_of_choice(group, value))
+        raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 
 
 def _several_values_error(text: str) -> ConfigError:
@@ -344,9 +344,9 @@ def _several_values_error(text: str) -> ConfigError:
     if key not in GROUPS:
         if classify_key(RequestedConfig, key) == "text":
             fix += f", or write it in quotes: {shlex.quote(f'{key}={quote(value)}')}"
-        elif takes_list(RequestedConfig, key):
+        elif accepts_list(RequestedConfig, key):
             fix += f", or write it as a list: {shlex.quote(f'{key}=[{value}]')}"
-        elif syntax_hint := how_to_write(RequestedConfig, key):
+        elif syntax_hint := describe_syntax(RequestedConfig, key):
             fix += f", or {syntax_hint}"
     return ConfigError("has several values", key=key, value=value, fix=fix)
 
@@ -356,9 +356,9 @@ def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
     key, _, value = text.lstrip("+").partition("=")
     list_match = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
     elements = split_elements(list_match[1] if list_match else value)
-    if takes_list(RequestedConfig, key) and len(elements) > 1 and not all(map(str.strip, elements)):
+    if accepts_list(RequestedConfig, key) and len(elements) > 1 and not all(map(str.strip, elements)):
         return ConfigError("has an empty element", key=key, value=value, fix="remove the empty element")
-    return ConfigError(error.problem, key=key, value=value, fix=how_to_write(RequestedConfig, key) or error.fix)
+    return ConfigError(error.problem, key=key, value=value, fix=describe_syntax(RequestedConfig, key) or error.fix)
 
 
 def _no_key_error(text: str) -> ConfigError:

@@ -27,7 +27,7 @@ from trainer.monitoring.log import (
     log_traceback,
     stdout_lost_lines,
 )
-from trainer.storage.disk import MAKE_SPACE, file_errors
+from trainer.storage.disk import FREE_SPACE_FIX, translate_file_errors
 from trainer.storage.scratch import scratch_folder
 
 # TensorFlow prints these lines on every machine without a GPU, before its log level takes effect.
@@ -149,7 +149,7 @@ def _stdout_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename or not _stdout_fails():
             raise
-        raise Interrupted(f"stdout: cannot be written to ({error.strerror or error})", fix=MAKE_SPACE) from None
+        raise Interrupted(f"stdout: cannot be written to ({error.strerror or error})", fix=FREE_SPACE_FIX) from None
 
 
 def _stdout_fails() -> bool:
@@ -174,7 +174,7 @@ def exit_with_code() -> Iterator[None]:
     code, reason, next_start = DONE, "", None
     configure()
     try:
-        with file_errors(), _stdout_errors(), scratch_folder():
+        with translate_file_errors(), _stdout_errors(), scratch_folder():
             yield
     except StartAgain as start:
         next_start = start
@@ -214,7 +214,7 @@ def exit_with_code() -> Iterator[None]:
     except OSError as error:
         discard(sys.stdout)
         if code == DONE and not stdout_lost_lines():
-            code, reason = INTERRUPTED, f"stdout: cannot be written to ({error.strerror or error}); {MAKE_SPACE}"
+            code, reason = INTERRUPTED, f"stdout: cannot be written to ({error.strerror or error}); {FREE_SPACE_FIX}"
             log.warning(f"interrupted: {reason}")
     termination.write(code, reason)
     ignore_sigterm()

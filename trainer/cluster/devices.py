@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
-from trainer.config.auto import compute_batch_divisor
+from trainer.config.auto import compute_batch_size_multiple
 from trainer.config.schema import RunConfig, Runtime
 from trainer.errors import ConfigError, Interrupted
 from trainer.monitoring.health import health
@@ -153,7 +153,7 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
         fix = f"start {', '.join(str(1 << i) for i in range(parts.bit_length()))} replicas"
         raise ConfigError(problem, key="training.virtual_replicas", value=parts, fix=fix)
     micro_batches = config.training.micro_batches(replicas)
-    per_replica, divisor = batch_size // (parts or replicas), compute_batch_divisor(config, replicas)
+    per_replica, divisor = batch_size // (parts or replicas), compute_batch_size_multiple(config, replicas)
     smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
     valid = f"{smaller}{-(-batch_size // divisor) * divisor}"
     if batch_size % (replicas * micro_batches):

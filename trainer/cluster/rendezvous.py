@@ -23,7 +23,9 @@ from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # for a connection to open, and for each read and write until the control channel begins
-OWN_TIMEOUT_SECONDS = 1.0  # the same for a connection to this worker's own address, where usually nobody else responds
+SELF_CHECK_TIMEOUT_SECONDS = (
+    1.0  # the same for a connection to this worker's own address, where usually nobody else responds
+)
 REACH_TIMEOUT_SECONDS = 30.0  # for reaching the port of another worker, with retries
 
 RETRY = "start all workers again"  # the fix of most errors
@@ -70,7 +72,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
     def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}  # on the chief: to the workers that have joined, by index
-        self._reported: set[str] = set()  # lines that `_report_once` has logged
+        self._reported: set[str] = set()  # lines that `_log_once` has logged
         self._process = uuid.uuid4().hex  # distinguishes this process from another one with the same job and index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
@@ -91,7 +93,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 return socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack, backlog=1024)
             except OSError as error:
                 self.check_cancelled()
-                self._require_own_index()
+                self._require_unique_index()
                 if time.monotonic() > self.deadline:
                     problem = f"port {port} of this worker is in use by another process ({error.strerror})"
                     raise Interrupted(problem, fix="end that process, or set another WORKER_PORT") from None
@@ -100,13 +102,13 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 reported = True
                 time.sleep(0.5)
 
-    def _require_own_index(self) -> None:
+    def _require_unique_index(self) -> None:
         """Raise ConfigError if another process with the same job and index responds at the address of this worker."""
         cluster, address = self.cluster, self.cluster.addresses[self.cluster.index]
         header: dict[str, Any] = {}
         with (
             contextlib.suppress(OSError, ValueError),
-            contextlib.closing(_connect(address, cluster.token, OWN_TIMEOUT_SECONDS)) as peer,
+            contextlib.closing(_connect(address, cluster.token, SELF_CHECK_TIMEOUT_SECONDS)) as peer,
         ):
             peer.send("who")
             header, _ = peer.receive()
@@ -126,7 +128,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 return
             threading.Thread(target=self._respond, args=(connection, address), daemon=True).start()
 
-    def _report_once(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         if text not in self._reported:
             self._reported.add(text)
             self.log_message(text)
@@ -140,7 +142,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             try:
                 accept_peer(peer, self.cluster.token)
             except WrongTokenError as error:
-                self._report_once(f"workers: {address[0]} connected to this worker: {error}; ignored")
+                self._log_once(f"workers: {address[0]} connected to this worker: {error}; ignored")
                 raise
             header, _ = peer.receive()
             if header["kind"] != "join":
@@ -193,7 +195,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 self._send_to_all("waiting", text=text, over=now > self.deadline)
                 if now > self.deadline:
                     raise Interrupted(text, key="runtime.start_timeout", fix=RETRY)
-                self._require_own_index()
+                self._require_unique_index()
                 self.log_message(f"workers: {text}")
                 next_report = now + REPORT_INTERVAL_SECONDS
         self._send_to_all("go")
@@ -223,7 +225,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         cluster, address = self.cluster, self.cluster.addresses[0]
         while True:
             self.check_cancelled()
-            self._require_own_index()  # in each iteration, since the chief drops this connection if a duplicate joins
+            self._require_unique_index()  # each time, since the chief drops this connection if a duplicate joins
             try:
                 peer = _connect(address, cluster.token)
                 try:

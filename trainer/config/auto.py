@@ -46,7 +46,7 @@ def resolve_auto(
         precision, precision_reason = choose_precision(device)
         provisional_config = with_choices(config, Choices(backbone, 1, phases, precision))
         batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
-        divisor = compute_batch_divisor(provisional_config, replicas)
+        divisor = compute_batch_size_multiple(provisional_config, replicas)
         if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
             batch_size = max(batch_size // divisor, 1) * divisor
         choices = Choices(backbone, batch_size, phases, precision)
@@ -56,7 +56,7 @@ def resolve_auto(
             "training.batch_size": f"{batch_size}, for {images:,} training images{batch_size_reason}",
             "runtime.precision": f"{precision}, {precision_reason}",
         }
-    reasons = [f"{key}=auto: {explanation}" for key, explanation in explanations.items() if key in config.autos]
+    reasons = [f"{key}=auto: {explanation}" for key, explanation in explanations.items() if key in config.auto_keys]
     return with_choices(config, choices), reasons
 
 
@@ -80,7 +80,7 @@ def choose_precision(device: Device) -> tuple[Precision, str]:
     return "float32", f"on a GPU of {capability_text} (float16 from 7.0 on)"
 
 
-def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
+def compute_batch_size_multiple(config: RunConfig, replicas: int) -> int:
     """Return the number that a valid global batch size is a multiple of.
 
     The batch must divide evenly over `replicas` (on all workers) and their micro-batches, and with mixup or cutmix each
@@ -95,13 +95,13 @@ def compute_batch_divisor(config: RunConfig, replicas: int) -> int:
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
     """Reduce a batch size that exceeds `images`, the number of training examples, to this number.
 
-    The number is rounded up to a multiple of `compute_batch_divisor`. The gradients do not change, because the rest of
-    the larger batch would be padding.
+    The number is rounded up to a multiple of `compute_batch_size_multiple`. The gradients do not change, because the
+    rest of the larger batch would be padding.
 
     Returns:
         The configuration, and a message for the log, "" if the batch size has not changed.
     """
-    training, divisor = config.training, compute_batch_divisor(config, replicas)
+    training, divisor = config.training, compute_batch_size_multiple(config, replicas)
     max_batch_size = -(-images // divisor) * divisor
     if training.batch_size <= max_batch_size:
         return config, ""

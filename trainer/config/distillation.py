@@ -60,7 +60,7 @@ def teacher_address(output_dir: str) -> str:
     return f"{output_dir.rstrip('/')}/{FOLDER}"
 
 
-def name_key_of_teacher(error: Error) -> Error:
+def prefix_teacher_key(error: Error) -> Error:
     """Return an error in the configuration of a teacher's run, with its key as users write it.
 
     The key of `error` itself is changed, such as from "model.backbone" to "distillation.model.backbone".

@@ -131,13 +131,13 @@ def classify_key(root: type[BaseModel], key: str) -> Kind:
     return "texts" if any(item_type is str or get_origin(item_type) is Literal for item_type in item_types) else "other"
 
 
-def takes_list(root: type[BaseModel], key: str) -> bool:
+def accepts_list(root: type[BaseModel], key: str) -> bool:
     """Return whether a key accepts a list; True for an unknown key."""
     types = _resolve_types(root, key)
     return not types or any(get_origin(type_) is tuple for type_ in types)
 
 
-def how_to_write(root: type[BaseModel], key: str) -> str:
+def describe_syntax(root: type[BaseModel], key: str) -> str:
     """Return a hint on the syntax of a key's value, such as "use a whole number"; "" if any string is valid."""
     types, kind = _resolve_types(root, key), classify_key(root, key)
     if kind == "weights":
@@ -180,7 +180,7 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
             end with `head.epochs`, such as `phases.head.epochs`.
     """
     if isinstance(tree, dict) and tree:
-        if matches := _match_components(f"{key}.{first_path(tree)}", known):
+        if matches := _match_components(f"{key}.{find_first_leaf_key(tree)}", known):
             return _did_you_mean(matches)
         name, value = next(iter(tree.items()))
         child_suggestion = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], value)
@@ -217,10 +217,10 @@ def _did_you_mean(keys: list[str]) -> str:
     return f"did you mean {', '.join(first_keys)}{' or ' * bool(first_keys)}{last_key}?"
 
 
-def first_path(tree: dict[str, Any]) -> str:
+def find_first_leaf_key(tree: dict[str, Any]) -> str:
     """Return the dotted key of the first leaf in nested dicts: {"head": {"epochs": 3}} -> "head.epochs"."""
     name, value = next(iter(tree.items()))
-    return f"{name}.{first_path(value)}" if isinstance(value, dict) and value else str(name)
+    return f"{name}.{find_first_leaf_key(value)}" if isinstance(value, dict) and value else str(name)
 
 
 def _match_components(key: str, known: list[str]) -> list[str]:

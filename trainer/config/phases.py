@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
 
 from trainer.config.base import MAX_COUNT, Duration, DurationSetting, InvalidValue, PositiveDuration, Section
-from trainer.config.keys import first_path
-from trainer.names import find_path_fault
+from trainer.config.keys import find_first_leaf_key
+from trainer.names import find_path_error
 
 
 class Optimizer(Section):
@@ -155,7 +155,7 @@ class Phase(Section):
 
 def _check_name(name: str) -> str:
     """Require that a phase name can be a folder name, because each phase has a folder in logs/."""
-    if "/" in name or find_path_fault(name):
+    if "/" in name or find_path_error(name):
         raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
     return name
 
@@ -194,7 +194,7 @@ class AutoPhases(Section):
             rows = [row for row, by_name in phase_table.items() if isinstance(by_name, dict) and name in by_name]
             if rows and isinstance(phase_value, dict) and phase_value:
                 other_rows = f" (and of {', '.join(rows[1:])})" if rows[1:] else ""
-                key = f"phases.auto.{rows[0]}.{name}.{first_path(phase_value)}"
+                key = f"phases.auto.{rows[0]}.{name}.{find_first_leaf_key(phase_value)}"
                 fix = f"set {key}{other_rows}, or choose a group such as phases=two_phase"
             raise InvalidValue(f"chooses all phases, but {other_names} is set as well", key="auto", fix=fix)
         return phases

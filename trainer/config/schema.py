@@ -26,7 +26,7 @@ from trainer.config.base import (
     Section,
     translate_validation_error,
 )
-from trainer.config.distillation import TRAIN, Distillation, name_key_of_teacher, teacher_address
+from trainer.config.distillation import TRAIN, Distillation, prefix_teacher_key, teacher_address
 from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
@@ -360,7 +360,7 @@ class RequestedConfig(Section):
         return self
 
     @property
-    def autos(self) -> list[str]:
+    def auto_keys(self) -> list[str]:
         """The keys that are `auto`, among those that `resolve_auto` resolves."""
         values = {"model.backbone": self.model.backbone, "training.batch_size": self.training.batch_size}
         values["runtime.precision"] = self.runtime.precision
@@ -402,7 +402,7 @@ class RunConfig(RequestedConfig):
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
-    def why_not_cacheable(self, phase: Phase) -> str | None:
+    def find_uncacheable_reason(self, phase: Phase) -> str | None:
         """Return the reason why the features of a phase cannot be cached; None if they can be cached."""
         if not self.augmentation.active:
             return None
@@ -412,13 +412,13 @@ class RunConfig(RequestedConfig):
             return "the teacher predicts in every step, for the augmented images"
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
-    def feature_fault(self, name: str) -> ConfigError | None:
+    def find_feature_error(self, name: str) -> ConfigError | None:
         """Return the error in the keys `features` and `augmented_views` of a phase; None if they are valid."""
         phase, is_augmented = self.phases[name], self.augmentation.active
         if phase.augmented_views and phase.augmented_views > 1 and not is_augmented:
             return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
                                value=phase.augmented_views, fix="set it to null, or set augmentation")  # fmt: skip
-        reason = self.why_not_cacheable(phase)
+        reason = self.find_uncacheable_reason(phase)
         if phase.features != "cached" or reason is None:
             return None
         fix = "use auto or live"
@@ -441,13 +441,13 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     values |= {"experiment_name": f"{config.experiment_name or ''} teacher".strip()}
     values |= {"export": Export(formats=()), "output_dir": config.output_dir and teacher_address(config.output_dir)}
     teacher = RequestedConfig.model_construct(**values)
-    return teacher if teacher.autos else with_choices(teacher)
+    return teacher if teacher.auto_keys else with_choices(teacher)
 
 
 def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
     """List the errors in the keys `features` and `augmented_views` of phases; phases=auto is not checked here."""
     names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), with_choices(config)
-    return [fault for name in names if (fault := resolved.feature_fault(name))]
+    return [fault for name in names if (fault := resolved.find_feature_error(name))]
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
@@ -472,10 +472,10 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         raise translate_validation_error(error, RequestedConfig, tree) from None
     faults = _list_feature_faults(config)
     if (teacher := configure_teacher(config)) and config.distillation and config.distillation.phases is not None:
-        faults += [name_key_of_teacher(fault) for fault in _list_feature_faults(teacher)]
+        faults += [prefix_teacher_key(fault) for fault in _list_feature_faults(teacher)]
     if faults:
         raise ConfigError.of_faults(faults)
-    return config if config.autos else with_choices(config)
+    return config if config.auto_keys else with_choices(config)
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
@@ -485,7 +485,9 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     """
     config = load(tree)
     if not isinstance(config, RunConfig):
-        raise ConfigError("is resolved only when a run begins", key=config.autos[0], value="auto", fix="set a value")
+        raise ConfigError(
+            "is resolved only when a run begins", key=config.auto_keys[0], value="auto", fix="set a value"
+        )
     return config
 
 
@@ -587,4 +589,4 @@ def apply_overfit(config: RequestedConfig) -> RequestedConfig:
         "model": config.model.model_copy(update=OVERFIT["model"]),
         "training": config.training.model_copy(update=training),
     })  # fmt: skip
-    return changed if changed.autos else with_choices(changed)
+    return changed if changed.auto_keys else with_choices(changed)

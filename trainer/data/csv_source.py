@@ -14,7 +14,7 @@ from trainer.data.splits import SPLITS, RawData
 from trainer.data.table import Row, Table, read_table
 from trainer.errors import DataError
 from trainer.monitoring.health import health
-from trainer.names import escape_unprintable, find_path_fault, normalize_class_name
+from trainer.names import escape_unprintable, find_path_error, normalize_class_name
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
 from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
@@ -141,7 +141,7 @@ def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
 def _split_address(root: str, row: Row, address: str) -> tuple[str, str]:
     """Split gs://BUCKET/KEY into gs://BUCKET and KEY, or raise a DataError if KEY cannot be a local file name."""
     bucket, _, key = address.removeprefix("gs://").partition("/")
-    if fault := find_path_fault(key) if bucket else "it names no bucket":
+    if fault := find_path_error(key) if bucket else "it names no bucket":
         problem = f"names {escape_unprintable(address)}, which cannot be a file ({fault})"
         raise _row_error(root, row, problem, "write gs://BUCKET/FOLDER/FILE, or a name relative to the CSV file")
     return f"gs://{bucket}", key

@@ -25,7 +25,7 @@ from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
 from trainer.types import LogMessage
 
-WHOLE_BYTES = 1 << 30  # with data.fingerprint=auto, a dataset of at most this size is read completely
+MAX_FULL_READ_BYTES = 1 << 30  # with data.fingerprint=auto, a dataset of at most this size is read completely
 _BLOCK_BYTES = 4096  # size of a sampled block
 _MAX_BLOCKS = 16  # sampled blocks per file
 _READ_BYTES = 1 << 20  # size of a read of a whole file
@@ -44,7 +44,7 @@ def compute_fingerprints(
     that was moved or touched is read again, and has the same fingerprint.
 
     Args:
-        setting: data.fingerprint. "auto" reads only a sample of the files if they have more than `WHOLE_BYTES`.
+        setting: data.fingerprint. "auto" reads only a sample of the files if they have more than `MAX_FULL_READ_BYTES`.
         cache_dir: folder below which the checksums are cached.
         streamed: whether the shards are in a bucket. The bucket has then confirmed the checksums in their manifest, so
             that nothing is read or logged.
@@ -59,7 +59,7 @@ def compute_fingerprints(
         return fingerprints | {"content": fingerprints["ends"]}
     stats = {path: stat for path in paths if (stat := _stat(path))}
     size = sum(stat.st_size for stat in stats.values())
-    kind: Kind = "content" if setting == "content" or size <= WHOLE_BYTES else "sample"
+    kind: Kind = "content" if setting == "content" or size <= MAX_FULL_READ_BYTES else "sample"
     checksums = _compute_checksums(stats, kind, cache_dir)
     identities = {path: _format_identity(raw, path, stats, checksums) for path in paths}
     fingerprint = hash_raw_data(replace(raw, identities=identities))

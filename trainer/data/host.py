@@ -25,7 +25,7 @@ def memory_limit(cgroup: Path = CGROUP) -> int:
     return min([machine, *limit_v2, *limit_v1])
 
 
-def default_memory_budget(cgroup: Path = CGROUP) -> int:
+def get_default_memory_budget(cgroup: Path = CGROUP) -> int:
     """Return the memory budget in bytes if runtime.memory_budget_gb is null: a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 

@@ -18,7 +18,7 @@ from trainer.data.splits import (
     compute_split_sizes,
     digest_head_and_tail,
     empty_split_error,
-    unused_fractions,
+    list_unused_fractions,
 )
 from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
@@ -96,7 +96,7 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
     missing_splits = {name: fraction for name, fraction in fractions.items() if name not in images}
     ordered |= _divide(ordered["train"], missing_splits)
     splits = {name: _make_split(name, members) for name, members in ordered.items() if members}
-    notes = listed.notes + unused_fractions(data, images)
+    notes = listed.notes + list_unused_fractions(data, images)
     return RawData(listed.name, listed.class_names, splits, identities, list(faults.values()), notes, listed.ignored)
 
 

@@ -27,13 +27,13 @@ from trainer.data.decoding import (
     make_row_decoder,
     without_autograph,
 )
-from trainer.data.host import allocate_array, count_usable_cpus, default_memory_budget
+from trainer.data.host import allocate_array, count_usable_cpus, get_default_memory_budget
 from trainer.data.open import OpenedData
 from trainer.data.order import Block, BlockShards, compute_block_shards, make_sequence_blocks
 from trainer.data.records import locate_records, read_source_name
-from trainer.data.remote import with_addresses
+from trainer.data.remote import replace_local_paths
 from trainer.data.shard_gate import LocalShards, ShardGate, max_rows_ahead
-from trainer.data.splits import SPLITS, count_classes, take
+from trainer.data.splits import SPLITS, describe_class_counts, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
@@ -102,7 +102,7 @@ class Pixels:
     array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None: not cached
     cached_in: Literal["memory", "disk", "none"] = "none"
     shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are local
-    known_bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
+    known_unreadable: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
     stored_count: int = 0  # number of images that have been cached while the cache is filled
     # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
     failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
@@ -111,16 +111,16 @@ class Pixels:
     def bad(self) -> dict[int, str]:
         """Reason by index, for each example that could not be read so far."""
         self.collect_failures()
-        return self.known_bad
+        return self.known_unreadable
 
     def collect_failures(self) -> None:
-        """Add the indices that the pipeline has appended to `failures` to `known_bad`, and log the first ones."""
+        """Add the indices that the pipeline has appended to `failures` to `known_unreadable`; log the first ones."""
         for index in map(int, self.failures):
-            if index not in self.known_bad:
-                self.known_bad[index] = find_failure_reason(self, index)
-                if len(self.known_bad) <= _MAX_LOGGED_IMAGES:
-                    self.log_message(f"skipped {describe_example(self, index)}: {self.known_bad[index]}")
-                if len(self.known_bad) == _MAX_LOGGED_IMAGES:
+            if index not in self.known_unreadable:
+                self.known_unreadable[index] = find_failure_reason(self, index)
+                if len(self.known_unreadable) <= _MAX_LOGGED_IMAGES:
+                    self.log_message(f"skipped {describe_example(self, index)}: {self.known_unreadable[index]}")
+                if len(self.known_unreadable) == _MAX_LOGGED_IMAGES:
                     self.log_message("further skipped images are only counted")
 
     @property
@@ -307,7 +307,7 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
         pixels.array, pixels.cached_in = np.memmap(pixel_file, np.uint8, "c", shape=shape), "disk"
     except (OSError, *CONTENT_ERRORS):
         return False
-    pixels.known_bad.update(bad)
+    pixels.known_unreadable.update(bad)
     return True
 
 
@@ -381,7 +381,7 @@ def plan_image_caches(
     The splits are planned in the order of `SPLITS`; each one gets the memory that the previous ones leave.
     """
     plans: dict[str, CachePlan] = {}
-    memory_left = config.runtime.memory_budget or default_memory_budget()
+    memory_left = config.runtime.memory_budget or get_default_memory_budget()
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     for name in [split for split in SPLITS if split in dataset.splits]:
         once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
@@ -481,7 +481,9 @@ class ImageStore:
         }
         for worker_bad in control.reduce("unreadable images", local_bad, list):
             for name in worker_bad.keys() & self._opened.keys():
-                self._opened[name].known_bad |= {int(index): reason for index, reason in worker_bad[name].items()}
+                self._opened[name].known_unreadable |= {
+                    int(index): reason for index, reason in worker_bad[name].items()
+                }
 
     def require_readable(self) -> None:
         """Raise a DataError if an opened split, or a class of the opened training split, has no readable image."""
@@ -492,7 +494,7 @@ class ImageStore:
         """Return a line for each opened split with unreadable images: its readable images, in total and per class."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
-            + count_classes(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
+            + describe_class_counts(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
             for name, pixels in self._opened.items()
             if pixels.bad
         ]
@@ -513,7 +515,7 @@ class ImageStore:
     @property
     def memory_left(self) -> int:
         """Bytes of the memory budget that are not used by decoded images. It is negative if they exceed the budget."""
-        budget = self.config.runtime.memory_budget or default_memory_budget()
+        budget = self.config.runtime.memory_budget or get_default_memory_budget()
         return budget - sum(
             count_image_bytes(pixels.split, pixels.size)
             for pixels in self._opened.values()
@@ -522,7 +524,7 @@ class ImageStore:
 
     def name_of(self, split: str, index: int) -> str:
         """Return the file of an example, or SHARD#RECORD. A local copy is named by its address in the bucket."""
-        return with_addresses(self.dataset.splits[split].name_of(index), self.addresses)
+        return replace_local_paths(self.dataset.splits[split].name_of(index), self.addresses)
 
     def list_sources(self, name: str, indices: np.ndarray) -> tuple[str, ...]:
         """Return the file names that the records of the examples `indices`, int [k], increasing, store.
@@ -557,13 +559,13 @@ class ImageStore:
         return self._data.addresses
 
     def _log(self, text: str) -> None:
-        log.info(with_addresses(text, self.addresses))
+        log.info(replace_local_paths(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:
         """List the unreadable examples of the opened splits that were skipped so far, each with the reason."""
         splits = sorted(self._opened.items())
         return [
-            with_addresses(f"{describe_example(pixels, index)}: {reason}", self.addresses)
+            replace_local_paths(f"{describe_example(pixels, index)}: {reason}", self.addresses)
             for _, pixels in splits
             for index, reason in sorted(pixels.bad.items())
         ]

@@ -18,8 +18,8 @@ from trainer.data.examine import examine_images
 from trainer.data.fingerprint import compute_fingerprints
 from trainer.data.image_folder import open_image_folder
 from trainer.data.records import join_first, read_groups
-from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
-from trainer.data.splits import RawData, count_classes, open_tfrecords, select_at_most, select_per_class
+from trainer.data.remote import fetch_local_copies, replace_local_paths, show_addresses_in_errors
+from trainer.data.splits import RawData, describe_class_counts, open_tfrecords, select_at_most, select_per_class
 from trainer.data.tfds import open_tfds
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, normalize_class_name
@@ -64,9 +64,9 @@ def open_run_data(
     local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
 
     def restore_addresses(text: str) -> str:
-        return with_addresses(text, addresses)
+        return replace_local_paths(text, addresses)
 
-    with addresses_in_errors(addresses):
+    with show_addresses_in_errors(addresses):
         dataset = open_run_dataset(
             config, local.data, lambda text: log_message(restore_addresses(text)), shards is not None, purpose
         )
@@ -144,12 +144,12 @@ def open_dataset(
     source_names = tuple(map(normalize_class_name, raw.class_names))
     if purpose != "evaluate":
         require_mapped_classes(source_names, data)
-    raw.name, raw.class_names = escape_unprintable(raw.name), show_class_names(source_names, data)
-    class_names = show_class_order(data)
+    raw.name, raw.class_names = escape_unprintable(raw.name), get_display_names(source_names, data)
+    class_names = get_display_order(data)
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
         raw = apply_class_names(raw, class_names)
     if data.corrections:
-        other_names = dict(zip(source_names, show_class_names(source_names, data), strict=True))
+        other_names = dict(zip(source_names, get_display_names(source_names, data), strict=True))
         raw = apply_corrections(raw, data.corrections, other_names, skip_unknown=data.on_error == "skip")
     _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
@@ -192,7 +192,7 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
     return open_tfds(data, cache_dir, log_message, streamed)
 
 
-def show_class_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
+def get_display_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
     """Return the names under which classes are shown, in the order of `names`.
 
     If data.class_names is a mapping that has the class, its name there is shown. Otherwise the prefix that
@@ -220,11 +220,11 @@ def show_class_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
     return shown_names
 
 
-def show_class_order(data: Data) -> tuple[str, ...] | None:
+def get_display_order(data: Data) -> tuple[str, ...] | None:
     """Return the shown names of the classes that data.class_names lists; None if it is not a list."""
     if not isinstance(data.class_names, tuple):
         return None
-    return show_class_names(tuple(map(normalize_class_name, data.class_names)), data)
+    return get_display_names(tuple(map(normalize_class_name, data.class_names)), data)
 
 
 def _get_mapping(data: Data) -> dict[str, str]:
@@ -252,7 +252,7 @@ def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
     """Reorder the classes of a dataset, and map its labels.
 
     Args:
-        names: the same class names in the new order, from `show_class_order`; None leaves the order as it is.
+        names: the same class names in the new order, from `get_display_order`; None leaves the order as it is.
 
     Raises:
         DataError: `names` are not exactly the class names of the dataset.
@@ -322,7 +322,9 @@ def _note_quality(raw: RawData, limited: bool) -> list[str]:
             notes.append(f"{name} has no example of {_list_classes(raw, absent_classes)}")
     if raw.skipped:
         notes.append(f"{len(raw.skipped)} skipped (data.on_error=skip), the first: {raw.skipped[0]}")
-        split_counts = (f"{name} {count_classes(split.labels, raw.class_names)}" for name, split in raw.splits.items())
+        split_counts = (
+            f"{name} {describe_class_counts(split.labels, raw.class_names)}" for name, split in raw.splits.items()
+        )
         notes.append(f"left after skipping: {'; '.join(split_counts)}")
     return notes
 

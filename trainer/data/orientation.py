@@ -12,7 +12,7 @@ _MAX_ENTRIES = 128  # entries that are read from the first EXIF directory; camer
 _ENTRY_BYTES = 12
 
 
-def compile_as_one_node(function: Callable[..., tf.Tensor]) -> Any:
+def compile_without_inlining(function: Callable[..., tf.Tensor]) -> Any:
     """Compile a function that becomes one node of the graph that calls it, because TensorFlow does not inline it.
 
     In a branch of `tf.cond`, a single node costs nothing if the other branch is taken.
@@ -75,14 +75,14 @@ def _parse_flips(exif: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reduce_any(orientation == [[3, 4, 6, 7], [2, 3, 7, 8]], axis=1), orientation >= 5
 
 
-@compile_as_one_node
+@compile_without_inlining
 def _turn(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
     is_reversed, is_transposed = _parse_flips(exif)
     pixels = tf.reverse(pixels, tf.reshape(tf.where(is_reversed), [-1]))
     return tf.cond(is_transposed, lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
 
 
-@compile_as_one_node
+@compile_without_inlining
 def _compute_crop_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
     return (spare + tf.cast(_parse_flips(exif)[0], tf.int32)) // 2
 

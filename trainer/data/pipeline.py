@@ -144,7 +144,7 @@ def build_training_batches(
             batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
-    part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.of_parts()]
+    part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.split_into_parts()]
     blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows // replicas
     parallel = source.parallel if augmentation.active else None
     # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
@@ -189,10 +189,10 @@ def build_evaluation_batches(
     """
     indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
     rows = rows * replicas if rows else batch_size // sharding.workers
-    return build_chosen_batches(source, indices, rows=rows, replicas=replicas)
+    return build_indexed_batches(source, indices, rows=rows, replicas=replicas)
 
 
-def build_chosen_batches(
+def build_indexed_batches(
     source: BatchSource, indices: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
 ) -> Batches:
     """Build batches of the examples at `indices`, followed by infinitely many batches of padding.

@@ -10,7 +10,7 @@ from trainer.config.typed import format_argument
 from trainer.data.host import count_usable_cpus
 from trainer.data.open import open_dataset
 from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
-from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
+from trainer.data.remote import fetch_local_copies, replace_local_paths, show_addresses_in_errors
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import ConfigError
 from trainer.monitoring import termination
@@ -43,7 +43,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     cache_dir, max_examples = config.runtime.cache_folder, config.debug.max_examples
     local_config, addresses, _ = fetch_local_copies(config, log.info, lambda _address: health.record_progress())
     data = local_config.data
-    with addresses_in_errors(addresses):
+    with show_addresses_in_errors(addresses):
         dataset = open_dataset(
             data, seed=config.seed, cache_dir=cache_dir, max_examples=max_examples, log_message=log.info,
             purpose="prepare",
@@ -58,7 +58,9 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
             text_fields.setdefault(group_field, {})[name] = [split.groups[i] for i in order]
         root = os.path.dirname(data.root or "") if data.source == "csv" else data.root
         if group_field != SOURCE_FIELD and (source_names := list_source_names(split, root)):
-            text_fields.setdefault(SOURCE_FIELD, {})[name] = [with_addresses(source_names[i], addresses) for i in order]
+            text_fields.setdefault(SOURCE_FIELD, {})[name] = [
+                replace_local_paths(source_names[i], addresses) for i in order
+            ]
     workers = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
         data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
@@ -66,13 +68,13 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     )  # fmt: skip
     target = storage_path(output)
     images = LabeledImages(dataset.name, dataset.class_names, splits, text_fields)
-    with show_image_progress(config.runtime.progress) as progress, addresses_in_errors(addresses):
+    with show_image_progress(config.runtime.progress) as progress, show_addresses_in_errors(addresses):
         entries = write_dataset(target, images, options, progress)
     if entries is None:
         outcome = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
-            log.info(f"skipped {with_addresses(fault, addresses)}")
+            log.info(f"skipped {replace_local_paths(fault, addresses)}")
         # JPEG and PNG images are stored with their EXIF data, so training must ignore it too.
         orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
         outcome = (

@@ -17,7 +17,14 @@ from trainer.storage.base import ObjectInfo
 from trainer.storage.disk import choose_disk_budget
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import copied_folder, fetch_missing, find_prepared_folder, has_wildcard, is_remote, stage
+from trainer.storage.staging import (
+    fetch_missing,
+    find_copied_folders,
+    find_prepared_folder,
+    has_wildcard,
+    is_remote,
+    stage,
+)
 from trainer.types import LogMessage
 
 
@@ -67,7 +74,7 @@ def fetch_local_copies(
             return address
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         path = stage(address, runtime.cache_folder, budget, log_message, partial(check, address))
-        folder, bucket_folder = copied_folder(path, address, runtime.cache_folder)
+        folder, bucket_folder = find_copied_folders(path, address, runtime.cache_folder)
         addresses[folder] = bucket_folder
         return path
 
@@ -102,7 +109,7 @@ def _find_class_names(data: Data) -> str | None:
     return str(names_file) if not has_wildcard(folder) and names_file.exists() else None
 
 
-def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
+def replace_local_paths(text: str, addresses: Mapping[str, str]) -> str:
     """Replace the paths of local copies in a text, escaped for display or not, by their addresses in buckets.
 
     `addresses` maps each local folder to the bucket folder that it is a copy of.
@@ -113,7 +120,7 @@ def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
+def show_addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
     """Replace the paths of local copies by their addresses in each `TrainerError` that this context raises.
 
     `addresses` maps each local folder to the bucket folder that it is a copy of.
@@ -121,9 +128,9 @@ def addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except TrainerError as error:
-        error.problem = with_addresses(error.problem, addresses)
-        error.value = with_addresses(error.value, addresses) if isinstance(error.value, str) else error.value
-        error.fix = with_addresses(error.fix, addresses) if error.fix else None
+        error.problem = replace_local_paths(error.problem, addresses)
+        error.value = replace_local_paths(error.value, addresses) if isinstance(error.value, str) else error.value
+        error.fix = replace_local_paths(error.fix, addresses) if error.fix else None
         raise
 
 

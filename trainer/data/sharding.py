@@ -38,7 +38,7 @@ class Sharding:
         """Whether the examples are sharded by file. A single part reads all shards, so it counts as by record."""
         return self.by == "file" and (self.parts or self.workers) > 1
 
-    def of_parts(self) -> list["Sharding"]:
+    def split_into_parts(self) -> list["Sharding"]:
         """Return the sharding of each part that this worker reads, as if each part were a worker.
 
         It is only this sharding itself if it is by record or has no virtual replicas.
@@ -72,7 +72,7 @@ def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
 
 def select_worker_shards(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the indices of the shards that a worker reads if the split is sharded by file, int64 [k], increasing."""
-    parts = sharding.of_parts()
+    parts = sharding.split_into_parts()
     assigned = assign_shards(split, parts[0].workers)
     return np.sort(np.concatenate([assigned[part.worker] for part in parts]))
 
@@ -110,11 +110,11 @@ class ShardingPlan:
     reason: str  # a clause for the log line
     parts: int | None = None  # number of virtual replicas; None if each worker is one part
 
-    def of_worker(self, worker: int) -> Sharding:
+    def for_worker(self, worker: int) -> Sharding:
         """Return the sharding with which a worker trains."""
         return Sharding(worker, self.workers, self.by, self.parts)
 
-    def of_scoring(self, worker: int) -> Sharding:
+    def for_scoring(self, worker: int) -> Sharding:
         """Return the sharding with which a worker scores examples and computes features.
 
         With virtual replicas it is by record, because the workers then divide the examples into whole device calls.
@@ -123,7 +123,7 @@ class ShardingPlan:
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores, so that `check_resumable` can compare a later start's plan with them."""
+        """The values that a checkpoint stores, so that `require_resumable` can compare the plan of a later start."""
         workers = self.parts or self.workers  # with virtual replicas, the batches are the same on any number of workers
         return {"by": self.by, "workers": workers, "steps_per_epoch": self.steps_per_epoch}
 
@@ -131,7 +131,7 @@ class ShardingPlan:
         """Format the log line about the sharding, with the numbers of shards and records that a worker reads."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        shards, sizes = select_worker_shards(split, self.of_worker(worker)), count_shard_records(split)
+        shards, sizes = select_worker_shards(split, self.for_worker(worker)), count_shard_records(split)
         paths = [shard.path for shard in split.shards]  # a split can use several ranges of a file
         num_files, num_records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
@@ -188,7 +188,7 @@ def plan_sharding(
     return ShardingPlan(by, workers, steps, reason, virtual_replicas)
 
 
-def check_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
+def require_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
     """Check that a run can resume from a checkpoint with this plan.
 
     A run that is or was sharded by file can change its sharding only at the beginning of an epoch, and only if the

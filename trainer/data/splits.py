@@ -68,7 +68,7 @@ def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
 
 
-def unused_fractions(data: Data, existing: Container[str]) -> list[str]:
+def list_unused_fractions(data: Data, existing: Container[str]) -> list[str]:
     """Return a note for each configured fraction that is not used because the data has this split.
 
     A fraction of 0 or with the default value counts as not configured.
@@ -84,7 +84,7 @@ def unused_fractions(data: Data, existing: Container[str]) -> list[str]:
     return notes
 
 
-def count_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
+def describe_class_counts(labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Describe the number of examples in total and in each of the ten rarest classes, such as "7 (cat 3, dog 4)"."""
     counts = np.bincount(labels, minlength=len(class_names))
     shown = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])

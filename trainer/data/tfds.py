@@ -19,14 +19,14 @@ from trainer.data.splits import (
     build_split,
     compute_split_sizes,
     count_overlap,
+    list_unused_fractions,
     rank_within_classes,
     read_shards,
     take,
-    unused_fractions,
 )
 from trainer.errors import DataError, Interrupted
 from trainer.monitoring.health import health
-from trainer.names import escape_unprintable, find_path_fault
+from trainer.names import escape_unprintable, find_path_error
 from trainer.storage.disk import translate_disk_error
 from trainer.storage.download import request_size, translate_download_error
 from trainer.types import LogMessage, Shard, Split
@@ -65,7 +65,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     paths = sorted({shard.path for shards in ranges.values() for shard in shards})
     labels, identities, skipped = read_shards(paths, source)
     splits = {name: build_split(name, shards, labels, source, skipped) for name, shards in ranges.items()}
-    notes = split_notes + _check_overlaps(splits, specs) + unused_fractions(data, splits)
+    notes = split_notes + _check_overlaps(splits, specs) + list_unused_fractions(data, splits)
     if fractions := select_missing_fractions(data, splits):
         new_splits, new_notes = carve_splits(splits["train"], fractions, data.split_seed)
         splits |= new_splits
@@ -318,7 +318,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
     folder = str(info.data_dir)
     for file in (os.path.relpath(shard.path, folder) for shard in shards):
-        if fault := find_path_fault(file):
+        if fault := find_path_error(file):
             problem = (
                 f"dataset_info.json lists the shard {escape_unprintable(file)}, which is not below {folder} ({fault})"
             )
@@ -364,14 +364,14 @@ def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[
         sections = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
         return {name: np.sort(section) for name, section in zip(names, sections, strict=True)}
 
-    def lacks_a_class(name: str, indices: np.ndarray) -> bool:
+    def lacks_class(name: str, indices: np.ndarray) -> bool:
         """Return whether a split lacks a class that 95 % of random samples of its size have. Train must lack none."""
         absent = np.bincount(train.labels[indices], minlength=len(class_counts)) == 0
         expected = class_counts * len(indices) / count  # a sample lacks a class with probability exp(-expected)
         return bool((absent & ((expected >= 3) | ((name == "train") & (class_counts > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
-    if any(lacks_a_class(name, indices) for name, indices in cuts.items()):
+    if any(lacks_class(name, indices) for name, indices in cuts.items()):
         # Relative rank in the class, between 0 and 1: any tail in this order has the same fraction of each class.
         rank = (rank_within_classes(train.labels, seed) + 0.5) / class_counts[train.labels]
         cuts = cut(np.argsort(rank, kind="stable"))

@@ -74,7 +74,7 @@ DEFAULT_OPTIONS = WriteOptions()
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ShardPlan:
     """One shard to write."""
 
     split: str  # name of the split
@@ -178,7 +178,7 @@ def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
         raise ValueError(str(error)) from None
 
 
-def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
+def _write_shard(job: ShardPlan, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
     """Write one shard to a new temporary file in `folder`. Return the path of the file and the entry of the shard.
 
     `image_done` is called after each image. If the shard cannot be written, the file is deleted.
@@ -192,7 +192,7 @@ def _write_shard(job: ShardJob, folder: Path, image_done: Callable[[], None]) ->
         raise
 
 
-def _write_records(job: ShardJob, temporary: Path, image_done: Callable[[], None]) -> ShardEntry:
+def _write_records(job: ShardPlan, temporary: Path, image_done: Callable[[], None]) -> ShardEntry:
     """Write the records of a shard to the file `temporary`, and return the entry of the shard.
 
     Images that cannot be read or decoded are left out, and listed in the entry.
@@ -217,12 +217,12 @@ def _write_records(job: ShardJob, temporary: Path, image_done: Callable[[], None
     return ShardEntry(job.file, num_records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing_indices))
 
 
-def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardJob]:
+def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardPlan]:
     """Divide the examples of each split into shards with equal numbers of examples (or 1 more)."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_get_size(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
-    jobs: list[ShardJob] = []
+    jobs: list[ShardPlan] = []
     for split, examples in splits.items():
         # The tolerance is for rounding errors, which would add a shard to the largest split.
         count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
@@ -237,7 +237,7 @@ def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> lis
             content.append(texts)
             made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
             file = f"{name}-{split}.tfrecord-{index:05d}-of-{count:05d}"
-            jobs.append(ShardJob(split, file, shard_examples, texts, made_of, options.verify, options.orientation))
+            jobs.append(ShardPlan(split, file, shard_examples, texts, made_of, options.verify, options.orientation))
     return jobs
 
 
@@ -323,7 +323,7 @@ def write_dataset(
     return [entries[job.file] for job in jobs]
 
 
-def _write_shards(jobs: list[ShardJob], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
+def _write_shards(jobs: list[ShardPlan], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
     """Write shards in `workers` threads, and yield the temporary file and the entry of each shard as it is completed.
 
     Threads suffice, because decoding releases the GIL. `progress` is called with the number of written images.

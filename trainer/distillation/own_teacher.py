@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.cluster.control import ControlChannel
-from trainer.config.distillation import TRAIN, name_key_of_teacher, teacher_address
+from trainer.config.distillation import TRAIN, prefix_teacher_key, teacher_address
 from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.errors import ConfigError, TrainerError
 from trainer.monitoring.log import log
@@ -17,7 +17,9 @@ from trainer.runs.publisher import DONE
 from trainer.storage.path import storage_path
 
 
-def choose_run(config: RequestedConfig, control: ControlChannel) -> tuple[RequestedConfig, RequestedConfig | None]:
+def choose_teacher_or_student(
+    config: RequestedConfig, control: ControlChannel
+) -> tuple[RequestedConfig, RequestedConfig | None]:
     """Decide whether this start trains the teacher or the run itself.
 
     All workers must call this; only the chief reads the folders. Errors in the student's output_dir are raised here,
@@ -76,7 +78,7 @@ def locate_teacher(address: str, output_dir: str) -> str:
 
 
 @contextmanager
-def keys_of_teacher() -> Iterator[None]:
+def rename_teacher_keys() -> Iterator[None]:
     """Within the context, rename the keys in the errors of a teacher's run: `phases.x` -> `distillation.phases.x`.
 
     The configuration of that run has the keys of any run, but in the command they begin with `distillation`.
@@ -85,5 +87,5 @@ def keys_of_teacher() -> Iterator[None]:
         yield
     except TrainerError as error:
         for fault in (error, *(error.faults if isinstance(error, ConfigError) else ())):
-            name_key_of_teacher(fault)
+            prefix_teacher_key(fault)
         raise

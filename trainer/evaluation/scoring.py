@@ -21,7 +21,7 @@ from trainer.types import Batch, Scored
 ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
 
 
-def rows_per_call() -> int:
+def images_per_call() -> int:
     """Return the value of `ROWS_PER_CALL` for this machine."""
     return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
 

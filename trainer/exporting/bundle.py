@@ -41,7 +41,9 @@ class ParityExamples:
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]
     probabilities: np.ndarray  # float32 [n, classes], computed in the precision of the run
-    in_float32: np.ndarray  # float32 [n, classes], computed in float32; the same array if that is the run's precision
+    float32_probabilities: (
+        np.ndarray
+    )  # float32 [n, classes], computed in float32; the same array if that is the run's precision
 
 
 def _collect_layers(root: Any) -> list[Any]:
@@ -55,7 +57,7 @@ def computes_in_half_precision(model: keras.Model) -> bool:
 
 
 @contextmanager
-def plain_float32(model: keras.Model) -> Iterator[None]:
+def as_plain_float32(model: keras.Model) -> Iterator[None]:
     """Within the context, let `model` compute in float32 and contain only Keras' own layer classes.
 
     LiteRT and ONNX have few kernels for half precision, and a file with custom layers could be loaded only with this

@@ -9,8 +9,8 @@ import numpy as np
 
 from trainer.data.images import ImageStore
 from trainer.data.open import open_run_data
-from trainer.data.remote import addresses_in_errors
-from trainer.exporting.bundle import ExportBundle, ParityExamples, computes_in_half_precision, plain_float32
+from trainer.data.remote import show_addresses_in_errors
+from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32, computes_in_half_precision
 from trainer.exporting.formats import IN_RUN_PRECISION, export_formats
 from trainer.exporting.model_card import format_labels, write_model_card
 from trainer.exporting.reference import compute_reference, write_reference
@@ -78,12 +78,12 @@ def export_classifier(
     )
     write_atomically(folder / "labels.txt", format_labels(names))
     write_reference(folder / "reference.json", bundle.reference)
-    probabilities = in_float32 = scored.probabilities[sampled]
+    probabilities = float32_probabilities = scored.probabilities[sampled]
     if computes_in_half_precision(bundle.model) and not IN_RUN_PRECISION.issuperset(config.export.formats):
         check()
-        with plain_float32(bundle.model):
-            in_float32 = make_explainer(classifier)(examples)["probabilities"]
-    held_out = ParityExamples(examples, scored.labels[sampled], probabilities, in_float32)
+        with as_plain_float32(bundle.model):
+            float32_probabilities = make_explainer(classifier)(examples)["probabilities"]
+    held_out = ParityExamples(examples, scored.labels[sampled], probabilities, float32_probabilities)
     return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
 
 
@@ -130,7 +130,7 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
     split = choose_scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
-    with addresses_in_errors(images.addresses):
+    with show_addresses_in_errors(images.addresses):
         return export_classifier(folder, classifier, images, score_all(explainer, images, split), explainer)
 
 

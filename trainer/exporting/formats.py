@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.bundle import ExportBundle, ParityExamples, plain_float32
+from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
@@ -31,7 +31,7 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 
     `keras.saving.load_model(path)` can load the file in safe mode, and without this package.
     """
-    with temporary_folder(path) as folder, plain_float32(bundle.model):
+    with temporary_folder(path) as folder, as_plain_float32(bundle.model):
         bundle.model.save(f"{folder}/{path.name}")
         sync(folder / path.name)
         os.replace(folder / path.name, path)
@@ -49,7 +49,7 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     logging.getLogger("tf2onnx").setLevel(logging.WARNING)
     model, size = bundle.model, bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with plain_float32(model):
+    with as_plain_float32(model):
         predict = tf.function(
             lambda images: {"probabilities": model(images, training=False)}, input_signature=spec, autograph=False
         )
@@ -130,7 +130,9 @@ def export_formats(
         relative_path, write = FORMATS[name]
         path = folder / relative_path
         write(bundle, path)
-        expected = held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.in_float32)
+        expected = (
+            held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.float32_probabilities)
+        )
         scores = score(load_export(path), expected, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())
         refused, reason = judge_accuracy_drop(scores, max_accuracy_drop)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
-from trainer.exporting.bundle import ExportBundle, plain_float32
+from trainer.exporting.bundle import ExportBundle, as_plain_float32
 from trainer.exporting.model_card import format_labels
 from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_atomically
@@ -109,7 +109,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     """
     size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with as_plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # The statistics of int8 inputs are measured on the calibration images.
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")
         predict = tf.function(

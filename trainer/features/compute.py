@@ -12,9 +12,9 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
 from trainer.data.order import split_by_calls
-from trainer.data.pipeline import View, build_chosen_batches
+from trainer.data.pipeline import View, build_indexed_batches
 from trainer.errors import StopRequested
-from trainer.evaluation.scoring import rows_per_call
+from trainer.evaluation.scoring import images_per_call
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
@@ -45,7 +45,7 @@ class FeaturePass:
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
-        self.rows = rows_per_call() * worker.replicas  # images per device call of this worker
+        self.rows = images_per_call() * worker.replicas  # images per device call of this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
@@ -150,7 +150,7 @@ class FeaturePass:
         # Decode many batches while the trunk is compiled, unless shards have to be fetched (0 is the default).
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
         prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
-        batches = build_chosen_batches(
+        batches = build_indexed_batches(
             pixels, shard, rows=self.rows, replicas=replicas, view=view_settings, prefetched=prefetched
         )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import collect_statistics, updates_moving_averages, use_example_weights
+from trainer.models.batch_norm import collect_statistics, tracks_statistics, use_example_weights
 from trainer.models.bn_folding import apply_folded, fold_weights
 from trainer.models.classifier import Classifier
 
@@ -59,7 +59,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
     deepest, has_weights = None, False
     for index, operation in enumerate(operations):
         is_layer = isinstance(operation, keras.Layer)  # otherwise a function, such as the addition of two tensors
-        if is_layer and (operation.trainable_weights or updates_moving_averages(operation)):
+        if is_layer and (operation.trainable_weights or tracks_statistics(operation)):
             break
         has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
         for tensor in keras.tree.flatten(operation.output):

@@ -13,7 +13,7 @@ from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.gradients import Differentiated, find_differentiated
+from trainer.models.gradients import Differentiated, find_differentiated_operations
 from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.types import Dataset
@@ -83,7 +83,9 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
         updated = set(plan.trainable)
         norm_ids = {id(variable) for norm in classifier.normalizations.values() for variable in norm.weights}
         updated |= {key for key, variable in classifier.variables.items() if id(variable) in norm_ids}
-        divisions[name] = Division(find_cut(classifier), frozenset(updated), find_differentiated(classifier.backbone))
+        divisions[name] = Division(
+            find_cut(classifier), frozenset(updated), find_differentiated_operations(classifier.backbone)
+        )
     return divisions
 
 
@@ -116,7 +118,7 @@ def plan_features(
     steps_per_epoch = -(-train_count // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if fault := config.feature_fault(name):  # automatic phases were not validated before
+        if fault := config.find_feature_error(name):  # automatic phases were not validated before
             raise fault
         cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose(config, phase, cut, epochs, train_count + validation_count, budget)
@@ -170,7 +172,7 @@ def _choose(
     """
     if phase.features == "live":
         return FeatureChoice("live", "as configured")
-    if reason := config.why_not_cacheable(phase):
+    if reason := config.find_uncacheable_reason(phase):
         return FeatureChoice("live", reason)
     if cut is None:
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")

@@ -25,7 +25,7 @@ from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import LogMessage, Split
 
 # NumPy dtypes of stored rows. NumPy has no bfloat16, so its bits are stored as uint16.
-STORED: dict[str, np.dtype] = {
+STORED_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16),
 }  # fmt: skip
 
@@ -101,7 +101,7 @@ class Features:
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
         with np.errstate(over="ignore"):
-            converted = rows.astype(STORED[self.dtype], copy=False)
+            converted = rows.astype(STORED_DTYPES[self.dtype], copy=False)
         if self.dtype == "float16" and not np.isfinite(converted).all() and np.isfinite(rows).all():
             problem, fix = "features exceed 65,504, the largest float16 value", "use features_dtype=bfloat16"
             raise DataError(problem, key="features_dtype", value="float16", fix=fix)
@@ -158,7 +158,7 @@ class Features:
             assert self.file is not None
             # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
             shape = (self.views * (self.split.count + 1), *self.shape)
-            self.array = np.memmap(self.file.with_suffix(".rows"), STORED[self.dtype], "c", shape=shape)
+            self.array = np.memmap(self.file.with_suffix(".rows"), STORED_DTYPES[self.dtype], "c", shape=shape)
 
 
 def delete_features(file: Path) -> None:
@@ -169,7 +169,7 @@ def delete_features(file: Path) -> None:
 
 def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
     """Return the size of stored features in bytes. `shape` is that of the features of one example in one view."""
-    return views * examples * int(np.prod(shape)) * STORED[dtype].itemsize
+    return views * examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
@@ -196,7 +196,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     rows = features.views * (features.split.count + 1)
     features.stored = np.zeros((features.views, features.split.count), bool)
     if in_memory:
-        features.array = allocate_array((rows, *features.shape), STORED[features.dtype])
+        features.array = allocate_array((rows, *features.shape), STORED_DTYPES[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def _load_rows(features: Features) -> None:
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
-                    values = np.frombuffer(content, STORED[features.dtype]).reshape(count, *features.shape)
+                    values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
     if num_corrupt:
         blocks = f"{num_corrupt} block{'s' * (num_corrupt > 1)}"

@@ -13,7 +13,7 @@ from trainer.config.schema import Data, RunConfig
 from trainer.data.decoding import Resize
 from trainer.data.images import Pixels, describe_example
 from trainer.data.open import OpenedData
-from trainer.data.remote import with_addresses
+from trainer.data.remote import replace_local_paths
 from trainer.evaluation.duplicates import find_duplicates
 from trainer.look.headers import Header, Headers, add_digests, group_copies, read_headers
 from trainer.look.sample import choose_sample, concatenate
@@ -206,7 +206,7 @@ def _find_duplicates(
     all_thumbnails = read_thumbnails(pixels, positions, health.record_progress)
     bad = pixels.bad
     reasons = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
-    undecodable = [with_addresses(reason, data.addresses) for reason in reasons]
+    undecodable = [replace_local_paths(reason, data.addresses) for reason in reasons]
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for (name, indices), start in zip(sample.items(), accumulate(map(len, sample.values()), initial=0), strict=False):
         readable = ~np.isin(indices + starts[name], list(bad))
@@ -215,7 +215,7 @@ def _find_duplicates(
 
     def describe(split: str, index: int) -> dict[str, Any]:
         header = headers[split].by_index.get(index)
-        file = with_addresses(dataset.splits[split].name_of(index), data.addresses)
+        file = replace_local_paths(dataset.splits[split].name_of(index), data.addresses)
         label = dataset.class_names[labels[split][index]]
         return {
             "split": split, "index": index, "file": file, "label": label, "digest": header.digest if header else "",

@@ -21,7 +21,7 @@ from trainer.report.figures import (
     set_heading,
     style_axes,
 )  # fmt: skip
-from trainer.report.page import LIST_SIDE, embed_thumbnail, render
+from trainer.report.page import THUMBNAIL_PIXELS, embed_thumbnail, render
 
 MAX_DRAWN, MAX_CAPTION = 60, 16  # number of images in examples.png; characters of a caption
 MAX_BARS = 60  # number of classes in counts.png
@@ -105,7 +105,7 @@ def draw_counts(facts: Facts) -> Figure:
 
 def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageImages, config: RunConfig) -> str:
     """Render the page as HTML that loads no other file."""
-    side = THUMBNAIL_SIDE if len(images.examples) > MANY_CLASSES else LIST_SIDE
+    side = THUMBNAIL_SIDE if len(images.examples) > MANY_CLASSES else THUMBNAIL_PIXELS
     groups = facts.duplicates["groups"]
 
     def embed(example: Example, alt: str) -> dict[str, Any]:
@@ -121,7 +121,10 @@ def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageIma
         for a in images.augmented
     ]
     duplicates: list[list[Markup]] = [
-        [embed_thumbnail(pixels, LIST_SIDE, m["file"]) for pixels, m in zip(members, group["members"], strict=False)]
+        [
+            embed_thumbnail(pixels, THUMBNAIL_PIXELS, m["file"])
+            for pixels, m in zip(members, group["members"], strict=False)
+        ]
         for members, group in zip(images.duplicates, groups, strict=False)
     ]
     changes = config.augmentation.model_dump(mode="json", exclude_defaults=True)

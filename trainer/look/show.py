@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.config.auto import resolve_auto
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.open import OpenedData, open_run_dataset
-from trainer.data.remote import addresses_in_errors, fetch_local_copies, with_addresses
+from trainer.data.remote import fetch_local_copies, replace_local_paths, show_addresses_in_errors
 from trainer.look.facts import Facts, gather_facts, open_pixels
 from trainer.look.page import (
     AugmentedImage,
@@ -32,7 +32,7 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
-from trainer.report.build import augment_first
+from trainer.report.build import augment_examples
 from trainer.report.figures import save
 from trainer.report.page import INDEX, MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, require_page_of
 from trainer.storage.local import delete_abandoned
@@ -72,11 +72,11 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
         config_without_weights, log.info, lambda _address: health.record_progress(), stream=True
     )
     data = local.data.model_copy(update={"on_error": "skip"})
-    with addresses_in_errors(addresses):
+    with show_addresses_in_errors(addresses):
         dataset = open_run_dataset(config, data, log_slow_work, shards is not None)
     resolved, _ = resolve_auto(config, dataset.splits["train"].count, len(dataset.class_names))
     skipped, notes = (
-        tuple(with_addresses(line, addresses) for line in lines) for lines in (dataset.skipped, dataset.notes)
+        tuple(replace_local_paths(line, addresses) for line in lines) for lines in (dataset.skipped, dataset.notes)
     )
     dataset = replace(dataset, skipped=skipped, notes=notes)
     return resolved, OpenedData(dataset, addresses, shards, "none")
@@ -100,7 +100,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     rows = {position: image for position, image in decoded if position not in pixels.bad}
     readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in selected.items()}
     examples = {
-        k: [Example(with_addresses(train.name_of(i), data.addresses), rows[first + i]) for i in members]
+        k: [Example(replace_local_paths(train.name_of(i), data.addresses), rows[first + i]) for i in members]
         for k, members in readable.items()
     }
     augmented: list[AugmentedImage] = []
@@ -110,7 +110,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
         indices = np.array([readable[k][0] for k in classes], np.int64)
         count = min(len(classes), AUGMENTED)
         images = np.stack([example.pixels for example in originals])
-        views = augment_first(config.augmentation, config.seed, images, indices, count)
+        views = augment_examples(config.augmentation, config.seed, images, indices, count)
         augmented = [AugmentedImage(originals[n], names[classes[n]], int(indices[n]), views[n]) for n in range(count)]
     shown = {names[k]: members for k, members in examples.items()}
     return PageImages(
@@ -122,7 +122,7 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
     """Open the data and examine at most `limit` of its images. Return the resolved configuration, and the content."""
     resolved, data = open_data(config)
     try:
-        with log_while_slow("examining the images"), addresses_in_errors(data.addresses):
+        with log_while_slow("examining the images"), show_addresses_in_errors(data.addresses):
             facts, sample = gather_facts(resolved, data, limit)
             images = collect_images(resolved, data, facts, sample)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-NORM = keras.layers.BatchNormalization
+BATCH_NORM_CLASS = keras.layers.BatchNormalization
 
 # Context variables, because a Keras backbone does not pass additional arguments to its layers.
 _example_weights: ContextVar[Any] = ContextVar("example_weights", default=None)
@@ -85,7 +85,7 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(tf.nn.batch_normalization(x, mean, variance, beta, gamma, self.epsilon), self.compute_dtype)
 
 
-def updates_moving_averages(layer: keras.layers.Layer) -> bool:
+def tracks_statistics(layer: keras.layers.Layer) -> bool:
     """Return whether training updates the moving averages of a layer.
 
     For a layer of the backbone, call `apply_thaw` first, which sets its class.

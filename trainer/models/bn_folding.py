@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.private_api import get_producer, run_through_graph
 
 # Layer class -> function of keras.ops that computes it from inputs and kernels.
@@ -89,7 +89,7 @@ def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.l
         if type(operation) in CONVOLUTIONS and id(operation) not in output_producers:
             is_linear = operation.activation in (None, keras.activations.linear)
             users = consumers[id(operation.output)]
-            feeds_only_norm = len(users) == 1 and isinstance(users[0], NORM) and users[0].axis in (-1, 3)
+            feeds_only_norm = len(users) == 1 and isinstance(users[0], BATCH_NORM_CLASS) and users[0].axis in (-1, 3)
             if is_linear and feeds_only_norm and operation.data_format == "channels_last":
                 pairs.append((operation, users[0]))
     return pairs

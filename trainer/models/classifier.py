@@ -16,8 +16,8 @@ from trainer.models.batch_norm import (
     PaddingAwareBatchNormalization,
     collect_statistics,
     count_statistics,
+    tracks_statistics,
     update_moving_averages,
-    updates_moving_averages,
     use_example_weights,
 )
 from trainer.models.bn_folding import apply_folded
@@ -140,7 +140,7 @@ class Classifier:
     @property
     def normalizations(self) -> dict[str, keras.layers.BatchNormalization]:
         """The BatchNormalization layers whose moving averages training updates in this phase, by layer name."""
-        layers = [layer for layer in self.backbone.layers if updates_moving_averages(layer)]
+        layers = [layer for layer in self.backbone.layers if tracks_statistics(layer)]
         return {layer.name: layer for layer in [*layers, *self.head_normalizations]}
 
     @property

@@ -9,7 +9,7 @@ from itertools import chain
 import keras
 
 from trainer.errors import ModelError
-from trainer.models.batch_norm import NORM, PaddingAwareBatchNormalization, updates_moving_averages
+from trainer.models.batch_norm import BATCH_NORM_CLASS, PaddingAwareBatchNormalization, tracks_statistics
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
@@ -74,22 +74,22 @@ def apply_thaw(
     selected = _select_layers(classifier, thaw)
     classifier.backbone.trainable = True
     for index, layer in enumerate(layers):
-        is_norm = isinstance(layer, NORM)
+        is_norm = isinstance(layer, BATCH_NORM_CLASS)
         layer.trainable = index in selected and not (is_norm and batch_norm == "frozen")
         if is_norm:  # batch statistics must exclude padding
             uses_batch_statistics = layer.trainable and batch_norm == "train"
-            swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else NORM)
+            swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else BATCH_NORM_CLASS)
     thawed = [index for index in sorted(selected) if layers[index].trainable_weights]
     if selected and not thawed:
-        frozen_class = NORM if batch_norm == "frozen" else ()
+        frozen_class = BATCH_NORM_CLASS if batch_norm == "frozen" else ()
         *_, last = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
         fix = f"include layer {last} ({layers[last].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
     # Sets of ids of variables; the last two are moving averages that training updates.
     trained_ids = {id(variable) for layer in layers for variable in layer.trainable_weights}
-    norm_ids = {id(variable) for layer in layers if isinstance(layer, NORM) for variable in layer.weights}
-    moving_ids = {id(v) for layer in layers if updates_moving_averages(layer) for v in layer.non_trainable_weights}
+    norm_ids = {id(variable) for layer in layers if isinstance(layer, BATCH_NORM_CLASS) for variable in layer.weights}
+    moving_ids = {id(v) for layer in layers if tracks_statistics(layer) for v in layer.non_trainable_weights}
     average_ids = moving_ids | {id(v) for norm in classifier.head_normalizations for v in norm.non_trainable_weights}
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():

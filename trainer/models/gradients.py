@@ -13,7 +13,7 @@ class Differentiated:
     kind: str  # class name of the Keras layer or operation, such as MaxPooling2D
 
 
-def find_differentiated(backbone: keras.Model) -> tuple[Differentiated, ...]:
+def find_differentiated_operations(backbone: keras.Model) -> tuple[Differentiated, ...]:
     """Find the operations through which gradients propagate, in the order of the network. Call `apply_thaw` first.
 
     These are the operations with an input that depends on a trainable variable. Backpropagation ends at the first

@@ -13,7 +13,7 @@ from trainer.monitoring.log import set_display
 
 REFRESHES_PER_SECOND = 4
 MAX_NAME_LENGTH = 24  # characters of the name of a phase; longer names are truncated
-FULL, EMPTY = "━", "╌"  # characters of the progress bar
+BAR_FULL, BAR_EMPTY = "━", "╌"  # characters of the progress bar
 
 
 def format_duration(seconds: float) -> str:
@@ -64,7 +64,7 @@ def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[
     if total:
         bar_width = max(min(width // 8, 30), 5)
         full_width = min(bar_width * done // total, bar_width)
-        fields += [FULL * full_width + EMPTY * (bar_width - full_width), f"{min(done / total, 1):4.0%}"]
+        fields += [BAR_FULL * full_width + BAR_EMPTY * (bar_width - full_width), f"{min(done / total, 1):4.0%}"]
         fields.append(f"left {'-:--' if seconds_left is None else format_duration(math.ceil(seconds_left))}")
     else:
         fields.append(format_duration(now - health.activity_began))
@@ -91,7 +91,7 @@ class Display:
     def _render(self) -> Text:
         line = format_progress_line(self.console.width, self.phase, self.figures, time.monotonic())
         if not self.console.encoding.startswith("utf"):
-            line = line.replace(FULL, "#").replace(EMPTY, "-")
+            line = line.replace(BAR_FULL, "#").replace(BAR_EMPTY, "-")
         return Text(line, no_wrap=True, overflow="crop")
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.distillation import Distillation
 from trainer.config.model import Model
 from trainer.config.schema import RequestedConfig, RunConfig
-from trainer.data.open import apply_class_names, require_mapped_classes, show_class_names, show_class_order
+from trainer.data.open import apply_class_names, get_display_names, get_display_order, require_mapped_classes
 from trainer.data.splits import RawData, compute_split_sizes
 from trainer.data.tfds import resolve_splits, select_missing_fractions
 from trainer.distillation import source
@@ -68,8 +68,8 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
             problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     require_mapped_classes(dataset_names, data)
-    raw_data = RawData(info.name, show_class_names(dataset_names, data), {}, {})
-    names = apply_class_names(raw_data, show_class_order(data)).class_names
+    raw_data = RawData(info.name, get_display_names(dataset_names, data), {}, {})
+    names = apply_class_names(raw_data, get_display_order(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
     split_off = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))

@@ -29,7 +29,7 @@ IMAGES_PER_LAYER = 2_700
 
 
 @dataclass(frozen=True)
-class PhaseFacts:
+class PhaseWorkload:
     """The inputs of the decision for one phase, in addition to device and configuration."""
 
     images: int  # images that one replica, or one virtual replica, trains on in the phase
@@ -51,7 +51,7 @@ class Computation:
         return f"computation of phase {name}: {config.runtime.precision}, {order}, {xla}"
 
 
-def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseFacts) -> Computation:
+def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseWorkload) -> Computation:
     """Decide whether XLA compiles the training step of phase `name`.
 
     With `runtime.xla=auto` it does on GPUs if the phase is long enough for the time that compiling takes, and the
@@ -99,7 +99,7 @@ def plan_computations(
     computations, parts = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
         images = config.phase_steps(phase, per_epoch) * config.training.batch_size // parts
-        facts = PhaseFacts(images, len(classifier.backbone.layers), divisions[name].differentiated)
+        facts = PhaseWorkload(images, len(classifier.backbone.layers), divisions[name].differentiated)
         computations[name] = decide_computation(config, name, device, facts)
     return computations
 

@@ -9,17 +9,17 @@ from rich.text import Text
 
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
-from trainer.config.distillation import name_key_of_teacher
+from trainer.config.distillation import prefix_teacher_key
 from trainer.config.schema import Data, RunConfig, configure_teacher
 from trainer.data.corrections import describe_corrections, read_corrections
 from trainer.data.csv_source import plan_copies
-from trainer.data.host import count_usable_cpus, default_memory_budget
+from trainer.data.host import count_usable_cpus, get_default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import addresses_in_errors, describe_shards, find_prepared, resolve_addresses
+from trainer.data.remote import describe_shards, find_prepared, resolve_addresses, show_addresses_in_errors
 from trainer.data.sharding import plan_sharding
 from trainer.data.tfds import check_download
-from trainer.distillation.own_teacher import keys_of_teacher, must_train
+from trainer.distillation.own_teacher import must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import divide_phases, plan_features, train_images_read_once
@@ -36,7 +36,7 @@ from trainer.runs.folder import check_same_data, describe_versions, inspect_fold
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import without_weights
 from trainer.storage.disk import choose_disk_budget, format_bytes
-from trainer.storage.staging import copied_folder, is_remote, select_missing
+from trainer.storage.staging import find_copied_folders, is_remote, select_missing
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
@@ -71,9 +71,9 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
         return None
     teacher_plan = Plan(teacher, plan.cluster)
     plan.print(Text("the teacher, trained first", style="bold reverse"))
-    with keys_of_teacher():
+    with rename_teacher_keys():
         show_run(teacher_plan, arguments, None, summary)
-    plan.faults += [name_key_of_teacher(fault) for fault in teacher_plan.faults]
+    plan.faults += [prefix_teacher_key(fault) for fault in teacher_plan.faults]
     plan.trained_first = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
     return teacher_plan
@@ -121,7 +121,7 @@ def _open_data(plan: Plan) -> Rows:
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
         with (
             checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder,
-            addresses_in_errors({folder: streamed_folder}),
+            show_addresses_in_errors({folder: streamed_folder}),
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
@@ -142,7 +142,7 @@ def _open_data(plan: Plan) -> Rows:
             local_paths[key], line, files = checks.plan_staging(address, cache, budget)
             rows.append(("bucket", line))
             if path := local_paths[key]:
-                addresses |= [copied_folder(path, address, cache)]
+                addresses |= [find_copied_folders(path, address, cache)]
             else:
                 unstaged, plan.to_stage = address, files
     if unstaged:
@@ -151,7 +151,7 @@ def _open_data(plan: Plan) -> Rows:
         plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged), False
         rows += corrections
         return [*rows, ("not opened", "names and counts are from its metadata; labels are known once it is staged")]
-    with addresses_in_errors(addresses):
+    with show_addresses_in_errors(addresses):
         is_open = _open(plan, data.model_copy(update=local_paths))
     if not is_open:
         with plan.collect_errors():
@@ -230,7 +230,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     model = without_weights(config.model) if skips_weights else config.model  # a plan downloads no weights
     classifier = build_classifier(model, classes, config.seed)
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
-    budget = max(config.runtime.memory_budget or default_memory_budget(), disk_budget)
+    budget = max(config.runtime.memory_budget or get_default_memory_budget(), disk_budget)
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})

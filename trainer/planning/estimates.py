@@ -10,14 +10,14 @@ from pathlib import Path
 import keras
 
 from trainer.cluster.devices import query_gpu_memory
-from trainer.config.auto import compute_batch_divisor
+from trainer.config.auto import compute_batch_size_multiple
 from trainer.config.batch_size import BYTES_PER_VALUE
 from trainer.config.phases import Optimizer
 from trainer.config.schema import Precision, RunConfig
 from trainer.data.host import memory_limit
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError
-from trainer.evaluation.scoring import rows_per_call
+from trainer.evaluation.scoring import images_per_call
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -80,7 +80,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
             classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
         )
         # Scoring computes the examples of all micro-batches at once.
-        scored_examples = rows_per_call() if virtual else examples * config.training.accumulate
+        scored_examples = images_per_call() if virtual else examples * config.training.accumulate
         scoring = sum(estimate_activations(classifier, None, scored_examples, precision))
         saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
         plans.append(PhasePlan(
@@ -232,7 +232,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     if total <= limit:
         return ""
     batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
-    divisor = compute_batch_divisor(config, replicas)
+    divisor = compute_batch_size_multiple(config, replicas)
     largest = int(batch * (limit - total + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"

@@ -8,10 +8,10 @@ from trainer.types import Device
 
 # Images per second of one CPU, measured with two CPUs at 160 px (docs/performance.md): with decoding in each epoch, and
 # with augmentation (flip, rotation, zoom) of cached images. Larger photos take longer.
-DECODED_PER_CPU, AUGMENTED_PER_CPU = 945, 2_950
+DECODED_IMAGES_PER_SECOND_PER_CPU, AUGMENTED_PER_CPU = 945, 2_950
 # Images per second on which one GPU is assumed to train. An H200 trains ResNet50 on 2,871 and MobileNetV2 on 9,423
 # (docs/speed.md).
-READ_PER_GPU = 4_000
+READ_IMAGES_PER_SECOND_PER_GPU = 4_000
 
 
 def describe_gpu_memory(device: Device, phases: list[PhasePlan], variables: int, pixels: int) -> list[tuple[str, str]]:
@@ -57,12 +57,16 @@ def find_device_warnings(config: RunConfig, device: Device, cpus: int, replicas:
             f"runtime.precision={precision} is slow on {device.name}: its tensor cores compute faster in {fastest}; "
             "set runtime.precision=auto"
         )
-    per_cpu, work = (DECODED_PER_CPU, "decode") if cached_in == "none" else (AUGMENTED_PER_CPU, "augment")
-    if (cached_in == "none" or config.augmentation.active) and cpus * per_cpu < replicas * READ_PER_GPU:
-        needed = -(-replicas * READ_PER_GPU // per_cpu)
+    per_cpu, work = (
+        (DECODED_IMAGES_PER_SECOND_PER_CPU, "decode") if cached_in == "none" else (AUGMENTED_PER_CPU, "augment")
+    )
+    if (
+        cached_in == "none" or config.augmentation.active
+    ) and cpus * per_cpu < replicas * READ_IMAGES_PER_SECOND_PER_GPU:
+        needed = -(-replicas * READ_IMAGES_PER_SECOND_PER_GPU // per_cpu)
         fix = f"request {needed} CPUs" + ", or raise runtime.memory_budget_gb" * (cached_in == "none")
         warnings.append(
             f"{cpus} CPUs {work} about {cpus * per_cpu:,} small images per second, and {replicas} GPUs may train on "
-            f"{replicas * READ_PER_GPU:,}: {fix} (docs/speed.md)"
+            f"{replicas * READ_IMAGES_PER_SECOND_PER_GPU:,}: {fix} (docs/speed.md)"
         )
     return warnings

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, count_parameters
 from trainer.planning.estimates import PhasePlan, count_model_parameters
 from trainer.report.figures import shorten_name
@@ -67,7 +67,7 @@ def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]
 def _describe(layer: Any, shape: Sequence[int | None]) -> tuple[str, str, str, str]:
     """Return the cells type, output, dtype and parameters of a layer. `shape` is that of its output for one example."""
     # A thawed BatchNormalization has a subclass of this project.
-    class_name = NORM.__name__ if isinstance(layer, NORM) else type(layer).__name__
+    class_name = BATCH_NORM_CLASS.__name__ if isinstance(layer, BATCH_NORM_CLASS) else type(layer).__name__
     parameters = count_parameters(layer.weights)
     return class_name, "x".join(map(str, shape)), layer.compute_dtype, f"{parameters:,}" if parameters else ""
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from trainer.models.batch_norm import NORM
+from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, count_parameters
 from trainer.planning.estimates import PhasePlan, count_model_parameters
 from trainer.report.figures import GRID_LINE, INK, MUTED, create_figure, format_label, save
 
 FROZEN, TRAINS_PARTLY, TRAINS = "#d8dee6", "#a7c4f5", "#2563eb"  # colors of a stage
-MAX_STAGES = 36  # in a network with more stages, consecutive blocks of one resolution are merged
+MAX_LAYER_GROUPS = 36  # in a network with more stages, consecutive blocks of one resolution are merged
 # x coordinates of the columns, and the width of the column of a phase. The height of a row is 1.
 CENTER_X, OUTPUT_X, LAYERS_X, PARAMETERS_X, FIRST_PHASE_X, PHASE_WIDTH = 2.9, 6.3, 9.6, 11.6, 12.2, 1.5
 
@@ -39,7 +39,7 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]
 def divide_into_stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top.
 
-    If these are more than `MAX_STAGES`, merge consecutive ones whose feature maps have the same size.
+    If these are more than `MAX_LAYER_GROUPS`, merge consecutive ones whose feature maps have the same size.
     """
     spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
     first_layers = list(spec.find_block_starts(names).items())  # (block, index)
@@ -50,7 +50,7 @@ def divide_into_stages(classifier: Classifier) -> list[Stage]:
         first_layers.append(("top", top))
     intervals = pairwise([*first_layers, ("end", len(names))])
     stages = [_make_stage(classifier, name, range(first, stop)) for (name, first), (_, stop) in intervals]
-    if len(stages) <= MAX_STAGES:
+    if len(stages) <= MAX_LAYER_GROUPS:
         return stages
     merged_stages: list[Stage] = []
     for _, group in groupby(stages, key=lambda stage: stage.shape[:2]):
@@ -143,7 +143,7 @@ def _choose_color(classifier: Classifier, phase: PhasePlan, stage: Stage | str |
         return TRAINS if stage else None
     layers = classifier.backbone.layers
     # Exclude BatchNormalization: with batch_norm=frozen, it does not make a stage appear partly trained.
-    trainable = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], NORM)}
+    trainable = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], BATCH_NORM_CLASS)}
     if trainable and trainable <= phase.trained_layers:
         return TRAINS
     return FROZEN if phase.trained_layers.isdisjoint(stage.layers) else TRAINS_PARTLY

@@ -13,13 +13,13 @@ from trainer.config.base import InvalidValue, check_address
 from trainer.data.image_folder import EXTENSIONS, find_image_files, is_system_name
 from trainer.data.splits import find_matching_files
 from trainer.errors import DataError, Interrupted
-from trainer.names import decode_cell, escape_unprintable, find_path_fault
+from trainer.names import decode_cell, escape_unprintable, find_path_error
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import is_remote, plan_copy
 
 MAX_FILE_BYTES = 256 * 2**20  # larger local files are not read; objects in a bucket have no limit
-LIST_COLUMN = "file"  # column of a CSV list that has the paths
+PATH_COLUMN = "file"  # column of a CSV list that has the paths
 _INPUT_FIX = "give a folder of images, a pattern such as photos/*.jpg, or a .csv file with a column file"
 
 
@@ -58,7 +58,7 @@ def list_images(address: str) -> list[ImageFile]:
     return images
 
 
-def list_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
+def list_images_of_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
     """Return an `ImageFile` for each local path or gs:// address, in the same order. The files need not exist."""
     return [_image_from_path(str(path)) for path in paths]
 
@@ -101,11 +101,11 @@ def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
         header = next(csv.reader(io.StringIO(text, newline="")), [])
     except (csv.Error, *CONTENT_ERRORS) as error:
         raise DataError(f"is not a CSV file ({error})", key="images", value=address, fix=_INPUT_FIX) from None
-    if LIST_COLUMN not in header:
+    if PATH_COLUMN not in header:
         columns = ", ".join(map(escape_unprintable, header[:5])) or "nothing"
-        problem = f"has no column {LIST_COLUMN} in its first line ({columns})"
-        raise DataError(problem, key="images", value=address, fix=f"name the column of the paths {LIST_COLUMN}")
-    return [_image_from_cell(path, decode_cell(row[LIST_COLUMN] or "")) for row in rows]
+        problem = f"has no column {PATH_COLUMN} in its first line ({columns})"
+        raise DataError(problem, key="images", value=address, fix=f"name the column of the paths {PATH_COLUMN}")
+    return [_image_from_cell(path, decode_cell(row[PATH_COLUMN] or "")) for row in rows]
 
 
 def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
@@ -123,7 +123,7 @@ def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
             return ImageFile(name, "", fault=f"{error.problem}; {error.fix}")
         return ImageFile(name, cell)
     if not path.is_local:
-        if fault := find_path_fault(cell):
+        if fault := find_path_error(cell):
             return ImageFile(name, "", fault=fault)
         return ImageFile(name, str(path.parent / cell))
     if "\0" in cell:

@@ -18,7 +18,7 @@ from trainer.data.decoding import Resize, decode_image
 from trainer.errors import DataError
 from trainer.evaluation.distance import EmbeddingDistance, fit_distance
 from trainer.evaluation.drift import parse_reference, read_reference
-from trainer.evaluation.scoring import rows_per_call
+from trainer.evaluation.scoring import images_per_call
 from trainer.exporting.verify import load_export
 from trainer.models.classifier import Classifier
 from trainer.names import escape_unprintable
@@ -110,7 +110,7 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
     Returns:
         Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
     """
-    rows, outputs = rows_per_call(), []
+    rows, outputs = images_per_call(), []
     for start in range(0, len(images), rows):
         batch = images[start : start + rows]
         count = len(batch)

@@ -11,7 +11,7 @@ import numpy as np
 from trainer.predict.images import ImageFile, read_image
 from trainer.predict.model import Pixels
 from trainer.predict.results import Overview
-from trainer.report.page import GALLERY_SIDE, LIST_SIDE, embed_thumbnail, render
+from trainer.report.page import GALLERY_SIDE, THUMBNAIL_PIXELS, embed_thumbnail, render
 from trainer.storage.local import write_atomically
 
 MAX_CLASSES = 24  # classes that are shown with images; the most frequently predicted ones
@@ -66,7 +66,7 @@ def write_page(
     counts = np.bincount(overview.predictions[overview.predictions >= 0], minlength=len(class_names))
     frequent = [int(i) for i in np.argsort(-counts, kind="stable")[:MAX_CLASSES] if counts[i]]
     by_class, farthest = select_by_class(overview, frequent), select_farthest(overview)
-    side = GALLERY_SIDE if len(frequent) <= MANY else LIST_SIDE
+    side = GALLERY_SIDE if len(frequent) <= MANY else THUMBNAIL_PIXELS
 
     def make_item(index: int) -> dict[str, Any] | None:
         content = read_image(images[index])

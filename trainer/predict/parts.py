@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.scoring import rows_per_call
+from trainer.evaluation.scoring import images_per_call
 from trainer.predict.images import ImageFile, describe_versions, read_image
 from trainer.predict.model import Model
 from trainer.runs.folder import collect_versions, hash_source
@@ -64,7 +64,7 @@ def predict_images(
     Raises:
         Interrupted: the bucket of the images does not respond.
     """
-    rows, width = rows_per_call(), len(model.class_names)
+    rows, width = images_per_call(), len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)
     distances, errors = np.full(len(images), np.nan), [""] * len(images)
 
@@ -97,7 +97,15 @@ def predict_images(
 def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
     """Return a hash, 16 hex digits, of everything that predictions depend on. Only parts with this hash are used."""
     digest = hashlib.sha256()
-    inputs = (model.identity, model.class_names, flip, PART_IMAGES, rows_per_call(), collect_versions(), hash_source())
+    inputs = (
+        model.identity,
+        model.class_names,
+        flip,
+        PART_IMAGES,
+        images_per_call(),
+        collect_versions(),
+        hash_source(),
+    )
     digest.update(repr(inputs).encode(errors="backslashreplace"))
     digest.update(json.dumps(describe_versions(images)).encode())
     return digest.hexdigest()[:16]

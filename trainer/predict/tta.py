@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.remote import addresses_in_errors
+from trainer.data.remote import show_addresses_in_errors
 from trainer.errors import Interrupted, TrainerError
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import compare_paired
@@ -43,7 +43,7 @@ def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Calla
         labels = images.dataset.splits[split].labels
         indices = np.sort(np.random.default_rng(len(labels)).permutation(len(labels))[:MAX_EXAMPLES])
         plain, flipped = [], []
-        with addresses_in_errors(images.addresses):
+        with show_addresses_in_errors(images.addresses):
             for start in range(0, len(indices), BATCH_SIZE):
                 check()
                 rows = images.rows(split, indices[start : start + BATCH_SIZE])

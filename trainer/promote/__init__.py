@@ -53,10 +53,10 @@ def main() -> None:
         if back == ("run" in arguments):
             problem = "cannot be used with back=true" if back else "is required, unless back=true"
             raise ConfigError(problem, key="run", fix=f"write {format_usage(__doc__)}")
-        from trainer.promote.promotion import go_back, promote  # here, because it imports matplotlib
+        from trainer.promote.promotion import promote, restore_previous_version  # here, because it imports matplotlib
 
         folder = storage_path(arguments["to"])
         if back:
-            go_back(folder, keep)
+            restore_previous_version(folder, keep)
         else:
             promote(arguments["run"], folder, keep, allow_worse)

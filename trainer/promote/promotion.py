@@ -25,10 +25,10 @@ from trainer.storage.versions import (
     commit_version,
     delete_incomplete,
     delete_version,
-    find_damage,
+    describe_corruption,
     list_versions,
-    number_of,
     parse_manifest,
+    parse_version_number,
 )
 
 SCORES = ("report/report.json", "report/predictions.csv")  # files of a run that are copied to its version
@@ -61,7 +61,7 @@ def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> D
     return Decision(outcome != "worse" or allow_worse, reason)
 
 
-def plan_return(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
+def choose_previous_version(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Return the number of the version that `back=true` makes the newest again, or None if there is no earlier one.
 
     That is the version before the newest one. A copy counts as its origin: of versions 1, 2 and 3, the first return
@@ -110,7 +110,7 @@ def read_manifest(version: StoragePath) -> dict[str, Any]:
 
 def _number(version: StoragePath) -> int:
     """Return the number of a version from `list_versions` or `commit_version`."""
-    number = number_of(version)
+    number = parse_version_number(version)
     assert number is not None, "from `list_versions` or `commit_version`"
     return number
 
@@ -213,7 +213,7 @@ def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision
     return decide(pair, n, number, allow_worse), figures
 
 
-def go_back(folder: StoragePath, keep: int) -> int:
+def restore_previous_version(folder: StoragePath, keep: int) -> int:
     """Copy the version before the newest one to a new version, and return the number of the copy.
 
     The copy has a new number because servers choose the version with the highest number. If the newest version were
@@ -227,13 +227,13 @@ def go_back(folder: StoragePath, keep: int) -> int:
         local_folder = Path(temporary)
         versions = {_number(info.path.parent): info.path.parent for info in list_versions(folder)}
         manifests = {number: read_manifest(version) for number, version in versions.items()}
-        source = plan_return(manifests) if manifests else None
+        source = choose_previous_version(manifests) if manifests else None
         if source is None:
             fix = "promote a run instead"
             raise DataError("has no version before the newest one", key="to", value=str(folder), fix=fix)
         _fetch(versions[source], local_folder)
         manifest = manifests[source] or {"run": None, "comparison": None, "files": checksum_files(local_folder)}
-        if damage := find_damage(local_folder, manifest):
+        if damage := describe_corruption(local_folder, manifest):
             raise DataError(f"{versions[source]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
         origin = manifest.get("origin") or source
         number = _commit(folder, local_folder, manifest | {"origin": origin}, keep)

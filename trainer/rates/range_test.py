@@ -14,7 +14,7 @@ from trainer.config.phases import AutoPhases, Phase, Schedule
 from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.context import PhaseRun, RunContext, open_phase
 from trainer.data.images import convert_data_errors
-from trainer.data.remote import addresses_in_errors
+from trainer.data.remote import show_addresses_in_errors
 from trainer.data.sharding import steps_per_epoch
 from trainer.errors import ConfigError
 from trainer.models.freezing import apply_thaw
@@ -67,7 +67,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
                     raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
                 original = run.config.phases[name]
                 restrict(run, name, bounds)
-                with addresses_in_errors(run.images.addresses):
+                with show_addresses_in_errors(run.images.addresses):
                     _, sharding = restore(run)
                     features, compiled, teacher = choose_inputs(run, folder, {name: divisions[name]}, baseline)
                     run.plan = make_plan(run, features, compiled, teacher, sharding)

@@ -14,7 +14,7 @@ from trainer.errors import DataError, TrainerError
 from trainer.evaluation.drift import parse_reference
 from trainer.monitoring.log import log
 from trainer.serving.export_files import LABELS, REFERENCE, Export, Prediction
-from trainer.serving.metrics import ModelMetrics, ServingMetrics
+from trainer.serving.metrics import ServingMetrics, VersionMetrics
 from trainer.serving.requests import EncodedImage
 from trainer.storage.base import request_deadline
 from trainer.storage.path import storage_path
@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(self, model: str, metrics: ServingMetrics) -> None:
         self._model, self._metrics = model, metrics
-        self._versions: dict[str, ModelMetrics] = {}
+        self._versions: dict[str, VersionMetrics] = {}
         self._failures: dict[str, float] = {}  # version -> monotonic time from which its labels may be read again
         # Responses that wait, as (version, identifier of the request, body); None ends the thread.
         self._waiting: queue.SimpleQueue[tuple[str, str, bytes] | None] = queue.SimpleQueue()
@@ -85,7 +85,7 @@ class Recorder:
         self._metrics.current = metrics
         metrics.record(images, predictions)
 
-    def _find_metrics(self, version: str) -> ModelMetrics | None:
+    def _find_metrics(self, version: str) -> VersionMetrics | None:
         """Return the metrics of a version; None if its labels cannot be read now.
 
         After a failure, the labels are not read again for `RETRY_SECONDS`.
@@ -93,7 +93,7 @@ class Recorder:
         if version not in self._versions and time.monotonic() >= self._failures.get(version, 0.0):
             try:
                 with request_deadline(READ_SECONDS):
-                    self._versions[version] = ModelMetrics(self._metrics, read_labels(self._model, version))
+                    self._versions[version] = VersionMetrics(self._metrics, read_labels(self._model, version))
             except (TrainerError, OSError) as error:
                 self._failures[version] = time.monotonic() + RETRY_SECONDS
                 log.warning(f"predictions of version {version} are not logged: {error}")

@@ -13,7 +13,7 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mix_pairs
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
-from trainer.data.pipeline import build_chosen_batches
+from trainer.data.pipeline import build_indexed_batches
 from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
 from trainer.evaluation.metrics import evaluate_arrays
 from trainer.monitoring.health import health
@@ -90,11 +90,11 @@ def select_training_samples(images: ImageStore) -> Samples:
 
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the views of the first image, uint8 [VIEW_COUNT, S, S, 3], with the arguments of `augment_first`."""
-    return augment_first(augmentation, seed, images, indices, 1)[0]
+    """Return the views of the first image, uint8 [VIEW_COUNT, S, S, 3], with the arguments of `augment_examples`."""
+    return augment_examples(augmentation, seed, images, indices, 1)[0]
 
 
-def augment_first(
+def augment_examples(
     augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
     """Augment each of the first `count` images as in the first `VIEW_COUNT` epochs of training.
@@ -141,7 +141,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     if pixels.shards and len(indices) > FETCH_BATCH:
         index_batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch_indices, check) for batch_indices in index_batches])
-    batches = build_chosen_batches(pixels, indices, rows=READ_BATCH, replicas=1)
+    batches = build_indexed_batches(pixels, indices, rows=READ_BATCH, replicas=1)
     stream, gate = iter(batches.dataset), batches.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)
@@ -184,7 +184,7 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
     return DuplicateImages(duplicates, group_images)
 
 
-def show_in_tensorboard(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
+def write_tensorboard_images(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
     """Write the figures of the report in `folder` as TensorBoard images of a step; replace the folder `logs`."""
     shutil.rmtree(logs, ignore_errors=True)
     writer = tf.summary.create_file_writer(str(logs))

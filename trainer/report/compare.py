@@ -26,7 +26,15 @@ from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare
 from trainer.monitoring.console import PatientConsole
 from trainer.names import decode_cell
 from trainer.report.figures import SERIES, Line, line_chart, to_svg
-from trainer.report.page import LIST_SIDE, MAX_PER_TAB, MISSING, embed_thumbnail, format_number, format_percent, render
+from trainer.report.page import (
+    MAX_IMAGES_PER_TAB,
+    MISSING,
+    THUMBNAIL_PIXELS,
+    embed_thumbnail,
+    format_number,
+    format_percent,
+    render,
+)
 from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, require_json_object
@@ -110,7 +118,7 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
     return {}
 
 
-def shorten_addresses(addresses: Sequence[str]) -> list[str]:
+def make_distinct_names(addresses: Sequence[str]) -> list[str]:
     """Return a name per address: its last path components, as few as make all names distinct.
 
     For example, `outputs/a` and `outputs/b` become "a" and "b", and `out/a/x` and `out/b/x` become "a/x" and "b/x".
@@ -264,18 +272,20 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
             # Show the image in the orientation in which the model of the run reads it.
             ignored = run.config.get("data", {}).get("orientation", "ignore") == "ignore"
             rgb = image.convert("RGB") if ignored else ImageOps.exif_transpose(image.convert("RGB"))
-        return embed_thumbnail(np.asarray(ImageOps.fit(rgb, (LIST_SIDE, LIST_SIDE))), LIST_SIDE, file)
+        return embed_thumbnail(
+            np.asarray(ImageOps.fit(rgb, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))), THUMBNAIL_PIXELS, file
+        )
     except (OSError, IndexError, ValueError, TrainerError, Image.DecompressionBombError):
         return None
 
 
 def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a section of the page per later run and direction of change, with up to `MAX_PER_TAB` images each."""
+    """Return a section per later run and direction of change, with up to `MAX_IMAGES_PER_TAB` images each."""
     first, sections = comparison.runs[0], []
     for row, run, run_files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:
             shots, names = [], [comparison.files[k] for k in examples]
-            for k in examples[:MAX_PER_TAB]:
+            for k in examples[:MAX_IMAGES_PER_TAB]:
                 name = comparison.names[0][k]
                 if image := _read_image(first, name) or _read_image(run, run_files[k]):
                     truth, prediction = first.predictions[name]

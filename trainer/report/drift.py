@@ -11,7 +11,7 @@ from trainer.report import figures
 from trainer.report.figures import ACCENT, INK, PALE, create_figure, format_label, set_heading, style_axes
 
 MAX_CLASSES = 15  # classes in the figure; of more, those whose fraction of the predictions changed most
-LEVEL_COLORS = {"stable": figures.RIGHT, "moderate": figures.DOUBTFUL, "shifted": figures.WRONG}
+LEVEL_COLORS = {"stable": figures.RIGHT, "moderate": figures.MODERATE, "shifted": figures.WRONG}
 
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Sequence[Measure]) -> None:

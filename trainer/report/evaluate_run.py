@@ -20,7 +20,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, open_run_data
-from trainer.data.remote import addresses_in_errors
+from trainer.data.remote import show_addresses_in_errors
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.grad_cam import make_explainer
@@ -93,7 +93,7 @@ def evaluate(
     prefix = "" if is_unsplit else f"{split} "
     quantifier = "all " if is_unsplit else ""
     log.info(f"evaluating {quantifier}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
-    with addresses_in_errors(images.addresses):
+    with show_addresses_in_errors(images.addresses):
         scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
     trained_on = is_run_data and (split == "train" or config.debug.overfit)
@@ -120,7 +120,7 @@ def evaluate(
         delete_abandoned(folder)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)
-        with addresses_in_errors(images.addresses):
+        with show_addresses_in_errors(images.addresses):
             report = build_report(folder, scored, images, explain, report_fields, splits=splits, check=check)
         if not output.is_local:
             for file in sorted(folder.iterdir()):

@@ -38,7 +38,7 @@ MAX_EXAMPLES = 12  # images in a figure of examples
 MAX_MARKERS = 60  # a line with more epochs has no markers and tooltips
 INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"  # text, secondary text, lines behind the data
 PALE, ACCENT = "#94a3b8", "#2563eb"  # secondary and primary data
-RIGHT, DOUBTFUL, WRONG = "#15803d", "#d97706", "#b91c1c"
+RIGHT, MODERATE, WRONG = "#15803d", "#d97706", "#b91c1c"
 TOP_5 = "#7e22ce"  # line of top-5 accuracy; a color of SERIES, so that it has a custom property
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
@@ -530,7 +530,7 @@ def select_most_wrong(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -
     return wrong[order][:max_count].tolist()
 
 
-def select_least_sure(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
+def select_least_confident(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
     """Return the rows with the smallest margins between the two highest probabilities, smallest first."""
     if result.probabilities.shape[1] < 2:
         return []  # no margin is defined

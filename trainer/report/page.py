@@ -115,7 +115,7 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
 
-GALLERY_SIDE, LIST_SIDE = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
+GALLERY_SIDE, THUMBNAIL_PIXELS = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
 MAX_WITH_IMAGES = 12  # label errors, and groups of duplicates, that are shown with images
 MAX_IMAGES_PER_GROUP = 4  # of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
@@ -189,7 +189,7 @@ class ReportImages:
     duplicates: DuplicateImages | None = None
 
 
-MAX_PER_TAB = 24  # images in a tab of the gallery
+MAX_IMAGES_PER_TAB = 24  # images in a tab of the gallery
 # Captions of the figures that the page embeds, by the name of the figure.
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
 # Label and CSS custom property (report.css) of each category of the time breakdown.
@@ -257,8 +257,8 @@ def write_page(
     confused_with = wrong_counts.argmax(axis=1)  # index of the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {
-        "most_wrong": figures.select_most_wrong(result, MAX_PER_TAB),
-        "least_sure": figures.select_least_sure(result, MAX_PER_TAB),
+        "most_wrong": figures.select_most_wrong(result, MAX_IMAGES_PER_TAB),
+        "least_sure": figures.select_least_confident(result, MAX_IMAGES_PER_TAB),
         "random": figures.select_random(result, report["seed"]),
     }
     in_gallery = sorted({index for indices in tabs.values() for index in indices})
@@ -284,9 +284,11 @@ def write_page(
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
         names_in_list=_name_by_sources(result),
-        suspects={row["index"]: embed_thumbnail(pixels[row["index"]], LIST_SIDE, row["label"]) for row in suspect_rows},
+        suspects={
+            row["index"]: embed_thumbnail(pixels[row["index"]], THUMBNAIL_PIXELS, row["label"]) for row in suspect_rows
+        },
         group_images=[
-            [embed_thumbnail(p, LIST_SIDE, m["file"]) for p, m in zip(members, group["members"], strict=False)]
+            [embed_thumbnail(p, THUMBNAIL_PIXELS, m["file"]) for p, m in zip(members, group["members"], strict=False)]
             for members, group in zip(group_images, groups, strict=False)
         ],
         figures=[

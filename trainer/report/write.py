@@ -94,7 +94,7 @@ def _draw_all(
         "curves": [chart.figure for chart in charts["curves"]],
         "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
         "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
-        "least_sure": examples("Least confident", figures.select_least_sure(result)),
+        "least_sure": examples("Least confident", figures.select_least_confident(result)),
         **{name: [chart.figure for chart in group] for name, group in charts.items() if name != "curves"},
     }
     if samples := images.samples:

@@ -43,10 +43,10 @@ def is_checkpoint(name: str) -> bool:
 
 def is_local_checkpoint(name: str) -> bool:
     """Return whether `name` is that of a checkpoint on disk, such as `step-00000420`, without a bucket's token."""
-    return is_checkpoint(name) and name == local_name(parse_step(name))
+    return is_checkpoint(name) and name == format_local_name(parse_step(name))
 
 
-def local_name(step: int) -> str:
+def format_local_name(step: int) -> str:
     """Return the name that the checkpoint of a step has on disk: `step-00000420` for step 420."""
     return f"{PREFIX}{step:08d}"
 
@@ -136,7 +136,7 @@ class CheckpointFolder:
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint. After a kill it can be that of the replaced checkpoint."""
-        name = local_name(step)
+        name = format_local_name(step)
         replaced = self.folder / f"{_REPLACED_PREFIX}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
@@ -227,11 +227,11 @@ class CheckpointFolder:
         for name in sorted(path.name for path in self.folder.glob(f"{PREFIX}*") if is_checkpoint(path.name)):
             if not is_local_checkpoint(name):  # the folder was copied from a bucket, so its name has a token
                 self.log_message(
-                    f"{self.folder / name} is not read; rename it to {local_name(parse_step(name))} if it should"
+                    f"{self.folder / name} is not read; rename it to {format_local_name(parse_step(name))} if it should"
                 )
         return None
 
-    def set_aside_after(self, step: int) -> None:
+    def mark_corrupt_after(self, step: int) -> None:
         """Rename all checkpoints newer than `step` to `damaged-...`, so that they are not read again.
 
         `step` is that of the newest intact checkpoint, from which this start resumes; 0 if there is none.

@@ -35,15 +35,15 @@ from trainer.runs.publisher import DONE, LATEST, Publisher
 from trainer.runs.restarts import ATTEMPTS, UNBEGUN, UnbegunStarts, parse_entries
 from trainer.storage.base import is_unfinished
 from trainer.storage.disk import make_write_error
-from trainer.storage.lease import acquire_lease, describe_holder, in_use_error, plan_patience
+from trainer.storage.lease import acquire_lease, describe_holder, make_in_use_error, plan_patience
 from trainer.storage.local import delete_unfinished, sync, temporary_file, write_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import (
     read_json,
     read_json_or_default,
+    rename_corrupt_file,
     require_json_object,
     require_json_objects,
-    set_aside,
 )
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset, Device, has_fingerprints, require_fingerprint
@@ -122,7 +122,7 @@ class RunFolder:
             try:
                 read_json(self.path / name, parse, "")
             except DataError as error:
-                new_name = set_aside(self.path / name).name
+                new_name = rename_corrupt_file(self.path / name).name
                 log.info(f"{error.problem}: renamed to {new_name}, and begun anew{_CORRUPTION_EFFECTS[name]}")
         earlier = {} if self.is_new else self.run_json
         if warning := describe_versions(earlier):
@@ -290,7 +290,7 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
             break
         except OSError:
             lock.seek(0)
-            in_use = in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
+            in_use = make_in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
             if time.monotonic() >= deadline:
                 lock.close()
                 raise in_use from None

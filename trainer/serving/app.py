@@ -29,7 +29,7 @@ from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.log import log_traceback
 from trainer.serving.batching import Batcher
 from trainer.serving.export_files import Export, Prediction
-from trainer.serving.metrics import ModelMetrics, ServingMetrics
+from trainer.serving.metrics import ServingMetrics, VersionMetrics
 from trainer.serving.prediction_log import open_log
 from trainer.serving.requests import (
     ClientBudget,
@@ -120,7 +120,7 @@ class Service:
 
         Must be called in the event loop.
         """
-        metrics = ModelMetrics(self.metrics, export)
+        metrics = VersionMetrics(self.metrics, export)
         batchers = {explain: self._create_batcher(model, metrics, explain) for explain in (False, True)}
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
         previous, self.version = self.version, ServedVersion(export, model, batchers, tasks)
@@ -155,7 +155,7 @@ class Service:
         versions = [version for version in (self.version, *self._replaced) if version]
         return sum(len(batcher) for version in versions for batcher in version.batchers.values())
 
-    def _create_batcher(self, model: ServedModel, metrics: ModelMetrics, explain: bool) -> Batcher:
+    def _create_batcher(self, model: ServedModel, metrics: VersionMetrics, explain: bool) -> Batcher:
         def run_model(images: list[EncodedImage]) -> list[Prediction | str]:
             began = time.monotonic()
             predictions = model.predict([image.data for image in images], explain)

@@ -14,7 +14,7 @@ from trainer.storage.base import ObjectInfo
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json
 from trainer.storage.staging import is_remote, stage
-from trainer.storage.versions import GRAPH, MANIFEST, find_damage, list_versions, parse_manifest
+from trainer.storage.versions import GRAPH, MANIFEST, describe_corruption, list_versions, parse_manifest
 
 LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"  # in a SavedModel
 MAX_EXPORT_BYTES = 20 * 1024**3  # maximum size of an export in a bucket, which is copied to the local disk
@@ -105,7 +105,7 @@ def read_export(
     folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, check))
     if (manifest := _read_asset(folder / MANIFEST, address)) is not None:
         parsed = parse_json(manifest, parse_manifest, source / MANIFEST, "promote the run again")
-        if damage := find_damage(folder, parsed):
+        if damage := describe_corruption(folder, parsed):
             raise DataError(f"{source}: {damage}", key="model", value=address, fix="promote the run again")
     labels, content = (_read_asset(folder / name, address) for name in (LABELS, REFERENCE))
     if labels is None:

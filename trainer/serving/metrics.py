@@ -21,7 +21,7 @@ from trainer.serving.settings import Settings, batch_sizes
 WINDOW_PREDICTIONS = 5000  # maximum number of latest predictions over which drift is measured
 MIN_PREDICTIONS = 100  # drift is not reported for fewer predictions
 LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
-LOGGED_NAME = 200  # maximum characters of a file name in the prediction log
+MAX_LOGGED_NAME_CHARACTERS = 200  # maximum characters of a file name in the prediction log
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
 disable_created_metrics()  # no metrics `kubetune_serving_..._created` with the time of creation
 
@@ -31,7 +31,7 @@ class ServingMetrics(Collector):
 
     def __init__(self, settings: Settings, predictions: PredictionLog | None = None) -> None:
         self.settings, self.predictions = settings, predictions
-        self.current: ModelMetrics | None = None  # metrics of the served version; None until it is loaded
+        self.current: VersionMetrics | None = None  # metrics of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         common: Any = {"namespace": "kubetune_serving", "registry": registry}
         sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
@@ -55,7 +55,7 @@ class ServingMetrics(Collector):
             yield from self.current.collect()
 
 
-class ModelMetrics:
+class VersionMetrics:
     """The predictions of one version of the model: their metrics, their drift, and a logged sample of them."""
 
     def __init__(self, metrics: ServingMetrics, export: Export) -> None:
@@ -111,7 +111,7 @@ class ModelMetrics:
         line: dict[str, Any] = {
             "time": time,
             "request": image.request,
-            "name": image.name[:LOGGED_NAME],
+            "name": image.name[:MAX_LOGGED_NAME_CHARACTERS],
             "model_version": self.export.version,
         }
         line |= {"class": self._class_names[top[0]], "confidence": float(probabilities[top[0]])}

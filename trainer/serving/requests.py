@@ -25,11 +25,13 @@ MAX_SCANS = 100  # of a progressive JPEG; each scan costs as much as a baseline 
 # Decoding time per pixel, relative to a PNG. Measured with 7,000 x 7,000 pixels on one core: PNG, WebP, GIF and BMP 2.1
 # to 2.6 s; JPEG with 10 scans 1.1 s; baseline JPEG 0.1 s, because it is decoded at a fraction of its size.
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
-BODY_TIMEOUT = 30.0  # seconds for a body, plus one second per MIN_BYTES_PER_SECOND bytes received so far
+BODY_TIMEOUT_SECONDS = 30.0  # seconds for a body, plus one second per MIN_BYTES_PER_SECOND bytes received so far
 MIN_BYTES_PER_SECOND = 100_000
-CONCURRENT_BODIES = 8  # memory limit of the bodies of all requests, as a multiple of `max_bytes`
-CONCURRENT_PIXELS = 4  # limit of the decoding cost per client, as a multiple of `max_pixels`
-DISCARDED_BODIES = 4  # up to this multiple of `max_bytes`, too long bodies are read, so that clients get the response
+CONCURRENT_BODIES_FACTOR = 8  # memory limit of the bodies of all requests, as a multiple of `max_bytes`
+CONCURRENT_PIXELS_FACTOR = 4  # limit of the decoding cost per client, as a multiple of `max_pixels`
+DISCARDED_BODIES_FACTOR = (
+    4  # up to this multiple of `max_bytes`, too long bodies are read, so that clients get the response
+)
 MAX_FIELDS = 16  # of a form, in addition to its files
 CLOSE = {"Connection": "close"}  # header of responses to bodies that are not read to the end
 
@@ -92,7 +94,7 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
 
 @dataclass
 class MemoryBudget:
-    """Limit of the memory for the bodies of all requests in progress: `CONCURRENT_BODIES` times `max_bytes`."""
+    """Limit of the memory for the bodies of all requests in progress: `CONCURRENT_BODIES_FACTOR` times `max_bytes`."""
 
     max_bytes: int
     reserved: int = 0  # bytes
@@ -104,7 +106,7 @@ class MemoryBudget:
 
         def reserve(count: int) -> None:
             nonlocal size
-            if self.reserved + count > CONCURRENT_BODIES * self.max_bytes:
+            if self.reserved + count > CONCURRENT_BODIES_FACTOR * self.max_bytes:
                 raise unavailable_error("too many large requests at the same time")
             self.reserved += count
             size += count
@@ -117,7 +119,7 @@ class MemoryBudget:
 
 @dataclass
 class ClientBudget:
-    """Limit of the decoding cost of each client's images in progress: `CONCURRENT_PIXELS` times `max_pixels`.
+    """Limit of the decoding cost of each client's images in progress: `CONCURRENT_PIXELS_FACTOR` times `max_pixels`.
 
     It limits the time for which one client keeps the model busy with all its requests.
     """
@@ -131,7 +133,7 @@ class ClientBudget:
 
         Raises HTTPException: 413 the images alone exceed the limit; 429 they exceed it with those in progress.
         """
-        cost, limit = sum(image.cost for image in images), CONCURRENT_PIXELS * self.max_pixels
+        cost, limit = sum(image.cost for image in images), CONCURRENT_PIXELS_FACTOR * self.max_pixels
         if cost > limit:
             text = f"the images take as long to decode as {cost:,} pixels of a PNG, the limit is {limit:,}"
             raise HTTPException(413, f"{text}; send fewer or smaller images")
@@ -170,13 +172,13 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
         raise too_long  # before the client sends the body
     body = bytearray()
     discarded = 0
-    deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT
+    deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_SECONDS
     try:
         async with asyncio.timeout_at(deadline) as timeout:
             async for chunk in request.stream():
                 if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
                     discarded += len(chunk)
-                    if discarded > DISCARDED_BODIES * max_bytes:
+                    if discarded > DISCARDED_BODIES_FACTOR * max_bytes:
                         raise too_long
                     continue  # the deadline is not extended for discarded bytes
                 deadline += len(chunk) / MIN_BYTES_PER_SECOND

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     LoadModel = Callable[[Export], ServedModel]
 
-HEAD_TIMEOUT = 10.0  # seconds for the head of a request, from the connection or, later, from its first byte
-IDLE_TIMEOUT = 75.0  # seconds until an idle connection is closed; more than the usual 60 s of load balancers
-FIRST_REQUEST_TIMEOUT = 1.0  # seconds to wait for the first request of a connection during the shutdown
+HEAD_TIMEOUT_SECONDS = 10.0  # seconds for the head of a request, from the connection or, later, from its first byte
+IDLE_TIMEOUT_SECONDS = 75.0  # seconds until an idle connection is closed; more than the usual 60 s of load balancers
+FIRST_REQUEST_TIMEOUT_SECONDS = 1.0  # seconds to wait for the first request of a connection during the shutdown
 MAX_BACKLOG = 1024  # connections that the kernel queues until they are accepted
 MAX_HEAD_BYTES = 32 * 1024  # of the request line and the headers
 
@@ -42,13 +42,13 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._set_head_timeout(HEAD_TIMEOUT)
+        self._set_head_timeout(HEAD_TIMEOUT_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._head_timeout is None:
-                self._set_head_timeout(HEAD_TIMEOUT)
+                self._set_head_timeout(HEAD_TIMEOUT_SECONDS)
         else:
             self._set_head_timeout(None)
 
@@ -66,7 +66,7 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         """Close the connection; if a request may have arrived that has not been read yet, wait for it first."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
-            self._set_head_timeout(FIRST_REQUEST_TIMEOUT)
+            self._set_head_timeout(FIRST_REQUEST_TIMEOUT_SECONDS)
         else:
             super().shutdown()
 
@@ -205,7 +205,7 @@ async def _run_service(
         access_log=False,
         server_header=False,
         backlog=MAX_BACKLOG,
-        timeout_keep_alive=round(IDLE_TIMEOUT),
+        timeout_keep_alive=round(IDLE_TIMEOUT_SECONDS),
         timeout_graceful_shutdown=math.ceil(settings.drain),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from trainer.errors import DataError, TrainerError
 
 
-class Conflict(TrainerError):
+class ConflictError(TrainerError):
     """A conditional write failed because the file does not have the required version. Nothing was written."""
 
 
@@ -102,7 +102,7 @@ class StoragePath(ABC):
                 the file has this version. It defaults to no condition.
 
         Raises:
-            Conflict: the condition does not hold.
+            ConflictError: the condition does not hold.
         """
 
     @abstractmethod

@@ -24,7 +24,7 @@ import google_crc32c
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
 from trainer.names import encode_utf8
-from trainer.storage.base import ANY, Conflict, ObjectInfo, StoragePath, Version, is_unfinished
+from trainer.storage.base import ANY, ConflictError, ObjectInfo, StoragePath, Version, is_unfinished
 from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
 from trainer.storage.retries import CHECK_BUCKET, NO_BUCKET, CorruptTransfer, Result, Timeouts
 
@@ -52,14 +52,14 @@ class PreconditionFailed(Exception):
     """The object does not have the version that a conditional write requires."""
 
 
-class Replaced(DataError):
+class ReplacedError(DataError):
     """The version that is being read no longer exists."""
 
     def __init__(self, path: StoragePath) -> None:
         super().__init__(f"{path}: was replaced or deleted while it was read", fix="start the same command again")
 
 
-def in_parallel(
+def map_in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int = MAX_CONCURRENT_REQUESTS
 ) -> list[Result]:
     """Call `function` for each item in threads, with the caller's `request_deadline`, and return the results in order.
@@ -97,7 +97,7 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
-        """Request `length` bytes of one version from offset `start`; raise `Replaced` if it no longer exists."""
+        """Request `length` bytes of one version from offset `start`; raise `ReplacedError` if it no longer exists."""
 
     @abstractmethod
     def _request_page(
@@ -188,7 +188,7 @@ class BucketPath(StoragePath):
                     if self._download(temporary, info):
                         os.replace(temporary, to)
                         return info
-                except Replaced:
+                except ReplacedError:
                     if expected is not None:
                         raise
         problem = f"{self}: the download failed its CRC32C check {MAX_DOWNLOADS} times"
@@ -207,7 +207,7 @@ class BucketPath(StoragePath):
         self._call("delete", self._request_deletion)
 
     def delete_tree(self) -> None:
-        in_parallel(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
+        map_in_threads(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
 
     def _absent(self) -> DataError:
         try:
@@ -264,11 +264,11 @@ class BucketPath(StoragePath):
         with open(to, "wb") as file:
             if info.size <= MAX_UNCHUNKED_BYTES:
                 if (content := self.fetch(info.version)) is None:
-                    raise Replaced(self)
+                    raise ReplacedError(self)
                 file.write(content[0])
                 return True
             file.truncate(info.size)
-        in_parallel(copy_chunk, range(0, info.size, CHUNK_BYTES))
+        map_in_threads(copy_chunk, range(0, info.size, CHUNK_BYTES))
         return self._get_crc32c(info) in (None, compute_file_crc32c(to))
 
     def _upload_object(self, data: bytes, only_if: Version | None) -> Version:
@@ -285,7 +285,7 @@ class BucketPath(StoragePath):
                 # The response of an earlier, successful attempt may have been lost. Then the object has our write ID.
                 current = self._request_written(timeouts) if attempts > 1 else None
                 if current is None or current.write_id != write_id:
-                    raise Conflict(f"{self}: changed since it was read") from error
+                    raise ConflictError(f"{self}: changed since it was read") from error
                 written = current
             if written.crc32c not in (None, crc):  # only an emulator stores corrupt data
                 condition = ANY if condition == ANY else written.version

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from trainer.errors import ConfigError, Interrupted, TrainerError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers: full disk, exceeded quota, too large file
-FAILED = (*FULL, errno.EIO)  # error numbers after which the same command can succeed later
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers: full disk, exceeded quota, too large file
+RETRYABLE_ERRNOS = (*DISK_FULL_ERRNOS, errno.EIO)  # error numbers after which the same command can succeed later
 _UNUSABLE_PATH_ERRNOS = (
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
 # Texts in errors without an error number, such as TensorFlow's. A failing disk becomes read-only (EROFS).
-_DISK_ERROR_TEXTS = tuple(os.strerror(errno_value) for errno_value in (*FAILED, errno.EROFS))
-MAKE_SPACE = "make space there, then start the same command again"
-MAX_DISK_BUDGET = 50 * 1024**3  # bytes per cache by default; `runtime.disk_budget_gb` can be larger
+_DISK_ERROR_TEXTS = tuple(os.strerror(errno_value) for errno_value in (*RETRYABLE_ERRNOS, errno.EROFS))
+FREE_SPACE_FIX = "make space there, then start the same command again"
+DEFAULT_CACHE_LIMIT_BYTES = 50 * 1024**3  # bytes per cache by default; `runtime.disk_budget_gb` can be larger
 _NO_TEMP_DIR_TEXT = "No usable temporary directory"  # error of `tempfile` if all folders are full or unwritable
 
 
@@ -44,8 +44,8 @@ def get_free_bytes(path: str | Path) -> int:
 def plan_disk_budget(requested: int | None, available: int, limit: int | None) -> tuple[int, str]:
     """Choose the size limit of each cache on disk: copies of remote data, decoded images, cached features.
 
-    By default, a cache may use two fifths of the space, but at most `MAX_DISK_BUDGET`. Two full caches then leave at
-    least a fifth to weights, checkpoints and temporary files.
+    By default, a cache may use two fifths of the space, but at most `DEFAULT_CACHE_LIMIT_BYTES`. Two full caches then
+    leave at least a fifth to weights, checkpoints and temporary files.
 
     Args:
         requested: `runtime.disk_budget_gb`, in bytes; None for the default.
@@ -58,8 +58,11 @@ def plan_disk_budget(requested: int | None, available: int, limit: int | None) -
     if requested is not None:
         return requested, "as configured"
     space, source = min((available, "the free disk"), (available if limit is None else limit, "the pod's limit"))
-    budget = min(space * 2 // 5, MAX_DISK_BUDGET)
-    return budget, "the default" if budget == MAX_DISK_BUDGET else f"two fifths of {source}, {space / 1e9:,.1f} GB"
+    budget = min(space * 2 // 5, DEFAULT_CACHE_LIMIT_BYTES)
+    return (
+        budget,
+        "the default" if budget == DEFAULT_CACHE_LIMIT_BYTES else f"two fifths of {source}, {space / 1e9:,.1f} GB",
+    )
 
 
 @functools.cache  # one limit per process, although the free space changes while the process fills its caches
@@ -100,7 +103,7 @@ def describe_failure(error: BaseException) -> str | None:
     """
     text = str(error)
     if isinstance(error, OSError) and error.errno and _NO_TEMP_DIR_TEXT not in text:
-        return os.strerror(error.errno) if error.errno in FAILED else None
+        return os.strerror(error.errno) if error.errno in RETRYABLE_ERRNOS else None
     if _NO_TEMP_DIR_TEXT in text:
         # `tempfile` has one error for full and unwritable folders. A writable folder among them must be full.
         writable_folders = [path for path in _extract_paths(text) if os.access(path, os.W_OK)]
@@ -122,7 +125,7 @@ def _extract_paths(text: str) -> list[str]:
 
 
 def translate_disk_error(
-    error: BaseException, folders: Iterable[str | Path] = (), outcome: str = "", fix: str = MAKE_SPACE
+    error: BaseException, folders: Iterable[str | Path] = (), outcome: str = "", fix: str = FREE_SPACE_FIX
 ) -> Interrupted | None:
     """Translate an error of a full or failing disk to `Interrupted`. Return None for any other error.
 
@@ -150,7 +153,7 @@ def _get_filename(error: BaseException) -> str | None:
     return os.fsdecode(filename) if filename and isinstance(filename, str | bytes | os.PathLike) else None
 
 
-def access_error(error: BaseException) -> ConfigError | None:
+def translate_access_error(error: BaseException) -> ConfigError | None:
     """Translate the error of a path that cannot be used, such as one without permission or with a too long name.
 
     Return None for any other error.
@@ -168,20 +171,20 @@ def access_error(error: BaseException) -> ConfigError | None:
 
 
 @contextlib.contextmanager
-def file_errors() -> Iterator[None]:
-    """Translate the file errors in this block with `translate_disk_error` and `access_error`. Commands run in it."""
+def translate_file_errors() -> Iterator[None]:
+    """Translate file errors with `translate_disk_error` and `translate_access_error`. Commands run in this block."""
     try:
         with translate_disk_errors():
             yield
     except OSError as error:
-        if translated := access_error(error):
+        if translated := translate_access_error(error):
             raise translated from error
         raise
 
 
 @contextlib.contextmanager
 def translate_disk_errors(
-    folders: Iterable[str | Path] = (), outcome: str = "", fix: str = MAKE_SPACE
+    folders: Iterable[str | Path] = (), outcome: str = "", fix: str = FREE_SPACE_FIX
 ) -> Iterator[None]:
     """Raise the errors in this block as translated by `translate_disk_error`, which has the same arguments."""
     try:

@@ -27,9 +27,9 @@ from trainer.storage.bucket import (
     Action,
     BucketPath,
     PreconditionFailed,
-    Replaced,
+    ReplacedError,
     Written,
-    in_parallel,
+    map_in_threads,
 )
 from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts
@@ -82,7 +82,7 @@ class GcsPath(BucketPath):
                 start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=timeouts, retry=None
             )
         except NotFound as error:
-            raise Replaced(self) from error
+            raise ReplacedError(self) from error
         return data
 
     def _request_page(
@@ -163,11 +163,11 @@ class GcsPath(BucketPath):
 
         try:
             threads = min(MAX_CONCURRENT_REQUESTS, max(1, MAX_MEMORY_BYTES // part_bytes))
-            generations = in_parallel(upload_part, range(len(starts)), threads)
+            generations = map_in_threads(upload_part, range(len(starts)), threads)
             composed = call_with_retries(str(self), "storage.objects.create and storage.objects.get", compose)
         finally:
             with contextlib.suppress(DataError, Interrupted), request_deadline(CLEANUP_SECONDS):
-                in_parallel(lambda part: part.delete(), parts)
+                map_in_threads(lambda part: part.delete(), parts)
         crc = google_crc32c.value(b"")
         for start in starts:
             crc = google_crc32c.extend(crc, read_part(start))

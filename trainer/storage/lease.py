@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import DataError, Interrupted
-from trainer.storage.base import Conflict, StoragePath, Version, request_deadline
+from trainer.storage.base import ConflictError, StoragePath, Version, request_deadline
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 from trainer.types import LogMessage
 
@@ -102,7 +102,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             self._write(commit)  # renewals include the commit until the marker is written
             try:
                 version = marker.write(content, only_if=commit.replaces)
-            except Conflict as error:
+            except ConflictError as error:
                 self._lost = f"{marker} was changed by another process"
                 raise Interrupted(f"{self.folder}: {self._lost}; this process publishes nothing more") from error
             with self._write_lock:  # the next holder must not restore a marker that is deleted later
@@ -133,7 +133,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 state = replace(self._state, holder=None, uid=None, renewed=_now())
                 # After an error, the next process waits until the lease expires.
                 with (
-                    contextlib.suppress(Conflict, Interrupted, DataError, OSError),
+                    contextlib.suppress(ConflictError, Interrupted, DataError, OSError),
                     request_deadline(self._state.seconds / 3),
                 ):
                     (self.folder / NAME).write(_dump(state), only_if=self._version)
@@ -158,7 +158,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 try:
                     self._version = file.write(_dump(state), only_if=self._version)
                     break
-                except Conflict as error:
+                except ConflictError as error:
                     current, version = _read(file)  # our last write may have succeeded although its response was lost
                     if current is None or version is None or current.token != state.token or current.holder is None:
                         self._lost = f"the lease was taken over by {_describe(current)}"
@@ -189,7 +189,7 @@ def plan_patience(uid: str | None) -> float:
     return GRACE_SECONDS + LEASE_SECONDS if uid else 0.0
 
 
-def in_use_error(holder: str, folder: object) -> Interrupted:
+def make_in_use_error(holder: str, folder: object) -> Interrupted:
     """Make the error for an output_dir `folder` that another process uses. The same command can succeed later."""
     fix = "wait until that process ends and start the same command again, or give another one"
     return Interrupted(f"is in use by {holder}", key="output_dir", value=folder, fix=fix)
@@ -226,7 +226,7 @@ def acquire_lease(
         if other:
             now = time.monotonic()
             if last_change is not None and version != last_change[0]:  # the holder renews the lease
-                error = in_use_error(_describe(other) + (f", {other.note}" if other.note else ""), folder)
+                error = make_in_use_error(_describe(other) + (f", {other.note}" if other.note else ""), folder)
                 if now > deadline:
                     raise error
                 if not has_logged:
@@ -242,10 +242,10 @@ def acquire_lease(
         start = time.monotonic()
         try:
             lease = Lease(folder, state, file.write(_dump(state), only_if=version), start)
-        except Conflict:  # another process was faster
+        except ConflictError:  # another process was faster
             continue
         if commit is not None:
-            with contextlib.suppress(Conflict):  # the last holder has written the marker
+            with contextlib.suppress(ConflictError):  # the last holder has written the marker
                 (folder / commit.name).write(commit.content, only_if=commit.replaces)
         lease._renewal.start()
         return lease

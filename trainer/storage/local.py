@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from trainer.errors import DataError
-from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_fault
+from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_error
 from trainer.storage.base import (
     ABANDONED_SECONDS,
     ANY,
     UNFINISHED_DIGITS,
-    Conflict,
+    ConflictError,
     ObjectInfo,
     StoragePath,
     Version,
@@ -68,7 +68,7 @@ def join_inside(folder: Path, name: str) -> Path:
     Raises:
         DataError: the name leads out of the folder, or is not a possible file name.
     """
-    if fault := find_path_fault(name):
+    if fault := find_path_error(name):
         problem = (
             f"{escape_unprintable(name)}: cannot be the name of a file in {escape_unprintable(str(folder))} ({fault})"
         )
@@ -280,7 +280,7 @@ class LocalPath(StoragePath):
         explicitly, because the kernel's clock ticks in milliseconds and versions must be unique.
 
         Raises:
-            Conflict: the condition does not hold.
+            ConflictError: the condition does not hold.
         """
         sync(temporary)
         folder = os.open(self.path.parent, os.O_RDONLY)
@@ -290,7 +290,7 @@ class LocalPath(StoragePath):
             info = self.stat()
             current = None if info is None else int(info.version)
             if only_if != ANY and current != only_if:
-                raise Conflict(f"{self}: changed since it was read")
+                raise ConflictError(f"{self}: changed since it was read")
             modified = max((current or 0) + 1, time.time_ns())
             os.utime(temporary, ns=(modified, modified))
             version = temporary.stat().st_mtime_ns  # as the file system rounds it

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.storage.base import Conflict, ObjectInfo, StoragePath
+from trainer.storage.base import ConflictError, ObjectInfo, StoragePath
 from trainer.storage.local import LocalPath
 
-__all__ = ["Conflict", "ObjectInfo", "StoragePath", "storage_path"]
+__all__ = ["ConflictError", "ObjectInfo", "StoragePath", "storage_path"]
 
 
 SCHEMES = ("gs", "s3")  # of addresses in buckets

@@ -29,7 +29,7 @@ from trainer.storage.bucket import (
     Action,
     BucketPath,
     PreconditionFailed,
-    Replaced,
+    ReplacedError,
     Written,
 )
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts, Transient
@@ -97,9 +97,9 @@ class S3Path(BucketPath):
         try:
             response = self._get({"range": (start, start + length), "if_match": str(info.version)}, timeouts)
         except PreconditionError as error:
-            raise Replaced(self) from error
+            raise ReplacedError(self) from error
         if response is None:
-            raise Replaced(self)
+            raise ReplacedError(self)
         return bytes(response.bytes())
 
     def _request_page(
@@ -145,7 +145,7 @@ class S3Path(BucketPath):
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
         current = self.stat()
         if current is None or current.version != info.version:
-            raise Replaced(self)
+            raise ReplacedError(self)
         return current.crc32c
 
     def _get(self, options: Any, timeouts: Timeouts) -> Any:

@@ -75,6 +75,6 @@ def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T
     return default if value is None else value
 
 
-def set_aside(path: Path) -> Path:
+def rename_corrupt_file(path: Path) -> Path:
     """Rename a corrupt file to `NAME.damaged`, and return the new path. Replace an earlier file of this name."""
     return path.replace(path.with_name(f"{path.name}.damaged"))

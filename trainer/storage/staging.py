@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from trainer.errors import DataError
-from trainer.names import escape_unprintable, find_path_fault
+from trainer.names import escape_unprintable, find_path_error
 from trainer.storage.base import ABANDONED_SECONDS, ObjectInfo, Version, is_unfinished
 from trainer.storage.local import join_inside, write_json
 from trainer.storage.path import SCHEMES, StoragePath, storage_path
@@ -59,7 +59,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     return copy.path
 
 
-def copied_folder(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
+def find_copied_folders(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
     """Return the local folder and the bucket folder of the files that `stage(address, ...)` copied.
 
     `path` is the result of `stage`. For `gs://b/photos/*.jpg`, the bucket folder is `gs://b/photos`.
@@ -99,7 +99,7 @@ def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[d
         The info of each file by name relative to the folder, and for each other object "ADDRESS (reason)".
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
-    faults = {name: fault for name in entries if (fault := find_path_fault(name))}
+    faults = {name: fault for name in entries if (fault := find_path_error(name))}
     folder_names = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
     shared_names = folder_names & entries.keys()
     faults |= {name: "there is a folder of the same name" for name in shared_names if entries[name].size}

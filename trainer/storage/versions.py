@@ -19,7 +19,7 @@ GRAPH = "saved_model.pb"  # file that makes a version visible
 MANIFEST = "promotion.json"  # in a version that `trainer.promote` wrote: origin of the version, checksums of its files
 
 
-def number_of(folder: StoragePath) -> int | None:
+def parse_version_number(folder: StoragePath) -> int | None:
     """Return the number of a version, which is the name of its folder, or None if the name is not such a number."""
     name = folder.name
     return int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else None
@@ -30,7 +30,7 @@ def list_versions(folder: StoragePath) -> list[ObjectInfo]:
 
     Two such infos are equal only if the version and its content are the same.
     """
-    version_folders = [child for child in folder.folders() if number_of(child) is not None]
+    version_folders = [child for child in folder.folders() if parse_version_number(child) is not None]
     graphs = [(child / GRAPH).stat() for child in sorted(version_folders, key=lambda child: -int(child.name))]
     return [graph for graph in graphs if graph is not None]
 
@@ -41,7 +41,7 @@ def commit_version(folder: StoragePath, source: Path) -> StoragePath:
     The caller must have the lease on `folder`. If the process is killed, servers do not see the incomplete version, and
     `delete_incomplete` deletes it later.
     """
-    used_numbers = [number for child in folder.folders() if (number := number_of(child)) is not None]
+    used_numbers = [number for child in folder.folders() if (number := parse_version_number(child)) is not None]
     version = folder / str(max(used_numbers, default=0) + 1)
     files = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     if isinstance(version, LocalPath):
@@ -67,7 +67,7 @@ def delete_version(version: StoragePath) -> None:
 def delete_incomplete(folder: StoragePath) -> None:
     """Delete the versions that a killed process left incomplete. The caller must have the lease on `folder`."""
     for child in folder.folders():
-        if number_of(child) is not None and not (child / GRAPH).exists():
+        if parse_version_number(child) is not None and not (child / GRAPH).exists():
             child.delete_tree()
 
 
@@ -86,7 +86,7 @@ def parse_manifest(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def find_damage(folder: Path, manifest: Mapping[str, Any]) -> str:
+def describe_corruption(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Describe the first file of a local version that differs from its manifest. Return "" if all files agree."""
     for name, (size, crc32c) in sorted(manifest["files"].items()):
         path = folder / name

@@ -96,7 +96,7 @@ def _with_lr_multipliers(base_class: Any, lr_multipliers: tuple[float, ...]) -> 
     Scaling the gradients instead would have no effect in adaptive optimizers, which normalize gradients.
     """
 
-    class WithLrMultipliers(base_class):
+    class WithLearningRateMultipliers(base_class):
         weight_decay: Any
 
         def __init__(self, **options: Any) -> None:
@@ -111,4 +111,4 @@ def _with_lr_multipliers(base_class: Any, lr_multipliers: tuple[float, ...]) -> 
                 self.assign_sub(variable, variable * self.decay * rate)
             super().update_step(gradient, variable, rate)
 
-    return WithLrMultipliers
+    return WithLearningRateMultipliers

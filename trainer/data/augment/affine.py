@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws as draw_ids
-from trainer.data.augment.draws import LEVELS, Draws, tabulate_levels
+from trainer.data.augment.draws import LEVELS, RandomDraws, tabulate_levels
 
 MAX_ASPECT = 4 / 3  # maximum aspect ratio of a crop, width : height; the minimum is 1 / MAX_ASPECT
 
 
-def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def flip(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Flip images [b, S, S, 3] of any dtype by copying pixels, each flip with probability 1/2 if `a` enables it."""
     horizontal_flip = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
     for is_enabled, draw, axis in (horizontal_flip, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
@@ -29,7 +29,7 @@ def flip(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
     return images
 
 
-def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+def _matrix(a: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
     The product is a 2 x 2 matrix, whose entries are numbers or float32 [b]. It maps output coordinates relative to the
@@ -62,7 +62,7 @@ def _matrix(a: Augmentation, draws: Draws, crop_matrix: list[list[tf.Tensor]]) -
     return matrix
 
 
-def warp(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def warp(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Crop, flip, zoom, shear, rotate, stretch and shift images, uint8 [b, S, S, 3], in one resampling.
 
     Only the operations that `a` enables are in the graph. `draws` selects their parameters.
@@ -105,7 +105,7 @@ def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 
 
-def draw_crops(min_area: float, draws: Draws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+def draw_crops(min_area: float, draws: RandomDraws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """Draw (width, height) and (left, top) of one crop per image, as fractions of the image, float32 [b] each.
 
     `min_area` is the minimum area of a crop as a fraction of the image.

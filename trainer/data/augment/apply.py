@@ -5,7 +5,7 @@ import tensorflow as tf
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import flip, warp
 from trainer.data.augment.color import recolor
-from trainer.data.augment.draws import RANDAUGMENT, Draws
+from trainer.data.augment.draws import RANDAUGMENT, RandomDraws
 from trainer.data.augment.mixing import apply_cutout
 from trainer.data.augment.randaugment import apply_randaugment
 
@@ -36,7 +36,7 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     """
     if not a.active:
         return images
-    draws = Draws(seed, epoch, index)
+    draws = RandomDraws(seed, epoch, index)
     needs_resampling = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
     if not needs_resampling:
         images = flip(images, a, draws)
@@ -45,7 +45,7 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     if needs_resampling:
         images = warp(images, a, draws)
     if a.randaugment:
-        images = apply_randaugment(images, a, Draws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
+        images = apply_randaugment(images, a, RandomDraws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
     if a.cutout:
         images = apply_cutout(images, a.cutout, draws)
     return images

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import compile_with_xla, pack, unpack
-from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, tabulate_levels
+from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, RandomDraws, tabulate_levels
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the gray value of a pixel (ITU-R BT.601)
 
@@ -14,7 +14,7 @@ Planes = list[tf.Tensor]  # red, green and blue, float32 [b, S, S] each
 Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
-def recolor(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def recolor(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Change contrast and brightness, then saturation, then hue, of images, uint8 [b, S, S, 3].
 
     `a` has the range of each change; `draws` selects a value in it per image. Values are clipped to 0..255.

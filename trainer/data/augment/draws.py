@@ -8,7 +8,7 @@ from trainer.stateless_random import AUGMENTATION, random_uniform
 # Index of the random number of each operation. Other indices would change the images of every run.
 FLIP_HORIZONTAL, FLIP_VERTICAL, ROTATION, SHIFT_X, SHIFT_Y, SHEAR, ZOOM, CONTRAST, BRIGHTNESS = range(9)
 SECOND_ROTATION, STRETCH_X, STRETCH_Y, CROP_AREA, CROP_ASPECT, CROP_X, CROP_Y = range(9, 16)
-SATURATION, HUE, CUTOUT_X, CUTOUT_Y, MIX, MIX_KIND, CUTMIX_X, CUTMIX_Y = range(16, 24)
+SATURATION, HUE, CUTOUT_X, CUTOUT_Y, MIX, MIX_METHOD, CUTMIX_X, CUTMIX_Y = range(16, 24)
 DRAW_COUNT = 24  # number of the indices above
 RANDAUGMENT = 1000  # first draw of RandAugment: 1000 + 2 k selects operation k of an image, 1001 + 2 k its direction
 
@@ -18,11 +18,11 @@ LEVELS = 4096
 
 
 def tabulate_levels(low: float, high: float) -> np.ndarray:
-    """Return the midpoints of `LEVELS` equal intervals of [low, high], float64 [LEVELS], for `Draws.select`."""
+    """Return the midpoints of `LEVELS` equal intervals of [low, high], float64 [LEVELS], for `RandomDraws.select`."""
     return low + (high - low) * (np.arange(LEVELS) + 0.5) / LEVELS
 
 
-class Draws:
+class RandomDraws:
     """The random numbers of each example of a batch. They do not depend on the other examples."""
 
     def __init__(self, seed: int, epoch: tf.Tensor, index: tf.Tensor, first: int = 0, count: int = DRAW_COUNT) -> None:

@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import compile_with_xla
-from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_KIND, Draws
+from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_METHOD, RandomDraws
 
 GRAY = 128  # middle of the pixel range, close to zero after the preprocessing of any backbone
 
 
-def apply_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
+def apply_cutout(images: tf.Tensor, fraction: float, draws: RandomDraws) -> tf.Tensor:
     """Apply cutout (DeVries and Taylor 2017): a gray square of side `fraction` * S, centered at a random pixel.
 
     The images are uint8 [b, S, S, 3]. A square at the edge of the image is cut off there.
@@ -25,7 +25,7 @@ def apply_cutout(images: tf.Tensor, fraction: float, draws: Draws) -> tf.Tensor:
 
 
 def _random_squares(
-    sides: tf.Tensor, draws: Draws, center_draws: tuple[int, int], size: int
+    sides: tf.Tensor, draws: RandomDraws, center_draws: tuple[int, int], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Draw one square per image, with the sides `sides`, int32 [b], and clip it to the image.
 
@@ -75,11 +75,11 @@ def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf
         or 1 if the example is not mixed.
     """
     images = _flatten(batch["image"])
-    size, partners, draws = images.shape[1], _swap_pairs(images), Draws(seed, epoch, batch["index"])
+    size, partners, draws = images.shape[1], _swap_pairs(images), RandomDraws(seed, epoch, batch["index"])
     can_mix = (batch["weight"] > 0) & (_swap_pairs(batch["weight"]) > 0)
     is_cut = can_mix if a.cutmix else tf.zeros_like(can_mix)
     if a.mixup and a.cutmix:
-        is_cut &= draws.coin(MIX_KIND)
+        is_cut &= draws.coin(MIX_METHOD)
     mixture, lam = images, tf.ones_like(batch["weight"])
     if a.mixup:
         lam = tf.where(can_mix & ~is_cut, draws.select(MIX, beta_quantiles(a.mixup)), 1.0)

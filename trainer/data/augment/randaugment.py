@@ -11,7 +11,7 @@ from functools import partial
 import tensorflow as tf
 
 from trainer.config.schema import Augmentation
-from trainer.data.augment.draws import RANDAUGMENT, Draws
+from trainer.data.augment.draws import RANDAUGMENT, RandomDraws
 
 MAX_MAGNITUDE = 30
 
@@ -21,7 +21,7 @@ MAX_MAGNITUDE = 30
 Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
-def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: Draws) -> tf.Tensor:
+def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3].
 
     The first index of `draws` is `RANDAUGMENT`, with two draws per operation: which one, and its direction.
