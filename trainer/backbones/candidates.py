@@ -11,6 +11,8 @@ from trainer.models.backbones import BackboneSpec, find_backbone, parse_backbone
 
 MAX_FOLDS = 100  # bounds the number of heads that are trained per backbone
 _KEYS_SET_BY_AMONG = ("model", "model.backbone", "model.alpha")
+# Prefixes of keys, each with a dot at the end, that only runs read.
+_KEYS_OF_RUNS = ("augmentation.", "distillation.", "output_dir.", "warm_start.", "resume.", "debug.overfit.")
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], give
     """
     for key in sorted(given):
         if key in _KEYS_SET_BY_AMONG:
-            raise ConfigError("is not read here, among=[...] chooses the networks", key=key, fix="remove it")
-        if key.split(".")[0] in ("augmentation", "distillation", "output_dir", "warm_start", "resume", "debug.overfit"):
-            problem = "is of runs only: heads are trained on features, which are computed once"
+            problem = "has no effect in a comparison: among=[...] chooses the networks"
+            raise ConfigError(problem, key=key, fix="remove it")
+        if f"{key}.".startswith(_KEYS_OF_RUNS):
+            problem = "has no effect in a comparison: heads are trained on features, which are computed once"
             raise ConfigError(problem, key=key, fix="remove it")
     if isinstance(config.phases, AutoPhases):
         raise ConfigError("is chosen for one run", key="phases", value="auto", fix="use phases=head_only")
@@ -98,13 +101,14 @@ def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], give
     if phase_name is None:
         problem, fix = "has no phase that trains the head alone (thaw=none)", "use phases=head_only"
         raise ConfigError(problem, key="phases", value=", ".join(config.phases), fix=fix)
-    ignored_prefixes = (
-        *(f"phases.{other}" for other in config.phases if other != phase_name),
-        *(f"phases.{phase_name}.{key}" for key in ("early_stopping", "augmented_views", "features")),
-    )
+    other_phases = tuple(f"phases.{name}." for name in config.phases if name != phase_name)
+    ignored_keys = tuple(f"phases.{phase_name}.{key}." for key in ("early_stopping", "augmented_views", "features"))
     for key in sorted(given):
-        if f"{key}.".startswith(tuple(f"{prefix}." for prefix in ignored_prefixes)):
-            problem = f"is not read here: {phase_name} is trained for its whole length, on features"
+        if f"{key}.".startswith(other_phases):
+            problem = f"has no effect in a comparison: only {phase_name} is trained"
+            raise ConfigError(problem, key=key, fix="remove it")
+        if f"{key}.".startswith(ignored_keys):
+            problem = f"has no effect in a comparison: {phase_name} is trained for its whole length, on features"
             raise ConfigError(problem, key=key, fix="remove it")
     default_weights = config.model.weights if "model.weights" in given else "imagenet"
     image_size = config.model.image_size if "model.image_size" in given else None
