@@ -25,11 +25,20 @@ def png(width: int, height: int, data: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A valid PNG of one colour, a small file: a line of zeros compresses to a thousandth."""
+def compress_zeros(count: int) -> bytes:
+    """Zlib data of `count` zeros, a thousandth as long: one compressed block is repeated, in no time."""
+    size = 2**20
     packer = zlib.compressobj(9)
-    line = b"\0" * (1 + 3 * width)
-    return png(width, height, b"".join(packer.compress(line) for _ in range(height)) + packer.flush())
+    first = packer.compress(b"\0" * size) + packer.flush(zlib.Z_FULL_FLUSH)  # with the header
+    block = packer.compress(b"\0" * size) + packer.flush(zlib.Z_FULL_FLUSH)
+    end = packer.compress(b"\0" * (count % size)) + packer.flush()
+    adler = count % 65521 << 16 | 1  # the checksum of zeros (RFC 1950, section 9)
+    return first + block * (count // size - 1) + end[:-4] + struct.pack(">I", adler)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG of one colour, a small file, of at least a megabyte of pixels."""
+    return png(width, height, compress_zeros((1 + 3 * width) * height))
 
 
 def huge(width: int, height: int) -> bytes:
@@ -48,7 +57,7 @@ def huge_jpeg(width: int, height: int) -> bytes:
 def text_bomb() -> bytes:
     """A PNG with a comment that decompresses to 200 MB."""
     data = photo(kind="PNG")
-    comment = b"Comment\0\0" + zlib.compress(b"\0" * 200_000_000, 9)
+    comment = b"Comment\0\0" + compress_zeros(200_000_000)
     return data[:33] + chunk(b"zTXt", comment) + data[33:]
 
 
