@@ -35,7 +35,7 @@ from trainer.errors import ConfigError
 
 
 def find_conf_folder() -> Path:
-    """Return the folder `conf`: packaged_conf `trainer` in an installed package, next to `trainer` in a checkout."""
+    """Return the folder `conf`: inside `trainer` in an installed package, next to `trainer` in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged_conf = package / "conf"
     return packaged_conf if packaged_conf.is_dir() else package.parent / "conf"
@@ -60,7 +60,7 @@ def format_help() -> str:
 def _allow_new_key(argument: str) -> str:
     """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `load` then reports with a suggestion.
 
-    Config groups and keys of Hydra are returned is_group_or_hydra_key.
+    Config groups and Hydra's own keys are returned unchanged.
     """
     match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
     is_group_or_hydra_key = not match or match[1].startswith("hydra") or match[1] in GROUPS

@@ -285,8 +285,8 @@ def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) ->
     """
     count = len(raw.class_names)
     if count < 2 and purpose != "evaluate":
-        classes = "".join(raw.class_names) or "no classes"
-        raise DataError(f"{raw.name} has only {classes}", fix="use data of at least two classes")
+        problem = f"has only the class {raw.class_names[0]}" if raw.class_names else "has no classes"
+        raise DataError(f"{raw.name} {problem}", fix="use data of at least two classes")
     if len(set(raw.class_names)) < count:
         duplicates = join_first([name for name, uses in Counter(raw.class_names).items() if uses > 1])
         raise DataError(f"{raw.name} has duplicate class names: {duplicates}", fix="use each class name once")
@@ -303,7 +303,7 @@ def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) ->
 def _note_quality(raw: RawData, limited: bool) -> list[str]:
     """Return notes on class imbalance, small splits, absent classes and skipped files.
 
-    With `limited`, splits are small on purpose (max_examples), so small splits and absent classes are not noted.
+    With `limited`, splits are small on purpose (`max_examples`), so small splits and absent classes are not noted.
     """
     notes = []
     counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))

@@ -52,7 +52,7 @@ class _ServedModule(tf.Module):
     """The object that is saved: the functions of the signatures, the model's variables, and two assets.
 
     The model itself is not an attribute, because listing its thousands of objects would take seconds whenever it is
-    saved or loaded. Each function is traced once, and the others call it.
+    saved or loaded. The functions `images` and `decode` are traced once; the signatures for encoded images call them.
     """
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:

@@ -65,7 +65,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
             info = tfds.builder_from_directory(folder).info
             dataset_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
         except Exception as error:  # TFDS does not translate the exceptions of its parsers
-            problem = f"is not a readable TFDS folder: {str(error).splitlines()[0]}"
+            problem = f"is not a readable TFDS folder: {(str(error) or type(error).__name__).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     require_mapped_classes(dataset_names, data)
     raw_data = RawData(info.name, get_display_names(dataset_names, data), {}, {})
