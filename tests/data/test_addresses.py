@@ -17,7 +17,7 @@ from trainer.data.open import open_run_data
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record, serialize
 from trainer.data.remote import replace_local_paths, show_addresses_in_errors
-from trainer.errors import DataError
+from trainer.errors import DataError, ModelError
 from trainer.planning.dry_run import _open_data
 from trainer.planning.sections import Plan
 from trainer.storage.path import storage_path
@@ -110,3 +110,11 @@ def test_a_local_copy_is_replaced_in_texts(tmp_path: Path, address: str, folder:
     local, bucket_folder = find_copied_folders(path, address, tmp_path)
     assert (bucket_folder, Path(local).is_dir()) == (folder, True)
     assert replace_local_paths(f"damaged: {path}/x", {local: bucket_folder}) == f"damaged: {address.rstrip('/')}/x"
+
+
+@pytest.mark.parametrize("value", ["/cache/staged/1/weights", Path("/cache/staged/1/weights")])
+def test_the_value_of_an_error_is_an_address_too(value: str | Path) -> None:
+    problem, fix = "^gs://bucket/weights is missing$", "^write gs://bucket/weights$"
+    expected = raises(ModelError, key="model.weights", value="gs://bucket/weights", problem=problem, fix=fix)
+    with expected, show_addresses_in_errors({"/cache/staged/1": "gs://bucket"}):
+        raise ModelError(f"{value} is missing", key="model.weights", value=value, fix=f"write {value}")

@@ -194,6 +194,9 @@ def test_a_chief_killed_while_it_writes_a_checkpoint_leaves_a_complete_one(
         workers.wait_until((checkpoints / "LATEST").exists, "a first checkpoint", 200)
         while workers[0].poll() is None and not list(checkpoints.glob(".writing-step-*")):
             time.sleep(0.0005)
+        if workers[0].poll() is not None:  # on a busy machine this loop can miss all writes
+            assert workers.wait(90) == [DONE, DONE]
+            continue
         began = time.monotonic()
         workers[0].send_signal(signal.SIGKILL)
         assert_all_interrupted(exits(workers, [1], began, 90), "chief killed", capsys)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.csv_source import plan_copies
@@ -129,7 +130,8 @@ def show_addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
         yield
     except TrainerError as error:
         error.problem = replace_local_paths(error.problem, addresses)
-        error.value = replace_local_paths(error.value, addresses) if isinstance(error.value, str) else error.value
+        if isinstance(error.value, str | Path):
+            error.value = replace_local_paths(str(error.value), addresses)
         error.fix = replace_local_paths(error.fix, addresses) if error.fix else None
         raise
 
