@@ -1,4 +1,4 @@
-"""Measure how far the embeddings of images are from the reference distribution of an export, without TensorFlow.
+"""Measure how far image embeddings are from an export's reference distribution, without TensorFlow.
 
 The measure is the "marginal Mahalanobis distance": the Mahalanobis distance from one Gaussian for all classes (Kamoi
 and Kobayashi 2020, "Why is the Mahalanobis Distance Effective for Anomaly Detection?"). Lee et al. 2018 fit a Gaussian
@@ -21,7 +21,7 @@ class EmbeddingDistance:
     C is the width of an embedding, and C' the width of its projection. C' = C if there is no projection.
     """
 
-    width: int  # C
+    width: int  # width of an embedding, C
     whitening: np.ndarray  # float64 [C, C'], projects an embedding and scales it to unit variance
     center: np.ndarray  # float64 [C'], the mean of the whitened reference embeddings
     reference_rms: float  # root mean square distance of the reference examples

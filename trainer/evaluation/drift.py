@@ -1,4 +1,4 @@
-"""Measure the drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
+"""Measure the drift of a model's inputs and predictions from a reference distribution, without TensorFlow.
 
 The reference, `export/reference.json`, describes the predictions for the test split, or for the validation split if
 there is no test split. The thresholds of the three measures are raised for small windows of predictions, so that
@@ -102,7 +102,7 @@ class Window:
             self._outer = self._outer + sign * np.outer(vector, vector)
 
     def fit_gaussian(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the embeddings' mean, float64 [C'], and covariance, float64 [C', C']. Requires two embeddings."""
+        """Return the mean, float64 [C'], and covariance, float64 [C', C'], of the embeddings (at least two)."""
         mean = self._sum / self.embedding_count
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
@@ -218,7 +218,7 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
 
 
 def most_severe_level(measures: Sequence[Measure]) -> Level:
-    """Return the most severe level among at least one measure."""
+    """Return the most severe level of one or more measures."""
     return max((measure.level for measure in measures), key=("stable", "moderate", "shifted").index)
 
 
@@ -254,7 +254,7 @@ def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """Read the reference.json of a model.
+    """Read a model's reference.json.
 
     Args:
         address: a .json file, an output_dir, its `export` folder, a SavedModel, or a folder of numbered SavedModels, of

@@ -156,7 +156,7 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
     Args:
         labels: class indices, int [n].
         predictions: class indices, int [n].
-        groups: name of the group of each example.
+        groups: name of each example's group.
         field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:
@@ -203,7 +203,7 @@ def evaluate_arrays(
         labels: class indices, int32 [n], ordered by example index.
         probabilities: float32 [n, c].
         names: file or record of each example.
-        groups: name of the group of each example; None omits the scores per group.
+        groups: name of each example's group; None omits the scores per group.
         group_field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:

@@ -104,14 +104,14 @@ def _require_scores(report: Any) -> None:
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
-    """Read the epochs of a run from metrics.jsonl; [] if it does not exist."""
+    """Read a run's epochs from metrics.jsonl; return [] if the file does not exist."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
 
 
 def _read_configuration(root: StoragePath) -> dict[str, Any]:
-    """Read config.yaml of a run, or of the run RUN if `root` is RUN/evaluations/NAME; {} if it does not exist."""
+    """Read a run's config.yaml from `root`, or from RUN if `root` is RUN/evaluations/NAME; return {} if missing."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():
             return dict(yaml.safe_load(content[0]))
@@ -280,7 +280,7 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
 
 
 def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the page's sections of changed predictions, two per later run, with up to `MAX_IMAGES_PER_TAB` images."""
+    """Return the page's sections of changed predictions: at most two per later run and `MAX_IMAGES_PER_TAB` images."""
     first, sections = comparison.runs[0], []
     for row, run, run_files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:

@@ -50,8 +50,8 @@ def evaluate(
         checkpoint: the checkpoint to score.
         options: optional arguments of the command. `split` defaults to the first of test, validation and train that the
             dataset has, and `output`, the folder of the report, to RUN/evaluations/CHECKPOINT-DATA-SPLIT.
-        moved: None, or if `run.config` has a different dataset and uses all its examples, the same configuration with
-            the run's splits, limits and corrections. It is used if that dataset is a moved copy of the run's dataset.
+        moved: `run.config` with the run's splits, limits and corrections if `run.config` uses all examples of a
+            different dataset, else None. The data is read with it if that dataset is a moved copy of the run's dataset.
 
     Raises:
         ConfigError: the data has no such split.

@@ -336,7 +336,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
         title = f"Confusion matrix of {num_classes} classes, in their order"
         figure, axes = create_plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, matrix)
-        return [Chart(figure, title), _draw_confusions(matrix, class_names)]
+        return [Chart(figure, title), _draw_top_confusions(matrix, class_names)]
     names, support = [format_label(name) for name in class_names], matrix.sum(axis=1)
     row_labels = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
     side = max(190, 32 * num_classes)  # points; excludes the names around the matrix
@@ -358,7 +358,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     return [Chart(figure, "Confusion matrix", tips)]
 
 
-def _draw_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> Chart:
+def _draw_top_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> Chart:
     """Draw the most frequent confusions of a confusion matrix, int [c, c], as bars."""
     pairs, title = find_top_confusions(matrix), "Most frequent confusions"
     figure, axes = create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)

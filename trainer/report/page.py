@@ -117,7 +117,7 @@ def render(template: str, **context: Any) -> str:
 
 GALLERY_SIDE, THUMBNAIL_PIXELS = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
 MAX_WITH_IMAGES = 12  # maximum number of label errors, and of groups of duplicates, shown with images
-MAX_IMAGES_PER_GROUP = 4  # images shown of a group of duplicates
+MAX_IMAGES_PER_GROUP = 4  # images shown per group of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
 _HEATMAP_SIDE = 28  # height and width of a heatmap in pixels; the browser enlarges it with interpolation
 _MAX_PNG_BYTES = 100_000  # a larger figure is embedded as JPEG, which takes a fifth of the size for photos
