@@ -103,7 +103,7 @@ def test_close_hashes_equal_those_of_all_pairs() -> None:
     hashes = np.unique(np.concatenate([hashes, hashes[:200] ^ np.array(flipped, np.uint64)]))
     differing = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
     expected = {(i, j) for i, j in np.argwhere(differing <= duplicates.MAX_HASH_DISTANCE).tolist() if i < j}
-    pairs = np.concatenate([np.stack(both, axis=1) for both in duplicates._close_pairs(hashes)])
+    pairs = np.concatenate([np.stack(both, axis=1) for both in duplicates._iterate_close_pairs(hashes)])
     assert set(map(tuple, np.sort(pairs).tolist())) == expected
     assert len(expected) > 50
 

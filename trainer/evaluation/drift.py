@@ -1,8 +1,8 @@
-"""Measure the drift of the inputs and predictions of a model from a reference distribution, without TensorFlow.
+"""Measure the drift of a model's inputs and predictions from a reference distribution, without TensorFlow.
 
 The reference, `export/reference.json`, describes the predictions for the test split, or for the validation split if
-there is no test split. The thresholds of the three measures are raised for small windows of predictions, so that each
-measure exceeds them in about 1 of 100 windows without drift, or fewer:
+there is no test split. The thresholds of the three measures are raised for small windows of predictions, so that
+without drift a measure exceeds them in at most about 1 of 100 windows:
 
 - `classes`: the population stability index (PSI; Siddiqi 2006, "Credit Risk Scorecards") of the predicted classes;
 - `confidence`: the PSI of the largest probability;
@@ -29,10 +29,10 @@ from trainer.storage.versions import list_versions
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's total variance
-QUANTILE = 0.99  # of a measure without drift; a lower threshold is raised to it
-BOOTSTRAP_SAMPLES = 200  # pairs of samples from which that quantile of the embedding distance is estimated
-CONFIDENCE_BINS = 20  # equal bins of the largest probability, over 0..1
-MIN_BIN_FRACTION = 0.05  # of the reference's predictions; a bin with fewer is merged with its neighbors
+QUANTILE = 0.99  # a threshold below this quantile of a measure without drift is raised to the quantile
+BOOTSTRAP_SAMPLES = 200  # pairs of samples that are drawn to estimate this quantile of the embedding distance
+CONFIDENCE_BINS = 20  # bins of equal width for the largest probability, over 0..1
+MIN_BIN_FRACTION = 0.05  # a bin with a smaller fraction of the reference's predictions is merged with its neighbors
 
 DESCRIPTIONS = {
     "classes": "population stability index of the predicted classes",
@@ -69,7 +69,7 @@ class Window:
         self.embedding_count = 0  # predictions with an embedding
         self._sum: Any = 0.0  # sum of the embeddings; float64 [C'] after the first one
         self._outer: Any = 0.0  # sum of their outer products; float64 [C', C'] after the first one
-        # Class index, bin of the confidence and embedding of each prediction, oldest first; empty if `size` is None.
+        # (class index, confidence bin, embedding) of each prediction, oldest first; empty if `size` is None.
         self._recent: deque[tuple[int, int, np.ndarray | None]] = deque()
 
     @property
@@ -83,7 +83,7 @@ class Window:
         Args:
             predicted: index of the predicted class.
             confidence: probability of this class, 0 to 1.
-            embedding: projected embedding, float [C']; None if the model does not return it.
+            embedding: projected embedding, float [C']; None if the model does not return embeddings.
         """
         vector = None if embedding is None else np.asarray(embedding, np.float64)
         bin_index = min(max(int(confidence * CONFIDENCE_BINS), 0), CONFIDENCE_BINS - 1)
@@ -102,7 +102,7 @@ class Window:
             self._outer = self._outer + sign * np.outer(vector, vector)
 
     def fit_gaussian(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean, float64 [C'], and covariance, float64 [C', C'], of at least two embeddings."""
+        """Return the mean, float64 [C'], and covariance, float64 [C', C'], of the embeddings (at least two)."""
         mean = self._sum / self.embedding_count
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
@@ -120,13 +120,13 @@ def population_stability_index(
 
 
 def psi_quantile(reference_n: int, n: int, bins: int) -> float:
-    """Return the 0.99 quantile of the PSI without drift, that is for two samples of the same distribution.
+    """Return the 0.99 quantile of the PSI without drift, that is, for two samples of the same distribution.
 
     The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
     freedom (Yurdakul and Naranjo 2020, "Statistical properties of the population stability index"). `reference_n` and
-    `n` are the sizes of the samples.
+    `n` are the sample sizes, and `bins` is the number of bins.
     """
-    from scipy.special import chdtri  # imported here: the server imports this module, but does not need the quantiles
+    from scipy.special import chdtri  # imported here, since the server imports this module but needs no quantiles
 
     return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * chdtri(max(bins - 1, 1), 1 - QUANTILE))
 
@@ -134,7 +134,7 @@ def psi_quantile(reference_n: int, n: int, bins: int) -> float:
 def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Merge neighboring bins of two histograms [bins] so that each has at least 5 % of the reference's total count.
 
-    Returns both histograms with the same, merged bins.
+    Return both histograms with the same merged bins.
     """
     minimum, edges = MIN_BIN_FRACTION * reference.sum(), [0]
     for edge in range(1, len(reference) + 1):
@@ -146,11 +146,11 @@ def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
 def embedding_distance(
     reference: Mapping[str, Any], mean: Sequence[float] | np.ndarray, covariance: Sequence[Any] | np.ndarray
 ) -> float:
-    """Return the squared Frechet distance of two Gaussians, divided by the trace of the reference's covariance.
+    """Return the squared Frechet distance between two Gaussians, divided by the trace of the reference's covariance.
 
-    The result is (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1). It is 0 for equal Gaussians. With equal
-    covariances it is 1 if the squared distance of the means equals the total variance of the reference, tr(S1).
-    `reference` is `embedding` of reference.json; its `mean` and `covariance` also have the shapes [C'] and [C', C'].
+    The result is (|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))) / tr(S1). It is 0 for equal Gaussians. For equal
+    covariances it is 1 if the squared distance between the means equals the reference's total variance, tr(S1).
+    `reference` is the value of `embedding` in reference.json. Means have shape [C'], covariances [C', C'].
     """
     m1, s1 = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
     m2, s2 = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
@@ -168,10 +168,10 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """Return the 0.99 quantile of `embedding_distance` without drift, by a parametric bootstrap.
+    """Estimate the 0.99 quantile of `embedding_distance` without drift, by a parametric bootstrap.
 
-    Pairs of samples, of `reference_n` and `n` embeddings, are drawn from the Gaussian of the reference, `embedding` of
-    reference.json (Efron and Tibshirani 1993, chapter 6).
+    Pairs of samples, of `reference_n` and `n` embeddings, are drawn from the Gaussian in `reference`, the value of
+    `embedding` in reference.json (Efron and Tibshirani 1993, chapter 6).
     """
     mean, covariance = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
     root, generator, width = _square_root(covariance), np.random.default_rng(seed), len(mean)
@@ -196,9 +196,10 @@ def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, 
 
 
 def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
-    """Measure the drift of a window of predictions from the content of reference.json.
+    """Measure how far a window of predictions has drifted from `reference`, the content of reference.json.
 
-    The measure `embedding` is left out unless the reference has embeddings and the window has at least two.
+    Return the measures `classes`, `confidence` and `embedding`. The last one is left out unless the reference has
+    embeddings and the window has at least two.
     """
     reference_n = int(reference["n"])
     classes = np.asarray(reference["class_frequencies"], np.float64) * reference_n, window.classes
@@ -217,30 +218,30 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
 
 
 def most_severe_level(measures: Sequence[Measure]) -> Level:
-    """Return the most severe level of the measures."""
+    """Return the most severe level of one or more measures."""
     return max((measure.level for measure in measures), key=("stable", "moderate", "shifted").index)
 
 
 def parse_reference(content: bytes, classes: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Parse reference.json. Return None if it is corrupt or its number of classes differs from that of `classes`.
+    """Parse reference.json. Return None if it is corrupt or does not have as many classes as `classes`.
 
-    `classes` defaults to the class names in the file.
+    `classes` are the model's class names. They default to the class names in the file, which is invalid without them.
     """
     try:
         reference: dict[str, Any] = json.loads(content)
-        lengths = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
+        num_classes_and_bins = len(reference["class_frequencies"]), len(reference["confidence_histogram"]["counts"])
         expected_names = reference["classes"] if classes is None else classes
         stored_names = reference.get("classes", list(expected_names))
-        valid = isinstance(stored_names, list) and all(isinstance(name, str) for name in stored_names)
-        valid &= len(stored_names) == len(expected_names)
-        valid &= lengths == (len(expected_names), CONFIDENCE_BINS) and reference["n"] > 0
+        is_valid = isinstance(stored_names, list) and all(isinstance(name, str) for name in stored_names)
+        is_valid &= len(stored_names) == len(expected_names)
+        is_valid &= num_classes_and_bins == (len(expected_names), CONFIDENCE_BINS) and reference["n"] > 0
         histograms = (reference["class_frequencies"], reference["confidence_histogram"]["counts"])
-        valid &= all(0 < np.sum(values) < np.inf and np.min(values) >= 0 for values in histograms)
-        valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
+        is_valid &= all(0 < np.sum(values) < np.inf and np.min(values) >= 0 for values in histograms)
+        is_valid &= "embedding" not in reference or _is_gaussian(reference["embedding"])
         require_nonnegative(reference.get("embedding", {}).get("n", 1))
     except CONTENT_ERRORS:
         return None
-    return reference if valid else None
+    return reference if is_valid else None
 
 
 def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
@@ -253,11 +254,11 @@ def _is_gaussian(embedding: Mapping[str, Any]) -> bool:
 
 
 def read_reference(address: str) -> dict[str, Any]:
-    """Read the reference.json of a model.
+    """Read a model's reference.json.
 
     Args:
         address: a .json file, an output_dir, its `export` folder, a SavedModel, or a folder of numbered SavedModels, of
-            which the newest one is used (`find_version`). Local or in a bucket.
+            which the newest one is used; local or in a bucket.
 
     Raises:
         DataError: the file does not exist or is corrupt.
@@ -278,23 +279,23 @@ def read_reference(address: str) -> dict[str, Any]:
 
 
 def find_version(address: str) -> StoragePath | None:
-    """Return the folder of the newest version in a folder of numbered SavedModels; None if `address` is another one."""
+    """Return the newest version's folder in a folder of numbered SavedModels; None if `address` has no versions."""
     versions = [] if address.endswith(".json") else list_versions(storage_path(address))
     return versions[0].path.parent if versions else None
 
 
 @dataclass(frozen=True)
 class Period:
-    """The predictions of a log that are read: those of one model version in a range of time. None sets no limit."""
+    """Selects predictions of a log by their time and model version. None sets no limit."""
 
     since: datetime | None = None  # inclusive
     until: datetime | None = None  # exclusive
     version: str | None = None  # name of the version's folder, such as "3"
 
     def includes(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row of the log is read. A row without `model_version` counts as one of the version.
+        """Return whether a row of the log is selected. A row without `model_version` matches every version.
 
-        Raises one of `CONTENT_ERRORS` if the time is limited and the row has no valid `time`.
+        Raise one of `CONTENT_ERRORS` if the time is limited and the row has no valid `time`.
         """
         if self.version is not None and row.get("model_version", self.version) != self.version:
             return False
@@ -311,11 +312,11 @@ class Period:
 
 
 def list_log(address: str, period: Period) -> list[StoragePath]:
-    """List the files of a log that can have predictions in a period, sorted by address.
+    """List a log's files that can have predictions in a period, sorted by address.
 
-    That is `address` if it is a file, or else the *.jsonl files in this folder and in its folders of days, such as
-    `2026-01-31`. `trainer.serve` writes a file into the folder of the day, in UTC, of its first prediction. Its last
-    prediction can be of the next day, so the day before the period is included.
+    A log is a file, or a folder that has *.jsonl files itself and in folders named after days, such as `2026-01-31`.
+    `trainer.serve` writes a file to the folder of the day, in UTC, of the file's first prediction. The last prediction
+    can be from the next day, so the day before the period is included.
     """
     root = storage_path(address)
     if root.exists():
@@ -332,10 +333,10 @@ def list_log(address: str, period: Period) -> list[StoragePath]:
 
 
 def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tuple[Window, int]:
-    """Read the predictions of a log in a period, from a file or a folder of files (`list_log`), into a window.
+    """Read a log's predictions in a period, from a file or a folder of files (`list_log`), into a window.
 
     Returns:
-        The window, and the number of skipped invalid lines; the server may still be writing the last line.
+        The window, and the number of invalid lines, which are skipped; the server may still be writing the last line.
 
     Raises:
         DataError: there is no log, or a prediction has a class or an embedding width that `reference` does not have.
@@ -375,7 +376,7 @@ def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tupl
 
 
 def format_measures(measures: Sequence[Measure], invalid: int) -> list[str]:
-    """Format one line per measure, one if the embeddings were not measured, and one if `invalid` log lines exist."""
+    """Format one line per measure, and notes if `embedding` was not measured or `invalid` > 0 lines were skipped."""
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {DESCRIPTIONS[m.name]}"

@@ -1,8 +1,8 @@
-"""Detect duplicate images. Those in two splits inflate the scores, and those with different labels are mislabeled.
+"""Detect duplicate images. Duplicates in two splits inflate the scores; different labels reveal a label error.
 
 Each image is reduced to a 16 x 16 thumbnail and a perceptual hash of its low frequencies (Zauner 2010, "Implementation
 and benchmarking of perceptual image hash functions"). Two images whose hashes differ in few bits are candidates. They
-are duplicates if their thumbnails are highly correlated. This detects copies that were rescaled, recompressed or
+are duplicates if their thumbnails are highly correlated. This detects images that were rescaled, recompressed or
 slightly brightened, but not crops or mirror images.
 """
 
@@ -17,9 +17,9 @@ from scipy.sparse.csgraph import connected_components
 
 THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 6  # bits in which the hashes of two candidates may differ
-MIN_CORRELATION = 0.99  # of the thumbnails of two duplicates
+MIN_CORRELATION = 0.99  # between the thumbnails of two duplicates
 _MIN_STD = 3.0  # an image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this
-_IMAGES_PER_BATCH = 8  # resized at a time; they fit the processor's cache, 9 times as fast as 256
+_IMAGES_PER_BATCH = 8  # resized at a time; they fit the CPU cache, so they are resized 9 times as fast as 256 at a time
 _HASH_PAIRS_PER_BATCH = 2_000_000  # compared at a time; their differing bits take 16 MB
 _THUMBNAIL_PAIRS_PER_BATCH = 50_000  # compared at a time
 MAX_DUPLICATE_PAIRS = 2_000_000  # the search stops here and groups are incomplete; video frames can have far more pairs
@@ -48,21 +48,21 @@ def hash_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
     """Hash thumbnails, uint8 [n, 16, 16, 3], to uint64 [n].
 
     Each bit belongs to one of the 8 x 8 lowest DCT coefficients of the gray image, and is set if the coefficient
-    exceeds their median. The first coefficient, the mean, changes with the brightness. So it is excluded from the
-    median, and its bit is always set.
+    exceeds their median. The first coefficient, the mean, depends on the brightness, so it is excluded from the median,
+    and its bit is always set.
     """
     gray = thumbnails.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    low = dctn(gray, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(gray), 64)
-    low[:, 0] = np.inf  # sets the bit of the mean
-    bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
+    coefficients = dctn(gray, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(gray), 64)
+    coefficients[:, 0] = np.inf  # sets the bit of the mean
+    bits = coefficients > np.median(coefficients[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
-def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _iterate_close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield batches of pairs of hashes that differ in at most `MAX_HASH_DISTANCE` bits, as two arrays of indices.
 
-    `hashes`, uint64 [n], are distinct. A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes have
-    at least one of the segments in common (pigeonhole principle), so only hashes with an equal segment are compared. A
+    `hashes`, uint64 [n], must be distinct. A hash is divided into `MAX_HASH_DISTANCE` + 1 segments. Two close hashes
+    have at least one segment in common (pigeonhole principle), so only hashes with an equal segment are compared. A
     pair with several equal segments is yielded several times.
     """
     for first_bit, end_bit in pairwise(np.linspace(0, 64, MAX_HASH_DISTANCE + 2).astype(int)):
@@ -73,18 +73,18 @@ def _close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             step = max(_HASH_PAIRS_PER_BATCH // len(bucket), 1)
             for start in range(0, len(bucket) - 1, step):
                 rows = bucket[start : start + step]
-                distance = np.bitwise_count(hashes[rows][:, None] ^ hashes[bucket][None, :])
+                distances = np.bitwise_count(hashes[rows][:, None] ^ hashes[bucket][None, :])
                 is_later = np.arange(len(bucket))[None, :] > np.arange(start, start + len(rows))[:, None]
-                row, column = np.nonzero((distance <= MAX_HASH_DISTANCE) & is_later)
-                if len(row):
-                    yield rows[row], bucket[column]
+                left, right = np.nonzero((distances <= MAX_HASH_DISTANCE) & is_later)
+                if len(left):
+                    yield rows[left], bucket[right]
 
 
-def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the pairs of thumbnails, uint8 [n, 16, 16, 3], that are duplicates, as rows int64 [2, k].
+def _find_duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
+    """Return the pairs of duplicates among thumbnails, uint8 [n, 16, 16, 3], as pairs of their rows, int64 [2, k].
 
-    Of the images with one hash, only the first is compared: with the others of the same hash, and with the first images
-    of close hashes. The search stops at `MAX_DUPLICATE_PAIRS`.
+    Only the first image with each hash is compared: with the other images that have this hash, and with the first
+    images of close hashes. The search stops at `MAX_DUPLICATE_PAIRS`.
     """
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
@@ -93,18 +93,18 @@ def _duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
     first_with_hash = first_rows[inverse]  # row of the first image with the same hash
-    repeat_rows = np.flatnonzero(first_with_hash != np.arange(len(inverse)))
-    close_pairs = (first_rows[np.stack(pair)] for pair in _close_pairs(hashes))
-    accepted, count = [np.zeros((2, 0), np.int64)], 0
-    for candidates in chain([np.stack([first_with_hash[repeat_rows], repeat_rows])], close_pairs):
+    repeated_rows = np.flatnonzero(first_with_hash != np.arange(len(inverse)))
+    close_pairs = (first_rows[np.stack(pair)] for pair in _iterate_close_pairs(hashes))
+    accepted_pairs, num_accepted = [np.zeros((2, 0), np.int64)], 0
+    for candidates in chain([np.stack([first_with_hash[repeated_rows], repeated_rows])], close_pairs):
         for start in range(0, candidates.shape[1], _THUMBNAIL_PAIRS_PER_BATCH):
             left, right = batch = candidates[:, start : start + _THUMBNAIL_PAIRS_PER_BATCH]
-            correlated = np.einsum("ij,ij->i", vectors[left], vectors[right]) >= MIN_CORRELATION
-            accepted.append(batch[:, correlated])
-            count += int(correlated.sum())
-        if count >= MAX_DUPLICATE_PAIRS:
+            is_duplicate = np.einsum("ij,ij->i", vectors[left], vectors[right]) >= MIN_CORRELATION
+            accepted_pairs.append(batch[:, is_duplicate])
+            num_accepted += int(is_duplicate.sum())
+        if num_accepted >= MAX_DUPLICATE_PAIRS:
             break
-    return np.concatenate(accepted, axis=1)
+    return np.concatenate(accepted_pairs, axis=1)
 
 
 def find_duplicates(
@@ -115,14 +115,14 @@ def find_duplicates(
 ) -> dict[str, Any]:
     """Return `duplicates` of report.json: the groups of images that occur more than once.
 
-    Groups with several labels are listed first, and among them those in several splits. Then follow the other groups in
-    several splits. At most `MAX_LISTED_GROUPS` are listed. Blank images are ignored.
+    Groups with several labels are listed first, beginning with those in several splits. The other groups in several
+    splits follow. At most `MAX_LISTED_GROUPS` are listed. Blank images are ignored.
 
     Args:
         thumbnails: by split, the indices int64 [n] of the compared examples and their thumbnails uint8 [n, 16, 16, 3].
-        labels: by split, the class index of each example of the split, int [count].
-        describe: returns the split, index, file and label (class name) of an example, given its split and index.
-        list_all: whether groups within one split and class, which are otherwise only counted, are listed last.
+        labels: by split, the class index of each example in the split, int [count].
+        describe: function from an example's split and index to its `split`, `index`, `file` and `label` (class name).
+        list_all: whether groups within one split and class, which are otherwise only counted, are also listed, last.
     """
     splits = list(thumbnails)
     per_split = [
@@ -130,35 +130,35 @@ def find_duplicates(
         for split_index, (name, (indices, images)) in enumerate(thumbnails.items())
     ]
     columns = [np.concatenate(column) for column in zip(*per_split, strict=True)]
-    not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
-    split_of, index_of, label_of, images = (column[not_blank] for column in columns)
-    left, right = _duplicate_pairs(images)
+    is_not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
+    row_splits, row_indices, row_labels, images = (column[is_not_blank] for column in columns)
+    left, right = _find_duplicate_pairs(images)
     graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(images),) * 2)
-    _, component = connected_components(graph, directed=False)
-    order = np.argsort(component, kind="stable")
-    groups = [group for group in np.split(order, np.flatnonzero(np.diff(component[order])) + 1) if len(group) > 1]
-    spans_splits = [len(np.unique(split_of[group])) > 1 for group in groups]
-    has_several_labels = [len(np.unique(label_of[group])) > 1 for group in groups]
-    rank = [
+    _, components = connected_components(graph, directed=False)
+    order = np.argsort(components, kind="stable")
+    groups = [group for group in np.split(order, np.flatnonzero(np.diff(components[order])) + 1) if len(group) > 1]
+    spans_splits = [len(np.unique(row_splits[group])) > 1 for group in groups]
+    has_several_labels = [len(np.unique(row_labels[group])) > 1 for group in groups]
+    ranks = [
         2 * labels_differ + splits_differ
         for labels_differ, splits_differ in zip(has_several_labels, spans_splits, strict=True)
     ]
-    by_rank = sorted(range(len(groups)), key=lambda k: (-rank[k], groups[k][0]))
-    notable = [k for k in by_rank if rank[k]]
+    ranked_groups = sorted(range(len(groups)), key=lambda group_index: (-ranks[group_index], groups[group_index][0]))
+    notable_groups = [group_index for group_index in ranked_groups if ranks[group_index]]
 
     def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
-        return [describe(splits[split_of[i]], int(index_of[i])) for i in rows]
+        return [describe(splits[row_splits[i]], int(row_indices[i])) for i in rows]
 
     entries = []
-    for k in (by_rank if list_all else notable)[:MAX_LISTED_GROUPS]:
-        _, first_of_label = np.unique(label_of[groups[k]], return_index=True)
-        names = sorted({member["label"] for member in describe_all(groups[k][first_of_label])})
+    for k in (ranked_groups if list_all else notable_groups)[:MAX_LISTED_GROUPS]:
+        _, first_with_label = np.unique(row_labels[groups[k]], return_index=True)
+        names = sorted({member["label"] for member in describe_all(groups[k][first_with_label])})
         members = describe_all(groups[k][:MAX_LISTED_MEMBERS])
         entries.append({"count": len(groups[k]), "across_splits": spans_splits[k], "labels": names, "members": members})
     return {
         "compared": {name: len(indices) for name, (indices, _) in thumbnails.items()},
         "across_splits": sum(spans_splits),
         "different_labels": sum(has_several_labels),
-        "within_one_split_and_class": len(groups) - len(notable),
+        "within_one_split_and_class": len(groups) - len(notable_groups),
         "groups": entries,
     }

@@ -25,7 +25,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
     The interval is a normal approximation, which requires a large n. For n = 1 both bounds are the value.
     """
-    # 95 % of a normal distribution are within 1.96 standard errors.
+    # 95 % of a normal distribution is within 1.96 standard deviations of the mean.
     margin = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
     mean = float(values.mean())
     return mean - margin, mean + margin
@@ -34,25 +34,25 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 def macro_f1_interval(confusion: np.ndarray) -> tuple[float, float]:
     """Return the bounds of the 95 % interval of macro F1 by the percentile bootstrap (Efron 1979).
 
-    Instead of n examples with replacement, the counts of the confusion matrix are drawn from a multinomial
-    distribution, which is equivalent and faster. The seed depends only on the numbers of examples and classes, so equal
-    matrices have equal intervals.
+    Instead of drawing n examples with replacement, this function draws the counts of the confusion matrix from a
+    multinomial distribution, which is equivalent and faster. The seed depends only on the numbers of examples and
+    classes, so equal matrices have equal intervals.
 
     Args:
-        confusion: counts of at least one example, int [c, c]; rows are the truth, columns the prediction.
+        confusion: number of examples per truth (row) and prediction (column), int [c, c]; at least one example.
     """
     truth, prediction = np.nonzero(confusion)
     is_correct, counts = truth == prediction, confusion[truth, prediction]
-    n, classes = int(counts.sum()), len(confusion)
-    generator = np.random.default_rng([n, classes])
-    batch_size = max(_COUNTS_PER_BATCH // max(len(counts), classes), 1)
+    n, num_classes = int(counts.sum()), len(confusion)
+    generator = np.random.default_rng([n, num_classes])
+    batch_size = max(_COUNTS_PER_BATCH // max(len(counts), num_classes), 1)
     scores: list[float] = []
     for start in range(0, BOOTSTRAP_SAMPLES, batch_size):
         for resampled_counts in generator.multinomial(n, counts / n, size=min(batch_size, BOOTSTRAP_SAMPLES - start)):
-            hits = np.bincount(truth[is_correct], weights=resampled_counts[is_correct], minlength=classes)
-            denominators = np.bincount(truth, weights=resampled_counts, minlength=classes)
-            denominators += np.bincount(prediction, weights=resampled_counts, minlength=classes)
-            defined = denominators > 0
-            scores.append(float((2 * hits[defined] / denominators[defined]).mean()))
+            hits = np.bincount(truth[is_correct], weights=resampled_counts[is_correct], minlength=num_classes)
+            denominators = np.bincount(truth, weights=resampled_counts, minlength=num_classes)
+            denominators += np.bincount(prediction, weights=resampled_counts, minlength=num_classes)
+            is_defined = denominators > 0
+            scores.append(float((2 * hits[is_defined] / denominators[is_defined]).mean()))
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)

@@ -6,43 +6,43 @@ import numpy as np
 
 from trainer.types import EvaluationResult
 
-MAX_LISTED = 100  # examples in report.json
+MAX_LISTED = 100  # label errors in report.json
 
 
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the examples that the model confidently assigns to a class other than their label.
+    """Find the examples that the model confidently assigns to a class other than their label.
 
-    The threshold of a class is the mean probability of the class over the examples labeled with it. The class suggested
-    for an example is the most probable of those whose threshold its probability reaches. If this class differs from the
-    label, the label is a possible error (in the paper: off the diagonal of the confident joint). The model must not
-    have been trained on the examples.
+    A class's threshold is the mean probability of the class over the examples labeled with it. The class suggested for
+    an example is the most probable class among those whose probability reaches their threshold. If this class differs
+    from the label, the label is a possible error (in the paper: off the diagonal of the confident joint). The model
+    must not have been trained on the examples.
 
     Args:
         labels: class indices, int [n].
         probabilities: float [n, c].
 
     Returns:
-        Indices int64 [m] and suggested classes int64 [m], in ascending order of the margin: the probability of the
-        label minus that of the suggestion.
+        Indices int64 [m] and suggested classes int64 [m], in ascending order of the margin: the label's probability
+        minus the suggested class's probability.
     """
-    n, classes = probabilities.shape
-    counts = np.bincount(labels, minlength=classes)
+    n, num_classes = probabilities.shape
+    counts = np.bincount(labels, minlength=num_classes)
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
-    sums = np.bincount(labels, weights=label_probabilities, minlength=classes)
+    sums = np.bincount(labels, weights=label_probabilities, minlength=num_classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # never suggest a class without examples
     # -1 replaces each probability below the threshold of its class.
-    confident = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
-    suggestions = confident.argmax(axis=1)
-    candidates = np.flatnonzero((confident[np.arange(n), suggestions] >= 0) & (suggestions != labels))
-    margin = label_probabilities[candidates] - probabilities[candidates, suggestions[candidates]]
-    order = np.argsort(margin, kind="stable")
-    return candidates[order], suggestions[candidates[order]]
+    confident_probabilities = np.where(probabilities >= thresholds.astype(probabilities.dtype), probabilities, -1.0)
+    suggestions = confident_probabilities.argmax(axis=1)
+    error_indices = np.flatnonzero((confident_probabilities[np.arange(n), suggestions] >= 0) & (suggestions != labels))
+    margins = label_probabilities[error_indices] - probabilities[error_indices, suggestions[error_indices]]
+    order = np.argsort(margins, kind="stable")
+    return error_indices[order], suggestions[error_indices[order]]
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
     """Return `label_errors` of report.json: the count, and in `rows` the `MAX_LISTED` errors with the smallest margins.
 
-    `index` of a row is the row of the example in the result and in predictions.csv.
+    Each entry's `index` is the example's row in `result` and in predictions.csv.
     """
     indices, suggestions = find_label_errors(result.labels, result.probabilities)
     rows = [

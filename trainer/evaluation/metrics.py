@@ -11,7 +11,7 @@ from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilso
 from trainer.types import EvaluationResult
 
 TOP_K = 5  # k of top-k accuracy, which is computed only for more than k classes
-CALIBRATION_BINS = 15  # equal bins of the confidence, as in Guo et al. 2017
+CALIBRATION_BINS = 15  # bins of equal width for the confidence, as in Guo et al. 2017
 MIN_PROBABILITY = 1e-7  # lower bound of the argument of the logarithm, as in Keras
 
 
@@ -19,7 +19,7 @@ def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -
     """Count the examples whose label is among the k most probable classes.
 
     Ties are broken by class index, as in argmax, so top-k accuracy is never below accuracy (in scikit-learn it can be).
-    Probabilities are float [n, c]; labels are class indices, int [n].
+    `probabilities` is float [n, c], and `labels` has the class indices, int [n].
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels][:, None]
     precedes_label = np.arange(probabilities.shape[1])[None, :] < labels[:, None]
@@ -28,9 +28,9 @@ def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean F1 of the classes that occur as label or prediction, as scikit-learn's macro `f1_score`.
+    """Return the mean F1 of the classes that occur as a label or prediction, as scikit-learn's macro `f1_score` does.
 
-    Predictions and labels are class indices, int [n] with n >= 1.
+    `predictions` and `labels` are class indices, int [n] with n >= 1.
     """
     size = int(max(predictions.max(), labels.max())) + 1
     hits = np.bincount(labels[predictions == labels], minlength=size)
@@ -46,15 +46,15 @@ def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[fl
         correct: whether the prediction is correct, bool [n].
 
     Returns:
-        The error, and the `CALIBRATION_BINS` bins (low, high] (`trainer.report.schema.CalibrationBin`), in which the
-        mean confidence and the accuracy are None if the bin is empty.
+        The error, and a dictionary for each of the `CALIBRATION_BINS` bins (low, high], with the keys `low`, `high`,
+        `count`, `confidence` (the mean) and `accuracy`. The last two are None if the bin is empty.
     """
     edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
-    bin_of = np.digitize(confidence, edges[1:-1], right=True)
+    bin_indices = np.digitize(confidence, edges[1:-1], right=True)
     bins: list[dict[str, Any]] = []
     error = 0.0
-    for k, (low, high) in enumerate(pairwise(edges.tolist())):
-        in_bin = bin_of == k
+    for bin_index, (low, high) in enumerate(pairwise(edges.tolist())):
+        in_bin = bin_indices == bin_index
         count, mean_confidence, accuracy = int(in_bin.sum()), None, None
         if count:
             mean_confidence, accuracy = float(confidence[in_bin].mean(dtype=np.float64)), float(correct[in_bin].mean())
@@ -64,7 +64,7 @@ def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[fl
 
 
 def _score_accuracy(correct: np.ndarray) -> dict[str, Any]:
-    """Return n, the number of correct predictions, the accuracy and its interval, from `correct`, bool [n], n >= 1."""
+    """Return `n`, `correct` (a count), `accuracy` and its `interval`, given which of n >= 1 predictions are correct."""
     n, hits = len(correct), int(correct.sum())
     return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson_interval(hits, n))}
 
@@ -93,22 +93,22 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         class_names: the c class names, by index.
 
     Raises:
-        DataError: there is no example, the shapes do not match, a label is out of range or a probability not finite.
+        DataError: there is no example, a shape is wrong, a label is out of range, or a probability is not finite.
     """
-    n, classes = len(labels), len(class_names)
-    _validate(labels, probabilities, classes)
+    n, num_classes = len(labels), len(class_names)
+    _validate(labels, probabilities, num_classes)
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
     scores: dict[str, Any] = _score_accuracy(correct)
-    if classes > TOP_K:
-        hits = count_top_k(probabilities, labels)
-        scores |= {"top_5": hits / n, "top_5_interval": list(wilson_interval(hits, n))}
+    if num_classes > TOP_K:
+        top_k_hits = count_top_k(probabilities, labels)
+        scores |= {"top_5": top_k_hits / n, "top_5_interval": list(wilson_interval(top_k_hits, n))}
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))  # -log(1) would be -0.0
-    error, bins = measure_calibration(confidence, correct)
-    counts = np.bincount(labels.astype(np.int64) * classes + predictions, minlength=classes**2)
-    confusion = counts.reshape(classes, classes)
+    calibration_error, calibration_bins = measure_calibration(confidence, correct)
+    counts = np.bincount(labels.astype(np.int64) * num_classes + predictions, minlength=num_classes**2)
+    confusion = counts.reshape(num_classes, num_classes)
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
         "loss": float(losses.mean()),
@@ -118,31 +118,31 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         "per_class": _score_classes(confusion, class_names),
         "confusion": confusion.tolist(),
         "mean_confidence": float(confidence.mean()),
-        "calibration_error": error,
-        "calibration_bins": bins,
+        "calibration_error": calibration_error,
+        "calibration_bins": calibration_bins,
     }
 
 
-def _validate(labels: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
+def _validate(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
     n = len(labels)
     if n == 0:
         raise DataError("the split has no examples to evaluate", fix="add examples to it or choose another split")
-    if probabilities.shape != (n, classes):
+    if probabilities.shape != (n, num_classes):
         raise DataError(
-            f"the probabilities have shape {probabilities.shape} instead of (labels, classes) = ({n}, {classes})",
+            f"the probabilities have shape {probabilities.shape} instead of (labels, classes) = ({n}, {num_classes})",
             fix="evaluate with the model and the data of the same run",
         )
-    invalid = np.flatnonzero((labels < 0) | (labels >= classes))
-    if invalid.size:
+    invalid_rows = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if invalid_rows.size:
         raise DataError(
-            f"the label {labels[invalid[0]]} of example {invalid[0]} is out of range: the labels of {classes} classes "
-            f"are 0 to {classes - 1}",
+            f"the label {labels[invalid_rows[0]]} of example {invalid_rows[0]} is out of range: "
+            f"the labels of {num_classes} classes are 0 to {num_classes - 1}",
             fix="correct the label or the class names",
         )
-    not_finite = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
-    if not_finite.size:
+    bad_rows = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+    if bad_rows.size:
         raise DataError(
-            f"the probabilities of {not_finite.size} of {n} examples (the first is example {not_finite[0]}) are not "
+            f"the probabilities of {bad_rows.size} of {n} examples (the first is example {bad_rows[0]}) are not "
             "finite: the weights of the model have diverged",
             fix="use an earlier checkpoint or a lower learning rate",
         )
@@ -156,7 +156,7 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
     Args:
         labels: class indices, int [n].
         predictions: class indices, int [n].
-        groups: name of the group of each example.
+        groups: name of each example's group.
         field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:
@@ -169,19 +169,19 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
             value=field,
             fix="assign one group to each example",
         )
-    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    names, group_indices = np.unique(np.asarray(groups), return_inverse=True)
     rows: list[dict[str, Any]] = []
-    for k, name in enumerate(names.tolist()):
-        truth, predicted = labels[group_of == k], predictions[group_of == k]
+    for group_index, name in enumerate(names.tolist()):
+        truth, predicted = labels[group_indices == group_index], predictions[group_indices == group_index]
         rows.append({"name": name, **_score_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
     scores: dict[str, Any] = {"field": field, "rows": rows}
     if len(rows) > 1:
-        best, worst = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
+        best_row, worst_row = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
         scores["gap"] = {
-            "accuracy": best["accuracy"] - worst["accuracy"],
-            "highest": best["name"],
-            "lowest": worst["name"],
-            "overlap": worst["interval"][1] >= best["interval"][0],
+            "accuracy": best_row["accuracy"] - worst_row["accuracy"],
+            "highest": best_row["name"],
+            "lowest": worst_row["name"],
+            "overlap": worst_row["interval"][1] >= best_row["interval"][0],
         }
     return scores
 
@@ -195,7 +195,7 @@ def evaluate_arrays(
     groups: Sequence[str] | None = None,
     group_field: str = "",
 ) -> EvaluationResult:
-    """Score the predictions for a split, and return them with their scores.
+    """Score the predictions for a split. Return the predictions together with their scores.
 
     Args:
         split: name of the split.
@@ -203,12 +203,12 @@ def evaluate_arrays(
         labels: class indices, int32 [n], ordered by example index.
         probabilities: float32 [n, c].
         names: file or record of each example.
-        groups: name of the group of each example; None omits the scores per group.
+        groups: name of each example's group; None omits the scores per group.
         group_field: value of the configuration key data.group_field, which defines the groups.
 
     Raises:
-        DataError: the lengths or shapes contradict each other, there is no example, a label is out of range, or a
-            probability is not finite.
+        DataError: the lengths or shapes do not match, there is no example, a label is out of range, or a probability
+            is not finite.
     """
     labels, probabilities = np.asarray(labels, np.int32), np.asarray(probabilities, np.float32)
     if len(names) != len(labels):

@@ -16,9 +16,10 @@ COLUMNS = ("index", "file", "truth", "prediction", "probability", "correct")
 def write_predictions(path: Path, result: EvaluationResult) -> None:
     """Write the predictions in `result` to a CSV file with one line per example, atomically.
 
-    `index` counts the lines from 0. `truth` and `prediction` are class names, `probability` is that of the prediction
-    with six decimals, and `correct` is true or false. If the examples are records that store the name of their image
-    file, it is in a last column `source`. Names are encoded by `encode_cell`. Equal results give equal bytes.
+    `index` counts the examples from 0. `truth` and `prediction` are class names, `probability` is the predicted class's
+    probability with six decimals, and `correct` is true or false. If the examples are records that store the name of
+    their image file, a last column, `source`, has this name. Names are encoded by `encode_cell`. Equal results give
+    equal bytes.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -16,8 +16,8 @@ from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macr
 from trainer.monitoring.health import health
 from trainer.types import Batch, Scored
 
-# Images per replica and device call of the feature pass, of `trainer.predict`, and of scoring with
-# `training.virtual_replicas`. Constant, so that the bits do not depend on batch size and worker count.
+# Images per replica and device call in the feature pass, in `trainer.predict`, and in scoring with
+# `training.virtual_replicas`. Constant, so that the results' bits do not depend on batch size and number of workers.
 ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
 
 
@@ -30,7 +30,7 @@ class Network(Protocol):
     """A classifier, the tail of a classifier (its layers above cached features), or a teacher."""
 
     def logits(self, images: Any, *, training: bool = False) -> Any:
-        """Return logits, float32 [b, classes], for images [b, S, S, 3] in 0..255, or for features if this is a tail."""
+        """Return logits, float32 [b, classes], for images [b, S, S, 3] in 0..255, or for features if it is a tail."""
 
 
 class Predictor:
@@ -56,28 +56,28 @@ class Predictor:
             is_ready: called before each batch; the prediction ends early if it returns False.
 
         Returns:
-            Probabilities float32 [n, classes], labels int32 [n], indices int64 [n] and losses (cross-entropy of the
-            logits) float32 [n] of the examples, without padding, ordered by index.
+            Probabilities float32 [n, classes], labels int32 [n], example indices int64 [n] and losses (cross-entropy of
+            the logits) float32 [n], without padding, ordered by index.
         """
-        per_replica: list[tuple[np.ndarray, ...]] = []
-        stream, local = iter(batches), self.strategy.experimental_local_results
+        chunks: list[tuple[np.ndarray, ...]] = []
+        stream, local_results = iter(batches), self.strategy.experimental_local_results
         for i in range(count):
             health.record_progress(i, count)
             if not is_ready():
                 break
             outputs, losses, batch = self._predict(next(stream))
-            other_columns = [local(batch[k]) for k in ("label", "index", "weight")]
-            for tensors in zip(local(outputs), local(losses), *other_columns, strict=True):
+            other_columns = [local_results(batch[k]) for k in ("label", "index", "weight")]
+            for tensors in zip(local_results(outputs), local_results(losses), *other_columns, strict=True):
                 probabilities, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
                 is_example = weight > 0  # padding has weight 0
-                per_replica.append((probabilities[is_example], label[is_example], index[is_example], loss[is_example]))
-        return _join_by_index(per_replica)
+                chunks.append((probabilities[is_example], label[is_example], index[is_example], loss[is_example]))
+        return _join_by_index(chunks)
 
 
 class Scorer:
-    """Scores the examples of a split with a network; each worker predicts the examples of its own shard.
+    """Scores the examples of a split with a network; each worker predicts its own shard of the examples.
 
-    The workers do not wait for each other between batches. At the end the chief gathers the predictions of the others.
+    The workers do not wait for each other between batches. At the end the chief gathers all workers' predictions.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Scorer:
             network: the network, built in the scope of the worker's strategy.
             sharding: which examples this worker predicts.
             on_wait: called with the seconds of each wait for shards from a bucket.
-            rows: images per replica and device call; defaults to the batch size of a replica.
+            rows: images per replica and device call; defaults to the batch size per replica.
         """
         self.worker, self.sharding, self.on_wait, self.rows = worker, sharding, on_wait, rows
         self.predictor = Predictor(worker.strategy, network)
@@ -104,34 +104,34 @@ class Scorer:
     def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> Scored:
         """Predict the examples of `source`. All workers must call this.
 
-        A stop request ends the call early with incomplete predictions and without an exception. So call
+        A stop request ends the call early, with incomplete predictions and without an exception, so call
         `Worker.should_stop` before you use the result.
 
         Args:
             source: the images or features of a split.
             batch_size: the global batch size.
-            topic: name of the gather of the predictions on the control channel.
-            fraction: fraction of the batches to predict; they have the same examples at every call.
+            topic: name under which the predictions are gathered on the control channel, the same on all workers.
+            fraction: fraction of the batches to predict; every call predicts the same examples.
 
         Returns:
-            On the chief, the predictions for all these examples; on another worker, for those of its shard. Examples
-            that cannot be read are omitted.
+            On the chief, the predictions for all these examples; on any other worker, only for the examples in its
+            shard. Examples that cannot be read are omitted.
 
         Raises:
-            DataError: an example cannot be read and data.on_error is "fail", or on the chief, no example can be read.
+            DataError: an example cannot be read and data.on_error is "fail", or (on the chief) no example can be read.
             Interrupted: the bucket with the shards does not respond.
         """
         batches, stream = self._open(source, batch_size, fraction)
         rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
-        gate, examples = batches.open_gate(), rows
+        gate, count = batches.open_gate(), rows
         with convert_data_errors(source):
-            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, examples))
+            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, count))
         gate.close()
         if self.worker.size > 1:
-            names = ("probabilities", "labels", "indices", "losses")
-            shards = self.worker.control.gather_arrays(topic, dict(zip(names, arrays, strict=True)))
+            keys = ("probabilities", "labels", "indices", "losses")
+            shards = self.worker.control.gather_arrays(topic, dict(zip(keys, arrays, strict=True)))
             if shards:
-                arrays = _join_by_index([tuple(shard[n] for n in names) for shard in shards if len(shard["labels"])])
+                arrays = _join_by_index([tuple(shard[n] for n in keys) for shard in shards if len(shard["labels"])])
         probabilities, labels, indices, losses = arrays
         if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
             reasons = [f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.bad.items())]
@@ -141,7 +141,7 @@ class Scorer:
         return Scored(source.split.name, indices, labels, probabilities, losses)
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
-        """Return the batches of a source and their distributed dataset; each is built once and reused later."""
+        """Return the batches of a source and their distributed dataset, which are built once and reused later."""
         for opened_source, settings, batches, stream in self._opened:
             if opened_source is source and settings == (batch_size, fraction):
                 return batches, stream
@@ -153,10 +153,10 @@ class Scorer:
         self._opened.append((source, (batch_size, fraction), batches, stream))
         return batches, stream
 
-    def _wait_for_shards(self, gate: ShardGate | ShardGates, examples: int) -> bool:
-        """Wait until the next `examples` examples can be read; return False after a stop request."""
+    def _wait_for_shards(self, gate: ShardGate | ShardGates, count: int) -> bool:
+        """Wait until the next `count` examples can be read; return False after a stop request."""
         try:
-            seconds = gate.wait_for(examples)
+            seconds = gate.wait_for(count)
         except StopRequested:
             return False
         if seconds > 0:
@@ -184,8 +184,8 @@ def validation_scores(
     Args:
         probabilities: float32 [n, classes] with n >= 1.
         labels: class indices, int32 [n].
-        losses: cross-entropy of the logits, float32 [n]. It replaces the loss of a probability of the label below
-            `MIN_PROBABILITY`, which may have underflowed.
+        losses: cross-entropy of the logits, float32 [n]. It is used for examples whose label has a probability below
+            `MIN_PROBABILITY`, as this may have underflowed; all other losses are computed from the probability.
 
     Returns:
         val_loss, the mean cross-entropy; val_accuracy; val_macro_f1; val_n, the number of examples; and val_top_5, the
@@ -193,9 +193,9 @@ def validation_scores(
     """
     label_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     predictions = probabilities.argmax(-1)
-    from_probabilities = -np.log(np.maximum(label_probabilities, MIN_PROBABILITY))
+    losses_from_probabilities = -np.log(np.maximum(label_probabilities, MIN_PROBABILITY))
     scores = {
-        "val_loss": float(np.where(label_probabilities < MIN_PROBABILITY, losses, from_probabilities).mean()),
+        "val_loss": float(np.where(label_probabilities < MIN_PROBABILITY, losses, losses_from_probabilities).mean()),
         "val_accuracy": float((predictions == labels).mean()),
         "val_macro_f1": macro_f1(predictions, labels),
         "val_n": len(labels),

@@ -29,7 +29,7 @@ from trainer.errors import ConfigError
 from trainer.nightly.night import Settings, run_night
 from trainer.promote import parse_keep
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"to": "is required", "log": "is required", "runs": "is required", "hours": "", "keep": "", "now": ""}
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         run_overrides, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
         composed = compose(run_overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
-        config = load_given(composed, run_overrides)  # fails before the drift is measured, not after
+        config = load_given(composed, run_overrides)  # raises configuration errors before the drift is measured
         configure_log(config.runtime)
-        to, predictions_log = (arguments[key].rstrip("/") for key in ("to", "log"))
-        run_night(Settings(to, predictions_log, runs, hours, keep, tuple(overrides)), now, config.runtime)
+        versions_folder, predictions_log = (arguments[key].rstrip("/") for key in ("to", "log"))
+        run_night(Settings(versions_folder, predictions_log, runs, hours, keep, tuple(overrides)), now, config.runtime)

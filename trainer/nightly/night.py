@@ -37,7 +37,7 @@ from trainer.monitoring.termination import set_success_message
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json
 
-RECORDS = "nights"  # folder below `Settings.runs` with the records of all nights
+RECORDS = "nights"  # folder in `Settings.runs` that contains the records of all nights
 # Outcomes of a night. A second start on the same day measures again after STABLE and NO_PREDICTIONS, continues the run
 # after FAILED, and does nothing after PROMOTED and REFUSED.
 STABLE, NO_PREDICTIONS, FAILED = "stable", "no predictions", "failed"
@@ -48,7 +48,7 @@ PROMOTED, REFUSED = "promoted", "refused"
 class Settings:
     """The arguments of `trainer.nightly`. Addresses, local or in a bucket, do not end with a slash."""
 
-    to: str  # folder of the versions of the served model
+    to: str  # folder with the served model's versions
     log: str  # prediction log
     runs: str  # folder of the runs and of `RECORDS`
     hours: float  # length of the period whose predictions are compared with the reference
@@ -58,18 +58,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Night:
-    """The record of a night, `runs/nights/DAY.json`. It is written before the run begins, and with the outcome."""
+    """The record of a night, `runs/nights/DAY.json`, written before the run begins and again with the outcome."""
 
     day: str  # in UTC, such as 2026-01-31; also the name of the run's folder
-    warm_start: str | None = None  # output_dir of the run whose weights this one begins with; None for the backbone's
+    warm_start: str | None = None  # output_dir of the run whose weights initialize this one; None for the backbone's
     levels: Mapping[str, str] | None = None  # level of each measure of drift; None if nothing was measured
-    outcome: str | None = None  # None if the run of this day is not finished
-    reason: str = ""  # of the outcome, or of the run if it is not finished
+    outcome: str | None = None  # None if this day's run is not finished
+    reason: str = ""  # reason for the outcome, or for the run if it is not finished
     version: int | None = None  # number of the promoted version; None if none was promoted
 
 
 def parse_night(value: Any) -> Night:
-    """Convert the JSON object of a night to a `Night`; raise one of `CONTENT_ERRORS` if it is something else."""
+    """Convert a JSON object to a `Night`. Raise a TypeError for wrong fields, a ValueError for an unknown outcome."""
     night = Night(**value)
     if night.outcome not in (None, STABLE, NO_PREDICTIONS, FAILED, PROMOTED, REFUSED):
         raise ValueError(f"unknown outcome {night.outcome!r}")
@@ -77,10 +77,10 @@ def parse_night(value: Any) -> Night:
 
 
 def choose_night(nights: list[Night], today: str) -> tuple[Night, bool]:
-    """Choose the night that this start continues or begins. Return it, and whether its run has begun.
+    """Choose the night that this start continues or begins. Return it, and whether its run has already begun.
 
-    This is the newest night if its run is not finished, and today's night otherwise. The run of today's night has begun
-    if an earlier start today failed.
+    It is the newest night if its run is not finished, and otherwise the night of `today`, such as 2026-01-31, whose run
+    has already begun if an earlier start of the day failed.
     """
     newest = max(nights, key=lambda night: night.day, default=None)
     if newest and newest.outcome is None:
@@ -95,11 +95,11 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
     Raises:
         Refused: the run is worse than the served version.
         Interrupted: the run was interrupted; the next start continues it.
-        DataError: the reference, the prediction log or a record cannot be used, or the run cannot be promoted.
+        ConfigError, DataError: the reference, the log or a record cannot be used, or the run cannot be promoted.
         TrainerError: the run failed.
     """
     records = storage_path(settings.runs) / RECORDS
-    with _monitored(runtime):
+    with _serve_monitoring(runtime):
         night, has_begun = choose_night(_read_nights(records), f"{now:%Y-%m-%d}")
         if night.outcome in (PROMOTED, REFUSED):
             return _finish(f"{settings.runs}/{night.day} is finished already: {night.outcome}; {night.reason}")
@@ -111,21 +111,21 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
         _write_night(records, night)
         if night.outcome:
             return _finish(f"{night.outcome}: {night.reason}; nothing to do")
-    code = train(settings, night)
-    with _monitored(runtime):
-        if code == INTERRUPTED:
+    exit_code = train(settings, night)
+    with _serve_monitoring(runtime):
+        if exit_code == INTERRUPTED:
             raise Interrupted(f"{settings.runs}/{night.day} is not finished", fix="the next start continues it")
-        if code != DONE:
-            error = _describe_failure(settings, night.day, code, runtime)
-            if code in (WRONG_INPUT, GAVE_UP):  # the run would fail again, so that the next night begins another one
+        if exit_code != DONE:
+            error = _describe_failure(settings, night.day, exit_code, runtime)
+            if exit_code in (WRONG_INPUT, GAVE_UP):  # the run would fail again, so the next night begins a new one
                 _write_night(records, replace(night, outcome=FAILED, reason=str(error)))
             raise error
         _promote(settings, night, records)
 
 
 def _promote(settings: Settings, night: Night, records: StoragePath) -> None:
-    """Promote the finished run of a night, and record the outcome. Raises the errors of `promote`."""
-    from trainer.promote.promotion import promote  # here, because it imports matplotlib
+    """Promote a night's finished run, and record the outcome. Errors of `promote` are recorded and raised again."""
+    from trainer.promote.promotion import promote  # imported here, because it imports matplotlib
 
     try:
         version, reason = promote(f"{settings.runs}/{night.day}", storage_path(settings.to), settings.keep)
@@ -145,7 +145,7 @@ def _finish(message: str) -> None:
 
 
 def _measure(settings: Settings, day: str, now: datetime) -> Night:
-    """Measure the drift of the served version. Return the record, whose outcome is None if a run has to be trained."""
+    """Measure the served version's drift. Return the night's record, whose outcome is None if a run must be trained."""
     version = find_version(settings.to)
     if version is None:
         log.info(f"{settings.to} has no version yet: training the first one")
@@ -159,13 +159,13 @@ def _measure(settings: Settings, day: str, now: datetime) -> Night:
     levels = {drift.name: drift.level for drift in measures}
     if most_severe_level(measures) != "shifted":
         return Night(day, None, levels, STABLE, f"version {version.name} has not drifted")
-    warm_start = _find_run(version)
+    warm_start = _find_promoted_run(version)
     log.info(f"version {version.name} has drifted: training from the weights of {warm_start or 'the backbone'}")
     return Night(day, warm_start, levels, reason=f"version {version.name} has drifted")
 
 
-def _find_run(version: StoragePath) -> str | None:
-    """Return the output_dir of the run from which a version was promoted; None if it is unknown or was deleted."""
+def _find_promoted_run(version: StoragePath) -> str | None:
+    """Return the output_dir of the run that was promoted to a version; None if it is unknown or was deleted."""
     from trainer.promote.promotion import read_manifest
 
     run = read_manifest(version).get("run")
@@ -185,37 +185,37 @@ def _write_night(records: StoragePath, night: Night) -> None:
 
 
 def train(settings: Settings, night: Night) -> int:
-    """Start or resume the run of a night in a child process, and return its exit code.
+    """Start or resume a night's run in a child process, and return the exit code of the process.
 
-    The code is negative if a signal ended the process. SIGTERM is forwarded to it, so that it saves a checkpoint.
-    SIGINT is ignored here, because a terminal sends Ctrl-C to the child process as well.
+    The exit code is negative if a signal ended the process. SIGTERM is forwarded to the process, so that it saves a
+    checkpoint. SIGINT is ignored here, because a terminal also sends Ctrl-C to the child process.
     """
     command = [sys.executable, "-m", "trainer", *settings.overrides]
     command.append(f"output_dir={quote_if_needed(f'{settings.runs}/{night.day}')}")
     if night.warm_start:
         command.append(f"warm_start={quote_if_needed(night.warm_start)}")
-    child: list[subprocess.Popen[bytes]] = []  # empty until the process exists
+    processes: list[subprocess.Popen[bytes]] = []  # empty until the process exists
     received_signals: list[int] = []
 
     def forward(signum: int, _frame: object) -> None:
         received_signals.append(signum)
-        for process in child:
+        for process in processes:
             process.send_signal(signum)
 
     signal.signal(signal.SIGTERM, forward)
     sigint_handler = signal.signal(signal.SIGINT, lambda _signum, _frame: None)
     try:
-        child.append(subprocess.Popen(command))
-        if received_signals:  # perhaps before `forward` had a process
-            child[0].send_signal(received_signals[0])
-        return child[0].wait()
+        processes.append(subprocess.Popen(command))
+        if received_signals:  # `forward` may have been called before `processes` had the process
+            processes[0].send_signal(received_signals[0])
+        return processes[0].wait()
     finally:
         signal.signal(signal.SIGINT, sigint_handler)
         exit_on_sigterm()
 
 
 def _describe_failure(settings: Settings, day: str, code: int, runtime: Runtime) -> TrainerError:
-    """Return the error for a failed run, with the termination message that it has written, or else its exit code."""
+    """Return the error for a failed run, with its termination message, or with its exit code if it wrote none."""
     message = ""
     if runtime.termination_log and code in (BUG, WRONG_INPUT, GAVE_UP):
         with suppress(OSError):
@@ -226,8 +226,8 @@ def _describe_failure(settings: Settings, day: str, code: int, runtime: Runtime)
 
 
 @contextmanager
-def _monitored(runtime: Runtime) -> Iterator[None]:
-    """Serve `/healthz` and `/metrics` on `runtime.http_port` in this block. While a run trains, its process does so."""
+def _serve_monitoring(runtime: Runtime) -> Iterator[None]:
+    """Serve `/healthz` and `/metrics` on `runtime.http_port` in this block. A training run serves its own."""
     if not runtime.http_port:
         yield
         return

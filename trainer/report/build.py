@@ -1,4 +1,4 @@
-"""Build the report of a scored split from its predictions and images, and show the figures in TensorBoard."""
+"""Build the report of a scored split from its predictions and images, and write its figures for TensorBoard."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import collect_versions
 from trainer.types import Scored
 
-if TYPE_CHECKING:  # imports Keras, which `trainer.look`, another caller, does not need
+if TYPE_CHECKING:  # this import loads Keras, which `trainer.look`, another caller, does not need
     from trainer.models.grad_cam import Explainer
 
-MAX_COMPARED = 100_000  # images of all splits together in the search for duplicates; their thumbnails take 77 MB
+MAX_COMPARED = 100_000  # images in the search for duplicates, over all splits; their thumbnails take 77 MB
 READ_BATCH = 64  # images per batch in the search for duplicates
 SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first one
-FETCH_BATCH = 512  # images per pipeline if shards are in a bucket, to limit its shards on the local disk
+FETCH_BATCH = 512  # images per input pipeline if shards are in a bucket; limits the shards on the local disk
 
 
 def build_report(
@@ -47,9 +47,10 @@ def build_report(
     Args:
         images: the images of all splits, with the dataset and the configuration.
         explain: computes the Grad-CAM heatmaps.
-        report_fields: the keys of `run` of `write_report` that this function does not compute.
+        report_fields: content of report.json that is not computed here, such as `title` and `timing`; the keys are
+            those of `run` in `trainer.report.write.write_report`.
         splits: the splits that are searched for duplicates; training samples are shown if "train" is one of them.
-        check: called after each batch of the search for duplicates; it can raise an exception to abort the report.
+        check: called after each batch of the search for duplicates; may raise an exception to abort the report.
 
     Raises:
         DataError: an image cannot be read and data.on_error is "fail", or the predictions are not finite.
@@ -58,8 +59,10 @@ def build_report(
     duplicates = find_duplicate_images(images, splits, check)  # first, as it adds corrupt images to `undecodable`
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
     group_names, group_field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
-    classes, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
-    result = evaluate_arrays(split, classes, labels, probabilities, names, groups=group_names, group_field=group_field)
+    class_names, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
+    result = evaluate_arrays(
+        split, class_names, labels, probabilities, names, groups=group_names, group_field=group_field
+    )
     result = replace(result, sources=images.list_sources(split, indices))
     data = describe_data(dataset)
     report_content = {
@@ -90,7 +93,7 @@ def select_training_samples(images: ImageStore) -> Samples:
 
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the views of the first image, uint8 [VIEW_COUNT, S, S, 3], with the arguments of `augment_examples`."""
+    """Return augmented views of the first image, uint8 [VIEW_COUNT, S, S, 3]; arguments as in `augment_examples`."""
     return augment_examples(augmentation, seed, images, indices, 1)[0]
 
 
@@ -108,9 +111,9 @@ def augment_examples(
     Returns:
         The augmented images, uint8 [count, VIEW_COUNT, S, S, 3].
     """
-    per_view = 2 if augmentation.mixes else 1  # `mix_pairs` mixes pairs of rows; the first row of a pair is the view
-    epochs = np.tile(np.repeat(np.arange(VIEW_COUNT), per_view), count)
-    rows = np.repeat(np.arange(count), VIEW_COUNT * per_view)
+    rows_per_view = 2 if augmentation.mixes else 1  # `mix_pairs` mixes pairs of rows; the first of them is the view
+    epochs = np.tile(np.repeat(np.arange(VIEW_COUNT), rows_per_view), count)
+    rows = np.repeat(np.arange(count), VIEW_COUNT * rows_per_view)
     if augmentation.mixes:
         rows[1::2] = (rows[1::2] + epochs[1::2] + 1) % len(indices)
     with tf.device("CPU"):  # as in the input pipeline
@@ -119,13 +122,13 @@ def augment_examples(
             labels, weight = tf.zeros(len(rows), tf.int32), tf.ones(len(rows))
             batch = {"image": views, "label": labels, "weight": weight, "index": indices[rows]}
             views = mix_pairs(batch, augmentation, seed, epochs)["image"]
-    return np.asarray(views[::per_view]).reshape(count, VIEW_COUNT, *images.shape[1:])
+    return np.asarray(views[::rows_per_view]).reshape(count, VIEW_COUNT, *images.shape[1:])
 
 
 def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -> dict[str, int]:
     """Divide `limit` images equally among the splits; what small splits do not need is divided among the larger ones.
 
-    `counts` has the number of images by split, and the result the number to compare.
+    `counts` maps each split to its number of images, the result maps it to the number of images to compare.
     """
     allocated: dict[str, int] = {}
     for rank, name in enumerate(sorted(counts, key=lambda n: counts[n])):
@@ -134,9 +137,9 @@ def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -
 
 
 def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], None]) -> np.ndarray:
-    """Read images and return their thumbnails, uint8 [k, 16, 16, 3]. Those of unreadable images are meaningless.
+    """Read images and return their thumbnails, uint8 [k, 16, 16, 3]. An unreadable image has a meaningless thumbnail.
 
-    `indices`, int64 [k], ascending, select the images. `check` is called after each batch, and can raise to abort.
+    `indices`, int64 [k], ascending, select the images. `check` is called after each batch; it may raise to abort.
     """
     if pixels.shards and len(indices) > FETCH_BATCH:
         index_batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
@@ -160,7 +163,10 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
     """Find duplicates among all images of `splits`, or among a sample if there are more than `MAX_COMPARED`.
 
-    `check` is passed to `read_thumbnails`. Raises DataError if an image cannot be read and data.on_error is "fail".
+    `check` is called after each batch; it may raise to abort.
+
+    Raises:
+        DataError: an image cannot be read and data.on_error is "fail".
     """
     dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
     counts = allocate_comparisons({name: dataset.splits[name].count for name in splits})
@@ -185,7 +191,7 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
 
 
 def write_tensorboard_images(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
-    """Write the figures of the report in `folder` as TensorBoard images of a step; replace the folder `logs`."""
+    """Write the figures of the report in `folder` to `logs`, which is replaced, as TensorBoard images of `step`."""
     shutil.rmtree(logs, ignore_errors=True)
     writer = tf.summary.create_file_writer(str(logs))
     with writer.as_default(step=step), tf.device("CPU"):

@@ -48,7 +48,7 @@ class ScoredRun:
     """The scores and predictions of a run, of an evaluation of a run, or of a version of a served model."""
 
     name: str  # for display, unique among the compared runs
-    address: str  # output_dir, or the folder of the evaluation or version, as the user gave it
+    address: str  # output_dir, or the folder of the evaluation or version, as given by the user
     report: Mapping[str, Any]  # content of report.json
     predictions: Mapping[str, tuple[str, str]]  # class names (truth, prediction) by file
     config: Mapping[str, Any]  # content of config.yaml; empty if there is none
@@ -57,11 +57,11 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of runs with the first one, the reference, on the examples that they have in common."""
+    """Comparison of runs with the first run, the reference, on the examples that all runs have in common."""
 
     runs: Sequence[ScoredRun]
-    files: Sequence[str]  # names that all runs have for the common examples
-    names: Sequence[Sequence[str]]  # per run, the names of these examples in its predictions
+    files: Sequence[str]  # for each common example, a name that is the same in all runs
+    names: Sequence[Sequence[str]]  # for each run, the keys of these examples in `ScoredRun.predictions`
     correct: np.ndarray  # whether the prediction is correct, bool [runs, files]
     pairs: Sequence[PairedComparison]  # comparison of each later run with the first one
     p: Sequence[float]  # p-value of each pair, adjusted for the number of pairs (Holm 1979)
@@ -95,7 +95,7 @@ def read_scored_run(address: str, name: str) -> ScoredRun:
 
 
 def _require_scores(report: Any) -> None:
-    """Raise one of `CONTENT_ERRORS` unless the content of report.json has all that a comparison reads."""
+    """Raise one of `CONTENT_ERRORS` unless the content of report.json has everything that a comparison reads."""
     set(report["data"]["class_names"])
     for row in report["test"]["per_class"]:
         require_json_object(row)["name"], row["f1"]
@@ -104,14 +104,14 @@ def _require_scores(report: Any) -> None:
 
 
 def _read_epochs(root: StoragePath) -> list[dict[str, Any]]:
-    """Read the epochs of a run from metrics.jsonl; [] if it does not exist."""
+    """Read a run's epochs from metrics.jsonl; return [] if the file does not exist."""
     metrics = (root / "metrics.jsonl").fetch()
     rows = [json.loads(line) for line in metrics[0].decode().splitlines()] if metrics else []
     return [row for row in rows if row["kind"] == "epoch"]
 
 
 def _read_configuration(root: StoragePath) -> dict[str, Any]:
-    """Read config.yaml of a run, or of the run RUN if `root` is RUN/evaluations/NAME; {} if it does not exist."""
+    """Read a run's config.yaml from `root`, or from RUN if `root` is RUN/evaluations/NAME; return {} if missing."""
     for folder in (root, root.parent.parent):
         if content := (folder / "config.yaml").fetch():
             return dict(yaml.safe_load(content[0]))
@@ -119,7 +119,7 @@ def _read_configuration(root: StoragePath) -> dict[str, Any]:
 
 
 def make_distinct_names(addresses: Sequence[str]) -> list[str]:
-    """Return a name per address: its last path components, as few as make all names distinct.
+    """Shorten addresses to their last path components, as few as keep them distinct.
 
     For example, `outputs/a` and `outputs/b` become "a" and "b", and `out/a/x` and `out/b/x` become "a/x" and "b/x".
     """
@@ -131,64 +131,64 @@ def make_distinct_names(addresses: Sequence[str]) -> list[str]:
     return list(addresses)
 
 
-def _files_by_common_name(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
-    """Return, per run, a mapping from a common name of an example to its file in the predictions of the run.
+def _map_common_names(runs: Sequence[ScoredRun]) -> list[dict[str, str]]:
+    """Return, for each run, a mapping from each example's common name to its key in `ScoredRun.predictions`.
 
-    The common name is the file itself if at least one file is in all runs. Otherwise the runs may have read the same
-    dataset from different paths, so the name is the path relative to the common folder of all files of the run.
+    The common name is the key, a file, if at least one file occurs in all runs. Otherwise the runs may have read the
+    same dataset from different paths, so the name is the path relative to the common folder of all the run's files.
     """
-    by_file = [{file: file for file in run.predictions} for run in runs]
-    if set.intersection(*map(set, by_file)):
-        return by_file
-    by_path = []
+    file_maps = [{file: file for file in run.predictions} for run in runs]
+    if set.intersection(*map(set, file_maps)):
+        return file_maps
+    path_maps = []
     for run in runs:
         parents = [str(PurePosixPath(file).parent) for file in run.predictions]
         root = commonpath(parents) if len({p.startswith("/") for p in parents}) == 1 else ""
-        by_path.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.predictions})
-    return by_path
+        path_maps.append({file.removeprefix(root).lstrip("/") if root else file: file for file in run.predictions})
+    return path_maps
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
-    """Compare runs with the first one, on the examples that all of them have in common.
+    """Compare runs with the first run, on the examples that all runs have in common.
 
     Raises:
         DataError: the classes of the runs or the labels of an example differ, or the runs have no example in common.
     """
     first = runs[0]
     for run in runs[1:]:
-        classes = (set(compared.report["data"]["class_names"]) for compared in (first, run))
-        if unmatched := sorted(set.symmetric_difference(*classes)):
+        class_sets = (set(compared.report["data"]["class_names"]) for compared in (first, run))
+        if unmatched := sorted(set.symmetric_difference(*class_sets)):
             raise DataError(
                 f"{first.address} and {run.address} cannot be compared: their classes differ (only one of them has "
                 f"{unmatched[0]!r})",
                 fix="compare runs on data of the same classes",
             )
-    files_by_name = _files_by_common_name(runs)
-    common = sorted(set.intersection(*map(set, files_by_name)))
-    if not common:
+    name_maps = _map_common_names(runs)
+    common_names = sorted(set.intersection(*map(set, name_maps)))
+    if not common_names:
         raise DataError(
             f"{' and '.join(run.address for run in runs)} cannot be compared: no example was scored in all of them",
             fix="evaluate them on the same data with python -m trainer.evaluate",
         )
-    names = [[file_of[name] for name in common] for file_of in files_by_name]
-    outcomes = [[run.predictions[file] for file in run_files] for run, run_files in zip(runs, names, strict=True)]
+    file_lists = [[name_map[name] for name in common_names] for name_map in name_maps]
+    outcomes = [[run.predictions[file] for file in run_files] for run, run_files in zip(runs, file_lists, strict=True)]
     for run, predictions in zip(runs, outcomes, strict=True):
-        for name, (expected, _), (truth, _) in zip(common, outcomes[0], predictions, strict=True):
-            if truth != expected:
+        for name, (first_truth, _), (truth, _) in zip(common_names, outcomes[0], predictions, strict=True):
+            if truth != first_truth:
                 raise DataError(
-                    f"{first.address} and {run.address} cannot be compared: the label of {name} is {expected!r} in one "
-                    f"and {truth!r} in the other",
+                    f"{first.address} and {run.address} cannot be compared: the label of {name} is {first_truth!r} in "
+                    f"one and {truth!r} in the other",
                     fix="evaluate both on the same labels",
                 )
     correct = np.array([[truth == prediction for truth, prediction in predictions] for predictions in outcomes], bool)
     pairs = [compare_paired(correct[0], row) for row in correct[1:]]
-    return Comparison(runs, common, names, correct, pairs, adjust_p_values([pair.p for pair in pairs]))
+    return Comparison(runs, common_names, file_lists, correct, pairs, adjust_p_values([pair.p for pair in pairs]))
 
 
 def describe_outcome(pair: PairedComparison, p: float) -> str:
     """Return "better", "worse" or "no significant difference" for the second run of a pair.
 
-    `p` is the p-value of the pair, adjusted if several pairs are compared.
+    `p` is the pair's p-value, adjusted if several pairs are compared.
     """
     return "no significant difference" if p >= SIGNIFICANCE_LEVEL else "better" if pair.difference > 0 else "worse"
 
@@ -196,7 +196,7 @@ def describe_outcome(pair: PairedComparison, p: float) -> str:
 def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (key, value in each run) for each configuration key whose values differ.
 
-    If only some runs have a phase, its keys are left out, and the row `phases` lists the phases of each run.
+    If only some runs have a phase, its keys are left out, and a row `phases` lists each run's phases.
     """
     configs = [flatten(dict(run.config)) for run in runs]
     phases = [list(run.config.get("phases", {})) for run in runs]
@@ -215,17 +215,17 @@ def _format_argument(value: Any) -> str:
     return f"[{','.join(map(_format_argument, value))}]" if isinstance(value, list) else str(value)
 
 
-def _rows_on_common_examples(comparison: Comparison) -> list[dict[str, Any]]:
+def _compute_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Return a row per run for the table and the page, computed from the common examples.
 
-    `pair` is None in the row of the first run. `changed` has a title and the indices into `Comparison.files` for the
-    examples that exactly one of this run and the first one predicts correctly, in each direction.
+    `pair` is None in the first run's row. `changed` lists a title and indices into `Comparison.files`: for the examples
+    that only this run predicts correctly, and for those that only the first run predicts correctly.
     """
     rows, n, first = [], len(comparison.files), comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
-        hits = int(correct.sum())
+        num_correct = int(correct.sum())
         row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
-        row |= {"accuracy": hits / n, "interval": wilson_interval(hits, n)}
+        row |= {"accuracy": num_correct / n, "interval": wilson_interval(num_correct, n)}
         if i > 0:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
             row |= {"pair": pair, "p": p, "verdict": describe_outcome(pair, p)}
@@ -247,7 +247,7 @@ _REPORTED_SCORES: list[tuple[str, str, str, Callable[..., str]]] = [
 ]  # fmt: skip
 
 
-def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
+def _collect_reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     """Return (label, value in each run) for the scores in the reports, which cover all scored examples of a run."""
     rows = [
         (name, show, [run.report[section].get(key) for run in runs]) for section, key, name, show in _REPORTED_SCORES
@@ -255,23 +255,23 @@ def _reported_scores(runs: Sequence[ScoredRun]) -> list[tuple[str, list[str]]]:
     return [(name, [show(v) for v in values]) for name, show, values in rows if any(v is not None for v in values)]
 
 
-_index_once = lru_cache(maxsize=8)(index_shard)  # indexing reads all headers of a shard
+_index_shard_cached = lru_cache(maxsize=8)(index_shard)  # indexing reads all headers of a shard
 
 
 def _read_image(run: ScoredRun, file: str) -> Markup | None:
-    """Return an <img> element of an image file or a record (SHARD#RECORD); None if this machine cannot read it."""
+    """Return an <img> element for an image file or a record (SHARD#RECORD); None if it cannot be read."""
     path, _, record = file.rpartition("#")
     try:
         if record.isdigit() and path:
-            index, k = _index_once(path), int(record)
+            index, k = _index_shard_cached(path), int(record)
             field = run.config.get("data", {}).get("image_field", "image")
             content = read_image(RecordLocation(path, k, int(index.offsets[k]), int(index.lengths[k]), field))
         else:
             content = storage_path(file).read()
         with Image.open(io.BytesIO(content)) as image:
-            # Show the image in the orientation in which the model of the run reads it.
-            ignored = run.config.get("data", {}).get("orientation", "ignore") == "ignore"
-            rgb = image.convert("RGB") if ignored else ImageOps.exif_transpose(image.convert("RGB"))
+            # Show the image in the orientation in which the run's model reads it.
+            ignores_orientation = run.config.get("data", {}).get("orientation", "ignore") == "ignore"
+            rgb = image.convert("RGB") if ignores_orientation else ImageOps.exif_transpose(image.convert("RGB"))
         return embed_thumbnail(
             np.asarray(ImageOps.fit(rgb, (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))), THUMBNAIL_PIXELS, file
         )
@@ -280,11 +280,11 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
 
 
 def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a section per later run and direction of change, with up to `MAX_IMAGES_PER_TAB` images each."""
+    """Return the page's sections of changed predictions: at most two per later run and `MAX_IMAGES_PER_TAB` images."""
     first, sections = comparison.runs[0], []
     for row, run, run_files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:
-            shots, names = [], [comparison.files[k] for k in examples]
+            shots, example_names = [], [comparison.files[k] for k in examples]
             for k in examples[:MAX_IMAGES_PER_TAB]:
                 name = comparison.names[0][k]
                 if image := _read_image(first, name) or _read_image(run, run_files[k]):
@@ -292,12 +292,12 @@ def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
                     shots.append({"image": image, "file": comparison.files[k], "truth": truth,
                                   "first": prediction, "prediction": run.predictions[run_files[k]][1]})  # fmt: skip
             if examples:
-                sections.append({"run": run.name, "title": title, "files": names, "shots": shots})
+                sections.append({"run": run.name, "title": title, "files": example_names, "shots": shots})
     return sections
 
 
 def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
-    """Draw validation accuracy and loss over the epochs, a line per run; a chart without any values is left out."""
+    """Draw validation accuracy and loss over the epochs, one line per run; a chart without values is left out."""
     charts = []
     for key, title in (("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss")):
         lines = []
@@ -317,7 +317,7 @@ def print_comparison(comparison: Comparison) -> None:
     for name in ("accuracy", "difference", "95 %", "only first correct", "only this correct", "p"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for row in _rows_on_common_examples(comparison):
+    for row in _compute_rows(comparison):
         cells = [escape(row["name"]), f"{row['accuracy']:.4f}"]
         if pair := row["pair"]:
             interval = "{:+.4f} to {:+.4f}".format(*pair.interval)
@@ -330,17 +330,17 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write a self-contained HTML page. The class whose F1 is lowest relative to the first run comes first."""
+    """Write the comparison to a self-contained HTML page. The class with the largest loss of F1 comes first."""
     runs = comparison.runs
     f1 = [{row["name"]: row["f1"] for row in run.report["test"]["per_class"]} for run in runs]
     names = sorted(f1[0], key=lambda name: min(scores[name] - f1[0][name] for scores in f1[1:]))
-    rows = _rows_on_common_examples(comparison)
+    rows = _compute_rows(comparison)
     page = render(
         "compare.html.j2",
         runs=rows,
         changed=_collect_changes(comparison, rows),
         n=len(comparison.files),
-        scores=_reported_scores(runs),
+        scores=_collect_reported_scores(runs),
         charts=_draw_curves(runs),
         classes=[(name, [scores[name] for scores in f1]) for name in names],
         differences=compare_configurations(runs),

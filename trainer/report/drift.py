@@ -10,18 +10,18 @@ from trainer.evaluation.drift import CONFIDENCE_BINS, Measure, Window
 from trainer.report import figures
 from trainer.report.figures import ACCENT, INK, PALE, create_figure, format_label, set_heading, style_axes
 
-MAX_CLASSES = 15  # classes in the figure; of more, those whose fraction of the predictions changed most
+MAX_CLASSES = 15  # if there are more, only those whose fraction of the predictions changed most are drawn
 LEVEL_COLORS = {"stable": figures.RIGHT, "moderate": figures.MODERATE, "shifted": figures.WRONG}
 
 
 def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Sequence[Measure]) -> None:
-    """Draw a PNG file: predicted classes, largest probabilities, and each measure divided by its threshold of a shift.
+    """Draw the predicted classes, the largest probabilities, and each measure divided by its threshold for "shifted".
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file to write.
         reference: content of reference.json.
         window: the logged predictions, at least one.
-        measures: results of `measure_drift`.
+        measures: measures of the drift from the reference to the window.
     """
     reference_fractions = np.asarray(reference["class_frequencies"])
     log_fractions = window.classes / window.n
@@ -29,10 +29,10 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Seq
     figure = create_figure(2.4 + 0.3 * len(classes) + 2.6)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2 + 0.3 * len(classes), 3.6])
     axes = figure.add_subplot(grid[0, :])
-    rows = np.arange(len(classes))
-    axes.barh(rows - 0.2, reference_fractions[classes], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
-    axes.barh(rows + 0.2, log_fractions[classes], 0.38, color=ACCENT, label=f"log ({window.n:,})")
-    axes.set_yticks(rows, [format_label(reference["classes"][i]) for i in classes])
+    ys = np.arange(len(classes))
+    axes.barh(ys - 0.2, reference_fractions[classes], 0.38, color=PALE, label=f"reference ({reference['n']:,})")
+    axes.barh(ys + 0.2, log_fractions[classes], 0.38, color=ACCENT, label=f"log ({window.n:,})")
+    axes.set_yticks(ys, [format_label(reference["classes"][i]) for i in classes])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     set_heading(
@@ -48,10 +48,10 @@ def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Seq
     confidence_axes.set_xlim(0, 1)
     set_heading(confidence_axes, "Largest probability")
     style_axes(confidence_axes, "y")
-    ratios, rows = [min(measure.value / measure.shifted, 3.0) for measure in measures], np.arange(len(measures))
-    measure_axes.barh(rows, ratios, 0.5, color=[LEVEL_COLORS[measure.level] for measure in measures])
+    ratios, ys = [min(measure.value / measure.shifted, 3.0) for measure in measures], np.arange(len(measures))
+    measure_axes.barh(ys, ratios, 0.5, color=[LEVEL_COLORS[measure.level] for measure in measures])
     measure_axes.axvline(1, color=INK, linewidth=1)
-    measure_axes.set_yticks(rows, [measure.name for measure in measures])
+    measure_axes.set_yticks(ys, [measure.name for measure in measures])
     measure_axes.invert_yaxis()
     measure_axes.set_xlim(0, max(1.5, *ratios) * 1.1)
     set_heading(measure_axes, "Measure / limit of a shift (cut at 3)")

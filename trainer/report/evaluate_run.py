@@ -46,12 +46,12 @@ def evaluate(
     """Score a checkpoint of a run and write the report; return the content of report.json.
 
     Args:
-        run: the run, whose `config` can have another dataset than that of the training.
+        run: the run; the dataset in `run.config`, which is scored, need not be the one that it was trained on.
         checkpoint: the checkpoint to score.
         options: optional arguments of the command. `split` defaults to the first of test, validation and train that the
             dataset has, and `output`, the folder of the report, to RUN/evaluations/CHECKPOINT-DATA-SPLIT.
-        moved: `run.config` with the splits, limits and corrections of the run, if `run.config` has another dataset, of
-            which it uses all examples; otherwise None. It is used if that dataset is a moved copy of the run's.
+        moved: `run.config` with the run's splits, limits and corrections if `run.config` uses all examples of a
+            different dataset, else None. The data is read with it if that dataset is a moved copy of the run's dataset.
 
     Raises:
         ConfigError: the data has no such split.
@@ -62,25 +62,25 @@ def evaluate(
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
-        weightless = config.model_copy(update={"model": without_weights(config.model)})  # fetches no pretrained weights
+        data_config = config.model_copy(update={"model": without_weights(config.model)})  # no weights are fetched
         return open_run_data(
-            weightless, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
+            data_config, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
         )
 
     data = open_data(config, log.info)
     if moved and (list(data.dataset.splits) == ["train"] or moved.data.corrections):
         with suppress(DataError):  # another dataset may be too small to be divided
-            divided = open_data(moved, lambda _: None)
-            data = divided if has_fingerprints(divided.dataset, run.fingerprint) else data
+            divided_data = open_data(moved, lambda _: None)
+            data = divided_data if has_fingerprints(divided_data.dataset, run.fingerprint) else data
     dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
-    max_count, replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
-    config, _ = limit_batch_size(config, max_count, replicas)  # as a run does
+    max_size, num_replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
+    config, _ = limit_batch_size(config, max_size, num_replicas)  # as in training
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
-        class_count, source = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
-        classifier = rebuild_classifier(config.model, class_count, config.seed, checkpoint.values, source)
+        num_classes, checkpoint_label = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
+        classifier = rebuild_classifier(config.model, num_classes, config.seed, checkpoint.values, checkpoint_label)
     log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)
 

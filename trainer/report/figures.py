@@ -32,10 +32,10 @@ from trainer.types import EvaluationResult
 DPI = 110  # of PNG files
 PNG_COMPRESSION = 2  # of 9; for photos it takes half the time of the default 6, and a tenth more bytes
 WIDTH = 8.0  # inches; 880 pixels
-MAX_NUMBERED_CLASSES = 20  # a confusion matrix of more classes has no counts and class names
-MAX_BARS = 120  # classes in the F1 figure; of more, only the weakest are drawn
+MAX_NUMBERED_CLASSES = 20  # a confusion matrix of more classes has neither counts nor class names
+MAX_BARS = 120  # classes in the F1 figure; if there are more, only the weakest are drawn
 MAX_EXAMPLES = 12  # images in a figure of examples
-MAX_MARKERS = 60  # a line with more epochs has no markers and tooltips
+MAX_MARKERS = 60  # a line with more epochs has neither markers nor tooltips
 INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"  # text, secondary text, lines behind the data
 PALE, ACCENT = "#94a3b8", "#2563eb"  # secondary and primary data
 RIGHT, MODERATE, WRONG = "#15803d", "#d97706", "#b91c1c"
@@ -52,7 +52,7 @@ CSS_PROPERTIES = {
 def create_figure(height: float, width: float = WIDTH, fit_labels: bool = True) -> Figure:
     """Create an empty white figure. Sizes are in inches.
 
-    With `fit_labels`, matplotlib arranges the axes so that all labels fit, for which it draws the figure twice.
+    With `fit_labels`, matplotlib arranges the axes so that all labels fit, which takes a second drawing pass.
     """
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained" if fit_labels else None, facecolor="white")
 
@@ -69,9 +69,9 @@ def format_label(name: str, max_length: int = 24) -> str:
 
 
 def style_axes(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 9, color: str = INK) -> None:
-    """Style axes: frame lines only at the left and bottom, tick labels, and grid lines across the axis `grid`.
+    """Style axes: frame lines only at the left and bottom, tick labels, and grid lines at the ticks of axis `grid`.
 
-    `size` (points) and `color` are those of the tick labels.
+    `size`, in points, and `color` apply to the tick labels.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID_LINE)
@@ -82,13 +82,13 @@ def style_axes(axes: Axes, grid: Literal["x", "y"] | None = None, size: float = 
 
 
 def set_heading(axes: Axes, title: str) -> None:
-    """Set a left-aligned title."""
+    """Set a bold, left-aligned title."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
 
 
 @contextmanager
 def _ignore_missing_glyphs() -> Iterator[None]:
-    """Ignore warnings about glyphs that matplotlib's font lacks. They are boxes in a PNG; the page has other fonts."""
+    """Ignore warnings about glyphs that matplotlib's font lacks: boxes in a PNG, but the page uses other fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -112,11 +112,11 @@ def save(figures: Figure | Sequence[Figure], path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure that the page shows as SVG. A point of matplotlib (1/72 inch) is a unit of the SVG."""
+    """A figure that the page shows as SVG. One matplotlib point (1/72 inch) is one unit of the SVG."""
 
     figure: Figure
     alt_text: str
-    # Tooltips by gid of the artist: one per marker of a line, or one for an artist without markers.
+    # An artist's gid -> its tooltips: one per marker of a line, or one for an artist without markers.
     tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Chart:
 def to_svg(name: str, chart: Chart) -> Markup:
     """Convert a chart to an <svg> element for the page, with tooltips.
 
-    Text remains text, in the font of the page, and colors become custom properties (`CSS_PROPERTIES`). The ids in the
+    Text remains text, in the page's font, and colors become custom properties (`CSS_PROPERTIES`). The ids in the
     element are derived from `name`, so that equal charts give equal bytes.
     """
     svg = io.StringIO()
@@ -177,14 +177,14 @@ def _draw_title(figure: Figure, title: str, size: float = 13) -> None:
 class Line:
     """A line of a chart: a series of values over epochs."""
 
-    name: str  # in the legend and in tooltips
+    name: str  # shown in the legend and in tooltips
     color: str
     epochs: Sequence[float]
     values: Sequence[float | None]  # one per epoch; None or NaN if it is missing
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """The (epoch, value) of each value that is not missing."""
+        """The (epoch, value) pairs whose value is not missing."""
         pairs = zip(self.epochs, self.values, strict=True)
         return [(epoch, float(value)) for epoch, value in pairs if value is not None and math.isfinite(value)]
 
@@ -207,10 +207,10 @@ def line_chart(
 
     Args:
         lines: the lines; one without values is left out.
-        fractions: whether the values are fractions; then the axis is in percent and ends at 100. Otherwise it begins at
-            0, and values are at least 0.
-        phase_starts: x coordinate of the start of each phase, shown as a vertical line with the name of the phase.
-        best_points: (epoch, value) of the best epoch of each phase, marked with a ring.
+        fractions: whether the values are fractions; then the y axis is in percent and ends at 100. Otherwise the y axis
+            starts at 0, and values must not be negative.
+        phase_starts: phase -> x coordinate of its start, drawn as a vertical line with the phase's name.
+        best_points: (epoch, value) of each phase's best epoch, marked with a ring.
         legend: whether the chart has a legend.
     """
     drawn_lines = [(line, line.points) for line in lines if line.points]
@@ -248,10 +248,10 @@ def line_chart(
                       xytext=(3, 5), textcoords="offset points", fontsize=11, color=MUTED, **rotation)  # fmt: skip
     tips = {f"mark {name}": [f"{name} starts"] for name in phase_starts}
     for i, (line, points) in enumerate(drawn_lines):
-        marker: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
+        marker_style: dict[str, Any] = {"marker": "o", "markersize": 6} if len(points) <= MAX_MARKERS else {}
         axes.plot(*zip(*points, strict=True), color=line.color, linewidth=2, label=format_label(line.name),
-                  gid=str(i), **marker)  # fmt: skip
-        if marker:
+                  gid=str(i), **marker_style)  # fmt: skip
+        if marker_style:
             labels = [(epoch, f"{100 * v:.2f} %" if fractions else f"{v:.4g}") for epoch, v in points]
             tips[str(i)] = [f"{escape_unprintable(line.name)}, epoch {epoch:g}: {value}" for epoch, value in labels]
     if best_points:
@@ -264,21 +264,20 @@ def line_chart(
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Draw loss, accuracy and learning rate over the epochs of all phases, and mark the best epoch of each phase.
+    """Draw loss, accuracy and learning rate over the epochs of all phases, and mark each phase's best epoch.
 
-    The chart of the accuracy has a line of the top-5 accuracy if the history contains it. A chart without values is
-    left out.
+    The accuracy chart has a line for top-5 accuracy if the history contains it. A chart without values is left out.
 
     Args:
-        history: one row per epoch (`trainer.report.schema.Epoch`); its val_ scores can be missing, None or NaN.
-        phases: results by phase (`trainer.report.schema.Phase`), of which only `best_epoch` is used.
+        history: one row per epoch (`trainer.report.schema.Epoch`); val_ scores can be missing, None or NaN.
+        phases: results by phase (`trainer.report.schema.Phase`); only `best_epoch` is used.
     """
     epochs = [float(row["epoch"]) for row in history]
     best_epochs = [phase["best_epoch"] for phase in phases.values() if phase.get("best_epoch") is not None]
     phase_starts: dict[str, float] = {}
     for row in history:
         phase_starts.setdefault(str(row["phase"]), row["epoch"] - 0.5)
-    marks: dict[str, Any] = {"phase_starts": phase_starts if len(phase_starts) > 1 else None}
+    options: dict[str, Any] = {"phase_starts": phase_starts if len(phase_starts) > 1 else None}
 
     def line(name: str, color: str, key: str) -> Line:
         return Line(name, color, epochs, [row.get(key) for row in history])
@@ -289,28 +288,28 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
         lines += [line("validation, top 5", TOP_5, "val_top_5")] if key == "accuracy" else []
         best_points = [point for point in lines[1].points if point[0] in best_epochs]
         fractions = key == "accuracy"
-        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **marks))
-    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **marks))
+        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **options))
+    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **options))
     return [chart for chart in charts if chart]
 
 
 def zero_diagonal(confusion: np.ndarray) -> np.ndarray:
-    """Return the confusion matrix, int [c, c], with zeros on the diagonal."""
+    """Return a copy of a confusion matrix, int [c, c], with zeros on the diagonal."""
     return confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
 
 
 def find_top_confusions(confusion: np.ndarray, max_count: int = 15) -> list[tuple[int, int, int]]:
-    """Return (truth, prediction, count) of the `max_count` most frequent confusions; ties are in the order of truth."""
-    wrong = zero_diagonal(confusion)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: min(max_count, np.count_nonzero(wrong))]
-    truth, prediction = np.unravel_index(order, wrong.shape)
-    return list(zip(truth.tolist(), prediction.tolist(), wrong[truth, prediction].tolist(), strict=True))
+    """Return (truth, prediction, count) of the `max_count` most frequent confusions; ties are ordered by truth."""
+    wrong_counts = zero_diagonal(confusion)
+    order = np.argsort(-wrong_counts, axis=None, kind="stable")[: min(max_count, np.count_nonzero(wrong_counts))]
+    truth, prediction = np.unravel_index(order, wrong_counts.shape)
+    return list(zip(truth.tolist(), prediction.tolist(), wrong_counts[truth, prediction].tolist(), strict=True))
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
     """Draw a confusion matrix: a blue (correct) or red (wrong) pixel per cell, gray rows for classes without examples.
 
-    Return the opacity of the cells, float [c, c] in 0..1. It grows with the fraction of the true class in the cell.
+    Return each cell's opacity, float [c, c] in 0..1, which grows with the cell's fraction of the true class's examples.
     """
     support = confusion.sum(axis=1, keepdims=True)
     opacity = np.where(confusion > 0, 0.15 + 0.85 * (confusion / np.maximum(support, 1)) ** 0.5, 0)
@@ -329,27 +328,27 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> np.ndarray:
 def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str]) -> list[Chart]:
     """Draw a confusion matrix, int [c, c], whose rows are the truth; opacity grows with the fraction of the true class.
 
-    With up to `MAX_NUMBERED_CLASSES` classes it has class names and counts. With more classes it has neither, and a
-    second chart shows the most frequent confusions.
+    With up to `MAX_NUMBERED_CLASSES` classes, the chart has class names and counts. With more classes it has neither,
+    and a second chart shows the most frequent confusions.
     """
-    matrix, classes = np.asarray(confusion), len(class_names)
-    if classes > MAX_NUMBERED_CLASSES:
-        title = f"Confusion matrix of {classes} classes, in their order"
+    matrix, num_classes = np.asarray(confusion), len(class_names)
+    if num_classes > MAX_NUMBERED_CLASSES:
+        title = f"Confusion matrix of {num_classes} classes, in their order"
         figure, axes = create_plot(title, 560, 580, left=56, top=30)
         _draw_matrix(axes, matrix)
-        return [Chart(figure, title), _draw_confusions(matrix, class_names)]
+        return [Chart(figure, title), _draw_top_confusions(matrix, class_names)]
     names, support = [format_label(name) for name in class_names], matrix.sum(axis=1)
     row_labels = [name if count else f"{name} (no examples)" for name, count in zip(names, support, strict=True)]
-    side = max(190, 32 * classes)  # of the matrix without the names around it, in points
-    # A character takes 6.6 points, and 5 points in slanted names.
+    side = max(190, 32 * num_classes)  # points; excludes the names around the matrix
+    # A character takes 6.6 points, or 5 points of height in slanted names.
     left, bottom = 36 + 6.6 * max(map(len, row_labels)), 40 + 5 * max(map(len, names))
     width, height, right = max(left + side + 20, 340), side + bottom + 36, max(20, 320 - left - side)
     figure, axes = create_plot("Confusion matrix", width, height, left=left, top=36, right=right, bottom=bottom)
     opacity = _draw_matrix(axes, matrix)
     has_long_name = max(map(len, names)) > 3
-    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
-    axes.set_xticks(range(classes), names, **slanted)
-    axes.set_yticks(range(classes), row_labels)
+    tick_style: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if has_long_name else {}
+    axes.set_xticks(range(num_classes), names, **tick_style)
+    axes.set_yticks(range(num_classes), row_labels)
     tips = {}
     for row, column in np.argwhere(matrix):
         count, gid = matrix[row, column], f"cell {row} {column}"
@@ -359,7 +358,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     return [Chart(figure, "Confusion matrix", tips)]
 
 
-def _draw_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> Chart:
+def _draw_top_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> Chart:
     """Draw the most frequent confusions of a confusion matrix, int [c, c], as bars."""
     pairs, title = find_top_confusions(matrix), "Most frequent confusions"
     figure, axes = create_plot(title, 560, 66 + 20 * max(len(pairs), 2), left=330, top=30, right=70)
@@ -384,20 +383,20 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
 
     The `MAX_BARS` weakest classes are drawn, weakest first. Classes without examples come last, and have no bar.
 
-    `per_class` is that of report.json (`trainer.report.schema.ClassScores`).
+    `per_class` has the rows of `per_class` in report.json (`trainer.report.schema.ClassScores`).
     """
     ranked = sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
     drawn_classes = ranked[:MAX_BARS]
     labels = [f"{format_label(row['name'], 20)} ({row['support']:,})" for row in drawn_classes]
-    column_count = math.ceil(len(drawn_classes) / 40)
-    row_count = math.ceil(len(drawn_classes) / column_count)
-    left = 12 + 6.6 * max(map(len, labels))  # points, as all sizes here
-    width, height = 570 if column_count == 1 else left + 145, 72 + (22 if row_count <= 15 else 17) * row_count
-    total_width = column_count * width
+    num_columns = math.ceil(len(drawn_classes) / 40)
+    num_rows = math.ceil(len(drawn_classes) / num_columns)
+    left = 12 + 6.6 * max(map(len, labels))  # in points, like all sizes below
+    width, height = 570 if num_columns == 1 else left + 145, 72 + (22 if num_rows <= 15 else 17) * num_rows
+    total_width = num_columns * width
     figure = create_figure(height / 72, total_width / 72, fit_labels=False)
-    for column in range(column_count):
-        in_column = slice(column * row_count, (column + 1) * row_count)
-        rows = drawn_classes[in_column]
+    for column in range(num_columns):
+        column_slice = slice(column * num_rows, (column + 1) * num_rows)
+        rows = drawn_classes[column_slice]
         ys = range(len(rows))
         box = ((column * width + left) / total_width, 36 / height, (width - left - 8) / total_width, 1 - 66 / height)
         axes = figure.add_axes(box)
@@ -406,8 +405,8 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
         for y, row in zip(ys, rows, strict=True):
             x, text, color = (1.02, f"{row['f1']:.3f}", INK) if row["support"] else (0.02, "no examples", MUTED)
             axes.text(x, y, text, va="center", fontsize=11, color=color)
-        axes.set_yticks(ys, labels[in_column])
-        axes.set(xlim=(0, 1.35 if column_count > 1 else 1.1), ylim=(row_count - 0.4, -0.6))
+        axes.set_yticks(ys, labels[column_slice])
+        axes.set(xlim=(0, 1.35 if num_columns > 1 else 1.1), ylim=(num_rows - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "", "0.5", "", "1"])
         axes.axvline(macro_f1, color=WRONG, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlabel("F1", fontsize=11, color=INK)
@@ -420,7 +419,8 @@ def draw_f1(per_class: Sequence[Mapping[str, Any]], macro_f1: float) -> Chart:
 def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     """Draw a reliability diagram (accuracy over confidence) above a histogram of the confidence. Omit empty bins.
 
-    `bins` and `error` are the results of `trainer.evaluation.metrics.measure_calibration`.
+    `bins` has the rows of `calibration_bins` in report.json (`trainer.report.schema.CalibrationBin`), and `error` is
+    the expected calibration error.
     """
     nonempty = [b for b in bins if b["count"]]
     title = f"Accuracy (expected calibration error {error:.3f})"
@@ -452,7 +452,7 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], error: float) -> Chart:
     return Chart(figure, "Calibration: accuracy over confidence", tips)
 
 
-# Reads the images of k rows of an `EvaluationResult`; returns uint8 [k, S, S, 3].
+# Function from k rows of an `EvaluationResult` to their images, uint8 [k, S, S, 3].
 FetchImages = Callable[[Sequence[int]], np.ndarray]
 
 _TITLE_HEIGHT = 0.36  # inches
@@ -463,14 +463,14 @@ def draw_images(
 ) -> Figure:
     """Draw a grid of images, each with a caption above it and a frame.
 
-    All are drawn on one Axes, whose origin is the upper left corner and whose unit is an inch. One Axes per image would
-    take three times as long.
+    All images are drawn on one Axes, with its origin in the upper left corner and inches as the unit. One Axes per
+    image would take three times as long.
 
     Args:
         images: uint8 [k, S, S, 3] with k >= 1.
         captions: one per image; may have several lines.
         columns: maximum number of images in a row.
-        colors: color of the frame and the caption of each image; by default frames are gray.
+        colors: color of each image's frame and caption; by default frames are gray.
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -501,9 +501,9 @@ def draw_examples(
     """Draw examples with truth, prediction and probability. Correct predictions are green, wrong ones red.
 
     Args:
-        fetch: reads the images.
-        indices: rows of `result` to draw; if it is empty, the figure states that.
-        show_files: whether captions have the file name.
+        fetch: function that reads the images of rows of `result`.
+        indices: rows of `result` to draw; if there are none, the figure only has the text "TITLE: none".
+        show_files: whether captions include the file name.
     """
     if not indices:
         figure = create_figure(height=1.0)
@@ -525,9 +525,9 @@ def draw_examples(
 def select_most_wrong(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:
     """Return the rows of the wrong predictions with the highest probabilities, highest first."""
     predictions = result.probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(predictions != result.labels)
-    order = np.argsort(-result.probabilities[wrong, predictions[wrong]], kind="stable")
-    return wrong[order][:max_count].tolist()
+    wrong_rows = np.flatnonzero(predictions != result.labels)
+    order = np.argsort(-result.probabilities[wrong_rows, predictions[wrong_rows]], kind="stable")
+    return wrong_rows[order][:max_count].tolist()
 
 
 def select_least_confident(result: EvaluationResult, max_count: int = MAX_EXAMPLES) -> list[int]:

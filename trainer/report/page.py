@@ -26,27 +26,27 @@ from trainer.storage.local import write_atomically
 from trainer.storage.path import StoragePath
 from trainer.types import EvaluationResult
 
-INDEX = "index.html"  # the page in a folder that this or another command writes
+INDEX = "index.html"  # file name of the page in a command's output folder
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "\u2013"  # en dash, shown instead of a missing value
 
 
 def require_page_of(folder: StoragePath, command: str, data_file: str) -> None:
-    """Raise a ConfigError if the index.html in `folder` is not of `command`, which would replace it.
+    """Raise a ConfigError if `folder` has an index.html that `command` did not write, and which it would replace.
 
-    The command writes `data_file` next to its page. So a page without this file is another one, such as a report.
+    The command writes `data_file` next to its page, so a page without this file is another page, such as a report.
     """
     if (folder / INDEX).exists() and not (folder / data_file).exists():
         problem = f"has an {INDEX} that {command} did not write"
         raise ConfigError(problem, key="output", value=str(folder), fix="choose another folder")
 
 
-# The functions from here to `format_count` are filters of the templates. Templates output Markup unchanged, and escape
-# all other values.
+# The functions from here to `format_count` are template filters. Templates output Markup unchanged, and escape all
+# other values.
 
 
 def shorten(name: object, max_length: int = 28) -> str:
-    """Replace the middle of a name by an ellipsis if it is too long, and show the whole name in a tooltip."""
+    """Replace the middle of a long name by an ellipsis, and show the whole name in a tooltip."""
     full_name = escape_unprintable(str(name))
     shortened = figures.shorten_name(full_name, max_length)
     return full_name if shortened == full_name else Markup('<span title="{}">{}</span>').format(full_name, shortened)
@@ -83,8 +83,8 @@ def format_count(count: int, singular: str, plural: str | None = None) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    """Return the Jinja environment of the templates, with their filters, style sheet and script."""
+def _create_environment() -> Environment:
+    """Create the Jinja environment of the templates, with their filters, style sheet and script."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -103,8 +103,8 @@ def _environment() -> Environment:
     environment.filters |= {"number": format_number, "duration": format_duration, "plural": format_count}
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # With this Content-Security-Policy the page sends no request and runs only report.js, even if escaping failed for a
-    # class or file name that contains HTML.
+    # With this Content-Security-Policy, the page sends no request and runs only report.js, even if a class or file name
+    # with HTML were not escaped.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     environment.globals |= {"style": Markup(style), "script": Markup(script), "policy": policy}
     return environment
@@ -112,22 +112,22 @@ def _environment() -> Environment:
 
 def render(template: str, **context: Any) -> str:
     """Render a template of this package with the variables in `context`; an undefined variable is an error."""
-    return _environment().get_template(template).render(context)
+    return _create_environment().get_template(template).render(context)
 
 
 GALLERY_SIDE, THUMBNAIL_PIXELS = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
-MAX_WITH_IMAGES = 12  # label errors, and groups of duplicates, that are shown with images
-MAX_IMAGES_PER_GROUP = 4  # of duplicates
+MAX_WITH_IMAGES = 12  # maximum number of label errors, and of groups of duplicates, shown with images
+MAX_IMAGES_PER_GROUP = 4  # images shown per group of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
-_HEATMAP_SIDE = 28  # pixels of an overlay, which the browser enlarges with interpolation
+_HEATMAP_SIDE = 28  # height and width of a heatmap in pixels; the browser enlarges it with interpolation
 _MAX_PNG_BYTES = 100_000  # a larger figure is embedded as JPEG, which takes a fifth of the size for photos
 
 
 def _embed_image(image: Image.Image, image_format: str, alt: str = "", css_class: str = "", **options: Any) -> Markup:
-    """Return an <img> element with an encoded image; `options` are passed to the encoder."""
-    out = io.BytesIO()
-    image.save(out, image_format, **options)
-    data = base64.b64encode(out.getvalue()).decode("ascii")
+    """Return an <img> element that contains the encoded image; `options` are passed to Pillow's encoder."""
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     tag = Markup('<img class="{}" alt="{}" src="data:image/{};base64,{}">')
     return tag.format(css_class, escape_unprintable(alt), image_format.lower(), data)
 
@@ -167,7 +167,7 @@ class Samples:
 
     images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
     class_names: Sequence[str]  # class name of each image
-    augmented: np.ndarray | None  # uint8 [v, S, S, 3], the first image as in v epochs; None without augmentation
+    augmented: np.ndarray | None  # uint8 [v, S, S, 3]: the first image in v epochs; None if it is not augmented
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class DuplicateImages:
     """The groups of images that occur more than once, and the pixels of some of them."""
 
     summary: dict[str, Any]  # `duplicates` of report.json
-    images: Sequence[Sequence[np.ndarray]]  # uint8 [S, S, 3]: the first members of the first groups in `summary`
+    images: Sequence[Sequence[np.ndarray]]  # by group, uint8 [S, S, 3]: first members of the first groups in `summary`
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,15 @@ class ReportImages:
 
     fetch: FetchImages  # reads images of the scored split
     samples: Samples | None = None
-    # Computes Grad-CAM heatmaps, float32 [k, h, w] in 0..1, for the predicted classes of k rows of the scored split.
+    # Computes Grad-CAM heatmaps for the predicted classes of k rows of the scored split, float32 [k, h, w] in 0..1.
     explain: Callable[[Sequence[int]], np.ndarray] | None = None
     duplicates: DuplicateImages | None = None
 
 
 MAX_IMAGES_PER_TAB = 24  # images in a tab of the gallery
-# Captions of the figures that the page embeds, by the name of the figure.
+# Name of each figure that the page embeds -> its caption.
 _FIGURES = {"samples": "Training examples with their class.", "augmentation": "One training example in several epochs."}
-# Label and CSS custom property (report.css) of each category of the time breakdown.
+# Category of the time breakdown -> its label, and the CSS custom property (report.css) of its color.
 CATEGORY_COLORS = {
     "train": ("training", "--s0"), "wait": ("waiting for data", "--s1"),
     "features": ("features of frozen layers", "--s6"), "compile": ("compiling", "--s3"),
@@ -202,12 +202,12 @@ CATEGORY_COLORS = {
 }  # fmt: skip
 
 
-def _gallery_entry(
+def _make_gallery_entry(
     result: EvaluationResult, index: int, pixels: np.ndarray, heatmap: np.ndarray | None
 ) -> dict[str, Any]:
-    """Return the template variables of an example in the gallery.
+    """Return the template variables for an example in the gallery.
 
-    `index` is the row of the example in the result, `pixels` its image, uint8 [S, S, 3].
+    `index` is the example's row in `result`, and `pixels` is its image, uint8 [S, S, 3].
     """
     label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
     prediction = int(probabilities.argmax())
@@ -223,10 +223,10 @@ def _gallery_entry(
     }
 
 
-def _name_by_sources(result: EvaluationResult) -> dict[str, str]:
-    """Return the names for corrections.csv of records that store a unique file name, by their name SHARD#RECORD.
+def _map_to_source_names(result: EvaluationResult) -> dict[str, str]:
+    """Map a record's name, SHARD#RECORD, to the file name that the record stores, if that is unique in the split.
 
-    The stored file name stays valid if the shards are written again; SHARD#RECORD does not.
+    corrections.csv uses the stored file name, which stays valid if the shards are written again.
     """
     counts = Counter(result.sources)
     pairs = zip(result.names, result.sources, strict=True) if result.sources else ()
@@ -241,16 +241,17 @@ def write_page(
     images: ReportImages,
     charts: Mapping[str, Sequence[Chart]],
 ) -> None:
-    """Write the page of a report, which needs no other file.
+    """Write the page of a report as one self-contained HTML file.
 
     Only a limited number of images is read, so the page does not grow with the number of examples.
 
     Args:
-        path: of the page. The figures that it embeds, PNG files, are in the same folder.
+        path: path of the page; the PNG figures that it embeds must be in the same folder.
         report: content of report.json.
         config: the resolved configuration; {} if it is not known.
         result: the predictions for the scored split.
-        charts: the charts of "curves", which can be empty, "confusion", "f1" and "calibration".
+        images: access to the images that the page shows.
+        charts: the charts of the sections "curves" (can be empty), "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
     many_classes, wrong_counts = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
@@ -262,11 +263,11 @@ def write_page(
         "random": figures.select_random(result, report["seed"]),
     }
     in_gallery = sorted({index for indices in tabs.values() for index in indices})
-    suspect_rows = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
-    shown_rows = sorted({*in_gallery, *(row["index"] for row in suspect_rows)})
+    suspects = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
+    shown_rows = sorted({*in_gallery, *(row["index"] for row in suspects)})
     pixels = dict(zip(shown_rows, images.fetch(shown_rows), strict=True))
     heatmaps = dict(zip(in_gallery, images.explain(in_gallery), strict=True)) if images.explain and in_gallery else {}
-    gallery = {i: _gallery_entry(result, i, pixels[i], heatmaps.get(i)) for i in in_gallery}
+    gallery = {i: _make_gallery_entry(result, i, pixels[i], heatmaps.get(i)) for i in in_gallery}
     seconds = report["timing"].get("seconds", {})
     groups = report["duplicates"].get("groups", [])[:MAX_WITH_IMAGES]
     group_images = [*(images.duplicates.images if images.duplicates else ()), *[()] * len(groups)]
@@ -283,9 +284,9 @@ def write_page(
         ],
         tabs={name: [gallery[i] for i in indices] for name, indices in tabs.items()},
         has_heatmaps=bool(heatmaps),
-        names_in_list=_name_by_sources(result),
+        names_in_list=_map_to_source_names(result),
         suspects={
-            row["index"]: embed_thumbnail(pixels[row["index"]], THUMBNAIL_PIXELS, row["label"]) for row in suspect_rows
+            row["index"]: embed_thumbnail(pixels[row["index"]], THUMBNAIL_PIXELS, row["label"]) for row in suspects
         },
         group_images=[
             [embed_thumbnail(p, THUMBNAIL_PIXELS, m["file"]) for p, m in zip(members, group["members"], strict=False)]

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from trainer.names import escape_unprintable
 from trainer.report.figures import ACCENT, GRID_LINE, MUTED, PALE, WRONG, Chart, create_plot, format_label
 
-WIDTH, HEIGHT = 560, 320  # points, of each chart
+WIDTH, HEIGHT = 560, 320  # size of each chart in points
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Point:
 
 
 def _use_log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
-    """Make the x axis logarithmic, with ticks at these multiples of the powers of ten, labeled with plain numbers."""
+    """Make the x axis logarithmic, with ticks at the multiples `ticks` of the powers of ten and plain numbers."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -33,7 +33,7 @@ def _use_log_axis(axes: Axes, ticks: tuple[float, ...]) -> None:
 
 
 def draw_scatter(title: str, points: Sequence[Point], x_label: str) -> Chart:
-    """Draw at least one point, each with its name and its interval, over a logarithmic x axis."""
+    """Draw at least one point, each with its name and interval, over a logarithmic x axis."""
     figure, axes = create_plot(title, WIDTH, HEIGHT, left=50, top=30, right=20, bottom=44)
     axes.grid(color=GRID_LINE, linewidth=0.6)
     _use_log_axis(axes, (1, 2, 5))
@@ -59,14 +59,14 @@ def draw_scatter(title: str, points: Sequence[Point], x_label: str) -> Chart:
 def draw_rates(
     title: str, rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, marks: Sequence[tuple[str, float]]
 ) -> Chart:
-    """Draw the loss of each step, and a smoothed line, over the learning rate.
+    """Draw the loss of each step, and the smoothed losses, over the learning rate.
 
     Args:
         title: title above the chart.
         rates: learning rate of each step, float [n], increasing, n >= 2.
-        losses: loss of each step, float [n]; values outside the range of the smoothed losses are clipped.
+        losses: loss of each step, float [n]; values outside the y axis, which fits the smoothed losses, are clipped.
         smoothed: smoothed losses, float [n].
-        marks: name and learning rate of each vertical line.
+        marks: (name, learning rate) of each vertical line.
     """
     figure, axes = create_plot(title, WIDTH, HEIGHT, left=50, top=30 + 16 * len(marks), right=20, bottom=44)
     axes.grid(color=GRID_LINE, linewidth=0.6)

@@ -3,14 +3,14 @@
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
-from typing_extensions import TypedDict  # pydantic supports that of typing from Python 3.12
+from typing_extensions import TypedDict  # before Python 3.12, pydantic does not support typing.TypedDict
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # lower and upper bound, 95 % confidence
 Number = float | None  # null if it is not finite
 
 
 def about(description: str) -> Any:
-    """Return a pydantic field with a description for the JSON Schema. A fragment continues the name of the key."""
+    """Return a pydantic field with a description for the JSON Schema. A fragment is read after the key's name."""
     return Field(description=description)
 
 
@@ -26,7 +26,7 @@ class ClassScores(TypedDict):
 
 
 class CalibrationBin(TypedDict):
-    """Predictions with a confidence in (low, high]; mean confidence and accuracy are null if the count is 0."""
+    """Predictions with a confidence in (low, high]; `confidence` (mean) and `accuracy` are null if `count` is 0."""
 
     low: float
     high: float
@@ -64,7 +64,7 @@ class Groups(TypedDict):
 
 
 class Scores(TypedDict):
-    """Scores on one split. A run scores the test split, or the validation split if the data has no test split."""
+    """Scores on one split. A run scores the test split, or the validation split if there is no test split."""
 
     split: str
     note: NotRequired[Annotated[str, about("How to read the scores.")]]
@@ -88,11 +88,11 @@ class Scores(TypedDict):
 
 
 class Phase(TypedDict):
-    """Result of a phase. Keys that begin with val_ are scores of the weights that the phase ends with.
+    """Results of a phase. Keys that begin with val_ are scores of the weights that the phase ends with.
 
     They are scores on the whole validation split. If training.validation_share is below 1, each epoch is scored on a
-    fraction of this split. Then the keys that begin with val_ are computed at the end of the phase, and
-    `epoch_val_accuracy` is the accuracy of the same weights after their epoch, on `epoch_val_n` examples.
+    fraction of this split. The val_ keys are then computed at the end of the phase, and `epoch_val_accuracy` is the
+    accuracy of the same weights on `epoch_val_n` examples after their epoch.
     """
 
     epochs: float
@@ -130,7 +130,7 @@ class Epoch(TypedDict):
 
 
 class Data(TypedDict, total=False):
-    """Dataset that was scored, and its splits."""
+    """The scored dataset and its splits."""
 
     name: str
     fingerprint: str
@@ -150,7 +150,7 @@ class ExportTiming(TypedDict):
 
 
 class Export(TypedDict):
-    """An exported model, and the comparison of its predictions with those of the trainer."""
+    """An exported model, and a comparison of its predictions with the trainer's predictions."""
 
     path: str
     bytes: int
@@ -166,7 +166,7 @@ class Export(TypedDict):
 
 
 class LabelError(TypedDict):
-    """An example whose label may be wrong, and the suggested class. `index` is its row in predictions.csv."""
+    """An example whose label may be wrong, and the suggested class. `index` is the example's row in predictions.csv."""
 
     index: int
     file: str
@@ -184,7 +184,7 @@ class LabelErrors(TypedDict, total=False):
 
 
 class Copy(TypedDict):
-    """One of several duplicate images. `index` is that of the example in its split."""
+    """One of several duplicate images. `index` is the example's index in its split."""
 
     split: str
     index: int
@@ -202,9 +202,9 @@ class CopyGroup(TypedDict):
 
 
 class Duplicates(TypedDict, total=False):
-    """Groups of images that occur more than once; empty if they were not searched for.
+    """Groups of duplicate images; empty if duplicates were not searched for.
 
-    `across_splits` is the number of groups in several splits, `different_labels` that of groups with several labels.
+    `across_splits` counts the groups that are in several splits, `different_labels` the groups with several labels.
     """
 
     compared: Annotated[dict[str, int], about("Number of images by split.")]
@@ -216,7 +216,7 @@ class Duplicates(TypedDict, total=False):
 
 @with_config(ConfigDict(extra="allow"))
 class Timing(TypedDict):
-    """Values that differ between two equal runs."""
+    """Values that can differ between runs with equal inputs."""
 
     written: Annotated[str, about("ISO 8601, UTC.")]
     report_seconds: float
@@ -232,7 +232,7 @@ class Timing(TypedDict):
 
 
 class Teacher(TypedDict):
-    """Scores of the teacher in its own report. They are not compared with those of the student."""
+    """The teacher's scores from its own report. They are not compared with the student's scores."""
 
     split: str
     n: int

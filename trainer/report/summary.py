@@ -1,4 +1,4 @@
-"""Log the summary of a finished run: scores, files and the next command."""
+"""Log a summary of a finished run: scores, files and the next command."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from trainer.monitoring.log import log
 
 
 def log_summary(report: Mapping[str, Any], address: str) -> None:
-    """Log the results in report.json, and set the scores and the path of the page as the termination message.
+    """Log the results in report.json, and set the scores and the page's path as the termination message.
 
     Args:
-        report: content of the report.json of a run.
-        address: its output_dir, as the user gave it.
+        report: content of a run's report.json.
+        address: the run's output_dir, as given by the user.
     """
     test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
     low, high = test["interval"]
@@ -37,17 +37,17 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
 
 
 def _describe_phase(phase: Mapping[str, Any]) -> str:
-    """Describe the weights that a phase ends with: their scores, and the phase that they are from if it is another."""
-    text = f"val_accuracy {phase['val_accuracy']:.4f}"
+    """Describe the weights that a phase ends with: their scores, and their phase if it is an earlier one."""
+    description = f"val_accuracy {phase['val_accuracy']:.4f}"
     if "val_interval" in phase:
         low, high = phase["val_interval"]
-        text += f" ({low:.4f} to {high:.4f}, n = {phase['val_n']})"
+        description += f" ({low:.4f} to {high:.4f}, n = {phase['val_n']})"
     if "kept_from" in phase:
-        text += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
+        description += f", weights of {phase['kept_from']}; its own best {phase['own_val_accuracy']:.4f}"
     if "epoch_val_accuracy" in phase:
-        epoch_text = f"; whole split, after its epoch {phase['epoch_val_accuracy']:.4f}"
-        text += epoch_text + (f" of {phase['epoch_val_n']}" if "epoch_val_n" in phase else "")
-    return text
+        epoch_description = f"; whole split, after its epoch {phase['epoch_val_accuracy']:.4f}"
+        description += epoch_description + (f" of {phase['epoch_val_n']}" if "epoch_val_n" in phase else "")
+    return description
 
 
 def _describe_teacher(report: Mapping[str, Any]) -> list[str]:
@@ -63,10 +63,10 @@ def _describe_gap(test: Mapping[str, Any]) -> list[str]:
     gap = test.get("groups", {}).get("gap")
     if not gap:
         return []
-    between = f"between {gap['highest']} and {gap['lowest']}"
+    group_names = f"between {gap['highest']} and {gap['lowest']}"
     overlap = "overlap" if gap["overlap"] else "do not overlap"
     field = test["groups"]["field"]
-    return [f"  by {field}: largest gap {gap['accuracy']:.4f}, {between} (their 95 % intervals {overlap})"]
+    return [f"  by {field}: largest gap {gap['accuracy']:.4f}, {group_names} (their 95 % intervals {overlap})"]
 
 
 def _describe_export(export: dict[str, Any]) -> str:

@@ -29,15 +29,15 @@ VALIDATION_NOTE = (
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Return the description of a dataset that report.json has as `data` (`trainer.report.schema.Data`)."""
-    splits, classes = dataset.splits.values(), len(dataset.class_names)
+    """Return `data` of report.json: a description of the dataset (`trainer.report.schema.Data`)."""
+    splits, num_classes = dataset.splits.values(), len(dataset.class_names)
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "fingerprint_of": next((kind for kind in FINGERPRINT_KINDS if kind in dataset.fingerprints), "ends"),
         "class_names": list(dataset.class_names),
         "counts": {split.name: split.count for split in splits},
-        "class_counts": {split.name: np.bincount(split.labels, minlength=classes).tolist() for split in splits},
+        "class_counts": {split.name: np.bincount(split.labels, minlength=num_classes).tolist() for split in splits},
         "notes": list(dataset.notes),
         "skipped": list(dataset.skipped),
     }
@@ -57,9 +57,9 @@ def _to_json_types(value: Any) -> Any:
 def _summarize_phases(
     history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return `phases` of report.json: the values in `phases`, with missing ones added.
+    """Return `phases` of report.json: the values in `phases`, with missing values added.
 
-    `epochs` and `seconds` are computed from the history of the epochs, `val_interval` from `val_accuracy` and `val_n`.
+    `epochs` and `seconds` are computed from the rows of `history`, `val_interval` from `val_accuracy` and `val_n`.
     """
     summary = {}
     for name, values in phases.items():
@@ -77,7 +77,7 @@ def _draw_all(
 ) -> tuple[dict[str, str], dict[str, list[Chart]]]:
     """Draw all figures, and save them as PNG files in `folder`.
 
-    Return the file names by name of the figure, and the charts that the page shows as SVG by name of the section.
+    Return the file name of each figure, and the charts of each section of the page, where they are shown as SVG.
     """
     metrics: dict[str, Any] = result.metrics
     charts: dict[str, list[Chart]] = {
@@ -87,14 +87,14 @@ def _draw_all(
         "calibration": [figures.draw_calibration(metrics["calibration_bins"], metrics["calibration_error"])],
     }
 
-    def examples(title: str, indices: list[int], show_files: bool = True) -> Figure:
+    def draw_rows(title: str, indices: list[int], show_files: bool = True) -> Figure:
         return figures.draw_examples(f"{title} ({result.split})", result, images.fetch, indices, show_files)
 
     plots: dict[str, Figure | list[Figure]] = {
         "curves": [chart.figure for chart in charts["curves"]],
-        "predictions": examples("Random examples", figures.select_random(result, report["seed"]), show_files=False),
-        "most_wrong": examples("Wrong with the highest confidence", figures.select_most_wrong(result)),
-        "least_sure": examples("Least confident", figures.select_least_confident(result)),
+        "predictions": draw_rows("Random examples", figures.select_random(result, report["seed"]), show_files=False),
+        "most_wrong": draw_rows("Wrong with the highest confidence", figures.select_most_wrong(result)),
+        "least_sure": draw_rows("Least confident", figures.select_least_confident(result)),
         **{name: [chart.figure for chart in group] for name, group in charts.items() if name != "curves"},
     }
     if samples := images.samples:
@@ -114,15 +114,15 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     Return the content of report.json. Equal inputs give equal bytes except for `timing` and `seconds`.
 
     Args:
-        result: the scores of a split, and the predictions.
-        run: further content, all keys are optional. `title`, `seed`, `phases`, `history`, `data`, `export`, `teacher`,
-            `versions` and `timing` are those of report.json (`trainer.report.schema`). `config` is the resolved
-            configuration. `note` explains how to read the scores; by default it warns that validation scores are
-            biased, and None omits it. `trained_on` is True if the model was trained on these examples: label errors are
-            then left out, as their detection requires held-out data.
+        result: a split's predictions and scores.
+        run: further content; all keys are optional. `title`, `seed`, `phases`, `history`, `data`, `export`, `teacher`,
+            `versions` and `timing` are keys of report.json (`trainer.report.schema`). `config` is the resolved
+            configuration. `note` explains how to read the scores; None omits it, and by default it warns that scores on
+            the validation split are biased. `trained_on` is True if the model was trained on these examples; then label
+            errors are left out, as their detection requires held-out data.
         images: access to the images that are shown.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     note = run.get("note", VALIDATION_NOTE if result.split == "validation" else None)
     test = {"split": result.split} | ({"note": note} if note else {})
     report: Report = _to_json_types(
@@ -146,11 +146,11 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
     write_probabilities(folder / "probabilities.npy", result.probabilities)
     report["timing"] = _to_json_types(run.get("timing", {})) | {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "report_seconds": round(time.monotonic() - began, 3),
+        "report_seconds": round(time.monotonic() - start_time, 3),
     }
     write_page(folder / "index.html", report, _to_json_types(run.get("config", {})), result, images, charts)
-    text = json.dumps(report, indent=2, allow_nan=False)
+    report_text = json.dumps(report, indent=2, allow_nan=False)
     # Write each list of numbers, such as a row of the confusion matrix, on one line.
-    text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), text)
-    write_atomically(folder / "report.json", text + "\n")
+    report_text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), report_text)
+    write_atomically(folder / "report.json", report_text + "\n")
     return report
