@@ -1,4 +1,4 @@
-"""Code that all commands share: the import of TensorFlow, the set-up of monitoring, and the exit code."""
+"""Code common to all commands: the import of TensorFlow, the set-up of monitoring, and the exit code."""
 
 import importlib
 import logging
