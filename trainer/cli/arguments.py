@@ -1,4 +1,4 @@
-"""Parse the `key=value` arguments of the commands other than training, such as `python -m trainer.evaluate`."""
+"""Parse the `key=value` arguments of all commands except training, such as those of `python -m trainer.evaluate`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,40 +21,40 @@ ADDRESSES = (
     "log",
     "to",
     "runs",
-)  # arguments of commands other than training whose value is a local path or a bucket address
+)  # keys whose value is a local path or a bucket address
 
 
 def require_address(address: str, key: str | None = None) -> str:
     """Return `address` unchanged if it is a local path or a gs:// or s3:// address.
 
-    Raises ConfigError if it is neither. The error is about the argument `key`; None if the argument has no key.
+    Raises ConfigError if it is neither. The error's key is `key`, or `address` itself if `key` is None.
     """
     try:
         return check_address(address)
     except InvalidValue as error:
-        subject = (key, address) if key else (address, None)
-        raise ConfigError(error.problem, key=subject[0], value=subject[1], fix=error.fix) from None
+        key_and_value = (key, address) if key else (address, None)
+        raise ConfigError(error.problem, key=key_and_value[0], value=key_and_value[1], fix=error.fix) from None
 
 
 def format_usage(doc: str | None) -> str:
-    """Return the usage of a command in one line: its module docstring up to the first colon, without backquotes."""
+    """Return a command's usage in one line: its module docstring up to the first colon, without backticks."""
     return " ".join(re.split(r":\s", doc or "")[0].replace("`", "").split())
 
 
 def parse_arguments(
     arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
 ) -> tuple[dict[str, str], list[str]]:
-    """Parse the arguments of a command. `--help` prints `doc`, `--version` prints the version, and both exit.
+    """Parse a command's arguments. `--help` prints `doc`, `--version` prints the version, and both exit.
 
     Args:
         arguments: command-line arguments, without the command.
-        doc: module docstring of the command, which begins with its usage.
-        keys: key -> problem to report if the argument is missing, or "" if it is optional.
-        more: regular expression of further keys that are accepted.
-        rest: regular expression of arguments without such a key that are accepted too, and returned unparsed.
+        doc: the command's module docstring, which begins with its usage.
+        keys: key -> problem to report if the argument is missing, or "" if the argument is optional.
+        more: regular expression that matches further valid keys.
+        rest: regular expression that matches valid arguments without such a key. They are returned unparsed.
 
     Returns:
-        The values by key, and the arguments that match `rest`.
+        The values by key, and the unparsed arguments.
 
     Raises:
         ConfigError: an argument is unknown, not `key=value`, not UTF-8, empty or given twice, the value of a key in
@@ -73,8 +73,8 @@ def parse_arguments(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not is_utf8(argument):
-            key, value, advice = key if equals else "argument", value or argument, "rename it, or give a link to it"
-            raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{advice} with such a name")
+            key, value, name_fix = key if equals else "argument", value or argument, "rename it, or give a link to it"
+            raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{name_fix} with such a name")
         if equals and (key in keys or re.fullmatch(more, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)

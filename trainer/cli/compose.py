@@ -35,7 +35,7 @@ from trainer.errors import ConfigError
 
 
 def find_conf_folder() -> Path:
-    """Return the folder `conf`: inside `trainer` in an installed package, next to `trainer` in a checkout."""
+    """Return the `conf` folder: inside `trainer` in an installed package, next to `trainer` in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged_conf = package / "conf"
     return packaged_conf if packaged_conf.is_dir() else package.parent / "conf"
@@ -44,40 +44,41 @@ def find_conf_folder() -> Path:
 def list_choices(group: str) -> list[str]:
     """List the choices of a config group, such as `model`: the names of the YAML files in its folder.
 
-    Files in subfolders are omitted, because they belong to single experiments.
+    Files in subfolders are omitted, because they belong to individual experiments.
     """
     return sorted(path.stem for path in (find_conf_folder() / group).glob("*.yaml"))
 
 
 def format_help() -> str:
-    """Format the text of `--help`, with the meaning and the choices of each config group."""
+    """Format the text of `--help`, with a description and the choices of each config group."""
     template = yaml.safe_load((find_conf_folder() / "config.yaml").read_text())["hydra"]["help"]["template"]
-    groups = [f"  {group:14}{meaning}\n{textwrap.indent(textwrap.fill(', '.join(list_choices(group)), 106), '    ')}"
-              for group, meaning in GROUPS.items()]  # fmt: skip
+    groups = [f"  {group:14}{summary}\n{textwrap.indent(textwrap.fill(', '.join(list_choices(group)), 106), '    ')}"
+              for group, summary in GROUPS.items()]  # fmt: skip
     return Template(template).substitute(APP_CONFIG_GROUPS="\n".join(groups) + "\n")
 
 
 def _allow_new_key(argument: str) -> str:
     """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `load` then reports with a suggestion.
 
-    Config groups and Hydra's own keys are returned unchanged.
+    Config groups, Hydra's own keys and arguments that are not KEY=VALUE are returned unchanged.
     """
     match = re.match(r"\+*([A-Za-z_][\w.]*)=", argument)
-    is_group_or_hydra_key = not match or match[1].startswith("hydra") or match[1] in GROUPS
-    return argument if is_group_or_hydra_key else "++" + argument.lstrip("+")
+    keep_unchanged = not match or match[1].startswith("hydra") or match[1] in GROUPS
+    return argument if keep_unchanged else "++" + argument.lstrip("+")
 
 
-def _choose_teacher_group(argument: str) -> str:
+def _expand_teacher_group(argument: str) -> str:
     """Turn `distillation.model=NAME` into `+model@distillation.model=NAME`, so that Hydra reads conf/model/NAME.yaml.
 
-    The same applies to `distillation.phases`. Any other argument is returned unchanged. Raises ConfigError if there is
-    no such file.
+    `distillation.phases=NAME` is treated in the same way. Any other argument is returned unchanged. Raises ConfigError
+    if NAME.yaml does not exist.
     """
     match = re.fullmatch(r"\+*(distillation\.(model|phases))=([\w,-]+)", argument)
     if not match or match[3] == "null":
         return argument
     key, group, names = match.groups()
-    choices = [name for name in list_choices(group) if (group, name) != ("phases", "auto")]  # which sets other keys too
+    # phases=auto is excluded, because conf/phases/auto.yaml also sets keys outside `phases`.
+    choices = [name for name in list_choices(group) if (group, name) != ("phases", "auto")]
     if unknown := next((name for name in names.split(",") if name not in choices), None):
         fix = "leave it out: the teacher then has the phases of the run" if unknown == "auto" else ""
         raise ConfigError(
@@ -87,12 +88,12 @@ def _choose_teacher_group(argument: str) -> str:
 
 
 def is_sweep(arguments: list[str]) -> bool:
-    """Return whether the arguments request several runs, by `-m`, a sweeper, or a choice of the group `sweep`."""
+    """Return whether the arguments request several runs, by `-m`, `hydra/sweeper=...` or `sweep=...`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
 
-# Function that is called for each job of a sweep with its configuration, its overrides and Hydra's settings. It returns
-# the score of the job, None if there is none.
+# Function that runs one job of a sweep. Its arguments are the job's configuration, its overrides and Hydra's own
+# configuration. It returns the job's score, which a search maximizes, or None if the job has no score.
 RunJob = Callable[[DictConfig, list[str], Any], float | None]
 
 
@@ -103,10 +104,11 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
 
     Args:
         arguments: command-line arguments of a run, without the command.
-        run_job: called for each job if the arguments request a sweep; None composes the first job only.
+        run_job: called for each job of a sweep. If it is None, a sweep returns the configuration of its first job.
 
     Returns:
-        The configuration; None after `--help`, `--version` or `--cfg`, or if `run_job` was called.
+        The configuration as dicts, lists and scalars; None after `--help`, `--version` or `--cfg`, or if `run_job` was
+        called.
 
     Raises:
         ConfigError: an option, group or file is unknown, a value cannot be parsed or resolved, or a required value
@@ -119,41 +121,42 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         print(f"kubetune {trainer.__version__}")
         return None
     arguments, print_config = _remove_cfg_job(translate_overrides(arguments, sweep=is_sweep(arguments)))
-    composed: list[DictConfig] = []
+    composed_trees: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
-        settings = HydraConfig.get()
-        if settings.mode == RunMode.MULTIRUN and run_job is not None:
-            return run_job(tree, list(settings.overrides.task), settings)
-        composed.append(tree)
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN and run_job is not None:
+            return run_job(tree, list(hydra_config.overrides.task), hydra_config)
+        composed_trees.append(tree)
         return None
 
     # Makes Hydra raise its errors instead of printing them and exiting with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # conf/config.yaml reads the folder of a sweep from this variable.
     os.environ.setdefault("KUBETUNE_SWEEP", f"outputs/sweep-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    given_keys = {a.split("=")[0] for a in arguments}
-    arguments = [_allow_new_key(_choose_teacher_group(a)) for a in arguments]
-    if "sweep" not in given_keys:  # the defaults of Hydra's plugin minimize, run two jobs at once and set no seed
+    argument_keys = {a.split("=")[0] for a in arguments}
+    arguments = [_allow_new_key(_expand_teacher_group(a)) for a in arguments]
+    # conf/sweep/optuna.yaml replaces the plugin's defaults, which minimize, run two jobs at once and set no seed.
+    if "sweep" not in argument_keys:
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
-    if not given_keys & {"experiment", "data"}:
+    if not argument_keys & {"experiment", "data"}:
         arguments.append("experiment=quickstart")
-    original, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
+    original_argv, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
     try:
         hydra.main(config_path=str(find_conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise _config_error(error) from None
+        raise _translate_error(error) from None
     finally:
-        sys.argv = original
-    if composed and print_config:
-        tree: Any = OmegaConf.to_container(composed[0], resolve=True, throw_on_missing=False)
+        sys.argv = original_argv
+    if composed_trees and print_config:
+        tree: Any = OmegaConf.to_container(composed_trees[0], resolve=True, throw_on_missing=False)
         print(_format_yaml(add_defaults(RequestedConfig, tree)), end="")
         return None
-    return resolve(composed[0]) if composed else None
+    return resolve(composed_trees[0]) if composed_trees else None
 
 
 def _format_yaml(tree: dict[str, Any]) -> str:
-    """Format a configuration as YAML, with a comment after each section that is null, which lists its keys."""
+    """Format a configuration as YAML, with a comment that lists the keys of each section that is null."""
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     for name in (name for name, value in tree.items() if value is None):
         if keys := [key for key in list_keys(RequestedConfig) if key.startswith(f"{name}.")]:
@@ -162,7 +165,7 @@ def _format_yaml(tree: dict[str, Any]) -> str:
 
 
 def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
-    """Remove `--cfg job` and `--resolve`, unless there are other options, with which Hydra prints the configuration.
+    """Remove `--cfg job` and `--resolve` if there are no other options; otherwise, Hydra prints the configuration.
 
     Returns the arguments, and whether `--cfg job` was removed.
     """
@@ -171,14 +174,15 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
         has_cfg_job |= argument in ("--cfg=job", "-c=job") or (argument == "job" and previous in ("--cfg", "-c"))
         if argument not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
             other_arguments.append(argument)
-    is_only_option = has_cfg_job and not any(argument.startswith("-") for argument in other_arguments)
-    return (other_arguments, True) if is_only_option else (arguments, False)
+    only_cfg_job = has_cfg_job and not any(argument.startswith("-") for argument in other_arguments)
+    return (other_arguments, True) if only_cfg_job else (arguments, False)
 
 
 def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
     """Validate a composed configuration, and require that each key in the command-line `arguments` has an effect.
 
-    Raises ConfigError, which lists all faults of the configuration, or else all keys in `arguments` that are not read.
+    Raises ConfigError, whose `faults` are all errors in the configuration, or else all keys in `arguments` without an
+    effect.
     """
     config = load(composed)
     require_read(config, list_given_keys(arguments))
@@ -188,7 +192,7 @@ def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfi
 def resolve(tree: DictConfig) -> dict[str, Any]:
     """Resolve the interpolations of a composed configuration, and return it as plain dicts, lists and scalars.
 
-    The mappings in training.class_weights and data.class_names, which are strings until then, become dicts.
+    Hydra composes mappings in training.class_weights and data.class_names as strings. Here they become dicts.
 
     Raises ConfigError if a required value (`???`) is missing, an interpolation cannot be resolved, or one of these
     mappings cannot be parsed.
@@ -199,7 +203,7 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
             raise ConfigError("must be given", key=missing_keys[0], fix=f"add {arguments} to the command line")
         values: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise _config_error(error) from None
+        raise _translate_error(error) from None
     if isinstance(training := values.get("training"), dict) and "class_weights" in training:
         training["class_weights"] = parse_weights(training["class_weights"], "training.class_weights")
     if isinstance(data := values.get("data"), dict) and "class_names" in data:
@@ -207,27 +211,27 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
     return values
 
 
-def _config_error(error: Exception) -> ConfigError:
-    """Translate an error of Hydra or OmegaConf to a ConfigError."""
-    text = str(error) or str(error.__cause__)  # the message of some Hydra errors is in the cause only
-    if "Could not find 'hydra/sweeper/optuna'" in text:
+def _translate_error(error: Exception) -> ConfigError:
+    """Translate a Hydra or OmegaConf exception to a ConfigError."""
+    message = str(error) or str(error.__cause__)  # some Hydra exceptions have a message only in their cause
+    if "Could not find 'hydra/sweeper/optuna'" in message:
         problem = "a search by Optuna needs the extra `sweep`, which is not installed"
         return ConfigError(problem, fix="pip install 'kubetune[sweep]'")
-    if group_match := re.search(r"Could not find '(\w+)/([\w./-]+)'", text):
+    if group_match := re.search(r"Could not find '(\w+)/([\w./-]+)'", message):
         group, name = group_match.groups()
         if group not in GROUPS:
             return ConfigError(f"there is no {name}", key=group, fix="see the documentation of Hydra")
         fix = suggest_choice_fix(group, name)
         fix = fix if fix.startswith("write") else suggest_name(name, list_choices(group))
         return ConfigError(f"there is no such {group}", key=group, value=name, fix=fix)
-    if key_match := re.search(r"Could not override '([^']+)'", text):
+    if key_match := re.search(r"Could not override '([^']+)'", message):
         return ConfigError(
             "there is no such key",
             key=key_match[1],
             fix=suggest_key(key_match[1], [*GROUPS, *list_keys(RequestedConfig)]),
         )
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
-    if interpolation_match := re.search(r"full_key: (\S+)", text):
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    if interpolation_match := re.search(r"full_key: (\S+)", message):
         fix = r"refer to another key, such as ${seed}, or write \${ for these characters"
         return ConfigError(f"cannot be resolved: {lines[0]}", key=interpolation_match[1], fix=fix)
     return ConfigError(" ".join(lines), fix="write KEY=VALUE in the syntax of Hydra, quoted for the shell")

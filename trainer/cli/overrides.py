@@ -1,6 +1,6 @@
 """Translate command-line arguments into overrides in Hydra's grammar, and back.
 
-If a key takes a string, its value is literal: `data.root=~/photos (1)` needs no quotes except those of the shell.
+If a key takes a string, its value is literal: `data.root=~/photos (1)` needs no quotes except for the shell.
 Exceptions are null, a value in quotes, `${...}`, and in a sweep a list of values or a function such as choice(a, b).
 """
 
@@ -32,43 +32,44 @@ GROUPS = {  # config group, which is a folder of conf/ -> its description in --h
     "experiment": "a whole recipe: data, model, augmentation and phases",
     "sweep": "a search over many runs",
 }
-_COMMON_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # the names of phases are free; suggestions need some
-# Group that is often given a path -> the arguments that must precede the key that takes the path.
+_COMMON_PHASES: dict[str, Any] = {"head": {}, "fine_tune": {}}  # users choose phase names; suggestions use these two
+# Config group that users often set to a path -> the arguments to write before the key that takes the path.
 _ARGUMENTS_BEFORE_PATH = {"data": "data=image_folder ", "model": ""}
 _KEY_VALUE = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.S)
-# An element of a list: a quoted string (in weights followed by `: NUMBER`), or all up to a comma outside brackets.
+# List element: a quoted string (in class weights followed by `: NUMBER`), or all text up to a comma outside brackets.
 _ELEMENT = re.compile(rf"\s*(?:{QUOTED})\s*(?::[^,]*)?(?=,|\Z)|(?:\([^()]*\)|\[[^\[\]]*\]|\{{[^{{}}]*\}}|[^,])*", re.S)
-# CLASS: NAME in a mapping. A class with a comma or colon is in quotes, and so is a name with a comma.
+# CLASS: NAME in a mapping. A class with a comma or colon must be in quotes, and so must a name with a comma.
 _PAIR = re.compile(rf"\s*({QUOTED}|[^,:]+?)\s*:\s*({QUOTED}|[^,]+?)\s*(?:,|\Z)", re.S)
-# Option of Hydra -> number of arguments after the option that are its value.
+# Hydra option -> number of following arguments that are its value.
 _OPTIONS = {"--multirun": 0, "-m": 0, "--run": 0, "-r": 0, "--resolve": 0, "--hydra-help": 0, "--cfg": 1, "-c": 1,
             "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--info": 0, "-i": 0, "--help": 0, "-h": 0,
             "--version": 0}  # fmt: skip
 _LONG_OPTIONS = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info"}
-_COMMANDS = ("--multirun", "--run", "--cfg", "--info")  # Hydra takes at most one of these
+_COMMANDS = ("--multirun", "--run", "--cfg", "--info")  # Hydra accepts at most one of these
 
 
 def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
     """Translate arguments into overrides that Hydra parses. The function is idempotent.
 
     Args:
-        arguments: options of Hydra, which are returned unchanged, and KEY=VALUE or GROUP=NAME.
-        sweep: whether a value can be a list of values, one for each run.
+        arguments: Hydra options, which are returned unchanged, and KEY=VALUE or GROUP=NAME.
+        sweep: whether an argument can have several values, one for each run.
 
     Raises:
-        ConfigError: an option is unknown or lacks its value, options exclude one another, an argument is neither an
+        ConfigError: an option is unknown or lacks its value, options are mutually exclusive, an argument is neither an
             option nor KEY=VALUE, its value cannot be parsed, or it has several values without `sweep`.
     """
     overrides: list[str] = []
-    values_left, options = 0, {}  # number of next arguments that are values of an option; long option -> as written
+    # Number of following arguments that are the last option's value; long option -> option as the user wrote it.
+    num_values_left, options = 0, {}
     for index, argument in enumerate(arguments):
-        if values_left:
-            values_left -= 1
+        if num_values_left:
+            num_values_left -= 1
         elif argument.startswith("-"):
             option, equals, _ = argument.partition("=")
             if option not in _OPTIONS:
                 raise _no_such_option_error(argument)
-            values_left = 0 if equals else _OPTIONS[option]
+            num_values_left = 0 if equals else _OPTIONS[option]
             options[_LONG_OPTIONS.get(option, option)] = option
             option_values = argument.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
             if option in ("--cfg", "-c") and not {*option_values} & {"job", "hydra", "all"}:
@@ -89,17 +90,17 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     """Move the options before the overrides, since Hydra requires that all overrides are consecutive."""
     options: list[str] = []
     overrides: list[str] = []
-    values_left = 0
+    num_values_left = 0
     for argument in arguments:
-        is_option = not values_left and argument.startswith("-")
-        (options if is_option or values_left else overrides).append(argument)
-        values_left = values_left - 1 if values_left else _OPTIONS.get(argument, 0) if is_option else 0
+        is_option = not num_values_left and argument.startswith("-")
+        (options if is_option or num_values_left else overrides).append(argument)
+        num_values_left = num_values_left - 1 if num_values_left else _OPTIONS.get(argument, 0) if is_option else 0
     # Hydra would read the argument after --info as its value.
     return ["--info=all" if argument in ("--info", "-i") else argument for argument in options] + overrides
 
 
 def parse_override(override: str) -> Override:
-    """Parse an override with Hydra's parser; raise a ConfigError if it is not in Hydra's grammar."""
+    """Parse an override with Hydra's parser. Raises ConfigError if the override does not follow Hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -118,7 +119,7 @@ def parse_value(override: str) -> Any:
 
 
 def evaluate_override(override: str) -> Any:
-    """Return the value of an override in Hydra's grammar, as `parse_value` does for an argument.
+    """Return the value of an override in Hydra's grammar: a string, number, bool, list, dict or None.
 
     Raises ConfigError if the value cannot be parsed, or refers to another key.
     """
@@ -137,7 +138,7 @@ def evaluate_override(override: str) -> Any:
 def format_override(override: str) -> str:
     """Format an override as a user would type it: without `+` and the quotes that `translate_overrides` adds."""
     match = _KEY_VALUE.fullmatch(override)
-    if not match:  # a group, such as +model@distillation.model=NAME, which `compose` makes of distillation.model=NAME
+    if not match:  # trainer.cli.compose turns distillation.model=NAME into +model@distillation.model=NAME
         return re.sub(r"^\+(\w+)@(distillation\.\1=)", r"\2", override)
     _, key, value = match.groups()
     kind = classify_key(RequestedConfig, key)
@@ -156,9 +157,9 @@ def _format_text(key: str, value: str) -> str:
 
 
 def list_given_keys(arguments: Sequence[str]) -> set[str]:
-    """Return the keys that arguments set, such as {"seed", "data.root"}, without groups and Hydra's keys.
+    """Return the keys that arguments set, such as {"seed", "data.root"}, except config groups and Hydra's own keys.
 
-    If the value is a section, as in `optimizer={name: sgd, momentum: 0.9}`, the keys in it are returned:
+    If a value is a whole section, as in `optimizer={name: sgd, momentum: 0.9}`, the section's keys are returned:
     {"optimizer.name", "optimizer.momentum"}.
     """
     keys: set[str] = set()
@@ -173,12 +174,12 @@ def list_given_keys(arguments: Sequence[str]) -> set[str]:
 
 
 def map_given_values(arguments: Sequence[str]) -> dict[str, str]:
-    """Map each key that is given to its last value, unparsed: {"data.root": "photos"}."""
+    """Map each key and group in the arguments to its last value, unparsed: {"data.root": "photos"}."""
     return {match[2]: match[3] for argument in arguments if (match := _KEY_VALUE.fullmatch(argument))}
 
 
 def split_elements(text: str) -> list[str]:
-    """Split the text of a list at its commas, except those in quotes or brackets: `a, "b,c"` -> ["a", ' "b,c"']."""
+    """Split a list in text form at its commas, except those in quotes or brackets: `a, "b,c"` -> ["a", ' "b,c"']."""
     elements, start = [], 0
     while True:
         match = _ELEMENT.match(text, start)
@@ -192,7 +193,7 @@ def split_elements(text: str) -> list[str]:
 def parse_weights(value: Any, key: str) -> Any:
     """Parse class weights, in which names need no quotes: "{a b: 1, c: 2}" -> {"a b": "1", "c": "2"}.
 
-    Any other value is returned unchanged. Raises ConfigError, which names `key`, if a class has no number or several.
+    Any other value is returned unchanged. Raises ConfigError about `key` if a class has no number or several numbers.
     """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
@@ -212,8 +213,8 @@ def parse_weights(value: Any, key: str) -> Any:
 def parse_names(value: Any, key: str) -> Any:
     """Parse display names of classes: "{n01: red rose, n02: daisy}" -> {"n01": "red rose", "n02": "daisy"}.
 
-    Names need no quotes. Any other value is returned unchanged. Raises ConfigError, which names `key`, if an item is
-    not CLASS: NAME, or a class occurs twice.
+    Names need no quotes. Any other value is returned unchanged. Raises ConfigError about `key` if an item is not
+    CLASS: NAME, or a class occurs twice.
     """
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
@@ -238,7 +239,7 @@ def _unquote(text: str) -> str:
 
 
 def _translate_override(text: str, sweep: bool) -> str:
-    """Translate one KEY=VALUE, GROUP=NAME or other override of Hydra, such as ~KEY."""
+    """Translate one KEY=VALUE, GROUP=NAME or other Hydra override, such as ~KEY, to Hydra's grammar."""
     match = _KEY_VALUE.fullmatch(text)
     if not match:
         if not re.match(r"~|\+{0,2}[\w/]+@?[\w./]*=", text):
@@ -260,9 +261,9 @@ def _translate_override(text: str, sweep: bool) -> str:
         value = ",".join(_quote_sweep_values(value, _quote_text)) if sweep else _quote_text(value)
     elif kind == "texts":
         # Without a sweep, `a, b` is one list in which the brackets may be omitted.
-        plain = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
+        is_bare = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
         lists = (
-            [f"[{value}]"] if plain else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
+            [f"[{value}]"] if is_bare else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
         )
         value = ",".join(_quote_list(item.strip()) for item in lists)
     elif kind == "weights":
@@ -287,7 +288,7 @@ def _quote_text(text: str) -> str:
 
 
 def _quote_sweep_values(value: str, quote_one: Callable[[str], str]) -> list[str]:
-    """Split the values of a sweep, such as `a (1),b` or choice(a, b), and quote each.
+    """Split a sweep's values, such as `a (1),b` or choice(a, b), and quote each with `quote_one`.
 
     Any other function, such as range(1, 4), is returned as one value, unchanged.
     """
@@ -312,7 +313,7 @@ def _quote_list(text: str) -> str:
 
 
 def _check_group(group: str, value: str, sweep: bool) -> None:
-    """Raise a ConfigError if the value cannot be a choice of the group, for example because it is a path."""
+    """Raise a ConfigError if the value cannot be a choice of the config group, for example because it is a path."""
     if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (sweep and value):
         function = FUNCTION.fullmatch(value)
         for name in split_elements(function[2] if function else value) if sweep else [value]:
@@ -324,7 +325,7 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
 
 
 def suggest_choice_fix(group: str, value: str) -> str:
-    """Return the advice for a value that is not a choice of a group. For a path, it names the key that takes a path."""
+    """Return the fix for a value that is not a choice of a config group. For a path, it names the key for paths."""
     is_folder = group == "data" and value and Path(value).expanduser().is_dir()
     if group in _ARGUMENTS_BEFORE_PATH and (is_folder or re.search(r"[/~\\]", value)):
         key = f"{group}.{'root' if group == 'data' else 'weights'}"
@@ -333,7 +334,7 @@ def suggest_choice_fix(group: str, value: str) -> str:
 
 
 def _check_choice_is_string(group: str, value: str) -> None:
-    """Raise a ConfigError if Hydra reads the choice of a group as a number, a bool or null."""
+    """Raise a ConfigError if Hydra would read the choice of a config group as a number, a bool or null."""
     if not isinstance(parse_override(f"x={value}").value(), str | list | QuotedString | Sweep):
         raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 
@@ -352,7 +353,7 @@ def _several_values_error(text: str) -> ConfigError:
 
 
 def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
-    """Replace the error of a value that is not in Hydra's grammar by one with the value as it was typed."""
+    """Return the error for a value that Hydra cannot parse, with the value as the user typed it."""
     key, _, value = text.lstrip("+").partition("=")
     list_match = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
     elements = split_elements(list_match[1] if list_match else value)

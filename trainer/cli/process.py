@@ -1,4 +1,4 @@
-"""What all commands have in common: the import of TensorFlow, monitoring, and the exit code."""
+"""Code common to all commands: the import of TensorFlow, the set-up of monitoring, and the exit code."""
 
 import importlib
 import logging
@@ -39,22 +39,22 @@ _log_is_configured = False  # set by `configure_log`
 
 
 class StartAgain(Exception):
-    """Raised by a command that must start once more: `exit_with_code` replaces the process by the same command.
+    """Raised by a command that must start again: `exit_with_code` replaces the process by one with the same command.
 
-    The start that trains a teacher ends like this, so that the next one trains the student.
+    The start that trains a teacher ends with this exception, so that the next start trains the student.
     """
 
     def __init__(
         self, arguments: Sequence[str], environment: Mapping[str, str], has_stop_request: Callable[[], bool]
     ) -> None:
-        """Store the arguments of `replace_process`: arguments to append, environment, and whether to stop."""
+        """Store the arguments to append, the new environment, and a function that returns whether to stop instead."""
         super().__init__()
         self.arguments, self.environment, self.has_stop_request = arguments, environment, has_stop_request
 
 
 @contextmanager
 def _hide_packages(names: Iterable[str]) -> Iterator[None]:
-    """Make imports of packages fail in this block, as if they were not installed, unless they are already imported."""
+    """Make imports of these packages fail in the block, as if they were not installed, unless already imported."""
     hidden_names = [name for name in names if name not in sys.modules]
     for name in hidden_names:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -67,13 +67,13 @@ def _hide_packages(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
-    """Import Keras or TensorFlow before this block, and suppress the lines that TensorFlow prints on every import.
+    """Import Keras or TensorFlow, then run the block, and drop the lines that TensorFlow prints on every import.
 
-    Other lines reach stderr. Keras does not see scikit-learn and matplotlib, whose import takes seconds.
+    Other lines reach stderr. Keras is imported as if scikit-learn and matplotlib, which take seconds, were missing.
 
     Args:
-        with_keras: False for a command that builds no network. TensorFlow then does not see Keras, which it would
-            import otherwise; this saves seconds.
+        with_keras: False for a command that builds no network. TensorFlow, which imports Keras if it is installed, is
+            then imported as if it were not, to save seconds.
     """
     has_gpu = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")  # without a GPU, CUDA errors are expected
@@ -84,15 +84,15 @@ def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
 
 
 def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
-    """Set up the log, the termination message and the HTTP server that `runtime` configures.
+    """Set up the log, the termination message and the HTTP server as `config.runtime` specifies.
 
     Args:
-        config: configuration of the run.
-        worker: index of this worker.
+        config: the run's configuration.
+        worker: index of this worker, from 0.
         workers: number of workers.
 
     Returns:
-        The listening socket of the HTTP server; None if `runtime.http_port` is null.
+        The HTTP server's listening socket; None if `runtime.http_port` is null.
 
     Raises:
         ConfigError: the server cannot listen on `runtime.http_port`.
@@ -107,12 +107,12 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
 
 
 def make_log_labels(config: RequestedConfig, worker: int) -> dict[str, str]:
-    """Return the labels of a worker's log lines: its index as "worker", and output_dir, if it is set, as "run"."""
+    """Return the labels of a worker's log lines: its index as "worker", and output_dir as "run" unless it is null."""
     return {"worker": str(worker)} | ({"run": config.output_dir} if config.output_dir else {})
 
 
 def configure_log(runtime: Runtime, **labels: str) -> None:
-    """Set up the log, the termination message and the stall timeout. Only a log in JSON contains the labels."""
+    """Set up the log, the termination message and the stall timeout. Only JSON log lines contain `labels`."""
     global _log_is_configured
     health.stuck_after = runtime.stuck_after
     termination.set_path(runtime.termination_log)
@@ -132,7 +132,7 @@ def _configure_log_from_arguments() -> None:
 def choose_and_log_source(arguments: list[str]) -> list[str]:
     """Choose the data source with `choose_source`, log the choice unless `--cfg` prints it, and return the arguments.
 
-    Raises the errors of `choose_source`.
+    Raises ConfigError or DataError if the source cannot be chosen.
     """
     arguments, note = choose_source(arguments)
     if note and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
@@ -143,7 +143,7 @@ def choose_and_log_source(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def _stdout_errors() -> Iterator[None]:
-    """Raise Interrupted if stdout cannot be written to in this block, as on a full disk, and discard later output."""
+    """Raise Interrupted if the block cannot write to stdout, for example on a full disk, and discard later output."""
     try:
         yield
     except OSError as error:
@@ -153,7 +153,7 @@ def _stdout_errors() -> Iterator[None]:
 
 
 def _stdout_fails() -> bool:
-    """Return whether stdout cannot be written to, except by a closed pipe. If so, discard later output."""
+    """Return whether stdout cannot be written to, except because of a closed pipe. If so, discard later output."""
     try:
         print(flush=True)  # without a buffer (PYTHONUNBUFFERED) there may be nothing to flush
     except BrokenPipeError:
@@ -166,18 +166,18 @@ def _stdout_fails() -> bool:
 
 @contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Run a command in this block, then exit with a code of `trainer.errors`, 0 if the block raises nothing.
+    """Run a command in the block, then exit with a code defined in `trainer.errors`, 0 if the block raises nothing.
 
     A `TrainerError` is logged as one message, any other exception with its traceback. Both set the termination message.
-    `KeyboardInterrupt` exits with `INTERRUPTED`. After `StartAgain` the process is replaced instead.
+    `KeyboardInterrupt` exits with `INTERRUPTED`. After `StartAgain`, the process is replaced instead.
     """
     code, reason, next_start = DONE, "", None
     configure()
     try:
         with translate_file_errors(), _stdout_errors(), scratch_folder():
             yield
-    except StartAgain as start:
-        next_start = start
+    except StartAgain as start_again:
+        next_start = start_again
     except TrainerError as error:
         if not _log_is_configured:
             _configure_log_from_arguments()
@@ -189,15 +189,15 @@ def exit_with_code() -> Iterator[None]:
         if isinstance(error, ConfigError) and error.faults:
             fault_keys = ("key", "value", "problem", "fix")
             fields["faults"] = [{name: getattr(fault, name) for name in fault_keys} for fault in error.faults]
-        results = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused", UNREADABLE: "unreadable"}
-        outcome = results.get(code, "error")
+        outcomes = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused", UNREADABLE: "unreadable"}
+        outcome = outcomes.get(code, "error")
         level = logging.ERROR if outcome == "error" else logging.WARNING
         log.log(level, f"{outcome}: {reason}", extra={"fields": fields})
     except KeyboardInterrupt:
         code, reason = INTERRUPTED, "interrupted before anything was trained"
         log.warning(reason, extra={"fields": {"exit_code": code}})
-    except SystemExit as stop:  # Hydra's --help
-        code = stop.code if isinstance(stop.code, int) else (BUG if stop.code else DONE)
+    except SystemExit as system_exit:  # Hydra's --help
+        code = system_exit.code if isinstance(system_exit.code, int) else (BUG if system_exit.code else DONE)
     except BrokenPipeError as error:
         if not discard_if_closed(sys.stdout):  # `... | head` has read enough
             code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"

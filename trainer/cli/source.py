@@ -1,4 +1,4 @@
-"""Choose the data source, `data=...`, if the arguments only state where the data is."""
+"""Choose the data source, `data=...`, if the arguments only give the data's location."""
 
 import glob
 import re
@@ -13,22 +13,21 @@ from trainer.errors import ConfigError, DataError
 from trainer.names import escape_unprintable
 from trainer.storage.path import StoragePath, storage_path
 
-_RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)  # suffix of a record file
+_RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)  # suffix of a TFRecord file
 _INFO = "dataset_info.json"  # file in each folder that TensorFlow Datasets has prepared
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Add `data=...` if the arguments give data.root, data.name or data.pattern, but no source and no experiment.
 
-    If the data is not at data.root itself, as with a prepared dataset in a subfolder or with record files, the argument
-    data.root is replaced.
+    The argument data.root is replaced if the data is a prepared dataset in a subfolder of data.root, or record files.
 
     Returns:
-        The arguments, and a log line about the choice and its reason, "" if nothing was chosen.
+        The arguments, and a log line about the choice and its reason, or "" if nothing was chosen.
 
     Raises:
-        ConfigError: data.root cannot be parsed, has an unsupported scheme or refers to another key, or its values in a
-            sweep have several sources.
+        ConfigError: data.root cannot be parsed, has an unsupported scheme or refers to another key, or a sweep's values
+            of data.root have different sources.
         DataError: data.root is not a supported source, or has several prepared datasets.
     """
     values = map_given_values(arguments)
@@ -42,16 +41,16 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     roots = _parse_roots(values["data.root"], is_sweep(list(arguments)))
     if None in roots:
         return list(arguments), ""
-    groups, reasons, changes = zip(*map(_detect_source_or_raise, roots), strict=True)
+    groups, reasons, replacements = zip(*map(_detect_source_or_raise, roots), strict=True)
     if len(set(groups)) > 1:
         joined_values = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
         problem = f"the values are of several sources ({joined_values})"
         raise ConfigError(problem, key="data.root", value=values["data.root"], fix="sweep over those of one source")
     new_arguments, other_arguments = [f"data={groups[0]}"], list(arguments)
-    if any(changes):
+    if any(replacements):
         root_arguments = [
-            change[0] if change else f"data.root={quote_if_needed(root)}"
-            for change, root in zip(changes, roots, strict=True)
+            replacement[0] if replacement else f"data.root={quote_if_needed(root)}"
+            for replacement, root in zip(replacements, roots, strict=True)
         ]
         root_values = [argument.partition("=")[2] for argument in root_arguments]
         joined_values = (
@@ -66,7 +65,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _parse_roots(text: str, sweep: bool) -> list[Any]:
-    """Parse the value of data.root to a list of paths: one path, or in a sweep several; None is null.
+    """Parse the value of data.root to a list of paths, which are several in a sweep. The value null becomes None.
 
     Raises ConfigError if a path cannot be parsed, or is known only when a run begins.
     """
@@ -95,23 +94,23 @@ def _detect_source_or_raise(root: str) -> tuple[str, str, list[str]]:
 def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
-    If a folder has both folders with images and record files, it is an image folder. System folders such as lost+found
-    are ignored.
+    A folder with both subfolders of images and record files is an image folder. System folders such as lost+found are
+    ignored.
 
     Returns:
-        The source (a choice of the config group `data`), the reason for the log, and arguments that replace data.root
-        (one or none).
+        The source (a choice of the config group `data`), the reason for the log, and a list with the argument that
+        replaces data.root, or an empty list.
 
     Raises:
-        DataError: `root` is missing, empty, a file other than .csv, or a folder that has neither folders nor record
-            files, or several prepared datasets.
+        DataError: `root` does not exist, is empty, is a file other than .csv, or is a folder with several prepared
+            datasets, or with neither subfolders nor record files.
     """
     from trainer.data.image_folder import is_system_name  # slow: imports NumPy
 
     folder = storage_path(root)
-    names = [info.path.name for info in folder.list(recursive=False)]
+    file_names = [info.path.name for info in folder.list(recursive=False)]
     folders = [subfolder for subfolder in folder.folders() if not is_system_name(subfolder.name)]
-    # In a bucket only the first two are inspected, since each costs requests; two suffice to detect several datasets.
+    # In a bucket, only the first two are inspected, since each costs requests; two suffice to detect several datasets.
     inspected_folders = folders if folder.is_local else folders[:2]
     datasets = [subfolder for subfolder in inspected_folders if (subfolder / _INFO).exists()] + [
         subfolder
@@ -119,7 +118,7 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         for subfolder in parent.folders()[:9]
         if (subfolder / _INFO).exists()
     ]
-    if _INFO in names:
+    if _INFO in file_names:
         return "tfds", f"{_INFO}, a prepared dataset", []
     if len(datasets) == 1:
         return (
@@ -130,18 +129,18 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     if datasets:
         problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
         raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
-    record_names = sorted(name for name in names if _RECORDS.search(name))
+    record_names = sorted(name for name in file_names if _RECORDS.search(name))
     if record_names and not any(map(_holds_images, folders[:9])):
         suffix_match = _RECORDS.search(record_names[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix_match[0] if suffix_match else ''}*"
         return "tfrecords", f"{len(record_names)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
-    problem = f"has {len(names)} files and no folders" if names else "does not exist, or is empty"
+    problem = f"has {len(file_names)} files and no folders" if file_names else "does not exist, or is empty"
     fix = (
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
-    if not names and folder.exists():
+    if not file_names and folder.exists():
         if folder.name.lower().endswith(".csv"):
             return "csv", "a CSV file", []
         problem = "is a file"
@@ -151,7 +150,7 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
 
 
 def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
-    """Return whether a folder (of a class), or one of its first three subfolders (if it is a split), has an image."""
+    """Return whether a class folder has an image, or a split folder has one in its first three class folders."""
     from trainer.data.image_files import EXTENSIONS
 
     if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):

@@ -1,7 +1,7 @@
-"""A sweep: several runs, called jobs, from one command line, each in a separate process, and their scores.
+"""Run sweeps: several runs, called jobs, from one command line, each in a separate process.
 
-Hydra chooses the values (a grid, which is every combination, or an Optuna search) and calls `Sweep.run` for each job.
-In an Indexed Job of Kubernetes each pod trains one job of a grid instead (`select_job`).
+Hydra chooses the values, as a grid of all combinations or by an Optuna search, and calls `Sweep.run` for each job.
+In a Kubernetes Indexed Job, each pod trains one job of a grid instead (`select_job`).
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from trainer.storage.staging import is_remote
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}  # key -> name in TensorBoard
+METRICS = {"val_accuracy": "validation accuracy", "test_accuracy": "test accuracy"}  # metric -> name in TensorBoard
 OBJECTIVE = "val_accuracy"  # metric that a search maximizes
 SEEDS = ("seed", "data.split_seed")  # scores of jobs that differ only in these keys are averaged
 EVENT_FILE = "events.out.tfevents.hparams"  # TensorBoard searches for "tfevents" in file names
-Value = bool | int | float | str  # of a hyperparameter
+Value = bool | int | float | str  # type of a hyperparameter's value
 
 
 def serialize_columns(names: list[str]) -> bytes:
-    """Serialize the event file of a sweep. TensorBoard shows the hyperparameters `names` and `METRICS` as columns."""
+    """Serialize a sweep's event file. TensorBoard shows the hyperparameters `names` and `METRICS` as columns."""
     from tensorboard.plugins.hparams import summary_v2
 
     hparams = [summary_v2.HParam(name) for name in names]
@@ -60,21 +60,21 @@ def serialize_columns(names: list[str]) -> bytes:
 
 
 def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float], succeeded: bool) -> bytes:
-    """Serialize the event file of a job, which is a row of the table in TensorBoard.
+    """Serialize a job's event file, which becomes a row of TensorBoard's table.
 
     Args:
-        name: name of the job.
-        hparams: key or config group -> value.
-        scores: key of `METRICS` -> score; empty for a failed job.
+        name: the job's name.
+        hparams: hyperparameter (a key or config group) -> value.
+        scores: metric in `METRICS` -> score; empty for a failed job.
         succeeded: whether the job ended with exit code 0.
     """
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
     status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
-    end = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
-    start = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
-    return _serialize_events([start, *(scalar_pb(tag, score) for tag, score in scores.items()), end])
+    end_summary = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
+    start_summary = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
+    return _serialize_events([start_summary, *(scalar_pb(tag, score) for tag, score in scores.items()), end_summary])
 
 
 def _serialize_events(summaries: list[Summary]) -> bytes:
@@ -91,9 +91,9 @@ def _serialize_events(summaries: list[Summary]) -> bytes:
 
 
 def extract_scores(report: Any) -> dict[str, float]:
-    """Extract the scores of a job from its report.json: key of `METRICS` -> score.
+    """Extract a job's scores from its parsed report.json, as a dict {metric in `METRICS`: score}.
 
-    The validation accuracy is that of the last phase. The test accuracy is omitted if the data has no test split.
+    "val_accuracy" is the last phase's validation accuracy. "test_accuracy" is omitted if the data has no test split.
     """
     scores = {OBJECTIVE: float(list(report["phases"].values())[-1]["val_accuracy"])}
     if report["test"]["split"] == "test":
@@ -102,7 +102,7 @@ def extract_scores(report: Any) -> dict[str, float]:
 
 
 class SweepEnded(BaseException):
-    """Raised to end the whole sweep. It is not an `Exception`, which Hydra would treat as the failure of one job."""
+    """Raised to end the whole sweep with `error`. Hydra would treat an `Exception` as the failure of a single job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -113,11 +113,11 @@ class Job:
     """One run of a sweep."""
 
     name: str
-    folder: str  # its output_dir
-    arguments: list[str]  # command-line arguments, without the sweep and output_dir
+    folder: str  # the run's output_dir
+    arguments: list[str]  # command-line arguments, except sweep=... and output_dir=...
     overrides: dict[str, str]  # key -> value in `arguments`: {"seed": "1", ...}
-    code: int = DONE  # exit code of the process
-    scores: dict[str, float] = field(default_factory=dict)  # key of METRICS -> score
+    code: int = DONE  # exit code of the job's process
+    scores: dict[str, float] = field(default_factory=dict)  # metric in METRICS -> score; empty for a failed job
 
     @property
     def command(self) -> list[str]:
@@ -128,10 +128,10 @@ class Job:
 def make_job(tree: dict[str, Any], overrides: list[str], folder: str | None, name: str) -> Job:
     """Make a job from its resolved configuration `tree` and its overrides in Hydra's grammar.
 
-    The output_dir of the job is FOLDER/NAME, where `folder` is that of the sweep, unless `tree` has an output_dir.
+    The job's folder is the output_dir in `tree`; if it is null, the subfolder `name` of the sweep's folder `folder`.
 
     Raises:
-        ConfigError: `name`, the value of hydra.sweep.subdir, leads out of the folder of the sweep.
+        ConfigError: `name`, the value of hydra.sweep.subdir, leads out of the sweep's folder.
     """
     if ".." in name.split("/") or name.startswith("/"):
         problem, fix = "leads out of the folder of the sweep", "give a name without .., such as ${hydra.job.num}"
@@ -148,8 +148,8 @@ class Sweep:
     folder: str | None  # parent of the job folders; None until the first job, if it is Hydra's hydra.sweep.dir
     jobs: list[Job] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)  # hyperparameters of all jobs so far, as an ordered set
-    stop_signal: str | None = None  # name of the signal that requested the stop
-    is_search: bool = False  # a search by Optuna instead of a grid of all combinations
+    stop_signal: str | None = None  # name of the signal that requested the stop, such as "SIGTERM"
+    is_search: bool = False  # whether the sweep is an Optuna search instead of a grid of all combinations
     swept: set[str] = field(default_factory=set)  # keys whose values differ between jobs
     child: subprocess.Popen[bytes] | None = None  # process of the current job
 
@@ -157,18 +157,18 @@ class Sweep:
         """Run one job, unless it is finished, in a separate process, since TensorFlow cannot be set up twice in one.
 
         Args:
-            tree: composed configuration of the job.
-            overrides: overrides of the job in Hydra's grammar.
+            tree: the job's composed configuration.
+            overrides: the job's overrides in Hydra's grammar.
             settings: Hydra's own configuration (`HydraConf`).
 
         Returns:
-            The score for the sweeper, which is the validation accuracy of the last phase; None if the job failed.
+            The last phase's validation accuracy, which a search maximizes; None if the job failed.
 
         Raises:
             SweepEnded: after a stop request or an interrupted job, or if an exception occurred in this process.
         """
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(signum, self._forward_stop)
         self.folder = self.folder or str(settings.sweep.dir)
         self.is_search = not is_grid(settings)
@@ -185,12 +185,12 @@ class Sweep:
         job = make_job(tree, overrides, self.folder, name)
         config = apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments))
         configure_log(config.runtime)
-        finished = is_finished(config)
-        if not finished:
-            inspect_folder(config)  # raises now an error of the folder that would end the job
-        outcome = " is finished already" if finished else ""
+        was_finished = is_finished(config)
+        if not was_finished:
+            inspect_folder(config)  # raises errors of the folder here, before the job starts
+        outcome = " is finished already" if was_finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {job.folder}{outcome}")
-        job.code = DONE if finished else self._run_process(job.command)
+        job.code = DONE if was_finished else self._run_process(job.command)
         if job.code == INTERRUPTED or job.code < 0:
             self._raise_if_stopped()
             cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
@@ -203,7 +203,7 @@ class Sweep:
         return job
 
     def _run_process(self, arguments: list[str]) -> int:
-        # In a separate process group: Ctrl-C must reach it only once, through `_forward_stop`.
+        # In a separate process group, so that Ctrl-C reaches the process only once, through `_forward_stop`.
         command, environment = module_command("trainer", *arguments)
         self.child = subprocess.Popen(command, env=environment, process_group=0)
         if self.stop_signal:
@@ -225,26 +225,26 @@ class Sweep:
         return f"start the same command again with {format_argument('output_dir', self.folder)} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
-        swept = {key: text for key, text in job.overrides.items() if key in self.swept}
-        overrides = {key: text for key, text in swept.items() if not may_change_on_resume(key)}
-        values = {key: _get_hyperparameter(tree, key, text) for key, text in overrides.items()}
-        previous_count, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
+        swept_overrides = {key: text for key, text in job.overrides.items() if key in self.swept}
+        hyperparameters = {key: text for key, text in swept_overrides.items() if not may_change_on_resume(key)}
+        values = {key: _get_hyperparameter(tree, key, text) for key, text in hyperparameters.items()}
+        num_previous_columns, self.columns = len(self.columns), self.columns | dict.fromkeys(values)
         folder = storage_path(job.folder)
-        if not (folder / "config.yaml").exists():  # it failed early; a later start requires an empty folder
+        if not (folder / "config.yaml").exists():  # the job failed early; its next start requires an empty folder
             return
         _write_event_file(folder, serialize_job(job.name, values, job.scores, job.code == DONE))
-        if len(self.columns) > previous_count:
+        if len(self.columns) > num_previous_columns:
             _write_event_file(storage_path(self.folder or ""), serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
-        """Describe the overrides whose values differ in at least one other job so far; all for the first job."""
+        """Describe the overrides that differ from those of another job so far; all overrides for the first job."""
         other_overrides = [other.overrides for other in self.jobs if other is not job]
-        differing = [
-            f"{k}={v}"
-            for k, v in job.overrides.items()
-            if any(o.get(k) != v for o in other_overrides) or not other_overrides
+        differences = [
+            f"{key}={value}"
+            for key, value in job.overrides.items()
+            if any(overrides.get(key) != value for overrides in other_overrides) or not other_overrides
         ]
-        return " ".join(differing) or ("as the others" if other_overrides else "no overrides")
+        return " ".join(differences) or ("as the others" if other_overrides else "no overrides")
 
     def _describe_seeds(self) -> list[str]:
         """Describe the mean and standard deviation over seeds, in one line per setting of the other hyperparameters."""
@@ -266,10 +266,9 @@ class Sweep:
         return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
 
     def close(self) -> None:
-        """Log the score of each job, the mean and standard deviation over seeds, and the best job.
+        """Log each job's score, the mean and standard deviation over seeds, and the best job.
 
-        Raises TrainerError, with the exit code of the first failed job, if any job of a grid or all jobs of a search
-        failed.
+        Raises TrainerError, with the first failed job's exit code, if any job of a grid or all jobs of a search failed.
         """
         scored_jobs, failed_jobs = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         lines = [""]
@@ -304,7 +303,7 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
 
     Returns:
         The arguments that train this job alone, and the environment without JOB_COMPLETION_INDEX, which would otherwise
-        be read as the index of a worker.
+        be read as a worker index.
 
     Raises:
         ConfigError: SWEEP_JOB is not a number, or the arguments are not a grid that has a job of this number.
@@ -330,7 +329,7 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
 def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
     """List the jobs of a grid with their resolved configurations.
 
-    Raises ConfigError if the sweep is a search, or output_dir is not given.
+    Raises ConfigError if the sweep is a search, or output_dir is not set.
     """
     arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
     jobs: list[tuple[Job, dict[str, Any]]] = []
@@ -362,7 +361,8 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     """Compose the configuration, or run the sweep that the arguments request.
 
     Returns:
-        The resolved configuration; None after `--help`, `--version`, `--cfg` or a sweep.
+        The resolved configuration, as plain dicts, lists and scalars; None after `--help`, `--version`, `--cfg` or a
+        sweep.
 
     Raises:
         TrainerError: the configuration cannot be composed, or the sweep was stopped or failed.
@@ -402,16 +402,16 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
-    """Return the keys and groups to which an argument gives several values."""
+    """Return the keys and config groups for which an argument gives several values."""
     overrides = [parse_override(a) for a in arguments if "=" in a and not a.startswith("-")]
     return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Use output_dir as the folder of the sweep if it has one value, which is the same for all jobs.
+    """Use output_dir as the sweep's folder if it has one value, which is the same for all jobs.
 
-    Returns the arguments with output_dir removed (and hydra.sweep.dir set to a local folder), and the folder. The
-    folder is None if output_dir is not given, null or different for each job; in the latter case it is not removed.
+    Returns the arguments without output_dir (with hydra.sweep.dir if the folder is local), and the folder. The folder
+    is None if output_dir is missing, null or different for each job; in the last case, output_dir is not removed.
     """
     folder_arguments = [a for a in arguments if re.match(r"\+*output_dir=", a)]
     if (
@@ -433,9 +433,9 @@ def _use_sweep_folder(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def _write_event_file(folder: StoragePath, content: bytes) -> None:
-    """Write the event file of a job or sweep. First delete its temporary files that a killed process left.
+    """Write the event file of a job or sweep to its folder.
 
-    The starts of a run do not delete them.
+    Temporary files of a killed process are deleted first, because a run's start does not delete them.
     """
     if isinstance(folder, LocalPath):
         delete_unfinished(folder.path, recursive=False)
@@ -443,6 +443,6 @@ def _write_event_file(folder: StoragePath, content: bytes) -> None:
 
 
 def _get_hyperparameter(tree: Any, key: str, text: str) -> Value:
-    """Return the value of a key in the configuration; for a group, a list or null, the value `text` of the override."""
+    """Return a key's value in the configuration `tree`, or its override `text` if it is a group, a list or null."""
     value = flatten(tree).get(key)
     return value if isinstance(value, bool | int | float | str) else text

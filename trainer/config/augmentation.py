@@ -24,15 +24,15 @@ Rotation = Annotated[float | tuple[float, float], BeforeValidator(_check_rotatio
 
 
 class Augmentation(Section):
-    """Random changes of training images, determined by the seed, the epoch and the index of an image. 0 is off."""
+    """Random changes to training images, determined by the seed, the epoch and the image's index. 0 is off."""
 
     flip_horizontal: bool = False
     """Flip half of the images left to right."""
     flip_vertical: bool = False
     """Flip half of the images upside down."""
     rotation: Rotation = 0.0
-    """Maximum rotation in degrees, in either direction; [40, 108]: the sum of two rotations, of up to 40 and up to
-    108."""
+    """Maximum rotation in degrees, in either direction. [40, 108]: the sum of two rotations, of up to 40 and up to 108
+    degrees."""
     shift: float = Field(0.0, ge=0, le=1)
     """Maximum horizontal and vertical shift, as a fraction of the image side."""
     shear: float = Field(0.0, ge=0, lt=90)
@@ -54,16 +54,16 @@ class Augmentation(Section):
     randaugment: int = Field(0, ge=0, le=14)
     """Number of random operations per image (RandAugment)."""
     magnitude: int = Field(9, ge=0, le=30)
-    """Magnitude of the operations of RandAugment."""
+    """Magnitude of RandAugment's operations."""
     cutout: float = Field(0.0, ge=0, le=1)
-    """Side of a gray square, as a fraction of the image side."""
+    """Side of a gray square at a random position, as a fraction of the image side."""
     mixup: float = Field(0.0, ge=0, le=100)
     """Parameter alpha of Beta(alpha, alpha), from which the mixing weight of two neighbours in a batch is drawn."""
     cutmix: float = Field(0.0, ge=0, le=100)
-    """Parameter alpha, as for mixup, for the area of a square that is pasted from the neighbour. If mixup is set
-    too, each of the two has probability 1/2."""
+    """Parameter alpha of Beta(alpha, alpha), from which the area of a square that is pasted from a neighbour in the
+    batch is drawn. If mixup is also set, each of the two has probability 1/2."""
     fill: Literal["nearest", "constant", "reflect"] = "nearest"
-    """Values of pixels outside the image: the nearest pixel, black, or the reflected image."""
+    """Values of pixels outside the image. nearest: the nearest pixel; constant: black; reflect: the mirrored image."""
 
     @property
     def active(self) -> bool:

@@ -7,8 +7,9 @@ from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, with_choices
 from trainer.types import CPU, Device
 
-FEW_IMAGES, FEW_PER_CLASS = 5_000, 100  # a dataset has few images below one of these, in total or per class on average
-MANY_IMAGES, MANY_CLASSES = 50_000, 50  # the largest backbone is chosen if a dataset has both
+# A dataset has few images if it has fewer than FEW_IMAGES, or on average fewer than FEW_PER_CLASS per class.
+FEW_IMAGES, FEW_PER_CLASS = 5_000, 100
+MANY_IMAGES, MANY_CLASSES = 50_000, 50  # the largest backbone is chosen if a dataset has at least both numbers
 
 
 def resolve_auto(
@@ -25,12 +26,12 @@ def resolve_auto(
         config: the requested configuration. A `RunConfig` is returned unchanged, without reasons.
         images: number of training images.
         classes: number of classes.
-        device: device that trains.
-        begun: configuration that a resumed run began with. Its values are used, and the other arguments are ignored.
+        device: device on which the run trains.
+        begun: configuration with which a resumed run began. Its values are used, and the other arguments are ignored.
         replicas: number of replicas on all workers.
 
     Returns:
-        The configuration without `auto`, and for each key that was `auto` a line "KEY=auto: VALUE, REASON".
+        The resolved configuration, and a line "KEY=auto: VALUE, REASON" for each key that was `auto`.
     """
     if isinstance(config, RunConfig):
         return config, []
@@ -46,9 +47,9 @@ def resolve_auto(
         precision, precision_reason = choose_precision(device)
         provisional_config = with_choices(config, Choices(backbone, 1, phases, precision))
         batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
-        divisor = compute_batch_size_multiple(provisional_config, replicas)
+        multiple = compute_batch_size_multiple(provisional_config, replicas)
         if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
-            batch_size = max(batch_size // divisor, 1) * divisor
+            batch_size = max(batch_size // multiple, 1) * multiple
         choices = Choices(backbone, batch_size, phases, precision)
         explanations = {
             "model.backbone": f"{backbone}, {dataset} ({backbone_reason})",
@@ -61,7 +62,7 @@ def resolve_auto(
 
 
 def choose_precision(device: Device) -> tuple[Precision, str]:
-    """Choose the fastest precision for training on a device. Return it, and its reason for the log.
+    """Choose the fastest precision for training on a device. Returns the precision, and its reason for the log.
 
     Tensor Cores require compute capability 7.0 for float16, and 8.0 for bfloat16, which needs no loss scaling (NVIDIA,
     CUDA C++ Programming Guide, table of features by compute capability). On CPUs a step in half precision is not faster
@@ -81,10 +82,10 @@ def choose_precision(device: Device) -> tuple[Precision, str]:
 
 
 def compute_batch_size_multiple(config: RunConfig, replicas: int) -> int:
-    """Return the number that a valid global batch size is a multiple of.
+    """Return the number of which a valid global batch size is a multiple.
 
-    The batch must divide evenly over `replicas` (on all workers) and their micro-batches, and with mixup or cutmix each
-    replica needs an even number of examples. `training.virtual_replicas`, if set, replaces `replicas`.
+    The batch must divide evenly over `replicas`, the replicas on all workers, and their micro-batches. With mixup or
+    cutmix, each replica needs an even number of examples. `training.virtual_replicas`, if set, replaces `replicas`.
     """
     group_size = 2 if config.augmentation.mixes else 1
     if config.training.virtual_replicas:
@@ -93,16 +94,16 @@ def compute_batch_size_multiple(config: RunConfig, replicas: int) -> int:
 
 
 def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
-    """Reduce a batch size that exceeds `images`, the number of training examples, to this number.
+    """Reduce a batch size that exceeds `images`, the number of training examples, to that number.
 
-    The number is rounded up to a multiple of `compute_batch_size_multiple`. The gradients do not change, because the
-    rest of the larger batch would be padding.
+    The number is first rounded up to a multiple of `compute_batch_size_multiple`. The gradients do not change, because
+    the rest of the larger batch would be padding.
 
     Returns:
-        The configuration, and a message for the log, "" if the batch size has not changed.
+        The configuration, and a message for the log, or "" if the batch size has not changed.
     """
-    training, divisor = config.training, compute_batch_size_multiple(config, replicas)
-    max_batch_size = -(-images // divisor) * divisor
+    training, multiple = config.training, compute_batch_size_multiple(config, replicas)
+    max_batch_size = -(-images // multiple) * multiple
     if training.batch_size <= max_batch_size:
         return config, ""
     reason = (
@@ -112,7 +113,7 @@ def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[Run
 
 
 def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
-    """Choose the backbone, and return it with its reason for the log.
+    """Choose the backbone. Returns its name, and the reason for the log.
 
     Networks with a higher ImageNet accuracy transfer better (Kornblith et al. 2019), but need more images and time.
     """
@@ -126,8 +127,8 @@ def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
 def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
     """Choose the phases from the rows of the table `phases.auto`.
 
-    Returns the phases, a description of the row, and a hint if `phases.auto.domain` is not set. If the phases are
-    configured, they are returned with two empty strings.
+    Returns the phases, a description of the row, and a hint, which is "" if `phases.auto.domain` is set. If `phases`
+    is not auto, the configured phases are returned with two empty strings.
     """
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""

@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class InvalidValue(ConfigError, ValueError):
-    """Raised by validators. `key` is relative to the section of the validator; None if the value itself is invalid."""
+    """Raised by validators. `key` is relative to the validated section, or None if the validated value is invalid."""
 
 
 class Duration(Section):
@@ -58,7 +58,7 @@ class Duration(Section):
     def steps(self, steps_per_epoch: int, batch_size: int) -> int:
         """Convert to optimizer steps, rounded to the nearest integer, but at least 1 unless `count` is 0.
 
-        `batch_size` is the global one, in examples per step.
+        `batch_size` is the global batch size, in examples per step.
         """
         steps_per_unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "examples": 1.0 / batch_size}[self.unit]
         return max(round(self.count * steps_per_unit), 1 if self.count > 0 else 0)
@@ -83,13 +83,13 @@ _DurationInput = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")] | float
 DurationSetting = Annotated[Duration, BeforeValidator(_parse_duration, json_schema_input_type=_DurationInput)]
 
 
-def _require_some(duration: Duration) -> Duration:
+def _require_positive_duration(duration: Duration) -> Duration:
     if not duration.count:
         raise InvalidValue("is nothing", fix="use a length above 0")
     return duration
 
 
-PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_some)]
+PositiveDuration = Annotated[DurationSetting, AfterValidator(_require_positive_duration)]
 
 
 def check_address(text: str) -> str:
@@ -101,8 +101,8 @@ def check_address(text: str) -> str:
     if not match or re.match("(gs|s3)://[^/]", text):
         return text
     scheme, path = match[1].lower(), match[2].lstrip("/")
-    if bucket := _BUCKET_SCHEMES.get(scheme):
-        fix = f"write {bucket}://{path or 'bucket/folder'}"
+    if bucket_scheme := _BUCKET_SCHEMES.get(scheme):
+        fix = f"write {bucket_scheme}://{path or 'bucket/folder'}"
         raise InvalidValue("is not the address of a bucket", value=text, fix=fix)
     if not match[2].startswith("/"):  # a file name with a colon
         return text
@@ -116,11 +116,11 @@ _BUCKET_SCHEMES = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3", "s3n": "s3"
 Address = Annotated[str, AfterValidator(check_address)]
 
 
-def _locate(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
-    """Return the dotted key of an error, and the section type that has the key.
+def _locate_key(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
+    """Return an error's dotted key, and the section type that has the key.
 
-    `path` is the location of the error in pydantic's form, such as ("phases", "head", "epochs"). It can also have names
-    of union members, such as "tuple[float,float]", which are not part of the key.
+    `root` is the section type that was validated. `path` is the error's location in pydantic's form, such as ("phases",
+    "head", "epochs"). It can also have names of union members, such as "tuple[float,float]", which the key omits.
     """
     names, section, types = [], root, list_union_members(root)
     for name in path:
@@ -157,7 +157,7 @@ _FIXES = {  # error type of pydantic -> fix, because pydantic's own messages nam
 
 
 def _fix_for_section_value(key: str, value: Any, section: type[BaseModel]) -> str:
-    """Return the fix if the section `key` is set to a plain value: a key in the section that takes such a value."""
+    """Return the fix if the section `key` is set to a plain value: to set a key in the section instead."""
     types_by_key = {name: list_union_members(field.annotation) for name, field in section.model_fields.items()}
     if isinstance(value, str) and "name" in types_by_key:
         return f"write {key}.name={value}"
@@ -167,11 +167,11 @@ def _fix_for_section_value(key: str, value: Any, section: type[BaseModel]) -> st
 
 
 def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate `details`, one entry of `ValidationError.errors()`, to a ConfigError.
+    """Translate `details`, one entry of pydantic's `ValidationError.errors()`, to a ConfigError.
 
-    `root` and `tree` are the type and the value that were validated.
+    `root` and `tree` are the section type and the nested dicts that were validated.
     """
-    (key, _), error_type, path = _locate(root, details["loc"]), details["type"], details["loc"]
+    (key, _), error_type, path = _locate_key(root, details["loc"]), details["type"], details["loc"]
     value = None if isinstance(details["input"], dict | BaseModel) else details["input"]
     if isinstance(error := details.get("ctx", {}).get("error"), InvalidValue):
         key = ".".join(filter(None, (key, error.key)))
@@ -190,7 +190,7 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
             else {}
         )
         fix = suggest_key(key, list_keys(root, tree | {"phases": phases})) if path[0] == "phases" else "known"
-        section_fix = _fix_for_section_value(key, value, _locate(root, (*path, ""))[1])
+        section_fix = _fix_for_section_value(key, value, _locate_key(root, (*path, ""))[1])
         suggests_other_key = fix.startswith("did") and f" {key}?" not in fix and f" {key}." not in fix
         return ConfigError(
             "has keys, not a value", key=key, value=value, fix=fix if suggests_other_key else section_fix
@@ -206,24 +206,24 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
     match = re.match(r"\w+ should (?:be|have|match) (.+?)(?:, unable.*|, got.*| after.*)?$", details["msg"])
     if not match:
         return ConfigError(details["msg"], key=key, value=value, fix="see docs/configuration.md")
-    allowed = re.sub(r"^(greater|less)", r"a value \1", match[1])
-    return ConfigError("is not valid", key=key, value=value, fix=f"use {allowed}")
+    allowed_values = re.sub(r"^(greater|less)", r"a value \1", match[1])
+    return ConfigError("is not valid", key=key, value=value, fix=f"use {allowed_values}")
 
 
 def _has_nested_error(path: tuple[Any, ...], error: ValidationError) -> bool:
-    """Return whether `error` also has an error at a key below another member of the union at `path`."""
+    """Return whether `error` also has an error inside another member of the union at `path`."""
     return any(
         details["loc"][: len(path) - 1] == path[:-1] and len(details["loc"]) > len(path) for details in error.errors()
     )
 
 
 def translate_validation_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate pydantic's errors to one ConfigError, whose `faults` has one error per key.
+    """Translate pydantic's errors to one ConfigError, whose `faults` are one ConfigError per key.
 
     Args:
-        error: pydantic's error.
+        error: pydantic's exception.
         root: section type that was validated.
-        tree: value that was validated.
+        tree: nested dicts that were validated.
     """
     faults: dict[str | None, ConfigError] = {}
     for details in error.errors():

@@ -1,4 +1,4 @@
-"""Choose `training.batch_size=auto` from the number of images, and on GPUs from the memory that training needs."""
+"""Choose the batch size for `training.batch_size=auto` from the number of images and, on GPUs, the memory needed."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ from trainer.types import Device
 BYTES_PER_VALUE: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 IMAGE_BYTES_PER_VALUE = 11  # bytes per value of an input image on a GPU: three batches in uint8 and two in float32
 
-LARGEST_PER_GPU = 256  # images in the batch of one GPU
-MIN_STEPS_PER_EPOCH = 20  # that remain if the batch is larger than that of the rule for CPUs
-MEMORY_FRACTION = 0.8  # fraction of a GPU's memory to use; the rest is for fragmentation and the error of the estimate
+LARGEST_PER_GPU = 256  # maximum per-replica batch size, in images
+MIN_STEPS_PER_EPOCH = 20  # a batch size above the one for CPUs must leave this many steps per epoch
+MEMORY_FRACTION = 0.8  # fraction of a GPU's memory to use; the rest is for fragmentation and estimation errors
 GPU_RESERVE = 1_500_000_000  # bytes for the CUDA context, cuDNN's workspaces and compiled programs; an assumption
 TRAINED_BYTES_PER_PARAMETER = 4 * 5  # float32: the weight, its gradient, two optimizer variables, its moving average
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The sizes of a backbone from which its memory is estimated.
+    """A backbone's sizes, from which the GPU memory of its training is estimated.
 
-    The activations are numbers of values per image, divided by the pixels of the image (side^2). They are those that
-    `trainer.planning.estimates` counts in the network, as tests/planning/test_gpu_memory.py checks.
+    Activations are values per image, divided by the image's number of pixels (side^2). They must equal the values that
+    `trainer.planning.estimates` counts in the network, which tests/planning/test_gpu_memory.py checks.
     """
 
-    side: int  # pixels of the images for which the activations were counted: the default size of the backbone
+    side: int  # side of the images for which the activations were counted, in pixels: the backbone's default
     trained: float  # activations stored for the gradient, all layers thawed, normalization layers frozen
     trained_norm: float  # the same, if the normalization layers use batch statistics
     frozen: float  # activations in memory at the same time, all layers frozen
@@ -75,12 +75,12 @@ FOOTPRINTS = {
 
 
 def count_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
-    """Estimate the GPU memory of training, in the phase that needs most.
+    """Estimate the GPU memory that training needs in its largest phase.
 
-    A phase that thaws some of the layers counts as if it thawed all.
+    A phase that thaws some layers counts as if it thawed all of them.
 
     Returns:
-        Bytes per image of a batch, and bytes that do not depend on the batch size.
+        Bytes per image in the per-replica batch, and bytes that do not depend on the batch size.
     """
     thawed_phases = [phase for phase in config.phases.values() if phase.thaw != "none"]
     values_per_pixel = footprint.frozen
@@ -93,7 +93,7 @@ def count_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
         values_per_pixel * width * BYTES_PER_VALUE[config.runtime.precision] + 3 * IMAGE_BYTES_PER_VALUE
     )
     bytes_per_parameter = TRAINED_BYTES_PER_PARAMETER if thawed_phases else 4
-    # The variables are float32. In half precision, a step also has a copy of them in half precision.
+    # The variables are float32. In half precision, a step also stores a copy of the weights in half precision.
     copy_bytes = 0 if config.runtime.precision == "float32" else BYTES_PER_VALUE[config.runtime.precision]
     return int(bytes_per_image), int(
         footprint.parameters * 1e6 * width**2 * (bytes_per_parameter + copy_bytes)
@@ -101,37 +101,37 @@ def count_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
 
 
 def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: int) -> tuple[int, str]:
-    """Choose the global batch size. Return it, and its reason, which continues the line of the log.
+    """Choose the global batch size. Returns it, and its reason as the end of a log line.
 
-    On CPUs, it is 16 for less than 1,000 images, 32 for less than 50,000, and else 64. The same rule applies if the
-    memory of the GPU or the backbone is unknown. On GPUs, it is per GPU the largest power of two up to
-    `LARGEST_PER_GPU` that fits into `MEMORY_FRACTION` of the memory, and either leaves `MIN_STEPS_PER_EPOCH` steps or
-    does not exceed the rule for CPUs.
+    On CPUs, the size is 16 below 1,000 images, 32 below 50,000, and 64 otherwise, also if the GPU's memory or the
+    backbone is unknown. On GPUs, the size per GPU is the largest power of two, up to `LARGEST_PER_GPU`, that fits into
+    `MEMORY_FRACTION` of its memory. The global size must also leave `MIN_STEPS_PER_EPOCH` steps, or not exceed the size
+    for CPUs.
 
     Args:
         config: configuration with the phases, the precision and the backbone resolved.
         images: number of training images.
-        device: device that trains; `memory` is in bytes.
-        replicas: number of devices on all workers.
+        device: device on which the run trains.
+        replicas: number of replicas on all workers.
     """
     cpu_size = 16 if images < 1_000 else 32 if images < 50_000 else 64
     footprint = find_footprint(config.model.backbone)
     if device.kind == "CPU" or not device.memory or not footprint:
         return cpu_size, " (16 under 1,000, 64 from 50,000 on, else 32)"
     bytes_per_image, fixed_bytes = count_bytes(config, footprint)
-    max_fitting = int((MEMORY_FRACTION * device.memory - fixed_bytes) / bytes_per_image) * config.training.accumulate
-    max_useful = max(cpu_size, images // MIN_STEPS_PER_EPOCH) // replicas
-    per_gpu = 1 << max(min(LARGEST_PER_GPU, max_fitting, max_useful), 1).bit_length() - 1
+    num_fitting = int((MEMORY_FRACTION * device.memory - fixed_bytes) / bytes_per_image) * config.training.accumulate
+    max_useful_size = max(cpu_size, images // MIN_STEPS_PER_EPOCH) // replicas
+    gpu_batch = 1 << max(min(LARGEST_PER_GPU, num_fitting, max_useful_size), 1).bit_length() - 1
     reason = (
-        f": {per_gpu} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {max_fitting:,}"
+        f": {gpu_batch} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {num_fitting:,}"
     )
     limits = (
         f"a power of two, at most {LARGEST_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {cpu_size} images"
     )
-    return per_gpu * replicas, f"{reason} ({limits})"
+    return gpu_batch * replicas, f"{reason} ({limits})"
 
 
 def find_footprint(backbone: str) -> Footprint | None:
-    """Return the footprint of a backbone; None if it is unknown. Case and separators in its name do not matter."""
+    """Return a backbone's footprint; None if it is unknown. Case and separators in `backbone` do not matter."""
     normalized_name = "".join(filter(str.isalnum, backbone)).lower()
     return next((footprint for name, footprint in FOOTPRINTS.items() if name.lower() == normalized_name), None)

@@ -17,9 +17,9 @@ CHANGEABLE_ON_RESUME = (
     "debug.profile_steps",
     *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
 )
-# Addresses that can change on resume if the content there has the fingerprint that the run recorded.
+# Keys whose address can change on resume if the content at the new address has the fingerprint that the run recorded.
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "distillation.teacher")
-# Addresses of weights that a run reads when it begins, but not when it resumes.
+# Keys with the address of weights, which a run reads when it begins, but not when it resumes.
 INITIAL_WEIGHTS = ("model.weights", "warm_start")
 # Keys that can differ between the workers of a run.
 PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
@@ -39,7 +39,7 @@ def select_common_settings(config: RequestedConfig) -> dict[str, Any]:
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts to dotted keys, which begin with `prefix`: {"a": {"b": 1}} -> {"a.b": 1}.
 
-    An empty dict is a value, as is anything that is not a dict.
+    An empty dict counts as a value.
     """
     if isinstance(tree, dict) and tree:
         return {
@@ -49,11 +49,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
-    """List the changes between two configurations of a run that are forbidden on resume, as "KEY: BEFORE -> NOW".
+    """List the changes between a run's two configurations that are forbidden on resume, as "KEY: BEFORE -> NOW".
 
     A longer last phase or a higher debug.max_steps is allowed, to extend a finished run, and so are changes of keys in
     `CHANGEABLE_ON_RESUME`. A key in `ADDRESSES` or `INITIAL_WEIGHTS` can change from one address to another; callers
-    compare the fingerprint or checksum of the content.
+    must compare the content's fingerprint or checksum.
     """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     length_keys = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
@@ -73,6 +73,6 @@ def _is_address(key: str, value: Any) -> bool:
 
 
 def list_moved_addresses(before: RunConfig, now: RunConfig, keys: tuple[str, ...] = ADDRESSES) -> list[str]:
-    """List the addresses that have changed, among those of `keys`, as "KEY: BEFORE -> NOW"."""
+    """List the addresses at `keys` that differ between two configurations, as "KEY: BEFORE -> NOW"."""
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return [f"{key}: {old[key]} -> {new[key]}" for key in keys if key in old and old[key] != new.get(key)]

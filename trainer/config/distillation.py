@@ -13,7 +13,7 @@ from trainer.config.phases import AutoPhases, NamedPhases, Phase, validate_phase
 from trainer.errors import TrainerError
 
 TRAIN = "train"  # value of `distillation.teacher` with which the run trains its teacher first
-FOLDER = "teacher"  # name of the folder in output_dir that contains the run of the teacher
+FOLDER = "teacher"  # name of the folder in the student's output_dir that contains the teacher's run
 Error = TypeVar("Error", bound=TrainerError)
 
 
@@ -28,16 +28,16 @@ OptionalPhases = Annotated[
 
 
 class Distillation(Section):
-    """Knowledge distillation: loss = alpha x loss of the label + (1 - alpha) x temperature^2 x KL(teacher, student)."""
+    """Knowledge distillation: loss = alpha x label loss + (1 - alpha) x temperature^2 x KL(teacher, student)."""
 
     teacher: Address
     """output_dir of an earlier run, or the folder of a SavedModel that a run exported. Local or in a bucket. train: the
     run trains its teacher first, in OUTPUT_DIR/teacher (docs/training.md)."""
     model: Model | None = None
-    """teacher=train: the network of the teacher, with the keys of `model`, or a name in the group `model`."""
+    """teacher=train: the teacher's network, with the keys of `model`, or a name in the group `model`."""
     phases: OptionalPhases = None
-    """teacher=train: the phases of the teacher, with the keys of `phases`, or a name in the group `phases`; null: the
-    same phases as the student."""
+    """teacher=train: the teacher's phases, with the keys of `phases`, or a name in the group `phases`; null: the same
+    phases as the student's."""
     alpha: float = Field(0.1, ge=0, lt=1)
     """Weight of the loss against the labels; the loss against the teacher has the weight 1 - alpha."""
     temperature: float = Field(1.0, ge=0.01, le=1e3)
@@ -56,14 +56,14 @@ class Distillation(Section):
 
 
 def teacher_address(output_dir: str) -> str:
-    """Return the output_dir of the teacher's run: OUTPUT_DIR/teacher, where `output_dir` is that of the student."""
+    """Return the output_dir of the teacher's run: OUTPUT_DIR/teacher for the student's `output_dir`."""
     return f"{output_dir.rstrip('/')}/{FOLDER}"
 
 
 def prefix_teacher_key(error: Error) -> Error:
-    """Return an error in the configuration of a teacher's run, with its key as users write it.
+    """Change the key of an error in the teacher's configuration to the key that users write, and return the error.
 
-    The key of `error` itself is changed, such as from "model.backbone" to "distillation.model.backbone".
+    For example, "model.backbone" becomes "distillation.model.backbone".
     """
     if error.key and error.key.startswith(("model.", "phases.")):
         error.key = f"distillation.{error.key}"

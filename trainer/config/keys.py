@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-# Name in other tools, or a likely guess -> last component of the key here; "model.name" and its value are whole keys.
+# Name in other tools, or a likely guess -> last component of our key; "model.name" and its value are whole keys.
 _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "gpus": "replicas", "epoch": "epochs",
             "num_epochs": "epochs", "img_size": "image_size", "size": "image_size", "input_size": "image_size",
             "output": "output_dir", "run_name": "experiment_name", "num_workers": "data_threads", "path": "root",
@@ -33,7 +33,7 @@ def is_section(annotation: Any) -> bool:
 
 
 def suggest_name(name: str, known: list[str]) -> str:
-    """Return "did you mean NAME?" for the most similar known name, or a list of all known names if none is similar."""
+    """Return "did you mean NAME?" for the known name most similar to `name`, or "known: ..." if none is similar."""
     matches = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known)}"
 
@@ -43,15 +43,15 @@ def list_keys(root: type[BaseModel], tree: Any = None, inside: bool = False) -> 
 
     Args:
         root: type of the section.
-        tree: values of the section as nested dicts. A dict of sections, such as `phases`, has the names in it
-            (`phases.head.epochs`), so that without `tree` it has no keys.
-        inside: whether `root` is within another section. An optional section in it, such as the model of a teacher, is
-            then one key if it is null by default and has no value in `tree`.
+        tree: the section's values as nested dicts. It supplies the names in a dict of sections, such as
+            `phases.head.epochs`. Without `tree`, a dict of sections has no keys.
+        inside: whether `root` is within another section. If so, an optional section in `root`, such as the teacher's
+            model, is listed as a single key if it is null by default and has no value in `tree`.
     """
     keys = []
     for name, field in root.model_fields.items():
         content = (tree.get(name) if isinstance(tree, dict) else None) or {}
-        section, named_section = _section_types(field.annotation, content)
+        section, named_section = _find_section_types(field.annotation, content)
         if inside and (named_section or section) and field.default is None and not content:
             keys.append(name)
         elif named_section:
@@ -64,14 +64,14 @@ def list_keys(root: type[BaseModel], tree: Any = None, inside: bool = False) -> 
 
 
 def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the values in `tree`, a composed configuration, and the default of each missing key.
+    """Return the values in `tree`, the nested dicts of a section, and the default of each missing key.
 
-    The keys are in the order of the schema, followed by unknown keys.
+    `root` is the section's type. Keys are in the order of its fields, followed by unknown keys.
     """
     values: dict[str, Any] = {}
     for name, field in root.model_fields.items():
         value = tree.get(name, field.default)
-        section, named_section = _section_types(field.annotation, value)
+        section, named_section = _find_section_types(field.annotation, value)
         if isinstance(value, BaseModel):
             value = _format_durations(value.model_dump(mode="json"))
         elif named_section and isinstance(value, dict):
@@ -93,11 +93,11 @@ def _format_durations(value: Any) -> Any:
     return {key: _format_durations(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _section_types(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
-    """Return the section type that a key accepts or None, and the section type S of a `dict[str, S]`, or None.
+def _find_section_types(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
+    """Return the section type that a key accepts, and S if it accepts a `dict[str, S]` of sections; None if neither.
 
     A `Duration`, which has a field `unit`, does not count as a section, because users write it as one value. If a key
-    accepts both types and `tree` has a key of the section, the dict is ignored: phases={auto: ...} has no phase `auto`.
+    accepts both types and `tree` has a key of the section, S is None: phases={auto: ...} has no phase named `auto`.
     """
     members = list_union_members(annotation)
     section = next((member for member in members if is_section(member) and "unit" not in member.model_fields), None)
@@ -115,7 +115,7 @@ def classify_key(root: type[BaseModel], key: str) -> Kind:
 
     Returns:
         "text" for a string, "texts" for a list of strings, "weights" for numbers by class name, "names" for class names
-        (a list, or a mapping to display names), or "other", also for an unknown key.
+        (a list, or a mapping to display names), or "other" for any other value or an unknown key.
     """
     types = _resolve_types(root, key)
     if any(get_origin(type_) is dict and get_args(type_) == (str, str) for type_ in types):
@@ -171,12 +171,12 @@ def _resolve_types(root: type[BaseModel], key: str) -> list[Any]:
 
 
 def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
-    """Return "did you mean KEY?" for an unknown key, or a list of the keys of its section if no key is similar.
+    """Return "did you mean KEY?" for an unknown key, or "known: ..." with its section's keys if no key is similar.
 
     Args:
         key: dotted key that is not in `known`.
         known: dotted keys of the configuration. Similar keys are searched in all sections.
-        tree: value of the key. If it is a dict, its first key counts as well: `head: {epochs: 3}` suggests keys that
+        tree: value of the key. If it is a dict, its first key is also matched: `head: {epochs: 3}` suggests keys that
             end with `head.epochs`, such as `phases.head.epochs`.
     """
     if isinstance(tree, dict) and tree:
@@ -184,16 +184,16 @@ def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
             return _did_you_mean(matches)
         name, value = next(iter(tree.items()))
         child_suggestion = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], value)
-        own_suggestion = suggest_key(key, known)
-        if child_suggestion.startswith("did") or own_suggestion.startswith("did"):
-            return child_suggestion if child_suggestion.startswith("did") else own_suggestion
+        key_suggestion = suggest_key(key, known)
+        if child_suggestion.startswith("did") or key_suggestion.startswith("did"):
+            return child_suggestion if child_suggestion.startswith("did") else key_suggestion
         return suggest_key(f"{key}.{name}", known, value)
     section, _, name = key.rpartition(".")
     prefix = section + "." * bool(section)
     siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
     canonical_name = _ALIASES.get(name, name)
     # From certain to vague: an alias of the key; a slip in a key of this section; the key in another section;
-    # the name in this section; the name anywhere; a misspelled key of this section; a misspelled name of any section.
+    # the name in this section; the name anywhere; a misspelled key of this section; a misspelled name in any section.
     matches = (
         [k for k in known if k == _ALIASES.get(key)]
         or _match_similar(key, siblings, prefix, 0.75)
@@ -224,22 +224,22 @@ def find_first_leaf_key(tree: dict[str, Any]) -> str:
 
 
 def _match_components(key: str, known: list[str]) -> list[str]:
-    """Return the known keys with the last component of `key`, whose parents contain the parents of `key` in this order.
+    """Return the known keys that end with the last component of `key` and have its other components in the same order.
 
     `head.epochs` matches `phases.head.epochs`. An alias such as `lr` counts as the name that it represents.
     """
     *key_parents, name = key.split(".")
     canonical_name, matches = _ALIASES.get(name, name), []
     for candidate in known:
-        *parents, last = candidate.split(".")
+        *parents, candidate_name = candidate.split(".")
         remaining_parents = iter(parents)
-        if last == canonical_name and all(parent in remaining_parents for parent in key_parents):
+        if candidate_name == canonical_name and all(parent in remaining_parents for parent in key_parents):
             matches.append(candidate)
     return matches
 
 
 def _match_names(name: str, keys: list[str]) -> list[str]:
-    """Return the keys whose last component is `name`; if there are none, the first key of each section of this name."""
+    """Return the keys whose last component is `name`, or else the first key in each section with that name."""
     matches = [key for key in keys if key.rpartition(".")[2] == name]
     first_keys = {f"{key}.".partition(f"{name}.")[0]: key for key in reversed(keys) if f".{name}." in f".{key}"}
     return matches or list(reversed(first_keys.values()))

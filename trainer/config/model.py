@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from trainer.config.base import Address, InvalidValue, Section
 
-WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # of files with weights in a format of Keras
+WEIGHTS_SUFFIXES = (".keras", ".h5", ".hdf5")  # suffixes of weights files in Keras formats
 NAMED_WEIGHTS = ("imagenet", "glyphs", "none")  # values of model.weights that are not addresses
 
 
@@ -37,31 +37,31 @@ class Model(Section):
     alpha: float | None = Field(None, gt=0, le=4)
     """MobileNet, MobileNetV2: multiplier of the number of filters in each layer; null: 1."""
     image_size: int | None = Field(None, ge=8, le=2048)
-    """Side of the square input images in pixels; null: the default of the backbone."""
+    """Side of the square input images in pixels; null: the backbone's default."""
     resize: Literal["stretch", "crop"] = "stretch"
     """How an image becomes square. stretch: its aspect ratio is changed; crop: its central square is used."""
     pooling: Literal["avg", "max"] = "avg"
-    """Global pooling of the last feature maps of the backbone."""
+    """Global pooling of the backbone's last feature maps."""
     hidden: HiddenUnits | HiddenLayers | None = None
     """Number of units of a hidden ReLU layer in the head, or a list with one number per hidden layer, from the backbone
     up; null: no hidden layers."""
     hidden_batch_norm: bool = False
     """BatchNormalization in each hidden layer of the head, before its ReLU (docs/phases.md)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout rate before the last layer of the head."""
+    """Dropout rate before the head's last layer."""
     l2: float = Field(0.0, ge=0, le=1e3)
     """L2 regularization factor of the head's kernels."""
 
     @property
     def hidden_units(self) -> tuple[int, ...]:
-        """The number of units of each hidden layer of the head, from the backbone up; empty if there are none."""
+        """The number of units in each of the head's hidden layers, from the backbone up; empty if there are none."""
         if self.hidden is None:
             return ()
         return (self.hidden,) if isinstance(self.hidden, int) else self.hidden
 
     @property
     def has_weights_folder(self) -> bool:
-        """Whether `weights` is the address of a folder, which has one weights file per network."""
+        """Whether `weights` is the address of a folder that has one weights file per network."""
         return self.weights not in NAMED_WEIGHTS and not self.weights.endswith(WEIGHTS_SUFFIXES)
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from trainer.names import find_path_error
 
 
 class Optimizer(Section):
-    """A Keras optimizer. An option can be set only if this optimizer has it; null means the default of Keras."""
+    """A Keras optimizer. An option can be set only if this optimizer has it; null means the Keras default."""
 
     name: Literal["adam", "adamw", "sgd", "rmsprop", "adamax", "adagrad", "adadelta", "nadam", "lion"] = "adam"
     """Class in `keras.optimizers`, in lower case."""
@@ -88,7 +88,7 @@ class Schedule(Section):
 
 
 class EarlyStopping(Section):
-    """The rule that ends a phase early when validation has not improved for `patience` epochs."""
+    """The rule that ends a phase early if the validation metric has not improved for `patience` epochs."""
 
     patience: int = Field(0, ge=0, le=MAX_COUNT)
     """Epochs without improvement after which the phase ends; 0: never."""
@@ -119,7 +119,7 @@ class Phase(Section):
     """Length of the phase in training examples."""
     batch_norm: Literal["frozen", "affine", "train"] = "frozen"
     """BatchNormalization layers of the backbone that `thaw` includes. frozen: they do not train; affine: gamma and beta
-    train, with frozen statistics; train: gamma and beta train, with the statistics of the batch."""
+    train, with frozen statistics; train: gamma and beta train, with the batch's statistics."""
     backbone_rate: float = Field(1.0, ge=1e-6, le=1)
     """Learning-rate multiplier of the backbone, relative to the head."""
     layer_decay: float = Field(1.0, ge=1e-6, le=1)
@@ -148,26 +148,26 @@ class Phase(Section):
 
     @property
     def duration(self) -> Duration:
-        """The configured length of the phase, which early stopping and debug.max_steps can shorten."""
+        """The phase's configured length, which early stopping and debug.max_steps can shorten."""
         unit = next(key for key in UNITS if getattr(self, key) is not None)
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
 
-def _check_name(name: str) -> str:
-    """Require that a phase name can be a folder name, because each phase has a folder in logs/."""
+def _check_phase_name(name: str) -> str:
+    """Require that a phase name is valid as a folder name, because each phase has a folder in logs/."""
     if "/" in name or find_path_error(name):
         raise InvalidValue("cannot be the name of a folder", value=name, fix="name phases with letters, digits and _")
     return name
 
 
-NamedPhases = Annotated[dict[Annotated[str, AfterValidator(_check_name)], Phase], Field(min_length=1)]
+NamedPhases = Annotated[dict[Annotated[str, AfterValidator(_check_phase_name)], Phase], Field(min_length=1)]
 
 
 class PhaseTable(Section):
     """The phases to choose from, by the number of training images and their similarity to the pretraining images."""
 
     domain: Literal["similar", "different"] | None = None
-    """Whether the images are similar to those that the backbone was trained on; null: similar."""
+    """Whether the images are similar to the images on which the backbone was pretrained; null: similar."""
     few_similar: NamedPhases
     """Phases for few images of a similar domain."""
     few_different: NamedPhases
@@ -179,7 +179,7 @@ class PhaseTable(Section):
 
 
 class AutoPhases(Section):
-    """`phases=auto`: the phases are chosen when the data is opened, from the number of its training images and classes
+    """`phases=auto`: the phases are chosen when the data is opened, by its numbers of training images and classes
     (docs/phases.md)."""
 
     auto: PhaseTable
@@ -200,16 +200,16 @@ class AutoPhases(Section):
         return phases
 
 
-_NAMED = TypeAdapter(NamedPhases)
+_NAMED_PHASES = TypeAdapter(NamedPhases)
 
 
 def validate_phases(phases: Any, _union: Any) -> dict[str, Phase] | AutoPhases:
-    """Validate `phases` as `AutoPhases` if they have the key `auto`, and as phases by name otherwise.
+    """Validate `phases` as `AutoPhases` if it has the key `auto`, and otherwise as a dict {name: phase}.
 
-    Pydantic would try both types, and report the errors of both.
+    Pydantic alone would try both types, and report the errors of both.
     """
     is_auto = isinstance(phases, AutoPhases) or (isinstance(phases, dict) and "auto" in phases)
-    return AutoPhases.model_validate(phases) if is_auto else _NAMED.validate_python(phases)
+    return AutoPhases.model_validate(phases) if is_auto else _NAMED_PHASES.validate_python(phases)
 
 
 Phases = Annotated[

@@ -1,7 +1,8 @@
 """The configuration of a run: one frozen, validated tree of sections.
 
-Hydra composes nested dicts from the YAML in `conf/`. `load` validates them and returns a `RunConfig` if no value is
-`auto`, otherwise a `RequestedConfig`. One `ConfigError` lists all faults. This module does not import TensorFlow.
+Hydra composes nested dicts from the YAML files in `conf/`. `load` validates them and returns a `RunConfig` if the
+backbone, batch size, phases and precision are not `auto`, otherwise a `RequestedConfig`. One `ConfigError` lists all
+errors. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Data(Section):
     """The labelled images: source, splits, order and caches."""
 
     source: Literal["digits", "image_folder", "csv", "tfds", "tfrecords"]
-    """digits: the digits of scikit-learn; image_folder: image files in one folder per class; csv: image files that a
-    CSV file lists; tfds: a dataset of TensorFlow Datasets (TFDS); tfrecords: TFRecord files."""
+    """digits: scikit-learn's digits; image_folder: image files in one folder per class; csv: image files that a CSV
+    file lists; tfds: a dataset of TensorFlow Datasets (TFDS); tfrecords: TFRecord files."""
     root: Address | None = None
     """image_folder: folder with the images; csv: the CSV file, with the columns file, label and optionally split; tfds:
     folder of one prepared dataset. Local or in a bucket."""
     name: str | None = None
     """tfds: name of the dataset, such as beans or food101:2.0.0."""
     data_dir: Address | None = None
-    """tfds: folder of all prepared datasets; null: the default folder of TFDS."""
+    """tfds: folder of all prepared datasets; null: the TFDS default."""
     download: bool = False
     """tfds: download and prepare the dataset if it is missing."""
     pattern: Address | None = None
@@ -55,8 +56,8 @@ class Data(Section):
     label_field: str = "label"
     """tfds, tfrecords: field of the class index."""
     class_names: tuple[str, ...] | dict[str, str] | None = None
-    """tfrecords: class names, in the order of their indices. Other sources have class names: a list of the same names
-    sets their order, and a mapping {n01: daisy, n02: red rose} gives these classes other names."""
+    """tfrecords: class names, in the order of their indices. Other sources: a list of the source's class names sets
+    their order, and a mapping {n01: daisy, n02: red rose} sets the display names of these classes."""
     class_prefix: str | None = None
     """Regular expression of a prefix to remove from class names, except those that data.class_names maps: n[0-9]+-
     turns n02085620-Chihuahua into Chihuahua. null: no prefix."""
@@ -76,7 +77,7 @@ class Data(Section):
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Fraction of the training examples that becomes the test split if the data has none."""
     split_seed: int = Field(42, ge=0, lt=2**63)
-    """Seed of the random split by data.validation_fraction and data.test_fraction."""
+    """Seed of the random splits by data.validation_fraction and data.test_fraction."""
     labels_per_class: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Maximum number of training examples per class, chosen at random; null: all."""
     shuffle_window: int = Field(8192, ge=1, le=MAX_COUNT)
@@ -85,7 +86,7 @@ class Data(Section):
     """`trainer.prepare`: number of shards of the largest split; other splits have shards of the same size. null: one
     shard per 100 MB."""
     orientation: Orientation = "exif"
-    """exif: rotate images by their EXIF orientation, in the exported model too; ignore: use images as stored, because
+    """exif: rotate images by their EXIF orientation, also in the exported model; ignore: use images as stored, because
     their EXIF tags are wrong."""
     on_error: Literal["fail", "skip"] = "fail"
     """What happens if an image or record cannot be read. fail: the run ends; skip: the image or record is skipped."""
@@ -96,14 +97,14 @@ class Data(Section):
     worker reads whole files; auto: file if there are enough files and no virtual replicas, and images are decoded in
     every epoch, else record."""
     fingerprint: Literal["auto", "content"] = "auto"
-    """Which bytes of the data its fingerprint covers. content: all; auto: all up to 1 GB, samples of larger data."""
+    """Which bytes the data's fingerprint covers. content: all; auto: all if there is up to 1 GB, otherwise samples."""
     group_field: str | None = None
-    """csv: column; tfds, tfrecords: field of a string or an integer. Its values are groups that the report scores
+    """csv: a column; tfds, tfrecords: a field with a string or an integer. Its values are groups that the report scores
     separately."""
 
     corrections: Address | None = None
-    """CSV file with corrections: examples to exclude or to relabel, as the page of a report saves it (docs/report.md).
-    Local or in a bucket."""
+    """CSV file with corrections, which are examples to exclude or to relabel, as saved from a report's page
+    (docs/report.md). Local or in a bucket."""
 
     @field_validator("class_names")
     @classmethod
@@ -164,17 +165,17 @@ class Training(Section):
     """Settings that apply to all phases."""
 
     batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Literal["auto"] = 32
-    """Examples per step, over all replicas and workers; auto: chosen by the number of images and the memory of a GPU
+    """Examples per step, over all replicas and workers; auto: chosen by the number of images and the GPU memory
     (docs/phases.md)."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     """Loss function (docs/training.md)."""
     focal_gamma: float = Field(2.0, ge=0, le=100)
     """focal: exponent gamma of (1 - p), which reduces the loss of examples with a high probability p of their class."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the target that is spread evenly over all classes."""
+    """Fraction of the target probability that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
-    """Weight of an example's loss by its class. none: equal weights; balanced: inversely proportional to the frequency
-    of the class; or a mapping {CLASS: WEIGHT}."""
+    """Weight of an example's loss by its class. none: equal weights; balanced: inversely proportional to the class's
+    frequency; or a mapping {CLASS: WEIGHT}."""
     clip_norm: float | None = Field(None, ge=1e-12, le=1e12)
     """L2 norm to which the gradient of the global batch is clipped; null: not clipped."""
     accumulate: int = Field(1, ge=1, le=MAX_COUNT)
@@ -185,13 +186,13 @@ class Training(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights, which is validated and exported; null: none."""
     keep: Literal["best", "last"] = "best"
-    """Weights for the next phase and the export. best: those of the best epoch; last: those of the last step."""
+    """Weights for the next phase and the export. best: weights of the best epoch; last: weights of the last step."""
     validation_share: float = Field(1.0, gt=0, le=1)
     """Fraction of the validation batches that is scored after each epoch, to select the best epoch. At the end of a
     phase, the selected weights are scored on all batches."""
 
     def micro_batches(self, replicas: int) -> int:
-        """Return the number of micro-batches per step on each replica. `replicas` is their number on all workers."""
+        """Return the number of micro-batches per step on each replica, for `replicas` replicas on all workers."""
         return self.virtual_replicas // replicas if self.virtual_replicas else self.accumulate
 
     @model_validator(mode="after")
@@ -214,7 +215,7 @@ class Training(Section):
 
 
 GIGABYTE = 1024**3  # bytes in the unit of `memory_budget_gb` and `disk_budget_gb`
-MAX_DEPTH = 100  # levels of a configuration file, which needs about 5; more are an error
+MAX_DEPTH = 100  # maximum nesting of a configuration, in levels; valid ones have about 5
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -245,21 +246,21 @@ class Runtime(Section):
     log_every: PositiveDuration = Duration(count=20, unit="steps")
     """Interval at which training metrics are logged."""
     checkpoint_every: DurationSetting = Duration(count=1, unit="epochs")
-    """Interval between checkpoints, checked at each log interval; best epochs and the ends of phases are saved too."""
+    """Interval between checkpoints, checked at each log interval; best epochs and ends of phases are also saved."""
     keep_checkpoints: int = Field(2, ge=1, le=MAX_COUNT)
-    """Number of newest checkpoints that are retained, in addition to the best one and those at the ends of phases."""
+    """Number of newest checkpoints to retain, in addition to checkpoints of the best epoch and of ends of phases."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """Progress bar or log lines; auto: a bar on a terminal."""
     cache_dir: Address = "~/.cache/kubetune"
     """Local folder of all caches, and of copies of remote files."""
     memory_budget_gb: float | None = Field(None, gt=0, le=1e9)
-    """Gigabytes (2^30 bytes) of memory for decoded images and features; null: a quarter of the memory of the
-    container or machine."""
+    """Gigabytes (2^30 bytes) of memory for decoded images and features; null: a quarter of the container's or machine's
+    memory."""
     disk_budget_gb: float | None = Field(None, ge=0, le=1e9)
-    """Maximum gigabytes (2^30 bytes) in `cache_dir` per cache; null: 50, but at most two fifths of the free disk or of
-    the pod's limit."""
+    """Maximum gigabytes (2^30 bytes) in `cache_dir` per cache; null: 50, but at most two fifths of the free disk space
+    or of the pod's limit."""
     data_threads: int | None = Field(None, ge=1, le=1024)
-    """Number of threads that read and decode images, in `trainer.prepare` too; null: chosen by the number of CPUs."""
+    """Number of threads that read and decode images, also in `trainer.prepare`; null: chosen by the number of CPUs."""
     http_port: int | None = Field(None, ge=1, le=65535)
     """Port of /healthz and /metrics; null: no server."""
     stuck_after: float = Field(900.0, gt=0, le=1e9)
@@ -283,12 +284,12 @@ class Runtime(Section):
 
     @property
     def memory_budget(self) -> int | None:
-        """Bytes of memory for decoded images and features; None means the default of this machine."""
+        """Bytes of memory for decoded images and features; None means this machine's default."""
         return int(self.memory_budget_gb * GIGABYTE) if self.memory_budget_gb else None
 
     @property
     def disk_budget(self) -> int | None:
-        """Maximum bytes in `cache_folder` per cache; None means the default of this machine."""
+        """Maximum bytes in `cache_folder` per cache; None means this machine's default."""
         return None if self.disk_budget_gb is None else int(self.disk_budget_gb * GIGABYTE)
 
 
@@ -296,13 +297,13 @@ ExportFormat = Literal["saved_model", "keras", "tflite", "tflite_float16", "tfli
 
 
 class Export(Section):
-    """The exported files of the trained model."""
+    """Exports of the trained model for serving."""
 
     formats: tuple[ExportFormat, ...] = ("saved_model", "tflite")
     """Formats to export (docs/exports.md)."""
     max_accuracy_drop: float = Field(0.01, ge=0, le=1)
-    """Maximum drop of an export's accuracy below that of the model, as a fraction of the scored examples; above it, the
-    run ends with exit code 2."""
+    """Maximum drop of an export's accuracy below the model's accuracy, as a fraction from 0 to 1. If the drop is
+    larger, the run ends with exit code 2."""
 
 
 def _require_order(steps: tuple[int, int]) -> tuple[int, int]:
@@ -343,14 +344,15 @@ class RequestedConfig(Section):
     seed: int = Field(42, ge=0, lt=2**31)
     """Seed of the random numbers of a run: head weights, example order, augmentation, dropout."""
     output_dir: Address | None = None
-    """Folder of the run, local or in a bucket; a start with the same folder resumes it. null: a new one in outputs/."""
+    """The run's folder, local or in a bucket; a start with the same folder resumes the run. null: a new folder in
+    outputs/."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Whether to resume the run in output_dir. auto: if there is one; never: fail if there is one; must: fail
+    """Whether to resume the run in output_dir. auto: resume it if there is one; never: fail if there is one; must: fail
     if there is none."""
     warm_start: Address | None = None
-    """output_dir of an earlier run, or one of its checkpoints; this run begins with its weights."""
+    """output_dir of an earlier run, or one of its checkpoints, whose weights this run begins with."""
     experiment_name: str | None = None
-    """Name in the report, and in the names of new folders in outputs/."""
+    """Name in the report and in the names of new folders in outputs/."""
 
     @model_validator(mode="after")
     def _check_resume(self) -> RequestedConfig:
@@ -361,7 +363,7 @@ class RequestedConfig(Section):
 
     @property
     def auto_keys(self) -> list[str]:
-        """The keys that are `auto`, among those that `resolve_auto` resolves."""
+        """Which of model.backbone, training.batch_size, runtime.precision and phases are `auto`."""
         values = {"model.backbone": self.model.backbone, "training.batch_size": self.training.batch_size}
         values["runtime.precision"] = self.runtime.precision
         keys = ["phases"] * isinstance(self.phases, AutoPhases)
@@ -369,7 +371,7 @@ class RequestedConfig(Section):
 
     @property
     def example_limit(self) -> int | None:
-        """Maximum number of examples per split, which is one batch with debug.overfit; None means all."""
+        """Maximum number of examples per split (one batch with debug.overfit); None means all."""
         size = self.training.batch_size
         return size if self.debug.overfit and isinstance(size, int) else self.debug.max_examples
 
@@ -398,12 +400,12 @@ class RunConfig(RequestedConfig):
     runtime: ResolvedRuntime = ResolvedRuntime()
 
     def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps after which a phase ends, if early stopping does not end it before."""
+        """Return the number of optimizer steps after which a phase ends, unless early stopping ends it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
 
     def find_uncacheable_reason(self, phase: Phase) -> str | None:
-        """Return the reason why the features of a phase cannot be cached; None if they can be cached."""
+        """Return the reason why a phase's features cannot be cached; None if they can be cached."""
         if not self.augmentation.active:
             return None
         if self.augmentation.mixes:
@@ -413,7 +415,7 @@ class RunConfig(RequestedConfig):
         return None if phase.augmented_views else "augmentation makes other images in every epoch (augmented_views)"
 
     def find_feature_error(self, name: str) -> ConfigError | None:
-        """Return the error in the keys `features` and `augmented_views` of a phase; None if they are valid."""
+        """Return the error in the keys `features` and `augmented_views` of the phase `name`; None if they are valid."""
         phase, is_augmented = self.phases[name], self.augmentation.active
         if phase.augmented_views and phase.augmented_views > 1 and not is_augmented:
             return ConfigError("has no effect without augmentation", key=f"phases.{name}.augmented_views",
@@ -430,8 +432,8 @@ class RunConfig(RequestedConfig):
 def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     """Return the configuration of the run that trains the teacher; None if `distillation.teacher` is not "train".
 
-    The run has the model and the phases of the teacher, and OUTPUT_DIR/teacher as its output_dir. It has no warm start
-    and no exports, and " teacher" is appended to its experiment_name. All other keys are those of `config`.
+    This run has the teacher's model and phases (by default the student's phases), output_dir OUTPUT_DIR/teacher, no
+    warm start and no exports, and " teacher" is appended to its experiment_name. Other keys are those of `config`.
     """
     distillation = config.distillation
     if not distillation or distillation.teacher != TRAIN or distillation.model is None:
@@ -445,7 +447,7 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
 
 
 def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
-    """List the errors in the keys `features` and `augmented_views` of phases; phases=auto is not checked here."""
+    """List the errors in the keys `features` and `augmented_views` of all phases; none with phases=auto."""
     names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), with_choices(config)
     return [fault for name in names if (fault := resolved.find_feature_error(name))]
 
@@ -461,10 +463,10 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         `RequestedConfig`.
 
     Raises:
-        ConfigError: its `faults` lists all faults. A key that is not a string, or a loop of YAML aliases, is reported
-            alone.
+        ConfigError: the configuration is not valid. `faults` lists all errors, except that a key that is not a string,
+            or a loop of YAML aliases, is reported alone.
     """
-    if problem := _tree_fault(tree):
+    if problem := _describe_tree_fault(tree):
         raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
     try:
         config = RequestedConfig.model_validate(tree)
@@ -479,9 +481,9 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
-    """Validate the configuration of an existing run, such as its config.yaml, as `load` does.
+    """Validate the configuration of an existing run, as parsed from its config.yaml.
 
-    Raises ConfigError if it has faults, or if a value is `auto` that must be resolved.
+    Raises ConfigError if it is not valid, or if its backbone, batch size, phases or precision is `auto`.
     """
     config = load(tree)
     if not isinstance(config, RunConfig):
@@ -491,10 +493,11 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
+def _describe_tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
     """Describe the first key in `value` that is not a string, or a loop of YAML aliases; None if it has neither.
 
     Args:
+        value: nested dicts and lists, or a scalar.
         path: dotted key of `value`.
         above: ids of the dicts and lists that contain `value`.
     """
@@ -509,18 +512,18 @@ def _tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str 
         is_class = path in ("training.class_weights", "data.class_names")
         if isinstance(value, dict) and not isinstance(key, str) and not is_class:
             return f"has a key that is not a text, {name}"
-        if fault := _tree_fault(child, name, (*above, id(value))):
+        if fault := _describe_tree_fault(child, name, (*above, id(value))):
             return fault
     return None
 
 
 def parse_config(text: str | bytes) -> dict[str, Any]:
-    """Parse the config.yaml of a run, and rename its keys that have been renamed since it was written.
+    """Parse `text`, the content of a run's config.yaml, and replace old names of keys by their current names.
 
-    Older versions had no data.orientation, and trained on images as stored, so that its default here is "ignore".
+    Older versions had no data.orientation and trained on images as stored, so that its default here is "ignore".
 
     Raises:
-        ConfigError: the text is not YAML, is not a mapping, or has a key that is not a string or a loop of aliases.
+        ConfigError: `text` is not YAML, is not a mapping, or has a key that is not a string or a loop of aliases.
     """
     try:
         tree = yaml.safe_load(text)
@@ -529,7 +532,7 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
         raise ConfigError(f"is not YAML ({reason})", fix="restore the file") from None
     if not isinstance(tree, dict):
         raise ConfigError("is empty" if tree is None else "is not a mapping of keys to values", fix="restore the file")
-    if fault := _tree_fault(tree):
+    if fault := _describe_tree_fault(tree):
         raise ConfigError(fault, fix="restore the file")
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("orientation", "ignore")
@@ -543,7 +546,7 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Choices:
-    """The values to use for the keys that are `auto`."""
+    """The values that replace `auto` in a configuration."""
 
     backbone: str = ""
     batch_size: int = 0
@@ -552,7 +555,7 @@ class Choices:
 
 
 def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
-    """Return the resolved configuration, in which the values of `choices` replace `auto`. Other keys are unchanged."""
+    """Return the resolved configuration, in which the values in `choices` replace `auto`. Other keys are unchanged."""
     training, runtime = dict(config.training), dict(config.runtime)
     if training["batch_size"] == "auto":
         training["batch_size"] = choices.batch_size
@@ -567,7 +570,7 @@ def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunCo
     return RunConfig.model_construct(**values)
 
 
-# Section -> the values with which debug.overfit replaces those of the user.
+# Section -> key -> value that replaces the user's value if debug.overfit is set.
 OVERFIT: dict[str, dict[str, Any]] = {
     "model": {"dropout": 0.0, "l2": 0.0},
     "training": {"label_smoothing": 0.0, "ema": None, "keep": "last"},
@@ -575,7 +578,7 @@ OVERFIT: dict[str, dict[str, Any]] = {
 
 
 def apply_overfit(config: RequestedConfig) -> RequestedConfig:
-    """Switch off augmentation, distillation and regularization if debug.overfit is set, and return the configuration.
+    """Return the configuration without augmentation, distillation and regularization if debug.overfit is set.
 
     A batch size of `auto` becomes 32. Without debug.overfit, the configuration is returned unchanged.
     """
@@ -583,10 +586,10 @@ def apply_overfit(config: RequestedConfig) -> RequestedConfig:
         return config
     batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size
     training = {"batch_size": batch_size, **OVERFIT["training"]}
-    changed = config.model_copy(update={
+    overfit_config = config.model_copy(update={
         "augmentation": Augmentation(),
         "distillation": None,
         "model": config.model.model_copy(update=OVERFIT["model"]),
         "training": config.training.model_copy(update=training),
     })  # fmt: skip
-    return changed if changed.auto_keys else with_choices(changed)
+    return overfit_config if overfit_config.auto_keys else with_choices(overfit_config)

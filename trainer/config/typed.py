@@ -3,7 +3,7 @@
 import re
 import shlex
 
-# Values that Hydra does not read literally: a string in quotes, an interpolation, a function of a sweep, or null.
+# Regular expressions for what Hydra does not read literally: a quoted string, an interpolation, a sweep function, null.
 QUOTED = r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'"
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]+\}")
 FUNCTION = re.compile(r"\s*(choice|range|interval|glob|tag|shuffle|sort)\s*\((.*)\)\s*", re.S)
@@ -13,7 +13,7 @@ _SPECIAL = re.compile(rf"(?i:null)|{QUOTED}", re.S)
 def quote(text: str, interpolate: bool = False) -> str:
     r"""Quote a string for Hydra: `it's` -> `"it's"`, `a\` -> `"a\\"`.
 
-    With `interpolate`, OmegaConf resolves `${...}` in it; otherwise `${` is escaped, and remains literal.
+    With `interpolate`, OmegaConf resolves `${...}` in the string; otherwise, `${` is escaped and remains literal.
     """
     if not interpolate:
         text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
@@ -21,12 +21,12 @@ def quote(text: str, interpolate: bool = False) -> str:
 
 
 def is_literal(text: str) -> bool:
-    """Return whether a key that takes a string gets `text` itself as its value if a user writes KEY=TEXT."""
+    """Return whether KEY=TEXT sets a key that takes a string to `text` itself."""
     return not (_SPECIAL.fullmatch(text) or INTERPOLATION.search(text) or FUNCTION.fullmatch(text))
 
 
 def quote_if_needed(text: object) -> str:
-    """Return a value as users write it after `KEY=`: in quotes if Hydra needs them, otherwise unchanged."""
+    """Return a value as users write it after `KEY=`: in quotes if Hydra requires them, otherwise unchanged."""
     return str(text) if is_literal(str(text)) else quote(str(text))
 
 

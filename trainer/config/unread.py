@@ -50,7 +50,7 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         sections += [(f"phases.{name}", phase, _check_phase(phase, config)),
                   (f"phases.{name}.optimizer", phase.optimizer, _check_optimizer(phase)),
                   (f"phases.{name}.schedule", phase.schedule, _check_schedule(phase))]  # fmt: skip
-    unread = {
+    reasons_by_key = {
         f"{prefix}.{key}".lstrip("."): reason
         for prefix, section, reasons in sections
         for key, reason in reasons
@@ -58,10 +58,10 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     }
     if teacher := configure_teacher(config):
         teacher_keys = find_unread_keys(teacher).items()
-        unread |= {
+        reasons_by_key |= {
             f"distillation.{key}": reason for key, reason in teacher_keys if key.startswith(("model.", "phases."))
         }
-    return unread
+    return reasons_by_key
 
 
 def _list_phases(config: RequestedConfig) -> dict[str, Phase]:
@@ -141,18 +141,18 @@ def _check_schedule(phase: Phase) -> Reasons:
 
 
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
-    """Raise a ConfigError if one of `keys`, given on the command line, is not read and differs from its default.
+    """Raise a ConfigError if one of `keys`, from the command line, differs from its default but is not read.
 
-    The `faults` of the error list all these keys.
+    The error's `faults` list all these keys.
     """
-    unread = find_unread_keys(config)
-    if faults := [ConfigError(unread[key], key=key, value=_value(config, key), fix="remove it")
-                  for key in sorted(set(keys) & unread.keys())]:  # fmt: skip
+    reasons_by_key = find_unread_keys(config)
+    if faults := [ConfigError(reasons_by_key[key], key=key, value=_get_value(config, key), fix="remove it")
+                  for key in sorted(set(keys) & reasons_by_key.keys())]:  # fmt: skip
         raise ConfigError.of_faults(faults)
 
 
-def _value(config: RequestedConfig, key: str) -> Any:
-    """Return the value of a dotted key as users write it: "true" or "false" for a bool."""
+def _get_value(config: RequestedConfig, key: str) -> Any:
+    """Return the value of a dotted key as users write it: a bool as "true" or "false"."""
     value: Any = config
     for name in key.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)

@@ -27,24 +27,24 @@ from trainer.runs.folder import open_run_folder
 from trainer.storage.path import storage_path
 from trainer.train import choose_inputs, make_plan, restore, set_up
 
-SUMMARY = "rates.json"  # file with the result of `summarize`, next to the page
+SUMMARY = "rates.json"  # name of the file with the result of `summarize`, next to the HTML page
 
 
 def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, output: str) -> None:
-    """Test the learning rates of a phase, print a summary with a suggestion, and write the page and rates.json.
+    """Test learning rates for a phase, print a summary with a suggestion, and write index.html and rates.json.
 
     The run is set up in a temporary folder, which is deleted at the end.
 
     Args:
-        config: configuration of the run.
-        phase: name of the phase to test; None means the first one.
+        config: the run's configuration.
+        phase: name of the phase to test; None means the first phase.
         bounds: learning rates of the first and the last step.
-        output: folder of the page and rates.json, a local path or a bucket address.
+        output: folder for index.html and rates.json, a local path or a bucket address.
 
     Raises:
         ConfigError: the phase does not exist, the run would train its teacher first, or the loss is not finite.
         StopRequested: the process has received a signal.
-        TrainerError: any error with which the run itself would end at its start.
+        TrainerError: the run cannot be set up, for example because the data cannot be read.
     """
     page_folder = storage_path(output)
     require_page_of(page_folder, "trainer.rates", SUMMARY)
@@ -54,64 +54,64 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     if configure_teacher(config):
         fix = "leave it out, or give the output_dir of a trained teacher, without distillation.model"
         raise ConfigError("is not trained in a range test", key="distillation.teacher", value="train", fix=fix)
-    with tempfile.TemporaryDirectory(prefix="kubetune-rates-") as temporary:
-        requested = config.model_copy(update={"output_dir": f"{temporary}/run", "resume": "auto"})
+    with tempfile.TemporaryDirectory(prefix="kubetune-rates-") as temporary_dir:
+        test_config = config.model_copy(update={"output_dir": f"{temporary_dir}/run", "resume": "auto"})
         stop, control = StopFlag(), ControlChannel(discover({}), {})
-        folder = open_run_folder(requested)
+        run_folder = open_run_folder(test_config)
         try:
-            run, divisions, _, baseline = set_up(requested, folder, control, stop, time.time())
+            run, divisions, _, rss_bytes = set_up(test_config, run_folder, control, stop, time.time())
             try:
                 name = phase or next(iter(run.config.phases))
                 if name not in run.config.phases:  # phases=auto has only now chosen the phases
                     fix = f"use {' or '.join(run.config.phases)}"
                     raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
-                original = run.config.phases[name]
+                original_phase = run.config.phases[name]
                 restrict(run, name, bounds)
                 with show_addresses_in_errors(run.images.addresses):
                     _, sharding = restore(run)
-                    features, compiled, teacher = choose_inputs(run, folder, {name: divisions[name]}, baseline)
+                    features, compiled, teacher = choose_inputs(run, run_folder, {name: divisions[name]}, rss_bytes)
                     run.plan = make_plan(run, features, compiled, teacher, sharding)
                     rates, losses = measure_losses(run, name)
             finally:
                 run.metrics.close()
                 run.images.close()
         finally:
-            folder.abandon()
+            run_folder.abandon()
     smoothed = smooth(losses)
     suggestion = suggest(rates, smoothed)
-    results = summarize(name, original, rates, losses, suggestion)
+    results = summarize(name, original_phase, rates, losses, suggestion)
     (page_folder / SUMMARY).write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    (page_folder / INDEX).write(render_page(name, original, rates, losses, suggestion))
-    print("\n".join(describe(name, original, rates, smoothed, suggestion)))
+    (page_folder / INDEX).write(render_page(name, original_phase, rates, losses, suggestion))
+    print("\n".join(describe(name, original_phase, rates, smoothed, suggestion)))
     log.info(f"page: {page_folder / INDEX}")
 
 
 def restrict(run: RunContext, name: str, bounds: Bounds) -> None:
-    """Replace the phases in the configuration of `run` by one test phase, which `make_test_phase` makes of `name`."""
-    epoch_steps = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
-    phase = make_test_phase(run.config.phases[name], bounds, epoch_steps)
+    """Replace the phases in the configuration of `run` by the test phase for the phase `name`."""
+    num_epoch_steps = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
+    phase = make_test_phase(run.config.phases[name], bounds, num_epoch_steps)
     debug = run.config.debug.model_copy(update={"max_steps": None})
     run.config = run.images.config = run.config.model_copy(update={"phases": {name: phase}, "debug": debug})
 
 
 def make_test_phase(phase: Phase, bounds: Bounds, per_epoch: int) -> Phase:
-    """Return a copy of a phase whose learning rate grows from the lowest to the highest, and which ends there.
+    """Return a copy of a phase that ends when its learning rate has grown from the lowest to the highest of `bounds`.
 
     `per_epoch` is the number of steps per epoch.
     """
-    decade_steps = count_steps_per_decade(bounds, per_epoch)
-    steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * decade_steps - 1e-9)) + 1
-    schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{decade_steps} steps"})
+    steps_per_decade = count_steps_per_decade(bounds, per_epoch)
+    num_steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * steps_per_decade - 1e-9)) + 1
+    schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{steps_per_decade} steps"})
     optimizer = phase.optimizer.model_copy(update={"learning_rate": bounds.lowest})
-    length = {"epochs": None, "examples": None, "steps": steps}
+    length = {"epochs": None, "examples": None, "steps": num_steps}
     return phase.model_copy(update={"schedule": schedule, "optimizer": optimizer, **length})
 
 
 def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Train the steps of the test until the loss diverges. Return the learning rate and the loss of each step.
+    """Train the test phase `name` until the loss diverges. Return each step's learning rate and loss, float64 [n].
 
-    Both are float64 [n]. The loss of a step is the mean over its batch, before the step updates the weights. Steps from
-    the first loss that is not finite are omitted.
+    A step's loss is the mean over its batch, before the step updates the weights. The first step whose loss is not
+    finite, and all later steps, are omitted.
 
     Raises:
         ConfigError: the first or second loss is not finite.
@@ -122,14 +122,14 @@ def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
     max_steps = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
     thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     log.info(f"phase {name}: up to {max_steps} steps of {phase.optimizer.name}")
-    current = open_phase(run, name, thaw, max_steps)
+    phase_run = open_phase(run, name, thaw, max_steps)
     losses = np.zeros(0)
     while len(losses) < max_steps and not (len(losses) and has_diverged(losses)):
-        losses = np.concatenate([losses, _run_steps(run, current, min(5, max_steps - len(losses)), len(losses))])
+        losses = np.concatenate([losses, _run_steps(run, phase_run, min(5, max_steps - len(losses)), len(losses))])
         run.worker.stop.check("during the range test")
-    current.batches = None  # deletes the pipeline, which ends its prefetching
-    current.gate.close()
-    rates = np.array([float(current.schedule(step)) for step in range(len(losses))])
+    phase_run.batches = None  # deletes the pipeline, which ends its prefetching
+    phase_run.gate.close()
+    rates = np.array([float(phase_run.schedule(step)) for step in range(len(losses))])
     num_finite = len(losses) if np.isfinite(losses).all() else int(np.argmax(~np.isfinite(losses)))
     if num_finite < 2:
         problem, fix = "the loss is not finite from the first steps on", "use a smaller one"
@@ -138,29 +138,29 @@ def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _run_steps(run: RunContext, current: PhaseRun, count: int, step: int) -> np.ndarray:
-    """Run `count` training steps from `step`, and return their mean losses, float64 [count].
+    """Run `count` training steps, the first with index `step`, and return their mean losses, float64 [count].
 
-    The loss is NaN for a step without a readable image.
+    The loss of a step without readable images is NaN.
     """
     with convert_data_errors(current.inputs.training):
         current.gate.wait_for(count * run.config.training.batch_size)
         sums, _, _ = current.step.run(current.batches, count, step, step)
     run.images.require_readable()
-    loss, _, examples = sums.astype(np.float64).T
-    return np.divide(loss, examples, out=np.full(len(loss), np.nan), where=examples > 0)
+    loss_sums, _, num_examples = sums.astype(np.float64).T
+    return np.divide(loss_sums, num_examples, out=np.full(len(loss_sums), np.nan), where=num_examples > 0)
 
 
 def describe(
     name: str, phase: Phase, rates: np.ndarray, smoothed: np.ndarray, suggestion: Suggestion | None
 ) -> list[str]:
-    """Return the lines of the summary of a test. Without a suggestion, they state that the loss does not decrease.
+    """Return the lines of a test's summary. If there is no suggestion, they state that the loss does not decrease.
 
     Args:
         name: name of the phase.
         phase: configuration of the phase, with the learning rate of the run.
         rates: learning rate of each step, float [n].
         smoothed: smoothed loss of each step, float [n].
-        suggestion: result of `suggest`.
+        suggestion: result of `trainer.rates.curve.suggest`.
     """
     lines = [f"phase {name}, {phase.optimizer.name}: {len(rates)} steps, learning rates {rates[0]:.1e} to "
              f"{rates[-1]:.1e}"]  # fmt: skip
@@ -180,7 +180,7 @@ def describe(
 def summarize(
     name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
 ) -> dict[str, Any]:
-    """Return the content of rates.json: the rate and the mean loss of each step, and the suggested rate or None."""
+    """Return the content of rates.json: phase, optimizer, configured rate, rate and loss per step, suggested rate."""
     return {
         "phase": name, "optimizer": phase.optimizer.name, "configured": phase.optimizer.learning_rate,
         "learning_rates": rates.tolist(), "losses": losses.tolist(),
@@ -191,7 +191,7 @@ def summarize(
 def render_page(
     name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
 ) -> str:  # fmt: skip
-    """Render the HTML page with the summary and the curve. It needs no other file."""
+    """Render the self-contained HTML page with the summary and the curve."""
     smoothed = smooth(losses)
     marks: list[tuple[str, float]] = []
     if suggestion:
