@@ -29,10 +29,10 @@ MAX_GROUPS = 100  # maximum number of distinct values of data.group_field; the r
 class RecordLocation(NamedTuple):
     """Location of a record in a shard, and the name of its image field."""
 
-    path: str  # of the shard
-    record_index: int  # in the shard
-    offset: int  # of the payload, in bytes
-    length: int  # of the payload, in bytes
+    path: str  # path of the shard
+    record_index: int  # index of the record in the shard
+    offset: int  # offset of the payload in the shard, in bytes
+    length: int  # length of the payload, in bytes
     image_field: str
 
     @property
@@ -91,8 +91,8 @@ def is_truncated_at(file: Path, start: int) -> bool:
 
 def frame_record(payload: bytes) -> bytes:
     """Return the bytes of one record: header, payload and footer."""
-    packed = struct.pack("<Q", len(payload))
-    return packed + struct.pack("<I", masked_crc32c(packed)) + payload + struct.pack("<I", masked_crc32c(payload))
+    prefix = struct.pack("<Q", len(payload))
+    return prefix + struct.pack("<I", masked_crc32c(prefix)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
 def unreadable_error(path: str | Path, error: OSError) -> DataError:

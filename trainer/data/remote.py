@@ -34,8 +34,8 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
     Returns:
         The settings, with data.root instead of data.data_dir if data.data_dir is in a bucket; and the bucket folder
         whose shards can be fetched while they are read. The folder is None for a local dataset and for sources other
-        than tfds. It is also None with data.group_field or data.corrections, which need groups or file names before
-        training, because only the records store these.
+        than tfds. It is also None with data.group_field or data.corrections, because these need groups or file names
+        before training, and only the records store them.
 
     Raises:
         DataError: data.data_dir does not contain the dataset data.name or its version, or the bucket denies access.

@@ -87,9 +87,9 @@ def list_unused_fractions(data: Data, existing: Container[str]) -> list[str]:
 def describe_class_counts(labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Describe the number of examples in total and in each of the ten rarest classes, such as "7 (cat 3, dog 4)"."""
     counts = np.bincount(labels, minlength=len(class_names))
-    classes = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
+    class_indices = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
     ellipsis = ", ..." * (len(counts) > 10)
-    return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in classes)}{ellipsis})"
+    return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in class_indices)}{ellipsis})"
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
@@ -140,7 +140,7 @@ def select_at_most(split: Split, limit: int, seed: int) -> Split:
 
 
 def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Compute the size of each new split, by name, that gets a fraction of `count` examples.
+    """Compute the sizes of new splits, by name, from their fractions of `count` examples.
 
     A size is count * fraction, rounded, but at least 1 if the fraction is above 0. The train split gets the remaining
     examples, and at least one. So if `count` is small, the last splits get fewer examples, or none.
@@ -171,7 +171,7 @@ def hash_raw_data(raw: RawData) -> str:
     return digest.hexdigest()[:16]
 
 
-_END_BYTES = 2**16  # number of bytes at each end of a shard that are hashed for its identity
+_END_BYTES = 2**16  # number of bytes at each end of a shard that are hashed for its identity if no manifest lists it
 
 
 @dataclass(frozen=True)
