@@ -26,29 +26,29 @@ from trainer.data.order import (
 from trainer.data.shard_gate import ShardGate, ShardGates, max_rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
-# Elements that are prefetched to the device of each replica, by a `tf.distribute` strategy or `prefetch_to_device`.
+# Number of elements that a `tf.distribute` strategy or `prefetch_to_device` prefetches to each replica's device.
 DEVICE_BUFFER = 2
 
 
 def _build_batches(
-    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, size: int
+    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, batch_size: int
 ) -> tf.data.Dataset:
-    """Build batches of `size` rows from blocks 0 to `count` - 1, or from infinitely many blocks if `count` is None.
+    """Build batches of `batch_size` rows from the first `count` blocks, or from infinitely many if `count` is None.
 
-    A batch has the keys image, weight, index, position, epoch and label.
+    `block` computes a block from its index. A batch has the keys image, weight, index, position, epoch and label.
     """
     if isinstance(source, Pixels) and source.array is None:
-        batches = build_row_dataset(source, block, count).batch(size, drop_remainder=True)
+        batches = build_row_dataset(source, block, count).batch(batch_size, drop_remainder=True)
     else:
-        batches = _build_cached_batches(source, build_block_dataset(block, count), size)
+        batches = _build_cached_batches(source, build_block_dataset(block, count), batch_size)
     labels = tf.constant(source.split.labels, tf.int32)
     return batches.map(without_autograph(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
 
-def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: int) -> tf.data.Dataset:
+def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
     """Build batches of cached images or features, with one gather per batch."""
-    # When TensorFlow creates an iterator, it allocates a second tensor of the shape of each tensor that a function has
-    # captured. This would double the memory of the images. An Optional has no shape.
+    # When TensorFlow creates an iterator, it allocates a second tensor with the shape of each tensor that a function
+    # captures. This would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
         cached_rows = tf.experimental.Optional.from_value(source.tensor())
     bad_indices = tf.constant(sorted(source.bad), tf.int64)
@@ -58,40 +58,40 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, size: in
         if source.bad:
             is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
             weight = tf.where(is_bad, 0.0, weight)
-        index = tf.where(weight > 0, rows["index"], source.split.count)  # row `count` is padding
+        index = tf.where(weight > 0, rows["index"], source.split.count)  # row `split.count` is for padding
         return {**rows, "weight": weight, "image": source.gather_rows(cached_rows.get_value(), index, rows["epoch"])}
 
-    rows = blocks.map(without_autograph(lambda block: {name: block[name] for name in COLUMNS}))
-    return rows.rebatch(size, drop_remainder=True).map(without_autograph(gather))
+    block_rows = blocks.map(without_autograph(lambda block: {name: block[name] for name in COLUMNS}))
+    return block_rows.rebatch(batch_size, drop_remainder=True).map(without_autograph(gather))
 
 
 @without_autograph
 def _concatenate(*parts: Row) -> Row:
-    """Concatenate the rows of all parts of a batch, key by key."""
+    """Concatenate the rows of several parts of a batch, key by key."""
     return {name: tf.concat([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
 def _prefetch(
-    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, elements: int
+    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, num_elements: int
 ) -> tuple[tf.data.Dataset, int]:
-    """Prefetch `elements` elements of `rows` rows, or 2 elements per replica if `elements` is 0.
+    """Prefetch `num_elements` elements of `rows` rows, or 2 elements per replica if `num_elements` is 0.
 
-    Return the dataset, and the maximum number of rows that it pulls in advance (`max_rows_ahead`). `parallel` is the
-    number of parallel calls that augment elements.
+    Return the dataset, and the maximum number of rows that it pulls in advance (see `max_rows_ahead`). `parallel` is
+    the number of elements that are augmented in parallel; None if elements are not augmented.
     """
-    elements = elements or 2 * replicas
+    num_elements = num_elements or 2 * replicas
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False  # all degrees of parallelism and buffer sizes are fixed
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if source.threads:
         options.threading.private_threadpool_size = source.threads
-    ahead = max_rows_ahead(rows, source.parallel, elements + DEVICE_BUFFER * replicas + (parallel or 0))
-    return batches.prefetch(elements).with_options(options), ahead
+    ahead = max_rows_ahead(rows, source.parallel, num_elements + DEVICE_BUFFER * replicas + (parallel or 0))
+    return batches.prefetch(num_elements).with_options(options), ahead
 
 
 def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset:
-    """Copy batches to a device, such as "GPU:0", while earlier ones are used.
+    """Copy batches to a device, such as "GPU:0", while earlier batches are used.
 
     This must be the last transformation of a pipeline.
     """
@@ -100,17 +100,17 @@ def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset
 
 @dataclass(frozen=True)
 class Batches:
-    """A dataset of batches, and a function that makes the gate at which the host waits for shards."""
+    """A dataset of batches, and a function that opens the gate at which the host waits for shards."""
 
     dataset: tf.data.Dataset  # infinite; an element is a `trainer.types.Batch` for one replica
-    count: int | None  # number of global batches, after which only padding follows; None for training
-    # Makes the gate of one iteration over `dataset`. Call the gate's `wait_for` before taking rows.
+    count: int | None  # number of global batches before the padding; None for training, which has no padding batches
+    # Opens the gate for one iteration over `dataset`. Call the gate's `wait_for` before taking rows.
     open_gate: Callable[[], ShardGate | ShardGates]
 
 
 @dataclass(frozen=True)
 class View:
-    """The augmentation that training applies in one epoch, for a single pass over a split."""
+    """The augmentation of a single pass over a split: the one that training applies in epoch `epoch`."""
 
     augmentation: Augmentation
     seed: int
@@ -122,17 +122,17 @@ def build_training_batches(
 ) -> Batches:
     """Build this worker's infinite stream of training batches.
 
-    An epoch has `steps_per_epoch` global batches. The last one is padded with rows of weight 0. An element has
-    batch_size / workers / replicas rows. `replicas` consecutive elements are this worker's rows of a global batch.
-    Iterate within `images.convert_data_errors`, so that an error names the unreadable example.
+    The last global batch of an epoch is padded with rows of weight 0. An element has batch_size / workers / replicas
+    rows. `replicas` consecutive elements are this worker's rows of a global batch. Iterate within
+    `trainer.data.images.convert_data_errors`, so that an error names the unreadable example.
 
     Args:
         order: the order of the examples, and the step at which the stream begins.
-        replicas: number of replicas of this worker.
-        augmentation: with mixup or cutmix, elements also have the keys `other_label` and `mix`. Their number of rows
-            must then be even.
-        views: number of different augmentations of each image: epoch e repeats that of epoch e % views. None means
-            that the augmentation differs in each epoch.
+        replicas: number of replicas on this worker.
+        augmentation: how images are augmented. With mixup or cutmix, elements also have the keys `other_label` and
+            `mix`, and must have an even number of rows.
+        views: number of different augmentations of each image: epoch e has the same augmentation as epoch e % views.
+            If None, the augmentation differs in each epoch.
     """
 
     @without_autograph
@@ -146,7 +146,7 @@ def build_training_batches(
 
     part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.split_into_parts()]
     blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows // replicas
-    parallel = source.parallel if augmentation.active else None
+    num_calls = source.parallel if augmentation.active else None
     # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
     # each step.
     assert_infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
@@ -156,16 +156,16 @@ def build_training_batches(
         parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, part_orders[0].rows) for block in blocks))
         batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
     dataset, ahead = _prefetch(
-        batches.map(augment_rows, num_parallel_calls=parallel).apply(assert_infinite),
-        source, rows, replicas, parallel, 0,
+        batches.map(augment_rows, num_parallel_calls=num_calls).apply(assert_infinite),
+        source, rows, replicas, num_calls, 0,
     )  # fmt: skip
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
             return source.open_gate("training", compute_block_shards(blocks[0], None), ahead)
-        readers = [f"training, part {part.sharding.worker}" for part in part_orders]
+        names = [f"training, part {part.sharding.worker}" for part in part_orders]
         return ShardGates(
-            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(readers, blocks, strict=True)]
+            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(names, blocks, strict=True)]
         )
 
     return Batches(dataset, None, open_gate)
@@ -177,15 +177,15 @@ def build_evaluation_batches(
 ) -> Batches:  # fmt: skip
     """Build the batches that this worker scores. Together, the workers score each selected example once.
 
-    Each worker has consecutive selected examples, in index order and without augmentation. The result has `count` 0 if
-    there are none for this worker.
+    Each worker scores consecutive selected examples, in index order and without augmentation. The result's `count` is 0
+    if no examples remain for this worker.
 
     Args:
-        batch_size: rows of a global batch.
-        replicas: number of replicas of this worker.
-        fraction: fraction of the global batches to score, as `select_examples_to_score` selects it.
+        batch_size: rows per global batch.
+        replicas: number of replicas on this worker.
+        fraction: fraction of the global batches to score; see `select_examples_to_score` in trainer/data/order.py.
         sharding: the index of this worker, and the number of workers.
-        rows: rows of an element. It defaults to batch_size / workers / replicas.
+        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores whole elements.
     """
     indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
     rows = rows * replicas if rows else batch_size // sharding.workers
@@ -199,10 +199,10 @@ def build_indexed_batches(
 
     Args:
         indices: example indices, int64 [n], increasing.
-        rows: rows of this worker in a global batch. An element has rows / replicas rows.
-        replicas: number of replicas of this worker.
-        view: the augmentation of the images; None for no augmentation.
-        prefetched: number of elements to prefetch; 0 for 2 per replica.
+        rows: this worker's rows in a global batch. An element has rows / replicas rows.
+        replicas: number of replicas on this worker.
+        view: how images are augmented; None for no augmentation.
+        prefetched: number of elements to prefetch; 0 for 2 elements per replica.
     """
     count, block = make_sequence_blocks(source.split, indices, rows)
 
@@ -210,17 +210,17 @@ def build_indexed_batches(
     def augment_rows(batch: Row) -> Row:
         del batch["epoch"]
         if view is not None:
-            views = tf.fill(tf.shape(batch["index"]), tf.constant(view.epoch, tf.int64))
-            batch["image"] = augment(batch["image"], view.augmentation, view.seed, views, batch["index"])
+            epochs = tf.fill(tf.shape(batch["index"]), tf.constant(view.epoch, tf.int64))
+            batch["image"] = augment(batch["image"], view.augmentation, view.seed, epochs, batch["index"])
         return batch
 
-    parallel = source.parallel if view is not None and view.augmentation.active else None
-    batches = _build_batches(source, block, count, rows // replicas).map(augment_rows, num_parallel_calls=parallel)
+    num_calls = source.parallel if view is not None and view.augmentation.active else None
+    batches = _build_batches(source, block, count, rows // replicas).map(augment_rows, num_parallel_calls=num_calls)
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite padding, so that a strategy does not check for the end of the dataset.
-    endless = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, ahead = _prefetch(endless, source, rows // replicas, replicas, parallel, prefetched)
-    batch_count = -(-len(indices) // rows)
+    endless_batches = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
+    dataset, ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, prefetched)
+    num_batches = -(-len(indices) // rows)
     return Batches(
-        dataset, batch_count, lambda: source.open_gate("evaluation", compute_block_shards(block, count), ahead)
+        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), ahead)
     )

@@ -23,7 +23,7 @@ from trainer.types import Split
 
 
 def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)) -> None:
-    """Write the dataset of a configuration to a folder. A restart writes only the shards that are missing.
+    """Write a configuration's dataset to a folder. A restart writes only the shards that are missing.
 
     Args:
         output: the folder, local or in a bucket.
@@ -31,8 +31,8 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
 
     Raises:
         ConfigError: data.group_field would overwrite the image or label of the records.
-        DataError: the data cannot be read, an image cannot be decoded (data.on_error=fail), `output` has other files,
-            or it cannot be written to.
+        DataError: the data cannot be read, an image cannot be decoded and data.on_error is "fail", or `output` contains
+            other files or cannot be written to.
         Interrupted: a bucket does not respond, or the disk of `output` is full or fails.
         OSError: a shard cannot be written.
     """
@@ -61,37 +61,37 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
             text_fields.setdefault(SOURCE_FIELD, {})[name] = [
                 replace_local_paths(source_names[i], addresses) for i in order
             ]
-    workers = config.runtime.data_threads or count_usable_cpus()
+    num_threads = config.runtime.data_threads or count_usable_cpus()
     options = WriteOptions(
-        data.shards, workers, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
+        data.shards, num_threads, on_error=data.on_error, scratch=cache_dir / "prepared", part=part,
         orientation=data.orientation,
     )  # fmt: skip
-    target = storage_path(output)
+    output_path = storage_path(output)
     images = LabeledImages(dataset.name, dataset.class_names, splits, text_fields)
     with show_image_progress(config.runtime.progress) as progress, show_addresses_in_errors(addresses):
-        entries = write_dataset(target, images, options, progress)
+        entries = write_dataset(output_path, images, options, progress)
     if entries is None:
-        outcome = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
+        summary = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
     else:
         for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
             log.info(f"skipped {replace_local_paths(fault, addresses)}")
         # JPEG and PNG images are stored with their EXIF data, so training must ignore it too.
         orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
-        outcome = (
-            f"{target} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
+        summary = (
+            f"{output_path} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
-            f"python -m trainer data=tfds {format_argument('data.root', target)}{orientation_argument}"
+            f"python -m trainer data=tfds {format_argument('data.root', output_path)}{orientation_argument}"
         )
-    log.info(outcome)
-    termination.set_success_message(outcome)
+    log.info(summary)
+    termination.set_success_message(summary)
 
 
 def list_source_names(split: Split, root: str | None) -> list[str]:
-    """Return the file name of each example of a split, escaped for display.
+    """Return the image file name of each example in a split, escaped for display.
 
-    For image files, this is the path relative to `root` if the file is below it, else the absolute path. `root`
-    defaults to the current folder. For records, it is the file name that each record stores. If a record stores none,
-    the result is [].
+    The name of an image file is its path, relative to `root` if the file is below it, else absolute. `root` defaults to
+    the current folder. The name of a record is the file name that the record stores. If any record stores no name, the
+    result is [].
     """
     if split.files:
         root_path = os.path.abspath(os.path.expanduser(root or ""))
@@ -107,18 +107,18 @@ def list_source_names(split: Split, root: str | None) -> list[str]:
 
 
 def parse_job_part(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the index of this pod in an Indexed Job, and the number of pods.
+    """Return this pod's index in a Kubernetes Indexed Job, and the number of pods.
 
-    They are the environment variables JOB_COMPLETION_INDEX, which defaults to 0, and WORKER_COUNT, which defaults to 1.
+    They are read from the variables JOB_COMPLETION_INDEX, which defaults to 0, and WORKER_COUNT, which defaults to 1.
 
     Raises:
-        ConfigError: a variable is not a whole number, or the index is not below the number of pods.
+        ConfigError: a variable is not a whole number, or the index is not less than the number of pods.
     """
-    values = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
-    for key, value in values.items():
+    variables = {key: environment.get(key) or str(n) for key, n in (("JOB_COMPLETION_INDEX", 0), ("WORKER_COUNT", 1))}
+    for key, value in variables.items():
         if not value.strip().isdecimal():
             raise ConfigError("is not a whole number", key=key, value=value, fix="set a whole number in the manifest")
-    index, num_pods = map(int, values.values())
+    index, num_pods = map(int, variables.values())
     if index >= num_pods:
         problem, fix = f"is not in 0..{num_pods - 1}", "set WORKER_COUNT to the completions of the Job"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=index, fix=fix)

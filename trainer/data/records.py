@@ -23,16 +23,16 @@ from trainer.types import Shard, Split
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4  # length and its checksum before a payload; checksum of the payload after it
 UNLABELLED = -1  # the label that TFDS stores for an example without a label
-MAX_GROUPS = 100  # distinct values of data.group_field; the report has scores of each one
+MAX_GROUPS = 100  # maximum number of distinct values of data.group_field; the report has scores for each value
 
 
 class RecordLocation(NamedTuple):
-    """Location of a record in a shard, and the name of the field with the encoded image."""
+    """Location of a record in a shard, and the name of its image field."""
 
-    path: str  # of the shard
-    record_index: int  # in the shard
-    offset: int  # of the payload, in bytes
-    length: int  # of the payload, in bytes
+    path: str  # path of the shard
+    record_index: int  # index of the record in the shard
+    offset: int  # offset of the payload in the shard, in bytes
+    length: int  # length of the payload, in bytes
     image_field: str
 
     @property
@@ -55,7 +55,7 @@ class ShardIndex:
 
 
 def locate_records(split: Split) -> list[RecordLocation]:
-    """Read the record headers of a split's shards, and return the location of each example, by example index.
+    """Read the record headers of a split's shards, and return each example's location, in index order.
 
     Raises:
         DataError: a shard cannot be indexed (`index_shard`).
@@ -76,23 +76,23 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def is_truncated_at(file: Path, start: int) -> bool:
-    """Return whether a file of records ends at byte `start`, or before the end of the record that begins there.
+    """Return whether a TFRecord file ends at byte `start`, or before the end of the record that begins there.
 
-    If the header of this record is corrupt, the file counts as corrupt instead of truncated, and the result is False.
+    If that record's header is corrupt, the file counts as corrupt instead of truncated, and the result is False.
     """
-    with open(file, "rb") as content:
-        content.seek(start)
-        header, remaining_bytes = content.read(HEADER_BYTES), file.stat().st_size - start
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        header, remaining_bytes = stream.read(HEADER_BYTES), file.stat().st_size - start
     if len(header) < HEADER_BYTES:
         return True
-    length, crc = struct.unpack("<QI", header)
-    return crc == masked_crc32c(header[:8]) and remaining_bytes < HEADER_BYTES + length + FOOTER_BYTES
+    length, length_crc = struct.unpack("<QI", header)
+    return length_crc == masked_crc32c(header[:8]) and remaining_bytes < HEADER_BYTES + length + FOOTER_BYTES
 
 
 def frame_record(payload: bytes) -> bytes:
     """Return the bytes of one record: header, payload and footer."""
-    length = struct.pack("<Q", len(payload))
-    return length + struct.pack("<I", masked_crc32c(length)) + payload + struct.pack("<I", masked_crc32c(payload))
+    prefix = struct.pack("<Q", len(payload))
+    return prefix + struct.pack("<I", masked_crc32c(prefix)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
 def unreadable_error(path: str | Path, error: OSError) -> DataError:
@@ -102,16 +102,16 @@ def unreadable_error(path: str | Path, error: OSError) -> DataError:
 
 
 def join_first(items: Sequence[str], separator: str = ", ") -> str:
-    """Join the first five items for a message, followed by the number of the others, such as "and 2 more"."""
-    more = [f"and {len(items) - 5} more"] if len(items) > 5 else []
-    return separator.join([*items[:5], *more])
+    """Join the first five items for a message, followed by the number of further items, such as "and 2 more"."""
+    ending = [f"and {len(items) - 5} more"] if len(items) > 5 else []
+    return separator.join([*items[:5], *ending])
 
 
 def index_shard(path: str | Path) -> ShardIndex:
     """Read the record headers of a shard, about a million per second, and return the location of each payload.
 
-    If the file is truncated, or a header after the first one is corrupt, the records before it are indexed, and `fault`
-    is the reason. An empty file has no records and no fault.
+    If the file is truncated, or a header after the first one is corrupt, the result has the records before that, and
+    its `fault` is the reason. An empty file has no records and no fault.
 
     Raises:
         DataError: the file is missing, unreadable, compressed, or not a TFRecord file.
@@ -128,7 +128,7 @@ def index_shard(path: str | Path) -> ShardIndex:
 
 
 def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
-    """Index a mapped shard of `size` bytes. `path` is its path, escaped for messages."""
+    """Index a memory-mapped shard of `size` bytes, as `index_shard` does. `path` is escaped for messages."""
     offsets: list[int] = []
     lengths: list[int] = []
     start, fault = 0, None
@@ -136,8 +136,8 @@ def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
         header = data[start : start + HEADER_BYTES]
         end = start + HEADER_BYTES
         if len(header) == HEADER_BYTES:
-            length, crc = struct.unpack("<QI", header)
-            if crc != masked_crc32c(header[:8]):
+            length, length_crc = struct.unpack("<QI", header)
+            if length_crc != masked_crc32c(header[:8]):
                 if start == 0:
                     predicate = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
                     fix = "write its tf.train.Example records as an uncompressed TFRecord file"
@@ -158,15 +158,17 @@ def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Itera
     """Read some records of a shard, and verify their checksums.
 
     Args:
-        records: indices of the records in the shard.
+        path: the shard's path, not escaped.
+        index: the result of `index_shard` for the shard.
+        records: indices of the records to read.
 
     Yields:
-        For each record: its index in the shard, its name for messages, its Example, and its fault. If the record is
-        corrupt, the Example is None. If it is intact, the fault is "".
+        For each record: its index in the shard, its name for messages, its Example, and its fault. The Example is None
+        if the record is corrupt, and the fault is "" if it is intact.
 
     Raises:
         OSError: the file cannot be read.
-        IndexError: the shard has no record of this index.
+        IndexError: the shard has no record with one of the indices.
     """
     if not index.count:  # an empty file cannot be mapped
         return
@@ -179,7 +181,7 @@ def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Itera
             yield record_index, _append_source_name(name, example), example, fault
 
 
-# Copy of tensorflow/core/example/{example,feature}.proto: importing TensorFlow takes eight seconds per process.
+# Copy of tensorflow/core/example/{example,feature}.proto, because importing TensorFlow takes eight seconds per process.
 _EXAMPLE_PROTO = """
 name: "kubetune_example.proto" package: "kubetune" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -222,12 +224,12 @@ def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) 
     return example.SerializeToString(deterministic=True)
 
 
-# Type of a field for messages, by the list of its Feature that has the values.
+# Type of a field for messages, by the name of the list that holds the values in its `Feature`; None for an unset list.
 _FIELD_TYPES = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64", None: "empty"}
 
 
 def _escape_text(value: bytes) -> str:
-    """Decode a bytes value as UTF-8, with unprintable characters escaped."""
+    """Decode bytes as UTF-8, and escape invalid bytes and unprintable characters."""
     return escape_unprintable(value.decode("utf-8", "backslashreplace"))
 
 
@@ -240,11 +242,11 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({field_type})" for name, field_type in sorted(types.items())) or "no fields"
 
 
-NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"
+NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"  # beginning of a record's fault
 
 
 def _parse_payload(payload: bytes, footer: bytes) -> tuple[Any, str]:
-    """Verify the checksum of a payload, and return its Example and "", or None and the fault."""
+    """Verify a payload against its footer. Return its Example and "", or None and the fault."""
     if struct.pack("<I", masked_crc32c(payload)) != footer:
         return None, "is corrupt (checksum mismatch)"
     try:
@@ -255,14 +257,14 @@ def _parse_payload(payload: bytes, footer: bytes) -> tuple[Any, str]:
 
 
 def _read_example(record: RecordLocation) -> tuple[Any, str]:
-    """Read the Example of a record and "", or None and the fault."""
+    """Read and verify a record. Return its Example and "", or None and the fault."""
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         return _parse_payload(file.read(record.length), file.read(FOOTER_BYTES))
 
 
 def read_image(record: RecordLocation) -> bytes:
-    """Read the encoded image of a record.
+    """Read a record's encoded image.
 
     Raises:
         DataError: the record is corrupt, or its image field does not have exactly one bytes value.
@@ -278,26 +280,26 @@ def read_image(record: RecordLocation) -> bytes:
 
 
 SOURCE_FIELD = "filename"  # field in which `trainer.prepare` stores the name of the image file
-_SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # fields in which this and other programs store it
+_SOURCE_FIELDS = (SOURCE_FIELD, "file_name", "image/filename")  # fields in which kubetune and other programs store it
 
 
 def read_source_name(record: RecordLocation) -> str:
     """Read the name of the image file that a record was written from, escaped for display.
 
-    Return "" if the record stores no name or is corrupt. Raises OSError if the shard cannot be read.
+    Returns "" if the record stores no name or is corrupt. Raises OSError if the shard cannot be read.
     """
     return _get_source_name(_read_example(record)[0])
 
 
 def read_source_names(split: Split) -> Iterator[str]:
-    """Yield what `read_source_name` returns for the record of each example, but read each shard sequentially."""
+    """Yield each example's image file name, as `read_source_name` returns it, but read each shard sequentially."""
     for shard in split.shards:
         for _, _, example, _ in read_examples(shard.path, index_shard(shard.path), range(shard.start, shard.stop)):
             yield _get_source_name(example)
 
 
 def _get_source_name(example: Any) -> str:
-    """Return the file name that an Example stores, escaped. Return "" if it stores none, or `example` is None."""
+    """Return the image file name that an Example stores, escaped, or "" if it stores no name or `example` is None."""
     for field in () if example is None else _SOURCE_FIELDS:
         feature = example.features.feature.get(field)
         if feature is not None and len(feature.bytes_list.value) == 1:
@@ -306,13 +308,13 @@ def _get_source_name(example: Any) -> str:
 
 
 def _append_source_name(record: str, example: Any) -> str:
-    """Append the file name that an Example stores, if any, to the name of its record."""
+    """Append the image file name that an Example stores, if any, to `record`, the name of its record."""
     source_name = _get_source_name(example)
     return f"{record} ({source_name})" if source_name else record
 
 
 def _missing_image_error(record: str, field: str, example: Any) -> DataError:
-    """Build the error for the record of this name, whose image field `field` is wrong."""
+    """Build the error for the record named `record`, whose field `field` does not hold exactly one encoded image."""
     problem, fix = (
         f"{record} does not have exactly one bytes value in this field",
         f"set one of {describe_fields(example)}",
@@ -322,7 +324,7 @@ def _missing_image_error(record: str, field: str, example: Any) -> DataError:
 
 @dataclass(frozen=True)
 class LabelFields:
-    """The names of the label and image fields of records, and how to interpret the label."""
+    """The names of a record's label and image fields, and how to interpret the label."""
 
     label: str  # name of the label field
     image: str  # name of the image field
@@ -332,15 +334,15 @@ class LabelFields:
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
-    """Read the labels of the n records of a shard that `index` locates.
+    """Read the labels of the n records of a shard. `index` is the result of `index_shard` for the shard.
 
     Returns:
-        The class index of each record, int32 [n], and a list of faults. A corrupt record, and one whose stored label is
-        `UNLABELLED`, has the class index -1 and a fault.
+        The class index of each record, int32 [n], and a list of faults. Corrupt records, and records that store the
+        index `UNLABELLED`, have the class index -1 and a fault each.
 
     Raises:
-        DataError: an intact record has no bytes in the image field, or its label is missing, not of the kind
-            `fields.kind`, or not one of the classes.
+        DataError: an intact record's image field is missing or does not hold bytes, or its label is missing, not of the
+            kind `fields.kind`, or not one of the classes.
         OSError: the shard cannot be read.
     """
     labels = np.full(index.count, -1, np.int32)
@@ -362,7 +364,7 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
     return labels, faults
 
 
-NOT_LABELLED = f"is not labelled ({UNLABELLED})"  # end of the fault of a record without a label
+NOT_LABELLED = f"is not labelled ({UNLABELLED})"  # end of an unlabelled record's fault
 
 
 def label_error(fault: str, field: str) -> DataError:
@@ -377,7 +379,7 @@ def label_error(fault: str, field: str) -> DataError:
 def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
     """Return whether every intact record of `shards` has the label `UNLABELLED`. Return False if there are no shards.
 
-    Reading ends at the first record that has another label, or none.
+    Reading ends at the first intact record that has a different label or no label.
 
     Raises:
         DataError: a shard cannot be indexed (`index_shard`).
@@ -391,39 +393,39 @@ def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
 
 
 def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
-    """Return the class index, from 0, of the Example of a record. `record` is the name of the record for messages.
+    """Return the class index, from 0, that a record's Example stores. `record` is the record's name for messages.
 
-    Raises DataError, with a description of the values in the label field, if they are not one label of `fields.kind`.
+    Raises DataError if the label field does not hold exactly one label, of the kind `fields.kind` and of a known class.
     """
     feature = example.features.feature[fields.label]
     list_name = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, list_name).value) if list_name else []
-    shown_values = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
-    content = f"{record} holds {_describe_label(shown_values, fields)}"
+    display_values = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
+    statement = f"{record} holds {_describe_label(display_values, fields)}"
     is_vector = list_name != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
     is_onehot = is_vector and len(values) == fields.classes
     if is_vector and not is_onehot:
-        problem = f"{content}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
+        problem = f"{statement}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
         fix = f"give {len(values)} class names, or set another data.label_field"
         raise DataError(problem, key="data.class_names", fix=fix)
     actual_kind = "onehot" if is_onehot else "text" if list_name == "bytes_list" else "index"
     if len(values) != 1 and not is_onehot:
         fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"
-        problem = f"{content}, and a classifier needs one label"
+        problem = f"{statement}, and a classifier needs one label"
         raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
     if list_name == "float_list" and not is_onehot:
         fix = f"write class indices as integers, or set one of {describe_fields(example)}"
-        raise DataError(f"{content}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
+        raise DataError(f"{statement}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
     if actual_kind != fields.kind.removesuffix("1"):
         fix = f"set data.label_kind={actual_kind}, or another data.label_field of {describe_fields(example)}"
-        raise DataError(f"{content}", key="data.label_kind", value=fields.kind, fix=fix)
+        raise DataError(f"{statement}", key="data.label_kind", value=fields.kind, fix=fix)
     if fields.kind == "text":
-        name = normalize_class_name(shown_values[0])
-        if name not in fields.names:
-            problem = f"{content}, which is not in data.class_names"
+        class_name = normalize_class_name(display_values[0])
+        if class_name not in fields.names:
+            problem = f"{statement}, which is not in data.class_names"
             fix = f"add it to {join_first(fields.names)}, or set another field"
             raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-        return fields.names.index(name)
+        return fields.names.index(class_name)
     if is_onehot:
         return int(np.argmax(values))
     base = 1 if fields.kind == "index1" else 0
@@ -449,10 +451,10 @@ def _describe_label(values: Sequence[Any], fields: LabelFields) -> str:
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """Read the group of each example of a split of records, in the order of the examples.
+    """Read the group of each example in a split that consists of records, in index order.
 
     Args:
-        field: data.group_field. It holds one text or whole number per record.
+        field: the field given by data.group_field, with one text or whole number per record.
         names: names of the groups 0, 1, ... if the field holds whole numbers. None to convert the numbers to text.
 
     Raises:
@@ -483,9 +485,9 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
                 raise DataError(problem, key="data.group_field", value=field, fix=fix)
     distinct_groups = set(groups)
     if len(distinct_groups) > MAX_GROUPS:
-        count = f"{len(distinct_groups):,} different values among the {split.count:,} {split.name} examples"
+        statement = f"{len(distinct_groups):,} different values among the {split.count:,} {split.name} examples"
         problem, fix = (
-            f"{count}, such as {min(distinct_groups)!r}",
+            f"{statement}, such as {min(distinct_groups)!r}",
             f"set a field of at most {MAX_GROUPS} different values",
         )
         raise DataError(problem, key="data.group_field", value=field, fix=fix)

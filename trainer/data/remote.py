@@ -30,16 +30,16 @@ from trainer.types import LogMessage
 
 
 def resolve_addresses(data: Data) -> tuple[Data, str | None]:
-    """Locate a dataset that data.data_dir in a bucket contains, and decide whether its shards can be streamed.
+    """Locate the dataset data.name if data.data_dir is in a bucket, and decide whether shards can be streamed.
 
     Returns:
-        The settings, with data.root instead of data.data_dir if that is in a bucket; and the bucket folder whose shards
-        can be fetched while they are read. The folder is None for a local dataset and for sources other than
-        tfds. It is also None with data.group_field or data.corrections, because only the records store the groups and
-        the file names that these settings need before training.
+        The settings, with data.root instead of data.data_dir if data.data_dir is in a bucket; and the bucket folder
+        whose shards can be fetched while they are read. The folder is None for a local dataset and for sources other
+        than tfds. It is also None with data.group_field or data.corrections, because these need groups or file names
+        before training, and only the records store them.
 
     Raises:
-        DataError: data.data_dir has no dataset or version data.name.
+        DataError: data.data_dir does not contain the dataset data.name or its version, or the bucket denies access.
     """
     if is_remote(data.data_dir) and data.name:
         folder = find_prepared_folder(str(data.data_dir), data.name)
@@ -54,7 +54,7 @@ def fetch_local_copies(
     """Copy the dataset and weights of a configuration from buckets to the local disk.
 
     Args:
-        check: is called repeatedly with an address while its files are fetched, and raises to cancel.
+        check: called repeatedly with an address while its files are fetched; can raise an exception to cancel.
         stream: whether to leave the shards of a prepared dataset in the bucket, if `resolve_addresses` permits it.
 
     Returns:
@@ -63,14 +63,15 @@ def fetch_local_copies(
 
     Raises:
         DataError: nothing exists at an address, its files exceed the disk budget or cannot be local files, a shard
-            differs from its manifest, or a CSV file of data.source=csv is invalid.
+            differs from its manifest, or the CSV file of data.source=csv is invalid.
         Interrupted: a bucket does not respond.
+        OSError: a local copy cannot be written.
     """
     runtime = config.runtime
     addresses: dict[str, str] = {}
 
     def copy_to_disk(address: str | None) -> str | None:
-        """Return the local path that replaces an address in a bucket. Return any other path unchanged."""
+        """Copy the files at a bucket address, and return their local path. Return any other path unchanged."""
         if not address or not is_remote(address):
             return address
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
@@ -92,16 +93,16 @@ def fetch_local_copies(
             fetch_missing(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
             addresses[str(copy.folder)] = copy.bucket
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
-    if class_names_address := _find_class_names(config.data):
+    if class_names_address := _find_class_names_file(config.data):
         copy_to_disk(class_names_address)
     model = config.model.model_copy(update={"weights": copy_to_disk(config.model.weights)})
     return config.model_copy(update={"data": data, "model": model}), addresses, cache
 
 
-def _find_class_names(data: Data) -> str | None:
-    """Return the address of the file with class names in the bucket folder of data.pattern.
+def _find_class_names_file(data: Data) -> str | None:
+    """Return the address of the file with class names in data.pattern's bucket folder.
 
-    Return None if there is no such file, data.pattern is not in a bucket, or labels are not indices from 0.
+    Return None if this file does not exist, data.pattern is not in a bucket, or labels are not indices from 0.
     """
     if data.source != "tfrecords" or data.label_kind != "index" or not is_remote(data.pattern):
         return None
@@ -111,7 +112,7 @@ def _find_class_names(data: Data) -> str | None:
 
 
 def replace_local_paths(text: str, addresses: Mapping[str, str]) -> str:
-    """Replace the paths of local copies in a text, escaped for display or not, by their addresses in buckets.
+    """Replace the paths of local copies in a text by bucket addresses, whether or not they are escaped for display.
 
     `addresses` maps each local folder to the bucket folder that it is a copy of.
     """
@@ -122,7 +123,7 @@ def replace_local_paths(text: str, addresses: Mapping[str, str]) -> str:
 
 @contextmanager
 def show_addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
-    """Replace the paths of local copies by their addresses in each `TrainerError` that this context raises.
+    """Context manager that replaces the paths of local copies by bucket addresses in a `TrainerError` that it raises.
 
     `addresses` maps each local folder to the bucket folder that it is a copy of.
     """
@@ -138,7 +139,7 @@ def show_addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Shards and metadata files, by file name, of a bucket folder that `python -m trainer.prepare` wrote."""
+    """The shards and metadata files in a bucket folder that `python -m trainer.prepare` wrote, by file name."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
@@ -150,7 +151,7 @@ def find_prepared(address: str) -> Prepared | None:
     Return None if the manifest, the labels file or dataset_info.json is missing.
 
     Raises:
-        DataError: a shard is missing, or has another size or checksum than in the manifest.
+        DataError: a shard is missing, or its size or checksum differs from the manifest.
         Interrupted: the bucket does not respond.
     """
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
@@ -172,7 +173,7 @@ def find_prepared(address: str) -> Prepared | None:
 def _open_shard_cache(
     address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
 ) -> ShardCache | None:
-    """Fetch the metadata of a prepared folder, and return a cache for its shards; None if it is not prepared."""
+    """Fetch the metadata of a prepared bucket folder, and return a cache for its shards; None if it is not prepared."""
     prepared = find_prepared(address)
     if prepared is None:
         return None
@@ -185,8 +186,8 @@ def _open_shard_cache(
 
 
 def describe_shards(prepared: Prepared, budget: int) -> str:
-    """Describe the number and size of the shards, and the bytes that they use on disk, at most `budget`."""
-    size = sum(info.size for info in prepared.shards.values())
-    count = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
-    at_most = f"{min(size, budget) / 1e6:,.1f} MB at most on disk"
-    return f"{count}, {size / 1e6:,.1f} MB, are fetched while they are used, {at_most}"
+    """Describe the number and size of the shards, and their maximum size on disk, which is at most `budget` bytes."""
+    num_bytes = sum(info.size for info in prepared.shards.values())
+    subject = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
+    disk_limit = f"{min(num_bytes, budget) / 1e6:,.1f} MB at most on disk"
+    return f"{subject}, {num_bytes / 1e6:,.1f} MB, are fetched while they are used, {disk_limit}"

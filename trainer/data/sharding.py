@@ -1,4 +1,4 @@
-"""Shard the training data over the workers of a run, by record or by file, and compute the steps of an epoch."""
+"""Shard the training data over a run's workers, by record or by file, and compute the number of steps per epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ CheckpointState = Mapping[str, Any]  # `ShardingPlan.checkpoint_state`; empty fo
 class Sharding:
     """The subset of the training split that one worker reads.
 
-    Sharded by record, the global batches are those of a run on one worker, and each worker takes its rows of each
-    batch. Sharded by file, each worker has its own shards, the same in every epoch, and fills its rows of each global
-    batch from them. Then each record is read by one worker only, but it is shuffled only within the shards of that
-    worker.
+    If the split is sharded by record, the global batches are the same as on one worker, and each worker takes its rows
+    of each batch. If it is sharded by file, each worker has its own shards, the same in every epoch, and fills its rows
+    of each global batch from them. Each record is then read by one worker only, but shuffled only with records from the
+    same worker's shards.
 
-    With virtual replicas, a global batch has one part per virtual replica. Sharded by file, each part has its own
-    shards, and a worker reads the shards of consecutive parts. So the global batches do not depend on the number of
-    workers.
+    With virtual replicas, a global batch has one part per virtual replica. If the split is sharded by file, each part
+    has its own shards, and a worker reads the shards of consecutive parts, so that the global batches do not depend on
+    the number of workers.
     """
 
     worker: int = 0  # index of this worker
@@ -41,26 +41,26 @@ class Sharding:
     def split_into_parts(self) -> list["Sharding"]:
         """Return the sharding of each part that this worker reads, as if each part were a worker.
 
-        It is only this sharding itself if it is by record or has no virtual replicas.
+        The list has only this sharding if it is by record or without virtual replicas.
         """
         if not self.by_file or self.parts is None:
             return [self]
-        count = self.parts // self.workers  # parts per worker
-        return [Sharding(part, self.parts, self.by) for part in range(self.worker * count, (self.worker + 1) * count)]
+        num_parts = self.parts // self.workers  # parts per worker
+        return [Sharding(i, self.parts, self.by) for i in range(self.worker * num_parts, (self.worker + 1) * num_parts)]
 
 
 UNSHARDED = Sharding()
 
 
 def count_shard_records(split: Split) -> np.ndarray:
-    """Return the number of records that a split uses of each of its shards, int64 [shards]."""
+    """Return the number of records that a split uses from each of its shards, int64 [s]."""
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
 def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
-    """Assign each shard to a worker, and return the shard indices of each worker, int64, increasing.
+    """Assign each shard to a worker, and return a list of each worker's shard indices, int64 [k], increasing.
 
-    The numbers of records are balanced by longest-processing-time-first scheduling (Graham 1969).
+    The workers' numbers of records are balanced by longest-processing-time-first scheduling (Graham 1969).
     """
     sizes = count_shard_records(split)
     loads, worker_of_shard = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
@@ -73,14 +73,14 @@ def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
 def select_worker_shards(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the indices of the shards that a worker reads if the split is sharded by file, int64 [k], increasing."""
     parts = sharding.split_into_parts()
-    assigned = assign_shards(split, parts[0].workers)
-    return np.sort(np.concatenate([assigned[part.worker] for part in parts]))
+    shards_by_part = assign_shards(split, parts[0].workers)
+    return np.sort(np.concatenate([shards_by_part[part.worker] for part in parts]))
 
 
 def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the indices of the training examples that a worker can read, int64 [n], increasing.
 
-    They are all examples if the split is sharded by record, because a worker reads other examples in each epoch.
+    If the split is sharded by record, the result is all examples, because a worker reads different ones in each epoch.
     """
     if not sharding.by_file:
         return np.arange(split.count, dtype=np.int64)
@@ -91,18 +91,19 @@ def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
 def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
     """Return the number of global batches per epoch. The last one can be padded.
 
-    Sharded by file, the worker or part with the most batches determines it, and the others end the epoch with padding.
+    If the split is sharded by file, the worker or part with the most batches determines the number, and the others end
+    the epoch with padding.
     """
     if sharding.by_file:
-        parts = sharding.parts or sharding.workers
-        sizes, rows = count_shard_records(split), batch_size // parts
-        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, parts))
+        num_parts = sharding.parts or sharding.workers
+        sizes, rows = count_shard_records(split), batch_size // num_parts
+        return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, num_parts))
     return -(-split.count // batch_size)
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """Sharding of the training split over all workers, and the reason for it."""
+    """The sharding of the training split over all workers, and the reason for it."""
 
     by: ShardingMode
     workers: int  # number of workers
@@ -117,18 +118,18 @@ class ShardingPlan:
     def for_scoring(self, worker: int) -> Sharding:
         """Return the sharding with which a worker scores examples and computes features.
 
-        With virtual replicas it is by record, because the workers then divide the examples into whole device calls.
+        With virtual replicas, the sharding is by record, because each worker then gets examples for whole device calls.
         """
         return Sharding(worker, self.workers, "record" if self.parts else self.by)
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores, so that `require_resumable` can compare the plan of a later start."""
-        workers = self.parts or self.workers  # with virtual replicas, the batches are the same on any number of workers
-        return {"by": self.by, "workers": workers, "steps_per_epoch": self.steps_per_epoch}
+        """The values that a checkpoint stores, which `require_resumable` compares with the plan of a later start."""
+        num_workers = self.parts or self.workers  # with virtual replicas, batches do not depend on the real number
+        return {"by": self.by, "workers": num_workers, "steps_per_epoch": self.steps_per_epoch}
 
     def describe(self, split: Split, worker: int) -> str:
-        """Format the log line about the sharding, with the numbers of shards and records that a worker reads."""
+        """Format the log line about the sharding, with the worker's numbers of shards and records if it is by file."""
         if self.by == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
         shards, sizes = select_worker_shards(split, self.for_worker(worker)), count_shard_records(split)
@@ -147,35 +148,35 @@ def plan_sharding(
     """Choose the sharding of the training split.
 
     Sharding by file requires at least two workers or virtual replicas, and at least one shard for each of them.
-    Otherwise the split is sharded by record. If both conditions hold, "auto" retains the sharding of the checkpoint. It
-    shards a new run by file if decoded images are not cached, so that each record is read and decoded by one worker
-    only. With virtual replicas it shards a new run by record, because what is cached can depend on the number of
+    Otherwise the split is sharded by record. If both conditions hold, "auto" retains the checkpoint's sharding. For a
+    new run, "auto" shards by file if decoded images are not cached, so that only one worker reads and decodes each
+    record. With virtual replicas, "auto" shards a new run by record, because the cache can depend on the number of
     workers, and the batches must not.
 
     Args:
         shard_by: data.shard_by.
         split: the training split.
         workers: number of workers.
-        batch_size: rows of a global batch.
+        batch_size: rows per global batch.
         image_cache: where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
             images only once, to compute features.
         checkpoint: `ShardingPlan.checkpoint_state` of the checkpoint to resume from; empty for a new run.
         virtual_replicas: training.virtual_replicas.
     """
     by: ShardingMode = "record"
-    parts = virtual_replicas or workers
-    if parts > 1 and len(split.shards) >= parts:
+    num_parts = virtual_replicas or workers
+    if num_parts > 1 and len(split.shards) >= num_parts:
         auto_mode: ShardingMode = "file" if image_cache == "none" and not virtual_replicas else "record"
         by = checkpoint.get("by") or auto_mode if shard_by == "auto" else shard_by
     if shard_by == by:
         reason = "as configured"
-    elif parts == 1:
+    elif num_parts == 1:
         reason = "there is one worker"
     elif not split.shards:
         reason = "image files have no shards"
-    elif len(split.shards) < parts:
-        readers = f"{parts} virtual replicas" if virtual_replicas else f"{parts} workers"
-        reason = f"{len(split.shards)} shards are too few for {readers}"
+    elif len(split.shards) < num_parts:
+        reader_phrase = f"{num_parts} virtual replicas" if virtual_replicas else f"{num_parts} workers"
+        reason = f"{len(split.shards)} shards are too few for {reader_phrase}"
     elif checkpoint.get("by"):
         reason = "as in the checkpoint"
     elif virtual_replicas:
@@ -196,7 +197,7 @@ def require_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_ste
 
     Args:
         checkpoint: `ShardingPlan.checkpoint_state` of the checkpoint; empty for a new run.
-        epoch_step: steps that the checkpoint has of its current epoch; 0 at the beginning of an epoch.
+        epoch_step: number of steps of the current epoch that the checkpoint has completed; 0 at the beginning.
 
     Raises:
         ConfigError: the run cannot resume with this plan.

@@ -37,44 +37,44 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class RawData:
-    """A dataset as a source provides it, before the selections and checks that all sources have in common."""
+    """A dataset as its source provides it, before the selections and checks that are the same for all sources."""
 
     name: str  # of the dataset
     class_names: tuple[str, ...]  # by class index
     splits: dict[str, Split]  # train, and validation and test if there are any
-    identities: dict[str, str]  # path of a file or shard -> "NAME BYTES HASH", with a checksum or hash of its ends
+    identities: dict[str, str]  # path of a file or shard -> "NAME BYTES HASH", where HASH covers all bytes or both ends
     skipped: list[str] = field(default_factory=list)  # unreadable files and records, each with the reason
     notes: list[str] = field(default_factory=list)  # log lines about the dataset
     ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of its files that are not images
-    group_names: tuple[str, ...] | None = None  # of the groups 0, 1, ... in data.group_field; None if it has texts
+    group_names: tuple[str, ...] | None = None  # of the values 0, 1, ... of data.group_field; None without such names
 
 
 def digest_head_and_tail(path: str | Path, length: int) -> tuple[int, bytes, str]:
     """Read the first and the last `length` bytes of a file.
 
     Returns:
-        The size of the file in bytes, its first `length` bytes, and a hash of both ends, 16 hex digits.
+        The file's size in bytes, its first `length` bytes, and a hash of both ends, 16 hex digits.
 
     Raises:
         OSError: the file cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY)  # a Python file object would double the time of this function
+    descriptor = os.open(path, os.O_RDONLY)  # a Python file object would take twice as long
     try:
         size = os.fstat(descriptor).st_size
         head = os.pread(descriptor, length, 0)
-        tail = os.pread(descriptor, length, max(len(head), size - length))  # a short file has no byte in both
+        tail = os.pread(descriptor, length, max(len(head), size - length))  # the ends of a short file do not overlap
     finally:
         os.close(descriptor)
     return size, head, hashlib.sha256(head + tail).hexdigest()[:16]
 
 
 def list_unused_fractions(data: Data, existing: Container[str]) -> list[str]:
-    """Return a note for each configured fraction that is not used because the data has this split.
+    """Return a note for each configured split fraction that is not used because the dataset already has the split.
 
-    A fraction of 0 or with the default value counts as not configured.
+    A fraction counts as configured unless it is 0 or the default.
 
     Args:
-        existing: names of the splits that the data has.
+        existing: names of the splits that the dataset has.
     """
     notes = []
     for name in ("validation", "test"):
@@ -87,30 +87,31 @@ def list_unused_fractions(data: Data, existing: Container[str]) -> list[str]:
 def describe_class_counts(labels: np.ndarray, class_names: Sequence[str]) -> str:
     """Describe the number of examples in total and in each of the ten rarest classes, such as "7 (cat 3, dog 4)"."""
     counts = np.bincount(labels, minlength=len(class_names))
-    shown = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
-    more = ", ..." * (len(counts) > 10)
-    return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in shown)}{more})"
+    class_indices = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
+    ellipsis = ", ..." * (len(counts) > 10)
+    return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in class_indices)}{ellipsis})"
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
-    """Return a split of only the examples at `indices`, int [k]. They must be increasing if the split has shards."""
+    """Return a split with only the examples at `indices`, int [k], which must be increasing if the split has shards."""
     labels = split.labels[indices]
     if split.groups is not None:
         split = replace(split, groups=tuple(split.groups[i] for i in indices))
     if split.files:
         return replace(split, labels=labels, files=tuple(split.files[i] for i in indices))
     shard_index = np.repeat(np.arange(len(split.shards)), count_shard_records(split))[indices]
-    record = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[indices]
-    breaks = np.flatnonzero((np.diff(shard_index) != 0) | (np.diff(record) != 1)) + 1
+    record_index = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in split.shards)])[indices]
+    breaks = np.flatnonzero((np.diff(shard_index) != 0) | (np.diff(record_index) != 1)) + 1
     ranges = [r for r in np.split(np.arange(len(indices)), breaks) if len(r)]  # consecutive records of one shard
     shards = [
-        replace(split.shards[shard_index[r[0]]], start=int(record[r[0]]), stop=int(record[r[-1]]) + 1) for r in ranges
+        replace(split.shards[shard_index[r[0]]], start=int(record_index[r[0]]), stop=int(record_index[r[-1]]) + 1)
+        for r in ranges
     ]
     return replace(split, labels=labels, shards=tuple(shards))
 
 
 def rank_within_classes(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Shuffle the examples of each class, and return the rank of each example in its class, from 0, int64 [n].
+    """Shuffle the examples of each class, and return each example's rank in its class, from 0, int64 [n].
 
     Args:
         labels: class index of each example, int [n].
@@ -139,10 +140,10 @@ def select_at_most(split: Split, limit: int, seed: int) -> Split:
 
 
 def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
-    """Compute the sizes of new splits that get fractions of `count` examples. The train split gets the others.
+    """Compute the sizes of new splits, by name, from their fractions of `count` examples.
 
-    A size is the rounded fraction, but at least 1 if the fraction is above 0. Because the train split retains at least
-    one example, the last splits get fewer examples, or none, if `count` is small.
+    A size is count * fraction, rounded, but at least 1 if the fraction is above 0. The train split gets the remaining
+    examples, and at least one. So if `count` is small, the last splits get fewer examples, or none.
     """
     sizes, remaining = {}, count - 1
     for name, fraction in fractions.items():
@@ -158,7 +159,7 @@ def count_overlap(first: Split, second: Split) -> int:
 
 
 def hash_raw_data(raw: RawData) -> str:
-    """Hash class names, splits, labels and file identities to 16 hex digits, independently of the root folder."""
+    """Hash class names, splits, labels and file identities to 16 hex digits, which do not depend on the root folder."""
     digest = hashlib.sha256(repr(raw.class_names).encode())
     for name, split in sorted(raw.splits.items()):
         digest.update(repr((name, split.count, split.image_field)).encode())
@@ -170,7 +171,7 @@ def hash_raw_data(raw: RawData) -> str:
     return digest.hexdigest()[:16]
 
 
-_END_BYTES = 2**16  # bytes at each end of a shard that its identity, and so the dataset fingerprint, covers
+_END_BYTES = 2**16  # number of bytes at each end of a shard that are hashed for its identity if no manifest lists it
 
 
 @dataclass(frozen=True)
@@ -181,16 +182,16 @@ class RecordSource:
     classes: int  # number of classes
     cache_dir: Path  # stores the labels of shards for later runs
     log_message: LogMessage
-    streamed: bool = False  # True: the shards are not local yet, so labels are read from the labels file of the folder
+    streamed: bool = False  # whether shards are not yet local, so that labels are read from the folder's labels file
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """Read the labels and identities of shards, or load the labels that an earlier start cached on disk.
 
     The labels of a shard are cached if all of its records are intact and labelled. In a folder that
-    `python -m trainer.prepare` wrote, the identities are those of the manifest, so that a dataset has the same
-    fingerprint on a local disk and in a bucket. Unless cached, labels of local shards are still read from the records,
-    to verify the checksums.
+    `python -m trainer.prepare` wrote, identities are read from the manifest, so that a dataset has the same fingerprint
+    on a local disk and in a bucket. The labels of a local shard are nevertheless read from its records, unless they are
+    cached, so that checksums are verified.
 
     Returns:
         Path -> labels of the shard, int32 [records], -1 for a corrupt or unlabelled record; path -> identity of the
@@ -198,7 +199,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         unlabelled record.
 
     Raises:
-        DataError: a shard cannot be read, or a streamed one is not in the manifest; a record has no valid image or
+        DataError: a shard cannot be read, or a streamed shard is not in the manifest; a record has no valid image or
             label field; or a shard has a fault and data.on_error is "fail".
     """
     data = source.data
@@ -209,7 +210,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
     identities: dict[str, str] = {}
     skipped: list[str] = []
     manifests = {folder: read_manifest_and_labels(Path(folder)) for folder in {os.path.dirname(path) for path in paths}}
-    for num_done, path in enumerate(paths):
+    for position, path in enumerate(paths):
         health.record_progress()
         name, (entries, stored_labels) = os.path.basename(path), manifests[os.path.dirname(path)]
         if source.streamed:
@@ -225,21 +226,21 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             identities[path] = entries[name].identity if has_entry else f"{name} {stat.st_size} {digest}"
         except OSError as error:
             raise unreadable_error(path, error) from None
-        key = repr((identities[path], stat.st_mtime_ns, fields.label, fields.image, source.classes))
-        key += repr(label_format) if data.label_kind != "index" else ""
-        cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        cache_key = repr((identities[path], stat.st_mtime_ns, fields.label, fields.image, source.classes))
+        cache_key += repr(label_format) if data.label_kind != "index" else ""
+        cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:24]}.npz"
         with suppress(OSError, ValueError, KeyError):  # missing or corrupt: read the shard again
             labels[path] = unpack(cache_file.read_bytes())["labels"]
             continue
-        if num_done % 100 == 0:
+        if position % 100 == 0:
             source.log_message(
-                f"reading the labels of {len(paths) - num_done} shards (once, cached in {cache_file.parent})"
+                f"reading the labels of {len(paths) - position} shards (once, cached in {cache_file.parent})"
             )
-        index = index_shard(path)
-        labels[path], faults = read_labels(path, index, fields)
-        faults += [index.fault] if index.fault else []
+        shard_index = index_shard(path)
+        labels[path], faults = read_labels(path, shard_index, fields)
+        faults += [shard_index.fault] if shard_index.fault else []
         if not faults:
-            with suppress(OSError):  # not cached, so that a later start reads the shard again
+            with suppress(OSError):  # without cached labels, a later start reads the shard again
                 write_atomically(cache_file, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
             raise label_error(faults[0], data.label_field)
@@ -248,11 +249,12 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
 
 
 def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
-    """Build the error for a split that the dataset or the configuration defines, but that has no example.
+    """Build the error for a split that the dataset or the configuration defines, but that has no examples.
 
     Args:
-        content: a clause about what the split has, such as "a.tfrec has 3 records".
-        skipped: descriptions of its unreadable files or records.
+        name: train, validation or test.
+        content: a clause that describes the split's content, such as "a.tfrec has 3 records".
+        skipped: descriptions of the split's unreadable files or records.
     """
     skipped_clause = f", and {len(skipped)} were skipped as unreadable, the first: {skipped[0]}" if skipped else ""
     fix = "repair them, or remove the split" if skipped else "add examples to it, or use another split"
@@ -265,12 +267,12 @@ def build_split(
     """Build a split from the intact and labelled records in `ranges`.
 
     Args:
-        ranges: the records of the split.
+        ranges: the record ranges that the split consists of.
         labels: path -> labels of the shard, int32 [records], -1 for a corrupt or unlabelled record.
-        skipped: descriptions of all faults, from which the error for an empty split selects those of its shards.
+        skipped: descriptions of all faults in the dataset. The error for an empty split lists those in its shards.
 
     Raises:
-        DataError: no record is intact and labelled, or a shard has another number of records than `ranges` specifies
+        DataError: no record is intact and labelled, or the number of records in a shard differs from its `Shard.count`
             and data.on_error is "fail".
     """
     shards = []
@@ -283,15 +285,15 @@ def build_split(
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])
     split = Split(name, all_labels, shards=tuple(shards), image_field=source.data.image_field)
-    readable = np.flatnonzero(all_labels >= 0)
-    if not readable.size:
+    readable_indices = np.flatnonzero(all_labels >= 0)
+    if not readable_indices.size:
         paths = list(dict.fromkeys(escape_unprintable(shard.path) for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
         faults = [fault for fault in skipped if any(path in fault for path in paths)]
         if faults and all(fault.endswith(NOT_LABELLED) for fault in faults):
             raise label_error(faults[0], source.data.label_field)
         raise empty_split_error(name, content, faults)
-    return take(split, readable)
+    return take(split, readable_indices)
 
 
 def find_matching_files(pattern: str) -> list[str]:
@@ -311,8 +313,8 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
     """Open the TFRecord files that match data.pattern, and assign them to splits by the configured fractions.
 
     In path order, the first files are the validation split, the next files the test split, and all others the train
-    split. If labels are class indices from 0 and the folder of a shard stores class names, as TFDS and
-    `python -m trainer.prepare` write them, the labels are indices of these names instead of data.class_names.
+    split. If labels are class indices from 0 and a shard's folder has a file with class names, as TFDS and
+    `python -m trainer.prepare` write it, these names replace data.class_names. Labels are cached in `cache_dir`.
 
     Raises:
         DataError: no file matches the pattern, there are fewer files than splits, folders store different class names,
@@ -334,12 +336,12 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
         overrides = " and ".join(f"data.{name}_fraction=0" for name in names[1:])
         fix = f"write more shards (python -m trainer.prepare), or set {overrides}"
         raise DataError(mismatch, key="data.pattern", value=data.pattern, fix=fix)
-    sizes = compute_split_sizes(len(paths), fractions)
+    split_sizes = compute_split_sizes(len(paths), fractions)
     class_names = _read_class_names(paths, data) or tuple(data.class_names)
     source = RecordSource(data, len(class_names), cache_dir, log_message)
     labels, identities, skipped = read_shards(paths, source)
     shards = [Shard(path, len(labels[path]), 0, len(labels[path])) for path in paths]
-    test_start, train_start = sizes["validation"], sizes["validation"] + sizes["test"]
+    test_start, train_start = split_sizes["validation"], split_sizes["validation"] + split_sizes["test"]
     ranges = {"train": shards[train_start:], "validation": shards[:test_start], "test": shards[test_start:train_start]}
     splits = {name: build_split(name, ranges[name], labels, source, skipped) for name in SPLITS if ranges[name]}
     name = os.path.basename(os.path.dirname(paths[0])) or "tfrecords"
@@ -347,9 +349,9 @@ def open_tfrecords(data: Data, cache_dir: Path, log_message: LogMessage) -> RawD
 
 
 def _read_class_names(paths: list[str], data: Data) -> tuple[str, ...]:
-    """Return the class names that TFDS's LABEL_FIELD.labels.txt in the folders of the shards lists.
+    """Return the class names in TFDS's file LABEL_FIELD.labels.txt in the folders of the shards.
 
-    Return () if no folder has such a file, or if labels are not class indices from 0. Raises DataError if two folders
+    Return () if no folder has such a file, or if labels are not class indices from 0. Raise a DataError if two folders
     number their classes differently.
     """
     names_by_folder: dict[str, tuple[str, ...]] = {}

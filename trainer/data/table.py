@@ -1,4 +1,4 @@
-"""Read a CSV file as rows of strings by column name. Each row has the number that a spreadsheet shows for it."""
+"""Read a CSV file as rows of strings by column name. Rows are numbered as in a spreadsheet."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ class Row:
 class Table:
     """The content of a CSV file."""
 
-    columns: tuple[str, ...]  # names in lower case, without spaces at their ends
+    columns: tuple[str, ...]  # names in lower case, without surrounding spaces
     rows: list[Row]  # without the header and blank rows
 
 
@@ -43,10 +43,10 @@ def read_table(address: str, key: str, required: Sequence[str], optional: Sequen
         address: the path or address of the file.
         key: the configuration key whose value is `address`, for error messages.
         required: columns that the header must have.
-        optional: columns that the header can have, for the message about a wrong header. Other columns are read too.
+        optional: columns that a message about a wrong header also lists. Any other columns are read too.
 
     Raises:
-        DataError: the file does not exist or cannot be read, is not UTF-8 or not CSV, its header lacks a required
+        DataError: the file does not exist or cannot be read, it is not UTF-8 or not CSV, its header lacks a required
             column or has a name twice, or a row has more cells than the header.
         Interrupted: the bucket does not respond.
     """
@@ -55,14 +55,14 @@ def read_table(address: str, key: str, required: Sequence[str], optional: Sequen
     first_error: DataError | None = None
     for separator in _SEPARATORS:
         try:
-            records = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+            raw_rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
         except csv.Error as error:
             fix = "close each quote, and write a quote inside quotes twice"
             first_error = first_error or DataError(f"is not CSV ({error})", key=key, value=address, fix=fix)
             continue
-        columns = tuple(name.strip().lower() for name in (records or [[]])[0])
+        columns = tuple(name.strip().lower() for name in (raw_rows or [[]])[0])
         if set(required) <= set(columns):
-            return _make_table(columns, records, key, address)
+            return _make_table(columns, raw_rows, key, address)
         if first_error is None:
             missing_columns = " and ".join(name for name in required if name not in columns)
             header = escape_unprintable(join_first(columns)) if any(columns) else "nothing"
@@ -73,7 +73,7 @@ def read_table(address: str, key: str, required: Sequence[str], optional: Sequen
 
 
 def _read_text(address: str, key: str, fix: str) -> str:
-    """Read a UTF-8 file, without its byte order mark. `fix` is the advice if there is no such file."""
+    """Read a UTF-8 file, without its byte order mark. `fix` is the advice if the file does not exist."""
     path = storage_path(address)
     if path.is_local and Path(str(path)).is_dir():
         raise DataError("is a folder", key=key, value=address, fix=fix)
@@ -95,13 +95,13 @@ def _read_text(address: str, key: str, fix: str) -> str:
     return text
 
 
-def _make_table(columns: tuple[str, ...], records: list[list[str]], key: str, address: str) -> Table:
-    """Build a table from parsed records, of which the first is the header that has the names `columns`."""
+def _make_table(columns: tuple[str, ...], raw_rows: list[list[str]], key: str, address: str) -> Table:
+    """Build a table from parsed rows. The first row is the header, which has the names `columns`."""
     if duplicates := [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]:
         problem = f"has several columns {escape_unprintable(join_first(duplicates))}"
         raise DataError(problem, key=key, value=address, fix="give each column another name")
     rows = []
-    for number, cells in enumerate(records[1:], 2):
+    for number, cells in enumerate(raw_rows[1:], 2):
         if len(cells) > len(columns):
             problem = f"row {number} has {len(cells)} cells, but the first row has {len(columns)}"
             raise DataError(problem, key=key, value=address, fix="put a name that contains the separator in quotes")

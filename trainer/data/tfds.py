@@ -36,17 +36,17 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     """Open the dataset of data.root or data.name, and read the labels of its splits.
 
     If data.validation_split is null, the validation split is the dataset's split "validation". If the dataset has no
-    such split, or if its examples are not labelled, data.validation_fraction of the training records becomes the
-    validation split (`carve_splits`). The same applies to the test split.
+    such split, or if that split's examples are not labelled, the fraction data.validation_fraction of the training
+    records becomes the validation split (see `carve_splits`). The same applies to the test split.
 
     Args:
         cache_dir: stores the labels of shards for later runs.
-        streamed: whether data.root has only the metadata, manifest and labels file of a dataset in a bucket. Its shards
+        streamed: whether data.root has only the metadata, manifest and labels file of a dataset in a bucket, and shards
             are fetched while they are read.
 
     Raises:
-        DataError: the dataset is missing, corrupt or not stored as TFRecords, has no such split or field, or the train
-            split overlaps another split.
+        DataError: the dataset is missing, corrupt or not stored as TFRecords, it lacks a configured split or field, or
+            the train split overlaps another split.
         Interrupted: the dataset cannot be downloaded now, or a disk is full or fails.
     """
     info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
@@ -74,10 +74,10 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
 
 def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
-    """Return the TFDS split string of each split that is configured or exists, by the name of the split.
+    """Return the TFDS split string of each split that is configured or exists, by split name.
 
-    A split string that is null in the configuration is the name of the split, if the name is in `existing`. A
-    validation or test split that is configured as "none" is left out.
+    If a split string is null in the configuration, it defaults to the split's name, provided that this name is in
+    `existing`. A validation or test split that is configured as "none" is left out.
 
     Args:
         existing: names of the splits that the dataset has.
@@ -91,19 +91,19 @@ def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
 
 
 def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
-    """Resolve the configured splits to records of the dataset.
+    """Resolve the configured splits to ranges of the dataset's records.
 
-    A validation or test split that is null in the configuration has the records of the dataset's split of that name,
-    except those that are also in data.train_split. If there are no others, the split is left out.
+    If data.validation_split or data.test_split is null, the split has the records of the dataset's split with that
+    name, except those that are also in data.train_split. If no records remain, the split is left out.
 
     Args:
         info: the `tfds.core.DatasetInfo` of the dataset.
 
     Returns:
-        Split name -> split string; split name -> ranges of records in shards; and notes about removed records.
+        Split name -> TFDS split string; split name -> record ranges in shards; and notes about removed records.
 
     Raises:
-        DataError: a split does not exist, is empty, or has a shard outside of the dataset's folder.
+        DataError: a split does not exist, is empty, or has a shard outside the dataset's folder.
     """
     specs, notes = list_split_specs(data, info.splits), []
     ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
@@ -120,9 +120,9 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
     return specs, ranges, notes
 
 
-def _subtract_ranges(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
+def _subtract_ranges(ranges: list[Shard], removed_ranges: list[Shard]) -> list[Shard]:
     """Return the ranges of the records that are in `ranges`, but not in `removed`."""
-    for hole in removed:
+    for hole in removed_ranges:
         shards_and_bounds = [
             (shard, ((shard.start, min(shard.stop, hole.start)), (max(shard.start, hole.stop), shard.stop)))
             if shard.path == hole.path and max(shard.start, hole.start) < min(shard.stop, hole.stop)
@@ -134,28 +134,28 @@ def _subtract_ranges(ranges: list[Shard], removed: list[Shard]) -> list[Shard]:
 
 
 def select_missing_fractions(data: Data, splits: Container[str]) -> dict[str, float]:
-    """Return the configured fractions above 0 for the validation and test splits that are missing from `splits`."""
+    """Return the configured fractions above 0 of the validation and test splits that `splits` lacks, by split name."""
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     return {name: fraction for name, fraction in fractions.items() if name not in splits and fraction > 0}
 
 
 def _open_folder(root: str) -> Any:
-    """Return the TFDS builder of the dataset version in a folder."""
+    """Return the TFDS builder for the folder of a dataset version."""
     import tensorflow_datasets as tfds
 
     if not os.path.exists(os.path.join(root, "dataset_info.json")):
-        infos: list[Path] = []
-        with suppress(OSError, ValueError):  # `root` cannot be the name of a folder
-            infos = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
+        files: list[Path] = []
+        with suppress(OSError, ValueError):  # `root` is not a valid path
+            files = sorted(Path(root).glob("*/dataset_info.json")) + sorted(Path(root).glob("*/*/dataset_info.json"))
         fix = (
-            f"set {format_argument('data.root', infos[0].parent)}"
-            if infos
+            f"set {format_argument('data.root', files[0].parent)}"
+            if files
             else "write one with python -m trainer.prepare"
         )
         raise DataError("has no prepared dataset (dataset_info.json)", key="data.root", value=root, fix=fix)
     try:
         return tfds.builder_from_directory(root)
-    except Exception as error:  # including those of TFDS's JSON and protobuf parsers
+    except Exception as error:  # TFDS's JSON and protobuf parsers raise many types
         if disk_error := translate_disk_error(error, [root]):
             raise disk_error from error
         problem = f"TFDS cannot read this folder: {_get_first_line(error)}"
@@ -167,22 +167,22 @@ def _get_first_line(error: Exception) -> str:
 
 
 def _open_by_name(data: Data) -> Any:
-    """Return the TFDS builder of data.name. If data.download is set, download and prepare a missing dataset."""
+    """Return the TFDS builder for data.name. If data.download is set, download and prepare a missing dataset."""
     import tensorflow_datasets as tfds
 
     assert data.name
     folder = os.path.expanduser(data.data_dir) if data.data_dir else None
-    prepared_in = folder or tfds.core.constants.DATA_DIR
+    data_dir = folder or tfds.core.constants.DATA_DIR
     try:
         builder = tfds.builder(data.name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         builders = tfds.list_builders(with_community_datasets=False)  # listing community datasets requires the network
         matches = difflib.get_close_matches(data.name.split("/")[0].split(":")[0], builders, 1)
         fix = f"set data.name={matches[0]}" if matches else "set a name that TFDS lists, or data.data_dir to its folder"
-        problem = f"TFDS has no dataset of this name, and none is prepared in {prepared_in}"
+        problem = f"TFDS has no dataset of this name, and none is prepared in {data_dir}"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
     except Exception as error:  # a wrong version or config: TFDS raises AssertionError, ValueError and others
-        if disk_error := translate_disk_error(error, [prepared_in]):
+        if disk_error := translate_disk_error(error, [data_dir]):
             raise disk_error from error
         problem, fix = f"TFDS cannot open it: {_get_first_line(error)}", "set a version and config that TFDS lists"
         raise DataError(problem, key="data.name", value=data.name, fix=fix) from None
@@ -190,12 +190,12 @@ def _open_by_name(data: Data) -> Any:
         return builder
     if not data.download:
         fix = "set data.download=true to download it, or data.data_dir to its folder"
-        raise DataError(f"is not prepared in {prepared_in}", key="data.name", value=data.name, fix=fix)
+        raise DataError(f"is not prepared in {data_dir}", key="data.name", value=data.name, fix=fix)
     try:
         with health.waiting_for(f"TFDS, which downloads and prepares {data.name}"):  # it reports no progress for hours
             builder.download_and_prepare(file_format="tfrecord")
     except Exception as error:  # network, checksums, missing packages or disk space
-        if disk_error := translate_disk_error(error, [prepared_in]):
+        if disk_error := translate_disk_error(error, [data_dir]):
             raise disk_error from error
         raise _make_download_error(error, data.name) from error
     return builder
@@ -204,7 +204,7 @@ def _open_by_name(data: Data) -> Any:
 def _make_download_error(error: Exception, name: str) -> DataError | Interrupted:
     """Make the error for a dataset that could not be downloaded or prepared.
 
-    It is `Interrupted` if the same download can succeed later, else DataError.
+    The error is an `Interrupted` if the same download can succeed later, else a DataError.
     """
     fix = "prepare it with TFDS on another machine, and set data.data_dir to its folder"
     if interrupted := translate_download_error(error, "TFDS cannot download it", key="data.name", value=name, fix=fix):
@@ -214,28 +214,28 @@ def _make_download_error(error: Exception, name: str) -> DataError | Interrupted
 
 
 def check_download(data: Data) -> None:
-    """Check that the first server of data.name can be reached. Nothing is downloaded.
+    """Check that the server with the first file of the dataset data.name can be reached, without downloading anything.
 
     Raises:
-        Interrupted: the server cannot be reached; a run would raise the same error when it downloads the dataset.
+        Interrupted: the server cannot be reached, so that a run could not download the dataset.
     """
     import tensorflow_datasets as tfds
 
     assert data.name
     builder = tfds.builder(data.name, data_dir=os.path.expanduser(data.data_dir) if data.data_dir else None)
-    for url in list(builder.url_infos or {})[:1]:  # most datasets have one server
+    for url in list(builder.url_infos or {})[:1]:  # all files of most datasets are on one server
         try:
             request_size(url)
         except Exception as error:
             download_error = _make_download_error(error, data.name)
-            if isinstance(download_error, Interrupted):  # a server that refuses only HEAD requests permits the download
+            if isinstance(download_error, Interrupted):  # a server can refuse HEAD requests only
                 raise download_error from error
 
 
 def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
-    """Check the types of the image and label features, and return the class names of the label feature.
+    """Check the types of the image and label features, and return the names of the classes.
 
-    A label that is not a `ClassLabel` has no names. It requires data.class_names, which are then returned.
+    A label feature that is not a `ClassLabel` has no names. It requires data.class_names, which are then returned.
     """
     import tensorflow_datasets as tfds
 
@@ -244,19 +244,19 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
     feature_list = ", ".join(
         f"{escape_unprintable(name)} ({type(feature).__name__})" for name, feature in sorted(features.items())
     )
-    required = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
-    for role, name, expected in required:
+    roles = (("image", data.image_field, tfds.features.Image), ("label", data.label_field, tfds.features.ClassLabel))
+    for role, name, expected_type in roles:
         feature = features.get(name)
         nameless_types = {"text": tfds.features.Text, "onehot": tfds.features.Tensor}  # by data.label_kind
-        is_expected = isinstance(feature, expected) and (role == "image" or data.label_kind == "index")
+        is_expected = isinstance(feature, expected_type) and (role == "image" or data.label_kind == "index")
         is_nameless = role == "label" and isinstance(feature, nameless_types.get(data.label_kind, tfds.features.Scalar))
         if is_expected or (is_nameless and data.class_names):
             continue
-        if role == "label" and isinstance(feature, expected):
-            problem, fix = f"{name} of {title} is a {expected.__name__}, which counts from 0", "leave it out"
+        if role == "label" and isinstance(feature, expected_type):
+            problem, fix = f"{name} of {title} is a {expected_type.__name__}, which counts from 0", "leave it out"
             raise DataError(problem, key="data.label_kind", value=data.label_kind, fix=fix)
-        candidates = [n for n, f in features.items() if isinstance(f, expected)]
-        type_name = expected.__name__
+        candidates = [n for n, f in features.items() if isinstance(f, expected_type)]
+        type_name = expected_type.__name__
         fix = (
             f"set {escape_unprintable(format_argument(f'data.{role}_field', candidates[0]))}"
             if candidates
@@ -264,7 +264,7 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
         )
         if role == "label" and isinstance(feature, tfds.features.Text):
             fix = f"{fix}, or set data.class_names, and data.label_kind=text to read the text as label"
-        elif role == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected):
+        elif role == "label" and isinstance(feature, tfds.features.Tensor) and not isinstance(feature, expected_type):
             kind = "data.label_kind=onehot" if feature.shape else "data.label_kind=index (index1 if they begin with 1)"
             fix = f"{fix}, or set data.class_names, and {kind} to read its numbers as labels"
         problem = f"{title} has no {type_name} of this name; it has {feature_list}"
@@ -292,15 +292,15 @@ def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
 
 
 def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
-    """Resolve a TFDS split string to ranges of records in shards.
+    """Resolve a TFDS split string to record ranges in shards.
 
     Args:
         info: the `tfds.core.DatasetInfo` of the dataset.
         spec: the split string, such as "train[:80%]".
-        name: the split that it is configured for, for error messages.
+        name: train, validation or test: which split string `spec` is in the configuration, for error messages.
 
     Raises:
-        DataError: the split does not exist, is empty, or has a shard outside of the dataset's folder.
+        DataError: the split does not exist, is empty, or has a shard outside the dataset's folder.
     """
     split_list = ", ".join(
         f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items()
@@ -329,7 +329,7 @@ def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
 
 
 def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str]:
-    """Raise a DataError if train overlaps another split. Return a list with a note if validation and test overlap."""
+    """Raise a DataError if train overlaps another split. Return a list with one note if validation and test overlap."""
     for name in ("validation", "test"):
         if name in splits and (count := count_overlap(splits["train"], splits[name])):
             problem = f"has {count} examples in common with data.train_split={specs['train']}"
@@ -343,9 +343,9 @@ def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str
 def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
     """Move fractions of the training records to new splits.
 
-    The new splits are the last records, so that each split is one range of records. If a class is then missing from
-    train, or a frequent class is missing from a new split, because the records are sorted by class, the new splits are
-    a stratified random sample instead.
+    The new splits consist of the last records, so that each split is one range of records. If the train split would
+    then lack a class, or a new split would lack a frequent class, because the records are sorted by class, the new
+    splits are a stratified random sample instead.
 
     Args:
         train: the split with all training records.
@@ -353,28 +353,28 @@ def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[
         seed: seed of the random sample.
 
     Returns:
-        All splits by name, train among them; and a list with a note if the new splits are a random sample.
+        All splits by name, including train; and a list with one note if the new splits are a random sample.
     """
     count, sizes = train.count, compute_split_sizes(train.count, fractions)
     class_counts = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut the new splits off the end of `order`, a permutation of all indices. Return sorted indices per split."""
+        """Cut the new splits off the end of `order`, a permutation of all indices. Return sorted indices by split."""
         names = [*reversed(fractions), "train"]
         sections = np.split(order[::-1], np.cumsum([sizes[name] for name in names[:-1]]))
         return {name: np.sort(section) for name, section in zip(names, sections, strict=True)}
 
     def lacks_class(name: str, indices: np.ndarray) -> bool:
-        """Return whether a split lacks a class that 95 % of random samples of its size have. Train must lack none."""
-        absent = np.bincount(train.labels[indices], minlength=len(class_counts)) == 0
-        expected = class_counts * len(indices) / count  # a sample lacks a class with probability exp(-expected)
-        return bool((absent & ((expected >= 3) | ((name == "train") & (class_counts > 0)))).any())
+        """Return whether a split lacks a class that 95 % of random samples of its size have; for train, any class."""
+        is_absent = np.bincount(train.labels[indices], minlength=len(class_counts)) == 0
+        expected_counts = class_counts * len(indices) / count  # P(a sample lacks a class) = exp(-expected_count)
+        return bool((is_absent & ((expected_counts >= 3) | ((name == "train") & (class_counts > 0)))).any())
 
     cuts, notes = cut(np.arange(count)), []
     if any(lacks_class(name, indices) for name, indices in cuts.items()):
-        # Relative rank in the class, between 0 and 1: any tail in this order has the same fraction of each class.
-        rank = (rank_within_classes(train.labels, seed) + 0.5) / class_counts[train.labels]
-        cuts = cut(np.argsort(rank, kind="stable"))
+        # Relative rank in the class, between 0 and 1. In this order, any tail has the same fraction of each class.
+        relative_rank = (rank_within_classes(train.labels, seed) + 0.5) / class_counts[train.labels]
+        cuts = cut(np.argsort(relative_rank, kind="stable"))
         sampling = f"{' and '.join(fractions)} {'was' if len(fractions) == 1 else 'were'} drawn record by record"
         notes.append(
             f"the tail of the training records lacks classes (they are sorted), so {sampling} with data.split_seed="

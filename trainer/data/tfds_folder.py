@@ -24,7 +24,7 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.local import compute_file_crc32c, delete_abandoned, delete_unfinished
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MANIFEST = "kubetune_shards.json"  # list of the `ShardEntry` of each shard
+MANIFEST = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
 LABELS = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
 INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
 METADATA = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
@@ -32,21 +32,21 @@ METADATA = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """The manifest entry of a finished shard. Until the manifest is written, it is the content of a sidecar file."""
+    """The manifest entry of a finished shard. Until the manifest is written, the entry is stored in a sidecar file."""
 
-    file: str  # name
+    file: str  # name of the shard file
     count: int  # number of records
     bytes: int  # size of the file
-    crc32c: str  # of the file, 8 hex digits
-    # Hash of all that the shard is written from: class names, options, images, labels and texts. An image is identified
-    # by its content, its name and version in a bucket, or its path, size and time.
+    crc32c: str  # checksum of the file, 8 hex digits
+    # Hash of everything that the shard is written from: class names, options, images, labels and texts. An image is
+    # identified by its content, by its name and version in a bucket, or by its path, size and modification time.
     made_of: str
     skipped: tuple[str, ...] = ()  # images that could not be read or decoded, each with the reason
     missing: tuple[int, ...] = ()  # indices of the skipped images among the source images of the shard
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Build an entry from a JSON object.
+        """Build an entry from a decoded JSON object.
 
         Raises:
             TypeError, KeyError or ValueError: a key is unknown or missing, or has a wrong value.
@@ -56,37 +56,37 @@ class ShardEntry:
 
     @property
     def identity(self) -> str:
-        """Name, size and checksum of the shard, which the dataset fingerprint covers."""
+        """The shard's name, size and checksum, "NAME BYTES CRC32C", which the dataset fingerprint covers."""
         return f"{self.file} {self.bytes} {self.crc32c}"
 
 
 class DatasetFolder:
-    """The folder of a dataset while it is written.
+    """A dataset's folder while the dataset is written.
 
     Until the dataset is complete, each finished shard has a sidecar file `.NAME.json` with its `ShardEntry`.
     """
 
     def __init__(self, folder: StoragePath, scratch: Path | None) -> None:
-        """Write nothing yet.
+        """Set up the paths without writing to the folder.
 
         Args:
-            folder: the folder of the dataset.
-            scratch: local folder for the shards of a bucket before they are uploaded. It defaults to a new temporary
-                folder. It is not used if `folder` is local, where a shard is written under a temporary name.
+            folder: the dataset's folder, local or in a bucket.
+            scratch: local folder for shards until they are uploaded to a bucket. Defaults to a new temporary folder.
+                Not used if `folder` is local: a shard is then written to `folder` under a temporary name.
         """
         scratch_folder = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
         self.folder, self.scratch, self.alone = folder, scratch_folder, False
 
     def create(self, shards: set[str], alone: bool) -> None:
-        """Create the folder, and delete the temporary files of killed starts.
+        """Create the folder, and delete the temporary files of killed processes.
 
         Args:
-            shards: file names of all shards of the dataset.
-            alone: whether no other pod writes the dataset. Otherwise, temporary files of the last hour
+            shards: file names of all shards in the dataset.
+            alone: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
                 (`ABANDONED_SECONDS`) are not deleted, because another pod may be writing them.
 
         Raises:
-            DataError: the folder cannot be written to, or has other files than those of this dataset.
+            DataError: the folder cannot be written to, or contains files that do not belong to this dataset.
             Interrupted: the disk is full or fails.
         """
         names = {MANIFEST, LABELS, *METADATA} | shards
@@ -106,10 +106,10 @@ class DatasetFolder:
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
     def _delete_abandoned(self, shards: set[str]) -> None:
-        """Delete the temporary files of killed processes, among them those that older versions named `.SHARD.*.tmp`."""
+        """Delete the temporary files of killed processes, including those that older versions named `.SHARD.*.tmp`."""
         self._delete_unfinished()
         for file in self.scratch.glob(".*.tmp"):
-            with contextlib.suppress(OSError):  # deleted meanwhile
+            with contextlib.suppress(OSError):  # another pod has deleted the file
                 is_shard = any(file.name.startswith(f".{shard}.") for shard in shards)
                 if is_shard and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
                     file.unlink()
@@ -134,7 +134,7 @@ class DatasetFolder:
         return [info.path for info in self.folder.list(recursive=False)]
 
     def has_intact(self, entry: ShardEntry) -> bool:
-        """Return whether the shard of an entry exists with the size and checksum of the entry."""
+        """Return whether an entry's shard exists with the size and checksum in the entry."""
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:
             return False
@@ -142,7 +142,7 @@ class DatasetFolder:
         return f"{crc:08x}" == entry.crc32c
 
     def commit(self, temporary: Path, entry: ShardEntry) -> None:
-        """Rename or upload a finished shard, whose path is `temporary`, to its final name. Then write its sidecar."""
+        """Rename or upload a finished shard from the path `temporary` to its final name. Then write its sidecar."""
         if self.folder.is_local:
             os.replace(temporary, self.scratch / entry.file)
         else:
@@ -158,16 +158,16 @@ class DatasetFolder:
         labels: Mapping[str, np.ndarray],
         text_fields: Sequence[str],
     ) -> None:
-        """Write the manifest, the labels file and the metadata of a complete dataset. Then delete sidecars.
+        """Write the manifest, the labels file and the metadata of a complete dataset. Then delete the sidecar files.
 
         Several pods can call this concurrently for the same dataset.
 
         Args:
             name: name of the dataset.
-            class_names: by class index.
+            class_names: class names by class index.
             splits: name of each split -> entries of its shards.
             labels: file name of each shard -> class index of each record, int32 [records].
-            text_fields: names of further fields of the records, with one text each.
+            text_fields: names of the records' further fields, each of which has one text per record.
         """
         import tensorflow_datasets as tfds
 
@@ -177,35 +177,35 @@ class DatasetFolder:
         } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
         (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
-        npz = io.BytesIO()
-        np.savez_compressed(npz, **labels)  # type: ignore[arg-type]
-        (self.folder / LABELS).write(npz.getvalue())
-        with tempfile.TemporaryDirectory() as local:
-            for entry in manifest:  # TFDS only checks that files of these names exist
-                Path(local, str(entry["file"])).touch()
-            template = tfds.core.ShardedFileTemplate(data_dir=local, dataset_name=name, filetype_suffix="tfrecord")
+        npz_buffer = io.BytesIO()
+        np.savez_compressed(npz_buffer, **labels)  # type: ignore[arg-type]
+        (self.folder / LABELS).write(npz_buffer.getvalue())
+        with tempfile.TemporaryDirectory() as local_dir:
+            for entry in manifest:  # TFDS only checks that files with these names exist
+                Path(local_dir, str(entry["file"])).touch()
+            template = tfds.core.ShardedFileTemplate(data_dir=local_dir, dataset_name=name, filetype_suffix="tfrecord")
             split_infos = []
             for split, entries in splits.items():
                 shard_lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
                 split_infos.append(tfds.core.SplitInfo(split, shard_lengths, size, template.replace(split=split)))
             tfds.folder_dataset.write_metadata(
-                data_dir=local, features=features, split_infos=split_infos, filename_template=template, version="1.0.0",
-                check_data=False,
+                data_dir=local_dir, features=features, split_infos=split_infos, filename_template=template,
+                version="1.0.0", check_data=False,
             )  # fmt: skip
-            for file in sorted(Path(local).iterdir(), key=lambda file: file.name == INFO):
-                if file.stat().st_size:  # not one of the empty shards
+            for file in sorted(Path(local_dir).iterdir(), key=lambda file: file.name == INFO):
+                if file.stat().st_size:  # a metadata file: the shards here are empty
                     (self.folder / file.name).write(file.read_bytes())
         for path in self._list_files():
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
             self._delete_unfinished()
-            for unfinished in self.scratch.glob(".*.tmp"):
-                unfinished.unlink()
+            for temporary_file in self.scratch.glob(".*.tmp"):
+                temporary_file.unlink()
 
 
 def parse_manifest(content: bytes | str) -> dict[str, ShardEntry]:
-    """Parse the entries of a manifest, by file name. Return {} if the content is not a manifest."""
+    """Parse a manifest, and return its entries by file name. Return {} if the content is not a manifest."""
     try:
         return {entry.file: entry for entry in map(ShardEntry.from_json, json.loads(content))}
     except CONTENT_ERRORS:
@@ -217,7 +217,7 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
 
     Returns:
         The entries of the shards and their labels, int32 [records], both by file name. Both are empty if a file is
-        missing or corrupt, or if the files contradict each other. Then labels must be read from the shards.
+        missing or corrupt, or if the files contradict each other. The labels must then be read from the shards.
     """
     try:
         entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())

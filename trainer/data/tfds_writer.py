@@ -1,4 +1,4 @@
-"""Write labeled images as sharded TFRecord files in the folder format of TFDS, in several threads.
+"""Write labeled images as sharded TFRecord files in TFDS's folder format, in several threads.
 
 This module imports TensorFlow only to verify images, which are decoded as in training.
 """
@@ -51,7 +51,7 @@ class LabeledImages:
     class_names: Sequence[str]  # by class index
     # Name of each split -> image and class index of each record. Empty splits are not written.
     splits: Mapping[str, Sequence[tuple[ImageSource, int]]]
-    # Name of each further field of the records -> split -> text of each record.
+    # Name of each additional field of the records -> name of each split -> text of each record.
     texts: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
 
@@ -59,15 +59,15 @@ class LabeledImages:
 class WriteOptions:
     """Options of `write_dataset`."""
 
-    # Number of shards of the largest split; other splits get shards of about the same size. None for shards of about
-    # `SHARD_BYTES`.
+    # Number of shards in the largest split. Other splits get shards of about the same size. None for shards of about
+    # `SHARD_BYTES` bytes.
     shards: int | None = None
     workers: int = 1  # number of threads
     verify: bool = True  # whether to decode each image as in training before it is written
     on_error: str = "fail"  # fail | skip, for images that cannot be read or decoded
     scratch: Path | None = None  # local folder for shards before they are uploaded to a bucket
     part: tuple[int, int] = (0, 1)  # (i, n) to write shards i, i + n, i + 2n, ...
-    orientation: Orientation = "exif"  # whether images that are converted to PNG are turned upright
+    orientation: Orientation = "exif"  # exif: images that are converted to PNG are turned upright
 
 
 DEFAULT_OPTIONS = WriteOptions()
@@ -80,13 +80,13 @@ class ShardPlan:
     split: str  # name of the split
     file: str  # name of the shard file
     examples: list[tuple[ImageSource, int]]  # image and class index of each example
-    texts: list[dict[str, str]]  # further fields of each example: name -> text
-    made_of: str  # see `ShardEntry.made_of`
-    verify: bool  # this and `orientation` as in `WriteOptions`
-    orientation: Orientation
+    texts: list[dict[str, str]]  # additional fields of each example: name -> text
+    made_of: str  # as in `ShardEntry`
+    verify: bool  # as in `WriteOptions`
+    orientation: Orientation  # as in `WriteOptions`
 
     def matches(self, entry: ShardEntry) -> bool:
-        """Return whether the shard of an entry was written from the same examples, with the same options."""
+        """Return whether an entry's shard was written from the same examples, with the same options."""
         return entry.made_of == self.made_of and entry.count + len(entry.missing) == len(self.examples)
 
 
@@ -97,7 +97,7 @@ def _get_source_name(source: ImageSource) -> str:
 
 
 def _describe_source(source: ImageSource) -> str:
-    """Return the name of a source for messages. For a record, append the file name that it stores, if any."""
+    """Return a source's name for messages. For a record, append the image file name that it stores, if any."""
     file_name = ""
     if isinstance(source, RecordLocation):
         with suppress(OSError):
@@ -105,46 +105,46 @@ def _describe_source(source: ImageSource) -> str:
     return f"{_get_source_name(source)} ({file_name})" if file_name else _get_source_name(source)
 
 
-def _get_size(source: ImageSource) -> int:
-    """Return the bytes of an encoded image or of the payload of its record."""
+def _get_num_bytes(source: ImageSource) -> int:
+    """Return the size in bytes of an encoded image, or of the record payload that contains the image."""
     if isinstance(source, RecordLocation):
         return source.length
     return len(source) if isinstance(source, bytes) else os.path.getsize(source)
 
 
 def _format_identity(source: ImageSource) -> str:
-    """Return a text that changes with the content of an image.
+    """Return a text that changes whenever the content of an image changes.
 
-    It is a hash of the bytes, the name and version in a bucket, or the path, size and time of the file, with the index
-    of a record in the file.
+    For encoded bytes, it is a hash. For a file, it is the name and version in a bucket, or the path, size and
+    modification time. For a record, it is the same for the shard, with the index of the record.
     """
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     path = source.path if isinstance(source, RecordLocation) else source
-    if version := identify_staged_file(path):  # in other pods, the local copy has another path and time
+    if version := identify_staged_file(path):  # other pods' local copies have other paths and times
         return f"{version} {source.record_index}" if isinstance(source, RecordLocation) else version
     stat = os.stat(path)
     return f"{_get_source_name(source)} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _read(source: ImageSource) -> bytes:
+def _read_encoded(source: ImageSource) -> bytes:
     if isinstance(source, RecordLocation):
         return read_image(source)
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 def convert_for_storage(data: bytes, orientation: Orientation) -> bytes:
-    """Verify that an image can be decoded as in training, and return the encoded image that a record stores.
+    """Verify that an image can be decoded as in training, and return the encoded image to store in a record.
 
-    A JPEG or PNG is returned unchanged. An image of another format is converted to PNG with the pixels that training
-    would read: the first frame, without alpha. It is turned upright if `orientation` is "exif". A TIFF is decoded with
+    A JPEG or PNG is returned unchanged. An image in another format is converted to PNG with the pixels that training
+    would read: the first frame, without alpha, and turned upright if `orientation` is "exif". A TIFF is decoded with
     Pillow, because TensorFlow cannot decode it.
 
     Args:
         data: the encoded image.
 
     Raises:
-        ValueError: the image cannot be decoded. The message is the reason.
+        ValueError: the image cannot be decoded. The message states the reason.
     """
     import tensorflow as tf
 
@@ -162,13 +162,13 @@ def convert_for_storage(data: bytes, orientation: Orientation) -> bytes:
 def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
     """Decode a TIFF with Pillow to uint8 [H, W, 3].
 
-    Raises ValueError if this fails, or if the image has 16 or 32 bits per channel.
+    Raises ValueError if decoding fails, or if the image has 16 or 32 bits per channel.
     """
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images and unusual metadata
+            warnings.simplefilter("ignore")  # warnings about large images and unusual metadata
             with Image.open(io.BytesIO(data)) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"has pixels of mode {image.mode}; save it with 8 bits per channel")
@@ -178,32 +178,32 @@ def _decode_tiff(data: bytes, orientation: Orientation) -> np.ndarray:
         raise ValueError(str(error)) from None
 
 
-def _write_shard(job: ShardPlan, folder: Path, image_done: Callable[[], None]) -> tuple[Path, ShardEntry]:
-    """Write one shard to a new temporary file in `folder`. Return the path of the file and the entry of the shard.
+def _write_shard(plan: ShardPlan, folder: Path, report_image: Callable[[], None]) -> tuple[Path, ShardEntry]:
+    """Write a shard to a new temporary file in `folder`. Return the file's path and the shard's entry.
 
-    `image_done` is called after each image. If the shard cannot be written, the file is deleted.
+    `report_image` is called after each image. If the shard cannot be written, the file is deleted.
     """
-    temporary = make_temporary_name(folder / job.file)
+    temporary_path = make_temporary_name(folder / plan.file)
     try:
-        return temporary, _write_records(job, temporary, image_done)
+        return temporary_path, _write_records(plan, temporary_path, report_image)
     except BaseException:
-        with suppress(OSError):  # must not hide the error
-            temporary.unlink(missing_ok=True)  # on a full disk, each start would leave one more file
+        with suppress(OSError):  # a second error must not hide the first
+            temporary_path.unlink(missing_ok=True)  # on a full disk, each start would leave one more file
         raise
 
 
-def _write_records(job: ShardPlan, temporary: Path, image_done: Callable[[], None]) -> ShardEntry:
-    """Write the records of a shard to the file `temporary`, and return the entry of the shard.
+def _write_records(plan: ShardPlan, temporary_path: Path, report_image: Callable[[], None]) -> ShardEntry:
+    """Write a shard's records to the file `temporary_path`, and return the shard's entry.
 
-    Images that cannot be read or decoded are left out, and listed in the entry.
+    Images that cannot be read or decoded are left out and listed in the entry.
     """
     faults, missing_indices = [], []
     crc = size = num_records = 0
-    with add_path_to_errors(temporary), open(temporary, "wb") as file:
-        for index, ((source, label), texts) in enumerate(zip(job.examples, job.texts, strict=True)):
+    with add_path_to_errors(temporary_path), open(temporary_path, "wb") as file:
+        for index, ((source, label), texts) in enumerate(zip(plan.examples, plan.texts, strict=True)):
             try:
-                image = _read(source)
-                payload = serialize(convert_for_storage(image, job.orientation) if job.verify else image, label, texts)
+                data = _read_encoded(source)
+                payload = serialize(convert_for_storage(data, plan.orientation) if plan.verify else data, label, texts)
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing_indices.append(index)
@@ -211,23 +211,23 @@ def _write_records(job: ShardPlan, temporary: Path, image_done: Callable[[], Non
                 record = frame_record(payload)
                 file.write(record)
                 crc, size, num_records = google_crc32c.extend(crc, record), size + len(record), num_records + 1
-            image_done()
+            report_image()
         file.flush()
         os.fsync(file.fileno())
-    return ShardEntry(job.file, num_records, size, f"{crc:08x}", job.made_of, tuple(faults), tuple(missing_indices))
+    return ShardEntry(plan.file, num_records, size, f"{crc:08x}", plan.made_of, tuple(faults), tuple(missing_indices))
 
 
 def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardPlan]:
     """Divide the examples of each split into shards with equal numbers of examples (or 1 more)."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
-    sizes = {split: sum(_get_size(source) for source, _ in examples) for split, examples in splits.items()}
+    sizes = {split: sum(_get_num_bytes(source) for source, _ in examples) for split, examples in splits.items()}
     shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
-    jobs: list[ShardPlan] = []
+    plans: list[ShardPlan] = []
     for split, examples in splits.items():
         # The tolerance is for rounding errors, which would add a shard to the largest split.
-        count = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
-        bounds = np.linspace(0, len(examples), count + 1).round().astype(int)
-        for index in range(count):
+        num_shards = min(len(examples), max(1, math.ceil(sizes[split] / max(shard_size, 1) - 1e-9)))
+        bounds = np.linspace(0, len(examples), num_shards + 1).round().astype(int)
+        for index in range(num_shards):
             rows = slice(bounds[index], bounds[index + 1])
             shard_examples = list(examples[rows])
             identities = [(_format_identity(source), int(label)) for source, label in shard_examples]
@@ -236,9 +236,9 @@ def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> lis
             texts = [{field: values[i] for field, values in columns.items()} for i in range(len(shard_examples))]
             content.append(texts)
             made_of = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-            file = f"{name}-{split}.tfrecord-{index:05d}-of-{count:05d}"
-            jobs.append(ShardPlan(split, file, shard_examples, texts, made_of, options.verify, options.orientation))
-    return jobs
+            file = f"{name}-{split}.tfrecord-{index:05d}-of-{num_shards:05d}"
+            plans.append(ShardPlan(split, file, shard_examples, texts, made_of, options.verify, options.orientation))
+    return plans
 
 
 def write_dataset(
@@ -247,24 +247,24 @@ def write_dataset(
     options: WriteOptions = DEFAULT_OPTIONS,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[ShardEntry] | None:
-    """Write a folder in the format of TFDS: shards named `NAME-SPLIT.tfrecord-0000i-of-0000n`, then the metadata.
+    """Write a folder in TFDS's format: shards named `NAME-SPLIT.tfrecord-0000i-of-0000n`, then the metadata.
 
-    Each shard is written to a temporary file, flushed, and renamed or uploaded. Then its entry (records, bytes, CRC32C)
-    is stored. A finished shard whose sources are unchanged is not written again, so that the same call continues an
-    interrupted one. If `options.verify` is set, JPEG and PNG images are stored unchanged, and images of other formats
-    are converted to PNG. Otherwise all images are stored unchanged.
+    Each shard is written to a temporary file, flushed, and renamed or uploaded. Then its `ShardEntry` is stored. A
+    finished shard whose sources are unchanged is not written again, so that a second call completes an interrupted one.
+    If `options.verify` is set, JPEG and PNG images are stored unchanged, and images in other formats are converted to
+    PNG. Otherwise all images are stored unchanged.
 
     Args:
-        folder: the folder of the dataset, local or in a bucket.
-        progress: is called with the number of written images and of all images of `options.part`.
+        folder: the dataset's folder, local or in a bucket.
+        progress: called with the number of images written so far and the total number of images in `options.part`.
 
     Returns:
         The entries of all shards, in the order of the splits, or None if shards of other parts are missing. The part
         that completes the dataset writes the metadata.
 
     Raises:
-        DataError: `folder` has other files or cannot be written to, a file does not exist, a shard has no readable
-            image, or an image cannot be read or decoded and `options.on_error` is "fail".
+        DataError: `folder` contains other files or cannot be written to, an image file does not exist, a shard has no
+            readable image, or an image cannot be read or decoded and `options.on_error` is "fail".
         Interrupted: a bucket does not respond, or `folder` cannot be created because a disk is full or fails.
         OSError: a shard cannot be written.
     """
@@ -272,37 +272,37 @@ def write_dataset(
     name = re.sub(r"\W+", "_", images.name).strip("_").lower() or "images"
     name = make_file_stem(name if name[0].isalpha() else f"data_{name}")
     try:
-        jobs = _plan_shards(name, images, options)
+        all_plans = _plan_shards(name, images, options)
     except OSError as error:
         raise unreadable_error(error.filename, error) from None
     part_index, num_parts = options.part
-    output_folder.create({job.file for job in jobs}, alone=num_parts == 1)
+    output_folder.create({plan.file for plan in all_plans}, alone=num_parts == 1)
 
     def read_finished() -> dict[str, ShardEntry]:
         """Return the entries of intact shards that were written from the same examples, by file name."""
         entries = {f: e for f, e in output_folder.read_entries().items() if not e.skipped or options.on_error == "skip"}
-        candidates = [(job, entries[job.file]) for job in jobs if job.file in entries]
-        return {job.file: entry for job, entry in candidates if job.matches(entry) and output_folder.has_intact(entry)}
+        candidates = [(plan, entries[plan.file]) for plan in all_plans if plan.file in entries]
+        return {p.file: e for p, e in candidates if p.matches(e) and output_folder.has_intact(e)}
 
     entries = read_finished()
-    part_jobs = jobs[part_index::num_parts]
-    missing_jobs = [job for job in part_jobs if job.file not in entries]
-    if missing_jobs:  # the folder must not be readable as a dataset while shards are missing
+    part_plans = all_plans[part_index::num_parts]
+    missing_plans = [plan for plan in part_plans if plan.file not in entries]
+    if missing_plans:  # the folder must not be readable as a dataset while shards are missing
         (output_folder.folder / INFO).delete()
-    total = sum(len(job.examples) for job in part_jobs)
-    done_before = total - sum(len(job.examples) for job in missing_jobs)
+    total = sum(len(plan.examples) for plan in part_plans)
+    num_done_before = total - sum(len(plan.examples) for plan in missing_plans)
     faults: list[str] = []
-    has_failed = False  # whether a shard has faults that must not be skipped, or no readable image
+    has_failed = False  # whether any shard has faults that must not be skipped, or no readable image
     written_shards = _write_shards(
-        missing_jobs, output_folder.scratch, options.workers, lambda done: progress(done_before + done, total)
+        missing_plans, output_folder.scratch, options.workers, lambda done: progress(num_done_before + done, total)
     )
-    for temporary, entry in written_shards:
+    for temporary_path, entry in written_shards:
         faults += entry.skipped
         if entry.skipped and (options.on_error == "fail" or not entry.count):
             has_failed = True
-            temporary.unlink()
+            temporary_path.unlink()
         else:
-            output_folder.commit(temporary, entry)
+            output_folder.commit(temporary_path, entry)
             entries[entry.file] = entry
     if has_failed:
         fault_lines = join_first(sorted(faults), "\n  ")
@@ -311,36 +311,36 @@ def write_dataset(
     progress(total, total)
     if num_parts > 1:  # other pods may have written their shards meanwhile
         entries = read_finished()
-    if len(entries) < len(jobs):
+    if len(entries) < len(all_plans):
         return None
     split_entries: dict[str, list[ShardEntry]] = {}
     labels = {}  # file name -> int32 [records]
-    for job in jobs:
-        split_entries.setdefault(job.split, []).append(entries[job.file])
-        missing_indices = np.array(entries[job.file].missing, np.int64)
-        labels[job.file] = np.delete(np.array([label for _, label in job.examples], np.int32), missing_indices)
+    for plan in all_plans:
+        split_entries.setdefault(plan.split, []).append(entries[plan.file])
+        missing_indices = np.array(entries[plan.file].missing, np.int64)
+        labels[plan.file] = np.delete(np.array([label for _, label in plan.examples], np.int32), missing_indices)
     output_folder.finish(name, images.class_names, split_entries, labels, list(images.texts))
-    return [entries[job.file] for job in jobs]
+    return [entries[plan.file] for plan in all_plans]
 
 
-def _write_shards(jobs: list[ShardPlan], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
-    """Write shards in `workers` threads, and yield the temporary file and the entry of each shard as it is completed.
+def _write_shards(plans: list[ShardPlan], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
+    """Write shards in `workers` threads. Yield each shard's temporary file and entry as soon as it is written.
 
-    Threads suffice, because decoding releases the GIL. `progress` is called with the number of written images.
+    Threads suffice, because decoding releases the GIL. `progress` is called with the number of images written so far.
     """
-    done: list[None] = []  # one element per image, because appending to a list needs no lock
-    if workers <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            yield _write_shard(job, folder, lambda: done.append(None))
-            progress(len(done))
+    done_marks: list[None] = []  # one element per image, because appending to a list needs no lock
+    if workers <= 1 or len(plans) <= 1:
+        for plan in plans:
+            yield _write_shard(plan, folder, lambda: done_marks.append(None))
+            progress(len(done_marks))
         return
-    with ThreadPoolExecutor(min(workers, len(jobs))) as pool:
+    with ThreadPoolExecutor(min(workers, len(plans))) as pool:
         completed: set[Future[tuple[Path, ShardEntry]]] = set()
-        pending = {pool.submit(_write_shard, job, folder, lambda: done.append(None)) for job in jobs}
+        pending = {pool.submit(_write_shard, plan, folder, lambda: done_marks.append(None)) for plan in plans}
         try:
             while pending:
                 completed, pending = wait(pending, timeout=0.25, return_when="FIRST_COMPLETED")
-                progress(len(done))
+                progress(len(done_marks))
                 for future in completed:
                     yield future.result()
         except BaseException:
@@ -351,7 +351,7 @@ def _write_shards(jobs: list[ShardPlan], folder: Path, workers: int, progress: C
 
 
 def _delete_written_shard(future: Future[tuple[Path, ShardEntry]]) -> None:
-    """Delete the temporary file that a completed call of `_write_shard` returned, because it will not be committed."""
+    """Delete the temporary file that a completed `_write_shard` call returned, because it will not be committed."""
     if not future.cancelled() and not future.exception():
         with suppress(OSError):
             future.result()[0].unlink(missing_ok=True)
