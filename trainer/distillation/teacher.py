@@ -44,8 +44,7 @@ class Teacher:
     def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - required by `Network`
         """Compute logits, float32 [b, classes], without a gradient.
 
-        A SavedModel returns only probabilities. Their logarithms differ from its logits by a constant per row, which
-        softmax cancels.
+        For a SavedModel, these are log-probabilities, which differ from its logits by a constant per row.
 
         Args:
             images: uint8 or float32 [b, s, s, 3] in 0..255. They are resized bilinearly if s is not S.

@@ -119,7 +119,7 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
 
 
 def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Score a checkpoint of a stored run, and export it to `folder`; return the scores as `export_classifier` does.
+    """Score a checkpoint of a stored run, export it to `folder`, and return the scores (see `export_classifier`).
 
     Raises:
         DataError: the run's dataset cannot be read, or has other classes.

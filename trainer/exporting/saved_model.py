@@ -98,7 +98,7 @@ class _ServedModule(tf.Module):
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
     """Write a SavedModel to `folder` (".../saved_model/VERSION").
 
-    It is written to a temporary folder. Then an existing SavedModel is deleted, and the new one is renamed.
+    The files are written to a temporary folder. Then an existing `folder` is deleted, and the new one is renamed to it.
 
     Signatures:
     - `image_bytes`, also as `serving_default`: string [n], encoded images -> `probabilities` float32 [n, classes].

@@ -25,7 +25,7 @@ class ThawPlan:
     thaw: str  # the rule, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
-    groups: dict[str, list[keras.Variable]]  # all variables of the classifier, by those of the `GROUPS` that have any
+    groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
     first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
     first_name: str | None  # name of the layer with index `first_thawed`
     thawed_layers: int  # number of backbone layers that the rule selects

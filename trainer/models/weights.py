@@ -62,10 +62,7 @@ def build_with_weights(
 
 
 def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, weights: str) -> Path | None:
-    """Return the local weights file; None if `weights` is "imagenet" or "none".
-
-    Args:
-        weights: "imagenet", "glyphs", "none", or a local path, as in `build_with_weights`.
+    """Return the local file of `weights`, an argument of `build_with_weights`; None for "imagenet" and "none".
 
     Raises:
         ModelError: the file is missing, corrupt or not in a Keras format, or "glyphs" does not fit the backbone.

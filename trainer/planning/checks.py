@@ -51,12 +51,9 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
 
 
 def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
-    """Build the dataset of a TFDS folder in a bucket from its metadata, without downloading examples.
+    """Build the dataset of `root`, a TFDS folder in a bucket, from its metadata, without downloading examples.
 
     Class names and counts are correct, but all labels are 0 and the fingerprint is empty.
-
-    Args:
-        root: address of the TFDS folder.
 
     Raises:
         DataError: `root` is not a TFDS folder, or lacks a configured split or class.
@@ -191,7 +188,7 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
         classes: the dataset's class names; None if they are unknown, so that the classes are not checked.
 
     Raises:
-        DataError: there is no usable teacher at the address, or its classes are not those of the dataset.
+        DataError: there is no usable teacher at the address, or it has other classes than the dataset.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
     files = source.describe_teacher(address)

@@ -122,10 +122,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     """Print the chosen configuration groups, the values changed on the command line, and the state of output_dir.
 
     Also set the fields of the plan that depend on output_dir: `config` with the `auto` values of a resumed run,
-    `reasons`, `resuming` and `finished`.
-
-    Args:
-        arguments: the run's command-line arguments, such as "data=digits".
+    `reasons`, `resuming` and `finished`. `arguments` are the run's command-line arguments, such as "data=digits".
     """
     config, output = plan.config, plan.config.output_dir
     choices = [a for a in arguments if a.split("=")[0] in GROUPS]

@@ -71,7 +71,7 @@ def measure_training(
     """Measure the seconds per image of training in a phase. This changes the classifier's weights.
 
     Args:
-        cut: the layer boundary at which features are the input; None to train on images.
+        cut: boundary between trunk and tail, if the tail is trained on features; None to train on images.
         xla: whether XLA compiles the step.
     """
     thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
