@@ -1,7 +1,7 @@
-"""The teacher that a run trains first (`distillation.teacher=train`), as a separate run in OUTPUT_DIR/teacher.
+"""Decide whether to train the teacher first, as a separate run in OUTPUT_DIR/teacher (`distillation.teacher=train`).
 
-The teacher's run is trained, stopped and resumed like any other. When it is finished, the process replaces itself by a
-new one with the same command, which begins the student's run: TensorFlow cannot be set up twice in one process.
+The teacher's run is stopped and resumed like any other run. When it is finished, the process replaces itself with a new
+one with the same command, which starts the student's run, because TensorFlow cannot be set up twice in one process.
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ from trainer.storage.path import storage_path
 def choose_teacher_or_student(
     config: RequestedConfig, control: ControlChannel
 ) -> tuple[RequestedConfig, RequestedConfig | None]:
-    """Decide whether this start trains the teacher or the run itself.
+    """Decide whether this start trains the teacher or the student.
 
-    All workers must call this; only the chief reads the folders. Errors in the student's output_dir are raised here,
-    so that they are known before the teacher trains.
+    All workers must call this; only the chief reads the folders. The student's output_dir is also checked, so that its
+    errors are raised before the teacher is trained.
 
     Returns:
-        The configuration of the run, and that of its teacher if this start must train it, else None. If the teacher
-        trains first and output_dir was not set, a new folder is created, because the next start needs it too.
+        The configuration of the student's run; and the configuration of the teacher's run if this start must train it,
+        otherwise None. If output_dir is not set and a teacher must be trained, a new folder is created for both runs.
 
     Raises:
-        ConfigError: output_dir has another run or other files, or `resume` does not allow the run.
+        ConfigError: output_dir contains another run or other files, or `resume` forbids this start.
     """
     teacher = configure_teacher(config)
     if teacher is None:
@@ -42,7 +42,7 @@ def choose_teacher_or_student(
     elif (
         control.is_chief and config.resume == "must" and not (storage_path(config.output_dir) / "config.yaml").exists()
     ):
-        config = config.model_copy(update={"resume": "auto"})  # resume=must then applies to the teacher's run
+        config = config.model_copy(update={"resume": "auto"})  # resume=must applies only to the teacher's run
     if not control.broadcast("teacher to train", lambda: must_train(config, teacher)):
         return config, None
     log.info(f"teacher: trained first, as a run of its own: {teacher.output_dir}")
@@ -50,13 +50,13 @@ def choose_teacher_or_student(
 
 
 def must_train(config: RequestedConfig, teacher: RequestedConfig) -> bool:
-    """Return whether the teacher of a run still has to be trained. Write nothing.
+    """Return whether a run's teacher still has to be trained. Write nothing.
 
     Once the student has a checkpoint, a finished teacher is not trained further, even if its phases were extended.
 
     Args:
-        config: the configuration of the student's run.
-        teacher: that of the teacher's run, from `configure_teacher`.
+        config: configuration of the student's run.
+        teacher: configuration of the teacher's run, from `configure_teacher`.
 
     Raises:
         ConfigError: the student's run cannot use its output_dir, or the config.yaml of the teacher's run is invalid.
@@ -68,20 +68,20 @@ def must_train(config: RequestedConfig, teacher: RequestedConfig) -> bool:
 
 
 def locate_teacher(address: str, output_dir: str) -> str:
-    """Return the address of a teacher: `address`, or OUTPUT_DIR/teacher if `address` is "train".
+    """Return the teacher's storage path: `address`, or OUTPUT_DIR/teacher if `address` is "train".
 
     Args:
         address: value of `distillation.teacher`.
-        output_dir: that of the student's run.
+        output_dir: output_dir of the student's run.
     """
     return teacher_address(output_dir) if address == TRAIN else address
 
 
 @contextmanager
 def rename_teacher_keys() -> Iterator[None]:
-    """Within the context, rename the keys in the errors of a teacher's run: `phases.x` -> `distillation.phases.x`.
+    """Prefix the keys in TrainerErrors that are raised in this context: `phases.x` becomes `distillation.phases.x`.
 
-    The configuration of that run has the keys of any run, but in the command they begin with `distillation`.
+    A teacher's run has the configuration keys of any run, but users set them with the prefix `distillation`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Read and check the files of a teacher, the output_dir of a run or a SavedModel, local or in a bucket."""
+"""Read and check a teacher's files. A teacher is the output_dir of a run or a SavedModel, local or in a bucket."""
 
 import hashlib
 import json
@@ -20,30 +20,30 @@ from trainer.storage.small_files import CONTENT_ERRORS, read_json
 from trainer.storage.staging import divide_listing
 
 KEY = "distillation.teacher"  # the configuration key in error messages
-ROWS_PER_CALL = 32  # images per replica and device call; constant, so that the bits do not depend on the batch size
+ROWS_PER_CALL = 32  # images per replica and predict call; constant, so that soft labels are the same for any batch size
 _GRAPH, _LABELS = "saved_model.pb", "assets/labels.txt"  # files in the folder of an exported SavedModel
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """The address, files and classes of a teacher, without its weights."""
+    """A teacher's address, files and class names, without its weights."""
 
     address: str  # as configured
     home: StoragePath  # folder of the SavedModel or of the checkpoint
     classes: tuple[str, ...]  # class names in the order of the logits
-    fingerprint: str  # 16 hex digits of a hash: of all files of a SavedModel; of a checkpoint's weights and its model
-    files: dict[str, int]  # path relative to `home` -> size in bytes; of a checkpoint only variables.npz
+    fingerprint: str  # 16 hex digits of SHA-256: of all files of a SavedModel; of a checkpoint's weights and `model`
+    files: dict[str, int]  # path relative to `home` -> size in bytes; for a checkpoint, only variables.npz
     model: config.Model | None = None  # configuration of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
-        """A description for log and plan: address, backbone and checkpoint if any, number of classes, size."""
-        what = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
-        return f"{self.address} ({what}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
+        """A one-line description: address, backbone and checkpoint (or "a SavedModel"), number of classes, size."""
+        kind = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
+        return f"{self.address} ({kind}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
 
     @property
     def properties(self) -> dict[str, Any]:
-        """Classes, fingerprint, summary and model as JSON values, which the chief broadcasts before the weights."""
+        """`classes`, `fingerprint`, `summary` and `model` as JSON values. The chief broadcasts them to all workers."""
         values = {key: getattr(self, key) for key in ("classes", "fingerprint", "summary")}
         return values | {"model": self.model.model_dump(mode="json") if self.model else None}
 
@@ -51,12 +51,12 @@ class TeacherFiles:
 def describe_teacher(address: str) -> TeacherFiles:
     """Describe the teacher at an address, which is the folder of a SavedModel or the output_dir of a run.
 
-    The teacher of a run is its best checkpoint if its `training.keep` is best, otherwise its newest one. Weights are
-    not read, except those of a SavedModel without checksums, such as on the local disk.
+    In an output_dir, the teacher is the best checkpoint if the run has `training.keep=best`, otherwise the newest one.
+    Weights are not read, except to hash the files of a SavedModel whose storage has no checksums, such as a local disk.
 
     Raises:
-        DataError: the address has neither, the SavedModel is not an export of kubetune, the run has no checkpoint yet,
-            or files are corrupt.
+        DataError: the address is neither of them, the SavedModel is not an export of kubetune, the run has no
+            checkpoint yet, or files are corrupt.
         ConfigError: the run's config.yaml is not valid in this version.
     """
     home = storage_path(address)
@@ -114,15 +114,16 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
 
 
 def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
-    """Read the scores of a teacher from its report, for the key `teacher` in the report.json of the student.
+    """Read the teacher's scores from its report.json, for the key `teacher` in the student's report.json.
 
     Args:
-        address: the teacher, as for `describe_teacher`.
-        fingerprint: that of the student's dataset.
+        address: output_dir of the teacher's run, or folder of a SavedModel.
+        fingerprint: fingerprint of the student's dataset.
 
     Returns:
-        `split` that was scored, number of examples `n`, `accuracy`, its 95 % `interval`, and `same_data`, whether the
-        teacher was trained on the student's dataset; None if there is no report (as of a SavedModel), or a corrupt one.
+        `split` (the scored split), `n` (number of examples), `accuracy`, `interval` (its 95 % interval, [low, high])
+        and `same_data` (whether the fingerprint of the teacher's dataset is equal). None if report.json is corrupt or
+        missing; a SavedModel has none.
     """
     with suppress(DataError):
         return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), "")
@@ -145,9 +146,9 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
     """Raise a DataError unless `teacher` and `data` are the same class names in the same order.
 
     Args:
-        address: of the teacher, for the message.
-        teacher: class names of the teacher.
-        data: class names of the dataset.
+        address: address of the teacher, for the message.
+        teacher: class names of the teacher, in the order of its logits.
+        data: class names of the dataset, in the order of its labels.
     """
     teacher, data = (tuple(map(normalize_class_name, names)) for names in (teacher, data))
     if teacher == data:
@@ -160,11 +161,11 @@ def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...])
 
 
 def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
-    """Raise a DataError if a run began with another teacher.
+    """Raise a DataError if a run was started with another teacher.
 
     Args:
         run: output_dir of the run, for the message.
-        recorded: fingerprint of the teacher in the checkpoint of the run; None for a new run.
+        recorded: teacher fingerprint in the run's checkpoint; None for a new run.
         current: fingerprint of the configured teacher.
     """
     if recorded not in (None, current):
@@ -173,17 +174,17 @@ def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
 
 
 def _list_extra(names: tuple[str, ...], others: tuple[str, ...]) -> str:
-    """Format the names that are not in `others`: at most five, and the number of further ones."""
+    """Format the names that are not in `others`: the first five, and the number of the remaining ones."""
     extra = [name for name in names if name not in others]
     return ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
 
 
 def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
-    """Read the weights of a teacher.
+    """Read a teacher's weights.
 
     Returns:
         For a checkpoint, the variables by name, or their moving averages (EMA) if the run computed them. For a
-        SavedModel, the content of each file, uint8 [bytes], by path relative to `TeacherFiles.home`.
+        SavedModel, the content of each file, uint8 [size], by path relative to `TeacherFiles.home`.
 
     Raises:
         DataError: a file is missing, or a file of a checkpoint does not match its size or checksum.
@@ -198,7 +199,7 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 
 
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
-    """Write the files of a SavedModel, in the form that `read_weights` returns, to a folder."""
+    """Write a SavedModel's files to a folder. `files` has their content by relative path, uint8 [size]."""
     for name, content in files.items():
         file = join_inside(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

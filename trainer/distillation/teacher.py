@@ -1,4 +1,4 @@
-"""Load the teacher of a run with knowledge distillation (Hinton et al. 2015), and compute its soft labels."""
+"""Load the teacher for knowledge distillation (Hinton et al. 2015), and compute its soft labels."""
 
 import hashlib
 import tempfile
@@ -29,7 +29,7 @@ from trainer.storage.local import write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.training.losses import log_probs
 
-_FORMAT = 1  # version of the cached soft labels; increment it when a change of the code changes their values
+_FORMAT = 1  # version of the cached soft labels; increment it when a code change alters their values
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Teacher:
     """The teacher's network for inference. S is `image_size`, the side of its input in pixels."""
 
     image_size: int
-    forward: Callable[[Any], Any]  # float32 [b, S, S, 3] in 0..255 -> float32 [b, classes]
-    variable_bytes: int = 0
+    forward: Callable[[Any], Any]  # images, float32 [b, S, S, 3] in 0..255 -> logits, float32 [b, classes]
+    variable_bytes: int = 0  # total size of the variables
     classifier: Classifier | None = None  # None for a SavedModel
 
     def logits(self, images: Any, *, training: bool = False) -> tf.Tensor:  # noqa: ARG002 - required by `Network`
         """Compute logits, float32 [b, classes], without a gradient.
 
-        A SavedModel has only probabilities, so its logits are log-probabilities, which differ by a constant per row.
+        For a SavedModel, these are log-probabilities, which differ from its logits by a constant per row.
 
         Args:
-            images: uint8 or float32 [b, s, s, 3] in 0..255; resized bilinearly if s is not S.
+            images: uint8 or float32 [b, s, s, 3] in 0..255. They are resized bilinearly if s is not S.
             training: ignored.
         """
         pixels = tf.cast(images, tf.float32)
@@ -64,7 +64,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
         address: the configured address, for error messages.
 
     Raises:
-        DataError: it has no signature `images` with a fixed image size and an output `probabilities`.
+        DataError: the SavedModel has no signature `images` with a fixed image size and an output `probabilities`.
     """
     loaded = tf.saved_model.load(str(folder))
     signature = loaded.signatures.get("images")
@@ -82,12 +82,12 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
 
 @dataclass(frozen=True)
 class OpenedTeacher:
-    """What the teacher contributes to training: a network for every step, or the soft labels of all examples.
+    """The teacher in training: a network that predicts in every step, or the soft labels of all training examples.
 
-    After a stop request, both are None.
+    Both are None if a stop request ended the computation of the soft labels.
     """
 
-    fingerprint: str  # hash of its weights
+    fingerprint: str  # hash of the teacher's files
     network: Teacher | None = None
     soft_labels: np.ndarray | None = None  # probabilities, float32 [training examples, classes], by example index
 
@@ -102,19 +102,19 @@ class OpenedTeacher:
 
 @dataclass
 class ConfiguredTeacher:
-    """The configured teacher: its network, or the soft labels that an earlier start has computed."""
+    """The configured teacher: its network, or the soft labels that an earlier start computed."""
 
-    fingerprint: str  # hash of its weights
-    resize: Resize  # how its images become square
-    labels_file: Path  # file of the soft labels in the cache
-    network: Teacher | None  # None if there are soft labels; `open_teacher` sets it to None when it has computed them
-    soft_labels: np.ndarray | None  # float32 [training examples, classes]
+    fingerprint: str  # hash of the teacher's files
+    resize: Resize  # how the images that it predicts become square
+    labels_file: Path  # cache file of the soft labels
+    network: Teacher | None  # None if there are soft labels; `open_teacher` releases it when it has computed them
+    soft_labels: np.ndarray | None  # probabilities, float32 [training examples, classes]
 
 
 def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | None) -> ConfiguredTeacher:
     """Check and load the configured teacher. All workers must call this; the chief reads the files and broadcasts them.
 
-    Without augmentation, cached soft labels of an earlier start are used instead of the network, if there are any.
+    If augmentation is off and an earlier start cached the soft labels, they are loaded instead of the network.
 
     Args:
         run: output_dir of this run.
@@ -138,40 +138,40 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     at_temperature = f" at temperature {temperature:g}" if temperature != 1 else ""
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
-    split, classes = dataset.splits["train"], len(dataset.class_names)
+    split, num_classes = dataset.splits["train"], len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
     key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, split.orientation,
            config.runtime.precision)  # fmt: skip
     digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
-    file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
+    labels_file = config.runtime.cache_folder / "teachers" / f"{digest}.npz"
     network, labels = None, None
     if worker.is_chief and not config.augmentation.active:
-        labels = _read_cached(file, (split.count, classes))
+        labels = _read_cached(labels_file, (split.count, num_classes))
     if control.broadcast("soft labels cached", lambda: labels is not None):
-        log.info(f"  soft labels: read from {file}, computed by an earlier start")
+        log.info(f"  soft labels: read from {labels_file}, computed by an earlier start")
         labels = control.broadcast_arrays("soft labels", {} if labels is None else {"answers": labels})["answers"]
     else:
         arrays = control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
         network = _build(worker, images, properties["model"], arrays, address)
-    return ConfiguredTeacher(properties["fingerprint"], resize, file, network, labels)
+    return ConfiguredTeacher(properties["fingerprint"], resize, labels_file, network, labels)
 
 
 def _build(
     worker: Worker, images: ImageStore, model: dict[str, Any] | None, arrays: dict[str, np.ndarray], address: str
 ) -> Teacher:
-    """Build the network of a teacher on this worker.
+    """Build the teacher's network on this worker.
 
     Args:
         model: configuration of a checkpoint's network, as JSON values; None for a SavedModel.
-        arrays: the result of `source.read_weights`.
+        arrays: variables of a checkpoint by name, or files of a SavedModel by path (`source.read_weights`).
     """
     with worker.strategy.scope():
         if model is None:
             with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
                 source.write_saved_model(arrays, Path(folder))
                 return load_saved_model_teacher(Path(folder), address)
-        classes, seed = len(images.dataset.class_names), images.config.seed
-        classifier = rebuild_classifier(Model(**model), classes, seed, arrays, f"{KEY}={address}")
+        num_classes, seed = len(images.dataset.class_names), images.config.seed
+        classifier = rebuild_classifier(Model(**model), num_classes, seed, arrays, f"{KEY}={address}")
     variable_bytes = count_variable_bytes(classifier.variables.values())
     return Teacher(classifier.image_size, classifier.logits, variable_bytes, classifier)
 
@@ -179,11 +179,11 @@ def _build(
 def open_teacher(
     worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher
 ) -> OpenedTeacher:
-    """Prepare what the teacher contributes to training. All workers must call this.
+    """Prepare the teacher for training. All workers must call this.
 
     Without augmentation, every epoch has the same images, so their soft labels are computed now, unless they were
     cached. With augmentation, the teacher predicts in every step. A stop request ends the computation of soft labels
-    early, so call `Worker.should_stop` before you use the result.
+    early, so call `Worker.should_stop` before using the result.
     """
     network, labels = configured.network, configured.soft_labels
     if network is None:
@@ -201,28 +201,28 @@ def _soft_labels(
 ) -> np.ndarray | None:
     """Compute and cache the soft labels of the training images, float32 [training examples, classes].
 
-    The images have the size and the resize mode of the teacher. Return None after a stop request.
+    The images are resized to the teacher's input size with its resize mode. Return None after a stop request.
     """
-    control, config, file, resize = worker.control, images.config, configured.labels_file, configured.resize
-    split, classes = images.dataset.splits["train"], len(images.dataset.class_names)
+    control, config, labels_file, resize = worker.control, images.config, configured.labels_file, configured.resize
+    split, num_classes = images.dataset.splits["train"], len(images.dataset.class_names)
     health.set_activity("the soft labels of the teacher")
     subject = f"{split.count:,} training images at {teacher.image_size} px"
-    log.info(f"soft labels of {subject}: computed once, stored in {file}")
-    same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as those of the student
+    log.info(f"soft labels of {subject}: computed once, stored in {labels_file}")
+    same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as the student's
     pixels = images.split("train") if same_images else images.at("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
-    scored = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
+    predictions = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):
         return None
     # Examples without a prediction have an undecodable image, so their weight in training is 0.
-    labels = np.full((split.count, classes), 1 / classes, np.float32)
-    labels[scored.indices] = scored.probabilities
+    labels = np.full((split.count, num_classes), 1 / num_classes, np.float32)
+    labels[predictions.indices] = predictions.probabilities
     labels = control.broadcast_arrays("soft labels", {"answers": labels})["answers"]
     if worker.is_chief:
         try:
-            write_atomically(file, pack({"answers": labels}))
+            write_atomically(labels_file, pack({"answers": labels}))
         except OSError as error:
-            problem = f"soft labels cannot be stored in {file.parent} ({error.strerror})"
+            problem = f"soft labels cannot be stored in {labels_file.parent} ({error.strerror})"
             log.info(f"  {problem}; a restart computes them again")
     return labels
 

@@ -19,31 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """A trained model with the metadata of its exports. S is `image_size`, the side of its square input in pixels."""
+    """A trained model with the metadata for its exports. S is `image_size`, the side of its square input in pixels."""
 
     model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
-    explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding, heatmap (`grad_cam`)
+    explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding, heatmap, as tensors
     class_names: tuple[str, ...]  # in the order of the probabilities
     image_size: int
     resize: Resize  # how images become square
     reference: Mapping[str, Any]  # content of reference.json, for the drift check
     calibration_images: Callable[[], np.ndarray]  # reads training images, uint8 [k, S, S, 3], to calibrate int8
-    orientation: Orientation = "exif"  # "exif": encoded images are turned upright; "ignore": they are not
+    orientation: Orientation = "exif"  # "exif": encoded images are rotated upright by their EXIF tag; "ignore": not
 
 
 @dataclass(frozen=True)
 class ParityExamples:
-    """Examples of the test or validation split, with the probabilities that the trainer computed for them.
+    """Examples of the test or validation split, with the probabilities that the trained model computed for them.
 
-    Rounding changes predictions, so an export is compared with the probabilities in the precision of that export.
+    Rounding changes predictions, so each export is compared with probabilities computed in its own precision.
     """
 
     images: np.ndarray  # uint8 [n, S, S, 3]
     labels: np.ndarray  # int [n]
-    probabilities: np.ndarray  # float32 [n, classes], computed in the precision of the run
-    float32_probabilities: (
-        np.ndarray
-    )  # float32 [n, classes], computed in float32; the same array if that is the run's precision
+    probabilities: np.ndarray  # float32 [n, classes], computed in the run's precision
+    # float32 [n, classes], computed in float32. The same array as `probabilities` if the run's precision is float32.
+    float32_probabilities: np.ndarray
 
 
 def _collect_layers(root: Any) -> list[Any]:
@@ -58,11 +57,11 @@ def computes_in_half_precision(model: keras.Model) -> bool:
 
 @contextmanager
 def as_plain_float32(model: keras.Model) -> Iterator[None]:
-    """Within the context, let `model` compute in float32 and contain only Keras' own layer classes.
+    """Context manager in which `model` computes in float32 and contains only Keras' own layer classes.
 
     LiteRT and ONNX have few kernels for half precision, and a file with custom layers could be loaded only with this
-    package. The statistics of Normalization layers become NumPy arrays, because tf2onnx would turn tensors into inputs
-    of the model.
+    package. The statistics of Normalization layers become NumPy arrays, because tf2onnx would turn tensors into model
+    inputs.
     """
 
     originals = [(layer, layer.dtype_policy, type(layer)) for layer in _collect_layers(model)]

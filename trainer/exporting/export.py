@@ -1,4 +1,4 @@
-"""Export a scored classifier at the end of its run, or later any checkpoint of a stored run."""
+"""Export the classifier at the end of a run, or any checkpoint of a stored run afterwards."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +23,12 @@ from trainer.storage.small_files import read_json_or_default, require_json_objec
 from trainer.types import Scored, choose_scored_split
 
 BATCH_SIZE = 256  # images that are read and scored at a time
-MAX_PARITY_EXAMPLES = 1000  # examples of the scored split in a parity check
-MAX_CALIBRATION_IMAGES = 200  # training images with which int8 is calibrated
+MAX_PARITY_EXAMPLES = 1000  # examples with which each exported file is compared with the classifier (parity check)
+MAX_CALIBRATION_IMAGES = 200  # training images for calibrating int8 quantization
 
 
 def _sample_indices(count: int, max_samples: int) -> np.ndarray:
-    """Draw at most `max_samples` different indices below `count`, int64, ascending.
+    """Sample up to `max_samples` distinct indices in [0, `count`), int64 [n] in ascending order.
 
     The seed is `count`, so all exports of a run use the same examples.
     """
@@ -43,57 +43,57 @@ def export_classifier(
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write labels.txt, reference.json and the configured formats to `folder`; return the scores by format.
+    """Write labels.txt, reference.json and the configured formats to `folder`, and check each written format.
 
     Args:
-        images: the run's dataset, for the parity check and the calibration of int8.
-        scored: predictions for all readable examples of the test split, or of the validation split if there is no test
-            split.
-        explainer: that of `classifier`.
-        check: called before each format and each batch of the parity check; it can raise an exception to stop the
-            export.
+        images: images of the run's dataset, for the parity check and the calibration of int8.
+        scored: predictions for all decodable examples of the test split, or of the validation split if there is no
+            test split.
+        explainer: computes probabilities, embeddings and heatmaps of `classifier`.
+        check: called before each format and each batch of the parity check; may raise an exception to stop the export.
 
     Returns:
-        The result of `export_formats`.
+        By format: `path` relative to `folder`, `bytes`, `refused` (True if the file was deleted because its accuracy
+        is too low, which raises no exception), and the scores that `verify.score` documents, such as `accuracy`.
 
     Raises:
         ModelError: a written file cannot be loaded.
     """
-    config, dataset, size = images.config, images.dataset, classifier.image_size
-    sampled = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
-    examples = images.rows(scored.split, scored.indices[sampled])
-    names, resize, embeddings = dataset.class_names, config.model.resize, explainer(examples)["embedding"]
-    calibration = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
-    reference = compute_reference(scored.split, names, scored.probabilities, embeddings, size, resize)
+    config, dataset, image_size = images.config, images.dataset, classifier.image_size
+    positions = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
+    parity_images = images.rows(scored.split, scored.indices[positions])
+    class_names, resize, embeddings = dataset.class_names, config.model.resize, explainer(parity_images)["embedding"]
+    calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
+    reference = compute_reference(scored.split, class_names, scored.probabilities, embeddings, image_size, resize)
     reference["orientation"] = config.data.orientation
     bundle = ExportBundle(
         model=classifier.build_keras_model(),
         explain=explainer.compiled,
-        class_names=names,
-        image_size=size,
+        class_names=class_names,
+        image_size=image_size,
         resize=resize,
         reference=reference,
-        calibration_images=lambda: images.rows("train", calibration),
+        calibration_images=lambda: images.rows("train", calibration_indices),
         orientation=config.data.orientation,
     )
-    write_atomically(folder / "labels.txt", format_labels(names))
+    write_atomically(folder / "labels.txt", format_labels(class_names))
     write_reference(folder / "reference.json", bundle.reference)
-    probabilities = float32_probabilities = scored.probabilities[sampled]
+    probabilities = float32_probabilities = scored.probabilities[positions]
     if computes_in_half_precision(bundle.model) and not IN_RUN_PRECISION.issuperset(config.export.formats):
         check()
         with as_plain_float32(bundle.model):
-            float32_probabilities = make_explainer(classifier)(examples)["probabilities"]
-    held_out = ParityExamples(examples, scored.labels[sampled], probabilities, float32_probabilities)
-    return export_formats(folder, config.export.formats, bundle, held_out, config.export.max_accuracy_drop, check)
+            float32_probabilities = make_explainer(classifier)(parity_images)["probabilities"]
+    parity_data = ParityExamples(parity_images, scored.labels[positions], probabilities, float32_probabilities)
+    return export_formats(folder, config.export.formats, bundle, parity_data, config.export.max_accuracy_drop, check)
 
 
 def open_images(run: StoredRun, size: int) -> ImageStore:
     """Open the dataset of a stored run, with images of `size` x `size` pixels that are not cached.
 
-    Labels are mapped to the classes of the run.
+    Labels are mapped to the run's classes.
 
     Raises:
-        DataError: the dataset cannot be read, or has a class that the run does not know.
+        DataError: the dataset cannot be read, or has a class that is not one of the run's classes.
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
@@ -103,10 +103,10 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
-    """Predict all examples of a split, except those whose image cannot be decoded.
+    """Return predictions for the examples of a split whose images can be decoded.
 
     Raises:
-        DataError: no image can be decoded, or one cannot and data.on_error is fail.
+        DataError: no image can be decoded, or data.on_error is "fail" and an image cannot be decoded.
     """
     labels = images.dataset.splits[split].labels
     batches = [
@@ -114,15 +114,15 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
         for start in range(0, len(labels), BATCH_SIZE)
     ]
     images.require_readable()
-    decodable = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
-    return Scored(split, decodable, labels[decodable], np.concatenate(batches)[decodable])
+    decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    return Scored(split, decodable_indices, labels[decodable_indices], np.concatenate(batches)[decodable_indices])
 
 
 def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-    """Score a checkpoint of a stored run, and export it to `folder`; return the scores by format.
+    """Score a checkpoint of a stored run, export it to `folder`, and return the scores (see `export_classifier`).
 
     Raises:
-        DataError: the dataset of the run cannot be read.
+        DataError: the run's dataset cannot be read, or has other classes.
         ModelError: the classifier cannot be built, or a written file cannot be loaded.
     """
     classifier = open_classifier(run, checkpoint)
@@ -135,7 +135,7 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
 
 
 def _parse_report(report: Any) -> dict[str, Any]:
-    """Validate a report, and add an empty section `export` if there is none; raise one of `CONTENT_ERRORS`."""
+    """Return the content of report.json with a section `export`. Raise a ValueError or KeyError if it is invalid."""
     return {
         **require_json_object(report),
         "export": require_json_object(report.get("export", {})),
@@ -144,22 +144,23 @@ def _parse_report(report: Any) -> dict[str, Any]:
 
 
 def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str, Any]) -> None:
-    """Record the scores of an export: in the report and model card of the run, or else in export.json in `folder`.
+    """Record an export's scores in the run's report.json and model card, or in export.json in `folder`.
 
     Args:
-        folder: the folder of the export.
-        in_run: whether `folder` is OUTPUT_DIR/export. Then the report is updated, unless it is missing or corrupt.
+        run: the exported run; its configuration is part of the model card.
+        folder: folder of the export.
+        in_run: whether `folder` is OUTPUT_DIR/export. If so, report.json is updated, unless it is missing or corrupt.
         exports: scores by format, as `export_run` returns them.
     """
-    path = folder.parent / "report" / "report.json"
+    report_path = folder.parent / "report" / "report.json"
     if in_run:
-        delete_unfinished(path.parent)  # temporary files of a killed export; `export_formats` deletes those in `folder`
-    report = read_json_or_default(path, _parse_report, {}) if in_run else {}
+        delete_unfinished(report_path.parent)  # temporary files of a killed export, not deleted by `export_formats`
+    report = read_json_or_default(report_path, _parse_report, {}) if in_run else {}
     if not report:
-        if in_run and path.exists():
-            log.info(f"{path} is corrupt: it is not updated; the scores are in {folder}/export.json")
+        if in_run and report_path.exists():
+            log.info(f"{report_path} is corrupt: it is not updated; the scores are in {folder}/export.json")
         write_json(folder / "export.json", exports)
         return
     report["export"] |= {name: scores | {"path": f"export/{scores['path']}"} for name, scores in exports.items()}
-    write_json(path, report)
+    write_json(report_path, report)
     write_model_card(folder / "model_card.md", report, run.config.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""Write each export format, load it with its own library, score it, and delete it if it is too inaccurate."""
+"""Write each export format, load it with the format's own library, score it, and delete it if it is too inaccurate."""
 
 import contextlib
 import importlib.util
@@ -23,13 +23,13 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_atomically
 
-ONNX_OPSET = 18  # version of the operator set, of ONNX 1.13 (2022); TensorRT 10 supports it
+ONNX_OPSET = 18  # operator set version; introduced by ONNX 1.13 (2022) and supported by TensorRT 10
 
 
 def export_keras(bundle: ExportBundle, path: Path) -> None:
     """Write a Keras model atomically: float32 [n, S, S, 3] RGB in 0..255 -> float32 probabilities [n, classes].
 
-    `keras.saving.load_model(path)` can load the file in safe mode, and without this package.
+    `keras.saving.load_model(path)` loads the file in safe mode, without this package.
     """
     with temporary_folder(path) as folder, as_plain_float32(bundle.model):
         bundle.model.save(f"{folder}/{path.name}")
@@ -40,8 +40,8 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 def export_onnx(bundle: ExportBundle, path: Path) -> None:
     """Write an ONNX model atomically: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
 
-    It is for ONNX Runtime, TensorRT and OpenVINO. Its metadata entry `labels` has one class name per line. Requires the
-    packages of the extra `onnx`.
+    The file is for ONNX Runtime, TensorRT and OpenVINO. Its metadata entry `labels` has one class name per line.
+    Requires the packages of the extra `onnx`.
     """
     import onnx
     import tf2onnx
@@ -68,16 +68,16 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
-IN_RUN_PRECISION = frozenset({"saved_model"})  # formats that compute in the precision of the run, not in float32
+IN_RUN_PRECISION = frozenset({"saved_model"})  # formats that compute in the run's precision; the others are float32
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # packages of the extra `onnx`
 
 
 def check_formats(formats: Iterable[str], backbone: str) -> None:
-    """Check before training that the formats can be written. Only ONNX has requirements.
+    """Check before training that the export formats can be written. Only ONNX has requirements.
 
     Raises:
-        ConfigError: a package of the extra `onnx` is not installed, or tf2onnx cannot convert the backbone: tf2onnx
-            1.17 lacks the operation Erfc, which the GELU of ConvNeXt uses.
+        ConfigError: a package of the extra `onnx` is not installed, or the backbone is a ConvNeXt: tf2onnx 1.17 cannot
+            convert the operation Erfc of its GELU activations.
     """
     if "onnx" not in formats:
         return
@@ -107,17 +107,17 @@ def export_formats(
 ) -> dict[str, dict[str, Any]]:
     """Write each format below `folder`, score it, and delete it if it is refused (`verify.judge_accuracy_drop`).
 
-    An accuracy drop above the limit that is not significant causes a warning in the log.
+    If the accuracy drop exceeds the limit but is not significant, a warning is logged.
 
     Args:
         formats: keys of `FORMATS`.
         held_out: examples of the parity check.
-        max_accuracy_drop: the largest fraction of the examples that a format may lose.
-        check: called before each format and each batch; it can raise an exception to stop the export.
+        max_accuracy_drop: largest acceptable net loss of correct predictions, as a fraction of the examples.
+        check: called before each format and each batch; may raise an exception to stop the export.
 
     Returns:
-        By format: its scores (`verify.score`), `path` relative to `folder`, `bytes`, and `refused`, True if it was
-        deleted.
+        By format: its scores (`verify.score`), `path` relative to `folder`, `bytes`, and `refused` (True if it was
+        deleted).
 
     Raises:
         ModelError: a written file cannot be loaded.
@@ -152,9 +152,9 @@ def raise_if_refused(
     """Raise a ModelError if a format was refused.
 
     Args:
-        exports: the result of `export_formats`.
+        exports: scores by format, from `export_formats`.
         max_accuracy_drop: the limit, for the message.
-        section: prefix of the configuration keys in the message; "" for arguments of `trainer.export`.
+        section: prefix of the keys in the message; "" for the arguments of the command `trainer.export`.
     """
     refused = [
         f"{name} ({scores['trainer_accuracy']:.4f} -> {scores['accuracy']:.4f} on {scores['examples']:,} examples)"

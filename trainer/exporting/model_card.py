@@ -1,4 +1,4 @@
-"""Write the model card, a Markdown file from a Jinja template, and format labels.txt."""
+"""Write the model card, a Markdown file rendered from a Jinja template, and format labels.txt."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def format_labels(class_names: Sequence[str]) -> str:
 
 
 def escape_markdown(name: object) -> str:
-    """Escape a name for a line or table cell of Markdown, so that its characters are displayed as they are."""
+    """Escape a name for a Markdown line or table cell, so that it is displayed literally."""
     text = re.sub(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", escape_unprintable(str(name)))
     return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", text)  # unescaped, it would begin a list or heading
 

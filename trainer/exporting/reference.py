@@ -1,4 +1,4 @@
-"""Compute and write reference.json: the distribution of predictions with which `trainer.drift` compares later ones."""
+"""Compute and write reference.json, the distribution of predictions that `trainer.drift` compares with later ones."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from trainer.evaluation.drift import CONFIDENCE_BINS, Window
 from trainer.names import normalize_class_name
 from trainer.storage.local import write_atomically
 
-# Wider embeddings are projected to this width: a 64 x 64 covariance needs more examples than most splits have.
+# Wider embeddings are projected to this width, because a 64 x 64 covariance needs more examples than most splits have.
 MAX_EMBEDDING_WIDTH = 16
 PROJECTION_SEED = 8  # arbitrary
 
@@ -27,19 +27,19 @@ def compute_reference(
     """Compute the content of reference.json from the predictions for a split.
 
     Args:
-        split: test or validation.
-        probabilities: of the n examples, float32 [n, classes].
-        embeddings: of all or some of these examples, float32 [m, C].
+        split: "test" or "validation".
+        probabilities: class probabilities of n examples, float32 [n, classes].
+        embeddings: pooled backbone features of m of these examples, float32 [m, C].
         image_size: side of the model's input in pixels.
-        resize: how images become square.
+        resize: how images become square, "stretch" or "crop".
 
     Returns:
         `classes`: class names.
-        `n`, `split`, `image_size`, `resize`: as above.
+        `n`, the number of examples; `split`, `image_size` and `resize`, the arguments.
         `class_frequencies`: fraction of the predictions per class, [classes].
-        `confidence_histogram`: `edges` [21] and `counts` [20] of the largest probability.
-        `embedding`: `n` (m above), `mean` [C'] and `covariance` [C', C']. If C > 16, C' is 16, and `projection`
-            [C, C'] is the matrix by which an embedding is multiplied before the comparison; otherwise C' is C.
+        `confidence_histogram`: histogram of the largest probability per example, `edges` [21] and `counts` [20].
+        `embedding`: `n` (m above), `mean` [C'] and `covariance` [C', C']. If C > 16, C' is 16, and embeddings must be
+            multiplied by the matrix `projection` [C, C'] before the comparison; otherwise C' is C.
     """
     window = Window(len(class_names))
     for row in probabilities:
@@ -75,7 +75,7 @@ def draw_projection(width: int) -> np.ndarray | None:
 
 
 def _round(values: np.ndarray) -> Any:
-    """Round to six significant digits, which halves the size of the file; return a (nested) list."""
+    """Round to six significant digits, to halve the file size, and return a (nested) list."""
     return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values).tolist()
 
 

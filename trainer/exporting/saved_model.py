@@ -1,4 +1,4 @@
-"""Export a SavedModel for TensorFlow Serving and `trainer.serve`. Its graph decodes and resizes images itself."""
+"""Export a SavedModel for TensorFlow Serving and `trainer.serve`. Its graph decodes and resizes encoded images."""
 
 import os
 import shutil
@@ -16,43 +16,49 @@ from trainer.exporting.reference import write_reference
 from trainer.storage.local import temporary_folder, write_atomically
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"  # the path that TensorFlow Serving expects
-# Images in the larger warm-up request to each signature: a graph that is warm for one image can be cold for several.
+# Images in the larger of two warm-up requests: after a warm-up with one image, the first larger batch would be slow.
 WARMUP_BATCH = 4
 MAX_PARALLEL_DECODING = 32  # images of one request that are decoded at the same time
 
-trace = partial(tf.function, autograph=False)  # AutoGraph would double the time of tracing, and no function needs it
+trace = partial(tf.function, autograph=False)  # AutoGraph would double the tracing time, and no function needs it
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
     """Write the warm-up requests of a SavedModel, which TensorFlow Serving executes before the model is available.
 
-    Each signature for encoded images gets a request with one image and one with several, `images` one with one image.
+    Signatures for encoded images get two requests, with 1 and `WARMUP_BATCH` images; `images` gets one with 1 image.
+
+    Args:
+        saved_model: folder of the SavedModel.
+        image_size: side of the model's input in pixels.
     """
     gradient = np.linspace(0, 255, image_size, dtype=np.float32)
     image = np.broadcast_to(gradient[None, :, None], (image_size, image_size, 3))
     encoded = tf.io.encode_jpeg(image.astype(np.uint8)).numpy()
     (saved_model / WARMUP_FILE).parent.mkdir()
-    with tf.io.TFRecordWriter(str(saved_model / WARMUP_FILE)) as records:
+    with tf.io.TFRecordWriter(str(saved_model / WARMUP_FILE)) as writer:
         for count in (1, WARMUP_BATCH):
             for signature in ("serving_default", "image_bytes", "explain"):
-                records.write(_encode_request(signature, "image_bytes", np.array([encoded] * count, object)))
-        records.write(_encode_request("images", "images", image[None]))
+                writer.write(_encode_request(signature, "image_bytes", np.array([encoded] * count, object)))
+        writer.write(_encode_request("images", "images", image[None]))
 
 
 def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
-    log = prediction_log_pb2.PredictionLog()
-    request = log.predict_log.request
+    """Return a serialized PredictionLog with one request that has the input `name`."""
+    prediction_log = prediction_log_pb2.PredictionLog()
+    request = prediction_log.predict_log.request
     request.model_spec.name = "kubetune"
     request.model_spec.signature_name = signature
     request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
-    return log.SerializeToString(deterministic=True)
+    return prediction_log.SerializeToString(deterministic=True)
 
 
 class _ServedModule(tf.Module):
     """The object that is saved: the functions of the signatures, the model's variables, and two assets.
 
-    The model itself is not an attribute, because listing its thousands of objects would take seconds whenever it is
-    saved or loaded. The functions `images` and `decode` are traced once; the signatures for encoded images call them.
+    The model is not an attribute, because saving or loading its thousands of objects would take seconds. The functions
+    `images` and `decode` are traced once; the signatures for encoded images call `decode`, and `image_bytes` also
+    `images`.
     """
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
@@ -60,16 +66,16 @@ class _ServedModule(tf.Module):
         model, side, resize, orientation = bundle.model, bundle.image_size, bundle.resize, bundle.orientation
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
         self.model_variables = [variable.value for variable in model.variables]
-        pixels, encoded = (
+        images_spec, encoded_spec = (
             tf.TensorSpec([None, side, side, 3], tf.float32, "images"),
             tf.TensorSpec([None], tf.string, "image_bytes"),
         )
 
-        @trace(input_signature=[pixels])
+        @trace(input_signature=[images_spec])
         def images(images: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"probabilities": model(images, training=False)}
 
-        @trace(input_signature=[encoded])
+        @trace(input_signature=[encoded_spec])
         def decode(image_bytes: tf.Tensor) -> tf.Tensor:
             return tf.map_fn(
                 lambda data: decode_image(data, side, resize, orientation),
@@ -78,11 +84,11 @@ class _ServedModule(tf.Module):
                 parallel_iterations=MAX_PARALLEL_DECODING,
             )
 
-        @trace(input_signature=[encoded])
+        @trace(input_signature=[encoded_spec])
         def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
             return images(tf.cast(decode(image_bytes), tf.float32))
 
-        @trace(input_signature=[encoded])
+        @trace(input_signature=[encoded_spec])
         def explain(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
             return bundle.explain(decode(image_bytes))
 
@@ -90,27 +96,28 @@ class _ServedModule(tf.Module):
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
-    """Write a SavedModel to `folder` (".../saved_model/VERSION") with one rename, after an existing one is deleted.
+    """Write a SavedModel to `folder` (".../saved_model/VERSION").
+
+    The files are written to a temporary folder. Then an existing `folder` is deleted, and the new one is renamed to it.
 
     Signatures:
     - `image_bytes`, also as `serving_default`: string [n], encoded images -> `probabilities` float32 [n, classes].
-      Images are decoded and resized as in the evaluation.
+      Images are decoded and resized as in evaluation.
     - `images`: float32 [n, S, S, 3], RGB in 0..255 -> `probabilities`.
-    - `explain`: string [n], encoded images -> `probabilities`, `embedding` float32 [n, C], and `heatmap` float32
-      [n, h, w] in 0..1, the Grad-CAM heatmap of the predicted class.
+    - `explain`: string [n], encoded images -> `probabilities`, `embedding` float32 [n, C] (the pooled features), and
+      `heatmap` float32 [n, h, w] in 0..1, the Grad-CAM heatmap of the predicted class, of the size of the feature maps.
 
-    Assets: `labels.txt`, one class name per line, and `reference.json`. The folder `assets.extra` has the warm-up
-    requests (`write_warmup`).
+    Assets: `labels.txt`, one class name per line, and `reference.json`. `assets.extra` has the warm-up requests.
     """
-    # The temporary name has a dot, so a model server that lists the folder before the rename ignores it.
-    with temporary_folder(folder) as temporary:
-        labels, reference, saved = (temporary / name for name in ("labels.txt", "reference.json", "model"))
-        write_atomically(labels, format_labels(bundle.class_names))
-        write_reference(reference, bundle.reference)
-        module = _ServedModule(bundle, labels, reference)
+    # A model server that lists the folder now ignores the temporary folder, since its name is not a version number.
+    with temporary_folder(folder) as scratch:
+        labels_file, reference_file, new_model = (scratch / name for name in ("labels.txt", "reference.json", "model"))
+        write_atomically(labels_file, format_labels(bundle.class_names))
+        write_reference(reference_file, bundle.reference)
+        module = _ServedModule(bundle, labels_file, reference_file)
         signatures = {name: getattr(module, name) for name in ("image_bytes", "images", "explain")}
-        tf.saved_model.save(module, str(saved), signatures={"serving_default": module.image_bytes, **signatures})
-        write_warmup(saved, bundle.image_size)
+        tf.saved_model.save(module, str(new_model), signatures={"serving_default": module.image_bytes, **signatures})
+        write_warmup(new_model, bundle.image_size)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(saved, folder)
+        os.replace(new_model, folder)

@@ -1,4 +1,4 @@
-"""Export LiteRT (TFLite) models in four precisions, for phones and embedded devices. Their input is pixels."""
+"""Export LiteRT (formerly TFLite) models in four precisions, for phones and embedded devices."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from trainer.monitoring.log import drop_stderr_lines
 from trainer.storage.local import write_atomically
 
 _LOG_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
-# Context manager that drops the stderr lines which every conversion and every new interpreter prints.
+# Context manager that drops the stderr lines that every conversion and every new interpreter prints.
 suppress_litert_output = partial(drop_stderr_lines, _LOG_LINES)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ _AXIS_LABELS, _RGB, _IMAGE, _NORMALIZATION = 2, 1, 2, 1
 
 
 def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
-    """Return the content of a .tflite file with input and output descriptions, and with the class names."""
+    """Return the content of a .tflite file, with descriptions of its input and output and the class names added."""
     model_table = schema.ModelT.InitFromPackedBuf(model, 0)
     model_table.metadata = [entry for entry in model_table.metadata or [] if entry.name != METADATA_NAME]
     buffer, entry = schema.BufferT(), schema.MetadataT()
@@ -46,7 +46,7 @@ def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     builder = flatbuffers.Builder(len(model) + 4096)
     builder.Finish(model_table.Pack(builder), MODEL_IDENTIFIER)
     file = io.BytesIO(bytes(builder.Output()))
-    with zipfile.ZipFile(file, "a") as archive:  # the date is fixed, so that equal models are equal files
+    with zipfile.ZipFile(file, "a") as archive:  # the date is fixed, so that equal models give identical files
         archive.writestr(zipfile.ZipInfo(LABELS, (1980, 1, 1, 0, 0, 0)), format_labels(class_names))
     return file.getvalue()
 
@@ -54,7 +54,7 @@ def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
 def _build_metadata() -> bytes:
     """Build a ModelMetadata table of metadata_schema.fbs: one image as input, one probability per class as output.
 
-    Tables are built from the inside to the outside, since a table refers to the offsets of those in it.
+    Inner tables are built first, because a table stores the offsets of the tables that it contains.
     """
     builder = flatbuffers.Builder(1024)
 
@@ -65,7 +65,7 @@ def _build_metadata() -> bytes:
             prepend(slot, value, 0)
         return builder.EndObject()
 
-    def vector(value: float, prepend: Callable[[float], None] = builder.PrependUOffsetTRelative) -> int:  # of one value
+    def vector(value: float, prepend: Callable[[float], None] = builder.PrependUOffsetTRelative) -> int:  # length 1
         builder.StartVector(4, 1, 4)
         prepend(value)
         return builder.EndVector()
@@ -103,14 +103,14 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
     """Write a LiteRT model atomically: images [n, S, S, 3] RGB in 0..255 -> probabilities [n, classes].
 
     Args:
-        precision: "float32"; "float16", weights of half the size; "dynamic", 8-bit weights, computation in 8 bits if
-            there is a kernel and otherwise in float32; or "int8", 8-bit weights and computation, with ranges calibrated
-            on training images. Input and output are float32; with "int8" uint8, with probabilities in steps of 1/256.
+        precision: "float32"; "float16": weights of half the size; "dynamic": 8-bit weights, and computation in 8 bits
+            if there is a kernel, otherwise in float32; "int8": 8-bit weights and computation, with ranges calibrated
+            on training images. Input and output are float32, or uint8 for "int8" (probabilities in steps of 1/256).
     """
     size = bundle.image_size
     spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
     with as_plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        # The statistics of int8 inputs are measured on the calibration images.
+        # The converter warns of missing input statistics, but it measures them on the calibration images.
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")
         predict = tf.function(
             lambda images: bundle.model(images, training=False), input_signature=spec, autograph=False
@@ -131,7 +131,7 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
 
 
 def _calibration_inputs(images: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Yield the inputs of the model for calibration, each a list with one image, float32 [1, S, S, 3]."""
+    """Yield the model's inputs for calibration, each a list with one image, float32 [1, S, S, 3]."""
     images = images.astype(np.float32)
-    images[0, 0, :2] = [[0], [255]]  # two pixels make the input range exactly 0..255, and so the input scale 1
+    images[0, 0, :2] = [[0], [255]]  # a black and a white pixel make the input range 0..255, and so its scale 1
     yield from ([image[None]] for image in images)

@@ -1,4 +1,4 @@
-"""Parity check of an exported file: compare its predictions with those of the trainer, and time it."""
+"""Parity check of an exported file: compare its predictions with the trained model's, and time it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 p
 BATCH_SIZE = 32  # images per call
 TIMED_CALLS = 20  # calls with one image each
 WARMUP_CALLS = 3  # calls before the timed ones, because the first calls allocate memory
-SIGNIFICANCE = 0.05  # a drop is significant if its p is below this level
+SIGNIFICANCE = 0.05  # an accuracy drop is significant if McNemar's p is below this level
 
 
 def load_export(path: Path) -> Classify:
-    """Load a .keras, .tflite or .onnx file, or the folder of a SavedModel, with the library of its format.
+    """Load a .keras, .tflite or .onnx file or a SavedModel folder with its own library; return its predict function.
 
     Raises:
         ModelError: the file is missing or corrupt, or the library is not installed.
@@ -34,7 +34,7 @@ def load_export(path: Path) -> Classify:
         return load(path)
     except ModuleNotFoundError as error:
         raise ModelError(f"{path} cannot be loaded: {error}", fix="run pip install 'kubetune[onnx]'") from error
-    except Exception as error:  # the libraries have different error classes
+    except Exception as error:  # each library has its own error classes
         if disk_error := translate_disk_error(error, [path, "/tmp"]):
             raise disk_error from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -42,7 +42,7 @@ def load_export(path: Path) -> Classify:
 
 
 def _load_saved_model(folder: Path) -> Classify:
-    loaded = tf.saved_model.load(str(folder))  # the function below refers to it, without which its signature would fail
+    loaded = tf.saved_model.load(str(folder))  # referenced below, because its variables are deleted with it
     return lambda images: loaded.signatures["images"](images=tf.constant(images, tf.float32))["probabilities"].numpy()
 
 
@@ -50,10 +50,10 @@ def _load_keras(path: Path) -> Classify:
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    side = model.input_shape[1]
-    signature = tf.TensorSpec([None, side, side, 3], tf.uint8)  # one trace for all batch sizes
+    image_size = model.input_shape[1]
+    spec = tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)  # one trace for all batch sizes
     predict = tf.function(
-        lambda images: model(tf.cast(images, tf.float32), training=False), input_signature=[signature], autograph=False
+        lambda images: model(tf.cast(images, tf.float32), training=False), input_signature=[spec], autograph=False
     )
     return lambda images: predict(tf.constant(images)).numpy()
 
@@ -92,18 +92,19 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     """Score an export on held-out examples, and time it on this machine.
 
     Args:
-        classify: the loaded export.
-        held_out: at least one example.
-        check: called before each batch; it can raise an exception to stop the check.
+        classify: predict function of the loaded export.
+        held_out: at least one example, with the probabilities of the trained model.
+        check: called before each batch; may raise an exception to stop the parity check.
 
     Returns:
         `examples`: number of examples.
-        `accuracy`, `trainer_accuracy`: of the export and of the trainer on these examples.
-        `lost`: number of examples that only the trainer classifies correctly.
+        `accuracy`, `trainer_accuracy`: accuracy of the export and of the trained model on these examples.
+        `lost`: number of examples that only the trained model classifies correctly.
         `gained`: number of examples that only the export classifies correctly.
-        `p`: of McNemar's exact test that both classify equally well.
-        `largest_difference`: of a probability; infinite if a probability of the export is not finite.
-        `timing`: `milliseconds_per_image`, the median over calls with one image.
+        `p`: p-value of McNemar's exact test, whose null hypothesis is that both are equally accurate.
+        `largest_difference`: largest absolute difference of a probability; infinite if the export has one that is not
+            finite.
+        `timing`: `milliseconds_per_image`, the median over `TIMED_CALLS` calls with one image.
     """
     images, batches = held_out.images, []
     for start in range(0, len(images), BATCH_SIZE):
@@ -112,9 +113,9 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
     probabilities, seconds = np.concatenate(batches), []
     for i in range(WARMUP_CALLS + TIMED_CALLS):
         image = images[i % len(images)][None]
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         classify(image)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start_time)
     is_finite = np.isfinite(probabilities).all()
     correct, trainer_correct = (p.argmax(-1) == held_out.labels for p in (probabilities, held_out.probabilities))
     comparison = compare_paired(trainer_correct, correct)
@@ -133,17 +134,18 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
 def judge_accuracy_drop(scores: Mapping[str, Any], max_drop: float) -> tuple[bool, str]:
     """Decide whether an export is refused because of its accuracy.
 
-    An export is refused if its net loss (`lost` - `gained`) is more than the fraction `max_drop` of the examples and
-    significant by the test that `trainer.compare` uses. Rounding changes some predictions for better or worse, and on
-    few examples their net can exceed any limit: 3 lost of 120 are not significant, 6 are. An export with a probability
-    that is not finite is always refused.
+    An export is refused if its net loss (`lost` - `gained`) exceeds the fraction `max_drop` of the examples and is
+    significant by McNemar's test. Rounding changes some predictions for better or worse, so on few examples the net
+    loss can exceed any limit by chance: 3 lost of 120 are not significant, 6 are. An export with a probability that is
+    not finite is always refused.
 
     Args:
-        scores: the result of `score`.
-        max_drop: fraction of the examples.
+        scores: scores of the export, from `score`.
+        max_drop: largest acceptable net loss, as a fraction of the examples.
 
     Returns:
-        Whether the export is refused; and the reason, or a warning if a drop above the limit is not significant, or "".
+        Whether the export is refused; and the reason, or a warning if the net loss exceeds the limit but is not
+        significant, or "".
     """
     if not np.isfinite(scores["largest_difference"]):
         return True, "has probabilities that are not finite"

@@ -1,6 +1,6 @@
 """Registry of backbones, the classification networks of keras.applications, by name.
 
-Keras is imported only to build a network or to preprocess images, so that finding a backbone is fast.
+Keras is imported only to build a network or to preprocess images, so that a lookup by name is fast.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class BackboneSpec:
 
     The blocks of a network are derived from its layer names with `block_pattern`: the layer `block_6_expand` of
     MobileNetV2 is in `block_6`. In the Inception and NASNet families, most layers of a block have automatic names
-    (`conv2d_17`) and precede the layer that names the block. Their blocks begin right after the previous one, and the
-    first block right after the layer `stem_end`.
+    (`conv2d_17`) and precede the layer that names the block. In these families, a block begins right after the previous
+    block, and the first block right after the layer `stem_end`.
     """
 
     name: str  # constructor in keras.applications, such as "MobileNetV2"
     module: str  # module of keras.applications with its preprocess_input, such as "mobilenet_v2"
-    default_size: int  # image side in pixels with which the ImageNet weights were trained
+    default_size: int  # side in pixels of the images that the ImageNet weights were trained on
     min_size: int  # minimum image side in pixels
     block_pattern: str  # regular expression, searched in layer names
     block_name: str = r"\1"  # template of the block name, expanded with the match
-    stem_end: str | None = None  # last layer before the first block; None if a block begins with a layer of its name
+    stem_end: str | None = None  # last layer before the first block; None if layer names show where each block begins
     takes_alpha: bool = False  # whether the network has a width multiplier
     weight_sizes: tuple[int, ...] = ()  # image sides with separate ImageNet weights; () if one file is for all sizes
 
     def preprocess(self, images: Any) -> Any:
-        """Apply Keras' `preprocess_input` of this network to RGB images, float32 [b, S, S, 3] with values in 0..255."""
+        """Apply the network's `preprocess_input` from Keras to RGB images, float32 [b, S, S, 3] in 0..255."""
         import keras
 
         return getattr(keras.applications, self.module).preprocess_input(images)
@@ -49,7 +49,7 @@ class BackboneSpec:
 
         Args:
             image_size: S, the side of the square images in pixels.
-            alpha: width multiplier; None is 1. Must be None for a network without one.
+            alpha: width multiplier; None means 1. Must be None if the network has no width multiplier.
             weights: "imagenet", which Keras downloads unless they are cached, or None for random values.
 
         Raises:
@@ -82,53 +82,53 @@ class BackboneSpec:
         """Return the name of the file with the ImageNet weights in a folder that `trainer.prepare weights=...` writes.
 
         Examples: Xception.weights.h5, and MobileNetV2_0.35_160.weights.h5 for alpha 0.35 at 160 pixels. Keras has
-        separate weights for several image sizes of MobileNet and MobileNetV2, and uses those for 224 pixels at any
-        other size.
+        separate weights for several image sizes of MobileNet and MobileNetV2, and uses the weights for 224 pixels at
+        any other size.
         """
-        width = f"_{alpha or 1.0:g}" if self.takes_alpha else ""
+        alpha_suffix = f"_{alpha or 1.0:g}" if self.takes_alpha else ""
         size = image_size if image_size in self.weight_sizes else self.default_size
-        return f"{self.name}{width}{f'_{size}' if self.weight_sizes else ''}.weights.h5"
+        return f"{self.name}{alpha_suffix}{f'_{size}' if self.weight_sizes else ''}.weights.h5"
 
     def find_block(self, layer_name: str) -> str | None:
-        """Return the block in the name of a layer; None for layers of stem and top, and for automatic names."""
+        """Return the block that a layer name contains; None for layers of stem and top, and for automatic names."""
         match = re.search(self.block_pattern, layer_name)
         return match.expand(self.block_name) if match else None
 
     def find_block_starts(self, layer_names: Sequence[str]) -> dict[str, int]:
-        """Return the index of the first layer of each block, by block name. `layer_names` are those of the network."""
+        """Return the index of each block's first layer, by block name. `layer_names` are all layer names in order."""
         starts: dict[str, int] = {}
-        previous = layer_names.index(self.stem_end) if self.stem_end else 0
+        previous_index = layer_names.index(self.stem_end) if self.stem_end else 0
         for index, name in enumerate(layer_names):
             if block := self.find_block(name):
-                starts.setdefault(block, previous + 1 if self.stem_end else index)
-                previous = index
+                starts.setdefault(block, previous_index + 1 if self.stem_end else index)
+                previous_index = index
         return starts
 
 
 def _renumber_automatic_names(network: keras.Model) -> None:
-    """Number the layers with automatic names from 0 per network: conv2d, conv2d_1, conv2d_2, ...
+    """Number a network's layers with automatic names from 0: conv2d, conv2d_1, conv2d_2, ...
 
-    Keras numbers them across all networks of a process, but freezing patterns and checkpoints need stable names.
+    Keras numbers layers across all networks of a process, but freezing patterns and checkpoints need stable names.
     """
     import keras
 
-    by_kind: dict[str, list[tuple[int, keras.Layer]]] = {}
+    layers_by_kind: dict[str, list[tuple[int, keras.Layer]]] = {}
     for layer in network.layers:
         words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
-        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # as Keras: Conv2D -> conv2d, ReLU -> re_lu
+        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()  # like Keras: Conv2D -> conv2d, ReLU -> re_lu
         match = re.fullmatch(re.escape(kind) + r"(?:_(\d+))?", layer.name)
         if match and not isinstance(layer, keras.layers.InputLayer):
-            by_kind.setdefault(kind, []).append((int(match[1] or 0), layer))
-    for kind, layers in by_kind.items():
-        first = min(suffix for suffix, _ in layers)
+            layers_by_kind.setdefault(kind, []).append((int(match[1] or 0), layer))
+    for kind, layers in layers_by_kind.items():
+        first_suffix = min(suffix for suffix, _ in layers)
         for suffix, layer in layers:
-            layer.name = f"{kind}_{suffix - first}" if suffix > first else kind
+            layer.name = f"{kind}_{suffix - first_suffix}" if suffix > first_suffix else kind
 
 
 @cache
 def backbones() -> dict[str, BackboneSpec]:
     """Return all backbones by normalized name, such as "mobilenetv2"."""
-    # Block patterns.
+    # Values of `block_pattern`.
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
     inception_resnet = r"^(mixed_\d[a-z]|block\d+_\d+|conv_7b)"
     cells = r"^(?:normal|reduction|adjust|separable).*?_(stem_\d+|reduce_\d+|\d+)$"
@@ -136,7 +136,7 @@ def backbones() -> dict[str, BackboneSpec]:
     convnext = r"(stage_\d+_block_\d+|downsampling_block_\d+)"
     efficient_sizes = (224, 240, 260, 300, 380, 456, 528, 600)
     efficient_v2_sizes = {"B0": 224, "B1": 240, "B2": 260, "B3": 300, "S": 384, "M": 480, "L": 480}
-    networks = [
+    specs = [
         BackboneSpec("MobileNet", "mobilenet", 224, 32, r"^conv_(?:pad|dw|pw)_(\d+)", r"block_\1",
                      takes_alpha=True, weight_sizes=(128, 160, 192, 224)),
         BackboneSpec("MobileNetV2", "mobilenet_v2", 224, 32, r"^(expanded_conv|block_\d+)_",
@@ -158,16 +158,16 @@ def backbones() -> dict[str, BackboneSpec]:
         ("EfficientNetV2", "efficientnet_v2", efficient_v2_sizes, efficient, {}),
         ("ConvNeXt", "convnext", dict.fromkeys(("Tiny", "Small", "Base", "Large", "XLarge"), 224), convnext, {}),
     ]
-    networks += [
+    specs += [
         BackboneSpec(f"{family}{variant}", module, size, 32, pattern, **options)
         for family, module, sizes, pattern, options in families
         for variant, size in sizes.items()
     ]
-    return {_normalize(backbone.name): backbone for backbone in networks}
+    return {_normalize(backbone.name): backbone for backbone in specs}
 
 
 def _normalize(name: str) -> str:
-    """Return a name in lower case, without spaces, underscores, dots and hyphens."""
+    """Return a name in lower case without spaces, underscores, dots and hyphens."""
     return re.sub(r"[\s_.-]", "", name).lower()
 
 
@@ -191,7 +191,7 @@ def parse_backbones(text: str, key: str) -> list[tuple[BackboneSpec, float | Non
 
     Args:
         text: value of a command-line argument.
-        key: name of that argument, for error messages.
+        key: name of the argument, for error messages.
 
     Raises:
         ConfigError: the list is empty, a backbone is unknown or has no width multiplier, or an alpha is not a number.

@@ -20,7 +20,7 @@ def use_example_weights(weights: Any) -> Iterator[None]:
     """Exclude padding from the batch statistics of `PaddingAwareBatchNormalization` layers called in this context.
 
     Args:
-        weights: 1 for examples and 0 for padding, float32 [b]. With None, the layers behave like Keras' layer.
+        weights: 1 for examples and 0 for padding, float32 [b]; None to compute the statistics like Keras.
     """
     token = _example_weights.set(weights)
     try:
@@ -31,16 +31,16 @@ def use_example_weights(weights: Any) -> Iterator[None]:
 
 @contextmanager
 def collect_statistics() -> Iterator[dict[str, Any]]:
-    """Make layers that are called in this context normalize by the statistics of the local batch, and collect these.
+    """Collect the statistics of the local batch from layers that are called in this context.
 
-    It affects only `PaddingAwareBatchNormalization` layers that train within `use_example_weights`. They do not
-    all-reduce the statistics, and do not update their moving averages. Add up the collected vectors over micro-batches
-    and replicas, and pass the totals to `update_moving_averages`: this is ghost batch normalization (Hoffer et al.
-    2017). Each layer must be called once, since a second call replaces its vector.
+    This affects only `PaddingAwareBatchNormalization` layers that train within `use_example_weights`. They normalize by
+    the statistics of the local batch without all-reducing them, and do not update their moving averages. Sum the
+    collected vectors over micro-batches and replicas, and pass the totals to `update_moving_averages`: this is ghost
+    batch normalization (Hoffer et al. 2017). Call each layer only once, because a second call replaces its vector.
 
     Yields:
-        By layer name, float32 [2 * channels + 1]: per channel the sum of the inputs, per channel the sum of their
-        squared deviations from the mean of this call, and the number of values per channel.
+        Vectors by layer name, float32 [2 * channels + 1]: per channel the sum of the inputs, per channel the sum of
+        their squared deviations from the mean of this call, and the number of values per channel.
     """
     statistics: dict[str, Any] = {}
     token = _collected_statistics.set(statistics)
@@ -53,8 +53,8 @@ def collect_statistics() -> Iterator[dict[str, Any]]:
 class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization(synchronized=True)` without padding, in two all-reduces instead of three.
 
-    In inference, if frozen, or outside `use_example_weights`, it behaves like Keras' layer. The Keras argument `mask`
-    is no substitute: Keras does not synchronize masked statistics, and the layers of a backbone do not propagate masks.
+    In inference, if frozen, or outside `use_example_weights`, it behaves like Keras' layer. Keras' argument `mask` is
+    not a substitute: Keras does not synchronize masked statistics, and the layers of a backbone do not propagate masks.
     With example weights, `mask` is ignored.
     """
 
@@ -86,9 +86,9 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
 
 
 def tracks_statistics(layer: keras.layers.Layer) -> bool:
-    """Return whether training updates the moving averages of a layer.
+    """Return whether training updates a layer's moving averages.
 
-    For a layer of the backbone, call `apply_thaw` first, which sets its class.
+    For a backbone layer, call `trainer.models.freezing.apply_thaw` first, which sets its class.
     """
     return isinstance(layer, PaddingAwareBatchNormalization) and layer.trainable
 
@@ -104,16 +104,16 @@ def update_moving_averages(
     """Update the moving averages of layers from collected statistics. Must be called in cross-replica context.
 
     Args:
-        layers: layers by name.
-        sums: totals of the vectors of `collect_statistics` by layer name, float32 [2 * channels + 1], as the result of
+        layers: BatchNormalization layers by name.
+        sums: totals of the vectors of `collect_statistics` by layer name, float32 [2 * channels + 1], as returned by
             `strategy.run`. Every replica must have the same totals.
     """
 
     def compute(sums: Mapping[str, Any]) -> list[Any]:
         new_values = []
         for name, vector in sums.items():
-            total, squares = tf.split(vector[:-1], 2)
-            mean, variance = tf.math.divide_no_nan(total, vector[-1]), tf.math.divide_no_nan(squares, vector[-1])
+            total, deviations = tf.split(vector[:-1], 2)
+            mean, variance = tf.math.divide_no_nan(total, vector[-1]), tf.math.divide_no_nan(deviations, vector[-1])
             new_values += [value for _, value in _compute_moving_averages(layers[name], mean, variance, vector[-1])]
         return new_values
 

@@ -1,8 +1,8 @@
 """BatchNormalization folding: merge a BatchNormalization layer into the convolution before it, for speed.
 
 With constant moving averages, BatchNormalization is a scale and a shift per channel. A convolution with scaled kernels
-and another bias therefore computes both layers in one operation. The variables do not change: kernels are scaled in the
-graph, in float32, and gradients flow through the scaling. Compare Jacob et al. 2018, "Quantization and Training of
+and an adapted bias therefore computes both layers in one operation. The variables do not change: kernels are scaled in
+the graph, in float32, and gradients flow through the scaling. Compare Jacob et al. 2018, "Quantization and Training of
 Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 """
 
@@ -42,15 +42,15 @@ def apply_folded(
         inputs: a tensor, or a `keras.KerasTensor`, for which nothing is folded.
         training: passed to the layers. If it is true, trainable BatchNormalization layers are not folded, because they
             use batch statistics.
-        weights: result of `fold_weights`, if the variables of the network do not change any more. None folds in the
-            graph, with the values of the variables at each execution.
+        weights: result of `fold_weights`, if the network's variables no longer change. None folds in the graph, with
+            the values of the variables at each execution.
         fold_trainable: whether to fold trainable BatchNormalization layers in inference. Folding rounds the gradients
             of gamma and beta differently from Keras, so a training step does not fold these layers.
     """
     if isinstance(inputs, keras.KerasTensor):  # a Keras model, such as an export, has the original layers
         return network(inputs, training=training)
     fold_trainable = fold_trainable and not training
-    # The folded layer by the name of its convolution.
+    # Folded BatchNormalization layers by the name of the convolution before.
     norms = {conv.name: norm for conv, norm in find_foldable_pairs(network) if fold_trainable or not norm.trainable}
     folded_norms = {norm.name for norm in norms.values()}
 
@@ -69,16 +69,16 @@ def apply_folded(
 
 
 def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
-    """Fold all foldable pairs with the current values of their variables; return weights by convolution name."""
+    """Fold all foldable pairs with the current values of their variables; return the weights by convolution name."""
     return {convolution.name: _fold(convolution, norm) for convolution, norm in find_foldable_pairs(network)}
 
 
 def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
-    """Find the pairs of a convolution without activation and a BatchNormalization that alone uses its output.
+    """Find the pairs of a convolution without activation and the BatchNormalization that is its only consumer.
 
     Both must be channels-last, and the convolution must not be an output of the network.
     """
-    consumers: dict[int, list[Any]] = defaultdict(list)  # by id of the tensor
+    consumers: dict[int, list[Any]] = defaultdict(list)  # id of a tensor -> operations with this input
     for operation in network.operations:
         if not isinstance(operation, keras.layers.InputLayer):
             for tensor in keras.tree.flatten(operation.input):
@@ -96,7 +96,7 @@ def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.l
 
 
 def _fold(convolution: Any, norm: Any) -> FoldedWeights:
-    """Compute the kernels and the bias with which a convolution includes the BatchNormalization after it."""
+    """Compute the kernels and the bias that make a convolution include the BatchNormalization after it."""
     scale = tf.math.rsqrt(tf.convert_to_tensor(norm.moving_variance) + norm.epsilon)
     if norm.scale:
         scale *= norm.gamma
@@ -116,8 +116,8 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
 
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
-    """Convolve feature maps [b, h, w, C] with folded weights, in the compute dtype of the layer."""
+    """Convolve feature maps [b, h, w, C] with folded weights, in the layer's compute dtype."""
     op, (kernels, bias) = CONVOLUTIONS[type(convolution)], weights
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
     outputs = op(tf.cast(maps, convolution.compute_dtype), *kernels, **options)
-    return tf.nn.bias_add(outputs, bias)  # bias_add: TensorFlow fuses it with the convolution
+    return tf.nn.bias_add(outputs, bias)  # bias_add, because TensorFlow fuses it with the convolution

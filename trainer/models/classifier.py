@@ -24,8 +24,8 @@ from trainer.models.bn_folding import apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
 
-# Momentum of the moving averages in the head. With Keras' default, 0.99, they need hundreds of steps to approach the
-# statistics of the data, which is more than many heads train.
+# Momentum of the head's moving averages. With Keras' default, 0.99, they need hundreds of steps to approach the
+# statistics of the data, and many heads train for fewer steps.
 HEAD_NORM_MOMENTUM = 0.9
 
 
@@ -37,9 +37,9 @@ class HiddenLayer:
     norm: PaddingAwareBatchNormalization | None = None
 
     def __call__(self, x: Any, training: bool) -> Any:
-        """Compute the activations, float32 [b, units], of inputs, float32 [b, n].
+        """Compute activations, float32 [b, units], from inputs, float32 [b, n].
 
-        In training, `norm` uses batch statistics in every phase; the setting `batch_norm` of a phase affects only the
+        In training, `norm` uses batch statistics in every phase; a phase's setting `batch_norm` affects only the
         backbone.
         """
         x = self.dense(x)
@@ -50,7 +50,7 @@ class HiddenLayer:
 class Classifier:
     """Image classifier. S is the image side in pixels, C the number of output channels of the backbone.
 
-    The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function,
+    The head computes in float32 under every precision policy. Methods that compute tensors also work in a tf.function
     and in the replica context of a strategy.
     """
 
@@ -66,22 +66,22 @@ class Classifier:
     def features(
         self, images: Any, batch_norm_training: bool = False, weight: Any = None, fold_trainable: bool = True
     ) -> Any:
-        """Compute feature maps, [b, h, w, C] in the compute dtype of the backbone.
+        """Compute feature maps, [b, h, w, C] in the backbone's compute dtype.
 
         Args:
             images: uint8 or float32 [b, S, S, 3] in 0..255.
-            batch_norm_training: trainable BatchNormalization layers use batch statistics and update their moving
-                averages. Otherwise the backbone runs with `training=False` even in a training step, because
+            batch_norm_training: whether trainable BatchNormalization layers use batch statistics and update their
+                moving averages. If not, the backbone runs with `training=False` even in a training step, because
                 `training=True` could update the averages (keras#20285).
             weight: 1 for examples and 0 for padding, float32 [b]. Batch statistics exclude padding; None includes all.
-            fold_trainable: see `apply_folded`.
+            fold_trainable: whether trainable BatchNormalization layers are folded too (`bn_folding.apply_folded`).
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
         with use_example_weights(weight if batch_norm_training else None):
             return apply_folded(self.backbone, pixels, batch_norm_training, fold_trainable=fold_trainable)
 
     def pool(self, features: Any) -> Any:
-        """Pool feature maps [b, h, w, C] to float32 [b, C]. Features [b, C] are pooled already, and only cast."""
+        """Pool feature maps [b, h, w, C] to float32 [b, C]. Features [b, C] are already pooled, and only cast."""
         features = keras.ops.cast(features, "float32")
         if len(features.shape) == 2:
             return features
@@ -97,9 +97,10 @@ class Classifier:
         batch is split over replicas.
 
         Args:
-            training: apply dropout, and use batch statistics in the BatchNormalization layers of the head.
-            step: steps of the run so far.
-            position: of each example in the global batch, int64 [b]; required if dropout is applied.
+            training: whether to apply dropout, and use batch statistics in the head's BatchNormalization layers.
+            seed: the run's seed.
+            step: number of training steps of the run so far.
+            position: position of each example in the global batch, int64 [b]; required if dropout is applied.
             weight: 1 for examples and 0 for padding, float32 [b]. Batch statistics exclude padding; None includes all.
         """
         x = self.pool(features)
@@ -111,7 +112,7 @@ class Classifier:
             draws = random_uniform(
                 seed, DROPOUT, step, position[:, None], tf.range(x.shape[1], dtype=tf.int64)[None, :]
             )
-            # Inverted dropout: scale the remaining units here, so that inference needs no scaling.
+            # Inverted dropout: the remaining units are scaled here, so that inference needs no scaling.
             x = tf.where(draws >= self.dropout, x / (1.0 - self.dropout), 0.0)
         return self.output(x)
 
@@ -121,7 +122,7 @@ class Classifier:
     ) -> Any:  # fmt: skip
         """Compute logits, float32 [b, classes], of images, uint8 or float32 [b, S, S, 3] in 0..255.
 
-        The arguments are those of `features` and `head_logits`.
+        The other arguments are documented in `features` and `head_logits`.
         """
         maps = self.features(images, batch_norm_training, weight, fold_trainable=not training)
         return self.head_logits(maps, training, seed, step, position, weight)
@@ -145,30 +146,30 @@ class Classifier:
 
     @property
     def head_normalizations(self) -> list[keras.layers.BatchNormalization]:
-        """The BatchNormalization layers of the head, which train in every phase."""
+        """The head's BatchNormalization layers, which train in every phase."""
         return [hidden.norm for hidden in self.hidden if hidden.norm is not None]
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
-        """See `batch_norm.collect_statistics`."""
+        """Collect the batch statistics of layers called in the context, by name (`batch_norm.collect_statistics`)."""
         return collect_statistics()
 
     @property
     def statistics_sizes(self) -> dict[str, int]:
-        """The length of the vector that `collect_statistics` collects for each layer, by layer name."""
+        """The length of the vector that `collect_statistics` yields for each layer, by layer name."""
         return {name: count_statistics(layer) for name, layer in self.normalizations.items()}
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update the moving averages from the totals of `collect_statistics` (see `batch_norm`)."""
+        """Update the moving averages from `sums`, totals of the vectors of `collect_statistics` by layer name."""
         update_moving_averages(strategy, self.normalizations, sums)
 
     def build_keras_model(self) -> keras.Model:
-        """Build a Keras model with the same variables: float32 images [b, S, S, 3] in 0..255 -> `probabilities`."""
+        """Build a Keras model that uses these variables: float32 images [b, S, S, 3] in 0..255 -> `probabilities`."""
         images = keras.Input((self.image_size, self.image_size, 3), dtype="float32", name="images")
         return keras.Model(images, self.probabilities(images), name="classifier")
 
     @property
     def head_variables(self) -> dict[str, keras.Variable]:
-        """The variables of the head, moving averages included, by name, such as head/output/bias."""
+        """The head's variables, including moving averages, by name, such as "head/output/bias"."""
         layers: dict[str, keras.layers.Layer] = {}
         for name, hidden in zip(_name_hidden_layers(len(self.hidden)), self.hidden, strict=True):
             layers |= {name: hidden.dense} | ({f"{name}_norm": hidden.norm} if hidden.norm is not None else {})
@@ -177,34 +178,34 @@ class Classifier:
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """All variables by name, those of the backbone first, in layer order. The names are equal in every process."""
-        backbone: dict[str, keras.Variable] = {}
+        """All variables by name in layer order, the backbone's first. The names are the same in every process."""
+        by_name: dict[str, keras.Variable] = {}
         for layer in self.backbone.layers:
             for variable in layer.weights:
                 key = f"backbone/{layer.name}/{variable.name}"
-                while key in backbone:  # a layer with sublayers can have several variables of the same name
+                while key in by_name:  # a layer with sublayers can have several variables of the same name
                     key += "_"
-                backbone[key] = variable
-        return backbone | self.head_variables
+                by_name[key] = variable
+        return by_name | self.head_variables
 
 
 def count_parameters(variables: Iterable[Any]) -> int:
-    """Return the total number of values in variables."""
+    """Return the total number of values in the variables."""
     return sum(math.prod(v.shape) for v in variables)
 
 
 def count_variable_bytes(variables: Iterable[Any]) -> int:
-    """Return the total size of variables in bytes."""
+    """Return the total size of the variables in bytes."""
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classifier:
-    """Build the classifier that `config` describes. Random initial values depend on `seed` only.
+    """Build the classifier that `config` describes. Random initial values depend only on `seed`.
 
     Must be called in the scope of the strategy, after Keras' global dtype policy is set.
 
     Raises:
-        ModelError: there are fewer than two classes, or the backbone cannot be built or its weights loaded.
+        ModelError: there are fewer than two classes, the backbone cannot be built, or its weights cannot be loaded.
         Interrupted: ImageNet weights cannot be downloaded, because of the network or a full disk.
     """
     if class_count < 2:
@@ -218,14 +219,14 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         # a resumed run would differ from an uninterrupted one.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
-    hidden, width, units = [], backbone.output_shape[-1], config.hidden_units
+    hidden, num_inputs, units = [], backbone.output_shape[-1], config.hidden_units
     for i, name in enumerate(_name_hidden_layers(len(units))):
         layer_seed = seed if i == 0 else seed + 1 + i  # the output layer has seed + 1
         activation = None if config.hidden_batch_norm else "relu"
-        dense = _build_dense(units[i], width, name, layer_seed, activation)
+        dense = _build_dense(units[i], num_inputs, name, layer_seed, activation)
         hidden.append(HiddenLayer(dense, _build_norm(units[i], f"{name}_norm") if config.hidden_batch_norm else None))
-        width = units[i]
-    output = _build_dense(class_count, width, "output", seed + 1, None)
+        num_inputs = units[i]
+    output = _build_dense(class_count, num_inputs, "output", seed + 1, None)
     return Classifier(
         spec, backbone, tuple(hidden), output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,

@@ -1,4 +1,4 @@
-"""Freezing: select the trainable layers of a phase, and compute their learning-rate multipliers."""
+"""Freezing: select a phase's trainable layers, and compute their learning-rate multipliers."""
 
 import bisect
 import difflib
@@ -13,7 +13,7 @@ from trainer.models.batch_norm import BATCH_NORM_CLASS, PaddingAwareBatchNormali
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.private_api import swap_class
 
-# Groups of variables in the order of the log: the part of the classifier, and what training does with the variables.
+# Groups of variables in the order of the log: a part of the classifier, and what training does with its variables.
 GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm, moving averages",
           "backbone, frozen", "batch norm, frozen")  # fmt: skip
 
@@ -25,14 +25,14 @@ class ThawPlan:
     thaw: str  # the rule, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
-    groups: dict[str, list[keras.Variable]]  # every variable of the classifier once, by the nonempty `GROUPS`
+    groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
     first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
-    first_name: str | None  # name of that layer
+    first_name: str | None  # name of the layer with index `first_thawed`
     thawed_layers: int  # number of backbone layers that the rule selects
     layer_count: int  # number of backbone layers
     batch_norm_training: bool  # whether training updates moving averages in the backbone
     lr_multipliers: tuple[float, ...]  # per variable of `trainable`, relative to the head; empty if all are 1
-    lr_summary: str  # text with the multiplier of each block; empty if all are 1
+    lr_summary: str  # text with each block's multiplier; empty if all are 1
 
     def format_lines(self) -> list[str]:
         """Format the plan as lines for the log: a heading, a table with a row per group, and the multipliers."""
@@ -52,9 +52,9 @@ class ThawPlan:
 def apply_thaw(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> ThawPlan:
-    """Set `.trainable` of every backbone layer for a phase. The head always trains.
+    """Set `.trainable` of every backbone layer for a phase, and return the plan. The head always trains.
 
-    Training steps must be traced after this call, because a function that is traced already ignores the change.
+    Training steps must be traced after this call, because an already traced function ignores the change.
 
     Args:
         thaw: rule that selects the trainable layers, such as "none", "last_blocks:2" or "pattern:^block_1"
@@ -63,30 +63,31 @@ def apply_thaw(
             gamma and beta of the selected ones, and leaves their moving averages unchanged. "train" also normalizes by
             the statistics over the examples of all replicas, and updates the moving averages.
         backbone_rate: learning-rate multiplier of the backbone.
-        layer_decay: the learning rate of a backbone layer is that of the head times `backbone_rate * layer_decay ** d`,
-            where d is 1 in the last block and grows by 1 per block towards the stem (discriminative fine-tuning, Howard
-            & Ruder 2018; d as in BEiT, Bao et al. 2022).
+        layer_decay: factor per block. The learning-rate multiplier of a backbone layer is `backbone_rate *
+            layer_decay ** d`, where d is 1 in the last block and grows by 1 per block towards the stem (discriminative
+            fine-tuning, Howard & Ruder 2018; d as in BEiT, Bao et al. 2022).
 
     Raises:
-        ModelError: the rule is invalid, selects no layer, or no layer with trainable weights. Its `key` is "thaw".
+        ModelError: the rule is invalid, selects no layer, or only layers without trainable weights. Its `key` is
+            "thaw".
     """
     layers, head = classifier.backbone.layers, classifier.head_variables
-    selected = _select_layers(classifier, thaw)
+    selected_indices = _select_layers(classifier, thaw)
     classifier.backbone.trainable = True
     for index, layer in enumerate(layers):
         is_norm = isinstance(layer, BATCH_NORM_CLASS)
-        layer.trainable = index in selected and not (is_norm and batch_norm == "frozen")
+        layer.trainable = index in selected_indices and not (is_norm and batch_norm == "frozen")
         if is_norm:  # batch statistics must exclude padding
             uses_batch_statistics = layer.trainable and batch_norm == "train"
             swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else BATCH_NORM_CLASS)
-    thawed = [index for index in sorted(selected) if layers[index].trainable_weights]
-    if selected and not thawed:
+    thawed_indices = [index for index in sorted(selected_indices) if layers[index].trainable_weights]
+    if selected_indices and not thawed_indices:
         frozen_class = BATCH_NORM_CLASS if batch_norm == "frozen" else ()
-        *_, last = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
-        fix = f"include layer {last} ({layers[last].name}), or use none to train the head alone"
+        *_, last_index = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
+        fix = f"include layer {last_index} ({layers[last_index].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
-    # Sets of ids of variables; the last two are moving averages that training updates.
+    # Sets of variable ids. The last two contain moving averages that training updates.
     trained_ids = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norm_ids = {id(variable) for layer in layers if isinstance(layer, BATCH_NORM_CLASS) for variable in layer.weights}
     moving_ids = {id(v) for layer in layers if tracks_statistics(layer) for v in layer.non_trainable_weights}
@@ -107,9 +108,9 @@ def apply_thaw(
         batch_norm=batch_norm,
         trainable=trainable,
         groups={name: group for name, group in groups.items() if group},
-        first_thawed=thawed[0] if thawed else None,
-        first_name=layers[thawed[0]].name if thawed else None,
-        thawed_layers=len(selected),
+        first_thawed=thawed_indices[0] if thawed_indices else None,
+        first_name=layers[thawed_indices[0]].name if thawed_indices else None,
+        thawed_layers=len(selected_indices),
         layer_count=len(layers),
         batch_norm_training=bool(moving_ids),
         lr_multipliers=multipliers,
@@ -120,30 +121,30 @@ def apply_thaw(
 def _lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
-    """Return the learning-rate multiplier of each trainable variable, and a text with the multiplier of each block.
+    """Return the learning-rate multiplier of each trainable variable, and a text with each block's multiplier.
 
     Both are empty if all multipliers are 1.
     """
     layers = classifier.backbone.layers
     starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
     names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
-    by_variable: dict[int, float] = {}  # id of the variable -> multiplier
-    by_block: dict[str, float] = {}  # name of the block -> multiplier, only for blocks with trainable weights
+    multiplier_by_id: dict[int, float] = {}  # id of the variable -> multiplier
+    multiplier_by_block: dict[str, float] = {}  # block name -> multiplier, only for blocks with trainable weights
     for index, layer in enumerate(layers):
-        block = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
-        multiplier = backbone_rate * layer_decay ** (len(names) - block)
-        by_variable |= {id(variable): multiplier for variable in layer.weights}
+        block_index = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
+        multiplier = backbone_rate * layer_decay ** (len(names) - block_index)
+        multiplier_by_id |= {id(variable): multiplier for variable in layer.weights}
         if layer.trainable_weights:
-            by_block[names[block]] = multiplier
-    if backbone_rate == layer_decay == 1 or not by_block:
+            multiplier_by_block[names[block_index]] = multiplier
+    if backbone_rate == layer_decay == 1 or not multiplier_by_block:
         return (), ""
     summary = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} per block down: head 1"
-    summary += "".join(f", {name} {multiplier:.3g}" for name, multiplier in reversed(by_block.items()))
-    return tuple(by_variable.get(id(variable), 1.0) for variable in trainable.values()), summary
+    summary += "".join(f", {name} {multiplier:.3g}" for name, multiplier in reversed(multiplier_by_block.items()))
+    return tuple(multiplier_by_id.get(id(variable), 1.0) for variable in trainable.values()), summary
 
 
 def _select_layers(classifier: Classifier, thaw: str) -> set[int]:
-    """Return the indices in backbone.layers that the rule `thaw` selects; raise the ModelError of `apply_thaw`."""
+    """Return the indices in backbone.layers that the rule `thaw` selects. Raise a ModelError if it is invalid."""
     names = [layer.name for layer in classifier.backbone.layers]
     starts = classifier.spec.find_block_starts(names)
     rule, _, value = thaw.partition(":")
@@ -154,38 +155,38 @@ def _select_layers(classifier: Classifier, thaw: str) -> set[int]:
             return set(range(count)) if rule == "all" else set()
         case "pattern":
             try:
-                matching = {index for index, name in enumerate(names) if re.search(value, name)}
+                matching_indices = {index for index, name in enumerate(names) if re.search(value, name)}
             except re.error as error:
                 problem = f"is not a valid regular expression: {error}"
                 raise ModelError(problem, key="thaw", value=thaw, fix="correct it") from None
-            if not matching:
+            if not matching_indices:
                 fix = f"use names like {names[-2]}"
                 raise ModelError(f"matches no layer of {network}", key="thaw", value=thaw, fix=fix)
-            return matching
+            return matching_indices
         case "from_block":
             if value not in starts:
                 suggestions = difflib.get_close_matches(value, starts, 3, cutoff=0.5) or ["one of these"]
                 problem = f"is not a block of {network}, which has {', '.join(starts)}"
                 raise ModelError(problem, key="thaw", value=thaw, fix=f"use {' or '.join(suggestions)}")
-            first = starts[value]
+            first_index = starts[value]
         case "last_blocks":
             total = len(starts)
             if not 1 <= int(value) <= total:
                 raise ModelError(f"{network} has {total} blocks", key="thaw", value=thaw, fix=f"use 1 to {total}")
-            first = sorted(starts.values())[-int(value)]
+            first_index = sorted(starts.values())[-int(value)]
         case "from_layer":
-            first = int(value)
-            if first >= count:
+            first_index = int(value)
+            if first_index >= count:
                 raise ModelError(f"{network} has {count} layers", key="thaw", value=thaw, fix=f"use 0 to {count - 1}")
         case "last_layers":
-            first = count - int(value)
-            if not 0 <= first < count:
+            first_index = count - int(value)
+            if not 0 <= first_index < count:
                 raise ModelError(f"{network} has {count} layers", key="thaw", value=thaw, fix=f"use 1 to {count}")
         case "percent":
-            first = int(count * (1 - float(value) / 100))
-            if first >= count:
+            first_index = int(count * (1 - float(value) / 100))
+            if first_index >= count:
                 problem = f"selects none of the {count} layers of {network}"
                 raise ModelError(problem, key="thaw", value=thaw, fix="use none")
         case _:
             raise ModelError("is not a freezing rule", key="thaw", value=thaw, fix="use a rule in docs/phases.md")
-    return set(range(first, count))
+    return set(range(first_index, count))

@@ -13,7 +13,7 @@ BATCH_SIZE = 32  # maximum number of images per call of the compiled function
 
 @dataclass(frozen=True)
 class Explainer:
-    """The function `explain` for one classifier, compiled. Call it with one or more images to get arrays."""
+    """The compiled function `explain` of a classifier. Call it with images, uint8 [n, S, S, 3], to get NumPy arrays."""
 
     compiled: Any  # tf.function: uint8 [n, S, S, 3] -> tensors of `explain` by name; a SavedModel export contains it
 
@@ -23,7 +23,7 @@ class Explainer:
 
 
 def make_explainer(classifier: Classifier) -> Explainer:
-    """Make the explainer of a classifier. Its first call traces the function, once for all batch sizes."""
+    """Make a classifier's explainer. Its first call traces the function, once for all batch sizes."""
     signature = tf.TensorSpec([None, classifier.image_size, classifier.image_size, 3], tf.uint8)
     compiled = tf.function(lambda images: explain(classifier, images), input_signature=[signature], autograph=False)
     return Explainer(compiled)
@@ -43,7 +43,7 @@ def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None
     Returns:
         `probabilities`: float32 [b, number of classes].
         `embedding`: the pooled features, float32 [b, C].
-        `heatmap`: float32 [b, h, w], of the size of the feature maps. The maximum of each heatmap is 1, or 0 if no
+        `heatmap`: float32 [b, h, w], with the size of the feature maps. The maximum of each heatmap is 1, or 0 if no
             feature supports the class.
     """
     features = tf.cast(classifier.features(images), tf.float32)  # small gradients would underflow in half precision
@@ -53,10 +53,10 @@ def explain(classifier: Classifier, images: tf.Tensor, classes: tf.Tensor | None
         if classes is None:
             classes = tf.argmax(logits, axis=1, output_type=tf.int32)
         class_logits = tf.gather(logits, classes, axis=1, batch_dims=1)
-    weights = tf.reduce_mean(tape.gradient(class_logits, features), axis=(1, 2), keepdims=True)
-    heat = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
+    map_weights = tf.reduce_mean(tape.gradient(class_logits, features), axis=(1, 2), keepdims=True)
+    heatmaps = tf.nn.relu(tf.reduce_sum(map_weights * features, axis=-1))
     return {
         "probabilities": tf.nn.softmax(logits),
         "embedding": classifier.pool(features),
-        "heatmap": tf.math.divide_no_nan(heat, tf.reduce_max(heat, axis=(1, 2), keepdims=True)),
+        "heatmap": tf.math.divide_no_nan(heatmaps, tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True)),
     }

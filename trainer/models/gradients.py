@@ -1,4 +1,4 @@
-"""Find the operations of a backbone whose gradient a training step computes."""
+"""Find the operations of a backbone whose input gradients a training step computes."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ import keras
 
 @dataclass(frozen=True)
 class Differentiated:
-    """An operation of a backbone through which a training step propagates gradients to an input."""
+    """A backbone operation through which a training step propagates gradients to an input."""
 
-    name: str
+    name: str  # name of the layer or operation in the backbone
     kind: str  # class name of the Keras layer or operation, such as MaxPooling2D
 
 
 def find_differentiated_operations(backbone: keras.Model) -> tuple[Differentiated, ...]:
-    """Find the operations through which gradients propagate, in the order of the network. Call `apply_thaw` first.
+    """Find the operations through which gradients propagate, in network order.
 
-    These are the operations with an input that depends on a trainable variable. Backpropagation ends at the first
-    thawed layer, which is not one of them: only its variables have gradients.
+    Freeze or thaw the layers first. The result contains the operations with an input that depends on a trainable
+    variable. The first thawed layer, where backpropagation ends, is not included: only its variables have gradients.
     """
-    dependent: set[int] = set()  # ids of tensors that depend on a trainable variable
+    dependent_ids: set[int] = set()  # ids of tensors that depend on a trainable variable
     differentiated = []
     for operation in backbone.operations:
         if isinstance(operation, keras.layers.InputLayer):
             continue
-        needs_input_gradient = any(id(tensor) in dependent for tensor in keras.tree.flatten(operation.input))
+        needs_input_gradient = any(id(tensor) in dependent_ids for tensor in keras.tree.flatten(operation.input))
         if needs_input_gradient:
             differentiated.append(Differentiated(operation.name, type(operation).__name__))
         if needs_input_gradient or (isinstance(operation, keras.Layer) and operation.trainable_weights):
-            dependent.update(id(tensor) for tensor in keras.tree.flatten(operation.output))
+            dependent_ids.update(id(tensor) for tensor in keras.tree.flatten(operation.output))
     return tuple(differentiated)

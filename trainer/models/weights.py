@@ -20,7 +20,7 @@ from trainer.storage.download import translate_download_error
 
 # Weights in this package: MobileNetV2 with alpha 0.35, pretrained on rendered letters.
 GLYPHS_WEIGHTS = Path(__file__).parent / "weights" / "glyphs_mobilenet_v2_0.35.weights.h5"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue; of pixels in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue, for pixels in 0..1
 ALPHAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)  # width multipliers with published weights
 
 
@@ -30,13 +30,13 @@ def build_with_weights(
     """Build a backbone with its initial weights.
 
     Args:
-        weights: "imagenet"; "glyphs", the packaged file; "none", random values that depend on `seed` only; or the local
+        weights: "imagenet"; "glyphs", the packaged file; "none", random values that depend only on `seed`; or the local
             path of a Keras file, or of a folder that `trainer.prepare weights=...` wrote.
-        seed: for Python's global random generator, from which Keras draws the seeds of its initializers. Nothing else
-            in a run uses that generator.
+        seed: seed of Python's global random generator, from which Keras draws the seeds of its initializers. Nothing
+            else in a run uses that generator.
 
     Raises:
-        ModelError: the backbone cannot be built, or the weights cannot be loaded or do not fit it.
+        ModelError: the backbone cannot be built, the weights cannot be loaded, or they do not fit the backbone.
         Interrupted: ImageNet weights cannot be downloaded, because of the network or a full disk.
     """
     keras.utils.set_random_seed(seed)
@@ -46,13 +46,13 @@ def build_with_weights(
     if path is None:
         return spec.build(image_size, alpha, None)
     network = spec.build(image_size, alpha, None)
-    # In the older HDF5 format, that of the published ImageNet files, Keras itself checks the shapes.
+    # In the older HDF5 format, which published ImageNet files have, Keras itself checks the shapes.
     if path.suffix == ".keras" or path.name.endswith(".weights.h5"):
         _check_shapes(network, path, spec, image_size, alpha)
     try:
         network.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
-        # Report Keras' sentence about the first object that does not fit, without the list of all objects.
+        # Report only Keras' sentence about the first object that does not fit, not its list of all objects.
         lines = [line for line in str(error).splitlines() if line.strip()]
         detail = lines[1] if len(lines) > 1 and lines[0].startswith("A total of") else lines[0]
         raise _mismatch_error(path, spec, alpha, detail.strip()) from error
@@ -62,7 +62,7 @@ def build_with_weights(
 
 
 def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, weights: str) -> Path | None:
-    """Return the local file of `weights`, a value of `build_with_weights`; None for "imagenet" and "none".
+    """Return the local file of `weights`, an argument of `build_with_weights`; None for "imagenet" and "none".
 
     Raises:
         ModelError: the file is missing, corrupt or not in a Keras format, or "glyphs" does not fit the backbone.
@@ -90,18 +90,18 @@ def find_weights_file(spec: BackboneSpec, image_size: int, alpha: float | None, 
 def _set_published_variance(network: keras.Model) -> None:
     """Correct the variance in the input normalization of an EfficientNet B0 to B7, so that it fits published weights.
 
-    Published weights expect (x - mean) / std^1.5. Keras builds that as Normalization (/ std) plus Rescaling
-    (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without that layer, the
-    variance std^3 gives the same result. Means and variances other than those of ImageNet are not changed.
+    Published weights expect (x - mean) / std^1.5. Keras builds this as Normalization (/ std) plus Rescaling
+    (/ sqrt(std)), but adds the second layer only with `weights="imagenet"` (tensorflow#49930). Without the second
+    layer, the variance std^3 gives the same result. Means and variances other than ImageNet's are not changed.
     """
-    index, norm = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
-    mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (norm.mean, norm.variance))
+    index, layer = next((i, x) for i, x in enumerate(network.layers) if isinstance(x, keras.layers.Normalization))
+    mean, variance = (keras.ops.convert_to_numpy(tensor).ravel() for tensor in (layer.mean, layer.variance))
     wrong_variance, right_variance = np.square(IMAGENET_STD), np.power(IMAGENET_STD, 3)
     if isinstance(network.layers[index + 1], keras.layers.Rescaling):
         wrong_variance, right_variance = right_variance, wrong_variance
     if np.allclose(mean, IMAGENET_MEAN, atol=1e-3) and np.allclose(variance, wrong_variance, atol=1e-3):
-        norm.adapt_variance.assign(right_variance)
-        norm.finalize_state()
+        layer.adapt_variance.assign(right_variance)
+        layer.finalize_state()
 
 
 def refresh_normalization(network: keras.Model) -> None:
@@ -119,8 +119,8 @@ def refresh_normalization(network: keras.Model) -> None:
 def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras.Model:
     """Build a backbone with ImageNet weights, which Keras downloads unless they are cached.
 
-    With `weights="imagenet"` Keras builds an EfficientNet with an additional layer (see `_set_published_variance`). It
-    is rebuilt without that layer, so that a plan, which downloads nothing, counts the same layers.
+    With `weights="imagenet"`, Keras builds an EfficientNet with an additional layer (see `_set_published_variance`).
+    The EfficientNet is rebuilt without this layer, so that a plan, which downloads nothing, counts the same layers.
     """
     try:
         network = spec.build(image_size, alpha, "imagenet")
@@ -138,15 +138,15 @@ def _download(spec: BackboneSpec, image_size: int, alpha: float | None) -> keras
 
 
 def make_download_error(spec: BackboneSpec, error: Exception) -> TrainerError:
-    """Make the error for `error`, with which `BackboneSpec.build` or a download of ImageNet weights failed.
+    """Translate an exception of `BackboneSpec.build`, or of a download of ImageNet weights, for the user.
 
     Returns:
-        Interrupted if the network, the server or the disk failed; `error` itself if it is another `ModelError` of the
+        Interrupted if the network, the server or the disk failed; `error` itself if it is another ModelError of the
         build; otherwise a ModelError, such as for an address that the server refuses.
     """
     problem = f"the weights of {spec.name} could not be downloaded"
     fix = "use the path of a .weights.h5 file or of a folder that `trainer.prepare weights=...` wrote, or none"
-    # For an incomplete file, Keras raises a ValueError, which `build` translates to a ModelError.
+    # For an incomplete file, Keras raises a ValueError, which `build` translates into a ModelError.
     cause = error.__cause__ if isinstance(error, ModelError) else error
     if cause and (failure := translate_download_error(cause, problem, key="model.weights", value="imagenet", fix=fix)):
         return failure
@@ -159,7 +159,7 @@ def make_download_error(spec: BackboneSpec, error: Exception) -> TrainerError:
 
 
 def make_missing_error(folder: str | Path, spec: BackboneSpec, name: str, alpha: float | None) -> ModelError:
-    """Make the error for a `folder` that lacks the file `name`, the weights of a backbone."""
+    """Make the error for a weights folder that lacks `name`, the file of a backbone with width multiplier `alpha`."""
     argument = spec.name + (f":{alpha:g}" if alpha else "")
     command = f"python -m trainer.prepare weights=[{argument}] {format_argument('output', folder)}"
     problem = f"is a folder without {name}, the weights of {_format_name(spec, alpha)}"
@@ -180,7 +180,7 @@ def _mismatch_error(
 
 
 def _suggest_warm_start(path: Path) -> str | None:
-    """Return the advice to use `warm_start` if `path` is the output_dir of a run, or in it; otherwise None."""
+    """Return the advice to use `warm_start` if `path` is in the output_dir of a run, or is that folder; else None."""
     for folder in (path, *path.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "run.json").is_file():
             return f"set {format_argument('warm_start', folder)} to begin with all weights of this run"
@@ -188,7 +188,7 @@ def _suggest_warm_start(path: Path) -> str | None:
 
 
 def _check_file(path: Path) -> None:
-    """Raise a ModelError unless the path is a file in a format of Keras, judging by its suffix and first bytes."""
+    """Raise a ModelError unless the path is a file in a Keras format, judged by its suffix and first bytes."""
     if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
         reason = "is a folder" if path.is_dir() else "is not a Keras file" if path.is_file() else "does not exist"
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
@@ -203,7 +203,7 @@ def _corrupt_error(path: Path, reason: object) -> ModelError:
 
 
 def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
-    """Return the number of arrays of each shape in a Keras 3 file, without the states of optimizer and generators.
+    """Return the number of arrays of each shape in a Keras 3 file, except the states of optimizer and generators.
 
     Raises:
         ModelError: the file is corrupt.
@@ -230,7 +230,7 @@ def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
 
 
 def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_size: int, alpha: float | None) -> None:
-    """Raise a ModelError unless file and network have the same number of arrays of each shape.
+    """Raise a ModelError unless the file and the network have the same number of arrays of each shape.
 
     Keras would ignore additional arrays in the file. If the file fits another published alpha, the error suggests it.
     """

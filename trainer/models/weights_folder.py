@@ -1,7 +1,7 @@
 """A folder of published weights, local or in a bucket, for clusters without internet access.
 
 `python -m trainer.prepare weights=[mobilenet_v2:0.35,...] output=FOLDER` writes the folder. With
-`model.weights=FOLDER`, a run reads the file of its backbone from the folder.
+`model.weights=FOLDER`, a run reads its backbone's file from the folder.
 """
 
 import os
@@ -20,14 +20,14 @@ from trainer.types import LogMessage
 
 
 def locate_weights(model: Model) -> Model:
-    """If `model.weights` is a folder in a bucket, replace it by the file of the backbone, so that only that is copied.
+    """If `model.weights` is a folder in a bucket, replace it with the backbone's file, so that only this is copied.
 
     Returns:
-        The changed settings, or `model` itself if `weights` is anything else, or if the backbone is auto, and the file
-        is therefore not known yet.
+        The changed settings, or `model` itself if `weights` is not a folder in a bucket, or if the backbone is auto, so
+        that its file is not known yet.
 
     Raises:
-        ModelError: the folder does not contain the file.
+        ModelError: the folder does not contain the backbone's file.
     """
     if not (is_remote(model.weights) and model.has_weights_folder) or model.backbone == "auto":
         return model
@@ -40,10 +40,10 @@ def locate_weights(model: Model) -> Model:
 
 
 def describe_weights(model: Model) -> str:
-    """Describe for a plan where a run would get the weights of its backbone from. Nothing is downloaded.
+    """Describe in one line where a run would get its backbone's weights from. Nothing is downloaded.
 
     Raises:
-        TrainerError: the run would end with this error, such as a missing file or an unreachable server.
+        TrainerError: a file is missing, or a server or bucket does not respond. A run would end with the same error.
     """
     if model.weights == "imagenet":
         return _check_download(model)
@@ -54,19 +54,19 @@ def describe_weights(model: Model) -> str:
 
 
 def _check_download(model: Model) -> str:
-    """Describe the source of the ImageNet weights: Keras, its cache or a URL, for which the size is requested.
+    """Describe the source of the ImageNet weights: Keras itself, its cache, or a URL and the size of its file.
 
     Raises:
-        TrainerError: the request failed. A run would end with this error.
+        TrainerError: the request for the size failed. A run would end with the same error.
     """
     spec = find_backbone(model.backbone)
     download = find_download(lambda: spec.build(model.image_size or spec.default_size, model.alpha, "imagenet"))
     if download is None:
         return "imagenet: part of Keras"
     name, url = download
-    cached = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / name
-    if cached.is_file():
-        return f"imagenet: {cached}"
+    cached_file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / name
+    if cached_file.is_file():
+        return f"imagenet: {cached_file}"
     try:
         size = request_size(url)
     except Exception as error:  # keras.utils.get_file would raise it in the run
@@ -79,15 +79,15 @@ def prepare_weights(
 ) -> list[str]:
     """Write the ImageNet weights of backbones to a folder, one file per image size with separate weights.
 
-    Files that exist are not written again.
+    Existing files are not written again.
 
     Args:
-        chosen: backbones with their width multiplier; None if a backbone has none, or for 1.
+        chosen: pairs of backbone and width multiplier; None means 1, or that the backbone has no multiplier.
         output: folder, local or in a bucket.
-        log_message: called with a line per file.
+        log_message: called with one line per file.
 
     Returns:
-        The names of all files, including those that existed.
+        The names of all files, including existing ones.
 
     Raises:
         Interrupted: weights cannot be downloaded, the disk is full, or the bucket does not respond.
@@ -102,8 +102,8 @@ def prepare_weights(
                 log_message(f"{folder / name} exists")
                 continue
             network = build_with_weights(spec, size, alpha, "imagenet", seed=0)
-            with tempfile.TemporaryDirectory() as scratch:
-                file = Path(scratch) / name
+            with tempfile.TemporaryDirectory() as temporary_dir:
+                file = Path(temporary_dir) / name
                 network.save_weights(file)
                 (folder / name).upload(file)
                 log_message(f"{folder / name}: {file.stat().st_size / 1e6:,.1f} MB")

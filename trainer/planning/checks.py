@@ -1,4 +1,4 @@
-"""The checks of a plan on a remote dataset, output_dir, warm start and teacher. They raise the errors of a run."""
+"""Dry-run checks of a remote dataset, output_dir, warm start and teacher. They raise the errors that a run would."""
 
 import tempfile
 import uuid
@@ -38,9 +38,9 @@ from trainer.types import Dataset, Split
 
 @contextmanager
 def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
-    """Within the context, download `files` of a bucket to a temporary folder with the name of the folder at `address`.
+    """Context manager that downloads `files` to a temporary folder with the same base name as `address`.
 
-    Yield the path of the temporary folder.
+    It yields the path of the temporary folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / storage_path(address).name
@@ -51,7 +51,9 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
 
 
 def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
-    """Build the dataset of a TFDS folder in a bucket from its metadata. Counts are correct, but all labels are 0.
+    """Build the dataset of `root`, a TFDS folder in a bucket, from its metadata, without downloading examples.
+
+    Class names and counts are correct, but all labels are 0 and the fingerprint is empty.
 
     Raises:
         DataError: `root` is not a TFDS folder, or lacks a configured split or class.
@@ -63,32 +65,36 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     with fetch_metadata(root, files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
-            dataset_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
+            source_class_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
         except Exception as error:  # TFDS does not translate the exceptions of its parsers
             problem = f"is not a readable TFDS folder: {(str(error) or type(error).__name__).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
-    require_mapped_classes(dataset_names, data)
-    raw_data = RawData(info.name, get_display_names(dataset_names, data), {}, {})
-    names = apply_class_names(raw_data, get_display_order(data)).class_names
+    require_mapped_classes(source_class_names, data)
+    raw_data = RawData(info.name, get_display_names(source_class_names, data), {}, {})
+    class_names = apply_class_names(raw_data, get_display_order(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
-    split_off = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
-    counts |= split_off | {"train": counts["train"] - sum(split_off.values())}
+    split_off_counts = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
+    counts |= split_off_counts | {"train": counts["train"] - sum(split_off_counts.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
     splits = {n: Split(n, np.zeros(c, np.int32), shards=shards.get(n, shards["train"])) for n, c in counts.items()}
-    return Dataset(info.name, names, splits, fingerprint="")
+    return Dataset(info.name, class_names, splits, fingerprint="")
 
 
 def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, str, list[ObjectInfo]]:
     """Describe the local copy of an address in a bucket, without downloading anything.
 
+    Args:
+        cache: cache folder of the copies.
+        budget: maximum total size of the files in bytes.
+
     Returns:
-        The local path that replaces the address, or None if a run would first fetch files; a line for the plan; and all
+        The local path that replaces the address, or None if a run would first fetch files; a one-line summary; and all
         files in the bucket that match the address.
 
     Raises:
-        DataError: the address does not exist, cannot be read, or has more than `budget` bytes.
+        DataError: the address does not exist, cannot be read, or exceeds the budget.
     """
     local_copy = plan_copy(address, cache, budget)
     missing, files = select_missing(local_copy.folder, local_copy.entries), list(local_copy.entries.values())
@@ -101,9 +107,9 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
 
 
 def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
-    """Read the state of the newest checkpoint in output_dir, None if there is none.
+    """Return the state of the newest checkpoint in output_dir, or None if there is no checkpoint.
 
-    In a local folder, corrupt checkpoints are skipped. In a bucket, only the newest one is read.
+    In a local folder, corrupt checkpoints are skipped. In a bucket, only the newest checkpoint is read.
 
     Raises:
         DataError: in a bucket, LATEST or the state is corrupt.
@@ -120,12 +126,12 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
 
 
 def probe_output(config: RequestedConfig) -> str:
-    """Write and delete a small file in output_dir; return a line for the plan.
+    """Check that output_dir is writable by writing and deleting a small file; return a one-line summary.
 
-    If a local output_dir does not exist, the file is written to its nearest parent that exists.
+    If a local output_dir does not exist, the file is written to its nearest existing ancestor.
 
     Raises:
-        TrainerError: the file cannot be written. A run would end with this error.
+        TrainerError: the file cannot be written.
     """
     name = f".probe-{uuid.uuid4().hex[:12]}"
     address = config.output_dir or "outputs"
@@ -139,19 +145,19 @@ def probe_output(config: RequestedConfig) -> str:
             raise
         return f"{address}: a probe was written and deleted"
     folder = Path(address).expanduser()
-    existing = next(path for path in (folder, *folder.parents, Path()) if path.exists())
+    ancestor = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     try:
-        with temporary_file(existing / "probe") as file:
+        with temporary_file(ancestor / "probe") as file:
             file.write_bytes(b"probe")
     except OSError as error:
         raise make_write_error(error, folder, "output_dir", "use a folder that this process may write to") from None
-    free = get_free_bytes(existing)
-    parent = "" if existing == folder else f" in {existing.resolve()}, since the folder does not exist yet"
-    return f"{folder}: a probe was written and deleted{parent}; {free / 1e9:,.1f} GB free"
+    free_bytes = get_free_bytes(ancestor)
+    location_note = "" if ancestor == folder else f" in {ancestor.resolve()}, since the folder does not exist yet"
+    return f"{folder}: a probe was written and deleted{location_note}; {free_bytes / 1e9:,.1f} GB free"
 
 
 def describe_warm_start(run: str) -> str:
-    """Describe the checkpoints of the warm start `run` for the plan; raise a DataError if there are none."""
+    """Describe in one line the checkpoints of `run`, the value of `warm_start`; raise a DataError if there are none."""
     if is_remote(run):
         if not (storage_path(run) / "checkpoints" / "LATEST").exists():
             raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
@@ -161,9 +167,9 @@ def describe_warm_start(run: str) -> str:
 
 
 def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
-    """Match a local warm start with the model as a run does, and return the warning of the run; "" if there is none.
+    """Match a local warm start against the model; return the warning that a run would log, or "" if there is none.
 
-    A warm start in a bucket is not checked, since that would download the checkpoint.
+    A warm start in a bucket is not checked, because that would download the checkpoint.
 
     Raises:
         DataError: the checkpoint cannot be read, or does not fit the backbone.
@@ -171,15 +177,18 @@ def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
     address = config.warm_start
     if not address or is_remote(address):
         return ""
-    values = select_inference_weights(read_warm_start(address, config.runtime.cache_folder)[1])
-    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(values), address)[1]
+    checkpoint_weights = select_inference_weights(read_warm_start(address, config.runtime.cache_folder)[1])
+    return match_warm_start(collect_shapes(classifier.variables), collect_shapes(checkpoint_weights), address)[1]
 
 
 def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
-    """Return the files of a teacher. Check that it has the `classes` of the dataset, unless these are None (unknown).
+    """Return the description of a teacher's files, and check its classes.
+
+    Args:
+        classes: the dataset's class names; None if they are unknown, so that the classes are not checked.
 
     Raises:
-        DataError: there is no usable teacher at the address, or it has other classes.
+        DataError: there is no usable teacher at the address, or it has other classes than the dataset.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
     files = source.describe_teacher(address)
@@ -192,45 +201,47 @@ def plan_teacher(
     config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int,
     trained_first: Model | None = None,
 ) -> tuple[str, Uses]:  # fmt: skip
-    """Open the teacher as a run does, but without downloading weights.
+    """Check the teacher as a run does, but without downloading weights, and estimate its memory.
 
     Args:
-        examples: number of examples that a replica computes at once.
+        examples: number of examples that a replica processes in one forward pass.
         replicas: number of replicas on this worker.
-        trained_first: the network of a teacher that the run will train, which has no files yet; None for other
-            teachers.
+        trained_first: model configuration of a teacher that the run trains first, so that it has no files yet; None
+            for an existing teacher.
 
     Returns:
-        A description for the plan, and the teacher's uses of memory on this worker.
+        A one-line description, and the teacher's memory usage on this worker, as (label, bytes) pairs.
 
     Raises:
-        DataError, ConfigError, ModelError: a run would fail with this error.
+        DataError: the teacher is missing or corrupt, has other classes, or is not the teacher of the run's first start.
+        ConfigError: the config.yaml of the teacher's run is not valid in this version.
+        ModelError: the teacher's network cannot be built.
     """
     address, files = locate_teacher(distillation.teacher, str(config.output_dir)), None
     if trained_first is None:
         files = check_teacher(address, dataset.class_names)
         state = read_newest_state(config) if config.output_dir else None
         source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
-    every_step, count = config.augmentation.active, dataset.splits["train"].count
+    predicts_every_step, count = config.augmentation.active, dataset.splits["train"].count
     estimate = partial(
         estimate_teacher_memory,
-        every_step=every_step,
+        every_step=predicts_every_step,
         examples=examples,
         replicas=replicas,
         labels=count * len(dataset.class_names),
         precision=config.runtime.precision,
     )
-    use = "predicts in every step" if every_step else f"predicts once, for {count:,} training images"
+    usage = "predicts in every step" if predicts_every_step else f"predicts once, for {count:,} training images"
     if files and files.model is None:
         if not is_remote(address):
             load_saved_model_teacher(Path(str(files.home)), address)  # checks its signature
         size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {use}", estimate(size, None)
+        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {usage}", estimate(size, None)
     network = files.model if files else trained_first
     assert network is not None, "a teacher with files is a checkpoint here"
     model = without_weights(network)
     classifier = build_classifier(model, len(dataset.class_names), config.seed)
     if files and not is_remote(address):
         variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
-    text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {use}"
+    text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {usage}"
     return text, estimate(count_variable_bytes(classifier.variables.values()), classifier)

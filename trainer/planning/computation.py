@@ -1,4 +1,4 @@
-"""Decide whether the training step of each phase is compiled by XLA, and check that it can be deterministic."""
+"""Decide whether XLA compiles the training step of each phase, and check that the step can be deterministic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from trainer.models.gradients import Differentiated
 from trainer.monitoring.log import log
 from trainer.types import Dataset, Device
 
-# Keras layer -> the message of TensorFlow 2.21 that XLA cannot compute its gradient deterministically on GPUs. Without
-# XLA, the gradients of all backbones are deterministic: no backbone uses an operation for which TensorFlow has the
-# message "A deterministic GPU implementation of ... is not currently available" (tests/planning/test_computation.py
-# traces them).
+# Keras layer -> TensorFlow 2.21's message that XLA cannot compute its gradient deterministically on GPUs. Without XLA,
+# the gradients of all backbones are deterministic: no backbone uses an operation for which TensorFlow has the message
+# "A deterministic GPU implementation of ... is not currently available" (tests/planning/test_computation.py traces
+# them).
 NO_DETERMINISTIC_XLA_GRADIENT = {
     "MaxPooling2D": "GPU MaxPool gradient ops do not yet have a deterministic XLA implementation"
 }
@@ -30,11 +30,11 @@ IMAGES_PER_LAYER = 2_700
 
 @dataclass(frozen=True)
 class PhaseWorkload:
-    """The inputs of the decision for one phase, in addition to device and configuration."""
+    """The properties of a phase that determine whether compiling its step with XLA pays off."""
 
     images: int  # images that one replica, or one virtual replica, trains on in the phase
     layers: int  # number of backbone layers
-    differentiated: tuple[Differentiated, ...]  # operations whose gradient a step computes
+    differentiated: tuple[Differentiated, ...]  # backbone operations whose gradient a step computes
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Computation:
     """Whether XLA compiles the training step of a phase, with the reason."""
 
     xla: bool
-    reason: str  # a phrase for log and plan
+    reason: str  # a phrase, such as "as configured"
 
     def describe(self, name: str, config: RunConfig) -> str:
         """Format the log line about phase `name`."""
-        order = "deterministic" if config.runtime.deterministic else "not deterministic"
-        xla = f"XLA {'on' if self.xla else 'off'}, {self.reason}"
-        return f"computation of phase {name}: {config.runtime.precision}, {order}, {xla}"
+        determinism = "deterministic" if config.runtime.deterministic else "not deterministic"
+        xla_state = f"XLA {'on' if self.xla else 'off'}, {self.reason}"
+        return f"computation of phase {name}: {config.runtime.precision}, {determinism}, {xla_state}"
 
 
 def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseWorkload) -> Computation:
     """Decide whether XLA compiles the training step of phase `name`.
 
-    With `runtime.xla=auto` it does on GPUs if the phase is long enough for the time that compiling takes, and the
-    gradients are deterministic or need not be.
+    With `runtime.xla=auto`, XLA compiles on GPUs if the phase is long enough to outweigh the compilation time, unless
+    the run must be deterministic and XLA lacks a deterministic gradient.
 
     Raises:
-        ConfigError: `runtime.xla=true` is set, and an operation that the phase differentiates has no deterministic
-            gradient under XLA.
+        ConfigError: `runtime.xla` is true and the run must be deterministic, but XLA has no deterministic gradient for
+            an operation that the phase differentiates.
     """
     runtime = config.runtime
     blockers = [op for op in facts.differentiated if op.kind in NO_DETERMINISTIC_XLA_GRADIENT]
@@ -79,9 +79,9 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
         return Computation(False, "on a CPU it would be slower")
     if obstacle:
         return Computation(False, obstacle)
-    needed = IMAGES_PER_LAYER * facts.layers
-    counts = f"{facts.images:,} images per GPU, and compiling {facts.layers} layers pays from {needed:,} on"
-    return Computation(facts.images >= needed, counts)
+    min_images = IMAGES_PER_LAYER * facts.layers
+    reason = f"{facts.images:,} images per GPU, and compiling {facts.layers} layers pays from {min_images:,} on"
+    return Computation(facts.images >= min_images, reason)
 
 
 def plan_computations(
@@ -91,16 +91,16 @@ def plan_computations(
     """Decide for each phase, by name, whether XLA compiles its step; raise the ConfigError of `decide_computation`.
 
     Args:
-        replicas: number of replicas on all workers. With virtual replicas the decision depends on their number instead,
-            so that a run has the same bits on any number of devices.
-        divisions: result of `divide_phases`, by phase.
+        replicas: number of replicas on all workers. With virtual replicas, their number is used instead, so that a
+            run's results are bit-identical on any number of devices.
+        divisions: by phase name, the division of the network into trunk and tail.
     """
     per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
-    computations, parts = {}, config.training.virtual_replicas or replicas
+    computations, num_replicas = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
-        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // parts
-        facts = PhaseWorkload(images, len(classifier.backbone.layers), divisions[name].differentiated)
-        computations[name] = decide_computation(config, name, device, facts)
+        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas
+        workload = PhaseWorkload(images, len(classifier.backbone.layers), divisions[name].differentiated)
+        computations[name] = decide_computation(config, name, device, workload)
     return computations
 
 
@@ -108,23 +108,23 @@ def adopt_computations(
     control: ControlChannel, config: RunConfig, device: Device, computations: Mapping[str, Computation],
     run_json: Mapping[str, Any],
 ) -> dict[str, bool]:  # fmt: skip
-    """Return for each phase whether XLA compiles its step, and log it. All workers must call this.
+    """Return for each phase, by name, whether XLA compiles its step, and log it. All workers must call this.
 
-    They get the decision of the chief: as in run.json if the run resumes, so that its bits do not change, else as
-    planned.
+    All workers use the chief's decisions. A resumed run repeats those in its run.json, so that its results stay
+    bit-identical.
 
     Args:
-        computations: the decisions of `plan_computations`.
+        computations: the decisions of `plan_computations`, for phases that run.json lacks.
         run_json: content of run.json if the run resumes, else {}.
     """
 
     def choose() -> tuple[dict[str, bool], list[str]]:
         recorded = run_json.get("xla", {})
-        results = {
+        choices = {
             name: Computation(recorded[name], "as this run began") if name in recorded else computation
             for name, computation in computations.items()
         }
-        return {name: c.xla for name, c in results.items()}, [c.describe(name, config) for name, c in results.items()]
+        return {name: c.xla for name, c in choices.items()}, [c.describe(name, config) for name, c in choices.items()]
 
     compiled, lines = control.broadcast("computations", choose)
     if device.kind == "GPU" or config.runtime.xla == "auto":

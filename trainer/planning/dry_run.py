@@ -44,11 +44,11 @@ from trainer.types import Dataset
 def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool) -> None:
     """Print all sections of the plan, and collect its warnings and errors.
 
-    If the run would first train its teacher, print the plan of that run before.
+    If the run would first train its teacher, the plan of the teacher's run is printed first.
 
     Args:
-        arguments: the command-line arguments of the run, such as `data=digits`.
-        plot: PNG file for a drawing of the network; None for none.
+        arguments: the run's command-line arguments, such as "data=digits".
+        plot: PNG file to which the network is drawn; None to draw nothing.
         summary: whether to list the layers of the network.
     """
     teacher = _show_teacher(plan, arguments, summary)
@@ -65,7 +65,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     config, is_needed = plan.config, False
     teacher = configure_teacher(config)
     if teacher:
-        with suppress(ConfigError):  # of output_dir, which `show_configuration` reports
+        with suppress(ConfigError):  # `show_configuration` reports errors in output_dir
             is_needed = config.output_dir is None or must_train(config, teacher)
     if not teacher or not is_needed:
         return None
@@ -80,7 +80,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
 
 
 def _show_cluster(plan: Plan) -> None:
-    """Print the workers, the devices, and the division of a batch. Check the formats of the export."""
+    """Print the workers, their devices and the batch size. Check that the export formats can be written."""
     config, cluster = plan.config, plan.cluster
     device, plan.replicas = detect_device(), choose_devices(config.runtime, cluster.size)[1]
     devices = f": {device.describe(plan.replicas)}"
@@ -88,8 +88,8 @@ def _show_cluster(plan: Plan) -> None:
         devices = describe_devices(device, plan.replicas, cluster, config)
     with plan.collect_errors():
         check_formats(config.export.formats, config.model.backbone)
-    source = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
-    rows: Rows = [("workers", f"{cluster.size}, {source}")]
+    origin = f"detected from {cluster.source}; this is worker {cluster.index}" if cluster.size > 1 else cluster.source
+    rows: Rows = [("workers", f"{cluster.size}, {origin}")]
     if cluster.addresses:
         rows.append(("addresses", format_names(cluster.addresses)))
     accumulate = config.training.accumulate
@@ -102,10 +102,10 @@ _NOT_STAGED = ("not opened", "a plan downloads no data: classes and counts are k
 
 
 def _open_data(plan: Plan) -> Rows:
-    """Open the dataset if its files are on this machine; return rows for the section about the data.
+    """Open the dataset if its files are on this machine, and return rows for the section `data`.
 
-    Otherwise set `plan.to_stage` to the files that a run would fetch first. The metadata of a TFDS folder is downloaded
-    to a temporary folder, so that its classes and counts can be planned.
+    Otherwise set `plan.to_stage` to the files that a run would fetch first. Of a TFDS folder in a bucket, the metadata
+    is downloaded to a temporary folder, so that class names and counts are known.
     """
     config = plan.config
     data, streamed_folder = resolve_addresses(config.data)
@@ -125,7 +125,7 @@ def _open_data(plan: Plan) -> Rows:
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
         return rows
-    unstaged, addresses = None, dict[str, str]()  # the address of files to fetch; local folder -> bucket folder
+    unstaged_address, addresses = None, dict[str, str]()  # address of the files to fetch; local folder -> bucket folder
     if data.source == "csv":
         data, copies = plan_copies(data, cache, budget)
         addresses = {str(copy.folder): copy.bucket for copy in copies}
@@ -144,11 +144,11 @@ def _open_data(plan: Plan) -> Rows:
             if path := local_paths[key]:
                 addresses |= [find_copied_folders(path, address, cache)]
             else:
-                unstaged, plan.to_stage = address, files
-    if unstaged:
+                unstaged_address, plan.to_stage = address, files
+    if unstaged_address:
         if data.source != "tfds":
             return [*rows, *corrections, _NOT_STAGED]
-        plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged), False
+        plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged_address), False
         rows += corrections
         return [*rows, ("not opened", "names and counts are from its metadata; labels are known once it is staged")]
     with show_addresses_in_errors(addresses):
@@ -161,16 +161,16 @@ def _open_data(plan: Plan) -> Rows:
 
 
 def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
-    """Open the dataset `data` as a run does, and check it. Return False if the run would first download it (TFDS).
+    """Open the dataset as a run does, and check it. Return False if a run would first download it with TFDS.
 
     Args:
-        data: the settings with local paths.
+        data: the data settings, with local paths.
         streamed: whether the files of `data` are only the metadata of shards in a bucket.
     """
     config = plan.config
 
     def log_message(text: str) -> None:
-        if text.startswith("reading"):  # reading may take long; the sections contain what the other messages report
+        if text.startswith("reading"):  # reading may take long; the sections of the plan contain the other messages
             print(text, flush=True)
 
     try:
@@ -185,12 +185,13 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
         check_same_data(config.output_dir, run_json, dataset)
         check_same_weights(config.output_dir, run_json.get("initial_weights", {}), config)
         plan.warnings += filter(None, [describe_versions(run_json)])
-    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # a check
+    # Only for its errors.
+    compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)
     return True
 
 
 def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
-    """Print the sections about data and storage, and, if the dataset can be opened, those about the network."""
+    """Print the sections about data and storage, and the sections about the network if the dataset can be opened."""
     rows: Rows = []
     fault_count = len(plan.faults)
     with plan.collect_errors():
@@ -211,10 +212,10 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
 
 
 def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
-    """Resolve `auto` as a run does, build the network, and print the sections about it and its training."""
-    classes = len(dataset.class_names)
+    """Resolve `auto` values as a run does, build the network, and print the sections about the network and training."""
+    num_classes = len(dataset.class_names)
     device, replicas = detect_device(), plan.replicas * plan.cluster.size
-    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, classes, device, replicas=replicas)
+    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, num_classes, device, replicas=replicas)
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
     config, limit_warning = limit_batch_size(config, dataset.splits["train"].count, replicas)
@@ -222,13 +223,13 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     check_batch_size(config, replicas)
     is_auto_backbone = plan.config.model.backbone == "auto"
     plan.config = config
-    weights_rows = sections.show_weights(plan) if is_auto_backbone else []  # else `show_storage` has printed them
+    weights_rows = sections.show_weights(plan) if is_auto_backbone else []  # otherwise `show_storage` has printed them
     backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
     image_size = config.model.image_size or backbone.default_size
     baseline_bytes = estimates.measure_resident_bytes()
     skips_weights = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
     model = without_weights(config.model) if skips_weights else config.model  # a plan downloads no weights
-    classifier = build_classifier(model, classes, config.seed)
+    classifier = build_classifier(model, num_classes, config.seed)
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     budget = max(config.runtime.memory_budget or get_default_memory_budget(), disk_budget)
     divisions = divide_phases(config, classifier)
@@ -241,8 +242,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         config.training.virtual_replicas,
     )  # fmt: skip
     epoch_steps = sharding.steps_per_epoch
-    per_device = max(batch_size // replicas, 1)  # examples of a global batch per replica
-    per_replica = max(per_device // config.training.micro_batches(replicas), 1)  # examples that it computes at once
+    replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch
+    per_replica = max(replica_batch // config.training.micro_batches(replicas), 1)  # its examples per forward pass
     phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
     sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
     computations = {}
@@ -258,29 +259,29 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, examples=per_device, replicas=plan.replicas, baseline=baseline_bytes
+        classifier, phases, caches, examples=replica_batch, replicas=plan.replicas, baseline=baseline_bytes
     )
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
-    model_rows = [*_describe_model(config, classifier, classes), *weights_rows]
+    model_rows = [*_describe_model(config, classifier, num_classes), *weights_rows]
     with plan.collect_errors():
         if not plan.resuming:
             plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
-            network = plan.trained_first.model if plan.trained_first else None
-            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas, network)
+            teacher = plan.trained_first.model if plan.trained_first else None
+            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas, teacher)
             model_rows.append(("teacher", text))
             memory += uses
     if plot:
-        model_rows.append(("drawing", str(network_plot.draw(classifier, phases, classes, plot))))
+        model_rows.append(("drawing", str(network_plot.draw(classifier, phases, num_classes, plot))))
     plan.print_section("model", model_rows)
     if summary:
         plan.print(Text("\nlayers", style="bold"))
         width = Console().width if sys.stdout.isatty() else PIPE_WIDTH
         print("\n".join(format_layers(classifier, phases, width)), flush=True)
     sections.show_memory(plan, memory)
-    values = per_device * classifier.image_size**2 * 3
-    if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), values):
+    num_values = replica_batch * classifier.image_size**2 * 3
+    if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), num_values):
         plan.print_section("GPU memory (estimate, per GPU)", rows)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
@@ -294,12 +295,12 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
 
 
-def _describe_model(config: RunConfig, classifier: Classifier, classes: int) -> Rows:
-    """Return rows about the backbone, the image size and the head. `classes` is the number of classes."""
+def _describe_model(config: RunConfig, classifier: Classifier, num_classes: int) -> Rows:
+    """Return rows about the backbone, the image size and the head."""
     backbone, head_size = classifier.backbone, count_parameters(classifier.head_variables.values())
-    widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, classes))
+    widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, num_classes))
     norm = " with batch normalization" if classifier.head_normalizations else ""
-    counts = f"{estimates.count_model_parameters(classifier) - head_size:,} parameters in {len(backbone.layers)} layers"
-    return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {counts}"),
+    size = f"{estimates.count_model_parameters(classifier) - head_size:,} parameters in {len(backbone.layers)} layers"
+    return [("backbone", f"{classifier.spec.name}, weights {config.model.weights}, {size}"),
             ("images", f"{classifier.image_size} x {classifier.image_size} pixels, {config.model.resize}"),
             ("head", f"{config.model.pooling} pooling, {widths}{norm}, {head_size:,} parameters")]  # fmt: skip

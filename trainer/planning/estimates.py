@@ -26,7 +26,7 @@ from trainer.types import Split
 
 
 def estimate_split_bytes(split: Split) -> int:
-    """Estimate the bytes of a split: the sizes of its files, or its fraction of each shard; 0 if one is not local."""
+    """Estimate a split's size in bytes from its files, or from its fraction of each shard; 0 if one is not local."""
     try:
         if split.files:
             return sum(os.stat(path).st_size for path in split.files)
@@ -35,8 +35,8 @@ def estimate_split_bytes(split: Split) -> int:
         return 0
 
 
-# Bytes of compiled steps and buffers. Measured with TensorFlow 2.21: the peak memory of the quickstart, 984 MB, minus
-# all other uses, 806 MB.
+# Bytes of compiled steps and buffers. Measured with TensorFlow 2.21: the quickstart's peak memory, 984 MB, minus all
+# other uses, 806 MB.
 COMPILED_BYTES = 180_000_000
 
 
@@ -45,43 +45,43 @@ class PhasePlan:
     """The plan of one phase. Memory is in bytes per replica."""
 
     name: str
-    steps: int  # maximum; early stopping can end the phase before
-    epochs: float
+    steps: int  # maximum; early stopping can end the phase earlier
+    epochs: float  # `steps` in epochs
     thaw: ThawPlan
     trainable_parameters: int
-    trained_layers: frozenset[int]  # indices of the backbone's layers with trainable variables
+    trained_layers: frozenset[int]  # indices in backbone.layers of the layers with trainable variables
     gradients: int  # bytes
     optimizer: int  # bytes of the optimizer's variables
     averages: int  # bytes of the moving averages of the weights (EMA)
-    activations: int  # bytes, in training or scoring, whichever needs more
-    frozen_activations: int  # the part of `activations` of frozen layers; all of it if scoring needs more
-    half_precision_weights: int  # bytes of the copies of all weights in half precision; 0 in float32
+    activations: int  # bytes in training or in scoring, whichever needs more
+    frozen_activations: int  # bytes of `activations` in frozen layers; all of them if scoring needs more
+    half_precision_weights: int  # bytes of the half-precision copies of all weights; 0 in float32
     saves: int  # maximum number of checkpoints that the phase saves
 
 
 def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, examples: int) -> list[PhasePlan]:
-    """Plan each phase by applying its thaw rule. The classifier remains in the state of the last phase.
+    """Plan each phase by applying its thaw rule. The layers of `classifier` remain as the last phase sets them.
 
     Args:
         epoch_steps: number of steps per epoch.
-        examples: number of examples that a replica computes at once.
+        examples: number of examples that a replica processes in one forward pass of training.
 
     Raises:
         ModelError: a thaw rule cannot be applied.
     """
-    plans, precision, virtual = [], config.runtime.precision, config.training.virtual_replicas
-    parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
+    plans, precision, virtual_replicas = [], config.runtime.precision, config.training.virtual_replicas
+    num_parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
     steps_per_save = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
         steps = config.phase_steps(phase, epoch_steps)
         trainable_bytes = count_variable_bytes(thaw.trainable.values())
-        trained, frozen = estimate_activations(
+        trained_bytes, frozen_bytes = estimate_activations(
             classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
         )
-        # Scoring computes the examples of all micro-batches at once.
-        scored_examples = images_per_call() if virtual else examples * config.training.accumulate
-        scoring = sum(estimate_activations(classifier, None, scored_examples, precision))
+        # Scoring processes the examples of all micro-batches at once.
+        scored_examples = images_per_call() if virtual_replicas else examples * config.training.accumulate
+        scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
         saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
         plans.append(PhasePlan(
             name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=trainable_bytes,
@@ -89,15 +89,15 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
             trainable_parameters=count_parameters(thaw.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
             optimizer=count_optimizer_slots(phase.optimizer) * trainable_bytes,
-            activations=max(trained + frozen, scoring),
-            frozen_activations=frozen if trained + frozen >= scoring else scoring,
-            half_precision_weights=0 if precision == "float32" else parameters * BYTES_PER_VALUE[precision],
+            activations=max(trained_bytes + frozen_bytes, scoring_bytes),
+            frozen_activations=frozen_bytes if trained_bytes + frozen_bytes >= scoring_bytes else scoring_bytes,
+            half_precision_weights=0 if precision == "float32" else num_parameters * BYTES_PER_VALUE[precision],
         ))  # fmt: skip
     return plans
 
 
 def count_model_parameters(classifier: Classifier) -> int:
-    """Count the parameters of backbone and head, including the moving averages of BatchNormalization."""
+    """Count the parameters of backbone and head, including BatchNormalization's moving averages."""
     return count_parameters(classifier.variables.values())
 
 
@@ -113,15 +113,15 @@ def estimate_activations(
     """Estimate the memory of the activations of a batch.
 
     The outputs of the first thawed layer and of all layers above it are stored for the gradient. Below that layer, only
-    two outputs at a time are in memory, so the two largest ones are counted. A folded BatchNormalization has no output.
-    One whose gamma and beta are trained stores its output, and with batch statistics also its centered and its scaled
-    input. Measured uses are 0.75 to 1.1 of the estimate.
+    two outputs at a time are in memory, so the two largest ones are counted. A BatchNormalization layer that is folded
+    into a convolution has no output. If its gamma and beta are trained, it stores its output, and with batch statistics
+    also its centered and its scaled input. Measured memory is 0.75 to 1.1 times the estimate.
 
     Args:
         first_thawed: index in backbone.layers of the first trainable layer; None if all are frozen, or for inference.
         examples: number of examples in the batch.
-        precision: of the computations.
-        batch_norm_training: trainable BatchNormalization layers use batch statistics.
+        precision: precision of the activations.
+        batch_norm_training: whether trainable BatchNormalization layers use batch statistics.
 
     Returns:
         The bytes of the layers from `first_thawed` up, and the bytes of the layers below it.
@@ -131,10 +131,10 @@ def estimate_activations(
 
     def output_bytes(layer: keras.Layer) -> int:
         outputs = layer.output if isinstance(layer.output, list | tuple) else [layer.output]
-        copies = 1
+        num_copies = 1
         if isinstance(layer, keras.layers.BatchNormalization):
-            copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
-        return copies * sum(math.prod(o.shape[1:]) for o in outputs) * BYTES_PER_VALUE[precision]
+            num_copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
+        return num_copies * sum(math.prod(o.shape[1:]) for o in outputs) * BYTES_PER_VALUE[precision]
 
     sizes = [examples * output_bytes(layer) for layer in classifier.backbone.layers]
     cut = len(sizes) if first_thawed is None else first_thawed
@@ -142,7 +142,7 @@ def estimate_activations(
 
 
 def measure_resident_bytes() -> int:
-    """Measure the memory of this process (its resident set) in bytes. Where there is no /proc, return its peak."""
+    """Return the resident set size of this process in bytes, or its peak if there is no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
@@ -151,36 +151,36 @@ def measure_resident_bytes() -> int:
 
 
 Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
-# Labels. Three uses grow with the batch: ACTIVATIONS, BATCHES and TEACHER[1].
+# Labels of uses. Three of these uses grow with the batch size: ACTIVATIONS, BATCHES and TEACHER[1].
 DECODED = "decoded images in memory"
 HALF_PRECISION = "weights in half precision"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
-ESTIMATE_ERROR = 1.25  # error of an estimate: a run is refused if it exceeds this multiple of the memory
+ESTIMATE_ERROR = 1.25  # a run is refused if its estimate exceeds the memory by more than this factor
 
 
 def estimate_memory(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, examples: int,
     replicas: int, baseline: int,
 ) -> Uses:  # fmt: skip
-    """Estimate the uses of memory on this worker, in the phase that requires most.
+    """Estimate this worker's uses of memory in the phase that needs most.
 
     Args:
-        caches: the plan of the image cache of each split.
-        examples: number of examples of a global batch per replica.
+        caches: plan of the decoded images' cache, by split name.
+        examples: number of examples of a global batch that each replica gets.
         replicas: number of replicas on this worker.
-        baseline: bytes of the process with its libraries, before the network is built.
+        baseline: resident bytes of the process before the network is built.
     """
-    largest = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
-    half_precision = largest.half_precision_weights * replicas
+    largest_phase = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
+    half_precision_bytes = largest_phase.half_precision_weights * replicas
     return [
         ("TensorFlow and libraries, measured here", baseline),
         ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
-        (f"gradients (phase {largest.name})", largest.gradients * replicas),
-        ("optimizer and averages", (largest.optimizer + largest.averages) * replicas),
-        *([(HALF_PRECISION, half_precision)] if half_precision else []),
-        (ACTIVATIONS, largest.activations * replicas),
+        (f"gradients (phase {largest_phase.name})", largest_phase.gradients * replicas),
+        ("optimizer and averages", (largest_phase.optimizer + largest_phase.averages) * replicas),
+        *([(HALF_PRECISION, half_precision_bytes)] if half_precision_bytes else []),
+        (ACTIVATIONS, largest_phase.activations * replicas),
         (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         (DECODED, sum(c.bytes for c in caches.values() if c.where == "memory")),
@@ -191,7 +191,7 @@ def estimate_teacher_memory(
     variable_bytes: int, classifier: Classifier | None, *, every_step: bool, examples: int, replicas: int, labels: int,
     precision: Precision,
 ) -> Uses:  # fmt: skip
-    """Estimate the uses of memory of a teacher on this worker while the student trains.
+    """Estimate a teacher's uses of memory on this worker while the student trains.
 
     A teacher that predicts in every step needs its variables and activations. Otherwise only its soft labels, float32,
     are in memory, because its network is released before training begins.
@@ -199,10 +199,11 @@ def estimate_teacher_memory(
     Args:
         variable_bytes: bytes of the teacher's variables.
         classifier: the teacher; None for a SavedModel, whose activations are unknown and counted as 0.
-        every_step: whether it predicts in every step.
-        examples: number of examples that a replica computes at once.
+        every_step: whether the teacher predicts in every step.
+        examples: number of examples that a replica processes in one forward pass.
         replicas: number of replicas on this worker.
-        labels: number of values of all soft labels: training examples times classes.
+        labels: number of soft-label values: training examples times classes.
+        precision: precision of the teacher's activations.
     """
     if not every_step:
         return [("its logits", 4 * labels)]
@@ -211,13 +212,13 @@ def estimate_teacher_memory(
 
 
 def select_gpu_uses(uses: Uses) -> Uses:
-    """Select the uses that are in the memory of the GPUs on a worker with GPUs."""
-    names = ("variables", ACTIVATIONS, HALF_PRECISION, *TEACHER)
-    return [use for use in uses if use[0] in names or use[0].startswith(("grad", "opt"))]
+    """Select the uses that are in GPU memory if the worker has GPUs."""
+    gpu_labels = ("variables", ACTIVATIONS, HALF_PRECISION, *TEACHER)
+    return [use for use in uses if use[0] in gpu_labels or use[0].startswith(("grad", "opt"))]
 
 
 def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
-    """Return a warning if the estimated uses exceed the memory of a device, else "".
+    """Return a warning if the estimated uses exceed a device's memory, or "" if they fit.
 
     Args:
         limit: memory of the device in bytes.
@@ -225,34 +226,37 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
         device: name of the device in the message.
 
     Raises:
-        ConfigError: the uses exceed the limit by more than the error of the estimate. The fix is the largest batch size
-            that fits, or another cache for decoded images.
+        ConfigError: the uses exceed `ESTIMATE_ERROR` times the limit. Its `fix` suggests the largest batch size that
+            fits, or another cache for decoded images.
     """
-    total, batch = sum(count for _, count in uses), config.training.batch_size
-    if total <= limit:
+    total_bytes, batch_size = sum(count for _, count in uses), config.training.batch_size
+    if total_bytes <= limit:
         return ""
     batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
     divisor = compute_batch_size_multiple(config, replicas)
-    largest = int(batch * (limit - total + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
+    maximum = int(batch_size * (limit - total_bytes + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)
-    problem = f"needs about {format_bytes(total)} of memory, and {device} has {format_bytes(limit)}"
-    fix = f"use {largest} or less" if largest >= divisor else "use a smaller model.image_size or another model.backbone"
-    fix += ", or raise training.accumulate" * (largest < divisor or config.training.accumulate > 1)
-    error = ConfigError(problem, key="training.batch_size", value=batch, fix=fix)
+    problem = f"needs about {format_bytes(total_bytes)} of memory, and {device} has {format_bytes(limit)}"
+    fix = f"use {maximum} or less" if maximum >= divisor else "use a smaller model.image_size or another model.backbone"
+    fix += ", or raise training.accumulate" * (maximum < divisor or config.training.accumulate > 1)
+    error = ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     cache = config.data.cache
-    if decoded and total - decoded <= limit and (cache == "memory" or largest < divisor):
+    if decoded and total_bytes - decoded <= limit and (cache == "memory" or maximum < divisor):
         fix = f"use {'auto or ' * (cache == 'memory')}disk: decoded images in memory are {format_bytes(decoded)} of it"
         error = ConfigError(problem, key="data.cache", value=cache, fix=fix)
-    if total > ESTIMATE_ERROR * limit:
+    if total_bytes > ESTIMATE_ERROR * limit:
         raise error
     return str(error)
 
 
 def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
-    """Apply `check_device_memory` to the main memory and to the GPUs of this worker; return the warnings.
+    """Apply `check_device_memory` to this worker's main memory and to its GPUs; return the warnings.
+
+    Args:
+        replicas: number of replicas on all workers.
 
     Raises:
-        ConfigError: the run does not fit into one of them.
+        ConfigError: the run does not fit into the main memory or into the GPUs.
     """
     gpu_memory = query_gpu_memory()
     gpu_uses = select_gpu_uses(uses) if gpu_memory else []

@@ -1,4 +1,4 @@
-"""Format the layers of a network as a text table with output shapes, parameters and the phases that train them."""
+"""Format the layers of a classifier as a text table: output shapes, parameters, and the phases that train them."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from trainer.report.figures import shorten_name
 PIPE_WIDTH = 80  # characters per line if the output is not a terminal
 _COLUMNS = ("#", "layer", "type", "output", "dtype", "parameters", "trains in")
 _NAME, _TYPE = 1, 2  # indices of the columns that are shortened in a narrow terminal, first the type
-_RIGHT_ALIGNED = (0, 5)  # indices of the columns of numbers
-_MIN_NAME, _MIN_TYPE = 16, 9  # minimum widths of these columns in characters
+_RIGHT_ALIGNED = (0, 5)  # indices of the columns with numbers
+_MIN_NAME, _MIN_TYPE = 16, 9  # minimum widths of the columns `_NAME` and `_TYPE` in characters
 
 
 def format_layers(classifier: Classifier, phases: Sequence[PhasePlan], width: int) -> list[str]:
-    """Return a line per layer, and lines with the total number of parameters and that of each phase.
+    """Return one line per layer, and lines with the number of all parameters and of those that each phase trains.
 
-    Layers have the index that thaw rules such as from_layer:100 use. Layers of the head have none, and train in each
-    phase.
+    Backbone layers have the index that thaw rules such as from_layer:100 use. Head layers have no index, and train in
+    every phase.
 
     Args:
         width: maximum number of characters per line, at least 72.
@@ -33,30 +33,30 @@ def format_layers(classifier: Classifier, phases: Sequence[PhasePlan], width: in
         widths[column] -= max(0, min(excess, widths[column] - min_width))
     lines = []
     for row in rows:
-        texts = [shorten_name(text, text_width) for text, text_width in zip(row, widths, strict=True)]
+        shortened_row = [shorten_name(text, text_width) for text, text_width in zip(row, widths, strict=True)]
         cells = [
             f"{t:>{w}}" if i in _RIGHT_ALIGNED else f"{t:{w}}"
-            for i, (t, w) in enumerate(zip(texts, widths, strict=True))
+            for i, (t, w) in enumerate(zip(shortened_row, widths, strict=True))
         ]
         lines.append(f"  {' '.join(cells)}".rstrip())
-    trained = ", ".join(f"{number} {p.name} {p.trainable_parameters:,}" for number, p in enumerate(phases, 1))
-    totals = f"{count_model_parameters(classifier):,} parameters; trainable ones by phase: {trained}"
+    trained_counts = ", ".join(f"{number} {p.name} {p.trainable_parameters:,}" for number, p in enumerate(phases, 1))
+    totals = f"{count_model_parameters(classifier):,} parameters; trainable ones by phase: {trained_counts}"
     return [*lines, *textwrap.wrap(totals, width, initial_indent="  ", subsequent_indent="  ")]
 
 
 def _describe_backbone(classifier: Classifier, phases: Sequence[PhasePlan]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for index, layer in enumerate(classifier.backbone.layers):
-        numbers = [number for number, phase in enumerate(phases, 1) if index in phase.trained_layers]
+        phase_numbers = [number for number, phase in enumerate(phases, 1) if index in phase.trained_layers]
         output = layer.output[0] if isinstance(layer.output, list | tuple) else layer.output
-        rows.append((str(index), layer.name, *_describe(layer, output.shape[1:]), _format_numbers(numbers)))
+        rows.append((str(index), layer.name, *_describe(layer, output.shape[1:]), _format_numbers(phase_numbers)))
     return rows
 
 
 def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]:
-    channels, numbers = classifier.backbone.output_shape[-1], _format_numbers(range(1, phases + 1))
+    num_channels, numbers = classifier.backbone.output_shape[-1], _format_numbers(range(1, phases + 1))
     pooling = "GlobalAveragePooling2D" if classifier.pooling == "avg" else "GlobalMaxPooling2D"
-    rows = [("", f"{classifier.pooling} pooling", pooling, str(channels), "float32", "", "")]
+    rows = [("", f"{classifier.pooling} pooling", pooling, str(num_channels), "float32", "", "")]
     for hidden in classifier.hidden:
         shape = (hidden.dense.units,)
         rows += [("", layer.name, *_describe(layer, shape), numbers) for layer in (hidden.dense, hidden.norm) if layer]
@@ -65,8 +65,8 @@ def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]
 
 
 def _describe(layer: Any, shape: Sequence[int | None]) -> tuple[str, str, str, str]:
-    """Return the cells type, output, dtype and parameters of a layer. `shape` is that of its output for one example."""
-    # A thawed BatchNormalization has a subclass of this project.
+    """Return a layer's cells type, output, dtype and parameters. `shape` is the output shape without the batch axis."""
+    # With batch_norm=train, a thawed layer has the subclass PaddingAwareBatchNormalization.
     class_name = BATCH_NORM_CLASS.__name__ if isinstance(layer, BATCH_NORM_CLASS) else type(layer).__name__
     parameters = count_parameters(layer.weights)
     return class_name, "x".join(map(str, shape)), layer.compute_dtype, f"{parameters:,}" if parameters else ""

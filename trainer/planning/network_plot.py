@@ -1,4 +1,4 @@
-"""Draw the network as a PNG (`trainer.plan --plot`): its stages, and which of them each phase trains.
+"""Draw the network as a PNG (`trainer.plan --plot`): its stages, and which stages each phase trains.
 
 A stage is the stem, a block, several merged blocks, or the top of the backbone.
 """
@@ -39,15 +39,15 @@ Row = tuple[str, tuple[int, ...], int, int, Stage | str | None]
 def divide_into_stages(classifier: Classifier) -> list[Stage]:
     """Divide the backbone into stem, blocks and top.
 
-    If these are more than `MAX_LAYER_GROUPS`, merge consecutive ones whose feature maps have the same size.
+    If there are more than `MAX_LAYER_GROUPS` stages, consecutive ones whose feature maps have the same size are merged.
     """
     spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
     first_layers = list(spec.find_block_starts(names).items())  # (block, index)
-    top = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == first_layers[-1][0])
+    top_start = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == first_layers[-1][0])
     if first_layers[0][1] > 0:
         first_layers.insert(0, ("stem", 0))
-    if top < len(names):
-        first_layers.append(("top", top))
+    if top_start < len(names):
+        first_layers.append(("top", top_start))
     intervals = pairwise([*first_layers, ("end", len(names))])
     stages = [_make_stage(classifier, name, range(first, stop)) for (name, first), (_, stop) in intervals]
     if len(stages) <= MAX_LAYER_GROUPS:
@@ -69,19 +69,20 @@ def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
 def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
     """Draw the network from images to head as a PNG, and return `path`.
 
-    Each row has a box for a stage, whose width shows the side of its feature maps, and whose color shows whether it
-    trains in the last phase. A column per phase shows whether the stage trains in that phase.
+    Each row has a box for a stage. The width of the box shows the side of the stage's feature maps, and its color
+    whether the stage trains in the last phase. One column per phase shows whether the stage trains in that phase.
 
     Args:
         classes: number of classes.
+        path: the PNG file to write.
     """
-    size, stages = classifier.image_size, divide_into_stages(classifier)
-    head = count_parameters(classifier.head_variables.values())
+    image_size, stages = classifier.image_size, divide_into_stages(classifier)
+    head_size = count_parameters(classifier.head_variables.values())
     hidden = f"hidden {', '.join(str(layer.dense.units) for layer in classifier.hidden)}, " if classifier.hidden else ""
-    rows: list[Row] = [("images", (size, size, 3), 0, 0, None)]
+    rows: list[Row] = [("images", (image_size, image_size, 3), 0, 0, None)]
     rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in stages]
     rows.append((f"{classifier.pooling} pooling", (stages[-1].shape[-1],), 0, 0, None))
-    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + len(classifier.hidden), head, "head"))
+    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + len(classifier.hidden), head_size, "head"))
 
     width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
     figure = create_figure(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))
@@ -99,7 +100,7 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
     for y, row in enumerate(rows):
-        _draw_row(axes, y, row, [_choose_color(classifier, phase, row[-1]) for phase in phases], size)
+        _draw_row(axes, y, row, [_choose_color(classifier, phase, row[-1]) for phase in phases], image_size)
         if y + 1 < len(rows):
             arrow = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
             axes.annotate("", (CENTER_X, y + 0.7), (CENTER_X, y + 0.3), arrowprops=arrow)
@@ -112,11 +113,11 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
 
 
 def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int) -> None:
-    """Draw a row. `colors` are those of its box in each phase, `size` is the side of the images in pixels."""
+    """Draw a row. `colors` has the color of its box in each phase, and `size` is the side of the images in pixels."""
     name, shape, layers, parameters, _ = row
-    # The side of the feature maps on a logarithmic scale: each halving narrows the box by the same amount.
-    side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
-    box_width, text_color = 3.4 + 2.4 * side, "white" if colors[-1] == TRAINS else INK
+    # The side of the feature maps on a logarithmic scale, so that each halving narrows the box by the same amount.
+    relative_side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
+    box_width, text_color = 3.4 + 2.4 * relative_side, "white" if colors[-1] == TRAINS else INK
     _draw_box(axes, CENTER_X - box_width / 2, y, box_width, 0.6, colors[-1])
     axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=text_color)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
@@ -135,15 +136,15 @@ def _draw_box(axes: Axes, left: float, center_y: float, width: float, height: fl
 
 
 def _choose_color(classifier: Classifier, phase: PhasePlan, stage: Stage | str | None) -> str | None:
-    """Choose the color of a stage in a phase: whether all, some or none of its layers with weights train.
+    """Return the color of a row in a phase, which shows whether all, some or none of the stage's layers train.
 
-    The head trains in every phase. A row without weights has no color.
+    The head ("head") trains in every phase. A row without weights (None) has no color.
     """
     if stage is None or isinstance(stage, str):
         return TRAINS if stage else None
     layers = classifier.backbone.layers
-    # Exclude BatchNormalization: with batch_norm=frozen, it does not make a stage appear partly trained.
-    trainable = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], BATCH_NORM_CLASS)}
-    if trainable and trainable <= phase.trained_layers:
+    # BatchNormalization is excluded, so that a stage does not appear partly trained with batch_norm=frozen.
+    layers_with_weights = {i for i in stage.layers if layers[i].weights and not isinstance(layers[i], BATCH_NORM_CLASS)}
+    if layers_with_weights and layers_with_weights <= phase.trained_layers:
         return TRAINS
     return FROZEN if phase.trained_layers.isdisjoint(stage.layers) else TRAINS_PARTLY

@@ -38,7 +38,7 @@ Rows = list[tuple[str, str]]  # (label, value)
 
 @dataclass
 class Plan:
-    """The results of a dry run so far, with the warnings and errors to print at its end."""
+    """The results of a dry run so far, and the warnings and errors that it prints at its end."""
 
     config: RequestedConfig
     cluster: Cluster
@@ -46,12 +46,12 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None  # None until it is opened, or if it cannot be opened
-    resuming: bool = False  # a run would resume from a checkpoint
+    resuming: bool = False  # True if a run would resume from a checkpoint
     labels_known: bool = True  # False if only the metadata of the dataset was read
-    reasons: list[str] = field(default_factory=list)  # a line for each value that a resumed run chose for `auto`
+    reasons: list[str] = field(default_factory=list)  # one line per value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
-    trained_first: RequestedConfig | None = None  # configuration of the teacher's run, if the run would begin with it
-    finished: bool = False  # output_dir contains the finished run, so a run would exit with 0 at once
+    trained_first: RequestedConfig | None = None  # configuration of the teacher's run, if it would be trained first
+    finished: bool = False  # True if the run in output_dir is finished, so that it would exit with 0 at once
 
     @property
     def bytes_to_stage(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
         return sum(file.size for file in self.to_stage)
 
     def print_section(self, title: str, rows: Rows, width: int = 14) -> None:
-        """Print a heading, and below it a table of labels, at least `width` characters wide, and values."""
+        """Print a heading and a table of labels and values. The column of labels has at least `width` characters."""
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True, min_width=width)
         table.add_column(overflow="fold")
@@ -68,7 +68,7 @@ class Plan:
         self.print(Text(f"\n{title}", style="bold"), table)
 
     def print(self, *renderables: RenderableType) -> None:
-        """Print tables and texts with Rich, without trailing spaces."""
+        """Print Rich tables and texts, without trailing spaces."""
         console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         with console.capture() as captured:
             console.print(*renderables, sep="\n")
@@ -76,7 +76,7 @@ class Plan:
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
-        """Catch a TrainerError of the block, and add it to `faults`, unless an equal one is there already."""
+        """Context manager that catches a TrainerError, and adds it to `faults` unless they already contain its text."""
         try:
             yield
         except TrainerError as error:
@@ -84,10 +84,10 @@ class Plan:
                 self.faults.append(error)
 
     def show_warnings_and_raise(self) -> None:
-        """Print the warnings, and raise the collected errors. For a finished run, the errors are warnings.
+        """Print the warnings, and raise the collected errors. For a finished run, the errors become warnings.
 
         Raises:
-            TrainerError: the only error, or a ConfigError that lists all of them, with the exit code of the first.
+            TrainerError: the only error, or a ConfigError that lists all errors, with the first one's exit code.
         """
         if self.finished:
             self.warnings += [f"if the run were extended: {fault}" for fault in self.faults]
@@ -98,7 +98,7 @@ class Plan:
             raise self.faults[0]
         if self.faults:
             error = ConfigError.of_faults(self.faults, "the run")
-            error.exit_code = self.faults[0].exit_code  # the error that ends a run, since the order is that of a run
+            error.exit_code = self.faults[0].exit_code  # a run would end with the first error
             raise error
 
     def check(self, action: Callable[[], str]) -> str:
@@ -113,16 +113,16 @@ class Plan:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Format up to `MAX_NAMES` names, and the number of the others."""
+    """Format the first `MAX_NAMES` names, and the number of the remaining ones."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
 
 def show_configuration(plan: Plan, arguments: list[str]) -> None:
-    """Print the chosen groups, the values changed on the command line, and the state of output_dir.
+    """Print the chosen configuration groups, the values changed on the command line, and the state of output_dir.
 
-    Set the fields of the plan that depend on output_dir: `config` with the `auto` values of a resumed run, `reasons`,
-    `resuming` and `finished`.
+    Also set the fields of the plan that depend on output_dir: `config` with the `auto` values of a resumed run,
+    `reasons`, `resuming` and `finished`. `arguments` are the run's command-line arguments, such as "data=digits".
     """
     config, output = plan.config, plan.config.output_dir
     choices = [a for a in arguments if a.split("=")[0] in GROUPS]
@@ -159,17 +159,17 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
 
 
 def show_data(plan: Plan, dataset: Dataset, rows: Rows) -> None:
-    """Print the names, counts, bytes and class balance of the dataset, and a table of the examples per class.
+    """Print the dataset's name, classes, splits and class balance, and a table of the examples per class.
 
-    `rows` follow the rows about the dataset; they are about how it was opened.
+    `rows` describe how the dataset was opened; they are printed after the rows about its content.
     """
     names = dataset.class_names
     dataset_rows: Rows = [("name", dataset.name), ("classes", f"{len(names)}: {format_names(names)}")]
     for name, split in dataset.splits.items():
-        files = len({shard.path for shard in split.shards})
-        shards = f" in {files} shard{'s' * (files != 1)}" if files else " in files"
-        on_disk = f", {format_bytes(count)}" if (count := estimate_split_bytes(split)) else ""
-        dataset_rows.append((name, f"{split.count:,} examples{shards}{on_disk}"))
+        num_files = len({shard.path for shard in split.shards})
+        shards = f" in {num_files} shard{'s' * (num_files != 1)}" if num_files else " in files"
+        size_note = f", {format_bytes(count)}" if (count := estimate_split_bytes(split)) else ""
+        dataset_rows.append((name, f"{split.count:,} examples{shards}{size_note}"))
     if plan.labels_known:
         counts = np.bincount(dataset.splits["train"].labels, minlength=len(names))
         largest, smallest = int(counts.argmax()), int(counts.argmin())
@@ -188,9 +188,9 @@ def show_storage(plan: Plan, problem: str) -> None:
     """Read from the dataset, write to output_dir, check warm start, teacher and weights, and print the results.
 
     Args:
-        problem: the reason why the dataset could not be opened; "" if it was opened, or would first be staged.
+        problem: why the dataset could not be opened; "" if it was opened, or would first be staged.
     """
-    config, dataset, read = plan.config, plan.dataset, problem or "not on this machine yet"
+    config, dataset, read_result = plan.config, plan.dataset, problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
             path = min((file for file in plan.to_stage if file.size), key=lambda file: file.size).path
@@ -198,16 +198,16 @@ def show_storage(plan: Plan, problem: str) -> None:
             assert dataset
             split = dataset.splits["train"]
             path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
-        read = plan.check(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
-    rows: Rows = [("read data", read), ("write output", plan.check(lambda: checks.probe_output(config)))]
+        read_result = plan.check(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
+    rows: Rows = [("read data", read_result), ("write output", plan.check(lambda: checks.probe_output(config)))]
     if config.warm_start and not plan.resuming:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
         address = locate_teacher(config.distillation.teacher, str(config.output_dir))
-        classes, text = dataset.class_names if dataset else None, "trained first, as above"
+        classes, teacher_text = dataset.class_names if dataset else None, "trained first, as above"
         if not plan.trained_first:
-            text = plan.check(lambda: checks.check_teacher(address, classes).summary)
-        rows.append(("teacher", text))
+            teacher_text = plan.check(lambda: checks.check_teacher(address, classes).summary)
+        rows.append(("teacher", teacher_text))
     if plan.resuming:
         rows.append(("weights", "those of the checkpoint"))
     elif config.model.backbone != "auto":
@@ -216,7 +216,7 @@ def show_storage(plan: Plan, problem: str) -> None:
 
 
 def show_weights(plan: Plan) -> Rows:
-    """Check that a run can copy or download the weights of its backbone, and return a row; [] for local weights."""
+    """Check that a run can copy or download its backbone's weights, and return the result as a row; [] if local."""
     model = plan.config.model
     if model.weights == "imagenet" or is_remote(model.weights):
         return [("weights", plan.check(lambda: describe_weights(model)))]
@@ -227,9 +227,9 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
     """Print a table of the phases.
 
     Args:
-        total: number of parameters of the model.
+        total: number of all parameters of the model.
         epoch_steps: number of steps per epoch.
-        by: unit by which several workers shard the dataset, "record" or "file".
+        by: unit in which the dataset is sharded over workers, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -246,16 +246,16 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable_parameters:,}")
         layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
-        row = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
-        table.add_row(*(Text(cell) for cell in row))
-    sharded = f"; sharded by {by}" if plan.cluster.size > 1 else ""
+        cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
+        table.add_row(*(Text(cell) for cell in cells))
+    suffix = f"; sharded by {by}" if plan.cluster.size > 1 else ""
     steps = sum(phase.steps for phase in phases)
-    summary = f"  {steps:,} steps at most, {epoch_steps:,} per epoch{sharded}; {total:,} parameters, the head included"
+    summary = f"  {steps:,} steps at most, {epoch_steps:,} per epoch{suffix}; {total:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
 def show_memory(plan: Plan, uses: Uses) -> None:
-    """Print the estimated uses of memory, their sum and the limit of this machine."""
+    """Print the estimated uses of memory, their sum, and this machine's limit."""
     sizes = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
     plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in sizes])
 
@@ -264,11 +264,11 @@ def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
     """Print the estimated time of each phase and of scoring; nothing if `seconds` is empty.
 
     Args:
-        seconds: result of `estimate_time`, for one device.
+        seconds: seconds on one device, by phase name and for "scoring" (`estimate_time`).
         devices: number of devices of the run, by which the seconds are divided.
     """
     if seconds:
-        rows = [(name, f"about {format_time(spent / devices)}") for name, spent in seconds.items()]
+        rows = [(name, f"about {format_time(phase_seconds / devices)}") for name, phase_seconds in seconds.items()]
         total = format_time(sum(seconds.values()) / devices)
         rows.append(("in total", f"about {total}, and the time to start, read the images, export and report"))
         plan.print_section("time (estimated from a few steps on this machine)", rows)
@@ -278,20 +278,21 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
     """Print the bytes that a run reads and writes.
 
     Args:
+        caches: plan of the decoded images' cache, by split name.
         checkpoint: bytes of a checkpoint.
-        model: bytes of the exported model, in float32.
+        model: bytes of the exported model in float32.
     """
     assert plan.dataset
-    config, epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
-    passes = {name: 1 if caches[name].where != "none" or name == "test" else epochs for name in caches}
-    read = sum(
+    config, num_epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
+    passes = {name: 1 if caches[name].where != "none" or name == "test" else num_epochs for name in caches}
+    num_bytes_read = sum(
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
     )
-    staged = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
-    saves, stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + len(phases)
-    formats, at_once = config.export.formats, f"{stored} at once, {format_bytes(stored * checkpoint)}"
+    staging_note = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
+    num_saves, num_stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + len(phases)
+    formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint)}"
     plan.print_section("bytes", [
-        ("read", f"{format_bytes(read or plan.bytes_to_stage)} of images{staged}"),
-        ("checkpoints", f"up to {saves:,} of {format_bytes(checkpoint)}; {at_once}"),
+        ("read", f"{format_bytes(num_bytes_read or plan.bytes_to_stage)} of images{staging_note}"),
+        ("checkpoints", f"up to {num_saves:,} of {format_bytes(checkpoint)}; {stored_text}"),
         ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),
     ])  # fmt: skip

@@ -19,9 +19,9 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 from trainer.types import Dataset, choose_scored_split
 
-BUDGET_SECONDS = 60.0  # after this time no further measurement begins
+BUDGET_SECONDS = 60.0  # after this time, no further measurement begins
 BATCH_SIZE = 8  # images per measured step
-CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of the timed calls, after the first one, which compiles
+CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls, after a first call that compiles
 
 
 def format_time(seconds: float) -> str:
@@ -32,30 +32,30 @@ def format_time(seconds: float) -> str:
 
 
 def has_gpus() -> bool:
-    """Return whether this worker has GPUs. If not, its replicas compute on the same cores, so they do not save time."""
+    """Return whether this worker has GPUs. Without them, its replicas use the same CPU cores, which saves no time."""
     return bool(tf.config.list_physical_devices("GPU"))
 
 
 def measure_call(call: Callable[[], object]) -> float:
-    """Return the median seconds of a few calls. The first call, which compiles, is not timed."""
+    """Return the median time of a few calls in seconds. The first call, which compiles, is not timed."""
     call()
     seconds: list[float] = []
     while len(seconds) < CALLS and sum(seconds) < CALL_SECONDS:
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
 
 
 def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation, seed: int) -> Any:
     """Return an iterator that repeats a batch of random values, augmented differently in each step, as in training.
 
-    `shape` is that of one image, or of its features at a cut.
+    `shape` is the shape of one image, or of its features at a cut.
     """
-    index = np.arange(BATCH_SIZE, dtype=np.int64)
-    values = tf.cast(np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, *shape)), dtype)
-    labels = {"label": np.zeros(BATCH_SIZE, np.int32), "weight": np.ones(BATCH_SIZE, np.float32), "index": index}
-    batch = {"image": values, "position": index, **labels}
+    indices = np.arange(BATCH_SIZE, dtype=np.int64)
+    images = tf.cast(np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, *shape)), dtype)
+    labels = {"label": np.zeros(BATCH_SIZE, np.int32), "weight": np.ones(BATCH_SIZE, np.float32), "index": indices}
+    batch = {"image": images, "position": indices, **labels}
 
     def augment_batch(batch: dict[str, Any], step: Any) -> dict[str, Any]:
         epochs = tf.fill([BATCH_SIZE], step)
@@ -68,33 +68,33 @@ def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation
 def measure_training(
     config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None, xla: bool
 ) -> float:
-    """Measure the seconds per image of training in a phase. The weights of the classifier are changed.
+    """Measure the seconds per image of training in a phase. This changes the classifier's weights.
 
     Args:
-        cut: train on features at this cut; None to train on images.
+        cut: boundary between trunk and tail, if the tail is trained on features; None to train on images.
         xla: whether XLA compiles the step.
     """
     thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
-    lr = phase.optimizer.learning_rate
-    schedule = build_schedule(phase.schedule, lr, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
+    learning_rate = phase.optimizer.learning_rate
+    schedule = build_schedule(phase.schedule, learning_rate, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
     optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
     network = Tail(classifier, cut) if cut else classifier
     step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
                         dataclasses.replace(settings, accumulate=1, virtual_replicas=None))  # fmt: skip
-    side = classifier.image_size
+    image_size = classifier.image_size
     if cut:
         batches = _make_batches(cut.shape, select_stored_dtype(phase, cut), Augmentation(), config.seed)
     else:
-        batches = _make_batches((side, side, 3), "uint8", config.augmentation, config.seed)
+        batches = _make_batches((image_size, image_size, 3), "uint8", config.augmentation, config.seed)
     return measure_call(lambda: step.run(batches, 1, 0, 0)) / BATCH_SIZE
 
 
 def measure_scoring(classifier: Classifier, seed: int) -> float:
-    """Measure the seconds per image of scoring. Computing the features of an image takes about as long."""
-    side = classifier.image_size
+    """Measure the seconds per image of scoring. Computing an image's features takes about as long."""
+    image_size = classifier.image_size
     predictor = Predictor(tf.distribute.get_strategy(), classifier)
-    batch = next(_make_batches((side, side, 3), "uint8", Augmentation(), seed))
+    batch = next(_make_batches((image_size, image_size, 3), "uint8", Augmentation(), seed))
     return measure_call(lambda: predictor.predict([batch], 1)) / BATCH_SIZE
 
 
@@ -102,34 +102,35 @@ def estimate_time(
     config: RunConfig, classifier: Classifier, dataset: Dataset, inputs: Mapping[str, tuple[FeatureChoice, Division]],
     compiled: Mapping[str, bool], steps_per_epoch: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Estimate the seconds of each phase with its validation, and of the scoring at the end, on one device.
+    """Estimate the seconds of each phase, including its validation, and of the scoring at the end, on one device.
 
     Reading and decoding images, the teacher, compiling, export and report are not included.
 
     Args:
-        inputs: by phase, its planned input and the division of its network.
-        compiled: by phase, whether XLA compiles its step.
+        inputs: by phase name, the planned input, and the division of the network into trunk and tail.
+        compiled: by phase name, whether XLA compiles the step.
 
     Returns:
-        Seconds by name of the phase, and of "scoring"; {} if the measurements exceed `BUDGET_SECONDS`.
+        Seconds by phase name, and by "scoring" for the scoring at the end; {} if `BUDGET_SECONDS` have passed before a
+        phase was measured.
     """
     deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
-    scoring, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
+    scoring_seconds, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
     for name, phase in config.phases.items():
         if time.monotonic() >= deadline:
             return {}
         choice, division = inputs[name]
-        cached = choice.input_kind == "cached"
+        is_cached = choice.input_kind == "cached"
         steps = config.phase_steps(phase, steps_per_epoch)
-        images = steps / steps_per_epoch * counts["train"]
-        cut = division.cut if cached else None
-        seconds = images * measure_training(config, classifier, dataset, phase, cut, compiled[name])
-        if cached:  # features are computed once, for training and validation
-            seconds += scoring * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
+        num_images = steps / steps_per_epoch * counts["train"]
+        cut = division.cut if is_cached else None
+        seconds = num_images * measure_training(config, classifier, dataset, phase, cut, compiled[name])
+        if is_cached:  # features are computed once, for training and validation
+            seconds += scoring_seconds * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
         else:
-            passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
-            seconds += scoring * counts["validation"] * passes * config.training.validation_share
+            num_passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
+            seconds += scoring_seconds * counts["validation"] * num_passes * config.training.validation_share
         if config.training.validation_share < 1:  # the phase weights are scored on the entire split
-            seconds += scoring * counts["validation"]
+            seconds += scoring_seconds * counts["validation"]
         estimates[name] = seconds
-    return estimates | {"scoring": scoring * counts[choose_scored_split(dataset.splits)]}
+    return estimates | {"scoring": scoring_seconds * counts[choose_scored_split(dataset.splits)]}

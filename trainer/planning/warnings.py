@@ -1,4 +1,4 @@
-"""Warn of settings that are valid but probably not intended. A plan prints these warnings, and a run logs them."""
+"""Warn about settings that are valid but probably unintended. A plan prints these warnings, and a run logs them."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ from trainer.planning.estimates import check_worker_memory, estimate_memory, est
 from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
-MIN_RATE_RATIO = 5  # thawed layers should begin with at most the learning rate of the head divided by this
+MIN_RATE_RATIO = 5  # thawed layers should start with at most the head's learning rate divided by this
 ADAPTIVE = frozenset({"adam", "adamw", "adamax", "nadam", "rmsprop"})  # optimizers with comparable learning rates
 DOMINANT_FRACTION = 0.6  # a class with a larger fraction of the training examples causes a warning
 
@@ -25,27 +25,28 @@ DOMINANT_FRACTION = 0.6  # a class with a larger fraction of the training exampl
 def find_run_warnings(
     images: ImageStore, classifier: Classifier, teacher: ConfiguredTeacher | None, worker: Worker, baseline: int
 ) -> list[str]:
-    """Return the warnings of a run, the same that its plan prints; [] on workers other than the chief.
+    """Return a run's warnings, the same that `trainer.plan` prints; [] on workers other than the chief.
 
     Args:
-        baseline: bytes of the process before the network was built.
+        teacher: the configured teacher; None without distillation.
+        baseline: resident bytes of the process before the network was built.
 
     Raises:
         ConfigError: the run does not fit into the memory of this worker.
     """
     config, dataset, replicas = images.config, images.dataset, worker.replicas
     train, read_once = dataset.splits["train"], images.train_images_read_once
-    examples = max(config.training.batch_size // (worker.size * replicas), 1)
-    per_replica = max(examples // config.training.micro_batches(worker.size * replicas), 1)
+    replica_batch = max(config.training.batch_size // (worker.size * replicas), 1)
+    micro_batch = max(replica_batch // config.training.micro_batches(worker.size * replicas), 1)
     epoch_steps = steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
-    phases = plan_phases(config, classifier, epoch_steps, per_replica)
-    uses = estimate_memory(classifier, phases, caches, examples=examples, replicas=replicas, baseline=baseline)
+    phases = plan_phases(config, classifier, epoch_steps, micro_batch)
+    uses = estimate_memory(classifier, phases, caches, examples=replica_batch, replicas=replicas, baseline=baseline)
     if teacher:
         network = teacher.network
         uses += estimate_teacher_memory(
             network.variable_bytes if network else 0, network.classifier if network else None,
-            every_step=config.augmentation.active, examples=per_replica, replicas=replicas,
+            every_step=config.augmentation.active, examples=micro_batch, replicas=replicas,
             labels=train.count * len(dataset.class_names), precision=config.runtime.precision,
         )  # fmt: skip
     memory = check_worker_memory(config, uses, worker.size * replicas)
@@ -58,15 +59,15 @@ def find_run_warnings(
 def find_settings_warnings(config: RequestedConfig) -> list[str]:
     """Return the warnings that follow from the configuration alone.
 
-    Phases are included only if no value is `auto`, that is in a `RunConfig`.
+    Phases are checked only in a `RunConfig`, in which all `auto` values are resolved.
     """
     warnings = []
     phases = config.phases if isinstance(config, RunConfig) else {}
-    frozen = [name for name, phase in phases.items() if phase.batch_norm != "train"]
-    if config.model.weights == "none" and not config.warm_start and frozen:
+    phase_names = [name for name, phase in phases.items() if phase.batch_norm != "train"]
+    if config.model.weights == "none" and not config.warm_start and phase_names:
         warnings.append(
-            f"model.weights=none without batch_norm=train in {', '.join(frozen)}: the statistics of normalization stay "
-            f"as initialized, scores stay near chance; set phases.{frozen[0]}.batch_norm=train and .thaw=all"
+            f"model.weights=none without batch_norm=train in {', '.join(phase_names)}: the statistics of normalization "
+            f"stay as initialized, scores stay near chance; set phases.{phase_names[0]}.batch_norm=train and .thaw=all"
         )
     warnings += find_rate_warnings(phases)
     if limits := [f"debug.{key}={value}" for key, value in config.debug if value]:
@@ -78,21 +79,21 @@ def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
     """Return a warning for each phase that begins to train thawed layers at too high a learning rate.
 
     Large steps destroy what the backbone has learned in pretraining (Howard & Ruder 2018). The limit is a fifth of the
-    learning rate of the last phase before that trained only the head. A phase with a warm-up begins with small steps,
-    and learning rates of optimizers of different kinds cannot be compared, so these cause no warning.
+    learning rate in the last earlier phase that trained only the head. There is no warning for a phase with a warm-up,
+    which begins with small steps, or with an optimizer whose learning rate cannot be compared with the earlier one's.
     """
-    warnings, head = [], ("", 0.0, frozenset[str]())  # the last phase with thaw=none: name, rate, similar optimizers
+    warnings, head_phase = [], ("", 0.0, frozenset[str]())  # last phase with thaw=none: name, rate, optimizers
     for name, phase in phases.items():
         optimizer = phase.optimizer
         if phase.thaw == "none":
-            kind = ADAPTIVE if optimizer.name in ADAPTIVE else frozenset({optimizer.name})
-            head = (name, optimizer.learning_rate, kind)
-        elif optimizer.name in head[2] and not phase.schedule.warmup.count:
-            rate, limit = optimizer.learning_rate * phase.backbone_rate, head[1] / MIN_RATE_RATIO
+            comparable_optimizers = ADAPTIVE if optimizer.name in ADAPTIVE else frozenset({optimizer.name})
+            head_phase = (name, optimizer.learning_rate, comparable_optimizers)
+        elif optimizer.name in head_phase[2] and not phase.schedule.warmup.count:
+            rate, limit = optimizer.learning_rate * phase.backbone_rate, head_phase[1] / MIN_RATE_RATIO
             if rate > limit * (1 + 1e-6):
                 warnings.append(
                     f"phase {name} trains thawed layers at a learning rate of {rate:g}, more than a fifth of the "
-                    f"{head[1]:g} of {head[0]}, which can destroy what they have learned; try "
+                    f"{head_phase[1]:g} of {head_phase[0]}, which can destroy what they have learned; try "
                     f"phases.{name}.optimizer.learning_rate={limit / phase.backbone_rate:g}, or a schedule.warmup"
                 )
     return warnings
@@ -101,7 +102,7 @@ def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
 def find_dataset_warnings(
     config: RunConfig, dataset: Dataset, epoch_steps: int, labels_known: bool = True
 ) -> list[str]:
-    """Return the warnings about the dataset with these settings.
+    """Return the warnings about class balance, the sizes of the splits, and the interval between checkpoints.
 
     Args:
         epoch_steps: number of steps per epoch.
@@ -114,17 +115,17 @@ def find_dataset_warnings(
         fraction, name = f"{counts[largest] / counts.sum():.0%}", dataset.class_names[largest]
         warnings.append(f"{fraction} of the training examples are {name}: a constant prediction is right {fraction} of "
                         "the time; try training.class_weights=balanced")  # fmt: skip
-    every = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)  # steps per checkpoint
+    period = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)
     steps = {name: config.phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
-    if short := ", ".join(name for name, count in steps.items() if every > count):
-        warnings.append(f"runtime.checkpoint_every={every:,} steps is longer than {short}: a stop costs up to all of "
+    if names := ", ".join(name for name, count in steps.items() if period > count):
+        warnings.append(f"runtime.checkpoint_every={period:,} steps is longer than {names}: a stop costs up to all of "
                         "it")  # fmt: skip
     if "test" not in dataset.splits and not config.debug.overfit:
         ratio = config.data.test_fraction
         fix = f"data.test_fraction={ratio:g} leaves none, add images" if ratio else "set data.test_fraction"
         warnings.append(f"there is no test split: the score is of the split that chose the checkpoint; {fix}")
-    validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    if 0 < validation < 100 and not any("validation has only" in note for note in dataset.notes):
-        warnings.append(f"validation has only {validation:,} examples: each is {100 / validation:.1f} points of "
-                        "accuracy")  # fmt: skip
+    num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
+    if 0 < num_validation < 100 and not any("validation has only" in note for note in dataset.notes):
+        warnings.append(f"validation has only {num_validation:,} examples: each is {100 / num_validation:.1f} points "
+                        "of accuracy")  # fmt: skip
     return warnings
