@@ -80,7 +80,7 @@ def choose_previous_version(manifests: Mapping[int, Mapping[str, Any]]) -> int |
 
 
 @contextmanager
-def _exclusive(folder: StoragePath) -> Iterator[None]:
+def _hold_lease(folder: StoragePath) -> Iterator[None]:
     """Hold the lease on the folder of the versions, and delete incomplete versions at the end of the block.
 
     If the block raises an error, nothing is deleted.
@@ -108,14 +108,14 @@ def read_manifest(version: StoragePath) -> dict[str, Any]:
     return read_json(version / MANIFEST, parse_manifest, "promote a run with allow_worse=true") or {}
 
 
-def _number(version: StoragePath) -> int:
+def _get_version_number(version: StoragePath) -> int:
     """Return the number of a version from `list_versions` or `commit_version`."""
     number = parse_version_number(version)
     assert number is not None, "from `list_versions` or `commit_version`"
     return number
 
 
-def _fetch_run(run: str, to: Path) -> None:
+def _download_run(run: str, to: Path) -> None:
     """Copy the newest SavedModel of a finished run, and its scores, to a local folder.
 
     Raises:
@@ -129,14 +129,14 @@ def _fetch_run(run: str, to: Path) -> None:
     if not exports:
         fix = "add saved_model to export.formats, or run trainer.export"
         raise DataError("has no export/saved_model", key="run", value=run, fix=fix)
-    _fetch(exports[0].path.parent, to)
+    _download_version(exports[0].path.parent, to)
     for name in SCORES:
         if not (run_folder / name).exists():
             raise DataError(f"has no {name}", key="run", value=run, fix="give the output_dir of a finished run")
         (run_folder / name).download(to / name)
 
 
-def _fetch(version: StoragePath, to: Path) -> None:
+def _download_version(version: StoragePath, to: Path) -> None:
     """Copy a version to a local folder, without its manifest."""
     for info in version.list():
         name = str(info.path).removeprefix(f"{version}/")
@@ -163,14 +163,14 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
         Refused: the run is worse than the newest version, and `allow_worse` is False.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _hold_lease(folder):
         local_folder = Path(temporary)
-        _fetch_run(run, local_folder)
+        _download_run(run, local_folder)
         files, versions = checksum_files(local_folder), [info.path.parent for info in list_versions(folder)]
         decision, comparison = Decision(True, "there is no version to compare with"), None
         if versions:
-            newest, number = versions[0], _number(versions[0])
-            served_manifest = _read_served(newest, allow_worse)
+            newest, number = versions[0], _get_version_number(versions[0])
+            served_manifest = _read_served_manifest(newest, allow_worse)
             if served_manifest.get("files") == files:
                 log.info(f"{run} is version {number} of {folder} already")
                 return number, "promoted already"
@@ -184,7 +184,7 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
         return number, decision.reason
 
 
-def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
+def _read_served_manifest(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
     """Read the manifest of the served version. If `allow_worse`, return {} for a corrupt one."""
     try:
         return read_manifest(version)
@@ -200,7 +200,7 @@ def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision
     Return the decision, and the figures of the comparison for the manifest (None if the two cannot be compared, which
     is an error unless `allow_worse`).
     """
-    number = _number(newest)
+    number = _get_version_number(newest)
     try:
         result = compare_runs([read_scored_run(str(newest), str(number)), read_scored_run(run, run)])
     except DataError as error:
@@ -223,15 +223,15 @@ def restore_previous_version(folder: StoragePath, keep: int) -> int:
         DataError: there is no earlier version, its files are corrupt, or the manifest of a version is corrupt.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _hold_lease(folder):
         local_folder = Path(temporary)
-        versions = {_number(info.path.parent): info.path.parent for info in list_versions(folder)}
+        versions = {_get_version_number(info.path.parent): info.path.parent for info in list_versions(folder)}
         manifests = {number: read_manifest(version) for number, version in versions.items()}
         source = choose_previous_version(manifests) if manifests else None
         if source is None:
             fix = "promote a run instead"
             raise DataError("has no version before the newest one", key="to", value=str(folder), fix=fix)
-        _fetch(versions[source], local_folder)
+        _download_version(versions[source], local_folder)
         manifest = manifests[source] or {"run": None, "comparison": None, "files": checksum_files(local_folder)}
         if damage := describe_corruption(local_folder, manifest):
             raise DataError(f"{versions[source]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
@@ -246,7 +246,7 @@ def _commit(folder: StoragePath, local_folder: Path, manifest: dict[str, Any], k
     full_manifest = manifest | {"promoted": format_utc_now(), "kubetune": trainer.__version__}
     write_json(local_folder / MANIFEST, full_manifest)
     assert (local_folder / GRAPH).exists()
-    number = _number(commit_version(folder, local_folder))
+    number = _get_version_number(commit_version(folder, local_folder))
     for info in list_versions(folder)[keep:]:
         delete_version(info.path.parent)
         log.info(f"deleted {info.path.parent}, as keep={keep}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 _PREFIX = "kubetune-"  # of the names of temporary folders and files
-_SETTLED_SECONDS = 60.0  # a younger folder of a running process may not be locked yet
+_LOCK_GRACE_SECONDS = 60.0  # a younger folder of a running process may not be locked yet
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _delete_abandoned(parent: Path) -> None:
         with suppress(OSError):  # of another user, or deleted meanwhile
             process_id = folder.name.removeprefix(_PREFIX).partition("-")[0]
             # A process that has just started may have created its folder but not locked it yet.
-            if is_running(process_id) and time.time() - folder.stat().st_mtime < _SETTLED_SECONDS:
+            if is_running(process_id) and time.time() - folder.stat().st_mtime < _LOCK_GRACE_SECONDS:
                 continue
             if (lock := _lock_folder(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -93,7 +93,7 @@ class ShardCache:
         # reader -> names of required and of later shards; the reader that called `require` last comes last
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._rank: dict[str, int] = {}  # name -> rank in the order in which shards are needed, from 0
-        self._failed: dict[str, Exception] = {}  # name -> error of the last transfer
+        self._errors: dict[str, Exception] = {}  # name -> error of the last transfer
         self._closed = False
         self._reuse_cached({*other_files})
 
@@ -118,7 +118,7 @@ class ShardCache:
             self._needs.pop(reader, None)
             self._needs[reader] = names, tuple(then)
             for name in names:
-                self._failed.pop(name, None)
+                self._errors.pop(name, None)
                 if name in self._cached:
                     size = self._cached.pop(name)
                     if self._is_intact(name):
@@ -166,13 +166,13 @@ class ShardCache:
             _make_mtime_ns(self.entries[name].version),
         )
 
-    def _required(self) -> set[str]:
+    def _get_required_names(self) -> set[str]:
         """Return the names of the shards that any reader requires now."""
         return {name for names, _ in self._needs.values() for name in names}
 
     def _check_budget(self) -> None:
         """Raise a DataError if the required shards of all readers exceed the budget."""
-        required = self._required()
+        required = self._get_required_names()
         size = sum(self.entries[name].size for name in required)
         if size > self.budget:
             problem = f"{self.address}: {len(required)} shards of {size / 1e9:.3g} GB are needed at the same time"
@@ -184,8 +184,8 @@ class ShardCache:
         start, has_logged = time.monotonic(), False
         while missing := [name for name in names if name not in self._cached]:
             for name in missing:
-                if name in self._failed:
-                    raise self._failed[name]
+                if name in self._errors:
+                    raise self._errors[name]
             self._changed.wait(0.1)
             self.check()
             if not has_logged and time.monotonic() - start > REPORT_SECONDS:
@@ -209,13 +209,13 @@ class ShardCache:
         for name, rank in self._rank.items():
             if self._closed or len(self._in_transfer) >= MAX_TRANSFERS:
                 return
-            if name in self._cached or name in self._in_transfer or name in self._failed:
+            if name in self._cached or name in self._in_transfer or name in self._errors:
                 continue
             if not self._evict(self.entries[name].size, rank):
                 return  # a smaller shard that is needed later must not take the space
             self._in_transfer[name] = self.entries[name].size
             # A daemon thread, not a pool: the process must be able to exit while a bucket does not respond.
-            threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
+            threading.Thread(target=self._transfer, args=(name,), name=f"shard {name}", daemon=True).start()
 
     def _evict(self, size: int, rank: int) -> bool:
         """Evict shards that rank after `rank`, last first, until a shard of `size` bytes fits.
@@ -223,7 +223,7 @@ class ShardCache:
         Return False, and evict nothing, if it cannot fit.
         """
         excess = self.used + size - self.budget
-        required, unneeded_rank = self._required(), len(self._rank)  # a shard that no reader needs ranks last
+        required, unneeded_rank = self._get_required_names(), len(self._rank)  # a shard that no reader needs ranks last
         evictable = [
             name for name in self._cached if self._rank.get(name, unneeded_rank) > rank and name not in required
         ]
@@ -237,7 +237,7 @@ class ShardCache:
             excess -= self._cached.pop(name)
         return True
 
-    def _fetch(self, name: str) -> None:
+    def _transfer(self, name: str) -> None:
         """Transfer one shard in this thread, then start the next transfers and wake up the readers that wait."""
         info, file, transfer_error = self.entries[name], self.folder / name, None
         try:
@@ -250,9 +250,9 @@ class ShardCache:
             if transfer_error is None:
                 self._cached[name] = size
                 # The bucket is available again, so that the transfers that timed out are retried.
-                self._failed = {shard: e for shard, e in self._failed.items() if not isinstance(e, Interrupted)}
+                self._errors = {shard: e for shard, e in self._errors.items() if not isinstance(e, Interrupted)}
             else:
-                self._failed[name] = transfer_error
+                self._errors[name] = transfer_error
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
             self._begin_transfers()
