@@ -69,13 +69,13 @@ def find_cut(classifier: Classifier) -> Cut | None:
             deepest_cut = (index, *next(iter(live_tensors.values())))
     if deepest_cut is None:
         return None
-    last_index, layer_index, tensor = deepest_cut
+    last_index, producer_index, tensor = deepest_cut
     layers = [operation for operation in operations[: last_index + 1] if isinstance(operation, keras.Layer)]
     trunk_ids = {id(variable) for layer in layers for variable in layer.weights}
     pooled = tensor is output
     return Cut(
-        layer=operations[layer_index].name,
-        layer_index=sum(isinstance(operation, keras.Layer) for operation in operations[: layer_index + 1]) - 1,
+        layer=operations[producer_index].name,
+        layer_index=sum(isinstance(operation, keras.Layer) for operation in operations[: producer_index + 1]) - 1,
         tensor=tensor,
         pooled=pooled,
         shape=(tensor.shape[-1],) if pooled else tuple(tensor.shape[1:]),

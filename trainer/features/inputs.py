@@ -128,8 +128,8 @@ class FeatureCache:
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
         """Return the later phases whose features can be computed in the pass for `phase`.
 
-        Such a phase reads the same views of the split, but at a different cut. Neither `phase` nor any phase before the
-        later phase updates its trunk.
+        Such a phase reads the same views of the split, but at a different cut. Neither `phase` nor any phase between
+        the two updates the later phase's trunk.
         """
         names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
         updated_variables: set[str] = set()

@@ -83,9 +83,9 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file next to `path`, which the block creates and renames to `path`.
+    """Yield an unused path next to `path`, for a temporary file that the block can create and rename to `path`.
 
-    The parent folder is created if needed. A file that the block has not renamed is deleted at the end.
+    The parent folder is created if needed. If the block does not rename the file, it is deleted at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary_path = make_temporary_name(path)
