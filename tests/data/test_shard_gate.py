@@ -64,7 +64,7 @@ class Strict(ShardCache):
         assert not set(names) & set(then)
         waited = super().require(reader, names)
         with self._changed:
-            pinned = self._required()
+            pinned = self._get_required_names()
             self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
             self.nothing_else(pinned)
         return waited

@@ -37,7 +37,7 @@ class RequesterPays(FaultyProxy):
 
 @pytest.fixture
 def paid(gs_server: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[RequesterPays]:
-    monkeypatch.setattr(gcs_client, "_requester_pays", set())
+    monkeypatch.setattr(gcs_client, "_requester_pays_buckets", set())
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
     storage_path(f"gs://{BUCKET}/photos/cat/0.jpg").write(b"cat")
     proxy = RequesterPays(gs_server.url, {})
@@ -92,9 +92,9 @@ def test_no_project_is_sent_to_other_buckets(
     gs_server: Emulator,  # noqa: ARG001 - it must run
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gcs_client, "_requester_pays", set())
+    monkeypatch.setattr(gcs_client, "_requester_pays_buckets", set())
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "payer")
     storage_path(f"gs://{BUCKET}/free/x").write(b"x")
     assert storage_path(f"gs://{BUCKET}/free/x").read() == b"x"
     assert gcs_client.get_bucket(BUCKET).user_project is None
-    assert gcs_client._requester_pays == set()
+    assert gcs_client._requester_pays_buckets == set()

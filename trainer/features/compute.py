@@ -1,4 +1,4 @@
-"""A pass over the images of a split that computes their features, in parallel on all workers."""
+"""A pass over a split's images that computes and stores their features, in parallel on all workers."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -23,8 +23,8 @@ from trainer.monitoring.log import log
 
 # A block consists of the features that a worker computes, exchanges and stores together.
 BLOCK_BYTES = 32 << 20  # approximate maximum size of a block
-MAX_CALLS_PER_BLOCK = 8  # device calls
-MAX_DECODED_BYTES = 256 << 20  # maximum size of the images that are decoded while the trunk is compiled
+MAX_CALLS_PER_BLOCK = 8  # maximum number of device calls whose outputs form a block
+MAX_DECODED_BYTES = 256 << 20  # maximum total size of the images that are decoded while the trunk is compiled
 
 
 @dataclass
@@ -33,75 +33,75 @@ class FeatureRequest:
 
     cut: Cut
     features: Features  # where the results are stored
-    required: bool  # whether the phase that begins needs them; those for a later phase are optional
-    failed: bool = False  # whether this worker could not store them
+    required: bool  # whether the phase that starts now needs the features; features for a later phase are optional
+    failed: bool = False  # whether this worker could not store the features
 
 
 Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """Computes and stores the features of one split per call of `fill`. The trunk of equal cuts is compiled once."""
+    """Computes and stores the features of one split in each call of `fill`. Compiles the trunk for equal cuts once."""
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
-        self.rows = images_per_call() * worker.replicas  # images per device call of this worker
+        self.rows = images_per_call() * worker.replicas  # number of images in a device call on this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
         """Compute and store the missing features of one split. With `exchange`, all workers must call this together.
 
-        If this worker cannot store the features of a request, it sets `failed` of the request. It does not inform the
-        other workers.
+        If this worker cannot store a request's features, it sets the request's `failed`. It does not inform the other
+        workers.
 
         Args:
-            requests: at different cuts, but of the same split and with the same number of views.
+            requests: requests with different cuts, the same split and the same number of views.
             augmentation: applied to the images, differently in each view.
             exchange: whether all workers read the same features. If so, each worker computes a shard of them, and the
                 workers exchange the results. Otherwise, each worker computes the features that it reads.
 
         Returns:
-            False if the run should stop. Then some features are missing.
+            True if no features are missing, except those of failed requests. False if the run should stop.
 
         Raises:
             DataError: an image cannot be read, or a feature is too large for float16.
         """
         split, views = requests[0].features.split, requests[0].features.views
-        missing = [[self._find_missing(request, view, exchange) for view in range(views)] for request in requests]
-        incomplete = []
-        for request, missing_in_views in zip(requests, missing, strict=True):
-            if np.any(missing_in_views):
-                incomplete.append(request)
+        is_missing = [[self._find_missing(request, view, exchange) for view in range(views)] for request in requests]
+        incomplete_requests = []
+        for request, is_missing_in_views in zip(requests, is_missing, strict=True):
+            if np.any(is_missing_in_views):
+                incomplete_requests.append(request)
             elif request.required:
                 log.info(f"  features of {split.name}: read from {request.features.location}, computed before")
-        if not incomplete:
+        if not incomplete_requests:
             return True
-        missing_by_view = np.logical_or.reduce(missing)
-        targets = " and ".join(request.features.location for request in incomplete)
-        log.info(f"  features of {split.name}: {np.sum(missing_by_view):,} images to compute; stored in {targets}")
+        is_missing_by_view = np.logical_or.reduce(is_missing)
+        locations = " and ".join(request.features.location for request in incomplete_requests)
+        log.info(f"  features of {split.name}: {np.sum(is_missing_by_view):,} images to compute; stored in {locations}")
         pixels = self.images.split(split.name)
         with convert_data_errors(pixels):
             return all(
-                self._fill_view(incomplete, pixels, augmentation, exchange, view, is_missing)
-                for view, is_missing in enumerate(missing_by_view)
-                if is_missing.any()
+                self._fill_view(incomplete_requests, pixels, augmentation, exchange, view, is_missing_in_view)
+                for view, is_missing_in_view in enumerate(is_missing_by_view)
+                if is_missing_in_view.any()
             )
 
     def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
-        """Return which examples have no stored features, bool [count]: on this worker or, with `exchange`, on any."""
-        missing, control = request.features.missing(view), self.worker.control
+        """Return which examples lack features on this worker or, with `exchange`, on any worker, as bool [count]."""
+        is_missing, control = request.features.missing(view), self.worker.control
         if not exchange:
-            return missing
-        gathered = control.gather("missing features", np.packbits(missing).tobytes())
+            return is_missing
+        gathered = control.gather("missing features", np.packbits(is_missing).tobytes())
         arrays = [np.frombuffer(packed, np.uint8) for packed in gathered or [b""]]
         union = control.broadcast_bytes("missing features", np.bitwise_or.reduce(arrays).tobytes())
-        return np.unpackbits(np.frombuffer(union, np.uint8), count=len(missing)).astype(bool)
+        return np.unpackbits(np.frombuffer(union, np.uint8), count=len(is_missing)).astype(bool)
 
     def _fill_view(
         self, requests: Requests, pixels: Pixels, augmentation: Augmentation, exchange: bool, view: int,
         is_missing: np.ndarray,
     ) -> bool:  # fmt: skip
-        """Compute and store the features of examples in one view, in blocks. Return False if the run should stop.
+        """Compute and store features in one view, in blocks. Return False if the run should stop.
 
         `is_missing`, bool [count], selects the examples.
         """
@@ -114,23 +114,23 @@ class FeaturePass:
         with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             # No shard is larger than the first one, so all workers exchange the same number of blocks.
             for first in range(0, len(shards[0]), calls_per_block * self.rows):
-                index = shard[first : first + calls_per_block * self.rows]
-                outputs = [output for _, output in zip(range(0, len(index), self.rows), batches, strict=False)]
+                indices = shard[first : first + calls_per_block * self.rows]
+                outputs = [output for _, output in zip(range(0, len(indices), self.rows), batches, strict=False)]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
-                self._store_block(requests, pixels, view, index, outputs, exchange)
+                self._store_block(requests, pixels, view, indices, outputs, exchange)
                 health.record_progress(min(first + calls_per_block * self.rows, len(shards[0])), len(shards[0]))
         return True
 
     def _compute_batches(
         self, cuts: Sequence[Cut], pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[list[np.ndarray], None, None]:
-        """Yield the outputs of each device call: weights, float32 [rows], and the features [rows, *shape] at each cut.
+        """Yield each device call's outputs: weights, float32 [rows], and for each cut its features [rows, *shape].
 
         The weight is 0 for padding and for images that cannot be read, otherwise 1. A stop request ends the iteration
         early.
         """
-        compute, local = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
+        compute, local_results = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
         if pixels.array is not None and not augmentation.active:
             source = self._iterate_memory(pixels, shard)
         else:
@@ -140,14 +140,14 @@ class FeaturePass:
                 outputs = compute(images, weights)
                 health.record_progress()
                 # np.asarray avoids the copy that Tensor.numpy() makes.
-                yield [_concatenate([np.asarray(values) for values in local(output)]) for output in outputs]
+                yield [_concatenate([np.asarray(values) for values in local_results(output)]) for output in outputs]
 
     def _iterate_pipeline(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call, from an input pipeline that decodes and augments images."""
+        """Yield the images and weights of each device call, from an input pipeline that decodes and augments images."""
         replicas, view_settings = self.worker.replicas, View(augmentation, self.images.config.seed, view)
-        # Decode many batches while the trunk is compiled, unless shards have to be fetched (0 is the default).
+        # Decode many batches while the trunk is compiled. If shards have to be fetched, prefetch only the default (0).
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
         prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
         batches = build_indexed_batches(
@@ -160,14 +160,14 @@ class FeaturePass:
                 gate.wait_for(self.rows)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
-        except StopRequested:  # while waiting for a shard file
+        except StopRequested:  # raised by `wait_for` while a shard is fetched
             return
         finally:
             gate.close()
 
     def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
-        """Yield images and weights for each device call, from the image cache. Consecutive images are not copied."""
-        cached, padding_index, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
+        """Yield the images and weights of each device call, from the image cache. Consecutive images are not copied."""
+        all_images, padding_index, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
         bad_indices = list(pixels.bad)
         for first in range(0, len(shard), self.rows):
             if self.worker.stop.reason is not None:
@@ -178,15 +178,15 @@ class FeaturePass:
 
             def on_replica(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
                 start = context.replica_id_in_sync_group % self.worker.replicas * per_replica
-                part = index[start : start + per_replica]
-                is_consecutive = part[-1] - part[0] == per_replica - 1 and part[-1] < padding_index
-                images = cached[part[0] : part[0] + per_replica] if is_consecutive else tf.gather(cached, part)
+                rows = index[start : start + per_replica]
+                is_consecutive = rows[-1] - rows[0] == per_replica - 1 and rows[-1] < padding_index
+                images = all_images[rows[0] : rows[0] + per_replica] if is_consecutive else tf.gather(all_images, rows)
                 return images, tf.constant(weights[start : start + per_replica])
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
     def _compile_trunk(self, cuts: Sequence[Cut]) -> Any:
-        """Return a `tf.function` from images and weights to a list: the weights, and the features at each cut."""
+        """Return a `tf.function` that maps images and weights to a list of the weights and the features at each cut."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -200,21 +200,21 @@ class FeaturePass:
     def _store_block(
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
     ) -> None:
-        """Store the features of a block and, with `exchange`, of the blocks that other workers computed.
+        """Store the features in a block and, with `exchange`, in the blocks that other workers computed.
 
-        `index`, int64 [n], are the examples of the block. `outputs` are the items of `_compute_batches` for them.
+        `index`, int64 [n], contains the block's example indices. `outputs` are their items from `_compute_batches`.
         """
         columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
-        unreadable = index[columns[0] == 0] if columns else index
-        reasons = np.array([pixels.bad.get(int(i), "") for i in unreadable] if len(unreadable) else [], str)
+        bad_indices = index[columns[0] == 0] if columns else index
+        reasons = np.array([pixels.bad.get(int(i), "") for i in bad_indices] if len(bad_indices) else [], str)
         features = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
-        block = {"index": index, "failed": unreadable, "reasons": reasons}
+        block = {"index": index, "failed": bad_indices, "reasons": reasons}
         for i, (request, values) in enumerate(zip(requests, features, strict=True)):
             block[f"rows{i}"] = request.features.encode(values)
         if exchange:
             blocks = self.worker.control.gather_arrays("features", block)
-            joined = {key: np.concatenate([arrays[key] for arrays in blocks]) for key in block} if blocks else {}
-            block = self.worker.control.broadcast_arrays("features", joined)
+            joined_block = {key: np.concatenate([arrays[key] for arrays in blocks]) for key in block} if blocks else {}
+            block = self.worker.control.broadcast_arrays("features", joined_block)
         bad = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
         for i, request in enumerate(requests):
             try:

@@ -16,18 +16,18 @@ from trainer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor of the backbone at which it is cut.
+    """A tensor at which the backbone is cut into trunk and tail.
 
-    The layers below the cut are frozen. The layers above it use no other output of the layers below.
+    The layers below the cut are frozen. The layers above the cut use no other output of the layers below it.
     """
 
     layer: str  # name of the layer or operation that computes the tensor
-    layer_index: int  # index of that layer in `backbone.layers`; of the last layer before it if it is an operation
+    layer_index: int  # index of this layer in `backbone.layers`; for an operation, index of the last layer before it
     tensor: Any  # KerasTensor [None, ...]
-    pooled: bool  # whether the tensor is the output of the backbone; then the trunk pools it to float32 [b, C]
-    shape: tuple[int, ...]  # of the trunk's output for one example
-    dtype: str  # of the trunk's output: float32 if pooled, otherwise the compute dtype
-    variables: dict[str, keras.Variable]  # of the trunk, by their names in `Classifier.variables`
+    pooled: bool  # whether the tensor is the backbone's output, which the trunk pools to float32 [b, channels]
+    shape: tuple[int, ...]  # shape of the trunk's output for one example
+    dtype: str  # dtype of the trunk's output: float32 if pooled, otherwise the compute dtype
+    variables: dict[str, keras.Variable]  # the trunk's variables, by their names in `Classifier.variables`
 
     def fingerprint(self) -> str:
         """Return a hash of the names and values of the trunk's variables, 16 hex digits."""
@@ -38,44 +38,44 @@ class Cut:
         return digest.hexdigest()[:16]
 
     def __str__(self) -> str:
-        where = f"layer {self.layer_index} ({self.layer})"
+        position = f"layer {self.layer_index} ({self.layer})"
         shape = " x ".join(map(str, self.shape))
-        return f"the backbone's end, pooled to {shape}" if self.pooled else f"{where}, {shape}"
+        return f"the backbone's end, pooled to {shape}" if self.pooled else f"{position}, {shape}"
 
 
 def find_cut(classifier: Classifier) -> Cut | None:
-    """Return the cut with the most layers below it, or None if no layer below any cut has weights.
+    """Return the cut with the most layers below it, or None if no cut has a layer with weights below it.
 
-    `apply_thaw` must have been called before, because it determines which layers are frozen.
+    Call `apply_thaw` (`trainer.models.freezing`) first, because it determines which layers are frozen.
     """
     backbone, operations = classifier.backbone, classifier.backbone.operations
     consumers = enumerate(operations[1:], 1)
     last_use = {id(tensor): index for index, op in consumers for tensor in keras.tree.flatten(op.input)}
-    (end,) = backbone.outputs
-    last_use[id(end)] = len(operations)
-    # Tensors that an operation up to the current one computes and a later operation uses, by id, each with the index of
-    # the operation that computes it. If there is only one such tensor, it is a cut.
-    crossing: dict[int, tuple[int, Any]] = {}
-    deepest, has_weights = None, False
+    (output,) = backbone.outputs
+    last_use[id(output)] = len(operations)
+    # Tensors that have been computed and that a later operation uses, by id, each with the index of the operation that
+    # computes it. If there is only one such tensor, it is a cut.
+    live_tensors: dict[int, tuple[int, Any]] = {}
+    deepest_cut, has_weights = None, False
     for index, operation in enumerate(operations):
         is_layer = isinstance(operation, keras.Layer)  # otherwise a function, such as the addition of two tensors
         if is_layer and (operation.trainable_weights or tracks_statistics(operation)):
             break
         has_weights |= is_layer and bool(operation.weights) and not isinstance(operation, keras.layers.Normalization)
         for tensor in keras.tree.flatten(operation.output):
-            crossing[id(tensor)] = (index, tensor)
-        crossing = {key: value for key, value in crossing.items() if last_use.get(key, -1) > index}
-        if len(crossing) == 1 and has_weights:
-            deepest = (index, *next(iter(crossing.values())))
-    if deepest is None:
+            live_tensors[id(tensor)] = (index, tensor)
+        live_tensors = {key: value for key, value in live_tensors.items() if last_use.get(key, -1) > index}
+        if len(live_tensors) == 1 and has_weights:
+            deepest_cut = (index, *next(iter(live_tensors.values())))
+    if deepest_cut is None:
         return None
-    last_index, producer, tensor = deepest
+    last_index, producer_index, tensor = deepest_cut
     layers = [operation for operation in operations[: last_index + 1] if isinstance(operation, keras.Layer)]
     trunk_ids = {id(variable) for layer in layers for variable in layer.weights}
-    pooled = tensor is end
+    pooled = tensor is output
     return Cut(
-        layer=operations[producer].name,
-        layer_index=sum(isinstance(operation, keras.Layer) for operation in operations[: producer + 1]) - 1,
+        layer=operations[producer_index].name,
+        layer_index=sum(isinstance(operation, keras.Layer) for operation in operations[: producer_index + 1]) - 1,
         tensor=tensor,
         pooled=pooled,
         shape=(tensor.shape[-1],) if pooled else tuple(tensor.shape[1:]),
@@ -87,7 +87,7 @@ def find_cut(classifier: Classifier) -> Cut | None:
 class Trunk:
     """The layers below one or more cuts of a classifier, for inference.
 
-    The constructor folds BatchNormalization into convolutions, so the variables of the layers must not change later.
+    The constructor folds BatchNormalization into convolutions, so the layers' variables must not change later.
     """
 
     def __init__(self, classifier: Classifier, cuts: Sequence[Cut]) -> None:
@@ -96,15 +96,15 @@ class Trunk:
         self._folded = fold_weights(self._network)
 
     def features(self, images: Any) -> tuple[Any, ...]:
-        """Return the features at each cut, [b, *shape], of images, uint8 or float32 [b, S, S, 3] in 0..255."""
+        """Return the features [b, *shape] at each cut for images, uint8 or float32 [b, size, size, 3] in 0..255."""
         pixels = self.classifier.spec.preprocess(keras.ops.cast(images, "float32"))
-        maps = keras.tree.flatten(apply_folded(self._network, pixels, weights=self._folded))
-        outputs = zip(self.cuts, maps, strict=True)
-        return tuple(self.classifier.pool(output) if cut.pooled else output for cut, output in outputs)
+        outputs = keras.tree.flatten(apply_folded(self._network, pixels, weights=self._folded))
+        cut_outputs = zip(self.cuts, outputs, strict=True)
+        return tuple(self.classifier.pool(output) if cut.pooled else output for cut, output in cut_outputs)
 
 
 class Tail:
-    """The layers above a cut, as a network whose input is the output of the trunk instead of images."""
+    """The layers above a cut, as a network whose input is the trunk's output instead of images."""
 
     def __init__(self, classifier: Classifier, cut: Cut) -> None:
         self.classifier, self.cut = classifier, cut
@@ -116,17 +116,17 @@ class Tail:
     ) -> Any:  # fmt: skip
         """Return the logits, float32 [b, classes], for features.
 
-        `images` are the features: outputs of the trunk, [b, *shape], of any float dtype. The other arguments are those
-        of `Classifier.logits`.
+        `images` are the features, which the trunk has computed: [b, *shape], any float dtype. The name and the other
+        arguments are the same as in `Classifier.logits`, so that either network can be trained.
         """
-        maps = keras.ops.cast(images, self.cut.dtype)
+        features = keras.ops.cast(images, self.cut.dtype)
         if self._network is not None:
             with use_example_weights(weight if batch_norm_training else None):
-                maps = apply_folded(self._network, maps, batch_norm_training, fold_trainable=not training)
-        return self.classifier.head_logits(maps, training, seed, step, position, weight)
+                features = apply_folded(self._network, features, batch_norm_training, fold_trainable=not training)
+        return self.classifier.head_logits(features, training, seed, step, position, weight)
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
-        """See `batch_norm.collect_statistics`."""
+        """Collect the BatchNormalization statistics of a batch by layer name (see `batch_norm.collect_statistics`)."""
         return collect_statistics()
 
     @property
@@ -135,7 +135,7 @@ class Tail:
         return self.classifier.statistics_sizes  # layers below the cut have no moving averages to update
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update the moving averages from the sums of `collect_statistics`, which are the same on all replicas."""
+        """Update the moving averages from sums of the collected statistics, which must be the same on all replicas."""
         self.classifier.update_moving_averages(strategy, sums)
 
     def l2_loss(self) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""The inputs of a phase: images, or cached features, which are outputs of the frozen layers (the trunk)."""
+"""The inputs of a phase: images, or cached features, which are the outputs of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Inputs:
     scorer: Scorer  # scores `validation`
     training: BatchSource
     validation: BatchSource
-    augmentation: Augmentation  # applied to batches of `training`; inactive for features, which are of augmented images
+    augmentation: Augmentation  # for batches of `training`; inactive for features, which come from augmented images
     views: int | None  # augmented views per example, one per epoch in turn; None to draw a new view in each epoch
 
 
@@ -43,8 +43,8 @@ def open_inputs(
     """Open the inputs of a phase. If it reads cached features, all workers compute the missing ones together.
 
     Args:
-        name: of the phase, whose thaw rule has been applied to the classifier.
-        plan: the input of each phase.
+        name: name of the phase, whose thaw rule must already be applied to `classifier`.
+        plan: plan that determines the input of each phase.
         scorer: scorer of the complete classifier.
 
     Returns:
@@ -71,16 +71,16 @@ def open_inputs(
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
-    """Change the plan so that a phase reads images. It is called if there is no space for the phase's features."""
+    """Change the plan so that a phase reads images, because there is no space for its features."""
     if plan.input_kinds[name] == "cached":
-        images.drop("train")  # they were opened without a cache, to be read once; they are now opened again with one
+        images.drop("train")  # opened without a cache, because they were to be read once; now opened again with a cache
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Opens the features of phases: reads those that an earlier start has stored on disk, and computes the others."""
+    """Opens the features of a phase: reads the rows that an earlier start stored on disk, and computes the others."""
 
     worker: Worker
     images: ImageStore
@@ -89,10 +89,10 @@ class FeatureCache:
     scorer: Scorer
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
-        """Return the complete features of these splits for a phase, in the order of `splits`.
+        """Return a phase's complete features, in the order of `splits`. All workers call this together.
 
-        Features for later phases, if their trunks do not change until then, are computed in the same pass over the
-        images. All workers call this together.
+        Features of later phases whose trunks do not change until then are computed in the same pass over the images,
+        if they fit on disk.
 
         Returns:
             The features. None on all workers if the run should stop, or if a worker cannot store the features.
@@ -101,41 +101,41 @@ class FeatureCache:
             DataError: an image cannot be read, or a feature is too large for float16.
         """
         feature_pass, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
-        opened: list[Features] = []
+        opened_features: list[Features] = []
         for split in splits:
-            memory_used = sum(features.bytes for features in opened if features.cached_in == "memory")
+            memory_used = sum(features.bytes for features in opened_features if features.cached_in == "memory")
             features = self._open(phase, split, self.images.memory_left - memory_used)
             if control.any_worker("no space for features", features is None) or features is None:
                 return None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
-            for later in self._later_phases_in_same_pass(phase, split):
-                # On disk only, because the memory that will be free in that phase is not yet known.
-                optional = self._open(later, split, None, disk_used=sum(r.features.bytes for r in requests))
-                if not control.any_worker("no space for later features", optional is None) and optional is not None:
-                    requests.append(FeatureRequest(self.plan.cut(later), optional, required=False))
+            for later_phase in self._later_phases_in_same_pass(phase, split):
+                # On disk only, because it is not yet known how much memory will be free in that phase.
+                later = self._open(later_phase, split, None, disk_used=sum(r.features.bytes for r in requests))
+                if not control.any_worker("no space for later features", later is None) and later is not None:
+                    requests.append(FeatureRequest(self.plan.cut(later_phase), later, required=False))
             # If all workers read the same features, each computes a shard, and they exchange them.
             exchange = split == "train" and self.scorer.sharding.by == "record" and self.worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
-            done = feature_pass.fill(requests, augmentation, exchange)
-            if control.any_worker("features not done", not done or requests[0].failed):
+            is_complete = feature_pass.fill(requests, augmentation, exchange)
+            if control.any_worker("features not done", not is_complete or requests[0].failed):
                 return None
             features.complete()
             if features.bad:
                 self.images.split(split).known_unreadable |= features.bad
-            opened.append(features)
-        return opened
+            opened_features.append(features)
+        return opened_features
 
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
-        """Return the later phases for which the pass for `phase` can compute the features too.
+        """Return the later phases whose features can be computed in the pass for `phase`.
 
-        Such a phase reads the same views of the split, but at a cut of its own. Its trunk is not updated by `phase` or
-        any phase in between.
+        Such a phase reads the same views of the split, but at a different cut. Neither `phase` nor any phase between
+        the two updates the later phase's trunk.
         """
         names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
-        updated: set[str] = set()
+        updated_variables: set[str] = set()
         later_phases, cut_layers = [], {self.plan.cut(phase).layer}
         for previous, later in pairwise(names[names.index(phase) :]):
-            updated |= self.plan.divisions[previous].updated
+            updated_variables |= self.plan.divisions[previous].updated
             if split == "train":
                 same_views = kinds[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
             else:
@@ -143,7 +143,7 @@ class FeatureCache:
             if not same_views:
                 continue
             cut = self.plan.cut(later)
-            if cut.layer not in cut_layers and not updated & cut.variables.keys():
+            if cut.layer not in cut_layers and not updated_variables & cut.variables.keys():
                 later_phases.append(later)
                 cut_layers.add(cut.layer)
         return later_phases
@@ -152,13 +152,13 @@ class FeatureCache:
         """Open the features of a split for a phase. Return None if there is no space for them.
 
         Args:
-            memory_budget: in bytes; None to store them on disk alone.
-            disk_used: bytes of the disk budget that the other features of the same pass use.
+            memory_budget: maximum size in memory, in bytes; None to store the features only on disk.
+            disk_used: bytes of the disk budget that other features of the same pass use.
         """
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
         cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
-        augmented = split == "train" and config.augmentation.active
-        views = (options.augmented_views or 1) if augmented else 1
+        is_augmented = split == "train" and config.augmentation.active
+        views = (options.augmented_views or 1) if is_augmented else 1
         if split == "validation":
             fraction, scorer = training.validation_share, self.scorer
             indices = select_examples_to_score(examples, training.batch_size, fraction, scorer.sharding, scorer.rows)
@@ -174,7 +174,7 @@ class FeatureCache:
         key = (
             _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,
-            (config.seed, config.augmentation.model_dump_json()) if augmented else None,
+            (config.seed, config.augmentation.model_dump_json()) if is_augmented else None,
             images_per_call(), runtime.deterministic, tf.__version__,
         )  # fmt: skip
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.types import Dataset
 
-# Input of a phase. "cached": features; "live": images; "validation": images for training, features for validation.
+# What a phase reads: "cached" features, "live" images, or images for training and features for "validation".
 InputKind = Literal["cached", "live", "validation"]
 
 
@@ -30,7 +30,7 @@ class FeatureChoice:
     reason: str
 
     def describe(self, name: str) -> str:
-        """Return the log line about the training images of phase `name`."""
+        """Return a log line: whether the phase `name` trains on cached features, and why."""
         return f"features of phase {name}: {'cached' if self.input_kind == 'cached' else 'live'}, {self.reason}"
 
 
@@ -39,15 +39,15 @@ class Division:
     """How a phase divides the classifier: where it can be cut, and what the phase updates and differentiates."""
 
     cut: Cut | None  # None if no frozen layers with weights can be cut off
-    updated: frozenset[str]  # names of the variables that the phase changes, as in `Classifier.variables`
+    updated: frozenset[str]  # names, as in `Classifier.variables`, of the variables that the phase can change
     differentiated: tuple[Differentiated, ...]  # operations of the backbone that gradients pass through
 
 
 @dataclass
 class FeaturePlan:
-    """The inputs of all phases of a run, by phase name.
+    """The inputs of all phases in a run, by phase name.
 
-    If a phase begins and there is no space for its features, its input is changed to "live".
+    If there is no space for a phase's features when the phase begins, its input is changed to "live".
     """
 
     divisions: Mapping[str, Division]
@@ -66,12 +66,12 @@ def select_stored_dtype(phase: Phase, cut: Cut) -> str:
 
 
 def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Apply the thaw rule of each phase in turn, and return the division of each phase by name.
+    """Apply the thaw rule of each phase in turn, and return each phase's division by phase name.
 
-    The last rule stays applied to the classifier.
+    The last phase's rule remains applied to the classifier.
 
     Raises:
-        ModelError: a thaw rule cannot be applied. The key of the error is that of the phase, `phases.NAME`.
+        ModelError: a thaw rule cannot be applied. The error's key begins with `phases.NAME`.
     """
     divisions = {}
     for name, phase in config.phases.items():
@@ -92,7 +92,7 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
 def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
     """Return whether the training images are read only to compute features, so that caching them is useless.
 
-    `first` is the index of the first phase that has not ended.
+    `first` is the index of the first phase to consider, which has not yet ended.
     """
     is_reread = config.augmentation.active or config.distillation is not None
     return not is_reread and all(input_kinds.get(name) == "cached" for name in list(config.phases)[first:])
@@ -104,32 +104,32 @@ def plan_features(
     """Choose the input of each phase.
 
     Args:
-        divisions: result of `divide_phases`.
-        budget: bytes that the features of a phase may use, in memory or on disk.
+        divisions: division of each phase, by phase name.
+        budget: bytes that a phase's features may use, in memory or on disk.
 
     Returns:
-        The choice for each phase, by name.
+        The choice for each phase, by phase name.
 
     Raises:
         ConfigError: a phase with `features=cached` cannot have cached features.
     """
-    train_count = dataset.splits["train"].count
-    validation_count = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    steps_per_epoch = -(-train_count // config.training.batch_size)
+    num_train = dataset.splits["train"].count
+    num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
+    steps_per_epoch = -(-num_train // config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
-        if fault := config.find_feature_error(name):  # automatic phases were not validated before
-            raise fault
+        if error := config.find_feature_error(name):  # automatic phases were not validated before
+            raise error
         cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
-        choice = _choose(config, phase, cut, epochs, train_count + validation_count, budget)
+        choice = _choose(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
         if cut and choice.input_kind != "cached" and phase.features == "auto" and epochs > 1:
-            needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), 1, validation_count)
-            if needed <= budget:
-                validation = f"validation on features of {validation_count:,} images at {cut}, {format_bytes(needed)}"
-                choice = FeatureChoice("validation", f"{choice.reason}; {validation}")
+            num_bytes = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), 1, num_validation)
+            if num_bytes <= budget:
+                clause = f"validation on features of {num_validation:,} images at {cut}, {format_bytes(num_bytes)}"
+                choice = FeatureChoice("validation", f"{choice.reason}; {clause}")
         choices[name] = choice
     return choices
 
@@ -137,11 +137,11 @@ def plan_features(
 def choose_features(
     control: ControlChannel, images: ImageStore, divisions: Mapping[str, Division], run_json: Mapping[str, Any]
 ) -> dict[str, InputKind]:
-    """Return the input of each phase by name, the same on all workers. All workers call this together.
+    """Return each phase's input by phase name, the same on all workers. All workers call this together.
 
-    A new run, whose `run_json` is empty, chooses the inputs on the chief. A run that resumes has the inputs in
-    `run_json`. If they are missing there, the run began with a version of this package without cached features, and
-    every phase reads images.
+    In a new run, whose `run_json` is empty, the chief chooses the inputs. A run that resumes has them in `run_json`. If
+    they are missing there, the run began with a version of this package without cached features, and every phase reads
+    images.
     """
     config = images.config
 
@@ -161,14 +161,14 @@ def choose_features(
 
 
 def _choose(
-    config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, examples: int, budget: int
+    config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, num_examples: int, budget: int
 ) -> FeatureChoice:
     """Choose "cached" or "live" for one phase.
 
     Args:
-        epochs: length of the phase.
-        examples: number of training and validation examples.
-        budget: in bytes.
+        epochs: length of the phase in epochs.
+        num_examples: number of training and validation examples.
+        budget: maximum size of the features in bytes.
     """
     if phase.features == "live":
         return FeatureChoice("live", "as configured")
@@ -177,13 +177,13 @@ def _choose(
     if cut is None:
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
-    needed = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), views, examples)
+    num_bytes = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), views, num_examples)
     views_text = f"{views} view{'s' * (views > 1)}"
-    description = f"{views_text} of {examples:,} images at {cut}, {format_bytes(needed)}"
-    if needed > budget:
+    description = f"{views_text} of {num_examples:,} images at {cut}, {format_bytes(num_bytes)}"
+    if num_bytes > budget:
         return FeatureChoice("live", f"{description} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    epoch_count = math.ceil(epochs)
-    length = f"{epoch_count} epoch{'s' * (epoch_count > 1)}"
-    if phase.features == "auto" and views >= epoch_count:
-        return FeatureChoice("live", f"{views_text} would be computed for {length}")
-    return FeatureChoice("cached", f"{description}, computed once for {length}")
+    num_epochs = math.ceil(epochs)
+    epochs_text = f"{num_epochs} epoch{'s' * (num_epochs > 1)}"
+    if phase.features == "auto" and views >= num_epochs:
+        return FeatureChoice("live", f"{views_text} would be computed for {epochs_text}")
+    return FeatureChoice("cached", f"{description}, computed once for {epochs_text}")

@@ -1,8 +1,8 @@
-"""Features of the images of a split, which are computed once, stored in memory or on disk, and read instead of images.
+"""Features of a split's images, which are computed once, stored in memory or on disk, and read instead of the images.
 
-On disk, `NAME.rows` has a row for each example of each view, at a fixed offset. After a block of consecutive rows is
-written, a JSON line with its range and checksum is appended to `NAME.list`. So a restart can read the rows that earlier
-starts have written. Missing and corrupt rows are computed again.
+On disk, `NAME.rows` contains a row for each example in each view, at a fixed offset. After a block of consecutive rows
+is written, a JSON line with its range and checksum is appended to `NAME.list`. So a restart can read the rows that
+earlier starts have written. Missing and corrupt rows are computed again.
 """
 
 import json
@@ -32,19 +32,19 @@ STORED_DTYPES: dict[str, np.dtype] = {
 
 @dataclass
 class Features:
-    """The features of the examples of a split that this worker reads. Batches are built from them (`BatchSource`)."""
+    """The features of a split's examples that this worker reads. It is a `BatchSource` (`trainer.data.images`)."""
 
     split: Split
-    shape: tuple[int, ...]  # of the features of one example
+    shape: tuple[int, ...]  # shape of one example's features
     dtype: str  # float32 | float16 | bfloat16
     views: int  # augmented views per example; epoch e reads view e % views
     indices: np.ndarray  # int64 [n], increasing; the examples that this worker reads
     threads: int | None = None  # number of threads in a private pool for pipelines; None for TensorFlow's pool
     log_message: LogMessage = lambda _: None
     cached_in: Literal["memory", "disk"] = "memory"
-    array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of a view is 0, for padding
+    array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
     file: Path | None = None  # path of NAME.rows and NAME.list without suffix; None if nothing is on disk
-    stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count], which rows are stored
+    stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]: which rows are stored
     bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable images; they have weight 0
 
     @property
@@ -54,7 +54,7 @@ class Features:
 
     @property
     def row_bytes(self) -> int:
-        """Size of the features of one example in one view, in bytes."""
+        """Size of one example's features in one view, in bytes."""
         return count_feature_bytes(self.shape, self.dtype, 1, 1)
 
     @property
@@ -68,15 +68,15 @@ class Features:
         return count_feature_bytes(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
-        """Return a tensor of all rows that uses the memory of `array`."""
+        """Return all rows as a tensor that uses the memory of `array`, without a copy."""
         return wrap_array(self.array)
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Gather the features [b, *shape] of examples, each in the view of its epoch.
+        """Return the features [b, *shape] of examples, each in its epoch's view.
 
         Args:
-            tensor: result of `tensor`.
-            index: indices of the examples, int64 [b]; `split.count` for padding.
+            tensor: all rows, from the method `tensor`.
+            index: example indices, int64 [b]; `split.count` for padding.
             epoch: epoch of each example, int64 [b].
         """
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
@@ -87,7 +87,7 @@ class Features:
         return ShardGate(None, self.split, reader, blocks, ahead)
 
     def missing(self, view: int) -> np.ndarray:
-        """Return which examples this worker reads but has no stored features of, bool [count]."""
+        """Return which of this worker's examples have no stored features in a view, as bool [count]."""
         required = np.zeros(self.split.count, bool)
         required[self.indices] = True
         return required & ~self.stored[view]
@@ -112,21 +112,21 @@ class Features:
 
         Args:
             view: index of the view.
-            index: indices of the examples, int64 [n], increasing.
-            rows: features from `encode`, [n, *shape].
-            bad: index -> reason, for those of the examples whose image cannot be read.
+            index: example indices, int64 [n], increasing.
+            rows: features [n, *shape], encoded by `encode`.
+            bad: index -> reason, for each example whose image cannot be read.
 
         Raises:
             OSError: the rows cannot be written to disk, and the features are not in memory.
         """
         gaps = np.flatnonzero(np.diff(index) != 1) + 1
-        for consecutive, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
-            if len(consecutive):
-                self._write_block(view, int(consecutive[0]), np.ascontiguousarray(values), bad)
+        for indices, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
+            if len(indices):
+                self._write_block(view, int(indices[0]), np.ascontiguousarray(values), bad)
         self.bad |= bad
 
     def _write_block(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store rows of consecutive examples. If the disk fails, features in memory are no longer written to it."""
+        """Store rows of consecutive examples. If the disk fails, features in memory are no longer written to disk."""
         count, start = len(rows), view * (self.split.count + 1) + first
         if self.cached_in == "memory":
             assert self.array is not None
@@ -135,7 +135,7 @@ class Features:
             block = {"view": view, "first": first, "count": count, "crc32c": crc32c_hex(rows),
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
-                # Not through a mapped file: a full disk would kill the process with SIGBUS.
+                # Do not write through a mapped file, because a full disk would then kill the process with SIGBUS.
                 with open(self.file.with_suffix(".rows"), "r+b") as file:
                     file.seek(start * self.row_bytes)
                     file.write(rows.data.cast("B"))
@@ -146,13 +146,13 @@ class Features:
                     raise
                 folder = self.file.parent
                 self.log_message(f"features cannot be stored in {folder} ({error.strerror}); using memory only")
-                with suppress(OSError):  # the features are in memory, so that the files are not needed
+                with suppress(OSError):  # the features are in memory, so the files are not needed
                     delete_features(self.file)
                 self.file = None
         self.stored[view, first : first + count] = True
 
     def complete(self) -> None:
-        """Make the features readable. All rows must have been stored."""
+        """Make the features readable, which requires that all rows are stored."""
         assert not any(self.missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
@@ -162,13 +162,13 @@ class Features:
 
 
 def delete_features(file: Path) -> None:
-    """Delete the files of features, of which `file` is the path without suffix. Mapped files can still be read."""
+    """Delete stored features: `file` with the suffixes .rows and .list. Mapped files can still be read."""
     for suffix in (".rows", ".list"):
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
-    """Return the size of stored features in bytes. `shape` is that of the features of one example in one view."""
+    """Return the size of stored features in bytes. `shape` is the shape of one example's features in one view."""
     return views * examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
 
 
@@ -176,33 +176,33 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     """Prepare `features` for writing, and load the rows that earlier starts have stored in `file`.
 
     Features that fit the memory budget are stored in memory, and also on disk if they fit the disk budget. Features
-    that fit only the disk budget are stored on disk alone. The least recently used features in other files of the same
-    folder are deleted to stay within the disk budget.
+    that fit only the disk budget are stored only on disk. The least recently used features in the same folder are
+    deleted to stay within the disk budget.
 
     Args:
-        features: new features; they are changed and returned.
+        features: new features, which are modified and returned.
         file: path of the files on disk, without suffix.
-        memory_budget: in bytes; None to store on disk alone.
-        disk_budget: in bytes.
+        memory_budget: maximum size in memory, in bytes; None to store the features only on disk.
+        disk_budget: maximum total size on disk of the features in the folder, in bytes.
 
     Returns:
-        The features; None if they fit neither budget, or if they do not fit in memory and the disk fails.
+        The features, or None if they fit neither budget, or if they do not fit in memory and the disk fails.
     """
     in_memory = memory_budget is not None and features.bytes <= memory_budget
     on_disk = features.bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
     features.cached_in = "memory" if in_memory else "disk"
-    rows = features.views * (features.split.count + 1)
+    num_rows = features.views * (features.split.count + 1)
     features.stored = np.zeros((features.views, features.split.count), bool)
     if in_memory:
-        features.array = allocate_array((rows, *features.shape), STORED_DTYPES[features.dtype])
+        features.array = allocate_array((num_rows, *features.shape), STORED_DTYPES[features.dtype])
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _evict(file, features.bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as sparse_file:
-                sparse_file.truncate(rows * features.row_bytes)
+                sparse_file.truncate(num_rows * features.row_bytes)
             file.with_suffix(".list").touch()
             features.file = file
             _load_rows(features)
@@ -215,7 +215,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
 
 
 def _load_rows(features: Features) -> None:
-    """Mark the rows on disk that match their checksums as stored. Copy them to memory if the features are there."""
+    """Mark rows on disk that match their checksums as stored, and copy them to `features.array` unless it is None."""
     assert features.file
     num_corrupt, rows_per_view = 0, features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows:
@@ -225,7 +225,7 @@ def _load_rows(features: Features) -> None:
                 view, first, count = (int(block[key]) for key in ("view", "first", "count"))
                 checksum = str(block["crc32c"])
                 bad = {int(index): str(why) for index, why in block["bad"].items()}
-            except CONTENT_ERRORS:  # the process died while it wrote the line
+            except CONTENT_ERRORS:  # the process was killed while it wrote the line
                 continue
             in_range = 0 <= view < features.views and first >= 0 and 0 < count < rows_per_view - first
             if not in_range or any(not first <= index < first + count for index in bad):
@@ -235,7 +235,7 @@ def _load_rows(features: Features) -> None:
             content = rows.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == checksum
             num_corrupt += not is_intact
-            features.stored[view, first : first + count] = is_intact  # a later line overrides an earlier one
+            features.stored[view, first : first + count] = is_intact  # a later line overrides an earlier line
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
@@ -246,14 +246,14 @@ def _load_rows(features: Features) -> None:
         features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 
-def _evict(file: Path, needed: int, budget: int) -> None:
-    """Delete the least recently used features in other files of the folder, until `needed` bytes fit the budget."""
+def _evict(file: Path, num_required_bytes: int, budget: int) -> None:
+    """Delete the least recently used features in the folder, except `file`, until the required bytes fit the budget."""
     other_files = []
     for path in file.parent.glob("*.list"):
         rows = path.with_suffix(".rows")
         if path.stem != file.name and rows.exists():
             other_files.append((path.stat().st_mtime, rows.stat().st_blocks * 512, path.with_suffix("")))
-    total_bytes = needed + sum(num_bytes for _, num_bytes, _ in other_files)
+    total_bytes = num_required_bytes + sum(num_bytes for _, num_bytes, _ in other_files)
     for _, num_bytes, other_file in sorted(other_files):
         if total_bytes <= budget:
             return

@@ -1,4 +1,4 @@
-"""Promotion of the model of a run to the next version of a served model, and the return to an earlier version."""
+"""Promotion of a run's model to the next version of a served model, and the return to an earlier version."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ from trainer.storage.versions import (
     parse_version_number,
 )
 
-SCORES = ("report/report.json", "report/predictions.csv")  # files of a run that are copied to its version
+SCORES = ("report/report.json", "report/predictions.csv")  # a run's files that are copied into its version
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Decision:
 
 
 def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> Decision:
-    """Decide whether to promote a run: unless it is significantly worse than the served version.
+    """Decide whether to promote a run: yes, unless it is significantly worse than the served version.
 
     Args:
-        pair: comparison of the run with the served version, which is the reference.
+        pair: comparison of the run with the served version; the served version is the reference.
         n: number of held-out examples in the comparison.
         version: number of the served version.
         allow_worse: promote the run even if it is worse.
@@ -62,10 +62,10 @@ def decide(pair: PairedComparison, n: int, version: int, allow_worse: bool) -> D
 
 
 def choose_previous_version(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Return the number of the version that `back=true` makes the newest again, or None if there is no earlier one.
+    """Return the number of the version before the newest one, to which `back=true` returns; None if there is none.
 
-    That is the version before the newest one. A copy counts as its origin: of versions 1, 2 and 3, the first return
-    copies version 2 to version 4, and the next one copies version 1.
+    A copy counts as its origin. For example, if there are versions 1, 2 and 3, the first return copies version 2 to
+    version 4, and the second one copies version 1 to version 5.
 
     Args:
         manifests: manifest of each version, by number; not empty.
@@ -80,8 +80,8 @@ def choose_previous_version(manifests: Mapping[int, Mapping[str, Any]]) -> int |
 
 
 @contextmanager
-def _exclusive(folder: StoragePath) -> Iterator[None]:
-    """Hold the lease on the folder of the versions, and delete incomplete versions at the end of the block.
+def _hold_lease(folder: StoragePath) -> Iterator[None]:
+    """Hold the lease on the versions' folder during this block, and delete incomplete versions at the end.
 
     If the block raises an error, nothing is deleted.
     """
@@ -100,7 +100,7 @@ def _exclusive(folder: StoragePath) -> Iterator[None]:
 
 
 def read_manifest(version: StoragePath) -> dict[str, Any]:
-    """Read the manifest of a version. Return {} if the version was not written by `trainer.promote`.
+    """Read a version's manifest. Return {} if the version has none because `trainer.promote` did not write it.
 
     Raises:
         DataError: the manifest is corrupt.
@@ -108,18 +108,18 @@ def read_manifest(version: StoragePath) -> dict[str, Any]:
     return read_json(version / MANIFEST, parse_manifest, "promote a run with allow_worse=true") or {}
 
 
-def _number(version: StoragePath) -> int:
-    """Return the number of a version from `list_versions` or `commit_version`."""
+def _get_version_number(version: StoragePath) -> int:
+    """Return a version's number. Its folder must be named by the number, as in `list_versions`."""
     number = parse_version_number(version)
     assert number is not None, "from `list_versions` or `commit_version`"
     return number
 
 
-def _fetch_run(run: str, to: Path) -> None:
-    """Copy the newest SavedModel of a finished run, and its scores, to a local folder.
+def _download_run(run: str, to: Path) -> None:
+    """Copy a finished run's newest SavedModel and its scores to a local folder.
 
     Raises:
-        DataError: the run is not finished, or has no SavedModel or scores.
+        DataError: the run is not finished, or has no SavedModel or no scores.
     """
     run_folder = storage_path(run)
     if not (run_folder / "DONE").exists():
@@ -129,14 +129,14 @@ def _fetch_run(run: str, to: Path) -> None:
     if not exports:
         fix = "add saved_model to export.formats, or run trainer.export"
         raise DataError("has no export/saved_model", key="run", value=run, fix=fix)
-    _fetch(exports[0].path.parent, to)
+    _download_version(exports[0].path.parent, to)
     for name in SCORES:
         if not (run_folder / name).exists():
             raise DataError(f"has no {name}", key="run", value=run, fix="give the output_dir of a finished run")
         (run_folder / name).download(to / name)
 
 
-def _fetch(version: StoragePath, to: Path) -> None:
+def _download_version(version: StoragePath, to: Path) -> None:
     """Copy a version to a local folder, without its manifest."""
     for info in version.list():
         name = str(info.path).removeprefix(f"{version}/")
@@ -145,13 +145,13 @@ def _fetch(version: StoragePath, to: Path) -> None:
 
 
 def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False) -> tuple[int, str]:
-    """Make the model of a run the next version in `folder`.
+    """Make a run's model the next version in `folder`.
 
-    If the newest version has exactly the files of the run, no version is added.
+    If the newest version already has exactly the same files, no version is added.
 
     Args:
         run: output_dir of a finished run, local or in a bucket.
-        folder: folder of the versions.
+        folder: folder that contains the versions.
         keep: number of versions to retain; older ones are deleted after the promotion.
         allow_worse: promote the run even if it is worse than the newest version or cannot be compared with it.
 
@@ -159,18 +159,18 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
         The number of the version with the model, and the reason for the promotion.
 
     Raises:
-        DataError: the run is not finished, has no export or scores, or cannot be compared with the newest version.
+        DataError: the run is not finished, lacks a SavedModel or scores, or cannot be compared with the newest version.
         Refused: the run is worse than the newest version, and `allow_worse` is False.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
-        local_folder = Path(temporary)
-        _fetch_run(run, local_folder)
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary_path, _hold_lease(folder):
+        local_folder = Path(temporary_path)
+        _download_run(run, local_folder)
         files, versions = checksum_files(local_folder), [info.path.parent for info in list_versions(folder)]
         decision, comparison = Decision(True, "there is no version to compare with"), None
         if versions:
-            newest, number = versions[0], _number(versions[0])
-            served_manifest = _read_served(newest, allow_worse)
+            newest, number = versions[0], _get_version_number(versions[0])
+            served_manifest = _read_served_manifest(newest, allow_worse)
             if served_manifest.get("files") == files:
                 log.info(f"{run} is version {number} of {folder} already")
                 return number, "promoted already"
@@ -184,8 +184,8 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
         return number, decision.reason
 
 
-def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
-    """Read the manifest of the served version. If `allow_worse`, return {} for a corrupt one."""
+def _read_served_manifest(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
+    """Read the served version's manifest. If it is corrupt and `allow_worse` is True, return {}."""
     try:
         return read_manifest(version)
     except DataError:
@@ -197,10 +197,10 @@ def _read_served(version: StoragePath, allow_worse: bool) -> dict[str, Any]:
 def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision, dict[str, Any] | None]:
     """Compare a run with the newest version on the held-out examples that both have scored.
 
-    Return the decision, and the figures of the comparison for the manifest (None if the two cannot be compared, which
-    is an error unless `allow_worse`).
+    Return the decision, and the comparison's statistics for the manifest. They are None if the two cannot be compared,
+    which is an error unless `allow_worse` is True.
     """
-    number = _number(newest)
+    number = _get_version_number(newest)
     try:
         result = compare_runs([read_scored_run(str(newest), str(number)), read_scored_run(run, run)])
     except DataError as error:
@@ -209,32 +209,32 @@ def _compare(run: str, newest: StoragePath, allow_worse: bool) -> tuple[Decision
         problem = f"cannot be compared with version {number}: {error.problem}"
         raise DataError(problem, key="run", value=run, fix="promote it with allow_worse=true") from None
     (pair,), n = result.pairs, len(result.files)
-    figures = {"version": number, "n": n, "difference": pair.difference, "interval": list(pair.interval), "p": pair.p}
-    return decide(pair, n, number, allow_worse), figures
+    record = {"version": number, "n": n, "difference": pair.difference, "interval": list(pair.interval), "p": pair.p}
+    return decide(pair, n, number, allow_worse), record
 
 
 def restore_previous_version(folder: StoragePath, keep: int) -> int:
     """Copy the version before the newest one to a new version, and return the number of the copy.
 
-    The copy has a new number because servers choose the version with the highest number. If the newest version were
-    deleted instead, its number would be used again. `keep` is the number of versions to retain.
+    The copy has a new number, because servers choose the version with the highest number. If the newest version were
+    deleted instead, the next version would reuse its number. `keep` is the number of versions to retain.
 
     Raises:
         DataError: there is no earlier version, its files are corrupt, or the manifest of a version is corrupt.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary, _exclusive(folder):
-        local_folder = Path(temporary)
-        versions = {_number(info.path.parent): info.path.parent for info in list_versions(folder)}
+    with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary_path, _hold_lease(folder):
+        local_folder = Path(temporary_path)
+        versions = {_get_version_number(info.path.parent): info.path.parent for info in list_versions(folder)}
         manifests = {number: read_manifest(version) for number, version in versions.items()}
         source = choose_previous_version(manifests) if manifests else None
         if source is None:
             fix = "promote a run instead"
             raise DataError("has no version before the newest one", key="to", value=str(folder), fix=fix)
-        _fetch(versions[source], local_folder)
+        _download_version(versions[source], local_folder)
         manifest = manifests[source] or {"run": None, "comparison": None, "files": checksum_files(local_folder)}
-        if damage := describe_corruption(local_folder, manifest):
-            raise DataError(f"{versions[source]}: {damage}", key="to", value=str(folder), fix="promote a run instead")
+        if reason := describe_corruption(local_folder, manifest):
+            raise DataError(f"{versions[source]}: {reason}", key="to", value=str(folder), fix="promote a run instead")
         origin = manifest.get("origin") or source
         number = _commit(folder, local_folder, manifest | {"origin": origin}, keep)
         log.info(f"version {number} of {folder} is a copy of version {origin}, instead of version {max(versions)}")
@@ -246,7 +246,7 @@ def _commit(folder: StoragePath, local_folder: Path, manifest: dict[str, Any], k
     full_manifest = manifest | {"promoted": format_utc_now(), "kubetune": trainer.__version__}
     write_json(local_folder / MANIFEST, full_manifest)
     assert (local_folder / GRAPH).exists()
-    number = _number(commit_version(folder, local_folder))
+    number = _get_version_number(commit_version(folder, local_folder))
     for info in list_versions(folder)[keep:]:
         delete_version(info.path.parent)
         log.info(f"deleted {info.path.parent}, as keep={keep}")

@@ -16,7 +16,7 @@ def unpack(npz: bytes) -> dict[str, np.ndarray]:
     """Return the arrays in the bytes of an .npz file, by name.
 
     Raises:
-        ValueError: this is not an .npz file, it contains pickled objects, or a checksum does not match.
+        ValueError: `npz` is not an .npz file, contains pickled objects, or has a wrong checksum.
     """
     try:
         with np.load(io.BytesIO(npz), allow_pickle=False) as arrays:

@@ -1,6 +1,6 @@
-"""`StoragePath`, the interface that local paths, `gs://` and `s3://` addresses have in common.
+"""`StoragePath`, the common interface of local paths and of `gs://` and `s3://` addresses.
 
-This module imports no client library of a bucket, because these imports are slow.
+This module does not import the client libraries for buckets, because their imports are slow.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ class ConflictError(TrainerError):
     """A conditional write failed because the file does not have the required version. Nothing was written."""
 
 
-# Modification time in ns of a local file, generation of an object in Google's storage, ETag of an object in S3.
-# Each write has a new modification time and generation. An ETag is a hash of the content, so that writes of the same
-# content have the same ETag.
+# The version of a file: the modification time in ns of a local file (int), the generation of an object in Google's
+# storage (int), or the ETag of an object in S3 (str). Each write has a new modification time or generation. An ETag is
+# a hash of the content, so objects with the same content have the same ETag.
 Version = int | str
 ANY: Version = -1  # value of `only_if` for an unconditional write; no file has this version
 
-UNFINISHED_DIGITS = 15  # of a random number in a temporary name; a date and time in a name of a user has at most 14
+UNFINISHED_DIGITS = 15  # digits of the random number in a temporary name; a date and time in a user's file name has 14
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
-_UNFINISHED = re.compile(
+_TEMPORARY_NAME = re.compile(
     rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{UNFINISHED_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
 )
 ABANDONED_SECONDS = 3600.0  # age at which a temporary file is deleted although another machine may have written it
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether a name, path or address is that of a temporary file or upload part, of any process."""
-    return bool(_UNFINISHED.search(name))
+    """Return whether `name` is the name, path or address of a temporary file or folder, or of a part of an upload."""
+    return bool(_TEMPORARY_NAME.search(name))
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class StoragePath(ABC):
 
     @abstractmethod
     def stat(self) -> ObjectInfo | None:
-        """Return the size and version of the file, or None if it does not exist or is a folder."""
+        """Return the file's size and version, or None if it does not exist or is a folder."""
 
     @abstractmethod
     def fetch(self) -> tuple[bytes, Version] | None:
-        """Read the content and its version, or return None if there is no such file. Verify an object's checksum."""
+        """Return the file's content and version, or None if it does not exist. An object's checksum is verified."""
 
     @abstractmethod
     def read_range(self, start: int, length: int) -> bytes:
@@ -94,12 +94,12 @@ class StoragePath(ABC):
     def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
         """Write the file atomically and return the new version.
 
-        A retry after a lost response recognizes that the first attempt has written the new version, and succeeds.
+        If the response of an attempt is lost, the retry recognizes that the file has already been written.
 
         Args:
-            content: text is encoded as UTF-8.
-            only_if: condition of the write. None requires that the file does not exist, and a version requires that
-                the file has this version. It defaults to no condition.
+            content: bytes, or text to encode as UTF-8.
+            only_if: condition of the write. None requires that the file does not exist; a version requires that the
+                file has this version. Defaults to no condition.
 
         Raises:
             ConflictError: the condition does not hold.
@@ -107,14 +107,14 @@ class StoragePath(ABC):
 
     @abstractmethod
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
-        """List the files below this folder, or only those directly in it, sorted by path, without temporary files.
+        """List the files below this folder, sorted by path, without temporary files.
 
-        The list is empty if there is no such folder.
+        If `recursive` is False, files in subfolders are omitted. The list is empty if the folder does not exist.
         """
 
     @abstractmethod
     def folders(self) -> Sequence[StoragePath]:
-        """List the folders directly in this one, sorted by name."""
+        """List the direct subfolders of this folder, sorted by name."""
 
     @abstractmethod
     def delete(self) -> None:
@@ -126,13 +126,13 @@ class StoragePath(ABC):
 
     @abstractmethod
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        """Copy to the local file `to` atomically, and return the size and version that were copied.
+        """Copy this file to the local file `to` atomically, and return the size and version of what was copied.
 
-        The checksum of an object is verified. The copy is not flushed to disk, so a power failure can lose it.
-        `expected`, an item of `list`, is the version to copy; it defaults to the current one.
+        An object's checksum is verified. The copy is not flushed to disk, so a power failure can lose it.
+        `expected`, an item of `list`, is the version to copy; it defaults to the current version.
 
         Raises:
-            DataError: there is no such file, or it no longer has the expected version.
+            DataError: the file does not exist, or it no longer has the expected version.
         """
 
     @abstractmethod
@@ -140,14 +140,14 @@ class StoragePath(ABC):
         """Copy a local file to this path atomically and return the new version."""
 
     def read(self) -> bytes:
-        """Read the content, and verify the checksum of an object."""
+        """Return the content. An object's checksum is verified."""
         content = self.fetch()
         if content is None:
-            raise self._absent()
+            raise self._make_not_found_error()
         return content[0]
 
     def read_text(self) -> str:
-        """Read the content as text; raise a DataError if it is not UTF-8."""
+        """Return the content as text; raise a DataError if it is not UTF-8."""
         try:
             return self.read().decode()
         except UnicodeDecodeError as error:
@@ -163,7 +163,7 @@ class StoragePath(ABC):
         return self.stat() is not None
 
     def version(self) -> Version | None:
-        """Return the version of the file, or None if there is no such file."""
+        """Return the file's version, or None if it does not exist."""
         info = self.stat()
         return None if info is None else info.version
 
@@ -172,24 +172,24 @@ class StoragePath(ABC):
         """Return whether this is a folder that is not empty."""
 
     def require_info(self) -> ObjectInfo:
-        """Return the size and version of the file; raise a DataError if it does not exist."""
+        """Return the file's size and version; raise a DataError if it does not exist."""
         info = self.stat()
         if info is None:
-            raise self._absent()
+            raise self._make_not_found_error()
         return info
 
     @abstractmethod
-    def _absent(self) -> TrainerError:
+    def _make_not_found_error(self) -> TrainerError:
         """Make the error for a missing file."""
 
 
-# Deadline that `request_deadline` sets; None for the default, `retries.DEADLINE_SECONDS`.
+# The deadline in seconds that `request_deadline` sets. None means the default, `retries.DEADLINE_SECONDS`.
 deadline_seconds: ContextVar[float | None] = ContextVar("deadline_seconds", default=None)
 
 
 @contextlib.contextmanager
 def request_deadline(seconds: float) -> Iterator[None]:
-    """Limit each bucket request in this block to these seconds, retries included, instead of the default."""
+    """Limit each bucket request in this block to `seconds`, including retries. The default limit is 120 s."""
     token = deadline_seconds.set(seconds)
     try:
         yield

@@ -1,8 +1,8 @@
 """`BucketPath`, the base class of the storage paths in buckets.
 
-A subclass (`gcs.GcsPath`, `s3.S3Path`) implements the single requests of its storage: the metadata, content and ranges
-of one object, a page of a listing, a conditional write, a deletion, and the upload of a large file. This class adds
-what they have in common: addresses, checksums, parallel transfers, and the recognition of a write whose response was
+A subclass (`gcs.GcsPath`, `s3.S3Path`) implements the individual requests: the metadata, content and ranges of one
+object, a page of a listing, a conditional write, a deletion, and the upload of a large file. `BucketPath` adds what is
+common to both storages: addresses, checksums, parallel transfers, and the recognition of a write whose response was
 lost.
 """
 
@@ -28,20 +28,20 @@ from trainer.storage.base import ANY, ConflictError, ObjectInfo, StoragePath, Ve
 from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
 from trainer.storage.retries import CHECK_BUCKET, NO_BUCKET, CorruptTransfer, Result, Timeouts
 
-MAX_CONCURRENT_REQUESTS = 8  # per transfer
+MAX_CONCURRENT_REQUESTS = 8  # of one transfer
 MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
 CHUNK_BYTES = 16 << 20  # size of a chunk of a download
 PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
-MAX_DOWNLOADS = 5  # attempts of a download, if the CRC32C does not match or the object is replaced meanwhile
-WRITE_ID = "kubetune-write"  # metadata key; its value identifies the write that created a version
+MAX_DOWNLOADS = 5  # attempts to download an object whose CRC32C does not match or that is replaced meanwhile
+WRITE_ID = "kubetune-write"  # key in an object's metadata; its value identifies the write that created the version
 
-Action = Literal["read", "list", "write", "delete"]  # of a request; an error message names the permission for it
+Action = Literal["read", "list", "write", "delete"]  # what a request does; error messages name its permission
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the storage reports about an object after a write, or after it has refused a conditional write."""
+    """What the storage reports about an object after it has written it or refused a conditional write."""
 
     version: Version
     write_id: str | None  # identifies the write that created this version; None if another program wrote it
@@ -49,11 +49,11 @@ class Written:
 
 
 class PreconditionFailed(Exception):
-    """The object does not have the version that a conditional write requires."""
+    """The storage refused a conditional write because the object does not have the required version."""
 
 
 class ReplacedError(DataError):
-    """The version that is being read no longer exists."""
+    """An object was replaced or deleted while it was read."""
 
     def __init__(self, path: StoragePath) -> None:
         super().__init__(f"{path}: was replaced or deleted while it was read", fix="start the same command again")
@@ -62,9 +62,9 @@ class ReplacedError(DataError):
 def map_in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int = MAX_CONCURRENT_REQUESTS
 ) -> list[Result]:
-    """Call `function` for each item in threads, with the caller's `request_deadline`, and return the results in order.
+    """Call `function` for each item in threads, with the caller's `request_deadline`. Return the results in order.
 
-    The error of a call cancels the calls that have not begun, and is raised.
+    If a call fails, the calls that have not begun are cancelled, and its error is raised.
     """
     calls = [partial(copy_context().run, function, item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -82,7 +82,7 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _call(self, action: Action, request: Callable[[Timeouts], Result]) -> Result:
-        """Call `request`, which makes a single attempt, with retries; translate the errors of this storage."""
+        """Call `request`, which makes a single attempt, with retries. Translate its errors for the user."""
 
     @abstractmethod
     def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
@@ -90,28 +90,28 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
-        """Request the content of a version, or of the current one if `version` is None, and verify its checksum.
+        """Request the content of a version, or of the current version if `version` is None, and verify its checksum.
 
-        Return None if there is no such object or version.
+        Return None if the object or version does not exist.
         """
 
     @abstractmethod
     def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
-        """Request `length` bytes of one version from offset `start`; raise `ReplacedError` if it no longer exists."""
+        """Request `length` bytes from offset `start` of the version in `info`; raise ReplacedError if it is gone."""
 
     @abstractmethod
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page of a listing. `_page` documents the arguments and the result."""
+        """Request a page of a listing. See `_page` for the arguments and the result."""
 
     @abstractmethod
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
-        """Write the object in one request. Raise PreconditionFailed if the condition `only_if` does not hold."""
+        """Write the object in one request; raise PreconditionFailed if the condition `only_if` does not hold."""
 
     @abstractmethod
     def _request_written(self, timeouts: Timeouts) -> Written | None:
-        """Request the metadata of the last write of the object. Return None if the object does not exist."""
+        """Request what the storage knows about the object's last write. Return None if the object does not exist."""
 
     @abstractmethod
     def _request_deletion(self, timeouts: Timeouts) -> None:
@@ -119,11 +119,11 @@ class BucketPath(StoragePath):
 
     @abstractmethod
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
-        """Return the CRC32C of a version, or None if it is unknown. S3 requires a request for it."""
+        """Return the CRC32C of the version in `info`, or None if it is unknown. In S3, this takes a request."""
 
     @abstractmethod
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload a file of `size` bytes in parallel parts, which become visible together. See `_upload`."""
+        """Upload `size` bytes in parallel parts, which become visible together. See `_upload` for `read_range`."""
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
@@ -152,9 +152,9 @@ class BucketPath(StoragePath):
         return self._call("read", partial(self._request_content, version))
 
     def read_range(self, start: int, length: int) -> bytes:
-        """Read a range of the content. The storage has no checksum of a range.
+        """Read a range of the content. The storage does not compute a checksum for a range.
 
-        So a small object is read and verified as a whole, and the range of a large object is read twice and compared.
+        So a small object is read and verified as a whole. For a large object, the range is read twice and compared.
         """
         info = self.require_info()
         length = min(length, info.size - start)
@@ -164,10 +164,10 @@ class BucketPath(StoragePath):
             return self.read()[start : start + length]
 
         def read_twice(timeouts: Timeouts) -> bytes:
-            first = self._attempt_range(info, start, length, timeouts)
-            if first != self._attempt_range(info, start, length, timeouts):
+            data = self._attempt_range(info, start, length, timeouts)
+            if data != self._attempt_range(info, start, length, timeouts):
                 raise CorruptTransfer("two reads of one range differ")
-            return first
+            return data
 
         return self._call("read", read_twice)
 
@@ -181,12 +181,12 @@ class BucketPath(StoragePath):
             return self._upload(size, lambda start, length: os.pread(file.fileno(), length, start), ANY)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        with temporary_file(to) as temporary:
+        with temporary_file(to) as temporary_path:
             for _ in range(MAX_DOWNLOADS):
                 info = expected or self.require_info()
                 try:
-                    if self._download(temporary, info):
-                        os.replace(temporary, to)
+                    if self._download(temporary_path, info):
+                        os.replace(temporary_path, to)
                         return info
                 except ReplacedError:
                     if expected is not None:
@@ -199,9 +199,9 @@ class BucketPath(StoragePath):
         return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
 
     def folders(self) -> Sequence[StoragePath]:
-        prefixes = {prefix for _, page in self._pages("/") for prefix in page if not is_unfinished(prefix)}
-        # An object such as "p//x" has the prefix "p//", whose path would be that of this folder again.
-        return [replace(self, key=name.rstrip("/")) for name in sorted(prefixes) if not f"/{name}".endswith("//")]
+        prefixes = {prefix for _, on_page in self._pages("/") for prefix in on_page if not is_unfinished(prefix)}
+        # An object such as "p//x" in the folder "p" has the prefix "p//", which would become the path of "p" again.
+        return [replace(self, key=prefix.rstrip("/")) for prefix in sorted(prefixes) if not f"/{prefix}".endswith("//")]
 
     def delete(self) -> None:
         self._call("delete", self._request_deletion)
@@ -209,16 +209,16 @@ class BucketPath(StoragePath):
     def delete_tree(self) -> None:
         map_in_threads(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
 
-    def _absent(self) -> DataError:
+    def _make_not_found_error(self) -> DataError:
         try:
             replace(self, key="")._page("", "", 1)
-        except DataError as error:  # of the bucket, or of the permission to list, which this account may lack
+        except DataError as error:  # the bucket does not exist, or this account may not list it
             if NO_BUCKET in str(error):
                 return DataError(f"{self}: {NO_BUCKET}", fix=CHECK_BUCKET)
         return DataError(f"{self}: there is no such object", fix="check the address")
 
     def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
-        """Yield the objects and the prefixes of subfolders of each page of a listing. See `_page`."""
+        """Yield each page of this folder's listing: the objects, and the prefixes of the subfolders. See `_page`."""
         token: str | None = ""
         while token is not None:
             page, prefixes, token = self._page(token, delimiter)
@@ -227,30 +227,30 @@ class BucketPath(StoragePath):
     def _page(
         self, token: str, delimiter: str, max_objects: int | None = None
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page of the listing of this folder, with retries.
+        """Request a page of this folder's listing, with retries.
 
         Args:
-            token: of this page, from the page before it; "" for the first page.
-            delimiter: "/" to list the objects and subfolders directly in this folder, "" to list all objects below.
-            max_objects: maximum number of objects in the page; defaults to that of the storage.
+            token: token of the page, which the previous page returned; "" for the first page.
+            delimiter: "/" to list the objects and subfolders directly in this folder, "" to list all objects below it.
+            max_objects: maximum number of objects on the page; defaults to the storage's limit.
 
         Returns:
-            The objects, the prefixes of the subfolders such as "a/b/", and the token of the next page (None if this is
-            the last one).
+            The objects, the prefixes of the subfolders such as "a/b/", and the token of the next page (None for the
+            last page).
         """
         return self._call("list", partial(self._request_page, token, delimiter, max_objects))
 
     def _attempt_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
-        """Call `_request_range`, and verify the length of the result."""
+        """Call `_request_range` and verify the length of the result."""
         data = self._request_range(info, start, length, timeouts)
         if len(data) != length:
             raise CorruptTransfer(f"{len(data)} bytes of {length}")
         return data
 
     def _download(self, to: Path, info: ObjectInfo) -> bool:
-        """Copy one version to a file. Return False if its CRC32C does not match.
+        """Copy the version in `info` to the file `to`. Return False if the copy's CRC32C does not match.
 
-        Large objects are verified as a whole, because chunks have no checksums.
+        A large object is verified as a whole after all chunks, because chunks have no checksums.
         """
 
         def copy_chunk(start: int) -> None:
@@ -272,7 +272,7 @@ class BucketPath(StoragePath):
         return self._get_crc32c(info) in (None, compute_file_crc32c(to))
 
     def _upload_object(self, data: bytes, only_if: Version | None) -> Version:
-        """Upload in one request. The storage verifies the content before the object becomes visible."""
+        """Upload `data` in one request. The storage verifies it before the object becomes visible."""
         write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
         condition, attempts = only_if, 0
 
@@ -282,7 +282,7 @@ class BucketPath(StoragePath):
             try:
                 written = self._request_write(data, write_id, condition, timeouts)
             except PreconditionFailed as error:
-                # The response of an earlier, successful attempt may have been lost. Then the object has our write ID.
+                # An earlier attempt may have succeeded, but its response was lost. Then the object has our write ID.
                 current = self._request_written(timeouts) if attempts > 1 else None
                 if current is None or current.write_id != write_id:
                     raise ConflictError(f"{self}: changed since it was read") from error
@@ -295,9 +295,9 @@ class BucketPath(StoragePath):
         return self._call("write", put)
 
     def _upload(self, size: int, read_range: Callable[[int, int], bytes], only_if: Version | None) -> Version:
-        """Upload a small file in one request, and a large one in parallel parts.
+        """Upload a small file in one request, and a large file in parallel parts.
 
-        `read_range` returns the bytes from an offset (its first argument) of a length (its second argument).
+        `read_range(start, length)` returns `length` bytes of the file from offset `start`.
         """
         if size <= PART_BYTES:
             return self._upload_object(read_range(0, size), only_if)

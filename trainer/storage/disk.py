@@ -13,14 +13,14 @@ from trainer.errors import ConfigError, Interrupted, TrainerError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers: full disk, exceeded quota, too large file
 RETRYABLE_ERRNOS = (*DISK_FULL_ERRNOS, errno.EIO)  # error numbers after which the same command can succeed later
-_UNUSABLE_PATH_ERRNOS = (
+_UNUSABLE_PATH_ERRNOS = (  # error numbers after which the user must change the path or its permissions
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
-# Texts in errors without an error number, such as TensorFlow's. A failing disk becomes read-only (EROFS).
+# Texts that identify disk errors without an error number, such as TensorFlow's. A failing disk becomes read-only.
 _DISK_ERROR_TEXTS = tuple(os.strerror(errno_value) for errno_value in (*RETRYABLE_ERRNOS, errno.EROFS))
 FREE_SPACE_FIX = "make space there, then start the same command again"
-DEFAULT_CACHE_LIMIT_BYTES = 50 * 1024**3  # bytes per cache by default; `runtime.disk_budget_gb` can be larger
-_NO_TEMP_DIR_TEXT = "No usable temporary directory"  # error of `tempfile` if all folders are full or unwritable
+DEFAULT_CACHE_LIMIT_BYTES = 50 * 1024**3  # upper limit of the default size of a cache; users can configure more
+_NO_TEMP_DIR_TEXT = "No usable temporary directory"  # error message of `tempfile` if all folders are full or unwritable
 
 
 def format_bytes(count: float) -> str:
@@ -31,9 +31,9 @@ def format_bytes(count: float) -> str:
 
 
 def get_free_bytes(path: str | Path) -> int:
-    """Return the free bytes of the file system that contains `path`, or 0 if the file system reports an error.
+    """Return the free bytes on the file system that contains `path`, or 0 if the file system reports an error.
 
-    `path` need not exist yet.
+    `path` need not exist.
     """
     try:
         return shutil.disk_usage(_find_nearest_ancestor(path, os.path.exists)).free
@@ -45,11 +45,11 @@ def plan_disk_budget(requested: int | None, available: int, limit: int | None) -
     """Choose the size limit of each cache on disk: copies of remote data, decoded images, cached features.
 
     By default, a cache may use two fifths of the space, but at most `DEFAULT_CACHE_LIMIT_BYTES`. Two full caches then
-    leave at least a fifth to weights, checkpoints and temporary files.
+    leave at least a fifth for weights, checkpoints and temporary files.
 
     Args:
-        requested: `runtime.disk_budget_gb`, in bytes; None for the default.
-        available: bytes of the disk that are free or used by caches.
+        requested: `runtime.disk_budget_gb`, converted to bytes; None for the default.
+        available: bytes on the disk that are free or used by caches.
         limit: bytes that the container may use before Kubernetes evicts the pod; None if there is no such limit.
 
     Returns:
@@ -67,10 +67,12 @@ def plan_disk_budget(requested: int | None, available: int, limit: int | None) -
 
 @functools.cache  # one limit per process, although the free space changes while the process fills its caches
 def choose_disk_budget(requested: int | None, cache_folder: Path) -> tuple[int, str]:
-    """Call `plan_disk_budget` with the space in `cache_folder` and the limit in $EPHEMERAL_STORAGE_BYTES.
+    """Return the size limit of each cache in bytes, and the reason for it, such as "as configured".
+
+    It is the result of `plan_disk_budget` for the space in `cache_folder` and the limit in $EPHEMERAL_STORAGE_BYTES.
 
     Raises:
-        ConfigError: the environment variable is not a number of bytes.
+        ConfigError: $EPHEMERAL_STORAGE_BYTES is not a number of bytes.
     """
     text = os.environ.get("EPHEMERAL_STORAGE_BYTES", "").strip()
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
@@ -81,23 +83,23 @@ def choose_disk_budget(requested: int | None, cache_folder: Path) -> tuple[int, 
 
 
 def _compute_disk_usage(folder: Path) -> int:
-    """Return the bytes that the files below a folder use on disk, or 0 if the folder does not exist."""
+    """Return how many bytes the files below a folder use on disk, or 0 if the folder does not exist."""
     num_bytes = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    for dirpath, _, filenames in os.walk(folder):
+        for filename in filenames:
             with contextlib.suppress(OSError):  # deleted meanwhile
-                num_bytes += os.lstat(os.path.join(parent, name)).st_blocks * 512  # the unit of st_blocks
+                num_bytes += os.lstat(os.path.join(dirpath, filename)).st_blocks * 512  # st_blocks counts 512 bytes
     return num_bytes
 
 
 def _find_nearest_ancestor(path: str | Path, predicate: Callable[[Path], bool]) -> Path:
-    """Return the path or its nearest ancestor for which `predicate` is true, or the root if there is no such folder."""
+    """Return the first of `path` and its ancestors for which `predicate` is true, or the root if it is for none."""
     path = Path(os.path.expanduser(path)).absolute()
     return next((ancestor for ancestor in (path, *path.parents) if predicate(ancestor)), Path(path.anchor))
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """Return the reason of a disk failure, such as "No space left on device", or None for any other error.
+    """Return the reason for a disk failure, such as "No space left on device", or None for any other error.
 
     An error without an error number is recognized by its text.
     """
@@ -105,7 +107,7 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno and _NO_TEMP_DIR_TEXT not in text:
         return os.strerror(error.errno) if error.errno in RETRYABLE_ERRNOS else None
     if _NO_TEMP_DIR_TEXT in text:
-        # `tempfile` has one error for full and unwritable folders. A writable folder among them must be full.
+        # `tempfile` raises the same error for full and unwritable folders. A writable folder must be full.
         writable_folders = [path for path in _extract_paths(text) if os.access(path, os.W_OK)]
         return os.strerror(errno.ENOSPC) if writable_folders else None
     return next((reason for reason in _DISK_ERROR_TEXTS if reason in text), None)
@@ -114,12 +116,12 @@ def describe_failure(error: BaseException) -> str | None:
 def _extract_paths(text: str) -> list[str]:
     """Return the absolute paths in a text.
 
-    A path with spaces extends over as many words as have an existing parent folder together, otherwise over one word.
+    A path may contain spaces. It is the longest sequence of words whose parent folder exists, or else a single word.
     """
     paths = []
     for candidate in re.findall(r"(?<![\w./])/[^:;,'\"\n\[\]()]+", text):
         words = candidate.rstrip().split(" ")
-        prefixes = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+        prefixes = [" ".join(words[:num_words]) for num_words in range(len(words), 0, -1)]
         paths.append(next((path for path in prefixes if os.path.isdir(os.path.dirname(path))), words[0]))
     return paths
 
@@ -127,13 +129,13 @@ def _extract_paths(text: str) -> list[str]:
 def translate_disk_error(
     error: BaseException, folders: Iterable[str | Path] = (), outcome: str = "", fix: str = FREE_SPACE_FIX
 ) -> Interrupted | None:
-    """Translate an error of a full or failing disk to `Interrupted`. Return None for any other error.
+    """Translate an error of a full or failing disk to an Interrupted. Return None for any other error.
 
     Args:
-        folders: candidates for the folder in the message, unless the error has a file name. The folders that occur in
-            the text of the error are preferred, then other paths in the text, then all of `folders` (if none, the
-            working directory). The message names the one with the least free space.
-        outcome: a clause for the message, such as "checkpoints are intact".
+        folders: folders that the message can name if the error has no file name. It names one that is in the error's
+            text, otherwise another path in the text, one of `folders`, or the working directory. If there are several
+            candidates, it names the one with the least free space.
+        outcome: clause for the message, such as "checkpoints are intact".
         fix: what the user can do.
     """
     if (reason := describe_failure(error)) is None:
@@ -148,13 +150,13 @@ def translate_disk_error(
 
 
 def _get_filename(error: BaseException) -> str | None:
-    """Return the path in an OSError, or None if there is no path or only a file descriptor."""
+    """Return the path in an OSError. Return None if it contains no path or a file descriptor, and for other errors."""
     filename = error.filename if isinstance(error, OSError) else None
     return os.fsdecode(filename) if filename and isinstance(filename, str | bytes | os.PathLike) else None
 
 
 def translate_access_error(error: BaseException) -> ConfigError | None:
-    """Translate the error of a path that cannot be used, such as one without permission or with a too long name.
+    """Translate an error about an unusable path, such as a denied permission or a name that is too long.
 
     Return None for any other error.
     """
@@ -172,7 +174,7 @@ def translate_access_error(error: BaseException) -> ConfigError | None:
 
 @contextlib.contextmanager
 def translate_file_errors() -> Iterator[None]:
-    """Translate file errors with `translate_disk_error` and `translate_access_error`. Commands run in this block."""
+    """Translate file errors in this block with `translate_disk_error` and `translate_access_error`."""
     try:
         with translate_disk_errors():
             yield
@@ -186,7 +188,7 @@ def translate_file_errors() -> Iterator[None]:
 def translate_disk_errors(
     folders: Iterable[str | Path] = (), outcome: str = "", fix: str = FREE_SPACE_FIX
 ) -> Iterator[None]:
-    """Raise the errors in this block as translated by `translate_disk_error`, which has the same arguments."""
+    """Translate errors in this block with `translate_disk_error`, which has the same arguments."""
     try:
         yield
     except TrainerError:  # already has a message for the user
@@ -200,9 +202,9 @@ def translate_disk_errors(
 def make_write_error(
     error: OSError, folder: str | Path, key: str, fix: str, kind: type[TrainerError] = ConfigError
 ) -> TrainerError:
-    """Make the error for an unwritable `folder`, the value of the argument or configuration key `key`.
+    """Make the error for an unwritable `folder`, which is the value of the argument or configuration key `key`.
 
-    It is an `Interrupted` if the disk is full or fails, otherwise a `kind` with this `fix`.
+    The result is an Interrupted if the disk is full or fails; otherwise, it has the type `kind` and this `fix`.
     """
     if interrupted := translate_disk_error(error, [folder]):
         return interrupted

@@ -11,18 +11,19 @@ from trainer.names import escape_unprintable
 
 CONNECT_SECONDS = 20.0  # timeout of `request_size`
 _NETWORK_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException, urllib.error.URLError)
-# Names of error classes of requests and TFDS, which are not imported here. An incomplete file has a wrong checksum.
+# Error classes of requests and TFDS, by name because those libraries are not imported here. TFDS raises
+# NonMatchingChecksumError for an incomplete file, too.
 _NETWORK_ERROR_NAMES = {"RequestException", "DownloadError", "NonMatchingChecksumError"}
-_RETRYABLE_STATUSES = (408, 429)  # request timeout, too many requests; 5xx statuses are retryable too
-# How the messages of `keras.utils.get_file` begin, which raises plain `Exception` and `ValueError`.
+_RETRYABLE_STATUSES = (408, 429)  # request timeout, too many requests; all 5xx statuses are also retryable
+# Beginnings of the error messages of `keras.utils.get_file`, which raises plain Exception and ValueError.
 _KERAS_MESSAGES = ("URL fetch failure", "Incomplete or corrupted file")
 
 
 def request_size(url: str) -> int:
-    """Return the size of the file at a URL in bytes, or 0 if its server does not state it. Download nothing.
+    """Return the size in bytes of the file at a URL, without downloading it. Return 0 if the server does not state it.
 
     Raises:
-        OSError: the server does not respond within `CONNECT_SECONDS` or refuses the request (`urllib.error.URLError`).
+        OSError: the server does not respond within `CONNECT_SECONDS`, or refuses the request (`urllib.error.URLError`).
     """
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS) as response:
         return int(response.headers.get("Content-Length") or 0)
@@ -31,15 +32,16 @@ def request_size(url: str) -> int:
 def translate_download_error(
     error: BaseException, problem: str, *, key: str, value: str | None, fix: str
 ) -> Interrupted | None:
-    """Translate an error of a download to `Interrupted` if the same download can succeed later.
+    """Translate a failed download to an Interrupted if the same download can succeed later.
 
-    Return None for any other error, also if a server refuses the address (403, 404). An overloaded server (429, 5xx)
-    can accept it later.
+    Return None for any other error, including a server's refusal of the address (403, 404). A timeout or an overloaded
+    server (408, 429, 5xx) is not a refusal.
 
     Args:
-        error: as raised by urllib, requests, Keras or TFDS; its causes are inspected too.
-        problem: what could not be downloaded.
-        key, value: the argument or configuration key that requires the download, and its value.
+        error: error of urllib, requests, Keras or TFDS; its causes are also inspected.
+        problem: which download failed, for the message.
+        key: argument or configuration key that requires the download.
+        value: value of `key`.
         fix: what the user can do without a network.
     """
     chain: list[BaseException] = []

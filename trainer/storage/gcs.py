@@ -1,7 +1,7 @@
-"""`GcsPath`, the storage path of an object or folder in a Google Cloud Storage bucket.
+"""`GcsPath`, the `StoragePath` of an object or folder in a Google Cloud Storage bucket.
 
-The version of an object is its generation. Complete contents are verified by CRC32C. `gcs_client.call_with_retries`
-sends each request with timeouts and retries.
+The version of an object is its generation. Complete objects are verified by their CRC32C. Each request has timeouts
+and is retried by `gcs_client.call_with_retries`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from trainer.storage.bucket import (
 from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts
 
-MAX_COMPOSED_PARTS = 32  # limit of Google's storage per compose request
-MAX_MEMORY_BYTES = 256 << 20  # maximum size of all upload parts that are in memory at the same time
+MAX_COMPOSED_PARTS = 32  # Google's limit per compose request
+MAX_MEMORY_BYTES = 256 << 20  # maximum total size of the upload parts in memory
 CLEANUP_SECONDS = 10.0  # deadline for deleting one part after an upload
 
-_FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"  # in the response to a list request
-# Permission that an action requires, for error messages.
+_FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"  # fields of the response to a list request
+# Google Cloud permission that each action requires, for error messages.
 _PERMISSIONS: dict[Action, str] = {
     "read": "storage.objects.get",
     "list": "storage.objects.list",
@@ -49,7 +49,7 @@ _PERMISSIONS: dict[Action, str] = {
 
 
 def _decode_crc32c(crc32c: str | None) -> int | None:
-    """Decode a CRC32C in the form in which Google's storage reports it: base64 of 4 big-endian bytes."""
+    """Decode a CRC32C as Google's storage reports it: base64 of 4 big-endian bytes, or None if it is unknown."""
     return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
 
 
@@ -63,11 +63,11 @@ class GcsPath(BucketPath):
         return call_with_retries(str(self), _PERMISSIONS[action], request)
 
     def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
-        blob = self._current_blob(timeouts)
-        return None if blob is None else self._info(blob)
+        blob = self._request_blob(timeouts)
+        return None if blob is None else self._make_info(blob)
 
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
-        blob = self._blob(version)
+        blob = self._make_blob(version)
         try:
             data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=timeouts, retry=None)
         except NotFound:
@@ -78,7 +78,7 @@ class GcsPath(BucketPath):
 
     def _request_range(self, info: ObjectInfo, start: int, length: int, timeouts: Timeouts) -> bytes:
         try:
-            data: bytes = self._blob(info.version).download_as_bytes(
+            data: bytes = self._make_blob(info.version).download_as_bytes(
                 start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=timeouts, retry=None
             )
         except NotFound as error:
@@ -94,11 +94,11 @@ class GcsPath(BucketPath):
         )  # fmt: skip
         blobs = list(next(listing.pages, ()))
         # The web console marks an empty folder with an object whose name ends in a slash.
-        page = [replace(self, key=blob.name)._info(blob) for blob in blobs if not blob.name.endswith("/")]
+        page = [replace(self, key=blob.name)._make_info(blob) for blob in blobs if not blob.name.endswith("/")]
         return page, set(listing.prefixes), listing.next_page_token or None
 
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
-        blob = self._blob()
+        blob = self._make_blob()
         blob.metadata = {WRITE_ID: write_id}
         condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
         try:
@@ -108,38 +108,38 @@ class GcsPath(BucketPath):
             )  # fmt: skip
         except exceptions.PreconditionFailed as error:
             raise PreconditionFailed from error
-        return self._written(blob)
+        return self._make_written(blob)
 
     def _request_written(self, timeouts: Timeouts) -> Written | None:
-        blob = self._current_blob(timeouts)
-        return None if blob is None else self._written(blob)
+        blob = self._request_blob(timeouts)
+        return None if blob is None else self._make_written(blob)
 
     def _request_deletion(self, timeouts: Timeouts) -> None:
         with contextlib.suppress(NotFound):
-            self._blob().delete(timeout=timeouts, retry=None)
+            self._make_blob().delete(timeout=timeouts, retry=None)
 
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
         return info.crc32c
 
-    def _blob(self, generation: Version | None = None) -> Any:
-        """Make a `storage.Blob` of the object or one of its generations, without a request."""
+    def _make_blob(self, generation: Version | None = None) -> Any:
+        """Make a `storage.Blob` for the object, or for one of its generations, without a request."""
         return get_bucket(self.bucket).blob(self.key, generation=generation)
 
-    def _current_blob(self, timeouts: Timeouts) -> Any:
-        """Request the object's metadata as a `storage.Blob`, without retries; None if there is no such object."""
+    def _request_blob(self, timeouts: Timeouts) -> Any:
+        """Request the object's metadata as a `storage.Blob`, without retries; None if the object does not exist."""
         return get_bucket(self.bucket).get_blob(self.key, timeout=timeouts, retry=None)
 
-    def _info(self, blob: Any) -> ObjectInfo:
+    def _make_info(self, blob: Any) -> ObjectInfo:
         return ObjectInfo(self, int(blob.size), int(blob.generation), _decode_crc32c(blob.crc32c))
 
-    def _written(self, blob: Any) -> Written:
+    def _make_written(self, blob: Any) -> Written:
         return Written(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload the parts as objects with verified CRC32C, and compose them to one object in an atomic request.
+        """Upload the parts as objects with verified CRC32C, and compose them into one object with an atomic request.
 
-        A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. The parts that a
-        killed process left are omitted by `list` and deleted by `delete_tree`.
+        A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. If the process
+        is killed, `list` omits the remaining parts, and `delete_tree` deletes them.
         """
         part_bytes = max(buckets.PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
@@ -155,22 +155,22 @@ class GcsPath(BucketPath):
             return generation
 
         def compose(timeouts: Timeouts) -> ObjectInfo:
-            blob = self._blob()
+            blob = self._make_blob()
             blob.content_type = "application/octet-stream"
-            uploaded = [part._blob(generation) for part, generation in zip(parts, generations, strict=True)]
-            blob.compose(uploaded, timeout=timeouts, retry=None)
-            return self._info(blob)
+            part_blobs = [part._make_blob(generation) for part, generation in zip(parts, generations, strict=True)]
+            blob.compose(part_blobs, timeout=timeouts, retry=None)
+            return self._make_info(blob)
 
         try:
             threads = min(MAX_CONCURRENT_REQUESTS, max(1, MAX_MEMORY_BYTES // part_bytes))
             generations = map_in_threads(upload_part, range(len(starts)), threads)
-            composed = call_with_retries(str(self), "storage.objects.create and storage.objects.get", compose)
+            info = call_with_retries(str(self), "storage.objects.create and storage.objects.get", compose)
         finally:
             with contextlib.suppress(DataError, Interrupted), request_deadline(CLEANUP_SECONDS):
                 map_in_threads(lambda part: part.delete(), parts)
         crc = google_crc32c.value(b"")
         for start in starts:
             crc = google_crc32c.extend(crc, read_part(start))
-        if (composed.size, composed.crc32c) != (size, crc):
+        if (info.size, info.crc32c) != (size, crc):
             raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
-        return composed.version
+        return info.version

@@ -34,8 +34,8 @@ from trainer.storage.retries import (
     Transient,
 )
 
-POD_CREDENTIALS_SECONDS = 20.0  # how long a new pod waits for its credentials
-CONNECTION_POOL_SIZE = 16  # connections per server
+POD_CREDENTIALS_SECONDS = 20.0  # maximum time that a new pod waits for its credentials
+CONNECTION_POOL_SIZE = 16  # maximum number of idle connections per server
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CREDENTIALS_FIX = (
@@ -44,43 +44,43 @@ _CREDENTIALS_FIX = (
 )
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError)
 _URL_ERRORS = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
-_lock = threading.Lock()  # of the client and of `_requester_pays`
-_requester_pays: set[str] = set()  # names of the buckets that have rejected a request without a payer
+_lock = threading.Lock()  # guards the creation of the client, and `_requester_pays_buckets`
+_requester_pays_buckets: set[str] = set()  # names of the buckets that have rejected a request without a payer
 
 
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
     """Call `request`, and retry after transient errors of Google's client until the deadline.
 
     Args:
-        address: of the object, for error messages.
-        permission: that `request` requires, for an error message if the response does not name a permission.
-        request: takes the timeouts of an attempt. It must get its bucket from `get_bucket` in each call, because a
-            retry can add a payer.
+        address: address of the object, for error messages.
+        permission: required permission; error messages name it unless the response names one.
+        request: makes one attempt with these connect and read timeouts in seconds. It must get its bucket from
+            `get_bucket` in each call, because a retry can add a payer.
 
     Raises:
-        DataError: the error is permanent.
+        DataError: the request failed with a permanent error, such as a missing permission.
         Interrupted: no attempt succeeded before the deadline.
     """
-    bad_requests, paid = 0, False
+    num_bad_requests, payer_added = 0, False
 
     def classify(error: Exception) -> Transient | DataError | None:
-        nonlocal bad_requests, paid
-        if _lacks_payer(error) and not paid and (paid := _add_payer(address)):
+        nonlocal num_bad_requests, payer_added
+        if _lacks_payer(error) and not payer_added and (payer_added := _add_payer(address)):
             return Transient("requester pays", immediately=True)
-        reason = _transient_reason(error)
+        reason = _describe_transient_error(error)
         if isinstance(error, GoogleAPICallError) and error.code == 400 and not _lacks_payer(error):
-            bad_requests += 1
-            reason = None if bad_requests > retries.MAX_BAD_REQUESTS else "400 corrupt request"
+            num_bad_requests += 1
+            reason = None if num_bad_requests > retries.MAX_BAD_REQUESTS else "400 corrupt request"
         if reason is None:
-            return _explain(error, address, permission)
+            return _translate_permanent_error(error, address, permission)
         retry_after = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "0")
         return Transient(reason, float(retry_after) if retry_after.isdigit() else 0.0)
 
     return retries.call_with_retries(address, request, classify)
 
 
-def _transient_reason(error: Exception) -> str | None:
-    """Describe an error after which a retry can succeed. Return None for any other error."""
+def _describe_transient_error(error: Exception) -> str | None:
+    """Describe an error after which a retry can succeed, such as "timeout". Return None for any other error."""
     if isinstance(error, CorruptTransfer | DataCorruption):
         return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
@@ -104,19 +104,19 @@ def _transient_reason(error: Exception) -> str | None:
 
 
 def get_bucket(name: str) -> Any:
-    """Return a `storage.Bucket`. If it is known as requester-pays, $GOOGLE_CLOUD_PROJECT pays for its requests."""
-    return get_client().bucket(name, user_project=_get_payer() if name in _requester_pays else None)
+    """Return a `storage.Bucket`. $GOOGLE_CLOUD_PROJECT pays for its requests if it is a known requester-pays bucket."""
+    return get_client().bucket(name, user_project=_get_payer() if name in _requester_pays_buckets else None)
 
 
 def _add_payer(address: str) -> bool:
-    """Register the bucket of an address as requester-pays, and return whether $GOOGLE_CLOUD_PROJECT names a payer.
+    """Register an address's bucket as requester-pays, and return whether $GOOGLE_CLOUD_PROJECT names a payer.
 
-    Requests to other buckets have no payer, because a payer is charged for them too.
+    Requests to other buckets do not name a payer, because Google would charge the payer for them too.
     """
     name, project = address.removeprefix("gs://").partition("/")[0], _get_payer()
     with _lock:
-        is_new = name not in _requester_pays
-        _requester_pays.add(name)
+        is_new = name not in _requester_pays_buckets
+        _requester_pays_buckets.add(name)
     if project and is_new:
         log.info(f"gs://{name} is a requester-pays bucket: project {project} (GOOGLE_CLOUD_PROJECT) is charged")
     return bool(project)
@@ -131,7 +131,7 @@ def _lacks_payer(error: Exception) -> bool:
 
 
 def get_client() -> Any:
-    """Return the `storage.Client` of this process. The first call creates it, without credentials if there are none.
+    """Return this process's `storage.Client`. The first call creates it; it is anonymous if there are no credentials.
 
     A client cannot be used after a fork or for another $STORAGE_EMULATOR_HOST, so each process and host has its own.
 
@@ -161,7 +161,7 @@ def _create_client(_process: int, emulator: str | None) -> Any:
 
 
 def _find_credentials() -> tuple[Credentials, str | None]:
-    """Return credentials and project. Retry in a new pod, where GKE's metadata server may not be ready yet."""
+    """Return the default credentials and project. In a new pod, wait until GKE's metadata server is ready."""
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     deadline = time.monotonic() + (POD_CREDENTIALS_SECONDS if in_pod else 0.0)
     while True:
@@ -191,8 +191,8 @@ def describe_identity() -> str:
     return f"application default credentials ({user})"
 
 
-def _explain(error: Exception, address: str, permission: str) -> DataError | None:
-    """Translate a permanent error of Google's client to a `DataError` with a fix. Return None for any other error."""
+def _translate_permanent_error(error: Exception, address: str, permission: str) -> DataError | None:
+    """Translate a permanent error of Google's client to a DataError with a fix. Return None for any other error."""
     if isinstance(error, NotFound):
         return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
     is_denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)

@@ -1,4 +1,4 @@
-"""Atomic writes of local files, and `LocalPath`, the storage path of a local file or folder."""
+"""Atomic writes of local files, temporary files and their cleanup, and `LocalPath`, the local `StoragePath`."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from trainer.storage.base import (
 )
 from trainer.storage.scratch import is_running
 
-_COPY_BYTES = 1 << 22  # bytes that are read at once
-_ABSENT_ERRORS = (FileNotFoundError, NotADirectoryError)
+_BLOCK_BYTES = 1 << 22  # bytes that a copy or a checksum reads at once
+_NOT_FOUND_ERRORS = (FileNotFoundError, NotADirectoryError)
 
 
 def compute_file_crc32c(path: Path, on_block: Callable[[], None] = lambda: None) -> int:
-    """Return the CRC32C of a file. `on_block` is called after every 4 MiB, and can raise to stop."""
+    """Return a file's CRC32C. `on_block` is called after each block of up to 4 MiB; it may raise an error to cancel."""
     crc = 0
     with open(path, "rb") as file:
-        while block := file.read(_COPY_BYTES):
+        while block := file.read(_BLOCK_BYTES):
             crc = google_crc32c.extend(crc, block)
             on_block()
     return crc
 
 
 def sync(path: Path) -> None:
-    """Flush a file to disk, or the names in a folder after one of them was created or renamed."""
+    """Flush a file to disk (fsync), or flush a folder so that a created or renamed entry survives a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,72 +54,72 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file atomically and flush it to disk. Create its folder if needed. Text is encoded as UTF-8."""
-    with temporary_file(path) as temporary:
-        temporary.write_bytes(encode_utf8(content))
-        sync(temporary)
-        os.replace(temporary, path)
+    """Write a file atomically and flush it to disk. Create its parent folder if needed. Text is encoded as UTF-8."""
+    with temporary_file(path) as temporary_path:
+        temporary_path.write_bytes(encode_utf8(content))
+        sync(temporary_path)
+        os.replace(temporary_path, path)
     sync(path.parent)
 
 
 def join_inside(folder: Path, name: str) -> Path:
-    """Join a folder and a "/"-separated name that comes from elsewhere, such as that of an object in a bucket.
+    """Join a folder and an untrusted "/"-separated name, such as the name of an object in a bucket.
 
     Raises:
-        DataError: the name leads out of the folder, or is not a possible file name.
+        DataError: the joined path would be outside the folder, or `name` is not a valid file name.
     """
-    if fault := find_path_error(name):
+    if reason := find_path_error(name):
         problem = (
-            f"{escape_unprintable(name)}: cannot be the name of a file in {escape_unprintable(str(folder))} ({fault})"
+            f"{escape_unprintable(name)}: cannot be the name of a file in {escape_unprintable(str(folder))} ({reason})"
         )
         raise DataError(problem, fix="rename or remove it where it comes from")
     return folder / name
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically and flush it to disk."""
+    """Write `value` as indented JSON, atomically and flushed to disk."""
     write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield an unused temporary path next to `path`, and delete the file at the end unless the block has renamed it.
+    """Yield an unused path next to `path`, for a temporary file that the block can create and rename to `path`.
 
-    The folder is created if needed.
+    The parent folder is created if needed. If the block does not rename the file, it is deleted at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = make_temporary_name(path)
+    temporary_path = make_temporary_name(path)
     try:
         with add_path_to_errors(path):
-            yield temporary
+            yield temporary_path
     finally:
-        with contextlib.suppress(OSError):  # must not hide the error of the block
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # must not hide the block's error
+            temporary_path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Create and yield a temporary folder next to `path`, and delete it at the end unless the block has renamed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = make_temporary_name(path)
-    temporary.mkdir()
+    temporary_path = make_temporary_name(path)
+    temporary_path.mkdir()
     try:
         with add_path_to_errors(path):
-            yield temporary
+            yield temporary_path
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary_path, ignore_errors=True)
 
 
 def make_temporary_name(path: Path) -> Path:
-    """Return a temporary path next to `path`, which `is_unfinished` recognizes. Create nothing."""
-    # Random, since process IDs are not unique on a disk that several pods use.
+    """Return the unused path `.NAME.PID-DIGITS` next to `path`. NAME is truncated if the result would be too long."""
+    # Random digits, because process IDs are not unique on a disk that several pods use.
     suffix = f".{os.getpid()}-{secrets.randbelow(10**UNFINISHED_DIGITS):0{UNFINISHED_DIGITS}d}"
     return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
 
 
 @contextlib.contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError in this block that has no file name, such as one from writing to an open file."""
+    """Add `path` to any OSError in this block that has no file name, such as an error from writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -128,29 +128,29 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) -> None:
-    """Delete the temporary files and folders below `folder` that were not modified for `age` seconds.
+    """Delete the temporary files and folders below `folder` that were last modified at least `age` seconds ago.
 
-    With an `age` of 0, no other process may write to the folder.
+    If `age` is 0, the caller must ensure that no other process is writing to `folder`.
 
     Args:
         recursive: include subfolders; if False, only files and folders directly in `folder` are deleted.
     """
-    for parent, folders, names in os.walk(folder):
-        for name in filter(is_unfinished, [*names, *folders]):
-            path = Path(parent, name)
+    for dirpath, dirnames, filenames in os.walk(folder):
+        for name in filter(is_unfinished, [*filenames, *dirnames]):
+            path = Path(dirpath, name)
             with contextlib.suppress(OSError):  # deleted meanwhile
                 if time.time() - path.lstat().st_mtime >= age:
-                    path.unlink() if name in names else shutil.rmtree(path)
-        folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
+                    path.unlink() if name in filenames else shutil.rmtree(path)
+        dirnames[:] = [name for name in dirnames if recursive and not is_unfinished(name)]
 
 
 def delete_abandoned(folder: Path, name: str = "") -> None:
-    """Delete the temporary files directly in `folder` that no other running process of this machine has written.
+    """Delete the temporary files and folders directly in `folder`, except those of other running local processes.
 
-    Delete also those older than `ABANDONED_SECONDS`, since a process ID can be used again. If `name` is not empty,
-    delete only the temporary files of the file of this name.
+    Also delete those older than `ABANDONED_SECONDS` (an hour), because process IDs are reused. If `name` is not empty,
+    delete only the temporary files of the file with this name, which must be too short to be truncated.
     """
-    with contextlib.suppress(OSError):  # there is no folder
+    with contextlib.suppress(OSError):  # the folder does not exist
         for path in filter(lambda path: is_unfinished(path.name), list(folder.iterdir())):
             stem, _, suffix = path.name.removeprefix(".").rpartition(".")
             if name in ("", stem):
@@ -162,7 +162,7 @@ def delete_abandoned(folder: Path, name: str = "") -> None:
 
 @dataclass(frozen=True)
 class LocalPath(StoragePath):
-    """The path of a local file or folder."""
+    """The path of a local file or folder. The version of a file is its modification time in ns."""
 
     path: Path
     is_local = True
@@ -182,125 +182,125 @@ class LocalPath(StoragePath):
         return LocalPath(self.path.parent)
 
     def stat(self) -> ObjectInfo | None:
-        with self._reading(), contextlib.suppress(*_ABSENT_ERRORS):
+        with self._translate_read_errors(), contextlib.suppress(*_NOT_FOUND_ERRORS):
             file_stat = self.path.stat()
-            return self._info(file_stat) if self.path.is_file() else None
+            return self._make_info(file_stat) if self.path.is_file() else None
         return None
 
     def is_folder(self) -> bool:
-        with self._reading():
+        with self._translate_read_errors():
             return self.path.is_dir() and any(self.path.iterdir())
 
     def fetch(self) -> tuple[bytes, int] | None:
-        with self._reading(), contextlib.suppress(*_ABSENT_ERRORS), open(self.path, "rb") as file:
+        with self._translate_read_errors(), contextlib.suppress(*_NOT_FOUND_ERRORS), open(self.path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
         return None
 
     def read_range(self, start: int, length: int) -> bytes:
-        with self._reading(), open(self.path, "rb") as file:
+        with self._translate_read_errors(), open(self.path, "rb") as file:
             file.seek(start)
             return file.read(length)
 
     def write(self, content: bytes | str, *, only_if: Version | None = ANY) -> Version:
-        with temporary_file(self.path) as temporary:
-            temporary.write_bytes(encode_utf8(content))
-            return self._commit(temporary, only_if)
+        with temporary_file(self.path) as temporary_path:
+            temporary_path.write_bytes(encode_utf8(content))
+            return self._commit(temporary_path, only_if)
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
         infos: list[ObjectInfo] = []
-        with self._reading():
-            for folder, folders, names in os.walk(self.path, onerror=_raise_unless_absent):
-                for name in names:
-                    path = Path(folder, name)
+        with self._translate_read_errors():
+            for dirpath, dirnames, filenames in os.walk(self.path, onerror=_raise_unless_not_found):
+                for name in filenames:
+                    path = Path(dirpath, name)
                     if not is_unfinished(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
-                            infos.append(LocalPath(path)._info(path.stat()))
-                folders[:] = [name for name in folders if recursive and not is_unfinished(name)]
+                            infos.append(LocalPath(path)._make_info(path.stat()))
+                dirnames[:] = [name for name in dirnames if recursive and not is_unfinished(name)]
         return sorted(infos, key=lambda info: encode_file_name(str(info.path)))
 
     def folders(self) -> Sequence[StoragePath]:
-        with self._reading():
+        with self._translate_read_errors():
             if not self.path.is_dir():
                 return []
             return [self / name for name in sorted(child.name for child in self.path.iterdir() if child.is_dir())]
 
     def delete(self) -> None:
-        with contextlib.suppress(*_ABSENT_ERRORS):
+        with contextlib.suppress(*_NOT_FOUND_ERRORS):
             self.path.unlink()
 
     def delete_tree(self) -> None:
-        with contextlib.suppress(*_ABSENT_ERRORS):
+        with contextlib.suppress(*_NOT_FOUND_ERRORS):
             shutil.rmtree(self.path)
 
     def download(self, to: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
         info = self.require_info()
         if expected is not None and expected.version != info.version:
             raise DataError(f"{self}: was replaced after it was listed", fix="start the same command again")
-        with temporary_file(to) as temporary:
-            self._copy(temporary)
-            os.replace(temporary, to)
+        with temporary_file(to) as temporary_path:
+            self._copy(temporary_path)
+            os.replace(temporary_path, to)
         return info
 
     def upload(self, source: Path) -> int:
-        with temporary_file(self.path) as temporary:
-            LocalPath(source)._copy(temporary)
-            return self._commit(temporary, ANY)
+        with temporary_file(self.path) as temporary_path:
+            LocalPath(source)._copy(temporary_path)
+            return self._commit(temporary_path, ANY)
 
     def open(self) -> BinaryIO:
-        """Open the file for reading. Raise a DataError if it cannot be opened; later errors are OSErrors."""
-        with self._reading():
+        """Open the file for reading bytes; raise a DataError if it cannot be opened. Later errors are OSErrors."""
+        with self._translate_read_errors():
             return open(self.path, "rb")
 
     def _copy(self, to: Path) -> None:
         with self.open() as source, open(to, "wb") as target:
-            shutil.copyfileobj(source, target, _COPY_BYTES)
+            shutil.copyfileobj(source, target, _BLOCK_BYTES)
 
-    def _info(self, status: os.stat_result) -> ObjectInfo:
-        return ObjectInfo(self, status.st_size, status.st_mtime_ns)
+    def _make_info(self, file_stat: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(self, file_stat.st_size, file_stat.st_mtime_ns)
 
-    def _absent(self) -> DataError:
+    def _make_not_found_error(self) -> DataError:
         return DataError(f"{self}: there is no such file", fix="check the path")
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _translate_read_errors(self) -> Iterator[None]:
         """Translate an OSError in this block to a DataError."""
         try:
             yield
         except OSError as error:
-            if isinstance(error, _ABSENT_ERRORS):
-                raise self._absent() from error
+            if isinstance(error, _NOT_FOUND_ERRORS):
+                raise self._make_not_found_error() from error
             problem = f"{error.filename or self}: cannot be read ({error.strerror or error})"
             raise DataError(problem, fix="check the path and its permissions") from error
 
-    def _commit(self, temporary: Path, only_if: Version | None) -> int:
+    def _commit(self, temporary_path: Path, only_if: Version | None) -> int:
         """Rename a temporary file to this path if the condition `only_if` holds, and return the new version.
 
-        A conditional write locks the folder from the check of the condition to the rename. An unconditional write does
+        A conditional write locks the folder from checking the condition until the rename. An unconditional write does
         not, so the condition is reliable only if all writes to the file are conditional. The modification time is set
-        explicitly, because the kernel's clock ticks in milliseconds and versions must be unique.
+        explicitly, because versions must be unique and file timestamps advance only every few milliseconds.
 
         Raises:
             ConflictError: the condition does not hold.
         """
-        sync(temporary)
-        folder = os.open(self.path.parent, os.O_RDONLY)
+        sync(temporary_path)
+        folder_descriptor = os.open(self.path.parent, os.O_RDONLY)
         try:
             if only_if != ANY:
-                fcntl.flock(folder, fcntl.LOCK_EX)
+                fcntl.flock(folder_descriptor, fcntl.LOCK_EX)
             info = self.stat()
-            current = None if info is None else int(info.version)
-            if only_if != ANY and current != only_if:
+            current_version = None if info is None else int(info.version)
+            if only_if != ANY and current_version != only_if:
                 raise ConflictError(f"{self}: changed since it was read")
-            modified = max((current or 0) + 1, time.time_ns())
-            os.utime(temporary, ns=(modified, modified))
-            version = temporary.stat().st_mtime_ns  # as the file system rounds it
-            os.replace(temporary, self.path)
+            mtime_ns = max((current_version or 0) + 1, time.time_ns())
+            os.utime(temporary_path, ns=(mtime_ns, mtime_ns))
+            version = temporary_path.stat().st_mtime_ns  # as the file system rounds it
+            os.replace(temporary_path, self.path)
         finally:
-            os.close(folder)
+            os.close(folder_descriptor)
         sync(self.path.parent)
         return version
 
 
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, _ABSENT_ERRORS):
+def _raise_unless_not_found(error: OSError) -> None:
+    if not isinstance(error, _NOT_FOUND_ERRORS):
         raise error

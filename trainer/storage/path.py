@@ -1,9 +1,9 @@
-"""Parse an address into a `StoragePath`, the common type of local paths, `gs://` and `s3://` addresses.
+"""Parse an address into a `StoragePath`, the common type of local paths and of `gs://` and `s3://` addresses.
 
     folder = storage_path("gs://bucket/runs/7")          # or storage_path("outputs/7")
     version = (folder / "LATEST").write("step-420", only_if=None)  # only if it does not exist yet
 
-Leases need conditional writes, which path libraries for buckets do not have (docs/storage.md).
+Existing path libraries for buckets do not have the conditional writes that leases need (docs/storage.md).
 """
 
 import os
@@ -17,7 +17,7 @@ from trainer.storage.local import LocalPath
 __all__ = ["ConflictError", "ObjectInfo", "StoragePath", "storage_path"]
 
 
-SCHEMES = ("gs", "s3")  # of addresses in buckets
+SCHEMES = ("gs", "s3")  # URL schemes of addresses in buckets
 
 
 def storage_path(text: str | Path | StoragePath) -> StoragePath:
@@ -26,8 +26,8 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
     A `~` is expanded in a string, but not in a `Path`. A `StoragePath` is returned unchanged.
 
     Raises:
-        ConfigError: the address has another scheme, no bucket, or the component `..`; or it is a `pathlib.Path`
-            although it is in a bucket.
+        ConfigError: the address has an unsupported scheme; a bucket address has no bucket name, contains `..`, or was
+            passed as a `pathlib.Path`.
     """
     if isinstance(text, StoragePath):
         return text
@@ -45,7 +45,7 @@ def storage_path(text: str | Path | StoragePath) -> StoragePath:
 
 
 def _make_bucket_path(scheme: str, bucket: str) -> StoragePath:
-    """Make the path of a bucket. Its client is imported here, because the import is slow."""
+    """Make the path of a bucket. The client library is imported only here, because the import is slow."""
     if scheme == "gs":
         from trainer.storage.gcs import GcsPath
 
@@ -58,6 +58,6 @@ def _make_bucket_path(scheme: str, bucket: str) -> StoragePath:
 def canonicalize_address(address: str) -> str:
     """Return the canonical address of a folder, without a trailing slash.
 
-    The canonical local path is absolute, without `~`, `.`, `..` and symbolic links.
+    A local path becomes absolute; `~`, `.`, `..` and symbolic links are resolved.
     """
     return str(storage_path(address.rstrip("/"))) if "://" in address else os.path.realpath(os.path.expanduser(address))

@@ -1,8 +1,8 @@
-"""`S3Path`, the storage path of an object or folder in an S3 bucket.
+"""`S3Path`, the `StoragePath` of an object or folder in an S3 bucket.
 
 The version of an object is its ETag, which a conditional write sends (If-Match, If-None-Match). S3 verifies an upload
-by its signed SHA-256. This package writes the CRC32C of an object into its metadata, and verifies downloads by it. Of
-an object of another program, only the length is verified, in addition to what TLS verifies.
+by its signed SHA-256. This package writes each object's CRC32C into its metadata, and uses it to verify downloads. If
+another program wrote an object, only the length of a download is verified, in addition to the protection by TLS.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from trainer.storage.bucket import (
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts, Transient
 from trainer.storage.s3_client import call_with_retries, classify_error, get_store, parse_failure
 
-MAX_PARTS = 10_000  # limit of S3 per upload
-MIN_PART_BYTES = 5 << 20  # limit of S3, except for the last part
-MAX_UPLOADS = 10  # attempts to upload a large file, if errors occur that obstore does not retry (corrupt parts, ...)
-PAGE_OBJECTS = 1000  # limit of S3 per page of a listing
+MAX_PARTS = 10_000  # S3's limit per upload
+MIN_PART_BYTES = 5 << 20  # S3's minimum size of each part except the last one
+MAX_UPLOADS = 10  # attempts to upload a large file after errors that obstore does not retry, such as corrupt parts
+PAGE_OBJECTS = 1000  # S3's limit per page of a listing
 
-_CRC32C_KEY = "kubetune-crc32c"  # metadata key; its value has 8 hex digits
-# Permission that an action requires, for error messages.
+_CRC32C_KEY = "kubetune-crc32c"  # key in an object's metadata; its value has 8 hex digits
+# S3 permission that each action requires, for error messages.
 _PERMISSIONS: dict[Action, str] = {
     "read": "s3:GetObject",
     "list": "s3:ListBucket",
@@ -50,18 +50,18 @@ _PERMISSIONS: dict[Action, str] = {
 }
 
 
-def _is_absent(error: FileNotFoundError) -> bool:
-    """Return whether only the object does not exist, not the bucket.
+def _is_missing_object(error: FileNotFoundError) -> bool:
+    """Return whether the error means that the object does not exist, rather than its bucket.
 
-    The response to a HEAD request does not distinguish them; then the result is True.
+    The response to a HEAD request does not distinguish these cases, so the result for its errors is always True.
     """
     return parse_failure(error).code != "NoSuchBucket"
 
 
-def _failed_precondition(error: Exception) -> bool:
+def _is_failed_precondition(error: Exception) -> bool:
     """Return whether a conditional write was refused because its condition does not hold.
 
-    The status 409 is not included. It means that another conditional write is in progress, and this one is retried.
+    The result for status 409 is False. It means that another conditional write is in progress, so a retry can succeed.
     """
     return isinstance(error, AlreadyExistsError | PreconditionError) and parse_failure(error).status in (404, 412, 304)
 
@@ -76,8 +76,8 @@ class S3Path(BucketPath):
         return call_with_retries(str(self), _PERMISSIONS[action], request)
 
     def _request_info(self, timeouts: Timeouts) -> ObjectInfo | None:
-        current = self._get({"head": True}, timeouts)
-        return None if current is None else self._info(current.meta, current.attributes)
+        response = self._get({"head": True}, timeouts)
+        return None if response is None else self._make_info(response.meta, response.attributes)
 
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
         try:
@@ -86,7 +86,7 @@ class S3Path(BucketPath):
             return None
         if response is None:
             return None
-        info, data = self._info(response.meta, response.attributes), bytes(response.bytes())
+        info, data = self._make_info(response.meta, response.attributes), bytes(response.bytes())
         if len(data) != info.size:
             raise CorruptTransfer(f"{len(data)} bytes of {info.size}")
         if info.crc32c not in (None, google_crc32c.value(data)):
@@ -105,18 +105,18 @@ class S3Path(BucketPath):
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page of a listing. The token of a page is the last key of the page before it.
+        """Request a page of a listing. The token of a page is the last key of the previous page.
 
-        With a delimiter, all objects and subfolders are in one page. The web console marks a folder with an empty
-        object whose key ends in a slash. obstore removes the slash, so the object has the name of the folder here.
+        With a delimiter, all objects and subfolders are on one page. The web console marks a folder with an empty
+        object whose key ends in a slash. obstore removes the slash, so here the object has the folder's name.
         """
         store, prefix, limit = get_store(self.bucket, timeouts), self.key or None, max_objects or PAGE_OBJECTS
         if delimiter:
             listing = obstore.list_with_delimiter(store, prefix)
-            page = [replace(self, key=meta["path"])._info(meta) for meta in listing["objects"]]
+            page = [replace(self, key=meta["path"])._make_info(meta) for meta in listing["objects"]]
             return page, {f"{name}/" for name in listing["common_prefixes"]}, None
         metas = next(iter(obstore.list(store, prefix, offset=token or None, chunk_size=limit)), [])
-        page = [replace(self, key=meta["path"])._info(meta) for meta in metas]
+        page = [replace(self, key=meta["path"])._make_info(meta) for meta in metas]
         return page, set(), metas[-1]["path"] if len(metas) == limit else None
 
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
@@ -126,50 +126,50 @@ class S3Path(BucketPath):
         try:
             result = obstore.put(store, self.key, data, mode=mode, attributes=attributes, use_multipart=False)
         except Exception as error:
-            if _failed_precondition(error):
+            if _is_failed_precondition(error):
                 raise PreconditionFailed from error
             raise
         return Written(str(result["e_tag"]), write_id, None)
 
     def _request_written(self, timeouts: Timeouts) -> Written | None:
-        current = self._get({"head": True}, timeouts)
-        return None if current is None else Written(str(current.meta["e_tag"]), current.attributes.get(WRITE_ID), None)
+        head = self._get({"head": True}, timeouts)
+        return None if head is None else Written(str(head.meta["e_tag"]), head.attributes.get(WRITE_ID), None)
 
     def _request_deletion(self, timeouts: Timeouts) -> None:
         try:
             obstore.delete(get_store(self.bucket, timeouts), self.key)
         except FileNotFoundError as error:
-            if not _is_absent(error):
+            if not _is_missing_object(error):
                 raise
 
     def _get_crc32c(self, info: ObjectInfo) -> int | None:
-        current = self.stat()
-        if current is None or current.version != info.version:
+        current_info = self.stat()
+        if current_info is None or current_info.version != info.version:
             raise ReplacedError(self)
-        return current.crc32c
+        return current_info.crc32c
 
     def _get(self, options: Any, timeouts: Timeouts) -> Any:
-        """Request the object or, depending on the options, a range or its metadata, without retries.
+        """Request the object, without retries. Return None if the object does not exist.
 
-        Return None if there is no such object.
+        `options` are obstore's `GetOptions`, which can select only the metadata, a range, or a required version.
         """
         try:
             return obstore.get(get_store(self.bucket, timeouts), self.key, options=options)
         except FileNotFoundError as error:
-            if _is_absent(error):
+            if _is_missing_object(error):
                 return None
             raise
 
-    def _info(self, meta: Any, attributes: Mapping[str, str] | None = None) -> ObjectInfo:
-        crc32c = (attributes or {}).get(_CRC32C_KEY)
-        with contextlib.suppress(ValueError, TypeError):  # an object of another program
-            return ObjectInfo(self, meta["size"], str(meta["e_tag"]), int(crc32c, 16))  # type: ignore[arg-type]
+    def _make_info(self, meta: Any, attributes: Mapping[str, str] | None = None) -> ObjectInfo:
+        crc32c_hex = (attributes or {}).get(_CRC32C_KEY)
+        with contextlib.suppress(ValueError, TypeError):  # there is no CRC32C, because another program wrote the object
+            return ObjectInfo(self, meta["size"], str(meta["e_tag"]), int(crc32c_hex, 16))  # type: ignore[arg-type]
         return ObjectInfo(self, meta["size"], str(meta["e_tag"]))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
         """Upload a large file in one multipart upload, whose last request makes the object visible.
 
-        S3 deletes the parts that a killed process left, if the bucket has a rule for that (docs/storage.md).
+        If the process is killed, the parts remain unless the bucket has a rule that deletes them (docs/storage.md).
         """
         part_bytes = max(buckets.PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
 
@@ -193,9 +193,9 @@ class S3Path(BucketPath):
         return version
 
     def _send_parts(self, part_bytes: int, read_parts: Callable[[], Iterator[bytes]], crc: int) -> Version:
-        """Upload all parts. Upload all of them again after a transient error that obstore did not retry.
+        """Upload all parts, and upload all of them again after a transient error that obstore did not retry.
 
-        obstore itself retries each part until the deadline.
+        obstore itself retries each part until the deadline. `crc` is the CRC32C of the whole file, for the metadata.
         """
         deadline = retries.get_deadline()
         timeouts = min(retries.CONNECT_SECONDS, deadline), min(retries.READ_SECONDS, deadline)
@@ -215,7 +215,7 @@ class S3Path(BucketPath):
                 is_last_attempt = attempt + 1 == MAX_UPLOADS or time.monotonic() - start >= deadline
                 if isinstance(verdict, Transient) and is_last_attempt:
                     raise retries.make_timeout_error(str(self), deadline, verdict.reason) from error
-                # The last request may have succeeded, and its response may have been lost. Then its repetition fails.
+                # The last request may have succeeded, but its response may have been lost. Then its repetition fails.
                 if isinstance(verdict, Transient) or parse_failure(error).code == "NoSuchUpload":
                     written = self._call("read", self._request_written)
                     if written is not None and written.write_id == write_id:

@@ -1,8 +1,8 @@
 """The process-wide clients for S3 (obstore): credentials, timeouts, and errors with a fix.
 
-obstore reads its settings from environment variables (AWS_ENDPOINT_URL, AWS_REGION, ...). Its credentials are those of
-the environment (AWS_ACCESS_KEY_ID, ...), a web identity (IRSA), EKS Pod Identity or the role of a node. Its own retries
-are used for the parts of an upload only.
+obstore reads its settings from environment variables (AWS_ENDPOINT_URL, AWS_REGION, ...). It takes credentials from the
+environment (AWS_ACCESS_KEY_ID, ...), a web identity (IRSA), EKS Pod Identity or the node's role. Its own retries are
+used only for the parts of an upload.
 """
 
 import http.client
@@ -29,38 +29,38 @@ from trainer.storage.retries import (
     Transient,
 )
 
-# Seconds. The timeouts of requests are rounded up to these, since a client has fixed timeouts and its own connections.
+# Request timeouts, in seconds, are rounded up to one of these values, because each timeout requires its own client.
 _TIMEOUTS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_MAX_PART_RETRIES = 1000  # more than there can be before the deadline
+_MAX_PART_RETRIES = 1000  # in effect unlimited: retries end at the deadline
 _CREDENTIALS_FIX = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, give the pod's service account a role (IRSA, EKS Pod Identity), "
     "or set AWS_SKIP_SIGNATURE=true for a public bucket"
 )
-_CONFLICT_STATUS = 409  # of conditional writes at the same time; S3 requires a retry
-# Error codes of S3: the credentials are invalid (status 400 or 403; missing permissions have other codes), the bucket
-# is in another region, and a retry cannot succeed although the status is 400.
+_CONFLICT_STATUS = 409  # response to conditional writes at the same time; they have to be retried
+# S3's error codes for invalid credentials (status 400 or 403; missing permissions have other codes), for a bucket in
+# another region, and for requests with status 400 that a retry cannot fix.
 _BAD_CREDENTIALS_CODES = {
     "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }  # fmt: skip
 _WRONG_REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 _PERMANENT_CODES = {"InvalidBucketName", "InvalidRequest", "InvalidArgument", "KeyTooLongError", "EntityTooLarge"}
-# URLs of the servers that issue credentials: for a node, for a container or pod, and for web identities (STS)
+# URLs of the servers that issue credentials: for a node, for a container or pod, and for web identities (STS).
 _CREDENTIALS_URL = re.compile(r"https?://([^/\s]+/latest/(api/token|meta-data)|169\.254\.170\.|\[fd00:ec2::23\]|sts\.)")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The fields in the text of an obstore error, which has no attributes for them."""
+    """The fields of S3's error response, parsed from the text of an obstore error."""
 
-    text: str  # text of the error, without the debug output of obstore's Rust code
+    text: str  # complete text of the error, without the debug output of obstore's Rust code
     status: int | None  # HTTP status of the response; None if there was no response
-    code: str  # error code of S3, such as NoSuchBucket; "" if the response has no body
-    message: str  # of S3; "" if the response has no body
+    code: str  # S3's error code, such as NoSuchBucket; "" if the response has no body
+    message: str  # S3's error message; "" if the response has no body
 
 
 def parse_failure(error: BaseException) -> Failure:
-    """Parse the text of an error that obstore raised."""
+    """Parse the text of an obstore error, which has no attributes for the fields of S3's response."""
     text = str(error).partition("\n\nDebug source:")[0]
     status = re.search(r"non-2xx status code: (\d{3})", text)
     code, message = (re.search(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("Code", "Message"))
@@ -68,13 +68,13 @@ def parse_failure(error: BaseException) -> Failure:
 
 
 def get_store(bucket: str, timeouts: Timeouts, retry_seconds: float = 0.0) -> S3Store:
-    """Return the client of this process for a bucket. The first call with equal arguments creates it.
+    """Return this process's client for a bucket. The first call with these arguments creates it.
 
     A client cannot be used after a fork or for other AWS_* variables, so each process and environment has its own.
 
     Args:
-        timeouts: of connecting and reading, in seconds; rounded up.
-        retry_seconds: how long the client retries transient errors itself; 0 to leave that to the caller.
+        timeouts: connect and read timeout in seconds; rounded up.
+        retry_seconds: maximum duration of retries by the client itself, in seconds; 0 if the caller retries.
 
     Raises:
         DataError: the endpoint in the environment is not a URL.
@@ -112,21 +112,21 @@ def _create_store(
 def call_with_retries(address: str, permission: str, request: Callable[[Timeouts], Result]) -> Result:
     """Call `request`, and retry after transient errors of obstore until the deadline.
 
-    `request` takes the timeouts of an attempt. `permission` is the one that it requires, for an error message if the
-    response does not name a permission.
+    `request` makes one attempt with these connect and read timeouts in seconds. `permission` is the required
+    permission, which error messages name unless the response names one.
 
     Raises:
-        DataError: the error is permanent.
+        DataError: the request failed with a permanent error, such as a missing permission.
         Interrupted: no attempt succeeded before the deadline.
     """
-    bad_requests = 0
+    num_bad_requests = 0
 
     def classify(error: Exception) -> Transient | TrainerError | None:
-        nonlocal bad_requests
+        nonlocal num_bad_requests
         verdict = classify_error(error, address, permission)
         if isinstance(verdict, Transient) and verdict.reason.startswith("400 "):
-            bad_requests += 1
-            if bad_requests > retries.MAX_BAD_REQUESTS:
+            num_bad_requests += 1
+            if num_bad_requests > retries.MAX_BAD_REQUESTS:
                 return _make_refusal(address, parse_failure(error))
         return verdict
 
@@ -134,15 +134,15 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
 
 
 def classify_error(error: BaseException, address: str, permission: str) -> Transient | TrainerError | None:
-    """Translate an error of obstore. Return None for any other error.
+    """Translate an error of a request for the object at `address`, which requires `permission`.
 
-    The result is `Transient` if a retry can succeed, and otherwise a DataError with a fix.
+    Return a Transient if a retry can succeed, a DataError with a fix if not, or None for any other error.
     """
     if isinstance(error, CorruptTransfer):
         return Transient(f"corrupt response: {error}")
     failure = parse_failure(error)
     if isinstance(error, ValueError) and "parse path" in failure.text:
-        problem = f"{escape_unprintable(address)}: S3's client cannot address such a name ({_escape(failure)})"
+        problem = f"{escape_unprintable(address)}: S3's client cannot address such a name ({_make_printable(failure)})"
         return DataError(problem, fix="rename it")
     if not (isinstance(error, BaseError) or (isinstance(error, FileNotFoundError) and failure.status)):
         return None
@@ -168,15 +168,15 @@ def classify_error(error: BaseException, address: str, permission: str) -> Trans
 
 
 def _classify_without_response(error: BaseException, failure: Failure, address: str) -> Transient | TrainerError:
-    """Translate an obstore error without an HTTP status, by its text."""
+    """Translate an obstore error without an HTTP response, according to its text."""
     if "LOCATION" in failure.text:  # a redirect of S3 to another region has no Location header
         problem, value = f"{address}: is in another region", os.environ.get("AWS_REGION")
         return DataError(problem, key="AWS_REGION", value=value, fix="set it to the region of the bucket")
     if "parsing Path" in failure.text or "empty path segment" in failure.text:
-        problem = f"{address}: has an object whose name S3's client cannot read ({_escape(failure)})"
+        problem = f"{address}: has an object whose name S3's client cannot read ({_make_printable(failure)})"
         return DataError(problem, fix="rename or remove that object")
     if "token" in failure.text.lower() and "HTTP error" not in failure.text:  # the token file cannot be read
-        return DataError(f"{address}: there are no credentials ({_escape(failure)})", fix=_CREDENTIALS_FIX)
+        return DataError(f"{address}: there are no credentials ({_make_printable(failure)})", fix=_CREDENTIALS_FIX)
     full_text = str(error)
     for word, reason in (("imed", "timeout"), ("refused", "connection refused"), ("Connect", "no connection")):
         if word in full_text.replace("retry_timeout", ""):
@@ -187,8 +187,8 @@ def _classify_without_response(error: BaseException, failure: Failure, address: 
 def _classify_credentials_error(failure: Failure, address: str) -> Transient | TrainerError:
     """Translate an error of a server that issues credentials.
 
-    The result is `Transient` in a pod or with a role, unless the server refuses the request. Elsewhere, for example on
-    a laptop, a server that does not respond means that there are no credentials.
+    In a pod or with a role, the result is Transient unless the server has refused the request. Elsewhere, for example
+    on a laptop, a server that does not respond means that there are no credentials.
     """
     has_role = any(name in os.environ for name in ("AWS_ROLE_ARN", *_POD_ROLE_VARIABLES)) or (
         "KUBERNETES_SERVICE_HOST" in os.environ
@@ -200,14 +200,14 @@ def _classify_credentials_error(failure: Failure, address: str) -> Transient | T
     return DataError(f"{address}: {describe_identity()} got no credentials{reason}", fix=_CREDENTIALS_FIX)
 
 
-# Variables that Kubernetes or ECS sets in a container with a role
+# Environment variables that EKS or ECS sets in a container with a role.
 _POD_ROLE_VARIABLES = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
 def describe_identity() -> str:
     """Describe the account that sends the requests, such as "access key AKIA...".
 
-    The checks are in the order in which obstore searches for credentials.
+    The order of the checks is the order in which obstore searches for credentials.
     """
     if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes"):
         return "nobody (anonymous)"
@@ -221,7 +221,7 @@ def describe_identity() -> str:
 
 
 def _make_denial(address: str, permission: str, failure: Failure) -> DataError:
-    """Make the error for a missing permission: the one that the response names, otherwise `permission`."""
+    """Make the error for a missing permission. Name the permission in the response, or `permission` if it has none."""
     missing_permission = (re.findall(r"s3:\w+", failure.message) or [permission])[0]
     response = f"({failure.status}: {failure.message})" if failure.message else f"({failure.status})"
     problem = f"{address}: {describe_identity()} lacks the permission {missing_permission} {response}"
@@ -233,6 +233,6 @@ def _make_refusal(address: str, failure: Failure) -> DataError:
     return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
 
 
-def _escape(failure: Failure) -> str:
-    """Return the text of a failure for an error message, or only its last part if it is long."""
+def _make_printable(failure: Failure) -> str:
+    """Return the text of a failure as printable characters, or only its last part if it is long."""
     return escape_unprintable(failure.text.rpartition(": ")[2] if len(failure.text) > 300 else failure.text)

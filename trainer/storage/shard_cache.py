@@ -1,9 +1,9 @@
 """Disk cache for the shards of a dataset in a bucket, with a byte budget and prefetching.
 
-A reader is one input pipeline. By `require` it waits for the shards that it can open next (the required shards), and
-lists the shards that it needs later. Required shards stay on disk until the reader requires others. Later shards are
-prefetched in the background within the budget. Shards that no reader needs are evicted first, then those that are
-needed last.
+A reader is one input pipeline. It calls `require` to wait for the shards that it can open next (the required shards),
+and to list the shards that it needs later. Required shards stay on disk until the reader requires other shards. Later
+shards are prefetched in the background, within the budget. Shards that no reader needs are evicted first, then the
+shards that are needed last.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ REPORT_SECONDS = 5.0  # a wait for shards that takes longer is logged
 def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
     """Create or reuse a local folder for the shards of `address`, lock it, and return it with the open lock file.
 
-    Each process on a machine (several workers or runs) gets its own folder. The lock ends with the process. Then
-    another process can reuse the folder and its shards.
+    Each process on a machine (several workers or runs) gets a separate folder. When the process ends, the lock is
+    released, and another process can reuse the folder and its shards.
     """
     digest = hashlib.sha256(address.encode()).hexdigest()[:16]
     for index in itertools.count():
@@ -53,7 +53,7 @@ def _lock_folder(cache_dir: Path, address: str) -> tuple[Path, IO[str]]:
 
 
 def _make_mtime_ns(version: Version) -> int:
-    """Return a modification time in ns that identifies a version: a generation itself, or a hash of an ETag."""
+    """Return a modification time in ns that identifies a version: the generation itself, or a hash of the ETag."""
     return version if isinstance(version, int) else int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
 
 
@@ -70,18 +70,18 @@ class ShardCache:
         check: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:
-        """Reuse shards of the same version in a local folder below `cache_dir`, and delete its other files.
+        """Choose a local folder below `cache_dir`, reuse the shards in it that are current, and delete other files.
 
         Args:
             address: folder of the shards in a bucket.
             entries: object info of each shard, by file name.
-            budget: maximum bytes on disk. A shard in transfer counts with its full size.
+            budget: maximum size of the shards on disk, in bytes. A shard in transfer counts with its full size.
             note: logs the number of reused shards, and waits that take longer than `REPORT_SECONDS`.
-            check: called while a reader waits; can raise to cancel.
-            other_files: names of files in the local folder that are not shards and are not deleted.
+            check: called while a reader waits; may raise an error to cancel.
+            other_files: names of files in the local folder that are not shards and must not be deleted.
 
         Raises:
-            DataError: a shard name cannot be a file name.
+            DataError: a shard's name is not a valid file name.
         """
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
@@ -90,17 +90,17 @@ class ShardCache:
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes of each shard on disk; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard
-        # reader -> names of required and of later shards; the reader that called `require` last comes last
+        # reader -> names of its required and its later shards; the most recent caller of `require` comes last
         self._needs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._rank: dict[str, int] = {}  # name -> rank in the order in which shards are needed, from 0
-        self._failed: dict[str, Exception] = {}  # name -> error of the last transfer
+        self._errors: dict[str, Exception] = {}  # name -> error of the last transfer, if it failed
         self._closed = False
         self._reuse_cached({*other_files})
 
     def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
-        """Wait until shards are on disk, and return the seconds waited.
+        """Wait until shards are on disk, and return the waiting time in seconds.
 
-        The shards stay on disk until the reader requires others or is released.
+        The shards stay on disk until the reader requires other shards or is released.
 
         Args:
             reader: name of the input pipeline that reads the shards.
@@ -108,8 +108,8 @@ class ShardCache:
             then: file names of the shards that the reader needs later, soonest first. They are prefetched.
 
         Raises:
-            DataError: a shard was deleted or replaced in the bucket, or the required shards of all readers together
-                exceed the budget.
+            DataError: a shard was deleted or replaced in the bucket, or all readers' required shards together exceed
+                the budget.
             Interrupted: a transfer did not succeed in time.
             OSError: a shard cannot be written, for example because the disk is full.
         """
@@ -118,17 +118,17 @@ class ShardCache:
             self._needs.pop(reader, None)
             self._needs[reader] = names, tuple(then)
             for name in names:
-                self._failed.pop(name, None)
+                self._errors.pop(name, None)
                 if name in self._cached:
                     size = self._cached.pop(name)
                     if self._is_intact(name):
-                        self._cached[name] = size  # inserted last, as the most recently required
+                        self._cached[name] = size  # inserted last, as the most recently required shard
             self._check_budget()
             self._rank_shards()
             return self._wait(names)
 
     def release(self, reader: str) -> None:
-        """Discard the needs of a reader that has ended."""
+        """Discard the needs of a reader, which has ended."""
         with self._changed:
             self._needs.pop(reader, None)
             self._rank_shards()
@@ -141,19 +141,19 @@ class ShardCache:
 
     @property
     def used(self) -> int:
-        """Bytes of all shards on disk or in transfer."""
+        """Total size of the shards on disk and in transfer, in bytes."""
         return sum(self._cached.values()) + sum(self._in_transfer.values())
 
     def _reuse_cached(self, other_files: set[str]) -> None:
-        """Register the local shards that have the bucket's version. Delete all other files except `other_files`."""
+        """Register the local shards that have the bucket's version. Delete all other files but not `other_files`."""
         for file in sorted(self.folder.iterdir()):
             if file.name in self.entries and self._is_intact(file.name):
                 self._cached[file.name] = self.entries[file.name].size
             elif file.name not in other_files and file.name != VERSIONS:
                 file.unlink(missing_ok=True)
         if self._cached:
-            count = f"{len(self._cached):,} of {len(self.entries):,} shards"
-            self.note(f"{self.address}: {count} are already in {self.folder}")
+            reused_shards = f"{len(self._cached):,} of {len(self.entries):,} shards"
+            self.note(f"{self.address}: {reused_shards} are already in {self.folder}")
 
     def _is_intact(self, name: str) -> bool:
         """Return whether the local file is complete and its modification time identifies the bucket's version."""
@@ -166,79 +166,80 @@ class ShardCache:
             _make_mtime_ns(self.entries[name].version),
         )
 
-    def _required(self) -> set[str]:
-        """Return the names of the shards that any reader requires now."""
+    def _get_required_names(self) -> set[str]:
+        """Return the names of the shards that at least one reader currently requires."""
         return {name for names, _ in self._needs.values() for name in names}
 
     def _check_budget(self) -> None:
-        """Raise a DataError if the required shards of all readers exceed the budget."""
-        required = self._required()
-        size = sum(self.entries[name].size for name in required)
+        """Raise a DataError if all readers' required shards together exceed the budget."""
+        required_names = self._get_required_names()
+        size = sum(self.entries[name].size for name in required_names)
         if size > self.budget:
-            problem = f"{self.address}: {len(required)} shards of {size / 1e9:.3g} GB are needed at the same time"
-            budget, fix = f"{self.budget / 1e9:.3g}", "raise it, or lower data.shuffle_window"
-            raise DataError(problem, key="runtime.disk_budget_gb", value=budget, fix=fix)
+            problem = f"{self.address}: {len(required_names)} shards of {size / 1e9:.3g} GB are needed at the same time"
+            budget_gb, fix = f"{self.budget / 1e9:.3g}", "raise it, or lower data.shuffle_window"
+            raise DataError(problem, key="runtime.disk_budget_gb", value=budget_gb, fix=fix)
 
     def _wait(self, names: tuple[str, ...]) -> float:
-        """Wait until shards are on disk, and return the seconds waited. Raise the error of a failed transfer."""
+        """Wait until shards are on disk, and return the waiting time in seconds. Raise a failed transfer's error."""
         start, has_logged = time.monotonic(), False
-        while missing := [name for name in names if name not in self._cached]:
-            for name in missing:
-                if name in self._failed:
-                    raise self._failed[name]
+        while missing_names := [name for name in names if name not in self._cached]:
+            for name in missing_names:
+                if name in self._errors:
+                    raise self._errors[name]
             self._changed.wait(0.1)
             self.check()
             if not has_logged and time.monotonic() - start > REPORT_SECONDS:
                 has_logged = True
-                first = escape_unprintable(missing[0])
-                self.note(f"waiting for {len(missing)} shards of {self.address}, the first is {first}")
+                first_name = escape_unprintable(missing_names[0])
+                self.note(f"waiting for {len(missing_names)} shards of {self.address}, the first is {first_name}")
         seconds = time.monotonic() - start
         if has_logged:
             self.note(f"{self.address}: continuing after {seconds:.0f} s of waiting for shards")
         return seconds
 
     def _rank_shards(self) -> None:
-        """Rank the shards that readers need, required shards first, and start transfers in this order."""
-        ordered_names = [name for required, _ in reversed(self._needs.values()) for name in required]
-        ordered_names += [name for _, later in reversed(self._needs.values()) for name in later]
+        """Rank the shards that readers need, required shards before later shards, and start transfers in this order."""
+        ordered_names = [name for required_names, _ in reversed(self._needs.values()) for name in required_names]
+        ordered_names += [name for _, later_names in reversed(self._needs.values()) for name in later_names]
         self._rank = {name: rank for rank, name in enumerate(dict.fromkeys(ordered_names))}
         self._begin_transfers()
 
     def _begin_transfers(self) -> None:
-        """Start the transfers of the shards of lowest rank for which there are threads and space."""
+        """Start transfers in the order of rank while there are free threads and there is space."""
         for name, rank in self._rank.items():
             if self._closed or len(self._in_transfer) >= MAX_TRANSFERS:
                 return
-            if name in self._cached or name in self._in_transfer or name in self._failed:
+            if name in self._cached or name in self._in_transfer or name in self._errors:
                 continue
             if not self._evict(self.entries[name].size, rank):
-                return  # a smaller shard that is needed later must not take the space
+                return  # a smaller shard that is needed later must not use the space
             self._in_transfer[name] = self.entries[name].size
             # A daemon thread, not a pool: the process must be able to exit while a bucket does not respond.
-            threading.Thread(target=self._fetch, args=(name,), name=f"shard {name}", daemon=True).start()
+            threading.Thread(target=self._transfer, args=(name,), name=f"shard {name}", daemon=True).start()
 
     def _evict(self, size: int, rank: int) -> bool:
-        """Evict shards that rank after `rank`, last first, until a shard of `size` bytes fits.
+        """Evict shards that rank after `rank`, the last one first, until a shard of `size` bytes fits. Return True.
 
-        Return False, and evict nothing, if it cannot fit.
+        If it cannot fit, evict nothing and return False.
         """
-        excess = self.used + size - self.budget
-        required, unneeded_rank = self._required(), len(self._rank)  # a shard that no reader needs ranks last
-        evictable = [
-            name for name in self._cached if self._rank.get(name, unneeded_rank) > rank and name not in required
+        excess_bytes = self.used + size - self.budget
+        required_names, unneeded_rank = self._get_required_names(), len(self._rank)  # shards without a reader rank last
+        evictable_names = [
+            name for name in self._cached if self._rank.get(name, unneeded_rank) > rank and name not in required_names
         ]
-        if sum(self._cached[name] for name in evictable) < excess:
+        if sum(self._cached[name] for name in evictable_names) < excess_bytes:
             return False
-        evictable.sort(key=lambda name: -self._rank.get(name, unneeded_rank))  # stable: least recently required first
-        for name in evictable:
-            if excess <= 0:
+        # The sort is stable: of shards with equal rank, the least recently required one remains first.
+        evictable_names.sort(key=lambda name: -self._rank.get(name, unneeded_rank))
+        for name in evictable_names:
+            if excess_bytes <= 0:
                 break
             (self.folder / name).unlink(missing_ok=True)
-            excess -= self._cached.pop(name)
+            excess_bytes -= self._cached.pop(name)
         return True
 
-    def _fetch(self, name: str) -> None:
-        """Transfer one shard in this thread, then start the next transfers and wake up the readers that wait."""
+    def _transfer(self, name: str) -> None:
+        """Transfer one shard in the calling thread, then start the next transfers and wake up waiting readers."""
         info, file, transfer_error = self.entries[name], self.folder / name, None
         try:
             info.path.download(file, expected=info)
@@ -249,10 +250,10 @@ class ShardCache:
             size = self._in_transfer.pop(name)
             if transfer_error is None:
                 self._cached[name] = size
-                # The bucket is available again, so that the transfers that timed out are retried.
-                self._failed = {shard: e for shard, e in self._failed.items() if not isinstance(e, Interrupted)}
+                # The bucket is available again, so the transfers that timed out are retried.
+                self._errors = {shard: e for shard, e in self._errors.items() if not isinstance(e, Interrupted)}
             else:
-                self._failed[name] = transfer_error
+                self._errors[name] = transfer_error
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
             self._begin_transfers()

@@ -23,7 +23,7 @@ def require_json_object(value: Any) -> dict[str, Any]:
 
 
 def require_json_objects(value: Any) -> list[dict[str, Any]]:
-    """Return a list of JSON objects; raise a ValueError for any other value."""
+    """Return a list of JSON objects unchanged; raise a ValueError for any other value."""
     if not isinstance(value, list):
         raise ValueError(f"not a JSON list, but {type(value).__name__}")
     return [require_json_object(item) for item in value]
@@ -40,13 +40,13 @@ def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fi
     """Parse JSON, and validate and convert the value with `shape`.
 
     Args:
-        content: of the file; bytes are UTF-8.
+        content: content of the file, as text or UTF-8 bytes.
         shape: returns the converted value, or raises one of `CONTENT_ERRORS` if the value is invalid.
-        name: of the file, for the error message.
+        name: name of the file, for the error message.
         fix: what the user can do about a corrupt file, for the error message.
 
     Raises:
-        DataError: the content is not JSON, or `shape` rejects its value.
+        DataError: the content is not JSON, or `shape` rejects the value.
     """
     try:
         return shape(json.loads(content))
@@ -56,7 +56,7 @@ def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fi
 
 
 def read_json(path: StoragePath | Path, shape: Callable[[Any], T], fix: str) -> T | None:
-    """Read a file and parse it with `parse_json`. Return None if the file does not exist.
+    """Read a JSON file and convert its value with `shape` (see `parse_json`). Return None if it does not exist.
 
     Raises:
         DataError: the file is corrupt or cannot be read.
@@ -67,7 +67,7 @@ def read_json(path: StoragePath | Path, shape: Callable[[Any], T], fix: str) -> 
 
 
 def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T | D:
-    """Read an optional local file. Return `default` if it is missing, corrupt or unreadable."""
+    """Call `read_json` for an optional local file. Return `default` if it is missing, corrupt or unreadable."""
     try:
         value = read_json(path, shape, "")
     except DataError:

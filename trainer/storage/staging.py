@@ -20,29 +20,29 @@ from trainer.storage.path import SCHEMES, StoragePath, storage_path
 from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
 
-MAX_TRANSFERS = 16  # files that are transferred at the same time
-REPORT_SECONDS = 5.0  # between log lines about the progress
+MAX_TRANSFERS = 16  # maximum number of files in transfer at the same time
+REPORT_SECONDS = 5.0  # minimum time between log lines about the progress
 _LIST_COMMANDS = {"gs": "gcloud storage ls", "s3": "aws s3 ls"}  # by scheme, for error messages
 VERSIONS = ".versions.json"  # file in the local folder: relative name -> object version of each downloaded file
 
 
 def is_remote(address: str | None) -> bool:
-    """Return whether this is an address in a bucket, and neither a local path nor None."""
+    """Return whether `address` is in a bucket. A local path or None is not."""
     return bool(address) and str(address).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
 def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
     """Copy remote files to `cache_dir`, and return the local path that replaces the address.
 
-    Objects that cannot be local files (see `divide_listing`) are logged and skipped. Files of which `cache_dir` has
-    the same version are not downloaded again. Copies of files that the bucket no longer has are deleted.
+    Objects that cannot be local files (see `divide_listing`) are logged and skipped. Files that `cache_dir` already
+    contains in the same version are not downloaded again. Copies of files that are no longer in the bucket are deleted.
 
     Args:
         address: a file, folder or pattern such as `gs://bucket/folder/*.tfrec`. An address with wildcard characters
             that exists literally is not a pattern. A local path is returned unchanged.
-        budget: maximum size of the copies of this address, in bytes.
+        budget: maximum total size of the files, in bytes.
         note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; can raise to cancel.
+        check: called after each file; may raise an error to cancel.
 
     Raises:
         DataError: nothing matches the address, its files exceed the budget, or the bucket denies access.
@@ -60,12 +60,12 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
 
 
 def find_copied_folders(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
-    """Return the local folder and the bucket folder of the files that `stage(address, ...)` copied.
+    """Return the local folder of staged files, and the bucket folder that they were copied from.
 
-    `path` is the result of `stage`. For `gs://b/photos/*.jpg`, the bucket folder is `gs://b/photos`.
+    `path` is the result of `stage(address, ...)`. For `gs://b/photos/*.jpg`, the bucket folder is `gs://b/photos`.
     """
-    _, _, *end = Path(path).relative_to(cache_dir / "staged").parts  # components of a pattern or file name
-    suffix = "".join(f"/{component}" for component in end)
+    _, _, *components = Path(path).relative_to(cache_dir / "staged").parts  # of the pattern or file name
+    suffix = "".join(f"/{component}" for component in components)
     return path.removesuffix(suffix), address.rstrip("/").removesuffix(suffix)
 
 
@@ -73,7 +73,7 @@ def find_copied_folders(path: str, address: str, cache_dir: Path) -> tuple[str, 
 class Copy:
     """The files in a bucket that match an address, and the local folder for their copies."""
 
-    folder: Path  # local
+    folder: Path  # local folder
     end: str  # last part of the address, relative to the folder: a pattern or file name; "" for the folder itself
     is_pattern: bool  # whether `end` is a pattern
     entries: dict[str, ObjectInfo]  # the matching files in the bucket, by name relative to the folder
@@ -81,44 +81,44 @@ class Copy:
 
     @property
     def path(self) -> str:
-        """Local path or pattern that replaces the address."""
+        """The local path or pattern that replaces the address."""
         return str(self.folder / self.end)
 
     def matches(self, name: str) -> bool:
-        """Return whether the address includes a file, by its name relative to the folder."""
+        """Return whether the address includes the file `name`, which is relative to the folder."""
         return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
 
 
 def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
-    """Divide a listing of `folder` into objects that can be local files, and objects that cannot.
+    """Divide the objects below `folder` into those that can be local files and those that cannot.
 
-    An object cannot be a local file if its name is invalid, such as `a//b`, or also the name of a folder. Some tools
+    An object cannot be a local file if its name is invalid, such as `a//b`, or is also the name of a folder. Some tools
     mark a folder with an empty object of the same name; such objects are in neither part of the result.
 
     Returns:
-        The info of each file by name relative to the folder, and for each other object "ADDRESS (reason)".
+        The infos of the files, by name relative to `folder`, and "ADDRESS (reason)" for each object that cannot be one.
     """
     entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
-    faults = {name: fault for name in entries if (fault := find_path_error(name))}
-    folder_names = {name[:i] for name in entries.keys() - faults.keys() for i, c in enumerate(name) if c == "/"}
+    reasons = {name: reason for name in entries if (reason := find_path_error(name))}
+    folder_names = {name[:i] for name in entries.keys() - reasons.keys() for i, c in enumerate(name) if c == "/"}
     shared_names = folder_names & entries.keys()
-    faults |= {name: "there is a folder of the same name" for name in shared_names if entries[name].size}
-    left_out = [f"{escape_unprintable(str(entries[name].path))} ({fault})" for name, fault in sorted(faults.items())]
-    return {n: info for n, info in entries.items() if n not in faults and n not in shared_names}, left_out
+    reasons |= {name: "there is a folder of the same name" for name in shared_names if entries[name].size}
+    left_out = [f"{escape_unprintable(str(entries[name].path))} ({why})" for name, why in sorted(reasons.items())]
+    return {name: info for name, info in entries.items() if name not in reasons and name not in shared_names}, left_out
 
 
 def describe_left_out(left_out: Iterable[str]) -> str:
-    """Format a log message about the objects that `divide_listing` left out, with the first three of them."""
-    names = tuple(left_out)
-    more = f" and {len(names) - 3} more" * (len(names) > 3)
-    objects = "1 object cannot be a file and is" if len(names) == 1 else f"{len(names)} objects cannot be files and are"
-    return f"{objects} left out: {', '.join(names[:3])}{more}"
+    """Format a log message about objects that cannot be files, from "ADDRESS (reason)" of each. It names three."""
+    items = tuple(left_out)
+    suffix = f" and {len(items) - 3} more" * (len(items) > 3)
+    clause = "1 object cannot be a file and is" if len(items) == 1 else f"{len(items)} objects cannot be files and are"
+    return f"{clause} left out: {', '.join(items[:3])}{suffix}"
 
 
 def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
-    """List the files that `stage` would download, and choose the folder for their copies.
+    """List the files that match an address, and choose the local folder for their copies. Download nothing.
 
-    The arguments and the errors (except OSError) are those of `stage`.
+    The arguments have the same meaning as in `stage`, and the same DataError and Interrupted are raised.
     """
     root, end, is_pattern = _split_address(address)
     folder = find_copy_folder(root, cache_dir)
@@ -134,12 +134,12 @@ def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
 
 
 def find_copy_folder(root: StoragePath, cache_dir: Path) -> Path:
-    """Return the local folder for copies of the files below `root`, a folder or bucket."""
+    """Return the local folder for copies of the files below `root`, which is a folder or a bucket."""
     return cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
 
 
 def check_budget(address: str, size: int, cache_dir: Path, budget: int) -> None:
-    """Raise a DataError if the files of an address, in total `size` bytes, exceed the `budget` in bytes."""
+    """Raise a DataError if the total `size` of the files at an address exceeds `budget` (both in bytes)."""
     if size > budget:
         problem, value = f"{address} of {size / 1e9:.1f} GB does not fit into {cache_dir}", f"{budget / 1e9:.1f}"
         fix = "raise it, or set runtime.cache_dir to a larger disk"
@@ -147,11 +147,12 @@ def check_budget(address: str, size: int, cache_dir: Path, budget: int) -> None:
 
 
 def find_prepared_folder(data_dir: str, name: str) -> str:
-    """Return the folder of a dataset that TensorFlow Datasets has prepared below `data_dir`.
+    """Return the folder of a dataset version that TensorFlow Datasets has prepared below `data_dir`.
 
     Args:
-        data_dir: such as gs://tfds-data/datasets.
-        name: `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The version defaults to the highest one.
+        data_dir: address such as gs://tfds-data/datasets.
+        name: dataset name such as `beans`, `food101:2.0.0`, `dtd/config` or `dtd/config:3.0.1`. The version defaults
+            to the highest one.
 
     Raises:
         DataError: the dataset or version does not exist, or the bucket denies access.
@@ -167,9 +168,9 @@ def find_prepared_folder(data_dir: str, name: str) -> str:
 
 
 def _split_address(address: str) -> tuple[StoragePath, str, bool]:
-    """Split an address into a folder and the end, and return also whether the end is a pattern.
+    """Split an address into a folder and the rest of the address, and also return whether the rest is a pattern.
 
-    The end is a pattern, a file name, or "" if the address is that of a folder. A name that exists literally, such as
+    The rest is a pattern, a file name, or "" if the address names a folder. A name that exists literally, such as
     `photos [2024]`, is not a pattern. If an object and a folder have the same name, the folder is used.
     """
     path = storage_path(address)
@@ -184,32 +185,34 @@ def _split_address(address: str) -> tuple[StoragePath, str, bool]:
 
 
 def has_wildcard(text: str) -> bool:
-    """Return whether a text contains a wildcard character: *, ? or [."""
+    """Return whether a string contains a wildcard character: *, ? or [."""
     return any(character in text for character in "*?[")
 
 
 def fetch_missing(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
-    """Download the files of which a local folder does not have the same version.
+    """Download the files that a local folder does not already contain in the same version.
 
     Args:
-        address: where the files are, for log messages.
+        address: address of the files, for log messages.
         entries: info of each file in the bucket, by name relative to `folder`.
+        folder: local folder for the copies.
         note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; can raise to cancel.
+        check: called after each file; may raise an error to cancel.
 
     Raises:
-        DataError: a file was deleted or replaced since it was listed, or its name leads out of the folder.
-        Interrupted, OSError: as in `stage`.
+        DataError: a file was deleted or replaced after it was listed, or its name is not a valid name in the folder.
+        Interrupted: the bucket does not respond.
+        OSError: a copy cannot be written.
     """
     versions, missing = _read_versions(folder) or {}, select_missing(folder, entries)
     if not missing:
         note(f"{address}: all files are already in {folder}")
         return
-    size, done = sum(info.size for info in missing.values()), 0
-    files = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
-    note(f"{address}: fetching {files}, {size / 1e6:,.1f} MB, to {folder}")
+    total_bytes, done_bytes = sum(info.size for info in missing.values()), 0
+    file_count = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
+    note(f"{address}: fetching {file_count}, {total_bytes / 1e6:,.1f} MB, to {folder}")
     start = last_report = time.monotonic()
 
     def download(name: str) -> str:
@@ -218,15 +221,15 @@ def fetch_missing(
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
         try:
-            for count, future in enumerate(as_completed([pool.submit(download, name) for name in sorted(missing)]), 1):
+            for index, future in enumerate(as_completed([pool.submit(download, name) for name in sorted(missing)]), 1):
                 name = future.result()
                 versions[name] = missing[name].version
-                done += missing[name].size
+                done_bytes += missing[name].size
                 check()
                 if time.monotonic() - last_report > REPORT_SECONDS:
                     last_report = time.monotonic()
-                    rate = done / 1e6 / (last_report - start)
-                    note(f"{address}: {count:,} of {len(missing):,} files, {rate:,.1f} MB/s")
+                    rate = done_bytes / 1e6 / (last_report - start)
+                    note(f"{address}: {index:,} of {len(missing):,} files, {rate:,.1f} MB/s")
                     write_json(folder / VERSIONS, versions)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -234,7 +237,7 @@ def fetch_missing(
 
 
 def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Return those of `entries` (info by relative name) of which a local folder lacks this version and size."""
+    """Return the items of `entries` (info by relative name) that a local folder lacks in this version and size."""
     versions = _read_versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
@@ -247,9 +250,9 @@ def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Ob
 
 
 def identify_staged_file(path: str | Path) -> str | None:
-    """Return "NAME VERSION" of the object that a local file is a copy of, or None if it is not a staged file.
+    """Return "NAME VERSION" of the object from which a local file was staged, or None if it was not staged.
 
-    Unlike the local path and modification time, this text is the same on every machine.
+    Unlike the local path and modification time, this string is the same on every machine.
     """
     path = Path(path)
     for folder in path.parents:
@@ -260,7 +263,7 @@ def identify_staged_file(path: str | Path) -> str | None:
 
 
 def _read_versions(folder: Path) -> dict[str, Version] | None:
-    """Read the version of each staged file in a folder, by relative name; None if the folder has no staged files."""
+    """Return the version of each staged file in a folder, by relative name; None if the folder has no staged files."""
     return read_json_or_default(folder / VERSIONS, require_json_object, None)
 
 
@@ -268,9 +271,9 @@ _read_versions_cached = cache(_read_versions)
 
 
 def _delete_obsolete(copy: Copy) -> None:
-    """Delete copies of files that the bucket no longer has, old temporary files, and folders that are then empty.
+    """Delete copies of files that are no longer in the bucket, old temporary files, and folders that are then empty.
 
-    A younger temporary file may belong to a running download of another process.
+    A recent temporary file may belong to another process's running download, so it is not deleted.
     """
     for file in list(copy.folder.rglob("*")):
         name = file.relative_to(copy.folder).as_posix()
