@@ -58,7 +58,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object with Cloud Logging's field names.
 
     The object has the severity, time and message, the run's phase and step, the process's labels, and the fields that
-    a call of `log` passes as `extra={"fields": {...}}`. NaN and infinity become strings.
+    the log call passes as `extra={"fields": {...}}`. NaN and infinity become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:

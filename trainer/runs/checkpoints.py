@@ -135,7 +135,7 @@ class CheckpointFolder:
         self.folder, self.keep, self.log_message = folder, keep, log_message
 
     def path(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint: the replaced one, if a kill interrupted its replacement."""
+        """Return the folder of a step's checkpoint, or of the replaced checkpoint if a kill interrupted `save`."""
         name = format_local_name(step)
         replaced = self.folder / f"{_REPLACED_PREFIX}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name

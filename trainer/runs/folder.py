@@ -231,7 +231,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def hash_source() -> str:
-    """Return a hash of the package's Python files, as 16 hex digits, since images of one version can differ in them."""
+    """Return a hash of the package's Python files, as 16 hex digits: images of one version can differ in their code."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -497,7 +497,7 @@ def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
 
 
 def is_finished(config: RequestedConfig) -> bool:
-    """Return whether `config.output_dir` contains this run, finished with the same phases. Writes nothing.
+    """Return whether `config.output_dir` contains this run, finished with the same number of steps. Writes nothing.
 
     Raises:
         ConfigError: the run is finished, but its config.yaml is corrupt or invalid.

@@ -28,7 +28,7 @@ SCORE_PREFIX = "validation/"  # prefix of these scores' names in TensorBoard
 
 
 def truncate_metrics(metrics: Path, logs: Path, step: int, epoch_step: int) -> None:
-    """Delete metrics from metrics.jsonl and the TensorBoard files that are newer than a resumed run's checkpoint.
+    """In metrics.jsonl and the TensorBoard files, delete all metrics newer than a resumed run's checkpoint.
 
     A checkpoint at the last step of an epoch can be older than the epoch's validation, which is then repeated.
 

@@ -1,4 +1,4 @@
-"""Publish a run's local folder to its folder in a bucket, in the background of training.
+"""Publish a run's local folder to its folder in a bucket, in the background during training.
 
 Both folders have the same layout, except that checkpoint names in the bucket end with a token of the process that
 published the checkpoint: `step-00000420-1a2b3c4d`. A checkpoint is committed once `LATEST` lists it. `LATEST` and

@@ -136,8 +136,8 @@ def weighted_losses(
 ) -> tf.Tensor:
     """Compute the weighted loss of each example, float32 [b]. It is 0 for padding, whose weight is 0.
 
-    The weight is the example's weight times the weight of its class; for a mixed example, the mean of both classes'
-    weights, weighted by `mix`. It also applies to the distillation loss.
+    The weight is the example's weight times its class's weight. It also applies to the distillation loss, where a mixed
+    example has the mean of both class weights, weighted by `mix`.
 
     Args:
         batch: `label`, int32 [b], and `weight`, float32 [b]. A batch augmented by mixup or cutmix also has
