@@ -1,4 +1,4 @@
-"""A console of rich for a terminal or a pipe whose reader may end before the command."""
+"""A rich console for a terminal or a pipe whose reader may exit before the command does."""
 
 from rich.console import Console
 
@@ -6,9 +6,9 @@ from trainer.monitoring.log import discard_if_closed
 
 
 class PatientConsole(Console):
-    """A console that discards its output once the reader of the pipe has ended. Rich would exit with code 1."""
+    """A rich console that discards its output once the pipe's reader has exited. Rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more, so that the command continues, as it does if nothing reads its log."""
+        """Discard all further output, so that the command continues. Rich calls this after a BrokenPipeError."""
         self.quiet = True
         discard_if_closed(self.file)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Health of this process for `/healthz`, `/metrics` and the log: its activity, last progress and gauges.
 
 The main thread sets the activity. Any thread can record progress or read the health. There is no lock, because single
-reads and writes of attributes are atomic under the GIL. A reader can combine values from before and after a change.
+reads and writes of attributes are atomic under the GIL. A reader can see some values from before a change, and others
+from after it.
 """
 
 import time
@@ -18,11 +19,12 @@ class Health:
         self.phase = START  # START, the name of the current training phase, FINISH, or the name of another command
         self.activity = "starting"  # what the main thread is doing, in a few words
         self.stuck_after = float("inf")  # seconds without progress that count as a stall (`runtime.stuck_after`)
-        # Sends the state to the watchdog; called by `set_activity` and by `ControlChannel` when watched peers change.
+        # Called by `set_activity`, and by `trainer.cluster.control` when the watched peers change.
+        # `trainer.cluster.watchdog` sets it to a function that sends the state to the watchdog process.
         self.on_change: Callable[[], None] = lambda: None
         self.values: dict[str, float] = {}  # gauges set so far, by name: step, epoch, loss, ...
         self.work = (0, 0)  # completed and total units of the activity; the total is 0 if it is unknown
-        self.work_began = (0, 0.0)  # units that were completed at the first count, and its time.monotonic()
+        self.work_began = (0, 0.0)  # completed units at the first count of the loop, and time.monotonic() of that count
         self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
@@ -30,12 +32,12 @@ class Health:
         self._blocked_timeout: float | None = None
 
     def enter_phase(self, phase: str) -> None:
-        """Set the phase of the run, and use its name as the activity."""
+        """Set the run's phase, and use its name as the activity."""
         self.phase = phase
         self.set_activity(phase)
 
     def set_activity(self, activity: str) -> None:
-        """Set the activity of the main thread. This counts as progress."""
+        """Set the main thread's activity. This counts as progress."""
         if activity != self.activity:
             self.activity, self.work, self.activity_began = activity, (0, 0), time.monotonic()
         self.record_progress()
@@ -44,12 +46,12 @@ class Health:
     def record_progress(self, done: int = 0, total: int = 0) -> None:
         """Record progress, such as a step, a batch, a part of a file, or an iteration of a polling loop.
 
-        An activity can run several loops in sequence, each with its own units: another `total`, or a smaller `done`,
-        starts a new count.
+        An activity can run several loops in sequence, each with its own units. A different `total` or a smaller `done`
+        marks a new loop.
 
         Args:
-            done: completed units of the current loop.
-            total: all its units; 0 if their number is unknown.
+            done: number of completed units of the current loop.
+            total: number of all units of the loop; 0 if it is unknown.
         """
         self._last_progress = time.monotonic()
         if total:
@@ -58,9 +60,9 @@ class Health:
             self.work = (done, total)
 
     def seconds_left(self, now: float) -> float | None:
-        """Estimate the seconds until all units are completed, at the time.monotonic() `now`.
+        """Estimate the seconds until all units of the current loop are completed.
 
-        None until a unit is completed after the first count.
+        `now` is the current time.monotonic(). Returns None if no unit was completed since the first count of the loop.
         """
         (done, total), (first_done, first_counted_at) = self.work, self.work_began
         return (now - first_counted_at) / (done - first_done) * (total - done) if done > first_done else None
@@ -72,18 +74,18 @@ class Health:
         self.set_gauges(step=step, epoch=epoch)
 
     def record_checkpoint(self, seconds_ago: float = 0.0) -> None:
-        """Record that the state of `seconds_ago` is saved, or that training starts, with nothing to lose yet."""
+        """Record a checkpoint of the state `seconds_ago` seconds ago, or that training starts, with nothing to lose."""
         self._saved = time.monotonic() - seconds_ago
 
     def set_gauges(self, **values: float) -> None:
-        """Set gauges for `/metrics` and the log by name, such as `loss=0.5`. `http.GAUGES` has the names."""
+        """Set gauges for `/metrics` and the log, such as `loss=0.5`. `trainer.monitoring.http.GAUGES` has the names."""
         self.values |= values
 
     @contextmanager
     def waiting_for(self, target: str) -> Iterator[None]:
-        """Disable stall detection in this block, in which the main thread waits for a peer or a library.
+        """Disable stall detection in this block, in which the main thread waits for `target`.
 
-        The library is one that reports no progress. Blocks cannot be nested.
+        `target` describes a peer, or a library that reports no progress. Blocks cannot be nested.
         """
         self._waiting_for = target
         try:
@@ -94,9 +96,10 @@ class Health:
 
     @contextmanager
     def blocked_in(self, activity: str, timeout: float) -> Iterator[None]:
-        """Set the activity in this block, a call that can hold the GIL, so that no Python code runs.
+        """Set the activity in this block, which calls a function that can hold the GIL, so that no Python code runs.
 
-        The watchdog lets the process be unresponsive for `timeout` seconds meanwhile. Blocks cannot be nested.
+        Meanwhile, the watchdog ends the process only if it is unresponsive for `timeout` seconds. Blocks cannot be
+        nested.
         """
         outer_activity, self._blocked_timeout = self.activity, timeout
         self.set_activity(activity)
@@ -108,30 +111,30 @@ class Health:
 
     @property
     def unresponsive_timeout(self) -> float:
-        """Seconds without any running Python code after which the watchdog ends this process."""
+        """Seconds without running Python code after which the watchdog ends this process."""
         return self.stuck_after if self._blocked_timeout is None else self._blocked_timeout
 
     @property
     def seconds_since_progress(self) -> float:
-        """Seconds since the last progress; 0 in a block of `waiting_for`."""
+        """Seconds since the last progress; 0 in a `waiting_for` block."""
         return 0.0 if self._waiting_for else time.monotonic() - self._last_progress
 
     @property
     def step_age(self) -> float | None:
-        """Seconds since this process completed its last step; None before the first one."""
+        """Seconds since this process completed its last step; None before its first step."""
         return None if self._last_step is None else time.monotonic() - self._last_step
 
     @property
     def checkpoint_age(self) -> float | None:
-        """Seconds of training that a kill would lose; None if no checkpoint was recorded, as on all but the chief."""
+        """Seconds of training that a kill would lose; None before `record_checkpoint`, which only the chief calls."""
         return None if self._saved is None else time.monotonic() - self._saved
 
     def describe(self) -> str:
-        """Describe the activity, and what the main thread waits for, if anything."""
+        """Describe the activity and, in a `waiting_for` block, the peer or library that the main thread waits for."""
         return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
     def stall_reason(self) -> str | None:
-        """Describe a stall by its duration and activity; None if there is none."""
+        """Describe the current stall by its duration and activity; return None if there is no stall."""
         seconds = self.seconds_since_progress
         if seconds <= self.stuck_after:
             return None
@@ -140,4 +143,4 @@ class Health:
         return f"stalled: no progress for {seconds:.0f} s ({timeout}) in: {self.activity}{step}"
 
 
-health = Health()  # of this process, for all modules
+health = Health()  # the health of this process, which all modules use

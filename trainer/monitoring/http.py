@@ -1,7 +1,7 @@
 """HTTP server for `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
 It runs in daemon threads, so that it responds while the main thread is blocked in TensorFlow. If a call holds the GIL,
-so that no thread runs, the watchdog process of a training process responds on the same listening socket.
+so that no Python thread runs, a training process's watchdog process responds on the same listening socket.
 """
 
 import socket
@@ -22,7 +22,7 @@ from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.health import Health
 from trainer.monitoring.log import log, log_traceback
 
-GAUGES = {  # name in `Health.values` and, after the prefix "kubetune_", in Prometheus -> description
+GAUGES = {  # name of a gauge, which gets the prefix "kubetune_" in Prometheus -> its description
     "step": "Optimizer steps of the run so far",
     "epoch": "Current epoch of the run, counted from 1 over all phases",
     "loss": "Mean training loss of the last logging interval",
@@ -34,11 +34,11 @@ GAUGES = {  # name in `Health.values` and, after the prefix "kubetune_", in Prom
     "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
     "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-CLIENT_TIMEOUT_SECONDS = 10.0  # for each read from or write to the connection of a client
+CLIENT_TIMEOUT_SECONDS = 10.0  # of each read from, or write to, a client's connection
 
 
 class HealthCollector(Collector):
-    """Presents the health of a process as Prometheus metrics, read at each scrape. Unset gauges are omitted."""
+    """Collects a process's health as Prometheus metrics at each scrape. Gauges without a value are omitted."""
 
     def __init__(self, health: Health, run: str) -> None:
         self.health, self.run = health, run
@@ -59,7 +59,7 @@ class HealthCollector(Collector):
 
 
 class _DualStackServer(ThreadingHTTPServer):
-    """An HTTP server on all interfaces, over IPv6 and IPv4 if the host supports both at once, else over IPv4."""
+    """An HTTP server on all interfaces, for IPv6 and IPv4 if the host supports dual-stack sockets, else for IPv4."""
 
     request_queue_size = 16
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -70,7 +70,7 @@ class _DualStackServer(ThreadingHTTPServer):
         TCPServer.server_bind(self)  # HTTPServer.server_bind would resolve the host name, which can be slow
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """Log an exception of a request handler, unless the client disconnected or timed out."""
+        """Log a request handler's exception, unless the client disconnected or timed out."""
         if not isinstance(error := sys.exception(), ConnectionError | TimeoutError):
             log_traceback(error)
 
@@ -80,8 +80,8 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
 
     Args:
         port: TCP port on all interfaces (`runtime.http_port`).
-        health: state that both pages show.
-        run: label `run` of the metrics.
+        health: the health that both paths report.
+        run: value of the label `run` of the metrics, such as the run's output_dir.
 
     Raises:
         ConfigError: the server cannot listen on `port`.
@@ -89,7 +89,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
     registry = CollectorRegistry()
     registry.register(HealthCollector(health, run))
     ProcessCollector(registry=registry)
-    stall_logged = threading.Event()  # set while the current stall is in the log
+    stall_logged = threading.Event()  # set once the current stall is logged
 
     class Handler(BaseHTTPRequestHandler):
         timeout = CLIENT_TIMEOUT_SECONDS
@@ -110,7 +110,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Write no access log: the requests of probes and Prometheus would fill the log."""
+            """Log no requests, because probes and Prometheus would fill the log."""
 
     try:
         server = _DualStackServer(("", port), Handler)
@@ -123,7 +123,7 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
 
 
 def _log_stall_once(reason: str | None, stall_logged: threading.Event) -> None:
-    """Log a stall and the stack of the main thread once. `reason` describes the stall; None if there is none."""
+    """Log a stall and the main thread's stack once per stall. `reason` describes it; None if there is no stall."""
     if reason is None:
         stall_logged.clear()
     elif not stall_logged.is_set():

@@ -1,7 +1,7 @@
-"""The log of a process, through the standard `logging`, as text or as one JSON object per line.
+"""A process's log, written through the standard `logging` as text or as one JSON object per line.
 
 `log` is the logger of this package. INFO goes to stdout, WARNING and above to stderr. In JSON mode, Python's warnings
-and the warnings and errors of other libraries are JSON on stderr as well. What a library prints itself is unchanged.
+and the warnings and errors of other libraries are also JSON on stderr. Text that a library prints itself is unchanged.
 """
 
 import datetime
@@ -21,25 +21,25 @@ from typing import Any, NoReturn, TextIO
 
 from trainer.monitoring.health import health
 
-LABELS_FIELD = "logging.googleapis.com/labels"  # of Cloud Logging
-SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")  # levels that Cloud Logging has too; others become INFO
+LABELS_FIELD = "logging.googleapis.com/labels"  # the field that Cloud Logging reads labels from
+SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")  # levels that Cloud Logging knows; others become INFO
 
 log = logging.getLogger("trainer")
 _stderr_descriptor = os.dup(2)  # a copy, because descriptor 2 is redirected while TensorFlow is imported
-_ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # erases the line of the cursor, and shows the cursor
-_display_descriptor: int | None = None  # of the terminal on which a progress display is drawn; None if there is none
+_ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # terminal codes that erase the cursor's line and show the cursor
+_display_descriptor: int | None = None  # of the terminal with the progress display; None if there is no display
 
 
 def set_display(descriptor: int | None) -> None:
-    """Set the descriptor of the terminal on which a progress display is drawn; None if there is no display."""
+    """Set the file descriptor of the terminal with the progress display; None if there is no display."""
     global _display_descriptor
     _display_descriptor = descriptor
 
 
 def erase_display(*terminals: int) -> None:
-    """Erase the line of the progress display and show the cursor. Any thread may call this.
+    """Erase the progress display's line and show the cursor. Any thread may call this.
 
-    `terminals` are file descriptors, and default to that of `set_display`. A terminal whose output is paused is not
+    `terminals` are file descriptors; the default is the one set by `set_display`. A terminal with paused output is not
     changed, because the write would block.
     """
     for descriptor in terminals or ([] if _display_descriptor is None else [_display_descriptor]):
@@ -49,16 +49,16 @@ def erase_display(*terminals: int) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End the process at once with this exit code, from any thread, and erase the progress display."""
+    """Erase the progress display, and end the process at once with exit code `code`. Any thread may call this."""
     erase_display()
     os._exit(code)
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object with the field names of Cloud Logging.
+    """Formats a record as one JSON object with Cloud Logging's field names.
 
-    The object has the severity, time and message, the phase and step of the run, the labels of the process, and the
-    fields of the record, which are passed to `log` as `extra={"fields": {...}}`. NaN and infinity become strings.
+    The object has the severity, time and message, the run's phase and step, the process's labels, and the fields that
+    the log call passes as `extra={"fields": {...}}`. NaN and infinity become strings.
     """
 
     def __init__(self, labels: dict[str, str]) -> None:
@@ -74,7 +74,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(_without_nan(entry), ensure_ascii=False, default=str)
 
 
-_original_stderr: TextIO | None = None  # the original stream while `drop_stderr_lines` has redirected descriptor 2
+_original_stderr: TextIO | None = None  # a stream to the original stderr while `drop_stderr_lines` captures it
 
 
 class _StandardStreamHandler(logging.StreamHandler[TextIO]):
@@ -83,7 +83,7 @@ class _StandardStreamHandler(logging.StreamHandler[TextIO]):
     def __init__(self, name: str) -> None:
         logging.Handler.__init__(self)
         self._name = name
-        self.failed = False  # whether a record could not be written; the failure is logged once
+        self.failed = False  # whether a write has failed with an OSError; only the first failure is logged
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -91,12 +91,12 @@ class _StandardStreamHandler(logging.StreamHandler[TextIO]):
         return _original_stderr if _original_stderr and self._name == "stderr" else stream
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record, and escape characters that the stream cannot encode, such as those of odd file names."""
+        """Format a record, and escape characters that the stream cannot encode, as they occur in some file names."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Discard the stream if its reader has ended; log a full disk once. The run does not depend on its log."""
+        """Discard the stream if its reader has exited; log a full disk once. The run continues without its log."""
         error = sys.exception()
         if discard_if_closed(self.stream):
             return
@@ -113,10 +113,10 @@ _stderr_handler.setLevel(logging.WARNING)
 
 
 def configure(json_lines: bool = False, **labels: str) -> None:
-    """Set up `log` as text or as JSON lines.
+    """Configure `log` to write text or, if `json_lines` is true, one JSON object per line.
 
-    `labels` are added to each line in JSON mode only. In JSON mode, uncaught exceptions and Python's warnings become
-    JSON lines as well.
+    In JSON mode, `labels` are added to each line, and uncaught exceptions, Python's warnings, and the warnings and
+    errors of other libraries also become JSON lines.
     """
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -128,14 +128,14 @@ def configure(json_lines: bool = False, **labels: str) -> None:
     logging.getLogger().addHandler(_stderr_handler)
     logging.captureWarnings(True)
     # The resource tracker of multiprocessing outlives `os._exit`, and its warnings would not be JSON.
-    filters = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
+    warning_filters = (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warning_filters))
     sys.excepthook = lambda _kind, error, _trace: log_traceback(error)
     threading.excepthook = lambda hook_args: log_traceback(hook_args.exc_value)
 
 
 def discard_if_closed(stream: TextIO) -> bool:
-    """Return whether a stream is a pipe without a reader; if so, redirect the stream to /dev/null."""
+    """Redirect a stream to /dev/null if it is a pipe whose reader has exited; return whether it is."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # the stream is closed, or a substitute without a descriptor
@@ -149,14 +149,14 @@ def discard_if_closed(stream: TextIO) -> bool:
 
 
 def discard(stream: TextIO) -> None:
-    """Redirect a stream to /dev/null, so that its buffered and its later output is discarded."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
+    """Redirect a stream to /dev/null, so that buffered and later output is discarded."""
+    null_descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_descriptor, stream.fileno())
+    os.close(null_descriptor)
 
 
 def stdout_lost_lines() -> bool:
-    """Return whether lines of the log could not be written to stdout. The failure is already logged."""
+    """Return whether writing log lines to stdout has failed. The first failure has already been logged."""
     return _stdout_handler.failed
 
 
@@ -167,10 +167,10 @@ def log_traceback(error: BaseException | None) -> None:
 
 
 def log_unbuffered(text: str) -> None:
-    """Log a WARNING directly to the descriptor of stderr, so that it is written even if `os._exit` follows.
+    """Log a WARNING directly to stderr's file descriptor, so that it is written even if `os._exit` follows.
 
-    Thread-safe. Waits at most one second for the lock of the handler, whose holder may be blocked. If stderr is closed
-    or its disk is full, the text is lost, because the callers are about to end the process.
+    Thread-safe. Waits at most one second for the handler's lock, whose holder may be blocked. If stderr is closed or
+    its disk is full, the text is lost without an error, because the callers are about to end the process.
     """
     erase_display()
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
@@ -192,7 +192,7 @@ def format_utc_now() -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by strings, in nested dicts too."""
+    """Replace NaN and infinity, which JSON does not have, with strings, including those in nested dictionaries."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return {k: _without_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -200,19 +200,19 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
-    """Drop the lines that are written to stderr in this block and match `pattern`; print the others at its end.
+    """Capture stderr in this block; at the end of the block, print the captured lines that do not match `pattern`.
 
-    The others are printed even after an exception. Lines of C++ libraries, which bypass `logging`, are included.
-    Records of `log` are written at once, because the process may end within the block. If there is no space for a
-    temporary file, all lines are printed.
+    The lines are printed even after an exception. Output of C++ libraries, which bypass `logging`, is captured too.
+    Records of `log` are not captured but written at once, because the process may end within the block. If no temporary
+    file can be created, nothing is captured.
     """
     global _original_stderr
     try:
-        temporary = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    except OSError:  # no disk has space
+        capture_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError:  # such as a full disk
         yield
         return
-    with temporary as captured:
+    with capture_file as captured:
         sys.stderr.flush()
         stderr_copy = os.dup(2)
         os.dup2(captured.fileno(), 2)

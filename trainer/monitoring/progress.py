@@ -1,4 +1,4 @@
-"""Progress displays: a bar or log lines while images are written, and log lines during slow activities."""
+"""Show progress: a bar or log lines while images are written, and log lines during slow activities."""
 
 import sys
 import threading
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log, set_display
 
-ShowProgress = Callable[[int, int], None]  # arguments: number of written images, number of all images
+ShowProgress = Callable[[int, int], None]  # arguments: number of images written so far, number of all images
 
 
 @contextmanager
 def show_image_progress(kind: str) -> Iterator[ShowProgress]:
-    """Yield a function that shows the number of written images in a bar, or in log lines at least ten seconds apart.
+    """Yield a function that shows the number of written images in a bar or in log lines.
 
-    `kind` is `runtime.progress`. The bar is used if it is "bar", or "auto" and stdout is a terminal. Each call of the
-    function with a new number of written images counts as progress of this process (`health`).
+    Lines are logged at most every ten seconds, and once all images are written. `kind` is `runtime.progress`: "bar",
+    "lines", or "auto", which is a bar if stdout is a terminal. Each change of the number is recorded in `health`.
     """
     started_at = last_logged_at = time.monotonic()
     previous_count = logged_count = -1
@@ -30,8 +30,8 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
         now = time.monotonic()
         if done != logged_count and (done == total or now - last_logged_at >= 10):
             last_logged_at, logged_count = now, done
-            text = f"wrote {done} of {total} images ({done / max(now - started_at, 1e-3):.0f}/s)"
-            log.info(text, extra={"fields": {"done": done, "total": total}})
+            message = f"wrote {done} of {total} images ({done / max(now - started_at, 1e-3):.0f}/s)"
+            log.info(message, extra={"fields": {"done": done, "total": total}})
 
     if kind != "bar" and (kind != "auto" or not sys.stdout.isatty()):
         yield show_line
@@ -50,19 +50,19 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
                 health.record_progress()
             bar.update(task, completed=done, total=total)
 
-        set_display(1)
+        set_display(1)  # the descriptor of stdout
         try:
             yield show_bar
         finally:
             set_display(None)
 
 
-SLOW_SECONDS = 10.0  # duration after which `log_while_slow` logs for the first time
+SLOW_SECONDS = 10.0  # default time until `log_while_slow` logs its first line
 
 
 @contextmanager
 def log_while_slow(activity: str, after: float = SLOW_SECONDS) -> Iterator[None]:
-    """Log that `activity` is still running, after `after` seconds and then after 2, 4, 8, ... times as many."""
+    """Log that `activity` is still running, after `after` seconds and then after 2, 4, 8, ... times as many seconds."""
     stopped, started_at = threading.Event(), time.monotonic()
 
     def log_periodically() -> None:

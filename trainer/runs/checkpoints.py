@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written to a temporary folder, committed by one rename, verified when read.
+"""A run's checkpoints: written to a temporary folder, committed by one rename, verified when read.
 
 A checkpoint is a folder `step-00000420` with `variables.npz` (all variables by name, in their dtypes), `state.json`
-(the `RunState`) and `manifest.json` (size and CRC32C of the other two files). The text files `LATEST` and `BEST` next
-to the checkpoints name them. On disk, each of the two holds one name. In a bucket, the name of a checkpoint ends with a
-random token (`step-00000420-1a2b3c4d`), and `LATEST` lists all committed checkpoints, newest first.
+(the run state) and `manifest.json` (size and CRC32C of the other two files). Next to the checkpoints, the text files
+`LATEST` and `BEST` contain the names of the newest and the best checkpoint. In a bucket, the name of a checkpoint ends
+with a random token (`step-00000420-1a2b3c4d`), and `LATEST` lists all committed checkpoints, newest first.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, parse_json, require_json_object
 from trainer.types import LogMessage
 
-PREFIX = "step-"  # of the name of every checkpoint
+PREFIX = "step-"  # prefix of every checkpoint's name
 _CHECKPOINT_NAME = re.compile(r"step-\d{8,}(-[0-9a-f]+)?", re.ASCII)
 # Prefix of an old checkpoint while a new one of the same step replaces it. A killed process can leave one behind.
 _REPLACED_PREFIX = ".replaced-"
-_CORRUPT_PREFIX = "damaged-"  # of a checkpoint that could not be read: it is never read again, but not deleted
+_CORRUPT_PREFIX = "damaged-"  # prefix of a checkpoint that could not be read; it is never read again, but not deleted
 
 
 def crc32c_hex(content: bytes | np.ndarray) -> str:
@@ -42,22 +42,22 @@ def is_checkpoint(name: str) -> bool:
 
 
 def is_local_checkpoint(name: str) -> bool:
-    """Return whether `name` is that of a checkpoint on disk, such as `step-00000420`, without a bucket's token."""
+    """Return whether `name` is a checkpoint's name on disk, such as `step-00000420`, without the token of a bucket."""
     return is_checkpoint(name) and name == format_local_name(parse_step(name))
 
 
 def format_local_name(step: int) -> str:
-    """Return the name that the checkpoint of a step has on disk: `step-00000420` for step 420."""
+    """Return the name on disk of a step's checkpoint: `step-00000420` for step 420."""
     return f"{PREFIX}{step:08d}"
 
 
 def parse_step(name: str) -> int:
-    """Parse the step from the name of a checkpoint, on disk or in a bucket."""
+    """Parse the step from a checkpoint's name, on disk or in a bucket."""
     return int(name[len(PREFIX) :].partition("-")[0])
 
 
 def has_checkpoints(names: Iterable[str]) -> bool:
-    """Return whether any of these file names is that of a checkpoint. Replaced and corrupt ones count too."""
+    """Return whether any of these file names belongs to a checkpoint, which can be replaced or corrupt."""
     return any(name.startswith((PREFIX, _REPLACED_PREFIX, f"{_CORRUPT_PREFIX}{PREFIX}")) for name in names)
 
 
@@ -79,10 +79,10 @@ def read_pointer(pointer: StoragePath) -> list[str]:
 
 
 def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read a checkpoint, and verify the sizes and checksums of its files.
+    """Read a checkpoint, and verify its files' sizes and checksums.
 
     Returns:
-        The run state (the decoded `state.json`), and the variables by name, in the shapes and dtypes of the run.
+        The run state (the decoded `state.json`), and the variables by name, with their shapes and dtypes in the run.
 
     Raises:
         DataError: a file of the checkpoint is missing or corrupt.
@@ -104,7 +104,7 @@ def read_checkpoint(folder: StoragePath) -> tuple[dict[str, Any], dict[str, np.n
 
 
 def _parse_state(value: Any) -> dict[str, Any]:
-    """Return the decoded state of a checkpoint if it is valid; raise one of `CONTENT_ERRORS` if it is not."""
+    """Return a checkpoint's decoded state if it is valid; raise one of `CONTENT_ERRORS` if it is not."""
     is_step_valid = int(require_json_object(value)["step"]) >= 0
     is_best_valid = value.get("best") is None or "step" in value["best"]
     if not (is_step_valid and is_best_valid):
@@ -113,35 +113,35 @@ def _parse_state(value: Any) -> dict[str, Any]:
 
 
 def select_inference_weights(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the variables of a checkpoint except the optimizer's. Averages (EMA) replace the trained weights.
+    """Return a checkpoint's variables except the optimizer's. Averages (EMA) replace the trained weights.
 
-    `ema/...` and `loss_scale/...` remain in the result: callers select the model's variables by name.
+    The result also contains `ema/...` and `loss_scale/...`; callers select the model's variables by name.
     """
     values = {name: value for name, value in variables.items() if not name.startswith("optimizer/")}
     return values | {name.removeprefix("ema/"): value for name, value in values.items() if name.startswith("ema/")}
 
 
 class CheckpointFolder:
-    """The checkpoints of one run in a local folder."""
+    """One run's checkpoints in a local folder."""
 
     def __init__(self, folder: Path, keep: int, log_message: LogMessage) -> None:
-        """Create an object for a folder, which need not exist yet.
+        """Manage the checkpoints in `folder`, which need not exist yet.
 
         Args:
-            folder: the folder `checkpoints` of the run.
+            folder: the folder `checkpoints` in the run's local folder.
             keep: number of newest checkpoints that `save` retains, at least 1.
-            log_message: is called with a message for each checkpoint that is skipped or renamed.
+            log_message: called with a message for each checkpoint that is skipped or renamed.
         """
         self.folder, self.keep, self.log_message = folder, keep, log_message
 
     def path(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint. After a kill it can be that of the replaced checkpoint."""
+        """Return the folder of a step's checkpoint, or of the replaced checkpoint if a kill interrupted `save`."""
         name = format_local_name(step)
         replaced = self.folder / f"{_REPLACED_PREFIX}{name}"
         return replaced if replaced.is_dir() and not (self.folder / name).is_dir() else self.folder / name
 
     def list_steps(self) -> list[int]:
-        """List the steps of the committed checkpoints in ascending order, without names that have a bucket's token."""
+        """List the committed checkpoints' steps in ascending order. Names with a bucket's token are ignored."""
         folders = [p for prefix in (PREFIX, _REPLACED_PREFIX) for p in self.folder.glob(f"{prefix}*") if p.is_dir()]
         names = {path.name.removeprefix(_REPLACED_PREFIX) for path in folders}
         return sorted(parse_step(name) for name in names if is_local_checkpoint(name))
@@ -152,24 +152,24 @@ class CheckpointFolder:
         Args:
             state: the run state, JSON-serializable, with at least `step` and `best`.
             variables: the arrays to store, by name.
-            best_step: step of the best checkpoint so far; None if there is none yet, which leaves `BEST` unchanged.
+            best_step: step of the best checkpoint so far; None if there is none yet, in which case `BEST` is unchanged.
 
         Returns:
-            The folder of the checkpoint.
+            The checkpoint's folder.
 
         Raises:
             OSError: the disk is full or fails. Earlier checkpoints remain intact.
         """
         self._complete_replacement()
         target = self.path(state["step"])
-        with temporary_folder(target) as temporary:
+        with temporary_folder(target) as new_folder:
             contents = {"variables.npz": pack(variables), "state.json": json.dumps(state).encode()}
             manifest = {name: {"bytes": len(c), "crc32c": crc32c_hex(c)} for name, c in contents.items()}
             for name, content in {**contents, "manifest.json": json.dumps(manifest).encode()}.items():
-                write_atomically(temporary / name, content)
-            if target.exists():  # of the same step; a folder cannot be renamed onto one that is not empty
+                write_atomically(new_folder / name, content)
+            if target.exists():  # a folder cannot be renamed onto another one that is not empty
                 target.rename(self.folder / f"{_REPLACED_PREFIX}{target.name}")
-            temporary.rename(target)
+            new_folder.rename(target)
         sync(self.folder)
         self._complete_replacement()
         self.write_pointers(state["step"], best_step)
@@ -179,8 +179,8 @@ class CheckpointFolder:
     def write_pointers(self, step: int, best_step: int | None) -> None:
         """Write `LATEST` and, if there is a best checkpoint, `BEST`.
 
-        A start also calls this: if an earlier process was killed right after it committed a checkpoint, the files still
-        name an older one.
+        Each start also calls this, because the files still name an older checkpoint if the previous process was killed
+        right after it had committed one.
         """
         write_atomically(self.folder / "LATEST", self.path(step).name + "\n")
         if best_step is not None:
@@ -193,10 +193,10 @@ class CheckpointFolder:
             shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
 
     def _prune(self) -> None:
-        """Delete all checkpoints except the newest `keep` and those that their states refer to.
+        """Retain the newest `keep` checkpoints and those that their states refer to; delete all others.
 
-        A state refers to the best checkpoint of its phase (`best`), to the best one of the earlier phases (`carried`),
-        and to the one with the phase weights of each finished phase (`kept_step`).
+        A state refers to its phase's best checkpoint (`best`), to the best one of the earlier phases (`carried`), and
+        to each finished phase's checkpoint with the phase weights (`kept_step`).
         """
         steps = self.list_steps()
         newest = steps[-self.keep :]
@@ -217,7 +217,7 @@ class CheckpointFolder:
     def read_newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """Read the newest intact checkpoint; return None if there is none.
 
-        Logs each corrupt checkpoint. If none is intact, logs each folder that has the name of a bucket's checkpoint.
+        Corrupt checkpoints are logged and skipped. If none is intact, folders with names from a bucket are logged.
         """
         for step in reversed(self.list_steps()):
             try:
@@ -234,7 +234,7 @@ class CheckpointFolder:
     def mark_corrupt_after(self, step: int) -> None:
         """Rename all checkpoints newer than `step` to `damaged-...`, so that they are not read again.
 
-        `step` is that of the newest intact checkpoint, from which this start resumes; 0 if there is none.
+        `step` is the step of the newest intact checkpoint, from which this start resumes; 0 if there is none.
         """
         if not self.folder.is_dir():
             return

@@ -1,4 +1,4 @@
-"""Measure the time breakdown of a run: seconds by category since its first start."""
+"""Measure a run's time breakdown: the seconds in each category since its first start."""
 
 import time
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ CATEGORIES = (
     "checkpoint",  # writing a checkpoint
     "evaluation",  # validation, and at the end the evaluation of the test split
     "finish",  # report and export
-    "lost",  # training steps after the last checkpoint of a process, which the next process repeated
+    "lost",  # training steps after a process's last checkpoint, which the next process repeats
     "down",  # no process of the run was active
 )
-BREAKDOWN_FILE = "ledger.json"  # in the folder of a run
+BREAKDOWN_FILE = "ledger.json"  # in the run's folder
 WRITE_SECONDS = 5.0  # minimum interval between two writes of the file while the clock runs
 
 
 def parse_breakdown(value: Any) -> dict[str, float]:
-    """Return the seconds by category, and `as_of`, of a decoded ledger.json.
+    """Return the seconds by category from a decoded ledger.json, and `as_of`, the time.time() that they extend to.
 
-    `as_of` is the time.time() at which the breakdown was complete. Unknown categories are ignored. Raises one of
-    `CONTENT_ERRORS` if the content is invalid.
+    Unknown categories are ignored. Raises one of `trainer.storage.small_files.CONTENT_ERRORS` if the content is
+    invalid.
     """
     fields = require_json_object(value)
     seconds = {
@@ -42,20 +42,20 @@ def parse_breakdown(value: Any) -> dict[str, float]:
 
 
 class Clock:
-    """Counts each second since the first start of the run in exactly one category.
+    """Counts each second since the run's first start in exactly one category.
 
-    That is the category of the innermost `span` in which the program is, or `start` outside of all spans.
+    This is the category of the innermost open `span`, or `start` if no span is open.
     """
 
     def __init__(self, file: Path | None, process_started: float) -> None:
-        """Continue the breakdown in a file of an earlier start.
+        """Continue the breakdown that an earlier start has written.
 
         Args:
-            file: file to read and write. It can be missing or corrupt. If `file` is None, nothing is read or written.
+            file: the file to read and write, which can be missing or corrupt; None to read and write nothing.
             process_started: time.time() at the start of the process.
         """
         self.file, self._last, self._written = file, process_started, 0.0
-        self._category, self._waited = "start", 0.0  # of the open span
+        self._category, self._waited = "start", 0.0  # category of the open span, and its seconds that count in `wait`
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         stored: dict[str, float] = read_json_or_default(file, parse_breakdown, {}) if file else {}
         if stored:
@@ -65,7 +65,7 @@ class Clock:
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time of this block in `category`. Meanwhile, show `activity`, a few words, at `/healthz`."""
+        """Count the time of this block in `category`. Show `activity`, if not empty, at `/healthz` meanwhile."""
         outer_category, outer_activity = self._category, health.activity
         self._attribute(category)
         if activity:
@@ -78,7 +78,7 @@ class Clock:
                 health.set_activity(outer_activity)
 
     def add_wait(self, seconds: float) -> None:
-        """Count `seconds` of the open span in `wait` instead of in the category of the span."""
+        """Count `seconds` of the open span in `wait` instead of in the span's category."""
         self._waited += seconds
 
     def lap(self) -> None:
@@ -99,7 +99,7 @@ class Clock:
     def move_lost_time(self, train_seconds: float) -> None:
         """Move the training time after the restored checkpoint to `lost`.
 
-        `train_seconds` is the training time of the run up to that checkpoint.
+        `train_seconds` is the run's training time up to that checkpoint.
         """
         lost = max(self.seconds["train"] - train_seconds, 0.0)
         self.seconds["train"] -= lost
@@ -107,7 +107,7 @@ class Clock:
 
     @property
     def goodput(self) -> float:
-        """Fraction of the time since the first start that counts in `train` or `features`; 0..1."""
+        """Fraction of the time since the first start that was counted in `train` or `features`, 0..1."""
         return (self.seconds["train"] + self.seconds["features"]) / max(sum(self.seconds.values()), 1e-9)
 
     def images_per_second(self, images: float) -> float:
@@ -115,7 +115,7 @@ class Clock:
         return images / max(self.seconds["train"], 1e-9)
 
     def report(self, images: float) -> dict[str, Any]:
-        """Return the breakdown up to now for the report, in seconds; `images` is the number of trained images."""
+        """Return `seconds` by category, `goodput`, the number of trained `images`, and `images_per_second`."""
         self.lap()
         return {
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
@@ -125,7 +125,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Write the breakdown as of the last `lap` or change of category."""
+        """Write the breakdown as of the last `lap` or change of category, to `file` if there is one."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

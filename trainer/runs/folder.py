@@ -1,4 +1,4 @@
-"""The output_dir of a run: lock it, decide whether the run begins, resumes or is finished, and record its starts."""
+"""A run's output_dir: lock it, decide whether the run begins, resumes or is finished, and record its starts."""
 
 import datetime
 import fcntl
@@ -49,16 +49,16 @@ from trainer.storage.staging import is_remote
 from trainer.types import Dataset, Device, has_fingerprints, require_fingerprint
 
 LOCK_INTERVAL_SECONDS = 0.5  # between attempts to lock a folder that another process uses
-LOCK = ".lock"  # file in a local folder, on which the process that trains there holds a flock
+LOCK = ".lock"  # file in a local output_dir, on which the training process holds a flock
 RUN_JSON = "run.json"  # records the dataset and the starts of a run
 RESULTS = ("export", "report", DONE)  # files and folders that a run writes after its last step
 
 
 @dataclass
 class RunFolder:
-    """The output_dir of this run, which the chief has locked. Other workers do not access it.
+    """This run's output_dir, which the chief has locked. Other workers do not access it.
 
-    Before `begin`, a start changes only two things in output_dir: the lock (in a bucket, the lease), and `.starts`, the
+    Before `begin`, a start changes only two files in output_dir: the lock (in a bucket, the lease), and `.starts`, the
     list of starts that ended before the run began or resumed.
     """
 
@@ -67,22 +67,22 @@ class RunFolder:
     resuming: bool  # whether an earlier start has saved a checkpoint; always False on workers other than the chief
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
-    config: RequestedConfig  # if `resuming`, with the values that the run chose for `auto`
+    config: RequestedConfig  # configuration of this start; if `resuming`, the run's values replace `auto`
     previous: RunConfig | None = None  # configuration of the last start; None if there was none or it is corrupt
     created: bool = False  # whether this process created the folder
     begun: bool = False  # whether `begin` was called; always False on workers other than the chief
-    run_json: dict[str, Any] = field(default_factory=dict)  # as the last start wrote it; empty if missing or corrupt
-    unbegun: UnbegunStarts | None = None  # None on workers other than the chief
-    student: str | None = None  # if this is the run of a teacher: output_dir of its student, which trains next
-    _written: dict[str, Any] = field(default_factory=dict)  # last written content of run.json, if the file is corrupt
+    run_json: dict[str, Any] = field(default_factory=dict)  # its content before `begin`; empty if missing or corrupt
+    unbegun: UnbegunStarts | None = None  # the content of `.starts`; None on workers other than the chief
+    student: str | None = None  # output_dir of the student that trains next; None if this is not a teacher's run
+    _written: dict[str, Any] = field(default_factory=dict)  # run.json as last written, if the file is corrupt
 
     @property
     def is_new(self) -> bool:
-        """True if there is no checkpoint, and the last start, if any, had other settings or a corrupt config.yaml."""
+        """Whether there is no checkpoint, and the last start, if any, had other settings or a corrupt config.yaml."""
         return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise a DataError if a resumed run began with other data, or with other initial weights."""
+        """Raise a DataError if the run resumes, but began with other data or other initial weights."""
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
             check_same_weights(self.address, self.run_json.get("initial_weights", {}), self.config)
@@ -90,16 +90,16 @@ class RunFolder:
     def begin(
         self, config: RunConfig, dataset: Dataset, of_phases: dict[str, dict[str, Any]], fields: dict[str, Any]
     ) -> None:
-        """Write config.yaml, which marks the folder as that of this run, and run.json; start to publish the folder.
+        """Write config.yaml, which marks the folder as this run's, and run.json; start publishing the folder.
 
-        Deletes DONE, because the start may extend a finished run, and temporary files of killed processes. Renames
-        corrupt JSON files.
+        Also deletes DONE, because this start may extend a finished run, deletes temporary files of killed processes,
+        and renames corrupt JSON files.
 
         Args:
-            config: content of config.yaml.
+            config: the configuration to write to config.yaml.
             dataset: the dataset whose fingerprints run.json records.
-            of_phases: for run.json: `features`, the input of each phase, and `xla`, whether its step is compiled.
-            fields: for run.json: `classes` and `advice` describe the run, all other fields this start.
+            of_phases: `features` and `xla` of run.json: each phase's input, and whether its step is compiled, by phase.
+            fields: other fields of run.json: `classes` and `advice` describe the run, all others describe this start.
 
         Raises:
             OSError: the disk is full or fails.
@@ -109,14 +109,14 @@ class RunFolder:
         delete_unfinished(self.path)
         for line in list_moved_addresses(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
-        moved = list_moved_addresses(self.previous, config, INITIAL_WEIGHTS) if self.previous and self.resuming else []
-        for line in moved:
+        moves = list_moved_addresses(self.previous, config, INITIAL_WEIGHTS) if self.previous and self.resuming else []
+        for line in moves:
             log.info(f"{line}: not read, the weights are those of the checkpoint")
-        with temporary_file(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            sync(temporary)
-            (self.path / DONE).unlink(missing_ok=True)  # only now: if the disk is full, the write above has failed
-            os.replace(temporary, self.path / "config.yaml")
+        with temporary_file(self.path / "config.yaml") as new_file:
+            new_file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            sync(new_file)
+            (self.path / DONE).unlink(missing_ok=True)  # after the write, so that DONE remains if the disk is full
+            os.replace(new_file, self.path / "config.yaml")
         sync(self.path)
         for name, parse in {RUN_JSON: parse_run_json, ATTEMPTS: parse_entries, BREAKDOWN_FILE: parse_breakdown}.items():
             try:
@@ -124,10 +124,10 @@ class RunFolder:
             except DataError as error:
                 new_name = rename_corrupt_file(self.path / name).name
                 log.info(f"{error.problem}: renamed to {new_name}, and begun anew{_CORRUPTION_EFFECTS[name]}")
-        earlier = {} if self.is_new else self.run_json
-        if warning := describe_versions(earlier):
+        old_json = {} if self.is_new else self.run_json
+        if warning := describe_versions(old_json):
             log.warning(warning)
-        start = {
+        start_entry = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
             "command": ["python", "-m", "trainer", *sys.argv[1:]],
@@ -136,10 +136,10 @@ class RunFolder:
             "git": _git_commit(),
         }
         run_fields = {key: fields[key] for key in ("classes", "advice") if key in fields}
-        start |= {key: value for key, value in fields.items() if key not in run_fields}
-        attempts = {"attempts": [*earlier.get("attempts", []), start]}
-        all_fields = run_fields | (earlier if self.resuming else {"initial_weights": describe_initial_weights(config)})
-        recorded_hashes = all_fields.get("data_fingerprint", {})  # of an older version: one hash, of kind "ends"
+        start_entry |= {key: value for key, value in fields.items() if key not in run_fields}
+        attempts = {"attempts": [*old_json.get("attempts", []), start_entry]}
+        all_fields = run_fields | (old_json if self.resuming else {"initial_weights": describe_initial_weights(config)})
+        recorded_hashes = all_fields.get("data_fingerprint", {})  # older versions wrote one hash, of kind "ends"
         fingerprints = {**(recorded_hashes if isinstance(recorded_hashes, dict) else {}), **dataset.fingerprints}
         self._written = all_fields | {"data_fingerprint": fingerprints} | of_phases | attempts
         write_json(self.path / RUN_JSON, self._written)
@@ -148,7 +148,7 @@ class RunFolder:
             self.unbegun.clear()
 
     def read_last_command(self) -> str:
-        """Return the command of this start, quoted for a shell."""
+        """Return the command of the last start in run.json, which is this start after `begin`, quoted for a shell."""
         return shlex.join((read_run_json(self.path) or self._written)["attempts"][-1]["command"])
 
     def update_run_json(self, fields: dict[str, Any]) -> None:
@@ -157,14 +157,14 @@ class RunFolder:
         write_json(self.path / RUN_JSON, self._written)
 
     def record_end(self, error: BaseException | None) -> None:
-        """Record the error that ends this start, unless the run has begun: then `RestartHistory` records it."""
+        """Record the error that ends this start before `begin`. Later errors are recorded in `RestartHistory`."""
         if self.unbegun and not self.begun:
             self.unbegun.end(error)
 
     def record_exit(self, code: int, reason: str, stopped: bool) -> None:
         """Record that this process exits at once with this code, and delete the folder if it is unused.
 
-        Called if another thread or worker ends this process, so that `abandon` is not reached. `stopped` is whether the
+        Called if another thread or worker ends this process, so that `abandon` is not reached. `stopped` is true if the
         cause is a stop request.
         """
         error_class = Interrupted if code in (INTERRUPTED, BUG) else ConfigError
@@ -178,10 +178,10 @@ class RunFolder:
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
                 if self.student:
-                    self.path.parent.rmdir()  # output_dir of the student; fails if other files are in it
+                    self.path.parent.rmdir()  # the student's output_dir; fails if other files are in it
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Record the end of a start that ended before `begin`, and release its folder; delete an unused folder."""
+        """Record the error of a start that ended before `begin`; release the folder, and delete it if it is unused."""
         self.record_end(error)
         self.publisher.close(publish=False)
         self._delete_if_unused()
@@ -189,7 +189,7 @@ class RunFolder:
             self.lock.close()
 
 
-_CORRUPTION_EFFECTS = {  # by corrupt file: what its loss means for the run, for the log
+_CORRUPTION_EFFECTS = {  # name of a corrupt file -> the end of its log message: the consequence of its loss
     RUN_JSON: "; the data cannot be compared with that of earlier starts",
     ATTEMPTS: "; earlier restarts are not counted",
     BREAKDOWN_FILE: "; the time breakdown lacks earlier starts",
@@ -197,7 +197,7 @@ _CORRUPTION_EFFECTS = {  # by corrupt file: what its loss means for the run, for
 
 
 def parse_run_json(value: Any) -> dict[str, Any]:
-    """Return the content of run.json if it is valid; raise one of `CONTENT_ERRORS` if it is not."""
+    """Return the content of run.json; raise one of `trainer.storage.small_files.CONTENT_ERRORS` if it is invalid."""
     fields = require_json_object(value)
     require_json_object(fields.get("features", {}))
     require_json_object(fields.get("xla", {}))
@@ -212,26 +212,26 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """Read the run.json of a run; return {} if the file does not exist or is corrupt."""
+    """Read the run.json in a run's folder; return {} if the file does not exist or is corrupt."""
     return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
-    """Describe the package versions that changed since the last start of a run; return None if none changed."""
+    """Describe the package versions that changed since a run's last start; return None if none changed."""
     last, now = (run_json.get("attempts") or [{}])[-1].get("versions", {}), collect_versions()
-    changed = [f"{name} {last[name]} -> {now[name]}" for name in now if last.get(name, now[name]) != now[name]]
-    if not changed:
+    changes = [f"{name} {last[name]} -> {now[name]}" for name in now if last.get(name, now[name]) != now[name]]
+    if not changes:
         return None
-    return f"resuming with other versions than the last start: {', '.join(changed)}; the results can differ in bits"
+    return f"resuming with other versions than the last start: {', '.join(changes)}; the results can differ in bits"
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the versions of the packages that determine the exact results of a run, by package name."""
+    """Return the versions of the packages that determine a run's exact results, by package name."""
     return {"kubetune": trainer.__version__} | {name: version(name) for name in ("tensorflow", "keras", "numpy")}
 
 
 def hash_source() -> str:
-    """Return a hash of the package's Python files, as 16 hex digits; images of one version can have different files."""
+    """Return a hash of the package's Python files, as 16 hex digits: images of one version can differ in their code."""
     digest, package = hashlib.sha256(), Path(trainer.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
@@ -252,7 +252,7 @@ def _git_commit() -> str | None:
 
 
 def create_output_folder(name: str | None) -> Path:
-    """Create a new folder, named after the time and the experiment `name`: outputs/20260131-120000-NAME.
+    """Create a new folder whose name has the time and the experiment's `name`: outputs/20260131-120000-NAME.
 
     Raises:
         ConfigError: the folder cannot be created.
@@ -290,17 +290,17 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
             break
         except OSError:
             lock.seek(0)
-            in_use = make_in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
+            in_use_error = make_in_use_error(f"another run ({lock.read().strip() or 'unknown process'})", folder)
             if time.monotonic() >= deadline:
                 lock.close()
-                raise in_use from None
+                raise in_use_error from None
         if not is_wait_logged:
-            log.info(f"output_dir={folder} {in_use.problem}; waiting up to {patience:.0f} s until it ends")
+            log.info(f"output_dir={folder} {in_use_error.problem}; waiting up to {patience:.0f} s until it ends")
         is_wait_logged = True
         time.sleep(LOCK_INTERVAL_SECONDS)
     try:
         lock.truncate(0)
-        # `os.write` has no buffer that `close` would have to write to a disk that is full meanwhile.
+        # `os.write` is unbuffered, so that `close` need not write to a disk that is full by then.
         os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     except OSError as error:
         lock.close()
@@ -309,10 +309,10 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
 
 
 def find_folder_holder(config: RequestedConfig) -> str | None:
-    """Describe the process that holds the lock or lease of output_dir, without writing anything.
+    """Describe the process that holds the lock or lease of `config.output_dir`. Writes nothing.
 
-    Returns None if the folder is free, or its lock file cannot be opened, or the holder is a pod of the same Kubernetes
-    Job, whose lease this process can take over.
+    Returns None if the folder is free, if its lock file cannot be opened, or if the holder is a pod of the same
+    Kubernetes Job, whose lease this process can take over.
     """
     folder = storage_path(config.output_dir or "")
     if not folder.is_local:
@@ -334,21 +334,21 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
     If output_dir is in a bucket, also acquire its lease and download the run. Only the chief calls this.
 
     Raises:
-        ConfigError: the folder cannot be written to or used by this run (`check_folder`).
+        ConfigError: the folder cannot be written to, or cannot be used by this run (`check_folder`).
         DataError: `LATEST` or `BEST` in the bucket is corrupt.
         GaveUp: too many starts ended before the run began or resumed.
-        Interrupted: another process uses the folder, and still does so after a wait (`plan_patience`); the disk is
-            full; or the bucket does not respond.
+        Interrupted: another process still uses the folder after a wait (`plan_patience`), the disk is full, or the
+            bucket does not respond.
     """
     address = config.output_dir or str(create_output_folder(config.experiment_name))
     path = _local_folder(config, address)
     created = not config.output_dir or not path.exists()
-    uid = os.environ.get("JOB_UID") or None
-    patience = plan_patience(uid)
+    job_uid = os.environ.get("JOB_UID") or None
+    patience = plan_patience(job_uid)
     lock, lease = _lock_folder(path, patience), None
     if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
-        lease = acquire_lease(storage_path(address), holder, uid, patience=patience, log_message=log.info)
+        lease = acquire_lease(storage_path(address), holder, job_uid, patience=patience, log_message=log.info)
     publisher = Publisher(path, lease)
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
@@ -368,13 +368,13 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
 class FolderContents:
     """The contents of a folder that determine whether a run can use it."""
 
-    names: Set[str]  # of its files and folders, without the lock, `.starts`, config.yaml and temporary files
-    config: bytes | None  # content of config.yaml; None if there is none
-    has_checkpoint: bool  # also true if all its checkpoints are corrupt
+    names: Set[str]  # of its files and folders, except the lock, `.starts`, config.yaml and temporary files
+    config: bytes | None  # content of config.yaml; None if it does not exist
+    has_checkpoint: bool  # also true if all checkpoints are corrupt
 
     @property
     def results(self) -> list[str]:
-        """The names of the results, which a run writes after its last step, that are in the folder."""
+        """The names of the folder's results, which a run writes after its last step."""
         return [name for name in RESULTS if name in self.names]
 
 
@@ -398,24 +398,25 @@ def check_folder(
 
     Args:
         config: the requested configuration of this start.
-        address: output_dir, for errors.
-        contents: what is in output_dir now.
+        address: output_dir, for error messages.
+        contents: the current contents of output_dir.
 
     Returns:
-        The configuration of the last start. It is None if there was no start, or if config.yaml is corrupt and there is
-        no checkpoint. Then the configuration of this start, if it resumes a checkpoint. It is None if the run begins:
-        without a checkpoint nothing is lost if the settings differ.
+        - The configuration of the last start. None if there was none, or if config.yaml is corrupt and there is no
+          checkpoint.
+        - The configuration with which this start resumes from a checkpoint. None if there is no checkpoint; then the
+          run begins, and its settings can differ from those of the last start.
 
     Raises:
-        ConfigError: the folder has another run, other files, a corrupt config.yaml with checkpoints, or results without
-            the checkpoints that a run needs to continue; or `resume` forbids to use it.
+        ConfigError: the folder contains another run, other files, checkpoints with a corrupt config.yaml, or results
+            without the checkpoints that a run needs to continue; or `resume` does not permit its use.
     """
     if contents.config is None:
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        trained_first = {FOLDER} if configure_teacher(config) else set()
-        if names := contents.names - trained_first:
+        teacher_names = {FOLDER} if configure_teacher(config) else set()  # the teacher's run, which trains first
+        if names := contents.names - teacher_names:
             problem, fix = (
                 f"is not empty and holds no run ({escape_unprintable(min(names))})",
                 "give an empty folder",
@@ -430,12 +431,12 @@ def check_folder(
         fix = "give another folder; without checkpoints a run cannot continue, and its results would be overwritten"
         raise ConfigError(problem, key="output_dir", value=address, fix=fix)
     try:
-        before = parse_stored_config(contents.config, address)
+        stored_config = parse_stored_config(contents.config, address)
     except ConfigError:
         if contents.has_checkpoint:
             raise
         return None, None
-    return before, check_same_run(config, before, address) if contents.has_checkpoint else None
+    return stored_config, check_same_run(config, stored_config, address) if contents.has_checkpoint else None
 
 
 def parse_stored_config(content: bytes, address: str) -> RunConfig:
@@ -450,10 +451,9 @@ def parse_stored_config(content: bytes, address: str) -> RunConfig:
 
 
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Return the configuration with which this start would resume a run, and the run.json of that run.
+    """Return the configuration with which this start would resume a run, and that run's run.json. Writes nothing.
 
-    Returns None and {} if the run would begin. The second value is {} as well if run.json is missing or corrupt. Writes
-    nothing.
+    Returns None and {} if the run would begin. The second value is also {} if run.json is missing or corrupt.
 
     Raises:
         ConfigError: the run cannot use its output_dir (`check_folder`).
@@ -466,7 +466,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
 
 
 def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) -> None:
-    """Raise a DataError if the run in output_dir `address` began with a dataset of another fingerprint."""
+    """Raise a DataError if the run in output_dir `address` began with a dataset whose fingerprint differs."""
     recorded = run_json.get("data_fingerprint")
     if recorded is not None and not has_fingerprints(dataset, recorded):
         recorded, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (recorded, dataset.fingerprints))
@@ -476,11 +476,11 @@ def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) ->
 
 
 def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> RunConfig:
-    """Return `config` with the values of an earlier start for keys that are `auto`.
+    """Return `config` with each `auto` replaced by the value in `before`, the stored configuration of a run.
 
     Raises:
-        ConfigError: `before`, the configuration of the run in output_dir `address`, differs in a value that a resumed
-            run cannot change.
+        ConfigError: the configurations differ in a value that a resumed run cannot change. `address` is the run's
+            output_dir, for the message.
     """
     config, _ = resolve_auto(config, begun=before)
     if changed := list_forbidden_changes(before, config):
@@ -490,7 +490,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
 
 
 def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
-    """List the changes that a resumed run must not have, and the changed addresses, as "key: before -> now"."""
+    """List the changes that a resumed run cannot have, and the changed addresses, as "key: before -> now"."""
     config, _ = resolve_auto(config, begun=before)
     moved_addresses = list_moved_addresses(before, config, (*ADDRESSES, *INITIAL_WEIGHTS))
     return [*list_forbidden_changes(before, config), *moved_addresses]
@@ -507,14 +507,14 @@ def is_finished(config: RequestedConfig) -> bool:
     folder = storage_path(config.output_dir)
     if not (folder / "DONE").exists():
         return False
-    before = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
-    config, _ = resolve_auto(config, begun=before)
-    is_same_length = before.phases == config.phases and before.debug.max_steps == config.debug.max_steps
-    return is_same_length and not _list_changes(before, config)
+    stored_config = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
+    config, _ = resolve_auto(config, begun=stored_config)
+    is_same_length = stored_config.phases == config.phases and stored_config.debug.max_steps == config.debug.max_steps
+    return is_same_length and not _list_changes(stored_config, config)
 
 
 class Finished(Exception):
-    """The run is already finished, so the process ends with exit code 0. Not an error."""
+    """Not an error: the run is already finished, so the process ends with exit code 0."""
 
 
 def require_unfinished(config: RequestedConfig) -> None:
@@ -525,20 +525,20 @@ def require_unfinished(config: RequestedConfig) -> None:
 
 
 def require_output_dir(config: RequestedConfig, workers: int) -> None:
-    """Raise a ConfigError if a run with several workers has no output_dir."""
+    """Raise a ConfigError if a run with several `workers` has no output_dir."""
     if workers > 1 and not config.output_dir:
         raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
 def follow_run_folder(config: RequestedConfig) -> RunFolder:
-    """Create the `RunFolder` of a worker other than the chief. It accesses neither the disk nor the bucket."""
+    """Create the `RunFolder` for a worker other than the chief. It accesses neither the disk nor the bucket."""
     address = config.output_dir or ""
     path = _local_folder(config, address)
     return RunFolder(path, address, resuming=False, lock=None, publisher=Publisher(path, None), config=config)
 
 
 def _local_folder(config: RequestedConfig, address: str) -> Path:
-    """Return the local folder of a run: output_dir, or a cache folder if output_dir is in a bucket."""
+    """Return a run's local folder: output_dir itself, or a cache folder if output_dir is in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
     return config.runtime.cache_folder / "runs" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
@@ -549,8 +549,8 @@ def resolve_auto_once(
 ) -> tuple[RunConfig, list[str]]:
     """Resolve the `auto` values on the chief, and broadcast them. All workers must call this.
 
-    A resumed run uses the values of its earlier starts. A new run chooses them for the dataset, the device, and the
-    number of `replicas` of all workers.
+    A resumed run uses the values of its earlier starts. A new run chooses them for the dataset, the device, and
+    `replicas`, the number of replicas on all workers.
 
     Returns:
         The configuration, equal on all workers, and a line with the reason for each chosen value.

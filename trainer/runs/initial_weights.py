@@ -1,7 +1,7 @@
-"""The files that the weights of a new run are read from: `model.weights`, and the checkpoint of `warm_start`.
+"""The files from which a new run reads its weights: `model.weights`, and the checkpoint of `warm_start`.
 
-A run that resumes does not read them. When it begins, it records their checksums in run.json, so that a later start
-with other weights is refused.
+A new run records their checksums in run.json, so that a later start with other weights is refused. A resumed run does
+not read these files.
 """
 
 import json
@@ -23,10 +23,10 @@ from trainer.storage.staging import is_remote
 
 
 def describe_initial_weights(config: RequestedConfig) -> dict[str, dict[str, str]]:
-    """Return the address and the CRC32C of the initial weights of a new run, by configuration key, for run.json.
+    """Return {"address", "crc32c"} of a new run's initial weights, by configuration key, for run.json.
 
-    The keys are "model.weights" and "warm_start". A key is omitted if its value is not the address of a file, or if the
-    content cannot be read.
+    The keys are "model.weights" and "warm_start". A key is omitted if its value is not an address, or if the checksum
+    cannot be computed.
     """
     weights_by_key = {}
     values = flatten(config.model_dump(mode="json"))
@@ -37,13 +37,13 @@ def describe_initial_weights(config: RequestedConfig) -> dict[str, dict[str, str
 
 
 def check_same_weights(run: str, recorded: Mapping[str, Any], config: RequestedConfig) -> None:
-    """Raise a DataError if a run began with other weights than those of `config`.
+    """Raise a DataError if a run began with weights other than those in `config`.
 
-    Weights at the recorded address are not compared, nor are weights that no longer exist, because a run that resumes
-    does not need them.
+    Weights at the recorded address are not compared, nor are weights that no longer exist, because a resumed run does
+    not need them.
 
     Args:
-        run: output_dir of the run, for the error.
+        run: the run's output_dir, for the error.
         recorded: the result of `describe_initial_weights` when the run began.
         config: the configuration of this start.
     """
@@ -58,39 +58,39 @@ def check_same_weights(run: str, recorded: Mapping[str, Any], config: RequestedC
 
 
 def _compute_crc32c(key: str, address: str) -> str:
-    """Return the CRC32C of the weights at an address, as 8 hex digits; "" if they have no file or cannot be read."""
+    """Return the CRC32C of the weights at an address, as 8 hex digits; "" if it cannot be determined."""
     if key == "model.weights" and address in NAMED_WEIGHTS:
         return ""
     with suppress(OSError, TrainerError, *CONTENT_ERRORS):
         if key == "model.weights":
             info = storage_path(address).stat() if is_remote(address) else None
-            if info and info.crc32c is None:  # another program has written this object in S3
+            if info and info.crc32c is None:  # an object in S3 that another program has written
                 return crc32c_hex(info.path.read())
             crc32c = info.crc32c if info else compute_file_crc32c(Path(address).expanduser())
             return f"{crc32c:08x}"
-        if not is_remote(address):  # otherwise the run would have to be downloaded
+        if not is_remote(address):  # a remote run would have to be downloaded
             manifest = json.loads((find_warm_start(address, Path(address).expanduser()) / "manifest.json").read_bytes())
             return str(manifest["variables.npz"]["crc32c"])
     return ""
 
 
 def find_warm_start(source: str, folder: Path) -> Path:
-    """Return the folder of the checkpoint for a warm start: the best one of a run, or else its newest.
+    """Return the checkpoint folder for a warm start: a run's best checkpoint, or else its newest.
 
-    `folder` is the local output_dir of a run, or one of its checkpoints, which is returned. `source` is the value of
+    `folder` is a run's local output_dir, or one of its checkpoints, which is then returned. `source` is the value of
     `warm_start`, for errors. Raises DataError if there is no checkpoint, or the file `BEST` is corrupt.
     """
     checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent != folder:
         return folder
-    best, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
-    return checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best), steps[-1]))
+    best_names, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
+    return checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best_names), steps[-1]))
 
 
 def open_local_checkpoints(source: str, folder: Path) -> CheckpointFolder:
-    """Open the checkpoints of a run for reading.
+    """Open a run's checkpoints for reading.
 
-    `folder` is the local output_dir of the run, or one of its checkpoints. `source` is the value of `warm_start`, for
+    `folder` is the run's local output_dir, or one of its checkpoints. `source` is the value of `warm_start`, for
     errors. Raises DataError if the folder does not exist, or the run has no checkpoint.
     """
     run_folder = folder if (folder / "checkpoints").is_dir() else folder.parent.parent

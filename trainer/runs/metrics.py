@@ -1,4 +1,4 @@
-"""Write the training metrics of a run to the log or a progress display, metrics.jsonl and TensorBoard."""
+"""Write a run's training metrics to metrics.jsonl, TensorBoard, and the log or a progress display."""
 
 import json
 import shutil
@@ -23,57 +23,57 @@ from trainer.storage.disk import describe_failure
 from trainer.storage.local import add_path_to_errors, temporary_file, write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 
-TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # of each epoch
-SCORE_PREFIX = "validation/"  # of the names of these scores in TensorBoard
+TENSORBOARD_SCORES = ("val_loss", "val_accuracy", "val_macro_f1", "val_top_5")  # scores written after each epoch
+SCORE_PREFIX = "validation/"  # prefix of these scores' names in TensorBoard
 
 
 def truncate_metrics(metrics: Path, logs: Path, step: int, epoch_step: int) -> None:
-    """Delete the metrics after the checkpoint with which a run resumes, from metrics.jsonl and the TensorBoard files.
+    """In metrics.jsonl and the TensorBoard files, delete all metrics newer than a resumed run's checkpoint.
 
-    A checkpoint of the last step of an epoch can be older than the validation of this epoch, which is then repeated.
+    A checkpoint at the last step of an epoch can be older than the epoch's validation, which is then repeated.
 
-    A kill can truncate the last line or record of a file, which is deleted. If a file is corrupt elsewhere, a copy of
-    it remains (NAME.damaged).
+    A last line or record that a kill has truncated is also deleted. If a file is corrupt elsewhere, a copy of it is
+    retained (NAME.damaged).
 
     Args:
         metrics: path of metrics.jsonl, which need not exist.
         logs: folder with one folder of TensorBoard files per phase.
-        step: optimizer steps of the run at its newest checkpoint.
+        step: step of the newest checkpoint, from which the run resumes.
         epoch_step: step at the end of the last epoch whose validation the checkpoint has; 0 if there is none.
     """
     if metrics.exists():
         content = metrics.read_bytes()
-        retained = [_is_retained(line, step, epoch_step) for line in content.splitlines()]
-        # A kill can truncate only the last line, which has no line break then.
-        if num_corrupt := retained[: len(retained) - (not content.endswith(b"\n"))].count(None):
+        retain_flags = [_is_retained(line, step, epoch_step) for line in content.splitlines()]
+        # A kill can truncate only the last line, which then has no line break.
+        if num_corrupt := retain_flags[: len(retain_flags) - (not content.endswith(b"\n"))].count(None):
             shutil.copyfile(metrics, backup := metrics.with_name(f"{metrics.name}.damaged"))
             subject = "1 line is" if num_corrupt == 1 else f"{num_corrupt} lines are"
             log.info(f"{metrics}: {subject} corrupt and deleted; {backup.name} is a copy of the file")
-        write_atomically(metrics, b"".join(compress(content.splitlines(keepends=True), retained)))
+        write_atomically(metrics, b"".join(compress(content.splitlines(keepends=True), retain_flags)))
     for file in list(logs.glob("*/events.out.tfevents.*")):
-        with temporary_file(file) as truncated:
-            end, is_intact = 0, True  # end: byte offset of the end of the intact records
-            with tf.io.TFRecordWriter(str(truncated)) as writer, suppress(tf.errors.DataLossError):
+        with temporary_file(file) as new_file:
+            size, is_intact = 0, True  # size: length of the intact records, in bytes
+            with tf.io.TFRecordWriter(str(new_file)) as writer, suppress(tf.errors.DataLossError):
                 for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
                     try:
                         event = Event.FromString(record)
                     except DecodeError:
                         is_intact = False
                         break
-                    end += HEADER_BYTES + len(record) + FOOTER_BYTES
+                    size += HEADER_BYTES + len(record) + FOOTER_BYTES
                     is_score = any(value.tag.startswith(SCORE_PREFIX) for value in event.summary.value)
                     if event.step <= (epoch_step if is_score else step):
                         writer.write(record)
-            if not (is_intact and is_truncated_at(file, end)):
+            if not (is_intact and is_truncated_at(file, size)):
                 # TensorBoard reads any file with "tfevents" in its name.
                 backup = file.with_name(f"{file.name.replace('tfevents', 'events')}.damaged")
                 shutil.copyfile(file, backup)
-                log.info(f"{file}: is corrupt, and ends before byte {end:,} now; {backup.name} is a copy of the file")
-            truncated.replace(file)
+                log.info(f"{file}: is corrupt, and ends before byte {size:,} now; {backup.name} is a copy of the file")
+            new_file.replace(file)
 
 
 def _is_retained(line: bytes, step: int, epoch_step: int) -> bool | None:
-    """Return whether a line of metrics.jsonl is not later than the checkpoint; None if the line is corrupt."""
+    """Return whether a line of metrics.jsonl is not newer than the checkpoint; None if the line is corrupt."""
     try:
         entry = json.loads(line)
         return require_nonnegative(entry["step"]) <= (epoch_step if entry["kind"] == "epoch" else step)
@@ -82,16 +82,17 @@ def _is_retained(line: bytes, step: int, epoch_step: int) -> bool | None:
 
 
 def count_steps_to_profile(step: int, window: tuple[int, int] | None) -> int:
-    """Return the number of steps after `step` before the profiler starts or stops, a very large one if it does not.
+    """Return the number of steps from `step` until the profiler next starts or stops; `sys.maxsize` if it does neither.
 
-    Every worker computes it, so that all run the same number of steps in a device call.
+    `window` is the first and the last step to profile, counted from 1; None to profile no steps. All workers call this,
+    so that they run the same number of steps in a device call.
     """
     boundaries = [window[0] - 1, window[1]] if window else []
     return next((boundary - step for boundary in boundaries if boundary > step), sys.maxsize)
 
 
 class MetricsWriter:
-    """Writes the metrics of a run on the chief. On other workers it only sets the gauges for `/metrics`.
+    """Writes a run's metrics on the chief. On other workers, only sets the gauges for `/metrics`.
 
     A line of metrics.jsonl has the metrics of a logging interval ("kind": "train") or an epoch ("kind": "epoch").
     Values that depend on the machine and the time are under "timing"; everything else is reproducible.
@@ -101,9 +102,9 @@ class MetricsWriter:
         """Create a writer, which writes nothing yet.
 
         Args:
-            folder: local folder of the run; None on workers other than the chief.
-            style: `runtime.progress`: "bar", "lines", or "auto", which is a bar on a terminal.
-            batch_size: size of the global batch, to estimate the remaining time.
+            folder: the run's local folder; None on workers other than the chief.
+            style: `runtime.progress`: "bar", "lines", or "auto", which is a bar if stdout is a terminal.
+            batch_size: global batch size, from which the remaining time is estimated.
         """
         self.folder, self.style, self.batch_size, self.total_steps = folder, style, batch_size, 1
         self.display: Display | None = None
@@ -119,15 +120,15 @@ class MetricsWriter:
     def enter_phase(self, name: str, *, step: int, phase_step: int, steps: int, last_epoch: int) -> None:
         """Show a phase in the progress display.
 
-        At step `step` of the run, `phase_step` of the `steps` steps of the phase are done. The phase ends in epoch
-        `last_epoch` of the run, counted from 1. Call this again after the first device call, which compiles: the
-        remaining time is estimated from the last call of this function.
+        At step `step` of the run, `phase_step` of the phase's `steps` steps are done. The phase ends in epoch
+        `last_epoch` of the run, counted from 1. Call this again after the first device call, which compiles the step:
+        the remaining time is estimated from the speed since the last call of this method.
         """
         if self.display:
             self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)
 
     def log(self, text: str, **fields: Any) -> None:
-        """Log a line on the chief: above the progress display, or, if there is none, with `fields` in a JSON log."""
+        """Print `text` above the chief's progress display. Without a display, log it with `fields` for a JSON log."""
         if self.display:
             self.display.console.print(text, markup=False, soft_wrap=True)
         elif self.folder:
@@ -143,29 +144,31 @@ class MetricsWriter:
             entry: phase, epoch, step, loss, accuracy and learning_rate.
             examples: number of examples that all workers trained on in the interval.
             seconds: duration of the interval.
-            waited: seconds of it in which this worker waited for data.
+            waited: seconds of the interval in which this worker waited for data.
             goodput: fraction of the time since the first start that was spent on training steps or features, 0..1.
-            mean_rate: mean throughput of the run so far, in images per second.
+            mean_rate: the run's mean throughput so far, in images per second, for the progress display.
         """
         seconds = max(seconds, 1e-9)
-        rate, wait = examples / seconds, min(waited / seconds, 1.0)
-        left = format_duration((self.total_steps - entry["step"]) * self.batch_size / rate)
-        timing = {"images_per_second": round(rate, 1), "data_wait": round(wait, 4), "goodput": round(goodput, 4)}
+        rate, wait_ratio = examples / seconds, min(waited / seconds, 1.0)
+        time_left = format_duration((self.total_steps - entry["step"]) * self.batch_size / rate)
+        timing = {"images_per_second": round(rate, 1), "data_wait": round(wait_ratio, 4), "goodput": round(goodput, 4)}
         phase, epoch, step = entry["phase"], entry["epoch"], entry["step"]
         self._write({"kind": "train", **entry, "timing": timing | {"time": time.time()}})
-        health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait, goodput_ratio=goodput)
+        health.set_gauges(loss=entry["loss"], images_per_second=rate, data_wait_ratio=wait_ratio, goodput_ratio=goodput)
         scalars = {f"train/{key}": entry[key] for key in ("loss", "accuracy", "learning_rate")}
-        scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait, "speed/goodput": goodput}
+        scalars |= {"speed/images_per_second": rate, "speed/data_wait": wait_ratio, "speed/goodput": goodput}
         self._write_scalars(phase, step, scalars)
-        loss, accuracy, lr = f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}", entry["learning_rate"]
-        lr_wait = [f"lr {lr:.2e}", f"waiting {wait:.0%}"]
+        loss_text, accuracy_text, lr = (f"loss {entry['loss']:.4g}", f"accuracy {entry['accuracy']:.4f}",
+                                        entry["learning_rate"])  # fmt: skip
+        lr_and_wait_texts = [f"lr {lr:.2e}", f"waiting {wait_ratio:.0%}"]
         if self.display:
             speed = [f"{mean_rate:,.0f} images/s", f"goodput {goodput:.0%}"]
-            self.display.figures = [loss, accuracy, *speed, *lr_wait]
+            self.display.figures = [loss_text, accuracy_text, *speed, *lr_and_wait_texts]
             return
         progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-        line = "  ".join([loss, accuracy, lr_wait[0], f"{rate:,.0f} images/s", lr_wait[1], f"goodput {goodput:.0%}"])
-        self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {left}", **entry, **timing)
+        line = "  ".join([loss_text, accuracy_text, lr_and_wait_texts[0], f"{rate:,.0f} images/s",
+                          lr_and_wait_texts[1], f"goodput {goodput:.0%}"])  # fmt: skip
+        self.log(f"{phase}  epoch {epoch}  {progress}  {line}  left {time_left}", **entry, **timing)
 
     def write_epoch(self, entry: dict[str, Any], timing: dict[str, float], best: bool) -> None:
         """Write and log the metrics of an epoch: training means and validation scores.
@@ -179,11 +182,11 @@ class MetricsWriter:
         scores = {f"{SCORE_PREFIX}{key.removeprefix('val_')}": entry[key] for key in TENSORBOARD_SCORES if key in entry}
         self._write_scalars(entry["phase"], entry["step"], scores)
         self.flush()
-        top_5 = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
+        top_5_text = f"  val_top_5 {entry['val_top_5']:.4f}" if "val_top_5" in entry else ""
         text = (
             f"{entry['phase']}  epoch {entry['epoch']} done in {timing['seconds']:.1f} s: loss {entry['loss']:.4g}  "
             f"accuracy {entry['accuracy']:.4f}  val_loss {entry['val_loss']:.4g}  "
-            f"val_accuracy {entry['val_accuracy']:.4f}{top_5}{'  (best)' if best else ''}"
+            f"val_accuracy {entry['val_accuracy']:.4f}{top_5_text}{'  (best)' if best else ''}"
         )
         self.log(text, **entry, **timing)
 
@@ -203,7 +206,7 @@ class MetricsWriter:
                 tf.summary.scalar(name, value)
 
     def flush(self) -> None:
-        """Flush the TensorBoard files, so that a kill loses no records from before the checkpoint that comes next."""
+        """Flush the TensorBoard files, so that a kill loses no records that are older than the next checkpoint."""
         for writer in self._writers.values():
             writer.flush()
 
@@ -211,8 +214,8 @@ class MetricsWriter:
         """Start or stop TensorBoard's profiler before a device call, so that it records the steps in `window`.
 
         Args:
-            step: steps of the run before the device call, which ends at `count_steps_to_profile` more at the latest.
-            window: the first and the last step, counted from 1; None to stop the profiler.
+            step: steps of the run before the device call, which must not run more than `count_steps_to_profile` steps.
+            window: the first and the last step to record, counted from 1; None to stop the profiler.
         """
         if self.folder is None:
             return
@@ -224,7 +227,7 @@ class MetricsWriter:
             self._profiling = False
 
     def stop_display(self) -> None:
-        """Erase the progress display, if there is one. Later lines go to the log."""
+        """Erase the progress display, if there is one. Later lines are written to the log."""
         if self.display:
             self.display.stop()
             self.display = None

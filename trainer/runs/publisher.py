@@ -1,8 +1,8 @@
-"""Publish the local folder of a run to its folder in a bucket, in the background of training.
+"""Publish a run's local folder to its folder in a bucket, in the background during training.
 
-Both folders have the same layout, except that the names of checkpoints in the bucket end with a token of the process
-that published them: `step-00000420-1a2b3c4d`. A checkpoint is committed when `LATEST`, which is written through the
-lease, names it. `DONE` is written last, also through the lease.
+Both folders have the same layout, except that checkpoint names in the bucket end with a token of the process that
+published the checkpoint: `step-00000420-1a2b3c4d`. A checkpoint is committed once `LATEST` lists it. `LATEST` and
+`DONE`, which is written last, are written through the lease.
 """
 
 import shutil
@@ -23,20 +23,20 @@ from trainer.storage.lease import Lease
 from trainer.storage.local import join_inside
 from trainer.storage.staging import describe_left_out, divide_listing
 
-PUBLISH_SECONDS = 30.0  # interval of publishing changed files: metrics, TensorBoard, time breakdown
+PUBLISH_SECONDS = 30.0  # interval at which changed files are published: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
-LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"  # files in the folder of a run
+LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"  # files in a run's folder
 FINAL_RESULTS = ("report/", "export/")  # folders that are published only at the end
-TEMPORARY = ("autotuning/tmp/",)  # folders that are not published: XLA still renames the files in them
+TEMPORARY = ("autotuning/tmp/",)  # folders that are not published, because XLA renames their files when complete
 
 
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
-    """Replace a local folder by the files of a run in a bucket, and return the names of its committed checkpoints.
+    """Replace the contents of a local folder with the files of a run in a bucket.
 
-    Report, export, DONE, uncommitted checkpoints and the run of a teacher are not downloaded.
+    Report, export, DONE, uncommitted checkpoints and a teacher's run are not downloaded.
 
     Returns:
-        The name of each committed checkpoint on disk -> its name in the bucket.
+        The name of each committed checkpoint in the bucket, by its name on disk.
 
     Raises:
         DataError: `LATEST` or `BEST` in the bucket is corrupt.
@@ -44,7 +44,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
     """
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
-    committed = read_pointer(remote / LATEST)
+    committed_names = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
     infos_by_name, left_out = divide_listing(remote, remote.list())
     if left_out:
@@ -55,64 +55,64 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
         target_name = name
         if name.startswith(f"checkpoints/{PREFIX}"):
             _, checkpoint, *file_path = name.split("/")
-            if checkpoint not in committed or len(file_path) != 1:
+            if checkpoint not in committed_names or len(file_path) != 1:
                 continue
             target_name = f"checkpoints/{_strip_token(checkpoint)}/{file_path[0]}"
         downloads.append((info.path, join_inside(local, target_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
-    for pointer, names in ((LATEST, committed), (BEST, read_pointer(remote / BEST))):
+    for pointer, names in ((LATEST, committed_names), (BEST, read_pointer(remote / BEST))):
         if names:
             (local / pointer).write_text(_strip_token(names[0]) + "\n")
-    return {_strip_token(name): name for name in committed}
+    return {_strip_token(name): name for name in committed_names}
 
 
 class Publisher:
-    """Copies a local folder to the folder of a lease in a bucket. While it has the lease, no other process can commit.
+    """Copies a local folder to the bucket folder of a lease. While it has the lease, no other process can commit there.
 
     `lease` is None if output_dir is local, and on workers other than the chief. Then nothing is copied, and only two
-    methods have an effect: `publish_checkpoints` records the checkpoint for `/healthz`, and `finish` writes DONE.
+    methods have an effect: `publish_checkpoints` records the checkpoint in `health`, and `finish` writes DONE.
     """
 
     def __init__(self, local: Path, lease: Lease | None) -> None:
-        """Create a publisher of the folder `local`. It publishes nothing before `begin`."""
+        """Create a publisher for the folder `local`. It publishes nothing before `begin`."""
         self.local, self.lease = local, lease
         self.token = uuid.uuid4().hex[:8]
         self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
         self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time (ns) when it was copied
         self._error: BaseException | None = None  # raised in the background thread
-        self._pending: Future[None] | None = None
+        self._pending: Future[None] | None = None  # the last submitted publication
         self._closed, self._begun = threading.Event(), False
         if lease:
             self._pool = ThreadPoolExecutor(1, "publisher")  # one thread: publications do not overlap
 
     def fetch(self) -> None:
-        """Replace `local` by the run's files in the bucket. Raises the errors of `fetch_run`."""
+        """Replace the contents of `local` with the run's files in the bucket. Raises the errors of `fetch_run`."""
         if self.lease:
             self._names = fetch_run(self.lease.folder, self.local)
 
     def begin(self) -> None:
-        """Delete DONE in the bucket, and start to publish changed files, now and then every `PUBLISH_SECONDS`."""
+        """Delete DONE in the bucket, and start publishing changed files: at once, then every `PUBLISH_SECONDS`."""
         self._begun = True
         if self.lease:
-            self.lease.delete(DONE)  # first: with the new config.yaml it would mark an extended run as finished
+            self.lease.delete(DONE)  # first, because with the new config.yaml it would mark an extended run as finished
             self._submit(self._publish_files)
             threading.Thread(target=self._publish_periodically, name="publish", daemon=True).start()
 
     def publish_checkpoints(self) -> None:
-        """Start to publish the local checkpoints in the background. Call `wait` before the next one is written."""
+        """Start publishing the local checkpoints in the background. Call `wait` before the next one is written."""
         if not self.lease:
             health.record_checkpoint()
         self._submit(partial(self._upload_and_commit, time.monotonic()))
 
     def wait(self) -> None:
-        """Wait until the running publication has ended. Raises the errors of `check`."""
+        """Wait until the last submitted publication has ended. Raises the errors of `check`."""
         if self._pending:
             self._pending.result()
         self.check()
 
     def check(self) -> None:
-        """Raise the error of the background thread, if any. Raise Interrupted if the lease was lost."""
+        """Raise the background thread's error, if any. Raise Interrupted if the lease was lost."""
         if self._error:
             raise self._error
         if self.lease:
@@ -132,9 +132,9 @@ class Publisher:
         (self.local / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
-        """Release the lease, if any. Before that, publish changed files if the run has begun and nothing failed.
+        """Release the lease, if any, after publishing changed files if the run has begun and nothing has failed.
 
-        `publish=False` skips this publication. Later calls have no effect.
+        `publish=False` skips this publication. Further calls have no effect.
         """
         if not self.lease or self._closed.is_set():
             return
@@ -163,9 +163,9 @@ class Publisher:
                 self._submit(self._publish_files)
 
     def _upload_and_commit(self, written_at: float) -> None:
-        """Upload new local checkpoints, commit them, and delete those that no longer exist locally.
+        """Upload new local checkpoints, commit them, and delete those in the bucket that no longer exist locally.
 
-        `written_at` is the time.monotonic() at which the newest one was written.
+        `written_at` is the time.monotonic() at which the newest checkpoint was written.
         """
         assert self.lease
         remote = self.lease.folder
@@ -190,25 +190,25 @@ class Publisher:
                 folder.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:
-        """Copy changed files except checkpoints. Read each file only once, because it can grow meanwhile."""
+        """Copy changed files, with `results` also report and export, but no checkpoints, to the bucket."""
         assert self.lease
         self.lease.check()
-        config_file = self.local / "config.yaml"  # copied first, so that after a kill the folder is that of a run
+        config_file = self.local / "config.yaml"  # copied first, so that after a kill the folder counts as a run's
         for file in sorted(self.local.rglob("*"), key=lambda file: (file != config_file, file)):
             name = file.relative_to(self.local).as_posix()
-            hidden = any(component.startswith(".") for component in Path(name).parts)
-            excluded = (f"checkpoints/{PREFIX}", *TEMPORARY, *(() if results else FINAL_RESULTS))
-            temporary = name.endswith(".tmp")  # TensorFlow renames such a file once a program is written
-            if hidden or temporary or name in (DONE, LATEST, BEST) or name.startswith(excluded) or not file.is_file():
+            is_hidden = any(component.startswith(".") for component in Path(name).parts)
+            prefixes = (f"checkpoints/{PREFIX}", *TEMPORARY, *(() if results else FINAL_RESULTS))  # not copied
+            is_tmp = name.endswith(".tmp")  # TensorFlow renames such a file once the program in it is complete
+            if is_hidden or is_tmp or name in (DONE, LATEST, BEST) or name.startswith(prefixes) or not file.is_file():
                 continue
             file_stat = file.stat()
             size_and_time = (file_stat.st_size, file_stat.st_mtime_ns)
             if self._published.get(name) != size_and_time:
-                (self.lease.folder / name).write(file.read_bytes())
+                (self.lease.folder / name).write(file.read_bytes())  # one read, because the file can grow meanwhile
                 health.record_progress()
                 self._published[name] = size_and_time
 
 
 def _strip_token(name: str) -> str:
-    """Return the local name of a checkpoint in the bucket: "step-00000420" for "step-00000420-1a2b3c4d"."""
+    """Return the local name of a bucket's checkpoint: "step-00000420" for "step-00000420-1a2b3c4d"."""
     return "-".join(name.split("-")[:2])

@@ -1,9 +1,9 @@
-"""Record the starts of a run, and limit those without progress.
+"""Record a run's starts, and limit the number of starts without progress.
 
-Pods that end with exit code 75, and disrupted pods, do not count towards the `podFailurePolicy` of our Kubernetes Jobs.
-Without another limit, a run that makes no progress would be restarted forever. So starts without progress are counted
-here, and at the limit the run ends with exit code 3. Starts that only wait for other workers, or for a folder that is
-in use, are not counted.
+The `podFailurePolicy` of our Kubernetes Jobs ignores disrupted pods, and pods that end with exit code 75. Without
+another limit, a run without progress would be restarted forever. Therefore starts without progress are counted here,
+and at the limit the run ends with exit code 3. Starts that only wait for other workers, or for a folder that is in use,
+are not counted.
 """
 
 import contextlib
@@ -18,17 +18,18 @@ from trainer.storage.base import StoragePath, request_deadline
 from trainer.storage.local import write_json
 from trainer.storage.small_files import CONTENT_ERRORS, read_json_or_default, require_json_objects
 
-ATTEMPTS = "checkpoints/attempts.json"  # file of `RestartHistory`, in the folder of a run
-UNBEGUN = ".starts"  # file of `UnbegunStarts`, in the output_dir of a run, next to its lock
-MAX_ENTRIES = 100  # entries in each of these files
-STOPS_PER_FAILURE = 10  # a spot node is often preempted during a start, but a full disk evicts the pod every time
+ATTEMPTS = "checkpoints/attempts.json"  # file of `RestartHistory`, in a run's folder
+UNBEGUN = ".starts"  # file of `UnbegunStarts`, in a run's output_dir, next to its lock
+MAX_ENTRIES = 100  # maximum number of entries in each of these files
+# Stop requests that count as one failure: a spot node is often preempted, but a full disk evicts the pod at each start.
+STOPS_PER_FAILURE = 10
 RECORD_SECONDS = 5.0  # deadline of the bucket requests that record the end of a start
 # How a start has ended: after a stop request; with exit code 1 or 75; with another exit code.
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
 
 
 def parse_entries(value: Any) -> list[dict[str, Any]]:
-    """Return the entries of attempts.json or `.starts` if they are valid; raise one of `CONTENT_ERRORS` if not."""
+    """Return the entries of attempts.json or `.starts`; raise one of `CONTENT_ERRORS` if they are invalid."""
     return [
         {"step": int(entry["step"]), "started": str(entry["started"]), **{k: entry[k] for k in ("kind", "reason")}}
         for entry in require_json_objects(value)
@@ -36,26 +37,26 @@ def parse_entries(value: Any) -> list[dict[str, Any]]:
 
 
 def count_failures(entries: list[dict[str, Any]]) -> int:
-    """Count the failures among starts without progress. Ten stop requests count as one, refused starts do not count."""
+    """Count the failures among starts without progress. Ten stop requests count as one, a refused start as none."""
     num_stops = sum(entry["kind"] == STOPPED for entry in entries)
     return sum(entry["kind"] not in (STOPPED, REFUSED) for entry in entries) + num_stops // STOPS_PER_FAILURE
 
 
 def require_few_failures(entries: list[dict[str, Any]], max_failures: int, outcome: str, file: object) -> None:
-    """Raise GaveUp if starts without progress are at least `max_failures` failures.
+    """Raise GaveUp if `count_failures` of the starts without progress is at least `max_failures`.
 
     Args:
         entries: the starts without progress, oldest first. The message has the reasons of the last three.
         max_failures: `runtime.max_restarts_without_progress`.
-        outcome: verb phrase for the message: "made no progress beyond step 420".
-        file: file of the entries, which the user can delete.
+        outcome: verb phrase for the message, such as "made no progress beyond step 420".
+        file: path of the file with the entries, for the message.
     """
     num_failures = count_failures(entries)
     if num_failures < max_failures:
         return
-    counted = [entry for entry in entries if entry["kind"] != REFUSED]
-    lines = [f"  {e['started']}: {e['reason'] or 'killed (out of memory or disk?)'}" for e in counted[-3:]]
-    stops_note = f" ({STOPS_PER_FAILURE} stop requests count as one)" if len(counted) > num_failures else ""
+    counted_entries = [entry for entry in entries if entry["kind"] != REFUSED]
+    lines = [f"  {e['started']}: {e['reason'] or 'killed (out of memory or disk?)'}" for e in counted_entries[-3:]]
+    stops_note = f" ({STOPS_PER_FAILURE} stop requests count as one)" if len(counted_entries) > num_failures else ""
     problem = f"{num_failures} restarts in a row{stops_note} {outcome}, the last ones with:"
     fix = f"fix the cause, then delete {file} or raise this limit"
     key = "runtime.max_restarts_without_progress"
@@ -67,10 +68,10 @@ def _now() -> str:
 
 
 class UnbegunStarts:
-    """The starts of a run that ended before it began or resumed, oldest first, in a file of its output_dir.
+    """A run's starts that ended before the run began or resumed, oldest first, in a file in its output_dir.
 
-    A start is added when it opens the folder, because it can be killed at any moment. It is removed if it is refused.
-    All are removed when the run begins or resumes; from then on `RestartHistory` counts.
+    A start is added when it opens the folder, because it can be killed at any moment. A refused start is removed. All
+    starts are removed when the run begins or resumes; from then on, `RestartHistory` records the starts.
     """
 
     def __init__(self, folder: StoragePath) -> None:
@@ -81,7 +82,7 @@ class UnbegunStarts:
             self.entries = parse_entries(json.loads(content[0])) if content else []
 
     def begin(self, max_failures: int) -> None:
-        """Add this start. Raises GaveUp if too many earlier ones failed, not counting the first start of the run."""
+        """Add this start. Raises GaveUp if too many earlier starts failed, not counting the run's first start."""
         require_few_failures(self.entries[1:], max_failures, "ended before the run began or resumed", self.file)
         self.entries.append({"step": 0, "started": _now(), "kind": None, "reason": None})
         self._write()
@@ -117,14 +118,14 @@ class UnbegunStarts:
 
 
 class RestartHistory:
-    """The starts of one run that began or resumed it, oldest first. After `begin`, the last entry is this process.
+    """The starts that began or resumed a run, oldest first. After `begin`, the last entry is this process.
 
     An entry is {"step", "started", "kind", "reason"}: the step from which the process resumed, the time of its start,
-    and how and why it ended. Kind and reason are None while the process runs, and remain None if it is killed.
+    and how and why it ended. `kind` and `reason` are None while the process runs, and remain None if it is killed.
     """
 
     def __init__(self, file: Path | None, is_new: bool = False) -> None:
-        """Read the entries in `file`, unless the run `is_new`. A corrupt file counts as empty.
+        """Read the entries in `file`, unless the run is new (`is_new`). A corrupt file counts as empty.
 
         `file` is None on workers other than the chief, where nothing is read or written.
         """
@@ -134,20 +135,20 @@ class RestartHistory:
         )
 
     def require_progress(self, step: int, max_failures: int) -> None:
-        """Raise GaveUp if restarts without progress beyond `step` are at least `max_failures` failures."""
+        """Raise GaveUp if the restarts without progress beyond `step` have at least `max_failures` failures."""
         restarts = self.entries[1:]  # the first entry is not a restart
         num_progressed = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)
         require_few_failures(restarts[num_progressed:], max_failures, f"made no progress beyond step {step}", self.file)
 
     def begin(self, step: int, max_failures: int) -> None:
-        """Add this start, which resumes from `step` (0 if the run begins). Raises the error of `require_progress`."""
+        """Add this start, which resumes from `step`; 0 if the run begins. Raises GaveUp as `require_progress` does."""
         self.require_progress(step, max_failures)
         self._begun = True
         self.entries.append({"step": step, "started": _now(), "kind": None, "reason": None})
         self._write()
 
     def end(self, kind: str, reason: str) -> None:
-        """Record how and why this process ended; later calls change nothing. A disk error is only logged."""
+        """Record how and why this process ended. Later calls change nothing. A disk error is only logged."""
         if self._begun and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             try:

@@ -1,4 +1,4 @@
-"""Save the checkpoints of a run, and broadcast them to all workers."""
+"""Save a run's checkpoints, and broadcast them to all workers."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class Saver:
     """
 
     def __init__(self, folder: RunFolder, control: ControlChannel, keep: int) -> None:
-        """Create a saver for the run in `folder`, which retains the `keep` newest checkpoints."""
+        """Create a saver for the run in `folder`. It retains the `keep` newest checkpoints."""
         self.path, self.address, self.publisher, self.folder = folder.path, folder.address, folder.publisher, folder
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
@@ -43,15 +43,15 @@ class Saver:
         return True
 
     def take_newest(self) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
-        """Return the state and the variables of the newest checkpoint once, and release them; else None and {}."""
+        """Return and release the state and the variables that `broadcast_newest` has broadcast; None and {} if none."""
         checkpoint, self._newest = self._newest, (None, {})
         return checkpoint
 
     def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint to the local disk, and publish it in the background.
 
-        First waits until the previous checkpoint is published. `current` are the variables to save, by name, and
-        `best_step` is the step of the best checkpoint so far, or None.
+        Before that, waits until the previous checkpoint is published. `current` contains the variables to save, by
+        name, and `best_step` is the step of the best checkpoint so far, or None.
 
         Raises:
             OSError: the disk is full or fails.
@@ -69,14 +69,14 @@ class Saver:
 
         Args:
             step: step of the checkpoint.
-            last_step: step of the checkpoint that is read if that of `step` is corrupt.
+            last_step: step of the newest checkpoint, which is read instead if the one of `step` is missing or corrupt.
             names: names of the model variables to broadcast.
 
         Returns:
             The step of the checkpoint that was read, and the weights by name.
 
         Raises:
-            DataError: neither of the two checkpoints is intact (on the chief only).
+            DataError: neither of the two checkpoints is intact. Only raised on the chief.
         """
         weights: dict[str, np.ndarray] = {}
         if self.control.is_chief:
@@ -93,6 +93,6 @@ class Saver:
 
     @property
     def resume_hint(self) -> str:
-        """The last part of an error message after an interruption: the command that resumes the run."""
+        """The end of an interruption's message, which explains how to resume the run."""
         output_dir = self.folder.student or self.address
         return f"Start the same command again with {format_argument('output_dir', output_dir)} to resume"

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 class StoredRun:
     """The configuration and the classes of a run, which need not be finished."""
 
-    address: str  # output_dir as the user wrote it
+    address: str  # output_dir as the user wrote it, for messages
     home: StoragePath  # output_dir as a storage path
     config: RunConfig
     class_names: tuple[str, ...]
-    fingerprint: str | dict[str, str]  # of the dataset that the run trained on, for `has_fingerprints`
+    fingerprint: str | dict[str, str]  # of the training dataset; `trainer.types.has_fingerprints` compares it
 
 
 def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]:
     """Read the two files that describe the run in an output_dir.
 
     Returns:
-        output_dir as a storage path, the content of config.yaml, which is not validated, and that of run.json, with
-        `classes` and `data_fingerprint`.
+        output_dir as a storage path; the content of config.yaml, which is not validated; and the content of run.json,
+        which has at least `classes` and `data_fingerprint`.
 
     Raises:
         DataError: config.yaml does not exist, or run.json does not exist or is corrupt.
@@ -62,7 +62,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
 
 
 def _parse_run_json(value: Any) -> dict[str, Any]:
-    """Return the content of run.json with normalized class names; raise one of `CONTENT_ERRORS` if it is invalid."""
+    """Normalize the class names in run.json; raise `trainer.storage.small_files.CONTENT_ERRORS` if it is invalid."""
     class_names = value["classes"]
     require_fingerprint(value["data_fingerprint"])
     if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
@@ -75,7 +75,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
 
     Args:
         address: output_dir of the run.
-        changes: values that replace those of the run, by key, such as {"data.root": "/elsewhere"}.
+        changes: values that replace the run's values, by key, such as {"data.root": "/elsewhere"}.
 
     Raises:
         DataError: there is no run, or its run.json is corrupt.
@@ -99,24 +99,24 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
 
 
 def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
-    """Return the folder of a checkpoint of a run.
+    """Return the folder of one of a run's checkpoints.
 
-    `which` is "best", "last", a step such as "420", or the name of a phase: the checkpoint with its phase weights.
+    `which` is "best", "last", a step such as "420", or the name of a phase, for the checkpoint with its phase weights.
 
     Raises:
-        ConfigError: `which` is something else.
+        ConfigError: `which` is none of these, or names a phase that has not ended.
         DataError: the run does not have that checkpoint, or `LATEST` or `BEST` is corrupt.
     """
     folder = run.home / "checkpoints"
-    remote = not run.home.is_local  # in a bucket, only checkpoints that LATEST lists are committed
-    latest = read_pointer(folder / "LATEST") if remote or which == "last" else []
-    available = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
-    if remote:
-        available = {name: child for name, child in available.items() if name in latest}
+    is_remote = not run.home.is_local  # in a bucket, only checkpoints that LATEST lists are committed
+    latest_names = read_pointer(folder / "LATEST") if is_remote or which == "last" else []
+    checkpoints = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
+    if is_remote:
+        checkpoints = {name: child for name, child in checkpoints.items() if name in latest_names}
     if which in ("best", "last"):
-        names = latest[:1] if which == "last" else read_pointer(folder / "BEST")
+        names = latest_names[:1] if which == "last" else read_pointer(folder / "BEST")
     elif which.isdecimal():
-        names = [name for name in available if parse_step(name) == int(which)]
+        names = [name for name in checkpoints if parse_step(name) == int(which)]
     else:
         phases = _read_phases(run) or _read_finished_phases(find_checkpoint(run, "last"))
         step_by_phase = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
@@ -124,16 +124,16 @@ def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
             return find_checkpoint(run, str(step_by_phase[which]))
         hint = f", or a phase that has ended: {', '.join(step_by_phase)}" if step_by_phase else ""
         raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{hint}")
-    if names and names[0] in available:
-        return available[names[0]]
-    if not available:
+    if names and names[0] in checkpoints:
+        return checkpoints[names[0]]
+    if not checkpoints:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
-    steps = ", ".join(map(str, sorted(map(parse_step, available))))
+    steps = ", ".join(map(str, sorted(map(parse_step, checkpoints))))
     raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
 
 
 def _read_phases(run: StoredRun) -> dict[str, Any]:
-    """Read the summaries of the phases in a run's report, by phase; {} if there is no report. Log a corrupt report."""
+    """Read the phase summaries in a run's report, by phase; {} if it does not exist or is corrupt, which is logged."""
     try:
         return read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
     except DataError as error:
@@ -142,7 +142,7 @@ def _read_phases(run: StoredRun) -> dict[str, Any]:
 
 
 def _read_finished_phases(checkpoint: StoragePath) -> dict[str, Any]:
-    """Read the summaries of the phases that had finished at a checkpoint, by phase, without reading its variables."""
+    """Read the summaries of the phases that had finished at a checkpoint, by phase, from its state.json."""
 
     def parse(state: Any) -> dict[str, Any]:
         return require_json_object(require_json_object(state).get("finished", {}))
@@ -161,18 +161,18 @@ class LoadedCheckpoint:
     name: str  # "best", "last", the name of a phase, or "step-420"
     step: int
     history: list[dict[str, Any]]  # one entry per epoch
-    phases: dict[str, Any]  # summary of each finished phase, by its name, as in report.json
+    phases: dict[str, Any]  # summary of each finished phase, by phase, as in report.json
     values: dict[str, np.ndarray]  # the model's variables by name; averages (EMA) if the run computed them
 
 
 def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
-    """Read a checkpoint of a run.
+    """Read one of a run's checkpoints.
 
-    `which` selects the checkpoint, as for `find_checkpoint`. It defaults to the checkpoint that the run exports, which
-    is `training.keep`.
+    `which` selects the checkpoint, as for `find_checkpoint`. It defaults to the run's `training.keep`, which is the
+    checkpoint that the run exports.
 
     Raises:
-        ConfigError: `which` is neither best, last, a step nor a phase.
+        ConfigError: `which` is neither best, last, a step nor a phase that has ended.
         DataError: the checkpoint does not exist or is corrupt.
     """
     which = which or run.config.training.keep
@@ -185,7 +185,7 @@ def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
 
 
 def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
-    """Rebuild the classifier of a run with the weights of a checkpoint. Sets Keras' global dtype policy for the run."""
+    """Rebuild a run's classifier with a checkpoint's weights. Sets Keras' global dtype policy to the run's policy."""
     import keras
 
     from trainer.cluster.devices import POLICIES
@@ -196,9 +196,9 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
 
 
 def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
-    """Return a dataset with the classes of a run, in the order of the run. Labels are mapped by class name.
+    """Return a dataset with a run's classes, in the run's order. Labels are mapped by class name.
 
-    The dataset can lack some of the classes. Then a note in the result names them, and is logged.
+    The dataset can lack some of the classes. A note in the result then names these classes, and is also logged.
 
     Raises:
         DataError: the dataset has a class that the run was not trained on.
@@ -206,22 +206,22 @@ def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     names = run.class_names
     if dataset.class_names == names:
         return dataset
-    if unknown := [repr(name) for name in dataset.class_names if name not in names]:
-        problem = f"has classes that the run was not trained on: {join_first(unknown)}"
+    if unknown_names := [repr(name) for name in dataset.class_names if name not in names]:
+        problem = f"has classes that the run was not trained on: {join_first(unknown_names)}"
         fix = f"give data of the classes {join_first([repr(name) for name in names])}"
         raise DataError(problem, key="run", value=run.address, fix=fix)
     run_labels = np.array([names.index(name) for name in dataset.class_names], np.int32)  # by dataset label
     splits = {name: replace(split, labels=run_labels[split.labels]) for name, split in dataset.splits.items()}
     notes = dataset.notes
-    if missing := [name for name in names if name not in dataset.class_names]:
-        note = f"the data has no example of {join_first(missing)}: their rows in the report are empty"
+    if missing_names := [name for name in names if name not in dataset.class_names]:
+        note = f"the data has no example of {join_first(missing_names)}: their rows in the report are empty"
         log.info(note)
         notes += (note,)
     return replace(dataset, class_names=names, splits=splits, notes=notes)
 
 
 def without_weights(model: Model) -> Model:
-    """Return a copy of the settings with `weights=none`, so that no pretrained weights are loaded for a checkpoint."""
+    """Return a copy of the settings with `weights=none`: a checkpoint's model needs no pretrained weights."""
     return model.model_copy(update={"weights": "none"})
 
 
@@ -230,8 +230,8 @@ def rebuild_classifier(
 ) -> Classifier:
     """Build a classifier, and assign trained values by name to all its variables.
 
-    Must be called in the scope of the strategy, after the global Keras dtype policy is set. The pretrained weights of
-    `model` are not loaded. Arrays in `values` of other names are ignored. `source` describes their origin in errors.
+    Must be called in the strategy's scope, after Keras' global dtype policy is set. The pretrained weights of `model`
+    are not loaded. Arrays in `values` that match no variable are ignored. `source` describes their origin in errors.
 
     Raises:
         ModelError: the backbone cannot be built.

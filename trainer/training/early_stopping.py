@@ -11,9 +11,9 @@ from trainer.training.state import RunState
 def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
     """Update `state.best` and `state.bad_epochs` after an epoch, and return whether it is the new best epoch.
 
-    `epoch` is the entry of the epoch for `state.history`. The epoch improves if its metric exceeds the best one by more
-    than `rule.min_delta`. At equal accuracy, an epoch with a lower validation loss becomes the best one, but counts as
-    an epoch without improvement. So a saturated accuracy does not select the earliest epoch.
+    `epoch` is the epoch's history entry. The epoch is an improvement if its score (accuracy or negative loss) exceeds
+    the best score by more than `rule.min_delta`. At equal accuracy, an epoch with a lower loss becomes the best epoch,
+    but counts as one without improvement, so that a saturated accuracy does not select the earliest epoch.
     """
     score = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
     best = state.best
@@ -28,15 +28,15 @@ def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> 
 
 
 def is_out_of_patience(state: RunState, rule: EarlyStopping) -> bool:
-    """Return whether the last `patience` epochs of the phase are without improvement; never if `patience` is 0."""
+    """Return whether the phase's last `patience` epochs brought no improvement; always False if `patience` is 0."""
     return bool(rule.patience) and state.bad_epochs >= rule.patience
 
 
 def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
-    """Return the step of the best epoch so far, over all phases; of equal epochs, that of the current phase.
+    """Return the step of the best epoch of all phases so far. The current phase wins ties.
 
-    Earlier phases are included only if `training.keep` is best, because otherwise `state.carried` is None. Returns None
-    if no epoch is included, that is, before the first validation.
+    Earlier phases are considered only if `training.keep` is best, because otherwise `state.carried` is None. Returns
+    None if there is no epoch to consider, as before the first validation.
     """
     if state.best is None or state.carried is None:
         return state.best["step"] if state.best else state.carried
@@ -46,43 +46,43 @@ def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
         val_accuracy, val_loss = entries[step]["val_accuracy"], entries[step]["val_loss"]
         return (val_accuracy, -val_loss) if rule.metric == "accuracy" else (-val_loss,)
 
-    return max(state.best["step"], state.carried, key=rank)  # `max` returns the first of equal ranks
+    return max(state.best["step"], state.carried, key=rank)  # `max` returns the first of two equal ranks
 
 
 def summarize_phase(
     state: RunState, name: str, step: int, whole: Mapping[str, float] = MappingProxyType({})
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Summarize the finished phase `name`, whose phase weights are those of `step`.
+    """Summarize the finished phase `name`.
 
     Args:
         state: the run state at the end of the phase, before it is advanced to the next phase.
         name: name of the phase.
         step: step whose weights the phase ends with; it can belong to an earlier phase.
         whole: scores of these weights on the whole validation split, if epochs are scored on a fraction of it. They
-            replace the scores of the epoch, of which `epoch_val_accuracy` and `epoch_val_n` remain.
+            replace the epoch's scores, of which the summary retains `epoch_val_accuracy` and `epoch_val_n`.
 
     Returns:
         The summary, for the report and `state.finished`, and the history entry of `step`. If `step` belongs to an
-        earlier phase, `kept_from` in the summary is the name of that phase, and `own_val_accuracy` is the accuracy of
-        the best epoch of this phase.
+        earlier phase, the summary has that phase's name as `kept_from`, and the validation accuracy of this phase's
+        best epoch as `own_val_accuracy`.
     """
     assert state.best is not None
-    epochs = [entry for entry in state.history if entry["phase"] == name]
-    selected = next(entry for entry in state.history if entry["step"] == step)
+    phase_entries = [entry for entry in state.history if entry["phase"] == name]
+    step_entry = next(entry for entry in state.history if entry["step"] == step)
     summary = {
-        **{key: value for key, value in selected.items() if key.startswith("val_")},
+        **{key: value for key, value in step_entry.items() if key.startswith("val_")},
         **whole,
-        "epochs": len(epochs),
+        "epochs": len(phase_entries),
         "best_epoch": state.best["epoch"],
         "kept_step": step,
-        "seconds": sum(entry["seconds"] for entry in epochs),
+        "seconds": sum(entry["seconds"] for entry in phase_entries),
     }
     if whole:
-        summary |= {f"epoch_{key}": selected[key] for key in ("val_accuracy", "val_n") if key in selected}
-    if selected["phase"] != name:
-        best = next(entry for entry in epochs if entry["step"] == state.best["step"])
-        summary |= {"kept_from": selected["phase"], "own_val_accuracy": best["val_accuracy"]}
-    return summary, selected
+        summary |= {f"epoch_{key}": step_entry[key] for key in ("val_accuracy", "val_n") if key in step_entry}
+    if step_entry["phase"] != name:
+        best_entry = next(entry for entry in phase_entries if entry["step"] == state.best["step"])
+        summary |= {"kept_from": step_entry["phase"], "own_val_accuracy": best_entry["val_accuracy"]}
+    return summary, step_entry
 
 
 def describe_phase_end(
@@ -93,8 +93,8 @@ def describe_phase_end(
     Args:
         name: name of the phase.
         summary, entry: the results of `summarize_phase`.
-        weights: name of the weights that the run continues from, such as "the best weights".
-        epoch: name of the epoch of these weights, such as "epoch 3".
+        weights: description of the weights that the run continues from, such as "the best weights".
+        epoch: description of these weights' epoch, such as "epoch 3".
     """
     accuracy = f"{entry['val_accuracy']:.4f}"
     line = f"phase {name}: val_accuracy {accuracy}; continuing from {weights} ({epoch})"

@@ -20,13 +20,13 @@ _MIN_PROBABILITY = 1.2e-38  # lower bound of a probability before its logarithm,
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of the loss of an example."""
+    """Settings of the per-example loss."""
 
     label_smoothing: float = 0.0
     focal_gamma: float | None = None  # gamma of the focal loss; None for cross-entropy
     class_weights: tuple[float, ...] | None = None  # loss weight of each class, by class index; None if all are 1
     alpha: float = 1.0  # weight of the loss against the labels; the distillation loss has weight 1 - alpha
-    temperature: float = 1.0  # of the distillation: divisor of the teacher's and the student's logits
+    temperature: float = 1.0  # distillation temperature, by which the teacher's and the student's logits are divided
 
 
 def compute_class_weights(
@@ -35,15 +35,14 @@ def compute_class_weights(
     """Compute the loss weight of each class, by class index. Returns None if `setting` is "none".
 
     Args:
-        setting: `training.class_weights`. "none": all weights are 1; "balanced": n / (classes * examples of the class),
-            as in scikit-learn, where a class without examples counts as having one; or weights by class name, which
-            default to 1.
+        setting: `training.class_weights`. "none": all weights are 1; "balanced": n / (num_classes * class_count), as in
+            scikit-learn, with at least 1 as class_count; or a dictionary of weights by class name, which default to 1.
         class_names: names of the classes, by class index.
         labels: class indices of the training examples, int32 [n].
 
     Raises:
-        DataError: `setting` names a class twice, or one that is not in the data; or fewer than two classes with
-            training examples have a weight above 0, although the data has two.
+        DataError: `setting` names a class twice, or a class that is not in the dataset; or fewer than two classes with
+            training examples have a weight above 0, although at least two classes have training examples.
     """
     if setting == "none":
         return None
@@ -64,19 +63,19 @@ def compute_class_weights(
         problem, fix = f"the data has no class {unknown}", f"use {', '.join(class_names)}"
         raise DataError(problem, key="training.class_weights", fix=fix)
     weights_per_class = tuple(float(weights.get(name, 1.0)) for name in class_names)
-    learned_classes = np.unique(labels[np.take(weights_per_class, labels) > 0])
-    if len(learned_classes) < min(2, len(np.unique(labels))):
-        exception = f" that is not {class_names[learned_classes[0]]}" if len(learned_classes) else ""
-        problem = f"is 0 for every training example{exception}, so nothing would be learned"
+    weighted_classes = np.unique(labels[np.take(weights_per_class, labels) > 0])
+    if len(weighted_classes) < min(2, len(np.unique(labels))):
+        except_class = f" that is not {class_names[weighted_classes[0]]}" if len(weighted_classes) else ""
+        problem = f"is 0 for every training example{except_class}, so nothing would be learned"
         raise DataError(problem, key="training.class_weights", fix="use a weight above 0 for at least two classes")
     return weights_per_class
 
 
 def max_plausible_loss(settings: LossSettings, classes: int) -> float:
-    """Return the mean loss above which training counts as diverged, for a number of `classes` of at least 2.
+    """Return the mean loss above which training counts as diverged. `classes`, at least 2, is the number of classes.
 
-    It is `MAX_LOSS_RATIO` times ln(classes). Class weights and distillation scale the losses, so it is multiplied by
-    the largest class weight and, with distillation, by the square of a temperature above 1.
+    The result is `MAX_LOSS_RATIO` times ln(classes). Class weights and distillation scale the losses, so it is
+    multiplied by the largest class weight and, with distillation, by the square of a temperature above 1.
     """
     scale = max(settings.class_weights or (1.0,)) * (max(settings.temperature, 1.0) ** 2 if settings.alpha < 1 else 1.0)
     return MAX_LOSS_RATIO * math.log(classes) * scale
@@ -93,18 +92,18 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
     Args:
         labels: class indices, int32 [b].
         logits: float32 [b, classes].
-        smoothing: amount of label smoothing, from 0 to below 1 (Szegedy et al. 2016).
+        smoothing: amount of label smoothing, in [0, 1) (Szegedy et al. 2016).
     """
     return tf.nn.softmax_cross_entropy_with_logits(_smooth_labels(labels, logits.shape[-1], smoothing), logits)
 
 
 def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: float = 0.0) -> tf.Tensor:
-    """Compute the focal loss of each example (Lin et al. 2017), float32 [b]. `cross_entropy` documents the arguments.
+    """Compute the focal loss of each example (Lin et al. 2017), float32 [b]. See `cross_entropy` for other arguments.
 
-    The loss is the sum of -y (1 - p)^gamma log p over the classes. Up to the clipping of probabilities it equals
-    `keras.losses.CategoricalFocalCrossentropy(alpha=1, from_logits=True)`. If gamma is 0, it is the cross-entropy. It
-    is linear in the target y, so the loss of a smoothed or mixed target is the weighted mean of the losses of its
-    classes.
+    The loss is the sum of -y (1 - p)^gamma log p over the classes, with gamma >= 0. Up to the clipping of probabilities
+    it equals `keras.losses.CategoricalFocalCrossentropy(alpha=1, from_logits=True)`. If gamma is 0, it is the
+    cross-entropy. It is linear in the target y, so the loss of a smoothed or mixed target is the weighted mean of the
+    losses of its classes.
     """
     targets = _smooth_labels(labels, logits.shape[-1], smoothing)
     log_p = tf.nn.log_softmax(logits)
@@ -115,16 +114,16 @@ def focal_loss(labels: tf.Tensor, logits: tf.Tensor, gamma: float, smoothing: fl
 def distillation_loss(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
     """Compute the distillation loss of each example, float32 [b]: T^2 * KL(teacher || student) at temperature T.
 
-    The gradients of soft labels scale with 1 / T^2. The factor T^2 makes their weight, relative to that of the labels,
-    roughly independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network").
+    The gradients of soft labels scale with 1 / T^2. With the factor T^2, their magnitude relative to the gradients of
+    the labels is roughly independent of T (Hinton et al. 2015, "Distilling the knowledge in a neural network").
 
     Args:
         teacher_logits: float32 [b, classes]. The teacher's log-probabilities give the same loss.
         logits: logits of the student, float32 [b, classes].
         temperature: T, above 0; both logits are divided by it.
     """
-    teacher, student = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
-    return temperature**2 * tf.reduce_sum(tf.exp(teacher) * (teacher - student), -1)
+    teacher_log_p, log_p = tf.nn.log_softmax(teacher_logits / temperature), tf.nn.log_softmax(logits / temperature)
+    return temperature**2 * tf.reduce_sum(tf.exp(teacher_log_p) * (teacher_log_p - log_p), -1)
 
 
 def log_probs(probabilities: tf.Tensor) -> tf.Tensor:
@@ -137,15 +136,16 @@ def weighted_losses(
 ) -> tf.Tensor:
     """Compute the weighted loss of each example, float32 [b]. It is 0 for padding, whose weight is 0.
 
-    The weight is that of the example times that of its class, and also applies to the distillation loss.
+    The weight is the example's weight times its class's weight. It also applies to the distillation loss, where a mixed
+    example has the mean of both class weights, weighted by `mix`.
 
     Args:
-        batch: `label`, int32 [b], and `weight`, float32 [b]. Examples mixed by mixup or cutmix have `other_label`,
-            int32 [b], and `mix`, float32 [b]: the loss against `label` then has the weight `mix`, and the loss against
-            `other_label` the weight 1 - `mix`.
+        batch: `label`, int32 [b], and `weight`, float32 [b]. A batch augmented by mixup or cutmix also has
+            `other_label`, int32 [b], and `mix`, float32 [b]: the loss against `label` then has the weight `mix`, and
+            the loss against `other_label` the weight 1 - `mix`.
         logits: float32 [b, classes].
-        settings: which losses are computed, and their weights.
-        teacher_logits: float32 [b, classes]. With them, the loss is alpha times the loss against the labels plus
+        settings: the kind of loss, and the weights of classes and of distillation.
+        teacher_logits: float32 [b, classes]. If given, the loss is alpha times the loss against the labels plus
             (1 - alpha) times the distillation loss.
     """
     weighted_targets = [(batch["label"], batch["weight"])]
@@ -172,7 +172,7 @@ def weighted_losses(
 def example_accuracy(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
     """Return 1 for each correctly classified example and 0 for others, float32 [b]; padding is not masked.
 
-    For an example mixed by mixup or cutmix, return the weight in its mix of the class that is predicted.
+    For an example mixed by mixup or cutmix, return the predicted class's weight in the mix.
     """
     predictions = tf.argmax(logits, -1, tf.int32)
     correct = tf.cast(predictions == batch["label"], tf.float32)

@@ -20,8 +20,8 @@ CLASSES = {  # value of `optimizer.name` -> class in `keras.optimizers`
 class WarmUp(LearningRateSchedule):
     """A linear warm-up, followed by another schedule.
 
-    At step s of the first `steps` steps, the learning rate is peak * (s + 1) / (steps + 1). Later it is that of
-    `main_schedule`, whose step 0 is the first one after the warm-up.
+    At step s of the first `steps` steps, the learning rate is peak * (s + 1) / (steps + 1). From then on,
+    `main_schedule` determines it, with step 0 as the first step after the warm-up.
     """
 
     def __init__(self, peak: float, steps: int, main_schedule: LearningRateSchedule) -> None:
@@ -44,7 +44,7 @@ def build_schedule(
     - cosine: from `rate` at s = 0 to final * rate at the end of the phase (Loshchilov & Hutter 2017);
     - exponential: rate * decay ** (s / every);
     - time: rate / (1 + decay * s);
-    - step: `rate`, multiplied by `decay` when s reaches each of the values in `at`.
+    - step: `rate`, multiplied by `decay` each time s reaches one of the values in `at`.
 
     Args:
         schedule: the function, its constants and the length of the warm-up.
@@ -59,18 +59,18 @@ def build_schedule(
     warmup_steps = min(steps(schedule.warmup), total_steps)
     match schedule.name:
         case "cosine":
-            main = schedules.CosineDecay(rate, max(total_steps - warmup_steps, 1), alpha=schedule.final)
+            main_schedule = schedules.CosineDecay(rate, max(total_steps - warmup_steps, 1), alpha=schedule.final)
         case "exponential":
-            main = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
+            main_schedule = schedules.ExponentialDecay(rate, steps(schedule.every), schedule.decay)
         case "time":
-            main = schedules.InverseTimeDecay(rate, 1, schedule.decay)
+            main_schedule = schedules.InverseTimeDecay(rate, 1, schedule.decay)
         case "step":
             rates = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
             # Keras changes the rate one step after a boundary, so the boundaries are one step earlier.
-            main = schedules.PiecewiseConstantDecay([steps(at) - 1 for at in schedule.at], rates)
+            main_schedule = schedules.PiecewiseConstantDecay([steps(start) - 1 for start in schedule.at], rates)
         case _:
-            main = schedules.PiecewiseConstantDecay([0], [rate, rate])
-    return WarmUp(rate, warmup_steps, main) if warmup_steps else main
+            main_schedule = schedules.PiecewiseConstantDecay([0], [rate, rate])
+    return WarmUp(rate, warmup_steps, main_schedule) if warmup_steps else main_schedule
 
 
 def build_optimizer(
@@ -80,8 +80,9 @@ def build_optimizer(
 
     Args:
         optimizer: class and options of the optimizer.
-        rate: learning rate by step.
-        lr_multipliers: one factor of `rate` for each variable, in the order of `optimizer.build`; empty if all are 1.
+        rate: learning rate as a function of the step.
+        lr_multipliers: one factor of `rate` per variable, in the order of the variables passed to the optimizer's
+            `build`; empty if all are 1.
     """
     optimizer_class = getattr(keras.optimizers, CLASSES[optimizer.name])
     if lr_multipliers:

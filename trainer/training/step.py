@@ -38,10 +38,10 @@ from trainer.training.losses import (
 )
 from trainer.types import Batch, Dataset
 
-CALL_SECONDS = 2.0  # approximate maximum of a device call that checks for a stop request only at its beginning
+CALL_SECONDS = 2.0  # approximate maximum length of a device call that checks for a stop request only at its start
 # Distance between the function numbers of two phases: more functions than a process traces before or in a phase.
 FUNCTIONS_PER_PHASE = 1_000_000
-INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
+INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000  # as in `keras.optimizers.LossScaleOptimizer`
 
 
 class Network(Protocol):
@@ -54,8 +54,8 @@ class Network(Protocol):
         """Compute logits, float32 [b, classes], of images [b, S, S, 3] in 0..255, or of cached features.
 
         Args:
-            training: apply dropout, and use batch statistics in the normalization layers of the head.
-            batch_norm_training: use batch statistics in the trainable normalization layers of the backbone.
+            training: apply dropout, and use batch statistics in the head's normalization layers.
+            batch_norm_training: use batch statistics in the backbone's trainable normalization layers.
             seed, step: dropout depends on the seed and on the step of the run.
             position: positions of the examples in the global batch, int64 [b]; dropout depends on them.
             weight: 1 for an example and 0 for padding, float32 [b]; padding is excluded from batch statistics.
@@ -69,10 +69,10 @@ class Network(Protocol):
         """The number of values that `collect_statistics` collects for each normalization layer, by layer name."""
 
     def collect_statistics(self) -> AbstractContextManager[dict[str, Any]]:
-        """Normalize each call of `logits` by its own batch statistics; collect their sums by layer, float32 [n]."""
+        """Make `logits` normalize by the statistics of its batch, and collect their sums by layer, float32 [n]."""
 
     def update_moving_averages(self, strategy: tf.distribute.Strategy, sums: Mapping[str, Any]) -> None:
-        """Update the moving averages from the collected sums, equal on all replicas. Call in cross-replica context."""
+        """Update the moving averages from `sums` by layer, equal on all replicas. Call in cross-replica context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,14 @@ class StepSettings(LossSettings):
     loss_scaling: bool = False  # dynamic loss scaling, for float16
     xla: bool = False  # compile the forward and backward pass with XLA; collectives and the optimizer stay outside
     polls_each_step: bool = True  # whether to check for a stop request at each step, not only once per device call
-    phase: int = 0  # index of the phase; with `xla`, gives its functions the same names in each start
+    phase: int = 0  # index of the phase; with `xla`, it makes the names of compiled functions equal in each start
 
     @classmethod
     def from_config(
         cls, config: RunConfig, dataset: Dataset, batch_norm_training: bool, xla: bool, polls_each_step: bool = True,
         phase: int = 0,
     ) -> StepSettings:  # fmt: skip
-        """Make the settings of a phase from the configuration and the class counts of the training split."""
+        """Make a phase's settings from the configuration and the training split's class counts."""
         training, distillation = config.training, config.distillation
         options = {"alpha": distillation.alpha, "temperature": distillation.temperature} if distillation else {}
         return cls(
@@ -122,7 +122,7 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
     """Raise `Diverged` unless all sums are finite.
 
     Args:
-        sums: the sums that `TrainingStep.run` returned for its last steps, float32 [n, 3].
+        sums: the sums that `TrainingStep.run` returned for the last n steps, float32 [n, 3].
         step: number of the last of these steps, counted from 1 over the run.
         phase, epoch: name of the phase and number of the epoch, for the message.
     """
@@ -134,10 +134,10 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
 def require_plausible(
     losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
 ) -> None:
-    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss` for this number of `classes`, or is not finite.
+    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss`, or is not finite.
 
-    `losses` are mean losses by name. The one named "val_loss" is the validation loss, which has neither class weights
-    nor distillation. The other arguments locate the loss in the message.
+    `losses` contains mean losses by name. The one named "val_loss" is the validation loss, which has neither class
+    weights nor distillation. `classes` is the number of classes. `step`, `phase` and `epoch` are for the message.
     """
     for name, loss in losses.items():
         limit = max_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
@@ -145,14 +145,14 @@ def require_plausible(
             loss_name = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
                 raise _divergence_error(loss_name, "not finite", step, phase, epoch)
-            why = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
-            raise _divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, why)
+            reason = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
+            raise _divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, reason)
 
 
-def _divergence_error(kind: str, value: str, step: int, phase: str, epoch: int, why: str = "") -> Diverged:
-    """Build the error: which loss has which value, where, why that is too much, and what the user can change."""
+def _divergence_error(loss_name: str, value: str, step: int, phase: str, epoch: int, reason: str = "") -> Diverged:
+    """Build an error about the `value` of a loss at a step; `reason` ends the sentence."""
     fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
-    return Diverged(f"the {kind} is {value} at step {step} (phase {phase}, epoch {epoch}){why}", fix=fix)
+    return Diverged(f"the {loss_name} is {value} at step {step} (phase {phase}, epoch {epoch}){reason}", fix=fix)
 
 
 @dataclass
@@ -170,9 +170,9 @@ class Averages:
 
 
 def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()) -> tf.Tensor:
-    """Add an operation to the graph that calls a Python function, after the tensors in `after` are on the host.
+    """Add an operation to the graph that calls a Python function once the tensors in `after` are on the host.
 
-    Returns the result of the function, a float64 scalar.
+    Returns the function's result, a float64 scalar.
     """
     result = tf.numpy_function(lambda *_: np.float64(function()), list(after), tf.float64)
     result.set_shape([])
@@ -207,31 +207,31 @@ class TrainingStep:
         should_stop: Callable[[], bool] = lambda: False,
         teacher: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Create the variables of the optimizer, the averages and the loss scale in the scope of the strategy.
+        """Create the variables of the optimizer, the averages and the loss scale in the strategy's scope.
 
         Args:
             strategy: distributes the step over replicas.
             network: computes the logits and the L2 penalty.
-            trained: the trainable variables of the network by name; the optimizer updates no others.
-            optimizer: is built here for the variables in `trained`.
+            trained: the network's trainable variables by name; the optimizer updates no others.
+            optimizer: the optimizer, which is built here for the variables in `trained`.
+            settings: settings of the step and its loss.
             should_stop: returns whether this worker is requested to stop. Called at each step, in a TensorFlow thread.
                 If it returns true on any worker, all workers stop after that step. Without `polls_each_step`, it is
                 called only before the first step of a device call, and the device does not wait for the host between
-                steps. The number of steps per call then depends on this process, so several workers must poll at each
-                step.
+                steps. The steps per call then depend on this process's speed, so several workers must poll each step.
             teacher: computes logits, float32 [b, classes], of the images of each step, without gradients. None if the
                 batches have soft labels, or if there is no distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
         self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
-        self.replicas = strategy.num_replicas_in_sync  # on all workers
+        self.replicas = strategy.num_replicas_in_sync  # total number on all workers
         self.on_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         local_devices: tuple[str, ...] = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
         self.exchanges_slices = len(local_devices) == 1 and "GPU" not in local_devices[0]
-        virtual = settings.virtual_replicas
-        self.micro_batches = virtual // self.replicas if virtual else settings.accumulate  # per step on each replica
-        # Names of the layers whose statistics are collected -> number of their values.
-        self.statistics_sizes = network.statistics_sizes if virtual else {}
+        parts = settings.virtual_replicas
+        self.micro_batches = parts // self.replicas if parts else settings.accumulate  # number per step on each replica
+        # Name of each layer whose statistics are collected -> number of values.
+        self.statistics_sizes = network.statistics_sizes if parts else {}
         with strategy.scope():
             optimizer.build(self.variables)
             self.loss_scale: list[tf.Variable] | None = None  # float32 scalars: scale, consecutive finite steps
@@ -251,14 +251,14 @@ class TrainingStep:
             self._replica_terms = lambda *arguments: compiled(*arguments)
 
     def checkpoint_variables(self) -> dict[str, Any]:
-        """Return the variables of the optimizer, the averages and the loss scale, by their names in checkpoints."""
+        """Return the variables of optimizer, averages and loss scale, by their names in checkpoints."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
         return by_name.optimizer_variables(self.optimizer) | shadows | scale
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Give the network the averages of its weights within this context, if there are averages (`training.ema`)."""
+        """Replace the network's weights with their averages within this context, if there are any (`training.ema`)."""
         if self.averages:
             self.averages.swap()
         try:
@@ -271,7 +271,7 @@ class TrainingStep:
         """Run `steps` steps, or fewer if a worker requests a stop.
 
         Args:
-            batches: distributed iterator over the batches of this worker.
+            batches: distributed iterator over this worker's batches.
             steps: number of steps to run.
             run_step: steps of the run before this call; dropout depends on it.
             phase_step: steps of the phase before this call; the decay of the averages depends on it.
@@ -280,7 +280,7 @@ class TrainingStep:
             - For each executed step, three sums over all workers, float32 [n, 3]: the weighted losses, the correct
               examples, and all examples.
             - The seconds for which this worker waited for data.
-            - Whether a stop was requested, equal on all workers.
+            - Whether a worker requested a stop, equal on all workers.
         """
         if self.settings.xla and not self.traced:  # the names of functions are part of the key of a stored XLA program
             advance_function_numbers((self.settings.phase + 1) * FUNCTIONS_PER_PHASE)
@@ -302,16 +302,16 @@ class TrainingStep:
     def _loop(self, batches: Any, steps: tf.Tensor, run_step: tf.Tensor, phase_step: tf.Tensor) -> Any:
         """Run the steps in a graph. Returns the results of `run` as tensors: float32 [n, 3], float64 and bool."""
         on_replicas, local_results = self.strategy.run, self.strategy.experimental_local_results
-        virtual = self.settings.virtual_replicas
-        if virtual:
+        virtual_replicas = self.settings.virtual_replicas
+        if virtual_replicas:
             terms_fn = self._terms_in_tree
         else:
             terms_fn = self._replica_terms if self.micro_batches == 1 else self._accumulated_terms
-        polls, is_requested = self.settings.polls_each_step, tf.constant(False)
+        polls, stop_requested = self.settings.polls_each_step, tf.constant(False)
         if not polls:
-            is_requested = self._is_stop_requested()
-            with tf.device("CPU:0"):  # the condition of the loop is computed on the host
-                steps = tf.where(is_requested, 1, steps)
+            stop_requested = self._is_stop_requested()
+            with tf.device("CPU:0"):  # the loop's condition is computed on the host
+                steps = tf.where(stop_requested, 1, steps)
 
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
@@ -328,7 +328,7 @@ class TrainingStep:
                 self.network.update_moving_averages(self.strategy, by_layer)
             if self.averages:
                 self._update_averages(phase_step + step_index)
-            row = local_results(sums)[0] if virtual else tf.add_n(local_results(sums))
+            row = local_results(sums)[0] if virtual_replicas else tf.add_n(local_results(sums))
             if polls:
                 stopped = local_results(stop_flags)[0] > 0
             return i + 1, stopped, (*rows[1:], row), waited + wait_seconds, per_step.write(i, row)
@@ -336,24 +336,24 @@ class TrainingStep:
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
         per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
         rows = (tf.zeros([3]),) * (1 if polls else 2)  # sums of the last one or two steps; a fetch waits for the first
-        initial = (tf.constant(0), is_requested, rows, tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial)
+        initial_values = (tf.constant(0), stop_requested, rows, tf.zeros([], tf.float64), per_step)
+        _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial_values)
         sums = per_step.stack()
-        if self.on_workers and not virtual:  # `sums` are of the local replicas
+        if self.on_workers and not virtual_replicas:  # `sums` has the sums over the local replicas only
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 
     def _fetch(self, batches: Any, after: tf.Tensor) -> tuple[Batch, tf.Tensor, tf.Tensor]:
         """Fetch a batch once the tensor `after` is computed.
 
-        With `polls_each_step`, `after` is from the last step. Otherwise it is from the step before the last one: the
-        device computes the last step while the host fetches. The time of the fetch then counts as waiting only if the
+        With `polls_each_step`, `after` is from the last step. Otherwise it is from the step before the last one, so
+        that the device computes the last step while the host fetches. The fetch then counts as waiting only if the
         batch is late.
 
         Returns:
             The batch, the seconds waited (a float64 scalar), and the stop flag, 1 or 0 (a float32 scalar).
         """
-        # On a GPU, a control dependency does not wait for the value of `after`. An argument on the host does.
+        # On a GPU, a control dependency does not wait until `after` is computed. A host call with that argument does.
         arguments = [] if self.settings.polls_each_step else [after]
         with tf.control_dependencies([after]):
             start = _call_on_host(time.perf_counter, arguments)  # tf.timestamp is not allowed with deterministic ops
@@ -383,10 +383,10 @@ class TrainingStep:
             examples: number of examples in the global batch, a float32 scalar.
 
         Returns:
-            - The gradients, in the order of the variables, of this batch's part of the global mean loss, multiplied by
-              the loss scale.
+            - The gradients of this batch's part of the global mean loss, times the loss scale, in the order of the
+              variables.
             - The sums of the weighted losses, of the correct examples and of all examples, float32 [3].
-            - With virtual replicas, the sums of each normalization layer that uses batch statistics.
+            - With virtual replicas, the statistics' sums of each normalization layer that uses batch statistics.
         """
         settings, tensors = self.settings, dict[str, Any](batch)
         teacher_logits = None
@@ -412,32 +412,32 @@ class TrainingStep:
         sums = tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
         return [*gradients, sums, *(statistics[name] for name in self.statistics_sizes)]
 
-    def _micro_batches(self, batch: Batch) -> dict[str, Any]:
+    def _split_batch(self, batch: Batch) -> dict[str, Any]:
         """Reshape each tensor of a batch from [b, ...] to [micro-batches, b / micro-batches, ...]."""
         count = self.micro_batches
         return {k: tf.reshape(v, [count, v.shape[0] // count, *v.shape[1:]]) for k, v in dict[str, Any](batch).items()}
 
     def _accumulated_terms(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
-        """Sum `_terms` over micro-batches, in sequence, so that only one at a time has activations in memory."""
-        micro_batches = self._micro_batches(batch)
+        """Sum `_terms` over micro-batches, in sequence, so that only one micro-batch's activations are in memory."""
+        micro_batches = self._split_batch(batch)
 
         def add(i: tf.Tensor, *sums: tf.Tensor) -> tuple[Any, ...]:
             terms = self._replica_terms({k: v[i] for k, v in micro_batches.items()}, run_step, examples)
             return i + 1, *(a + b for a, b in zip(sums, terms, strict=True))
 
-        initial = tf.constant(0), *(tf.zeros(v.shape) for v in self.variables), tf.zeros([3])
-        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial, parallel_iterations=1)
+        initial_values = tf.constant(0), *(tf.zeros(v.shape) for v in self.variables), tf.zeros([3])
+        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial_values, parallel_iterations=1)
         return sums
 
     def _terms_in_tree(self, batch: Batch, run_step: tf.Tensor, examples: tf.Tensor) -> list[tf.Tensor]:
         """Sum `_terms` over the parts of all replicas, in a binary tree. Call in replica context.
 
-        The parts of this replica are computed in sequence, like micro-batches, and added as in a binary counter:
-        `sums[l]` is the sum over 2**l parts, and waits for the sum over the next 2**l parts. The number of parts per
-        replica is a power of two, so they form one subtree. The sums of the replicas are then added in the same order.
-        Every replica has the total.
+        This replica's parts are computed in sequence, like micro-batches, and added as in a binary counter: `sums[l]`
+        is the sum over 2**l parts, and waits for the sum over the next 2**l parts. The number of parts per replica is a
+        power of two, so they form one subtree. The replicas' sums are then added in the same order, and every replica
+        gets the total.
         """
-        micro_batches, levels = self._micro_batches(batch), self.micro_batches.bit_length()
+        micro_batches, num_levels = self._split_batch(batch), self.micro_batches.bit_length()
         shapes = [tuple(v.shape) for v in self.variables] + [(3,), *((n,) for n in self.statistics_sizes.values())]
         sizes = [int(np.prod(shape)) for shape in shapes]
 
@@ -451,8 +451,8 @@ class TrainingStep:
                 is_carried &= has_waiting
             return i + 1, *updated
 
-        initial = tf.constant(0), *(tf.zeros([sum(sizes)]) for _ in range(levels))
-        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial, parallel_iterations=1)
+        initial_values = tf.constant(0), *(tf.zeros([sum(sizes)]) for _ in range(num_levels))
+        _, *sums = tf.while_loop(lambda i, *_: i < self.micro_batches, add, initial_values, parallel_iterations=1)
         parts = tf.split(self._add_replicas_in_tree(sums[-1]), sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -460,9 +460,9 @@ class TrainingStep:
         """Sum a vector over all replicas, a power of two, in a binary tree. Call in replica context.
 
         If each worker has one replica, and no GPU, each replica adds up one slice of all vectors, and gathers the other
-        sums: it receives 2 (R - 1) / R times the bytes of a vector, as in an all-reduce (Thakur et al. 2005). Otherwise
-        each replica gathers the entire vectors, R - 1 times the bytes of one. The devices of one process have a common
-        memory, and on GPUs the exchange of slices is not tested.
+        slices' sums: it receives 2 (R - 1) / R times the bytes of a vector, as in an all-reduce (Thakur et al. 2005).
+        Otherwise each replica gathers all vectors, and receives R - 1 times the bytes of a vector: the devices of one
+        process have a common memory, and on GPUs the exchange of slices is not tested.
         """
         replicas, size = self.replicas, values.shape[0]
         if replicas == 1:
@@ -470,13 +470,13 @@ class TrainingStep:
         gather = tf.distribute.get_replica_context().all_gather
         if not self.exchanges_slices:
             return _add_in_tree(tf.ensure_shape(gather(values[None], axis=0), [replicas, size]))
-        padded = tf.pad(values, [[0, -size % replicas]])
-        slices = all_to_all(tf.reshape(padded, [replicas, -1]), replicas, key=self.settings.phase + 1)
-        total = _add_in_tree(tf.ensure_shape(slices, [replicas, padded.shape[0] // replicas]))
-        return tf.ensure_shape(gather(total, axis=0), padded.shape)[:size]
+        padded_values = tf.pad(values, [[0, -size % replicas]])
+        slices = all_to_all(tf.reshape(padded_values, [replicas, -1]), replicas, key=self.settings.phase + 1)
+        slice_sum = _add_in_tree(tf.ensure_shape(slices, [replicas, padded_values.shape[0] // replicas]))
+        return tf.ensure_shape(gather(slice_sum, axis=0), padded_values.shape)[:size]
 
     def _update(self, gradients: Any, examples: Any) -> None:
-        """Apply the optimizer. With loss scaling, adapt the scale; skip the step unless all gradients are finite."""
+        """Apply the optimizer. With loss scaling, adjust the scale, and skip the step if a gradient is not finite."""
 
         def apply() -> bool:
             self.strategy.run(lambda values: self.optimizer.apply(values, self.variables), args=(gradients,))
@@ -494,10 +494,10 @@ class TrainingStep:
     def _unscale_and_clip(self, gradients: list[tf.Tensor], examples: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Sum gradients over replicas, divide them by the loss scale, and clip by global norm. Call in replica context.
 
-        Returns the gradients in a form that `optimizer.apply` sums over the replicas, and whether all of them are
-        finite, a bool scalar. That is computed only with loss scaling; otherwise it is true.
+        Returns the gradients in a form that `optimizer.apply` sums over the replicas, and whether all gradients are
+        finite, a bool scalar. Finiteness is tested only with loss scaling; otherwise the scalar is true.
         """
-        # The norm is that of the sum over replicas.
+        # Sum before clipping, because the norm of the sum over replicas is what counts.
         is_total, is_finite = self.settings.virtual_replicas, tf.constant(True)
         gradients = gradients if is_total else _all_reduce(gradients, self.replicas)
         if self.loss_scale:
@@ -507,22 +507,23 @@ class TrainingStep:
             gradients, _ = tf.clip_by_global_norm(gradients, self.settings.clip_norm)
         # `optimizer.apply` sums over the replicas again.
         if is_total:  # a sum of equal fractions depends on its order, a sum with zeros does not
-            # Not a constant on one replica: TensorFlow would multiply the factors of clipping and learning rate first.
+            # `examples` makes this variable on one replica: with a constant, TensorFlow would first multiply the
+            # factors of clipping and learning rate.
             is_first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0) & (examples >= 0)
             return [tf.where(is_first, g, tf.zeros_like(g)) for g in gradients], is_finite
         return [g / self.replicas for g in gradients], is_finite
 
-    def _adjust_loss_scale(self, finite: tf.Tensor) -> None:
-        """Halve the loss scale on overflow, double it after 2,000 finite steps (Micikevicius et al. 2018)."""
+    def _adjust_loss_scale(self, is_finite: tf.Tensor) -> None:
+        """Halve the loss scale on overflow; double it after 2,000 finite steps in a row (Micikevicius et al. 2018)."""
         assert self.loss_scale is not None
         scale, finite_steps = self.loss_scale
-        finite_count = tf.where(finite, finite_steps + 1.0, 0.0)
+        finite_count = tf.where(is_finite, finite_steps + 1.0, 0.0)
         is_doubled = finite_count >= LOSS_SCALE_GROWTH_STEPS
-        scale.assign(tf.where(finite, tf.where(is_doubled, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
+        scale.assign(tf.where(is_finite, tf.where(is_doubled, scale * 2.0, scale), tf.maximum(scale / 2.0, 1.0)))
         finite_steps.assign(tf.where(is_doubled, 0.0, finite_count))
 
     def _update_averages(self, phase_step: tf.Tensor) -> None:
-        """Add (1 - decay) * (weight - average) to each average. At step t, decay is at most (1 + t) / (10 + t)."""
+        """Add (1 - decay) * (weight - average) to each average. At step t, the decay is at most (1 + t) / (10 + t)."""
         assert self.averages is not None
         t = tf.cast(phase_step, tf.float32)
         rate = 1.0 - tf.minimum(self.settings.ema, (1.0 + t) / (10.0 + t))

@@ -10,15 +10,15 @@ from trainer.errors import DataError
 
 
 def _unwrap_keras_variable(variable: Any) -> Any:
-    """Return the TensorFlow variable of a Keras variable, or the variable itself if it is not one of Keras."""
+    """Return the TensorFlow variable inside a Keras variable; return any other variable unchanged."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def copy_values(variables: dict[str, Any]) -> dict[str, np.ndarray]:
     """Copy the values of variables, by name, from the first local replica. All replicas have equal values."""
     tf_variables = {name: _unwrap_keras_variable(variable) for name, variable in variables.items()}
-    replicated = tf.distribute.DistributedValues
-    return {n: np.array((v.values[0] if isinstance(v, replicated) else v).numpy()) for n, v in tf_variables.items()}
+    dist_type = tf.distribute.DistributedValues
+    return {n: np.array((v.values[0] if isinstance(v, dist_type) else v).numpy()) for n, v in tf_variables.items()}
 
 
 def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], source: str) -> None:
@@ -27,10 +27,10 @@ def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], sour
     Args:
         variables: Keras or TensorFlow variables by name.
         values: arrays by name; arrays of other names are ignored.
-        source: describes the origin of the arrays in errors, such as "checkpoint step 420".
+        source: origin of the arrays for errors, such as "checkpoint step 420".
 
     Raises:
-        DataError: `values` lacks a variable, or its array has another shape.
+        DataError: `values` lacks an array for a variable, or the array has another shape.
     """
     for name, variable in variables.items():
         if name not in values:
@@ -43,11 +43,11 @@ def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], sour
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Return the variables of an optimizer by names that are the same in each process.
+    """Return an optimizer's variables by names that are the same in each process.
 
-    The names have an index and Keras' path of the variable, such as "optimizer/0000/optimizer/iteration".
-    Keras gives one variable of Nadam, the product of momentum factors, a path with a counter of the process
-    (`variable_7`), which is replaced by "product".
+    A name contains the variable's index and its Keras path, such as "optimizer/0000/optimizer/iteration". Keras gives
+    one variable of Nadam, the product of momentum factors, a path with a process-wide counter (`variable_7`), which is
+    replaced by "product".
     """
     paths = [v.path if v.path.startswith(f"{optimizer.name}/") else "product" for v in optimizer.variables]
     return {f"optimizer/{i:04d}/{path}": v for i, (path, v) in enumerate(zip(paths, optimizer.variables, strict=True))}
