@@ -129,7 +129,7 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Return a log line: each worker's `count` devices, the precision, and the batch size if there are several replicas."""
+    """Describe for the log each worker's `count` devices, the precision and, with several replicas, their batch size."""
     batch_size, precision, num_replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     if num_replicas == 1:
         return f"device: {device.describe()}, {precision}"

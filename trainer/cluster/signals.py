@@ -36,7 +36,7 @@ def _unblock_sigterm() -> None:
 
 
 def ignore_sigterm() -> None:
-    """Ignore SIGTERM. Python restores the default handler at shutdown, with which a finished run would appear failed."""
+    """Ignore SIGTERM: at shutdown Python restores the default handler, and a finished run would appear failed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
