@@ -129,7 +129,7 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Describe for the log each worker's `count` devices, the precision and, with several replicas, their batch size."""
+    """Describe each worker's `count` devices and the precision; with several replicas, also their batch size."""
     batch_size, precision, num_replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
     if num_replicas == 1:
         return f"device: {device.describe()}, {precision}"

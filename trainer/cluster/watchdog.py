@@ -99,7 +99,7 @@ def start(
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # This process keeps the write end of `exit` open; otherwise the watchdog's end would complete the read and exit it.
+    # This process keeps `exit_writer` open. Otherwise the watchdog's end would complete the read and exit this process.
     _keep_alive.append(exit_writer)
     _processes.append(child)
     os.close(state_reader)
