@@ -86,7 +86,7 @@ def choose_variables(
 
 
 def is_complete(content: bytes) -> bool:
-    """Return whether a stored program, a serialized protocol buffer, is not truncated: its last field ends at its end.
+    """Return whether a stored program is a complete protocol buffer: its last field ends where the content ends.
 
     A full disk or a crash of the machine can truncate the file, and TensorFlow fails in a training step when it reads a
     truncated program. Empty content is not complete.

@@ -98,7 +98,7 @@ class ControlChannel:
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
         self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
-        self.on_stop: Callable[[str], None] = lambda _reason: None  # called with the stop request of another worker
+        self.on_stop: Callable[[str], None] = lambda _reason: None  # called with the reason of a peer's stop request
         self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called by `end`, right before the exit
         # Received values of collective operations by peer, as (topic, payload).
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}

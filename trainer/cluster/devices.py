@@ -92,7 +92,7 @@ def detect_device() -> Device:
 
 
 def query_gpu_memory() -> int | None:
-    """Return the memory of the smallest GPU times the number of GPUs, in bytes; None without GPUs or if unknown."""
+    """Return the smallest GPU's memory times the number of GPUs, in bytes; None if unknown or there are no GPUs."""
     return (_query_memory_per_gpu() or 0) * len(tf.config.list_physical_devices("GPU")) or None
 
 

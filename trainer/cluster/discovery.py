@@ -1,4 +1,4 @@
-"""Discover the index and the addresses of the workers from environment variables.
+"""Discover this worker's index and all workers' addresses from environment variables.
 
 The first of these sources for which the environment has variables is used:
 
@@ -47,7 +47,7 @@ _MANIFEST_SOURCES = {  # environment variable -> the value that a manifest must 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The workers of a run, and the index of this worker."""
+    """A run's workers, and this worker's index."""
 
     index: int  # this worker's index, 0 <= index < size; 0 is the chief
     addresses: tuple[str, ...]  # "host:port" in index order; empty for a single worker

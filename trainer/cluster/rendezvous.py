@@ -276,7 +276,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
 
 def _describe_missing(address: str, index: int) -> str:
-    """Describe a missing worker, and whether its host name does not resolve or it has not connected."""
+    """Return a missing worker's index and address, and the reason: its host name does not resolve, or no connection."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, int(port))
@@ -298,7 +298,7 @@ def _connect(address: str, token: str, timeout: float = RESPONSE_TIMEOUT_SECONDS
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
-    """Connect to every other worker's port. Raises Interrupted on all workers if any connection of any worker fails."""
+    """Connect to every other worker's port. Raises Interrupted on all workers if any worker cannot reach another."""
     peers = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
     failures = [failure for i, address in peers for failure in _check_reachable(cluster, i, address)]
     if failures := control.reduce("reach", failures, lambda by_worker: list(itertools.chain(*by_worker))):

@@ -41,7 +41,7 @@ RETRY = "nothing that was saved is lost; start the same command again to resume"
 
 @dataclass
 class Peer:
-    """The state of the connection to a peer, from which the process does not read at the moment."""
+    """A peer and the state of its connection, from which the process currently does not read."""
 
     index: int
     address: str

@@ -72,7 +72,7 @@ class Recorder:
                 self._buffered -= len(response)
 
     def _record(self, version: str, request: str, response: bytes) -> None:
-        """Count the predictions of a response, and log a sample of them."""
+        """Count a response's predictions, and log a sample of them."""
         metrics = self._get_version_metrics(version)
         if metrics is None:
             self._metrics.dropped.inc()

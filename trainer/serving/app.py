@@ -142,7 +142,7 @@ class Service:
                 version.close()
 
     def close_log(self) -> None:
-        """Write the rest of the prediction log, for at most ten seconds. Must be called once, after `close`."""
+        """Write the rest of the prediction log, within ten seconds. Must be called once, after `close`."""
         if self.log:
             self.log.close()
 

@@ -18,7 +18,7 @@ from trainer.serving.prediction_log import PredictionLog
 from trainer.serving.requests import EncodedImage
 from trainer.serving.settings import Settings, batch_sizes
 
-WINDOW_PREDICTIONS = 5000  # drift is measured over this many of the latest predictions, or fewer
+WINDOW_PREDICTIONS = 5000  # drift is measured over at most this many of the latest predictions
 MIN_PREDICTIONS = 100  # drift is not reported for fewer predictions
 LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
 MAX_LOGGED_NAME_CHARACTERS = 200  # longer file names are truncated in the prediction log
@@ -50,7 +50,7 @@ class ServingMetrics(Collector):
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the served version's name, number and drift."""
+        """Yield the served version's metrics: its name, its number and its drift."""
         if self.current is not None:
             yield from self.current.collect()
 

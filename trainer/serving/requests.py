@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from trainer.serving.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # image formats that exports can decode
-MAX_SCANS = 100  # maximum per progressive JPEG; each scan takes time to decode, and files usually have about ten
+MAX_SCANS = 100  # per progressive JPEG; each scan costs about as much as a baseline JPEG, and files usually have ten
 # Decoding time per pixel, relative to a PNG. Measured with 7,000 x 7,000 pixels on one core: PNG, WebP, GIF and BMP 2.1
 # to 2.6 s; JPEG with 10 scans 1.1 s; baseline JPEG 0.1 s, because it is decoded at a fraction of its size.
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
@@ -29,7 +29,7 @@ BODY_TIMEOUT_SECONDS = 30.0  # for receiving a body, plus one second per MIN_BYT
 MIN_BYTES_PER_SECOND = 100_000
 CONCURRENT_BODIES_FACTOR = 8  # memory limit for the bodies of all requests in progress, as a multiple of `max_bytes`
 CONCURRENT_PIXELS_FACTOR = 4  # limit of the decoding cost per client, as a multiple of `max_pixels`
-# Up to this multiple of `max_bytes`, a too long body is read and discarded, so that the client gets the response.
+# Up to this multiple of `max_bytes`, an overlong body is read and discarded, so that the client gets the response.
 DISCARDED_BODIES_FACTOR = 4
 MAX_FIELDS = 16  # maximum per form, in addition to its files
 CLOSE = {"Connection": "close"}  # header of the response if a body is not read to the end
@@ -100,7 +100,7 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves bytes for the context, or raises HTTPException 503 if the budget is full."""
+        """Yield a function that reserves bytes within the context, and raises HTTPException 503 if too few are left."""
         size = 0
 
         def reserve(count: int) -> None:

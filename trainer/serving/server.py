@@ -138,7 +138,7 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     A signal before the model is loaded, and a second signal, exit the process at once with code 75.
 
     Args:
-        settings: the settings of the server.
+        settings: the server's settings.
         export: the version to load first.
         load_model: loads an export; called in a thread.
 
