@@ -1,10 +1,11 @@
-"""Mutual authentication of two workers with the token of their Job, before they exchange messages.
+"""Mutual authentication of two workers with their Job's token, before they exchange messages.
 
-Each worker proves that it knows the token without sending it: it receives a random nonce, and returns the HMAC of the
-nonce (challenge-response). All fields have a fixed length, so that nothing from an unknown process is parsed or stored.
-The HMAC includes the role of its sender, so that the proof of one worker cannot be sent back to it. Later messages are
-not signed: this protects against processes that connect to the port, not against those that can change packets on the
-network. If the token is empty (not set, or several Jobs of a JobSet), every worker that uses the protocol is accepted.
+Each worker proves that it knows the token without sending it: it receives a random nonce, and returns an HMAC that is
+computed from the token and the nonce (challenge-response). All fields have a fixed length, so that nothing from an
+unknown process is parsed or stored. The HMAC also covers the sender's role, so that a worker's proof cannot be sent
+back to it. Later messages are not signed: authentication protects against processes that connect to the port, but not
+against those that can change packets on the network. If the token is empty (no uid, or a JobSet with several Jobs), any
+process that uses this protocol with an empty token is accepted.
 """
 
 import hmac
@@ -15,18 +16,18 @@ from trainer.cluster.control import Connection, ProtocolError
 GREETING = b"kubetune peer 1\n"  # distinguishes workers from other servers, and from other versions of this protocol
 NONCE_BYTES = 32
 DIGEST = "sha256"
-DIGEST_BYTES = 32  # of a SHA-256 digest
+DIGEST_BYTES = 32  # length of a SHA-256 digest
 
 
 class WrongTokenError(ConnectionError):
-    """The peer does not know the token of this Job."""
+    """The peer does not know this Job's token."""
 
 
 def accept_peer(peer: Connection, token: str) -> None:
     """Authenticate a peer that has connected to this worker, and prove to it that this worker knows the token.
 
     Raises:
-        ProtocolError: the peer does not send the greeting of a worker.
+        ProtocolError: the peer does not send a worker's greeting.
         WrongTokenError: the peer does not know the token.
         OSError: the connection is closed, broken or timed out.
     """
@@ -40,10 +41,10 @@ def accept_peer(peer: Connection, token: str) -> None:
 
 
 def contact_peer(peer: Connection, token: str) -> None:
-    """Authenticate to the peer that this worker has connected to, and verify that it knows the token too.
+    """Authenticate to the peer that this worker has connected to, and verify that the peer also knows the token.
 
     Raises:
-        ProtocolError: the peer does not send the greeting of a worker.
+        ProtocolError: the peer does not send a worker's greeting.
         WrongTokenError: the peer does not know the token, or closes the connection instead of sending its proof.
         OSError: the connection is closed, broken or timed out.
     """
@@ -63,6 +64,6 @@ def _require_greeting(peer: Connection) -> None:
         raise ProtocolError("the peer is not a worker")
 
 
-def _prove(token: str, role: bytes, first_nonce: bytes, second_nonce: bytes) -> bytes:
-    """Compute the proof that a worker in this role ("connecting" or "accepting") knows the token."""
-    return hmac.digest(token.encode(), role + first_nonce + second_nonce, DIGEST)
+def _prove(token: str, role: bytes, verifier_nonce: bytes, prover_nonce: bytes) -> bytes:
+    """Compute the proof that the worker in this role (b"connecting" or b"accepting") knows the token."""
+    return hmac.digest(token.encode(), role + verifier_nonce + prover_nonce, DIGEST)

@@ -1,6 +1,6 @@
 """Configure where XLA and the CUDA driver store compiled GPU programs, so that a restart does not compile them again.
 
-TensorFlow and XLA read the environment variables when they start. Without a GPU none is set.
+TensorFlow and XLA read these environment variables when they start. On a machine without GPUs, no variable is set.
 """
 
 import hashlib
@@ -13,15 +13,16 @@ from pathlib import Path
 
 from trainer.monitoring.log import log
 
-# TensorFlow's flags for programs that XLA has compiled: the folder, and the device types whose programs are stored
+# TensorFlow's flags for the programs that XLA compiles: their folder, and the device types whose programs are stored
 PROGRAMS_FLAG, DEVICES_FLAG = "--tf_xla_persistent_cache_directory", "--tf_xla_persistent_cache_device_types"
-AUTOTUNING_FLAG = "--xla_gpu_per_fusion_autotune_cache_dir"
-# Subfolders of the run's folder or of `cache_folder`. XLA and TensorFlow create them when they first compile a program.
+AUTOTUNING_FLAG = "--xla_gpu_per_fusion_autotune_cache_dir"  # XLA's flag for the folder of autotuning results
+# Subfolders of the run's folder, or of the cache folder on workers other than the chief. XLA and TensorFlow create them
+# when they first compile a program.
 PROGRAMS, AUTOTUNING = "compiled", "autotuning"
 
 
 def list_gpus() -> tuple[str, ...]:
-    """Query nvidia-smi for "NAME, COMPUTE CAPABILITY, DRIVER VERSION" of each GPU; () if it does not list any."""
+    """Return "NAME, COMPUTE CAPABILITY, DRIVER VERSION" for each GPU; () if nvidia-smi lists no GPU or fails."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -33,15 +34,15 @@ def list_gpus() -> tuple[str, ...]:
 def choose_programs_folder(
     gpus: tuple[str, ...], folder: Path, deterministic: bool, environment: Mapping[str, str]
 ) -> Path | None:
-    """Choose the folder below `folder` for the programs that XLA compiles.
+    """Choose the subfolder of `folder` in which the programs that XLA compiles are stored.
 
-    TensorFlow identifies a stored program by its code before compilation. The GPU, the driver, the version of
-    TensorFlow, determinism and XLA's flags also affect the compiled program: each combination has its own folder.
+    TensorFlow identifies a stored program only by its code before compilation. The GPU, the driver, TensorFlow's
+    version, determinism and XLA's flags also affect the compiled program, so each combination has its own subfolder.
 
     Returns:
-        The folder; None if programs are not stored, because the user has configured another folder, or because the
-        machine does not have exactly one GPU. (With several GPUs all replicas would load the program of one of them,
-        which is untested.)
+        The subfolder. None if programs are not stored there, because the user has configured another folder in
+        TF_XLA_FLAGS, or because the machine does not have exactly one GPU. (With several GPUs, all replicas would load
+        a program that was compiled for one of them, which is untested.)
     """
     if len(gpus) != 1 or PROGRAMS_FLAG in environment.get("TF_XLA_FLAGS", ""):
         return None
@@ -55,18 +56,18 @@ def choose_variables(
 ) -> dict[str, str]:  # fmt: skip
     """Choose environment variables that let XLA and the CUDA driver store compiled programs and autotuning results.
 
-    Flags are appended to those of the user, and folders that the user has set remain. Flags with a path that contains
-    white space are omitted, because white space ends the value of a flag.
+    Flags are appended to the user's flags, and folders that the user has set are not changed. The new flags of a
+    variable are omitted if one of them has a path with white space, because white space ends a flag's value.
 
     Args:
-        gpus: the GPUs of this machine, from `list_gpus`.
-        programs: folder of XLA's compiled programs; None stores none.
-        autotuning: folder of the results of autotuning; None stores none.
-        cache_folder: parent of the folder `cuda` for the kernels that the CUDA driver compiles.
+        gpus: the GPUs on this machine, from `list_gpus`.
+        programs: folder for the programs that XLA compiles; if None, they are not stored.
+        autotuning: folder for autotuning results; if None, they are not stored.
+        cache_folder: parent of the folder `cuda`, which stores the kernels that the CUDA driver compiles.
         environment: the current environment variables.
 
     Returns:
-        New values by variable name; {} without GPUs.
+        New values by variable name; {} if there are no GPUs.
     """
     if not gpus:
         return {}
@@ -85,13 +86,13 @@ def choose_variables(
 
 
 def is_complete(content: bytes) -> bool:
-    """Return whether a stored program, an encoded protocol buffer, ends exactly at the end of its last field.
+    """Return whether a stored program is a complete protocol buffer: its last field ends where the content ends.
 
     A full disk or a crash of the machine can truncate the file, and TensorFlow fails in a training step when it reads a
     truncated program. Empty content is not complete.
     """
 
-    def read_varint(at: int) -> tuple[int, int]:
+    def read_varint(at: int) -> tuple[int, int]:  # returns the integer at an offset, and the offset after it
         value = shift = 0
         while True:
             byte = content[at]
@@ -103,27 +104,28 @@ def is_complete(content: bytes) -> bool:
     try:
         while offset < len(content):
             tag, offset = read_varint(offset)
-            value, after = read_varint(offset)  # of a length-delimited field, the length
-            if tag >> 3 == 0 or tag & 7 not in (0, 2):  # the messages here have only numbers, strings and messages
+            value, next_offset = read_varint(offset)  # `value` is the length if the field is length-delimited
+            # Field number 0 is invalid. Stored programs have only integers (wire type 0), strings and messages (2).
+            if tag >> 3 == 0 or tag & 7 not in (0, 2):
                 return False
-            offset = after if tag & 7 == 0 else after + value
+            offset = next_offset if tag & 7 == 0 else next_offset + value
     except IndexError:
         return False
     return 0 < len(content) == offset
 
 
 def set_compilation_cache(cache_folder: Path, run_folder: Path | None, deterministic: bool) -> None:
-    """Set the environment variables of the compilation caches, and delete incomplete stored programs.
+    """Set the environment variables of the compilation caches, and delete truncated stored programs.
 
-    Must be called before TensorFlow starts. The CUDA driver stores its kernels in `cache_folder`. If `cache_folder`
-    cannot be written to, this logs a warning and sets nothing.
+    Must be called before TensorFlow starts. If a folder cannot be read or written, a warning is logged and no variable
+    is set.
 
     Args:
-        cache_folder: folder of this machine for caches.
-        run_folder: local folder of the run, for programs and autotuning results: it is published to the bucket of the
-            run, if there is one, so that a resumed run loads the same programs in another pod. None on workers other
-            than the chief, which store them in `cache_folder`.
-        deterministic: the run is deterministic, and XLA does no autotuning.
+        cache_folder: folder for caches on this machine; the CUDA driver stores its kernels in its subfolder `cuda`.
+        run_folder: the run's local folder, which stores XLA's programs and autotuning results. It is published to the
+            run's bucket, if there is one, so that a resumed run loads the same programs in another pod. None on workers
+            other than the chief; they store programs and results in `cache_folder`.
+        deterministic: whether the run is deterministic; XLA's autotuning is then off, and its results are not stored.
     """
     gpus, folder = list_gpus(), (run_folder or cache_folder).absolute()
     programs = choose_programs_folder(gpus, folder, deterministic, os.environ)

@@ -28,12 +28,12 @@ from trainer.storage.arrays import pack, unpack
 MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker; it is refused before it is read
 MAX_RECV_BYTES = 1 << 20  # per `recv` call
 HEARTBEAT_INTERVAL_SECONDS = 2.0
-HEARTBEAT_TIMEOUT_SECONDS = 20.0  # without received bytes, after which a peer is lost; ten missed heartbeats
-COMMIT_TIMEOUT_SECONDS = 5.0  # for which `end` waits for a write in `committing`
+HEARTBEAT_TIMEOUT_SECONDS = 20.0  # a peer from which no bytes arrive for this time is lost; ten missed heartbeats
+COMMIT_TIMEOUT_SECONDS = 5.0  # maximum time that `ControlChannel.end` waits for a write in `ControlChannel.committing`
 
 
 class ProtocolError(ConnectionError):
-    """The received bytes are not from a worker."""
+    """The peer is not a worker: the bytes that it sends do not follow the workers' protocol."""
 
 
 class Connection:
@@ -41,12 +41,12 @@ class Connection:
 
     def __init__(self, connected_socket: socket.socket) -> None:
         self.socket = connected_socket
-        self.last_received = time.monotonic()  # arrival time of the last bytes
+        self.last_received = time.monotonic()  # when bytes last arrived
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._send_lock = threading.Lock()
 
     def send(self, kind: str, payload: bytes = b"", **fields: Any) -> None:
-        """Send a message with these header fields. Raises OSError if the connection is closed, broken or timed out."""
+        """Send a message with JSON values as header fields. Raises OSError if the connection is broken or timed out."""
         header = json.dumps({"kind": kind, **fields}).encode()
         with self._send_lock:
             self.socket.sendall(PREFIX.pack(MAGIC, len(header), len(payload)) + header)
@@ -54,10 +54,10 @@ class Connection:
                 self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """Wait for one message, and return its header and payload.
+        """Wait for one message, and return its header, which has the key "kind", and its payload.
 
-        Raises ProtocolError if the bytes are not from a worker, another OSError if the connection is closed, broken or
-        timed out, and ValueError if the header is not valid JSON.
+        Raises ProtocolError if the peer is not a worker, another OSError if the connection is closed, broken or timed
+        out, and ValueError if the header is not valid JSON.
         """
         magic, header_bytes, payload_bytes = PREFIX.unpack(self.receive_exactly(PREFIX.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
@@ -84,23 +84,23 @@ class Connection:
 
 
 class ControlChannel:
-    """The connections of this worker for collective operations, stop requests and failures.
+    """This worker's connections for collective operations, stop requests and failures.
 
-    The chief is connected to every other worker, and each of these only to the chief. A single worker has no
+    The chief is connected to all other workers, and every other worker only to the chief. A single worker has no
     connections: the operations return its own values. All workers must call the collective operations (gather,
-    broadcast, reduce, barrier, and the methods built on them) in the same order. `topic` names an operation; workers
-    that are at different topics fail with an AssertionError.
+    broadcast, reduce, barrier, and the methods built on them) in the same order. `topic` names an operation; if a
+    worker receives a value for a different topic than its own, it fails with an AssertionError.
 
-    If a peer fails or is lost while a collective operation waits for it, the operation does not raise: `end` exits the
-    process.
+    If a peer fails or is lost while a collective operation waits for it, the operation does not raise an exception:
+    `end` exits the process.
     """
 
     def __init__(self, cluster: Cluster, connections: dict[int, Connection]) -> None:
         self.cluster, self.connections = cluster, connections
         self.index, self.size, self.is_chief = cluster.index, cluster.size, cluster.is_chief
-        self.on_stop: Callable[[str], None] = lambda _reason: None  # called with the stop request of another worker
+        self.on_stop: Callable[[str], None] = lambda _reason: None  # called with the reason of a peer's stop request
         self.on_end: Callable[[int, str], None] = lambda _code, _reason: None  # called by `end`, right before the exit
-        # Messages of collective operations by peer, as (topic, payload).
+        # Received values of collective operations by peer, as (topic, payload).
         self._inbox: dict[int, queue.SimpleQueue[tuple[str, bytes]]] = {i: queue.SimpleQueue() for i in connections}
         self._departed_peers: set[int] = set()  # peers that have announced their end or failure
         self._shutting_down = False  # this worker has disconnected or failed
@@ -115,14 +115,14 @@ class ControlChannel:
             threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def gather(self, topic: str, payload: bytes) -> list[bytes] | None:
-        """Send `payload` to the chief. Returns the payloads of all workers by index on the chief, else None."""
+        """Send `payload` to the chief. Returns the payloads of all workers, in index order, on the chief; else None."""
         if not self.is_chief:
             self._send(0, topic, payload)
             return None
         return [payload, *(self._receive(peer, topic) for peer in sorted(self.connections))]
 
     def broadcast_bytes(self, topic: str, payload: bytes = b"") -> bytes:
-        """Return the chief's `payload` on every worker; `payload` of the other workers is ignored."""
+        """Return the chief's `payload` on every worker; the other workers' `payload` is ignored."""
         if not self.is_chief:
             return self._receive(0, topic)
         for peer in sorted(self.connections):
@@ -132,35 +132,38 @@ class ControlChannel:
     def broadcast(self, topic: str, make: Callable[[], Any]) -> Any:
         """Call `make` on the chief only, and return its result, a JSON value, on every worker.
 
-        An exception of `make` is raised on the chief only; the other workers wait until they receive its failure.
+        An exception in `make` is raised on the chief only; the other workers wait until the chief reports its failure.
         """
         if self.size == 1:
             return make()
         return json.loads(self.broadcast_bytes(topic, json.dumps(make()).encode() if self.is_chief else b""))
 
     def reduce(self, topic: str, value: Any, function: Callable[[list[Any]], Any]) -> Any:
-        """Return `function(values)` on every worker, where `values` has the JSON value of each worker by index.
+        """Return `function(values)` on every worker, where `values` lists each worker's `value` in index order.
 
-        `function` is called on the chief only, and its result must be a JSON value.
+        `value` and the result of `function` must be JSON values. `function` is called on the chief only.
         """
         gathered = self.gather(topic, json.dumps(value).encode())
         return self.broadcast(topic, lambda: function([json.loads(content) for content in gathered or ()]))
 
     def broadcast_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the chief's named arrays on every worker; `arrays` of the other workers is ignored."""
+        """Return the chief's named arrays on every worker; the other workers' `arrays` is ignored."""
         if self.size == 1:
             return arrays
         return unpack(self.broadcast_bytes(topic, pack(arrays) if self.is_chief else b""))
 
     def gather_arrays(self, topic: str, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]] | None:
-        """Send named arrays to the chief. Returns the arrays of all workers by index on the chief, else None."""
+        """Send named arrays to the chief. Returns all workers' arrays, in index order, on the chief; else None."""
         gathered = self.gather(topic, pack(arrays))
         return None if gathered is None else [unpack(content) for content in gathered]
 
     def require_equal(self, topic: str, values: dict[str, Any]) -> None:
-        """Raise a ConfigError that lists the differences, on all workers, unless all of them pass equal JSON values."""
-        if lines := self.reduce(topic, values, list_differences):
-            problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in lines)])
+        """Raise ConfigError on all workers, with a list of the differences, unless all pass the same named values.
+
+        `topic` is the plural noun in the message, such as "devices"; `values` are JSON values by name.
+        """
+        if differences := self.reduce(topic, values, list_differences):
+            problem = "\n".join([f"the workers do not have the same {topic}:", *(f"  {line}" for line in differences)])
             raise ConfigError(problem, fix="start all of them with the same image and arguments")
 
     def any_worker(self, topic: str, value: bool) -> bool:
@@ -180,8 +183,8 @@ class ControlChannel:
 
     def _receive(self, peer: int, topic: str) -> bytes:
         with health.waiting_for(f"worker {peer}"):
-            received, payload = self._inbox[peer].get()
-        assert received == topic, f"worker {peer} is at {received!r}, worker {self.index} at {topic!r}"
+            peer_topic, payload = self._inbox[peer].get()
+        assert peer_topic == topic, f"worker {peer} is at {peer_topic!r}, worker {self.index} at {topic!r}"
         return payload
 
     def broadcast_stop(self, reason: str) -> None:
@@ -189,18 +192,18 @@ class ControlChannel:
         self._send_to_all("stop", reason=reason)
 
     def committing(self) -> contextlib.AbstractContextManager[bool]:
-        """Return a context for a write, such as the commit of a checkpoint, that `end` should not interrupt.
+        """Return a context manager for a write, such as a checkpoint's commit, that `end` should not interrupt.
 
-        `end` waits for the block before it exits the process, but at most `COMMIT_TIMEOUT_SECONDS`.
+        Before `end` exits the process, it waits up to `COMMIT_TIMEOUT_SECONDS` until the block has ended.
         """
         return self._commit_lock
 
     @contextlib.contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """Report an exception in this block to the other workers, which then end, and re-raise it.
+        """Report an exception in the block to the other workers, and re-raise it.
 
-        They log its message and exit with its exit code, or with 75 if it is a bug. A worker reports only to the chief,
-        which passes the report to the others.
+        The other workers log the exception's message and exit with its exit code, or with 75 if it is a bug. A worker
+        reports only to the chief, which forwards the report to the others.
         """
         try:
             yield
@@ -215,16 +218,16 @@ class ControlChannel:
             raise
 
     def disconnect(self) -> None:
-        """Announce the planned end of this worker, so that its peers do not fail when its connections close.
+        """Announce this worker's planned end, so that its peers do not fail when its connections close.
 
-        From now on this worker ignores lost peers, and `end` does nothing.
+        Afterwards this worker ignores lost peers, and `end` does nothing.
         """
         self._shutting_down = True
         health.on_change()
         self._send_to_all("left")
 
     def ignore_peer_failures(self) -> None:
-        """Ignore lost peers, failures of peers, and stop requests from peers from now on.
+        """Ignore lost peers, peers' failures, and peers' stop requests from now on.
 
         The chief calls this after scoring, when it exports and writes the report without the other workers.
         """
@@ -277,15 +280,15 @@ class ControlChannel:
             self.end(INTERRUPTED, f"lost worker {peer} ({self.cluster.addresses[peer]}): {cause}")
 
     def end(self, code: int, message: str, worker: int | None = None) -> None:
-        """End this process and its peers with the exit code and message of a failure.
+        """End this process and its peers after a failure.
 
         Any thread may call this, because the main thread can be blocked in a collective. The call returns only if this
         worker has already disconnected or failed; then it does nothing.
 
         Args:
-            code: exit code of this process and of its peers.
-            message: problem for the log, the termination message and `on_end`.
-            worker: index of the worker that failed; defaults to this one.
+            code: exit code of this process, which is also sent to the peers.
+            message: the problem, for the log, the termination message and `on_end`; it is also sent to the peers.
+            worker: index of the worker that failed; defaults to this worker.
         """
         with self._end_lock:
             if self._shutting_down:
@@ -308,15 +311,15 @@ def list_differences(by_worker: list[dict[str, Any]]) -> list[str]:
     """Describe the values that differ between workers, one line per name: "NAME: V on worker 0, W on worker N".
 
     Args:
-        by_worker: named JSON values of each worker, by worker index. A missing value counts as null.
+        by_worker: each worker's JSON values by name, in index order. A missing value counts as null.
 
     Returns:
-        Lines sorted by name. N is the first worker whose value differs from that of worker 0.
+        Lines sorted by name. N is the first worker whose value differs from worker 0's value.
     """
     lines = []
     for name in sorted({name for values in by_worker for name in values}):
-        values = [json.dumps(worker.get(name)) for worker in by_worker]
-        differing = next((index for index, value in enumerate(values) if value != values[0]), None)
-        if differing is not None:
-            lines.append(f"{name}: {values[0]} on worker 0, {values[differing]} on worker {differing}")
+        values = [json.dumps(named_values.get(name)) for named_values in by_worker]
+        worker = next((index for index, value in enumerate(values) if value != values[0]), None)
+        if worker is not None:
+            lines.append(f"{name}: {values[0]} on worker 0, {values[worker]} on worker {worker}")
     return lines

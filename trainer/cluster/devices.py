@@ -1,4 +1,4 @@
-"""Devices, precision, determinism and the distribution strategy, which must be configured before the first tensor."""
+"""Configure devices, precision, determinism and the distribution strategy before the first tensor is created."""
 
 import os
 import subprocess
@@ -29,17 +29,19 @@ def build_strategy(
     All workers must call this together, before the first tensor exists.
 
     Args:
-        control: compares the devices of the workers.
+        config: the run's configuration.
+        control: the control channel, over which the workers compare their devices.
         log_message: logs the devices and the collectives.
-        cpus: number of threads per thread pool, the processors that this process may use.
+        cpus: number of processors that this process may use, which becomes the number of threads per thread pool.
 
     Returns:
-        The default strategy for one device. MirroredStrategy for several GPUs, or several logical CPU devices, in one
-        process. MultiWorkerMirroredStrategy for several workers.
+        The default strategy for one device, MirroredStrategy for several GPUs or logical CPU devices in one process,
+        or MultiWorkerMirroredStrategy for several workers.
 
     Raises:
-        ConfigError: the errors of `choose_devices` and `check_batch_size`, or the workers have different devices.
-        Interrupted: TensorFlow cannot start its server, probably because another process uses the port of this worker.
+        ConfigError: runtime.replicas or a batch setting does not fit the devices (see `choose_devices` and
+            `check_batch_size`), or the workers have different devices.
+        Interrupted: TensorFlow cannot start its server, probably because another process uses this worker's port.
     """
     runtime = config.runtime
     set_thread_pools(cpus)
@@ -49,25 +51,25 @@ def build_strategy(
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    kind, count = choose_devices(runtime, control.size)
-    control.require_equal("devices", {"kind": kind, "replicas": count})
-    check_batch_size(config, count * control.size)
-    log_message(describe_devices(detect_device(), count, control.cluster, config))
+    kind, num_devices = choose_devices(runtime, control.size)
+    control.require_equal("devices", {"kind": kind, "replicas": num_devices})
+    check_batch_size(config, num_devices * control.size)
+    log_message(describe_devices(detect_device(), num_devices, control.cluster, config))
     if control.size > 1:
-        tf.config.set_visible_devices(gpus[:count], "GPU")
-        return _multi_worker_strategy(runtime, control, log_message)
-    if count == 1:
+        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
+        return _build_multi_worker_strategy(runtime, control, log_message)
+    if num_devices == 1:
         return tf.distribute.get_strategy()
     if not gpus:
         cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(count)])
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * num_devices)
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(num_devices)])
 
 
 def set_thread_pools(count: int) -> None:
-    """Set the sizes of TensorFlow's intra-op and inter-op thread pools; `tf.data` uses the inter-op pool.
+    """Set the sizes of TensorFlow's intra-op and inter-op thread pools to `count`; `tf.data` uses the inter-op pool.
 
-    With more threads than the container's CPU quota has processors, the kernel throttles all of them in each period.
+    If threads outnumber the processors of the container's CPU quota, the kernel throttles all threads in each period.
     """
     tf.config.threading.set_intra_op_parallelism_threads(count)
     tf.config.threading.set_inter_op_parallelism_threads(count)
@@ -75,7 +77,7 @@ def set_thread_pools(count: int) -> None:
 
 @cache
 def detect_device() -> Device:
-    """Detect the device that computes a replica.
+    """Return the device on which one replica runs: a GPU, or the CPU if there are no GPUs.
 
     If the GPUs differ, the result has all their names, the lowest compute capability, and the smallest memory.
     """
@@ -85,17 +87,17 @@ def detect_device() -> Device:
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     names = dict.fromkeys(detail.get("device_name", "unknown") for detail in details)
     capabilities = [detail.get("compute_capability") for detail in details]
-    lowest = min(map(tuple, filter(None, capabilities))) if all(capabilities) else None
-    return Device("GPU", ", ".join(names), lowest, _query_memory_per_gpu())
+    lowest_capability = min(map(tuple, filter(None, capabilities))) if all(capabilities) else None
+    return Device("GPU", ", ".join(names), lowest_capability, _query_memory_per_gpu())
 
 
 def query_gpu_memory() -> int | None:
-    """Return the memory of the smallest GPU times the number of GPUs, in bytes; None without GPUs or if unknown."""
+    """Return the smallest GPU's memory times the number of GPUs, in bytes; None if unknown or there are no GPUs."""
     return (_query_memory_per_gpu() or 0) * len(tf.config.list_physical_devices("GPU")) or None
 
 
 def _query_memory_per_gpu() -> int | None:
-    """Query nvidia-smi for the memory of the machine's smallest GPU in bytes; None if it lists none or fails."""
+    """Return the memory of the machine's smallest GPU in bytes; None if nvidia-smi lists no GPU or fails."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
@@ -106,15 +108,14 @@ def _query_memory_per_gpu() -> int | None:
 
 
 def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
-    """Choose the kind ("GPU" or "CPU") and the number of devices of each worker; each device computes one replica.
+    """Return the kind ("GPU" or "CPU") and the number of the devices on each worker; each device runs one replica.
 
     Args:
         runtime: `runtime.replicas` is the number of devices; null chooses all GPUs, or one CPU device.
-        workers: number of workers of the run.
+        workers: number of workers in the run.
 
     Raises:
-        ConfigError: `runtime.replicas` exceeds the number of GPUs, or it is more than 1 with several workers that have
-            no GPU.
+        ConfigError: `runtime.replicas` exceeds the number of GPUs, or exceeds 1 on several workers without GPUs.
     """
     gpus = tf.config.list_physical_devices("GPU")
     kind, count = "GPU" if gpus else "CPU", runtime.replicas or max(len(gpus), 1)
@@ -128,56 +129,57 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
-    """Describe the `count` devices of each worker and the precision; with several replicas, also the batch of each."""
-    batch_size, precision, replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
-    if replicas == 1:
+    """Describe each worker's `count` devices and the precision; with several replicas, also their batch size."""
+    batch_size, precision, num_replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
+    if num_replicas == 1:
         return f"device: {device.describe()}, {precision}"
-    devices = device.describe(count)
-    batch = f"; a batch of {batch_size} is {batch_size // replicas} for each"
+    description = device.describe(count)
+    batch_note = f"; a batch of {batch_size} is {batch_size // num_replicas} for each"
     if cluster.size > 1:
-        return f"devices: {cluster.size} workers ({cluster.source}) with {devices} each, {precision}{batch}"
-    why = "runtime.replicas" if config.runtime.replicas else "all devices"
-    return f"devices: {devices} mirrored ({why}), {precision}{batch}"
+        return f"devices: {cluster.size} workers ({cluster.source}) with {description} each, {precision}{batch_note}"
+    reason = "runtime.replicas" if config.runtime.replicas else "all devices"
+    return f"devices: {description} mirrored ({reason}), {precision}{batch_note}"
 
 
 def check_batch_size(config: RunConfig, replicas: int) -> None:
-    """Raise a ConfigError if the global batch cannot be divided among the replicas of all workers.
+    """Raise a ConfigError if the global batch cannot be divided among `replicas`, the replicas on all workers together.
 
-    `replicas` must divide `training.virtual_replicas`, if it is set. The batch must be divisible by the replicas times
-    the micro-batches of each. The part for one replica or virtual replica must be even with mixup or cutmix, which mix
-    pairs. With `model.hidden_batch_norm`, a virtual replica or a micro-batch of all replicas must have two examples.
+    The number of replicas must divide `training.virtual_replicas`, if it is set. The batch size must be divisible by
+    the number of replicas times the micro-batches per replica. With mixup or cutmix, which mix pairs, the batch size
+    per replica (or virtual replica) must be even. With `model.hidden_batch_norm`, each virtual replica, or each
+    micro-batch over all replicas, must have at least two examples.
     """
-    batch_size, parts = config.training.batch_size, config.training.virtual_replicas
-    if parts and parts % replicas:
+    batch_size, num_virtual = config.training.batch_size, config.training.virtual_replicas
+    if num_virtual and num_virtual % replicas:
         problem = f"is not divisible by {replicas} replicas"
-        fix = f"start {', '.join(str(1 << i) for i in range(parts.bit_length()))} replicas"
-        raise ConfigError(problem, key="training.virtual_replicas", value=parts, fix=fix)
-    micro_batches = config.training.micro_batches(replicas)
-    per_replica, divisor = batch_size // (parts or replicas), compute_batch_size_multiple(config, replicas)
-    smaller = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
-    valid = f"{smaller}{-(-batch_size // divisor) * divisor}"
-    if batch_size % (replicas * micro_batches):
-        key = "training.virtual_replicas" if parts else "training.accumulate"
-        detail = f" with {micro_batches} micro-batches each ({key})" if micro_batches > 1 else ""
+        fix = f"start {', '.join(str(1 << i) for i in range(num_virtual.bit_length()))} replicas"
+        raise ConfigError(problem, key="training.virtual_replicas", value=num_virtual, fix=fix)
+    num_micro_batches = config.training.micro_batches(replicas)
+    per_replica, divisor = batch_size // (num_virtual or replicas), compute_batch_size_multiple(config, replicas)
+    smaller_size = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
+    sizes = f"{smaller_size}{-(-batch_size // divisor) * divisor}"
+    if batch_size % (replicas * num_micro_batches):
+        key = "training.virtual_replicas" if num_virtual else "training.accumulate"
+        detail = f" with {num_micro_batches} micro-batches each ({key})" if num_micro_batches > 1 else ""
         problem = f"is not divisible by {replicas} replicas{detail}"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}")
-    statistics_size = batch_size // (parts or config.training.accumulate)
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {sizes}")
+    statistics_size = batch_size // (num_virtual or config.training.accumulate)
     if config.model.hidden_units and config.model.hidden_batch_norm and statistics_size < 2:
-        detail = "a part of the batch" if parts or config.training.accumulate > 1 else "the batch"
+        detail = "a part of the batch" if num_virtual or config.training.accumulate > 1 else "the batch"
         problem = f"normalizes {detail} by its own mean, and of a single example nothing would be left"
         fix = "use a larger training.batch_size, fewer parts, or set it to false"
         raise ConfigError(problem, key="model.hidden_batch_norm", value="true", fix=fix)
     if config.augmentation.mixes and per_replica % 2:
-        kind, count = ("virtual replicas", parts) if parts else ("replicas", replicas)
+        kind, count = ("virtual replicas", num_virtual) if num_virtual else ("replicas", replicas)
         detail = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {detail} odd"
-        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {valid}, or set both to 0")
+        raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {sizes}, or set both to 0")
 
 
-def _multi_worker_strategy(
+def _build_multi_worker_strategy(
     runtime: Runtime, control: ControlChannel, log_message: Callable[[str], None]
 ) -> tf.distribute.Strategy:
-    """Start TensorFlow's servers, and build a `MultiWorkerMirroredStrategy` for the GPUs or the CPU of each worker.
+    """Start this worker's TensorFlow server, and build a `MultiWorkerMirroredStrategy` for the devices of all workers.
 
     The servers wait for each other without a timeout. A timer, or the watchdog, exits this process with code 75 after
     `runtime.start_timeout` seconds. Raises Interrupted if TensorFlow cannot start its server at the worker's address.
@@ -186,8 +188,8 @@ def _multi_worker_strategy(
     implementation = tf.distribute.experimental.CommunicationImplementation[runtime.collectives.upper()]
     pack_bytes = int((runtime.pack_mb or 0) * 2**20)
     options = tf.distribute.experimental.CommunicationOptions(pack_bytes, implementation=implementation)
-    packs = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
-    log_message(f"collectives: {runtime.collectives}, gradients in {packs}; starting TensorFlow's servers")
+    packing = f"packs of {runtime.pack_mb:g} MB" if runtime.pack_mb else "one pack"
+    log_message(f"collectives: {runtime.collectives}, gradients in {packing}; starting TensorFlow's servers")
     problem, fix = "TensorFlow's servers did not connect in time, though the workers did", "start all workers again"
     error = Interrupted(problem, key="runtime.start_timeout", value=f"{runtime.start_timeout:g}", fix=fix)
     timer = threading.Timer(runtime.start_timeout, control.end, args=(error.exit_code, str(error)))

@@ -1,11 +1,11 @@
-"""Discover the index and the addresses of the workers from environment variables.
+"""Discover this worker's index and all workers' addresses from environment variables.
 
-The first of these sources that the environment has is used:
+The first of these sources for which the environment has variables is used:
 
 1. `TF_CONFIG`, as Kubeflow's TFJob writes it:
    `{"cluster": {"chief": ["host:port"], "worker": [...]}, "task": {"type": "worker", "index": 0}}`.
    The chief (formerly called master) is worker 0, and the workers follow. Evaluators in the cluster are ignored,
-   because the run itself evaluates. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
+   because the workers themselves evaluate. A TF_CONFIG that is empty, `{}` or without a cluster counts as not set.
 2. A JobSet with all workers in one replicatedJob: JOBSET_NAME, REPLICATED_JOB_NAME, JOB_INDEX (default 0) and
    REPLICATED_JOB_REPLICAS (default 1), set by the downward API from the pod labels `jobset.sigs.k8s.io/jobset-name`,
    `/replicatedjob-name`, `/job-index` and `/replicatedjob-replicas`. WORKER_COUNT is the number of pods of all child
@@ -19,9 +19,9 @@ Sources 2 and 3 require WORKER_COUNT. They also read WORKER_PORT (default 2222) 
 Kubernetes sets in every pod of an Indexed Job. An empty variable counts as not set, because the downward API sets an
 empty one for a missing label.
 
-The workers authenticate with a token: JOB_UID, the pod label `batch.kubernetes.io/controller-uid`, which only those
-who can read the pods know. The token is empty if JOB_UID is not set, and if a JobSet has several child Jobs, because
-each of them has another uid.
+The workers authenticate with a token: JOB_UID, the pod label `batch.kubernetes.io/controller-uid`, which is known only
+to those who can read the pods. The token is empty if JOB_UID is not set, or if a JobSet has several child Jobs, because
+each child Job has a different uid.
 """
 
 import json
@@ -37,7 +37,7 @@ ALONE = "this process alone"  # `Cluster.source` of a single worker without a na
 # "host:port" or "[IPv6]:port"; the group is the port
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):([0-9]{1,5})")
 _DNS_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_MANIFEST_SOURCES = {  # variable -> where to find its value in a manifest, for the fix of an error
+_MANIFEST_SOURCES = {  # environment variable -> the value that a manifest must set it to, for error messages
     "JOB_NAME": "the Job's metadata.name (the pod label batch.kubernetes.io/job-name)",
     "SERVICE_NAME": "the name of the headless Service that the pods have as their subdomain",
     "JOBSET_NAME": "the pod label jobset.sigs.k8s.io/jobset-name (by the downward API)",
@@ -47,13 +47,13 @@ _MANIFEST_SOURCES = {  # variable -> where to find its value in a manifest, for 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The workers of a run, and the index of this worker."""
+    """A run's workers, and this worker's index."""
 
-    index: int  # of this worker, 0 <= index < size; 0 is the chief
-    addresses: tuple[str, ...]  # "host:port" by worker index; empty for a single worker
-    source: str  # of index and addresses, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
-    job: str  # name of the Job or replicatedJob, or the addresses of TF_CONFIG; equal on all workers; "" if unnamed
-    token: str = field(default="", repr=False)  # with which the workers authenticate; "" accepts every worker
+    index: int  # this worker's index, 0 <= index < size; 0 is the chief
+    addresses: tuple[str, ...]  # "host:port" in index order; empty for a single worker
+    source: str  # what defines the cluster, for log lines: ALONE, "TF_CONFIG", "Indexed Job NAME" or "JobSet NAME"
+    job: str  # name of the Job or replicatedJob, or the addresses in TF_CONFIG; equal on all workers; "" if unnamed
+    token: str = field(default="", repr=False)  # proves that a peer is a worker of the same Job; "" if there is none
 
     @property
     def size(self) -> int:
@@ -62,11 +62,11 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is worker 0, the only one that writes to the folder of the run."""
+        """Whether this is worker 0, the only one that writes to the run's folder."""
         return self.index == 0
 
     def tf_config(self) -> str:
-        """Return TF_CONFIG for TensorFlow: all tasks are workers, worker 0 the chief. "{}" for a single worker."""
+        """Return the TF_CONFIG for TensorFlow, in which all tasks have the type worker; "{}" for a single worker."""
         if not self.addresses:
             return "{}"
         task = {"type": "worker", "index": self.index}
@@ -74,36 +74,36 @@ class Cluster:
 
 
 def discover(environment: Mapping[str, str]) -> Cluster:
-    """Discover the cluster from the first source of the module docstring that the environment has.
+    """Return the cluster that environment variables describe; see the module docstring.
 
     Raises ConfigError if a variable is missing or invalid, or if two variables contradict each other.
     """
     env = {name: value.strip() for name, value in environment.items() if value.strip()}
-    if not _in_jobset(env):  # outside of a JobSet these variables have no meaning
+    if not _in_jobset(env):  # outside a JobSet, these variables have no meaning
         env = {name: value for name, value in env.items() if name not in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS")}
-    cluster = _from_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
+    cluster = _parse_tf_config(env["TF_CONFIG"]) if "TF_CONFIG" in env else None
     if cluster:
         _check_against_kubernetes(cluster, env)
     else:
-        cluster = _from_kubernetes(env)
+        cluster = _discover_in_kubernetes(env)
     return replace(cluster, token=_choose_token(env)) if cluster.size > 1 else cluster
 
 
 def _choose_token(env: Mapping[str, str]) -> str:
-    """Return the authentication token, the uid of the Job of the workers; "" if it is not set or they have several."""
+    """Return the authentication token, the uid of the workers' Job; "" if it is not set or there are several Jobs."""
     return env.get("JOB_UID", "") if env.get("REPLICATED_JOB_REPLICAS", "1") == "1" else ""
 
 
-def _from_tf_config(text: str) -> Cluster | None:
-    """Parse TF_CONFIG; None if it has no cluster. Raises ConfigError if it is invalid or describes two chiefs."""
+def _parse_tf_config(tf_config: str) -> Cluster | None:
+    """Parse TF_CONFIG; None if it has no cluster. Raises ConfigError if it is invalid or not supported."""
     try:
-        tree = json.loads(text)
+        tree = json.loads(tf_config)
     except (ValueError, RecursionError) as error:
         problem, fix = f"is not JSON ({error})", "correct it or unset it"
-        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(text), fix=fix) from error
+        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(tf_config), fix=fix) from error
     if not isinstance(tree, dict):
         problem, fix = "is not a JSON object", 'give {"cluster": ..., "task": ...} or unset it'
-        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(text), fix=fix)
+        raise ConfigError(problem, key="TF_CONFIG", value=_abbreviate(tf_config), fix=fix)
     if tree.get("sparseCluster"):
         problem, fix = "has a sparseCluster, for parameter servers only", "set enableDynamicWorker: false"
         raise ConfigError(problem, key="TF_CONFIG", fix=fix)
@@ -141,7 +141,7 @@ def _from_tf_config(text: str) -> Cluster | None:
 def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]]:
     """Return the addresses by role (chief, master, worker); roles without addresses are omitted.
 
-    Raises ConfigError for parameter servers, unknown roles, invalid addresses, and if this task is an evaluator.
+    Raises ConfigError if there are parameter servers, unknown roles or invalid addresses, or this task is an evaluator.
     """
     if "ps" in (*(role for role in cluster if cluster[role]), task_type):
         raise ConfigError("parameter servers (ps) are not supported", key="TF_CONFIG", fix="run workers only")
@@ -168,52 +168,55 @@ def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]
     return roles
 
 
-def _check_against_kubernetes(from_tf_config: Cluster, env: Mapping[str, str]) -> None:
-    """Raise a ConfigError if WORKER_COUNT or the index of the pod contradicts TF_CONFIG, which has precedence."""
-    count = _parse_integer(env, "WORKER_COUNT", 1)
-    if count is None:
+def _check_against_kubernetes(cluster: Cluster, env: Mapping[str, str]) -> None:
+    """Raise a ConfigError if WORKER_COUNT or the pod's index contradicts `cluster`, which TF_CONFIG describes."""
+    num_workers = _parse_integer(env, "WORKER_COUNT", 1)
+    if num_workers is None:
         return
-    if count != from_tf_config.size:
-        problem = f"TF_CONFIG has a different number of workers, {from_tf_config.size}"
-        raise ConfigError(problem, key="WORKER_COUNT", value=count, fix="unset one of them or make them agree")
-    index = _compute_index(env, count)
-    if index is not None and index != from_tf_config.index:
-        problem = f"makes this worker {index}, but TF_CONFIG makes it worker {from_tf_config.index}"
+    if num_workers != cluster.size:
+        problem = f"TF_CONFIG has a different number of workers, {cluster.size}"
+        raise ConfigError(problem, key="WORKER_COUNT", value=num_workers, fix="unset one of them or make them agree")
+    index = _compute_index(env, num_workers)
+    if index is not None and index != cluster.index:
+        problem = f"makes this worker {index}, but TF_CONFIG makes it worker {cluster.index}"
         fix, value = "unset TF_CONFIG or WORKER_COUNT, or make them agree", env["JOB_COMPLETION_INDEX"]
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=value, fix=fix)
 
 
-def _from_kubernetes(env: Mapping[str, str]) -> Cluster:
-    """Discover the cluster of a JobSet or an Indexed Job; a single worker if WORKER_COUNT is not set or 1."""
-    count = _parse_integer(env, "WORKER_COUNT", 1)
-    if count is None:
-        _check_alone(env)
+def _discover_in_kubernetes(env: Mapping[str, str]) -> Cluster:
+    """Discover the cluster of a JobSet or an Indexed Job; a single worker if WORKER_COUNT is 1 or not set."""
+    num_workers = _parse_integer(env, "WORKER_COUNT", 1)
+    if num_workers is None:
+        _require_single_pod(env)
         return Cluster(0, (), ALONE, "")
-    index = _compute_index(env, count)
-    if count == 1:
+    index = _compute_index(env, num_workers)
+    if num_workers == 1:
         jobset_names = [env[name] for name in ("JOBSET_NAME", "REPLICATED_JOB_NAME") if name in env]
         job = "-".join(jobset_names) or env.get("JOB_NAME", "")
         source = f"JobSet {jobset_names[0]}" if jobset_names else f"Indexed Job {job}" if job else ALONE
         return Cluster(0, (), source, job)
     if index is None:
         problem, fix = "JOB_COMPLETION_INDEX, the index of this worker, is not set", "set completionMode: Indexed"
-        raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
+        raise ConfigError(problem, key="WORKER_COUNT", value=num_workers, fix=fix)
     port = _parse_integer(env, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
     if _in_jobset(env):
-        jobset, name = _require_name(env, "JOBSET_NAME", count), _require_name(env, "REPLICATED_JOB_NAME", count)
-        service = _require_name(env, "SERVICE_NAME", count) if "SERVICE_NAME" in env else jobset
-        job, source = f"{jobset}-{name}", f"JobSet {jobset}"
-        pods_per_job = count // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
-        hosts = [f"{job}-{i // pods_per_job}-{i % pods_per_job}" for i in range(count)]
+        jobset, replicated_job = (
+            _require_name(env, "JOBSET_NAME", num_workers),
+            _require_name(env, "REPLICATED_JOB_NAME", num_workers),
+        )
+        service = _require_name(env, "SERVICE_NAME", num_workers) if "SERVICE_NAME" in env else jobset
+        job, source = f"{jobset}-{replicated_job}", f"JobSet {jobset}"
+        pods_per_job = num_workers // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
+        hosts = [f"{job}-{i // pods_per_job}-{i % pods_per_job}" for i in range(num_workers)]
     else:
-        job, service = _require_name(env, "JOB_NAME", count), _require_name(env, "SERVICE_NAME", count)
+        job, service = _require_name(env, "JOB_NAME", num_workers), _require_name(env, "SERVICE_NAME", num_workers)
         source = f"Indexed Job {job}"
-        hosts = [f"{job}-{i}" for i in range(count)]
+        hosts = [f"{job}-{i}" for i in range(num_workers)]
     return Cluster(index, tuple(f"{host}.{service}:{port}" for host in hosts), source, job)
 
 
-def _check_alone(env: Mapping[str, str]) -> None:
-    """Raise a ConfigError if WORKER_COUNT is not set although the Job or JobSet has several pods."""
+def _require_single_pod(env: Mapping[str, str]) -> None:
+    """Raise a ConfigError if the Job or JobSet has several pods, although WORKER_COUNT is not set."""
     for name, single_pod_value in (("JOB_COMPLETION_INDEX", 0), ("JOB_INDEX", 0), ("REPLICATED_JOB_REPLICAS", 1)):
         value = _parse_integer(env, name, single_pod_value)
         if value is not None and value > single_pod_value:
@@ -225,38 +228,38 @@ def _in_jobset(env: Mapping[str, str]) -> bool:
     return "JOBSET_NAME" in env or "REPLICATED_JOB_NAME" in env
 
 
-def _compute_index(env: Mapping[str, str], count: int) -> int | None:
-    """Compute the index of this worker among the pods of all child Jobs; None if JOB_COMPLETION_INDEX is not set.
+def _compute_index(env: Mapping[str, str], num_workers: int) -> int | None:
+    """Compute this worker's index among the pods of all child Jobs; None if JOB_COMPLETION_INDEX is not set.
 
-    Raises ConfigError if an index is out of range or `count` is not a multiple of the number of child Jobs.
+    Raises ConfigError if an index is out of range or `num_workers` is not a multiple of the number of child Jobs.
     """
-    replicas = _parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
-    if count % replicas:
-        problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={replicas}", "set it to the number of all pods"
-        raise ConfigError(problem, key="WORKER_COUNT", value=count, fix=fix)
-    pods_per_job = count // replicas
+    num_jobs = _parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
+    if num_workers % num_jobs:
+        problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={num_jobs}", "set it to the number of all pods"
+        raise ConfigError(problem, key="WORKER_COUNT", value=num_workers, fix=fix)
+    pods_per_job = num_workers // num_jobs
     job_index = _parse_integer(env, "JOB_INDEX", 0)
-    if job_index is None and replicas > 1:
+    if job_index is None and num_jobs > 1:
         fix = "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)"
-        raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=replicas, fix=fix)
+        raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=num_jobs, fix=fix)
     job_index = job_index or 0
-    if job_index >= replicas:
-        default = "" if "REPLICATED_JOB_REPLICAS" in env else " (its default)"
-        problem = f"is not below REPLICATED_JOB_REPLICAS={replicas}{default}"
+    if job_index >= num_jobs:
+        default_note = "" if "REPLICATED_JOB_REPLICAS" in env else " (its default)"
+        problem = f"is not below REPLICATED_JOB_REPLICAS={num_jobs}{default_note}"
         fix = "set that to the pod label jobset.sigs.k8s.io/replicatedjob-replicas (by the downward API)"
         raise ConfigError(problem, key="JOB_INDEX", value=job_index, fix=fix)
     pod_index = _parse_integer(env, "JOB_COMPLETION_INDEX", 0)
     if pod_index is None:
         return None
     if pod_index >= pods_per_job:
-        bound = f"WORKER_COUNT={count}" + (f" / REPLICATED_JOB_REPLICAS={replicas}" if replicas > 1 else "")
+        bound = f"WORKER_COUNT={num_workers}" + (f" / REPLICATED_JOB_REPLICAS={num_jobs}" if num_jobs > 1 else "")
         problem, fix = f"is not below {bound}", "set WORKER_COUNT to the number of all pods"
         raise ConfigError(problem, key="JOB_COMPLETION_INDEX", value=pod_index, fix=fix)
     return job_index * pods_per_job + pod_index
 
 
 def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int = 999_999) -> int | None:
-    """Parse the integer variable `name`; None if it is not set. Raises ConfigError if it is not in the range."""
+    """Parse the variable `name`; None if it is not set. Raises ConfigError unless it is an integer in the range."""
     text = env.get(name)
     if text is None:
         return None
@@ -268,11 +271,11 @@ def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int
     return int(text)
 
 
-def _require_name(env: Mapping[str, str], name: str, count: int) -> str:
-    """Return a required variable that becomes part of host names; raise a ConfigError if it is missing or invalid."""
+def _require_name(env: Mapping[str, str], name: str, num_workers: int) -> str:
+    """Return a variable that becomes part of host names. Raises ConfigError if it is not set or is invalid."""
     fix = f"set it in the manifest to {_MANIFEST_SOURCES[name]}"
     if name not in env:
-        raise ConfigError(f"is not set, but WORKER_COUNT={count}", key=name, fix=fix)
+        raise ConfigError(f"is not set, but WORKER_COUNT={num_workers}", key=name, fix=fix)
     dns_labels = env[name].split(".") if name == "SERVICE_NAME" else [env[name]]
     if not all(re.fullmatch(_DNS_LABEL, label) for label in dns_labels):
         raise ConfigError("cannot be part of a host name", key=name, value=_abbreviate(env[name]), fix=fix)
@@ -280,6 +283,6 @@ def _require_name(env: Mapping[str, str], name: str, count: int) -> str:
 
 
 def _abbreviate(value: Any) -> str:
-    """Return the repr of a value for a message, truncated to 80 characters."""
+    """Return a value's repr for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

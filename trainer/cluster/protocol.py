@@ -1,4 +1,4 @@
-"""The format of messages between workers: a prefix with the lengths, the header (a JSON object), and a payload."""
+"""The format of messages between workers: a prefix with two lengths, a header (a JSON object), and a payload."""
 
 import struct
 
@@ -9,16 +9,16 @@ PREFIX = struct.Struct("!8sIQ")  # MAGIC, length of the header in bytes, length 
 
 
 def translate_peer_failure(code: int, message: str, worker: int, sender: int) -> tuple[int, str]:
-    """Return the exit code and message with which a worker ends because another one has failed.
+    """Return the exit code and message with which this worker ends because another worker has failed.
 
-    The exit code is that of the failed worker. After a bug (exit code 1) it is 75, because a restart may succeed.
+    The exit code does not change, except after a bug (exit code 1): it is then 75, because a restart may succeed.
 
     Args:
-        code: exit code of the failed worker.
-        message: problem that the failed worker has reported.
+        code: exit code in the report.
+        message: problem in the report.
         worker: index of the failed worker.
-        sender: index of the peer that has sent the report. If it is the chief that passes on the report of another
-            worker, `message` already names the failed one.
+        sender: index of the peer that has sent the report. If the chief has forwarded another worker's report,
+            `message` already names the failed worker.
     """
     if code == BUG:
         return INTERRUPTED, f"worker {worker} failed with a bug ({message}); its log has the traceback"

@@ -1,8 +1,8 @@
 """Rendezvous before TensorFlow starts: all workers connect, or log which ones are missing and why.
 
 TensorFlow itself waits for absent peers forever, without a message. Here each worker listens on its port, and workers
-1, 2, ... connect to the chief, worker 0. These connections become the `ControlChannel`. Then each worker connects to
-the port of every other one, because the collectives need all these routes, and frees its own port for TensorFlow.
+1, 2, ... connect to the chief, worker 0. These connections become the `ControlChannel`. Then each worker connects once
+to the port of every other worker, because the collectives need all these routes, and frees its own port for TensorFlow.
 """
 
 import contextlib
@@ -23,10 +23,9 @@ from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
 RESPONSE_TIMEOUT_SECONDS = 5.0  # for a connection to open, and for each read and write until the control channel begins
-SELF_CHECK_TIMEOUT_SECONDS = (
-    1.0  # the same for a connection to this worker's own address, where usually nobody else responds
-)
-REACH_TIMEOUT_SECONDS = 30.0  # for reaching the port of another worker, with retries
+# The same for a connection to this worker's own address; short, since usually no other process responds there.
+SELF_CHECK_TIMEOUT_SECONDS = 1.0
+REACH_TIMEOUT_SECONDS = 30.0  # for reaching another worker's port, with retries
 
 RETRY = "start all workers again"  # the fix of most errors
 
@@ -39,19 +38,19 @@ def rendezvous(
     Args:
         timeout: seconds until all workers must be connected.
         log_message: logs a line.
-        check_cancelled: called every few seconds or more often; raises an exception to cancel, as after a signal.
+        check_cancelled: called at least every few seconds; raises an exception to cancel, such as after a signal.
 
     Raises:
-        Interrupted: a worker is missing after `timeout`, the port of this worker is in use by another program, or a
-            worker cannot reach another one. A restart may succeed.
-        ConfigError: the chief refuses this worker, because its job, size or addresses differ, or another process has
-            the same index.
+        Interrupted: a worker is missing after `timeout`, another process uses this worker's port, or a worker cannot
+            reach another worker. A restart may succeed.
+        ConfigError: the chief refuses this worker, because its Job, number of workers or addresses differ, or another
+            process has the same index.
     """
     if cluster.size == 1:
         return ControlChannel(cluster, {})
     log_message(f"workers: this is {cluster.index} of {cluster.size} ({cluster.source}); waiting for the others")
-    with _Rendezvous(cluster, time.monotonic() + timeout, log_message, check_cancelled) as workers:
-        control = ControlChannel(cluster, workers.await_all() if cluster.is_chief else workers.join())
+    with _Rendezvous(cluster, time.monotonic() + timeout, log_message, check_cancelled) as server:
+        control = ControlChannel(cluster, server.await_all() if cluster.is_chief else server.join())
         with control.propagate_failures():
             _require_all_reachable(cluster, control)
     log_message(f"workers: all {cluster.size} are connected")
@@ -60,20 +59,20 @@ def rendezvous(
 
 @dataclass
 class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
-    """A server on the port of this worker, until TensorFlow uses the port.
+    """A server on this worker's port, until TensorFlow uses the port.
 
-    The server responds with the job and index of this worker. On the chief it also accepts the other workers.
+    The server responds with this worker's Job and index. On the chief, it also accepts the other workers.
     """
 
     cluster: Cluster
-    deadline: float  # by `time.monotonic`, in seconds
+    deadline: float  # `time.monotonic()` at which all workers must be connected
     log_message: Callable[[str], None]
     check_cancelled: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.connections: dict[int, Connection] = {}  # on the chief: to the workers that have joined, by index
         self._reported: set[str] = set()  # lines that `_log_once` has logged
-        self._process = uuid.uuid4().hex  # distinguishes this process from another one with the same job and index
+        self._process = uuid.uuid4().hex  # distinguishes this process from another process with the same Job and index
         self._changed = threading.Condition()
         self._socket = self._bind(int(self.cluster.addresses[self.cluster.index].rpartition(":")[2]))
         threading.Thread(target=self._accept, name="listener", daemon=True).start()
@@ -84,8 +83,8 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         self._socket.close()
 
     def _bind(self, port: int) -> socket.socket:
-        """Listen on the port of this worker; wait until another process has freed it, at most until the deadline."""
-        reported = False
+        """Listen on this worker's port; if it is in use, wait until it is free, at most until the deadline."""
+        is_logged = False
         while True:
             try:
                 dual_stack = socket.has_dualstack_ipv6()
@@ -97,13 +96,13 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 if time.monotonic() > self.deadline:
                     problem = f"port {port} of this worker is in use by another process ({error.strerror})"
                     raise Interrupted(problem, fix="end that process, or set another WORKER_PORT") from None
-                if not reported:
+                if not is_logged:
                     self.log_message(f"workers: port {port} is in use by another process; waiting until it is free")
-                reported = True
+                is_logged = True
                 time.sleep(0.5)
 
     def _require_unique_index(self) -> None:
-        """Raise ConfigError if another process with the same job and index responds at the address of this worker."""
+        """Raise ConfigError if another process with the same Job and index responds at this worker's address."""
         cluster, address = self.cluster, self.cluster.addresses[self.cluster.index]
         header: dict[str, Any] = {}
         with (
@@ -134,10 +133,10 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             self.log_message(text)
 
     def _respond(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
-        """Authenticate a peer, and respond to its request: to join this chief, or which worker this is."""
+        """Authenticate a peer, and respond to its request: "join" (accept the peer) or "who" (identify this worker)."""
         peer = Connection(connection)
         connection.settimeout(RESPONSE_TIMEOUT_SECONDS)
-        joins = False
+        has_joined = False
         with contextlib.suppress(OSError, ValueError, KeyError):
             try:
                 accept_peer(peer, self.cluster.token)
@@ -150,8 +149,8 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             elif reason := self._check_join(header):
                 peer.send("refused", reason=reason)
             else:
-                joins = True
-        if not joins:
+                has_joined = True
+        if not has_joined:
             return peer.close()
         connection.setblocking(False)  # for `_remove_closed`
         with self._changed:
@@ -175,7 +174,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     def await_all(self) -> dict[int, Connection]:
         """Wait until all other workers are connected, send them "go", and return the connections by index.
 
-        Every few seconds, the missing workers are logged on this and all connected workers. Raises Interrupted if
+        Every few seconds, the chief and all connected workers log which workers are missing. Raises Interrupted if
         workers are missing at the deadline.
         """
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
@@ -189,14 +188,14 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             self.check_cancelled()
             now = time.monotonic()
             if now > next_report or now > self.deadline:
-                workers = ", ".join(_describe_missing(self.cluster.addresses[i], i) for i in missing[:5])
-                workers += f", and {len(missing) - 5} more" if len(missing) > 5 else ""
-                text = f"{len(missing)} of {self.cluster.size} workers are missing: {workers}"
-                self._send_to_all("waiting", text=text, over=now > self.deadline)
+                description = ", ".join(_describe_missing(self.cluster.addresses[i], i) for i in missing[:5])
+                description += f", and {len(missing) - 5} more" if len(missing) > 5 else ""
+                problem = f"{len(missing)} of {self.cluster.size} workers are missing: {description}"
+                self._send_to_all("waiting", text=problem, over=now > self.deadline)
                 if now > self.deadline:
-                    raise Interrupted(text, key="runtime.start_timeout", fix=RETRY)
+                    raise Interrupted(problem, key="runtime.start_timeout", fix=RETRY)
                 self._require_unique_index()
-                self.log_message(f"workers: {text}")
+                self.log_message(f"workers: {problem}")
                 next_report = now + REPORT_INTERVAL_SECONDS
         self._send_to_all("go")
         return dict(self.connections)
@@ -207,7 +206,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 peer.send(kind, **fields)
 
     def _remove_closed(self) -> None:
-        """Remove the connections that the other worker has closed."""
+        """Remove the connections to workers that have closed them."""
         for index, peer in list(self.connections.items()):
             try:
                 closed = peer.socket.recv(1, socket.MSG_PEEK) == b""
@@ -220,12 +219,12 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 del self.connections[index]
 
     def join(self) -> dict[int, Connection]:
-        """Connect to the chief, wait until all other workers are connected too, and return {0: connection}."""
+        """Connect to the chief, wait until all other workers are also connected, and return {0: connection}."""
         next_report = time.monotonic() + REPORT_INTERVAL_SECONDS / 2
         cluster, address = self.cluster, self.cluster.addresses[0]
         while True:
             self.check_cancelled()
-            self._require_unique_index()  # each time, since the chief drops this connection if a duplicate joins
+            self._require_unique_index()  # in every round, since the chief drops this connection if a duplicate joins
             try:
                 peer = _connect(address, cluster.token)
                 try:
@@ -251,7 +250,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             time.sleep(0.3)
 
     def _await_start(self, peer: Connection) -> Connection:
-        """Wait until the chief sends "go", and return `peer`; log which workers are missing until then.
+        """Wait until the chief, `peer`, sends "go", and return `peer`; until then, log which workers are missing.
 
         Raises ConfigError if the chief refuses this worker, Interrupted if workers are missing at the deadline or the
         chief stops responding, and OSError if the connection is closed.
@@ -277,7 +276,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
 
 
 def _describe_missing(address: str, index: int) -> str:
-    """Describe a missing worker: its host name does not resolve, or it has not connected."""
+    """Return a missing worker's index and address, and the reason: its host name does not resolve, or no connection."""
     host, _, port = address.rpartition(":")
     try:
         socket.getaddrinfo(host, int(port))
@@ -299,18 +298,18 @@ def _connect(address: str, token: str, timeout: float = RESPONSE_TIMEOUT_SECONDS
 
 
 def _require_all_reachable(cluster: Cluster, control: ControlChannel) -> None:
-    """Connect to the port of every other worker. Raises Interrupted on all workers if any of them fails."""
-    others = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
-    faults = [fault for i, address in others for fault in _check_reachable(cluster, i, address)]
-    if faults := control.reduce("reach", faults, lambda by_worker: list(itertools.chain(*by_worker))):
-        problem = "not all workers can reach each other: " + ", ".join(faults[:5])
+    """Connect to every other worker's port. Raises Interrupted on all workers if any worker cannot reach another."""
+    peers = [(i, address) for i, address in enumerate(cluster.addresses) if i != cluster.index]
+    failures = [failure for i, address in peers for failure in _check_reachable(cluster, i, address)]
+    if failures := control.reduce("reach", failures, lambda by_worker: list(itertools.chain(*by_worker))):
+        problem = "not all workers can reach each other: " + ", ".join(failures[:5])
         raise Interrupted(problem, fix="check network policies, then start all workers again")
 
 
 def _check_reachable(cluster: Cluster, index: int, address: str) -> list[str]:
-    """Connect to a worker, with retries for 30 s.
+    """Connect to a worker, with retries for `REACH_TIMEOUT_SECONDS`.
 
-    Returns a list of one fault if no connection succeeds or another process responds at the address, else [].
+    Returns [] if the worker responds; [description of the failure] if no process or another worker responds.
     """
     deadline = time.monotonic() + REACH_TIMEOUT_SECONDS
     while True:

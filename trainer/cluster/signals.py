@@ -1,4 +1,4 @@
-"""Signal handlers. In training the first SIGTERM or SIGINT requests a stop, the second exits the process at once."""
+"""Signal handlers. With a `StopFlag`, the first SIGTERM or SIGINT requests a stop, and the second exits the process."""
 
 import select
 import signal
@@ -12,11 +12,11 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log_unbuffered
 
 STOP_TIMEOUT_SECONDS = 90.0  # for one step after a stop request; Kubernetes kills a pod after 120 s (k8s/base/job.yaml)
-RETRY = "start the same command again, nothing is lost"
+RETRY = "start the same command again, nothing is lost"  # fix in messages about an interruption
 
 
 def exit_on_sigterm() -> None:
-    """Install a SIGTERM handler that exits at once with code 75. For times in which there is nothing to save.
+    """Install a SIGTERM handler that exits at once with code 75, for use while there is nothing to save.
 
     Without a handler the kernel ignores SIGTERM for the first process of a container (`man 7 pid_namespaces`), and the
     pod would run until the end of its grace period.
@@ -27,23 +27,23 @@ def exit_on_sigterm() -> None:
         exit_at_once(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, end)
-    _unblock()
+    _unblock_sigterm()
 
 
-def _unblock() -> None:
+def _unblock_sigterm() -> None:
     """Unblock SIGTERM, which is blocked if `trainer.cluster.processes.replace_process` has started this process."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def ignore_sigterm() -> None:
-    """Ignore SIGTERM during shutdown, when Python restores the default handler: a finished run would appear failed."""
+    """Ignore SIGTERM: at shutdown Python restores the default handler, and a finished run would appear failed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end_without_progress(end: Callable[[int, str], None], message: str, seconds: float = STOP_TIMEOUT_SECONDS) -> None:
-    """Call `end` with exit code 75 and `message` if no progress is recorded in the next `seconds`. Does not wait.
+    """Call `end` with exit code 75 and `message` if no progress is recorded in the next `seconds`. Returns at once.
 
-    Time in `health.waiting_for` counts as progress.
+    Waiting for a peer (`health.waiting_for`) counts as progress. A timer thread calls `end`.
     """
 
     def check() -> None:
@@ -56,15 +56,15 @@ def end_without_progress(end: Callable[[int, str], None], message: str, seconds:
 
 
 class StopFlag:
-    """A flag that training should stop, set by a signal to this process or by the stop request of another worker.
+    """A flag that training should stop, set by a signal to this process or by another worker's stop request.
 
     Python runs a signal handler only when the main thread returns from TensorFlow, which can take many steps.
-    Therefore the handlers do nothing, and a thread reads the signal numbers from the wake-up file descriptor and sets
-    the flag at once. The compiled training step reads the flag.
+    Therefore the handlers do nothing: a thread reads the signal numbers from the wake-up file descriptor and sets the
+    flag at once. The compiled training step reads the flag.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None  # reason of the first stop request; None if the flag is not set
+        self.reason: str | None = None  # the first stop request's reason, such as "SIGTERM"; None without a request
         self.on_signal: Callable[[str], None] = lambda _name: None  # called for the first signal, after the flag is set
         self.on_request: Callable[[str], None] = lambda _reason: None  # called once, when the flag is set
         self.unread, self._writer = socket.socketpair()  # the wake-up pipe: signal numbers that no thread has read yet
@@ -80,10 +80,10 @@ class StopFlag:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda _signum, _frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        _unblock()
+        _unblock_sigterm()
 
     def request(self, reason: str) -> None:
-        """Set the flag for a signal or a stop request of a peer. Only the first reason is recorded."""
+        """Set the flag, after a signal or a peer's stop request. Only the first reason is recorded."""
         if self.reason is None:
             self.reason = reason
             self.on_request(reason)
@@ -93,7 +93,7 @@ class StopFlag:
         return self.reason is not None or bool(select.select([self.unread], [], [], 0)[0])
 
     def check(self, when: str) -> None:
-        """Record progress, and raise StopRequested if the flag is set. For loops that have nothing to save.
+        """Record progress, and raise StopRequested if the flag is set. Loops that have nothing to save call this.
 
         `when` completes the message, as in "SIGTERM before training".
         """
@@ -102,7 +102,7 @@ class StopFlag:
             raise StopRequested(f"{self.reason} {when}", fix=RETRY)
 
     def _watch(self) -> None:
-        count = 0  # signals to this process; stop requests of peers do not count
+        num_signals = 0  # signals to this process; peers' stop requests do not count
         readable = select.poll()
         readable.register(self.unread, select.POLLIN)
         while True:
@@ -111,8 +111,8 @@ class StopFlag:
                 if signum not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 name = signal.Signals(signum).name
-                count += 1
-                if count > 1:
+                num_signals += 1
+                if num_signals > 1:
                     log_unbuffered(f"\n{name}: stopping at once")
                     termination.write(INTERRUPTED, f"{name} a second time: stopped at once")
                     exit_at_once(INTERRUPTED)

@@ -1,11 +1,11 @@
-"""Start the watchdog of a training process: a separate process, because all threads of the first need the GIL.
+"""Start a training process's watchdog: a separate process, because all threads of the training process need the GIL.
 
 TensorFlow holds the GIL in some calls, above all while its servers connect, which takes forever if a peer has failed.
 No signal handler, timer, control channel or HTTP thread can run then. Therefore `start` starts a process that runs
-`trainer.cluster.watchdog_process`, and sends it the state of this process every second and at each change.
+`trainer.cluster.watchdog_process`, and sends it this process's state every second and at each change.
 
-A process that is blocked in C can choose its exit code only in C. `_arm_exit` lets the C library wait for a byte from
-the watchdog and then call `_exit`. If the process does not exit, the watchdog sends SIGKILL.
+A process that is blocked in C code can choose its exit code only in C. `_arm_exit` lets the C library wait for a byte
+from the watchdog and then call `_exit`. If the process does not exit, the watchdog sends SIGKILL.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from trainer.monitoring.log import log
 
 
 class _SignalEvent(ctypes.Structure):
-    """`struct sigevent` of glibc: what the C library does when a read completes."""
+    """glibc's `struct sigevent`: what the C library does when a read completes."""
 
     _fields_ = (
         ("value", ctypes.c_void_p), ("number", ctypes.c_int), ("notify", ctypes.c_int),
@@ -38,7 +38,7 @@ class _SignalEvent(ctypes.Structure):
 
 
 class _ReadRequest(ctypes.Structure):
-    """`struct aiocb`, an asynchronous read of glibc on 64-bit machines."""
+    """glibc's `struct aiocb` on 64-bit machines: a request for an asynchronous read."""
 
     _fields_ = (
         ("descriptor", ctypes.c_int), ("opcode", ctypes.c_int), ("priority", ctypes.c_int),
@@ -48,22 +48,22 @@ class _ReadRequest(ctypes.Structure):
 
 
 _SIGEV_THREAD = 2  # value of `sigevent.sigev_notify`: call a function in a new thread
-_processes: list[subprocess.Popen[bytes]] = []  # the watchdog, from `start` to `stop`
-_keep_alive: list[Any] = []  # objects that the C library uses, and a descriptor that stays open, until the process ends
+_processes: list[subprocess.Popen[bytes]] = []  # the watchdog process, between `start` and `stop`
+_keep_alive: list[Any] = []  # objects that the C library uses until this process ends, and a descriptor
 
 
 def start(
     runtime: Runtime, control: ControlChannel, signals: socket.socket, listener: socket.socket | None, **labels: str
 ) -> int | None:
-    """Start the watchdog of this process, and send it the state of this process every second and at each change.
+    """Start this process's watchdog, and send it this process's state every second and at each change.
 
     Must be called before TensorFlow is imported.
 
     Args:
-        runtime: `termination_log` and `log_format` also apply to the watchdog.
-        control: the watchdog observes its connections.
+        runtime: the run's settings, of which `termination_log` and `log_format` also apply to the watchdog.
+        control: the control channel, whose connections the watchdog observes.
         signals: `StopFlag.unread`, the socket with the signal numbers that no thread has read yet.
-        listener: the listening socket of `/healthz`, on which the watchdog responds when this process cannot; None if
+        listener: the listening socket for `/healthz`, on which the watchdog responds when this process cannot; None if
             there is no HTTP server.
         labels: labels of JSON log lines, as in `trainer.monitoring.log.configure`.
 
@@ -88,25 +88,25 @@ def start(
         "termination_log": runtime.termination_log, "json_lines": runtime.log_format == "json", "labels": labels,
     }  # fmt: skip
     if listener:
-        listener.setblocking(False)  # both processes accept connections, so another one may have taken the connection
-    inherited = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
+        listener.setblocking(False)  # both processes accept connections: `accept` must not block if the other is first
+    descriptors = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
     command, environment = module_command("trainer.cluster.watchdog_process", json.dumps(settings))
     try:
         child = subprocess.Popen(
-            command, pass_fds=[*inherited, *([listener.fileno()] if listener else [])], env=environment,
+            command, pass_fds=[*descriptors, *([listener.fileno()] if listener else [])], env=environment,
             stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # This process keeps the write end of `exit` open. Otherwise the end of the watchdog would also exit this process.
+    # This process keeps `exit_writer` open. Otherwise the watchdog's end would complete the read and exit this process.
     _keep_alive.append(exit_writer)
     _processes.append(child)
     os.close(state_reader)
     os.close(stack_reader)
 
     def send_state() -> None:
-        # The pipe is full if the watchdog is suspended, and closed if it was killed. Training continues without it.
+        # The pipe is full if the watchdog is suspended, and closed if it was killed. Training continues in both cases.
         with contextlib.suppress(OSError):
             os.write(state_writer, _encode_state(control))
 
@@ -133,9 +133,9 @@ def stop() -> None:
 
 
 def _encode_state(control: ControlChannel) -> bytes:
-    """Encode the state of this process for the watchdog as one JSON line.
+    """Encode this process's state for the watchdog as one JSON line.
 
-    A pipe writes at most 4096 bytes (PIPE_BUF on Linux) atomically; the watchdog skips a longer line that is truncated.
+    A write of at most 4096 bytes to a pipe is atomic (PIPE_BUF on Linux). The watchdog skips a line that is truncated.
     """
     state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
              "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
@@ -145,14 +145,14 @@ def _encode_state(control: ControlChannel) -> bytes:
 def _arm_exit(descriptor: int) -> None:
     """Let the C library exit this process with code 75 as soon as a byte can be read from `descriptor`.
 
-    The request is an asynchronous read whose completion (SIGEV_THREAD) calls `_exit`. Raises OSError if the C library
+    This requests an asynchronous read, on whose completion a new thread calls `_exit`. Raises OSError if the C library
     rejects the request, and AttributeError if it has no `aio_read`.
     """
-    library = ctypes.CDLL(None, use_errno=True)
-    function = ctypes.cast(library["_exit"], ctypes.c_void_p).value
+    libc = ctypes.CDLL(None, use_errno=True)
+    exit_address = ctypes.cast(libc["_exit"], ctypes.c_void_p).value
     buffer = ctypes.create_string_buffer(1)
-    event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, function)
+    event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, exit_address)
     request = _ReadRequest(descriptor, 0, 0, ctypes.addressof(buffer), 1, event)
     _keep_alive.extend([buffer, request])
-    if library.aio_read(ctypes.byref(request)):
+    if libc.aio_read(ctypes.byref(request)):
         raise OSError(ctypes.get_errno(), "aio_read")

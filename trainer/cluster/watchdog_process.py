@@ -1,8 +1,8 @@
-"""The watchdog process: acts for a training process in which Python does not run, because TensorFlow holds the GIL.
+"""The watchdog process, which acts for a training process in which Python cannot run, because TensorFlow holds the GIL.
 
-While the training process sends no state, the watchdog observes what the kernel has received for it: signals, messages
-and closed connections of peers, and requests to `/healthz`, to which the watchdog responds. It ends the training
-process if one of its threads would have done so, or after a timeout. It first logs the stacks of all threads and writes
+While the training process sends no state, the watchdog observes what the kernel has received for it: signals, peers'
+messages and closed connections, and requests to `/healthz`, to which the watchdog responds. It ends the training
+process if a thread of that process would do so, or after a timeout. It first logs the stacks of all threads and writes
 the termination message; the exit code is 75.
 
 The watchdog imports few modules, because every training process starts one.
@@ -30,43 +30,43 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import configure, erase_display, log_unbuffered
 
-INTERVAL_SECONDS = 1.0  # between states of the process, and between checks of the watchdog
+INTERVAL_SECONDS = 1.0  # between two states from the process, and between two checks by the watchdog
 UNRESPONSIVE_SECONDS = 4.0  # time without a state after which the watchdog acts for the process
 SIGNAL_TIMEOUT_SECONDS = 12.0  # time without a state after a signal; longer than known calls that hold the GIL
-PEER_TIMEOUT_SECONDS = 60.0  # time without bytes from a peer, which may be unresponsive for the same reason
+PEER_TIMEOUT_SECONDS = 60.0  # time without bytes from a peer; long, since the peer may hold its GIL in the same call
 EXIT_TIMEOUT_SECONDS = 3.0  # from the request to exit until SIGKILL
-STACK_SIGNAL = signal.SIGUSR1  # lets the process write the stacks of its threads (`faulthandler`)
-RETRY = "nothing that was saved is lost; start the same command again to resume"
+STACK_SIGNAL = signal.SIGUSR1  # makes the process write its threads' stacks (`faulthandler`)
+RETRY = "nothing that was saved is lost; start the same command again to resume"  # fix in messages
 
 
 @dataclass
 class Peer:
-    """The connection to a peer, as the kernel sees it while the process does not read from it."""
+    """A peer and the state of its connection, from which the process currently does not read."""
 
     index: int
     address: str
     closed: bool = False  # the peer has closed the connection
     silent_seconds: float = 0.0  # since the last bytes arrived
-    messages: list[dict[str, Any]] = field(default_factory=list)  # headers of messages that the process has not read
+    messages: list[dict[str, Any]] = field(default_factory=list)  # headers of the messages that are not read yet
 
 
 @dataclass
 class Observation:
     """What the watchdog knows about a process that sends no state."""
 
-    seconds: float  # since the last state of the process
+    seconds: float  # since the process's last state
     timeout: float  # seconds without a state after which the watchdog ends the process
-    activity: str  # what the process was doing in its last state
-    signal_name: str | None  # SIGTERM or SIGINT, if no thread of the process has read it
+    activity: str  # what the process was doing, from its last state
+    signal_name: str | None  # "SIGTERM" or "SIGINT" if the process has received it but has not read it, else None
     peers: list[Peer]  # peers whose loss or failure ends the process
 
 
 def decide_end_reason(seen: Observation) -> str | None:
-    """Decide whether to end an unresponsive process; return the reason, None if there is none yet.
+    """Return the reason to end an unresponsive process, or None if there is no reason yet.
 
-    The reasons, in this order: a watched peer has failed, has closed its connection without notice, or has sent nothing
-    for `PEER_TIMEOUT_SECONDS`; a signal is unread, `SIGNAL_TIMEOUT_SECONDS` after the last state; the process
-    exceeds its timeout.
+    In order of precedence: a peer has failed, has closed its connection without notice, or has sent nothing for
+    `PEER_TIMEOUT_SECONDS`; a signal is still unread `SIGNAL_TIMEOUT_SECONDS` after the last state; the process has
+    exceeded its timeout.
     """
     if seen.seconds < UNRESPONSIVE_SECONDS:
         return None
@@ -86,10 +86,10 @@ def decide_end_reason(seen: Observation) -> str | None:
 
 
 def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
-    """Parse the headers of unread messages of the control channel.
+    """Parse the headers of control-channel messages that the process has not read yet.
 
-    The data can begin in the middle of a message, because the process has read the first bytes, and end in the middle
-    of one. Headers that are incomplete are skipped.
+    `data` can begin in the middle of a message, if the process has read its first bytes, and can end in the middle of
+    another message. Incomplete headers are skipped.
     """
     headers, start = [], data.find(MAGIC)
     with contextlib.suppress(ValueError):  # the process may have read the prefix of a message, but not its header
@@ -104,7 +104,7 @@ def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
 
 
 class _Watchdog:
-    """The watchdog of the process that has started this one and passed it the descriptors in `settings`."""
+    """The watchdog of this process's parent. `settings` is the JSON object that `trainer.cluster.watchdog` passes."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.process, self.settings = settings["process"], settings
@@ -114,8 +114,8 @@ class _Watchdog:
         self.state: dict[str, Any] = {
             "activity": "starting", "limit": float("inf"), "watched": [], "phase": health.phase, "step": None,
         }  # fmt: skip
-        self._unread_state = b""  # the beginning of a line
-        self.seconds = 0.0  # since the last state; time in which either process was suspended does not count
+        self._unread_state = b""  # the beginning of the next state, whose line is incomplete
+        self.seconds = 0.0  # since the last state; time while either process is suspended does not count
         self._unread_bytes: dict[int, tuple[int, float]] = {}  # peer -> (unread bytes, `seconds` at their change)
 
     def run(self) -> None:
@@ -124,14 +124,14 @@ class _Watchdog:
             os.set_blocking(self.settings[name], False)
         poll = select.poll()
         poll.register(self.settings["state"], select.POLLIN)
-        before = time.monotonic()
+        last_time = time.monotonic()
         while os.getppid() == self.process:
             self.log_stacks()
             if not poll.poll(INTERVAL_SECONDS * 1000):
                 now = time.monotonic()
                 # At most twice the interval: after the machine was suspended, the process gets time to send a state.
-                self.seconds += min(now - before, 2 * INTERVAL_SECONDS)
-                before = now
+                self.seconds += min(now - last_time, 2 * INTERVAL_SECONDS)
+                last_time = now
                 self.check()
                 continue
             data = os.read(self.settings["state"], 1 << 16)
@@ -139,12 +139,12 @@ class _Watchdog:
                 return
             state, self._unread_state = newest_state(self._unread_state + data)
             self.state = state or self.state
-            self.seconds, self._unread_bytes, before = 0.0, {}, time.monotonic()
+            self.seconds, self._unread_bytes, last_time = 0.0, {}, time.monotonic()
 
     def check(self) -> None:
         """If the process is unresponsive, respond to `/healthz`, and end the process if there is a reason.
 
-        Time in which the process is suspended (SIGSTOP) does not count.
+        Time while the process is suspended (SIGSTOP) does not count.
         """
         if self.seconds < UNRESPONSIVE_SECONDS:
             return
@@ -153,10 +153,10 @@ class _Watchdog:
             return
         self.respond()
         peers = [self.observe(index) for index in self.state["watched"]]
-        numbers = _peek(self.signals, 16)
-        name = next((signal.Signals(n).name for n in numbers if n in (signal.SIGTERM, signal.SIGINT)), None)
-        seen = Observation(self.seconds, self.state["limit"], self.state["activity"], name, peers)
-        if reason := decide_end_reason(seen):
+        signums = _peek(self.signals, 16)
+        signal_name = next((signal.Signals(n).name for n in signums if n in (signal.SIGTERM, signal.SIGINT)), None)
+        observation = Observation(self.seconds, self.state["limit"], self.state["activity"], signal_name, peers)
+        if reason := decide_end_reason(observation):
             self.end(reason)
 
     def observe(self, index: int) -> Peer:
@@ -164,17 +164,17 @@ class _Watchdog:
         connection, address = self.connections[index]
         poll = select.poll()
         poll.register(connection, select.POLLRDHUP)
-        unread = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))[0]
-        previous, since = self._unread_bytes.get(index, (unread, 0.0))
-        since = since if previous == unread else self.seconds
-        self._unread_bytes[index] = (unread, since)
-        messages = parse_unread_messages(_peek(connection, unread) if unread else b"")
-        return Peer(index, address, bool(poll.poll(0)), self.seconds - since, messages)
+        num_unread = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))[0]
+        previous_num, last_change = self._unread_bytes.get(index, (num_unread, 0.0))
+        last_change = last_change if previous_num == num_unread else self.seconds
+        self._unread_bytes[index] = (num_unread, last_change)
+        messages = parse_unread_messages(_peek(connection, num_unread) if num_unread else b"")
+        return Peer(index, address, bool(poll.poll(0)), self.seconds - last_change, messages)
 
     def respond(self) -> None:
-        """Respond to the waiting HTTP clients: 200 to `/healthz` before the process's timeout, otherwise 503."""
+        """Respond to waiting HTTP clients: with 200 to `/healthz` before the process's timeout, otherwise with 503."""
         text = f"{self.state['activity']}; Python has not run for {self.seconds:.0f} s"
-        deadline = time.monotonic() + INTERVAL_SECONDS  # slow clients must not delay the checks of the watchdog
+        deadline = time.monotonic() + INTERVAL_SECONDS  # slow clients must not delay the watchdog's checks
         while self.listener and time.monotonic() < deadline:
             try:
                 client, _ = self.listener.accept()
@@ -183,12 +183,12 @@ class _Watchdog:
             with contextlib.suppress(OSError), client:
                 client.settimeout(INTERVAL_SECONDS / 4)
                 is_healthz = client.recv(1024).startswith(b"GET /healthz")
-                code = "200 OK" if is_healthz and self.seconds <= self.state["limit"] else "503 Service Unavailable"
-                header = f"HTTP/1.0 {code}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
+                status = "200 OK" if is_healthz and self.seconds <= self.state["limit"] else "503 Service Unavailable"
+                header = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n"
                 client.sendall(f"{header}{text}\n".encode())
 
     def end(self, reason: str) -> None:
-        """Log the stacks of the process, and let it exit with code 75; send SIGKILL if it does not exit."""
+        """Log the process's stacks, and let the process exit with code 75; send SIGKILL if it does not exit."""
         try:
             health.phase = self.state["phase"]
             if self.state["step"] is not None:
@@ -207,7 +207,7 @@ class _Watchdog:
                 os.kill(self.process, signal.SIGKILL)
 
     def log_stacks(self, seconds: float = 0.0) -> None:
-        """Log the stacks that the process has written to its pipe; wait until it has written nothing for `seconds`."""
+        """Log the stacks that the process writes to its pipe, until it has written nothing for `seconds`."""
         if stacks := _read_all(self.settings["stack"], seconds):
             log_unbuffered(f"stacks of the threads:\n{stacks}")
 
@@ -215,7 +215,7 @@ class _Watchdog:
 def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
     """Parse the newest complete state in `data`, which consists of JSON lines.
 
-    A full pipe can truncate a line. The truncated line and the next one are then read as one line, which is skipped.
+    A full pipe can truncate a line. That line and the next one then appear as one line, which is skipped.
 
     Returns:
         The state (None if no line is a JSON object) and the bytes after the last line break.
@@ -229,7 +229,7 @@ def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
 
 
 def _peek(connection: socket.socket, size: int) -> bytes:
-    """Return at most `size` received bytes without consuming them; empty if there are none."""
+    """Return up to `size` received bytes without consuming them; b"" if there are none."""
     with contextlib.suppress(OSError):
         return connection.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     return b""
@@ -261,11 +261,11 @@ def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
 
 
 def main(arguments: Iterable[str]) -> None:
-    """Run the watchdog of the parent process. The only argument is a JSON object, the settings of `watchdog.start`."""
+    """Run the watchdog of the parent process. The only argument is the JSON object from `trainer.cluster.watchdog`."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the watchdog ends when the process ends
-    (text,) = arguments
-    settings = json.loads(text)
+    (json_settings,) = arguments
+    settings = json.loads(json_settings)
     configure(settings["json_lines"], **settings["labels"])
     termination.set_path(settings["termination_log"])
     _Watchdog(settings).run()

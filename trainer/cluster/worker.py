@@ -1,4 +1,4 @@
-"""One worker of a run: its control channel, devices and stop flag."""
+"""This process as a worker of a run: its control channel, distribution strategy and stop flag."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from trainer.monitoring.health import health
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker of a run. Only the chief, worker 0, writes to the folder of the run."""
+    """This process as a worker of a run. Only the chief, worker 0, writes to the run's folder."""
 
     control: ControlChannel
     strategy: tf.distribute.Strategy
@@ -46,7 +46,7 @@ class Worker:
         return self.stop.reason is not None
 
     def should_stop(self, when: str) -> bool:
-        """Return on every worker whether any worker has a stop request.
+        """Return whether any worker has a stop request; the result is the same on all workers.
 
         All workers must call this at the same point of the run, with the same `when`, which names that point.
         """

@@ -1,8 +1,8 @@
-"""ASGI application that forwards REST requests to TensorFlow Serving and logs the predictions of its responses.
+"""ASGI application that forwards REST requests to TensorFlow Serving and logs the predictions in its responses.
 
-Bodies are forwarded unchanged. The response of TensorFlow Serving does not name the version that predicted. Therefore
-the relay forwards a `:predict` request without a version to the newest loaded version by its number. If TensorFlow
-Serving has unloaded that version (404), the relay requests the newest number and sends the request again.
+Bodies are forwarded unchanged. TensorFlow Serving's response does not name the version of the model that predicted.
+Therefore the relay adds the number of the newest loaded version to the path of a `:predict` request without a version.
+If TensorFlow Serving has unloaded that version (404), the relay requests the newest number and sends the request again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from trainer.serving.prediction_log import CLOSE_SECONDS, open_log
 from trainer.serving.requests import MemoryBudget, read_body
 from trainer.serving.settings import Settings
 
-CONNECT_SECONDS = 5.0  # timeout of a connection to TensorFlow Serving
+CONNECT_SECONDS = 5.0  # timeout for connecting to TensorFlow Serving
 STATUS_SECONDS = 5.0  # timeout of a request for the loaded versions
-# Headers that belong to a connection and not to a message, or that each server sets itself. `accept-encoding` is not
-# forwarded, so that TensorFlow Serving does not compress responses, which the recorder parses.
+# Headers that belong to a connection and not to a message, or that every server sets itself. `accept-encoding` is not
+# forwarded, so that TensorFlow Serving does not compress responses, because the recorder parses them.
 _NOT_FORWARDED = {
     "accept-encoding", "connection", "content-length", "date", "expect", "host", "keep-alive", "proxy-connection", "te",
     "trailer", "transfer-encoding", "upgrade", "x-request-id",
@@ -43,7 +43,7 @@ _NOT_FORWARDED = {
 
 
 class Relay:
-    """The HTTP service of a relay, for `trainer.serving.server.run_service`.
+    """The relay's HTTP service, which `trainer.serving.server.run_service` runs.
 
     Raises ConfigError if the prediction log cannot be written.
     """
@@ -61,9 +61,9 @@ class Relay:
         self.recorder = Recorder(settings.model, self.metrics)
         self._memory = MemoryBudget(settings.max_bytes)
         self._threads = ThreadPoolExecutor(settings.connections, "forwarding")
-        address = urlsplit(settings.upstream)
+        url = urlsplit(settings.upstream)
         self._upstream = urllib3.HTTPConnectionPool(
-            address.hostname or "", address.port or 80, maxsize=settings.connections, block=True, retries=False
+            url.hostname or "", url.port or 80, maxsize=settings.connections, block=True, retries=False
         )
         self._model = f"/v1/models/{quote(settings.name)}"
         self._predict = re.compile(rf"{re.escape(self._model)}(?:/versions/(\d+))?:predict")
@@ -73,7 +73,7 @@ class Relay:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def close_log(self) -> None:
-        """Record the responses that wait, and write the rest of the prediction log; give up after a time limit each."""
+        """Record the waiting responses, then write the rest of the prediction log; each for at most `CLOSE_SECONDS`."""
         self.recorder.close(CLOSE_SECONDS)
         if self.log:
             self.log.close()
@@ -88,7 +88,7 @@ class Relay:
         """Serve an HTTP request as an ASGI application, and count it in the metrics."""
         if scope["type"] != "http":
             return
-        began, code, identifier = time.monotonic(), "none", identify(scope)
+        start_time, code, identifier = time.monotonic(), "none", identify(scope)
 
         async def count_and_send(message: Message) -> None:
             nonlocal code
@@ -109,10 +109,10 @@ class Relay:
             self.active -= 1
             route = "predict" if scope["path"].endswith(":predict") else "other"
             self.metrics.requests.labels(route, code).inc()
-            self.metrics.seconds.labels(route).observe(time.monotonic() - began)
+            self.metrics.seconds.labels(route).observe(time.monotonic() - start_time)
 
     async def _respond(self, request: Request, identifier: str) -> Response:
-        """Respond to `/healthz`, `/readyz` and `/metrics`; forward any other request."""
+        """Respond to `/healthz`, `/readyz` and `/metrics`, and forward any other request."""
         try:
             match request.url.path:
                 case "/healthz":
@@ -134,11 +134,11 @@ class Relay:
             return _respond_error(500, "internal error of the relay")
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
-        """Call a function in one of the threads that forward requests."""
+        """Call a function in one of the threads that forward requests, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def _forward(self, request: Request, body: bytes, identifier: str) -> Response:
-        """Forward a request, pass the response to the recorder if it has predictions, and return the response."""
+        """Forward a request and return the response; if the response has predictions, pass it to the recorder."""
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         predict_match = self._predict.fullmatch(path) if request.method == "POST" else None
         version = predict_match[1] or self.version if predict_match else None
@@ -164,9 +164,9 @@ class Relay:
         return Response(response.data, response.status, forwarded)
 
     def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        """Send a request to TensorFlow Serving, twice if it closes the connection, and return the response.
+        """Send a request to TensorFlow Serving, and once more if it closes the connection; return the response.
 
-        Raises HTTPException: 502 it closed the connection twice; 503 it cannot be reached; 504 `timeout` has passed.
+        Raises HTTPException: 502 it closed the connection twice; 503 it cannot be reached; 504 it took too long.
         """
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=self.settings.timeout)
         for is_retry in (False, True):
@@ -184,16 +184,16 @@ class Relay:
         raise AssertionError("unreachable")
 
     def _update_version(self) -> str | None:
-        """Request the newest loaded version from TensorFlow Serving, update `ready` and `version`, and return it.
+        """Request the loaded versions from TensorFlow Serving, update `ready` and `version`, and return the newest one.
 
-        Returns None if no version is loaded or TensorFlow Serving does not respond; `version` then keeps its value.
+        Returns None if no version is loaded or TensorFlow Serving does not respond; `version` then does not change.
         """
         newest = None
         with suppress(urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError):
             timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=STATUS_SECONDS)
             status = json.loads(self._upstream.urlopen("GET", self._model, timeout=timeout).data)
-            loaded = [int(v["version"]) for v in status["model_version_status"] if v["state"] == "AVAILABLE"]
-            newest = str(max(loaded))
+            loaded_versions = [int(v["version"]) for v in status["model_version_status"] if v["state"] == "AVAILABLE"]
+            newest = str(max(loaded_versions))
         if newest is None and self.ready:
             log.warning(f"TensorFlow Serving at {self.settings.upstream} has no loaded version, or does not respond")
         if newest and newest != self.version:

@@ -1,4 +1,4 @@
-"""Log the predictions in responses of TensorFlow Serving, in a thread for which no request waits."""
+"""Log the predictions in TensorFlow Serving's responses, in a thread, so that no request waits for the log."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from trainer.storage.base import request_deadline
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MAX_BUFFERED_BYTES = 64 << 20  # of responses that wait to be parsed
-READ_SECONDS = 20.0  # timeout of each bucket request when the labels of a version are read
-RETRY_SECONDS = 30.0  # from a failure to read the labels of a version until they may be read again
+MAX_BUFFERED_BYTES = 64 << 20  # maximum size of the responses that wait to be parsed
+READ_SECONDS = 20.0  # timeout of each bucket request when a version's labels are read
+RETRY_SECONDS = 30.0  # from a failure to read a version's labels until they may be read again
 
 
 class Recorder:
     """Parses responses, counts their predictions, and logs a sample of them, in a thread. `put` is thread-safe.
 
-    Up to `MAX_BUFFERED_BYTES` of responses wait in memory. Further responses are dropped and counted.
+    Up to `MAX_BUFFERED_BYTES` of responses wait in memory. Further responses are dropped and counted. `model` is the
+    folder of the model's versions, local or in a bucket; `metrics` also has the prediction log.
     """
 
     def __init__(self, model: str, metrics: ServingMetrics) -> None:
@@ -37,14 +38,14 @@ class Recorder:
         self._failures: dict[str, float] = {}  # version -> monotonic time from which its labels may be read again
         # Responses that wait, as (version, identifier of the request, body); None ends the thread.
         self._waiting: queue.SimpleQueue[tuple[str, str, bytes] | None] = queue.SimpleQueue()
-        self._lock, self._buffered = threading.Lock(), 0  # bytes of the responses in `_waiting`
+        self._lock, self._buffered = threading.Lock(), 0  # size of the responses in `_waiting`, in bytes
         self._thread = threading.Thread(target=self._record_all, name="recording", daemon=True)
         self._thread.start()
 
     def put(self, version: str, request: str, response: bytes) -> None:
-        """Queue the JSON body of a response for recording; if the queue is full, drop and count it.
+        """Queue a response's JSON body for recording; drop and count it if the queue is full.
 
-        `request` is the identifier of the request, for the log. Does not raise or wait.
+        `request` is the request's identifier, for the log. Does not raise or wait.
         """
         with self._lock:
             has_room = self._buffered + len(response) <= MAX_BUFFERED_BYTES
@@ -55,7 +56,7 @@ class Recorder:
             self._metrics.dropped.inc()
 
     def close(self, seconds: float) -> None:
-        """Wait until all responses are recorded, at most `seconds`. Must be called once, after the last `put`."""
+        """Wait up to `seconds` until all responses are recorded. Must be called once, after the last `put`."""
         self._waiting.put(None)
         self._thread.join(seconds)
 
@@ -71,22 +72,22 @@ class Recorder:
                 self._buffered -= len(response)
 
     def _record(self, version: str, request: str, response: bytes) -> None:
-        """Count the predictions of a response, and log a sample of them."""
-        metrics = self._find_metrics(version)
+        """Count a response's predictions, and log a sample of them."""
+        metrics = self._get_version_metrics(version)
         if metrics is None:
             self._metrics.dropped.inc()
             return
         try:
             predictions = parse_predictions(response, len(metrics.export.classes))
-        except CONTENT_ERRORS:  # such as the response of another signature
+        except CONTENT_ERRORS:  # for example, a response from another signature
             self._metrics.dropped.inc()
             return
         images = [EncodedImage(b"", "", 0, request=request) for _ in predictions]
         self._metrics.current = metrics
         metrics.record(images, predictions)
 
-    def _find_metrics(self, version: str) -> VersionMetrics | None:
-        """Return the metrics of a version; None if its labels cannot be read now.
+    def _get_version_metrics(self, version: str) -> VersionMetrics | None:
+        """Return a version's metrics; None if its labels cannot be read now.
 
         After a failure, the labels are not read again for `RETRY_SECONDS`.
         """
@@ -101,9 +102,10 @@ class Recorder:
 
 
 def read_labels(model: str, version: str) -> Export:
-    """Read the labels and the reference of a version, but not its graph and variables.
+    """Read a version's labels and drift reference, but not its graph and variables.
 
-    Raises DataError if there are no labels, or the labels or the reference are corrupt.
+    Raises DataError if there are no labels, or if the labels or the reference are corrupt; and Interrupted if the
+    bucket does not respond.
     """
     folder = storage_path(model) / version
     labels, content = (folder / LABELS).read(), (folder / REFERENCE).fetch()
@@ -119,24 +121,25 @@ def read_labels(model: str, version: str) -> Export:
 
 
 def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
-    """Parse a predict response of TensorFlow Serving, in the row format (`predictions`) or column format (`outputs`).
+    """Parse TensorFlow Serving's predict response, in the row format (`predictions`) or column format (`outputs`).
 
     Args:
-        response: JSON body of a response of the signatures `image_bytes`, `images` or `explain`.
+        response: JSON body of a response from the signature `image_bytes`, `images` or `explain`.
         classes: number of classes.
 
     Returns:
-        One prediction per image, without heatmaps; with embeddings if the response has them.
+        One prediction per image, without its heatmap, and with its embedding if the response has embeddings.
 
     Raises:
-        ValueError or another of `CONTENT_ERRORS`: the response has no finite probabilities of `classes` classes.
+        ValueError, or another of `CONTENT_ERRORS`: the response does not have finite probabilities of `classes`
+            classes for each image.
     """
-    content = json.loads(response)
-    if "predictions" in content:
-        rows = content["predictions"]
+    tree = json.loads(response)
+    if "predictions" in tree:
+        rows = tree["predictions"]
         columns = {name: [row[name] for row in rows] for name in rows[0]} if isinstance(rows[0], dict) else rows
     else:
-        columns = content["outputs"]
+        columns = tree["outputs"]
     columns = columns if isinstance(columns, dict) else {"probabilities": columns}
     probabilities = np.asarray(columns["probabilities"], np.float32)  # [images, classes]
     if probabilities.ndim != 2 or probabilities.shape[1] != classes or not np.isfinite(probabilities).all():

@@ -9,7 +9,7 @@ from trainer.config.base import Address, Section, translate_validation_error
 
 
 class RelaySettings(Section):
-    """The settings of a relay; docs/serving.md describes them."""
+    """The relay's settings; docs/serving.md describes them."""
 
     model: Address = Field(min_length=1)
     """Folder of the versions of the model: --model_base_path of TensorFlow Serving, local or in a bucket."""
@@ -42,7 +42,7 @@ class RelaySettings(Section):
 
 
 def parse_settings(values: Mapping[str, str]) -> RelaySettings:
-    """Validate the arguments of `python -m trainer.relay`. Raises ConfigError with all faults."""
+    """Validate the arguments of `python -m trainer.relay`. Raises ConfigError, with all errors in the values."""
     tree = dict(values)
     try:
         return RelaySettings.model_validate(tree)

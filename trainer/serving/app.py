@@ -1,4 +1,4 @@
-"""ASGI application of the server: routes, responses, and the count of requests in progress."""
+"""The server's ASGI application: routes, responses, and the number of requests in progress."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from trainer.serving.model import ServedModel
 
 FIXED_ROUTES = ("/", "/predict", "/healthz", "/readyz", "/metrics", "/v1/models")
-CSP = (  # content security policy: the page is self-contained and connects only to this server
+CSP = (  # content security policy: the page has no external resources and connects only to this server
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")  # X-Request-Id of a client or proxy that is used and logged unchanged
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")  # a client's X-Request-Id that is logged and returned unchanged
 LOADING_PAGE = '<!doctype html><title>kubetune</title><meta http-equiv="refresh" content="2">The model is being loaded.'
 
 
@@ -61,8 +61,8 @@ class ServedVersion:
 
     export: Export
     model: ServedModel
-    batchers: Mapping[bool, Batcher]  # key: whether heatmaps are computed
-    tasks: list[asyncio.Task[None]]  # the tasks that run the batchers
+    batchers: Mapping[bool, Batcher]  # by whether heatmaps are computed
+    tasks: list[asyncio.Task[None]]  # one task per batcher, which runs it
     requests: int = 0  # number of requests that wait for predictions
 
     def close(self) -> None:
@@ -72,9 +72,9 @@ class ServedVersion:
 
 
 class Service:
-    """The HTTP service of one model. It also responds while the model is loaded, and until the server exits.
+    """The HTTP service for one model. It also responds while the model is being loaded, and until the server exits.
 
-    Raises ConfigError if the prediction log cannot be written.
+    `export` is the version to load first. Raises ConfigError if the prediction log cannot be written.
     """
 
     def __init__(self, settings: Settings, export: Export) -> None:
@@ -83,8 +83,8 @@ class Service:
         self._loading = export  # the version to load first
         self._replaced: set[ServedVersion] = set()  # earlier versions that are still in use
         self.stopping = False  # after a signal: the service is not ready, and responses close their connections
-        self.active = 0  # requests in progress, to any route
-        self.cancelled = 0  # requests that were cancelled at the end of `drain`
+        self.active = 0  # number of requests in progress, to any route
+        self.cancelled = 0  # number of requests that were cancelled at the end of `drain`
         self.log = open_log(settings.log, settings.log_seconds)
         self.metrics = ServingMetrics(settings, self.log)
         self.metrics.ready.set_function(lambda: not self.not_ready_reason())
@@ -112,11 +112,11 @@ class Service:
 
     @property
     def export(self) -> Export:
-        """The version that is served; before the first is loaded, the version that is being loaded."""
+        """The version that is served, or the version that is being loaded if no version is served yet."""
         return self.version.export if self.version else self._loading
 
     def use(self, export: Export, model: ServedModel) -> None:
-        """Serve this version from now on; requests that already wait get predictions from the previous version.
+        """Serve this version from now on. Requests that are already waiting get predictions from the previous version.
 
         Must be called in the event loop.
         """
@@ -142,7 +142,7 @@ class Service:
                 version.close()
 
     def close_log(self) -> None:
-        """Write the rest of the prediction log, at most for ten seconds. Must be called once, after `close`."""
+        """Write the rest of the prediction log, within ten seconds. Must be called once, after `close`."""
         if self.log:
             self.log.close()
 
@@ -157,10 +157,10 @@ class Service:
 
     def _create_batcher(self, model: ServedModel, metrics: VersionMetrics, explain: bool) -> Batcher:
         def run_model(images: list[EncodedImage]) -> list[Prediction | str]:
-            began = time.monotonic()
+            start_time = time.monotonic()
             predictions = model.predict([image.data for image in images], explain)
             self.metrics.batches.observe(len(images))
-            self.metrics.batch_seconds.observe(time.monotonic() - began)
+            self.metrics.batch_seconds.observe(time.monotonic() - start_time)
             metrics.record(images, predictions)
             return predictions
 
@@ -169,8 +169,8 @@ class Service:
         return Batcher(run_model, self._model_thread, window=settings.window_ms / 1000, **limits)
 
     @contextlib.contextmanager
-    def _current_version(self) -> Iterator[ServedVersion]:
-        """Yield the version that is served, and keep it in use until the end of the context.
+    def _use_current_version(self) -> Iterator[ServedVersion]:
+        """Yield the version that is served, which stays in use until the context ends.
 
         Raises HTTPException 503 if no version is loaded.
         """
@@ -185,14 +185,14 @@ class Service:
             self._close_unused()
 
     def not_ready_reason(self) -> str:
-        """Return the reason why the service is not ready; "" if it is ready."""
+        """Return why the service is not ready; "" if it is ready."""
         return "stopping" if self.stopping else "" if self.version else "the model is being loaded"
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve an HTTP request as an ASGI application, and count it; while the server stops, close its connection."""
+        """Serve an HTTP request as an ASGI application, and count it. While the server stops, close the connection."""
         if scope["type"] != "http":
             return
-        began, code, identifier = time.monotonic(), "none", identify(scope)
+        start_time, code, identifier = time.monotonic(), "none", identify(scope)
         scope.setdefault("state", {})["id"] = identifier
 
         async def count_and_send(message: Message) -> None:
@@ -206,9 +206,9 @@ class Service:
 
         self.active += 1
         try:
-            with contextlib.suppress(Exception):  # after `_respond_to_bug` Starlette raises the exception again
+            with contextlib.suppress(Exception):  # Starlette raises an exception again after `_respond_to_bug`
                 await self._routes(scope, receive, count_and_send)
-        except asyncio.CancelledError:  # the time of `drain` has passed
+        except asyncio.CancelledError:  # after `drain` seconds
             self.cancelled += 1
             if code == "none":
                 response = _json_response({"error": "the server has stopped; send the request to another one"}, 503)
@@ -217,15 +217,15 @@ class Service:
             self.active -= 1
             route = _route_label(scope["path"])
             self.metrics.requests.labels(route, code).inc()
-            self.metrics.seconds.labels(route).observe(time.monotonic() - began)
+            self.metrics.seconds.labels(route).observe(time.monotonic() - start_time)
 
     async def _predict_images(
         self, request: Request, parse: Callable[..., PredictRequest], *arguments: Any
     ) -> tuple[Export, PredictRequest, list[Prediction]]:
-        """Read a request, parse it with `parse(body, *arguments)`, and predict its images with one version.
+        """Read a request, parse it with `parse(body, *arguments)`, and predict all its images with the same version.
 
         Returns the version, the parsed request, and one prediction per image. Raises HTTPException if the request is
-        invalid, an image cannot be decoded, or the service has no capacity.
+        invalid, an image cannot be decoded, the model is being loaded, or the server is overloaded.
         """
         if self.version is None:
             raise unavailable_error("the model is being loaded")
@@ -235,7 +235,7 @@ class Service:
             del body
             images = [replace(image, request=request.state.id) for image in parsed.images]
             client = request.client.host if request.client else ""
-            with self._current_version() as version:
+            with self._use_current_version() as version:
                 self._check_version(request, version.export)
                 if parsed.explain and not version.model.explains:
                     raise HTTPException(400, "this export has no signature `explain`; export it again")
@@ -259,12 +259,12 @@ class Service:
         entries = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             probabilities = prediction.probabilities  # float32 [classes]
-            top = np.argsort(-probabilities, kind="stable")[: parsed.top_k]
-            classes = [{"class": export.classes[i], "probability": float(probabilities[i])} for i in top]
+            top_indices = np.argsort(-probabilities, kind="stable")[: parsed.top_k]
+            classes = [{"class": export.classes[i], "probability": float(probabilities[i])} for i in top_indices]
             entry: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
                 reference = export.reference or {}
-                geometry = {  # the area of the heatmap; crop: the central square, ignore: without EXIF rotation
+                geometry = {  # which area the heatmap covers; crop: the central square, ignore: before EXIF rotation
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
@@ -273,9 +273,9 @@ class Service:
         return _json_response({"model": self.settings.name, "version": export.version, "predictions": entries})
 
     async def predict_instances(self, request: Request) -> Response:
-        """Respond as KServe and TensorFlow Serving do, with the probabilities of all classes.
+        """Respond in the format of KServe and TensorFlow Serving, with each image's probabilities of all classes.
 
-        A request with `:explain` in the path or `explain` as signature also gets the embedding and the heatmap.
+        If the path ends in `:explain` or the signature is `explain`, add each image's embedding and heatmap.
         """
         self._check_model(request)
         explain = request.url.path.endswith(":explain")
@@ -299,7 +299,7 @@ class Service:
             raise HTTPException(404, f"there is no version {version!a}; available: {export.version}")
 
     async def get_status(self, request: Request) -> Response:
-        """Respond with the status of the model: `ready` for KServe, `model_version_status` for TensorFlow Serving.
+        """Respond with the model's status: `ready` as in KServe, `model_version_status` as in TensorFlow Serving.
 
         The status code is 503 while the service is not ready.
         """
@@ -311,18 +311,18 @@ class Service:
         return _json_response(body, 503 if self.not_ready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
-        """Respond to a readiness probe: 200, or 503 while the first version is loaded and while the server stops."""
+        """Respond to a readiness probe: 200, or 503 while the first version is being loaded or the server stops."""
         reason = self.not_ready_reason()
         return Response(f"{reason or 'ready'}\n", 503 if reason else 200, media_type="text/plain")
 
     async def get_metrics(self, request: Request) -> Response:
-        """Respond with the metrics in a format that the header `Accept` lists."""
+        """Respond with the metrics, in a text format that the header `Accept` allows."""
         accept = request.headers.get("accept", "")
         text, content_type = await asyncio.to_thread(encode_metrics, self.metrics.registry, accept)
         return Response(text, headers={"Content-Type": content_type})
 
     async def get_page(self, request: Request) -> Response:
-        """Respond to browsers with the page for uploads, and to other clients with KServe's liveness status."""
+        """Respond to browsers with the upload page, and to other clients with KServe's liveness status."""
         if "text/html" not in request.headers.get("accept", ""):
             return _json_response({"status": "alive"})
         if self.version is None:
@@ -335,13 +335,13 @@ class Service:
 
 
 def identify(scope: Scope) -> str:
-    """Return the identifier of a request: its header X-Request-Id if `REQUEST_ID` matches it, else a new one."""
+    """Return a request's identifier: its header X-Request-Id if that matches `REQUEST_ID`, else a new random one."""
     client_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
     return client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
 def _route_label(path: str) -> str:
-    """Return the metrics label of a path. There is a fixed set of labels, so that clients cannot create time series."""
+    """Return a path's label in the metrics. The set of labels is fixed, so that clients cannot create time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
         return f"/v1/models/NAME{verb}"
@@ -360,10 +360,10 @@ def _json_response(body: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 async def _respond_to_http_error(_request: Request, error: HTTPException) -> Response:
-    text = error.detail
-    if text == "Not Found":  # raised by the router
-        text = f"there is no such route; available: {' '.join(FIXED_ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
-    return _json_response({"error": text}, error.status_code, error.headers)
+    problem = error.detail
+    if problem == "Not Found":  # Starlette's router has raised the error
+        problem = f"there is no such route; available: {' '.join(FIXED_ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
+    return _json_response({"error": problem}, error.status_code, error.headers)
 
 
 async def _respond_to_bug(_request: Request, error: Exception) -> Response:

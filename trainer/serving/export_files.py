@@ -1,4 +1,4 @@
-"""Locate an export, and read its labels and its drift reference. This module does not import TensorFlow."""
+"""Locate an export, and read its labels and drift reference. This module does not import TensorFlow."""
 
 import os
 from collections.abc import Callable
@@ -16,64 +16,64 @@ from trainer.storage.small_files import parse_json
 from trainer.storage.staging import is_remote, stage
 from trainer.storage.versions import GRAPH, MANIFEST, describe_corruption, list_versions, parse_manifest
 
-LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"  # in a SavedModel
+LABELS, REFERENCE = "assets/labels.txt", "assets/reference.json"  # files in a SavedModel: class names, drift reference
 MAX_EXPORT_BYTES = 20 * 1024**3  # maximum size of an export in a bucket, which is copied to the local disk
 
 
 @dataclass(frozen=True)
 class Export:
-    """A SavedModel on the local disk, with its labels and reference."""
+    """A SavedModel on the local disk, with its labels and drift reference."""
 
     address: str  # the setting `model`, for messages
     folder: Path
-    version: str  # the name of its folder if that is a number, else "1"
-    classes: tuple[str, ...]  # class names of labels.txt, in the order of the probabilities
-    reference: dict[str, Any] | None  # parsed reference.json; None if the export has none
-    graph: ObjectInfo | None = field(default=None, compare=False)  # original saved_model.pb, in the bucket or local
+    version: str  # the name of the version's folder if it is a number, else "1"
+    classes: tuple[str, ...]  # class names from labels.txt, in the order of the probabilities
+    reference: dict[str, Any] | None  # parsed reference.json; None if the export does not have this file
+    graph: ObjectInfo | None = field(default=None, compare=False)  # the original saved_model.pb, in the bucket or local
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The outputs of the model for one image."""
+    """The model's outputs for one image."""
 
     probabilities: np.ndarray  # float32 [classes]
-    embedding: np.ndarray | None = None  # float32 [C], the pooled features; None if the signature does not return them
-    heatmap: np.ndarray | None = None  # float32 [h, w] in 0..1, Grad-CAM of the predicted class; None if not requested
+    embedding: np.ndarray | None = None  # the C pooled features, float32 [C]; None if the signature omits them
+    heatmap: np.ndarray | None = None  # Grad-CAM of the predicted class, float32 [h, w] in 0..1; None if not requested
 
 
 def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None]) -> Export:
-    """Read the labels and the reference of the newest version of an export that can be read.
+    """Return the newest version of an export whose labels and reference can be read.
 
-    Versions that cannot be read are logged and skipped.
+    Newer versions, which cannot be read, are logged and skipped.
 
     Args:
-        address: the output_dir of a run, its folder `export`, a folder of numbered SavedModels, or one SavedModel;
-            local or in a bucket.
+        address: a run's output_dir, its folder `export`, a folder of numbered SavedModels, or one SavedModel; local or
+            in a bucket.
         cache_dir: folder for local copies of exports in a bucket.
         log_message: logs what is copied and which versions are skipped.
 
     Raises:
         ConfigError: the address has an unsupported scheme.
-        DataError: there is no SavedModel, or no version can be read; this is the error of the newest one.
+        DataError: there is no SavedModel, or no version can be read; in this case, the newest version's error.
         Interrupted: the bucket does not respond.
     """
-    faults: list[tuple[str, DataError]] = []  # (version, error)
+    failures: list[tuple[str, DataError]] = []  # (version, error)
     for graph in list_exports(address):
         try:
             export = read_export(address, graph, cache_dir, log_message, lambda: None)
         except DataError as error:
-            faults.append((graph.path.parent.name, error))
+            failures.append((graph.path.parent.name, error))
             continue
-        for version, fault in faults:
-            log_message(f"version {version} is not served: {fault}")
+        for version, failure in failures:
+            log_message(f"version {version} is not served: {failure}")
         return export
-    raise faults[0][1]
+    raise failures[0][1]
 
 
 def list_exports(address: str) -> list[ObjectInfo]:
-    """List `saved_model.pb` of each version at an address (see `find_export`), newest first.
+    """List the file `saved_model.pb` of each version at an address (see `find_export`), newest first.
 
-    Raises DataError if there is none.
+    Raises DataError if there is no version.
     """
     root = storage_path(address)
     if graph := (root / GRAPH).stat():
@@ -87,18 +87,18 @@ def list_exports(address: str) -> list[ObjectInfo]:
 def read_export(
     address: str, graph: ObjectInfo, cache_dir: Path, log_message: Callable[[str], None], check: Callable[[], None]
 ) -> Export:
-    """Read the labels and the reference of a version, after copying it to the local disk if it is in a bucket.
+    """Read a version's labels and reference, after copying the version to the local disk if it is in a bucket.
 
     Args:
         address: the setting `model`, for messages.
-        graph: `saved_model.pb` of the version, from `list_exports`.
+        graph: the version's `saved_model.pb`, from `list_exports`.
         cache_dir: folder for local copies.
         log_message: logs what is copied.
-        check: called after each copied file; raises an exception to cancel.
+        check: called after each copied file; may raise an exception to cancel.
 
     Raises:
-        DataError: the version differs from its manifest, has no labels, or is larger than `MAX_EXPORT_BYTES`; or its
-            labels or reference are corrupt or of another model.
+        DataError: the version differs from its manifest, has no labels, or is larger than `MAX_EXPORT_BYTES`; its
+            labels are corrupt; or its reference is corrupt or belongs to another model.
         Interrupted: the bucket does not respond.
     """
     source = graph.path.parent
@@ -134,7 +134,7 @@ def _read_asset(file: Path, address: str) -> bytes | None:
 
 
 def _no_export_error(address: str, root: StoragePath) -> DataError:
-    """Return the error for an address without a SavedModel. The problem depends on what the address is."""
+    """Return the error for an address without a SavedModel; its problem and fix depend on what is at the address."""
     if root.exists():
         fix = "give the folder of a SavedModel"
         return DataError("is a file, not a SavedModel", key="model", value=address, fix=fix)
@@ -144,6 +144,6 @@ def _no_export_error(address: str, root: StoragePath) -> DataError:
     problem = f"has no {GRAPH}, directly or in a numbered folder of it, of saved_model/ or of export/saved_model/"
     fix = "give the output_dir of a run, or its export"
     if not root.is_folder():
-        parent = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
-        return DataError(f"does not exist{parent}", key="model", value=address, fix=fix)
+        location = "" if is_remote(address) or os.path.isabs(address) else f" in {os.getcwd()}"
+        return DataError(f"does not exist{location}", key="model", value=address, fix=fix)
     return DataError(problem, key="model", value=address, fix=fix)

@@ -1,4 +1,4 @@
-"""Load the SavedModel of an export and predict encoded images with it."""
+"""Load an export's SavedModel, and predict encoded images with it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +12,17 @@ from trainer.serving.export_files import GRAPH, Export, Prediction
 from trainer.serving.settings import batch_sizes
 from trainer.storage.disk import translate_disk_error
 
-# Operations that read or write files, print, or call Python; `saved_model_cli scan` warns of the first three.
+# Operations that read or write files, print, or call Python; `saved_model_cli scan` warns about the first three.
 FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
 IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # names of signatures
-OUTPUTS = ("probabilities", "embedding", "heatmap")  # of the signature `explain`; other signatures return the first
+OUTPUTS = ("probabilities", "embedding", "heatmap")  # outputs of `explain`; other signatures return only the first
 
 
 class ServedModel:
     """A loaded export. Not thread-safe.
 
     Raises:
-        DataError: the export cannot be loaded, does not fit its labels or its reference, or contains `FORBIDDEN_OPS`.
+        DataError: the export cannot be loaded, does not fit its labels or reference, or has one of `FORBIDDEN_OPS`.
         Interrupted: the disk is full or fails.
     """
 
@@ -34,8 +34,8 @@ class ServedModel:
         except Exception as error:  # a corrupt file raises errors of many classes
             if disk_error := translate_disk_error(error, [export.folder, "/tmp"]):
                 raise disk_error from error
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"cannot be loaded ({text})", key="model", value=address, fix="export it again") from None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"cannot be loaded ({reason})", key="model", value=address, fix="export it again") from None
         signatures = self._loaded.signatures
         if IMAGE_BYTES not in signatures:
             problem = f"has no signature {IMAGE_BYTES}"
@@ -44,28 +44,28 @@ class ServedModel:
         if width != len(export.classes):
             problem = f"has {width} outputs for {len(export.classes)} classes"
             raise DataError(problem, key="model", value=address, fix="export it again")
-        side = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
-        self._blank = tf.io.encode_jpeg(np.zeros([side, side, 3], np.uint8)).numpy()  # for warm-up and padding
+        size = signatures["images"].structured_input_signature[1]["images"].shape[1] if "images" in signatures else 1
+        self._blank = tf.io.encode_jpeg(np.zeros([size, size, 3], np.uint8)).numpy()  # for warm-up and padding
         self._explain = signatures.get(EXPLAIN)
         self.explains = self._explain is not None  # whether the export has the signature `explain`
-        # Returns probabilities and, if the export has them, embeddings.
+        # Returns probabilities, and embeddings if the export has the signature `explain`.
         self._classify = _drop_heatmap(self._explain) if self._explain else signatures[IMAGE_BYTES]
         reference = (export.reference or {}).get("embedding")
         if reference and self._explain:
             width = self._explain.structured_outputs["embedding"].shape[-1]
             if width != len(reference.get("projection") or reference["mean"]):
                 raise DataError("reference.json is of another model", key="model", value=address, fix="export it again")
-        # On a GPU, each new batch size starts a search for the fastest kernels, so batches are padded there.
+        # On a GPU, each new batch size starts a search for the fastest kernels, so batches are padded to fixed sizes.
         self._pad = bool(tf.config.list_physical_devices("GPU"))
 
     def predict(self, images: Sequence[bytes], explain: bool = False) -> list[Prediction | str]:
-        """Return for each encoded image its prediction, or the reason why it cannot be decoded.
+        """Return each image's prediction, or the reason why the image cannot be decoded.
 
         A batch that fails is halved, down to single images, so that a corrupt image does not affect the others.
 
         Args:
-            images: encoded images, as in a file.
-            explain: add heatmaps; requires that `explains` is true.
+            images: contents of image files.
+            explain: whether to compute heatmaps, which requires that `explains` is true.
         """
         signature = self._explain if explain else self._classify
         assert signature, "requires `explains`"
@@ -78,14 +78,14 @@ class ServedModel:
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
     def warm_up(self, max_batch: int) -> list[int]:
-        """Call each signature with each of `batch_sizes(max_batch)`, so that later calls are fast; return the sizes."""
+        """Call each signature once per batch size, so that later calls are fast; return `batch_sizes(max_batch)`."""
         for size in (sizes := batch_sizes(max_batch)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
         return sizes
 
     def _call(self, signature: Callable[..., Any], images: Sequence[bytes]) -> list[Prediction | str]:
-        """Call a signature on encoded images; return one prediction per image."""
+        """Call a signature with encoded images; return one prediction per image."""
         padded = list(images)
         if self._pad:
             padded += [self._blank] * (batch_sizes(len(padded))[-1] - len(padded))
@@ -94,7 +94,7 @@ class ServedModel:
 
 
 def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with the outputs of the signature `explain` except the heatmap, which is not computed."""
+    """Return a function with the outputs of `signature` except the heatmap, which TensorFlow then does not compute."""
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")], autograph=False)
     def classify(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -105,7 +105,7 @@ def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_operations(export: Export) -> None:
-    """Raise a DataError if the graph contains `FORBIDDEN_OPS`, or is corrupt. No export of kubetune contains them."""
+    """Raise a DataError if the graph is corrupt or contains one of `FORBIDDEN_OPS`, which kubetune never exports."""
     model = make_saved_model_proto()
     try:
         model.ParseFromString((export.folder / GRAPH).read_bytes())
@@ -120,12 +120,14 @@ def _check_operations(export: Export) -> None:
         raise DataError(problem, key="model", value=export.address, fix="serve an export of kubetune")
 
 
-# Prefixes of the lines that TensorFlow adds to the message of an operation that fails inside of a function
-_GRAPH_LINES = ("Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported")
+# Prefixes of the lines that TensorFlow adds to an operation's error message if the operation is in a tf.function
+_GRAPH_LINE_PREFIXES = (
+    "Graph execution error", "Detected at node", "<stack traces", "File ", "[[", "(1) ", "Error reported",
+)  # fmt: skip
 
 
 def describe_decoding_error(error: tf.errors.OpError) -> str:
-    """Return the first line of the error message that is about the image, without names of graph nodes."""
+    """Return the first line of an error message that is about the image, without the names of graph nodes."""
     lines = (line.strip() for line in (error.message or "").splitlines())
-    text = next((line for line in lines if line and not line.startswith(_GRAPH_LINES)), "")
-    return text.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"
+    reason = next((line for line in lines if line and not line.startswith(_GRAPH_LINE_PREFIXES)), "")
+    return reason.split("{{")[0].split("\t [[")[0].strip().rstrip(".")[:200] or "its pixels are invalid"

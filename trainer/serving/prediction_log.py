@@ -1,8 +1,8 @@
-"""The prediction log of a server: a local file to which lines are appended, or a folder of parts, also in a bucket.
+"""A server's prediction log: a local file to which lines are appended, or a local or bucket folder of parts.
 
-A part is one file, `<folder>/<day>/<time>-<server>-<number>.jsonl`, which is written as a whole. Day and time (UTC) are
-those of its first prediction. Lines of a part wait in memory until a thread has written them. If the folder or bucket
-cannot be written, they wait up to a memory limit. Further lines are dropped and counted; no request waits or fails.
+A part is one file, `<folder>/<day>/<time>-<server>-<number>.jsonl`, which is written as a whole. Its name has the day
+and time (UTC) of its first prediction. A part's lines wait in memory until a thread has written them. If the folder or
+bucket cannot be written, lines wait up to a memory limit, and further lines are dropped. No request waits or fails.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import is_remote
 
 PART_BYTES = 4 << 20  # maximum size of a part, unless a single line is longer
-MAX_BUFFERED_BYTES = 64 << 20  # of lines that are not written yet
+MAX_BUFFERED_BYTES = 64 << 20  # maximum size of the lines that are not written yet
 WRITE_SECONDS = 30.0  # timeout of each bucket request when a part is written
 RETRY_SECONDS = 2.0  # from a failure to write a part until the next try
-CLOSE_SECONDS = 10.0  # for writing the last parts when the server stops
+CLOSE_SECONDS = 10.0  # maximum time for writing the last parts when the server stops
 
 
 class PredictionLog(Protocol):
-    """A log to which lines with predictions are written."""
+    """A prediction log, with one line per prediction."""
 
     def append(self, lines: Sequence[str]) -> int:
-        """Add lines, which end with a line break, and return the number of dropped lines. Does not raise."""
+        """Add lines, each of which ends with a line break; return the number of dropped lines. Does not raise."""
 
     def close(self) -> None:
-        """Write the lines that are not written yet. Must be called once, after the last `append`."""
+        """Write all lines that are not written yet. Must be called once, after the last `append`."""
 
 
 class FileLog:
-    """A local file to which lines are appended. After an error nothing is written anymore.
+    """A local file to which lines are appended. After a write error, all further lines are dropped.
 
     Raises ConfigError if the file cannot be opened.
     """
@@ -55,7 +55,7 @@ class FileLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
-            raise _cannot_write(file, error) from None
+            raise _unwritable_error(file, error) from None
 
     def append(self, lines: Sequence[str]) -> int:
         if self._descriptor < 0:
@@ -76,17 +76,17 @@ class FileLog:
 class _Part:
     """The lines of a part. No line is added after `end`."""
 
-    name: str  # relative to the folder of the log
-    end: float  # in seconds of the monotonic clock
-    size: int = 0  # bytes of all lines
+    name: str  # relative to the log's folder
+    end: float  # as `time.monotonic()`, in seconds
+    size: int = 0  # total size of the lines in bytes
     lines: list[str] = field(default_factory=list)
 
 
 class PartLog:
-    """Parts in a folder or bucket, written by a thread. Thread-safe.
+    """A folder of parts, local or in a bucket, which a thread writes. Thread-safe.
 
-    A part is complete after `seconds`, or when it has `PART_BYTES`. If it cannot be written, this is tried again under
-    the same name, so that no prediction is in two parts.
+    A part is complete after `seconds`, or when it has `PART_BYTES`. If a part cannot be written, the write is retried
+    with the same name, so that no prediction is in two parts.
     """
 
     def __init__(self, folder: StoragePath, seconds: float) -> None:
@@ -94,7 +94,7 @@ class PartLog:
         self._server = f"{os.environ.get('HOSTNAME') or platform.node()}-{secrets.token_hex(4)}"
         self._complete: deque[_Part] = deque()  # complete parts that are not written yet, oldest first
         self._open: _Part | None = None  # the part to which lines are added
-        self._buffered = self._number = 0  # bytes in all these parts; number of parts so far
+        self._buffered = self._number = 0  # size of all these parts in bytes; number of parts so far
         self._failing = self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._write_parts, name="prediction log", daemon=True)
@@ -112,14 +112,14 @@ class PartLog:
                     now, self._number = datetime.now(UTC), self._number + 1
                     name = f"{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}Z-{self._server}-{self._number:06d}.jsonl"
                     self._open = _Part(name, time.monotonic() + self._seconds)
-                    self._changed.notify_all()  # the thread then waits until the end of this part
+                    self._changed.notify_all()  # the thread then waits until this part's `end`
                 self._open.lines.append(line)
                 self._open.size += size
                 self._buffered += size
             return 0
 
     def _complete_part(self) -> None:
-        """Complete the open part, if there is one. The caller must hold the lock."""
+        """Complete the open part, if there is one. The caller must hold the lock `_changed`."""
         if self._open is not None:
             self._complete.append(self._open)
             self._open = None
@@ -128,16 +128,16 @@ class PartLog:
     def _write_parts(self) -> None:
         """Write each part as soon as it is complete, until the log is closed and all parts are written."""
         while part := self._next_part():
-            written = self._write(part.name, "".join(part.lines))
+            is_written = self._write(part.name, "".join(part.lines))
             with self._changed:
-                if written:
+                if is_written:
                     self._complete.popleft()
                     self._buffered -= part.size
                 else:
                     self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
 
     def _next_part(self) -> _Part | None:
-        """Wait for a complete part, and return the oldest one; None if the log is closed and all parts are written."""
+        """Wait for a complete part, and return the oldest; None once the log is closed and all parts are written."""
         with self._changed:
             while not self._complete:
                 if self._open and (self._closed or time.monotonic() >= self._open.end):
@@ -149,7 +149,7 @@ class PartLog:
             return self._complete[0]
 
     def _write(self, name: str, content: str) -> bool:
-        """Write a part and return whether this succeeded; log the first of several failures, and the end of them."""
+        """Write a part, and return whether this succeeded. Log the first of consecutive failures, and the recovery."""
         try:
             with request_deadline(WRITE_SECONDS):
                 (self.folder / name).write(content)
@@ -169,17 +169,17 @@ class PartLog:
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            lines = sum(len(part.lines) for part in self._complete)
-            log.warning(f"log={self.folder}: cannot be written; {lines:,} predictions are lost")
+            num_lines = sum(len(part.lines) for part in self._complete)
+            log.warning(f"log={self.folder}: cannot be written; {num_lines:,} predictions are lost")
 
 
 def open_log(address: str | None, seconds: float) -> PredictionLog | None:
     """Open the prediction log at an address; None if there is no address.
 
     Args:
-        address: a local *.jsonl or other existing file, to which lines are appended; otherwise a folder of parts, local
-            or in a bucket. A bucket is not accessed before the first part is written.
-        seconds: maximum seconds of predictions in a part.
+        address: a local *.jsonl file or an existing local file, to which lines are appended; any other address is a
+            folder of parts, local or in a bucket. A bucket is not accessed before the first part is written.
+        seconds: maximum time, in seconds, from a part's first prediction to its end.
 
     Raises:
         ConfigError: a local file or folder cannot be written, or the address is a *.jsonl file in a bucket.
@@ -196,10 +196,10 @@ def open_log(address: str | None, seconds: float) -> PredictionLog | None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(address, error) from None
+            raise _unwritable_error(address, error) from None
     return PartLog(storage_path(address), seconds)
 
 
-def _cannot_write(address: str, error: OSError) -> ConfigError:
+def _unwritable_error(address: str, error: OSError) -> ConfigError:
     fix = "give a writable file or folder, or leave log out"
     return ConfigError(f"cannot be written ({error.strerror})", key="log", value=address, fix=fix)

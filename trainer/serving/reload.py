@@ -1,4 +1,4 @@
-"""Load the model of a server, and load newer versions while the current one is served."""
+"""Load the server's model, and then newer versions while the current version is served."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ POLL_SECONDS = 10.0  # timeout of each bucket request of a check for a newer ver
 
 
 async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo | None]:
-    """Load and serve the export of the service; if it cannot be loaded, the newest version that can be loaded.
+    """Load and serve `service.export`; if it cannot be loaded, load and serve the newest version that can be loaded.
 
     Returns:
-        `saved_model.pb` of the versions that cannot be loaded.
+        The `saved_model.pb` of each version that cannot be loaded.
 
     Raises:
-        DataError: no version can be loaded; this is the error of the first.
+        DataError: no version can be loaded; this is the error of `service.export`.
         Interrupted: the bucket does not respond, or the disk is full.
     """
     failed: set[ObjectInfo | None] = set()
@@ -47,7 +47,7 @@ async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo 
 def _load_earlier(
     service: Service, load_model: LoadModel, failed: set[ObjectInfo | None], first_error: DataError
 ) -> tuple[Export, ServedModel, list[int]]:
-    """Load the newest version that is not in `failed` and can be loaded.
+    """Load the newest version that is not in `failed` and can be loaded; return it as `_load_version` does.
 
     Adds the versions that cannot be loaded to `failed`. Raises `first_error` if no version can be loaded.
     """
@@ -58,20 +58,20 @@ def _load_earlier(
             service.metrics.failed_versions.inc()
             try:
                 return _load_version(service, load_model, graph)
-            except DataError as other:
+            except DataError as next_error:
                 failed.add(graph)
-                error = other
+                error = next_error
     raise first_error
 
 
 async def follow_versions(service: Service, load_model: LoadModel, failed: set[ObjectInfo | None]) -> None:
     """Check for a newer version every `poll` seconds, and load and serve it, until the server stops.
 
-    The newest version that has not failed is served, also if it is older than the current one, which may have been
+    The newest version that has not failed is served, even if it is older than the current version, which may have been
     deleted. A version that cannot be loaded is logged, added to `failed`, and ignored until its `saved_model.pb`
     changes.
     """
-    unreachable = False  # the current failure of checks is already logged
+    is_failing = False  # whether the last check has failed, so that the failure is already logged
     while not service.stopping:
         await asyncio.sleep(service.settings.poll)
         try:
@@ -79,11 +79,11 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
         except Exception as error:  # such as no version at the moment, or a bucket that does not respond
             if not isinstance(error, TrainerError | OSError):
                 log_traceback(error)
-            elif not unreachable:
+            elif not is_failing:
                 log.warning(f"no check for newer versions: {error}; serving version {service.export.version}")
-            unreachable = True
+            is_failing = True
             continue
-        unreachable = False
+        is_failing = False
         if graph is None or graph == service.export.graph:
             continue
         name, previous = graph.path.parent.name, service.export
@@ -107,30 +107,30 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
 
 
 def _find_newest(service: Service, failed: set[ObjectInfo | None]) -> ObjectInfo | None:
-    """Return `saved_model.pb` of the newest version that is not in `failed`; None if all are."""
+    """Return the `saved_model.pb` of the newest version that is not in `failed`; None if all versions are in it."""
     with request_deadline(POLL_SECONDS):
         graphs = list_exports(service.settings.model)
     return next((graph for graph in graphs if graph not in failed), None)
 
 
 def _load_version(service: Service, load_model: LoadModel, graph: ObjectInfo) -> tuple[Export, ServedModel, list[int]]:
-    """Copy a version to the local disk if it is in a bucket, read it, load it, and warm it up.
+    """Copy a version to the local disk if it is in a bucket, load it, and warm it up.
 
-    Returns the export, the model, and the warm batch sizes. Raises the errors of `read_export` and `load_model`, and
-    Interrupted if the server stops meanwhile.
+    Returns the export, the model, and the warm batch sizes. Raises DataError if the version cannot be read or loaded,
+    and Interrupted if the bucket does not respond, the disk is full, or the server stops.
     """
 
-    def check() -> None:
+    def check_stopping() -> None:
         if service.stopping:
             raise Interrupted("the server stops")
 
     settings = service.settings
-    export = read_export(settings.model, graph, Path(settings.cache_dir).expanduser(), log.info, check)
-    check()
+    export = read_export(settings.model, graph, Path(settings.cache_dir).expanduser(), log.info, check_stopping)
+    check_stopping()
     return export, *_load_and_warm_up(service, load_model, export)
 
 
 def _load_and_warm_up(service: Service, load_model: LoadModel, export: Export) -> tuple[ServedModel, list[int]]:
-    """Load an export into memory and warm it up; return the model and the batch sizes that it has been called with."""
+    """Load an export into memory and warm it up; return the model and the batch sizes with which it was called."""
     model = load_model(export)
     return model, model.warm_up(service.settings.batch)

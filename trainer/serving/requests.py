@@ -1,4 +1,4 @@
-"""Read and parse requests within limits of size, time and memory, and check the headers of their images."""
+"""Read and parse requests within limits on size, time and memory, and check their images' headers."""
 
 import asyncio
 import base64
@@ -20,20 +20,19 @@ from starlette.requests import ClientDisconnect, Request
 
 from trainer.serving.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # formats that exports decode
-MAX_SCANS = 100  # of a progressive JPEG; each scan costs as much as a baseline JPEG, and usual files have about ten
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # image formats that exports can decode
+MAX_SCANS = 100  # per progressive JPEG; each scan costs about as much as a baseline JPEG, and files usually have ten
 # Decoding time per pixel, relative to a PNG. Measured with 7,000 x 7,000 pixels on one core: PNG, WebP, GIF and BMP 2.1
 # to 2.6 s; JPEG with 10 scans 1.1 s; baseline JPEG 0.1 s, because it is decoded at a fraction of its size.
 BASELINE_JPEG_COST, SCAN_COST = 1 / 8, 1 / 10
-BODY_TIMEOUT_SECONDS = 30.0  # seconds for a body, plus one second per MIN_BYTES_PER_SECOND bytes received so far
+BODY_TIMEOUT_SECONDS = 30.0  # for receiving a body, plus one second per MIN_BYTES_PER_SECOND bytes received so far
 MIN_BYTES_PER_SECOND = 100_000
-CONCURRENT_BODIES_FACTOR = 8  # memory limit of the bodies of all requests, as a multiple of `max_bytes`
+CONCURRENT_BODIES_FACTOR = 8  # memory limit for the bodies of all requests in progress, as a multiple of `max_bytes`
 CONCURRENT_PIXELS_FACTOR = 4  # limit of the decoding cost per client, as a multiple of `max_pixels`
-DISCARDED_BODIES_FACTOR = (
-    4  # up to this multiple of `max_bytes`, too long bodies are read, so that clients get the response
-)
-MAX_FIELDS = 16  # of a form, in addition to its files
-CLOSE = {"Connection": "close"}  # header of responses to bodies that are not read to the end
+# Up to this multiple of `max_bytes`, an overlong body is read and discarded, so that the client gets the response.
+DISCARDED_BODIES_FACTOR = 4
+MAX_FIELDS = 16  # maximum per form, in addition to its files
+CLOSE = {"Connection": "close"}  # header of the response if a body is not read to the end
 
 Image.MAX_IMAGE_PIXELS = None  # disables Pillow's own limit, which warns or raises; `max_pixels` replaces it
 
@@ -45,27 +44,27 @@ class EncodedImage:
     data: bytes
     name: str  # file name, or position in the request such as "images[0]"
     pixels: int  # width x height
-    cost: int = 0  # of decoding, as the number of pixels of a PNG that takes as long
-    request: str = ""  # identifier of the request
+    cost: int = 0  # decoding cost: the number of pixels of a PNG that takes equally long to decode
+    request: str = ""  # the request's identifier
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """The images of a request, and what its response must contain."""
+    """A request's images, and what the response must contain."""
 
     images: list[EncodedImage]
     top_k: int = 5  # number of classes per image in a response of /predict
     explain: bool = False  # the response has heatmaps and, except on the route /predict, embeddings
-    columnar: bool = False  # the request has `inputs`, not `instances`; the response then has one list per output
+    columnar: bool = False  # the request has `inputs` instead of `instances`; the response has one list per output
 
 
 def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
-    """Check the header of an image without decoding it, and estimate the cost of decoding it.
+    """Check an image's header, and estimate the decoding cost, without decoding the image.
 
     Args:
         data: content of an image file.
-        name: name of the image for errors and the log.
-        max_pixels: limit of width x height.
+        name: the image's name for error messages and the log.
+        max_pixels: limit on width x height.
 
     Raises:
         HTTPException: 400 not an image, or a JPEG with too many scans; 413 too many pixels; 415 an animation.
@@ -94,14 +93,14 @@ def check_image(data: bytes, name: str, max_pixels: int) -> EncodedImage:
 
 @dataclass
 class MemoryBudget:
-    """Limit of the memory for the bodies of all requests in progress: `CONCURRENT_BODIES_FACTOR` times `max_bytes`."""
+    """A memory limit for the bodies of all requests in progress: `CONCURRENT_BODIES_FACTOR` times `max_bytes`."""
 
-    max_bytes: int
+    max_bytes: int  # limit per body
     reserved: int = 0  # bytes
 
     @contextlib.contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves bytes until the end of the context, and raises HTTPException 503 if full."""
+        """Yield a function that reserves bytes within the context, and raises HTTPException 503 if too few are left."""
         size = 0
 
         def reserve(count: int) -> None:
@@ -119,27 +118,27 @@ class MemoryBudget:
 
 @dataclass
 class ClientBudget:
-    """Limit of the decoding cost of each client's images in progress: `CONCURRENT_PIXELS_FACTOR` times `max_pixels`.
+    """A limit on the decoding cost of each client's images in progress: `CONCURRENT_PIXELS_FACTOR` times `max_pixels`.
 
-    It limits the time for which one client keeps the model busy with all its requests.
+    It limits the time for which one client's requests keep the model busy.
     """
 
-    max_pixels: int
-    reserved: Counter[str] = field(default_factory=Counter)  # decoding cost by address of the client
+    max_pixels: int  # limit per image
+    reserved: Counter[str] = field(default_factory=Counter)  # decoding cost by the client's address
 
     @contextlib.contextmanager
     def reservation(self, client: str, images: Sequence[EncodedImage]) -> Iterator[None]:
-        """Reserve the cost of images of a client within the context.
+        """Reserve the decoding cost of a client's images until the context ends.
 
-        Raises HTTPException: 413 the images alone exceed the limit; 429 they exceed it with those in progress.
+        Raises HTTPException: 413 the images alone exceed the limit; 429 they exceed it with others in progress.
         """
         cost, limit = sum(image.cost for image in images), CONCURRENT_PIXELS_FACTOR * self.max_pixels
         if cost > limit:
-            text = f"the images take as long to decode as {cost:,} pixels of a PNG, the limit is {limit:,}"
-            raise HTTPException(413, f"{text}; send fewer or smaller images")
+            problem = f"the images take as long to decode as {cost:,} pixels of a PNG, the limit is {limit:,}"
+            raise HTTPException(413, f"{problem}; send fewer or smaller images")
         if self.reserved[client] + cost > limit:
-            text = f"too many large images of {client} at the same time ({limit:,} pixels)"
-            raise HTTPException(429, f"{text}; try again", {"Retry-After": "1"})
+            problem = f"too many large images of {client} at the same time ({limit:,} pixels)"
+            raise HTTPException(429, f"{problem}; try again", {"Retry-After": "1"})
         self.reserved[client] += cost
         try:
             yield
@@ -155,42 +154,42 @@ def unavailable_error(reason: str) -> HTTPException:
 
 
 async def read_body(request: Request, reserve: Callable[[int], None], max_bytes: int) -> bytes:
-    """Read the body of a request.
+    """Read a request's body.
 
     Args:
-        reserve: called with the size of each chunk in bytes before the chunk is stored; may raise an HTTPException.
-        max_bytes: limit of the body.
+        reserve: called with each chunk's size in bytes before the chunk is stored; may raise an HTTPException.
+        max_bytes: maximum size of the body.
 
     Raises:
         HTTPException: 400 the client disconnected; 408 the body was sent too slowly; 413 it exceeds `max_bytes`; 503
             raised by `reserve`.
     """
     header = request.headers.get("content-length", "")
-    declared = int(header) if header.isdigit() else 0
-    too_long = HTTPException(413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE)
-    if declared > max_bytes and request.headers.get("expect", "").lower() == "100-continue":
-        raise too_long  # before the client sends the body
+    declared_size = int(header) if header.isdigit() else 0
+    size_error = HTTPException(413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE)
+    if declared_size > max_bytes and request.headers.get("expect", "").lower() == "100-continue":
+        raise size_error  # before the client sends the body
     body = bytearray()
-    discarded = 0
+    num_discarded = 0
     deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_SECONDS
     try:
         async with asyncio.timeout_at(deadline) as timeout:
             async for chunk in request.stream():
-                if discarded or declared > max_bytes or len(body) + len(chunk) > max_bytes:
-                    discarded += len(chunk)
-                    if discarded > DISCARDED_BODIES_FACTOR * max_bytes:
-                        raise too_long
+                if num_discarded or declared_size > max_bytes or len(body) + len(chunk) > max_bytes:
+                    num_discarded += len(chunk)
+                    if num_discarded > DISCARDED_BODIES_FACTOR * max_bytes:
+                        raise size_error
                     continue  # the deadline is not extended for discarded bytes
                 deadline += len(chunk) / MIN_BYTES_PER_SECOND
                 timeout.reschedule(deadline)
                 reserve(len(chunk))
                 body += chunk
     except TimeoutError:
-        raise (too_long if discarded else HTTPException(408, "the request was sent too slowly", CLOSE)) from None
+        raise (size_error if num_discarded else HTTPException(408, "the request was sent too slowly", CLOSE)) from None
     except ClientDisconnect:
         raise HTTPException(400, "the request is incomplete", CLOSE) from None
-    if discarded:
-        raise too_long
+    if num_discarded:
+        raise size_error
     return bytes(body)
 
 
@@ -198,8 +197,8 @@ def parse_predict(body: bytes, content_type: str, query: dict[str, str], setting
     """Parse the body of `POST /predict`: a form, or JSON `{"images": [base64, ...], "top_k": 5, "explain": false}`.
 
     Args:
-        content_type: header that distinguishes a form from JSON.
-        query: parameters of the URL; those of the body win.
+        content_type: the header Content-Type, which distinguishes a form from JSON.
+        query: parameters in the URL; parameters in the body have precedence.
 
     Raises:
         HTTPException: 400 invalid form, JSON, base64, parameter or image; 413 too many images or pixels; 415 another
@@ -226,11 +225,11 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
     """Parse the body of `POST /v1/models/NAME:predict`: `{"instances": [{"b64": "..."}]}` or `{"inputs": [...]}`.
 
     Accepts the row format (`instances`) and the column format (`inputs`) of TensorFlow Serving's REST API, with or
-    without the name of the input, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow
-    Serving, it ignores the content type.
+    without the input's name, `image_bytes`: https://www.tensorflow.org/tfx/serving/api_rest. Like TensorFlow Serving,
+    it ignores the content type.
 
     Args:
-        explain: the path ends in `:explain`, which requests that signature, as `"signature_name": "explain"` does.
+        explain: whether the path ends in `:explain`, which has the same effect as `"signature_name": "explain"`.
 
     Raises:
         HTTPException: 400 invalid JSON, base64 or image; 413 too many images or pixels; 415 an animation.
@@ -252,14 +251,14 @@ def parse_instances(body: bytes, settings: Settings, explain: bool = False) -> P
 
 
 def _check_images(files: list[tuple[str, bytes]], settings: Settings) -> list[EncodedImage]:
-    """Check the header of each image, given as (name, content), with `check_image`."""
+    """Check the header of each image, which is given as (name, content)."""
     if not files:
         raise HTTPException(400, "there is no image in the request")
     return [check_image(data, name, settings.max_pixels) for name, data in files]
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises HTTPException 400 if the body is something else."""
+    """Parse a JSON object. Raises HTTPException 400 if the body is not a JSON object."""
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -270,7 +269,7 @@ def _parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, bytes]]:
-    """Decode a JSON list of images in base64. Returns (name, content) of each, with names such as "images[0]"."""
+    """Decode a JSON list of images in base64; return each image as (name, content), with a name like "images[0]"."""
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
     if len(images) > max_images:
@@ -278,7 +277,7 @@ def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, byt
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
-_URL_SAFE = str.maketrans("-_", "+/")
+_URL_SAFE_TO_STANDARD = str.maketrans("-_", "+/")  # base64 alphabets
 _BASE64_FORMS = (
     "send the bytes of an image file in base64: standard or URL-safe, with or without padding and line breaks, or as "
     "data:image/jpeg;base64,..."
@@ -286,26 +285,26 @@ _BASE64_FORMS = (
 
 
 def _decode_base64(value: Any, name: str) -> bytes:
-    """Decode an image in base64, standard or URL-safe. Raises HTTPException 400 if `value` is something else."""
-    text = value.get("b64") if isinstance(value, dict) else value
-    if not isinstance(text, str) or (isinstance(value, dict) and len(value) > 1):
+    """Decode an image in base64, which is a string or `{"b64": string}`. Raises HTTPException 400 if it is invalid."""
+    encoded = value.get("b64") if isinstance(value, dict) else value
+    if not isinstance(encoded, str) or (isinstance(value, dict) and len(value) > 1):
         raise HTTPException(400, f'{name} must be an image in base64: "..." or {{"b64": "..."}}')
-    plain = re.sub(r"^data:[^,]*;base64,", "", "".join(text.split()), count=1, flags=re.IGNORECASE)
-    plain = plain.translate(_URL_SAFE).rstrip("=")
+    digits = re.sub(r"^data:[^,]*;base64,", "", "".join(encoded.split()), count=1, flags=re.IGNORECASE)
+    digits = digits.translate(_URL_SAFE_TO_STANDARD).rstrip("=")
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except ValueError:
         raise HTTPException(400, f"{name} is not valid base64; {_BASE64_FORMS}") from None
 
 
 def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
-    """Parse a multipart form. Returns its fields by name, and (name, content) of its files.
+    """Parse a multipart form; return its fields by name, and its files as (name, content).
 
     Raises HTTPException: 400 it is malformed or has too many fields; 413 it has too many files.
     """
     fields: dict[str, Any] = {}
     files: list[tuple[str, bytes]] = []
-    ended = threading.Event()  # set by the parser at the end of a complete form
+    end_event = threading.Event()  # set by the parser at the end of a complete form
 
     def on_field(field: Field) -> None:
         fields[(field.field_name or b"").decode(errors="replace")[:50]] = (field.value or b"").decode(errors="replace")
@@ -319,12 +318,12 @@ def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
 
-    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # no temporary files
+    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # no temporary files
     with contextlib.suppress(FormParserError):
-        parser = FormParser("multipart/form-data", on_field, on_file, ended.set, boundary=boundary, config=in_memory)
+        parser = FormParser("multipart/form-data", on_field, on_file, end_event.set, boundary=boundary, config=config)
         parser.write(body)
         parser.finalize()
-        if ended.is_set():
+        if end_event.is_set():
             return fields, files
     raise HTTPException(400, "the form is malformed: multipart/form-data needs a boundary and complete parts")
 
@@ -334,7 +333,7 @@ def _too_many_images_error(max_images: int) -> HTTPException:
 
 
 def _parse_top_k(value: Any) -> int:
-    """Parse the parameter `top_k`, a JSON number or text. Raises HTTPException 400 unless it is a positive integer."""
+    """Parse the parameter `top_k`, an integer or a string. Raises HTTPException 400 if it is not a positive integer."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -343,7 +342,7 @@ def _parse_top_k(value: Any) -> int:
 
 
 def _parse_explain(value: Any) -> bool:
-    """Parse the parameter `explain`, a JSON boolean or text. Raises HTTPException 400 if it is something else."""
+    """Parse the parameter `explain`, a boolean or a string. Raises HTTPException 400 if it is not true or false."""
     flags = {"true": True, "1": True, "false": False, "0": False}
     flag = flags.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(flag, bool):

@@ -1,4 +1,4 @@
-"""The server process: it listens while the model is loaded, and finishes accepted requests before it exits."""
+"""The server process, which listens while the model is being loaded, and finishes accepted requests before it exits."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
     LoadModel = Callable[[Export], ServedModel]
 
-HEAD_TIMEOUT_SECONDS = 10.0  # seconds for the head of a request, from the connection or, later, from its first byte
-IDLE_TIMEOUT_SECONDS = 75.0  # seconds until an idle connection is closed; more than the usual 60 s of load balancers
-FIRST_REQUEST_TIMEOUT_SECONDS = 1.0  # seconds to wait for the first request of a connection during the shutdown
-MAX_BACKLOG = 1024  # connections that the kernel queues until they are accepted
-MAX_HEAD_BYTES = 32 * 1024  # of the request line and the headers
+# For a request's head (request line and headers): from the connection, and for later requests from the first byte.
+HEAD_TIMEOUT_SECONDS = 10.0
+IDLE_TIMEOUT_SECONDS = 75.0  # until an idle connection is closed; longer than load balancers' usual 60 s
+FIRST_REQUEST_TIMEOUT_SECONDS = 1.0  # for a connection's first request during the shutdown
+MAX_BACKLOG = 1024  # maximum number of connections that the kernel queues until they are accepted
+MAX_HEAD_BYTES = 32 * 1024  # maximum size of a request's head
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP connection, with a timeout for the head of a request, and a shutdown that loses no request."""
+    """uvicorn's HTTP connection, with a timeout for each request's head, and a shutdown that loses no request."""
 
     _head_timeout: asyncio.TimerHandle | None = None
 
@@ -64,28 +65,28 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close the connection; if a request may have arrived that has not been read yet, wait for it first."""
+        """Close the connection, but first wait for a request that may have arrived and has not been read yet."""
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._head_timeout is not None):
             self._set_head_timeout(FIRST_REQUEST_TIMEOUT_SECONDS)
         else:
             super().shutdown()
 
     def _set_head_timeout(self, seconds: float | None) -> None:
-        """Start the timeout after which the connection is closed, instead of an earlier one; None stops it."""
+        """Close the connection after `seconds`, which replaces an earlier timeout; None only cancels the timeout."""
         if self._head_timeout is not None:
             self._head_timeout.cancel()
         self._head_timeout = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers, which serves the connections in the backlog before it exits."""
+    """uvicorn's server, without its signal handlers; before it exits, it serves the connections in the backlog."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept all connections that wait in the backlog, then shut down as uvicorn does."""
+        """Accept all connections in the backlog, then shut down as uvicorn does."""
 
         def new_connection() -> asyncio.Protocol:
             return Connection(self.config, self.server_state, self.lifespan.state)
@@ -107,16 +108,16 @@ class Server(uvicorn.Server):
 
 
 class HttpService(Protocol):
-    """The service that `run_service` runs: an ASGI application with its state."""
+    """A service that `run_service` can run: an ASGI application with its state."""
 
-    settings: Any  # has the attributes host, linger and drain
+    settings: Any  # has the attributes host, linger (seconds) and drain (seconds)
     stopping: bool  # `run_service` sets this after a signal
     active: int  # number of requests in progress
     cancelled: int  # number of requests that were cancelled at the end of `drain`
 
     @property
     def loading(self) -> bool:
-        """Whether the model is still being loaded, so that a signal exits the process at once."""
+        """Whether the model is still being loaded; a signal then exits the process at once."""
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request as an ASGI application."""
@@ -132,12 +133,12 @@ AnyService = TypeVar("AnyService", bound=HttpService)
 
 
 def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
-    """Serve an export until SIGTERM or SIGINT is received and every accepted request has its response.
+    """Serve an export until SIGTERM or SIGINT is received and every accepted request has a response.
 
     A signal before the model is loaded, and a second signal, exit the process at once with code 75.
 
     Args:
-        settings: the settings of the server.
+        settings: the server's settings.
         export: the version to load first.
         load_model: loads an export; called in a thread.
 
@@ -155,7 +156,7 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket of a server. Raises ConfigError if the address or the port is not available."""
+    """Open a server's listening socket. Raises ConfigError if the address or the port is not available."""
     dual_stack = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -171,17 +172,17 @@ def run_service(
     work: Callable[[AnyService], Coroutine[Any, Any, None]],
     note: str = "",
 ) -> None:
-    """Run a service until a signal stops it and all accepted requests have a response; run `work` meanwhile.
+    """Run a service until a signal stops it and all accepted requests have a response.
 
     Args:
         make_service: makes the service; called in the event loop.
         listener: the socket from `listen`.
-        work: background task of the service. An error of it stops the server.
-        note: text after the address in the log line.
+        work: the service's background task, such as loading the model; an error in it stops the server.
+        note: text after the server's address in the log line, such as " while the model is loaded".
 
     Raises:
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
-        Exception: an error of `make_service`, or of `work`; the latter is raised after the server has stopped.
+        Exception: an error from `make_service`, or an error from `work`, which is raised after the server has stopped.
     """
     asyncio.run(_run_service(make_service, listener, work, note))
 
@@ -238,7 +239,7 @@ async def _run_service(
     log.info(f"listening on http://{host}:{port}/{note}")
     await server.serve(sockets=[listener])
     if work_task.done():
-        work_task.result()  # raises the error of `work`, such as that the model cannot be loaded
+        work_task.result()  # raises the error from `work`, for example if the model cannot be loaded
     work_task.cancel()
     await asyncio.sleep(0.1)  # lets cancelled requests be counted
     service.close()
@@ -251,7 +252,7 @@ async def _run_service(
 async def _load(service: Service, load_model: LoadModel) -> None:
     """Load the model in a thread, so that the server responds meanwhile, and then newer versions as they appear.
 
-    Raises the error of the newest version if no version can be loaded.
+    Raises the same errors as `load_first`.
     """
     failed = await load_first(service, load_model)
     if service.settings.poll:

@@ -11,7 +11,7 @@ from trainer.config.base import InvalidValue, Section, translate_validation_erro
 
 
 class Settings(Section):
-    """The settings of a server; docs/serving.md describes them."""
+    """The server's settings; docs/serving.md describes them."""
 
     model: str = Field(min_length=1)
     """output_dir of a run, its export, a folder of numbered SavedModels, or one of them; also in a bucket."""
@@ -63,9 +63,9 @@ def batch_sizes(max_batch: int) -> list[int]:
 
 
 def parse_settings(values: Mapping[str, str], cache_dir: str | None = None) -> Settings:
-    """Validate the arguments of `python -m trainer.serve`. Raises ConfigError with all faults.
+    """Validate the arguments of `python -m trainer.serve`. Raises ConfigError, with all errors in the values.
 
-    `cache_dir` replaces the default of the setting with this name; None or "" does not.
+    `cache_dir` replaces the default of the setting `cache_dir`, unless it is None or "".
     """
     tree = ({"cache_dir": cache_dir} if cache_dir else {}) | dict(values)
     try:
