@@ -156,7 +156,7 @@ def is_system_name(name: str) -> bool:
 
 
 def _list_system_names(names: list[str]) -> list[str]:
-    """Return the system names among `names`, with "hidden" in place of each one that is not in `SYSTEM_NAMES`."""
+    """Return the system names among `names`. Each one that is not in `SYSTEM_NAMES` is replaced by "hidden"."""
     return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
@@ -260,15 +260,15 @@ def find_image_files(
     def reraise(error: OSError) -> None:
         raise error
 
-    for dirpath, dirnames, filenames in os.walk(folder, onerror=reraise, followlinks=True):
-        real_path = os.path.realpath(dirpath)
+    for parent, dirnames, filenames in os.walk(folder, onerror=reraise, followlinks=True):
+        real_path = os.path.realpath(parent)
         if real_path in visited_folders:  # through a link
             dirnames.clear()
             continue
         visited_folders.add(real_path)
         system.update(_list_system_names([*dirnames, *filenames]))
         dirnames[:] = [name for name in dirnames if not is_system_name(name)]
-        image_paths += [os.path.join(dirpath, name) for name in filenames if _is_image(name, extensions)]
+        image_paths += [os.path.join(parent, name) for name in filenames if _is_image(name, extensions)]
         other_files = [name for name in filenames if not _is_image(name, extensions) and not is_system_name(name)]
         ignored.update(os.path.splitext(name)[1].lower() for name in other_files)
     return sorted(image_paths)
