@@ -1,8 +1,8 @@
 """Apply a list of corrections to a dataset: exclude examples, and change labels.
 
-The list is a CSV file with the columns file, action (exclude or relabel) and class, such as the page of a report saves.
-Column file names an example as in predictions.csv: by the path or address of its file, by SHARD#RECORD, or by the file
-name that its record stores. The path below data.root suffices, so that a list remains valid if the data is moved.
+The list is a CSV file with the columns `file`, `action` (exclude or relabel) and `class`. A report's page can save one.
+The column `file` names an example as predictions.csv does: by the path or address of its file, by SHARD#RECORD, or by
+the file name that its record stores. The path below data.root suffices, so a list remains valid if the data is moved.
 """
 
 import difflib
@@ -50,8 +50,8 @@ def read_corrections(address: str) -> list[Correction]:
     """Read the list of corrections at a storage path.
 
     Raises:
-        DataError: the file cannot be read (`read_table`), a row has no file or none of the `ACTIONS`, or a row with the
-            action relabel has no class.
+        DataError: the file is not a CSV file with these columns, a row has no file or an action that is not in
+            `ACTIONS`, or a row with the action relabel has no class.
     """
 
     def error(problem: str, fix: str) -> DataError:
@@ -76,22 +76,23 @@ def read_corrections(address: str) -> list[Correction]:
 
 
 def describe_corrections(corrections: Iterable[Correction]) -> str:
-    """Format the number of corrections by action, such as "3 excluded, 5 relabelled"."""
+    """Describe the number of corrections by action, such as "3 excluded, 5 relabelled"."""
     is_excluded = [correction.class_name is None for correction in corrections]
     return f"{sum(is_excluded)} excluded, {len(is_excluded) - sum(is_excluded)} relabelled"
 
 
 def apply_corrections(raw: RawData, address: str, other_names: dict[str, str], skip_unknown: bool) -> RawData:
-    """Apply the list of corrections at a storage path, and add a note on them. No example moves to another split.
+    """Return a dataset with the corrections in a list applied, and a note on them. No example changes its split.
 
     Args:
         raw: a dataset with its final class names, before any selection of examples.
+        address: storage path of the list.
         other_names: further class names that the list can use -> class name in `raw`.
-        skip_unknown: whether rows that name no example of the dataset are skipped with a note, instead of an error.
+        skip_unknown: whether rows that name no example are skipped with a note in `raw`, instead of raising an error.
 
     Raises:
-        DataError: the list is invalid (`read_corrections`), a row has an unknown class, a row names no example or
-            several different ones, two rows contradict each other, or all examples of a split are excluded.
+        DataError: the list is invalid (see `read_corrections`), a row has an unknown class, a row names several
+            examples or, without `skip_unknown`, none, two rows contradict each other, or a split loses all examples.
     """
     corrections = read_corrections(address)
     labels = {name: label for label, name in enumerate(raw.class_names)}
@@ -105,31 +106,31 @@ def apply_corrections(raw: RawData, address: str, other_names: dict[str, str], s
             problem = f"row {correction.row} relabels {correction.file} to an unknown class, {correction.class_name}"
             raise DataError(problem, key=KEY, value=address, fix=fix)
     matches = _find_examples(raw, corrections, address)
-    if unknown := [c for c in corrections if c not in matches]:
-        files = join_first([f"{c.file} (row {c.row})" for c in unknown])
-        problem = f"{len(unknown)} of {len(corrections)} rows name no file or record of {raw.name}: {files}"
+    if unmatched := [c for c in corrections if c not in matches]:
+        files = join_first([f"{c.file} (row {c.row})" for c in unmatched])
+        problem = f"{len(unmatched)} of {len(corrections)} rows name no file or record of {raw.name}: {files}"
         if not skip_unknown:
             fix = "remove these rows, give the data that the list was made for, or set data.on_error=skip to omit them"
             raise DataError(problem, key=KEY, value=address, fix=fix)
         raw.notes.append(f"{KEY}={escape_unprintable(address)}: {problem}; they are omitted")
-    applied: dict[str, Correction] = {}  # by the name of the example
+    by_example: dict[str, Correction] = {}  # first correction of each example, by the name of the example
     for correction, examples in matches.items():
-        earlier = applied.setdefault(examples[0].name, correction)
-        if earlier.class_name != correction.class_name:
-            problem = f"contradicts itself for {correction.file}: {earlier}, {correction}"
+        first = by_example.setdefault(examples[0].name, correction)
+        if first.class_name != correction.class_name:
+            problem = f"contradicts itself for {correction.file}: {first}, {correction}"
             raise DataError(problem, key=KEY, value=address, fix="remove one of the rows")
     targets = {(e.split, e.index): c.class_name for c, examples in matches.items() for e in examples}
-    splits = {name: _correct(split, targets, labels) for name, split in raw.splits.items()}
-    summary = f"corrections: {describe_corrections(applied.values())} ({escape_unprintable(address)})"
-    unchanged = sum(name is not None and labels[name] == raw.splits[s].labels[i] for (s, i), name in targets.items())
-    summary += f"; {unchanged} had the class already" * bool(unchanged)
+    splits = {name: _correct_split(split, targets, labels) for name, split in raw.splits.items()}
+    summary = f"corrections: {describe_corrections(by_example.values())} ({escape_unprintable(address)})"
+    num_same = sum(name is not None and labels[name] == raw.splits[s].labels[i] for (s, i), name in targets.items())
+    summary += f"; {num_same} had the class already" * bool(num_same)
     return replace(raw, splits=splits, notes=[*raw.notes, summary])
 
 
-def _correct(split: Split, targets: dict[tuple[str, int], str | None], labels: dict[str, int]) -> Split:
-    """Return the split with the new labels, and without the examples to exclude.
+def _correct_split(split: Split, targets: dict[tuple[str, int], str | None], labels: dict[str, int]) -> Split:
+    """Return the split with the new labels, and without the excluded examples.
 
-    `targets` maps the split name and index of an example to its new class, or to None if it is excluded.
+    `targets` maps an example's split name and index to the example's new class, or to None to exclude the example.
     """
     new_labels, is_included = split.labels.copy(), np.ones(split.count, bool)
     for (name, index), class_name in targets.items():
@@ -139,14 +140,14 @@ def _correct(split: Split, targets: dict[tuple[str, int], str | None], labels: d
             new_labels[index] = labels[class_name]
     if not is_included.any():
         raise empty_split_error(split.name, f"{KEY} excludes all {split.count} of it", ())
-    corrected = replace(split, labels=new_labels)
-    return corrected if is_included.all() else take(corrected, np.flatnonzero(is_included))
+    new_split = replace(split, labels=new_labels)
+    return new_split if is_included.all() else take(new_split, np.flatnonzero(is_included))
 
 
 def _find_examples(raw: RawData, corrections: list[Correction], address: str) -> dict[Correction, list[Example]]:
-    """Return the example that each correction names, once for each split that has it.
+    """Return the file or record that each correction names, as one `Example` per split that contains it.
 
-    Corrections that name no example are left out. The file names in records are read only if a correction matches
+    Corrections that name no example are omitted. The file names in records are read only if a correction matches
     neither a path nor SHARD#RECORD. Raise a DataError if a correction matches several files or records.
     """
     matches = _match(corrections, _list_examples(raw))
@@ -163,28 +164,28 @@ def _find_examples(raw: RawData, corrections: list[Correction], address: str) ->
 def _match(corrections: list[Correction], examples: Iterable[Example]) -> dict[Correction, list[Example]]:
     """Return the examples that each correction matches.
 
-    An example matches if its `name` or `short` equals the file of the correction, or the end of it after a slash. Only
-    the examples with the longest such name are returned.
+    An example matches if its `name` or `short` equals the correction's `file`, or the rest of `file` after one of its
+    slashes. If examples match by names of different lengths, only those with the longest name are returned.
     """
-    by_ending: dict[str, list[Correction]] = {}
+    by_suffix: dict[str, list[Correction]] = {}
     for correction in corrections:
         components = correction.file.split("/")
         for start in range(len(components)):
-            by_ending.setdefault("/".join(components[start:]), []).append(correction)
-    longest: dict[Correction, tuple[int, list[Example]]] = {}  # length of the name, and the examples that have it
+            by_suffix.setdefault("/".join(components[start:]), []).append(correction)
+    best_matches: dict[Correction, tuple[int, list[Example]]] = {}  # length of the name, and examples with this name
     for example in examples:
         for name in dict.fromkeys((example.name, example.short)):
-            for correction in by_ending.get(name, ()):
-                length, matches = longest.setdefault(correction, (len(name), []))
+            for correction in by_suffix.get(name, ()):
+                length, matches = best_matches.setdefault(correction, (len(name), []))
                 if len(name) > length:
-                    longest[correction] = (len(name), [example])
+                    best_matches[correction] = (len(name), [example])
                 elif len(name) == length and example not in matches:
                     matches.append(example)
-    return {correction: matches for correction, (_, matches) in longest.items()}
+    return {correction: matches for correction, (_, matches) in best_matches.items()}
 
 
 def _list_examples(raw: RawData) -> Iterator[Example]:
-    """Yield each example, named by the path of its file or by SHARD#RECORD."""
+    """Yield each example of a dataset, named by the path of its file or by SHARD#RECORD."""
     for split in raw.splits.values():
         for index, path in enumerate(split.files):
             name = raw.identities[path].rsplit(" ", 2)[0]
@@ -198,7 +199,7 @@ def _list_examples(raw: RawData) -> Iterator[Example]:
 
 
 def _list_record_sources(raw: RawData) -> Iterator[Example]:
-    """Yield the example of each record that stores a file name, with this name as `short`."""
+    """Yield the example of each record that stores a file name. Its `short` is this file name."""
     for split in raw.splits.values():
         if split.shards:
             records = (f"{escape_unprintable(s.path)}#{n}" for s in split.shards for n in range(s.start, s.stop))

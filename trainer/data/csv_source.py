@@ -20,19 +20,19 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
 from trainer.types import Purpose
 
-REQUIRED, OPTIONAL = ("file", "label"), ("split", "group")  # columns; data.group_field can give "group" another name
+REQUIRED, OPTIONAL = ("file", "label"), ("split", "group")  # columns; data.group_field sets the real name of "group"
 _EMPTY_CLASS_NAME = normalize_class_name("")
 
 
 def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData:
     """Open the images that the CSV file data.root lists, one image per row.
 
-    The columns are `file` (a path that is relative to the folder of the CSV file or absolute, or a gs:// address),
-    `label` (the class name), optionally `split`, and the column data.group_field if it is set. Files in a bucket are
-    read from their copies in `cache_dir`, which `plan_copies` plans.
+    The columns are `file` (an absolute path, a path relative to the CSV file's folder, or a gs:// address), `label`
+    (the class name), optionally `split`, and the column that data.group_field names if it is set. Files in a bucket
+    are read from their copies in `cache_dir`, which `plan_copies` lists and the caller must have made.
 
-    Without a column `split`, all images are in train. Missing splits are divided off like those of an image folder
-    (`build_raw_data`), so that a CSV file with the relative paths in a folder gives the splits of that folder.
+    Without a column `split`, all images are in train. Missing splits are divided off as for an image folder
+    (`build_raw_data`), so a CSV file that lists a folder's images by relative paths gives the folder's splits.
 
     Raises:
         DataError: the CSV file cannot be read (`read_table`); a row has no file, label, split or group, an unknown
@@ -41,7 +41,7 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
             cannot be read or is not an image.
     """
     root = os.path.expanduser(data.root or "")
-    table = _read(root)
+    table = _read_csv(root)
     group_column = _find_group_column(data, root, table)
     class_names = sorted({_read_label(root, row) for row in table.rows})
     labels = {name: label for label, name in enumerate(class_names)}
@@ -61,15 +61,17 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
         raise DataError(problem, key="data.root", value=root, fix="list the training images")
     if group_column:
         _check_groups(data, [image.group or "" for members in images.values() for image in members])
-    by_split = {name: images[name] for name in SPLITS if name in images}
-    contents = {name: f"{len(members)} rows of {escape_unprintable(root)}" for name, members in by_split.items()}
-    unused_columns = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
-    unused = join_first([escape_unprintable(name) for name in unused_columns if name])
-    notes = [f"columns that are not read: {unused}; data.group_field=COLUMN reports scores by one"] if unused else []
-    return build_raw_data(ListedImages(Path(root).stem, tuple(class_names), by_split, contents, notes), data, purpose)
+    images_by_split = {name: images[name] for name in SPLITS if name in images}
+    contents = {name: f"{len(members)} rows of {escape_unprintable(root)}" for name, members in images_by_split.items()}
+    unread_columns = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
+    names = join_first([escape_unprintable(name) for name in unread_columns if name])
+    notes = [f"columns that are not read: {names}; data.group_field=COLUMN reports scores by one"] if names else []
+    return build_raw_data(
+        ListedImages(Path(root).stem, tuple(class_names), images_by_split, contents, notes), data, purpose
+    )
 
 
-def _read(root: str) -> Table:
+def _read_csv(root: str) -> Table:
     return read_table(root, "data.root", REQUIRED, OPTIONAL)
 
 
@@ -78,14 +80,14 @@ def _row_error(root: str, row: Row, problem: str, fix: str) -> DataError:
 
 
 def _read_file(root: str, row: Row) -> str:
-    """Return the cell of the column `file`, or raise a DataError if it is blank."""
+    """Return the row's cell in the column `file`, or raise a DataError if it is blank."""
     if not row["file"].strip():
         raise _row_error(root, row, "has no file", "write its path, or remove the row")
     return row["file"]
 
 
 def _read_label(root: str, row: Row) -> str:
-    """Return the normalized class name of a row, or raise a DataError if it is blank."""
+    """Return the row's normalized class name, or raise a DataError if it is blank."""
     if (name := normalize_class_name(row["label"])) == _EMPTY_CLASS_NAME:
         file = escape_unprintable(_read_file(root, row))
         raise _row_error(root, row, f"has no label: {file}", "write the name of its class, or remove the row")
@@ -93,7 +95,7 @@ def _read_label(root: str, row: Row) -> str:
 
 
 def _read_split(root: str, row: Row, table: Table) -> str:
-    """Return the split of a row, which is train if the table has no column `split`."""
+    """Return the row's split, or "train" if the table has no column `split`. Raise a DataError if it is unknown."""
     if "split" not in table.columns:
         return "train"
     cell = row["split"].strip()
@@ -105,7 +107,7 @@ def _read_split(root: str, row: Row, table: Table) -> str:
 
 
 def _find_group_column(data: Data, root: str, table: Table) -> str | None:
-    """Return the column that data.group_field names, in lower case; None if data.group_field is not set."""
+    """Return data.group_field in lower case, or None if it is not set. Raise a DataError if it is not a column."""
     column = (data.group_field or "").strip().lower()
     if column and column not in table.columns:
         candidates = join_first([escape_unprintable(name) for name in table.columns if name not in ("file", "split")])
@@ -122,15 +124,15 @@ def _read_group(root: str, row: Row, column: str) -> str:
 
 
 def _check_groups(data: Data, groups: list[str]) -> None:
-    distinct = set(groups)
-    if len(distinct) > MAX_GROUPS:
-        problem = f"has {len(distinct):,} different values in {len(groups):,} rows, such as {min(distinct)!r}"
+    unique_groups = set(groups)
+    if len(unique_groups) > MAX_GROUPS:
+        problem = f"has {len(unique_groups):,} different values in {len(groups):,} rows, such as {min(unique_groups)!r}"
         fix = f"set a column of at most {MAX_GROUPS} different values"
         raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
 
 
 def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
-    """Return the path of the file of a row, or of its copy in `cache_dir` if it is in a bucket."""
+    """Return the path of the row's file, or of its copy in `cache_dir` if the file is in a bucket."""
     file = _read_file(root, row)
     if is_remote(file):
         bucket, key = _split_address(root, row, file)
@@ -139,10 +141,10 @@ def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
 
 
 def _split_address(root: str, row: Row, address: str) -> tuple[str, str]:
-    """Split gs://BUCKET/KEY into gs://BUCKET and KEY, or raise a DataError if KEY cannot be a local file name."""
+    """Split gs://BUCKET/KEY into gs://BUCKET and KEY. Raise a DataError if KEY cannot be the path of a local copy."""
     bucket, _, key = address.removeprefix("gs://").partition("/")
-    if fault := find_path_error(key) if bucket else "it names no bucket":
-        problem = f"names {escape_unprintable(address)}, which cannot be a file ({fault})"
+    if reason := find_path_error(key) if bucket else "it names no bucket":
+        problem = f"names {escape_unprintable(address)}, which cannot be a file ({reason})"
         raise _row_error(root, row, problem, "write gs://BUCKET/FOLDER/FILE, or a name relative to the CSV file")
     return f"gs://{bucket}", key
 
@@ -153,10 +155,9 @@ class BucketFiles:
 
     bucket: str  # address of the bucket
     folder: Path
-    entries: dict[
-        str, ObjectInfo
-    ]  # object name, which is also the path of the copy relative to `folder` -> object info
-    absent: frozenset[str]  # names that the CSV file lists but the bucket does not have
+    # Object info by object name, which is also the path of the copy relative to `folder`.
+    entries: dict[str, ObjectInfo]
+    absent: frozenset[str]  # object names that the CSV file lists but the bucket does not have
 
     def delete_absent(self) -> None:
         """Delete the copies of files that are no longer in the bucket."""
@@ -165,14 +166,14 @@ class BucketFiles:
 
 
 def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[BucketFiles]]:
-    """List the files of data.source=csv that must be copied from buckets before the source is opened.
+    """List the files that must be copied from buckets before `open_csv` opens a dataset.
 
     Args:
         budget: maximum size of all copies, in bytes.
 
     Returns:
-        `data`, with the path of the local copy as data.root if the CSV file is in a bucket, and the files of each
-        bucket, including the CSV file.
+        `data`, whose root is replaced by the path of the local copy if the CSV file is in a bucket; and the files to
+        copy from each bucket, including the CSV file.
 
     Raises:
         DataError: the CSV file cannot be read, a row has no file or names an object that cannot be a local file, the
@@ -180,14 +181,14 @@ def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[Bu
         Interrupted: a bucket does not respond.
     """
     root = str(data.root)
-    addresses = list(_list_addresses(root))
-    if not addresses:
+    objects = list(_list_objects(root))
+    if not objects:
         return data, []
     names_by_bucket: dict[str, set[str]] = {}
-    for bucket, key in addresses:
+    for bucket, key in objects:
         names_by_bucket.setdefault(bucket, set()).add(key)
     copies = [_list_bucket(bucket, names, cache_dir) for bucket, names in names_by_bucket.items()]
-    size = sum(info.size for copy in copies for info in copy.entries.values())
+    size = sum(info.size for files in copies for info in files.entries.values())
     check_budget(root, size, cache_dir, budget)
     if is_remote(root):
         bucket, _, key = root.removeprefix("gs://").partition("/")
@@ -196,9 +197,9 @@ def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[Bu
     return data, copies
 
 
-def _list_addresses(root: str) -> Iterator[tuple[str, str]]:
-    """Yield the bucket and the object name of each file in a bucket: of the CSV file and of the files that it lists."""
-    table = _read(root)
+def _list_objects(root: str) -> Iterator[tuple[str, str]]:
+    """Yield the bucket address and the object name of the CSV file and each listed file, if they are in a bucket."""
+    table = _read_csv(root)
     bucket, _, key = root.removeprefix("gs://").partition("/")
     if is_remote(root):
         yield f"gs://{bucket}", key
@@ -211,7 +212,7 @@ def _list_addresses(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _list_bucket(bucket: str, names: set[str], cache_dir: Path) -> BucketFiles:
-    """Return which of the objects `names` a bucket has. Each of their folders is listed, 1,000 objects per request."""
+    """List the objects `names` in a bucket, with one request per 1,000 objects in each of their folders."""
 
     def list_folder(folder: str) -> dict[str, ObjectInfo]:
         health.record_progress()

@@ -15,10 +15,10 @@ from trainer.types import Orientation, Split
 
 Resize = Literal["stretch", "crop"]  # how an image becomes square; see `decode_image`
 
-# Antialias when an image is reduced by more than this factor. Bilinear interpolation without antialiasing reads 2x2
-# source pixels per output pixel. At a factor of about 2, antialiasing doubles the decoding time (500x333 JPEG to 224:
-# 2.6 instead of 1.3 ms) and changes a pixel by 1.6 of 255; for a 3000x2000 photo it changes a pixel by 3.0 and removes
-# visible speckles.
+# An image that is reduced by more than this factor is antialiased. Without antialiasing, bilinear interpolation reads
+# 2x2 source pixels per output pixel. At a factor of about 2, antialiasing doubles the decoding time (500x333 JPEG to
+# 224: 2.6 instead of 1.3 ms) and changes a pixel by 1.6 of 255; in a 3000x2000 photo it changes a pixel by 3.0 and
+# removes visible speckles.
 ANTIALIAS_ABOVE = 3.0
 
 JPEG_RATIOS = (1, 2, 4, 8)  # decode at 1 / ratio of the size, as in Pillow's draft mode; measured in docs/data.md
@@ -27,13 +27,13 @@ JPEG_RATIOS = (1, 2, 4, 8)  # decode at 1 / ratio of the size, as in Pillow's dr
 def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
     """Decode a BMP to uint8 [H, W, 3], and apply its palette if it has 8 bits per pixel.
 
-    TensorFlow returns the palette indices of such an image as gray values.
+    TensorFlow ignores the palette, and returns the palette indices as gray values.
     """
 
     def header_field(offset: int, dtype: tf.DType) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(tf.strings.substr(data, offset, dtype.size), dtype)[0], tf.int32)
 
-    # Fields of the header, by offset: 14 size of the info header, 28 bits per pixel, 46 number of colors (0 for 256).
+    # Header fields by offset: 14 size of the info header, 28 bits per pixel, 46 number of colors (0 for 256).
     pixels = tf.io.decode_image(data, channels=0, expand_animations=False)
     has_palette = tf.logical_and(tf.equal(header_field(28, tf.uint16), 8), tf.equal(tf.shape(pixels)[2], 1))
 
@@ -47,20 +47,19 @@ def _decode_bmp(data: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_jpeg(data: tf.Tensor, size: int, resize: Resize, exif: tf.Tensor) -> tf.Tensor:
-    """Decode a JPEG, or its centered square if `resize` is "crop", at a reduced scale.
+    """Decode a JPEG, or its centered square if `resize` is "crop", at 1 / ratio of its size, to uint8 [h, w, 3].
 
-    The scale is the smallest of `JPEG_RATIOS` at which both sides have at least `size` pixels. A smaller image has its
-    full size.
+    The ratio is the largest of `JPEG_RATIOS` at which both sides have at least `size` pixels, or 1 for a smaller image.
     """
     shape = tf.io.extract_jpeg_shape(data)
 
     def decode(ratio: int) -> tf.Tensor:
         if resize == "stretch":
             return tf.io.decode_jpeg(data, channels=3, ratio=ratio)
-        scaled = -(-shape[:2] // ratio)
-        side = tf.reduce_min(scaled, keepdims=True)
-        window = tf.concat([compute_center_offsets(scaled - side, exif), side, side], 0)
-        return tf.io.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
+        scaled_shape = -(-shape[:2] // ratio)
+        side = tf.reduce_min(scaled_shape, keepdims=True)
+        crop_window = tf.concat([compute_center_offsets(scaled_shape - side, exif), side, side], 0)
+        return tf.io.decode_and_crop_jpeg(data, crop_window, channels=3, ratio=ratio)
 
     fits = tf.reduce_min(shape[:2]) >= [ratio * size for ratio in JPEG_RATIOS[1:]]
     return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), [partial(decode, ratio) for ratio in JPEG_RATIOS])
@@ -73,7 +72,7 @@ def decode_pixels(data: tf.Tensor) -> tf.Tensor:
     """
     decode = partial(tf.io.decode_image, data, expand_animations=False)
     is_bmp, is_webp = (tf.strings.substr(data, 0, len(magic)) == magic for magic in (b"BM", b"RIFF"))
-    # TensorFlow cannot drop the alpha of a WebP itself.
+    # TensorFlow does not drop a WebP's alpha, so it is cut off here.
     decode_non_bmp = partial(tf.cond, is_webp, lambda: decode(channels=0)[:, :, :3], lambda: decode(channels=3))
     return tf.cond(is_bmp, lambda: _decode_bmp(data), decode_non_bmp)
 
@@ -92,8 +91,8 @@ def _decode_other(data: tf.Tensor, resize: Resize, exif: tf.Tensor) -> tf.Tensor
 def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orientation = "exif") -> tf.Tensor:
     """Decode and resize one image. Works in `Dataset.map` and in a SavedModel signature.
 
-    JPEG (also CMYK), PNG, BMP, GIF (first frame) and WebP become 8-bit RGB: gray is repeated, and alpha is
-    dropped as in `tf.io.decode_image(channels=3)`. A JPEG with both sides at least 2, 4 or 8 times `size` is decoded at
+    JPEG (including CMYK), PNG, BMP, GIF (first frame) and WebP become 8-bit RGB: gray is repeated, and alpha is dropped
+    as in `tf.io.decode_image(channels=3)`. A JPEG whose shorter side is at least 2, 4 or 8 times `size` is decoded at
     1/2, 1/4 or 1/8 of its size. Resizing is bilinear with half-pixel centers, and antialiased if the longer decoded
     side is more than `ANTIALIAS_ABOVE` times `size`. Values are rounded.
 
@@ -101,7 +100,7 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
         data: the encoded image, a string scalar.
         size: side of the result in pixels.
         resize: "stretch" changes the aspect ratio; "crop" takes the largest centered square.
-        orientation: "exif" turns an image upright by its EXIF orientation; "ignore" leaves it as it is stored.
+        orientation: "exif" turns an image upright by its EXIF orientation; "ignore" uses it as it is stored.
 
     Returns:
         The pixels, uint8 [size, size, 3].
@@ -125,9 +124,9 @@ def decode_image(data: tf.Tensor, size: int, resize: Resize, orientation: Orient
 
 @cache
 def compile_decoder(size: int, resize: Resize, orientation: Orientation) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return `decode_image` for one setting as a tf.function, which is traced once per process.
+    """Return `decode_image` with these settings as a tf.function of the encoded image, a string scalar.
 
-    Each further pipeline saves the time to trace about a hundred operations.
+    It is traced once per process. Further pipelines save the time to trace about a hundred operations.
     """
     signature = [tf.TensorSpec([], tf.string)]
     decode = partial(decode_image, size=size, resize=resize, orientation=orientation)
@@ -135,7 +134,7 @@ def compile_decoder(size: int, resize: Resize, orientation: Orientation) -> Call
 
 
 def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
-    """Decode an image eagerly, at full size, to uint8 [H, W, 3], and turn it upright if `orientation` is "exif".
+    """Decode an image eagerly at full size to uint8 [H, W, 3], and turn it upright if `orientation` is "exif".
 
     Raises:
         tf.errors.OpError: the image is unreadable.
@@ -147,9 +146,9 @@ def decode_full_size(data: bytes, orientation: Orientation) -> tf.Tensor:
 
 
 def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the message of an error of reading an image.
+    """Return the message of an error that TensorFlow raised when it read an image.
 
-    TensorFlow raises a UnicodeDecodeError if the message contains a file name that is not UTF-8.
+    TensorFlow raises a UnicodeDecodeError, which contains the message, if a file name in the message is not UTF-8.
     """
     if isinstance(error, UnicodeDecodeError):
         return error.object.decode(errors="surrogateescape")
@@ -157,13 +156,13 @@ def error_message(error: tf.errors.OpError | UnicodeDecodeError) -> str:
 
 
 def describe_decoding_error(error: tf.errors.OpError | UnicodeDecodeError) -> str:
-    """Return the first line of TensorFlow's message, escaped for display, without graph node names."""
+    """Return the first line of TensorFlow's error message, escaped for display, without the names of graph nodes."""
     line = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*?\]|name:\s*$", "", error_message(error).splitlines()[0])
     return escape_unprintable(line.strip().rstrip("."))
 
 
 Row = dict[str, tf.Tensor]  # column -> value, for one example or for a batch of them
-COLUMNS = ("index", "weight", "position", "epoch")  # columns of a `Block` that its rows retain
+COLUMNS = ("index", "weight", "position", "epoch")  # columns of a `Block` that are copied to its rows
 
 without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph doubles the time to build a pipeline
 
@@ -171,7 +170,7 @@ without_autograph = tf.autograph.experimental.do_not_convert  # AutoGraph double
 def build_block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
     """Return a dataset of the blocks with index 0 to `count` - 1, or an infinite one if `count` is None.
 
-    `block` computes a block from its index, int64. Empty blocks are skipped. One block is prefetched.
+    `block` computes a block from its index, an int64 scalar. Empty blocks are skipped. One block is prefetched.
     """
     blocks = tf.data.Dataset.range(np.iinfo(np.int64).max if count is None else count).map(without_autograph(block))
     # A block is empty if all of its rows belong to other workers.
@@ -179,9 +178,9 @@ def build_block_dataset(block: Callable[[tf.Tensor], Block], count: int | None) 
 
 
 def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
-    """Replace the `ranges` of each block by `records`, string [n], the serialized records in these ranges.
+    """Replace the column `ranges` of each block by `records`, string [n], the serialized records in these ranges.
 
-    A record that cannot be read is an empty string.
+    A record that cannot be read becomes an empty string.
     """
     paths = tf.constant([encode_file_name(shard.path) for shard in split.shards], tf.string)
     empty = tf.data.Dataset.from_tensor_slices([b""]).repeat()
@@ -202,20 +201,20 @@ def _add_records(blocks: tf.data.Dataset, split: Split) -> tf.data.Dataset:
 
 
 def make_row_decoder(split: Split, size: int, resize: Resize) -> Callable[[Row], tf.Tensor]:
-    """Make a function that decodes the image of a row to uint8 [size, size, 3].
+    """Return a function that decodes a row's image to uint8 [size, size, 3].
 
-    It reads the serialized record in column `record` if the split has shards, otherwise the file of example `index`. It
-    raises a tf.errors.OpError for an unreadable image, or a UnicodeDecodeError (see `error_message`).
+    It decodes the serialized record in the row's column `record` if the split has shards, otherwise the file of the
+    example `index`. For an unreadable image it raises a tf.errors.OpError, or a UnicodeDecodeError (`error_message`).
     """
     paths = None if split.shards else tf.constant([*map(encode_file_name, split.files)], tf.string)
 
     def decode(row: Row) -> tf.Tensor:
         if split.shards:
-            feature = {split.image_field: tf.io.FixedLenFeature([], tf.string)}
-            data = tf.io.parse_single_example(row["record"], feature)[split.image_field]
+            features = {split.image_field: tf.io.FixedLenFeature([], tf.string)}
+            data = tf.io.parse_single_example(row["record"], features)[split.image_field]
         else:
             data = tf.io.read_file(tf.gather(paths, row["index"]))
-        if tf.executing_eagerly():  # for the message of an error, which a compiled function would wrap
+        if tf.executing_eagerly():  # a compiled function would wrap the error message
             return decode_image(data, size, resize, split.orientation)
         return compile_decoder(size, resize, split.orientation)(data)
 
@@ -230,21 +229,21 @@ def decode_blocks(
     Args:
         blocks: dataset of blocks, as from `build_block_dataset`.
         threads: number of images that are decoded in parallel.
-        failures: file to which the index of each unreadable example is appended, one per line. Its row gets weight 0
-            and a black image. This costs 10 % of the speed. If None, an unreadable example raises a tf.errors.OpError
-            when the dataset is iterated.
+        failures: path of a file to which the index of each unreadable example is appended, one per line. The example's
+            row gets weight 0 and a black image. This reduces the speed by 10 %. If None, an unreadable example raises a
+            tf.errors.OpError when the dataset is iterated.
 
     Returns:
-        Rows with the columns `COLUMNS` of their block, and image, uint8 [size, size, 3], which is black for padding.
+        A dataset of rows with the columns `COLUMNS` and `image`, uint8 [size, size, 3], which is black for padding.
     """
     decode, black_image = make_row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
 
     @without_autograph
     def enumerate_rows(block: Block) -> tf.data.Dataset:
-        """Return each row index of a block, with the block. If `failures` is set, one more index is an end marker.
+        """Return a dataset of a block's row indices, each with the block, and an end marker if `failures` is set.
 
-        Unreadable rows vanish in `ignore_errors`. A gap in the row indices shows which ones failed, and the end marker
-        shows failures at the end of the block.
+        The end marker is one more index. `ignore_errors` removes unreadable rows. A gap in the row indices shows which
+        rows failed, and the end marker shows failures at the end of the block.
         """
         row_indices = tf.data.Dataset.range(tf.size(block["index"], tf.int64) + (1 if failures else 0))
         return row_indices.map(without_autograph(lambda i: {"row_index": i, "block": block}))
@@ -253,7 +252,7 @@ def decode_blocks(
     def add_image(row: Row) -> Row:
         block, row_index = row["block"], row["row_index"]
         last_index = tf.size(block["index"], tf.int64) - 1
-        source_row = tf.minimum(row_index, last_index)  # an end marker gets the columns of the last row, unused
+        source_row = tf.minimum(row_index, last_index)  # an end marker gets the last row's columns, which are not used
         example = {name: block[name][source_row] for name in COLUMNS}
         record = {"record": tf.gather(block["records"], block["offset"][source_row])} if split.shards else {}
         has_image = tf.logical_and(row_index <= last_index, example["weight"] > 0)
@@ -265,28 +264,28 @@ def decode_blocks(
 
     @without_autograph
     def add_first_missing(first_missing: tf.Tensor, row: Row) -> tuple[tf.Tensor, Row]:
-        """Add `first_missing`, the index after the previous decoded row. All rows from there to this one failed."""
+        """Add `first_missing`, the index after the previous decoded row. All rows from it to the row before failed."""
         next_missing = tf.where(row.pop("is_marker"), tf.zeros([], tf.int64), row["row_index"] + 1)
         return next_missing, {**row, "first_missing": first_missing}
 
     @without_autograph
     def insert_failed_rows(row: Row) -> tf.data.Dataset:
-        """Return a black row of weight 0 for each failed row before this one, then this row, unless it is a marker."""
-        first, row_index = row["first_missing"], row["row_index"]
-        examples = {name: column[first : row_index + 1] for name, column in row["block"].items()}  # a marker has no row
-        failed_index, num_rows = row["block"]["index"][first:row_index], tf.shape(examples["index"])[0]
-        any_failed = tf.size(failed_index) > 0
+        """Return a black row of weight 0 for each failed row before this row, then this row, unless it is a marker."""
+        first_failed, row_index = row["first_missing"], row["row_index"]  # none failed if they are equal
+        examples = {name: column[first_failed : row_index + 1] for name, column in row["block"].items()}
+        failed_indices, num_rows = row["block"]["index"][first_failed:row_index], tf.shape(examples["index"])[0]
+        any_failed = tf.size(failed_indices) > 0
 
         def record_failures() -> tf.Operation:
-            lines = tf.strings.reduce_join(tf.strings.as_string(failed_index), separator="\n")
+            lines = tf.strings.reduce_join(tf.strings.as_string(failed_indices), separator="\n")
             return tf.print(lines, output_stream=f"file://{failures}")
 
         with tf.control_dependencies([tf.cond(any_failed, record_failures, tf.no_op)]):
-            is_decoded = tf.range(num_rows) >= tf.size(failed_index)
-        blanks = tf.zeros([tf.size(failed_index), size, size, 3], tf.uint8)
-        images = tf.cond(any_failed, lambda: tf.concat([blanks, row["image"][None]], 0), lambda: row["image"][None])
+            is_decoded = tf.range(num_rows) >= tf.size(failed_indices)
+        black = tf.zeros([tf.size(failed_indices), size, size, 3], tf.uint8)
+        images = tf.cond(any_failed, lambda: tf.concat([black, row["image"][None]], 0), lambda: row["image"][None])
         examples["weight"] = tf.where(is_decoded, examples["weight"], 0.0)
-        return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:num_rows]})
+        return tf.data.Dataset.from_tensor_slices({**examples, "image": images[:num_rows]})  # a marker has no row
 
     blocks = _add_records(blocks, split) if split.shards else blocks
     rows = blocks.flat_map(enumerate_rows).map(add_image, num_parallel_calls=threads, deterministic=True)

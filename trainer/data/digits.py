@@ -1,4 +1,4 @@
-"""Prepare the embedded dataset, the 1,797 scanned handwritten digits of 8x8 pixels in scikit-learn."""
+"""Prepare the built-in dataset: scikit-learn's 1,797 images of handwritten digits, with 8 x 8 pixels each."""
 
 import io
 import os
@@ -11,15 +11,15 @@ import numpy as np
 from trainer.data.tfds_folder import INFO
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 
-TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 are for training
+TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 examples are for training
 
 
 def prepare_digits(cache_dir: Path) -> Path:
-    """Return the folder of the digits, a TFDS dataset in the cache folder. The first call writes it.
+    """Return the folder `cache_dir`/digits, which has the digits in the format of TFDS. The first call writes it.
 
-    The images are 8-bit grayscale PNGs of white ink on black, scaled from 0..16 to 0..255. The split into 1,257
-    training, 180 validation and 360 test examples is fixed and stratified by class. Source: test set of Optical
-    Recognition of Handwritten Digits, UCI Machine Learning Repository, Alpaydin and Kaynak, 1998.
+    The images are 8-bit grayscale PNGs, white on black, with values scaled from 0..16 to 0..255. The division into
+    1,257 training, 180 validation and 360 test examples is fixed and stratified by class. Source: the test set of
+    Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), UCI Machine Learning Repository.
 
     Raises:
         OSError: the folder cannot be written.
@@ -32,8 +32,8 @@ def prepare_digits(cache_dir: Path) -> Path:
     from sklearn.model_selection import train_test_split
 
     # Two runs can write the folder concurrently. Only the first rename succeeds.
-    temporary = cache_dir / f".digits-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
+    temporary_folder = cache_dir / f".digits-{uuid.uuid4().hex}"
+    temporary_folder.mkdir(parents=True)
     digits, images = load_digits(), []
     for pixels in digits.images:
         png = io.BytesIO()
@@ -47,11 +47,11 @@ def prepare_digits(cache_dir: Path) -> Path:
     train, validation = split_off(train_and_validation, VALIDATION_EXAMPLES)
     indices = {"train": train, "validation": validation, "test": test}
     splits = {name: [(images[i], int(digits.target[i])) for i in members] for name, members in indices.items()}
-    write_dataset(temporary, LabeledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
+    write_dataset(temporary_folder, LabeledImages("digits", tuple("0123456789"), splits), WriteOptions(verify=False))
     try:
-        os.rename(temporary, folder)
+        os.rename(temporary_folder, folder)
     except OSError:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary_folder)
         if not (folder / INFO).exists():
             raise
     return folder

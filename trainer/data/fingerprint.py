@@ -1,8 +1,8 @@
-"""Compute dataset fingerprints, the hashes by which a run recognizes the data that it began with.
+"""Compute dataset fingerprints, hashes by which a run recognizes that its dataset has not changed since it began.
 
 Every fingerprint covers the class names, the labels, and the name and size of each file. There are three kinds: "ends"
-also covers the first and last bytes of each file (for prepared shards, the checksum in the manifest), "sample" covers
-blocks spread over the file, and "content" covers all of its bytes.
+also covers each file's first and last bytes (for a prepared shard, its checksum in the manifest), "sample" also covers
+blocks spread over each file, and "content" also covers all of its bytes.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from trainer.types import LogMessage
 MAX_FULL_READ_BYTES = 1 << 30  # with data.fingerprint=auto, a dataset of at most this size is read completely
 _BLOCK_BYTES = 4096  # size of a sampled block
 _MAX_BLOCKS = 16  # sampled blocks per file
-_READ_BYTES = 1 << 20  # size of a read of a whole file
-_FILES_PER_TASK = 32  # scheduling a task costs more than reading one small file
-_SETTLED_NS = 2 * 10**9  # a file modified this recently could change again without a new modification time
+_READ_BYTES = 1 << 20  # bytes per read if a file is read completely
+_FILES_PER_TASK = 32  # files that a thread reads in one task; scheduling a task costs more than reading one small file
+_SETTLED_NS = 2 * 10**9  # a file modified more recently than this could change without a new modification time
 
 Kind = Literal["content", "sample"]
 
@@ -40,17 +40,17 @@ def compute_fingerprints(
 ) -> dict[str, str]:
     """Compute the fingerprints of a dataset, and log the most thorough one.
 
-    Checksums are cached by path, size, times and inode of the file, so that an unchanged file is read only once. A file
-    that was moved or touched is read again, and has the same fingerprint.
+    Checksums are cached by a file's path, size, times and inode, so that an unchanged file is read only once. A file
+    that was moved or touched is read again, and the fingerprints stay the same.
 
     Args:
-        setting: data.fingerprint. "auto" reads only a sample of the files if they have more than `MAX_FULL_READ_BYTES`.
+        setting: data.fingerprint. "auto" reads a sample of each file if all files have more than `MAX_FULL_READ_BYTES`.
         cache_dir: folder below which the checksums are cached.
-        streamed: whether the shards are in a bucket. The bucket has then confirmed the checksums in their manifest, so
-            that nothing is read or logged.
+        streamed: whether the shards are in a bucket. Then nothing is read or logged, because the checksums in their
+            manifest have already been compared with the bucket's checksums.
 
     Returns:
-        The fingerprints (16 hex digits) by kind: "ends", and then either "content" or "sample".
+        The fingerprints (16 hex digits) by kind: first "ends", then either "content" or "sample".
     """
     splits = raw.splits.values()
     paths = sorted({path for s in splits for path in (*s.files, *(shard.path for shard in s.shards))})
@@ -64,48 +64,48 @@ def compute_fingerprints(
     identities = {path: _format_identity(raw, path, stats, checksums) for path in paths}
     fingerprint = hash_raw_data(replace(raw, identities=identities))
     coverage = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
-    files = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
-    log_message(f"data fingerprint: {fingerprint}, of the {coverage} of {files}, {size / 1e6:,.1f} MB")
+    file_count = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
+    log_message(f"data fingerprint: {fingerprint}, of the {coverage} of {file_count}, {size / 1e6:,.1f} MB")
     return fingerprints | {kind: fingerprint}
 
 
 def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except OSError:  # decoding reports the file
+    except OSError:  # the file is reported when it is decoded
         return None
 
 
 def _format_identity(raw: RawData, path: str, stats: dict[str, os.stat_result], checksums: dict[str, int]) -> str:
-    """Format "NAME SIZE CHECKSUM", as in the manifest of prepared shards, or "NAME unreadable"."""
+    """Format a file's identity: "NAME SIZE CHECKSUM", as in the manifest of prepared shards, or "NAME unreadable"."""
     name = raw.identities[path].rsplit(" ", 2)[0]
     return f"{name} {stats[path].st_size} {checksums[path]:08x}" if path in checksums else f"{name} unreadable"
 
 
 def _compute_checksums(stats: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
-    """Return the checksum of each readable file by path. The checksums of unchanged files come from the cache."""
+    """Return the checksum of each readable file by path. The checksums of unchanged files are read from the cache."""
     keys = {path: _hash_stat(path, stat) for path, stat in stats.items()}
     cache_file = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(stats), 8).hex() if stats else ''}.npz"
-    stored = _read_table(cache_file)
-    uncached = [path for path in stats if keys[path] not in stored]
+    stored_checksums = _read_cache(cache_file)
+    uncached_paths = [path for path in stats if keys[path] not in stored_checksums]
     checksum = partial(_compute_checksum, read=_read_whole if kind == "content" else _read_sample)
 
     def checksum_batch(first: int) -> list[int | None]:
         health.record_progress()
-        return [checksum(path) for path in uncached[first : first + _FILES_PER_TASK]]
+        return [checksum(path) for path in uncached_paths[first : first + _FILES_PER_TASK]]
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each read costs a round trip
-        values = chain.from_iterable(pool.map(checksum_batch, range(0, len(uncached), _FILES_PER_TASK)))
-        computed = {path: value for path, value in zip(uncached, values, strict=True) if value is not None}
-    checksums = {path: stored[keys[path]] for path in stats if keys[path] in stored} | computed
-    max_mtime = time.time_ns() - _SETTLED_NS
-    if computed:
-        _write_table(cache_file, {keys[p]: value for p, value in checksums.items() if stats[p].st_mtime_ns < max_mtime})
+        values = chain.from_iterable(pool.map(checksum_batch, range(0, len(uncached_paths), _FILES_PER_TASK)))
+        new_checksums = {path: value for path, value in zip(uncached_paths, values, strict=True) if value is not None}
+    checksums = {path: stored_checksums[keys[path]] for path in stats if keys[path] in stored_checksums} | new_checksums
+    max_ns = time.time_ns() - _SETTLED_NS
+    if new_checksums:
+        _write_cache(cache_file, {keys[p]: value for p, value in checksums.items() if stats[p].st_mtime_ns < max_ns})
     return checksums
 
 
 def _compute_checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) -> int | None:
-    """Return the CRC32C of the blocks that `read(descriptor, size)` yields for a file.
+    """Return the CRC32C of the blocks of a file that `read(descriptor, size)` yields; `size` is the file size in bytes.
 
     Return None if the file is unreadable. The error is reported when the file is decoded.
     """
@@ -141,13 +141,13 @@ def _digest(text: str, size: int) -> bytes:
 
 
 def _hash_stat(path: str, stat: os.stat_result) -> int:
-    """Hash the path of a file, and the fields of its stat result that change with its content."""
+    """Hash a file's path, and the fields of its stat result that change with its content, to 64 bits."""
     fields = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     return int.from_bytes(_digest(f"{os.path.abspath(path)} {fields}", 8), "big")
 
 
-def _read_table(file: Path) -> dict[int, int]:
-    """Read the cached checksums by `_hash_stat`. Return {} if the file is missing or corrupt."""
+def _read_cache(file: Path) -> dict[int, int]:
+    """Read the cached checksums, by result of `_hash_stat`. Return {} if `file` is missing or corrupt."""
     try:
         arrays = unpack(file.read_bytes())
         return dict(zip(arrays["keys"].tolist(), arrays["checksums"].tolist(), strict=True))
@@ -155,7 +155,7 @@ def _read_table(file: Path) -> dict[int, int]:
         return {}
 
 
-def _write_table(file: Path, checksums: dict[int, int]) -> None:
+def _write_cache(file: Path, checksums: dict[int, int]) -> None:
     keys, values = np.array(list(checksums), np.uint64), np.array(list(checksums.values()), np.uint32)
     try:
         write_atomically(file, pack({"keys": keys, "checksums": values}))

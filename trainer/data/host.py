@@ -11,37 +11,37 @@ CGROUP = Path("/sys/fs/cgroup")  # mount point of the control groups, version 1 
 
 
 def _read_integers(file: Path) -> list[int]:
-    """Return the integers in a file, separated by spaces; [] if it has other content or cannot be read."""
+    """Return the space-separated integers in a file, or [] if it has other content or cannot be read."""
     try:
-        return [int(text) for text in file.read_text().split()]
-    except (OSError, ValueError):  # the file is missing, or holds "max"
+        return [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError):  # the file is missing, or contains "max"
         return []
 
 
 def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Return the memory of the machine in bytes, or the container's limit (cgroup v2 or v1) if that is lower."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the machine's memory in bytes, or the container's limit (cgroup v2 or v1) if the limit is lower."""
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit_v2, limit_v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
-    return min([machine, *limit_v2, *limit_v1])
+    return min([machine_bytes, *limit_v2, *limit_v1])
 
 
 def get_default_memory_budget(cgroup: Path = CGROUP) -> int:
-    """Return the memory budget in bytes if runtime.memory_budget_gb is null: a quarter of the memory limit."""
+    """Return the memory budget in bytes for runtime.memory_budget_gb=null, which is a quarter of the memory limit."""
     return memory_limit(cgroup) // 4
 
 
 def count_usable_cpus(cgroup: Path = CGROUP) -> int:
-    """Count the CPUs on which this process may run, or the quota of its container (rounded up) if that is lower."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPUs on which this process can run, or its container's quota (rounded up) if lower."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cfs_v1 = [value for name in ("quota", "period") for value in _read_integers(cgroup / "cpu" / f"cpu.cfs_{name}_us")]
-    quota = _read_integers(cgroup / "cpu.max") or cfs_v1  # quota and period in microseconds; "max" or -1: no quota
-    return max(1, min(cpus, -(-quota[0] // quota[1])) if len(quota) == 2 and min(quota) > 0 else cpus)
+    cfs = _read_integers(cgroup / "cpu.max") or cfs_v1  # quota and period in microseconds; "max" or -1 is no quota
+    return max(1, min(num_cpus, -(-cfs[0] // cfs[1])) if len(cfs) == 2 and min(cfs) > 0 else num_cpus)
 
 
 def allocate_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array of zeros, aligned to pages as DLPack requires. A page takes no memory until it is written."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Allocate an array of zeros, aligned to memory pages for DLPack. A page takes no memory until it is written."""
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: one per 4 KB page costs more than writing its data

@@ -28,76 +28,80 @@ from trainer.types import Purpose, Split
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")  # TensorFlow decodes these formats
 PILLOW_EXTENSIONS = (".tif", ".tiff")  # TensorFlow does not decode these; `trainer.prepare` converts them
-# Name of a split folder, or cell in column split, in lower case -> split.
+# Lower-case name of a split folder, or cell in a CSV file's column `split` -> split.
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
 _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")  # first bytes of JPEG, PNG, BMP and GIF
 _FORMATS = "JPEG, PNG, BMP, GIF or WebP"
 _END_BYTES = 64  # number of first and of last bytes of each file that the dataset fingerprint covers
-_FILES_PER_TASK = 32  # scheduling a task costs more than inspecting one file
+_FILES_PER_TASK = 32  # files that a thread inspects in one task; scheduling a task costs more than inspecting one file
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A labelled image file of a source."""
+    """An image file with its label, as an image folder or a CSV file lists it."""
 
     path: str
-    name: str  # path relative to the image folder, with forward slashes, or the cell in column file of a CSV file
+    name: str  # path relative to the image folder, with forward slashes, or the cell in the CSV file's column `file`
     label: int  # class index
     row: int | None = None  # number of the row in a CSV file
     group: str | None = None  # value of data.group_field
 
     @property
     def shown(self) -> str:
-        """The path, and the row if it is from a CSV file, for messages."""
+        """The path, and the number of the row in a CSV file, escaped for display in messages."""
         return escape_unprintable(self.path) + (f" (row {self.row})" if self.row else "")
 
     def sort_key(self, seed: int) -> tuple[bytes, str]:
-        """Return a key that sorts files by a hash of seed and name."""
+        """Return a key for sorting files by a hash of `seed` and their name."""
         content = f"{seed}/{self.name}".encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
 
 
 @dataclass
 class ListedImages:
-    """The image files that a source lists, before any of them is read."""
+    """The image files of an image folder or CSV file (the source), before any image is read."""
 
     name: str  # name of the dataset
     class_names: tuple[str, ...]
     images: Mapping[str, list[ImageFile]]  # by split, for the splits that the source defines, which include train
-    contents: Mapping[str, str]  # split -> description of its files, for the error if none of them is readable
+    contents: Mapping[str, str]  # split -> description of its files, for the error message if none is readable
     notes: list[str] = field(default_factory=list)
     ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
 
 
 def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawData:
-    """Check the beginning of each file, and divide the images of train into the splits that are missing.
+    """Build a dataset: check the first bytes of each file, and divide missing splits off from the training images.
 
     Images are sorted by a hash of data.split_seed and their name, which mixes the classes. Missing splits get a
     fraction of each class: the first images become the validation split, the next ones the test split, and all others
-    stay in train. Adding an image to the source therefore moves few other images to another split.
+    stay in train. Therefore an additional image moves few other images to another split.
+
+    Args:
+        purpose: with "prepare", TIFF files are images too.
 
     Raises:
         DataError: with on_error="fail", a file cannot be read or is not an image; a split has no readable file.
     """
     images = listed.images
-    identities, faults = _inspect(list(chain.from_iterable(images.values())), purpose)
-    if faults and data.on_error == "fail":
-        lines, total = join_first(list(faults.values()), "\n  "), len(identities)
-        problem = f"{len(faults)} of {total} files are not readable {_FORMATS} images:\n  {lines}"
+    identities, errors = _inspect(list(chain.from_iterable(images.values())), purpose)
+    if errors and data.on_error == "fail":
+        details, num_files = join_first(list(errors.values()), "\n  "), len(identities)
+        problem = f"{len(errors)} of {num_files} files are not readable {_FORMATS} images:\n  {details}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
-    readable = {name: [image for image in images.get(name, ()) if image.path not in faults] for name in SPLITS}
+    readable_images = {name: [image for image in images.get(name, ()) if image.path not in errors] for name in SPLITS}
     for name, members in images.items():
-        if not readable[name]:
-            raise empty_split_error(name, listed.contents[name], [faults[image.path] for image in members])
-    ordered = {
-        name: sorted(members, key=lambda image: image.sort_key(data.split_seed)) for name, members in readable.items()
+        if not readable_images[name]:
+            raise empty_split_error(name, listed.contents[name], [errors[image.path] for image in members])
+    sorted_images = {
+        name: sorted(members, key=lambda image: image.sort_key(data.split_seed))
+        for name, members in readable_images.items()
     }
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     missing_splits = {name: fraction for name, fraction in fractions.items() if name not in images}
-    ordered |= _divide(ordered["train"], missing_splits)
-    splits = {name: _make_split(name, members) for name, members in ordered.items() if members}
+    sorted_images |= _divide(sorted_images["train"], missing_splits)
+    splits = {name: _make_split(name, members) for name, members in sorted_images.items() if members}
     notes = listed.notes + list_unused_fractions(data, images)
-    return RawData(listed.name, listed.class_names, splits, identities, list(faults.values()), notes, listed.ignored)
+    return RawData(listed.name, listed.class_names, splits, identities, list(errors.values()), notes, listed.ignored)
 
 
 def _make_split(name: str, images: list[ImageFile]) -> Split:
@@ -107,9 +111,9 @@ def _make_split(name: str, images: list[ImageFile]) -> Split:
 
 
 def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the identity of each file by path ("NAME SIZE HASH", with a hash of its first and last bytes), and faults.
+    """Return path -> identity for all files, and path -> error message for those that are not readable images.
 
-    The faults describe, by path, why a file is not a readable image. A file that cannot be read has the identity "".
+    An identity is "NAME SIZE HASH", with a hash of the file's first and last bytes, or "" if the file cannot be read.
     """
 
     def inspect(image: ImageFile) -> tuple[str, str]:
@@ -118,12 +122,12 @@ def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str],
         except OSError as error:
             return "", f"cannot be read ({error.strerror})"
         is_webp, is_tiff = head[8:12] == b"WEBP", head.startswith(TIFF_MAGIC)
-        fault = "" if head.startswith(_MAGIC_BYTES) or is_webp or is_tiff else f"does not begin like a {_FORMATS}"
+        problem = "" if head.startswith(_MAGIC_BYTES) or is_webp or is_tiff else f"does not begin like a {_FORMATS}"
         if is_tiff and not image.path.lower().endswith(PILLOW_EXTENSIONS):
-            fault = "is a TIFF: name it .tif, and convert it with python -m trainer.prepare"
+            problem = "is a TIFF: name it .tif, and convert it with python -m trainer.prepare"
         elif is_tiff and purpose != "prepare":
-            fault = "is a TIFF: convert it with python -m trainer.prepare"
-        return f"{image.name} {size} {digest}", fault if size else "is empty"
+            problem = "is a TIFF: convert it with python -m trainer.prepare"
+        return f"{image.name} {size} {digest}", problem if size else "is empty"
 
     def inspect_batch(first: int) -> list[tuple[str, str]]:
         health.record_progress()
@@ -131,19 +135,19 @@ def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str],
 
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
         results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
-    inspected = list(zip(images, results, strict=True))
-    faults = {image.path: f"{image.shown}: {fault}" for image, (_, fault) in inspected if fault}
-    return {image.path: identity for image, (identity, _) in inspected}, faults
+    image_results = list(zip(images, results, strict=True))
+    errors = {image.path: f"{image.shown}: {problem}" for image, (_, problem) in image_results if problem}
+    return {image.path: identity for image, (identity, _) in image_results}, errors
 
 
 def _divide(images: list[ImageFile], fractions: dict[str, float]) -> dict[str, list[ImageFile]]:
-    """Move the first images of each class to the splits of `fractions`, in their order. The others stay in train."""
-    totals = Counter(image.label for image in images)
-    edges = {label: list(accumulate(compute_split_sizes(total, fractions).values())) for label, total in totals.items()}
-    names = [*fractions, "train"]
-    splits: dict[str, list[ImageFile]] = {name: [] for name in names}
+    """Divide the first images of each class among the splits in `fractions`, in order. The others stay in train."""
+    counts = Counter(image.label for image in images)
+    edges = {label: list(accumulate(compute_split_sizes(count, fractions).values())) for label, count in counts.items()}
+    split_names = [*fractions, "train"]
+    splits: dict[str, list[ImageFile]] = {name: [] for name in split_names}
     ranks: Counter[int] = Counter()  # label -> number of earlier images of the class
     for image in images:
-        splits[names[bisect_right(edges[image.label], ranks[image.label])]].append(image)
+        splits[split_names[bisect_right(edges[image.label], ranks[image.label])]].append(image)
         ranks[image.label] += 1
     return splits

@@ -38,14 +38,14 @@ class _Listing:
 
     folders: list[str]  # sorted
     files: list[str]
-    system: list[str]  # files and folders for which `is_system_name` is true, which are not in the other lists
+    system: list[str]  # files and folders for which `is_system_name` is true; they are not in the other lists
 
 
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """Open the image files in the class folders of data.root, or of its folders train, validation and test.
 
     The validation folder can also be named val or valid. A split without a folder gets a fraction of the training
-    images of each class (`build_raw_data`). With `purpose` "prepare", files that only Pillow decodes are images too.
+    images of each class (`build_raw_data`). With `purpose` "prepare", files that only Pillow decodes (TIFF) are images.
 
     Raises:
         DataError: the folder is missing, unreadable, without images, or has an unsupported layout; two folders are the
@@ -66,39 +66,41 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
 
 
 def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[ImageFile]], list[str], dict[int, str]]:
-    """Scan the folders of the splits.
+    """List the image files in the class folders of all splits.
 
     Returns:
-        The class names, the images of each split that has a folder, notes, and a description of the ignored files by
-        class index.
+        The class names; split -> its images, for each split that has a folder; notes; and class index -> description of
+        the ignored files.
     """
     extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
     list_folder = cache(_list_folder)  # listing a folder on a network disk is slow
-    folders = _find_split_folders(root, list_folder)
+    folders = _find_split_folders(root, list_folder)  # by split
     classes = {split: _find_class_folders(root, folder, list_folder(folder)) for split, folder in folders.items()}
     images: dict[str, list[ImageFile]] = {}
     ignored: dict[int, Counter[str]] = defaultdict(Counter)
     system_names = Counter[str]()
-    loose_notes = []
+    folder_notes = []
     for folder in dict.fromkeys([root, *folders.values()]):
         system_names.update(_list_system_names(list_folder(folder).system))
         if counts := Counter(os.path.splitext(name)[1].lower() for name in list_folder(folder).files):
-            loose_notes.append(
+            folder_notes.append(
                 f"{_describe_ignored(counts)}: directly in {escape_unprintable(folder)}, not in a class folder"
             )
     for split, folder in folders.items():
         if not classes[split]:
-            count = sum(_is_image(name, extensions) for name in list_folder(folder).files)
-            problem = f"{escape_unprintable(folder)} has {count} image{'s' * (count != 1)} and no class folders"
+            num_images = sum(_is_image(name, extensions) for name in list_folder(folder).files)
+            problem = (
+                f"{escape_unprintable(folder)} has {num_images} image{'s' * (num_images != 1)} and no class folders"
+            )
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         if classes[split].keys() != classes["train"].keys():
             train_classes, split_classes = set(classes["train"]), set(classes[split])
-            extra = {
+            surplus = {  # folder of a split -> classes that only this split has
                 folders["train"]: sorted(train_classes - split_classes),
                 folder: sorted(split_classes - train_classes),
             }
             differences = ", and ".join(
-                f"only {escape_unprintable(path)} has {', '.join(names)}" for path, names in extra.items() if names
+                f"only {escape_unprintable(path)} has {', '.join(names)}" for path, names in surplus.items() if names
             )
             problem, fix = f"the class folders differ: {differences}", "use the same class folders in each split"
             raise DataError(problem, key="data.root", value=root, fix=fix)
@@ -110,29 +112,32 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
             )
         ]
     class_names = tuple(classes["train"])
-    notes = _note_ignored(sum(ignored.values(), Counter()), system_names, extensions) + loose_notes
+    notes = _note_ignored(sum(ignored.values(), Counter()), system_names, extensions) + folder_notes
     notes += _note_nesting(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     if len(class_names) == 1 and purpose != "evaluate":
-        only_class = os.path.join(root, classes["train"][class_names[0]])
-        has_subfolders = folders["train"] == root and len(list_folder(only_class).folders) > 1
+        class_folder = os.path.join(root, classes["train"][class_names[0]])
+        has_subfolders = folders["train"] == root and len(list_folder(class_folder).folders) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
-        fix = f"set {format_argument('data.root', only_class)}" if has_subfolders else LAYOUT
+        fix = f"set {format_argument('data.root', class_folder)}" if has_subfolders else LAYOUT
         raise DataError(problem, key="data.root", value=root, fix=fix)
     return class_names, images, notes, {label: _describe_ignored(counts) for label, counts in ignored.items() if counts}
 
 
 def _describe_ignored(counts: Counter[str]) -> str:
     """Describe file counts by extension, most frequent first, such as "3 .txt, 1 without extension ignored"."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    items = (f"{count} {escape_unprintable(extension) or 'without extension'}" for extension, count in ordered[:10])
+    top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    items = (f"{count} {escape_unprintable(extension) or 'without extension'}" for extension, count in top[:10])
     return f"{', '.join(items)}{', ...' * (len(counts) > 10)} ignored"
 
 
 def _note_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple[str, ...]) -> list[str]:
-    """Return notes on the files below the class folders that are not images, and on system and hidden files."""
+    """Return notes on the files below the class folders that are not images, and on system and hidden files.
+
+    `ignored` and `system` are numbers of files, by extension and by name.
+    """
     notes = []
     if ignored:
         image_types = "/".join(extension[1:] for extension in extensions)
@@ -146,25 +151,25 @@ def _note_ignored(ignored: Counter[str], system: Counter[str], extensions: tuple
 
 
 def is_system_name(name: str) -> bool:
-    """Return whether a name is hidden (`.cache`), or is used by a file system, an archive tool or a photo viewer."""
+    """Return whether a file name is hidden (`.cache`), or is created by a file system, archive tool or photo viewer."""
     return name.startswith((".", "SYNOPHOTO_THUMB")) or name.lower() in SYSTEM_NAMES
 
 
 def _list_system_names(names: list[str]) -> list[str]:
-    """Return the system names among `names`. Those that are not in `SYSTEM_NAMES` are listed as "hidden"."""
+    """Return the system names among `names`. Each one that is not in `SYSTEM_NAMES` is replaced by "hidden"."""
     return [name if name.lower() in SYSTEM_NAMES else "hidden" for name in names if is_system_name(name)]
 
 
 def _note_nesting(folder: str, images: list[ImageFile]) -> list[str]:
-    """Return a note if all images are in subfolders of the class folders: data.root may be one level too high.
+    """Return a note if all images are in subfolders of the class folders, so that data.root may be one level too high.
 
-    `folder` is the training folder, and `images` are its images. Subfolders with only one name are not noted.
+    `images` are the images in the training folder `folder`. There is no note if all subfolders have the same name.
     """
-    paths = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
-    subfolders = sorted({path[1] for path in paths})
-    if len(subfolders) < 2 or min(map(len, paths)) < 3:
+    components = [os.path.relpath(image.path, folder).split(os.sep) for image in images]
+    subfolders = sorted({names[1] for names in components})
+    if len(subfolders) < 2 or min(map(len, components)) < 3:
         return []
-    argument = format_argument("data.root", os.path.join(folder, paths[0][0]))
+    argument = format_argument("data.root", os.path.join(folder, components[0][0]))
     fix = f"if these are the classes, set {escape_unprintable(argument)}"
     return [
         f"all images are two folders deep ({escape_unprintable(join_first(subfolders))} below the class folders): {fix}"
@@ -172,28 +177,28 @@ def _note_nesting(folder: str, images: list[ImageFile]) -> list[str]:
 
 
 def _find_class_folders(root: str, folder: str, listing: _Listing) -> dict[str, str]:
-    """Return the folder name of each class, sorted by class name.
+    """Return class name -> name of its folder, sorted by class name.
 
     Raise a DataError if two folder names become the same class name when they are normalized.
     """
     names = listing.folders
-    classes = {normalize_class_name(name): name for name in reversed(names)}
+    folder_names = {normalize_class_name(name): name for name in reversed(names)}
     for name in names:
-        if (other := classes[normalize_class_name(name)]) != name:
+        if (first_name := folder_names[normalize_class_name(name)]) != name:
             predicate = f"are both the class {normalize_class_name(name)}"
-            problem = f"the folders {other!a} and {name!a} of {escape_unprintable(folder)} {predicate}"
+            problem = f"the folders {first_name!a} and {name!a} of {escape_unprintable(folder)} {predicate}"
             fix = "rename one, or move its images to the other (class names are in NFC, without spaces at their ends)"
             raise DataError(problem, key="data.root", value=root, fix=fix)
-    return dict(sorted(classes.items()))
+    return dict(sorted(folder_names.items()))
 
 
 def _list_folder(folder: str) -> _Listing:
     with os.scandir(folder) as entries:
-        folder_flags = {entry.name: entry.is_dir() for entry in entries}
-    system = [name for name in folder_flags if is_system_name(name)]
-    data_flags = {name: is_folder for name, is_folder in folder_flags.items() if not is_system_name(name)}
-    folders = sorted(name for name, is_folder in data_flags.items() if is_folder)
-    return _Listing(folders, [name for name, is_folder in data_flags.items() if not is_folder], system)
+        all_names = {entry.name: entry.is_dir() for entry in entries}  # name -> whether it is a folder
+    system_names = [name for name in all_names if is_system_name(name)]
+    data_names = {name: is_folder for name, is_folder in all_names.items() if not is_system_name(name)}
+    folders = sorted(name for name, is_folder in data_names.items() if is_folder)
+    return _Listing(folders, [name for name, is_folder in data_names.items() if not is_folder], system_names)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
@@ -201,9 +206,9 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> dict[str, str]:
-    """Return the folder of each split, or {"train": root} if the class folders are directly in the root.
+    """Return split -> path of its folder, or {"train": root} if the class folders are directly in `root`.
 
-    Raise a DataError for an unsupported layout, or if two folders are the same split.
+    Raise a DataError if the layout is not supported, or if two folders are the same split or are the same folder.
     """
     names = list_folder(root).folders
     splits = {name: SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}  # by folder name
@@ -214,11 +219,11 @@ def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> di
             raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
         return {"train": root}
     if other_names:
-        train = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
-        if not list_folder(train).folders:  # "train" is a class
+        train_folder = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
+        if not list_folder(train_folder).folders:  # "train" is a class
             return {"train": root}
-        examples = ", ".join(map(escape_unprintable, other_names[:5]))
-        problem = f"has both split folders ({', '.join(splits)}) and others ({examples})"
+        first_names = ", ".join(map(escape_unprintable, other_names[:5]))
+        problem = f"has both split folders ({', '.join(splits)}) and others ({first_names})"
         raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
     folders: dict[str, str] = {}
     for name, split in splits.items():
@@ -244,26 +249,26 @@ def find_image_files(
 
     Args:
         extensions: file name extensions of images, in lower case.
-        ignored: gets the count of other files, by extension.
-        system: gets the count of system and hidden files and folders, by name. Such folders are not visited.
+        ignored: counter to which the other files are added, by extension.
+        system: counter to which system and hidden files and folders are added, by name. Such folders are not visited.
 
     Raises:
         OSError: a folder cannot be listed.
     """
-    files, visited = [], set()
+    image_paths, visited_folders = [], set()
 
     def reraise(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=reraise, followlinks=True):
+    for parent, dirnames, filenames in os.walk(folder, onerror=reraise, followlinks=True):
         real_path = os.path.realpath(parent)
-        if real_path in visited:  # through a link
-            folders.clear()
+        if real_path in visited_folders:  # through a link
+            dirnames.clear()
             continue
-        visited.add(real_path)
-        system.update(_list_system_names([*folders, *names]))
-        folders[:] = [name for name in folders if not is_system_name(name)]
-        files += [os.path.join(parent, name) for name in names if _is_image(name, extensions)]
-        others = [name for name in names if not _is_image(name, extensions) and not is_system_name(name)]
-        ignored.update(os.path.splitext(name)[1].lower() for name in others)
-    return sorted(files)
+        visited_folders.add(real_path)
+        system.update(_list_system_names([*dirnames, *filenames]))
+        dirnames[:] = [name for name in dirnames if not is_system_name(name)]
+        image_paths += [os.path.join(parent, name) for name in filenames if _is_image(name, extensions)]
+        other_files = [name for name in filenames if not _is_image(name, extensions) and not is_system_name(name)]
+        ignored.update(os.path.splitext(name)[1].lower() for name in other_files)
+    return sorted(image_paths)

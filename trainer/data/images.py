@@ -54,14 +54,14 @@ _NON_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError
 _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED_IMAGES = 20  # skipped images per split that are logged by name
 _BATCH_SIZE = 64  # images per batch while a cache is filled, and in `Pixels.rows`
-_FORMAT_VERSION = 4  # of the disk cache; increment it when decoding gives other pixels
+_FORMAT_VERSION = 4  # of the disk cache; increment it when a change of the code changes decoded pixels
 
 
 class BatchSource(Protocol):
-    """The rows of a split that batches are built from: decoded images (`Pixels`) or features of a trunk."""
+    """The rows of a split from which batches are built: decoded images (`Pixels`) or features of a trunk."""
 
     split: Split
-    threads: int | None  # size of a private thread pool; None: TensorFlow's pool
+    threads: int | None  # size of a private thread pool; None for TensorFlow's pool
 
     @property
     def parallel(self) -> int: ...  # number of examples that a pipeline decodes in parallel
@@ -75,14 +75,14 @@ class BatchSource(Protocol):
         Args:
             tensor: the result of `tensor()`.
             index: example indices, int64 [b]; `split.count` for padding and for unreadable examples.
-            epoch: epoch of each example, int64 [b]. Features can differ between epochs.
+            epoch: epoch of each example, int64 [b], because features can differ between epochs.
         """
 
     def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate: ...
 
 
 def wrap_array(array: np.ndarray | None) -> tf.Tensor:
-    """Wrap an array in a CPU tensor without a copy (DLPack). A memory-mapped file is read on demand."""
+    """Wrap an array in a CPU tensor without a copy, by DLPack. A memory-mapped file is read on demand."""
     assert array is not None
     with tf.device("CPU:0"):
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -93,28 +93,28 @@ class Pixels:
     """The decoded images of a split. Batches are bit-identical with every kind of cache."""
 
     split: Split
-    size: int  # side of an image, in pixels
+    size: int  # side S of an image, in pixels
     resize: Resize
     on_error: Literal["fail", "skip"]  # data.on_error
-    threads: int | None = None  # size of a private thread pool; None: one decode per CPU, in TensorFlow's pool
+    threads: int | None = None  # size of a private thread pool; None for one decode per CPU, in TensorFlow's pool
     log_message: LogMessage = lambda _: None
-    check: Callable[[], None] = lambda: None  # called between decoded batches and blocks of a cache; raises to stop
-    array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None: not cached
+    check: Callable[[], None] = lambda: None  # called between batches, and while a cache is read; can raise to cancel
+    array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None if not cached
     cached_in: Literal["memory", "disk", "none"] = "none"
-    shards: ShardCache | None = None  # fetches shards from a bucket; None: all shards are local
+    shards: ShardCache | None = None  # fetches shards from a bucket; None if all shards are local
     known_unreadable: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable examples
-    stored_count: int = 0  # number of images that have been cached while the cache is filled
+    stored_count: int = 0  # number of images already in the cache while it is filled
     # File to which the pipeline appends the index of each unreadable example; see `decode_blocks`.
     failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
 
     @property
     def bad(self) -> dict[int, str]:
-        """Reason by index, for each example that could not be read so far."""
+        """The reason, by example index, for each example that could not be read so far."""
         self.collect_failures()
         return self.known_unreadable
 
     def collect_failures(self) -> None:
-        """Add the indices that the pipeline has appended to `failures` to `known_unreadable`; log the first ones."""
+        """Add the examples in the file `failures` to `known_unreadable`, and log the first ones."""
         for index in map(int, self.failures):
             if index not in self.known_unreadable:
                 self.known_unreadable[index] = find_failure_reason(self, index)
@@ -150,20 +150,20 @@ class Pixels:
         ascending, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         empty = np.zeros((0, self.size, self.size, 3), np.uint8)
         with convert_data_errors(self):
-            # One row at a time from a bucket: the rows of a batch can be in more shards than fit the shard cache.
+            # With a bucket, one row at a time: the rows of a batch can be in more shards than the shard cache can hold.
             return np.concatenate(
                 [empty, *_iterate_decoded(self, ascending, "rows", 1 if self.shards else _BATCH_SIZE)]
             )[inverse]
 
 
 def describe_example(pixels: Pixels, index: int) -> str:
-    """Return the name of an example for a message: its file, or `SHARD#RECORD (FILE)`.
+    """Return an example's name for a message: its file, or `SHARD#RECORD (FILE)`.
 
-    FILE is the file name that the record stores. It is left out if there is none or the record cannot be read.
+    FILE is the file name in the record. It is omitted if the record has no file name or cannot be read.
     """
     name = pixels.split.name_of(index)
     if pixels.split.shards:
-        with suppress(OSError, DataError, IndexError):  # a shard that is missing, corrupt or truncated
+        with suppress(OSError, DataError, IndexError):  # the shard is missing, corrupt or truncated
             (record,) = locate_records(take(pixels.split, np.array([index])))
             source = read_source_name(record)
             return f"{name} ({source})" if source else name
@@ -171,9 +171,9 @@ def describe_example(pixels: Pixels, index: int) -> str:
 
 
 def find_failure_reason(pixels: Pixels, index: int) -> str:
-    """Decode an example that was unreadable again, and return why that fails or that it succeeds now.
+    """Decode an unreadable example again, and return the reason why it fails, or a message that it can be read now.
 
-    Its shard is fetched again if it is in a bucket and no longer on disk.
+    A shard in a bucket that is no longer on disk is fetched again.
     """
     split, row = pixels.split, {"index": tf.constant(index, tf.int64)}
     try:
@@ -193,11 +193,11 @@ def find_failure_reason(pixels: Pixels, index: int) -> str:
 
 @contextmanager
 def convert_data_errors(source: BatchSource) -> Iterator[None]:
-    """Convert TensorFlow's error for an unreadable example into a `DataError`. Use it around each loop over batches.
+    """Context manager for a loop over batches: convert TensorFlow's error for an unreadable example into a `DataError`.
 
-    TensorFlow's error does not name the example. The split is therefore decoded again from `stored_count` to the first
+    TensorFlow's error does not name the example. Therefore the split is decoded again, from `stored_count` to the first
     unreadable example, which can take as long as an epoch. An error is raised unchanged if it is not from the input
-    pipeline, if `source` is cached or holds features, or if no unreadable example is detected.
+    pipeline, if `source` is cached or has features, or if no unreadable example is detected.
     """
     try:
         yield
@@ -220,9 +220,9 @@ def convert_data_errors(source: BatchSource) -> Iterator[None]:
 
 
 def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
-    """Raise a DataError if every image of a split, or every training image of a class, is unreadable.
+    """Raise a DataError if all images of the split, or all training images of a class, are unreadable.
 
-    An image that has not been decoded yet counts as readable.
+    Images that have not been decoded yet count as readable.
     """
     split, bad = pixels.split, pixels.bad
     if not bad:
@@ -231,22 +231,25 @@ def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
     is_lost = (np.bincount(split.labels, minlength=len(class_names)) > 0) & (readable_counts == 0)  # by class
     if readable_counts.any() and (split.name != "train" or not is_lost.any()):
         return
-    first = next(index for index in sorted(bad) if is_lost[split.labels[index]])
-    images = (
+    index = next(index for index in sorted(bad) if is_lost[split.labels[index]])
+    description = (
         f"{split.name} images"
         if not readable_counts.any()
-        else f"training images of {class_names[split.labels[first]]}"
+        else f"training images of {class_names[split.labels[index]]}"
     )
-    count = split.count if not readable_counts.any() else int((split.labels == split.labels[first]).sum())
-    problem = f"none of the {count} {images} can be decoded, the first: {describe_example(pixels, first)}: {bad[first]}"
+    num_images = split.count if not readable_counts.any() else int((split.labels == split.labels[index]).sum())
+    problem = (
+        f"none of the {num_images} {description} can be decoded, "
+        f"the first: {describe_example(pixels, index)}: {bad[index]}"
+    )
     raise DataError(problem, fix="repair them, or remove the class or split")
 
 
 def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count: int | None) -> tf.data.Dataset:
-    """Build a dataset of rows, as `decode_blocks` returns them, that are decoded each time they are read.
+    """Build a dataset of rows (see `decode_blocks`) whose images are decoded each time they are read.
 
     Args:
-        block: function from the index of a block to the block.
+        block: function that computes a block from its index, int64.
         count: number of blocks; None for an infinite dataset.
     """
     failures = pixels.failures.name if pixels.on_error == "skip" else None
@@ -257,11 +260,11 @@ def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count
 def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH_SIZE) -> Iterator[np.ndarray]:
     """Yield the images of the examples `indices`, int64 [n], increasing, in batches: uint8 [at most `rows`, S, S, 3].
 
-    `reader` identifies this pipeline to the shard cache.
+    `reader` is the name of this pipeline in the shard cache.
     """
-    count, block = make_sequence_blocks(pixels.split, indices, 1)
-    gate = pixels.open_gate(reader, compute_block_shards(block, count), max_rows_ahead(rows, pixels.parallel, 2))
-    images = build_row_dataset(pixels, block, count).map(without_autograph(lambda row: row["image"]))
+    num_blocks, block = make_sequence_blocks(pixels.split, indices, 1)
+    gate = pixels.open_gate(reader, compute_block_shards(block, num_blocks), max_rows_ahead(rows, pixels.parallel, 2))
+    images = build_row_dataset(pixels, block, num_blocks).map(without_autograph(lambda row: row["image"]))
     batches = iter(images.batch(rows).prefetch(2))
     for _ in range(0, len(indices), rows):
         gate.wait_for(rows)
@@ -275,7 +278,7 @@ def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int
 def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
     """Yield batches of the images from index `start` to the end of the split.
 
-    `pixels.stored_count` grows by the size of a batch when the caller takes the next one.
+    When the caller takes the next batch, the size of the previous one is added to `pixels.stored_count`.
     """
     for images in _iterate_decoded(pixels, np.arange(start, pixels.split.count, dtype=np.int64), "filling"):
         yield images
@@ -285,7 +288,7 @@ def _iterate_from(pixels: Pixels, start: int = 0) -> Iterator[np.ndarray]:
 def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool:
     """Map the disk cache, STEM.u8, as `pixels.array`. Return False if it is missing, incomplete or corrupt.
 
-    Return False also if it lists unreadable examples and `pixels.on_error` is "fail".
+    Also return False if it lists unreadable examples and `pixels.on_error` is "fail".
     """
     pixel_file = stem.with_suffix(".u8")
 
@@ -312,45 +315,45 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
 
 
 def _extend_crc(crc: int, bad: dict[int, str]) -> int:
-    """Extend `crc`, the CRC32C of the pixels, by the unreadable examples. Return it unchanged if there are none."""
+    """Extend `crc`, the pixels' CRC32C, with the unreadable examples. Return it unchanged if `bad` is empty."""
     return google_crc32c.extend(crc, json.dumps(sorted(bad.items())).encode()) if bad else crc
 
 
 def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
-    """Write the pixels to STEM.u8, by renaming a temporary file, and then STEM.json, which marks them as complete."""
+    """Write the pixels to a temporary file, rename it to STEM.u8, and write STEM.json, which marks it as complete."""
     delete_unfinished(stem.parent, ABANDONED_SECONDS)
     crc, black_image = 0, np.zeros((1, *shape[1:]), np.uint8)
-    with temporary_file(stem.with_suffix(".u8")) as temporary:
-        # Not through a mapped file: a full disk would kill the process with SIGBUS.
-        with open(temporary, "wb") as file:
+    with temporary_file(stem.with_suffix(".u8")) as temporary_path:
+        # Not by a memory-mapped file, because a full disk would kill the process with SIGBUS.
+        with open(temporary_path, "wb") as file:
             for images in chain(_iterate_from(pixels), [black_image]):
                 file.write(images.data)
                 crc = google_crc32c.extend(crc, images.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, stem.with_suffix(".u8"))
+        os.replace(temporary_path, stem.with_suffix(".u8"))
     write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": _extend_crc(crc, pixels.bad)}))
 
 
 def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
     """Return the file name of a split's disk cache, without extension: `pixels-train-224-HASH`.
 
-    HASH covers everything that determines the pixels. `fingerprint` is the fingerprint of the dataset.
+    HASH covers everything that determines the pixels. `fingerprint` is the dataset's fingerprint.
     """
-    # The folder of the shards is left out: it can differ at the next start, and the fingerprint covers their content.
+    # Without the folder of the shards, which can differ at the next start. The fingerprint covers their content.
     ranges = (f"{os.path.basename(shard.path)} {shard.start} {shard.stop}" for shard in split.shards)
-    members = [*split.files, *ranges, split.image_field]
-    key = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *members)
+    sources = [*split.files, *ranges, split.image_field]
+    key = (_FORMAT_VERSION, fingerprint, split.name, split.count, size, resize, split.orientation, *sources)
     digest = hashlib.sha256(encode_file_name("\n".join(map(str, key)))).hexdigest()[:16]
     return f"pixels-{split.name}-{size}-{digest}"
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where to cache the decoded images of a split, their size in bytes, and the reason for the choice."""
+    """Where to cache the decoded images of a split, and why."""
 
     where: Literal["memory", "disk", "none"]
-    bytes: int
+    bytes: int  # size of the decoded images
     reason: str
 
 
@@ -358,10 +361,10 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
     """Choose where to cache the decoded images of a split.
 
     Args:
-        cache: data.cache. "auto" chooses memory if its budget suffices, else the disk if its budget suffices, else no
-            cache. Any other value applies regardless of the budgets.
-        needed: size of the images in bytes. The budgets are in bytes too.
-        once: whether training reads the images only once, to compute features. Then "auto" does not cache them.
+        cache: data.cache. "auto" chooses memory if the memory budget suffices, else the disk if the disk budget
+            suffices, else no cache. Any other value applies regardless of the budgets.
+        needed: size of the images in bytes. The budgets are in bytes, too.
+        once: whether training reads the images only once, to compute features. If so, "auto" does not cache them.
     """
     budgets = f"memory budget {format_bytes(memory_budget)}, disk budget {format_bytes(disk_budget)}"
     if cache != "auto":
@@ -376,9 +379,10 @@ def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget:
 def plan_image_caches(
     config: RunConfig, dataset: Dataset, size: int, train_images_read_once: bool
 ) -> dict[str, CachePlan]:
-    """Plan the cache of each split by name, for images with a side of `size` pixels.
+    """Plan the cache of each split of a dataset, and return the plans by split name.
 
-    The splits are planned in the order of `SPLITS`; each one gets the memory that the previous ones leave.
+    The splits are planned in the order of `SPLITS`, each with the memory that earlier splits leave. `size` is the image
+    side in pixels. If `train_images_read_once`, data.cache=auto does not cache the training images.
     """
     plans: dict[str, CachePlan] = {}
     memory_left = config.runtime.memory_budget or get_default_memory_budget()
@@ -391,22 +395,22 @@ def plan_image_caches(
 
 
 def count_image_bytes(split: Split, size: int) -> int:
-    """Count the bytes of the decoded images of a split, including the black image for padding."""
+    """Return the size in bytes of a split's decoded images, including the black image for padding."""
     return (split.count + 1) * size * size * 3
 
 
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
-    """Fill the cache of `plan`, or open the disk cache that an earlier start completed in `folder`.
+    """Fill the cache that `plan` chooses, or open the disk cache that an earlier start completed.
 
     If the disk cannot be written, nothing is cached, and images are decoded each time they are read.
 
     Args:
-        folder: the folder of disk caches.
-        fingerprint: the fingerprint of the dataset, by which a disk cache is recognized.
+        folder: the folder of all disk caches.
+        fingerprint: the dataset's fingerprint, which is part of the file name of a disk cache.
 
     Raises:
-        DataError: a shard is missing, or an image cannot be decoded and `on_error` is "fail".
-        Interrupted: the bucket does not respond.
+        DataError: a shard is missing, or an image cannot be decoded and `pixels.on_error` is "fail".
+        Interrupted: the bucket with the shards does not respond.
     """
     split, log_message = pixels.split, pixels.log_message
     shape = (split.count + 1, pixels.size, pixels.size, 3)
@@ -431,8 +435,8 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
                 _open_disk_cache(pixels, stem, shape)
             except OSError as error:
                 pixels.stored_count = 0
-                free = format_bytes(get_free_bytes(folder))
-                problem = f"cannot be cached in {folder} ({error.strerror}, {free} free)"
+                free_space = format_bytes(get_free_bytes(folder))
+                problem = f"cannot be cached in {folder} ({error.strerror}, {free_space} free)"
                 log_message(f"{subject}: {problem}; decoded each time they are read")
 
 
@@ -444,7 +448,7 @@ class ImageStore:
 
         Args:
             size: side of the images in pixels.
-            check: called between batches, for example with "while the train images were decoded"; raises to stop.
+            check: called between batches with an activity, "while the train images were decoded"; can raise to cancel.
         """
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images
@@ -473,7 +477,7 @@ class ImageStore:
         return pixels
 
     def gather_unreadable(self, control: ControlChannel) -> None:
-        """Add the unreadable images that the other workers have detected. This is a collective call of all workers."""
+        """Add the unreadable images that the other workers have detected. All workers must call this together."""
         if control.size == 1 or self.config.data.on_error == "fail":
             return
         local_bad = {
@@ -491,7 +495,7 @@ class ImageStore:
             require_readable(pixels, self.dataset.class_names)
 
     def describe_remaining(self) -> list[str]:
-        """Return a line for each opened split with unreadable images: its readable images, in total and per class."""
+        """Return a line per opened split with unreadable images: how many remain, in total and in rare classes."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
             + describe_class_counts(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
@@ -523,14 +527,14 @@ class ImageStore:
         )
 
     def name_of(self, split: str, index: int) -> str:
-        """Return the file of an example, or SHARD#RECORD. A local copy is named by its address in the bucket."""
+        """Return an example's file, or SHARD#RECORD. A local copy is named by its address in the bucket."""
         return replace_local_paths(self.dataset.splits[split].name_of(index), self.addresses)
 
     def list_sources(self, name: str, indices: np.ndarray) -> tuple[str, ...]:
-        """Return the file names that the records of the examples `indices`, int [k], increasing, store.
+        """Return the file names in the records of the examples `indices`, int [k], increasing, of a split.
 
-        A record without a file name has "". The result is () if the split has no shards, if the first record has no
-        file name, or if a shard cannot be read. Shards that are no longer on the local disk are fetched again.
+        The name is "" for a record without a file name. The result is () if the split has no shards, if the first
+        record has no file name, or if a shard cannot be read. Shards that are no longer on disk are fetched again.
         """
         split, shards = self.dataset.splits[name], self._data.shards
         if not split.shards:
@@ -546,7 +550,7 @@ class ImageStore:
                     yield read_source_name(record)
 
         sources: tuple[str, ...] = ()
-        with suppress(OSError, DataError):  # the images may be cached although a shard is now missing or corrupt
+        with suppress(OSError, DataError):  # images can be cached although their shard is now missing or corrupt
             names = read()
             sources = (first, *names) if (first := next(names, "")) else ()
         if shards:
@@ -562,10 +566,10 @@ class ImageStore:
         log.info(replace_local_paths(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:
-        """List the unreadable examples of the opened splits that were skipped so far, each with the reason."""
-        splits = sorted(self._opened.items())
+        """Return a line for each unreadable example of the opened splits that was skipped so far, with the reason."""
+        pixels_by_split = sorted(self._opened.items())
         return [
             replace_local_paths(f"{describe_example(pixels, index)}: {reason}", self.addresses)
-            for _, pixels in splits
+            for _, pixels in pixels_by_split
             for index, reason in sorted(pixels.bad.items())
         ]

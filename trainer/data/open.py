@@ -33,12 +33,12 @@ MAX_CLASS_RATIO = 3  # examples of the largest training class per example of the
 
 @dataclass(frozen=True)
 class OpenedData:
-    """The dataset of a run, with local paths for files and weights in buckets."""
+    """A run's dataset and pretrained weights, with local copies of the files that are in buckets."""
 
     dataset: Dataset
     addresses: dict[str, str]  # local folder -> the bucket folder that it is a copy of
-    shards: ShardCache | None  # fetches shards while they are read; None: all files are local
-    weights: str  # model.weights, or the path of its local copy
+    shards: ShardCache | None  # fetches shards while they are read; None if all files are local
+    weights: str  # model.weights, or the path of its local copy if it is in a bucket
 
 
 def open_run_data(
@@ -48,42 +48,43 @@ def open_run_data(
     stream: bool = True,
     purpose: Purpose = "train",
 ) -> OpenedData:
-    """Copy the dataset and the weights of a run from buckets to the local disk, and open the dataset.
+    """Copy a run's dataset and weights from buckets to the local disk, and open the dataset.
 
-    Log lines, notes and errors name files in a bucket by their address there, not by the path of the local copy.
+    Log lines, notes and errors name files in a bucket by address, not by the path of the local copy.
 
     Args:
-        check: called with the address that is being copied; raises to stop.
+        check: called repeatedly during a copy, with the address that is copied; can raise an exception to cancel.
         stream: leave the shards of a prepared dataset in its bucket, and fetch them while they are read.
         purpose: see `open_dataset`.
 
     Raises:
-        DataError: an address is missing, the copies exceed the disk budget, or the dataset cannot be opened.
+        DataError: nothing exists at an address, the copies exceed the disk budget, or the dataset cannot be opened.
         Interrupted: a bucket does not respond.
     """
-    local, addresses, shards = fetch_local_copies(config, log_message, check, stream)
+    local_config, addresses, shards = fetch_local_copies(config, log_message, check, stream)
 
     def restore_addresses(text: str) -> str:
         return replace_local_paths(text, addresses)
 
     with show_addresses_in_errors(addresses):
         dataset = open_run_dataset(
-            config, local.data, lambda text: log_message(restore_addresses(text)), shards is not None, purpose
+            config, local_config.data, lambda text: log_message(restore_addresses(text)), shards is not None, purpose
         )
     dataset = replace(
         dataset,
         skipped=tuple(map(restore_addresses, dataset.skipped)),
         notes=tuple(map(restore_addresses, dataset.notes)),
     )
-    return OpenedData(dataset, addresses, shards, local.model.weights)
+    return OpenedData(dataset, addresses, shards, local_config.model.weights)
 
 
 def open_run_dataset(
     config: RequestedConfig, data: Data, log_message: LogMessage, streamed: bool = False, purpose: Purpose = "train"
 ) -> Dataset:
-    """Open the dataset of a run with `open_dataset`. `data` is `config.data` with local paths.
+    """Open a run's dataset with `open_dataset`. `data` is `config.data` with local paths instead of bucket addresses.
 
-    With debug.overfit, one batch is both the training and the validation split.
+    With debug.overfit, the training split, which `config.example_limit` reduces to one batch, is also the validation
+    split.
     """
     cache_dir, max_examples = config.runtime.cache_folder, config.example_limit
     dataset = open_dataset(
@@ -107,8 +108,10 @@ def require_validation(dataset: Dataset, fraction: float) -> None:
         return
     problem, fix = "there are no validation examples", "set it above 0, or set data.validation_split"
     if fraction > 0:
-        count, classes = dataset.splits["train"].count, len(dataset.class_names)
-        problem = f"leaves no validation examples: there are {count} images of {classes} classes, and none to spare"
+        num_images, num_classes = dataset.splits["train"].count, len(dataset.class_names)
+        problem = (
+            f"leaves no validation examples: there are {num_images} images of {num_classes} classes, and none to spare"
+        )
         fix = "add images, at least two of a class, or a validation split"
     raise DataError(problem, key="data.validation_fraction", value=fraction or None, fix=fix)
 
@@ -126,15 +129,15 @@ def open_dataset(
     """Open the dataset that `data` configures: read its source, name its classes, and select its examples.
 
     Args:
-        seed: selects the examples of data.labels_per_class and `max_examples`.
+        seed: random seed for selecting examples by data.labels_per_class and `max_examples`.
         cache_dir: folder that stores the digits, the labels of record shards and the checksums of files for later runs.
         max_examples: maximum number of examples per split, with class counts as equal as possible; None for all.
         log_message: logs a line before slow work, each of `Dataset.notes`, and the fingerprint.
-        streamed: whether data.root holds only the metadata and labels of a prepared dataset, whose shards are fetched
+        streamed: whether data.root has only the metadata and labels of a prepared dataset, whose shards are fetched
             while they are read.
-        purpose: "prepare" reads data.group_field of every split, not only of the split of the final scores, and accepts
+        purpose: "prepare" reads data.group_field of all splits, not only of the split for the final scores, and accepts
             image files that only Pillow decodes. "evaluate" accepts a single class, classes without training examples,
-            and other classes than those of data.class_names: `runs.stored_run.map_to_run_classes` then maps the labels.
+            and classes that are not in data.class_names, because trainer/runs/stored_run.py maps the labels.
 
     Raises:
         DataError: the dataset is missing, corrupt, or contradicts the configuration.
@@ -149,9 +152,9 @@ def open_dataset(
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
         raw = apply_class_names(raw, class_names)
     if data.corrections:
-        other_names = dict(zip(source_names, get_display_names(source_names, data), strict=True))
-        raw = apply_corrections(raw, data.corrections, other_names, skip_unknown=data.on_error == "skip")
-    _check_classes(raw, purpose, may_begin_with_1=bool(data.class_names) and data.label_kind == "index")
+        display_names = dict(zip(source_names, get_display_names(source_names, data), strict=True))
+        raw = apply_corrections(raw, data.corrections, display_names, skip_unknown=data.on_error == "skip")
+    _check_classes(raw, purpose, may_be_one_based=bool(data.class_names) and data.label_kind == "index")
     raw.splits = {name: replace(split, orientation=data.orientation) for name, split in raw.splits.items()}
     train = raw.splits["train"]
     if data.labels_per_class:
@@ -166,17 +169,17 @@ def open_dataset(
         for name in raw.splits if purpose == "prepare" else {choose_scored_split(raw.splits)} & raw.splits.keys():
             groups = read_groups(raw.splits[name], data.group_field, raw.group_names)
             raw.splits[name] = replace(raw.splits[name], groups=groups)
-    raw.notes += _note_quality(raw, limited=max_examples is not None) + _note_copies(raw)
+    raw.notes += _note_quality(raw, is_limited=max_examples is not None) + _note_duplicates(raw)
     raw.notes += [] if streamed else examine_images(raw.splits["train"])
     for line in raw.notes:
         log_message(line)
     skipped, notes = tuple(raw.skipped), tuple(raw.notes)
-    fingerprints = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)
+    fingerprints = compute_fingerprints(raw, data.fingerprint, cache_dir, streamed, log_message)  # most thorough last
     return Dataset(raw.name, raw.class_names, raw.splits, [*fingerprints.values()][-1], skipped, notes, fingerprints)
 
 
 def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bool, purpose: Purpose) -> RawData:
-    """Open the source that data.source names, with the class names and all examples that it stores."""
+    """Open data.source, with all its examples and its own class names, before any selection."""
     if data.source == "image_folder":
         return open_image_folder(data, purpose)
     if data.source == "csv":
@@ -188,80 +191,80 @@ def _open_source(data: Data, cache_dir: Path, log_message: LogMessage, streamed:
             root = str(prepare_digits(cache_dir))
         except OSError as error:
             raise make_write_error(error, cache_dir, "runtime.cache_dir", "set a writable folder", DataError) from None
-        data = Data(source="tfds", root=root, on_error=data.on_error)  # its splits are fixed
+        data = Data(source="tfds", root=root, on_error=data.on_error)  # the digits have fixed splits
     return open_tfds(data, cache_dir, log_message, streamed)
 
 
 def get_display_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
-    """Return the names under which classes are shown, in the order of `names`.
+    """Return the display names of classes, in the order of `names`.
 
-    If data.class_names is a mapping that has the class, its name there is shown. Otherwise the prefix that
-    data.class_prefix matches is removed.
+    If data.class_names is a mapping that contains a class, it has the class's display name. Otherwise the display name
+    is the name without the prefix that data.class_prefix matches.
 
     Args:
-        names: class names of the dataset, normalized by `normalize_class_name`.
+        names: class names in the dataset, normalized by `normalize_class_name`.
 
     Raises:
-        DataError: a shown name is empty, or two classes have the same shown name.
+        DataError: a display name is empty, or two classes have the same display name.
     """
     mapped_names = {normalize_class_name(key): normalize_class_name(name) for key, name in _get_mapping(data).items()}
     prefix = re.compile(rf"\A(?:{data.class_prefix or ''})")
-    shown_names = tuple(mapped_names[name] if name in mapped_names else prefix.sub("", name).strip() for name in names)
-    originals = dict(zip(reversed(shown_names), reversed(names), strict=True))  # shown name -> name in the dataset
-    for original, name in zip(names, shown_names, strict=True):
-        if not name or originals[name] != original:
+    results = tuple(mapped_names[name] if name in mapped_names else prefix.sub("", name).strip() for name in names)
+    first_sources = dict(zip(reversed(results), reversed(names), strict=True))  # display name -> first class
+    for source, name in zip(names, results, strict=True):
+        if not name or first_sources[name] != source:
             problem = (
-                f"{originals[name]} and {original} both become {name}" if name else f"nothing is left of {original}"
+                f"{first_sources[name]} and {source} both become {name}" if name else f"nothing is left of {source}"
             )
-            if {original, originals[name]} & mapped_names.keys():
+            if {source, first_sources[name]} & mapped_names.keys():
                 raise DataError(problem, key="data.class_names", fix="give each class a name of its own")
             fix = "match less of the names, or leave it out"
             raise DataError(problem, key="data.class_prefix", value=data.class_prefix, fix=fix)
-    return shown_names
+    return results
 
 
 def get_display_order(data: Data) -> tuple[str, ...] | None:
-    """Return the shown names of the classes that data.class_names lists; None if it is not a list."""
+    """Return the display names of the classes in the list data.class_names, in its order; None if it is not a list."""
     if not isinstance(data.class_names, tuple):
         return None
     return get_display_names(tuple(map(normalize_class_name, data.class_names)), data)
 
 
 def _get_mapping(data: Data) -> dict[str, str]:
-    """Return data.class_names if it is a mapping {name in the dataset: shown name}, otherwise an empty one."""
+    """Return data.class_names if it is a mapping {name in the dataset: display name}, otherwise {}."""
     return data.class_names if isinstance(data.class_names, dict) else {}
 
 
 def require_mapped_classes(names: tuple[str, ...], data: Data) -> None:
-    """Raise a DataError if the mapping data.class_names has a class twice, or one that is not in the dataset.
+    """Raise a DataError if the mapping data.class_names has a class twice, or a class that is not in the dataset.
 
-    `names` are the class names of the dataset, normalized by `normalize_class_name`.
+    `names` are the class names in the dataset, normalized by `normalize_class_name`.
     """
-    keys = {normalize_class_name(key): key for key in _get_mapping(data)}  # normalized name -> key
-    if len(keys) < len(_get_mapping(data)):
-        duplicate = next(key for key in _get_mapping(data) if keys[normalize_class_name(key)] != key)
+    key_by_name = {normalize_class_name(key): key for key in _get_mapping(data)}  # by normalized name
+    if len(key_by_name) < len(_get_mapping(data)):
+        duplicate = next(key for key in _get_mapping(data) if key_by_name[normalize_class_name(key)] != key)
         problem = f"has several names for {normalize_class_name(duplicate)}"
         raise DataError(problem, key="data.class_names", fix="give each class one name")
-    for name in keys.keys() - set(names):
+    for name in key_by_name.keys() - set(names):
         matches = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {matches[0]}?" if matches else f"its classes are {join_first(names)}"
         raise DataError(f"maps {name}, which is no class of the data", key="data.class_names", fix=fix)
 
 
 def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
-    """Reorder the classes of a dataset, and map its labels.
+    """Return the dataset with its classes in the order of `names`, and its labels mapped to this order.
 
     Args:
-        names: the same class names in the new order, from `get_display_order`; None leaves the order as it is.
+        names: all class names in the new order, from `get_display_order`; None leaves the order as it is.
 
     Raises:
-        DataError: `names` are not exactly the class names of the dataset.
+        DataError: `names` are not exactly the dataset's class names.
     """
     if not names or names == raw.class_names:
         return raw
     if sorted(names) != sorted(raw.class_names):
-        extra = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
-        clauses = (f"only {owner} has {join_first(sorted(classes))}" for owner, classes in extra.items() if classes)
+        surplus = {raw.name: set(raw.class_names) - set(names), "data.class_names": set(names) - set(raw.class_names)}
+        clauses = (f"only {owner} has {join_first(sorted(classes))}" for owner, classes in surplus.items() if classes)
         differences = ", ".join(clauses) or "a name is repeated"
         problem = f"does not name the {len(raw.class_names)} classes of the data: {differences}"
         fix = "name exactly these classes in any order, or leave it out (null) where the source is not tfrecords"
@@ -277,48 +280,48 @@ def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
     return join_first([raw.class_names[i] for i in classes])
 
 
-def _check_classes(raw: RawData, purpose: Purpose, *, may_begin_with_1: bool) -> None:
+def _check_classes(raw: RawData, purpose: Purpose, *, may_be_one_based: bool) -> None:
     """Raise a DataError for duplicate class names, fewer than two classes, or a class without training examples.
 
-    With `purpose` "evaluate", only duplicate names are an error. With `may_begin_with_1`, the labels are class indices,
-    and the error for the first class suggests that they could begin with 1.
+    With `purpose` "evaluate", only duplicate names are an error. With `may_be_one_based`, labels are class indices, and
+    the error for a first class without examples suggests that the indices could begin with 1.
     """
-    count = len(raw.class_names)
-    if count < 2 and purpose != "evaluate":
+    num_classes = len(raw.class_names)
+    if num_classes < 2 and purpose != "evaluate":
         problem = f"has only the class {raw.class_names[0]}" if raw.class_names else "has no classes"
         raise DataError(f"{raw.name} {problem}", fix="use data of at least two classes")
-    if len(set(raw.class_names)) < count:
-        duplicates = join_first([name for name, uses in Counter(raw.class_names).items() if uses > 1])
+    if len(set(raw.class_names)) < num_classes:
+        duplicates = join_first([name for name, count in Counter(raw.class_names).items() if count > 1])
         raise DataError(f"{raw.name} has duplicate class names: {duplicates}", fix="use each class name once")
-    absent_classes = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=count) == 0)
+    absent_classes = np.flatnonzero(np.bincount(raw.splits["train"].labels, minlength=num_classes) == 0)
     if absent_classes.size and purpose != "evaluate":
         details = f" ({len(raw.skipped)} unreadable ones were skipped)" if raw.skipped else ""
         details += "".join(f"; {raw.class_names[i]}: {raw.ignored[i]}" for i in absent_classes[:5] if i in raw.ignored)
         fix = "add examples, remove the class, or choose another split"
-        if may_begin_with_1 and absent_classes[0] == 0 and raw.splits["train"].shards:
+        if may_be_one_based and absent_classes[0] == 0 and raw.splits["train"].shards:
             fix = f"if labels begin with 1, set data.label_kind=index1; otherwise {fix}"
         raise DataError(f"no training example of {_list_classes(raw, absent_classes)}{details}", fix=fix)
 
 
-def _note_quality(raw: RawData, limited: bool) -> list[str]:
+def _note_quality(raw: RawData, is_limited: bool) -> list[str]:
     """Return notes on class imbalance, small splits, absent classes and skipped files.
 
-    With `limited`, splits are small on purpose (`max_examples`), so small splits and absent classes are not noted.
+    With `is_limited`, splits are small on purpose, so there are no notes on small splits and absent classes.
     """
     notes = []
     counts = np.bincount(raw.splits["train"].labels, minlength=len(raw.class_names))
     if counts.max() > MAX_CLASS_RATIO * counts.min():
         order = np.argsort(counts, kind="stable")
-        shown_classes = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
-        class_counts = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in shown_classes)
+        class_indices = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
+        class_counts = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in class_indices)
         class_counts += "; the five rarest and the five most frequent" * (len(order) > 10)
         imbalance = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
         notes.append(f"{imbalance} ({class_counts}): training.class_weights=balanced may help")
     for name, split in raw.splits.items():
-        if split.count < SMALL_SPLIT and name != "train" and not limited:
+        if split.count < SMALL_SPLIT and name != "train" and not is_limited:
             notes.append(f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy")
         absent_classes = np.setdiff1d(np.arange(len(raw.class_names)), split.labels)
-        if absent_classes.size and not limited:
+        if absent_classes.size and not is_limited:
             notes.append(f"{name} has no example of {_list_classes(raw, absent_classes)}")
     if raw.skipped:
         notes.append(f"{len(raw.skipped)} skipped (data.on_error=skip), the first: {raw.skipped[0]}")
@@ -329,16 +332,16 @@ def _note_quality(raw: RawData, limited: bool) -> list[str]:
     return notes
 
 
-def _note_copies(raw: RawData) -> list[str]:
-    """Return a note for each other split that has byte-for-byte copies of training files.
+def _note_duplicates(raw: RawData) -> list[str]:
+    """Return a note for each other split that contains duplicates of training files, which make its scores too high.
 
-    Only files with the same size and the same hash of their first and last bytes are compared.
+    Only files with the same size and the same hash of their first and last bytes are compared, byte by byte.
     """
 
     def size_and_digest(path: str) -> tuple[str, ...]:
         return tuple(raw.identities[path].rsplit(" ", 2)[1:])
 
-    candidates: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    candidates: dict[tuple[str, ...], list[str]] = defaultdict(list)  # paths of training files
     notes = []
     for path in raw.splits["train"].files:
         candidates[size_and_digest(path)].append(path)
@@ -347,6 +350,6 @@ def _note_copies(raw: RawData) -> list[str]:
         similar_pairs = [(path, other) for path in files for other in candidates.get(size_and_digest(path), ())]
         pairs = [(path, other) for path, other in similar_pairs if cmp(path, other, shallow=False)]
         if pairs:
-            copies = f"{len(pairs)} of the {len(files)} files of {name} also occur byte for byte in train"
-            notes.append(f"{copies}, the first: {escape_unprintable(pairs[0][0])} = {escape_unprintable(pairs[0][1])}")
+            summary = f"{len(pairs)} of the {len(files)} files of {name} also occur byte for byte in train"
+            notes.append(f"{summary}, the first: {escape_unprintable(pairs[0][0])} = {escape_unprintable(pairs[0][1])}")
     return notes

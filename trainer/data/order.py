@@ -19,7 +19,7 @@ from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
 BLOCK_RECORDS = 1024  # maximum number of records that a block spans, if they are not shuffled
-ROWS_PER_WORKER = 1 << 40  # offset between the random streams of two workers; more rows than any worker has
+ROWS_PER_WORKER = 1 << 40  # offset between two workers' random streams; no worker has as many rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Order:
 
     @property
     def rows(self) -> int:
-        """Number of rows of each worker in a global batch."""
+        """Number of rows per worker in a global batch."""
         return self.batch_size // self.sharding.workers
 
 
@@ -46,22 +46,22 @@ class Order:
 #   index    int64 [r]     example index in the split (0 in padding)
 #   weight   float32 [r]   1 for an example, 0 for padding
 #   position int64 [r]     index of the row in the global batch
-#   epoch    int64 [r]
+#   epoch    int64 [r]     epoch in which the row is read
 Block = dict[str, tf.Tensor]
 
-Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # `ranges`, `offset` and `index` of a block, without padding
+Window = tuple[tf.Tensor, tf.Tensor, tf.Tensor]  # `ranges`, `offset` and `index`, as in a block without padding
 
 
 def _sort_permutation(keys: tf.Tensor) -> tf.Tensor:
-    """Return the permutation that sorts random keys, int64 [n], as int64 [n]."""
+    """Return the permutation, int64 [n], that sorts random keys, int64 [n]."""
     return tf.cast(tf.argsort(keys), tf.int64)
 
 
 class _ShardRecords:
-    """Map the concatenated records of some shards of a split to record ranges and example indices."""
+    """Maps positions in the concatenated records of a split's shards to record ranges and example indices."""
 
     def __init__(self, split: Split, shards: np.ndarray | None = None) -> None:
-        """`shards` are indices of shards of the split, int64 [s]. It defaults to all shards."""
+        """`shards` are shard indices in the split, int64 [s], which default to all shards."""
         self.shards = np.arange(len(split.shards)) if shards is None else shards
         self.starts = np.array([shard.start for shard in split.shards], np.int64)
         self.sizes = count_shard_records(split)
@@ -69,10 +69,10 @@ class _ShardRecords:
         self.total = int(self.sizes[self.shards].sum())
 
     def locate(self, shards: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Locate the records [start, stop) of the concatenated `shards`, int64 [s], which are shard indices.
+        """Locate the records [start, stop) in the concatenation of the shards with the indices `shards`, int64 [s].
 
         Returns:
-            Their record ranges, int64 [k, 3], as in a `Block`, and their example indices, int64 [stop - start].
+            The record ranges, int64 [k, 3], as in a `Block`, and the example indices, int64 [stop - start].
         """
         sizes = tf.gather(tf.constant(self.sizes), shards)
         ends = tf.cumsum(sizes)
@@ -95,9 +95,9 @@ def plan_windows(
 
     Args:
         window: number of records per window. It has no effect on image files.
-        shuffle: whether shards and examples are shuffled. Otherwise the examples are in index order.
+        shuffle: whether shards and examples are shuffled. If False, the examples are in index order.
         shards: indices of the shards to read, int64 [s]. Defaults to all shards.
-        worker: selects the random stream, if workers read different shards.
+        worker: index that selects the random stream. It must differ between workers that read different shards.
 
     Returns:
         The number of windows per epoch, and a function of epoch and window index, both int64, that computes a `Window`.
@@ -128,9 +128,9 @@ def plan_windows(
 
 
 def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
-    """Build the block of a window. Append `padding` rows to the last block of an epoch.
+    """Build the block of a window. If the window is the last one of its epoch, append `padding` rows.
 
-    The first row of the window is row `start` of the `total` rows of the epoch. A global batch has `batch` rows.
+    The window's first row is row `start` of the epoch's `total` rows. Positions are counted modulo `batch` rows.
     """
     ranges, offset, index = window
     num_rows = tf.size(index, tf.int64)
@@ -147,31 +147,32 @@ def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch
 
 
 def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Block]:
-    """Make a function from the index of a block, int64, to the block, for an infinite stream of training examples.
+    """Return a function that computes a block of an infinite stream of training examples from the block's index, int64.
 
-    The stream begins at `order.first_step`. Block 0 is in the window of that step, so that earlier windows of the epoch
-    are not read. A block has only the rows of this worker, so it can be empty. With sharding by file, a worker with
+    The stream begins at `order.first_step`. Block 0 comes from the window of this step, so that earlier windows of the
+    epoch are not read. A block has only this worker's rows, so it can be empty. With sharding by file, a worker with
     fewer records than others ends each epoch with padding.
     """
     sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
     shards = assign_shards(split, sharding.workers)[sharding.worker] if by_file else None
+    # Number of rows per epoch and per step in the stream from which this worker takes its rows.
     total, batch = (int(count_shard_records(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
-    steps = steps_per_epoch(split, order.batch_size, sharding)
+    step_count = steps_per_epoch(split, order.batch_size, sharding)
     shuffle = order.shuffle or by_file
     window_size = (order.window if shuffle else BLOCK_RECORDS) if split.shards else total
     worker = sharding.worker if by_file else 0
-    per_epoch, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
-    first_epoch, first_row = order.first_epoch + order.first_step // steps, order.first_step % steps * batch
+    num_windows, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
+    first_epoch, first_row = order.first_epoch + order.first_step // step_count, order.first_step % step_count * batch
     # If the first step is only padding, the stream begins in the last window, whose examples all precede the step.
-    first_window = min(first_row // window_size, per_epoch - 1)
+    first_window = min(first_row // window_size, num_windows - 1)
 
     def compute_block(block_index: tf.Tensor) -> Block:
         windows_done = tf.cast(block_index, tf.int64) + first_window
-        epochs_done, window_index = windows_done // per_epoch, windows_done % per_epoch
+        epochs_done, window_index = windows_done // num_windows, windows_done % num_windows
         epoch, start = first_epoch + epochs_done, window_index * window_size
-        padded = _build_block(make_window(epoch, window_index), start, total, batch, epoch, steps * batch - total)
+        columns = _build_block(make_window(epoch, window_index), start, total, batch, epoch, step_count * batch - total)
         rows_done = tf.where(tf.equal(epochs_done, 0), tf.maximum(first_row - start, 0), 0)
-        block = {name: value if name == "ranges" else value[rows_done:] for name, value in padded.items()}
+        block = {name: value if name == "ranges" else value[rows_done:] for name, value in columns.items()}
         if by_file:
             return {**block, "position": block["position"] + worker * rows}
         if sharding.workers == 1:
@@ -185,19 +186,19 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
 def make_sequence_blocks(
     split: Split, indices: np.ndarray, batch_size: int
 ) -> tuple[int, Callable[[tf.Tensor], Block]]:
-    """Divide the examples `indices` into blocks, in index order and in epoch 0.
+    """Divide selected examples into blocks, in index order and in epoch 0.
 
     Args:
-        indices: example indices, int64 [n], increasing.
-        batch_size: rows of a batch. The last block is padded so that all batches are complete.
+        indices: indices of the examples, int64 [n], increasing.
+        batch_size: rows per batch. The last block is padded so that all batches are complete.
 
     Returns:
-        The number of blocks, and a function from the index of a block, int64, to the block.
+        The number of blocks, and a function that computes a block from its index, int64.
     """
     edges = np.array([0, len(indices)], np.int64)
     if split.shards:  # a block reads all records from its first to its last one, even if it uses few of them
-        limits = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
-        edges = np.unique(np.searchsorted(indices, limits)).astype(np.int64)
+        record_edges = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
+        edges = np.unique(np.searchsorted(indices, record_edges)).astype(np.int64)
     records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
 
     def compute_block(block_index: tf.Tensor) -> Block:
@@ -211,14 +212,14 @@ def make_sequence_blocks(
     return len(edges) - 1 if len(indices) else 0, compute_block
 
 
-BlockShards = tuple[int, np.ndarray]  # number of rows of a block, and the indices of its shards, int64 [k]
+BlockShards = tuple[int, np.ndarray]  # number of rows in a block, and the indices of its shards, int64 [k]
 
 
 def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None) -> Iterator[BlockShards]:
-    """Yield the number of rows and the shards of each nonempty block, computed on the host.
+    """Yield the number of rows and the shard indices of each nonempty block, computed on the host.
 
     Args:
-        block: function from the index of a block, int64, to the block.
+        block: function that computes a block from its index, int64.
         count: number of blocks; None for an infinite number.
     """
 
@@ -228,11 +229,11 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
         return tf.size(columns["index"]), columns["ranges"][:, 0]
 
     with tf.device("CPU:0"):
-        # Not called directly: a run has many pipelines, and TensorFlow would warn that each traces the function again.
-        compute_concrete = compute.get_concrete_function()
+        # `compute` is not called directly, because TensorFlow would warn that each of many pipelines traces it again.
+        concrete_function = compute.get_concrete_function()
     for block_index in itertools.count() if count is None else range(count):
         with tf.device("CPU:0"):
-            num_rows, shards = compute_concrete(tf.constant(block_index, tf.int64))
+            num_rows, shards = concrete_function(tf.constant(block_index, tf.int64))
         if int(num_rows):
             yield int(num_rows), shards.numpy()
 
@@ -240,10 +241,10 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
 def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
     """Split `indices`, int64 [n], into one array per worker, each with whole device calls of `rows` images.
 
-    Only the last call of all can have fewer images. No array is larger than the first.
+    Only the last worker's last call can have fewer images. No array is larger than the first.
 
-    On some processors the bits of a result depend on the position of its image in the call, because a kernel computes
-    the last elements of a batch with other instructions. With whole calls the position does not depend on `workers`.
+    On some processors the bits of a result depend on its image's position in the call, because a kernel computes the
+    last elements of a batch with other instructions. With whole calls, positions do not depend on `workers`.
     """
     call_starts = np.arange(0, len(indices), rows)
     edges = [starts[0] if len(starts) else len(indices) for starts in np.array_split(call_starts, workers)]
@@ -258,8 +259,8 @@ def select_examples_to_score(
     Args:
         batch_size: examples per global batch.
         fraction: fraction of the batches to score, rounded up. Below 1, the examples are a random sample, which is the
-            same in each call.
-        rows: images per device call. If set, the workers divide whole calls (`split_by_calls`), otherwise examples.
+            same in each call of this function.
+        rows: images per device call, so that each worker gets whole calls (`split_by_calls`); None to divide examples.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:

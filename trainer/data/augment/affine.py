@@ -1,8 +1,8 @@
 """Apply a random affine transform to each image of a batch, in one bilinear resampling that XLA compiles.
 
-TensorFlow's ImageProjectiveTransformV3 computes the source position of a pixel once per channel, and takes 2.6 ms of
-CPU time for an image of 224 x 224 pixels. This module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
-interpolation are compiled separately: a single loop would be slower, because XLA does not vectorize loops that gather.
+TensorFlow's ImageProjectiveTransformV3 computes each pixel's source position once per channel, and takes 2.6 ms of CPU
+time per image of 224 x 224 pixels. This module takes 0.75 ms (docs/log.md). Packing, positions, gathering and
+interpolation are separate compiled functions, because XLA would not vectorize a single loop, which gathers.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MAX_ASPECT = 4 / 3  # maximum aspect ratio of a crop, width : height; the minimu
 
 
 def flip(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
-    """Flip images [b, S, S, 3] of any dtype by copying pixels, each flip with probability 1/2 if `a` enables it."""
+    """Apply each flip that `a` enables with probability 1/2, by copying pixels of images [b, S, S, 3] of any dtype."""
     horizontal_flip = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
     for is_enabled, draw, axis in (horizontal_flip, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
         if is_enabled:
@@ -29,11 +29,11 @@ def flip(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     return images
 
 
-def _matrix(a: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+def _compute_matrix(a: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
-    The product is a 2 x 2 matrix, whose entries are numbers or float32 [b]. It maps output coordinates relative to the
-    center of the output to source coordinates relative to the center of the crop.
+    The product is a 2 x 2 matrix, whose entries are Python numbers or float32 [b]. It maps output coordinates relative
+    to the output's center to source coordinates relative to the crop's center.
     """
 
     def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
@@ -65,7 +65,7 @@ def _matrix(a: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tenso
 def warp(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Crop, flip, zoom, shear, rotate, stretch and shift images, uint8 [b, S, S, 3], in one resampling.
 
-    Only the operations that `a` enables are in the graph. `draws` selects their parameters.
+    Operations that `a` disables are not in the graph. `draws` has the random numbers that select the parameters.
     """
     batch_size, size = tf.shape(images)[0], images.shape[1]
     zeros, center, max_shift = tf.zeros([batch_size]), (size - 1) / 2, a.shift * size
@@ -74,7 +74,7 @@ def warp(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
         (width, height), (left, top) = draw_crops(a.crop, draws)
         crop_matrix = [[width, 0.0], [0.0, height]]
         crop_center = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
-    (xx, xy), (yx, yy) = _matrix(a, draws, crop_matrix)
+    (xx, xy), (yx, yy) = _compute_matrix(a, draws, crop_matrix)
     shifts = tabulate_levels(-max_shift, max_shift)
     center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zeros)
     center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zeros)
@@ -83,19 +83,19 @@ def warp(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
 
 
 def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate equally likely aspect ratios of a crop, and the maximum area of a crop with each ratio.
+    """Tabulate equally likely aspect ratios of a random crop, and the maximum area of a crop with each ratio.
 
-    The distribution is that of torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
-    the area is uniform in [min_area, 1], and the log of the aspect ratio (width : height) is uniform in +- log(4/3), on
-    condition that the crop fits into the image. The density of the log of a ratio q >= 1 is then proportional to
-    1 / q - min_area, and the area is uniform in [min_area, 1 / q]. The ratios q and 1 / q have equal probabilities and
-    areas.
+    Crops are distributed as in torchvision's RandomResizedCrop (Szegedy et al. 2015) without its limit of ten attempts:
+    the area is uniform in [min_area, 1], and the log of the aspect ratio (width : height) is uniform in +- log(4/3),
+    conditional on the crop fitting into the image. For a ratio q >= 1, the density of log(q) is then proportional to
+    1 / q - min_area, and the area is uniform in [min_area, 1 / q]. The ratios q and 1 / q are equally likely, and have
+    the same distribution of areas.
 
     Args:
-        min_area: minimum area of a crop as a fraction of the image, above 0 and below 1.
+        min_area: minimum area of a crop as a fraction of the image, between 0 and 1 (both excluded).
 
     Returns:
-        Square roots of the aspect ratios, and maximum areas as fractions of the image, float64 [LEVELS] each.
+        Square roots of the aspect ratios, and maximum areas as fractions of the image, both float64 [LEVELS].
     """
     max_log_aspect = min(np.log(MAX_ASPECT), -np.log(min_area))
     grid = np.linspace(0, max_log_aspect, 100_001)
@@ -106,18 +106,18 @@ def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_crops(min_area: float, draws: RandomDraws) -> tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Draw (width, height) and (left, top) of one crop per image, as fractions of the image, float32 [b] each.
+    """Draw one crop per image. Return its (width, height) and (left, top), as float32 [b] fractions of the image side.
 
     `min_area` is the minimum area of a crop as a fraction of the image.
     """
-    roots, max_areas = tabulate_aspects(min_area)
-    root = draws.select(draw_ids.CROP_ASPECT, roots)
+    sqrt_aspects, max_areas = tabulate_aspects(min_area)
+    sqrt_aspect = draws.select(draw_ids.CROP_ASPECT, sqrt_aspects)
     max_area = draws.select(draw_ids.CROP_ASPECT, max_areas)
     area = min_area + (max_area - min_area) * draws.uniform(draw_ids.CROP_AREA)
-    # In float64: the last bit of a float32 square root can depend on the length of the vector.
-    root_area = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
-    inverse_root = draws.select(draw_ids.CROP_ASPECT, 1 / roots)
-    width, height = tf.minimum(root_area * root, 1.0), tf.minimum(root_area * inverse_root, 1.0)
+    # In float64, because the last bit of a float32 square root can depend on the length of the vector.
+    sqrt_area = tf.cast(tf.sqrt(tf.cast(area, tf.float64)), tf.float32)
+    inverse_sqrt_aspect = draws.select(draw_ids.CROP_ASPECT, 1 / sqrt_aspects)
+    width, height = tf.minimum(sqrt_area * sqrt_aspect, 1.0), tf.minimum(sqrt_area * inverse_sqrt_aspect, 1.0)
     left, top = (1 - width) * draws.uniform(draw_ids.CROP_X), (1 - height) * draws.uniform(draw_ids.CROP_Y)
     return (width, height), (left, top)
 
@@ -128,7 +128,7 @@ def compile_with_xla(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
-    """Resample images: output (x, y) is the source at (t0 x + t1 y + t2, t3 x + t4 y + t5), interpolated bilinearly.
+    """Resample images bilinearly: output pixel (x, y) is read from the source at (t0 x + t1 y + t2, t3 x + t4 y + t5).
 
     Args:
         images: uint8 [b, S, S, 3] with b * (S + 2)^2 < 2^31, the limit of an int32 index.
@@ -136,7 +136,7 @@ def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
         fill: values outside the source: "nearest" (the nearest source pixel), "constant" (black) or "reflect".
 
     Returns:
-        uint8 [b, S, S, 3]. The bits of an image do not depend on the rest of the batch.
+        uint8 [b, S, S, 3]. Each image's result is bit-for-bit independent of the other images.
     """
     source = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]]) if fill == "constant" else images
     upper_left, right, down = _make_position_function(images.shape[1], fill)(transforms)
@@ -145,7 +145,7 @@ def resample(images: tf.Tensor, transforms: tf.Tensor, fill: str) -> tf.Tensor:
 
 
 def pack(planes: list[tf.Tensor]) -> tf.Tensor:
-    """Pack three planes, red, green and blue, int32 in 0..255, into one int32 tensor of the same shape."""
+    """Pack a red, a green and a blue plane, int32 in 0..255, into one int32 tensor of the same shape."""
     return planes[0] + planes[1] * 2**8 + planes[2] * 2**16
 
 
@@ -163,12 +163,12 @@ def _pack_images(images: tf.Tensor) -> tf.Tensor:
 def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     """Make a compiled function that maps transforms, float32 [b, 6], to the source position of each output pixel.
 
-    It returns three tensors [b, S, S]: the index of the pixel at or to the upper left of the position, int32, in the
-    flattened batch, and the distances from this pixel to the position, to the right and down, float32.
+    The function returns three tensors [b, S, S]: the index in the flattened batch, int32, of the source pixel at or to
+    the upper left of the position, and the distances right and down from this pixel to the position, float32.
     """
 
     def apply_fill(x: tf.Tensor) -> tf.Tensor:
-        """Map a coordinate into 0..size - 1, or, if `fill` is "constant", into 0..size + 1 of the bordered source."""
+        """Map a coordinate to 0..size - 1, or to 0..size + 1 of the bordered source if `fill` is "constant"."""
         if fill == "constant":
             return tf.clip_by_value(x + 1.0, 0.0, size + 1.0)
         if fill == "reflect":  # about the outer edges of the outermost pixels
@@ -179,12 +179,12 @@ def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple
 
     def positions(transforms: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         xx, xy, x, yx, yy, y = (transforms[:, k, None, None] for k in range(6))
-        across, down = tf.range(size, dtype=tf.float32), tf.range(size, dtype=tf.float32)[:, None]
-        x, y = apply_fill(xx * across + (xy * down + x)), apply_fill(yx * across + (yy * down + y))
+        columns, rows = tf.range(size, dtype=tf.float32), tf.range(size, dtype=tf.float32)[:, None]
+        x, y = apply_fill(xx * columns + (xy * rows + x)), apply_fill(yx * columns + (yy * rows + y))
         left, top = tf.cast(x, tf.int32), tf.cast(y, tf.int32)
         row_length = size + 2 if fill == "constant" else size
-        image = tf.range(tf.shape(transforms)[0])[:, None, None]
-        upper_left = (image * row_length + top) * row_length + left
+        image_index = tf.range(tf.shape(transforms)[0])[:, None, None]
+        upper_left = (image_index * row_length + top) * row_length + left
         return upper_left, x - tf.cast(left, tf.float32), y - tf.cast(top, tf.float32)
 
     return compile_with_xla(positions)
@@ -192,22 +192,22 @@ def _make_position_function(size: int, fill: str) -> Callable[[tf.Tensor], tuple
 
 @compile_with_xla
 def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Gather the pixels at, right of, below, and below right of `upper_left`.
+    """Gather the pixels at the indices `upper_left`, to the right of them, below them, and below right of them.
 
-    Beyond the right or lower edge these are other pixels, which get weight 0 in the interpolation.
+    At the right or lower edge, a neighbor is an unrelated pixel, which gets weight 0 in the interpolation.
     """
-    row_length, flat = pixels.shape[2], tf.reshape(pixels, [-1])
-    steps = (0, 1, row_length, row_length + 1)
-    return tuple(tf.gather(flat, tf.minimum(upper_left + step, tf.size(flat) - 1)) for step in steps)
+    row_length, flat_pixels = pixels.shape[2], tf.reshape(pixels, [-1])
+    offsets = (0, 1, row_length, row_length + 1)
+    return tuple(tf.gather(flat_pixels, tf.minimum(upper_left + k, tf.size(flat_pixels) - 1)) for k in offsets)
 
 
 @compile_with_xla
 def _interpolate(
     a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
 ) -> tf.Tensor:
-    """Interpolate packed pixels per channel: a and b in the upper row, c and d in the lower row. Round and pack them.
+    """Interpolate each channel between the packed pixels a, b (upper row), c and d (lower row). Round and pack again.
 
-    `right` and `down` are the distances from `a`, float32 in [0, 1).
+    `right` and `down` are the distances of the position from `a`, float32 in [0, 1).
     """
 
     def channel(packed: tf.Tensor, shift: int) -> tf.Tensor:
@@ -215,8 +215,8 @@ def _interpolate(
 
     planes = []
     for shift in (0, 8, 16):
-        above, below = channel(a, shift), channel(c, shift)
-        above += right * (channel(b, shift) - above)
-        below += right * (channel(d, shift) - below)
-        planes.append(tf.cast(above + down * (below - above) + 0.5, tf.int32))
+        upper, lower = channel(a, shift), channel(c, shift)
+        upper += right * (channel(b, shift) - upper)
+        lower += right * (channel(d, shift) - lower)
+        planes.append(tf.cast(upper + down * (lower - upper) + 0.5, tf.int32))
     return pack(planes)

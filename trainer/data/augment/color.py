@@ -15,9 +15,9 @@ Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is
 
 
 def recolor(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
-    """Change contrast and brightness, then saturation, then hue, of images, uint8 [b, S, S, 3].
+    """Change the contrast and brightness, then the saturation, then the hue of images, uint8 [b, S, S, 3].
 
-    `a` has the range of each change; `draws` selects a value in it per image. Values are clipped to 0..255.
+    `a` sets the range of each change, and `draws` selects a value in the range per image. Pixels are clipped to 0..255.
     """
     pixels = _recolor(
         images,
@@ -33,9 +33,9 @@ def recolor(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor
 def _recolor(
     images: tf.Tensor, contrast: Parameter, brightness: Parameter, saturation: Parameter, hue: Parameter
 ) -> tf.Tensor:
-    """Return the changed images as packed pixels, int32 [b, S, S].
+    """Recolor images, uint8 [b, S, S, 3]. Return pixels packed by `pack`, int32 [b, S, S].
 
-    Contrast and saturation are factors, brightness is an offset of the values, and hue is a fraction of a turn.
+    Contrast and saturation are factors, brightness is added to pixel values, and hue is a fraction of a turn.
     """
     planes: Planes = tf.unstack(tf.cast(images, tf.float32), axis=-1)
     offset = tf.zeros([]) if brightness is None else brightness[:, None, None]
@@ -57,7 +57,7 @@ def _recolor(
 def _compute_means(images: tf.Tensor) -> tf.Tensor:
     """Compute the mean of each uint8 image, float32 [b, 1, 1].
 
-    Sums of integers do not depend on the order of summation, so that the bits of a mean do not depend on the batch.
+    The sums are of integers, which do not depend on the order of summation, so a mean is bit-identical in any batch.
     """
     columns = tf.cast(tf.reduce_sum(tf.cast(images, tf.int32), axis=1), tf.int64)
     total = tf.cast(tf.reduce_sum(columns, axis=[1, 2]), tf.float64)
@@ -65,7 +65,7 @@ def _compute_means(images: tf.Tensor) -> tf.Tensor:
 
 
 def _rotate_hue(planes: Planes, turns: tf.Tensor) -> Planes:
-    """Rotate the HSV hue by fractions of a turn, float32 [b, 1, 1]. HSV value and saturation do not change."""
+    """Rotate the HSV hue by `turns`, float32 [b, 1, 1]. HSV value and saturation do not change."""
     red, green, blue = planes
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
@@ -75,9 +75,9 @@ def _rotate_hue(planes: Planes, turns: tf.Tensor) -> Planes:
         (green - blue) * inverse_chroma,
         tf.where(value == green, (blue - red) * inverse_chroma + 2.0, (red - green) * inverse_chroma + 4.0),
     )
-    rotated = []
-    for start in (5.0, 3.0, 1.0):  # of red, green, blue in the closed form of HSV to RGB (Smith's hexcone)
-        hue = (hue_sixths + start) / 6.0 + turns
+    rotated_planes = []
+    for offset in (5.0, 3.0, 1.0):  # for red, green, blue in the closed form of HSV to RGB (Smith's hexcone)
+        hue = (hue_sixths + offset) / 6.0 + turns
         hue = (hue - tf.floor(hue)) * 6.0
-        rotated.append(value - chroma * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
-    return rotated
+        rotated_planes.append(value - chroma * tf.clip_by_value(tf.minimum(hue, 4.0 - hue), 0.0, 1.0))
+    return rotated_planes

@@ -11,41 +11,41 @@ from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import compile_with_xla
 from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_METHOD, RandomDraws
 
-GRAY = 128  # middle of the pixel range, close to zero after the preprocessing of any backbone
+GRAY = 128  # middle of the pixel range, close to zero after any backbone's preprocessing
 
 
 def apply_cutout(images: tf.Tensor, fraction: float, draws: RandomDraws) -> tf.Tensor:
-    """Apply cutout (DeVries and Taylor 2017): a gray square of side `fraction` * S, centered at a random pixel.
+    """Apply cutout (DeVries and Taylor 2017): cover a random square of each image, uint8 [b, S, S, 3], with gray.
 
-    The images are uint8 [b, S, S, 3]. A square at the edge of the image is cut off there.
+    The square is centered at a random pixel, has a side of `fraction` * S pixels, and is clipped to the image.
     """
     sides = tf.fill([tf.shape(images)[0]], max(round(fraction * images.shape[1]), 1))
-    square, _ = _random_squares(sides, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
-    return tf.reshape(tf.where(square, tf.constant(GRAY, images.dtype), _flatten(images)), tf.shape(images))
+    mask, _ = _draw_squares(sides, draws, (CUTOUT_X, CUTOUT_Y), images.shape[1])
+    return tf.reshape(tf.where(mask, tf.constant(GRAY, images.dtype), _flatten(images)), tf.shape(images))
 
 
-def _random_squares(
+def _draw_squares(
     sides: tf.Tensor, draws: RandomDraws, center_draws: tuple[int, int], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draw one square per image, with the sides `sides`, int32 [b], and clip it to the image.
+    """Draw one square per image, with a side of `sides` pixels, int32 [b], and clip it to the image.
 
-    `center_draws` are the draws of its center, x and y. `size` is the side S of the images in pixels.
+    `center_draws` are the draws that select the x and y of the center. `size` is the image side S in pixels.
 
     Returns:
-        Masks of the squares in flattened images, bool [b, S, 3 S], and their numbers of pixels, int32 [b].
+        Masks of the squares in flattened images, bool [b, S, 3 S], and the squares' areas in pixels, int32 [b].
     """
-    axis_masks, lengths, pixels = [], [], tf.range(size)
+    axis_masks, lengths, positions = [], [], tf.range(size)
     for draw in center_draws:
-        first = tf.cast(draws.uniform(draw) * size, tf.int32) - sides // 2
-        start, stop = tf.maximum(first, 0), tf.minimum(first + sides, size)
-        axis_masks.append((pixels >= start[:, None]) & (pixels < stop[:, None]))
+        unclipped_start = tf.cast(draws.uniform(draw) * size, tf.int32) - sides // 2
+        start, stop = tf.maximum(unclipped_start, 0), tf.minimum(unclipped_start + sides, size)
+        axis_masks.append((positions >= start[:, None]) & (positions < stop[:, None]))
         lengths.append(stop - start)
     column_mask, row_mask = axis_masks
     return row_mask[:, :, None] & tf.repeat(column_mask, 3, axis=1)[:, None, :], lengths[0] * lengths[1]
 
 
 def _flatten(images: tf.Tensor) -> tf.Tensor:
-    """Reshape images to [b, S, 3 S]. Broadcasting a mask over a last axis of channels takes three times as long."""
+    """Reshape images to [b, S, 3 S], because broadcasting a mask over a channel axis takes three times as long."""
     return tf.reshape(images, [-1, images.shape[1], 3 * images.shape[1]])
 
 
@@ -60,10 +60,10 @@ def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf
     """Mix each image with its partner, the other image of its pair, by mixup or cutmix.
 
     Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner, with lam from Beta(`a.mixup`, `a.mixup`).
-    Cutmix (Yun et al. 2019) replaces a square of the image with the same square of the partner. Its area is 1 - x with
-    x from Beta(`a.cutmix`, `a.cutmix`), less what is outside the image, and lam is the fraction of the image that
-    remains. If both are configured, each is applied with probability 1/2. Padding, and examples whose partner is
-    padding, are not mixed.
+    Cutmix (Yun et al. 2019) replaces a square of the image with the same square of the partner. The square's area is
+    1 - x with x from Beta(`a.cutmix`, `a.cutmix`), minus the part outside the image, and lam is the fraction of the
+    image that is not replaced. If both are configured, each is applied with probability 1/2. Padding, and examples
+    whose partner is padding, are not mixed.
 
     Args:
         batch: `image` uint8 [b, S, S, 3], `label` int32 [b], `weight` float32 [b] and `index` int64 [b]. b is even, and
@@ -71,8 +71,8 @@ def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf
         epoch: epoch of each example, int64 [b].
 
     Returns:
-        `image` uint8 [b, S, S, 3]; `other_label` int32 [b], the label of the partner; `mix` float32 [b], which is lam,
-        or 1 if the example is not mixed.
+        `image` uint8 [b, S, S, 3]; `other_label` int32 [b], the partner's label; `mix` float32 [b], which is lam, or 1
+        if the example is not mixed.
     """
     images = _flatten(batch["image"])
     size, partners, draws = images.shape[1], _swap_pairs(images), RandomDraws(seed, epoch, batch["index"])
@@ -86,9 +86,9 @@ def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf
         mixture = _blend(images, partners, lam)
     if a.cutmix:
         sides = tf.cast(draws.select(MIX, np.rint(np.sqrt(1 - beta_quantiles(a.cutmix)) * size)), tf.int32)
-        square, covered = _random_squares(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
-        mixture = tf.raw_ops.Select(condition=square & is_cut[:, None, None], x=partners, y=mixture)
-        lam = tf.where(is_cut, 1.0 - tf.cast(covered, tf.float32) / float(size * size), lam)
+        mask, area = _draw_squares(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
+        mixture = tf.raw_ops.Select(condition=mask & is_cut[:, None, None], x=partners, y=mixture)
+        lam = tf.where(is_cut, 1.0 - tf.cast(area, tf.float32) / float(size * size), lam)
     image = tf.ensure_shape(tf.reshape(mixture, tf.shape(batch["image"])), batch["image"].shape)
     return {"image": image, "other_label": _swap_pairs(batch["label"]), "mix": lam}
 

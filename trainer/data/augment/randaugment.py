@@ -1,6 +1,6 @@
-"""Apply RandAugment (Cubuk et al. 2019): random operations per image, out of fourteen, all with the same magnitude.
+"""Apply RandAugment (Cubuk et al. 2019): operations of one magnitude, drawn from fourteen for each image.
 
-The operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on uint8 images, except that geometric
+The operations and magnitudes (0 to 30) are those of torchvision's `RandAugment` on PIL images, except that geometric
 operations interpolate bilinearly, and `augmentation.fill` sets the pixels outside the source.
 """
 
@@ -15,26 +15,27 @@ from trainer.data.augment.draws import RANDAUGMENT, RandomDraws
 
 MAX_MAGNITUDE = 30
 
-# An operation. Its arguments are images, uint8 [m, S, S, 3], direction, float32 [m] (-1 or 1), strength (0 to 1) and
-# fill; it returns uint8 [m, S, S, 3]. Sums over an image use integers: their order then has no effect, so that the bits
-# of an image do not depend on m, the number of images with the same operation.
+# An operation maps images (uint8 [m, S, S, 3]), directions (float32 [m], -1 or 1), a strength (0 to 1) and a fill mode
+# (`augmentation.fill`) to new images, uint8 [m, S, S, 3]. Pixels are summed as integers, so the order of summation has
+# no effect, and the result is bit-for-bit independent of m, the number of images with the same operation.
 Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
 def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
-    """Apply `a.randaugment` random operations to each image, uint8 [b, S, S, 3].
+    """Apply `a.randaugment` random operations, one after another, to each image, uint8 [b, S, S, 3].
 
-    The first index of `draws` is `RANDAUGMENT`, with two draws per operation: which one, and its direction.
+    Each operation uses two of `draws`, from index `RANDAUGMENT`: the first selects the operation, the second its
+    direction.
     """
-    for k in range(a.randaugment):
-        choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * k) * len(OPERATIONS), tf.int32)
-        direction = tf.where(draws.coin(RANDAUGMENT + 2 * k + 1), -1.0, 1.0)
+    for i in range(a.randaugment):
+        choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * i) * len(OPERATIONS), tf.int32)
+        directions = tf.where(draws.coin(RANDAUGMENT + 2 * i + 1), -1.0, 1.0)
         groups = tf.dynamic_partition(tf.range(tf.size(choices)), choices, len(OPERATIONS))
-        changed = [
-            operation(tf.gather(images, rows), tf.gather(direction, rows), a.magnitude / MAX_MAGNITUDE, a.fill)
+        new_images = [
+            operation(tf.gather(images, rows), tf.gather(directions, rows), a.magnitude / MAX_MAGNITUDE, a.fill)
             for operation, rows in zip(OPERATIONS.values(), groups, strict=True)
         ]
-        images = tf.ensure_shape(tf.dynamic_stitch(groups, changed), images.shape)
+        images = tf.ensure_shape(tf.dynamic_stitch(groups, new_images), images.shape)
     return images
 
 
@@ -43,10 +44,10 @@ def _to_uint8(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
 
 
-def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
+def _compute_transforms(name: str, strength: float, size: int) -> list[list[float]]:
     """Return two transforms from output to source pixels, for the directions -1 and 1.
 
-    A transform [xx, xy, x, yx, yy, y] maps the pixel (i, j) to (xx * i + xy * j + x, yx * i + yy * j + y).
+    A transform [a0, a1, a2, b0, b1, b2] maps the pixel (x, y) to (a0 x + a1 y + a2, b0 x + b1 y + b2).
     """
     slope, shift = 0.3 * strength, int(150 / 331 * size * strength)
     match name:
@@ -64,9 +65,9 @@ def _transforms(name: str, strength: float, size: int) -> list[list[float]]:
 
 
 def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strength: float, fill: str) -> tf.Tensor:
-    """Shear, translate or rotate images in one bilinear resampling; `name` is the key in `OPERATIONS`."""
-    transforms = tf.constant([[*m, 0.0, 0.0] for m in _transforms(name, strength, images.shape[1])], tf.float32)
-    # `affine.resample` takes a third of the time, but XLA would compile it again for every group size.
+    """Shear, translate or rotate images in one bilinear resampling; `name` is the operation's key in `OPERATIONS`."""
+    transforms = tf.constant([[*t, 0.0, 0.0] for t in _compute_transforms(name, strength, images.shape[1])], tf.float32)
+    # `resample` in affine.py takes a third of the time, but XLA would compile it again for each group size.
     warped = tf.raw_ops.ImageProjectiveTransformV3(
         images=tf.cast(images, tf.float32),
         transforms=tf.gather(transforms, tf.cast(direction > 0, tf.int32)),
@@ -79,7 +80,7 @@ def _apply_geometric(name: str, images: tf.Tensor, direction: tf.Tensor, strengt
 
 
 def _to_gray(images: tf.Tensor) -> tf.Tensor:
-    """Compute the luminance, int32 [m, S, S], like Pillow's conversion to mode L."""
+    """Compute the luminance of each pixel, int32 [m, S, S], like Pillow's conversion to mode L."""
     red, green, blue = tf.unstack(tf.cast(images, tf.int32), axis=-1)
     return tf.bitwise.right_shift(19595 * red + 38470 * green + 7471 * blue + 32768, 16)
 
@@ -87,7 +88,7 @@ def _to_gray(images: tf.Tensor) -> tf.Tensor:
 def _blend(images: tf.Tensor, base: tf.Tensor, direction: tf.Tensor, strength: float) -> tf.Tensor:
     """Compute base + factor * (images - base), like Pillow's `Image.blend`, with a factor of 1 +- 0.9 * strength.
 
-    `base` is float32 and can be broadcast to the images.
+    `base` is float32 and broadcastable to `images`. The result is clipped to 0..255 and truncated to uint8.
     """
     factor = (1 + direction * (0.9 * strength))[:, None, None, None]
     return _to_uint8(base + factor * (tf.cast(images, tf.float32) - base))
@@ -113,7 +114,7 @@ def contrast(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: st
 def sharpness(images: tf.Tensor, direction: tf.Tensor, strength: float, _fill: str) -> tf.Tensor:
     """Change the sharpness: blend with the image smoothed by the kernel (1 1 1, 1 5 1, 1 1 1) / 13.
 
-    The pixels at the edges do not change.
+    Border pixels do not change.
     """
     pixels = tf.cast(images, tf.int32)
     columns = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
@@ -143,20 +144,20 @@ def autocontrast(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fi
 
 def equalize(images: tf.Tensor, _direction: tf.Tensor, _strength: float, _fill: str) -> tf.Tensor:
     """Equalize the histogram of each channel, like Pillow's `ImageOps.equalize`."""
-    channels = tf.reshape(tf.range(tf.shape(images)[0] * 3), [-1, 1, 1, 3])
-    bins = channels * 256 + tf.cast(images, tf.int32)
-    size = tf.shape(images)[0] * 3 * 256
-    counts = tf.raw_ops.DenseBincount(input=tf.reshape(bins, [-1]), size=size, weights=tf.zeros([0], tf.int32))
+    channel_index = tf.reshape(tf.range(tf.shape(images)[0] * 3), [-1, 1, 1, 3])
+    bins = channel_index * 256 + tf.cast(images, tf.int32)
+    num_bins = tf.shape(images)[0] * 3 * 256
+    counts = tf.raw_ops.DenseBincount(input=tf.reshape(bins, [-1]), size=num_bins, weights=tf.zeros([0], tf.int32))
     counts = tf.reshape(counts, [-1, 256])
     values_present = tf.cast(counts > 0, tf.int32) * tf.range(256)
     count_of_max = tf.gather(counts, tf.reduce_max(values_present, axis=1), batch_dims=1)
     step = (images.shape[1] ** 2 - count_of_max)[:, None] // 255
-    table = (tf.cumsum(counts, axis=1, exclusive=True) + step // 2) // tf.maximum(step, 1)
-    table = tf.where(step > 0, tf.minimum(table, 255), tf.range(256))
-    return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.uint8), bins)
+    lookup_table = (tf.cumsum(counts, axis=1, exclusive=True) + step // 2) // tf.maximum(step, 1)
+    lookup_table = tf.where(step > 0, tf.minimum(lookup_table, 255), tf.range(256))
+    return tf.gather(tf.cast(tf.reshape(lookup_table, [-1]), tf.uint8), bins)
 
 
-# A random number selects an operation by its index in this table. Any change of the table changes the images of runs.
+# Operations are drawn by their index: a new number or order of entries changes the images of existing configurations.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, _direction, _strength, _fill: images,
     **{n: partial(_apply_geometric, n) for n in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
