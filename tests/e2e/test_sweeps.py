@@ -109,8 +109,8 @@ def test_a_search_outlives_a_job_that_diverges_and_resumes(tmp_path: Path) -> No
     assert f"{sweep / '1'} is finished already\n" in again.stdout
     assert again.stdout.split("\njob   0")[1] == first.stdout.split("\njob   0")[1]
 
-    other = train(*search, "seed=7", code=2)
-    assert f"output_dir={sweep / '0'}" in other.stderr
+    other = train(*search, "seed=7", code=2)  # the job that diverged has no checkpoint, and may begin anew
+    assert f"output_dir={sweep / '1'}: holds a run with another configuration" in other.stderr
     assert "seed: 42 -> 7" in other.stderr
 
 
