@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-# Which bytes of each file a fingerprint hashes, the most thorough kind first.
+# Kinds of fingerprints, by the bytes of each file that are hashed, the most thorough kind first.
 FINGERPRINT_KINDS = ("content", "sample", "ends")
 LogMessage = Callable[[str], None]  # logs a line
 Orientation = Literal["exif", "ignore"]  # exif: images are turned upright by their EXIF orientation
@@ -21,15 +21,15 @@ Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
 
 @dataclass(frozen=True)
 class Device:
-    """The processor on which a replica computes. For GPUs that differ, the properties that all of them have."""
+    """The processor on which a replica computes. If GPUs differ, only the properties that they have in common."""
 
     kind: Literal["CPU", "GPU"] = "CPU"
     name: str = ""  # such as "NVIDIA H200"
-    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU, such as (9, 0)
     memory: int | None = None  # memory of a GPU in bytes; None if unknown
 
     def describe(self, count: int = 1) -> str:
-        """Describe `count` such devices: "one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)"."""
+        """Describe `count` devices, such as "one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)"."""
         properties = self.name
         if self.compute_capability:
             properties += ", compute capability {}.{}".format(*self.compute_capability)
@@ -79,7 +79,7 @@ class Split:
         return f"{escape_unprintable(path)}#{record}"
 
     def record_of(self, index: int) -> tuple[str, int]:
-        """Return the path of the shard that has an example, and the index of its record in that shard."""
+        """Return the path of the shard that has an example, and the index of the example's record in that shard."""
         for shard in self.shards:
             if index < shard.stop - shard.start:
                 return shard.path, shard.start + index
@@ -94,7 +94,7 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]  # by name: train, and optionally validation and test
-    fingerprint: str  # value of the most thorough kind in `fingerprints`
+    fingerprint: str  # the hash of the most thorough kind in `fingerprints`
     skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
     notes: tuple[str, ...] = ()  # log lines about the dataset: class imbalance, an empty split, ...
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # kind -> hash of names, labels, sizes and checksums
@@ -108,14 +108,14 @@ def require_fingerprint(value: object) -> None:
 
 
 def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
-    """Return whether `recorded` is the fingerprint of a dataset, by the most thorough kind that both have.
+    """Return whether `recorded` is a dataset's fingerprint, compared by the most thorough kind that both have.
 
     Args:
-        recorded: the fingerprint in run.json, by kind, or a string of kind "ends" if an older version wrote it.
+        recorded: the fingerprint in run.json: kind -> hash, or a hash of kind "ends" if an older version wrote it.
     """
     recorded_hashes = {"ends": recorded} if isinstance(recorded, str) else recorded
-    common = [kind for kind in FINGERPRINT_KINDS if kind in recorded_hashes and kind in dataset.fingerprints]
-    return bool(common) and recorded_hashes[common[0]] == dataset.fingerprints[common[0]]
+    common_kinds = [kind for kind in FINGERPRINT_KINDS if kind in recorded_hashes and kind in dataset.fingerprints]
+    return bool(common_kinds) and recorded_hashes[common_kinds[0]] == dataset.fingerprints[common_kinds[0]]
 
 
 class Batch(TypedDict):
@@ -127,7 +127,7 @@ class Batch(TypedDict):
     index: tf.Tensor  # int64 [b]: example index in the split
     position: tf.Tensor  # int64 [b]: example index in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: label of the image that mixup or cutmix mixes in
-    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; `other_label` has 1 - mix
+    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; the weight of `other_label` is 1 - mix
     teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: soft labels, the teacher's probabilities
 
 
@@ -150,7 +150,7 @@ class EvaluationResult:
     class_names: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
-    names: tuple[str, ...]  # `Split.name_of` each example
+    names: tuple[str, ...]  # name of each example, from `Split.name_of`
     metrics: dict[str, object]  # name -> value: accuracy, loss, per-class scores, ...
     sources: tuple[str, ...] = ()  # file name in the record of each example, "" if it has none; () if no record has one
 

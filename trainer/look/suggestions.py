@@ -1,4 +1,4 @@
-"""Suggest changes of a run's configuration or data, each with its reason, from the facts about the data."""
+"""Suggest changes to a run's configuration or data, each with its reason, from the facts about the data."""
 
 import math
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from trainer.report.page import format_count
 ENOUGH_SCORED = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
 ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often
 MAX_FRACTION = 0.3  # largest data.validation_fraction or data.test_fraction that is suggested
-MIN_DIVIDED = 10  # examples; of fewer, none are set aside for another split
-# Shorter side of the images / model.image_size from which a larger size is suggested; the inverse, for a smaller size.
+MIN_DIVIDED = 10  # number of examples from which some are set aside for another split
+# Minimum of (shorter side / model.image_size) to suggest a larger size; of its inverse, to suggest a smaller one.
 LARGE_RATIO, SMALL_RATIO = 2.0, 2.0
 GOOD_SIZE = 224  # pixels; the image size of most ImageNet weights
 STRETCHED = 1.7  # longer / shorter side from which a stretched image is hard to recognize; 16:9 is 1.78
-# Data with this fraction of portraits, and of landscapes, is a mix, whose images are stretched in opposite directions;
-# it matters from this longer / shorter side.
+# Data is mixed if at least this fraction are portraits, and at least this fraction landscapes: stretching distorts them
+# in opposite directions. This matters if (longer / shorter side) is at least `MIXED_STRETCH`.
 MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3
 MAX_CROPPED = 0.5  # fraction of an image outside its centered square from which stretching is suggested
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change of the configuration or of the data, with its reason."""
+    """A change to the configuration or to the data, with its reason."""
 
     title: str
     reason: str
@@ -82,16 +82,16 @@ def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
     settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
     if settings.source == "digits" or settings.is_trial:
         return
-    num_divided = totals["train"] + sum(totals[name] for name in facts.from_train)
+    num_divisible = totals["train"] + sum(totals[name] for name in facts.from_train)
     fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
     proposals: dict[str, tuple[float, str]] = {}
-    if num_divided >= MIN_DIVIDED:
+    if num_divisible >= MIN_DIVIDED:
         if "validation" not in totals and fractions["validation"] == 0:
             proposals["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
         if "test" not in totals and fractions["test"] == 0 and _can_divide(facts):
             proposals["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
     for name in facts.from_train:
-        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divided) / 100)
+        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divisible) / 100)
         if totals[name] < ENOUGH_SCORED and fraction >= 1.2 * fractions[name] > 0:
             proposals[name] = fraction, _describe_small_split(name, totals[name])
     for name, (fraction, reason) in proposals.items():
