@@ -272,7 +272,7 @@ def open_phase_inputs(run: RunContext, name: str) -> Inputs:
     """Open a phase's cached features or images. Use images if there is no space to cache the features.
 
     Raises:
-        Interrupted: the phase has begun with cached features, for which there is no space now.
+        Interrupted: the phase began with cached features, and there is no space for them now.
         StopRequested: a stop was requested while features were computed.
     """
     category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
@@ -308,10 +308,10 @@ def score_validation(
         The scores by name, such as "val_loss"; None on all workers if a stop was requested.
     """
     with run.clock.span("evaluation", "validation"):
-        scored = scorer.score(source, run.config.training.batch_size, "validation", fraction)
+        predictions = scorer.score(source, run.config.training.batch_size, "validation", fraction)
         if run.worker.should_stop("in validation"):
             return None
-        arrays = scored.probabilities, scored.labels, scored.losses
+        arrays = predictions.probabilities, predictions.labels, predictions.losses
         return run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
 
 

@@ -39,7 +39,7 @@ def escape_unprintable(text: str) -> str:
 
 
 def normalize_class_name(name: str) -> str:
-    r"""Return the name of a class with unprintable characters escaped, in Unicode NFC, without spaces at its ends.
+    r"""Return a class name with unprintable characters escaped, in Unicode NFC, without spaces at its ends.
 
     TFDS strips these spaces too. A byte order mark, with which some CSV files begin, counts as a space. A name without
     any other character becomes "\x20".

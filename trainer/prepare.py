@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _write_weights(names: str, output: str) -> None:
-    """Write the ImageNet weights of backbones, and log how to train with them. `names`: the argument `weights`."""
+    """Write the ImageNet weights of the backbones in `names`, the argument `weights`. Log how to train with them."""
     from trainer.models.weights_folder import prepare_weights  # imports TensorFlow
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress

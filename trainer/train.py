@@ -75,10 +75,10 @@ def train_run(
 ) -> None:
     """Train, evaluate, export and report. Resume the run if `folder` has a checkpoint. All workers must call this.
 
-    `process_started` is time.time() at the start of the process, for the time breakdown.
+    `process_started`: time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: the run failed or was stopped. The process should exit with the error's `exit_code`.
+        TrainerError: the run has failed or was stopped. The process should exit with the error's `exit_code`.
     """
     with abandon_on_error(folder, control):
         run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)

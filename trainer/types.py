@@ -44,7 +44,7 @@ CPU = Device()
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file with `count` records, of which a split uses the records `start` to `stop` - 1."""
+    """A TFRecord file with `count` records. A split uses its records `start` to `stop` - 1."""
 
     path: str
     count: int
@@ -72,7 +72,7 @@ class Split:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an example, or its record as "PATH#INDEX", with unprintable characters escaped."""
+        """Return an example's image file, or its record as "PATH#INDEX", with unprintable characters escaped."""
         if self.files:
             return escape_unprintable(self.files[index])
         path, record = self.record_of(index)
@@ -133,7 +133,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Scored:
-    """The predictions of a network for n examples of a split, ordered by example index."""
+    """A network's predictions for n examples of a split, ordered by example index."""
 
     split: str
     indices: np.ndarray  # int64 [n]: example index in the split
@@ -144,7 +144,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The scores of a classifier on a split, and the predictions from which they are computed."""
+    """A classifier's scores on a split, and the predictions from which they are computed."""
 
     split: str
     class_names: tuple[str, ...]

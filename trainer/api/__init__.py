@@ -24,7 +24,7 @@ __all__ = ["CommandFailed", "Predictions", "Report", "Result", "load", "open_run
 
 
 def load(*overrides: str) -> RequestedConfig:
-    """Compose and validate the configuration of a run without training it.
+    """Compose and validate a run's configuration without training.
 
     Args:
         overrides: the arguments of `python -m trainer`, such as "data.root=photos"; no options such as "--cfg".

@@ -79,7 +79,7 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
 
 
 def find_reason(lines: Sequence[str]) -> str:
-    """Return the last message of a failed command from its log.
+    """Extract a failed command's last message from the lines of its log.
 
     The message begins with an outcome such as "error: ", which is removed, and may have several lines. If the log has
     no such message, return its last three lines, or "" if it is empty.

@@ -49,7 +49,7 @@ class Report(Mapping[str, Any]):
 
     @property
     def path(self) -> str:
-        """Path or gs:// address of the page, index.html."""
+        """Path or gs:// address of the report's page, index.html."""
         return f"{self.folder}/index.html"
 
     @property

@@ -147,11 +147,11 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
     config, worker, dataset = comparison.config, comparison.worker, comparison.data.dataset
     config = config.model_copy(update={"model": model})
     folder = comparison.output / RESULTS / name_folder(model.backbone, _make_cache_key(comparison, config))
-    stored = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
+    result_folder = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
     results_by_fold: dict[int, FoldResult | None] = {
-        fold: stored.read_fold(fold) for fold in range(comparison.folds.count)
+        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.count)
     }
-    measurements: Measurements | None = stored.read_measurements()
+    measurements: Measurements | None = result_folder.read_measurements()
     if measurements is not None and measurements.machine != comparison.machine:
         measurements = None
     if measurements is not None and all(results_by_fold.values()):
@@ -165,12 +165,12 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
         health.set_activity(f"{label}, fold {fold + 1} of {len(results_by_fold)}")
         if result is None:
             results_by_fold[fold] = result = score_fold(network, comparison.folds, fold)
-            stored.write_fold(fold, result)
+            result_folder.write_fold(fold, result)
         accuracy = (result.predictions == labels[result.indices]).mean()
         log.info(f"  fold {fold + 1} of {len(results_by_fold)}: accuracy {accuracy:.4f}")
     if measurements is None:
         measurements = measure(network, comparison.machine)
-        stored.write_measurements(measurements)
+        result_folder.write_measurements(measurements)
     return MeasuredNetwork(label, [result for result in results_by_fold.values() if result], measurements)
 
 

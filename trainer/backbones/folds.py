@@ -13,14 +13,14 @@ from trainer.types import Dataset, Split
 # stratified cross-validation has a small bias and variance (Kohavi 1995). Five folds cost half as much, and with many
 # examples it matters little that a fifth of them is not trained on.
 FOLDS_BY_EXAMPLES = ((500, 10), (10_000, 5))
-HOLD_OUT = 1  # value of `FoldPlan.count` if the validation split is scored once, without cross-validation
+HOLD_OUT = 1  # `FoldPlan.count` if the validation split is scored once, without cross-validation
 
 
 @dataclass(frozen=True)
 class FoldPlan:
     """The fold in which each example is scored, and the reason for the number of folds."""
 
-    of: np.ndarray  # int64 [n]: index of the fold; -1 for an example that is always trained on and never scored
+    of: np.ndarray  # int64 [n]: fold of each example; -1 for examples that are always trained on and never scored
     count: int  # number of folds
     reason: str
 

@@ -71,14 +71,14 @@ def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifi
     assert cut is not None, "a frozen backbone has a cut"
     plan = FeaturePlan(divisions, {phase: "cached"})
     cache = FeatureCache(worker, images, classifier, plan, Scorer(worker, classifier))
-    opened = cache.open(phase, ("train",))
-    if opened is None:
+    features_of_splits = cache.open(phase, ("train",))
+    if features_of_splits is None:
         worker.stop.check("while features were computed")
         fix = "increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir"
         raise Interrupted(f"there is no space for the features of {classifier.spec.name}", fix=fix)
-    initial = variables.copy_values(classifier.head_variables)
+    initial_values = variables.copy_values(classifier.head_variables)
     scorer = Scorer(worker, Tail(classifier, cut))
-    return Network(config, worker, images.dataset, classifier, cut, opened[0], initial, scorer)
+    return Network(config, worker, images.dataset, classifier, cut, features_of_splits[0], initial_values, scorer)
 
 
 def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
@@ -100,9 +100,9 @@ def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
     if step.averages:
         step.averages.swap()  # predict with the averaged weights (EMA)
     held_out = take_rows(network.features, held_out_indices, "validation")
-    scored = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
+    predictions = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
     network.worker.stop.check("while a fold was scored")
-    return FoldResult(held_out_indices[scored.indices], scored.probabilities.argmax(axis=1), seconds)
+    return FoldResult(held_out_indices[predictions.indices], predictions.probabilities.argmax(axis=1), seconds)
 
 
 def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
@@ -179,15 +179,15 @@ def measure(network: Network, machine: str) -> Measurements:
         """Return the median time of a forward pass of `count` images."""
         size = classifier.image_size
         pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-        images, times = tf.constant(pixels), list[float]()
+        images, seconds = tf.constant(pixels), list[float]()
         for _ in range(WARM_UP_CALLS):
             predict(images).numpy()
-        while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < MAX_SECONDS):
+        while len(seconds) < MIN_REPEATS or (len(seconds) < MAX_REPEATS and sum(seconds) < MAX_SECONDS):
             start = time.perf_counter()
             predict(images).numpy()  # waits for the device
-            times.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             network.worker.stop.check("while a network was timed")
-        return 1e3 * statistics.median(times)
+        return 1e3 * statistics.median(seconds)
 
     weights = list(classifier.variables.values())
     return Measurements(

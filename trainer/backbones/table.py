@@ -126,26 +126,26 @@ def format_table(rows: Sequence[Row]) -> list[str]:
     headers = ("acc.", "95 %", "params", "MB", "ms/1", f"ms/{batch_rows}", "train", "p")
     widths = (5, 9, 6, 5, 6, 6, 5, 5)
 
-    def format_line(name: str, cells: Sequence[str]) -> str:
+    def line(name: str, cells: Sequence[str]) -> str:
         columns = " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         return f"{shorten_name(name, NAME_WIDTH).ljust(NAME_WIDTH)} {columns}".rstrip()
 
-    lines = [format_line("backbone", headers)]
+    lines = [line("backbone", headers)]
     for row in rows:
-        m, (low, high) = row.measurements, row.interval
+        costs, (low, high) = row.measurements, row.interval
         p = "best" if row.p is None else "<.001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")
-        cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}", 
-                 f"{_format_3_digits(m.parameters / 1e6)}M", _format_3_digits(m.bytes / 1e6),
-                 _format_3_digits(m.single_ms), _format_3_digits(m.batch_ms), f"{row.train_seconds:.0f}s",
+        cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}",
+                 f"{_format_3_digits(costs.parameters / 1e6)}M", _format_3_digits(costs.bytes / 1e6),
+                 _format_3_digits(costs.single_ms), _format_3_digits(costs.batch_ms), f"{row.train_seconds:.0f}s",
                  p)  # fmt: skip
-        lines.append(format_line(row.label + " *" * row.is_random, cells))
+        lines.append(line(row.label + " *" * row.is_random, cells))
     return lines
 
 
 def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
     """Return the lines below the printed table and on the page: examples, head, and the recommended backbone."""
-    n, count, settings = rows[0].examples, facts.folds.count, facts.settings
-    examples = "validation examples" if count == HOLD_OUT else f"out-of-fold predictions, {count} folds"
+    n, num_folds, settings = rows[0].examples, facts.folds.count, facts.settings
+    examples = "validation examples" if num_folds == HOLD_OUT else f"out-of-fold predictions, {num_folds} folds"
     sentences = [
         f"n = {n:,} {examples} ({facts.folds.reason})",
         f"head: {settings.duration.count:g} {settings.duration.unit} of {settings.optimizer.name} "

@@ -37,7 +37,7 @@ ASPECTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run on which the suggestions depend."""
+    """The settings of a run that the suggestions depend on."""
 
     source: str
     image_size: int  # pixels
@@ -122,9 +122,9 @@ def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[s
         The fields `width`, `height`, `shorter_side`, `elongation`, `aspects` and `frequent_sizes` of `Facts`.
     """
     sizes = [
-        (h.height, h.width) if orientation == "exif" and h.orientation >= 5 else (h.width, h.height)
-        for h in headers
-        if h.format and min(h.width, h.height) > 0
+        (item.height, item.width) if orientation == "exif" and item.orientation >= 5 else (item.width, item.height)
+        for item in headers
+        if item.format and min(item.width, item.height) > 0
     ]
     width, height = np.array(sizes, np.int64).reshape(-1, 2).T
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
@@ -162,7 +162,7 @@ def find_group_fields(headers: Iterable[Headers], used: Sequence[str]) -> dict[s
 
 
 def read_settings(config: RunConfig) -> Settings:
-    """Return the settings on which the suggestions depend."""
+    """Return the settings that the suggestions depend on."""
     backbone = find_backbone(config.model.backbone)
     return Settings(
         source=config.data.source,

@@ -1,4 +1,4 @@
-"""Render the page about a dataset, and draw the figures that are stored with it."""
+"""Render the page about a dataset, and draw the figures that are stored next to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class AugmentedImage:
 
 @dataclass(frozen=True)
 class PageImages:
-    """The images of the page, decoded at the image size of training."""
+    """The images on the page, decoded at the image size of training."""
 
     examples: Mapping[str, Sequence[Example]]  # class name -> examples
     augmented: Sequence[AugmentedImage]
@@ -122,8 +122,8 @@ def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageIma
     ]
     duplicates: list[list[Markup]] = [
         [
-            embed_thumbnail(pixels, THUMBNAIL_PIXELS, m["file"])
-            for pixels, m in zip(members, group["members"], strict=False)
+            embed_thumbnail(pixels, THUMBNAIL_PIXELS, member["file"])
+            for pixels, member in zip(members, group["members"], strict=False)
         ]
         for members, group in zip(images.duplicates, groups, strict=False)
     ]

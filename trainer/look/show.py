@@ -45,7 +45,7 @@ AUGMENTED = 4  # number of images that are shown next to their augmented views
 
 @dataclass(frozen=True)
 class Content:
-    """The content of the page: the facts, the suggestions, and images at the image size of training."""
+    """The page's content: facts, suggestions, and images at the image size of training."""
 
     facts: Facts
     suggestions: list[Suggestion]
@@ -83,7 +83,7 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
 
 
 def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Mapping[str, np.ndarray]) -> PageImages:
-    """Decode the images of the page as training does, and augment some of them as in its first epochs.
+    """Decode the page's images as training does, and augment some of them as in the first epochs of training.
 
     `sample`: split -> indices of the examined images, int64 [k].
     """

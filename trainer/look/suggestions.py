@@ -38,7 +38,7 @@ class Suggestion:
 
 
 def suggest(facts: Facts) -> list[Suggestion]:
-    """Return the suggestions, the most important first. Their arguments can be added to the command of the run."""
+    """Return the suggestions, the most important first. Their arguments can be added to the run's command."""
     topics = (
         _suggest_repairs, _suggest_removing_copies, _suggest_correcting_labels, _suggest_splits, _suggest_class_weights,
         _suggest_image_size, _suggest_resize, _suggest_augmentation, _suggest_groups,
@@ -129,16 +129,16 @@ def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
     if size < GOOD_SIZE and shorter >= LARGE_RATIO * size and larger:
         side = next((side for side in larger if side >= 1.5 * size), larger[-1])
         reason = f"half of the images have {shorter:.0f} px or more on the shorter side, and are reduced to {size} px;"
-        times = f"{(side / size) ** 2:.1f} times the time per image"
-        text = f"{reason} small details need more, at {times}"
-        yield Suggestion("Train on larger images", text, (("model.image_size", side),))
+        cost = f"{(side / size) ** 2:.1f} times the time per image"
+        full_reason = f"{reason} small details need more, at {cost}"
+        yield Suggestion("Train on larger images", full_reason, (("model.image_size", side),))
     if size >= SMALL_RATIO * shorter:
         smaller = [s for s in settings.sizes or range(32, size, 32) if max(shorter, settings.min_size) <= s < size]
         if smaller and (side := smaller[0]) <= 0.75 * size:
             reason = f"half of the images have at most {shorter:.0f} px on the shorter side, and are enlarged to {size}"
-            times = f"{100 * (side / size) ** 2:.0f} % of the time; compare both, since the ImageNet weights expect"
-            text = f"{reason} px without new details. It takes {times} large images"
-            yield Suggestion("Try smaller images", text, (("model.image_size", side),))
+            cost = f"{100 * (side / size) ** 2:.0f} % of the time; compare both, since the ImageNet weights expect"
+            full_reason = f"{reason} px without new details. It takes {cost} large images"
+            yield Suggestion("Try smaller images", full_reason, (("model.image_size", side),))
 
 
 def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:

@@ -24,7 +24,7 @@ _INPUT_FIX = "give a folder of images, a pattern such as photos/*.jpg, or a .csv
 
 
 class ImageFile(NamedTuple):
-    """An image to predict, or a row of a CSV list for which there is no image."""
+    """An image to predict, or a row of a CSV list that does not refer to an image."""
 
     name: str  # the path, or the cell of the CSV list, escaped for display; in the output's column "file"
     address: str  # local path or gs:// address; "" if `fault` is set

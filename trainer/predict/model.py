@@ -1,4 +1,4 @@
-"""Open the classifier of a run or of an export, and predict encoded images with it."""
+"""Open the classifier of a run or an export, and predict encoded images with it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
 
     Args:
         images: uint8 [n, S, S, 3], n >= 1.
-        flip: average the probabilities of each image with those of its mirror image. The embeddings are not averaged.
+        flip: average the probabilities of each image and its mirror image. The embeddings are not averaged.
 
     Returns:
         Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
@@ -212,10 +212,10 @@ def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_m
 
     Args:
         address: a Keras, ONNX or LiteRT file, a SavedModel, a folder of numbered SavedModels, an `export` folder, or
-            the output_dir of a run. Local or gs://.
+            a run's output_dir; local or gs://.
         key: the argument that has the address ("run" or "export"), for messages.
         cache_dir: folder for the local copy of an export in a bucket.
-        flip: mirror images will be predicted. This requires that the preprocessing of a SavedModel is known.
+        flip: prepare for predicting mirror images, which requires that a SavedModel's preprocessing is known.
         log_message: called with messages about copied files and corrupt versions.
 
     Raises:
@@ -264,10 +264,10 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
         probabilities = np.stack([p.probabilities for p in rows])
         if flip and classify and decode:
             pixels = {i: decode(data) for i, data in enumerate(images) if i not in reasons}
-            decoded_rows = [i for i, p in pixels.items() if not isinstance(p, str)]
-            if decoded_rows:
-                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in decoded_rows])
-                probabilities[decoded_rows] = (probabilities[decoded_rows] + classify(mirrored)) / np.float32(2)
+            rows_to_flip = [i for i, p in pixels.items() if not isinstance(p, str)]
+            if rows_to_flip:
+                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in rows_to_flip])
+                probabilities[rows_to_flip] = (probabilities[rows_to_flip] + classify(mirrored)) / np.float32(2)
         sizes = [len(p.embedding) for p in rows if p.embedding is not None]
         embeddings = np.zeros((len(rows), sizes[0]), np.float32) if sizes else None
         for i, p in enumerate(rows):
@@ -286,7 +286,7 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
 def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
     """Return the preprocessing in the content of reference.json, or None if it is missing or unknown."""
     size, resize = reference.get("image_size"), reference.get("resize")
-    orientation = reference.get("orientation", "ignore")  # exports of older versions did not turn images
+    orientation = reference.get("orientation", "ignore")  # exports by older versions did not turn images
     if not isinstance(size, int) or size < 1 or resize not in ("stretch", "crop"):
         return None
     if orientation not in ("exif", "ignore"):
@@ -299,9 +299,9 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
 
     A LiteRT file may contain the class names. Without a reference.json, the default preprocessing of training is used.
     """
-    local = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
     labels, reference_content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
-    label_bytes = labels[0] if labels else _read_embedded_labels(local)
+    label_bytes = labels[0] if labels else _read_embedded_labels(local_path)
     try:
         class_names = tuple((label_bytes or b"").decode("utf-8-sig").splitlines())
     except UnicodeDecodeError:
@@ -313,10 +313,10 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if reference is None:
         problem = "its reference.json is corrupt or of another model"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    classify, preprocessing = load_export(local), _read_preprocessing(reference)
+    classify, preprocessing = load_export(local_path), _read_preprocessing(reference)
     notes: tuple[str, ...] = ()
     if preprocessing is None:
-        preprocessing = Preprocessing(_read_input_size(local), "stretch", "exif")
+        preprocessing = Preprocessing(_read_input_size(local_path), "stretch", "exif")
         notes = ("the export has no reference.json: images are turned upright and stretched, the default of training",)
     side = preprocessing.image_size
     num_outputs = classify(np.zeros((1, side, side, 3), np.uint8)).shape[-1]
@@ -324,7 +324,7 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
         problem = f"has {num_outputs} outputs for {len(class_names)} classes"
         raise DataError(problem, key=key, value=address, fix="export it again")
     no_distance = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
-    identity = f"{compute_file_crc32c(local)} {preprocessing} {class_names}"
+    identity = f"{compute_file_crc32c(local_path)} {preprocessing} {class_names}"
     model = _make_pixel_model(
         str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, no_distance
     )

@@ -14,12 +14,12 @@ from trainer.predict.results import Overview
 from trainer.report.page import GALLERY_SIDE, THUMBNAIL_PIXELS, embed_thumbnail, render
 from trainer.storage.local import write_atomically
 
-MAX_CLASSES = 24  # classes that are shown with images; the most frequently predicted ones
+MAX_CLASSES = 24  # maximum number of classes with images; the most frequently predicted ones are shown
 # Number of most confident and of least confident images per class, for up to `MANY` classes and for more classes.
 PER_CLASS, PER_CLASS_OF_MANY = 6, 3
 MANY = 8
-MAX_FARTHEST = 24  # images with the largest distances that are shown
-MAX_ERRORS = 500  # unreadable images that are listed
+MAX_FARTHEST = 24  # maximum number of images that are shown for their large distances
+MAX_ERRORS = 500  # maximum number of unreadable images that are listed
 
 
 def select_by_class(overview: Overview, classes: Sequence[int]) -> dict[int, tuple[list[int], list[int]]]:

@@ -21,8 +21,8 @@ from trainer.predict.images import ImageFile
 from trainer.predict.parts import Predicted
 from trainer.storage.local import sync, temporary_file
 
-MAX_NAMED_ERRORS = 5  # unreadable images that the printed summary lists
-MAX_NAMED_CLASSES = 20  # classes that the printed summary lists, the most frequent ones
+MAX_NAMED_ERRORS = 5  # maximum number of unreadable images that the printed summary lists
+MAX_NAMED_CLASSES = 20  # maximum number of classes that the printed summary lists, the most frequent ones
 WIDTH = 80  # terminal columns of the printed summary
 
 
@@ -128,11 +128,11 @@ def write_tables(
                 if part.errors[k]:
                     errors[start + k] = part.errors[k]
             matrix_file.write(part.probabilities.tobytes())
-            readable = [k for k, error in enumerate(part.errors) if not error]
-            rows = np.array(readable, np.int64) + start
-            predictions[rows] = part.probabilities[readable].argmax(axis=1)
-            confidences[rows] = part.probabilities[readable].max(axis=1)
-            distances[rows] = part.distances[readable]
+            readable_rows = [k for k, error in enumerate(part.errors) if not error]
+            rows = np.array(readable_rows, np.int64) + start
+            predictions[rows] = part.probabilities[readable_rows].argmax(axis=1)
+            confidences[rows] = part.probabilities[readable_rows].max(axis=1)
+            distances[rows] = part.distances[readable_rows]
             start += len(part.errors)
         table_file.close()
         matrix_file.close()

@@ -1,4 +1,4 @@
-"""Measure the effect of test-time augmentation: accuracy on the held-out examples of a run, with and without flips."""
+"""Measure the effect of test-time augmentation: the accuracy on a run's held-out examples with and without flips."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ BATCH_SIZE = 256  # images that are read at a time
 def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Callable[[], None]) -> dict[str, Any]:
     """Predict a run's held-out examples with and without their mirror images, and compare the accuracies.
 
-    The examples are those of the test split, or of the validation split if there is no test split.
+    The examples are from the test split, or from the validation split if there is no test split.
 
     Args:
         predict: the run's model: images uint8 [n, image_size, image_size, 3] -> probabilities and embeddings.
