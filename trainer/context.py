@@ -174,7 +174,7 @@ def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[Non
 
 @contextmanager
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
-    """Record the reason and the time breakdown if this block fails or is stopped. Close the run's files at its end.
+    """Record the reason and the time breakdown if this block fails or is stopped. Always close the run's files.
 
     Before `RunFolder.begin`, only the end of this start is recorded. TensorFlow's errors, `TrainerError` and `OSError`
     are recorded; other exceptions are not.

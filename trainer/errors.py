@@ -82,7 +82,7 @@ class Diverged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The command stopped for an external cause: a lost worker, unavailable storage. The same command resumes."""
+    """The command was stopped by an external cause: a lost worker, unavailable storage. The same command resumes."""
 
     exit_code = INTERRUPTED
 

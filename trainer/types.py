@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 FINGERPRINT_KINDS = ("content", "sample", "ends")
 LogMessage = Callable[[str], None]  # logs a line
 Orientation = Literal["exif", "ignore"]  # exif: images are turned upright by their EXIF orientation
-Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
+Purpose = Literal["train", "prepare", "evaluate"]  # purpose for which a dataset is opened
 
 
 @dataclass(frozen=True)
 class Device:
-    """The processor on which a replica computes. If GPUs differ, only the properties that they have in common."""
+    """The processor on which a replica computes. If GPUs differ, it has only their common properties."""
 
     kind: Literal["CPU", "GPU"] = "CPU"
     name: str = ""  # such as "NVIDIA H200"

@@ -180,7 +180,7 @@ class Result:
         """Evaluate a checkpoint by `python -m trainer.evaluate` in a child process, and return the report.
 
         Args:
-            changes: changes of the configuration, such as "data.root=new_photos".
+            changes: changes to the configuration, such as "data.root=new_photos".
             show_log: print the evaluation's log to `sys.stdout`.
             options: `checkpoint`, `split` and `output`, as for `trainer.evaluate`. `output` defaults to a folder in
                 the run's output_dir.
@@ -277,7 +277,7 @@ def open_run(address: str | os.PathLike[str]) -> Result:
 
     Raises:
         DataError: the folder has no run, or run.json is corrupt.
-        ConfigError: config.yaml is corrupt or of another version.
+        ConfigError: config.yaml is corrupt or from an incompatible version.
     """
     path = os.fspath(address)
     return Result(path, find_run(path))

@@ -97,7 +97,7 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
 
 
 def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Model:
-    """Copy the weights from a bucket, and return `model` with their local path. Raise a TrainerError if unusable."""
+    """Check the weights, and return `model` with their local path. Weights in a bucket are copied to the local disk."""
     if model.weights == "imagenet":
         describe_weights(model)  # raises a TrainerError if they cannot be downloaded
         return model
@@ -175,7 +175,7 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
 
 
 def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, Any]:
-    """Return all settings and inputs that a backbone's predictions depend on. A weights file has its checksum."""
+    """Return everything that a backbone's predictions depend on. A weights file is represented by its checksum."""
     dataset, weights_file = comparison.data.dataset, _find_local_weights(config.model)
     weights = config.model.weights if weights_file is None else f"{compute_file_crc32c(weights_file):08x}"
     return {

@@ -21,8 +21,8 @@ from trainer.report.scatter import Point, draw_scatter
 from trainer.storage.path import StoragePath
 from trainer.types import Dataset
 
-VERSION = 1  # of the format of backbones.json
-NAME_WIDTH = 25  # characters of the first column of the printed table, so that its lines have at most 80
+VERSION = 1  # version of the format of backbones.json
+NAME_WIDTH = 25  # characters in the printed table's first column, so that lines have at most 80
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Row:
 
     label: str
     weights: str
-    accuracy: float  # of the predictions of all folds together
+    accuracy: float  # over the predictions of all folds
     interval: tuple[float, float]  # 95 % confidence interval of the accuracy
-    examples: int  # number of examples that are scored
+    examples: int  # number of scored examples
     fold_accuracies: list[float]
     measurements: Measurements
     train_seconds: float  # seconds to compute a fold's training features and train its head, mean over the folds

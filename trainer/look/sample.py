@@ -10,7 +10,7 @@ from trainer.data.splits import rank_within_classes
 from trainer.types import Split
 
 PER_CLASS, MAX_SHOWN = 6, 400  # maximum number of images on the page, per class and in total
-MAX_CLASSES = 1_000  # maximum number of classes with images on the page; if there are more classes, the rarest
+MAX_CLASSES = 1_000  # maximum number of classes with images on the page; the rarest ones if there are more
 
 
 def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:

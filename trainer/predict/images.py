@@ -35,7 +35,7 @@ class ImageFile(NamedTuple):
 
 
 def list_images(address: str) -> list[ImageFile]:
-    """List the images of an address, sorted by path. The images of a CSV list keep the order of its rows.
+    """List the images at an address, sorted by path. Images in a CSV list retain the order of its rows.
 
     Args:
         address: a folder, a glob pattern, an image or a .csv list, local or gs://. In a folder and its subfolders, all
@@ -175,5 +175,5 @@ def _read_local_file(path: str) -> bytes | str:
 
 
 def describe_versions(images: Sequence[ImageFile]) -> list[list[str]]:
-    """Return name, address, version and fault of each image. The predictions depend on these."""
+    """Return each image's name, address, version and fault, on which its prediction depends."""
     return [[image.name, escape_unprintable(image.address), image.version, image.fault] for image in images]

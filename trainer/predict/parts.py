@@ -62,7 +62,7 @@ def predict_images(
         on_batch: called with the number of images of each batch, after the batch; can raise to stop.
 
     Raises:
-        Interrupted: the bucket of the images does not respond.
+        Interrupted: the images' bucket does not respond.
     """
     rows, width = images_per_call(), len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)

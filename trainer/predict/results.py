@@ -53,7 +53,7 @@ def _format(value: float, digits: int) -> str:
 
 
 def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> list[str]:
-    """Return the row of predictions.csv for an image, whose index in the part is `k`."""
+    """Return the row of predictions.csv for the image with index `k` in a part."""
     name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
     if error:
         return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
@@ -76,7 +76,7 @@ def rank(probabilities: np.ndarray, top: int) -> list[int]:
 
 
 def make_line(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> str:
-    """Return the JSON line in ASCII that --json prints for an image, whose index in the part is `k`."""
+    """Return the line that --json prints for the image with index `k` in a part: JSON in ASCII."""
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
         return json.dumps(line | {"error": part.errors[k]})

@@ -15,7 +15,7 @@ from trainer.report.compare import describe_outcome
 from trainer.runs.stored_run import StoredRun
 from trainer.types import choose_scored_split
 
-MAX_EXAMPLES = 10_000  # of a larger split, a random sample of this size is predicted, to limit the time
+MAX_EXAMPLES = 10_000  # maximum number of examples, to limit the time; a larger split is sampled at random
 BATCH_SIZE = 256  # images that are read at a time
 
 
