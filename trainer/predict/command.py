@@ -143,7 +143,7 @@ def require_readable(overview: Overview, images: Sequence[ImageFile], source: st
 
 
 def use_same_bits(deterministic: bool) -> None:
-    """Configure TensorFlow as an evaluation does, so that predictions are bit-identical to the evaluation's predictions.
+    """Configure TensorFlow as an evaluation does, so that the predictions are bit-identical to its predictions.
 
     Must be called before the first tensor is created.
 
