@@ -47,7 +47,7 @@ from trainer.runs.folder import (
 )
 from trainer.storage.disk import translate_file_errors
 
-DONE_CHECK_INTERVAL_SECONDS = 15.0  # while a worker waits for the others, time between checks for DONE
+DONE_CHECK_INTERVAL_SECONDS = 15.0  # time between checks for DONE while a worker waits for the others
 
 
 def main() -> None:

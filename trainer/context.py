@@ -1,4 +1,4 @@
-"""The objects of a run and of its current phase on one worker; open and validate a phase, record how a run fails."""
+"""The state of a run and of its current phase on one worker; open and score a phase, and record how a run ends."""
 
 import sys
 import time
@@ -47,14 +47,14 @@ class RunPlan:
     """The decisions that each start makes before its first step."""
 
     features: FeaturePlan
-    compiled: dict[str, bool]  # name of a phase -> whether XLA compiles its training step
+    compiled: dict[str, bool]  # phase name -> whether XLA compiles the training step
     sharding: ShardingPlan
     teacher: OpenedTeacher | None  # None without distillation
 
 
 @dataclass
 class RunContext:
-    """The objects of a run on one worker. `plan` and `scorer` are set later, by `train_run` and `make_plan`."""
+    """The objects of a run on one worker. `plan` and `scorer` are set later, in trainer.train."""
 
     config: RunConfig
     worker: Worker
@@ -86,7 +86,8 @@ class PhaseRun:
 def plan_run_sharding(run: RunContext, image_cache: str = "none") -> ShardingPlan:
     """Choose how the workers shard the training split.
 
-    `image_cache` is "memory", "disk", "none" or "features", as in `plan_sharding`. It has no effect on a resumed run.
+    `image_cache`: where decoded images are cached ("memory", "disk" or "none"), or "features" if images are read only
+    once, to compute features. It has no effect on a resumed run.
     """
     config, split, training = run.config, run.images.dataset.splits["train"], run.config.training
     return plan_sharding(
@@ -109,12 +110,12 @@ def resume_sharding(run: RunContext) -> ShardingPlan | None:
 
 
 def broadcast_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
-    """Plan the sharding on the chief, and return its plan on all workers. All workers must call this."""
+    """Plan the sharding on the chief, and return the chief's plan. All workers must call this."""
     return ShardingPlan(**run.worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, image_cache))))
 
 
 def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show the phase, its `total` steps and its last epoch in the progress display."""
+    """Show a phase with its number of steps, `total`, and its last epoch in the progress display."""
     state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
     last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
     run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
@@ -135,7 +136,7 @@ def raise_stopped(run: RunContext, when: str) -> NoReturn:
 
 @contextmanager
 def advise_export(run: str) -> Iterator[None]:
-    """Add to a DataError after the training how to export the weights anyway. `run` is the address of the run."""
+    """Add to a DataError raised in this block how to export the trained weights anyway. `run`: the run's output_dir."""
     try:
         yield
     except DataError as error:
@@ -155,14 +156,14 @@ def _wait_for_lost_peers(control: ControlChannel) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError:
-        if control.size > 1:  # the error may be of a collective operation
+        if control.size > 1:  # a collective operation may have failed
             time.sleep(HEARTBEAT_TIMEOUT_SECONDS + 2 * HEARTBEAT_INTERVAL_SECONDS)
         raise
 
 
 @contextmanager
 def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[None]:
-    """If this block fails, record the error of the start in the folder, and release the folder."""
+    """If this block fails, record the error in the folder, and release the folder."""
     try:
         with _wait_for_lost_peers(control):
             yield
@@ -173,13 +174,13 @@ def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[Non
 
 @contextmanager
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
-    """Record the reason and the time breakdown if this block fails or is stopped. Close the files of the run.
+    """Record the reason and the time breakdown if this block fails or is stopped. Always close the run's files.
 
-    Before `RunFolder.begin`, only the end of this start is recorded. Errors of TensorFlow, `TrainerError` and `OSError`
+    Before `RunFolder.begin`, only the end of this start is recorded. TensorFlow's errors, `TrainerError` and `OSError`
     are recorded; other exceptions are not.
 
     Raises:
-        Interrupted: instead of an `OSError` or an error that a full disk caused, because a restart may succeed.
+        Interrupted: replaces an `OSError` and errors caused by a full disk, because a restart may succeed.
     """
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
@@ -196,8 +197,8 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         if stalled := health.stall_reason():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # now, because the process may be killed before it has saved
-        timed_out = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
-        end_without_progress(control.end, timed_out)
+        timeout = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
+        end_without_progress(control.end, timeout)
 
     control.on_end, stop.on_request = record, on_request
     folders = saver.path, run.config.runtime.cache_folder
@@ -227,8 +228,8 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
 def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
     """Open the inputs of a phase, and build its learning-rate schedule, optimizer, training step and batches.
 
-    `thaw` is the plan of its trainable layers, `total` its maximum number of steps. Batches begin at the current step
-    of the current epoch.
+    `thaw`: the phase's trainable layers. `total`: its maximum number of steps. Batches start at the current step of the
+    current epoch.
     """
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
     inputs = open_phase_inputs(run, name)
@@ -245,7 +246,7 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     logits = teacher.network.logits if teacher and teacher.network else None  # None if batches have soft labels
     stop, trained = worker.stop_requested, thaw.trainable
     step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=logits)
-    # The order of the examples is a function of the seed and the epoch, so a resumed epoch continues with the same one.
+    # The order of the examples depends only on the seed and the epoch, so a resumed epoch continues in the same order.
     order = Order(
         batch_size=batch_size,
         seed=config.seed,
@@ -268,10 +269,10 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
 
 
 def open_phase_inputs(run: RunContext, name: str) -> Inputs:
-    """Open the cached features or the images of a phase. Use images if there is no space to cache the features.
+    """Open a phase's cached features or images. Use images if there is no space to cache the features.
 
     Raises:
-        Interrupted: the phase has begun with cached features, for which there is no space now.
+        Interrupted: the phase began with cached features, and there is no space for them now.
         StopRequested: a stop was requested while features were computed.
     """
     category = "compile" if run.plan.features.input_kinds[name] == "live" else "features"
@@ -299,29 +300,30 @@ def score_validation(
     """Score the validation split. All workers must call this, and get the same scores.
 
     Args:
-        scorer: scorer of the network whose inputs `source` has: images, or cached features.
+        scorer: scores the network that takes the inputs in `source`.
+        source: the validation split as images or as cached features.
         fraction: fraction of the batches that are scored.
 
     Returns:
         The scores by name, such as "val_loss"; None on all workers if a stop was requested.
     """
     with run.clock.span("evaluation", "validation"):
-        scored = scorer.score(source, run.config.training.batch_size, "validation", fraction)
+        predictions = scorer.score(source, run.config.training.batch_size, "validation", fraction)
         if run.worker.should_stop("in validation"):
             return None
-        arrays = scored.probabilities, scored.labels, scored.losses
+        arrays = predictions.probabilities, predictions.labels, predictions.losses
         return run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
 
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
-    """Raise `Diverged` if a mean loss is not finite, or too large for a classifier that learns. `losses`: by name."""
-    state, classes = run.state, len(run.images.dataset.class_names)
+    """Raise `Diverged` if one of the mean losses (by name) is not finite, or too large for a classifier that learns."""
+    state, num_classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
-    require_plausible(losses, settings, classes=classes, step=state.step, phase=current.name, epoch=epoch)
+    require_plausible(losses, settings, classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of report.json except for the scores. `exports`: format -> its entry."""
+    """Return the content of report.json except for the scores. `exports`: format -> entry in report.json."""
     teacher = {}
     if run.config.distillation:
         address = locate_teacher(run.config.distillation.teacher, run.saver.address)

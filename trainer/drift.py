@@ -53,7 +53,7 @@ def parse_hours(text: str) -> float:
 
 
 def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
-    """Parse the argument `key`, a time in ISO 8601, to UTC. It defaults to the current time.
+    """Parse the argument `key`, a time in ISO 8601, and convert it to UTC. It defaults to the current time.
 
     Raises:
         ConfigError: the argument is not a time in ISO 8601.
@@ -69,31 +69,33 @@ def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
 
 
 def measure(reference_address: str, log_address: str, period: Period, output: str) -> list[Measure]:
-    """Measure the drift of logged predictions from a reference, log the measures, and plot them.
+    """Measure the drift of logged predictions from a reference. Return the measures, log them, and plot them.
 
     Args:
         reference_address: a run, its export, a SavedModel, a folder of versions, or a reference.json.
         log_address: a file of predictions, or a folder of such files.
-        period: the predictions to measure.
+        period: selects the predictions to measure by time and by model version.
         output: the PNG file, local or gs://.
 
     Raises:
-        TrainerError: the errors of `read_reference` and `read_log`.
+        DataError: the reference or the log is missing or corrupt, the log does not fit the reference, or it has no
+            predictions in the period (`NoPredictions`).
+        Interrupted: a bucket does not respond.
     """
     reference = read_reference(reference_address)
-    window, invalid = read_log(log_address, reference, period)
-    measured = measure_drift(reference, window)
+    window, num_invalid = read_log(log_address, reference, period)
+    measures = measure_drift(reference, window)
     from trainer.report.drift import draw  # here, because it imports matplotlib
 
-    if (target := storage_path(output)).is_local:
-        delete_abandoned(Path(str(target)).parent, target.name)
-    with tempfile.TemporaryDirectory() as folder:
-        figure = Path(folder) / "drift.png"
-        draw(figure, reference, window, measured)
-        target.write(figure.read_bytes())
-    verdict = f"verdict: {most_severe_level(measured)}"
-    log.info("\n".join([verdict, *format_measures(measured, invalid), f"  figure   {output}"]))
-    return measured
+    if (output_path := storage_path(output)).is_local:
+        delete_abandoned(Path(str(output_path)).parent, output_path.name)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        figure = Path(temp_dir) / "drift.png"
+        draw(figure, reference, window, measures)
+        output_path.write(figure.read_bytes())
+    verdict = f"verdict: {most_severe_level(measures)}"
+    log.info("\n".join([verdict, *format_measures(measures, num_invalid), f"  figure   {output}"]))
+    return measures
 
 
 def main() -> None:
@@ -111,11 +113,11 @@ def main() -> None:
             until if "until" in arguments else None,
             version.name if version else None,
         )
-        measured = measure(arguments["reference"], arguments["log"], period, output)
-        if most_severe_level(measured) == "shifted":
-            shifted = ", ".join(item.name for item in measured if item.level == "shifted")
+        measures = measure(arguments["reference"], arguments["log"], period, output)
+        if most_severe_level(measures) == "shifted":
+            shifted_names = ", ".join(item.name for item in measures if item.level == "shifted")
             fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
-            raise Drifted(f"{shifted} shifted from reference={arguments['reference']}", fix=fix)
+            raise Drifted(f"{shifted_names} shifted from reference={arguments['reference']}", fix=fix)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from trainer.names import escape_unprintable
 DONE = 0
 BUG = 1  # an unexpected exception
 WRONG_INPUT = 2  # the same command fails again
-GAVE_UP = 3
-DRIFTED = 4
-REFUSED = 5
-UNREADABLE = 6
+GAVE_UP = 3  # too many restarts without progress
+DRIFTED = 4  # a result of trainer.drift, not a failure
+REFUSED = 5  # a result of trainer.promote, not a failure
+UNREADABLE = 6  # a result of trainer.predict, not a failure
 INTERRUPTED = 75  # the same command resumes; EX_TEMPFAIL of sysexits.h
 
 
@@ -43,7 +43,7 @@ class ConfigError(TrainerError):
     """The configuration, an argument or an environment variable is wrong. The same command fails again.
 
     Attributes:
-        faults: the errors that this error lists; empty if it is not a list.
+        faults: the errors that this error lists; empty if it describes a single problem.
     """
 
     exit_code = WRONG_INPUT
@@ -51,7 +51,7 @@ class ConfigError(TrainerError):
 
     @classmethod
     def of_faults(cls, faults: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
-        """Build an error that lists `faults`, one per line. `subject` is the subject of its first line."""
+        """Build an error that lists `faults`, one per line. Its first line is "SUBJECT has N faults:"."""
         all_faults = tuple(faults)
         lines = "\n".join(f"  {fault}" for fault in all_faults)
         error = cls(f"{subject} has {len(all_faults)} fault{'s' * (len(all_faults) > 1)}:\n{lines}")
@@ -82,7 +82,7 @@ class Diverged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The command stopped for an external cause: a lost worker, unavailable storage. The same command resumes."""
+    """The command was stopped by an external cause: a lost worker, unavailable storage. The same command resumes."""
 
     exit_code = INTERRUPTED
 

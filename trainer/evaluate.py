@@ -36,27 +36,27 @@ from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
-# Keys and groups of the run's configuration that an evaluation can change.
+# Keys and config groups in the run's configuration that an evaluation can change.
 CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 FRACTIONS = {"validation_fraction", "test_fraction"}
 # Keys of `data` that select or correct examples -> the value that uses all examples without corrections.
 ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None, "corrections": None}
-# Keys and groups that choose another dataset.
+# Keys and config groups that choose another dataset.
 ADDRESSES = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
 
 
 def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunConfig, RunConfig | None]:
-    """Apply changes to the configuration of a run, to evaluate it.
+    """Apply changes to a run's configuration, to evaluate the run.
 
     Args:
-        run_config: config.yaml of the run as a mapping; it is modified.
+        run_config: the run's config.yaml as a mapping; it is modified.
         changes: arguments such as "data.root=photos" or "data=tfds".
 
     Returns:
-        The configuration of the evaluation, and None. If the changes choose another dataset, the fractions, limits and
-        corrections of the run do not apply to it; only those among the changes do. The second value is then the same
-        configuration with those of the run, in case the dataset is a moved copy of the run's dataset. It is None if a
-        fraction is among the changes.
+        The evaluation's configuration, and None unless the changes choose another dataset. All of another dataset is
+        evaluated: the run's fractions, limits and corrections do not apply unless they are among the changes. The
+        second value is then the same configuration with the run's fractions, limits and corrections, in case the
+        dataset is a moved copy of the run's dataset. It is None if the changes set a fraction.
 
     Raises:
         ConfigError: a change is invalid, or its key cannot be changed in an evaluation.
@@ -74,16 +74,16 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         run_config["debug"]["overfit"] = False  # True would evaluate only the batch that the run trained on
     run_data = dict(run_config["data"])
     for key in sorted(keys, key=lambda k: k.count(".")):  # a group is applied before the keys in it
-        target, source = run_config, composed
+        target_section, source_section = run_config, composed
         *parents, name = key.split(".")
         for parent in parents:
-            target, source = target[parent], source[parent]
-        target[name] = source[name]
+            target_section, source_section = target_section[parent], source_section[parent]
+        target_section[name] = source_section[name]
     if "data" in keys and "data.orientation" not in keys:
         run_config["data"]["orientation"] = run_data.get(
             "orientation", "ignore"
         )  # part of the preprocessing that the model was trained with
-    if "data" in keys and "data.class_prefix" not in keys:  # so that its classes match those of the model
+    if "data" in keys and "data.class_prefix" not in keys:  # so that its classes match the model's classes
         run_config["data"]["class_prefix"] = run_data.get("class_prefix")
     if "data" in keys and "data.class_names" not in keys and isinstance(run_data.get("class_names"), dict):
         run_config["data"]["class_names"] = run_data["class_names"]
@@ -93,18 +93,18 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         return config, None
     limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
     run_limits = {key: run_data[key] for key in limits if key in run_data}
-    moved: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | run_limits})
-    if not limits.keys() >= FRACTIONS:  # the changes set a fraction; the other fraction remains that of the run
-        moved, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
+    moved_config: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | run_limits})
+    if not limits.keys() >= FRACTIONS:  # the changes set a fraction; the other fraction remains the run's
+        moved_config, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
     debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
-    return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved
+    return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved_config
 
 
 def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str]:
-    """Prepend `data=SOURCE` to the changes if their dataset has another source than that of the run, `source`.
+    """Prepend `data=SOURCE` to the changes if their dataset has another source than the run, whose source is `source`.
 
     Returns:
-        The changes, and a log line with the choice and its reason, "" if the source is that of the run.
+        The changes, and a log line with the choice and its reason; "" if the source is the run's source.
     """
     with_source, note = choose_source(changes)
     return (with_source[1:], "") if note and with_source[0] == f"data={source}" else (with_source, note)
@@ -116,7 +116,7 @@ def main() -> None:
         options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
         home, run_config, run_json = read_run(options["run"])
         changes, note = choose_other_source(changes, run_config["data"]["source"])
-        config, moved = apply_changes(run_config, changes)
+        config, moved_config = apply_changes(run_config, changes)
         configure_log(config.runtime)
         if note:
             log.info(note)
@@ -125,7 +125,7 @@ def main() -> None:
         health.enter_phase("evaluate")
         with suppress_import_noise():
             from trainer.report.evaluate_run import evaluate  # here, because it imports TensorFlow
-        evaluate(run, checkpoint, options, moved)
+        evaluate(run, checkpoint, options, moved_config)
 
 
 if __name__ == "__main__":

@@ -31,19 +31,19 @@ from trainer.errors import ConfigError
 from trainer.monitoring.log import log
 from trainer.runs.stored_run import StoredRun, find_run, load_checkpoint
 
-EXPORT_KEYS = ("formats", "max_accuracy_drop")  # arguments that replace keys of the section `export` of the run
+EXPORT_KEYS = ("formats", "max_accuracy_drop")  # arguments that replace values of the run's section `export`
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "output": "", **dict.fromkeys(EXPORT_KEYS, "")}
 
 
 def _parse_changes(arguments: Mapping[str, str]) -> dict[str, Any]:
-    """Return the changes of the run's configuration, such as {"export.formats": ["keras"]}."""
-    keys = {f"export.{key}" if key in EXPORT_KEYS else key: text for key, text in arguments.items()}
-    return {key: parse_value(f"{key}={text}") for key, text in keys.items() if "." in key}
+    """Return the changes to the run's configuration, such as {"export.formats": ["keras"]}."""
+    text_by_key = {f"export.{key}" if key in EXPORT_KEYS else key: text for key, text in arguments.items()}
+    return {key: parse_value(f"{key}={text}") for key, text in text_by_key.items() if "." in key}
 
 
 def _choose_output(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, bool]:
-    """Return the folder to write to, and whether it is the `export` folder of the run.
+    """Return the folder to write to, and whether it is the run's `export` folder.
 
     Raises:
         ConfigError: there is no argument `output`, and the run is in a bucket or exports another checkpoint.

@@ -12,7 +12,7 @@ import unicodedata
 MAX_COMPONENT_BYTES = 255  # limit of common file systems for a component of a path
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidirectional marks, which can reorder text
 _ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
-# A cell that a spreadsheet would take for a formula (also by a full-width character), or that begins with the quote
+# First character of a cell that a spreadsheet would take for a formula (full-width characters included), or the quote
 # that `encode_cell` adds.
 _BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
 _FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
@@ -31,7 +31,7 @@ def _escape(character: str) -> str:
 def escape_unprintable(text: str) -> str:
     r"""Escape line breaks, control characters, bidirectional marks, and bytes that are not UTF-8 (as "\xe9").
 
-    The result is a single line that can be encoded as UTF-8. To escape it again does not change it.
+    The result is a single line that can be encoded as UTF-8. Escaping it again does not change it.
     """
     if text.isprintable() and not _BIDI.search(text):
         return text
@@ -39,10 +39,10 @@ def escape_unprintable(text: str) -> str:
 
 
 def normalize_class_name(name: str) -> str:
-    r"""Return the name of a class with unprintable characters escaped, in Unicode NFC, without spaces at its ends.
+    r"""Return a class name with unprintable characters escaped, in Unicode NFC, without spaces at its ends.
 
-    TFDS strips these spaces too. A byte order mark, with which some CSV files begin, counts as a space. The name of a
-    class without any other character becomes "\x20".
+    TFDS strips these spaces too. A byte order mark, with which some CSV files begin, counts as a space. A name without
+    any other character becomes "\x20".
     """
     return _ENDS.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
 
@@ -65,12 +65,12 @@ def make_file_stem(text: str) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8: it has no surrogates, by which Python represents other bytes."""
+    """Return whether a text can be encoded as UTF-8: it has no surrogates, with which Python represents other bytes."""
     return encode_utf8(text).decode() == text
 
 
 def encode_file_name(text: str) -> bytes:
-    """Return the bytes of a file name in the file system."""
+    """Return the bytes of a file name in the file system. Raise a UnicodeEncodeError for half of a surrogate pair."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -91,7 +91,7 @@ def find_path_error(name: str) -> str | None:
     if "\0" in name:
         return "it has a null character"
     try:
-        longest = max(len(encode_file_name(component)) for component in components)
+        max_bytes = max(len(encode_file_name(component)) for component in components)
     except UnicodeEncodeError:
         return "it has half of a surrogate pair"
-    return f"a component of it is longer than {MAX_COMPONENT_BYTES} bytes" if longest > MAX_COMPONENT_BYTES else None
+    return f"a component of it is longer than {MAX_COMPONENT_BYTES} bytes" if max_bytes > MAX_COMPONENT_BYTES else None

@@ -29,13 +29,13 @@ from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.storage.base import request_deadline
 
-BUCKET_DEADLINE_SECONDS = 30.0  # for a request with its retries; shorter than for a run, since a user is waiting
+BUCKET_DEADLINE_SECONDS = 30.0  # for a request with its retries; shorter than in a run, because a user is waiting
 
 
 def main() -> None:
     """Run `python -m trainer.plan`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        summary = "--summary" in sys.argv[1:]
+        with_summary = "--summary" in sys.argv[1:]
         arguments = [a for a in sys.argv[1:] if a != "--summary"]
         options, run_arguments = parse_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
         plot = Path(options["--plot"]).expanduser() if "--plot" in options else None
@@ -52,7 +52,7 @@ def main() -> None:
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))
         with request_deadline(BUCKET_DEADLINE_SECONDS):
-            show_run(plan, run_arguments, plot, summary)
+            show_run(plan, run_arguments, plot, with_summary)
         plan.show_warnings_and_raise()
 
 

@@ -45,8 +45,8 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log, log_unbuffered
 
-USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")  # configuration keys that are read
-USED_KEYS_OF_WEIGHTS = re.compile(r"runtime\..+")  # those that are read with weights=...
+USED_KEYS = re.compile(r"(data|runtime)\..+|seed|debug\.max_examples")  # keys that are read without weights=...
+USED_KEYS_OF_WEIGHTS = re.compile(r"runtime\..+")  # keys that are read with weights=...
 
 
 def _exit_on_signal(signum: int, _frame: object) -> None:
@@ -72,13 +72,13 @@ def main() -> None:
         explicit_keys = list_given_keys(overrides)
         # With every source, data.split_seed orders the records that are written.
         require_read(config, explicit_keys - {"data.split_seed", "data.shards"})
-        used, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")
-        if unread_keys := sorted(key for key in explicit_keys if not used.fullmatch(key)):
+        used_keys, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")
+        if unread_keys := sorted(key for key in explicit_keys if not used_keys.fullmatch(key)):
             problem = f"is not read by trainer.prepare{suffix}"
             raise ConfigError.of_faults(ConfigError(problem, key=key, fix="remove it") for key in unread_keys)
         configure_log(config.runtime)
-        part = parse_job_part(os.environ)
-        start_monitoring(config, *part)
+        job_part = parse_job_part(os.environ)
+        start_monitoring(config, *job_part)
         signal.signal(signal.SIGTERM, _exit_on_signal)
         health.enter_phase("prepare")
         with suppress_import_noise():
@@ -87,11 +87,11 @@ def main() -> None:
         if "weights" in arguments:
             _write_weights(arguments["weights"], arguments["output"])
         else:
-            prepare(config, arguments["output"], part)
+            prepare(config, arguments["output"], job_part)
 
 
 def _write_weights(names: str, output: str) -> None:
-    """Write the ImageNet weights of backbones, and log how to train with them. `names`: the argument `weights`."""
+    """Write the ImageNet weights of the backbones in `names`, the argument `weights`. Log how to train with them."""
     from trainer.models.weights_folder import prepare_weights  # imports TensorFlow
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress

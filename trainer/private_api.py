@@ -46,7 +46,7 @@ from typing import Any
 
 
 def run_through_graph(network: Any, inputs: Any, operation_fn: Callable[[Any], Callable[..., Any]]) -> Any:
-    """Compute the outputs of a functional `keras.Model` from `inputs`, with other functions as its operations.
+    """Compute the outputs of a functional `keras.Model` from `inputs`, replacing its operations by other functions.
 
     `operation_fn(operation)` returns the function that is called with the inputs of the operation.
     """
@@ -59,7 +59,7 @@ def get_producer(tensor: Any) -> Any:
 
 
 def get_variable_index(optimizer: Any, variable: Any) -> int:
-    """Return the index of a variable in the list of variables with which the optimizer was built."""
+    """Return the index of a variable in the list of variables that the optimizer was built with."""
     return optimizer._get_variable_index(variable)
 
 
@@ -73,7 +73,7 @@ class _DownloadRequested(Exception):
 
 
 def find_download(build: Callable[[], Any]) -> tuple[str, str] | None:
-    """Return the file name and the URL of the first file that `build` would download with Keras, or None.
+    """Return the file name and URL of the first file that `build` would download with Keras, or None if there is none.
 
     `build` is called, but nothing is downloaded. Not thread-safe.
     """
@@ -103,7 +103,7 @@ def get_library_class(layer: Any) -> type:
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow, TensorBoard
 
-_ALL_TO_ALL_GROUP = 1 << 20  # group key that no strategy uses, because strategies count their groups from 1
+_ALL_TO_ALL_GROUP = 1 << 20  # group key that is not used by a strategy, because strategies count their groups from 1
 
 
 def make_saved_model_proto() -> Any:

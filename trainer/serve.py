@@ -42,10 +42,10 @@ def main() -> None:
     with exit_with_code():
         fields = Settings.model_fields
         width = max(map(len, fields)) + 2
-        shown = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
-        rows = [f"    {f'{key}={shown[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
+        values = {key: "..." if field.is_required() else f"{field.default}" for key, field in fields.items()}
+        rows = [f"    {f'{key}={values[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
-        # All keys are accepted here, because `parse_settings` reports unknown ones together with all other faults.
+        # All keys are accepted here, because `parse_settings` reports unknown keys together with all other errors.
         arguments, _ = parse_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
         settings = parse_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:

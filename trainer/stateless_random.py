@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tensorflow as tf
 
-# The coordinate that identifies the use. Without it, two uses with equal other coordinates would get equal numbers.
+# Coordinates that identify the use. Without one, two uses whose other coordinates are equal would get equal numbers.
 AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
 # The constants of SplitMix64 as signed integers.
@@ -20,7 +20,7 @@ Bits = TypeVar("Bits", int, tf.Tensor)  # a Python integer in the range of int64
 
 
 def _wrap(x: Bits) -> Bits:
-    """Wrap a sum or product of Python integers to the range of int64, as the operations of int64 tensors do."""
+    """Wrap a sum or product of Python integers to the range of int64, as operations on int64 tensors do."""
     return (x + 2**63) % 2**64 - 2**63 if isinstance(x, int) else x
 
 
@@ -50,7 +50,7 @@ def random_bits(*coordinates: tf.Tensor | int) -> tf.Tensor:
         int64, of the broadcast shape of the coordinates.
     """
     state: int | tf.Tensor = 0
-    for coordinate in coordinates:  # leading Python integers are mixed now, without operations of the graph
+    for coordinate in coordinates:  # leading Python integers are mixed now, without graph operations
         if isinstance(state, int) and isinstance(coordinate, int):
             state = _mix(_wrap((state ^ coordinate) + _INCREMENT))
         else:

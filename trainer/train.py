@@ -67,7 +67,7 @@ from trainer.training.state import RunState
 from trainer.training.step import require_finite
 from trainer.types import choose_scored_split
 
-AFTER_TRAINING = "after the end of training"  # completes the message of a stop request
+AFTER_TRAINING = "after the end of training"  # completes a message such as "SIGTERM after the end of training"
 
 
 def train_run(
@@ -75,10 +75,10 @@ def train_run(
 ) -> None:
     """Train, evaluate, export and report. Resume the run if `folder` has a checkpoint. All workers must call this.
 
-    `process_started` is time.time() at the start of the process, for the time breakdown.
+    `process_started`: time.time() at the start of the process, for the time breakdown.
 
     Raises:
-        TrainerError: the run failed or was stopped. The process should exit with the `exit_code` of the error.
+        TrainerError: the run has failed or was stopped. The process should exit with the error's `exit_code`.
     """
     with abandon_on_error(folder, control):
         run, divisions, advice, baseline = set_up(config, folder, control, stop, process_started)
@@ -92,7 +92,7 @@ def train_run(
                 if run.worker.should_stop("before a phase"):  # as compiling can take longer than the grace period
                     raise_stopped(run, "between phases")
                 train_phase(run, list(run.config.phases)[run.state.phase], restored)
-                restored = {}  # later phases begin with the phase weights
+                restored = {}  # later phases start from the phase weights, which the model already has
         with run.clock.span("finish"):
             finish(run)
 
@@ -107,29 +107,29 @@ def set_up(
     """Open the dataset, configure the devices, build the model, and divide its layers into trunk and tail per phase.
 
     Returns:
-        The run; the division of each phase, by name; a line per resolved `auto` value with the reason; and the resident
-        memory of the process before the model was built, in bytes.
+        The run; phase name -> division; a line with the reason for each resolved `auto` value; and the process's
+        resident memory before the model was built, in bytes.
     """
     log.info(f"run: {folder.address}{' (resuming)' if folder.resuming else ''}")
     check_formats(requested.export.formats, requested.model.backbone)
     health.set_activity("opening the data")
     saver = Saver(folder, control, requested.runtime.keep_checkpoints)
-    has_checkpoint = saver.broadcast_newest(folder.resuming)  # the checkpoint substitutes the initial weights
+    has_checkpoint = saver.broadcast_newest(folder.resuming)  # the checkpoint replaces the initial weights
     model = without_weights(requested.model) if has_checkpoint else locate_weights(requested.model)
-    to_fetch = requested.model_copy(update={"model": model})
-    data = open_run_data(to_fetch, log.info, lambda address: stop.check(f"while fetching {address}"))
+    data_config = requested.model_copy(update={"model": model})
+    data = open_run_data(data_config, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
-    counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
-    log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {counts}")
-    examples = {f"{name} examples": split.count for name, split in dataset.splits.items()}
-    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": [*dataset.class_names]} | examples)
+    split_counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
+    log.info(f"data: {dataset.name}, {len(dataset.class_names)} classes, {split_counts}")
+    counts = {f"{name} examples": split.count for name, split in dataset.splits.items()}
+    control.require_equal("data", {"fingerprint": dataset.fingerprint, "classes": [*dataset.class_names]} | counts)
     if control.is_chief:
         folder.check_data(dataset)
     # The order matters: `auto` values depend on the devices, which are configured before the first tensor is created.
     replicas = choose_devices(requested.runtime, control.size)[1]
     config, reasons = resolve_auto_once(requested, folder, control, dataset, detect_device(), replicas * control.size)
-    folder.config = config  # config.yaml gets the batch size before it is limited
+    folder.config = config  # config.yaml records the batch size before it is limited
     compute_class_weights(config.training.class_weights, dataset.class_names, dataset.splits["train"].labels)  # check
     config, limit_reason = limit_batch_size(config, dataset.splits["train"].count, replicas * control.size)
     stop.check("before training")
@@ -165,8 +165,8 @@ def set_up(
 def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None]:
     """Load the weights of the run's newest checkpoint, or of `warm_start` if there is none. No file is written.
 
-    Returns the variables of the checkpoint by name, among them those of the optimizer, and its sharding for this start;
-    {} and None without a checkpoint. Raises a ConfigError if this start has another sharding and cannot resume with it.
+    Returns the checkpoint's variables by name, including the optimizer's, and the sharding to resume with; {} and None
+    if there is no checkpoint. Raises a ConfigError if the number of workers prevents resuming.
     """
     control, config, classifier = run.worker.control, run.config, run.classifier
     sharding: ShardingPlan | None = None
@@ -177,8 +177,8 @@ def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None
         assign_values(classifier, classifier.variables, restored, f"checkpoint step {run.state.step}")
         log.info(f"weights: this run's checkpoint at step {run.state.step}")
     elif config.warm_start:
-        source, count = load_warm_start(control, classifier, config.warm_start, config.runtime.cache_folder)
-        log.info(f"weights: warm start from {source}, {count} of {len(classifier.variables)} variables")
+        source, num_loaded = load_warm_start(control, classifier, config.warm_start, config.runtime.cache_folder)
+        log.info(f"weights: warm start from {source}, {num_loaded} of {len(classifier.variables)} variables")
     else:
         log.info(f"weights: backbone {config.model.weights}, head random")
     health.set_gauges(step=run.state.step, epoch=run.state.epoch + 1)
@@ -188,9 +188,9 @@ def restore(run: RunContext) -> tuple[dict[str, np.ndarray], ShardingPlan | None
 def choose_inputs(
     run: RunContext, folder: RunFolder, divisions: dict[str, Division], baseline: int
 ) -> tuple[FeaturePlan, dict[str, bool], ConfiguredTeacher | None]:
-    """Choose the input of each phase and whether XLA compiles its step, load the teacher, and log warnings.
+    """Choose each phase's input and whether XLA compiles its step (by phase name), load the teacher, and log warnings.
 
-    No file is written. `baseline` is the last result of `set_up`. Raises a ConfigError if the memory is too small.
+    `baseline`: resident memory before the model was built, bytes. Raises a ConfigError if the memory is too small.
     """
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
     settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
@@ -206,9 +206,9 @@ def choose_inputs(
 
 
 def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[str, Any]], advice: list[str]) -> None:
-    """Record the start in the folder, and discard the metrics and checkpoints that are newer than the restored one.
+    """Record the start in the folder, and discard metrics and checkpoints that are newer than the restored checkpoint.
 
-    A start does not change the folder before this. `of_phases`: the fields of run.json that have a value per phase.
+    Before this call, a start changes nothing in the folder. `of_phases`: field of run.json -> phase name -> value.
 
     Raises:
         GaveUp: too many restarts without progress.
@@ -226,7 +226,7 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.mark_corrupt_after(step)
         if step:
-            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # at the end the last one
+            rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # the last one at the end
             run.saver.checkpoints.write_pointers(step, early_stopping.find_best_step(run.state, rule))
         health.record_checkpoint()
         run.clock.move_lost_time(run.state.train_seconds)
@@ -241,7 +241,7 @@ def make_plan(
     run: RunContext, features: FeaturePlan, compiled: dict[str, bool], configured: ConfiguredTeacher | None,
     sharding: ShardingPlan | None,
 ) -> RunPlan:  # fmt: skip
-    """Choose how the workers shard the data, create the scorer, and compute the teacher's soft labels if possible."""
+    """Plan the sharding unless `sharding` is set, create the scorer, and open the teacher if one is `configured`."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     health.set_activity("opening the training images")
     cache = "features" if images.train_images_read_once else images.split("train").cached_in  # opens it on all workers
@@ -265,7 +265,7 @@ def make_plan(
 
 
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
-    """Freeze layers, assign the `restored` variables, train to the last step or early stopping, load phase weights."""
+    """Train a phase to its last step or early stopping, then load its weights. `restored`: a checkpoint's variables."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
@@ -280,7 +280,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.is_out_of_patience(state, phase.early_stopping)
 
-    epoch_is_complete = state.epoch_step == 0  # False if the last start stopped before the validation of the epoch
+    epoch_is_complete = state.epoch_step == 0  # False if the last start stopped before the epoch's validation
     if not (epoch_is_complete and finished()):
         with run.clock.span("compile"):
             current = open_phase(run, name, thaw, total)
@@ -311,10 +311,10 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     If `training.validation_share` is below 1, score them on the whole validation split first.
     """
     state, training = run.state, run.config.training
-    best = early_stopping.find_best_step(state, run.config.phases[name].early_stopping)
-    assert best is not None, "a phase ends after a validation"
-    selected = best if training.keep == "best" else state.step
-    step, weights = run.saver.broadcast_weights(selected, state.step, list(run.classifier.variables))
+    best_step = early_stopping.find_best_step(state, run.config.phases[name].early_stopping)
+    assert best_step is not None, "a phase ends after a validation"
+    selected_step = best_step if training.keep == "best" else state.step
+    step, weights = run.saver.broadcast_weights(selected_step, state.step, list(run.classifier.variables))
     variables.assign_values(run.classifier.variables, weights, f"checkpoint step {step}")
     full_scores: dict[str, float] | None = {}
     if training.validation_share < 1:
@@ -340,7 +340,7 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
 
     Raises:
         DataError: an example cannot be read.
-        Diverged: the loss is not finite, or larger than that of any classifier.
+        Diverged: the loss is not finite, or too large for a classifier that learns.
         StopRequested: a stop was requested. A checkpoint is saved, except if one of several workers waits for shards.
     """
     state, runtime, batch_size = run.state, run.config.runtime, run.config.training.batch_size
@@ -348,25 +348,25 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
     steps_left = min(steps_per_epoch - state.epoch_step, current.total_steps - state.phase_step)
     log_every = runtime.log_every.steps(steps_per_epoch, batch_size)
     profile_steps = run.config.debug.profile_steps
-    start, waited = time.monotonic(), 0.0
+    start, wait_seconds = time.monotonic(), 0.0
     while steps_left > 0:
         run.metrics.profile(state.step, profile_steps)
         traced = current.step.traced
-        count = min(runtime.steps_per_call if traced else 1, steps_left, log_every - state.step % log_every,
+        num_steps = min(runtime.steps_per_call if traced else 1, steps_left, log_every - state.step % log_every,
             count_steps_to_profile(state.step, profile_steps))  # fmt: skip
         activity = ("train", "training") if traced else ("compile", "compiling the first step")
-        slow = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
-        with run.clock.span(*activity), slow, convert_data_errors(current.inputs.training):
+        slow_log = nullcontext() if traced else log_while_slow(f"{activity[1]} of phase {current.name}")
+        with run.clock.span(*activity), slow_log, convert_data_errors(current.inputs.training):
             try:
-                shards_waited = current.gate.wait_for(count * batch_size // run.worker.size)
+                shard_wait = current.gate.wait_for(num_steps * batch_size // run.worker.size)
             except StopRequested:
                 if run.worker.size > 1:  # no checkpoint, because peers may be in a step that waits for this worker
                     raise
                 save_and_stop(run, current)
-            sums, batches_waited, stopped = current.step.run(current.batches, count, state.step, state.phase_step)
-            run.clock.add_wait(batches_waited + shards_waited)
-        # A stop request can end the call after fewer than `count` steps.
-        waited += batches_waited + shards_waited
+            sums, batch_wait, stopped = current.step.run(current.batches, num_steps, state.step, state.phase_step)
+            run.clock.add_wait(batch_wait + shard_wait)
+        # A stop request can end the call after fewer than `num_steps` steps.
+        wait_seconds += batch_wait + shard_wait
         steps_run = len(sums)
         steps_left -= steps_run
         state.step += steps_run
@@ -381,34 +381,34 @@ def train_epoch(run: RunContext, current: PhaseRun) -> None:
             state.interval = [a + float(b) for a, b in zip(state.interval, step_sums, strict=True)]
         state.images += float(sums[:, 2].sum())
         if state.step % log_every == 0 or steps_left == 0:
-            loss, correct, examples = state.interval
+            loss_sum, num_correct, count = state.interval
             learning_rate = float(current.schedule(state.phase_step - 1))
-            if examples:  # 0 if all images of these steps were skipped as unreadable
-                entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
-                         "accuracy": correct / examples, "learning_rate": learning_rate}  # fmt: skip
+            if count:  # 0 if all images of these steps were skipped as unreadable
+                entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss_sum / count,
+                         "accuracy": num_correct / count, "learning_rate": learning_rate}  # fmt: skip
                 goodput, mean_rate = run.clock.goodput, run.clock.images_per_second(state.images)
-                run.metrics.write_interval(entry, examples, time.monotonic() - start, waited, goodput, mean_rate)
-                require_plausible_losses(run, current, {"loss": loss / examples})
+                run.metrics.write_interval(entry, count, time.monotonic() - start, wait_seconds, goodput, mean_rate)
+                require_plausible_losses(run, current, {"loss": loss_sum / count})
             state.interval = [0.0, 0.0, 0.0]
             run.saver.publisher.check()
             if steps_left and is_checkpoint_due(run) and not stopped:
                 save(run, current)
-            start, waited = time.monotonic(), 0.0
+            start, wait_seconds = time.monotonic(), 0.0
         if stopped:
             save_and_stop(run, current)
     run.metrics.profile(state.step, profile_steps)
 
 
 def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
-    """Score the validation split, by the averaged weights if `training.ema` is set.
+    """Score the validation split, with the averaged weights if `training.ema` is set.
 
-    Returns the epoch's entry of `RunState.history`, and whether the epoch is the best one of the phase so far.
+    Returns the epoch's entry in `RunState.history`, and whether the epoch is the best one of the phase so far.
     """
     state, inputs = run.state, current.inputs
-    start, (loss, correct, examples) = time.monotonic(), state.sums
-    run.images.gather_unreadable(run.worker.control)  # each worker has detected only those of its own shard
+    start, (loss_sum, num_correct, num_examples) = time.monotonic(), state.sums
+    run.images.gather_unreadable(run.worker.control)  # each worker knows only those in its own shard
     run.images.require_readable()
-    if not examples:  # possible if the phase ends a few steps after the epoch begins
+    if not num_examples:  # possible if the phase ends a few steps after the epoch begins
         problem = f"no image of epoch {state.epoch + 1} (phase {current.name}, {state.epoch_step} steps) could be read"
         raise DataError(problem, fix=f"repair the images, or make phases.{current.name} longer")
     with current.step.averaged_weights():
@@ -416,8 +416,8 @@ def validate(run: RunContext, current: PhaseRun) -> tuple[dict[str, Any], bool]:
     if scores is None:
         save_and_stop(run, current)
     learning_rate = float(current.schedule(state.phase_step))
-    entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss / examples,
-             "accuracy": correct / examples, **scores, "learning_rate": learning_rate}  # fmt: skip
+    entry = {"phase": current.name, "epoch": state.epoch + 1, "step": state.step, "loss": loss_sum / num_examples,
+             "accuracy": num_correct / num_examples, **scores, "learning_rate": learning_rate}  # fmt: skip
     require_plausible_losses(run, current, {"val_loss": scores["val_loss"]})
     is_best = early_stopping.update_best(state, entry, current.phase.early_stopping)
     seconds = run.clock.seconds["train"] - sum(e["seconds"] for e in state.history)
@@ -440,7 +440,7 @@ def save(run: RunContext, current: PhaseRun) -> None:
 
 
 def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
-    """Save a checkpoint unless this step has one, wait until it is published, raise StopRequested on all workers."""
+    """Save a checkpoint unless this step has one, wait for its publication, and raise StopRequested on all workers."""
     if run.saver.saved_step != run.state.step:
         save(run, current)
     run.saver.publisher.wait()
@@ -453,9 +453,9 @@ def save_and_stop(run: RunContext, current: PhaseRun) -> NoReturn:
 
 
 def finish(run: RunContext) -> None:
-    """Score the test split, export and verify the model, write the report, and write DONE.
+    """Score the test (or else validation) split, export and verify the model, write the report, and write DONE.
 
-    All workers score. Then the other workers wait until the chief has exported and written. A restart repeats all this.
+    All workers score the split. Then the chief exports and writes, and the others wait. A restart repeats all steps.
 
     Raises:
         DataError: an example cannot be read.
@@ -478,7 +478,7 @@ def finish(run: RunContext) -> None:
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
-        scored = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
+        predictions = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
@@ -494,14 +494,14 @@ def finish(run: RunContext) -> None:
     with clock.span("finish", "export"):
         shutil.rmtree(saver.path / "export", ignore_errors=True)
         log.info("exporting")
-        exports = export_classifier(saver.path / "export", run.classifier, images, scored, explain, check=check)
+        exports = export_classifier(saver.path / "export", run.classifier, images, predictions, explain, check=check)
         exports = {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()}
         check()
         clock.lap()
         log.info("writing the report")
         health.set_activity("report")
         results, splits = collect_results(run, exports), list(dataset.splits)
-        report = build_report(saver.path / "report", scored, images, explain, results, splits=splits, check=check)
+        report = build_report(saver.path / "report", predictions, images, explain, results, splits=splits, check=check)
         write_tensorboard_images(saver.path / "report", saver.path / "logs" / "report", report, run.state.step)
         write_model_card(saver.path / "export" / "model_card.md", report, config.model_dump(mode="json"))
         check()

@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-# Which bytes of each file a fingerprint hashes, the most thorough kind first.
+# Kinds of fingerprints, by the bytes of each file that are hashed, the most thorough kind first.
 FINGERPRINT_KINDS = ("content", "sample", "ends")
 LogMessage = Callable[[str], None]  # logs a line
 Orientation = Literal["exif", "ignore"]  # exif: images are turned upright by their EXIF orientation
-Purpose = Literal["train", "prepare", "evaluate"]  # why a dataset is opened
+Purpose = Literal["train", "prepare", "evaluate"]  # purpose for which a dataset is opened
 
 
 @dataclass(frozen=True)
 class Device:
-    """The processor on which a replica computes. For GPUs that differ, the properties that all of them have."""
+    """The processor on which a replica computes. If GPUs differ, it has only their common properties."""
 
     kind: Literal["CPU", "GPU"] = "CPU"
     name: str = ""  # such as "NVIDIA H200"
-    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    compute_capability: tuple[int, int] | None = None  # of an NVIDIA GPU, such as (9, 0)
     memory: int | None = None  # memory of a GPU in bytes; None if unknown
 
     def describe(self, count: int = 1) -> str:
-        """Describe `count` such devices: "one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)"."""
+        """Describe `count` devices, such as "one GPU (NVIDIA H200, compute capability 9.0, 139.8 GiB)"."""
         properties = self.name
         if self.compute_capability:
             properties += ", compute capability {}.{}".format(*self.compute_capability)
@@ -44,7 +44,7 @@ CPU = Device()
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file with `count` records, of which a split uses the records `start` to `stop` - 1."""
+    """A TFRecord file with `count` records. A split uses its records `start` to `stop` - 1."""
 
     path: str
     count: int
@@ -72,14 +72,14 @@ class Split:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
-        """Return the image file of an example, or its record as "PATH#INDEX", with unprintable characters escaped."""
+        """Return an example's image file, or its record as "PATH#INDEX", with unprintable characters escaped."""
         if self.files:
             return escape_unprintable(self.files[index])
         path, record = self.record_of(index)
         return f"{escape_unprintable(path)}#{record}"
 
     def record_of(self, index: int) -> tuple[str, int]:
-        """Return the path of the shard that has an example, and the index of its record in that shard."""
+        """Return the path of the shard that has an example, and the index of the example's record in that shard."""
         for shard in self.shards:
             if index < shard.stop - shard.start:
                 return shard.path, shard.start + index
@@ -94,7 +94,7 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]  # by name: train, and optionally validation and test
-    fingerprint: str  # value of the most thorough kind in `fingerprints`
+    fingerprint: str  # the hash of the most thorough kind in `fingerprints`
     skipped: tuple[str, ...] = ()  # unreadable files, each with the reason
     notes: tuple[str, ...] = ()  # log lines about the dataset: class imbalance, an empty split, ...
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # kind -> hash of names, labels, sizes and checksums
@@ -108,14 +108,14 @@ def require_fingerprint(value: object) -> None:
 
 
 def has_fingerprints(dataset: Dataset, recorded: str | Mapping[str, str]) -> bool:
-    """Return whether `recorded` is the fingerprint of a dataset, by the most thorough kind that both have.
+    """Return whether `recorded` is a dataset's fingerprint, compared by the most thorough kind that both have.
 
     Args:
-        recorded: the fingerprint in run.json, by kind, or a string of kind "ends" if an older version wrote it.
+        recorded: the fingerprint in run.json: kind -> hash, or a hash of kind "ends" if an older version wrote it.
     """
     recorded_hashes = {"ends": recorded} if isinstance(recorded, str) else recorded
-    common = [kind for kind in FINGERPRINT_KINDS if kind in recorded_hashes and kind in dataset.fingerprints]
-    return bool(common) and recorded_hashes[common[0]] == dataset.fingerprints[common[0]]
+    common_kinds = [kind for kind in FINGERPRINT_KINDS if kind in recorded_hashes and kind in dataset.fingerprints]
+    return bool(common_kinds) and recorded_hashes[common_kinds[0]] == dataset.fingerprints[common_kinds[0]]
 
 
 class Batch(TypedDict):
@@ -127,13 +127,13 @@ class Batch(TypedDict):
     index: tf.Tensor  # int64 [b]: example index in the split
     position: tf.Tensor  # int64 [b]: example index in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: label of the image that mixup or cutmix mixes in
-    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; `other_label` has 1 - mix
+    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; the weight of `other_label` is 1 - mix
     teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: soft labels, the teacher's probabilities
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The predictions of a network for n examples of a split, ordered by example index."""
+    """A network's predictions for n examples of a split, ordered by example index."""
 
     split: str
     indices: np.ndarray  # int64 [n]: example index in the split
@@ -144,13 +144,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The scores of a classifier on a split, and the predictions from which they are computed."""
+    """A classifier's scores on a split, and the predictions from which they are computed."""
 
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray  # int32 [n]
     probabilities: np.ndarray  # float32 [n, classes], ordered by example index
-    names: tuple[str, ...]  # `Split.name_of` each example
+    names: tuple[str, ...]  # name of each example, from `Split.name_of`
     metrics: dict[str, object]  # name -> value: accuracy, loss, per-class scores, ...
     sources: tuple[str, ...] = ()  # file name in the record of each example, "" if it has none; () if no record has one
 

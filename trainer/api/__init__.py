@@ -24,13 +24,13 @@ __all__ = ["CommandFailed", "Predictions", "Report", "Result", "load", "open_run
 
 
 def load(*overrides: str) -> RequestedConfig:
-    """Compose and validate the configuration of a run without training it.
+    """Compose and validate a run's configuration without training.
 
     Args:
         overrides: the arguments of `python -m trainer`, such as "data.root=photos"; no options such as "--cfg".
 
     Raises:
-        ConfigError: the configuration is wrong; the error lists all its faults.
+        ConfigError: an override is an option, or the configuration is invalid; the error lists all problems.
         DataError: `data.root` is not a supported dataset.
     """
     if option := next((argument for argument in overrides if argument.startswith("-")), None):
@@ -49,13 +49,13 @@ def train(*overrides: str, show_log: bool = True) -> Result:
     save a checkpoint and stop; the same call resumes it.
 
     Args:
-        overrides: the arguments of `python -m trainer`. `output_dir` defaults to a new folder below outputs/.
-        show_log: print the log of the run to `sys.stdout`.
+        overrides: the arguments of `python -m trainer`. `output_dir` defaults to a new folder in outputs/.
+        show_log: print the run's log to `sys.stdout`.
 
     Raises:
-        ConfigError: the configuration is wrong; no process was started.
+        ConfigError: the configuration is invalid; no process was started.
         DataError: `data.root` is not a supported dataset; no process was started.
-        CommandFailed: the exit code of the run is not 0; the error has it as `exit_code`.
+        CommandFailed: the run's exit code is not 0; the error's `exit_code` is this code.
         KeyboardInterrupt: the call was interrupted; the run has stopped.
     """
     config, arguments = load(*overrides), list(overrides)

@@ -14,15 +14,15 @@ from trainer.errors import BUG, TrainerError
 # Environment variables that a command does not inherit: they would make a run wait for other workers (read by
 # `trainer.cluster.discovery`), or select one job of a sweep (`trainer.cli.sweep`).
 OF_CLUSTERS = ("TF_CONFIG", "WORKER_COUNT", "JOB_COMPLETION_INDEX", "JOB_INDEX", "REPLICATED_JOB_REPLICAS", "SWEEP_JOB")
-_OUTCOMES = ("error: ", "interrupted: ", "drift: ", "refused: ", "unreadable: ")  # prefixes of a command's last message
-MAX_LINES = 40  # last lines of the log, which are retained to find the reason of a failure
+_PREFIXES = ("error: ", "interrupted: ", "drift: ", "refused: ", "unreadable: ")  # prefixes of a command's last message
+MAX_LINES = 40  # number of last log lines that are retained, to extract the reason for a failure
 
 
 class CommandFailed(TrainerError):
     """A command ended with an exit code other than 0."""
 
     def __init__(self, problem: str, exit_code: int) -> None:
-        """Create the error. `problem` is the last message of the command."""
+        """Create the error. `problem` is the command's last message."""
         super().__init__(problem)
         self.exit_code = exit_code
 
@@ -38,7 +38,7 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
         show_log: print the log to `sys.stdout`.
 
     Raises:
-        CommandFailed: the exit code is not 0. If a signal ended the command, the error has exit code 1.
+        CommandFailed: the exit code is not 0. If a signal ended the command, the error's `exit_code` is 1.
         KeyboardInterrupt: the call was interrupted.
     """
     environment = {name: value for name, value in os.environ.items() if name not in OF_CLUSTERS}
@@ -63,7 +63,7 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
                     lines.append(line.rstrip("\n"))
                     if show_log:
                         print(line, end="")
-                code = process.wait()
+                exit_code = process.wait()
                 break
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)
@@ -73,18 +73,18 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
                 raise
     if interrupted:
         raise KeyboardInterrupt
-    if code != 0:
-        raise CommandFailed(find_reason(list(lines)) or f"ended with {code}", code if code > 0 else BUG)
+    if exit_code != 0:
+        raise CommandFailed(find_reason(list(lines)) or f"ended with {exit_code}", exit_code if exit_code > 0 else BUG)
     return list(lines)
 
 
 def find_reason(lines: Sequence[str]) -> str:
-    """Return the last message of a failed command from its log.
+    """Extract a failed command's last message from the lines of its log.
 
     The message begins with an outcome such as "error: ", which is removed, and may have several lines. If the log has
     no such message, return its last three lines, or "" if it is empty.
     """
     for i in range(len(lines) - 1, -1, -1):
-        if prefix := next((text for text in _OUTCOMES if lines[i].startswith(text)), None):
+        if prefix := next((outcome for outcome in _PREFIXES if lines[i].startswith(outcome)), None):
             return "\n".join([lines[i].removeprefix(prefix), *lines[i + 1 :]])
     return "\n".join(lines[-3:])

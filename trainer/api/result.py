@@ -1,4 +1,4 @@
-"""Read the results of a run: report, learning curves and figures; predict with its model, and evaluate it."""
+"""Read a run's results (report, learning curves, figures), evaluate its checkpoints, and predict with its model."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class Report(Mapping[str, Any]):
 
     @property
     def path(self) -> str:
-        """Path or gs:// address of the page, index.html."""
+        """Path or gs:// address of the report's page, index.html."""
         return f"{self.folder}/index.html"
 
     @property
     def probabilities(self) -> np.ndarray:
-        """The probabilities of the scored examples, float32 [n, classes], in the order of predictions.csv."""
+        """Probabilities of the scored examples, float32 [n, classes], in the order of predictions.csv."""
         return np.asarray(np.load(io.BytesIO((storage_path(self.folder) / "probabilities.npy").read())))
 
     def _repr_html_(self) -> str:
         test = self.content["test"]
         low, high = test["interval"]
-        text = Markup(
+        html = Markup(
             "<p><strong>{}</strong>: {} accuracy <strong>{:.4f}</strong> (95 % interval {:.4f} to {:.4f}, n = {:,}); "
             "macro F1 {:.4f}<br><code>{}</code></p>"
         ).format(
@@ -69,33 +69,33 @@ class Report(Mapping[str, Any]):
         )  # fmt: skip
         for name in SHOWN_FIGURES:
             if file := self.content["figures"].get(name):
-                fetched = (storage_path(self.folder) / file).fetch()
-                data = base64.b64encode(fetched[0]).decode() if fetched else ""
-                text += Markup('<img alt="{}" style="max-width:100%" src="data:image/png;base64,{}">').format(
+                file_content = (storage_path(self.folder) / file).fetch()
+                data = base64.b64encode(file_content[0]).decode() if file_content else ""
+                html += Markup('<img alt="{}" style="max-width:100%" src="data:image/png;base64,{}">').format(
                     name, data
                 )
-        return str(text)
+        return str(html)
 
 
 def read_report(folder: StoragePath) -> Report | None:
-    """Read a report from its folder. Return None if there is no report.json; raise a DataError if it is corrupt."""
+    """Read the report in a folder. Return None if there is no report.json; raise a DataError if it is corrupt."""
     content = (folder / "report.json").fetch()
     if content is None:
         return None
-    values = parse_json(content[0], require_json_object, folder / "report.json", "evaluate the run again")
-    return Report(str(folder), values)
+    report_json = parse_json(content[0], require_json_object, folder / "report.json", "evaluate the run again")
+    return Report(str(folder), report_json)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for n images. A list of images keeps its order; those of a folder or pattern are sorted by path."""
+    """Predictions for n images, in the order of a list of images, or sorted by path for a folder or pattern."""
 
     files: tuple[str, ...]  # paths or addresses of the images, with unprintable characters escaped
     class_names: tuple[str, ...]
     probabilities: np.ndarray = field(repr=False)  # float32 [n, classes]; NaN for an unreadable image
-    distances: np.ndarray = field(repr=False)  # float64 [n]: distance from the training data, NaN if it is not known
+    distances: np.ndarray = field(repr=False)  # float64 [n]: distance from the training data; NaN if unknown
     errors: dict[int, str]  # index -> reason why the image cannot be read
-    # Reads the image of an index again; returns the input of the model, uint8 [S, S, 3], or None if it is unreadable.
+    # Image index -> the model's input, uint8 [S, S, 3]; None if it is unreadable, or the model decodes images itself.
     decode: Callable[[int], np.ndarray | None] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class Predictions:
 
     @property
     def labels(self) -> list[str | None]:
-        """The most probable class of each image, None for an unreadable image."""
+        """The most probable class of each image; None for an unreadable image."""
         return [
             None if i in self.errors else self.class_names[int(row.argmax())]
             for i, row in enumerate(self.probabilities)
@@ -111,7 +111,7 @@ class Predictions:
 
     @property
     def confidences(self) -> np.ndarray:
-        """The largest probability of each image, float32 [n], NaN for an unreadable image."""
+        """The largest probability of each image, float32 [n]; NaN for an unreadable image."""
         return self.probabilities.max(axis=1)
 
     def _repr_html_(self) -> str:
@@ -141,7 +141,7 @@ class Result:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration of the run."""
+        """The run's configuration, with all `auto` values resolved."""
         return self.run.config
 
     @property
@@ -151,7 +151,7 @@ class Result:
 
     @property
     def report(self) -> Report:
-        """The report of the run. Raises a DataError if there is no report.json yet, or it is corrupt."""
+        """The run's report. Raises a DataError if there is no report.json yet, or it is corrupt."""
         report = read_report(self.run.home / "report")
         if report is None:
             problem = "has no report yet"
@@ -160,7 +160,7 @@ class Result:
 
     @property
     def curves(self) -> dict[str, list[Any]]:
-        """The metrics of the epochs so far, as lists by name: phase, epoch, step, loss, val_accuracy, ...
+        """The metrics so far: name (phase, epoch, step, loss, val_accuracy, ...) -> list with a value per epoch.
 
         All lists have the same length. A value is None if the epoch does not have the metric.
         """
@@ -180,13 +180,13 @@ class Result:
         """Evaluate a checkpoint by `python -m trainer.evaluate` in a child process, and return the report.
 
         Args:
-            changes: changes of the configuration, such as "data.root=new_photos".
-            show_log: print the log of the evaluation to `sys.stdout`.
-            options: `checkpoint`, `split` and `output`, as for `trainer.evaluate`. `output` defaults to a folder of the
-                run.
+            changes: changes to the configuration, such as "data.root=new_photos".
+            show_log: print the evaluation's log to `sys.stdout`.
+            options: `checkpoint`, `split` and `output`, as for `trainer.evaluate`. `output` defaults to a folder in
+                the run's output_dir.
 
         Raises:
-            CommandFailed: the exit code of the evaluation is not 0.
+            CommandFailed: the evaluation's exit code is not 0.
             KeyboardInterrupt: the call was interrupted; the evaluation has stopped.
         """
         arguments = [
@@ -196,8 +196,8 @@ class Result:
             *changes,
         ]
         lines = run_command("trainer.evaluate", arguments, show_log)
-        pages = [line for line in lines if line.startswith("  report   ") and line.endswith("/index.html")]
-        folder = pages[-1].removeprefix("  report   ").removesuffix("/index.html")
+        report_lines = [line for line in lines if line.startswith("  report   ") and line.endswith("/index.html")]
+        folder = report_lines[-1].removeprefix("  report   ").removesuffix("/index.html")
         report = read_report(storage_path(folder))
         assert report is not None, "written by the evaluation"
         return report
@@ -228,20 +228,20 @@ class Result:
         from trainer.predict.parts import predict_images
 
         model = self._open(checkpoint)
-        predicted = predict_images(model, image_files, flip)
-        errors = {i: error for i, error in enumerate(predicted.errors) if error}
+        predictions = predict_images(model, image_files, flip)
+        errors = {i: error for i, error in enumerate(predictions.errors) if error}
         files = tuple(image.name for image in image_files)
         return Predictions(
             files,
             self.class_names,
-            predicted.probabilities,
-            predicted.distances,
+            predictions.probabilities,
+            predictions.distances,
             errors,
             lambda i: _decode(model, image_files[i]),
         )
 
     def _open(self, checkpoint: str | None) -> Model:
-        """Return the model of a checkpoint, loading it once. Restore Keras' global precision policy after that."""
+        """Return a checkpoint's model. Loading it, the first time, does not change Keras's global precision policy."""
         if checkpoint not in self._models:
             from trainer.cli.process import suppress_import_noise
 
@@ -277,7 +277,7 @@ def open_run(address: str | os.PathLike[str]) -> Result:
 
     Raises:
         DataError: the folder has no run, or run.json is corrupt.
-        ConfigError: config.yaml is corrupt or of another version.
+        ConfigError: config.yaml is corrupt or from an incompatible version.
     """
     path = os.fspath(address)
     return Result(path, find_run(path))

@@ -11,7 +11,7 @@ from trainer.models.backbones import BackboneSpec, find_backbone, parse_backbone
 
 MAX_FOLDS = 100  # bounds the number of heads that are trained per backbone
 _KEYS_SET_BY_AMONG = ("model", "model.backbone", "model.alpha")
-# Prefixes of keys, each with a dot at the end, that only runs read.
+# Prefixes, each ending in a dot, of keys that only runs read.
 _KEYS_OF_RUNS = ("augmentation.", "distillation.", "output_dir.", "warm_start.", "resume.", "debug.overfit.")
 
 
@@ -21,21 +21,21 @@ class Candidate:
 
     spec: BackboneSpec
     alpha: float | None  # width multiplier; None means 1
-    weights: str | None  # overrides model.weights for this backbone; None if the item has no weights
+    weights: str | None  # replaces model.weights for this backbone; None if the item names none
 
     @property
     def name(self) -> str:
-        """The name of the backbone, with its width multiplier if it is not 1: "MobileNetV2 0.35"."""
+        """The backbone's name, followed by its width multiplier if that is not 1, such as "MobileNetV2 0.35"."""
         return self.spec.name + (f" {self.alpha:g}" if self.alpha else "")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The configuration that all backbones have in common, and the `model` section of each backbone."""
+    """The backbones to compare, as `model` sections, and the configuration that they have in common."""
 
     config: RequestedConfig  # has a single phase, which trains the head
     phase: str  # name of that phase
-    models: dict[str, Model]  # label in the table -> replacement for `config.model`
+    models: dict[str, Model]  # label in the table -> `model` section that replaces the one in `config`
 
 
 def parse_candidates(text: str) -> list[Candidate]:
@@ -48,9 +48,9 @@ def parse_candidates(text: str) -> list[Candidate]:
     candidates = list[Candidate]()
     items = [item.strip() for item in text.strip("[] ").split(",") if item.strip()]
     for item in items:
-        name, at, weights = item.partition("@")
+        name, separator, weights = item.partition("@")
         ((spec, alpha),) = parse_backbones(name, "among")
-        if at and not weights:
+        if separator and not weights:
             problem, fix = "names no weights after @", f"write {name}@none, {name}@imagenet or {name}@FILE"
             raise ConfigError(problem, key="among", value=item, fix=fix)
         candidate = Candidate(spec, None if alpha == 1.0 else alpha, weights or None)
@@ -63,10 +63,10 @@ def parse_candidates(text: str) -> list[Candidate]:
 
 
 def parse_folds(text: str | None) -> int | None:
-    """Parse the argument `folds`; return None if it is not set. With 1, the validation split is scored once.
+    """Parse the argument `folds`. Return None if it is not set; 1 means that the validation split is scored once.
 
     Raises:
-        ConfigError: it is not a whole number from 1 to `MAX_FOLDS`.
+        ConfigError: the argument is not a whole number from 1 to `MAX_FOLDS`.
     """
     if text is None:
         return None
@@ -82,7 +82,7 @@ def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], give
     user set them. By default, each backbone has its ImageNet weights and its default image size.
 
     Args:
-        given: keys and config groups that are set on the command line.
+        given: keys and config groups that are set on the command line, such as "model.weights".
 
     Raises:
         ConfigError: no phase trains only the head, a key of `given` has no effect in a comparison (such as
@@ -114,14 +114,14 @@ def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], give
     image_size = config.model.image_size if "model.image_size" in given else None
     models: dict[str, Model] = {}
     for candidate in candidates:
-        values = config.model.model_dump() | {
+        model_values = config.model.model_dump() | {
             "backbone": candidate.spec.name, "alpha": candidate.alpha, "weights": candidate.weights or default_weights,
             "image_size": image_size,
         }  # fmt: skip
-        model = Model.model_validate(values)
+        model = Model.model_validate(model_values)
         _require_image_size(candidate.spec, model)
         label = candidate.name
-        # A backbone that is compared with several weights: add the file's name, or its path if two have this name.
+        # If a backbone has several weights, append the file's name, or its path if two files have the same name.
         if candidate.weights and any(other != candidate and other.name == label for other in candidates):
             weights_file = candidate.weights.rstrip("/").rpartition("/")[2]
             label = f"{label}@{candidate.weights if f'{label}@{weights_file}' in models else weights_file}"
@@ -143,5 +143,5 @@ def _require_image_size(spec: BackboneSpec, model: Model) -> None:
 
 
 def find_size(model: Model) -> int:
-    """Return the height and width of the images of a backbone, in pixels."""
+    """Return the height and width of a backbone's images, in pixels: model.image_size, or the backbone's default."""
     return model.image_size or find_backbone(model.backbone).default_size

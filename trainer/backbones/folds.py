@@ -9,23 +9,23 @@ import numpy as np
 from trainer.errors import ConfigError, DataError
 from trainer.types import Dataset, Split
 
-# (Largest number of examples, number of folds). Above the last one the validation split is scored instead. Ten-fold
-# stratified cross-validation has a small bias and variance (Kohavi 1995). Five folds cost half as much, and the more
-# examples there are, the less it matters that a fifth of them is not trained on.
+# (Largest number of examples, number of folds). With more examples, the validation split is scored instead. Ten-fold
+# stratified cross-validation has a small bias and variance (Kohavi 1995). Five folds cost half as much, and with many
+# examples it matters little that a fifth of them is not trained on.
 FOLDS_BY_EXAMPLES = ((500, 10), (10_000, 5))
-HOLD_OUT = 1  # value of `FoldPlan.count` if the validation split is scored once, without cross-validation
+HOLD_OUT = 1  # `FoldPlan.count` if the validation split is scored once, without cross-validation
 
 
 @dataclass(frozen=True)
 class FoldPlan:
     """The fold in which each example is scored, and the reason for the number of folds."""
 
-    of: np.ndarray  # int64 [n]: index of the fold; -1 for an example that is always trained on and never scored
+    of: np.ndarray  # int64 [n]: fold of each example; -1 for examples that are always trained on and never scored
     count: int  # number of folds
     reason: str
 
     def split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of the examples to train on and of those to score, both int64 [k], increasing."""
+        """Return the indices of the examples to train on and of the examples to score, both int64 [k], increasing."""
         return np.flatnonzero(self.of != fold), np.flatnonzero(self.of == fold)
 
 
@@ -48,28 +48,28 @@ def plan_folds(
 ) -> FoldPlan:  # fmt: skip
     """Assign the train and validation examples of a dataset to folds, stratified by class.
 
-    Without a request, the number of folds depends on the number of examples (`FOLDS_BY_EXAMPLES`), and is limited to
-    the number of examples of the rarest class and to the number of groups.
+    If `requested` is None, the number of folds depends on the number of examples (`FOLDS_BY_EXAMPLES`), and is limited
+    to the number of examples of the rarest class and to the number of groups.
 
     Args:
-        requested: the number of folds; None to choose it. 1 scores the validation split.
-        seed: seed of the assignment.
+        requested: the number of folds; None to choose it. 1 means that the validation split is scored.
+        seed: determines which examples are in which fold.
         groups: group of each train and validation example, [n]. All examples of a group are in the same fold.
 
     Raises:
         ConfigError: more folds are requested than the rarest class has examples, or than there are groups.
-        DataError: a class has fewer than two examples, all examples are of a single group, all examples of a class are
+        DataError: a class has fewer than two examples, all examples are in a single group, all examples of a class are
             in one fold, or the validation split is needed and missing.
     """
     pool = pool_examples(dataset).splits["train"]
-    n, train_count = pool.count, dataset.splits["train"].count
-    default_count = next((folds for limit, folds in FOLDS_BY_EXAMPLES if n <= limit), HOLD_OUT)
-    count, reason = requested or default_count, "as given" if requested else f"for {n:,} examples"
-    if count == HOLD_OUT:
-        if train_count == n:
+    n, num_train = pool.count, dataset.splits["train"].count
+    default_num_folds = next((folds for limit, folds in FOLDS_BY_EXAMPLES if n <= limit), HOLD_OUT)
+    num_folds, reason = requested or default_num_folds, "as given" if requested else f"for {n:,} examples"
+    if num_folds == HOLD_OUT:
+        if num_train == n:
             fix = "set data.validation_fraction above 0, or folds=5"
             raise DataError("there are no validation examples to score", key="folds", value=HOLD_OUT, fix=fix)
-        return FoldPlan(np.where(np.arange(n) < train_count, -1, 0), HOLD_OUT, f"{reason}: the validation split")
+        return FoldPlan(np.where(np.arange(n) < num_train, -1, 0), HOLD_OUT, f"{reason}: the validation split")
     counts = np.bincount(pool.labels, minlength=len(dataset.class_names))
     limits = {f"the {counts.min()} examples of {dataset.class_names[counts.argmin()]}": int(counts.min())}
     if groups is not None:
@@ -77,21 +77,21 @@ def plan_folds(
     limit_reason, limit = min(limits.items(), key=lambda item: item[1])
     if limit < 2:
         raise DataError(f"{limit_reason} cannot be divided into folds", fix="add examples, or set folds=1")
-    if count > limit:
+    if num_folds > limit:
         if requested:
-            raise ConfigError(f"is more than {limit_reason}", key="folds", value=count, fix=f"use at most {limit}")
-        count, reason = limit, f"as many as {limit_reason}"
-    fold_of = _assign(pool.labels, count, seed, groups)
-    for fold in range(count):
-        missing = np.flatnonzero(np.bincount(pool.labels[fold_of != fold], minlength=len(counts)) == 0)
-        if missing.size:
-            name = dataset.class_names[missing[0]]
+            raise ConfigError(f"is more than {limit_reason}", key="folds", value=num_folds, fix=f"use at most {limit}")
+        num_folds, reason = limit, f"as many as {limit_reason}"
+    fold_of = _assign_folds(pool.labels, num_folds, seed, groups)
+    for fold in range(num_folds):
+        missing_classes = np.flatnonzero(np.bincount(pool.labels[fold_of != fold], minlength=len(counts)) == 0)
+        if missing_classes.size:
+            name = dataset.class_names[missing_classes[0]]
             problem = f"all examples of {name} are of groups in one fold, which leaves none to train on"
             raise DataError(problem, fix="use fewer folds, or data.group_field=null")
-    return FoldPlan(fold_of, count, reason + ", grouped" * (groups is not None))
+    return FoldPlan(fold_of, num_folds, reason + ", grouped" * (groups is not None))
 
 
-def _assign(labels: np.ndarray, count: int, seed: int, groups: Sequence[str] | None) -> np.ndarray:
+def _assign_folds(labels: np.ndarray, count: int, seed: int, groups: Sequence[str] | None) -> np.ndarray:
     """Return the fold of each example, int64 [n]. The same arguments always result in the same folds."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to import
 
@@ -100,6 +100,6 @@ def _assign(labels: np.ndarray, count: int, seed: int, groups: Sequence[str] | N
     fold_of = np.zeros(len(labels), np.int64)
     with warnings.catch_warnings():  # groups can prevent exact stratification; the caller checks that a head can learn
         warnings.simplefilter("ignore", UserWarning)
-        for fold, (_, scored) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-            fold_of[scored] = fold
+        for fold, (_, held_out_indices) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+            fold_of[held_out_indices] = fold
     return fold_of

@@ -32,7 +32,7 @@ from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep, require_finite
 from trainer.types import Dataset
 
-# Part of the warning for a tf.function in a loop. Here it is intended: the step of each fold's head is a new function.
+# Part of TensorFlow's warning about repeated tracing, which is intended: each fold's head has a new step function.
 _RETRACING_WARNING = "triggered tf.function retracing"
 WARM_UP_CALLS = 3  # calls before the timed ones; the first call compiles
 MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # number of timed calls, and the limit of their total time
@@ -42,23 +42,23 @@ MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # number of timed calls, and
 class Network:
     """A frozen backbone with a head, and the features of all examples."""
 
-    config: RunConfig  # with the `model` of this backbone, and one phase, which trains the head
+    config: RunConfig  # with this backbone's `model` section, and one phase, which trains the head
     worker: Worker
-    dataset: Dataset  # its split train is the pool of train and validation examples
+    dataset: Dataset  # its train split pools the train and validation examples
     classifier: Classifier
     cut: Cut
-    features: Features  # of the pool
-    initial: dict[str, np.ndarray]  # initial values of the variables of the head, by name
-    scorer: Scorer  # predicts from features
+    features: Features  # of all examples in the pool
+    initial: dict[str, np.ndarray]  # initial values of the head's variables, by name
+    scorer: Scorer  # computes predictions from features
 
 
 def ignore_retracing() -> None:
-    """Suppress TensorFlow's warning that a function is traced again."""
+    """Suppress TensorFlow's warning that a function is traced repeatedly."""
     tf.get_logger().addFilter(lambda record: _RETRACING_WARNING not in str(record.msg))
 
 
 def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifier: Classifier) -> Network:
-    """Freeze the backbone, and compute its features of all images. Features that an earlier start stored are read.
+    """Freeze the backbone, and compute the features of all images, or read them if an earlier start has stored them.
 
     Raises:
         DataError: an image cannot be read.
@@ -71,14 +71,14 @@ def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifi
     assert cut is not None, "a frozen backbone has a cut"
     plan = FeaturePlan(divisions, {phase: "cached"})
     cache = FeatureCache(worker, images, classifier, plan, Scorer(worker, classifier))
-    opened = cache.open(phase, ("train",))
-    if opened is None:
+    features_of_splits = cache.open(phase, ("train",))
+    if features_of_splits is None:
         worker.stop.check("while features were computed")
         fix = "increase runtime.disk_budget_gb or runtime.memory_budget_gb, or set runtime.cache_dir"
         raise Interrupted(f"there is no space for the features of {classifier.spec.name}", fix=fix)
-    initial = variables.copy_values(classifier.head_variables)
+    initial_values = variables.copy_values(classifier.head_variables)
     scorer = Scorer(worker, Tail(classifier, cut))
-    return Network(config, worker, images.dataset, classifier, cut, opened[0], initial, scorer)
+    return Network(config, worker, images.dataset, classifier, cut, features_of_splits[0], initial_values, scorer)
 
 
 def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
@@ -100,9 +100,9 @@ def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
     if step.averages:
         step.averages.swap()  # predict with the averaged weights (EMA)
     held_out = take_rows(network.features, held_out_indices, "validation")
-    scored = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
+    predictions = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
     network.worker.stop.check("while a fold was scored")
-    return FoldResult(held_out_indices[scored.indices], scored.probabilities.argmax(axis=1), seconds)
+    return FoldResult(held_out_indices[predictions.indices], predictions.probabilities.argmax(axis=1), seconds)
 
 
 def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
@@ -126,7 +126,7 @@ def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
 
 
 def _train_head(network: Network, features: Features) -> TrainingStep:
-    """Train the head for the whole length of the phase. Return the training step, which has the averages (EMA)."""
+    """Train the head for the phase's whole length. Return the training step, which has the averaged weights (EMA)."""
     config, worker, strategy = network.config, network.worker, network.worker.strategy
     ((name, phase),) = config.phases.items()
     batch_size, split = config.training.batch_size, features.split
@@ -148,26 +148,26 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
                   first_step=0, sharding=UNSHARDED)  # fmt: skip
     batches = build_training_batches(features, order, replicas=worker.replicas, augmentation=Augmentation())
     iterator = iter(strategy.distribute_datasets_from_function(lambda _: batches.dataset))
-    done = 0
-    while done < total:
-        sums, _, _ = step.run(iterator, min(config.runtime.steps_per_call, total - done), done, done)
-        done += len(sums)
-        require_finite(sums, done, name, (done - 1) // per_epoch + 1)
-        health.record_progress(done, total)
+    num_steps = 0
+    while num_steps < total:
+        sums, _, _ = step.run(iterator, min(config.runtime.steps_per_call, total - num_steps), num_steps, num_steps)
+        num_steps += len(sums)
+        require_finite(sums, num_steps, name, (num_steps - 1) // per_epoch + 1)
+        health.record_progress(num_steps, total)
         worker.stop.check("while a head was trained")
     return step
 
 
 def measure(network: Network, machine: str) -> Measurements:
-    """Measure the sizes of a backbone with its head, and the time of its forward pass on this machine.
+    """Count the parameters and bytes of a backbone with its head, and time its forward pass on this machine.
 
     Args:
-        machine: description of the machine, which is stored with the times.
+        machine: description of the device and CPU cores, which is stored with the times.
 
     Raises:
         StopRequested: after a signal.
     """
-    classifier, rows = network.classifier, images_per_call()
+    classifier, num_rows = network.classifier, images_per_call()
     trunk = Trunk(classifier, [network.cut])
 
     @tf.function(autograph=False)
@@ -175,22 +175,22 @@ def measure(network: Network, machine: str) -> Measurements:
         (features,) = trunk.features(images)
         return tf.nn.softmax(classifier.head_logits(features))
 
-    def milliseconds(count: int) -> float:
+    def time_pass_ms(count: int) -> float:
         """Return the median time of a forward pass of `count` images."""
         size = classifier.image_size
         pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-        images, times = tf.constant(pixels), list[float]()
+        images, seconds = tf.constant(pixels), list[float]()
         for _ in range(WARM_UP_CALLS):
             predict(images).numpy()
-        while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < MAX_SECONDS):
+        while len(seconds) < MIN_REPEATS or (len(seconds) < MAX_REPEATS and sum(seconds) < MAX_SECONDS):
             start = time.perf_counter()
             predict(images).numpy()  # waits for the device
-            times.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             network.worker.stop.check("while a network was timed")
-        return 1e3 * statistics.median(times)
+        return 1e3 * statistics.median(seconds)
 
-    values = list(classifier.variables.values())
+    weights = list(classifier.variables.values())
     return Measurements(
-        image_size=classifier.image_size, parameters=count_parameters(values), bytes=count_variable_bytes(values),
-        single_ms=milliseconds(1), batch_ms=milliseconds(rows) / rows, batch_rows=rows, machine=machine,
+        image_size=classifier.image_size, parameters=count_parameters(weights), bytes=count_variable_bytes(weights),
+        single_ms=time_pass_ms(1), batch_ms=time_pass_ms(num_rows) / num_rows, batch_rows=num_rows, machine=machine,
     )  # fmt: skip

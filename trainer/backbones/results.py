@@ -19,7 +19,7 @@ from trainer.storage.path import StoragePath
 from trainer.storage.small_files import read_json, require_json_object, require_nonnegative
 
 FORMAT = 1  # part of the hash; increment it when the content of the files changes
-RESULTS, SUMMARY = "results", "backbones.json"  # the names in the output folder: folder of all results, summary file
+RESULTS, SUMMARY = "results", "backbones.json"  # names in the output folder: the folder of all results, and the summary
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Measurements:
 
     image_size: int  # height and width, pixels
     parameters: int  # number of values in all variables
-    bytes: int  # size of all variables
+    bytes: int  # total size of all variables
     single_ms: float  # median time of a batch of one image
     batch_ms: float  # median time of a batch of `batch_rows` images, divided by `batch_rows`
     batch_rows: int
@@ -45,7 +45,7 @@ class Measurements:
 
 
 def require_comparison_folder(folder: StoragePath) -> None:
-    """Raise a ConfigError if a folder has content but no comparison, so that results are not mixed with other files."""
+    """Raise a ConfigError if a folder has files but no comparison, so that results are not mixed with other files."""
     names = {info.path.name for info in folder.list(recursive=False)} | {child.name for child in folder.folders()}
     if names and not names & {RESULTS, SUMMARY}:
         problem = f"is not empty and holds no comparison ({escape_unprintable(min(names))})"
@@ -57,7 +57,7 @@ def name_folder(network: str, identity: Mapping[str, Any]) -> str:
 
     Args:
         network: name of the backbone.
-        identity: everything that its predictions depend on, JSON-serializable.
+        identity: everything that the backbone's predictions depend on, JSON-serializable.
     """
     digest = hashlib.sha256(json.dumps({"format": FORMAT, **identity}, sort_keys=True).encode())
     return f"{make_file_stem(network)}-{digest.hexdigest()[:12]}"

@@ -21,24 +21,24 @@ from trainer.report.scatter import Point, draw_scatter
 from trainer.storage.path import StoragePath
 from trainer.types import Dataset
 
-VERSION = 1  # of the format of backbones.json
-NAME_WIDTH = 25  # characters of the first column of the printed table, so that its lines have at most 80
+VERSION = 1  # version of the format of backbones.json
+NAME_WIDTH = 25  # characters in the printed table's first column, so that lines have at most 80
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """The results of one backbone."""
+    """A backbone's fold results and measurements."""
 
-    label: str  # its name in the table
+    label: str  # name of the backbone in the table
     folds: Sequence[FoldResult]
     measurements: Measurements
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What all backbones of the table have in common, and the weights of each."""
+    """What all backbones in the table have in common, and each backbone's weights."""
 
-    dataset: Dataset  # its split train is the pool of train and validation examples
+    dataset: Dataset  # its train split pools the train and validation examples
     folds: FoldPlan
     machine: str  # description of the machine that computes this comparison
     phase: str  # name of the phase that trains the head
@@ -52,12 +52,12 @@ class Row:
 
     label: str
     weights: str
-    accuracy: float  # of the predictions of all folds together
+    accuracy: float  # over the predictions of all folds
     interval: tuple[float, float]  # 95 % confidence interval of the accuracy
-    examples: int  # number of examples that are scored
+    examples: int  # number of scored examples
     fold_accuracies: list[float]
     measurements: Measurements
-    train_seconds: float  # to compute the features of one fold's training examples and train a head: mean of the folds
+    train_seconds: float  # seconds to compute a fold's training features and train its head, mean over the folds
     pair: PairedComparison | None  # comparison with the best backbone; None for the best one itself
     p: float | None  # p-value of `pair`, adjusted for the number of pairs (Holm 1979)
 
@@ -76,28 +76,28 @@ def rank(networks: Sequence[MeasuredNetwork], facts: Facts) -> list[Row]:
     """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
     Returns:
-        The rows in descending order of accuracy. Of two backbones with the same accuracy, the one with fewer parameters
-        is first.
+        The rows in descending order of accuracy. If two accuracies are equal, the backbone with fewer parameters is
+        first.
     """
     labels = facts.dataset.splits["train"].labels
     predictions = [_join_folds(network.folds, len(labels)) for network in networks]
-    common = np.flatnonzero(np.all([predicted >= 0 for predicted in predictions], axis=0))
-    correct = [predicted[common] == labels[common] for predicted in predictions]
+    common_indices = np.flatnonzero(np.all([predicted >= 0 for predicted in predictions], axis=0))
+    correct = [predicted[common_indices] == labels[common_indices] for predicted in predictions]
     order = sorted(range(len(networks)), key=lambda i: (-int(correct[i].sum()), networks[i].measurements.parameters, i))
-    best = order[0]
-    pairs = {i: compare_paired(correct[best], correct[i]) for i in order[1:]}
-    adjusted = dict(zip(pairs, adjust_p_values([pair.p for pair in pairs.values()]), strict=True))
+    best_index = order[0]
+    pairs = {i: compare_paired(correct[best_index], correct[i]) for i in order[1:]}
+    adjusted_p_values = dict(zip(pairs, adjust_p_values([pair.p for pair in pairs.values()]), strict=True))
     rows = []
     for i in order:
-        network, hits, measured = networks[i], int(correct[i].sum()), networks[i].measurements
+        network, num_correct, measurements = networks[i], int(correct[i].sum()), networks[i].measurements
         head_seconds = [result.seconds for result in network.folds]
-        num_trained = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
+        num_train = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
         rows.append(Row(
-            label=network.label, weights=facts.weights[network.label], accuracy=hits / len(common),
-            interval=wilson_interval(hits, len(common)), examples=len(common),
+            label=network.label, weights=facts.weights[network.label], accuracy=num_correct / len(common_indices),
+            interval=wilson_interval(num_correct, len(common_indices)), examples=len(common_indices),
             fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in network.folds],
-            measurements=measured, pair=pairs.get(i), p=adjusted.get(i),
-            train_seconds=float(np.mean(head_seconds) + np.mean(num_trained) * measured.batch_ms / 1e3),
+            measurements=measurements, pair=pairs.get(i), p=adjusted_p_values.get(i),
+            train_seconds=float(np.mean(head_seconds) + np.mean(num_train) * measurements.batch_ms / 1e3),
         ))  # fmt: skip
     return rows
 
@@ -111,7 +111,7 @@ def _join_folds(folds: Sequence[FoldResult], count: int) -> np.ndarray:
 
 
 def find_cheapest(rows: Sequence[Row]) -> Row:
-    """Return the fastest backbone, for one image, of those that are not significantly worse than the best."""
+    """Return the backbone that is fastest for one image among those not significantly worse than the best."""
     return min((row for row in rows if not row.is_worse), key=lambda row: row.measurements.single_ms)
 
 
@@ -132,22 +132,22 @@ def format_table(rows: Sequence[Row]) -> list[str]:
 
     lines = [line("backbone", headers)]
     for row in rows:
-        m, (low, high) = row.measurements, row.interval
+        costs, (low, high) = row.measurements, row.interval
         p = "best" if row.p is None else "<.001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")
-        cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}", 
-                 f"{_format_3_digits(m.parameters / 1e6)}M", _format_3_digits(m.bytes / 1e6),
-                 _format_3_digits(m.single_ms), _format_3_digits(m.batch_ms), f"{row.train_seconds:.0f}s",
+        cells = (f"{100 * row.accuracy:.1f}%", f"{100 * low:.1f}-{100 * high:.1f}",
+                 f"{_format_3_digits(costs.parameters / 1e6)}M", _format_3_digits(costs.bytes / 1e6),
+                 _format_3_digits(costs.single_ms), _format_3_digits(costs.batch_ms), f"{row.train_seconds:.0f}s",
                  p)  # fmt: skip
         lines.append(line(row.label + " *" * row.is_random, cells))
     return lines
 
 
 def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
-    """Return the lines that are printed below the table and shown on the page: examples, head, and the choice."""
-    n, count, settings = rows[0].examples, facts.folds.count, facts.settings
-    scored = "validation examples" if count == HOLD_OUT else f"out-of-fold predictions, {count} folds"
+    """Return the lines below the printed table and on the page: examples, head, and the recommended backbone."""
+    n, num_folds, settings = rows[0].examples, facts.folds.count, facts.settings
+    examples = "validation examples" if num_folds == HOLD_OUT else f"out-of-fold predictions, {num_folds} folds"
     sentences = [
-        f"n = {n:,} {scored} ({facts.folds.reason})",
+        f"n = {n:,} {examples} ({facts.folds.reason})",
         f"head: {settings.duration.count:g} {settings.duration.unit} of {settings.optimizer.name} "
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
@@ -160,7 +160,7 @@ def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
 
 
 def explain_columns(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of the legend of the printed table. The page has its own legend."""
+    """Return the lines of the printed table's legend."""
     lines = ["* random weights, not trained"] if any(row.is_random for row in rows) else []
     if len(rows) > 1:
         lines.append("p: McNemar's exact test against the best, adjusted by Holm's method")
@@ -208,7 +208,7 @@ def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
 
 
 def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
-    """Write backbones.json and index.html, and print the table."""
+    """Write backbones.json and index.html to `folder`, and print the table."""
     summary = summarize(rows, facts)
     (folder / SUMMARY).write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     (folder / "index.html").write(render_page(rows, facts, summary["created"]))

@@ -28,7 +28,7 @@ from trainer.monitoring.health import health
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"output": "", "images": ""}
 OUTPUT, IMAGES = "outputs/look", 4000  # defaults of the arguments output and images
-MAX_IMAGES = 100_000  # largest value of the argument images; the limit of the search for duplicates in a report
+MAX_IMAGES = 100_000  # largest value of the argument images; a report compares at most as many to detect duplicates
 
 
 def parse_images(arguments: dict[str, str]) -> int:
@@ -44,7 +44,7 @@ def main() -> None:
     """Run `python -m trainer.look`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         options, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=ALL)
-        images = parse_images(options)
+        max_images = parse_images(options)
         if is_sweep(arguments):
             raise ConfigError("a sweep has no page, only a single run has one", fix="remove --multirun and sweep=...")
         arguments = choose_and_log_source(arguments)
@@ -56,4 +56,4 @@ def main() -> None:
         health.enter_phase("look")
         with suppress_import_noise(with_keras=False):
             from trainer.look.show import show  # here, because it imports TensorFlow
-        show(config, options.get("output", OUTPUT), images)
+        show(config, options.get("output", OUTPUT), max_images)

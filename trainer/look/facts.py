@@ -27,7 +27,7 @@ from trainer.types import Orientation, Split
 # eighth of its size, which is fast.
 COMPARED_SIDE = 32
 MAX_SIZES = 8  # number of the most frequent sizes that are listed
-_MAX_GROUPS, _MAX_FIELDS = 50, 20  # distinct values of a field that may be groups; number of such fields to list
+_MAX_GROUPS, _MAX_FIELDS = 50, 20  # maximum number of values of a group field; maximum number of such fields
 # Ranges of aspect ratios, width / height: name -> lower bound. The upper bound is the next lower bound.
 ASPECTS = {
     "narrower than 1:2": 0.0, "1:2 to 3:4": 0.5, "3:4 to square": 0.75, "square": 0.98, "square to 4:3": 1.02,
@@ -37,7 +37,7 @@ ASPECTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run on which the suggestions depend."""
+    """The settings of a run that the suggestions depend on."""
 
     source: str
     image_size: int  # pixels
@@ -58,14 +58,14 @@ class Settings:
 class Facts:
     """The content of look.json, except for the suggestions.
 
-    `counts`, `files` and `skipped` are of the whole dataset. All other statistics are of the examined images only.
+    `counts`, `files` and `skipped` describe the whole dataset. All other statistics describe only the examined images.
     """
 
-    name: str  # of the dataset
+    name: str  # name of the dataset
     settings: Settings
     class_names: tuple[str, ...]
     counts: dict[str, list[int]]  # split -> number of examples per class
-    from_train: tuple[str, ...]  # splits that are a fraction of the training examples
+    from_train: tuple[str, ...]  # splits that are set aside from the training examples
     files: int  # number of record files of all splits; 0 for image files
     examined: dict[str, int]  # split -> number of examined images
     formats: dict[str, int]  # format, such as JPEG -> number of images
@@ -77,11 +77,11 @@ class Facts:
     elongation: dict[str, float]  # min, p5, ... of longer / shorter side
     aspects: dict[str, int]  # name in `ASPECTS` -> number of images
     frequent_sizes: list[tuple[int, int, int]]  # width, height, number of images
-    copies: dict[str, int]  # `images` in `groups` that are equal byte for byte; groups `across_splits`, ...
-    duplicates: dict[str, Any]  # as in report.json, with all groups and `exact`: equal byte for byte
+    copies: dict[str, int]  # number of exact copies, and of their groups in total, across splits, with several labels
+    duplicates: dict[str, Any]  # as in report.json, but with all groups; "exact": equal byte for byte
     skipped: tuple[str, ...]  # files and records that could not be read when the data was opened, each with the reason
     undecodable: tuple[str, ...]  # examined images that cannot be decoded, each with the reason
-    notes: tuple[str, ...]  # `Dataset.notes`, without those about skipped files
+    notes: tuple[str, ...]  # `Dataset.notes` except for those about skipped files
     group_fields: dict[str, int]  # field of the records whose values may be groups -> number of distinct values
 
 
@@ -100,8 +100,8 @@ def count_aspects(ratios: np.ndarray) -> dict[str, int]:
 def find_splits_from_train(data: Data, splits: Mapping[str, Split]) -> tuple[str, ...]:
     """Return the splits other than train whose sizes depend on data.validation_fraction or data.test_fraction.
 
-    Such a split has files in the folders of the training split, or records in its shards. With data.source=tfrecords,
-    every split without a data.validation_split or data.test_split is one.
+    Such a split has files in the training split's folders, or records in its shards. With data.source=tfrecords, it is
+    every split for which data.validation_split or data.test_split is not set.
     """
 
     def sources(split: Split) -> set[str]:
@@ -116,17 +116,17 @@ def find_splits_from_train(data: Data, splits: Mapping[str, Split]) -> tuple[str
 
 
 def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[str, Any]:
-    """Summarize the sizes of the images, which are turned upright if `orientation` is exif.
+    """Summarize the sizes of images, after turning them upright if `orientation` is "exif".
 
     Returns:
         The fields `width`, `height`, `shorter_side`, `elongation`, `aspects` and `frequent_sizes` of `Facts`.
     """
-    sides = [
-        (h.height, h.width) if orientation == "exif" and h.orientation >= 5 else (h.width, h.height)
-        for h in headers
-        if h.format and min(h.width, h.height) > 0
+    sizes = [
+        (item.height, item.width) if orientation == "exif" and item.orientation >= 5 else (item.width, item.height)
+        for item in headers
+        if item.format and min(item.width, item.height) > 0
     ]
-    width, height = np.array(sides, np.int64).reshape(-1, 2).T
+    width, height = np.array(sizes, np.int64).reshape(-1, 2).T
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     return {
         "width": summarize(width),
@@ -134,35 +134,35 @@ def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[s
         "shorter_side": summarize(shorter),
         "elongation": summarize(longer / np.maximum(shorter, 1)),
         "aspects": count_aspects(width / np.maximum(height, 1)),
-        "frequent_sizes": [(w, h, count) for (w, h), count in Counter(sides).most_common(MAX_SIZES)],
+        "frequent_sizes": [(w, h, count) for (w, h), count in Counter(sizes).most_common(MAX_SIZES)],
     }
 
 
 def find_group_fields(headers: Iterable[Headers], used: Sequence[str]) -> dict[str, int]:
     """Return the fields of records that may be suitable as data.group_field, with their numbers of distinct values.
 
-    Such a field has 2 to `_MAX_GROUPS` distinct values. Each value occurs at least twice, and on average ten times. The
-    name of the field is printable, so that it can be typed.
+    Such a field has 2 to `_MAX_GROUPS` distinct values. Each value occurs at least twice, and on average at least ten
+    times. The field's name is printable, so that it can be typed. At most `_MAX_FIELDS` fields are returned.
 
     Args:
         headers: the headers of each split.
-        used: names of the fields with the image, the label and the configured group.
+        used: names of the fields that contain the image, the label and the configured group.
     """
-    totals: dict[str, Counter[bytes | int]] = {}
+    value_counts: dict[str, Counter[bytes | int]] = {}
     for split_headers in headers:
         for name, values in split_headers.fields.items():
-            totals.setdefault(name, Counter()).update(values)
-    fields = {
+            value_counts.setdefault(name, Counter()).update(values)
+    num_values_by_field = {
         name: len(values)
-        for name, values in sorted(totals.items())
+        for name, values in sorted(value_counts.items())
         if name not in used and escape_unprintable(name) == name and 2 <= len(values) <= _MAX_GROUPS
         if min(values.values()) > 1 and sum(values.values()) >= 10 * len(values)
     }
-    return dict(list(fields.items())[:_MAX_FIELDS])
+    return dict(list(num_values_by_field.items())[:_MAX_FIELDS])
 
 
 def read_settings(config: RunConfig) -> Settings:
-    """Return the settings on which the suggestions depend."""
+    """Return the settings that the suggestions depend on."""
     backbone = find_backbone(config.model.backbone)
     return Settings(
         source=config.data.source,
@@ -186,7 +186,7 @@ def open_pixels(config: RunConfig, data: OpenedData, side: int, whole: bool = Fa
 
     Args:
         side: height and width of the decoded images, pixels. They are not cached, and unreadable images are skipped.
-        whole: stretch the images, instead of the configured resize, which may crop them.
+        whole: stretch the images, so that all of each is visible; the configured resize may crop them.
 
     Returns:
         The images, and the index of the first image of each split.
@@ -231,9 +231,9 @@ def _find_duplicates(
 def _count_copies(groups: Sequence[Sequence[tuple[str, int]]], splits: Mapping[str, Split]) -> dict[str, int]:
     spans_splits = [len({name for name, _ in group}) > 1 for group in groups]
     has_several_labels = [len({int(splits[name].labels[index]) for name, index in group}) > 1 for group in groups]
-    images = sum(map(len, groups))
+    num_images = sum(map(len, groups))
     return {
-        "images": images, "groups": len(groups), "across_splits": sum(spans_splits),
+        "images": num_images, "groups": len(groups), "across_splits": sum(spans_splits),
         "different_labels": sum(has_several_labels),
     }  # fmt: skip
 
@@ -242,9 +242,9 @@ def gather_facts(config: RunConfig, data: OpenedData, limit: int) -> tuple[Facts
     """Examine a sample of the images of a dataset.
 
     Args:
-        config: the configuration of the run, with its own data.on_error.
+        config: the run's configuration, with its own data.on_error.
         data: the dataset, opened with data.on_error=skip.
-        limit: maximum number of images that are examined, but at least one per split.
+        limit: maximum number of images to examine; at least one per split is examined.
 
     Returns:
         The facts, and the indices of the examined images, int64 [k], by split.

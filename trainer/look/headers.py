@@ -21,7 +21,7 @@ from trainer.monitoring.health import health
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
-_HEAD_BYTES = 2**16  # first bytes of a file in which the EXIF orientation is searched for
+_HEAD_BYTES = 2**16  # number of bytes at the start of a file in which the EXIF orientation is searched for
 _READ_BYTES = 1 << 20  # chunk size to read whole files
 _THREADS = 16  # for files on a network disk, where opening one takes a round trip
 _READER = "headers"  # name of this reader in the shard cache
@@ -38,9 +38,9 @@ _MAX_TEXT_BYTES = 100  # fields of records with longer values cannot be groups
 class Header:
     """The header of an encoded image. If Pillow cannot identify the image, only `size` and `orientation` are set."""
 
-    size: int  # of the encoded image, bytes
+    size: int  # size of the encoded image in bytes
     format: str = ""  # Pillow's name, such as JPEG
-    mode: str = ""  # color mode, such as RGB, gray, CMYK, 16-bit gray
+    mode: str = ""  # color mode on the page, such as RGB, gray, CMYK, 16-bit gray
     width: int = 0  # pixels, as stored, without the EXIF orientation
     height: int = 0
     orientation: int = 1  # EXIF orientation, 1 (upright) to 8
@@ -76,10 +76,10 @@ def parse_header(head: bytes, size: int, content: BinaryIO) -> Header:
             if mode in ("P", "L", "RGB") and "transparency" in image.info:
                 mode = {"P": "PA", "L": "LA", "RGB": "RGBA"}[mode]
             if head[:4] == b"\x89PNG" and head[24:25] == b"\x10":
-                name = f"16-bit {_PNG_MODES.get(head[25], mode)}"
+                mode_name = f"16-bit {_PNG_MODES.get(head[25], mode)}"
             else:
-                name = "16-bit gray" if mode.startswith("I") else _MODES.get(mode, mode)
-            return Header(size, image.format or "", name, *image.size, orientation)
+                mode_name = "16-bit gray" if mode.startswith("I") else _MODES.get(mode, mode)
+            return Header(size, image.format or "", mode_name, *image.size, orientation)
     except Exception:  # corrupt images raise errors of many types; the reason is reported when the image is decoded
         return Header(size, orientation=orientation)
 
@@ -109,8 +109,8 @@ def _read_file_header(path: str) -> Header | None:
 
 def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache | None) -> Headers:
     """Read the headers of records, and the values of their other fields."""
-    result, selected, position = Headers(), take(split, indices), 0
-    for path, ranges in groupby(selected.shards, lambda shard: shard.path):
+    result, selected_split, position = Headers(), take(split, indices), 0
+    for path, ranges in groupby(selected_split.shards, lambda shard: shard.path):
         if shards:
             shards.require(_READER, [os.path.basename(path)])
         records = [record for shard in ranges for record in range(shard.start, shard.stop)]
@@ -125,12 +125,12 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
                     values = [*value.bytes_list.value, *value.int64_list.value]
                     if name == split.image_field:
                         if len(value.bytes_list.value) == 1:
-                            data = values[0]
-                            header = parse_header(data[:_HEAD_BYTES], len(data), io.BytesIO(data))
-                            result.by_index[index_of[record]] = replace(header, digest=_digest(iter([data])))
+                            image = values[0]
+                            header = parse_header(image[:_HEAD_BYTES], len(image), io.BytesIO(image))
+                            result.by_index[index_of[record]] = replace(header, digest=_digest(iter([image])))
                     elif len(values) == 1 and not (isinstance(values[0], bytes) and len(values[0]) > _MAX_TEXT_BYTES):
                         result.fields[name][values[0]] += 1
-        except (OSError, DataError, IndexError):  # a truncated shard; reported when its images are decoded
+        except (OSError, DataError, IndexError):  # a truncated shard is reported when its images are decoded
             continue
     if shards:
         shards.release(_READER)
@@ -158,7 +158,7 @@ def read_headers(split: Split, indices: np.ndarray, shards: ShardCache | None = 
         Interrupted: the bucket does not respond.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about corrupt EXIF data and large images
+        warnings.simplefilter("ignore")  # Pillow warns about corrupt EXIF data and large images
         return _read_record_headers(split, indices, shards) if split.shards else _read_file_headers(split, indices)
 
 

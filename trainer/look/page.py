@@ -1,4 +1,4 @@
-"""Render the page about a dataset, and draw the figures that are stored with it."""
+"""Render the page about a dataset, and draw the figures that are stored next to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from trainer.report.page import THUMBNAIL_PIXELS, embed_thumbnail, render
 
 MAX_DRAWN, MAX_CAPTION = 60, 16  # number of images in examples.png; characters of a caption
 MAX_BARS = 60  # number of classes in counts.png
-THUMBNAIL_SIDE = 80  # longest side, in pixels, of the images of a page with more than `MANY_CLASSES` classes
+THUMBNAIL_SIDE = 80  # longest side, in pixels, of the images on a page with more than `MANY_CLASSES` classes
 MANY_CLASSES = 60
 # EXIF orientation -> name on the page.
 ORIENTATIONS = {
@@ -54,37 +54,37 @@ class AugmentedImage:
 
 @dataclass(frozen=True)
 class PageImages:
-    """The images of the page, decoded at the image size of training."""
+    """The images on the page, decoded at the image size of training."""
 
     examples: Mapping[str, Sequence[Example]]  # class name -> examples
     augmented: Sequence[AugmentedImage]
-    duplicates: Sequence[Sequence[np.ndarray]]  # for the first groups of `Facts.duplicates`, images of some members
+    duplicates: Sequence[Sequence[np.ndarray]]  # some images of each of the first groups in `Facts.duplicates`
 
 
 def draw_examples(examples: Mapping[str, Sequence[Example]]) -> Figure:
-    """Draw at most `MAX_DRAWN` examples, grouped by class."""
+    """Draw at most `MAX_DRAWN` examples, grouped by class. `examples`: class name -> examples."""
     per_class = max(MAX_DRAWN // max(len(examples), 1), 1)
-    selected = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
-    if not selected:
+    named_pixels = [(name, e.pixels) for name, members in examples.items() for e in members[:per_class]][:MAX_DRAWN]
+    if not named_pixels:
         figure = create_figure(height=1.0)
         figure.text(0.5, 0.5, "no example can be decoded", ha="center", va="center", color=INK)
         return figure
-    captions = [format_label(name, MAX_CAPTION) for name, _ in selected]
-    return draw_images("Training examples", np.stack([pixels for _, pixels in selected]), captions)
+    captions = [format_label(name, MAX_CAPTION) for name, _ in named_pixels]
+    return draw_images("Training examples", np.stack([pixels for _, pixels in named_pixels]), captions)
 
 
 def draw_augmentation(augmented: Sequence[AugmentedImage]) -> Figure:
     """Draw a row per image: the original, and its augmented views. `augmented` has at least one image."""
-    columns = 1 + len(augmented[0].views)
+    num_columns = 1 + len(augmented[0].views)
     images = np.concatenate([np.concatenate([a.example.pixels[None], a.views]) for a in augmented])
-    captions = ["original", *(f"epoch {epoch}" for epoch in range(columns - 1))] * len(augmented)
-    return draw_images("Augmented views of training examples", images, captions, columns)
+    captions = ["original", *(f"epoch {epoch}" for epoch in range(num_columns - 1))] * len(augmented)
+    return draw_images("Augmented views of training examples", images, captions, num_columns)
 
 
 def draw_counts(facts: Facts) -> Figure:
     """Draw the number of examples per class and split as stacked bars, for the `MAX_BARS` rarest classes."""
-    train = facts.counts["train"]
-    order = sorted(range(len(train)), key=lambda k: train[k])[:MAX_BARS]
+    train_counts = facts.counts["train"]
+    order = sorted(range(len(train_counts)), key=lambda k: train_counts[k])[:MAX_BARS]
     figure = create_figure(height=1.1 + 0.24 * len(order))
     axes = figure.add_subplot()
     left = np.zeros(len(order))
@@ -97,7 +97,7 @@ def draw_counts(facts: Facts) -> Figure:
     axes.set_yticks(range(len(order)), [format_label(facts.class_names[k]) for k in order])
     axes.set(ylim=(len(order) - 0.4, -0.6), xlim=(0, 1.08 * max(left.max(), 1)))
     style_axes(axes, "x")
-    selection = "" if len(order) == len(train) else f", the rarest {len(order)} of {len(train)}"
+    selection = "" if len(order) == len(train_counts) else f", the rarest {len(order)} of {len(train_counts)}"
     set_heading(axes, f"Examples per class and split{selection}")
     axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(facts.counts))
     return figure
@@ -122,8 +122,8 @@ def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageIma
     ]
     duplicates: list[list[Markup]] = [
         [
-            embed_thumbnail(pixels, THUMBNAIL_PIXELS, m["file"])
-            for pixels, m in zip(members, group["members"], strict=False)
+            embed_thumbnail(pixels, THUMBNAIL_PIXELS, member["file"])
+            for pixels, member in zip(members, group["members"], strict=False)
         ]
         for members, group in zip(images.duplicates, groups, strict=False)
     ]

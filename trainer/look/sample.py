@@ -10,32 +10,32 @@ from trainer.data.splits import rank_within_classes
 from trainer.types import Split
 
 PER_CLASS, MAX_SHOWN = 6, 400  # maximum number of images on the page, per class and in total
-MAX_CLASSES = 1_000  # classes that have images on the page; if there are more classes, the rarest ones have
+MAX_CLASSES = 1_000  # maximum number of classes with images on the page; the rarest ones if there are more
 
 
 def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:
     """Return the indices of at most `limit` examples, int64 [k], increasing.
 
-    Files are evenly spaced in the order of the split. Records are evenly spaced in random shards, which are no more
-    than necessary, because to read one record, the whole shard is fetched from a bucket, or indexed.
+    Files are chosen at even spacing in the split's order. Records are chosen at even spacing in as few random shards as
+    possible, because a whole shard is fetched from a bucket, or indexed, to read one record.
     """
     if split.count <= limit:
         return np.arange(split.count)
-    available = np.arange(split.count)
+    candidates = np.arange(split.count)
     if split.shards:
         counts = [shard.stop - shard.start for shard in split.shards]
-        ranges = np.split(available, np.cumsum(counts)[:-1])
-        selected: list[np.ndarray] = []
+        ranges = np.split(candidates, np.cumsum(counts)[:-1])
+        selected_ranges: list[np.ndarray] = []
         for shard in np.random.default_rng([seed, split.count]).permutation(len(ranges)):
-            selected.append(ranges[shard])
-            if sum(map(len, selected)) >= limit:
+            selected_ranges.append(ranges[shard])
+            if sum(map(len, selected_ranges)) >= limit:
                 break
-        available = np.sort(np.concatenate(selected))
-    return available[np.linspace(0, len(available) - 1, limit).astype(np.int64)]
+        candidates = np.sort(np.concatenate(selected_ranges))
+    return candidates[np.linspace(0, len(candidates) - 1, limit).astype(np.int64)]
 
 
 def concatenate(splits: Mapping[str, Split]) -> tuple[Split, dict[str, int]]:
-    """Join splits to one split. Return it, and the index in it of the first example of each split, by name."""
+    """Join splits into one split. Return it, and split name -> index in it of the split's first example."""
     members = list(splits.values())
     joined = replace(
         members[0],
@@ -59,20 +59,18 @@ def choose_examples(
     Args:
         labels: class index of each example, int32 [n].
         sample: indices of the examined examples, int64 [s].
-        only_sample: choose examples outside `sample` only for classes that have none in it.
+        only_sample: choose examples outside `sample` only for classes without an example in `sample`.
 
     Returns:
         Class index -> example indices, int64 [k], increasing.
     """
     counts = np.bincount(labels)
-    present = np.flatnonzero(counts)
-    rarest = present[np.argsort(counts[present], kind="stable")][:MAX_CLASSES]
+    nonempty_classes = np.flatnonzero(counts)
+    rarest = nonempty_classes[np.argsort(counts[nonempty_classes], kind="stable")][:MAX_CLASSES]
     per_class = int(np.clip(MAX_SHOWN // max(len(rarest), 1), 1, PER_CLASS))
     not_in_sample = np.ones(len(labels), bool)
     not_in_sample[sample] = False
     order = np.lexsort((rank_within_classes(labels, seed), not_in_sample, labels))
     starts = np.cumsum(counts) - counts
-    available = np.maximum(np.bincount(labels[sample], minlength=len(counts)), 1) if only_sample else counts
-    return {
-        int(k): np.sort(order[starts[k] : starts[k] + min(per_class, available[k])]) for k in sorted(rarest.tolist())
-    }
+    limits = np.maximum(np.bincount(labels[sample], minlength=len(counts)), 1) if only_sample else counts
+    return {int(k): np.sort(order[starts[k] : starts[k] + min(per_class, limits[k])]) for k in sorted(rarest.tolist())}

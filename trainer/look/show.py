@@ -45,7 +45,7 @@ AUGMENTED = 4  # number of images that are shown next to their augmented views
 
 @dataclass(frozen=True)
 class Content:
-    """The content of the page: the facts, the suggestions, and images at the image size of training."""
+    """The page's content: facts, suggestions, and images at the image size of training."""
 
     facts: Facts
     suggestions: list[Suggestion]
@@ -56,7 +56,7 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
     """Open the dataset as a run does, except that unreadable files are skipped.
 
     Returns:
-        The configuration without auto values, and the dataset. The configuration has the data.on_error of the run.
+        The configuration with all `auto` values resolved and the run's own data.on_error, and the dataset.
 
     Raises:
         DataError: the data cannot be opened, or exceeds the disk budget.
@@ -68,10 +68,10 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
             log.info(text)
 
     config_without_weights = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
-    local, addresses, shards = fetch_local_copies(
+    local_config, addresses, shards = fetch_local_copies(
         config_without_weights, log.info, lambda _address: health.record_progress(), stream=True
     )
-    data = local.data.model_copy(update={"on_error": "skip"})
+    data = local_config.data.model_copy(update={"on_error": "skip"})
     with show_addresses_in_errors(addresses):
         dataset = open_run_dataset(config, data, log_slow_work, shards is not None)
     resolved, _ = resolve_auto(config, dataset.splits["train"].count, len(dataset.class_names))
@@ -83,9 +83,9 @@ def open_data(config: RequestedConfig) -> tuple[RunConfig, OpenedData]:
 
 
 def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Mapping[str, np.ndarray]) -> PageImages:
-    """Decode the images of the page as training does, and augment some of them as in its first epochs.
+    """Decode the page's images as training does, and augment some of them as in the first epochs of training.
 
-    `sample` has the indices of the examined images by split.
+    `sample`: split -> indices of the examined images, int64 [k].
     """
     train, names = data.dataset.splits["train"], data.dataset.class_names
     selected = choose_examples(train.labels, sample["train"], config.seed, only_sample=data.shards is not None)
@@ -112,14 +112,14 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
         images = np.stack([example.pixels for example in originals])
         views = augment_examples(config.augmentation, config.seed, images, indices, count)
         augmented = [AugmentedImage(originals[n], names[classes[n]], int(indices[n]), views[n]) for n in range(count)]
-    shown = {names[k]: members for k, members in examples.items()}
+    examples_by_class = {names[k]: members for k, members in examples.items()}
     return PageImages(
-        shown, augmented, [[rows[position] for position in group if position in rows] for group in groups]
+        examples_by_class, augmented, [[rows[position] for position in group if position in rows] for group in groups]
     )
 
 
 def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
-    """Open the data and examine at most `limit` of its images. Return the resolved configuration, and the content."""
+    """Open the data and examine at most `limit` images. Return the resolved configuration, and the page's content."""
     resolved, data = open_data(config)
     try:
         with log_while_slow("examining the images"), show_addresses_in_errors(data.addresses):
@@ -132,7 +132,7 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
 
 
 def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
-    """Write the figures, look.json and, last, the page. Each file is written atomically, and replaces an older one."""
+    """Write the figures, look.json and, last, the page, each atomically. Delete older figures that are not written."""
     figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
     if content.images.augmented:
         figures["augmentation.png"] = draw_augmentation(content.images.augmented)
@@ -156,7 +156,7 @@ def show(config: RequestedConfig, output: str, limit: int) -> None:
 
     Args:
         output: local or gs:// folder.
-        limit: maximum number of images that are examined.
+        limit: maximum number of images to examine.
 
     Raises:
         ConfigError: the folder has an index.html that is not a page of this command.

@@ -1,4 +1,4 @@
-"""Suggest changes of a run's configuration or data, each with its reason, from the facts about the data."""
+"""Suggest changes to a run's configuration or data, each with its reason, from the facts about the data."""
 
 import math
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from trainer.report.page import format_count
 ENOUGH_SCORED = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
 ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often
 MAX_FRACTION = 0.3  # largest data.validation_fraction or data.test_fraction that is suggested
-MIN_DIVIDED = 10  # examples; of fewer, none are set aside for another split
-# Shorter side of the images / model.image_size from which a larger size is suggested; the inverse, for a smaller size.
+MIN_DIVIDED = 10  # number of examples from which some are set aside for another split
+# Minimum of (shorter side / model.image_size) to suggest a larger size; of its inverse, to suggest a smaller one.
 LARGE_RATIO, SMALL_RATIO = 2.0, 2.0
 GOOD_SIZE = 224  # pixels; the image size of most ImageNet weights
 STRETCHED = 1.7  # longer / shorter side from which a stretched image is hard to recognize; 16:9 is 1.78
-# Data with this fraction of portraits, and of landscapes, is a mix, whose images are stretched in opposite directions;
-# it matters from this longer / shorter side.
+# Data is mixed if at least this fraction are portraits, and at least this fraction landscapes: stretching distorts them
+# in opposite directions. This matters if (longer / shorter side) is at least `MIXED_STRETCH`.
 MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3
 MAX_CROPPED = 0.5  # fraction of an image outside its centered square from which stretching is suggested
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change of the configuration or of the data, with its reason."""
+    """A change to the configuration or to the data, with its reason."""
 
     title: str
     reason: str
@@ -38,7 +38,7 @@ class Suggestion:
 
 
 def suggest(facts: Facts) -> list[Suggestion]:
-    """Return the suggestions, the most important first. Their arguments can be added to the command of the run."""
+    """Return the suggestions, the most important first. Their arguments can be added to the run's command."""
     topics = (
         _suggest_repairs, _suggest_removing_copies, _suggest_correcting_labels, _suggest_splits, _suggest_class_weights,
         _suggest_image_size, _suggest_resize, _suggest_augmentation, _suggest_groups,
@@ -82,16 +82,16 @@ def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
     settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
     if settings.source == "digits" or settings.is_trial:
         return
-    num_divided = totals["train"] + sum(totals[name] for name in facts.from_train)
+    num_divisible = totals["train"] + sum(totals[name] for name in facts.from_train)
     fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
     proposals: dict[str, tuple[float, str]] = {}
-    if num_divided >= MIN_DIVIDED:
+    if num_divisible >= MIN_DIVIDED:
         if "validation" not in totals and fractions["validation"] == 0:
             proposals["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
         if "test" not in totals and fractions["test"] == 0 and _can_divide(facts):
             proposals["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
     for name in facts.from_train:
-        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divided) / 100)
+        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divisible) / 100)
         if totals[name] < ENOUGH_SCORED and fraction >= 1.2 * fractions[name] > 0:
             proposals[name] = fraction, _describe_small_split(name, totals[name])
     for name, (fraction, reason) in proposals.items():
@@ -129,16 +129,16 @@ def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
     if size < GOOD_SIZE and shorter >= LARGE_RATIO * size and larger:
         side = next((side for side in larger if side >= 1.5 * size), larger[-1])
         reason = f"half of the images have {shorter:.0f} px or more on the shorter side, and are reduced to {size} px;"
-        times = f"{(side / size) ** 2:.1f} times the time per image"
-        text = f"{reason} small details need more, at {times}"
-        yield Suggestion("Train on larger images", text, (("model.image_size", side),))
+        cost = f"{(side / size) ** 2:.1f} times the time per image"
+        full_reason = f"{reason} small details need more, at {cost}"
+        yield Suggestion("Train on larger images", full_reason, (("model.image_size", side),))
     if size >= SMALL_RATIO * shorter:
         smaller = [s for s in settings.sizes or range(32, size, 32) if max(shorter, settings.min_size) <= s < size]
         if smaller and (side := smaller[0]) <= 0.75 * size:
             reason = f"half of the images have at most {shorter:.0f} px on the shorter side, and are enlarged to {size}"
-            times = f"{100 * (side / size) ** 2:.0f} % of the time; compare both, since the ImageNet weights expect"
-            text = f"{reason} px without new details. It takes {times} large images"
-            yield Suggestion("Try smaller images", text, (("model.image_size", side),))
+            cost = f"{100 * (side / size) ** 2:.0f} % of the time; compare both, since the ImageNet weights expect"
+            full_reason = f"{reason} px without new details. It takes {cost} large images"
+            yield Suggestion("Try smaller images", full_reason, (("model.image_size", side),))
 
 
 def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:

@@ -49,7 +49,7 @@ def _format_duplicates(facts: Facts) -> str:
 
 
 def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -> str:
-    """Format the counts, sizes, duplicates, unreadable files and suggestions, and the path of the page."""
+    """Format the counts, sizes, duplicates, unreadable files and suggestions, and the page's path, `page`."""
     total, examined = sum(map(sum, facts.counts.values())), sum(facts.examined.values())
     coverage = "all examined" if examined == total else f"{examined:,} examined"
     classes = format_count(len(facts.class_names), "class", "classes")

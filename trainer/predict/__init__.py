@@ -52,7 +52,7 @@ ARGUMENTS = {"run": "", "export": "", "images": "is required"} | dict.fromkeys(
 )
 TOP = 3  # default number of most probable classes per image
 CACHE = "~/.cache/kubetune"  # folder for local copies of exports in a bucket; $KUBETUNE_CACHE replaces it
-DURING = "during the prediction"  # completes the message of a StopRequested
+DURING = "during the prediction"  # completes the message of a StopRequested: "SIGTERM during the prediction"
 
 
 def parse_top(text: str) -> int:
@@ -64,14 +64,14 @@ def parse_top(text: str) -> int:
 
 
 def parse_tta(text: str) -> bool:
-    """Return whether the argument `tta` is "flip"; raise a ConfigError if it is neither "flip" nor "none"."""
+    """Return True if the argument `tta` is "flip", False if it is "none"; raise a ConfigError if it is neither."""
     if text not in ("none", "flip"):
         raise ConfigError("is not a test-time augmentation", key="tta", value=text, fix="write tta=none or tta=flip")
     return text == "flip"
 
 
 def choose_model(arguments: dict[str, str]) -> tuple[str, str, bool]:
-    """Choose the model that the arguments refer to.
+    """Determine which model the arguments refer to.
 
     Returns:
         The argument that refers to the model ("run" or "export"), its address, and whether the address is a run. The
@@ -96,9 +96,9 @@ def choose_model(arguments: dict[str, str]) -> tuple[str, str, bool]:
 
 
 def choose_output(arguments: dict[str, str], home: StoragePath | None) -> StoragePath:
-    """Return the output folder. The default is predictions/NAME in `home`, the run, or in the working directory.
+    """Return the argument `output` as a path. It defaults to predictions/NAME in `home`, or in the working directory.
 
-    NAME is the last component of the argument `images`.
+    NAME is the last component of the argument `images`. `home`: the run's output_dir; None for an export.
     """
     if output := arguments.get("output"):
         return storage_path(output)
@@ -108,7 +108,7 @@ def choose_output(arguments: dict[str, str], home: StoragePath | None) -> Storag
 
 
 def _open_run(run: StoredRun, arguments: dict[str, str], flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
-    """Open a checkpoint of a run; with `flip`, also measure the effect of mirror images on its held-out examples."""
+    """Open a run's checkpoint. Return the model, and with `flip` the measured effect of mirror images, otherwise {}."""
     with suppress_import_noise():
         from trainer.predict.command import use_same_bits
         from trainer.predict.model import open_run_model
@@ -162,5 +162,5 @@ def main() -> None:
 
 
 def _parse_changes(arguments: dict[str, str]) -> dict[str, Any]:
-    """Return the changes of the run's configuration, such as {"data.root": "/elsewhere"}."""
+    """Return the changes to the run's configuration, such as {"data.root": "/elsewhere"}."""
     return {key: parse_value(f"{key}={text}") for key, text in arguments.items() if "." in key}

@@ -21,40 +21,40 @@ from trainer.runs.folder import collect_versions
 from trainer.storage.base import StoragePath
 from trainer.storage.local import delete_abandoned, write_atomically
 
-# Decodes the images that the page shows, if the preprocessing of the model is unknown (it decodes images itself).
+# Preprocessing of the page's images if the model's own is unknown, because the model decodes images itself.
 UNKNOWN_PREPROCESSING = Preprocessing(224, "crop", "exif")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a prediction, and what the page and the summary state about its command."""
+    """The options of a prediction, and facts about its command for the page and the summary."""
 
     source: str  # the argument `images`, as the user wrote it
     top: int  # number of most probable classes per image
-    flip: bool  # average the probabilities with those of the mirror image
-    tta: dict[str, Any]  # result of `measure_flip`, or why there is none; {} without `flip`
+    flip: bool  # average the probabilities of each image and its mirror image
+    tta: dict[str, Any]  # result of `tta.measure_flip`, or {"problem": reason}; {} without `flip`
     command: str  # the command line, which the page shows
-    print_line: Callable[[str], None] | None = None  # called with a JSON line per image, and one with the summary
+    print_line: Callable[[str], None] | None = None  # called with a JSON line per image, then one with the summary
 
 
 def predict_parts(
     model: Model, images: Sequence[ImageFile], output: StoragePath, flip: bool, check: Callable[[], None]
 ) -> Parts:
-    """Predict the images in parts, and write each part. Parts of an earlier, interrupted command are not repeated.
+    """Predict the images in parts, and write each part. Parts that an interrupted command has written are not repeated.
 
     `check` is called after each batch, and can raise to stop.
     """
     parts = Parts(output, identify(model, images, flip), len(images), len(model.class_names))
     missing = [i for i in range(len(parts)) if parts.read(i) is None]
     if len(missing) < len(parts):
-        num_done = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
-        log.info(f"resuming after {num_done:,} of {len(images):,} images")
-    done_images = 0
+        num_stored = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
+        log.info(f"resuming after {num_stored:,} of {len(images):,} images")
+    image_count = 0
 
     def report(count: int) -> None:
-        nonlocal done_images
-        done_images += count
-        health.record_progress(done_images, len(images))
+        nonlocal image_count
+        image_count += count
+        health.record_progress(image_count, len(images))
         check()
 
     for index in missing:
@@ -83,10 +83,10 @@ def predict_into(
         DataError: none of the images can be read. All files are written; predictions.csv has the reasons.
         Interrupted: a bucket does not respond.
         SomeUnreadable: some of the images cannot be read. All files are written.
-        StopRequested: from `check`.
+        StopRequested: `check` has raised it.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetune-predict-") as temporary:
-        folder = Path(str(output)) if output.is_local else Path(temporary)
+    with tempfile.TemporaryDirectory(prefix="kubetune-predict-") as temp_dir:
+        folder = Path(str(output)) if output.is_local else Path(temp_dir)
         delete_abandoned(folder)
         parts = predict_parts(model, images, output, options.flip, check)
         overview = write_tables(folder, images, model.class_names, parts, options.top, options.print_line)
@@ -107,7 +107,7 @@ def predict_into(
 
 
 def describe(model: Model, overview: Overview, options: Options) -> dict[str, Any]:
-    """Return the content of predictions.json. It has no times, so equal inputs have equal content."""
+    """Return the content of predictions.json. It contains no times, so that equal inputs give equal content."""
     distance = model.distance
     return {
         "source": options.source,
@@ -143,7 +143,7 @@ def require_readable(overview: Overview, images: Sequence[ImageFile], source: st
 
 
 def use_same_bits(deterministic: bool) -> None:
-    """Configure TensorFlow as an evaluation does, so that the predictions are bit-identical to those in its report.
+    """Configure TensorFlow as an evaluation does, so that the predictions are bit-identical to its predictions.
 
     Must be called before the first tensor is created.
 

@@ -19,14 +19,14 @@ from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.storage.staging import is_remote, plan_copy
 
 MAX_FILE_BYTES = 256 * 2**20  # larger local files are not read; objects in a bucket have no limit
-PATH_COLUMN = "file"  # column of a CSV list that has the paths
+PATH_COLUMN = "file"  # the column with the paths in a CSV list
 _INPUT_FIX = "give a folder of images, a pattern such as photos/*.jpg, or a .csv file with a column file"
 
 
 class ImageFile(NamedTuple):
-    """An image to predict, or a row of a CSV list for which there is no image."""
+    """An image to predict, or a row of a CSV list that does not refer to an image."""
 
-    name: str  # for the column "file" of the output: the path, or the cell of the CSV list, escaped for display
+    name: str  # the path, or the cell of the CSV list, escaped for display; in the output's column "file"
     address: str  # local path or gs:// address; "" if `fault` is set
     # Changes with the content. Local file: size and time of the last change, or "absent" if it cannot be accessed.
     # Object: size and generation or ETag, or "" if the bucket was not listed.
@@ -35,12 +35,12 @@ class ImageFile(NamedTuple):
 
 
 def list_images(address: str) -> list[ImageFile]:
-    """List the images of an address, sorted by path. The images of a CSV list keep the order of its rows.
+    """List the images at an address, sorted by path. Images in a CSV list retain the order of its rows.
 
     Args:
-        address: a folder, a glob pattern, an image or a .csv list, local or gs://. Of a folder and its subfolders, all
+        address: a folder, a glob pattern, an image or a .csv list, local or gs://. In a folder and its subfolders, all
             files with an image extension are listed, except hidden ones. The column "file" of a .csv list has gs://
-            addresses, or paths that are absolute or relative to the folder of the list.
+            addresses, or paths that are absolute or relative to the list's folder.
 
     Raises:
         DataError: there is no image, a folder cannot be read, or the CSV list is corrupt or has no column "file".
@@ -65,7 +65,7 @@ def list_images_of_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
 
 def _list_local(address: str) -> list[ImageFile]:
     if os.path.isdir(address):
-        try:  # the counts of files that are not images are not reported
+        try:  # the two counters receive files that are not images, which are not reported
             files = find_image_files(address, EXTENSIONS, Counter(), Counter())
         except OSError as error:
             problem = f"{error.strerror}: {escape_unprintable(str(error.filename))}"
@@ -96,9 +96,9 @@ def _is_visible_image(name: str) -> bool:
 
 def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
     try:
-        text = path.read_text().removeprefix("\ufeff")
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        header = next(csv.reader(io.StringIO(text, newline="")), [])
+        csv_text = path.read_text().removeprefix("\ufeff")
+        rows = list(csv.DictReader(io.StringIO(csv_text, newline="")))
+        header = next(csv.reader(io.StringIO(csv_text, newline="")), [])
     except (csv.Error, *CONTENT_ERRORS) as error:
         raise DataError(f"is not a CSV file ({error})", key="images", value=address, fix=_INPUT_FIX) from None
     if PATH_COLUMN not in header:
@@ -154,8 +154,8 @@ def read_image(image: ImageFile) -> bytes | str:
         return image.fault
     try:
         if is_remote(image.address):
-            fetched = storage_path(image.address).fetch()
-            return "there is no such object" if fetched is None else fetched[0] or "is empty"
+            content_and_version = storage_path(image.address).fetch()
+            return "there is no such object" if content_and_version is None else content_and_version[0] or "is empty"
         return _read_local_file(image.address)
     except Interrupted:
         raise
@@ -175,5 +175,5 @@ def _read_local_file(path: str) -> bytes | str:
 
 
 def describe_versions(images: Sequence[ImageFile]) -> list[list[str]]:
-    """Return name, address, version and fault of each image. The predictions depend on these."""
+    """Return each image's name, address, version and fault, on which its prediction depends."""
     return [[image.name, escape_unprintable(image.address), image.version, image.fault] for image in images]

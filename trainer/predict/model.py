@@ -1,4 +1,4 @@
-"""Open the classifier of a run or of an export, and predict encoded images with it."""
+"""Open the classifier of a run or an export, and predict encoded images with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXPORT_FILES = ("model.keras", "model.onnx", "model.tflite", "model_float16.tfli
 SUFFIXES = (".keras", ".onnx", ".tflite")
 
 Pixels = np.ndarray  # uint8 [S, S, 3]
-# Images, uint8 [n, S, S, 3] -> probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None.
+# Images, uint8 [n, S, S, 3] -> (probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None).
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
@@ -58,8 +58,8 @@ class Model:
     image cannot be decoded.
 
     `predict` takes n inputs and `flip`, and returns three values: probabilities, float32 [n, classes]; embeddings,
-    float32 [n, C], or None if the model has none; and the reasons, by row, for inputs that it cannot decode. Such rows
-    are 0.
+    float32 [n, C], or None if the model has none; and row -> reason for inputs that it cannot decode. The outputs in
+    these rows are 0.
     """
 
     name: str  # backbone and checkpoint, or the file, for messages
@@ -67,7 +67,7 @@ class Model:
     identity: str  # changes if the weights or the preprocessing change
     prepare: Callable[[bytes], Pixels | bytes | str]
     predict: Callable[[Sequence[Any], bool], tuple[np.ndarray, np.ndarray | None, dict[int, str]]]
-    decode: Callable[[bytes], Pixels | str] | None  # image as the model is given it; None: unknown preprocessing
+    decode: Callable[[bytes], Pixels | str] | None  # encoded image -> pixels or reason; None: unknown preprocessing
     distance: EmbeddingDistance | None
     no_distance: str  # reason why there is no distance; "" if there is one
     image_size: int | None = None  # S, in pixels; None for a SavedModel, which decodes images itself
@@ -105,7 +105,7 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
 
     Args:
         images: uint8 [n, S, S, 3], n >= 1.
-        flip: average the probabilities of each image with those of its mirror image. The embeddings are not averaged.
+        flip: average the probabilities of each image and its mirror image. The embeddings are not averaged.
 
     Returns:
         Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
@@ -124,7 +124,7 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
 
 
 def compile_classifier(classifier: Classifier) -> Predict:
-    """Return a compiled function of images, with bit-identical results to those of an evaluation."""
+    """Compile the function from images to probabilities and embeddings. An evaluation has bit-identical results."""
     size = classifier.image_size
 
     def compute(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -148,7 +148,7 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
         which: "best", "last", a step, or a phase; None for the checkpoint that the run exports.
 
     Returns:
-        The model, and the function of decoded images that it calls.
+        The model, and the compiled function from decoded images that the model calls.
 
     Raises:
         ConfigError: `which` is invalid.
@@ -179,7 +179,7 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
 
 
 def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingDistance | None, str]:
-    """Return the distance function and "", or None and the reason if it does not fit embeddings float32 [n, width]."""
+    """Return the distance of embeddings, float32 [n, width], from `reference`, and ""; or None and the reason."""
     distance = fit_distance(reference)
     if distance is None:
         return None, "reference.json has no embedding"
@@ -212,10 +212,10 @@ def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_m
 
     Args:
         address: a Keras, ONNX or LiteRT file, a SavedModel, a folder of numbered SavedModels, an `export` folder, or
-            the output_dir of a run. Local or gs://.
+            a run's output_dir; local or gs://.
         key: the argument that has the address ("run" or "export"), for messages.
         cache_dir: folder for the local copy of an export in a bucket.
-        flip: mirror images will be predicted. This requires that the preprocessing of a SavedModel is known.
+        flip: prepare for predicting mirror images, which requires that a SavedModel's preprocessing is known.
         log_message: called with messages about copied files and corrupt versions.
 
     Raises:
@@ -258,22 +258,22 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
 
     def predict(images: Sequence[Any], flip: bool) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
         predictions = served.predict(images)
-        failed = {i: p for i, p in enumerate(predictions) if isinstance(p, str)}
-        blank = Prediction(np.zeros(width, np.float32))
-        rows = [blank if isinstance(p, str) else p for p in predictions]
+        reasons = {i: p for i, p in enumerate(predictions) if isinstance(p, str)}
+        empty_prediction = Prediction(np.zeros(width, np.float32))
+        rows = [empty_prediction if isinstance(p, str) else p for p in predictions]
         probabilities = np.stack([p.probabilities for p in rows])
         if flip and classify and decode:
-            pixels = {i: decode(data) for i, data in enumerate(images) if i not in failed}
-            decoded = [i for i, p in pixels.items() if not isinstance(p, str)]
-            if decoded:
-                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in decoded])
-                probabilities[decoded] = (probabilities[decoded] + classify(mirrored)) / np.float32(2)
+            pixels = {i: decode(data) for i, data in enumerate(images) if i not in reasons}
+            rows_to_flip = [i for i, p in pixels.items() if not isinstance(p, str)]
+            if rows_to_flip:
+                mirrored = np.stack([np.asarray(pixels[i])[:, ::-1] for i in rows_to_flip])
+                probabilities[rows_to_flip] = (probabilities[rows_to_flip] + classify(mirrored)) / np.float32(2)
         sizes = [len(p.embedding) for p in rows if p.embedding is not None]
         embeddings = np.zeros((len(rows), sizes[0]), np.float32) if sizes else None
         for i, p in enumerate(rows):
             if embeddings is not None and p.embedding is not None:
                 embeddings[i] = p.embedding
-        return probabilities, embeddings, failed
+        return probabilities, embeddings, reasons
 
     distance, no_distance = fit_distance(reference), "" if reference else "the export has no reference.json"
     if distance is None or not served.explains:
@@ -284,9 +284,9 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
 
 
 def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
-    """Return the preprocessing that reference.json specifies, or None if it specifies none or an unknown one."""
+    """Return the preprocessing in the content of reference.json, or None if it is missing or unknown."""
     size, resize = reference.get("image_size"), reference.get("resize")
-    orientation = reference.get("orientation", "ignore")  # exports of older versions did not turn images
+    orientation = reference.get("orientation", "ignore")  # exports by older versions did not turn images
     if not isinstance(size, int) or size < 1 or resize not in ("stretch", "crop"):
         return None
     if orientation not in ("exif", "ignore"):
@@ -299,11 +299,11 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
 
     A LiteRT file may contain the class names. Without a reference.json, the default preprocessing of training is used.
     """
-    local = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
     labels, reference_content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
-    text = labels[0] if labels else _read_embedded_labels(local)
+    label_bytes = labels[0] if labels else _read_embedded_labels(local_path)
     try:
-        class_names = tuple((text or b"").decode("utf-8-sig").splitlines())
+        class_names = tuple((label_bytes or b"").decode("utf-8-sig").splitlines())
     except UnicodeDecodeError:
         class_names = ()
     if not class_names:
@@ -313,18 +313,18 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if reference is None:
         problem = "its reference.json is corrupt or of another model"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    classify, preprocessing = load_export(local), _read_preprocessing(reference)
+    classify, preprocessing = load_export(local_path), _read_preprocessing(reference)
     notes: tuple[str, ...] = ()
     if preprocessing is None:
-        preprocessing = Preprocessing(_read_input_size(local), "stretch", "exif")
+        preprocessing = Preprocessing(_read_input_size(local_path), "stretch", "exif")
         notes = ("the export has no reference.json: images are turned upright and stretched, the default of training",)
     side = preprocessing.image_size
-    width = classify(np.zeros((1, side, side, 3), np.uint8)).shape[-1]
-    if width != len(class_names):
-        problem = f"has {width} outputs for {len(class_names)} classes"
+    num_outputs = classify(np.zeros((1, side, side, 3), np.uint8)).shape[-1]
+    if num_outputs != len(class_names):
+        problem = f"has {num_outputs} outputs for {len(class_names)} classes"
         raise DataError(problem, key=key, value=address, fix="export it again")
     no_distance = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
-    identity = f"{compute_file_crc32c(local)} {preprocessing} {class_names}"
+    identity = f"{compute_file_crc32c(local_path)} {preprocessing} {class_names}"
     model = _make_pixel_model(
         str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, no_distance
     )
@@ -332,7 +332,7 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
 
 
 def _read_embedded_labels(file: Path) -> bytes | None:
-    """Return the labels.txt in a LiteRT file (which is then also a ZIP archive), or None if there is none."""
+    """Return labels.txt from a LiteRT file, which is a ZIP archive if it contains one. Return None if it does not."""
     with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
         return archive.read("labels.txt")
     return None

@@ -1,4 +1,4 @@
-"""Write the page of a prediction: an HTML file that loads no other file, with a selection of the images."""
+"""Write the page of a prediction, an HTML file that loads no other file, with a selection of the images."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trainer.predict.results import Overview
 from trainer.report.page import GALLERY_SIDE, THUMBNAIL_PIXELS, embed_thumbnail, render
 from trainer.storage.local import write_atomically
 
-MAX_CLASSES = 24  # classes that are shown with images; the most frequently predicted ones
-# Number of the most confident images per class, and of the least confident ones: up to `MANY` classes, and with more.
+MAX_CLASSES = 24  # maximum number of classes with images; the most frequently predicted ones are shown
+# Number of most confident and of least confident images per class, for up to `MANY` classes and for more classes.
 PER_CLASS, PER_CLASS_OF_MANY = 6, 3
 MANY = 8
-MAX_FARTHEST = 24  # images with the largest distances that are shown
-MAX_ERRORS = 500  # unreadable images that are listed
+MAX_FARTHEST = 24  # maximum number of images that are shown for their large distances
+MAX_ERRORS = 500  # maximum number of unreadable images that are listed
 
 
 def select_by_class(overview: Overview, classes: Sequence[int]) -> dict[int, tuple[list[int], list[int]]]:
-    """Select images of each class that is shown.
+    """Select the images with the most and the least confident predictions of each class.
 
     Args:
-        classes: class indices.
+        classes: indices of the classes to show.
 
     Returns:
         Class index -> image indices of its most confident and of its least confident predictions, the extreme ones
@@ -57,16 +57,16 @@ def write_page(
     overview: Overview,
     decode: Callable[[bytes], Pixels | str],
 ) -> None:
-    """Write the page. The selected images are read again; those that can no longer be read are left out.
+    """Write the page to `path`. The selected images are read again; images that can no longer be read are left out.
 
     Args:
         summary: content of predictions.json.
         decode: decodes an image to uint8 [S, S, 3], or returns the reason (a str) why it cannot be decoded.
     """
     counts = np.bincount(overview.predictions[overview.predictions >= 0], minlength=len(class_names))
-    frequent = [int(i) for i in np.argsort(-counts, kind="stable")[:MAX_CLASSES] if counts[i]]
-    by_class, farthest = select_by_class(overview, frequent), select_farthest(overview)
-    side = GALLERY_SIDE if len(frequent) <= MANY else THUMBNAIL_PIXELS
+    frequent_classes = [int(i) for i in np.argsort(-counts, kind="stable")[:MAX_CLASSES] if counts[i]]
+    by_class, farthest = select_by_class(overview, frequent_classes), select_farthest(overview)
+    side = GALLERY_SIDE if len(frequent_classes) <= MANY else THUMBNAIL_PIXELS
 
     def make_item(index: int) -> dict[str, Any] | None:
         content = read_image(images[index])

@@ -22,7 +22,7 @@ from trainer.storage.small_files import CONTENT_ERRORS
 
 PART_IMAGES = 512  # images per part; a multiple of the batch sizes, so that a resumed command has the same batches
 READERS = 16  # threads that read and decode images
-PREFIX = ".parts-"  # of the name of the folder that has the parts, in the output folder
+PREFIX = ".parts-"  # prefix of the name of the parts' folder, which is in the output folder
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Predicted:
     errors: tuple[str, ...]  # [n]: reason why the image cannot be read; "" if it can
 
     def encode(self) -> bytes:
-        """Return the content of the file of a part."""
+        """Return the content of a part's file."""
         errors = np.frombuffer(json.dumps(self.errors).encode(), np.uint8)
         return pack({"probabilities": self.probabilities, "distances": self.distances, "errors": errors})
 
 
 def decode_part(content: bytes, count: int, classes: int) -> Predicted | None:
-    """Decode the file of a part that has `count` images. Return None if it is corrupt."""
+    """Decode the file of a part with `count` images and `classes` classes. Return None if it is corrupt."""
     try:
         arrays = unpack(content)
         errors = tuple(map(str, json.loads(arrays["errors"].tobytes())))
@@ -58,11 +58,11 @@ def predict_images(
     """Predict images in batches. While a batch is predicted, the next one is read and decoded.
 
     Args:
-        flip: average the probabilities of an image with those of its mirror image.
+        flip: average the probabilities of each image and its mirror image.
         on_batch: called with the number of images of each batch, after the batch; can raise to stop.
 
     Raises:
-        Interrupted: the bucket of the images does not respond.
+        Interrupted: the images' bucket does not respond.
     """
     rows, width = images_per_call(), len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)
@@ -74,18 +74,18 @@ def predict_images(
 
     with ThreadPoolExecutor(READERS) as pool:
         batches = [range(start, min(start + rows, len(images))) for start in range(0, len(images), rows)]
-        loading: list[Future[Any]] = [pool.submit(load, images[i]) for i in batches[0]] if batches else []
+        futures: list[Future[Any]] = [pool.submit(load, images[i]) for i in batches[0]] if batches else []
         for batch, next_batch in itertools.zip_longest(batches, batches[1:], fillvalue=range(0)):
-            loaded = [future.result() for future in loading]
-            loading = [pool.submit(load, images[i]) for i in next_batch]
-            readable = [k for k, item in enumerate(loaded) if not isinstance(item, str)]
-            for k in set(range(len(loaded))) - set(readable):
-                errors[batch[k]] = loaded[k]
-            if readable:
-                outputs, embeddings, failed = model.predict([loaded[k] for k in readable], flip)
-                for k, row in enumerate(batch[r] for r in readable):
-                    if k in failed:
-                        errors[row] = failed[k]
+            inputs = [future.result() for future in futures]
+            futures = [pool.submit(load, images[i]) for i in next_batch]
+            readable_rows = [k for k, item in enumerate(inputs) if not isinstance(item, str)]
+            for k in set(range(len(inputs))) - set(readable_rows):
+                errors[batch[k]] = inputs[k]
+            if readable_rows:
+                outputs, embeddings, reasons = model.predict([inputs[k] for k in readable_rows], flip)
+                for k, row in enumerate(batch[r] for r in readable_rows):
+                    if k in reasons:
+                        errors[row] = reasons[k]
                         continue
                     probabilities[row] = outputs[k]
                     if model.distance is not None and embeddings is not None:
@@ -112,18 +112,18 @@ def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
 
 
 class Parts:
-    """The files of the parts of a prediction, in a folder in the output folder, local or in a bucket."""
+    """The parts of a prediction: a file per part, in a folder in the output folder, local or in a bucket."""
 
     def __init__(self, output: StoragePath, identity: str, count: int, classes: int) -> None:
-        """Write nothing yet. `identity` is the result of `identify`, `count` the number of images of all parts."""
+        """Write nothing yet. `identity`: result of `identify`. `count`: number of images in all parts."""
         self.folder, self.count, self.classes = output / f"{PREFIX}{identity}", count, classes
-        self._number = -(-count // PART_IMAGES)
+        self._num_parts = -(-count // PART_IMAGES)
 
     def __len__(self) -> int:
-        return self._number
+        return self._num_parts
 
     def range_of(self, index: int) -> range:
-        """Return the indices of the images of a part, in the list of all images."""
+        """Return the indices of a part's images in the list of all images."""
         return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
 
     def read(self, index: int) -> Predicted | None:
@@ -136,14 +136,14 @@ class Parts:
         (self.folder / f"{index:06d}.npz").write(part.encode())
 
     def __iter__(self) -> Iterator[Predicted]:
-        """Read the parts one after another. All of them must exist."""
+        """Read the parts one after another. All parts must exist."""
         for index in range(len(self)):
             part = self.read(index)
             assert part is not None, "written before"
             yield part
 
     def delete_all(self) -> None:
-        """Delete the parts, and also those of earlier commands with other images, another model or other options."""
+        """Delete these parts, and parts of earlier commands with other images, another model or other options."""
         for folder in self.folder.parent.folders():
             if folder.name.startswith(PREFIX):
                 folder.delete_tree()

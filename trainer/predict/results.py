@@ -21,8 +21,8 @@ from trainer.predict.images import ImageFile
 from trainer.predict.parts import Predicted
 from trainer.storage.local import sync, temporary_file
 
-MAX_NAMED_ERRORS = 5  # unreadable images that the printed summary lists
-MAX_NAMED_CLASSES = 20  # classes that the printed summary lists, the most frequent ones
+MAX_NAMED_ERRORS = 5  # maximum number of unreadable images that the printed summary lists
+MAX_NAMED_CLASSES = 20  # maximum number of classes that the printed summary lists, the most frequent ones
 WIDTH = 80  # terminal columns of the printed summary
 
 
@@ -53,7 +53,7 @@ def _format(value: float, digits: int) -> str:
 
 
 def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> list[str]:
-    """Return the row of predictions.csv for an image, which is number `k` in its part."""
+    """Return the row of predictions.csv for the image with index `k` in a part."""
     name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
     if error:
         return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
@@ -76,7 +76,7 @@ def rank(probabilities: np.ndarray, top: int) -> list[int]:
 
 
 def make_line(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> str:
-    """Return the line that --json prints for an image, which is number `k` in its part: JSON in ASCII."""
+    """Return the line that --json prints for the image with index `k` in a part: JSON in ASCII."""
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
         return json.dumps(line | {"error": part.errors[k]})
@@ -96,12 +96,15 @@ def write_tables(
     top: int,
     print_line: Callable[[str], None] | None = None,
 ) -> Overview:
-    """Write predictions.csv and probabilities.npy, float32 [n, classes], to a local folder, atomically.
+    """Write predictions.csv and probabilities.npy, float32 [n, classes], to a local folder atomically.
 
     Args:
         parts: the predictions, in the order of `images`. Only one part is in memory at a time.
         top: number of most probable classes per image.
         print_line: called with a JSON line per image.
+
+    Returns:
+        The predictions without the full probabilities.
     """
     shape, start = (len(images), len(class_names)), 0
     predictions = np.full(len(images), -1, np.int32)
@@ -109,13 +112,13 @@ def write_tables(
     errors: dict[int, str] = {}
     table, matrix = folder / "predictions.csv", folder / "probabilities.npy"
     with ExitStack() as stack:
-        temporary = [stack.enter_context(temporary_file(path)) for path in (table, matrix)]
-        text = stack.enter_context(open(temporary[0], "w", encoding="utf-8", newline=""))
-        binary = stack.enter_context(open(temporary[1], "wb"))
-        writer = csv.writer(text, lineterminator="\n")
+        temporary_paths = [stack.enter_context(temporary_file(path)) for path in (table, matrix)]
+        table_file = stack.enter_context(open(temporary_paths[0], "w", encoding="utf-8", newline=""))
+        matrix_file = stack.enter_context(open(temporary_paths[1], "wb"))
+        writer = csv.writer(table_file, lineterminator="\n")
         writer.writerow(make_header(class_names, top))
-        description = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(binary, description | {"shape": shape})
+        npy_header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(matrix_file, npy_header | {"shape": shape})
         for part in parts:
             for k in range(len(part.errors)):
                 image = images[start + k]
@@ -124,16 +127,16 @@ def write_tables(
                     print_line(make_line(image, class_names, part, k, top))
                 if part.errors[k]:
                     errors[start + k] = part.errors[k]
-            binary.write(part.probabilities.tobytes())
-            readable = [k for k, error in enumerate(part.errors) if not error]
-            rows = np.array(readable, np.int64) + start
-            predictions[rows] = part.probabilities[readable].argmax(axis=1)
-            confidences[rows] = part.probabilities[readable].max(axis=1)
-            distances[rows] = part.distances[readable]
+            matrix_file.write(part.probabilities.tobytes())
+            readable_rows = [k for k, error in enumerate(part.errors) if not error]
+            rows = np.array(readable_rows, np.int64) + start
+            predictions[rows] = part.probabilities[readable_rows].argmax(axis=1)
+            confidences[rows] = part.probabilities[readable_rows].max(axis=1)
+            distances[rows] = part.distances[readable_rows]
             start += len(part.errors)
-        text.close()
-        binary.close()
-        for path, target in zip(temporary, (table, matrix), strict=True):
+        table_file.close()
+        matrix_file.close()
+        for path, target in zip(temporary_paths, (table, matrix), strict=True):
             sync(path)
             os.replace(path, target)
     return Overview(predictions, confidences, distances, errors)
@@ -191,7 +194,7 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
 
 
 def format_tta(tta: dict[str, Any]) -> list[str]:
-    """Format the result of `measure_flip`, or the problem because of which the effect could not be measured."""
+    """Format the result of `tta.measure_flip`, or the problem that prevented the measurement, as lines."""
     if "problem" in tta:
         return wrap(f"  tta=flip: its worth was not measured; {tta['problem']}")
     low, high = tta["interval"]
@@ -218,7 +221,7 @@ def shorten_start(name: str, width: int = WIDTH // 2) -> str:
 
 
 def wrap(text: str) -> list[str]:
-    """Break a text into lines of at most `WIDTH` columns. Further lines are indented by two more than the first."""
+    """Break a text into lines of at most `WIDTH` columns. Further lines are indented by two more columns."""
     indent = " " * (len(text) - len(text.lstrip()))
     lines: list[str] = []
     line = indent
@@ -231,6 +234,6 @@ def wrap(text: str) -> list[str]:
 
 def encode_summary(summary: dict[str, Any]) -> str:
     """Encode the summary as JSON for predictions.json."""
-    out = io.StringIO()
-    json.dump(summary, out, indent=1, ensure_ascii=False, allow_nan=False)
-    return out.getvalue() + "\n"
+    buffer = io.StringIO()
+    json.dump(summary, buffer, indent=1, ensure_ascii=False, allow_nan=False)
+    return buffer.getvalue() + "\n"

@@ -1,4 +1,4 @@
-"""Measure the effect of test-time augmentation: accuracy on the held-out examples of a run, with and without flips."""
+"""Measure the effect of test-time augmentation: the accuracy on a run's held-out examples with and without flips."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,24 +15,24 @@ from trainer.report.compare import describe_outcome
 from trainer.runs.stored_run import StoredRun
 from trainer.types import choose_scored_split
 
-MAX_EXAMPLES = 10_000  # of a larger split, a random sample of this size is predicted, to limit the time
+MAX_EXAMPLES = 10_000  # maximum number of examples, to limit the time; a larger split is sampled at random
 BATCH_SIZE = 256  # images that are read at a time
 
 
 def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Callable[[], None]) -> dict[str, Any]:
-    """Predict held-out examples of a run with and without their mirror images, and compare the accuracies.
+    """Predict a run's held-out examples with and without their mirror images, and compare the accuracies.
 
-    The examples are those of the test split, or of the validation split if there is no test split.
+    The examples are from the test split, or from the validation split if there is no test split.
 
     Args:
-        predict: the model of the run, a function of images uint8 [n, image_size, image_size, 3].
+        predict: the run's model: images uint8 [n, image_size, image_size, 3] -> probabilities and embeddings.
         image_size: height and width of the images in pixels.
         check: called before each batch; can raise to stop.
 
     Returns:
-        Without flips and with flips: `accuracy_without` and `accuracy_with`, and their Wilson intervals. `difference`,
-        its `interval`, `won`, `lost` and `p` are a `PairedComparison` of the two. `split` and `n` specify the examples,
-        and `outcome` is a sentence. If the data of the run cannot be opened or read, the only key is `problem`.
+        A dictionary: `accuracy_without` and `accuracy_with` flips, and their Wilson intervals `interval_without` and
+        `interval_with`; `difference`, its `interval`, `won`, `lost` and `p` of the paired comparison; `split`, and the
+        number `n` of examples; `outcome`, a sentence. If the run's data cannot be read, the only key is `problem`.
 
     Raises:
         Interrupted: a bucket does not respond.
@@ -42,28 +42,28 @@ def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Calla
         split = choose_scored_split(images.dataset.splits)
         labels = images.dataset.splits[split].labels
         indices = np.sort(np.random.default_rng(len(labels)).permutation(len(labels))[:MAX_EXAMPLES])
-        plain, flipped = [], []
+        plain_predictions, flip_predictions = [], []
         with show_addresses_in_errors(images.addresses):
             for start in range(0, len(indices), BATCH_SIZE):
                 check()
                 rows = images.rows(split, indices[start : start + BATCH_SIZE])
-                plain.append(predict_padded(predict, rows, flip=False)[0].argmax(axis=1))
-                flipped.append(predict_padded(predict, rows, flip=True)[0].argmax(axis=1))
+                plain_predictions.append(predict_padded(predict, rows, flip=False)[0].argmax(axis=1))
+                flip_predictions.append(predict_padded(predict, rows, flip=True)[0].argmax(axis=1))
             images.require_readable()
             readable = ~np.isin(indices, list(images.split(split).bad))
     except Interrupted:
         raise
     except TrainerError as error:
         return {"problem": f"the data of the run cannot be opened ({error})"}
-    correct = [(np.concatenate(p) == labels[indices])[readable] for p in (plain, flipped)]
-    pair, n = compare_paired(*correct), int(readable.sum())
+    are_correct = [(np.concatenate(p) == labels[indices])[readable] for p in (plain_predictions, flip_predictions)]
+    pair, n = compare_paired(*are_correct), int(readable.sum())
     return {
         "split": split,
         "n": n,
-        "accuracy_without": float(correct[0].mean()),
-        "interval_without": list(wilson_interval(int(correct[0].sum()), n)),
-        "accuracy_with": float(correct[1].mean()),
-        "interval_with": list(wilson_interval(int(correct[1].sum()), n)),
+        "accuracy_without": float(are_correct[0].mean()),
+        "interval_without": list(wilson_interval(int(are_correct[0].sum()), n)),
+        "accuracy_with": float(are_correct[1].mean()),
+        "interval_with": list(wilson_interval(int(are_correct[1].sum()), n)),
         "difference": pair.difference,
         "interval": list(pair.interval),
         "won": pair.won,
