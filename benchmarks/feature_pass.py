@@ -24,8 +24,8 @@ from trainer.cluster.worker import Worker
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
-from trainer.data.open import open_run_data
-from trainer.evaluation.scoring import images_per_call
+from trainer.data.open import stage_and_open_run_dataset
+from trainer.evaluation.scoring import get_images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Cut, Trunk
 from trainer.features.plan import divide_phases
@@ -47,7 +47,7 @@ def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple
     ])  # fmt: skip
     assert tree is not None
     config = load(tree)
-    data, control = open_run_data(config, print, lambda _: None), ControlChannel(discover(os.environ), {})
+    data, control = stage_and_open_run_dataset(config, print, lambda _: None), ControlChannel(discover(os.environ), {})
     worker = Worker(control, build_strategy(config, control, print, count_usable_cpus()), StopFlag())
     classifier = build_classifier(config.model, len(data.dataset.class_names), config.seed)
     return worker, ImageStore(data, config, classifier.image_size, lambda _: None), classifier
@@ -74,7 +74,7 @@ def our_pass(
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """A function that runs the layers below the cut on the same images, and returns images/s."""
-    rows, pixels = images_per_call(), images.split("train").tensor()
+    rows, pixels = get_images_per_call(), images.split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> Result:
         values = {
             "data": describe_data(options, root),
             "model": describe_model(options),
-            "rows": str(images_per_call()),
+            "rows": str(get_images_per_call()),
         }
     return Result(
         name=f"features-alpha-{options.alpha:g}",

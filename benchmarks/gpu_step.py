@@ -19,7 +19,7 @@ import tensorflow as tf
 from benchmarks.arguments import FLIP_ROTATE_ZOOM, all_to_train
 from benchmarks.pipelines import open_training, stream
 from trainer.cli.compose import compose
-from trainer.cluster.devices import POLICIES, detect_device, set_thread_pools
+from trainer.cluster.devices import DTYPE_POLICIES, detect_device, set_thread_pools
 from trainer.config.auto import resolve_auto
 from trainer.config.schema import Augmentation, RunConfig, load
 from trainer.data.host import count_usable_cpus
@@ -61,7 +61,7 @@ def configure(settings: Settings) -> RunConfig:
     set_thread_pools(count_usable_cpus())
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    keras.mixed_precision.set_global_policy(POLICIES[config.runtime.precision])
+    keras.mixed_precision.set_global_policy(DTYPE_POLICIES[config.runtime.precision])
     return config
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.verbs import exit_code_of
 from tests.processes import ROOT
 from trainer import __main__ as main
-from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.compose import compose, is_sweep, load_and_require_read
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.source import choose_source
 from trainer.cli.sweep import _search_space_is_empty, _use_sweep_folder
@@ -95,4 +95,4 @@ def test_a_command_of_the_pages_is_accepted(
         arguments, _ = choose_source(arguments)
         composed = compose(arguments)
         assert composed is not None
-        load_given(composed, arguments)
+        load_and_require_read(composed, arguments)

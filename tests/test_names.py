@@ -12,7 +12,7 @@ from trainer.cli.arguments import parse_arguments
 from trainer.config.schema import load
 from trainer.errors import ConfigError, DataError
 from trainer.names import encode_utf8, escape_unprintable, find_path_error, make_file_stem, normalize_class_name
-from trainer.storage.local import join_inside, temporary_file, write_json
+from trainer.storage.local import safe_join, temporary_file, write_json
 from trainer.storage.path import storage_path
 
 
@@ -48,7 +48,7 @@ def test_names_fit_on_a_line_and_are_stable(seed: int) -> None:
 def test_no_name_leaves_its_folder(tmp_path: Path, seed: int) -> None:
     refused = 0
     for name in paths(seed, 2000):
-        for join in (join_inside, lambda folder, name: Path(str(storage_path(folder) / name))):
+        for join in (safe_join, lambda folder, name: Path(str(storage_path(folder) / name))):
             try:
                 path = join(tmp_path / "f", name)
             except DataError:
@@ -70,7 +70,7 @@ REFUSED = {
 def test_a_name_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
     assert find_path_error(name)
     with raises(DataError, problem=problem, fix="rename or remove it"):
-        join_inside(tmp_path, name)
+        safe_join(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", file_names(1, 120), ids=range(120))

@@ -239,7 +239,7 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
 def test_a_batch_that_no_memory_holds_is_refused_with_the_largest_that_fits(
     planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimates, "memory_limit", lambda: 2_000_000_000)
+    monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 2_000_000_000)
     monkeypatch.setattr(estimates, "measure_resident_bytes", lambda: 700_000_000)
     arguments = ("data=digits", "model=mobilenet_v2", "model.weights=none", "phases=end_to_end")
     out, err = planned(*arguments, "training.batch_size=1000", code=2)

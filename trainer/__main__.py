@@ -13,7 +13,7 @@ from trainer.cluster.signals import StopFlag, exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
-from trainer.cli.compose import is_sweep, load_given
+from trainer.cli.compose import is_sweep, load_and_require_read
 from trainer.cli.process import (
     StartAgain,
     choose_and_log_source,
@@ -39,8 +39,8 @@ from trainer.monitoring.log import log
 from trainer.runs.folder import (
     Finished,
     collect_versions,
-    follow_run_folder,
     hash_source,
+    make_worker_run_folder,
     open_run_folder,
     require_output_dir,
     require_unfinished,
@@ -58,7 +58,7 @@ def main() -> None:
         composed = compose_or_sweep(arguments)
         if composed is None:  # --help, --cfg or a finished sweep
             return
-        config = apply_overfit(load_given(composed, arguments))
+        config = apply_overfit(load_and_require_read(composed, arguments))
         configure_log(config.runtime)
         cluster = discover(environment)
         listener = start_monitoring(config, cluster.index, cluster.size)
@@ -93,7 +93,7 @@ def main() -> None:
             config, teacher = choose_teacher_or_student(config, control)
             run_config = teacher or config  # the run that this start trains
             with rename_teacher_keys() if teacher else nullcontext():
-                folder = open_run_folder(run_config) if control.is_chief else follow_run_folder(run_config)
+                folder = open_run_folder(run_config) if control.is_chief else make_worker_run_folder(run_config)
             folder.student = config.output_dir if teacher else None
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))

@@ -16,7 +16,7 @@ from trainer.cli.arguments import format_usage, parse_arguments, require_address
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
-from trainer.storage.local import delete_abandoned
+from trainer.storage.local import delete_stale_temporary_files
 from trainer.storage.path import canonicalize_address
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
         names = compare.make_distinct_names(addresses)
         comparison = compare.compare_runs(list(map(compare.read_scored_run, addresses, names)))
-        delete_abandoned(output.parent, output.name)
+        delete_stale_temporary_files(output.parent, output.name)
         compare.write_comparison(output, comparison)  # before the table, since a closed pipe can end the process
         compare.print_comparison(comparison)
         log.info(f"page: {output}")

@@ -24,7 +24,7 @@ from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
-from trainer.evaluation.scoring import Scorer, validation_scores
+from trainer.evaluation.scoring import Scorer, compute_validation_scores
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
@@ -312,7 +312,7 @@ def score_validation(
         if run.worker.should_stop("in validation"):
             return None
         arrays = predictions.probabilities, predictions.labels, predictions.losses
-        return run.worker.control.broadcast("validation", lambda: validation_scores(*arrays))
+        return run.worker.control.broadcast("validation", lambda: compute_validation_scores(*arrays))
 
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:

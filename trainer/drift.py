@@ -27,8 +27,8 @@ from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import (
+    LogPeriod,
     Measure,
-    Period,
     find_version,
     format_measures,
     measure_drift,
@@ -37,7 +37,7 @@ from trainer.evaluation.drift import (
     read_reference,
 )
 from trainer.monitoring.log import log
-from trainer.storage.local import delete_abandoned
+from trainer.storage.local import delete_stale_temporary_files
 from trainer.storage.path import storage_path
 
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
@@ -68,7 +68,7 @@ def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
     return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
 
 
-def measure(reference_address: str, log_address: str, period: Period, output: str) -> list[Measure]:
+def measure(reference_address: str, log_address: str, period: LogPeriod, output: str) -> list[Measure]:
     """Measure the drift of logged predictions from a reference. Return the measures, log them, and plot them.
 
     Args:
@@ -88,7 +88,7 @@ def measure(reference_address: str, log_address: str, period: Period, output: st
     from trainer.report.drift import draw  # here, because it imports matplotlib
 
     if (output_path := storage_path(output)).is_local:
-        delete_abandoned(Path(str(output_path)).parent, output_path.name)
+        delete_stale_temporary_files(Path(str(output_path)).parent, output_path.name)
     with tempfile.TemporaryDirectory() as temp_dir:
         figure = Path(temp_dir) / "drift.png"
         draw(figure, reference, window, measures)
@@ -108,7 +108,7 @@ def main() -> None:
         if not output.endswith(".png"):
             raise ConfigError("must end in .png", key="output", value=output, fix="give the path of a PNG file")
         version = find_version(arguments["reference"])
-        period = Period(
+        period = LogPeriod(
             until - timedelta(hours=hours) if hours else None,
             until if "until" in arguments else None,
             version.name if version else None,

@@ -37,7 +37,7 @@ from trainer.runs.stored_run import StoredRun, load_checkpoint, read_run
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "is required", "checkpoint": "", "split": "", "output": ""}
 # Keys and config groups in the run's configuration that an evaluation can change.
-CHANGEABLE = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
+CHANGEABLE_KEYS = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\.max_examples")
 FRACTIONS = {"validation_fraction", "test_fraction"}
 # Keys of `data` that select or correct examples -> the value that uses all examples without corrections.
 ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None, "corrections": None}
@@ -63,8 +63,8 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     """
     keys = [change.split("=", 1)[0].lstrip("+") for change in changes]
     for key in keys:
-        if not CHANGEABLE.fullmatch(key):
-            suggestion = suggest_key(key, [name for name in list_keys(RunConfig) if CHANGEABLE.fullmatch(name)])
+        if not CHANGEABLE_KEYS.fullmatch(key):
+            suggestion = suggest_key(key, [name for name in list_keys(RunConfig) if CHANGEABLE_KEYS.fullmatch(name)])
             fix = "change only data, runtime, training.batch_size and debug.max_examples"
             fix = suggestion if suggestion.startswith("did") else fix
             raise ConfigError("cannot be changed in an evaluation", key=key, fix=fix)

@@ -1,7 +1,7 @@
 """Handle untrusted names of files, folders, objects in buckets, records and classes: escape, normalize, validate.
 
 A file name is a string with surrogate escapes (PEP 383), from which Python restores the bytes of the file system.
-`escape_unprintable` prepares a name for display. `storage.local.join_inside` converts a name from a listing, a record
+`escape_unprintable` prepares a name for display. `storage.local.safe_join` converts a name from a listing, a record
 or a file to a local path, and rejects names for which `find_path_error` returns a reason. Every dataset source
 normalizes its class names with `normalize_class_name`. Only normalized class names are written to files.
 """

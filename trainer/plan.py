@@ -22,7 +22,7 @@ if __name__ == "__main__":
     exit_on_sigterm()  # the imports below take seconds
 
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.compose import compose, is_sweep, load_and_require_read
 from trainer.cli.process import choose_and_log_source, exit_with_code, suppress_import_noise
 from trainer.cluster.discovery import discover
 from trainer.config.schema import apply_overfit
@@ -47,7 +47,7 @@ def main() -> None:
         composed = compose(run_arguments)
         if composed is None:  # --cfg
             return
-        config = apply_overfit(load_given(composed, run_arguments))
+        config = apply_overfit(load_and_require_read(composed, run_arguments))
         with suppress_import_noise():
             from trainer.planning.dry_run import Plan, show_run
         plan = Plan(config, discover(os.environ))

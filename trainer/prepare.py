@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from trainer.cli.arguments import ALL, format_usage, parse_arguments
 from trainer.cli.compose import compose
-from trainer.cli.overrides import list_given_keys
+from trainer.cli.overrides import list_argument_keys
 from trainer.cli.process import (
     choose_and_log_source,
     configure_log,
@@ -69,7 +69,7 @@ def main() -> None:
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {format_usage(__doc__)}")
         config = load(composed)
-        explicit_keys = list_given_keys(overrides)
+        explicit_keys = list_argument_keys(overrides)
         # With every source, data.split_seed orders the records that are written.
         require_read(config, explicit_keys - {"data.split_seed", "data.shards"})
         used_keys, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")

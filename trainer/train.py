@@ -38,12 +38,12 @@ from trainer.context import (
 )
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, convert_data_errors
-from trainer.data.open import open_run_data, require_validation
+from trainer.data.open import require_validation, stage_and_open_run_dataset
 from trainer.data.remote import show_addresses_in_errors
 from trainer.data.sharding import ShardingPlan
 from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_teacher
 from trainer.errors import INTERRUPTED, DataError, StopRequested
-from trainer.evaluation.scoring import Scorer, images_per_call
+from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.exporting.formats import check_formats
 from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
 from trainer.models.classifier import build_classifier, count_parameters
@@ -60,7 +60,7 @@ from trainer.runs.folder import RunFolder, resolve_auto_once
 from trainer.runs.metrics import MetricsWriter, count_steps_to_profile, truncate_metrics
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.runs.saver import Saver
-from trainer.runs.stored_run import without_weights
+from trainer.runs.stored_run import disable_pretrained_weights
 from trainer.training import early_stopping, variables
 from trainer.training.losses import compute_class_weights
 from trainer.training.state import RunState
@@ -115,9 +115,9 @@ def set_up(
     health.set_activity("opening the data")
     saver = Saver(folder, control, requested.runtime.keep_checkpoints)
     has_checkpoint = saver.broadcast_newest(folder.resuming)  # the checkpoint replaces the initial weights
-    model = without_weights(requested.model) if has_checkpoint else locate_weights(requested.model)
+    model = disable_pretrained_weights(requested.model) if has_checkpoint else locate_weights(requested.model)
     data_config = requested.model_copy(update={"model": model})
-    data = open_run_data(data_config, log.info, lambda address: stop.check(f"while fetching {address}"))
+    data = stage_and_open_run_dataset(data_config, log.info, lambda address: stop.check(f"while fetching {address}"))
     dataset = data.dataset
     require_validation(dataset, requested.data.validation_fraction)
     split_counts = ", ".join(f"{split.count:,} {name}" for name, split in dataset.splits.items())
@@ -205,10 +205,10 @@ def choose_inputs(
     return features, compiled, teacher
 
 
-def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[str, Any]], advice: list[str]) -> None:
+def record_start(run: RunContext, folder: RunFolder, by_phase: dict[str, dict[str, Any]], advice: list[str]) -> None:
     """Record the start in the folder, and discard metrics and checkpoints that are newer than the restored checkpoint.
 
-    Before this call, a start changes nothing in the folder. `of_phases`: field of run.json -> phase name -> value.
+    Before this call, a start changes nothing in the folder. `by_phase`: field of run.json -> phase name -> value.
 
     Raises:
         GaveUp: too many restarts without progress.
@@ -222,7 +222,7 @@ def record_start(run: RunContext, folder: RunFolder, of_phases: dict[str, dict[s
         requested = folder.config
         assert isinstance(requested, RunConfig), "every `auto` is resolved"
         run.saver.restarts.require_progress(step, max_restarts)
-        folder.begin(requested, dataset, of_phases, fields | ({"advice": advice} if advice else {}))
+        folder.begin(requested, dataset, by_phase, fields | ({"advice": advice} if advice else {}))
         run.saver.restarts.begin(step, max_restarts)
         run.saver.checkpoints.mark_corrupt_after(step)
         if step:
@@ -249,7 +249,8 @@ def make_plan(
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
-    shard, rows = sharding.for_scoring(worker.index), images_per_call() if config.training.virtual_replicas else None
+    shard = sharding.for_scoring(worker.index)
+    rows = get_images_per_call() if config.training.virtual_replicas else None
     run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows=rows)
     run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
 
@@ -483,7 +484,7 @@ def finish(run: RunContext) -> None:
             stop.request("stopped by another worker")
         check()
     images.gather_unreadable(control)
-    for line in images.describe_remaining():
+    for line in images.describe_readable_counts():
         log.info(line)
     if not control.is_chief:
         stop.on_request = lambda reason: control.end(INTERRUPTED, f"{reason} {AFTER_TRAINING}; nothing is lost")

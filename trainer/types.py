@@ -132,7 +132,7 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
-class Scored:
+class SplitPredictions:
     """A network's predictions for n examples of a split, ordered by example index."""
 
     split: str

@@ -6,20 +6,20 @@ import pytest
 
 from tests.config.test_schema import ROWS, tree
 from tests.errors import raises
-from trainer.backbones.candidates import Choices, apply_choices, find_size, parse_candidates, parse_folds
+from trainer.backbones.candidates import Choices, configure_comparison, find_image_size, parse_candidates, parse_folds
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import load
 from trainer.errors import ConfigError
 
 
 def chosen(among: str, given: set[str] | None = None, **changes: Any) -> Choices:
-    return apply_choices(load(tree(**changes)), parse_candidates(among), given or set())
+    return configure_comparison(load(tree(**changes)), parse_candidates(among), given or set())
 
 
 def test_networks_have_their_own_size_and_the_weights_of_all_or_their_own() -> None:
     settings = {"model__image_size": 48, "model__weights": "glyphs"}  # those of the composed network
     models = chosen("[mobilenet_v2:0.35@none, Xception, mobilenet_v2]", **settings).models
-    assert {name: (m.weights, m.alpha, find_size(m)) for name, m in models.items()} == {
+    assert {name: (m.weights, m.alpha, find_image_size(m)) for name, m in models.items()} == {
         "MobileNetV2 0.35": ("none", 0.35, 224),
         "Xception": ("imagenet", None, 299),
         "MobileNetV2": ("imagenet", None, 224),
@@ -81,15 +81,15 @@ def test_the_first_phase_of_the_head_alone_is_trained_without_early_stopping() -
         "first": {"thaw": "all", "epochs": 1},
         "second": {"thaw": "none", "epochs": 7, "early_stopping": {"patience": 2}},
     }
-    choices = apply_choices(load({**tree(), "phases": phases}), parse_candidates("vgg16"), set())
+    choices = configure_comparison(load({**tree(), "phases": phases}), parse_candidates("vgg16"), set())
     assert choices.phase == "second"
     assert not isinstance(choices.config.phases, AutoPhases)
     (phase,) = choices.config.phases.values()
     assert (phase.epochs, phase.early_stopping.patience, phase.features) == (7, 0, "cached")
     with raises(ConfigError, key="phases", fix="head_only"):
-        apply_choices(load({**tree(), "phases": {"all": phases["first"]}}), parse_candidates("vgg16"), set())
+        configure_comparison(load({**tree(), "phases": {"all": phases["first"]}}), parse_candidates("vgg16"), set())
     with raises(ConfigError, key="phases", value="auto", fix="head_only"):
-        apply_choices(load({**tree(), "phases": {"auto": ROWS}}), parse_candidates("vgg16"), set())
+        configure_comparison(load({**tree(), "phases": {"auto": ROWS}}), parse_candidates("vgg16"), set())
 
 
 def test_a_size_that_a_network_cannot_have_is_refused_before_anything_is_computed() -> None:

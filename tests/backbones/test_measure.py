@@ -23,7 +23,7 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.data.images import ImageStore
-from trainer.data.open import OpenedData, open_run_data
+from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.models.classifier import build_classifier
 from trainer.types import Dataset
 
@@ -40,7 +40,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Dataset]:
     cache = {"cache_dir": str(tmp_path_factory.mktemp("cache"))}
     config = load_resolved(tree(**changes, phases={"head": PHASE}, runtime=cache))
     assert isinstance(config, RunConfig)
-    data = open_run_data(config, print, lambda _: None)
+    data = stage_and_open_run_dataset(config, print, lambda _: None)
     images = ImageStore(OpenedData(pool_examples(data.dataset), {}, None, "glyphs"), config, 32, lambda _: None)
     classifier = build_classifier(config.model, 10, config.seed)
     worker = Worker(ControlChannel(discover({}), {}), tf.distribute.get_strategy(), StopFlag())

@@ -9,13 +9,19 @@ import pytest
 
 from tests.errors import raises
 from trainer.backbones.folds import FoldPlan
-from trainer.backbones.results import FoldResult, Measurements, ResultFolder, name_folder, require_comparison_folder
+from trainer.backbones.results import (
+    FoldResult,
+    Measurements,
+    ResultFolder,
+    make_folder_name,
+    require_comparison_folder,
+)
 from trainer.backbones.table import (
+    EvaluatedBackbone,
     Facts,
-    MeasuredNetwork,
     describe,
     explain_columns,
-    find_cheapest,
+    find_fastest,
     format_table,
     rank,
     write_results,
@@ -32,17 +38,17 @@ LABELS = np.tile([0, 1], N // 2).astype(np.int32)
 HOSTILE = "<script>alert(1)</script>\n' \"é"
 
 
-def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000) -> MeasuredNetwork:
+def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000) -> EvaluatedBackbone:
     """A network that predicts all examples correctly except those at `wrong`, in two folds."""
     predictions = LABELS.astype(np.int64)
     predictions[list(wrong)] = 1 - predictions[list(wrong)]
     halves = np.arange(N)[: N // 2], np.arange(N)[N // 2 :]
     folds = [FoldResult(half, predictions[half], 3.0) for half in halves]
     measured = Measurements(224, parameters, 4 * parameters, single_ms, 5.0, 32, "one CPU, 2 cores")
-    return MeasuredNetwork(label, folds, measured)
+    return EvaluatedBackbone(label, folds, measured)
 
 
-def facts_of(*networks: MeasuredNetwork, random: str = "") -> Facts:
+def facts_of(*networks: EvaluatedBackbone, random: str = "") -> Facts:
     dataset = Dataset(HOSTILE, ("a", HOSTILE), {"train": Split("train", LABELS)}, "1")
     folds = FoldPlan(np.repeat([0, 1], N // 2), 2, "as given")
     weights = {each.label: "none" if each.label == random else "imagenet" for each in networks}
@@ -69,13 +75,13 @@ def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> 
     assert rows[0].p is None
     assert rows[3].p == pytest.approx(min(3 * raw[2], 1))  # Holm: the smallest one times their number
     assert [row.is_worse for row in rows] == [False, False, False, True]
-    assert find_cheapest(rows).label == "small"
+    assert find_fastest(rows).label == "small"
     assert rows[0].train_seconds == pytest.approx(3.0 + 100 * 5.0 / 1e3)
 
 
 def test_an_example_that_one_network_could_not_read_counts_for_none() -> None:
     short = NETWORKS[0].folds[1]
-    partial = MeasuredNetwork("partial", [NETWORKS[0].folds[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
+    partial = EvaluatedBackbone("partial", [NETWORKS[0].folds[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
                               NETWORKS[0].measurements)  # fmt: skip
     assert {row.examples for row in rank([partial, NETWORKS[1]], facts_of(partial, NETWORKS[1]))} == {N - 1}
 
@@ -144,7 +150,7 @@ def test_a_corrupt_result_is_computed_again(tmp_path: Path, content: str) -> Non
 
 
 def test_the_name_of_a_folder_is_that_of_what_its_results_depend_on() -> None:
-    first = name_folder("VGG16 (a/../b)", {"seed": 1})
+    first = make_folder_name("VGG16 (a/../b)", {"seed": 1})
     assert "/" not in first
-    assert first == name_folder("VGG16 (a/../b)", {"seed": 1})
-    assert first != name_folder("VGG16 (a/../b)", {"seed": 2})
+    assert first == make_folder_name("VGG16 (a/../b)", {"seed": 1})
+    assert first != make_folder_name("VGG16 (a/../b)", {"seed": 2})

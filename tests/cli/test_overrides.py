@@ -12,7 +12,7 @@ from trainer.cli.compose import compose
 from trainer.cli.overrides import (
     evaluate_override,
     format_override,
-    list_given_keys,
+    list_argument_keys,
     parse_override,
     parse_value,
     split_elements,
@@ -263,6 +263,6 @@ def test_the_folder_of_a_sweep_may_have_any_name(given: str, folder: str | None)
 
 
 def test_the_keys_of_a_command_line() -> None:
-    assert list_given_keys(["seed=1", "++data.root=x=y", "model=xception", "-m", "hydra.job.name=x", "~sweep"]) == {
+    assert list_argument_keys(["seed=1", "++data.root=x=y", "model=xception", "-m", "hydra.job.name=x", "~sweep"]) == {
         "seed", "data.root",
     }  # fmt: skip

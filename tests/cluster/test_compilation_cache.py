@@ -8,9 +8,9 @@ import pytest
 
 from tests.processes import run_python
 from trainer.cluster.compilation_cache import (
+    choose_cache_variables,
     choose_programs_folder,
-    choose_variables,
-    is_complete,
+    is_complete_program,
     list_gpus,
     set_compilation_cache,
 )
@@ -40,12 +40,12 @@ def test_programs_are_stored_for_one_gpu_only(gpus: tuple[str, ...]) -> None:
 def test_the_folder_that_the_user_has_chosen_is_left() -> None:
     own = {"TF_XLA_FLAGS": "--tf_xla_persistent_cache_directory=/own", "CUDA_CACHE_PATH": "/own"}
     assert folder_of(environment=own) is None
-    assert choose_variables((H200,), folder_of(environment=own), None, CACHE, own) == {}
+    assert choose_cache_variables((H200,), folder_of(environment=own), None, CACHE, own) == {}
 
 
 def test_the_variables_add_to_those_of_the_user() -> None:
     given = {"XLA_FLAGS": "--xla_gpu_cuda_data_dir=/cuda", "TF_XLA_FLAGS": "--tf_xla_clustering_debug"}
-    assert choose_variables((H200,), Path("/cache/xla/1"), Path("/run/autotuning"), CACHE, given) == {
+    assert choose_cache_variables((H200,), Path("/cache/xla/1"), Path("/run/autotuning"), CACHE, given) == {
         "TF_XLA_FLAGS": "--tf_xla_clustering_debug --tf_xla_persistent_cache_directory=/cache/xla/1 "
         "--tf_xla_persistent_cache_device_types=GPU",
         "XLA_FLAGS": "--xla_gpu_cuda_data_dir=/cuda --xla_gpu_per_fusion_autotune_cache_dir=/run/autotuning",
@@ -54,12 +54,12 @@ def test_the_variables_add_to_those_of_the_user() -> None:
 
 
 def test_a_path_with_a_space_is_not_written_into_a_flag() -> None:
-    variables = choose_variables((H200,), Path("/my cache/xla"), Path("/my run"), Path("/my cache"), {})
+    variables = choose_cache_variables((H200,), Path("/my cache/xla"), Path("/my run"), Path("/my cache"), {})
     assert variables == {"CUDA_CACHE_PATH": "/my cache/cuda"}
 
 
 def test_without_a_gpu_nothing_is_set() -> None:
-    assert choose_variables((), CACHE, CACHE, CACHE, {}) == {}
+    assert choose_cache_variables((), CACHE, CACHE, CACHE, {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_without_a_gpu_nothing_is_set() -> None:
     ],
 )
 def test_a_message_that_is_cut_off_is_detected(content: bytes, complete: bool) -> None:
-    assert is_complete(content) is complete
+    assert is_complete_program(content) is complete
 
 
 @pytest.fixture
@@ -148,9 +148,9 @@ def test_a_machine_without_a_gpu_has_no_variables(tmp_path: Path, monkeypatch: p
 COMPILE = """
 import os, sys
 from pathlib import Path
-from trainer.cluster.compilation_cache import choose_variables
+from trainer.cluster.compilation_cache import choose_cache_variables
 folder, kind = Path(sys.argv[1]), sys.argv[2]
-variables = choose_variables(("a GPU",), folder / "programs", folder / "autotuning", folder, os.environ)
+variables = choose_cache_variables(("a GPU",), folder / "programs", folder / "autotuning", folder, os.environ)
 os.environ |= variables | {"TF_XLA_FLAGS": variables["TF_XLA_FLAGS"].replace("=GPU", "=" + kind)}
 import tensorflow as tf
 @tf.function(jit_compile=True)
@@ -167,11 +167,11 @@ def test_tensorflow_knows_the_flags_and_loads_what_it_stored(tmp_path: Path) -> 
     first = run_python(COMPILE, tmp_path, "CPU")
     (file,) = programs.glob("*.pb")
     written, content = file.stat().st_mtime_ns, file.read_bytes()
-    assert is_complete(content)
+    assert is_complete_program(content)
     again = run_python(COMPILE, tmp_path, "CPU")
     assert (first.stdout, file.stat().st_mtime_ns) == (again.stdout, written)
     file.write_bytes(content[: len(content) // 2])  # shows that it is read, and why it must be complete
-    assert not is_complete(file.read_bytes())
+    assert not is_complete_program(file.read_bytes())
     assert "Read less bytes than requested" in run_python(COMPILE, tmp_path, "CPU", code=1).stderr
 
 

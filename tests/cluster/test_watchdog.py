@@ -28,7 +28,7 @@ from trainer.cluster.watchdog_process import (
     Peer,
     _Watchdog,
     decide_end_reason,
-    newest_state,
+    parse_newest_state,
     parse_unread_messages,
 )
 from trainer.errors import INTERRUPTED
@@ -222,7 +222,7 @@ def test_requests_for_stacks_do_not_block_a_process(tmp_path: Path) -> None:
     ],
 )
 def test_the_newest_state_is_the_last_whole_line(data: bytes, state: dict[str, int] | None, rest: bytes) -> None:
-    assert newest_state(data) == (state, rest)
+    assert parse_newest_state(data) == (state, rest)
 
 
 @contextmanager

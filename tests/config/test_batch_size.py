@@ -7,7 +7,7 @@ import pytest
 
 from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
-from trainer.config.batch_size import FOOTPRINTS, GPU_RESERVE, MEMORY_FRACTION, count_bytes, find_footprint
+from trainer.config.batch_size import FOOTPRINTS, GPU_RESERVE, MEMORY_FRACTION, estimate_gpu_bytes, find_footprint
 from trainer.config.schema import RunConfig, load, load_resolved
 from trainer.models.backbones import backbones
 from trainer.types import CPU, Device
@@ -74,7 +74,7 @@ def test_twice_the_chosen_batch_would_not_fit_or_exceeds_the_limit(name: str) ->
     config, _ = resolve(f"model.backbone={name}", "model.image_size=600", device=L4)
     footprint = find_footprint(name)
     assert footprint
-    image, fixed = count_bytes(config, footprint)
+    image, fixed = estimate_gpu_bytes(config, footprint)
     limit, batch = MEMORY_FRACTION * L4.memory, config.training.batch_size  # type: ignore[operator]
     assert fixed > GPU_RESERVE
     assert batch * image + fixed <= limit

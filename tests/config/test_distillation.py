@@ -7,7 +7,7 @@ import yaml
 
 from tests.config.test_schema import CACHED, ROWS, tree
 from tests.errors import raises
-from trainer.cli.compose import compose, load_given
+from trainer.cli.compose import compose, load_and_require_read
 from trainer.config.diff import list_forbidden_changes
 from trainer.config.phases import AutoPhases
 from trainer.config.schema import RunConfig, configure_teacher, load, load_resolved, parse_config
@@ -88,7 +88,7 @@ def test_a_student_is_a_second_start_so_resume_is_not_never() -> None:
 def test_files_of_the_groups_can_be_chosen_and_changed() -> None:
     given = ["distillation.teacher=train", "distillation.model=glyphs_mobilenet_v2", "distillation.model.dropout=0.5",
              "distillation.phases=head_only", "distillation.phases.head.epochs=2"]  # fmt: skip
-    config = load_given(compose(given) or {}, given)
+    config = load_and_require_read(compose(given) or {}, given)
     teacher = configure_teacher(config)
     assert teacher
     assert teacher.model == config.model.model_copy(update={"dropout": 0.5})

@@ -12,7 +12,7 @@ from tests.config.test_schema import tree
 from tests.errors import raises
 from trainer import prepare
 from trainer.cli.compose import compose
-from trainer.cli.overrides import list_given_keys
+from trainer.cli.overrides import list_argument_keys
 from trainer.config.base import Duration
 from trainer.config.keys import add_defaults, classify_key, is_section, list_keys, list_union_members, suggest_key
 from trainer.config.schema import RequestedConfig, load
@@ -237,7 +237,7 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
 def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
     config = load(compose(arguments) or {})
     with raises(ConfigError) as caught:
-        require_read(config, list_given_keys(arguments))
+        require_read(config, list_argument_keys(arguments))
     assert {fault.key for fault in caught.value.faults} == set(reasons)
     for fault in caught.value.faults:
         assert reasons[str(fault.key)] in fault.problem

@@ -8,7 +8,7 @@ import yaml
 
 from tests.errors import raises
 from trainer.cli.compose import compose, find_conf_folder
-from trainer.config.base import RENAMED, Duration
+from trainer.config.base import RENAMED_KEYS, Duration
 from trainer.config.diff import flatten, list_forbidden_changes, select_common_settings
 from trainer.config.schema import RunConfig, load, load_resolved, parse_config
 from trainer.errors import ConfigError
@@ -151,7 +151,7 @@ def test_a_saved_configuration_loads_again_and_renamed_keys_in_it_too() -> None:
     config = load(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
     saved = yaml.safe_dump(config.model_dump(mode="json"))
     assert RunConfig.model_validate(parse_config(saved)) == config
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_KEYS.items():
         assert load(parse_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
 
 

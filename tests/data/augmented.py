@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
-from trainer.data.augment.draws import LEVELS, tabulate_levels
+from trainer.data.augment.draws import NUM_LEVELS, tabulate_levels
 from trainer.stateless_random import AUGMENTATION, random_uniform
 
 SIDE, COUNT, SEED, EPOCH = 16, 12, 11, 3
@@ -38,4 +38,4 @@ def value(kind: int, low: float, high: float) -> np.ndarray:
 
 def level(kind: int) -> np.ndarray:
     """The position of each example's number in a table of values."""
-    return (drawn(kind) * LEVELS).astype(int)
+    return (drawn(kind) * NUM_LEVELS).astype(int)

@@ -13,9 +13,9 @@ from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.data.images import ImageStore
-from trainer.data.open import open_run_data
+from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.prepare import prepare
-from trainer.data.records import frame_record, serialize
+from trainer.data.records import frame_record, serialize_example
 from trainer.data.remote import replace_local_paths, show_addresses_in_errors
 from trainer.errors import DataError, ModelError
 from trainer.planning.dry_run import _open_data
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with running(folder / "objects"):
         for file in folder.glob("*/*/*.jpg"):
             (storage_path(HOME) / str(file.relative_to(folder))).upload(file)
-        records = b"".join(frame_record(serialize(image, i % 2)) for i, image in enumerate(images))
+        records = b"".join(frame_record(serialize_example(image, i % 2)) for i, image in enumerate(images))
         (storage_path(HOME) / "shards" / "a-0.tfrec").write(records)
         yield
 
@@ -60,7 +60,7 @@ def settings(tmp_path: Path, **data: Any) -> RunConfig:
 
 def store(tmp_path: Path, **data: Any) -> ImageStore:
     config = settings(tmp_path, **data)
-    return ImageStore(open_run_data(config, print, lambda _: None), config, 10, lambda _: None)
+    return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 10, lambda _: None)
 
 
 @KINDS

@@ -165,7 +165,7 @@ def test_draws_are_never_renumbered() -> None:
         "AUGMENTATION": 1, "FLIP_HORIZONTAL": 0, "FLIP_VERTICAL": 1, "ROTATION": 2, "SHIFT_X": 3, "SHIFT_Y": 4,
         "SHEAR": 5, "ZOOM": 6, "CONTRAST": 7, "BRIGHTNESS": 8, "SECOND_ROTATION": 9, "STRETCH_X": 10, "STRETCH_Y": 11,
         "CROP_AREA": 12, "CROP_ASPECT": 13, "CROP_X": 14, "CROP_Y": 15, "SATURATION": 16, "HUE": 17, "CUTOUT_X": 18,
-        "CUTOUT_Y": 19, "MIX": 20, "MIX_METHOD": 21, "CUTMIX_X": 22, "CUTMIX_Y": 23, "DRAW_COUNT": 24, "LEVELS": 4096,
+        "CUTOUT_Y": 19, "MIX": 20, "MIX_METHOD": 21, "CUTMIX_X": 22, "CUTMIX_Y": 23, "NUM_DRAWS": 24, "NUM_LEVELS": 4096,
         "RANDAUGMENT": 1000,
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ def boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 def test_mixup_blends_neighbours_with_beta_weights() -> None:
     images, other, weight = mix(mixup=0.4)
-    expected = stats.beta.ppf((level(draws.MIX) + 0.5) / draws.LEVELS, 0.4, 0.4)
+    expected = stats.beta.ppf((level(draws.MIX) + 0.5) / draws.NUM_LEVELS, 0.4, 0.4)
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
     np.testing.assert_array_equal(other, LABELS[OTHER])
     lam = expected[:, None, None, None]

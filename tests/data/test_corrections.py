@@ -14,7 +14,7 @@ from tests.data.test_open import CLASSES, counts, folder, opened, write_records
 from tests.errors import raises
 from trainer.config.diff import list_forbidden_changes
 from trainer.config.schema import load_resolved
-from trainer.data.records import frame_record, locate_records, read_image, serialize
+from trainer.data.records import frame_record, locate_records, read_image, serialize_example
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.runs.folder import check_same_data
@@ -101,7 +101,7 @@ def test_records_are_corrected_by_their_id_or_the_name_that_they_store(tmp_path:
 
 def test_record_files_and_digits_are_corrected(tmp_path: Path) -> None:
     for number in range(2):
-        content = b"".join(frame_record(serialize(noise(10 * number + k), k % 2)) for k in range(10))
+        content = b"".join(frame_record(serialize_example(noise(10 * number + k), k % 2)) for k in range(10))
         (tmp_path / f"{number}.tfrec").write_bytes(content)
     data: dict[str, Any] = {"source": "tfrecords", "pattern": f"{tmp_path}/*.tfrec", "class_names": ("cat", "dog")}
     file = corrections(tmp_path, (f"{tmp_path}/1.tfrec#4", "relabel", "dog"), ("0.tfrec#0", "exclude", ""))

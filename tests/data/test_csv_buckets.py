@@ -13,7 +13,7 @@ from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
 from trainer.data.images import ImageStore
-from trainer.data.open import OpenedData, open_run_data
+from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.data.prepare import prepare
 from trainer.data.records import read_source_names
 from trainer.errors import DataError
@@ -43,7 +43,7 @@ def settings(tmp_path: Path, root: str, **data: Any) -> RunConfig:
 
 
 def opened(config: RunConfig, lines: list[str] | None = None) -> OpenedData:
-    return open_run_data(config, (lines if lines is not None else []).append, lambda _: None)
+    return stage_and_open_run_dataset(config, (lines if lines is not None else []).append, lambda _: None)
 
 
 def names(config: RunConfig, data: OpenedData) -> list[str]:

@@ -15,7 +15,7 @@ from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, sha
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
-from trainer.data.host import count_usable_cpus, get_default_memory_budget, memory_limit
+from trainer.data.host import count_usable_cpus, get_default_memory_budget, get_memory_limit_bytes
 from trainer.data.images import Pixels, convert_data_errors, plan_image_caches
 from trainer.data.order import Order
 from trainer.data.pipeline import build_evaluation_batches, build_training_batches
@@ -295,10 +295,10 @@ def test_errors_outside_the_pipeline_are_not_converted(tmp_path: Path) -> None:
 
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
-    machine = memory_limit(tmp_path)
+    machine = get_memory_limit_bytes(tmp_path)
     assert get_default_memory_budget(tmp_path) == machine // 4
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_limit(tmp_path) == machine
+    assert get_memory_limit_bytes(tmp_path) == machine
     (tmp_path / "memory.max").write_text("400000000\n")
     assert get_default_memory_budget(tmp_path) == 100_000_000
     (tmp_path / "memory").mkdir()

@@ -13,13 +13,13 @@ from tests.errors import raises
 from trainer.config.schema import load
 from trainer.data.images import ImageStore, require_readable
 from trainer.data.open import OpenedData, require_validation
-from trainer.data.records import frame_record, serialize
+from trainer.data.records import frame_record, serialize_example
 from trainer.errors import DataError
 from trainer.types import Dataset, Split
 
 
 def records(path: Path, count: int) -> Path:
-    path.write_bytes(b"".join(frame_record(serialize(noise(i), i % 3)) for i in range(count)))
+    path.write_bytes(b"".join(frame_record(serialize_example(noise(i), i % 3)) for i in range(count)))
     return path
 
 
@@ -131,6 +131,6 @@ def test_an_image_store_refuses_such_a_split_when_it_is_cached(tmp_path: Path) -
     images = store(splits, "memory", tmp_path)
     images.split("validation")
     line = "validation: 1 of 6 images could not be decoded, left are 5 (cat 2, dog 3)"
-    assert images.describe_remaining() == [line]
+    assert images.describe_readable_counts() == [line]
     with raises(DataError, problem="none of the 3 training images of dog can be decoded"):
         images.split("train")

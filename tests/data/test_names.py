@@ -25,7 +25,7 @@ from trainer.data.shard_gate import LocalShards
 from trainer.data.splits import find_matching_files
 from trainer.data.tfds_writer import LabeledImages, write_dataset
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 from trainer.evaluation.predictions import write_predictions
 from trainer.exporting.model_card import format_labels
 from trainer.names import decode_cell, escape_unprintable, normalize_class_name
@@ -92,7 +92,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     names = [train.name_of(index) for index in range(train.count)]
     probabilities = np.eye(len(folders), dtype=np.float32)[train.labels]
     write_predictions(
-        tmp_path / "p.csv", evaluate_arrays("train", dataset.class_names, train.labels, probabilities, names)
+        tmp_path / "p.csv", score_predictions("train", dataset.class_names, train.labels, probabilities, names)
     )
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text("utf-8").splitlines()))
     assert [decode_cell(row["file"]) for row in rows] == names == [escape_unprintable(file) for file in train.files]

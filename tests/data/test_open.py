@@ -22,7 +22,7 @@ from PIL import Image
 from tests.data.images import fill_folder, noise
 from tests.errors import ANY, raises
 from trainer.config.schema import Data, load
-from trainer.data.image_folder import LAYOUT
+from trainer.data.image_folder import SUPPORTED_LAYOUT_FIX
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
 from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
@@ -213,21 +213,25 @@ def test_the_fingerprint_follows_the_content_and_not_the_path(tmp_path: Path) ->
 
 
 LAYOUTS = {
-    "missing": (None, f"No such file or directory: .*pets .working directory {os.getcwd()}", LAYOUT),
-    "empty": ("", "has 0 images and no class folders", LAYOUT),
-    "other files": ("a.txt", "has 0 images and no class folders", LAYOUT),
-    "no classes": ("a.jpg", "has 1 image and no class folders", LAYOUT),
-    "no images": ("cat/ dog/", r"has no images in its class folders \(cat, dog\)", LAYOUT),
-    "one class": ("cat/0.jpg", r"has only one class folder \(cat\)", LAYOUT),
+    "missing": (None, f"No such file or directory: .*pets .working directory {os.getcwd()}", SUPPORTED_LAYOUT_FIX),
+    "empty": ("", "has 0 images and no class folders", SUPPORTED_LAYOUT_FIX),
+    "other files": ("a.txt", "has 0 images and no class folders", SUPPORTED_LAYOUT_FIX),
+    "no classes": ("a.jpg", "has 1 image and no class folders", SUPPORTED_LAYOUT_FIX),
+    "no images": ("cat/ dog/", r"has no images in its class folders \(cat, dog\)", SUPPORTED_LAYOUT_FIX),
+    "one class": ("cat/0.jpg", r"has only one class folder \(cat\)", SUPPORTED_LAYOUT_FIX),
     "nested": ("all/cat/0.jpg all/dog/0.jpg", r"only one class folder \(all\)", "set data.root={root}/all"),
-    "no train": ("val/cat/0.jpg val/dog/0.jpg", "has val but no train folder", LAYOUT),
+    "no train": ("val/cat/0.jpg val/dog/0.jpg", "has val but no train folder", SUPPORTED_LAYOUT_FIX),
     "other classes": (
         "train/cat/0.jpg train/owl/0.jpg val/cat/0.jpg val/dog/0.jpg",
         "only {root}/train has owl, and only {root}/val has dog",
         "use the same class folders",
     ),
     "two": ("train/cat/0.jpg validation/cat/0.jpg val/cat/0.jpg", "are both the validation split", "remove one"),
-    "mixed": ("train/cat/0.jpg train/dog/0.jpg extra/0.jpg", r"split folders \(train\) and others \(extra\)", LAYOUT),
+    "mixed": (
+        "train/cat/0.jpg train/dog/0.jpg extra/0.jpg",
+        r"split folders \(train\) and others \(extra\)",
+        SUPPORTED_LAYOUT_FIX,
+    ),
 }
 
 

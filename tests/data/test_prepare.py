@@ -20,12 +20,12 @@ from tests.disks import fill, small_disk
 from tests.errors import raises
 from trainer.config.schema import load
 from trainer.data.prepare import prepare
-from trainer.data.records import frame_record, locate_records, read_source_name, serialize
+from trainer.data.records import frame_record, locate_records, read_source_name, serialize_example
 from trainer.data.tfds_folder import DatasetFolder
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.monitoring.log import configure
-from trainer.storage.base import is_unfinished
+from trainer.storage.base import is_temporary_name
 from trainer.storage.path import storage_path
 from trainer.types import Split
 
@@ -144,12 +144,14 @@ def test_what_training_refuses_is_refused_by_name(tmp_path: Path, name: str) -> 
 
 def test_a_record_is_named_with_its_file_to_the_last_message(tmp_path: Path) -> None:
     shard = tmp_path / "a.tfrec"
-    payloads = [serialize(noise(i)[: 200 if i == 1 else None], 0, {"filename": f"dog/{i}.jpg"}) for i in range(3)]
+    payloads = [
+        serialize_example(noise(i)[: 200 if i == 1 else None], 0, {"filename": f"dog/{i}.jpg"}) for i in range(3)
+    ]
     shard.write_bytes(b"".join(map(frame_record, payloads)))
     data = {"source": "tfrecords", "pattern": str(shard), "class_names": ("dog", "cat"), "validation_fraction": 0}
     with raises(DataError, problem="no training example of cat"):
         opened(tmp_path, **data)
-    shard.write_bytes(shard.read_bytes() + frame_record(serialize(noise(9), 1)))
+    shard.write_bytes(shard.read_bytes() + frame_record(serialize_example(noise(9), 1)))
     split = opened(tmp_path, **data).splits["train"]
     with raises(DataError, problem=rf"cannot decode {shard}#1 \(dog/1.jpg\): "):
         pixels_of(split, "memory", tmp_path)
@@ -176,7 +178,7 @@ def test_pixels_of_12_bits_are_noted(tmp_path: Path, largest: int, more: str) ->
 
 
 def test_the_pixels_of_a_sample_are_those_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.examine.MAX_FILES", 2)  # the first and the last file
+    monkeypatch.setattr("trainer.data.examine.MAX_EXAMINED_FILES", 2)  # the first and the last file
     root = fill_folder(tmp_path / "scans", {"cat": 2, "dog": 4})
     last = Path(folder(tmp_path, root, validation_fraction=0).splits["train"].files[-1])
     Image.fromarray(np.full((10, 10), 4095, np.uint16)).save(last, "PNG")
@@ -203,7 +205,7 @@ def test_shards_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, worker
             with pytest.raises(OSError, match="No space left"):
                 write_dataset(disk / "out", labelled(), options)
             deadline = time.monotonic() + 10
-            while any(is_unfinished(file.name) for file in (disk / "out").iterdir()):  # threads end after the error
+            while any(is_temporary_name(file.name) for file in (disk / "out").iterdir()):  # threads end after the error
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         (disk / "filler").unlink()

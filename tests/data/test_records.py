@@ -24,7 +24,7 @@ from trainer.data.records import (
     read_groups,
     read_image,
     read_labels,
-    serialize,
+    serialize_example,
 )
 from trainer.data.tfds_folder import MANIFEST, ShardEntry
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
@@ -60,7 +60,7 @@ def examples(tmp_path: Path) -> Examples:
 def test_tensorflow_reads_our_records_and_examples(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    payloads = [serialize(noise(i), i) for i in range(3)]
+    payloads = [serialize_example(noise(i), i) for i in range(3)]
     path = write_shard(tmp_path / "a.tfrec", payloads)
     records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
     assert records == payloads
@@ -195,7 +195,9 @@ def test_damaged_images_are_named_or_skipped(tmp_path: Path, examples: Examples)
 
 
 def test_a_damaged_image_of_a_record_is_named_with_its_file(tmp_path: Path) -> None:
-    payloads = [serialize(noise(i)[: 300 if i == 1 else None], i % 2, {"filename": f"cat/{i}.jpg"}) for i in range(3)]
+    payloads = [
+        serialize_example(noise(i)[: 300 if i == 1 else None], i % 2, {"filename": f"cat/{i}.jpg"}) for i in range(3)
+    ]
     path = write_shard(tmp_path / "a.tfrec", payloads)
     split = Split("train", np.zeros(3, np.int32), shards=(Shard(str(path), 3, 0, 3),))
     examples: Examples = [(at, 0) for at in locate_records(split)]
@@ -210,7 +212,7 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 5, 400])
 def test_a_truncated_shard_is_named_with_the_record(tmp_path: Path, cut: int) -> None:
-    path = write_shard(tmp_path / "a.tfrec", [serialize(noise(i), 0) for i in range(4)])
+    path = write_shard(tmp_path / "a.tfrec", [serialize_example(noise(i), 0) for i in range(4)])
     os.truncate(path, path.stat().st_size - cut)
     index = index_shard(path)
     assert index.fault == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
@@ -258,7 +260,7 @@ LISTED = r"image \(bytes\), label \(int64\)"
     ],
 )
 def test_wrong_labels_are_named(tmp_path: Path, label: str, image: str, key: str, fix: str, problem: str) -> None:
-    path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), serialize(b"image", 7)]))
+    path = str(write_shard(tmp_path / "a.tfrec", [serialize_example(b"image", 0), serialize_example(b"image", 7)]))
     value = {"image_field": image, "label_field": label, "label_kind": "index"}[key]
     with raises(DataError, f"data.{key}", value, fix, problem.format(path)):
         read_labels(path, index_shard(path), LabelFields(label, image, 5))
@@ -345,7 +347,7 @@ def test_a_one_hot_label_of_another_number_of_classes_is_named(tmp_path: Path, k
 
 @pytest.mark.parametrize(("payload", "more"), [(b"hello", ""), (b"\xff\xd8\xff", ""), (b"", ": it has no fields")])
 def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: bytes, more: str) -> None:
-    path = str(write_shard(tmp_path / "a.tfrec", [serialize(b"image", 0), payload]))
+    path = str(write_shard(tmp_path / "a.tfrec", [serialize_example(b"image", 0), payload]))
     labels, faults = read_labels(path, index_shard(path), LabelFields("label", "image", 3))
     assert labels.tolist() == [0, -1]
     assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum matches{more}"]

@@ -144,7 +144,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
 ) -> None:
     """The bound of the test above is tight."""
     monkeypatch.setattr("trainer.data.shard_gate.BLOCKS_AHEAD", 0)
-    monkeypatch.setattr("trainer.data.pipeline.max_rows_ahead", lambda *_: 0)
+    monkeypatch.setattr("trainer.data.pipeline.compute_max_rows_ahead", lambda *_: 0)
     strict = arriving(split, tmp_path)
     taken(strict, ORDER, 100, 10)
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
@@ -154,7 +154,7 @@ def test_with_one_block_less_a_shard_would_be_missing(
 def test_an_evaluation_opens_only_what_was_required(
     split: Split, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
+    monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     options = {"batch_size": 12, "replicas": 2, "fraction": part, "sharding": sharding}
 
     def scored(pixels: Pixels) -> Batches:
@@ -174,7 +174,7 @@ def test_an_evaluation_opens_only_what_was_required(
 
 
 def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
+    monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict, local = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
     np.testing.assert_array_equal(strict.rows(indices), local.rows(indices))
@@ -198,7 +198,7 @@ def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
 def test_caches_are_filled_from_shards_that_come_and_go(
     split: Split, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.order.BLOCK_RECORDS", 64)
+    monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict = arriving(split, tmp_path / "remote", 0.5)
     fetched = opened(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
     local = opened(split, cache, tmp_path / "local", size=SIDE)

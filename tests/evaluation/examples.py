@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 from trainer.types import EvaluationResult
 
 HOSTILE = '<b>"x"'
@@ -21,7 +21,7 @@ def make_result(classes: int, n: int, *, right: bool = False, empty: Sequence[in
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     class_names = [HOSTILE, "a $x$ and $y_{", *(f"class {k}" for k in range(2, classes))]
     names = [f"folder/{k} & <i>.jpg" for k in range(n)]
-    return evaluate_arrays("test", class_names, labels, probabilities.astype(np.float32), names)
+    return score_predictions("test", class_names, labels, probabilities.astype(np.float32), names)
 
 
 def make_history(*lengths: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import mahalanobis
 
-from trainer.evaluation.distance import fit_distance
+from trainer.evaluation.distance import build_embedding_distance
 from trainer.exporting.reference import compute_reference
 
 
@@ -24,7 +24,7 @@ def test_it_is_scipys_mahalanobis_distance(width: int) -> None:
     reference = reference_of(embeddings)
     moments = reference["embedding"]
     assert isinstance(moments, dict)
-    distance = fit_distance(reference)
+    distance = build_embedding_distance(reference)
     assert distance is not None
     assert (distance.width, distance.split) == (width, "test")
     projected = embeddings.astype(np.float64)
@@ -43,7 +43,7 @@ def test_it_is_scipys_mahalanobis_distance(width: int) -> None:
 def test_features_without_variance_do_not_make_it_infinite() -> None:
     embeddings = np.zeros((50, 4), np.float32)
     embeddings[:, 0] = np.linspace(-1, 1, 50)
-    distance = fit_distance(reference_of(embeddings))
+    distance = build_embedding_distance(reference_of(embeddings))
     assert distance is not None
     assert distance.reference_rms == pytest.approx(1.0)
     assert distance.measure(np.zeros((1, 4)))[0] == pytest.approx(0.0, abs=1e-6)
@@ -52,4 +52,4 @@ def test_features_without_variance_do_not_make_it_infinite() -> None:
 
 def test_a_reference_without_an_embedding_has_no_distance() -> None:
     reference = reference_of(np.eye(8, dtype=np.float32))
-    assert fit_distance({key: value for key, value in reference.items() if key != "embedding"}) is None
+    assert build_embedding_distance({key: value for key, value in reference.items() if key != "embedding"}) is None

@@ -12,7 +12,7 @@ from tests.evaluation.examples import HOSTILE, make_result
 from tests.report.test_write import Page, write
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson_interval
-from trainer.evaluation.metrics import evaluate_arrays, score_groups
+from trainer.evaluation.metrics import score_groups, score_predictions
 
 LABELS = np.array([0, 1, 0, 1, 2, 0], np.int32)
 PREDICTIONS = np.array([0, 0, 0, 1, 2, 0], np.int32)
@@ -59,7 +59,7 @@ def test_the_report_shows_groups(tmp_path: Path) -> None:
     plain = make_result(3, 60)
     groups = [HOSTILE if k % 3 else "others" for k in range(60)]
     arrays = plain.class_names, plain.labels, plain.probabilities, plain.names
-    result = evaluate_arrays("test", *arrays, groups, "who & how")
+    result = score_predictions("test", *arrays, groups, "who & how")
     report = write(tmp_path / "with", result)
     assert [row["name"] for row in report["test"]["groups"]["rows"]] == [HOSTILE, "others"]
     assert json.loads((tmp_path / "with" / "report.json").read_text()) == report

@@ -3,7 +3,7 @@
 import numpy as np
 
 from trainer.evaluation.label_errors import describe_label_errors, find_label_errors
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 
 
 def test_by_hand() -> None:
@@ -45,7 +45,7 @@ def test_swapped_labels_come_first() -> None:
     assert (np.diff(probabilities[indices, labels[indices]] - probabilities[indices, suggested]) >= 0).all()
 
     names = [f"{k}.jpg" for k in range(1000)]
-    errors = describe_label_errors(evaluate_arrays("test", list("abcde"), labels, probabilities, names))
+    errors = describe_label_errors(score_predictions("test", list("abcde"), labels, probabilities, names))
     row = errors["rows"][0]
     assert (errors["count"], row["file"]) == (len(indices), f"{indices[0]}.jpg")
     assert (row["label"], row["suggestion"]) == ("abcde"[labels[indices[0]]], "abcde"[suggested[0]])

@@ -11,7 +11,7 @@ from tests.errors import raises
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
 from trainer.evaluation.intervals import wilson_interval
-from trainer.evaluation.metrics import evaluate_arrays, measure_calibration, score
+from trainer.evaluation.metrics import measure_calibration, score, score_predictions
 
 NAMES = ("a", "b", "c")
 # Predictions a, b, b, a for truths a, a, b, b: two of four are right; c never occurs and is never predicted.
@@ -111,7 +111,7 @@ def test_perfect_calibration_has_no_error() -> None:
 
 
 def test_the_result_has_the_arrays_of_the_scores() -> None:
-    result = evaluate_arrays("validation", NAMES, LABELS, PROBABILITIES, list("wxyz"))
+    result = score_predictions("validation", NAMES, LABELS, PROBABILITIES, list("wxyz"))
     assert (result.split, result.class_names, result.names) == ("validation", NAMES, ("w", "x", "y", "z"))
     assert (result.labels.dtype, result.probabilities.dtype) == (np.int32, np.float32)
     assert result.metrics == score(LABELS, PROBABILITIES, NAMES)
@@ -133,4 +133,4 @@ WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
 def test_arrays_that_do_not_match_are_refused(name: str) -> None:
     (labels, probabilities, classes, files), problem, fix = WRONG[name]
     with raises(DataError, problem=problem, fix=fix):
-        evaluate_arrays("test", classes, labels, probabilities, files)
+        score_predictions("test", classes, labels, probabilities, files)

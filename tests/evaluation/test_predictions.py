@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.nasty import file_names
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 from trainer.evaluation.predictions import write_predictions
 from trainer.names import decode_cell, encode_cell, escape_unprintable
 
@@ -17,7 +17,7 @@ def test_the_bytes(tmp_path: Path) -> None:
     names = ["a/1.jpg", 'with, comma and "quote".png', "shard-00000#7", "bad\udcff\nname"]
     labels = np.array([0, 1, 1, 0], np.int32)
     probabilities = np.array([[0.75, 0.25], [2 / 3, 1 / 3], [1e-9, 1.0], [1.0, 0.0]], np.float32)
-    result = evaluate_arrays("test", ("cat", "café, black"), labels, probabilities, names)
+    result = score_predictions("test", ("cat", "café, black"), labels, probabilities, names)
     path = tmp_path / "new" / "predictions.csv"
     path.parent.mkdir()
     path.write_text("old\n" * 1000)
@@ -56,7 +56,7 @@ def test_no_cell_is_a_formula_and_a_reader_gets_the_name_back(tmp_path: Path) ->
     names = [*FORMULAS, *file_names(3, 200)]
     classes = [*dict.fromkeys(map(escape_unprintable, names))]
     labels = np.array([classes.index(escape_unprintable(name)) for name in names], np.int32)
-    result = evaluate_arrays("test", classes, labels, np.eye(len(classes), dtype=np.float32)[labels], names)
+    result = score_predictions("test", classes, labels, np.eye(len(classes), dtype=np.float32)[labels], names)
     write_predictions(tmp_path / "p.csv", result)
     with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

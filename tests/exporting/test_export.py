@@ -19,7 +19,7 @@ from trainer.models.classifier import build_classifier
 from trainer.models.grad_cam import make_explainer
 from trainer.runs.stored_run import StoredRun
 from trainer.storage.path import storage_path
-from trainer.types import Dataset, Scored, Split
+from trainer.types import Dataset, Split, SplitPredictions
 
 
 def make_config(on_error: str = "fail") -> RunConfig:
@@ -60,7 +60,7 @@ def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     classifier, labels = build_classifier(config.model, 3, 1), images.dataset.splits["test"].labels[5:]
     probabilities = np.full((count, 3), 0.1, np.float32)
     probabilities[np.arange(count), labels] = 0.8
-    scored = Scored("test", np.arange(5, count + 5), labels, probabilities)
+    scored = SplitPredictions("test", np.arange(5, count + 5), labels, probabilities)
     read: list[tuple[str, Any]] = []
     rows = images.rows
     monkeypatch.setattr(images, "rows", lambda name, some: read.append((name, some)) or rows(name, some))

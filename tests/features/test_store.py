@@ -19,7 +19,7 @@ from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.order import Order
-from trainer.data.pipeline import View, build_indexed_batches, build_training_batches
+from trainer.data.pipeline import EpochAugmentation, build_indexed_batches, build_training_batches
 from trainer.errors import DataError
 from trainer.features.store import Features, count_feature_bytes, open_features
 from trainer.runs.checkpoints import crc32c_hex
@@ -230,7 +230,9 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
     chosen = np.array([2, 3, 11, 30])
     seen = []
     for view in (0, 1):
-        batches = build_indexed_batches(pixels, chosen, rows=4, replicas=1, view=View(augmentation, 5, view))
+        batches = build_indexed_batches(
+            pixels, chosen, rows=4, replicas=1, view=EpochAugmentation(augmentation, 5, view)
+        )
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
         expected = augment(pixels.rows(chosen), augmentation, 5, np.full(4, view), chosen)
         np.testing.assert_array_equal(batch["image"], expected)

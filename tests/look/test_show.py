@@ -28,7 +28,7 @@ from trainer.cli.compose import compose
 from trainer.config.schema import load
 from trainer.data import prepare as preparing
 from trainer.data.images import Pixels
-from trainer.data.pipeline import View, build_indexed_batches
+from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
 from trainer.look import main
 from trainer.look.show import examine, open_data
 from trainer.storage.path import storage_path
@@ -145,7 +145,7 @@ def test_images_are_those_of_training(photos: Path) -> None:
     np.testing.assert_array_equal(np.stack(list(shown.values())), pixels.rows(order))
     indices = np.array(sorted(each.index for each in content.images.augmented))
     assert [train.labels[i] for i in indices] in ([0, 1], [1, 0])
-    view = View(resolved.augmentation, 5, 3)
+    view = EpochAugmentation(resolved.augmentation, 5, 3)
     batch = next(iter(build_indexed_batches(pixels, indices, rows=2, replicas=1, view=view).dataset))
     for row, index in enumerate(indices):
         (views,) = (each.views for each in content.images.augmented if each.index == index)

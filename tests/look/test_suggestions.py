@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.cli.compose import compose, load_given
+from trainer.cli.compose import compose, load_and_require_read
 from trainer.look.facts import Facts, Settings, count_aspects, summarize
 from trainer.look.suggestions import suggest
 
@@ -76,7 +76,7 @@ def test_a_suggestion_has_a_reason_and_arguments_that_exist(
     given = [*source, "model=mobilenet_v2", *shlex.split(suggestion.arguments)]
     composed = compose(given)
     assert composed is not None
-    load_given(composed, given)
+    load_and_require_read(composed, given)
     key, equals, value = suggestion.arguments.partition("=")
     if equals and "'" not in key and "." in key:
         section, name = key.split(".")

@@ -61,7 +61,7 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
     ]
     assert trainable_layers(classifier) == expected
     assert plan.first_thawed == expected[0]
-    assert plan.first_name == layers[expected[0]].name
+    assert plan.first_thawed_name == layers[expected[0]].name
     assert plan.batch_norm_training == (batch_norm == "train")
     named = classifier.variables
     assert list(plan.trainable) == [n for n in named if n in plan.trainable]

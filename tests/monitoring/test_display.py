@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminal import on_terminal, screen
-from trainer.monitoring.display import PhaseProgress, format_duration, format_progress_line
+from trainer.monitoring.display import PhaseProgress, format_duration, format_status_line
 from trainer.monitoring.health import FINISH, Health
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ from trainer.monitoring.log import configure, log
 configure()
 display = Display(Console(highlight=False))
 health.enter_phase("fine_tune")
-display.phase = PhaseProgress("fine_tune", 200, 400, 12, began_step=200)
+display.phase = PhaseProgress("fine_tune", 200, 400, 12, start_step=200)
 display.figures = sys.argv[1:]
 for step in range(200, 601, 100):
     health.set_activity("training")
@@ -62,24 +62,24 @@ def test_a_terminal_shows_phase_epoch_bar_and_time_first_and_nothing_is_left(wid
 
 def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.monitoring.display.health", current := Health())
-    phase = PhaseProgress("head", 0, 100, 5, began_step=20, began=1000.0)
+    phase = PhaseProgress("head", 0, 100, 5, start_step=20, began=1000.0)
     current.enter_phase("head")
     current.record_steps(20, 2)
-    assert format_progress_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
+    assert format_status_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
     current.record_steps(60, 3)  # 40 steps in 20 s, 40 left
-    assert format_progress_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
+    assert format_status_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
     current.set_activity("saving a checkpoint")
     current.activity_began = 1000.0
-    assert format_progress_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
+    assert format_status_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
     current.activity_began = 1000.0
     current.record_progress(0, 4)
-    assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ╌╌╌╌╌╌╌╌╌╌    0%  left -:--"
-    current.work_began = 0, 1000.0
+    assert format_status_line(80, phase, [], now=1009.0) == "evaluation  ╌╌╌╌╌╌╌╌╌╌    0%  left -:--"
+    current.first_work_count = 0, 1000.0
     current.record_progress(3, 4)
-    assert format_progress_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
-    assert len(format_progress_line(30, phase, FIGURES, now=1009.0)) < 30
+    assert format_status_line(80, phase, [], now=1009.0) == "evaluation  ━━━━━━━╌╌╌   75%  left 0:03"
+    assert len(format_status_line(30, phase, FIGURES, now=1009.0)) < 30
 
 
 @pytest.mark.parametrize("activity", ["evaluation", "report"])
@@ -90,14 +90,14 @@ def test_the_time_left_is_that_of_the_loop_which_counts(activity: str, monkeypat
     now = 1000.0
     current.enter_phase(FINISH)
     current.set_activity(activity)
-    phase = PhaseProgress(activity, 0, 100, 5, began_step=20, began=1000.0)  # a phase may have any name
+    phase = PhaseProgress(activity, 0, 100, 5, start_step=20, began=1000.0)  # a phase may have any name
     for start, first, parts in ((1100.0, 0, 63), (1200.0, 30, 63), (1300.0, 2, 9)):
         now = start
         current.record_progress(first, parts)
         now += 2.0
         current.record_progress(first + 1, parts)
         left = format_duration(2.0 * (parts - first - 1))
-        assert format_progress_line(80, phase, [], now).endswith(f"  left {left}")
+        assert format_status_line(80, phase, [], now).endswith(f"  left {left}")
         current.record_progress(parts, parts)
 
 

@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.models.backbones import backbones, find_backbone
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.gradients import Differentiated, find_differentiated_operations
+from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.planning.computation import (
     IMAGES_PER_LAYER,
     NO_DETERMINISTIC_XLA_GRADIENT,
@@ -33,7 +33,7 @@ from trainer.types import CPU, Device
 
 H100 = Device("GPU", "NVIDIA H100", (9, 0), 80 * 2**30)
 THAWS = ("none", "last_blocks:1", "all")
-POOL, CONV = Differentiated("pool1_pool", "MaxPooling2D"), Differentiated("conv", "Conv2D")
+POOL, CONV = DifferentiatedOperation("pool1_pool", "MaxPooling2D"), DifferentiatedOperation("conv", "Conv2D")
 ENOUGH = 100 * IMAGES_PER_LAYER
 # Operations of TensorFlow of which its library has a message that no deterministic kernel exists on GPUs.
 NOT_DETERMINISTIC = {
@@ -55,7 +55,7 @@ def a_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str
 
 def decide(
     images: int = ENOUGH,
-    operations: tuple[Differentiated, ...] = (CONV,),
+    operations: tuple[DifferentiatedOperation, ...] = (CONV,),
     device: Device = H100,
     **settings: Any,
 ) -> Computation:

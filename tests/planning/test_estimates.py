@@ -17,7 +17,7 @@ from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
 from trainer.config.schema import RunConfig, load, load_resolved
 from trainer.data.images import ImageStore
-from trainer.data.open import open_run_data
+from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.sharding import UNSHARDED
 from trainer.distillation.teacher import load_teacher, open_teacher
 from trainer.errors import ConfigError
@@ -56,7 +56,7 @@ def open_student(folder: Path, *overrides: str) -> ImageStore:
         f"distillation.teacher={teacher}", f"runtime.cache_dir={folder / 'cache'}", *overrides,
     ]) or {})  # fmt: skip
     assert isinstance(config, RunConfig)
-    return ImageStore(open_run_data(config, print, lambda _: None), config, 32, lambda _: None)
+    return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 32, lambda _: None)
 
 
 def refusal(images: ImageStore, worker: Worker, with_teacher: bool) -> str:
@@ -80,7 +80,7 @@ def needed(message: str) -> float:
 def test_a_teacher_counts_while_it_predicts_in_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
-    monkeypatch.setattr(estimates, "memory_limit", lambda: 100_000_000)
+    monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 100_000_000)
     live = open_student(tmp_path, "augmentation=light")
     alone, taught = (needed(refusal(live, worker, with_teacher)) for with_teacher in (False, True))
     assert 8 < taught - alone < 11  # MB: variables 1.7 and activations 7.4
@@ -92,7 +92,7 @@ def test_a_teacher_counts_while_it_predicts_in_every_step(
 def test_images_that_are_read_once_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
-    monkeypatch.setattr(estimates, "memory_limit", lambda: 50_000_000)
+    monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 50_000_000)
     images = open_student(tmp_path, "augmentation=none", "debug.max_examples=1000")
     again = needed(refusal(images, worker, with_teacher=False))
     images.train_images_read_once = True

@@ -23,7 +23,7 @@ from trainer.names import decode_cell
 from trainer.predict import command, parts
 from trainer.predict.images import ImageFile, list_images
 from trainer.predict.model import Model, open_export_model
-from trainer.predict.parts import Parts, Predicted, decode_part
+from trainer.predict.parts import ImagePredictions, Parts, decode_part
 from trainer.predict.results import WIDTH, format_summary, make_header, make_row, rank, summarize, write_tables
 from trainer.storage.path import storage_path
 
@@ -34,7 +34,7 @@ CLASSES = ("daisy", "löwenzahn", "rose\\nred")
 def _tensorflow_as_it_is() -> Iterator[None]:
     """The set-up of a new process is not for this one, which has used TensorFlow; tests/e2e/test_predict.py has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "use_same_bits", lambda *_args, **_named: None)
+        patch.setattr(command, "configure_reproducible_predictions", lambda *_args, **_named: None)
         yield
 
 
@@ -161,7 +161,7 @@ def test_a_prediction_does_not_depend_on_the_other_images(export: Path, photos: 
     assert some.probabilities.tobytes() == everything.probabilities[rows].tobytes()
 
 
-def open_predictions(file: Path, address: str, flip: bool = False) -> Predicted:
+def open_predictions(file: Path, address: str, flip: bool = False) -> ImagePredictions:
     model = open_export_model(str(file), "export", Path("/nowhere"), flip, print)
     return parts.predict_images(model, list_images(address), flip)
 
@@ -295,7 +295,9 @@ def test_hostile_cells() -> None:
     names = ('=HYPERLINK("x")', "a;=1", "b\nc")
     header = make_header(names, 1)
     assert header[-3:] == ['probability_=HYPERLINK("x")', "probability_a;'=1", "probability_b\\nc"]
-    part = Predicted(np.array([[0.5, 0.25, 0.25], [np.nan] * 3], np.float32), np.array([1.0, np.nan]), ("", "-bad"))
+    part = ImagePredictions(
+        np.array([[0.5, 0.25, 0.25], [np.nan] * 3], np.float32), np.array([1.0, np.nan]), ("", "-bad")
+    )
     row = make_row(ImageFile("=1+2.png", ""), names, part, 0, 1)
     assert row == ["'=1+2.png", '\'=HYPERLINK("x")', "0.500000", "1.0000", "", "0.500000", "0.250000", "0.250000"]
     assert make_row(ImageFile("@x.png", ""), names, part, 1, 1) == ["'@x.png", "", "", "", "'-bad", "", "", ""]
@@ -303,7 +305,7 @@ def test_hostile_cells() -> None:
 
 
 def test_a_part_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
-    part = Predicted(
+    part = ImagePredictions(
         np.eye(3, dtype=np.float32),
         np.array([0.1, np.nan, 2.0]),
         ("", "é\udcff".encode("ascii", "backslashreplace").decode(), ""),
@@ -330,7 +332,7 @@ def test_the_summary_has_80_columns_for_any_names(tmp_path: Path) -> None:
     probabilities = np.random.default_rng(1).dirichlet(np.ones(30) / 9, 60).astype(np.float32)
     probabilities[:9] = np.nan
     errors = ("broken " * 30,) * 9 + ("",) * 51
-    overview = write_tables(tmp_path, images, names, [Predicted(probabilities, np.full(60, np.nan), errors)], 2)
+    overview = write_tables(tmp_path, images, names, [ImagePredictions(probabilities, np.full(60, np.nan), errors)], 2)
     summary = summarize(overview, names)
     measured = {"split": "test", "n": 10, "accuracy_without": 0.5, "accuracy_with": 0.6, "interval": [-0.1, 0.3],
                 "difference": 0.1, "won": 1, "lost": 0, "p": 1.0, "outcome": "no significant difference"}  # fmt: skip

@@ -25,7 +25,7 @@ import pytest
 from scripts.same_bits import free_ports
 from tests.errors import raises
 from trainer.errors import ConfigError
-from trainer.evaluation.drift import Period, measure_drift, read_log
+from trainer.evaluation.drift import LogPeriod, measure_drift, read_log
 from trainer.exporting.reference import compute_reference
 from trainer.relay import recording
 from trainer.relay.forwarding import Relay
@@ -163,7 +163,7 @@ def test_the_log_is_read_by_drift(relay: Relay, models: Path, tmp_path: Path) ->
     predict(relay, 300)
     wait_for(lambda: len(lines_of(tmp_path / "log")) == 300)
     reference = json.loads((models / "1" / "assets" / "reference.json").read_text())
-    window, invalid = read_log(str(tmp_path / "log"), reference, Period())
+    window, invalid = read_log(str(tmp_path / "log"), reference, LogPeriod())
     assert (window.n, invalid) == (300, 0)
     assert {measure.name for measure in measure_drift(reference, window)} == {"classes", "confidence"}
     assert 'kubetune_serving_population_stability_index{of="classes"}' in call(relay, "GET", "/metrics").text

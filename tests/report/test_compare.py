@@ -20,9 +20,9 @@ from PIL import Image
 from tests.errors import raises
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
-from trainer.data.records import frame_record, serialize
+from trainer.data.records import frame_record, serialize_example
 from trainer.errors import DataError
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 from trainer.evaluation.predictions import write_predictions
 from trainer.report.compare import (
     _read_image,
@@ -45,7 +45,7 @@ def make_run(folder: Path, accuracy: float, n: int = 300, root: str = "photos", 
     probabilities = np.full((n, 3), 0.1, np.float32)
     probabilities[np.arange(n), np.where(correct, labels, (labels + 1) % 3)] = 0.8
     names = [f"{root}/{CLASSES[label]}/{k}.jpg" for k, label in enumerate(labels)]
-    result = evaluate_arrays("test", CLASSES, labels, probabilities, names)
+    result = score_predictions("test", CLASSES, labels, probabilities, names)
     report = {
         "test": {"split": "test", **result.metrics},
         "data": {"class_names": list(CLASSES)},
@@ -181,7 +181,7 @@ def test_the_page_shows_the_images_whose_prediction_changed(as_records: bool, tm
     assert 4 < len(changed) < 24
     if as_records:
         shard = tmp_path / "s.tfrecord"
-        shard.write_bytes(b"".join(frame_record(serialize(photo(k), 0)) for k in range(40)))
+        shard.write_bytes(b"".join(frame_record(serialize_example(photo(k), 0)) for k in range(40)))
         for run in runs:
             table = run / "report" / "predictions.csv"
             table.write_text(re.sub(rf"{photos}/[^,]*/(\d+)\.jpg", rf"{shard}#\1", table.read_text()))

@@ -133,7 +133,7 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
             for i, colour in enumerate(figures.SERIES)
         ]
         starts = {"<head>": 0.5, "rest": 1.5}
-        chart = figures.line_chart("A & <i>", lines, fractions=True, phase_starts=starts, legend=True)
+        chart = figures.draw_line_chart("A & <i>", lines, fractions=True, phase_starts=starts, legend=True)
         assert chart
         return figures.to_svg(name, chart)
 
@@ -148,7 +148,7 @@ def test_a_chart_of_the_page_is_text_in_the_colours_of_the_page_and_equal_inputs
     assert re.findall("#[0-9a-f]{6}", first) == []
     assert set(re.findall(' id="(.*?)"', first)).isdisjoint(re.findall(' id="(.*?)"', drawn("b")))
     assert set(re.findall('href="#(.*?)"', first)) <= set(re.findall(' id="(.*?)"', first))
-    assert figures.line_chart("nothing", [figures.Line("a", figures.INK, [1], [None])]) is None
+    assert figures.draw_line_chart("nothing", [figures.Line("a", figures.INK, [1], [None])]) is None
 
 
 def test_names_become_plain_short_text() -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
 from trainer.evaluation.intervals import wilson_interval
-from trainer.report.figures import INK, Line, line_chart, to_svg
-from trainer.report.page import CATEGORY_COLORS, ReportImages, Samples
+from trainer.report.figures import INK, Line, draw_line_chart, to_svg
+from trainer.report.page import CATEGORY_COLORS, ReportImages, TrainingSamples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
 from trainer.runs import clock
 from trainer.types import Dataset, EvaluationResult, Split
@@ -81,7 +81,7 @@ def text_of(folder: Path) -> str:
 def write(folder: Path, result: EvaluationResult, **more: Any) -> dict[str, Any]:
     """Write a report; `more` replaces its images, its `run` or values of it."""
     history, images = make_history(2, 3), fetch(range(4))
-    shown = more.pop("images", ReportImages(fetch, Samples(images, [result.class_names[0]] * 4, images)))
+    shown = more.pop("images", ReportImages(fetch, TrainingSamples(images, [result.class_names[0]] * 4, images)))
     run = more.pop("run", facts(result))
     report = write_report(folder, result, {"history": history, "phases": make_phases(history), **run, **more}, shown)
     jsonschema.validate(json.loads((folder / "report.json").read_text()), SCHEMA)
@@ -263,7 +263,7 @@ def test_every_category_of_time_has_its_own_colour() -> None:
 
 
 def test_ticks_of_a_learning_rate_are_its_values() -> None:
-    chart = line_chart("Learning rate", [Line("learning rate", INK, [1, 2], [1e-3, 1e-5])])
+    chart = draw_line_chart("Learning rate", [Line("learning rate", INK, [1, 2], [1e-3, 1e-5])])
     assert chart
     drawn = to_svg("rate", chart)
     assert [tick for tick in ("0", "2.5e-4", "5e-4", "7.5e-4", "1e-3") if f">{tick}</text>" not in drawn] == []

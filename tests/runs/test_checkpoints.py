@@ -17,7 +17,7 @@ from tests.errors import raises
 from tests.processes import run_python
 from trainer.errors import DataError
 from trainer.runs.checkpoints import CheckpointFolder, crc32c_hex, read_pointer
-from trainer.storage.local import delete_unfinished
+from trainer.storage.local import delete_temporary_files
 from trainer.storage.path import storage_path
 from trainer.training.state import RunState
 
@@ -109,7 +109,7 @@ def test_an_unfinished_checkpoint_of_a_killed_process_is_removed(tmp_path: Path)
     folder, lines = folder_with(tmp_path, 1)
     (tmp_path / ".step-00000002.17-000000000004711").mkdir()
     assert folder.read_newest() is not None
-    delete_unfinished(tmp_path)
+    delete_temporary_files(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000001"]
     assert lines == []
 

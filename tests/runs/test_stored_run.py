@@ -11,7 +11,7 @@ from tests.runs.test_folder import settings
 from trainer.config.schema import load
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.folder import follow_run_folder, parse_run_json
+from trainer.runs.folder import make_worker_run_folder, parse_run_json
 from trainer.runs.stored_run import find_checkpoint, find_run
 
 CONFIG = load(
@@ -74,7 +74,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{", None])
 def test_a_run_json_that_is_lost_while_the_run_trains_is_written_again(tmp_path: Path, damage: str | None) -> None:
-    file, folder = tmp_path / "run.json", follow_run_folder(settings(tmp_path, tmp_path / "cache"))
+    file, folder = tmp_path / "run.json", make_worker_run_folder(settings(tmp_path, tmp_path / "cache"))
     folder.update_run_json({"attempts": [{"command": ["python", "a b"]}]})
     file.unlink() if damage is None else file.write_text(damage)
     assert folder.read_last_command() == "python 'a b'"

@@ -104,7 +104,7 @@ def test_large_images_are_in_smaller_batches_and_in_order() -> None:
 
 def test_large_images_and_others_each_get_half_of_the_time_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """While large images wait, others are not delayed by more than one of them, and both get half of the time."""
-    monkeypatch.setattr(batching, "LARGE_PIXELS", 50)
+    monkeypatch.setattr(batching, "LARGE_IMAGE_COST", 50)
     calls: list[list[bytes]] = []
 
     def model(images: list[bytes]) -> list[Any]:
@@ -127,7 +127,7 @@ def test_large_images_and_others_each_get_half_of_the_time_of_the_model(monkeypa
 
 
 def test_large_images_are_served_while_others_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "LARGE_PIXELS", 50)
+    monkeypatch.setattr(batching, "LARGE_IMAGE_COST", 50)
     calls: list[list[bytes]] = []
 
     def model(images: list[bytes]) -> list[Any]:

@@ -12,7 +12,7 @@ from tests.errors import raises
 from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
-from trainer.data.open import open_run_data
+from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.distillation.source import describe_teacher
 from trainer.errors import DataError
@@ -21,7 +21,7 @@ from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
 from trainer.storage.gcs import GcsPath
-from trainer.storage.local import join_inside
+from trainer.storage.local import safe_join
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import VERSIONS, divide_listing, plan_copy, stage
@@ -56,14 +56,16 @@ def test_class_names_next_to_records_in_a_bucket_number_the_classes(in_bucket: S
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
     config = load(tree | {"runtime": {"cache_dir": str(tmp_path)}})
     for _ in range(2):
-        dataset = open_run_data(config, lambda _: None, lambda _: None).dataset
+        dataset = stage_and_open_run_dataset(config, lambda _: None, lambda _: None).dataset
         assert dataset.splits["validation"].labels.tolist() == [1, 0, 1, 0]
 
 
 def opened(root: str, cache: Path) -> object:
     data = {"source": "image_folder", "root": root}
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
-    return open_run_data(load(tree | {"runtime": {"cache_dir": str(cache)}}), lambda _: None, lambda _: None)
+    return stage_and_open_run_dataset(
+        load(tree | {"runtime": {"cache_dir": str(cache)}}), lambda _: None, lambda _: None
+    )
 
 
 def test_objects_with_empty_parts_are_left_out_and_named(in_bucket: StoragePath, tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_an_address_with_two_slashes_is_that_with_one(in_bucket: StoragePath, tm
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_object_leaves_the_folder_of_its_copy(tmp_path: Path, seed: int) -> None:
-    """`divide_listing` and `join_inside` agree on every name of a listing."""
+    """`divide_listing` and `safe_join` agree on every name of a listing."""
     root = GcsPath("bucket", "p")
     names = {name for name in paths(seed, 1000) if name}
     infos = [ObjectInfo(replace(root, key=f"p/{name}"), 1, 1) for name in names]
@@ -98,7 +100,7 @@ def test_no_object_leaves_the_folder_of_its_copy(tmp_path: Path, seed: int) -> N
     assert len(entries) + len(left_out) == len(names)
     assert not any("\n" in line for line in left_out)
     for name in entries:
-        path = join_inside(tmp_path, name)
+        path = safe_join(tmp_path, name)
         assert Path(os.path.normpath(path)).is_relative_to(tmp_path)
         assert not any(other.startswith(f"{name}/") for other in entries)
 

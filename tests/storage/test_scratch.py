@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.storage.local import delete_abandoned
+from trainer.storage.local import delete_stale_temporary_files
 from trainer.storage.scratch import open_scratch_file, scratch_folder
 
 PROGRAM = """
@@ -93,8 +93,8 @@ def test_temporary_files_of_ended_processes_are_deleted_at_once_and_those_of_oth
     for name in names:
         (tmp_path / name).touch()
     os.utime(tmp_path / f".page.html.{os.getppid()}-000000000004712", (0, 0))
-    delete_abandoned(tmp_path, "page.html")
+    delete_stale_temporary_files(tmp_path, "page.html")
     assert {name: (tmp_path / name).exists() for name in names} == names
-    delete_abandoned(tmp_path)
+    delete_stale_temporary_files(tmp_path)
     assert not (tmp_path / f".other.html.{ended.pid}-000000000004711").exists()
-    delete_abandoned(tmp_path / "none")
+    delete_stale_temporary_files(tmp_path / "none")

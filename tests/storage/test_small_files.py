@@ -9,8 +9,8 @@ import pytest
 from tests.errors import raises
 from trainer.errors import DataError
 from trainer.storage.arrays import pack, unpack
-from trainer.storage.base import is_unfinished
-from trainer.storage.local import delete_unfinished, temporary_file, temporary_folder, write_atomically
+from trainer.storage.base import is_temporary_name
+from trainer.storage.local import delete_temporary_files, temporary_file, temporary_folder, write_atomically
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import (
     read_json,
@@ -50,15 +50,15 @@ def test_temporary_files_and_folders_have_one_pattern_and_are_deleted(tmp_path: 
         with temporary_file(path) as file, temporary_folder(path) as folder:
             file.write_text("x")
             (folder / "y").write_text("y")
-            assert is_unfinished(file.name)
-            assert is_unfinished(folder.name)
+            assert is_temporary_name(file.name)
+            assert is_temporary_name(folder.name)
             assert storage_path(tmp_path).list() == []
             for path in (file, folder):  # as if this process were killed
                 path.rename(str(path).replace(f".{os.getpid()}-", ".1-"))
     write_atomically(tmp_path / "sub" / "a.txt", "mine")
-    delete_unfinished(tmp_path, age=3600.0)  # they may be in use
+    delete_temporary_files(tmp_path, age=3600.0)  # they may be in use
     assert len(list(tmp_path.iterdir())) == 7
-    delete_unfinished(tmp_path)
+    delete_temporary_files(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.txt"]
 
 
@@ -66,7 +66,7 @@ def test_only_a_folder_itself_is_swept(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     for folder in (tmp_path, tmp_path / "job"):
         (folder / ".a.1-000000000000001").touch()
-    delete_unfinished(tmp_path, recursive=False)
+    delete_temporary_files(tmp_path, recursive=False)
     assert [path.name for path in tmp_path.rglob(".*")] == [".a.1-000000000000001"]
 
 
@@ -77,7 +77,7 @@ def test_only_a_folder_itself_is_swept(tmp_path: Path) -> None:
 def test_hidden_files_of_a_user_are_no_temporary_files(tmp_path: Path, name: str) -> None:
     write_atomically(tmp_path / name / "thesis", "x")
     write_atomically(tmp_path / "sub" / name, "x")
-    delete_unfinished(tmp_path)
+    delete_temporary_files(tmp_path)
     assert (tmp_path / name / "thesis").exists()
     assert (tmp_path / "sub" / name).exists()
 

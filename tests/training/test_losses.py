@@ -14,13 +14,13 @@ from trainer.training import variables
 from trainer.training.losses import (
     LossSettings,
     compute_class_weights,
+    compute_divergence_threshold,
+    compute_example_accuracy,
+    compute_weighted_losses,
     cross_entropy,
     distillation_loss,
-    example_accuracy,
     focal_loss,
-    log_probs,
-    max_plausible_loss,
-    weighted_losses,
+    safe_log,
 )
 from trainer.training.step import require_plausible
 
@@ -35,10 +35,10 @@ WEIGHT = np.array([1, 1, 1, 1, 1, 0], np.float32)
 
 def test_a_loss_that_no_classifier_has_is_that_of_a_diverged_run() -> None:
     weighted = LossSettings(class_weights=(4.0, 0.5))
-    assert max_plausible_loss(LossSettings(), 2) == pytest.approx(300 * np.log(2))
-    assert max_plausible_loss(weighted, 2) == pytest.approx(1200 * np.log(2))
+    assert compute_divergence_threshold(LossSettings(), 2) == pytest.approx(300 * np.log(2))
+    assert compute_divergence_threshold(weighted, 2) == pytest.approx(1200 * np.log(2))
     distilled = LossSettings(alpha=0.1, temperature=3.0)
-    assert max_plausible_loss(distilled, 10) == pytest.approx(2700 * np.log(10))
+    assert compute_divergence_threshold(distilled, 10) == pytest.approx(2700 * np.log(10))
     where: dict[str, Any] = {"classes": 2, "step": 7, "phase": "head", "epoch": 1}
     require_plausible({"loss": 800.0, "val_loss": 200.0}, weighted, **where)
     fix, at = "phases.head.optimizer.learning_rate", r"at step 7 \(phase head, epoch 1\)"
@@ -76,7 +76,7 @@ def batch(**more: np.ndarray) -> dict[str, tf.Tensor]:
 
 
 def mixed_losses(settings: LossSettings, mix: np.ndarray = MIX) -> tf.Tensor:
-    return weighted_losses(batch(other_label=OTHERS, mix=mix), tf.constant(LOGITS), settings)
+    return compute_weighted_losses(batch(other_label=OTHERS, mix=mix), tf.constant(LOGITS), settings)
 
 
 def test_label_smoothing_is_keras_own() -> None:
@@ -129,7 +129,7 @@ def test_each_part_of_a_mixed_example_has_the_weight_of_its_own_class() -> None:
 
 def test_unmixed_rows_of_a_mixed_batch_have_the_loss_of_an_unmixed_batch() -> None:
     settings = LossSettings(label_smoothing=0.1)
-    unmixed = weighted_losses(batch(), tf.constant(LOGITS), settings)
+    unmixed = compute_weighted_losses(batch(), tf.constant(LOGITS), settings)
     np.testing.assert_array_equal(mixed_losses(settings, np.ones(6, np.float32)), unmixed)
 
 
@@ -139,7 +139,7 @@ def test_divergence(temperature: float) -> None:
     np.testing.assert_allclose(
         distillation_loss(tf.constant(TEACHER), tf.constant(LOGITS), temperature), expected, rtol=1e-5
     )
-    cached = log_probs(tf.constant(softmax(TEACHER).astype(np.float32)))  # log-probabilities are equivalent to logits
+    cached = safe_log(tf.constant(softmax(TEACHER).astype(np.float32)))  # log-probabilities are equivalent to logits
     np.testing.assert_allclose(distillation_loss(cached, tf.constant(LOGITS), temperature), expected, rtol=1e-4)
     np.testing.assert_allclose(distillation_loss(tf.constant(LOGITS), tf.constant(LOGITS), temperature), 0, atol=1e-5)
     if temperature == 1:
@@ -148,14 +148,16 @@ def test_divergence(temperature: float) -> None:
 
 
 def test_a_certain_teacher_gives_a_finite_loss() -> None:
-    certain = log_probs(tf.constant([[1.0, 0.0, 0.0]]))
+    certain = safe_log(tf.constant([[1.0, 0.0, 0.0]]))
     np.testing.assert_allclose(distillation_loss(certain, tf.zeros([1, 3])), [np.log(3)], rtol=1e-6)
 
 
 def test_accuracy_of_mixed_examples_is_a_fraction() -> None:
     logits = tf.constant(np.eye(4, dtype=np.float32)[[0, 0, 2, 2, 0, 2]])
-    np.testing.assert_allclose(example_accuracy(batch(), logits), [1, 0, 1, 1, 0, 0])
-    np.testing.assert_allclose(example_accuracy(batch(other_label=OTHERS, mix=MIX), logits), [0.25, 0.25, 1, 1, 0, 0.5])
+    np.testing.assert_allclose(compute_example_accuracy(batch(), logits), [1, 0, 1, 1, 0, 0])
+    np.testing.assert_allclose(
+        compute_example_accuracy(batch(other_label=OTHERS, mix=MIX), logits), [0.25, 0.25, 1, 1, 0, 0.5]
+    )
 
 
 def test_class_weights() -> None:

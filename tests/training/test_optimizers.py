@@ -140,7 +140,7 @@ def test_multipliers_do_not_change_the_names_of_variables_and_multipliers_of_one
     assert type(plain) is {"adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}[name]
     for optimizer in (plain, multiplied):
         optimizer.build(list(network.variables.values()))
-    assert list(variables.optimizer_variables(plain)) == list(variables.optimizer_variables(multiplied))
+    assert list(variables.collect_optimizer_variables(plain)) == list(variables.collect_optimizer_variables(multiplied))
     whole = stepwise(build_optimizer(Optimizer(name=name), schedule_of()))
     ones = stepwise(build_optimizer(Optimizer(name=name), schedule_of(), (1.0, 1.0, 1.0, 1.0)))
     np.testing.assert_array_equal(np.stack(ones), np.stack(whole))

@@ -13,7 +13,7 @@ docs/api.md.
 
 from trainer.api.processes import CommandFailed, run_command
 from trainer.api.result import Predictions, Report, Result, open_run
-from trainer.cli.compose import compose, load_given
+from trainer.cli.compose import compose, load_and_require_read
 from trainer.cli.source import choose_source
 from trainer.config.schema import RequestedConfig, apply_overfit
 from trainer.config.typed import format_argument
@@ -38,7 +38,7 @@ def load(*overrides: str) -> RequestedConfig:
     arguments, _ = choose_source(list(overrides))
     composed = compose(arguments)
     assert composed is not None, "there are no options"
-    return apply_overfit(load_given(composed, arguments))
+    return apply_overfit(load_and_require_read(composed, arguments))
 
 
 def train(*overrides: str, show_log: bool = True) -> Result:

@@ -13,7 +13,14 @@ from trainer.errors import BUG, TrainerError
 
 # Environment variables that a command does not inherit: they would make a run wait for other workers (read by
 # `trainer.cluster.discovery`), or select one job of a sweep (`trainer.cli.sweep`).
-OF_CLUSTERS = ("TF_CONFIG", "WORKER_COUNT", "JOB_COMPLETION_INDEX", "JOB_INDEX", "REPLICATED_JOB_REPLICAS", "SWEEP_JOB")
+CLUSTER_VARIABLES = (
+    "TF_CONFIG",
+    "WORKER_COUNT",
+    "JOB_COMPLETION_INDEX",
+    "JOB_INDEX",
+    "REPLICATED_JOB_REPLICAS",
+    "SWEEP_JOB",
+)
 _PREFIXES = ("error: ", "interrupted: ", "drift: ", "refused: ", "unreadable: ")  # prefixes of a command's last message
 MAX_LINES = 40  # number of last log lines that are retained, to extract the reason for a failure
 
@@ -41,7 +48,7 @@ def run_command(module: str, arguments: Sequence[str], show_log: bool) -> list[s
         CommandFailed: the exit code is not 0. If a signal ended the command, the error's `exit_code` is 1.
         KeyboardInterrupt: the call was interrupted.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in OF_CLUSTERS}
+    environment = {name: value for name, value in os.environ.items() if name not in CLUSTER_VARIABLES}
     package_parent = str(Path(trainer.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
     lines: deque[str] = deque(maxlen=MAX_LINES)

@@ -18,10 +18,10 @@ done; 2 an argument, the data or the weights are wrong; 75 interrupted, the same
 
 import sys
 
-from trainer.backbones.candidates import apply_choices, parse_candidates, parse_folds
+from trainer.backbones.candidates import configure_comparison, parse_candidates, parse_folds
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_given
-from trainer.cli.overrides import list_given_keys, map_given_values
+from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.overrides import list_argument_keys, map_argument_values
 from trainer.cli.process import choose_and_log_source, exit_with_code, start_monitoring, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
@@ -41,9 +41,9 @@ def main() -> None:
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
-        config = load_given(composed, overrides)
-        explicit_keys = list_given_keys(overrides) | map_given_values(overrides).keys()
-        choices = apply_choices(config, candidates, explicit_keys)
+        config = load_and_require_read(composed, overrides)
+        explicit_keys = list_argument_keys(overrides) | map_argument_values(overrides).keys()
+        choices = configure_comparison(config, candidates, explicit_keys)
         start_monitoring(config, 0, 1)
         health.enter_phase("backbones")
         with suppress_import_noise():

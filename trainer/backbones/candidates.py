@@ -75,7 +75,7 @@ def parse_folds(text: str | None) -> int | None:
     return int(text)
 
 
-def apply_choices(config: RequestedConfig, candidates: Sequence[Candidate], given: Set[str]) -> Choices:
+def configure_comparison(config: RequestedConfig, candidates: Sequence[Candidate], given: Set[str]) -> Choices:
     """Derive the configuration of a comparison: the first phase with thaw=none, no augmentation, a model per backbone.
 
     The composed `config` has the weights and the image size of one backbone. They apply to all backbones only if the
@@ -142,6 +142,6 @@ def _require_image_size(spec: BackboneSpec, model: Model) -> None:
         raise ConfigError(problem, key="model.image_size", value=model.image_size, fix=fix)
 
 
-def find_size(model: Model) -> int:
+def find_image_size(model: Model) -> int:
     """Return the height and width of a backbone's images, in pixels: model.image_size, or the backbone's default."""
     return model.image_size or find_backbone(model.backbone).default_size

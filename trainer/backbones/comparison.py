@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.backbones.candidates import Choices, find_size
+from trainer.backbones.candidates import Choices, find_image_size
 from trainer.backbones.folds import FoldPlan, plan_folds, pool_examples
 from trainer.backbones.measure import ignore_retracing, measure, open_network, score_fold
 from trainer.backbones.results import (
@@ -17,10 +17,10 @@ from trainer.backbones.results import (
     FoldResult,
     Measurements,
     ResultFolder,
-    name_folder,
+    make_folder_name,
     require_comparison_folder,
 )
-from trainer.backbones.table import Facts, MeasuredNetwork, rank, write_results
+from trainer.backbones.table import EvaluatedBackbone, Facts, rank, write_results
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy, choose_devices, detect_device
 from trainer.cluster.discovery import discover
@@ -30,7 +30,7 @@ from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.schema import Data, Model, RequestedConfig, RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
-from trainer.data.open import OpenedData, open_run_data
+from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.data.records import read_groups
 from trainer.data.remote import fetch_local_copies, show_addresses_in_errors
 from trainer.models.backbones import find_backbone
@@ -42,7 +42,7 @@ from trainer.monitoring.log import log
 from trainer.storage.local import compute_file_crc32c
 from trainer.storage.path import StoragePath, storage_path
 
-WHILE_FETCHING = "while {} was fetched"  # completes the StopRequested message; {} is an address in a bucket
+FETCH_ACTIVITY = "while {} was fetched"  # completes the StopRequested message; {} is an address in a bucket
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
     stop = StopFlag()
     models = {label: _fetch_weights(choices.config, model, stop) for label, model in choices.models.items()}
     comparison = _open_comparison(choices, next(iter(models.values())), folder, folds, stop)
-    measured, images = dict[str, MeasuredNetwork](), None
+    measured, images = dict[str, EvaluatedBackbone](), None
     with show_addresses_in_errors(comparison.data.addresses):
-        order = sorted(models, key=lambda label: find_size(models[label]))
+        order = sorted(models, key=lambda label: find_image_size(models[label]))
         for position, label in enumerate(order, 1):
             log.info(f"{label} ({position} of {len(order)}), weights {choices.models[label].weights}")
-            if images is None or images.size != find_size(models[label]):
-                images = _open_images(comparison, find_size(models[label]))
-                later_sizes = [find_size(models[other]) for other in order[position:]]
+            if images is None or images.size != find_image_size(models[label]):
+                images = _open_images(comparison, find_image_size(models[label]))
+                later_sizes = [find_image_size(models[other]) for other in order[position:]]
                 images.train_images_read_once = images.size not in later_sizes
             measured[label] = _evaluate_backbone(comparison, label, models[label], images)
     facts = Facts(
@@ -104,7 +104,7 @@ def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Mod
     # The packaged digits dataset is a placeholder, so that only the weights are fetched.
     weights_config = config.model_copy(update={"data": Data(source="digits"), "model": locate_weights(model)})
     local_config, addresses, _ = fetch_local_copies(
-        weights_config, log.info, lambda address: stop.check(WHILE_FETCHING.format(address))
+        weights_config, log.info, lambda address: stop.check(FETCH_ACTIVITY.format(address))
     )
     with show_addresses_in_errors(addresses):
         _find_local_weights(local_config.model)  # raises a ModelError if the file is missing or is not a weights file
@@ -112,7 +112,7 @@ def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Mod
 
 
 def _find_local_weights(model: Model) -> Path | None:
-    return find_weights_file(find_backbone(model.backbone), find_size(model), model.alpha, model.weights)
+    return find_weights_file(find_backbone(model.backbone), find_image_size(model), model.alpha, model.weights)
 
 
 def _open_comparison(
@@ -120,7 +120,7 @@ def _open_comparison(
 ) -> Comparison:
     """Open the data, assign the examples to folds, choose the devices, and resolve `auto` as a run of `model` does."""
     no_weights = choices.config.model_copy(update={"model": model.model_copy(update={"weights": "none"})})
-    data = open_run_data(no_weights, log.info, lambda address: stop.check(WHILE_FETCHING.format(address)))
+    data = stage_and_open_run_dataset(no_weights, log.info, lambda address: stop.check(FETCH_ACTIVITY.format(address)))
     pool = pool_examples(data.dataset)
     split, field = pool.splits["train"], no_weights.data.group_field
     plan = plan_folds(data.dataset, folds, no_weights.data.split_seed, read_groups(split, field) if field else None)
@@ -142,11 +142,11 @@ def _open_images(comparison: Comparison, size: int) -> ImageStore:
     return ImageStore(comparison.data, comparison.config, size, comparison.worker.stop.check)
 
 
-def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images: ImageStore) -> MeasuredNetwork:
+def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images: ImageStore) -> EvaluatedBackbone:
     """Read a backbone's stored results, and compute the missing ones. Times from another machine are measured again."""
     config, worker, dataset = comparison.config, comparison.worker, comparison.data.dataset
     config = config.model_copy(update={"model": model})
-    folder = comparison.output / RESULTS / name_folder(model.backbone, _make_cache_key(comparison, config))
+    folder = comparison.output / RESULTS / make_folder_name(model.backbone, _make_cache_key(comparison, config))
     result_folder = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
     results_by_fold: dict[int, FoldResult | None] = {
         fold: result_folder.read_fold(fold) for fold in range(comparison.folds.count)
@@ -156,7 +156,7 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
         measurements = None
     if measurements is not None and all(results_by_fold.values()):
         log.info(f"  read from {folder}, computed before")
-        return MeasuredNetwork(label, [result for result in results_by_fold.values() if result], measurements)
+        return EvaluatedBackbone(label, [result for result in results_by_fold.values() if result], measurements)
     with worker.strategy.scope():
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
     network = open_network(config, worker, images, classifier)
@@ -171,7 +171,7 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
     if measurements is None:
         measurements = measure(network, comparison.machine)
         result_folder.write_measurements(measurements)
-    return MeasuredNetwork(label, [result for result in results_by_fold.values() if result], measurements)
+    return EvaluatedBackbone(label, [result for result in results_by_fold.values() if result], measurements)
 
 
 def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, Any]:
@@ -181,7 +181,8 @@ def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, A
     return {
         "data": dataset.fingerprint, "classes": list(dataset.class_names), "orientation": config.data.orientation,
         "folds": hashlib.sha256(comparison.folds.of.tobytes()).hexdigest(), "window": config.data.shuffle_window,
-        "model": config.model.model_dump(mode="json") | {"weights": weights, "image_size": find_size(config.model)},
+        "model": config.model.model_dump(mode="json")
+        | {"weights": weights, "image_size": find_image_size(config.model)},
         "phases": {name: phase.model_dump(mode="json") for name, phase in config.phases.items()},
         "training": config.training.model_dump(mode="json"), "seed": config.seed, "debug": config.debug.max_steps,
         "precision": config.runtime.precision, "deterministic": config.runtime.deterministic,

@@ -18,7 +18,7 @@ from trainer.data.pipeline import build_training_batches
 from trainer.data.sharding import UNSHARDED, steps_per_epoch
 from trainer.data.splits import take
 from trainer.errors import DataError, Interrupted
-from trainer.evaluation.scoring import Scorer, images_per_call
+from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.cut import Cut, Tail, Trunk
 from trainer.features.inputs import FeatureCache
 from trainer.features.plan import FeaturePlan, divide_phases
@@ -167,7 +167,7 @@ def measure(network: Network, machine: str) -> Measurements:
     Raises:
         StopRequested: after a signal.
     """
-    classifier, num_rows = network.classifier, images_per_call()
+    classifier, num_rows = network.classifier, get_images_per_call()
     trunk = Trunk(classifier, [network.cut])
 
     @tf.function(autograph=False)

@@ -52,7 +52,7 @@ def require_comparison_folder(folder: StoragePath) -> None:
         raise ConfigError(problem, key="output", value=str(folder), fix="give an empty folder, or that of a comparison")
 
 
-def name_folder(network: str, identity: Mapping[str, Any]) -> str:
+def make_folder_name(network: str, identity: Mapping[str, Any]) -> str:
     """Return the name of a backbone's folder, such as `mobilenet_v2-0a1b2c3d4e5f`.
 
     Args:

@@ -26,7 +26,7 @@ NAME_WIDTH = 25  # characters in the printed table's first column, so that lines
 
 
 @dataclass(frozen=True)
-class MeasuredNetwork:
+class EvaluatedBackbone:
     """A backbone's fold results and measurements."""
 
     label: str  # name of the backbone in the table
@@ -72,7 +72,7 @@ class Row:
         return self.p is not None and self.p < SIGNIFICANCE_LEVEL
 
 
-def rank(networks: Sequence[MeasuredNetwork], facts: Facts) -> list[Row]:
+def rank(networks: Sequence[EvaluatedBackbone], facts: Facts) -> list[Row]:
     """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
     Returns:
@@ -110,7 +110,7 @@ def _join_folds(folds: Sequence[FoldResult], count: int) -> np.ndarray:
     return predictions
 
 
-def find_cheapest(rows: Sequence[Row]) -> Row:
+def find_fastest(rows: Sequence[Row]) -> Row:
     """Return the backbone that is fastest for one image among those not significantly worse than the best."""
     return min((row for row in rows if not row.is_worse), key=lambda row: row.measurements.single_ms)
 
@@ -152,7 +152,7 @@ def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
     if len(rows) > 1:
-        cheapest, not_worse = find_cheapest(rows), [row for row in rows[1:] if not row.is_worse]
+        cheapest, not_worse = find_fastest(rows), [row for row in rows[1:] if not row.is_worse]
         if not_worse:
             sentences.append(f"no significant difference from the best: {', '.join(row.label for row in not_worse)}")
             sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 import trainer
 from trainer.cli.overrides import (
     GROUPS,
-    list_given_keys,
-    options_first,
+    list_argument_keys,
+    move_options_first,
     parse_names,
     parse_weights,
     suggest_choice_fix,
@@ -141,7 +141,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
         arguments = ["sweep=optuna" if a == "hydra/sweeper=optuna" else a for a in arguments]
     if not argument_keys & {"experiment", "data"}:
         arguments.append("experiment=quickstart")
-    original_argv, sys.argv = sys.argv, ["python -m trainer", *options_first(arguments)]
+    original_argv, sys.argv = sys.argv, ["python -m trainer", *move_options_first(arguments)]
     try:
         hydra.main(config_path=str(find_conf_folder()), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -178,14 +178,14 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
     return (other_arguments, True) if only_cfg_job else (arguments, False)
 
 
-def load_given(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
+def load_and_require_read(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
     """Validate a composed configuration, and require that each key in the command-line `arguments` has an effect.
 
     Raises ConfigError, whose `faults` are all errors in the configuration, or else all keys in `arguments` without an
     effect.
     """
     config = load(composed)
-    require_read(config, list_given_keys(arguments))
+    require_read(config, list_argument_keys(arguments))
     return config
 
 

@@ -86,7 +86,7 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
     return overrides
 
 
-def options_first(arguments: Sequence[str]) -> list[str]:
+def move_options_first(arguments: Sequence[str]) -> list[str]:
     """Move the options before the overrides, since Hydra requires that all overrides are consecutive."""
     options: list[str] = []
     overrides: list[str] = []
@@ -156,7 +156,7 @@ def _format_text(key: str, value: str) -> str:
     return str(text) if _quote_text(str(text)) == value else quote_if_needed(text)
 
 
-def list_given_keys(arguments: Sequence[str]) -> set[str]:
+def list_argument_keys(arguments: Sequence[str]) -> set[str]:
     """Return the keys that arguments set, such as {"seed", "data.root"}, except config groups and Hydra's own keys.
 
     If a value is a whole section, as in `optimizer={name: sgd, momentum: 0.9}`, the section's keys are returned:
@@ -173,7 +173,7 @@ def list_given_keys(arguments: Sequence[str]) -> set[str]:
     return {key for key in keys - GROUPS.keys() if not key.startswith("hydra")}
 
 
-def map_given_values(arguments: Sequence[str]) -> dict[str, str]:
+def map_argument_values(arguments: Sequence[str]) -> dict[str, str]:
     """Map each key and group in the arguments to its last value, unparsed: {"data.root": "photos"}."""
     return {match[2]: match[3] for argument in arguments if (match := _KEY_VALUE.fullmatch(argument))}
 

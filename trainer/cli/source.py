@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.cli.compose import is_sweep
-from trainer.cli.overrides import evaluate_override, map_given_values, parse_override, translate_overrides
+from trainer.cli.overrides import evaluate_override, map_argument_values, parse_override, translate_overrides
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import FUNCTION, format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
             of data.root have different sources.
         DataError: data.root is not a supported source, or has several prepared datasets.
     """
-    values = map_given_values(arguments)
+    values = map_argument_values(arguments)
     has_choice = {"data", "experiment", "data.source"} & values.keys() or {"-h", "--help", "--version"} & set(arguments)
     key = next((k for k in ("data.root", "data.name", "data.pattern") if values.get(k)), None)
     if has_choice or key is None:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from trainer.cli.compose import compose, is_sweep, load_given, resolve
+from trainer.cli.compose import compose, is_sweep, load_and_require_read, resolve
 from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
-from trainer.cluster.processes import module_command
+from trainer.cluster.processes import build_module_command
 from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
@@ -35,7 +35,7 @@ from trainer.monitoring.log import log
 from trainer.private_api import is_grid, make_session_end_summary
 from trainer.runs.folder import inspect_folder, is_finished
 from trainer.storage.base import StoragePath
-from trainer.storage.local import LocalPath, delete_unfinished
+from trainer.storage.local import LocalPath, delete_temporary_files
 from trainer.storage.path import storage_path
 from trainer.storage.small_files import read_json
 from trainer.storage.staging import is_remote
@@ -183,7 +183,7 @@ class Sweep:
         """Train or resume a job unless it is finished, read its scores, and write its event files."""
         self._raise_if_stopped()
         job = make_job(tree, overrides, self.folder, name)
-        config = apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments))
+        config = apply_overfit(load_and_require_read(tree | {"output_dir": job.folder}, job.arguments))
         configure_log(config.runtime)
         was_finished = is_finished(config)
         if not was_finished:
@@ -204,7 +204,7 @@ class Sweep:
 
     def _run_process(self, arguments: list[str]) -> int:
         # In a separate process group, so that Ctrl-C reaches the process only once, through `_forward_stop`.
-        command, environment = module_command("trainer", *arguments)
+        command, environment = build_module_command("trainer", *arguments)
         self.child = subprocess.Popen(command, env=environment, process_group=0)
         if self.stop_signal:
             self.child.terminate()
@@ -321,7 +321,7 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
         problem, fix = f"the sweep has {len(jobs)} jobs, from 0", f"set the completions of the Job to {len(jobs)}"
         raise ConfigError(problem, key="SWEEP_JOB", value=job_number, fix=fix)
     job, tree = jobs[int(job_number)]
-    configure_log(apply_overfit(load_given(tree | {"output_dir": job.folder}, job.arguments)).runtime)
+    configure_log(apply_overfit(load_and_require_read(tree | {"output_dir": job.folder}, job.arguments)).runtime)
     log.info(f"sweep: job {job.name} of {len(jobs)} -> {job.folder}")
     return job.command, {name: value for name, value in environment.items() if name != "JOB_COMPLETION_INDEX"}
 
@@ -438,7 +438,7 @@ def _write_event_file(folder: StoragePath, content: bytes) -> None:
     Temporary files of a killed process are deleted first, because a run's start does not delete them.
     """
     if isinstance(folder, LocalPath):
-        delete_unfinished(folder.path, recursive=False)
+        delete_temporary_files(folder.path, recursive=False)
     (folder / EVENT_FILE).write(content)
 
 

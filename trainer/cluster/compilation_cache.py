@@ -18,7 +18,7 @@ PROGRAMS_FLAG, DEVICES_FLAG = "--tf_xla_persistent_cache_directory", "--tf_xla_p
 AUTOTUNING_FLAG = "--xla_gpu_per_fusion_autotune_cache_dir"  # XLA's flag for the folder of autotuning results
 # Subfolders of the run's folder, or of the cache folder on workers other than the chief. XLA and TensorFlow create them
 # when they first compile a program.
-PROGRAMS, AUTOTUNING = "compiled", "autotuning"
+PROGRAMS_FOLDER, AUTOTUNING_FOLDER = "compiled", "autotuning"
 
 
 def list_gpus() -> tuple[str, ...]:
@@ -47,10 +47,10 @@ def choose_programs_folder(
     if len(gpus) != 1 or PROGRAMS_FLAG in environment.get("TF_XLA_FLAGS", ""):
         return None
     cache_key = [gpus[0], version("tensorflow"), deterministic, environment.get("XLA_FLAGS", "")]
-    return folder / PROGRAMS / hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]
+    return folder / PROGRAMS_FOLDER / hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]
 
 
-def choose_variables(
+def choose_cache_variables(
     gpus: tuple[str, ...], programs: Path | None, autotuning: Path | None, cache_folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
@@ -85,7 +85,7 @@ def choose_variables(
     return variables
 
 
-def is_complete(content: bytes) -> bool:
+def is_complete_program(content: bytes) -> bool:
     """Return whether a stored program is a complete protocol buffer: its last field ends where the content ends.
 
     A full disk or a crash of the machine can truncate the file, and TensorFlow fails in a training step when it reads a
@@ -129,14 +129,14 @@ def set_compilation_cache(cache_folder: Path, run_folder: Path | None, determini
     """
     gpus, folder = list_gpus(), (run_folder or cache_folder).absolute()
     programs = choose_programs_folder(gpus, folder, deterministic, os.environ)
-    autotuning = None if deterministic else folder / AUTOTUNING
-    variables = choose_variables(gpus, programs, autotuning, cache_folder, os.environ)
+    autotuning = None if deterministic else folder / AUTOTUNING_FOLDER
+    variables = choose_cache_variables(gpus, programs, autotuning, cache_folder, os.environ)
     if not variables:
         return
     try:
         (cache_folder / "cuda").mkdir(parents=True, exist_ok=True)
         for file in programs.glob("*.pb") if programs else ():
-            if not is_complete(file.read_bytes()):
+            if not is_complete_program(file.read_bytes()):
                 file.unlink()
         os.environ |= variables
     except OSError as error:

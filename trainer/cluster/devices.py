@@ -18,7 +18,7 @@ from trainer.monitoring.health import health
 from trainer.types import CPU, Device
 
 # runtime.precision -> name of the Keras dtype policy
-POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+DTYPE_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
 def build_strategy(
@@ -47,7 +47,7 @@ def build_strategy(
     set_thread_pools(cpus)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
-    keras.mixed_precision.set_global_policy(POLICIES[runtime.precision])
+    keras.mixed_precision.set_global_policy(DTYPE_POLICIES[runtime.precision])
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 
-def module_command(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+def build_module_command(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
     """Return the command line and the environment variables of a process that runs a module of this package.
 
     `module` is a full name such as "trainer.plan". It is imported from this package in any working directory;

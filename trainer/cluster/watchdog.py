@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 from trainer.cluster.control import ControlChannel
-from trainer.cluster.processes import module_command
+from trainer.cluster.processes import build_module_command
 from trainer.cluster.watchdog_process import INTERVAL_SECONDS, STACK_SIGNAL
 from trainer.config.schema import Runtime
 from trainer.errors import INTERRUPTED
@@ -90,7 +90,7 @@ def start(
     if listener:
         listener.setblocking(False)  # both processes accept connections: `accept` must not block if the other is first
     descriptors = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
-    command, environment = module_command("trainer.cluster.watchdog_process", json.dumps(settings))
+    command, environment = build_module_command("trainer.cluster.watchdog_process", json.dumps(settings))
     try:
         child = subprocess.Popen(
             command, pass_fds=[*descriptors, *([listener.fileno()] if listener else [])], env=environment,

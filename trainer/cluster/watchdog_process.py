@@ -137,7 +137,7 @@ class _Watchdog:
             data = os.read(self.settings["state"], 1 << 16)
             if not data:
                 return
-            state, self._unread_state = newest_state(self._unread_state + data)
+            state, self._unread_state = parse_newest_state(self._unread_state + data)
             self.state = state or self.state
             self.seconds, self._unread_bytes, last_time = 0.0, {}, time.monotonic()
 
@@ -212,7 +212,7 @@ class _Watchdog:
             log_unbuffered(f"stacks of the threads:\n{stacks}")
 
 
-def newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
+def parse_newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
     """Parse the newest complete state in `data`, which consists of JSON lines.
 
     A full pipe can truncate a line. That line and the next one then appear as one line, which is skipped.

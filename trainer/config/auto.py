@@ -4,7 +4,7 @@ import math
 
 from trainer.config.batch_size import choose_batch_size
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, with_choices
+from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, replace_auto
 from trainer.types import CPU, Device
 
 # A dataset has few images if it has fewer than FEW_IMAGES, or on average fewer than FEW_PER_CLASS per class.
@@ -45,7 +45,7 @@ def resolve_auto(
         backbone, backbone_reason = _choose_backbone(images, classes)
         phases, phases_reason, hint = _choose_phases(config, images, classes)
         precision, precision_reason = choose_precision(device)
-        provisional_config = with_choices(config, Choices(backbone, 1, phases, precision))
+        provisional_config = replace_auto(config, Choices(backbone, 1, phases, precision))
         batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
         multiple = compute_batch_size_multiple(provisional_config, replicas)
         if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
@@ -58,7 +58,7 @@ def resolve_auto(
             "runtime.precision": f"{precision}, {precision_reason}",
         }
     reasons = [f"{key}=auto: {explanation}" for key, explanation in explanations.items() if key in config.auto_keys]
-    return with_choices(config, choices), reasons
+    return replace_auto(config, choices), reasons
 
 
 def choose_precision(device: Device) -> tuple[Precision, str]:

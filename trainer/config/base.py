@@ -10,7 +10,7 @@ from trainer.config.keys import is_section, list_keys, list_union_members, sugge
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
-RENAMED = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progress"}  # old key -> new key
+RENAMED_KEYS = {"runtime.max_fruitless_restarts": "runtime.max_restarts_without_progress"}  # old key -> new key
 
 
 class Section(BaseModel):
@@ -178,8 +178,8 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
         value = error.value if error.key or error.value is not None else value
         return ConfigError(error.problem, key=key, value=value, fix=error.fix)
     if error_type == "extra_forbidden":
-        if key in RENAMED:
-            return ConfigError("has been renamed", key=key, fix=f"use {RENAMED[key]}")
+        if key in RENAMED_KEYS:
+            return ConfigError("has been renamed", key=key, fix=f"use {RENAMED_KEYS[key]}")
         return ConfigError(
             "there is no such key", key=key, fix=suggest_key(key, list_keys(root, tree), details["input"])
         )

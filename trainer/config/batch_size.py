@@ -8,7 +8,7 @@ from trainer.types import Device
 BYTES_PER_VALUE: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 IMAGE_BYTES_PER_VALUE = 11  # bytes per value of an input image on a GPU: three batches in uint8 and two in float32
 
-LARGEST_PER_GPU = 256  # maximum per-replica batch size, in images
+MAX_BATCH_SIZE_PER_GPU = 256  # maximum per-replica batch size, in images
 MIN_STEPS_PER_EPOCH = 20  # a batch size above the one for CPUs must leave this many steps per epoch
 MEMORY_FRACTION = 0.8  # fraction of a GPU's memory to use; the rest is for fragmentation and estimation errors
 GPU_RESERVE = 1_500_000_000  # bytes for the CUDA context, cuDNN's workspaces and compiled programs; an assumption
@@ -74,7 +74,7 @@ FOOTPRINTS = {
 }
 
 
-def count_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
+def estimate_gpu_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, int]:
     """Estimate the GPU memory that training needs in its largest phase.
 
     A phase that thaws some layers counts as if it thawed all of them.
@@ -104,9 +104,9 @@ def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: 
     """Choose the global batch size. Returns it, and its reason as the end of a log line.
 
     On CPUs, the size is 16 below 1,000 images, 32 below 50,000, and 64 otherwise, also if the GPU's memory or the
-    backbone is unknown. On GPUs, the size per GPU is the largest power of two, up to `LARGEST_PER_GPU`, that fits into
-    `MEMORY_FRACTION` of its memory. The global size must also leave `MIN_STEPS_PER_EPOCH` steps, or not exceed the size
-    for CPUs.
+    backbone is unknown. On GPUs, the size per GPU is the largest power of two, up to `MAX_BATCH_SIZE_PER_GPU`, that
+    fits into `MEMORY_FRACTION` of its memory. The global size must also leave `MIN_STEPS_PER_EPOCH` steps, or not exceed
+    the size for CPUs.
 
     Args:
         config: configuration with the phases, the precision and the backbone resolved.
@@ -118,17 +118,15 @@ def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: 
     footprint = find_footprint(config.model.backbone)
     if device.kind == "CPU" or not device.memory or not footprint:
         return cpu_size, " (16 under 1,000, 64 from 50,000 on, else 32)"
-    bytes_per_image, fixed_bytes = count_bytes(config, footprint)
+    bytes_per_image, fixed_bytes = estimate_gpu_bytes(config, footprint)
     num_fitting = int((MEMORY_FRACTION * device.memory - fixed_bytes) / bytes_per_image) * config.training.accumulate
     max_useful_size = max(cpu_size, images // MIN_STEPS_PER_EPOCH) // replicas
-    gpu_batch = 1 << max(min(LARGEST_PER_GPU, num_fitting, max_useful_size), 1).bit_length() - 1
+    gpu_batch = 1 << max(min(MAX_BATCH_SIZE_PER_GPU, num_fitting, max_useful_size), 1).bit_length() - 1
     reason = (
         f": {gpu_batch} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {num_fitting:,}"
     )
-    limits = (
-        f"a power of two, at most {LARGEST_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {cpu_size} images"
-    )
-    return gpu_batch * replicas, f"{reason} ({limits})"
+    limits = f"at most {MAX_BATCH_SIZE_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {cpu_size} images"
+    return gpu_batch * replicas, f"{reason} (a power of two, {limits})"
 
 
 def find_footprint(backbone: str) -> Footprint | None:

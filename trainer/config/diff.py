@@ -4,7 +4,7 @@ from typing import Any
 
 from trainer.config.distillation import TRAIN
 from trainer.config.model import NAMED_WEIGHTS
-from trainer.config.phases import UNITS
+from trainer.config.phases import LENGTH_KEYS
 from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
 # Keys and sections that can change on resume, because they do not affect how the weights are trained.
@@ -22,7 +22,7 @@ ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "
 # Keys with the address of weights, which a run reads when it begins, but not when it resumes.
 INITIAL_WEIGHTS = ("model.weights", "warm_start")
 # Keys that can differ between the workers of a run.
-PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
+PER_WORKER_KEYS = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",
               "progress", "http_port", "log_format", "termination_log")}  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def may_change_on_resume(key: str) -> bool:
 
 def select_common_settings(config: RequestedConfig) -> dict[str, Any]:
     """Return the values that must be equal on all workers of a run, by dotted key: {"training.batch_size": 32, ...}."""
-    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_WORKER}
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if key not in PER_WORKER_KEYS}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -56,7 +56,7 @@ def list_forbidden_changes(before: RunConfig, now: RunConfig) -> list[str]:
     must compare the content's fingerprint or checksum.
     """
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    length_keys = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in UNITS} | {"debug.max_steps"}
+    length_keys = {f"phases.{list(now.phases)[-1]}.{unit}" for unit in LENGTH_KEYS} | {"debug.max_steps"}
     changes = []
     for key in sorted(old.keys() | new.keys()):
         old_value, new_value = old.get(key), new.get(key)

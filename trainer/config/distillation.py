@@ -55,7 +55,7 @@ class Distillation(Section):
         return self
 
 
-def teacher_address(output_dir: str) -> str:
+def get_teacher_address(output_dir: str) -> str:
     """Return the output_dir of the teacher's run: OUTPUT_DIR/teacher for the student's `output_dir`."""
     return f"{output_dir.rstrip('/')}/{FOLDER}"
 

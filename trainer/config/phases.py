@@ -98,7 +98,7 @@ class EarlyStopping(Section):
     """Minimum change of the metric that counts as an improvement; accuracy is a fraction from 0 to 1."""
 
 
-UNITS: tuple[str, ...] = ("epochs", "steps", "examples")  # keys of a phase, one of which is its length
+LENGTH_KEYS: tuple[str, ...] = ("epochs", "steps", "examples")  # keys of a phase, one of which is its length
 THAW_SYNTAX = "none, all, from_layer:N, last_layers:N, percent:P, from_block:NAME, last_blocks:N or pattern:REGEX"
 THAW = re.compile(
     r"none|all|(from_layer|last_layers|last_blocks):\d+|percent:(100|\d{1,2})(\.\d+)?|from_block:[\w/]+|pattern:.+"
@@ -138,7 +138,7 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _check_length_and_thaw(self) -> Phase:
-        lengths = [key for key in UNITS if getattr(self, key) is not None]
+        lengths = [key for key in LENGTH_KEYS if getattr(self, key) is not None]
         if len(lengths) != 1:
             problem = f"has several lengths: {', '.join(lengths)}" if lengths else "has no length"
             raise InvalidValue(problem, fix="set exactly one of epochs, steps, examples; unset one with KEY=null")
@@ -149,7 +149,7 @@ class Phase(Section):
     @property
     def duration(self) -> Duration:
         """The phase's configured length, which early stopping and debug.max_steps can shorten."""
-        unit = next(key for key in UNITS if getattr(self, key) is not None)
+        unit = next(key for key in LENGTH_KEYS if getattr(self, key) is not None)
         return Duration.model_validate({"count": getattr(self, unit), "unit": unit})
 
 

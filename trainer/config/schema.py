@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from trainer.config.augmentation import Augmentation
 from trainer.config.base import (
     MAX_COUNT,
-    RENAMED,
+    RENAMED_KEYS,
     Address,
     Duration,
     DurationSetting,
@@ -27,7 +27,7 @@ from trainer.config.base import (
     Section,
     translate_validation_error,
 )
-from trainer.config.distillation import TRAIN, Distillation, prefix_teacher_key, teacher_address
+from trainer.config.distillation import TRAIN, Distillation, get_teacher_address, prefix_teacher_key
 from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
@@ -441,14 +441,14 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     values = dict(config) | {"model": distillation.model, "distillation": None, "warm_start": None}
     values |= {"phases": config.phases if distillation.phases is None else distillation.phases}
     values |= {"experiment_name": f"{config.experiment_name or ''} teacher".strip()}
-    values |= {"export": Export(formats=()), "output_dir": config.output_dir and teacher_address(config.output_dir)}
+    values |= {"export": Export(formats=()), "output_dir": config.output_dir and get_teacher_address(config.output_dir)}
     teacher = RequestedConfig.model_construct(**values)
-    return teacher if teacher.auto_keys else with_choices(teacher)
+    return teacher if teacher.auto_keys else replace_auto(teacher)
 
 
 def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
     """List the errors in the keys `features` and `augmented_views` of all phases; none with phases=auto."""
-    names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), with_choices(config)
+    names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), replace_auto(config)
     return [fault for name in names if (fault := resolved.find_feature_error(name))]
 
 
@@ -477,7 +477,7 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         faults += [prefix_teacher_key(fault) for fault in _list_feature_faults(teacher)]
     if faults:
         raise ConfigError.of_faults(faults)
-    return config if config.auto_keys else with_choices(config)
+    return config if config.auto_keys else replace_auto(config)
 
 
 def load_resolved(tree: dict[str, Any]) -> RunConfig:
@@ -536,7 +536,7 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
         raise ConfigError(fault, fix="restore the file")
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("orientation", "ignore")
-    for old_key, new_key in RENAMED.items():
+    for old_key, new_key in RENAMED_KEYS.items():
         section, _, name = old_key.rpartition(".")
         section_values = tree.get(section)
         if isinstance(section_values, dict) and name in section_values:
@@ -554,7 +554,7 @@ class Choices:
     precision: Precision = "float32"
 
 
-def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
+def replace_auto(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
     """Return the resolved configuration, in which the values in `choices` replace `auto`. Other keys are unchanged."""
     training, runtime = dict(config.training), dict(config.runtime)
     if training["batch_size"] == "auto":
@@ -571,7 +571,7 @@ def with_choices(config: RequestedConfig, choices: Choices = Choices()) -> RunCo
 
 
 # Section -> key -> value that replaces the user's value if debug.overfit is set.
-OVERFIT: dict[str, dict[str, Any]] = {
+OVERFIT_VALUES: dict[str, dict[str, Any]] = {
     "model": {"dropout": 0.0, "l2": 0.0},
     "training": {"label_smoothing": 0.0, "ema": None, "keep": "last"},
 }
@@ -585,11 +585,11 @@ def apply_overfit(config: RequestedConfig) -> RequestedConfig:
     if not config.debug.overfit:
         return config
     batch_size = 32 if config.training.batch_size == "auto" else config.training.batch_size
-    training = {"batch_size": batch_size, **OVERFIT["training"]}
+    training = {"batch_size": batch_size, **OVERFIT_VALUES["training"]}
     overfit_config = config.model_copy(update={
         "augmentation": Augmentation(),
         "distillation": None,
-        "model": config.model.model_copy(update=OVERFIT["model"]),
+        "model": config.model.model_copy(update=OVERFIT_VALUES["model"]),
         "training": config.training.model_copy(update=training),
     })  # fmt: skip
-    return overfit_config if overfit_config.auto_keys else with_choices(overfit_config)
+    return overfit_config if overfit_config.auto_keys else replace_auto(overfit_config)

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Section
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import OVERFIT, Data, RequestedConfig, configure_teacher
+from trainer.config.schema import OVERFIT_VALUES, Data, RequestedConfig, configure_teacher
 from trainer.errors import ConfigError
 
 # Key of `data` -> values of data.source that read the key; keys that are not listed are read for every source.
@@ -41,7 +41,7 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         ("data", config.data, _check_data(config.data)),
         ("augmentation", config.augmentation, _check_augmentation(config)),
         ("model", config.model, _check_model(config)),
-        ("training", config.training, _check_overfit(config, *OVERFIT["training"])),
+        ("training", config.training, _check_overfit(config, *OVERFIT_VALUES["training"])),
         ("debug", config.debug, _check_overfit(config, "max_examples")),
         ("export", config.export, _check_export(config)),
         ("", config, _check_run(config)),
@@ -80,7 +80,7 @@ def _check_run(config: RequestedConfig) -> Reasons:
 
 
 def _check_model(config: RequestedConfig) -> Reasons:
-    yield from _check_overfit(config, *OVERFIT["model"])
+    yield from _check_overfit(config, *OVERFIT_VALUES["model"])
     if not config.model.hidden_units:
         yield "hidden_batch_norm", "is not read without model.hidden, whose layers it normalizes"
 

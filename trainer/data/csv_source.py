@@ -159,7 +159,7 @@ class BucketFiles:
     entries: dict[str, ObjectInfo]
     absent: frozenset[str]  # object names that the CSV file lists but the bucket does not have
 
-    def delete_absent(self) -> None:
+    def delete_stale_copies(self) -> None:
         """Delete the copies of files that are no longer in the bucket."""
         for name in self.absent:
             (self.folder / name).unlink(missing_ok=True)

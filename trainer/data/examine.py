@@ -15,7 +15,10 @@ from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import Split
 
-MAX_FILES, MAX_RECORDS = 2000, 200  # maximum number of images in a sample of files and in a sample of records
+MAX_EXAMINED_FILES, MAX_EXAMINED_RECORDS = (
+    2000,
+    200,
+)  # maximum number of images in a sample of files and in a sample of records
 _HEAD_BYTES = 2**16  # number of bytes read from the beginning of a file; a photo's EXIF data begins there
 _MAX_DECODED = 8  # number of 16-bit PNGs that are decoded to determine their maximum value
 _ORIENTATION_TAG = 0x0112  # EXIF tag
@@ -55,10 +58,10 @@ def _make_sample_readers(split: Split) -> list[Callable[[int], bytes]]:
         return read_image(record)
 
     if split.files:
-        indices = np.unique(np.linspace(0, split.count - 1, min(split.count, MAX_FILES)).astype(int))
+        indices = np.unique(np.linspace(0, split.count - 1, min(split.count, MAX_EXAMINED_FILES)).astype(int))
         return [partial(read_file, split.files[i]) for i in indices]
     # The first records, because they are in few shards: to locate a record, all record headers of its shard are read.
-    records = locate_records(take(split, np.arange(min(split.count, MAX_RECORDS))))
+    records = locate_records(take(split, np.arange(min(split.count, MAX_EXAMINED_RECORDS))))
     return [partial(read_record, record) for record in records]
 
 

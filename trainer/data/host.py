@@ -18,7 +18,7 @@ def _read_integers(file: Path) -> list[int]:
         return []
 
 
-def memory_limit(cgroup: Path = CGROUP) -> int:
+def get_memory_limit_bytes(cgroup: Path = CGROUP) -> int:
     """Return the machine's memory in bytes, or the container's limit (cgroup v2 or v1) if the limit is lower."""
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit_v2, limit_v1 = (_read_integers(cgroup / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
@@ -27,7 +27,7 @@ def memory_limit(cgroup: Path = CGROUP) -> int:
 
 def get_default_memory_budget(cgroup: Path = CGROUP) -> int:
     """Return the memory budget in bytes for runtime.memory_budget_gb=null, which is a quarter of the memory limit."""
-    return memory_limit(cgroup) // 4
+    return get_memory_limit_bytes(cgroup) // 4
 
 
 def count_usable_cpus(cgroup: Path = CGROUP) -> int:

@@ -17,8 +17,8 @@ from trainer.data.splits import (
     RawData,
     compute_split_sizes,
     digest_head_and_tail,
-    empty_split_error,
     list_unused_fractions,
+    make_empty_split_error,
 )
 from trainer.data.tfds_writer import TIFF_MAGIC
 from trainer.errors import DataError
@@ -91,7 +91,7 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
     readable_images = {name: [image for image in images.get(name, ()) if image.path not in errors] for name in SPLITS}
     for name, members in images.items():
         if not readable_images[name]:
-            raise empty_split_error(name, listed.contents[name], [errors[image.path] for image in members])
+            raise make_empty_split_error(name, listed.contents[name], [errors[image.path] for image in members])
     sorted_images = {
         name: sorted(members, key=lambda image: image.sort_key(data.split_seed))
         for name, members in readable_images.items()

@@ -29,7 +29,7 @@ SYSTEM_NAMES = frozenset((
     "lost+found", "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
 ))  # fmt: skip
-LAYOUT = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
+SUPPORTED_LAYOUT_FIX = "use ROOT/<class>/*.jpg, or ROOT/train/<class>/*.jpg with validation/ and test/ next to train/"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
         class_names, images, notes, ignored = _scan(root, purpose)
     except OSError as error:
         problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
-        raise DataError(problem, key="data.root", value=root, fix=LAYOUT) from None
+        raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX) from None
     location = f"below {escape_unprintable(root)}"
     contents = {name: f"its folder has {len(members)} images {location}" for name, members in images.items()}
     name = os.path.basename(os.path.abspath(root))
@@ -92,7 +92,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
             problem = (
                 f"{escape_unprintable(folder)} has {num_images} image{'s' * (num_images != 1)} and no class folders"
             )
-            raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
+            raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX)
         if classes[split].keys() != classes["train"].keys():
             train_classes, split_classes = set(classes["train"]), set(classes[split])
             surplus = {  # folder of a split -> classes that only this split has
@@ -116,12 +116,12 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
     notes += _note_nesting(folders["train"], images["train"])
     if not any(images.values()):
         problem = f"has no images in its class folders ({', '.join([*class_names[:5], *notes])})"
-        raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
+        raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX)
     if len(class_names) == 1 and purpose != "evaluate":
         class_folder = os.path.join(root, classes["train"][class_names[0]])
         has_subfolders = folders["train"] == root and len(list_folder(class_folder).folders) > 1
         problem = f"has only one class folder ({class_names[0]}), and a classifier needs two"
-        fix = f"set {format_argument('data.root', class_folder)}" if has_subfolders else LAYOUT
+        fix = f"set {format_argument('data.root', class_folder)}" if has_subfolders else SUPPORTED_LAYOUT_FIX
         raise DataError(problem, key="data.root", value=root, fix=fix)
     return class_names, images, notes, {label: _describe_ignored(counts) for label, counts in ignored.items() if counts}
 
@@ -216,7 +216,7 @@ def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> di
     if "train" not in splits.values():
         if splits and not other_names:
             problem = f"has {' and '.join(splits)} but no train folder"
-            raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
+            raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX)
         return {"train": root}
     if other_names:
         train_folder = os.path.join(root, next(name for name, split in splits.items() if split == "train"))
@@ -224,7 +224,7 @@ def _find_split_folders(root: str, list_folder: Callable[[str], _Listing]) -> di
             return {"train": root}
         first_names = ", ".join(map(escape_unprintable, other_names[:5]))
         problem = f"has both split folders ({', '.join(splits)}) and others ({first_names})"
-        raise DataError(problem, key="data.root", value=root, fix=LAYOUT)
+        raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX)
     folders: dict[str, str] = {}
     for name, split in splits.items():
         folder = os.path.join(root, name)

@@ -32,15 +32,15 @@ from trainer.data.open import OpenedData
 from trainer.data.order import Block, BlockShards, compute_block_shards, make_sequence_blocks
 from trainer.data.records import locate_records, read_source_name
 from trainer.data.remote import replace_local_paths
-from trainer.data.shard_gate import LocalShards, ShardGate, max_rows_ahead
+from trainer.data.shard_gate import LocalShards, ShardGate, compute_max_rows_ahead
 from trainer.data.splits import SPLITS, describe_class_counts, take
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.names import encode_file_name
-from trainer.storage.base import ABANDONED_SECONDS
+from trainer.storage.base import STALE_SECONDS
 from trainer.storage.disk import choose_disk_budget, format_bytes, get_free_bytes
-from trainer.storage.local import compute_file_crc32c, delete_unfinished, temporary_file, write_atomically
+from trainer.storage.local import compute_file_crc32c, delete_temporary_files, temporary_file, write_atomically
 from trainer.storage.scratch import open_scratch_file
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
@@ -263,7 +263,9 @@ def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int
     `reader` is the name of this pipeline in the shard cache.
     """
     num_blocks, block = make_sequence_blocks(pixels.split, indices, 1)
-    gate = pixels.open_gate(reader, compute_block_shards(block, num_blocks), max_rows_ahead(rows, pixels.parallel, 2))
+    gate = pixels.open_gate(
+        reader, compute_block_shards(block, num_blocks), compute_max_rows_ahead(rows, pixels.parallel, 2)
+    )
     images = build_row_dataset(pixels, block, num_blocks).map(without_autograph(lambda row: row["image"]))
     batches = iter(images.batch(rows).prefetch(2))
     for _ in range(0, len(indices), rows):
@@ -321,7 +323,7 @@ def _extend_crc(crc: int, bad: dict[int, str]) -> int:
 
 def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
     """Write the pixels to a temporary file, rename it to STEM.u8, and write STEM.json, which marks it as complete."""
-    delete_unfinished(stem.parent, ABANDONED_SECONDS)
+    delete_temporary_files(stem.parent, STALE_SECONDS)
     crc, black_image = 0, np.zeros((1, *shape[1:]), np.uint8)
     with temporary_file(stem.with_suffix(".u8")) as temporary_path:
         # Not by a memory-mapped file, because a full disk would kill the process with SIGBUS.
@@ -494,7 +496,7 @@ class ImageStore:
         for pixels in self._opened.values():
             require_readable(pixels, self.dataset.class_names)
 
-    def describe_remaining(self) -> list[str]:
+    def describe_readable_counts(self) -> list[str]:
         """Return a line per opened split with unreadable images: how many remain, in total and in rare classes."""
         return [
             f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "

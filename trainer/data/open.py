@@ -27,7 +27,9 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset, LogMessage, Purpose, choose_scored_split
 
-SMALL_SPLIT = 30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
+MIN_SPLIT_EXAMPLES = (
+    30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
+)
 MAX_CLASS_RATIO = 3  # examples of the largest training class per example of the smallest; a higher ratio is noted
 
 
@@ -41,7 +43,7 @@ class OpenedData:
     weights: str  # model.weights, or the path of its local copy if it is in a bucket
 
 
-def open_run_data(
+def stage_and_open_run_dataset(
     config: RequestedConfig,
     log_message: LogMessage,
     check: Callable[[str], None],
@@ -148,9 +150,9 @@ def open_dataset(
     if purpose != "evaluate":
         require_mapped_classes(source_names, data)
     raw.name, raw.class_names = escape_unprintable(raw.name), get_display_names(source_names, data)
-    class_names = get_display_order(data)
+    class_names = get_ordered_display_names(data)
     if purpose != "evaluate" or sorted(class_names or ()) == sorted(raw.class_names):
-        raw = apply_class_names(raw, class_names)
+        raw = reorder_classes(raw, class_names)
     if data.corrections:
         display_names = dict(zip(source_names, get_display_names(source_names, data), strict=True))
         raw = apply_corrections(raw, data.corrections, display_names, skip_unknown=data.on_error == "skip")
@@ -223,7 +225,7 @@ def get_display_names(names: tuple[str, ...], data: Data) -> tuple[str, ...]:
     return results
 
 
-def get_display_order(data: Data) -> tuple[str, ...] | None:
+def get_ordered_display_names(data: Data) -> tuple[str, ...] | None:
     """Return the display names of the classes in the list data.class_names, in its order; None if it is not a list."""
     if not isinstance(data.class_names, tuple):
         return None
@@ -251,11 +253,11 @@ def require_mapped_classes(names: tuple[str, ...], data: Data) -> None:
         raise DataError(f"maps {name}, which is no class of the data", key="data.class_names", fix=fix)
 
 
-def apply_class_names(raw: RawData, names: tuple[str, ...] | None) -> RawData:
+def reorder_classes(raw: RawData, names: tuple[str, ...] | None) -> RawData:
     """Return the dataset with its classes in the order of `names`, and its labels mapped to this order.
 
     Args:
-        names: all class names in the new order, from `get_display_order`; None leaves the order as it is.
+        names: all class names in the new order, from `get_ordered_display_names`; None leaves the order as it is.
 
     Raises:
         DataError: `names` are not exactly the dataset's class names.
@@ -318,7 +320,7 @@ def _note_quality(raw: RawData, is_limited: bool) -> list[str]:
         imbalance = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
         notes.append(f"{imbalance} ({class_counts}): training.class_weights=balanced may help")
     for name, split in raw.splits.items():
-        if split.count < SMALL_SPLIT and name != "train" and not is_limited:
+        if split.count < MIN_SPLIT_EXAMPLES and name != "train" and not is_limited:
             notes.append(f"{name} has only {split.count} examples: each is {100 / split.count:.1f} points of accuracy")
         absent_classes = np.setdiff1d(np.arange(len(raw.class_names)), split.labels)
         if absent_classes.size and not is_limited:

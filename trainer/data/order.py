@@ -18,8 +18,8 @@ from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shar
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
-BLOCK_RECORDS = 1024  # maximum number of records that a block spans, if they are not shuffled
-ROWS_PER_WORKER = 1 << 40  # offset between two workers' random streams; no worker has as many rows
+MAX_BLOCK_RECORDS = 1024  # maximum number of records that a block spans, if they are not shuffled
+WORKER_STREAM_OFFSET = 1 << 40  # offset between two workers' random streams; no worker has as many rows
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ def plan_windows(
         ranges, index = records.locate(order, start, stop)
         if not shuffle:
             return ranges, tf.range(stop - start), index
-        offset = _sort_permutation(random_bits(seed, ORDER, epoch, worker * ROWS_PER_WORKER + tf.range(start, stop)))
+        offset = _sort_permutation(
+            random_bits(seed, ORDER, epoch, worker * WORKER_STREAM_OFFSET + tf.range(start, stop))
+        )
         return ranges, offset, tf.gather(index, offset)
 
     return -(-records.total // window), record_window
@@ -159,7 +161,7 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
     total, batch = (int(count_shard_records(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
     step_count = steps_per_epoch(split, order.batch_size, sharding)
     shuffle = order.shuffle or by_file
-    window_size = (order.window if shuffle else BLOCK_RECORDS) if split.shards else total
+    window_size = (order.window if shuffle else MAX_BLOCK_RECORDS) if split.shards else total
     worker = sharding.worker if by_file else 0
     num_windows, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
     first_epoch, first_row = order.first_epoch + order.first_step // step_count, order.first_step % step_count * batch
@@ -197,7 +199,7 @@ def make_sequence_blocks(
     """
     edges = np.array([0, len(indices)], np.int64)
     if split.shards:  # a block reads all records from its first to its last one, even if it uses few of them
-        record_edges = np.arange(0, split.count + BLOCK_RECORDS, BLOCK_RECORDS)
+        record_edges = np.arange(0, split.count + MAX_BLOCK_RECORDS, MAX_BLOCK_RECORDS)
         edges = np.unique(np.searchsorted(indices, record_edges)).astype(np.int64)
     records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
 
@@ -238,7 +240,7 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
             yield int(num_rows), shards.numpy()
 
 
-def split_by_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
+def split_by_device_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
     """Split `indices`, int64 [n], into one array per worker, each with whole device calls of `rows` images.
 
     Only the last worker's last call can have fewer images. No array is larger than the first.
@@ -260,7 +262,7 @@ def select_examples_to_score(
         batch_size: examples per global batch.
         fraction: fraction of the batches to score, rounded up. Below 1, the examples are a random sample, which is the
             same in each call of this function.
-        rows: images per device call, so that each worker gets whole calls (`split_by_calls`); None to divide examples.
+        rows: images per device call, so that workers get whole calls (`split_by_device_calls`); None to divide rows.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
@@ -268,5 +270,5 @@ def select_examples_to_score(
         shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: num_batches * batch_size])
     if rows:
-        return split_by_calls(indices, rows, sharding.workers)[sharding.worker]
+        return split_by_device_calls(indices, rows, sharding.workers)[sharding.worker]
     return np.array_split(indices, sharding.workers)[sharding.worker]

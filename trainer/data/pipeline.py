@@ -23,11 +23,11 @@ from trainer.data.order import (
     make_training_blocks,
     select_examples_to_score,
 )
-from trainer.data.shard_gate import ShardGate, ShardGates, max_rows_ahead
+from trainer.data.shard_gate import ShardGate, ShardGates, compute_max_rows_ahead
 from trainer.data.sharding import UNSHARDED, Sharding
 
 # Number of elements that a `tf.distribute` strategy or `prefetch_to_device` prefetches to each replica's device.
-DEVICE_BUFFER = 2
+DEVICE_BUFFER_ELEMENTS = 2
 
 
 def _build_batches(
@@ -76,8 +76,8 @@ def _prefetch(
 ) -> tuple[tf.data.Dataset, int]:
     """Prefetch `num_elements` elements of `rows` rows, or 2 elements per replica if `num_elements` is 0.
 
-    Return the dataset, and the maximum number of rows that it pulls in advance (see `max_rows_ahead`). `parallel` is
-    the number of elements that are augmented in parallel; None if elements are not augmented.
+    Return the dataset, and the maximum number of rows that it pulls in advance (see `compute_max_rows_ahead`).
+    `parallel` is the number of elements that are augmented in parallel; None if elements are not augmented.
     """
     num_elements = num_elements or 2 * replicas
     options = tf.data.Options()
@@ -86,7 +86,9 @@ def _prefetch(
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if source.threads:
         options.threading.private_threadpool_size = source.threads
-    ahead = max_rows_ahead(rows, source.parallel, num_elements + DEVICE_BUFFER * replicas + (parallel or 0))
+    ahead = compute_max_rows_ahead(
+        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (parallel or 0)
+    )
     return batches.prefetch(num_elements).with_options(options), ahead
 
 
@@ -95,7 +97,7 @@ def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset
 
     This must be the last transformation of a pipeline.
     """
-    return dataset.apply(tf.data.experimental.prefetch_to_device(device, DEVICE_BUFFER))
+    return dataset.apply(tf.data.experimental.prefetch_to_device(device, DEVICE_BUFFER_ELEMENTS))
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class View:
+class EpochAugmentation:
     """The augmentation of a single pass over a split: the one that training applies in epoch `epoch`."""
 
     augmentation: Augmentation
@@ -193,7 +195,13 @@ def build_evaluation_batches(
 
 
 def build_indexed_batches(
-    source: BatchSource, indices: np.ndarray, *, rows: int, replicas: int, view: View | None = None, prefetched: int = 0
+    source: BatchSource,
+    indices: np.ndarray,
+    *,
+    rows: int,
+    replicas: int,
+    view: EpochAugmentation | None = None,
+    prefetched: int = 0,
 ) -> Batches:
     """Build batches of the examples at `indices`, followed by infinitely many batches of padding.
 

@@ -95,7 +95,7 @@ def frame_record(payload: bytes) -> bytes:
     return prefix + struct.pack("<I", masked_crc32c(prefix)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
-def unreadable_error(path: str | Path, error: OSError) -> DataError:
+def make_unreadable_error(path: str | Path, error: OSError) -> DataError:
     """Build the error for a file that the operating system cannot read."""
     problem = f"{escape_unprintable(str(path))} cannot be read: {error.strerror}"
     return DataError(problem, fix="check that it exists and its permissions")
@@ -124,7 +124,7 @@ def index_shard(path: str | Path) -> ShardIndex:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read_headers(escape_unprintable(str(path)), data, size)
     except OSError as error:
-        raise unreadable_error(path, error) from None
+        raise make_unreadable_error(path, error) from None
 
 
 def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
@@ -208,7 +208,7 @@ def get_example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kubetune.Example"))
 
 
-def serialize(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
+def serialize_example(image: bytes, label: int, texts: Mapping[str, str] | None = None) -> bytes:
     """Serialize a `tf.train.Example` with the bytes field "image", the int64 field "label", and a field per text.
 
     Args:
@@ -358,18 +358,18 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
         if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
             raise _missing_image_error(record_name, fields.image, example)
         if fields.kind.startswith("index") and list(features[fields.label].int64_list.value) == [UNLABELLED]:
-            faults.append(f"{record_name} {NOT_LABELLED}")
+            faults.append(f"{record_name} {NOT_LABELLED_SUFFIX}")
             continue
         labels[record_index] = _parse_label(record_name, example, fields)
     return labels, faults
 
 
-NOT_LABELLED = f"is not labelled ({UNLABELLED})"  # end of an unlabelled record's fault
+NOT_LABELLED_SUFFIX = f"is not labelled ({UNLABELLED})"  # end of an unlabelled record's fault
 
 
-def label_error(fault: str, field: str) -> DataError:
+def make_label_error(fault: str, field: str) -> DataError:
     """Build the error for a fault that `read_labels` or `index_shard` reported. `field` is data.label_field."""
-    if not fault.endswith(NOT_LABELLED):
+    if not fault.endswith(NOT_LABELLED_SUFFIX):
         fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
         return DataError(fault, fix=fix)
     fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"

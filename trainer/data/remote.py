@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.csv_source import plan_copies
-from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA, parse_manifest
+from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA_FILES, parse_manifest
 from trainer.errors import DataError, TrainerError
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
@@ -19,7 +19,7 @@ from trainer.storage.disk import choose_disk_budget
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import (
-    fetch_missing,
+    download_missing_files,
     find_copied_folders,
     find_prepared_folder,
     has_wildcard,
@@ -89,8 +89,8 @@ def fetch_local_copies(
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         data, copies = plan_copies(data, runtime.cache_folder, budget)
         for copy in copies:
-            copy.delete_absent()
-            fetch_missing(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
+            copy.delete_stale_copies()
+            download_missing_files(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
             addresses[str(copy.folder)] = copy.bucket
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
     if class_names_address := _find_class_names_file(config.data):
@@ -138,14 +138,14 @@ def show_addresses_in_errors(addresses: Mapping[str, str]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedFiles:
     """The shards and metadata files in a bucket folder that `python -m trainer.prepare` wrote, by file name."""
 
     shards: dict[str, ObjectInfo]
     metadata: dict[str, ObjectInfo]
 
 
-def find_prepared(address: str) -> Prepared | None:
+def find_prepared_files(address: str) -> PreparedFiles | None:
     """Return the files of the dataset that `python -m trainer.prepare` wrote to a bucket folder.
 
     Return None if the manifest, the labels file or dataset_info.json is missing.
@@ -166,26 +166,26 @@ def find_prepared(address: str) -> Prepared | None:
             raise DataError(
                 f"{address}/{escape_unprintable(shard.file)} differs from {MANIFEST}", fix="prepare the dataset again"
             )
-    metadata = {name: files[name] for name in (*METADATA, MANIFEST, LABELS) if name in files}
-    return Prepared({name: files[name] for name in manifest}, metadata)
+    metadata = {name: files[name] for name in (*METADATA_FILES, MANIFEST, LABELS) if name in files}
+    return PreparedFiles({name: files[name] for name in manifest}, metadata)
 
 
 def _open_shard_cache(
     address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
 ) -> ShardCache | None:
     """Fetch the metadata of a prepared bucket folder, and return a cache for its shards; None if it is not prepared."""
-    prepared = find_prepared(address)
+    prepared = find_prepared_files(address)
     if prepared is None:
         return None
     cache_folder, check_address = runtime.cache_folder, partial(check, address)
     budget, _ = choose_disk_budget(runtime.disk_budget, cache_folder)
     cache = ShardCache(address, prepared.shards, cache_folder, budget, log_message, check_address, prepared.metadata)
-    fetch_missing(address, prepared.metadata, cache.folder, log_message, check_address)
+    download_missing_files(address, prepared.metadata, cache.folder, log_message, check_address)
     log_message(f"{address}: {describe_shards(prepared, budget)}, to {cache.folder}")
     return cache
 
 
-def describe_shards(prepared: Prepared, budget: int) -> str:
+def describe_shards(prepared: PreparedFiles, budget: int) -> str:
     """Describe the number and size of the shards, and their maximum size on disk, which is at most `budget` bytes."""
     num_bytes = sum(info.size for info in prepared.shards.values())
     subject = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"

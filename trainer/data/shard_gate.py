@@ -23,7 +23,7 @@ from trainer.types import Split
 BLOCKS_AHEAD = 1
 
 
-def max_rows_ahead(size: int, threads: int, elements: int) -> int:
+def compute_max_rows_ahead(size: int, threads: int, elements: int) -> int:
     """Return the maximum number of rows that a pipeline has pulled from its blocks, but has not yet delivered.
 
     Args:
@@ -78,7 +78,7 @@ class ShardGate:
             split: the split that the pipeline reads.
             reader: name of the pipeline, unique in the cache.
             blocks: for each block of the pipeline, its number of rows and the indices of its shards.
-            ahead: the result of `max_rows_ahead` for the pipeline.
+            ahead: the result of `compute_max_rows_ahead` for the pipeline.
         """
         self.shards, self.reader, self.split, self.ahead, self._block_iterator = shards, reader, split, ahead, blocks
         is_cached = isinstance(shards, ShardCache)

@@ -14,13 +14,13 @@ import numpy as np
 from trainer.config.schema import Data
 from trainer.config.typed import format_argument
 from trainer.data.records import (
-    NOT_LABELLED,
+    NOT_LABELLED_SUFFIX,
     LabelFields,
     index_shard,
     join_first,
-    label_error,
+    make_label_error,
+    make_unreadable_error,
     read_labels,
-    unreadable_error,
 )
 from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
@@ -225,7 +225,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             digest = "" if has_entry else digest_head_and_tail(path, _END_BYTES)[2]
             identities[path] = entries[name].identity if has_entry else f"{name} {stat.st_size} {digest}"
         except OSError as error:
-            raise unreadable_error(path, error) from None
+            raise make_unreadable_error(path, error) from None
         cache_key = repr((identities[path], stat.st_mtime_ns, fields.label, fields.image, source.classes))
         cache_key += repr(label_format) if data.label_kind != "index" else ""
         cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:24]}.npz"
@@ -243,12 +243,12 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             with suppress(OSError):  # without cached labels, a later start reads the shard again
                 write_atomically(cache_file, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
-            raise label_error(faults[0], data.label_field)
+            raise make_label_error(faults[0], data.label_field)
         skipped += faults
     return labels, identities, skipped
 
 
-def empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
+def make_empty_split_error(name: str, content: str, skipped: Sequence[str]) -> DataError:
     """Build the error for a split that the dataset or the configuration defines, but that has no examples.
 
     Args:
@@ -290,9 +290,9 @@ def build_split(
         paths = list(dict.fromkeys(escape_unprintable(shard.path) for shard in ranges))
         content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
         faults = [fault for fault in skipped if any(path in fault for path in paths)]
-        if faults and all(fault.endswith(NOT_LABELLED) for fault in faults):
-            raise label_error(faults[0], source.data.label_field)
-        raise empty_split_error(name, content, faults)
+        if faults and all(fault.endswith(NOT_LABELLED_SUFFIX) for fault in faults):
+            raise make_label_error(faults[0], source.data.label_field)
+        raise make_empty_split_error(name, content, faults)
     return take(split, readable_indices)
 
 

@@ -37,7 +37,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
 
     If data.validation_split is null, the validation split is the dataset's split "validation". If the dataset has no
     such split, or if that split's examples are not labelled, the fraction data.validation_fraction of the training
-    records becomes the validation split (see `carve_splits`). The same applies to the test split.
+    records becomes the validation split (see `hold_out_splits`). The same applies to the test split.
 
     Args:
         cache_dir: stores the labels of shards for later runs.
@@ -67,7 +67,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
     splits = {name: build_split(name, shards, labels, source, skipped) for name, shards in ranges.items()}
     notes = split_notes + _check_overlaps(splits, specs) + list_unused_fractions(data, splits)
     if fractions := select_missing_fractions(data, splits):
-        new_splits, new_notes = carve_splits(splits["train"], fractions, data.split_seed)
+        new_splits, new_notes = hold_out_splits(splits["train"], fractions, data.split_seed)
         splits |= new_splits
         notes += new_notes
     return RawData(info.name, class_names, splits, identities, skipped, notes, group_names=group_names)
@@ -106,7 +106,7 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
         DataError: a split does not exist, is empty, or has a shard outside the dataset's folder.
     """
     specs, notes = list_split_specs(data, info.splits), []
-    ranges = {name: resolve_split(info, spec, name) for name, spec in specs.items()}
+    ranges = {name: resolve_split_string(info, spec, name) for name, spec in specs.items()}
     for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
         remaining = _subtract_ranges(ranges[name], ranges["train"])
         if remaining != ranges[name]:
@@ -291,7 +291,7 @@ def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
     return tuple(map(escape_unprintable, getattr(features[data.group_field], "names", None) or ())) or None
 
 
-def resolve_split(info: Any, spec: str, name: str) -> list[Shard]:
+def resolve_split_string(info: Any, spec: str, name: str) -> list[Shard]:
     """Resolve a TFDS split string to record ranges in shards.
 
     Args:
@@ -340,7 +340,7 @@ def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str
     return []
 
 
-def carve_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
+def hold_out_splits(train: Split, fractions: dict[str, float], seed: int) -> tuple[dict[str, Split], list[str]]:
     """Move fractions of the training records to new splits.
 
     The new splits consist of the last records, so that each split is one range of records. If the train split would

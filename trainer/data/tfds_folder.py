@@ -19,15 +19,15 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.names import escape_unprintable
 from trainer.storage.arrays import unpack
-from trainer.storage.base import ABANDONED_SECONDS, StoragePath, is_unfinished
+from trainer.storage.base import STALE_SECONDS, StoragePath, is_temporary_name
 from trainer.storage.disk import make_write_error
-from trainer.storage.local import compute_file_crc32c, delete_abandoned, delete_unfinished
+from trainer.storage.local import compute_file_crc32c, delete_stale_temporary_files, delete_temporary_files
 from trainer.storage.small_files import CONTENT_ERRORS
 
 MANIFEST = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
 LABELS = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
 INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
-METADATA = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
+METADATA_FILES = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ class DatasetFolder:
         Args:
             shards: file names of all shards in the dataset.
             alone: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
-                (`ABANDONED_SECONDS`) are not deleted, because another pod may be writing them.
+                (`STALE_SECONDS`) are not deleted, because another pod may be writing them.
 
         Raises:
             DataError: the folder cannot be written to, or contains files that do not belong to this dataset.
             Interrupted: the disk is full or fails.
         """
-        names = {MANIFEST, LABELS, *METADATA} | shards
+        names = {MANIFEST, LABELS, *METADATA_FILES} | shards
         self.alone = alone and self.folder.is_local
-        prefixes = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA)))
+        prefixes = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA_FILES)))
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             self._delete_abandoned(shards)
             files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             extras = sorted({file.name for file in files} - names)
-            extras = [name for name in extras if not (name.startswith(prefixes) or is_unfinished(name))]
+            extras = [name for name in extras if not (name.startswith(prefixes) or is_temporary_name(name))]
         except OSError as error:
             raise make_write_error(error, str(self.folder), "output", fix, DataError) from None
         if extras:
@@ -111,14 +111,14 @@ class DatasetFolder:
         for file in self.scratch.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # another pod has deleted the file
                 is_shard = any(file.name.startswith(f".{shard}.") for shard in shards)
-                if is_shard and time.time() - file.stat().st_mtime >= ABANDONED_SECONDS:
+                if is_shard and time.time() - file.stat().st_mtime >= STALE_SECONDS:
                     file.unlink()
 
     def _delete_unfinished(self) -> None:
         """Delete the temporary files of killed processes, unless another pod may be writing them."""
         if self.alone:
-            delete_abandoned(self.scratch)
-        delete_unfinished(self.scratch, ABANDONED_SECONDS, recursive=False)
+            delete_stale_temporary_files(self.scratch)
+        delete_temporary_files(self.scratch, STALE_SECONDS, recursive=False)
 
     def read_entries(self) -> dict[str, ShardEntry]:
         """Read the entries of the shards that earlier starts or other pods have written, by file name.
@@ -133,7 +133,7 @@ class DatasetFolder:
     def _list_files(self) -> list[StoragePath]:
         return [info.path for info in self.folder.list(recursive=False)]
 
-    def has_intact(self, entry: ShardEntry) -> bool:
+    def has_intact_shard(self, entry: ShardEntry) -> bool:
         """Return whether an entry's shard exists with the size and checksum in the entry."""
         info = (self.folder / entry.file).stat()
         if info is None or info.size != entry.bytes:

@@ -24,23 +24,23 @@ from trainer.data.records import (
     RecordLocation,
     frame_record,
     join_first,
+    make_unreadable_error,
     read_image,
     read_source_name,
-    serialize,
-    unreadable_error,
+    serialize_example,
 )
 from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.base import StoragePath
-from trainer.storage.local import add_path_to_errors, make_temporary_name
+from trainer.storage.local import add_path_to_errors, make_temporary_path
 from trainer.storage.path import storage_path
 from trainer.storage.staging import identify_staged_file
 from trainer.types import Orientation
 
 ImageSource = str | Path | bytes | RecordLocation  # path of an image file, encoded image, or record with an image
 TIFF_MAGIC = (b"II*\0", b"MM\0*")  # first bytes of a little-endian and of a big-endian TIFF
-SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
+DEFAULT_SHARD_BYTES = 100 * 2**20  # approximate size of a shard if the number of shards is not configured
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class WriteOptions:
     """Options of `write_dataset`."""
 
     # Number of shards in the largest split. Other splits get shards of about the same size. None for shards of about
-    # `SHARD_BYTES` bytes.
+    # `DEFAULT_SHARD_BYTES` bytes.
     shards: int | None = None
     workers: int = 1  # number of threads
     verify: bool = True  # whether to decode each image as in training before it is written
@@ -183,7 +183,7 @@ def _write_shard(plan: ShardPlan, folder: Path, report_image: Callable[[], None]
 
     `report_image` is called after each image. If the shard cannot be written, the file is deleted.
     """
-    temporary_path = make_temporary_name(folder / plan.file)
+    temporary_path = make_temporary_path(folder / plan.file)
     try:
         return temporary_path, _write_records(plan, temporary_path, report_image)
     except BaseException:
@@ -203,7 +203,9 @@ def _write_records(plan: ShardPlan, temporary_path: Path, report_image: Callable
         for index, ((source, label), texts) in enumerate(zip(plan.examples, plan.texts, strict=True)):
             try:
                 data = _read_encoded(source)
-                payload = serialize(convert_for_storage(data, plan.orientation) if plan.verify else data, label, texts)
+                payload = serialize_example(
+                    convert_for_storage(data, plan.orientation) if plan.verify else data, label, texts
+                )
             except (OSError, ValueError, DataError) as error:
                 faults.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing_indices.append(index)
@@ -221,7 +223,7 @@ def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> lis
     """Divide the examples of each split into shards with equal numbers of examples (or 1 more)."""
     splits = {split: examples for split, examples in images.splits.items() if len(examples)}
     sizes = {split: sum(_get_num_bytes(source) for source, _ in examples) for split, examples in splits.items()}
-    shard_size = max(sizes.values()) / options.shards if options.shards else SHARD_BYTES
+    shard_size = max(sizes.values()) / options.shards if options.shards else DEFAULT_SHARD_BYTES
     plans: list[ShardPlan] = []
     for split, examples in splits.items():
         # The tolerance is for rounding errors, which would add a shard to the largest split.
@@ -274,7 +276,7 @@ def write_dataset(
     try:
         all_plans = _plan_shards(name, images, options)
     except OSError as error:
-        raise unreadable_error(error.filename, error) from None
+        raise make_unreadable_error(error.filename, error) from None
     part_index, num_parts = options.part
     output_folder.create({plan.file for plan in all_plans}, alone=num_parts == 1)
 
@@ -282,7 +284,7 @@ def write_dataset(
         """Return the entries of intact shards that were written from the same examples, by file name."""
         entries = {f: e for f, e in output_folder.read_entries().items() if not e.skipped or options.on_error == "skip"}
         candidates = [(plan, entries[plan.file]) for plan in all_plans if plan.file in entries]
-        return {p.file: e for p, e in candidates if p.matches(e) and output_folder.has_intact(e)}
+        return {p.file: e for p, e in candidates if p.matches(e) and output_folder.has_intact_shard(e)}
 
     entries = read_finished()
     part_plans = all_plans[part_index::num_parts]

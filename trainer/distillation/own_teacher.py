@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.cluster.control import ControlChannel
-from trainer.config.distillation import TRAIN, prefix_teacher_key, teacher_address
+from trainer.config.distillation import TRAIN, get_teacher_address, prefix_teacher_key
 from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.errors import ConfigError, TrainerError
 from trainer.monitoring.log import log
@@ -74,7 +74,7 @@ def locate_teacher(address: str, output_dir: str) -> str:
         address: value of `distillation.teacher`.
         output_dir: output_dir of the student's run.
     """
-    return teacher_address(output_dir) if address == TRAIN else address
+    return get_teacher_address(output_dir) if address == TRAIN else address
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from trainer.config import schema as config
 from trainer.errors import ConfigError, DataError
 from trainer.names import normalize_class_name
 from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, select_inference_weights
-from trainer.storage.local import join_inside
+from trainer.storage.local import safe_join
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, read_json
 from trainer.storage.staging import divide_listing
@@ -201,6 +201,6 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
 def write_saved_model(files: dict[str, np.ndarray], folder: Path) -> None:
     """Write a SavedModel's files to a folder. `files` has their content by relative path, uint8 [size]."""
     for name, content in files.items():
-        file = join_inside(folder, name)
+        file = safe_join(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.tobytes())

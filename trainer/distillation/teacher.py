@@ -27,7 +27,7 @@ from trainer.runs.stored_run import rebuild_classifier
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
 from trainer.storage.small_files import CONTENT_ERRORS
-from trainer.training.losses import log_probs
+from trainer.training.losses import safe_log
 
 _FORMAT = 1  # version of the cached soft labels; increment it when a code change alters their values
 
@@ -75,7 +75,7 @@ def load_saved_model_teacher(folder: Path, address: str) -> Teacher:
 
     def forward(images: Any) -> Any:
         assert loaded is not None  # while this function refers to `loaded`, its variables are not deleted
-        return log_probs(signature(images=images)["probabilities"])
+        return safe_log(signature(images=images)["probabilities"])
 
     return Teacher(int(spec.shape[1]), forward, count_variable_bytes(signature.variables))
 

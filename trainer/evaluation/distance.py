@@ -32,7 +32,7 @@ class EmbeddingDistance:
         return np.sqrt(((embeddings.astype(np.float64) @ self.whitening - self.center) ** 2).sum(axis=1))
 
 
-def fit_distance(reference: Mapping[str, Any]) -> EmbeddingDistance | None:
+def build_embedding_distance(reference: Mapping[str, Any]) -> EmbeddingDistance | None:
     """Build an `EmbeddingDistance` from the content of reference.json. Return None if it has no `embedding`."""
     moments = reference.get("embedding")
     if not moments:

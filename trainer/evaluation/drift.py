@@ -29,7 +29,7 @@ from trainer.storage.versions import list_versions
 
 PSI_MODERATE, PSI_SHIFTED = 0.1, 0.25  # the usual thresholds (Siddiqi 2006)
 EMBEDDING_MODERATE, EMBEDDING_SHIFTED = 0.05, 0.1  # fractions of the reference's total variance
-QUANTILE = 0.99  # a threshold below this quantile of a measure without drift is raised to the quantile
+DRIFT_FREE_QUANTILE = 0.99  # a threshold below this quantile of a measure without drift is raised to the quantile
 BOOTSTRAP_SAMPLES = 200  # pairs of samples that are drawn to estimate this quantile of the embedding distance
 CONFIDENCE_BINS = 20  # bins of equal width for the largest probability, over 0..1
 MIN_BIN_FRACTION = 0.05  # a bin with a smaller fraction of the reference's predictions is merged with its neighbors
@@ -119,7 +119,7 @@ def population_stability_index(
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def psi_quantile(reference_n: int, n: int, bins: int) -> float:
+def compute_psi_quantile(reference_n: int, n: int, bins: int) -> float:
     """Return the 0.99 quantile of the PSI without drift, that is, for two samples of the same distribution.
 
     The PSI is asymptotically distributed as (1 / reference_n + 1 / n) times chi-squared with bins - 1 degrees of
@@ -128,7 +128,7 @@ def psi_quantile(reference_n: int, n: int, bins: int) -> float:
     """
     from scipy.special import chdtri  # imported here, since the server imports this module but needs no quantiles
 
-    return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * chdtri(max(bins - 1, 1), 1 - QUANTILE))
+    return float((1 / max(reference_n, 1) + 1 / max(n, 1)) * chdtri(max(bins - 1, 1), 1 - DRIFT_FREE_QUANTILE))
 
 
 def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +192,7 @@ def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, 
     for _ in range(BOOTSTRAP_SAMPLES):
         resampled = dict(zip(("mean", "covariance"), sample_moments(reference_n), strict=True))
         distances.append(embedding_distance(resampled, *sample_moments(n)))
-    return float(np.quantile(distances, QUANTILE))
+    return float(np.quantile(distances, DRIFT_FREE_QUANTILE))
 
 
 def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
@@ -206,7 +206,10 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
     confidences = merge_bins(np.asarray(reference["confidence_histogram"]["counts"], np.float64), window.confidences)
     measures = []
     for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
-        floor, value = psi_quantile(reference_n, window.n, len(counts)), population_stability_index(expected, counts)
+        floor, value = (
+            compute_psi_quantile(reference_n, window.n, len(counts)),
+            population_stability_index(expected, counts),
+        )
         measures.append(Measure(name, value, max(PSI_MODERATE, floor), max(PSI_SHIFTED, floor), window.n))
     if "embedding" in reference and window.embedding_count > 1:
         moments = reference["embedding"]
@@ -285,7 +288,7 @@ def find_version(address: str) -> StoragePath | None:
 
 
 @dataclass(frozen=True)
-class Period:
+class LogPeriod:
     """Selects predictions of a log by their time and model version. None sets no limit."""
 
     since: datetime | None = None  # inclusive
@@ -311,7 +314,7 @@ class Period:
         return "".join(parts + ([f" until {self.until:%Y-%m-%d %H:%M} UTC"] if self.until else []))
 
 
-def list_log(address: str, period: Period) -> list[StoragePath]:
+def list_log(address: str, period: LogPeriod) -> list[StoragePath]:
     """List a log's files that can have predictions in a period, sorted by address.
 
     A log is a file, or a folder that has *.jsonl files itself and in folders named after days, such as `2026-01-31`.
@@ -332,7 +335,7 @@ def list_log(address: str, period: Period) -> list[StoragePath]:
     return sorted((file for file in files if file.name.endswith(".jsonl")), key=str)
 
 
-def read_log(address: str, reference: Mapping[str, Any], period: Period) -> tuple[Window, int]:
+def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> tuple[Window, int]:
     """Read a log's predictions in a period, from a file or a folder of files (`list_log`), into a window.
 
     Returns:

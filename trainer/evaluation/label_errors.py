@@ -6,7 +6,7 @@ import numpy as np
 
 from trainer.types import EvaluationResult
 
-MAX_LISTED = 100  # label errors in report.json
+MAX_LISTED_ERRORS = 100  # label errors in report.json
 
 
 def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def find_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np
 
 
 def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
-    """Return `label_errors` of report.json: the count, and in `rows` the `MAX_LISTED` errors with the smallest margins.
+    """Return `label_errors` of report.json: the count, and in `rows` the `MAX_LISTED_ERRORS` with the smallest margins.
 
     Each entry's `index` is the example's row in `result` and in predictions.csv.
     """
@@ -54,6 +54,6 @@ def describe_label_errors(result: EvaluationResult) -> dict[str, Any]:
             "label_probability": float(result.probabilities[i, result.labels[i]]),
             "suggestion_probability": float(result.probabilities[i, suggestion]),
         }
-        for i, suggestion in zip(indices[:MAX_LISTED], suggestions[:MAX_LISTED], strict=True)
+        for i, suggestion in zip(indices[:MAX_LISTED_ERRORS], suggestions[:MAX_LISTED_ERRORS], strict=True)
     ]
     return {"count": len(indices), "rows": rows}

@@ -186,7 +186,7 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
     return scores
 
 
-def evaluate_arrays(
+def score_predictions(
     split: str,
     class_names: Sequence[str],
     labels: np.ndarray,

@@ -14,14 +14,14 @@ from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import DataError, StopRequested
 from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
 from trainer.monitoring.health import health
-from trainer.types import Batch, Scored
+from trainer.types import Batch, SplitPredictions
 
 # Images per replica and device call in the feature pass, in `trainer.predict`, and in scoring with
 # `training.virtual_replicas`. Constant, so that the results' bits do not depend on batch size and number of workers.
 ROWS_PER_CALL = {"CPU": 32, "GPU": 128}
 
 
-def images_per_call() -> int:
+def get_images_per_call() -> int:
     """Return the value of `ROWS_PER_CALL` for this machine."""
     return ROWS_PER_CALL["GPU" if tf.config.list_physical_devices("GPU") else "CPU"]
 
@@ -101,7 +101,7 @@ class Scorer:
         self.predictor = Predictor(worker.strategy, network)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
-    def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> Scored:
+    def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> SplitPredictions:
         """Predict the examples of `source`. All workers must call this.
 
         A stop request ends the call early, with incomplete predictions and without an exception, so call
@@ -138,7 +138,7 @@ class Scorer:
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
-        return Scored(source.split.name, indices, labels, probabilities, losses)
+        return SplitPredictions(source.split.name, indices, labels, probabilities, losses)
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
         """Return the batches of a source and their distributed dataset, which are built once and reused later."""
@@ -176,7 +176,7 @@ def _join_by_index(
     return probabilities[order], labels[order], indices[order], losses[order]
 
 
-def validation_scores(
+def compute_validation_scores(
     probabilities: np.ndarray, labels: np.ndarray, losses: np.ndarray | tuple[()]
 ) -> dict[str, float]:
     """Compute the scores of the validation split after an epoch, in float64.

@@ -8,19 +8,25 @@ from typing import Any
 import numpy as np
 
 from trainer.data.images import ImageStore
-from trainer.data.open import open_run_data
+from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.remote import show_addresses_in_errors
 from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32, computes_in_half_precision
-from trainer.exporting.formats import IN_RUN_PRECISION, export_formats
+from trainer.exporting.formats import RUN_PRECISION_FORMATS, export_formats
 from trainer.exporting.model_card import format_labels, write_model_card
 from trainer.exporting.reference import compute_reference, write_reference
 from trainer.models.classifier import Classifier
 from trainer.models.grad_cam import Explainer, make_explainer
 from trainer.monitoring.log import log
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, open_classifier, without_weights
-from trainer.storage.local import delete_unfinished, write_atomically, write_json
+from trainer.runs.stored_run import (
+    LoadedCheckpoint,
+    StoredRun,
+    disable_pretrained_weights,
+    map_to_run_classes,
+    open_classifier,
+)
+from trainer.storage.local import delete_temporary_files, write_atomically, write_json
 from trainer.storage.small_files import read_json_or_default, require_json_object
-from trainer.types import Scored, choose_scored_split
+from trainer.types import SplitPredictions, choose_scored_split
 
 BATCH_SIZE = 256  # images that are read and scored at a time
 MAX_PARITY_EXAMPLES = 1000  # examples with which each exported file is compared with the classifier (parity check)
@@ -39,7 +45,7 @@ def export_classifier(
     folder: Path,
     classifier: Classifier,
     images: ImageStore,
-    scored: Scored,
+    scored: SplitPredictions,
     explainer: Explainer,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
@@ -79,7 +85,7 @@ def export_classifier(
     write_atomically(folder / "labels.txt", format_labels(class_names))
     write_reference(folder / "reference.json", bundle.reference)
     probabilities = float32_probabilities = scored.probabilities[positions]
-    if computes_in_half_precision(bundle.model) and not IN_RUN_PRECISION.issuperset(config.export.formats):
+    if computes_in_half_precision(bundle.model) and not RUN_PRECISION_FORMATS.issuperset(config.export.formats):
         check()
         with as_plain_float32(bundle.model):
             float32_probabilities = make_explainer(classifier)(parity_images)["probabilities"]
@@ -96,13 +102,13 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
         DataError: the dataset cannot be read, or has a class that is not one of the run's classes.
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
-    config = run.config.model_copy(update={"data": uncached, "model": without_weights(run.config.model)})
-    data = open_run_data(config, log.info, lambda _: None, stream=False)
+    config = run.config.model_copy(update={"data": uncached, "model": disable_pretrained_weights(run.config.model)})
+    data = stage_and_open_run_dataset(config, log.info, lambda _: None, stream=False)
     data = replace(data, dataset=map_to_run_classes(run, data.dataset))
     return ImageStore(data, config, size, lambda _: None)
 
 
-def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
+def score_all(explainer: Explainer, images: ImageStore, split: str) -> SplitPredictions:
     """Return predictions for the examples of a split whose images can be decoded.
 
     Raises:
@@ -115,7 +121,9 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> Scored:
     ]
     images.require_readable()
     decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
-    return Scored(split, decodable_indices, labels[decodable_indices], np.concatenate(batches)[decodable_indices])
+    return SplitPredictions(
+        split, decodable_indices, labels[decodable_indices], np.concatenate(batches)[decodable_indices]
+    )
 
 
 def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
@@ -154,7 +162,9 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
     """
     report_path = folder.parent / "report" / "report.json"
     if in_run:
-        delete_unfinished(report_path.parent)  # temporary files of a killed export, not deleted by `export_formats`
+        delete_temporary_files(
+            report_path.parent
+        )  # temporary files of a killed export, not deleted by `export_formats`
     report = read_json_or_default(report_path, _parse_report, {}) if in_run else {}
     if not report:
         if in_run and report_path.exists():

@@ -21,7 +21,7 @@ from trainer.exporting.tflite import export_tflite
 from trainer.exporting.verify import judge_accuracy_drop, load_export, score
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.storage.local import delete_unfinished, sync, temporary_folder, write_atomically
+from trainer.storage.local import delete_temporary_files, sync, temporary_folder, write_atomically
 
 ONNX_OPSET = 18  # operator set version; introduced by ONNX 1.13 (2022) and supported by TensorRT 10
 
@@ -68,7 +68,9 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
-IN_RUN_PRECISION = frozenset({"saved_model"})  # formats that compute in the run's precision; the others are float32
+RUN_PRECISION_FORMATS = frozenset(
+    {"saved_model"}
+)  # formats that compute in the run's precision; the others are float32
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # packages of the extra `onnx`
 
 
@@ -123,7 +125,7 @@ def export_formats(
         ModelError: a written file cannot be loaded.
     """
     exports: dict[str, dict[str, Any]] = {}
-    delete_unfinished(folder)
+    delete_temporary_files(folder)
     for i, name in enumerate(names := list(formats)):
         check()
         health.record_progress(i, len(names))
@@ -131,7 +133,9 @@ def export_formats(
         path = folder / relative_path
         write(bundle, path)
         expected = (
-            held_out if name in IN_RUN_PRECISION else replace(held_out, probabilities=held_out.float32_probabilities)
+            held_out
+            if name in RUN_PRECISION_FORMATS
+            else replace(held_out, probabilities=held_out.float32_probabilities)
         )
         scores = score(load_export(path), expected, check)
         size = sum(item.stat().st_size for item in (path, *path.rglob("*")) if item.is_file())

@@ -17,7 +17,7 @@ from trainer.storage.local import temporary_folder, write_atomically
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"  # the path that TensorFlow Serving expects
 # Images in the larger of two warm-up requests: after a warm-up with one image, the first larger batch would be slow.
-WARMUP_BATCH = 4
+WARMUP_BATCH_SIZE = 4
 MAX_PARALLEL_DECODING = 32  # images of one request that are decoded at the same time
 
 trace = partial(tf.function, autograph=False)  # AutoGraph would double the tracing time, and no function needs it
@@ -26,7 +26,7 @@ trace = partial(tf.function, autograph=False)  # AutoGraph would double the trac
 def write_warmup(saved_model: Path, image_size: int) -> None:
     """Write the warm-up requests of a SavedModel, which TensorFlow Serving executes before the model is available.
 
-    Signatures for encoded images get two requests, with 1 and `WARMUP_BATCH` images; `images` gets one with 1 image.
+    Signatures for encoded images get two requests, with 1 and `WARMUP_BATCH_SIZE` images; `images` gets one, with 1.
 
     Args:
         saved_model: folder of the SavedModel.
@@ -37,7 +37,7 @@ def write_warmup(saved_model: Path, image_size: int) -> None:
     encoded = tf.io.encode_jpeg(image.astype(np.uint8)).numpy()
     (saved_model / WARMUP_FILE).parent.mkdir()
     with tf.io.TFRecordWriter(str(saved_model / WARMUP_FILE)) as writer:
-        for count in (1, WARMUP_BATCH):
+        for count in (1, WARMUP_BATCH_SIZE):
             for signature in ("serving_default", "image_bytes", "explain"):
                 writer.write(_encode_request(signature, "image_bytes", np.array([encoded] * count, object)))
         writer.write(_encode_request("images", "images", image[None]))

@@ -11,10 +11,10 @@ import tensorflow as tf
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
-from trainer.data.order import split_by_calls
-from trainer.data.pipeline import View, build_indexed_batches
+from trainer.data.order import split_by_device_calls
+from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
 from trainer.errors import StopRequested
-from trainer.evaluation.scoring import images_per_call
+from trainer.evaluation.scoring import get_images_per_call
 from trainer.features.cut import Cut, Trunk
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
@@ -45,7 +45,7 @@ class FeaturePass:
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
         self.worker, self.images, self.classifier = worker, images, classifier
-        self.rows = images_per_call() * worker.replicas  # number of images in a device call on this worker
+        self.rows = get_images_per_call() * worker.replicas  # number of images in a device call on this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
@@ -106,7 +106,7 @@ class FeaturePass:
         `is_missing`, bool [count], selects the examples.
         """
         worker = self.worker
-        shards = split_by_calls(np.flatnonzero(is_missing), self.rows, worker.size if exchange else 1)
+        shards = split_by_device_calls(np.flatnonzero(is_missing), self.rows, worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls_per_block = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
@@ -146,7 +146,7 @@ class FeaturePass:
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from an input pipeline that decodes and augments images."""
-        replicas, view_settings = self.worker.replicas, View(augmentation, self.images.config.seed, view)
+        replicas, view_settings = self.worker.replicas, EpochAugmentation(augmentation, self.images.config.seed, view)
         # Decode many batches while the trunk is compiled. If shards have to be fetched, prefetch only the default (0).
         max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
         prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))

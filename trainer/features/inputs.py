@@ -12,7 +12,7 @@ from trainer.config.schema import Augmentation
 from trainer.data.images import BatchSource, ImageStore, build_cache_name
 from trainer.data.order import select_examples_to_score
 from trainer.data.sharding import select_worker_examples
-from trainer.evaluation.scoring import Scorer, images_per_call
+from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Tail
 from trainer.features.plan import FeaturePlan, select_stored_dtype
@@ -175,7 +175,7 @@ class FeatureCache:
             _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,
             (config.seed, config.augmentation.model_dump_json()) if is_augmented else None,
-            images_per_call(), runtime.deterministic, tf.__version__,
+            get_images_per_call(), runtime.deterministic, tf.__version__,
         )  # fmt: skip
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
         file = runtime.cache_folder / "features" / f"{split}-{digest}"

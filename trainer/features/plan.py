@@ -13,7 +13,7 @@ from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
-from trainer.models.gradients import Differentiated, find_differentiated_operations
+from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.types import Dataset
@@ -40,7 +40,7 @@ class Division:
 
     cut: Cut | None  # None if no frozen layers with weights can be cut off
     updated: frozenset[str]  # names, as in `Classifier.variables`, of the variables that the phase can change
-    differentiated: tuple[Differentiated, ...]  # operations of the backbone that gradients pass through
+    differentiated: tuple[DifferentiatedOperation, ...]  # operations of the backbone that gradients pass through
 
 
 @dataclass

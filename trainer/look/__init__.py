@@ -19,7 +19,7 @@ the server of the dataset does not respond.
 import sys
 
 from trainer.cli.arguments import ALL, parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.compose import compose, is_sweep, load_and_require_read
 from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
@@ -51,7 +51,7 @@ def main() -> None:
         composed = compose(arguments)
         if composed is None:  # --cfg
             return
-        config = apply_overfit(load_given(composed, arguments))
+        config = apply_overfit(load_and_require_read(composed, arguments))
         configure_log(config.runtime)
         health.enter_phase("look")
         with suppress_import_noise(with_keras=False):

@@ -34,8 +34,8 @@ from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
 from trainer.report.build import augment_examples
 from trainer.report.figures import save
-from trainer.report.page import INDEX, MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, require_page_of
-from trainer.storage.local import delete_abandoned
+from trainer.report.page import INDEX, MAX_ENTRIES_WITH_IMAGES, MAX_IMAGES_PER_GROUP, require_replaceable_page
+from trainer.storage.local import delete_stale_temporary_files
 from trainer.storage.path import StoragePath, storage_path
 
 FACTS = "look.json"
@@ -92,7 +92,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     pixels, starts = open_pixels(config, data, facts.settings.image_size)
     groups = [
         [starts[member["split"]] + member["index"] for member in group["members"][:MAX_IMAGES_PER_GROUP]]
-        for group in facts.duplicates["groups"][:MAX_WITH_IMAGES]
+        for group in facts.duplicates["groups"][:MAX_ENTRIES_WITH_IMAGES]
     ]
     first = starts["train"]
     positions = np.unique([*chain.from_iterable(groups), *(first + i for m in selected.values() for i in m.tolist())])
@@ -147,7 +147,7 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
             (output / name).delete()
     for name, data in (figure_files | files).items():
         if output.is_local:
-            delete_abandoned(Path(str(output)), name)
+            delete_stale_temporary_files(Path(str(output)), name)
         (output / name).write(data)
 
 
@@ -164,7 +164,7 @@ def show(config: RequestedConfig, output: str, limit: int) -> None:
         Interrupted: a bucket does not respond.
     """
     folder = storage_path(output)
-    require_page_of(folder, "trainer.look", FACTS)
+    require_replaceable_page(folder, "trainer.look", FACTS)
     tf.config.set_visible_devices([], "GPU")
     resolved, content = examine(config, limit)
     write_files(content, resolved, folder)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.config.typed import format_argument
-from trainer.data.open import MAX_CLASS_RATIO, SMALL_SPLIT
+from trainer.data.open import MAX_CLASS_RATIO, MIN_SPLIT_EXAMPLES
 from trainer.look.facts import Facts
 from trainer.report.page import format_count
 
-ENOUGH_SCORED = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
+MIN_SCORED_EXAMPLES = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
 ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often
 MAX_FRACTION = 0.3  # largest data.validation_fraction or data.test_fraction that is suggested
-MIN_DIVIDED = 10  # number of examples from which some are set aside for another split
+MIN_EXAMPLES_TO_DIVIDE = 10  # number of examples from which some are set aside for another split
 # Minimum of (shorter side / model.image_size) to suggest a larger size; of its inverse, to suggest a smaller one.
 LARGE_RATIO, SMALL_RATIO = 2.0, 2.0
 GOOD_SIZE = 224  # pixels; the image size of most ImageNet weights
@@ -85,20 +85,20 @@ def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
     num_divisible = totals["train"] + sum(totals[name] for name in facts.from_train)
     fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
     proposals: dict[str, tuple[float, str]] = {}
-    if num_divisible >= MIN_DIVIDED:
+    if num_divisible >= MIN_EXAMPLES_TO_DIVIDE:
         if "validation" not in totals and fractions["validation"] == 0:
             proposals["validation"] = 0.2, "there is no validation split, and a run needs one to choose its checkpoint"
         if "test" not in totals and fractions["test"] == 0 and _can_divide(facts):
             proposals["test"] = 0.15, "there is no test split: the score is of the split that chose the checkpoint"
     for name in facts.from_train:
-        fraction = min(MAX_FRACTION, math.ceil(100 * ENOUGH_SCORED / num_divisible) / 100)
-        if totals[name] < ENOUGH_SCORED and fraction >= 1.2 * fractions[name] > 0:
+        fraction = min(MAX_FRACTION, math.ceil(100 * MIN_SCORED_EXAMPLES / num_divisible) / 100)
+        if totals[name] < MIN_SCORED_EXAMPLES and fraction >= 1.2 * fractions[name] > 0:
             proposals[name] = fraction, _describe_small_split(name, totals[name])
     for name, (fraction, reason) in proposals.items():
         title = f"Set {'more' if name in totals else 'some'} images aside for {name}"
         yield Suggestion(title, reason, ((f"data.{name}_fraction", f"{fraction:g}"),))
     for name, total in totals.items():
-        if name not in ("train", *proposals) and total < SMALL_SPLIT:
+        if name not in ("train", *proposals) and total < MIN_SPLIT_EXAMPLES:
             yield Suggestion(f"Add {name} images", _describe_small_split(name, total))
 
 

@@ -27,8 +27,8 @@ class ThawPlan:
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
     groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
     first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
-    first_name: str | None  # name of the layer with index `first_thawed`
-    thawed_layers: int  # number of backbone layers that the rule selects
+    first_thawed_name: str | None  # name of the layer with index `first_thawed`
+    num_thawed_layers: int  # number of backbone layers that the rule selects
     layer_count: int  # number of backbone layers
     batch_norm_training: bool  # whether training updates moving averages in the backbone
     lr_multipliers: tuple[float, ...]  # per variable of `trainable`, relative to the head; empty if all are 1
@@ -38,8 +38,8 @@ class ThawPlan:
         """Format the plan as lines for the log: a heading, a table with a row per group, and the multipliers."""
         summary = f"all {self.layer_count} layers of the backbone are frozen"
         if self.first_thawed is not None:
-            summary = (f"{self.thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
-                       f"{self.first_thawed} ({self.first_name})")  # fmt: skip
+            summary = (f"{self.num_thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
+                       f"{self.first_thawed} ({self.first_thawed_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
             sizes = f"{count_parameters(group):,}", f"{count_variable_bytes(group) / 1e6:,.2f} MB"
@@ -109,8 +109,8 @@ def apply_thaw(
         trainable=trainable,
         groups={name: group for name, group in groups.items() if group},
         first_thawed=thawed_indices[0] if thawed_indices else None,
-        first_name=layers[thawed_indices[0]].name if thawed_indices else None,
-        thawed_layers=len(selected_indices),
+        first_thawed_name=layers[thawed_indices[0]].name if thawed_indices else None,
+        num_thawed_layers=len(selected_indices),
         layer_count=len(layers),
         batch_norm_training=bool(moving_ids),
         lr_multipliers=multipliers,

@@ -6,14 +6,14 @@ import keras
 
 
 @dataclass(frozen=True)
-class Differentiated:
+class DifferentiatedOperation:
     """A backbone operation through which a training step propagates gradients to an input."""
 
     name: str  # name of the layer or operation in the backbone
     kind: str  # class name of the Keras layer or operation, such as MaxPooling2D
 
 
-def find_differentiated_operations(backbone: keras.Model) -> tuple[Differentiated, ...]:
+def find_differentiated_operations(backbone: keras.Model) -> tuple[DifferentiatedOperation, ...]:
     """Find the operations through which gradients propagate, in network order.
 
     Freeze or thaw the layers first. The result contains the operations with an input that depends on a trainable
@@ -26,7 +26,7 @@ def find_differentiated_operations(backbone: keras.Model) -> tuple[Differentiate
             continue
         needs_input_gradient = any(id(tensor) in dependent_ids for tensor in keras.tree.flatten(operation.input))
         if needs_input_gradient:
-            differentiated.append(Differentiated(operation.name, type(operation).__name__))
+            differentiated.append(DifferentiatedOperation(operation.name, type(operation).__name__))
         if needs_input_gradient or (isinstance(operation, keras.Layer) and operation.trainable_weights):
             dependent_ids.update(id(tensor) for tensor in keras.tree.flatten(operation.output))
     return tuple(differentiated)

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trainer.monitoring.health import FINISH, START, health
-from trainer.monitoring.log import set_display
+from trainer.monitoring.log import set_display_descriptor
 
 REFRESHES_PER_SECOND = 4
 MAX_NAME_LENGTH = 24  # maximum number of characters of a phase's name; longer names are truncated
@@ -31,8 +31,8 @@ class PhaseProgress:
     first_step: int  # number of steps that the run takes before the phase
     steps: int  # maximum length of the phase, in steps
     last_epoch: int  # epoch of the run in which the phase ends, counted from 1
-    began_step: int  # step of the run at which this process entered the phase
-    began: float = field(default_factory=time.monotonic)  # time.monotonic() at `began_step`
+    start_step: int  # step of the run at which this process entered the phase
+    began: float = field(default_factory=time.monotonic)  # time.monotonic() at `start_step`
 
     def seconds_left(self, step: int, now: float) -> float | None:
         """Estimate the seconds until the phase ends, including validation, from the speed in this process.
@@ -40,11 +40,11 @@ class PhaseProgress:
         Returns None if this process has not yet completed a step of the phase. `step` is the run's current step, and
         `now` is the current time.monotonic().
         """
-        steps_done, steps_left = step - self.began_step, self.first_step + self.steps - step
+        steps_done, steps_left = step - self.start_step, self.first_step + self.steps - step
         return (now - self.began) / steps_done * steps_left if steps_done > 0 else None
 
 
-def format_progress_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
+def format_status_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
     """Format the status line from `phase` and the global `health`.
 
     While the phase is training, the bar shows the phase's progress, otherwise the progress of the current activity.
@@ -88,10 +88,10 @@ class Display:
             get_renderable=self._render, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND
         )
         self._live.start()
-        set_display(1 if console.is_terminal else None)  # 1: the descriptor of stdout
+        set_display_descriptor(1 if console.is_terminal else None)  # 1: the descriptor of stdout
 
     def _render(self) -> Text:
-        line = format_progress_line(self.console.width, self.phase, self.figures, time.monotonic())
+        line = format_status_line(self.console.width, self.phase, self.figures, time.monotonic())
         if not self.console.encoding.startswith("utf"):
             line = line.replace(BAR_FULL, "#").replace(BAR_EMPTY, "-")
         return Text(line, no_wrap=True, overflow="crop")
@@ -99,4 +99,4 @@ class Display:
     def stop(self) -> None:
         """Erase the status line and stop refreshing it."""
         self._live.stop()
-        set_display(None)
+        set_display_descriptor(None)

@@ -24,7 +24,10 @@ class Health:
         self.on_change: Callable[[], None] = lambda: None
         self.values: dict[str, float] = {}  # gauges set so far, by name: step, epoch, loss, ...
         self.work = (0, 0)  # completed and total units of the activity; the total is 0 if it is unknown
-        self.work_began = (0, 0.0)  # completed units at the first count of the loop, and time.monotonic() of that count
+        self.first_work_count = (
+            0,
+            0.0,
+        )  # completed units at the first count of the loop, and time.monotonic() of that count
         self.activity_began = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
@@ -56,7 +59,7 @@ class Health:
         self._last_progress = time.monotonic()
         if total:
             if total != self.work[1] or done < self.work[0]:
-                self.work_began = (done, self._last_progress)
+                self.first_work_count = (done, self._last_progress)
             self.work = (done, total)
 
     def seconds_left(self, now: float) -> float | None:
@@ -64,7 +67,7 @@ class Health:
 
         `now` is the current time.monotonic(). Returns None if no unit was completed since the first count of the loop.
         """
-        (done, total), (first_done, first_counted_at) = self.work, self.work_began
+        (done, total), (first_done, first_counted_at) = self.work, self.first_work_count
         return (now - first_counted_at) / (done - first_done) * (total - done) if done > first_done else None
 
     def record_steps(self, step: int, epoch: int) -> None:

@@ -30,7 +30,7 @@ _ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # terminal codes that erase the cursor's li
 _display_descriptor: int | None = None  # of the terminal with the progress display; None if there is no display
 
 
-def set_display(descriptor: int | None) -> None:
+def set_display_descriptor(descriptor: int | None) -> None:
     """Set the file descriptor of the terminal with the progress display; None if there is no display."""
     global _display_descriptor
     _display_descriptor = descriptor
@@ -39,8 +39,8 @@ def set_display(descriptor: int | None) -> None:
 def erase_display(*terminals: int) -> None:
     """Erase the progress display's line and show the cursor. Any thread may call this.
 
-    `terminals` are file descriptors; the default is the one set by `set_display`. A terminal with paused output is not
-    changed, because the write would block.
+    `terminals` are file descriptors; the default is the one set by `set_display_descriptor`. A terminal with paused
+    output is not changed, because the write would block.
     """
     for descriptor in terminals or ([] if _display_descriptor is None else [_display_descriptor]):
         with suppress(OSError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.monitoring.health import health
-from trainer.monitoring.log import log, set_display
+from trainer.monitoring.log import log, set_display_descriptor
 
 ShowProgress = Callable[[int, int], None]  # arguments: number of images written so far, number of all images
 
@@ -50,11 +50,11 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
                 health.record_progress()
             bar.update(task, completed=done, total=total)
 
-        set_display(1)  # the descriptor of stdout
+        set_display_descriptor(1)  # the descriptor of stdout
         try:
             yield show_bar
         finally:
-            set_display(None)
+            set_display_descriptor(None)
 
 
 SLOW_SECONDS = 10.0  # default time until `log_while_slow` logs its first line

@@ -20,7 +20,7 @@ command continues; 2 and 3 as in `python -m trainer`, after which the next night
 import sys
 
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, load_given
+from trainer.cli.compose import compose, load_and_require_read
 from trainer.cli.process import configure_log, exit_with_code
 from trainer.cli.source import choose_source
 from trainer.config.typed import quote_if_needed
@@ -46,7 +46,9 @@ def main() -> None:
         run_overrides, _ = choose_source([*overrides, f"output_dir={quote_if_needed(f'{runs}/{now:%Y-%m-%d}')}"])
         composed = compose(run_overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
-        config = load_given(composed, run_overrides)  # raises configuration errors before the drift is measured
+        config = load_and_require_read(
+            composed, run_overrides
+        )  # raises configuration errors before the drift is measured
         configure_log(config.runtime)
         versions_folder, predictions_log = (arguments[key].rstrip("/") for key in ("to", "log"))
         run_night(Settings(versions_folder, predictions_log, runs, hours, keep, tuple(overrides)), now, config.runtime)

@@ -29,7 +29,7 @@ from trainer.errors import (
     Refused,
     TrainerError,
 )
-from trainer.evaluation.drift import Period, find_version, most_severe_level
+from trainer.evaluation.drift import LogPeriod, find_version, most_severe_level
 from trainer.monitoring.health import health
 from trainer.monitoring.http import serve
 from trainer.monitoring.log import log
@@ -150,7 +150,7 @@ def _measure(settings: Settings, day: str, now: datetime) -> Night:
     if version is None:
         log.info(f"{settings.to} has no version yet: training the first one")
         return Night(day, reason="there was no version")
-    period = Period(now - timedelta(hours=settings.hours), now, version.name)
+    period = LogPeriod(now - timedelta(hours=settings.hours), now, version.name)
     try:
         measures = measure(settings.to, settings.log, period, f"{settings.runs}/{RECORDS}/{day}.png")
     except NoPredictions as error:

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config.distillation import Distillation
 from trainer.config.model import Model
 from trainer.config.schema import RequestedConfig, RunConfig
-from trainer.data.open import apply_class_names, get_display_names, get_display_order, require_mapped_classes
+from trainer.data.open import get_display_names, get_ordered_display_names, reorder_classes, require_mapped_classes
 from trainer.data.splits import RawData, compute_split_sizes
 from trainer.data.tfds import resolve_splits, select_missing_fractions
 from trainer.distillation import source
@@ -26,9 +26,9 @@ from trainer.planning.estimates import Uses, count_model_parameters, estimate_te
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
 from trainer.runs.initial_weights import open_local_checkpoints
 from trainer.runs.restore import collect_shapes, match_warm_start, read_warm_start
-from trainer.runs.stored_run import without_weights
+from trainer.runs.stored_run import disable_pretrained_weights
 from trainer.storage.disk import get_free_bytes, make_write_error
-from trainer.storage.local import join_inside, temporary_file
+from trainer.storage.local import safe_join, temporary_file
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.small_files import read_json, require_json_object
 from trainer.storage.staging import describe_left_out, is_remote, plan_copy, select_missing
@@ -46,7 +46,7 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
         folder = Path(scratch) / storage_path(address).name
         folder.mkdir()
         for file in files:
-            file.path.download(join_inside(folder, file.path.name), expected=file)
+            file.path.download(safe_join(folder, file.path.name), expected=file)
         yield str(folder)
 
 
@@ -71,7 +71,7 @@ def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     require_mapped_classes(source_class_names, data)
     raw_data = RawData(info.name, get_display_names(source_class_names, data), {}, {})
-    class_names = apply_class_names(raw_data, get_display_order(data)).class_names
+    class_names = reorder_classes(raw_data, get_ordered_display_names(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
     counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
     split_off_counts = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
@@ -125,7 +125,7 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
     return read_json(folder / "checkpoints" / names[0] / "state.json", require_json_object, "") if names else None
 
 
-def probe_output(config: RequestedConfig) -> str:
+def check_output_writable(config: RequestedConfig) -> str:
     """Check that output_dir is writable by writing and deleting a small file; return a one-line summary.
 
     If a local output_dir does not exist, the file is written to its nearest existing ancestor.
@@ -166,7 +166,7 @@ def describe_warm_start(run: str) -> str:
     return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
-def find_warm_start_warning(config: RunConfig, classifier: Classifier) -> str:
+def match_local_warm_start(config: RunConfig, classifier: Classifier) -> str:
     """Match a local warm start against the model; return the warning that a run would log, or "" if there is none.
 
     A warm start in a bucket is not checked, because that would download the checkpoint.
@@ -239,7 +239,7 @@ def plan_teacher(
         return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {usage}", estimate(size, None)
     network = files.model if files else trained_first
     assert network is not None, "a teacher with files is a checkpoint here"
-    model = without_weights(network)
+    model = disable_pretrained_weights(network)
     classifier = build_classifier(model, len(dataset.class_names), config.seed)
     if files and not is_remote(address):
         variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")

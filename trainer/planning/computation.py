@@ -10,7 +10,7 @@ from trainer.data.sharding import steps_per_epoch
 from trainer.errors import ConfigError
 from trainer.features.plan import Division
 from trainer.models.classifier import Classifier
-from trainer.models.gradients import Differentiated
+from trainer.models.gradients import DifferentiatedOperation
 from trainer.monitoring.log import log
 from trainer.types import Dataset, Device
 
@@ -34,7 +34,7 @@ class PhaseWorkload:
 
     images: int  # images that one replica, or one virtual replica, trains on in the phase
     layers: int  # number of backbone layers
-    differentiated: tuple[Differentiated, ...]  # backbone operations whose gradient a step computes
+    differentiated: tuple[DifferentiatedOperation, ...]  # backbone operations whose gradient a step computes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from trainer.data.csv_source import plan_copies
 from trainer.data.host import count_usable_cpus, get_default_memory_budget
 from trainer.data.images import plan_image_caches
 from trainer.data.open import open_run_dataset, require_validation
-from trainer.data.remote import describe_shards, find_prepared, resolve_addresses, show_addresses_in_errors
+from trainer.data.remote import describe_shards, find_prepared_files, resolve_addresses, show_addresses_in_errors
 from trainer.data.sharding import plan_sharding
 from trainer.data.tfds import check_download
 from trainer.distillation.own_teacher import must_train, rename_teacher_keys
@@ -34,7 +34,7 @@ from trainer.planning.timing import estimate_time, has_gpus
 from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.initial_weights import check_same_weights
-from trainer.runs.stored_run import without_weights
+from trainer.runs.stored_run import disable_pretrained_weights
 from trainer.storage.disk import choose_disk_budget, format_bytes
 from trainer.storage.staging import find_copied_folders, is_remote, select_missing
 from trainer.training.losses import compute_class_weights
@@ -116,7 +116,7 @@ def _open_data(plan: Plan) -> Rows:
     if data.corrections:
         summary = describe_corrections(read_corrections(data.corrections))
         corrections = [("corrections", f"{data.corrections} lists: {summary}; applied once the data is staged")]
-    if streamed_folder and (prepared := find_prepared(streamed_folder)):
+    if streamed_folder and (prepared := find_prepared_files(streamed_folder)):
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
         with (
@@ -228,7 +228,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     image_size = config.model.image_size or backbone.default_size
     baseline_bytes = estimates.measure_resident_bytes()
     skips_weights = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
-    model = without_weights(config.model) if skips_weights else config.model  # a plan downloads no weights
+    model = disable_pretrained_weights(config.model) if skips_weights else config.model  # a plan downloads no weights
     classifier = build_classifier(model, num_classes, config.seed)
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     budget = max(config.runtime.memory_budget or get_default_memory_budget(), disk_budget)
@@ -265,7 +265,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     model_rows = [*_describe_model(config, classifier, num_classes), *weights_rows]
     with plan.collect_errors():
         if not plan.resuming:
-            plan.warnings += filter(None, [checks.find_warm_start_warning(config, classifier)])
+            plan.warnings += filter(None, [checks.match_local_warm_start(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
             teacher = plan.trained_first.model if plan.trained_first else None

@@ -14,10 +14,10 @@ from trainer.config.auto import compute_batch_size_multiple
 from trainer.config.batch_size import BYTES_PER_VALUE
 from trainer.config.phases import Optimizer
 from trainer.config.schema import Precision, RunConfig
-from trainer.data.host import memory_limit
+from trainer.data.host import get_memory_limit_bytes
 from trainer.data.images import CachePlan
 from trainer.errors import ConfigError
-from trainer.evaluation.scoring import images_per_call
+from trainer.evaluation.scoring import get_images_per_call
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import ThawPlan, apply_thaw
@@ -80,7 +80,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
             classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
         )
         # Scoring processes the examples of all micro-batches at once.
-        scored_examples = images_per_call() if virtual_replicas else examples * config.training.accumulate
+        scored_examples = get_images_per_call() if virtual_replicas else examples * config.training.accumulate
         scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
         saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
         plans.append(PhasePlan(
@@ -157,7 +157,7 @@ HALF_PRECISION = "weights in half precision"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
-ESTIMATE_ERROR = 1.25  # a run is refused if its estimate exceeds the memory by more than this factor
+ESTIMATE_TOLERANCE = 1.25  # a run is refused if its estimate exceeds the memory by more than this factor
 
 
 def estimate_memory(
@@ -226,8 +226,8 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
         device: name of the device in the message.
 
     Raises:
-        ConfigError: the uses exceed `ESTIMATE_ERROR` times the limit. Its `fix` suggests the largest batch size that
-            fits, or another cache for decoded images.
+        ConfigError: the uses exceed `ESTIMATE_TOLERANCE` times the limit. Its `fix` suggests the largest batch size
+            that fits, or another cache for decoded images.
     """
     total_bytes, batch_size = sum(count for _, count in uses), config.training.batch_size
     if total_bytes <= limit:
@@ -244,7 +244,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     if decoded and total_bytes - decoded <= limit and (cache == "memory" or maximum < divisor):
         fix = f"use {'auto or ' * (cache == 'memory')}disk: decoded images in memory are {format_bytes(decoded)} of it"
         error = ConfigError(problem, key="data.cache", value=cache, fix=fix)
-    if total_bytes > ESTIMATE_ERROR * limit:
+    if total_bytes > ESTIMATE_TOLERANCE * limit:
         raise error
     return str(error)
 
@@ -260,7 +260,7 @@ def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[st
     """
     gpu_memory = query_gpu_memory()
     gpu_uses = select_gpu_uses(uses) if gpu_memory else []
-    checks = [([use for use in uses if use not in gpu_uses], memory_limit(), "this machine")]
+    checks = [([use for use in uses if use not in gpu_uses], get_memory_limit_bytes(), "this machine")]
     if gpu_memory:
         checks.append((gpu_uses, gpu_memory, "the memory of its GPUs"))
     warnings = (check_device_memory(config, subset, limit, replicas, name) for subset, limit, name in checks)

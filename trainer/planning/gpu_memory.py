@@ -8,10 +8,10 @@ from trainer.types import Device
 
 # Images that one CPU decodes, and cached images that it augments (flip, rotation, zoom), per second. Measured with two
 # CPUs at 160 px (docs/performance.md); larger photos take longer.
-DECODED_IMAGES_PER_SECOND_PER_CPU, AUGMENTED_PER_CPU = 945, 2_950
+DECODED_IMAGES_PER_SECOND_PER_CPU, AUGMENTED_IMAGES_PER_SECOND_PER_CPU = 945, 2_950
 # Assumed training speed of one GPU in images per second. An H200 trains ResNet50 at 2,871 and MobileNetV2 at 9,423
 # (docs/speed.md).
-READ_IMAGES_PER_SECOND_PER_GPU = 4_000
+TRAINED_IMAGES_PER_SECOND_PER_GPU = 4_000
 
 
 def describe_gpu_memory(device: Device, phases: list[PhasePlan], variables: int, pixels: int) -> list[tuple[str, str]]:
@@ -58,15 +58,17 @@ def find_device_warnings(config: RunConfig, device: Device, cpus: int, replicas:
             "set runtime.precision=auto"
         )
     per_cpu, task = (
-        (DECODED_IMAGES_PER_SECOND_PER_CPU, "decode") if cached_in == "none" else (AUGMENTED_PER_CPU, "augment")
+        (DECODED_IMAGES_PER_SECOND_PER_CPU, "decode")
+        if cached_in == "none"
+        else (AUGMENTED_IMAGES_PER_SECOND_PER_CPU, "augment")
     )
     if (
         cached_in == "none" or config.augmentation.active
-    ) and cpus * per_cpu < replicas * READ_IMAGES_PER_SECOND_PER_GPU:
-        min_cpus = -(-replicas * READ_IMAGES_PER_SECOND_PER_GPU // per_cpu)
+    ) and cpus * per_cpu < replicas * TRAINED_IMAGES_PER_SECOND_PER_GPU:
+        min_cpus = -(-replicas * TRAINED_IMAGES_PER_SECOND_PER_GPU // per_cpu)
         fix = f"request {min_cpus} CPUs" + ", or raise runtime.memory_budget_gb" * (cached_in == "none")
         warnings.append(
             f"{cpus} CPUs {task} about {cpus * per_cpu:,} small images per second, and {replicas} GPUs may train on "
-            f"{replicas * READ_IMAGES_PER_SECOND_PER_GPU:,}: {fix} (docs/speed.md)"
+            f"{replicas * TRAINED_IMAGES_PER_SECOND_PER_GPU:,}: {fix} (docs/speed.md)"
         )
     return warnings

@@ -16,7 +16,7 @@ from trainer.cluster.discovery import Cluster
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import flatten
 from trainer.config.schema import RequestedConfig, RunConfig, load
-from trainer.data.host import memory_limit
+from trainer.data.host import get_memory_limit_bytes
 from trainer.data.images import CachePlan
 from trainer.distillation.own_teacher import locate_teacher
 from trainer.errors import ConfigError, TrainerError
@@ -199,7 +199,10 @@ def show_storage(plan: Plan, problem: str) -> None:
             split = dataset.splits["train"]
             path = storage_path(Path(split.files[0] if split.files else split.shards[0].path))
         read_result = plan.check(lambda: f"{path}: {len(path.read_range(0, 64))} bytes read")
-    rows: Rows = [("read data", read_result), ("write output", plan.check(lambda: checks.probe_output(config)))]
+    rows: Rows = [
+        ("read data", read_result),
+        ("write output", plan.check(lambda: checks.check_output_writable(config))),
+    ]
     if config.warm_start and not plan.resuming:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
@@ -245,7 +248,7 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable_parameters:,}")
-        layers = f"{phase.thaw.thawed_layers}/{phase.thaw.layer_count}"
+        layers = f"{phase.thaw.num_thawed_layers}/{phase.thaw.layer_count}"
         cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in cells))
     suffix = f"; sharded by {by}" if plan.cluster.size > 1 else ""
@@ -256,7 +259,7 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
 
 def show_memory(plan: Plan, uses: Uses) -> None:
     """Print the estimated uses of memory, their sum, and this machine's limit."""
-    sizes = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", memory_limit())]
+    sizes = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", get_memory_limit_bytes())]
     plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in sizes])
 
 

@@ -18,7 +18,9 @@ from trainer.planning.gpu_memory import find_device_warnings
 from trainer.types import Dataset
 
 MIN_RATE_RATIO = 5  # thawed layers should start with at most the head's learning rate divided by this
-ADAPTIVE = frozenset({"adam", "adamw", "adamax", "nadam", "rmsprop"})  # optimizers with comparable learning rates
+ADAPTIVE_OPTIMIZERS = frozenset(
+    {"adam", "adamw", "adamax", "nadam", "rmsprop"}
+)  # optimizers with comparable learning rates
 DOMINANT_FRACTION = 0.6  # a class with a larger fraction of the training examples causes a warning
 
 
@@ -86,7 +88,9 @@ def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
     for name, phase in phases.items():
         optimizer = phase.optimizer
         if phase.thaw == "none":
-            comparable_optimizers = ADAPTIVE if optimizer.name in ADAPTIVE else frozenset({optimizer.name})
+            comparable_optimizers = (
+                ADAPTIVE_OPTIMIZERS if optimizer.name in ADAPTIVE_OPTIMIZERS else frozenset({optimizer.name})
+            )
             head_phase = (name, optimizer.learning_rate, comparable_optimizers)
         elif optimizer.name in head_phase[2] and not phase.schedule.warmup.count:
             rate, limit = optimizer.learning_rate * phase.backbone_rate, head_phase[1] / MIN_RATE_RATIO

@@ -52,7 +52,9 @@ ARGUMENTS = {"run": "", "export": "", "images": "is required"} | dict.fromkeys(
 )
 TOP = 3  # default number of most probable classes per image
 CACHE = "~/.cache/kubetune"  # folder for local copies of exports in a bucket; $KUBETUNE_CACHE replaces it
-DURING = "during the prediction"  # completes the message of a StopRequested: "SIGTERM during the prediction"
+PREDICTION_ACTIVITY = (
+    "during the prediction"  # completes the message of a StopRequested: "SIGTERM during the prediction"
+)
 
 
 def parse_top(text: str) -> int:
@@ -110,24 +112,24 @@ def choose_output(arguments: dict[str, str], home: StoragePath | None) -> Storag
 def _open_run(run: StoredRun, arguments: dict[str, str], flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
     """Open a run's checkpoint. Return the model, and with `flip` the measured effect of mirror images, otherwise {}."""
     with suppress_import_noise():
-        from trainer.predict.command import use_same_bits
+        from trainer.predict.command import configure_reproducible_predictions
         from trainer.predict.model import open_run_model
         from trainer.predict.tta import measure_flip
-    use_same_bits(run.config.runtime.deterministic)
+    configure_reproducible_predictions(run.config.runtime.deterministic)
     model, predict = open_run_model(run, arguments.get("checkpoint"))
     stop.install()
     if not flip:
         return model, {}
     log.info("measuring tta=flip on the held-out examples of the run")
     assert model.image_size, "a model of pixels"
-    return model, measure_flip(run, predict, model.image_size, partial(stop.check, DURING))
+    return model, measure_flip(run, predict, model.image_size, partial(stop.check, PREDICTION_ACTIVITY))
 
 
 def _open_export(address: str, key: str, flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
     with suppress_import_noise():
-        from trainer.predict.command import use_same_bits
+        from trainer.predict.command import configure_reproducible_predictions
         from trainer.predict.model import open_export_model
-    use_same_bits(deterministic=True)
+    configure_reproducible_predictions(deterministic=True)
     cache = Path(os.environ.get("KUBETUNE_CACHE") or CACHE).expanduser()
     model = open_export_model(address, key, cache, flip, log.info)
     stop.install()
@@ -158,7 +160,7 @@ def main() -> None:
         command = shlex.join(["python", "-m", "trainer.predict", *sys.argv[1:]])
         top = min(top, len(model.class_names))
         options = Options(arguments["images"], top, flip, tta, command, print if flags else None)
-        predict_into(model, images, output, options, partial(stop.check, DURING))
+        predict_into(model, images, output, options, partial(stop.check, PREDICTION_ACTIVITY))
 
 
 def _parse_changes(arguments: dict[str, str]) -> dict[str, Any]:

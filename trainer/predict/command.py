@@ -19,7 +19,7 @@ from trainer.predict.parts import Parts, identify, predict_images
 from trainer.predict.results import Overview, encode_summary, format_summary, summarize, write_tables
 from trainer.runs.folder import collect_versions
 from trainer.storage.base import StoragePath
-from trainer.storage.local import delete_abandoned, write_atomically
+from trainer.storage.local import delete_stale_temporary_files, write_atomically
 
 # Preprocessing of the page's images if the model's own is unknown, because the model decodes images itself.
 UNKNOWN_PREPROCESSING = Preprocessing(224, "crop", "exif")
@@ -87,7 +87,7 @@ def predict_into(
     """
     with tempfile.TemporaryDirectory(prefix="kubetune-predict-") as temp_dir:
         folder = Path(str(output)) if output.is_local else Path(temp_dir)
-        delete_abandoned(folder)
+        delete_stale_temporary_files(folder)
         parts = predict_parts(model, images, output, options.flip, check)
         overview = write_tables(folder, images, model.class_names, parts, options.top, options.print_line)
         summary = describe(model, overview, options)
@@ -142,7 +142,7 @@ def require_readable(overview: Overview, images: Sequence[ImageFile], source: st
     raise SomeUnreadable(problem, key="images", value=source, fix=f"the others are predicted; {table} has the reasons")
 
 
-def use_same_bits(deterministic: bool) -> None:
+def configure_reproducible_predictions(deterministic: bool) -> None:
     """Configure TensorFlow as an evaluation does, so that the predictions are bit-identical to its predictions.
 
     Must be called before the first tensor is created.

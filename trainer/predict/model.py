@@ -16,9 +16,9 @@ import tensorflow as tf
 
 from trainer.data.decoding import Resize, decode_image
 from trainer.errors import DataError
-from trainer.evaluation.distance import EmbeddingDistance, fit_distance
+from trainer.evaluation.distance import EmbeddingDistance, build_embedding_distance
 from trainer.evaluation.drift import parse_reference, read_reference
-from trainer.evaluation.scoring import images_per_call
+from trainer.evaluation.scoring import get_images_per_call
 from trainer.exporting.verify import load_export
 from trainer.models.classifier import Classifier
 from trainer.names import escape_unprintable
@@ -110,7 +110,7 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
     Returns:
         Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
     """
-    rows, outputs = images_per_call(), []
+    rows, outputs = get_images_per_call(), []
     for start in range(0, len(images), rows):
         batch = images[start : start + rows]
         count = len(batch)
@@ -180,7 +180,7 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
 
 def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingDistance | None, str]:
     """Return the distance of embeddings, float32 [n, width], from `reference`, and ""; or None and the reason."""
-    distance = fit_distance(reference)
+    distance = build_embedding_distance(reference)
     if distance is None:
         return None, "reference.json has no embedding"
     if distance.width != width:
@@ -275,7 +275,7 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
                 embeddings[i] = p.embedding
         return probabilities, embeddings, reasons
 
-    distance, no_distance = fit_distance(reference), "" if reference else "the export has no reference.json"
+    distance, no_distance = build_embedding_distance(reference), "" if reference else "the export has no reference.json"
     if distance is None or not served.explains:
         distance, no_distance = None, no_distance or "the export has no embedding"
     name = f"SavedModel {export.folder if not is_remote(address) else address}"

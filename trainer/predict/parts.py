@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.scoring import images_per_call
+from trainer.evaluation.scoring import get_images_per_call
 from trainer.predict.images import ImageFile, describe_versions, read_image
 from trainer.predict.model import Model
 from trainer.runs.folder import collect_versions, hash_source
@@ -26,7 +26,7 @@ PREFIX = ".parts-"  # prefix of the name of the parts' folder, which is in the o
 
 
 @dataclass(frozen=True)
-class Predicted:
+class ImagePredictions:
     """Predictions for n images, in the order of the images."""
 
     probabilities: np.ndarray  # float32 [n, classes]; NaN for an unreadable image
@@ -39,12 +39,12 @@ class Predicted:
         return pack({"probabilities": self.probabilities, "distances": self.distances, "errors": errors})
 
 
-def decode_part(content: bytes, count: int, classes: int) -> Predicted | None:
+def decode_part(content: bytes, count: int, classes: int) -> ImagePredictions | None:
     """Decode the file of a part with `count` images and `classes` classes. Return None if it is corrupt."""
     try:
         arrays = unpack(content)
         errors = tuple(map(str, json.loads(arrays["errors"].tobytes())))
-        part = Predicted(arrays["probabilities"], arrays["distances"], errors)
+        part = ImagePredictions(arrays["probabilities"], arrays["distances"], errors)
     except CONTENT_ERRORS:
         return None
     shapes = (part.probabilities.shape, part.distances.shape, len(errors))
@@ -54,7 +54,7 @@ def decode_part(content: bytes, count: int, classes: int) -> Predicted | None:
 
 def predict_images(
     model: Model, images: Sequence[ImageFile], flip: bool, on_batch: Callable[[int], None] = lambda _: None
-) -> Predicted:
+) -> ImagePredictions:
     """Predict images in batches. While a batch is predicted, the next one is read and decoded.
 
     Args:
@@ -64,7 +64,7 @@ def predict_images(
     Raises:
         Interrupted: the images' bucket does not respond.
     """
-    rows, width = images_per_call(), len(model.class_names)
+    rows, width = get_images_per_call(), len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)
     distances, errors = np.full(len(images), np.nan), [""] * len(images)
 
@@ -91,7 +91,7 @@ def predict_images(
                     if model.distance is not None and embeddings is not None:
                         distances[row] = model.distance.measure(embeddings[k : k + 1])[0]
             on_batch(len(batch))
-    return Predicted(probabilities, distances, tuple(errors))
+    return ImagePredictions(probabilities, distances, tuple(errors))
 
 
 def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
@@ -102,7 +102,7 @@ def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
         model.class_names,
         flip,
         PART_IMAGES,
-        images_per_call(),
+        get_images_per_call(),
         collect_versions(),
         hash_source(),
     )
@@ -126,16 +126,16 @@ class Parts:
         """Return the indices of a part's images in the list of all images."""
         return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
 
-    def read(self, index: int) -> Predicted | None:
+    def read(self, index: int) -> ImagePredictions | None:
         """Read a part. Return None if it does not exist yet or is corrupt."""
         content = (self.folder / f"{index:06d}.npz").fetch()
         return content and decode_part(content[0], len(self.range_of(index)), self.classes)
 
-    def write(self, index: int, part: Predicted) -> None:
+    def write(self, index: int, part: ImagePredictions) -> None:
         """Write a part atomically."""
         (self.folder / f"{index:06d}.npz").write(part.encode())
 
-    def __iter__(self) -> Iterator[Predicted]:
+    def __iter__(self) -> Iterator[ImagePredictions]:
         """Read the parts one after another. All parts must exist."""
         for index in range(len(self)):
             part = self.read(index)

@@ -18,7 +18,7 @@ from rich.cells import cell_len, set_cell_size
 
 from trainer.names import encode_cell, escape_unprintable
 from trainer.predict.images import ImageFile
-from trainer.predict.parts import Predicted
+from trainer.predict.parts import ImagePredictions
 from trainer.storage.local import sync, temporary_file
 
 MAX_NAMED_ERRORS = 5  # maximum number of unreadable images that the printed summary lists
@@ -52,7 +52,7 @@ def _format(value: float, digits: int) -> str:
     return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 
-def make_row(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> list[str]:
+def make_row(image: ImageFile, class_names: Sequence[str], part: ImagePredictions, k: int, top: int) -> list[str]:
     """Return the row of predictions.csv for the image with index `k` in a part."""
     name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
     if error:
@@ -75,7 +75,7 @@ def rank(probabilities: np.ndarray, top: int) -> list[int]:
     return [int(i) for i in np.argsort(-probabilities, kind="stable")[:top]]
 
 
-def make_line(image: ImageFile, class_names: Sequence[str], part: Predicted, k: int, top: int) -> str:
+def make_line(image: ImageFile, class_names: Sequence[str], part: ImagePredictions, k: int, top: int) -> str:
     """Return the line that --json prints for the image with index `k` in a part: JSON in ASCII."""
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
@@ -92,7 +92,7 @@ def write_tables(
     folder: Path,
     images: Sequence[ImageFile],
     class_names: Sequence[str],
-    parts: Iterable[Predicted],
+    parts: Iterable[ImagePredictions],
     top: int,
     print_line: Callable[[str], None] | None = None,
 ) -> Overview:

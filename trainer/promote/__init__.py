@@ -25,14 +25,16 @@ from trainer.storage.path import storage_path
 
 # Key -> problem if it is missing, "" if it is optional.
 ARGUMENTS = {"run": "", "to": "is required", "keep": "", "allow_worse": "", "back": ""}
-KEEP = 5  # default number of versions to retain
+DEFAULT_KEEP = 5  # default number of versions to retain
 
 
 def parse_keep(arguments: dict[str, str]) -> int:
     """Return the number of versions to retain; raise a ConfigError if it is not a positive integer."""
-    text = arguments.get("keep", str(KEEP))
+    text = arguments.get("keep", str(DEFAULT_KEEP))
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise ConfigError("is not a positive integer", key="keep", value=text, fix=f"give a number, such as {KEEP}")
+        raise ConfigError(
+            "is not a positive integer", key="keep", value=text, fix=f"give a number, such as {DEFAULT_KEEP}"
+        )
     return int(text)
 
 

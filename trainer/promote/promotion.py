@@ -15,7 +15,7 @@ from trainer.evaluation.paired import PairedComparison
 from trainer.monitoring.log import format_utc_now, log
 from trainer.report.compare import compare_runs, describe_outcome, read_scored_run
 from trainer.storage.lease import acquire_lease
-from trainer.storage.local import delete_unfinished, write_json
+from trainer.storage.local import delete_temporary_files, write_json
 from trainer.storage.path import StoragePath, canonicalize_address, storage_path
 from trainer.storage.small_files import read_json
 from trainer.storage.versions import (
@@ -31,7 +31,7 @@ from trainer.storage.versions import (
     parse_version_number,
 )
 
-SCORES = ("report/report.json", "report/predictions.csv")  # a run's files that are copied into its version
+SCORE_FILES = ("report/report.json", "report/predictions.csv")  # a run's files that are copied into its version
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _hold_lease(folder: StoragePath) -> Iterator[None]:
         lease.check()
         delete_incomplete(folder)
         if folder.is_local:
-            delete_unfinished(Path(str(folder)), recursive=False)
+            delete_temporary_files(Path(str(folder)), recursive=False)
 
 
 def read_manifest(version: StoragePath) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _download_run(run: str, to: Path) -> None:
         fix = "add saved_model to export.formats, or run trainer.export"
         raise DataError("has no export/saved_model", key="run", value=run, fix=fix)
     _download_version(exports[0].path.parent, to)
-    for name in SCORES:
+    for name in SCORE_FILES:
         if not (run_folder / name).exists():
             raise DataError(f"has no {name}", key="run", value=run, fix="give the output_dir of a finished run")
         (run_folder / name).download(to / name)

@@ -18,7 +18,7 @@ writes nothing but these files and caches. Exit codes: 0 done; 2 an argument or 
 import sys
 
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_given
+from trainer.cli.compose import compose, is_sweep, load_and_require_read
 from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
@@ -40,7 +40,7 @@ def main() -> None:
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
-        config = apply_overfit(load_given(composed, overrides))
+        config = apply_overfit(load_and_require_read(composed, overrides))
         configure_log(config.runtime)
         health.enter_phase("rates")
         with suppress_import_noise():

@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 
 LOWEST, HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
 MIN_STEPS, MAX_STEPS = 100, 400  # limits of a test's length, which is otherwise one epoch
-DIVERGED = 4.0  # the test ends when the smoothed loss exceeds its minimum by this factor
+DIVERGENCE_FACTOR = 4.0  # the test ends when the smoothed loss exceeds its minimum by this factor
 SMOOTHING_STEPS = 3.0  # standard deviation of the smoothing kernel, in steps
 MIN_DECREASE = 0.05  # a suggestion requires that the loss decreases by this fraction of the first loss
 
@@ -76,12 +76,12 @@ def has_diverged(losses: np.ndarray) -> bool:
     """Return whether the test can end because the loss diverges. `losses` has the loss of each step so far, float [n].
 
     The loss diverges if its newest value is not finite, or, after the first steps, its newest smoothed value exceeds
-    `DIVERGED` times its smallest smoothed value.
+    `DIVERGENCE_FACTOR` times its smallest smoothed value.
     """
     if not np.isfinite(losses[-1:]).all():
         return True
     smoothed = smooth(losses)
-    return len(losses) > 2 * SMOOTHING_STEPS and bool(smoothed[-1] > DIVERGED * max(smoothed.min(), 1e-6))
+    return len(losses) > 2 * SMOOTHING_STEPS and bool(smoothed[-1] > DIVERGENCE_FACTOR * max(smoothed.min(), 1e-6))
 
 
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> Suggestion | None:

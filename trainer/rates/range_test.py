@@ -21,7 +21,7 @@ from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
 from trainer.rates.curve import Bounds, Suggestion, count_steps_per_decade, has_diverged, smooth, suggest
 from trainer.report.figures import to_svg
-from trainer.report.page import INDEX, render, require_page_of
+from trainer.report.page import INDEX, render, require_replaceable_page
 from trainer.report.scatter import draw_rates
 from trainer.runs.folder import open_run_folder
 from trainer.storage.path import storage_path
@@ -47,7 +47,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
         TrainerError: the run cannot be set up, for example because the data cannot be read.
     """
     page_folder = storage_path(output)
-    require_page_of(page_folder, "trainer.rates", SUMMARY)
+    require_replaceable_page(page_folder, "trainer.rates", SUMMARY)
     if phase is not None and not isinstance(config.phases, AutoPhases) and phase not in config.phases:
         fix = f"use {' or '.join(config.phases)}"
         raise ConfigError("is not a phase of the configuration", key="phase", value=phase, fix=fix)
@@ -66,7 +66,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
                     fix = f"use {' or '.join(run.config.phases)}"
                     raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
                 original_phase = run.config.phases[name]
-                restrict(run, name, bounds)
+                use_test_phase(run, name, bounds)
                 with show_addresses_in_errors(run.images.addresses):
                     _, sharding = restore(run)
                     features, compiled, teacher = choose_inputs(run, run_folder, {name: divisions[name]}, rss_bytes)
@@ -86,7 +86,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     log.info(f"page: {page_folder / INDEX}")
 
 
-def restrict(run: RunContext, name: str, bounds: Bounds) -> None:
+def use_test_phase(run: RunContext, name: str, bounds: Bounds) -> None:
     """Replace the phases in the configuration of `run` by the test phase for the phase `name`."""
     num_epoch_steps = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
     phase = make_test_phase(run.config.phases[name], bounds, num_epoch_steps)

@@ -15,27 +15,33 @@ from trainer.data.augment.mixing import mix_pairs
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
 from trainer.data.pipeline import build_indexed_batches
 from trainer.evaluation.duplicates import THUMBNAIL_SIDE, find_duplicates, make_thumbnails
-from trainer.evaluation.metrics import evaluate_arrays
+from trainer.evaluation.metrics import score_predictions
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
-from trainer.report.page import MAX_IMAGES_PER_GROUP, MAX_WITH_IMAGES, DuplicateImages, ReportImages, Samples
+from trainer.report.page import (
+    MAX_ENTRIES_WITH_IMAGES,
+    MAX_IMAGES_PER_GROUP,
+    DuplicateImages,
+    ReportImages,
+    TrainingSamples,
+)
 from trainer.report.schema import Report
 from trainer.report.write import describe_data, write_report
 from trainer.runs.folder import collect_versions
-from trainer.types import Scored
+from trainer.types import SplitPredictions
 
 if TYPE_CHECKING:  # this import loads Keras, which `trainer.look`, another caller, does not need
     from trainer.models.grad_cam import Explainer
 
-MAX_COMPARED = 100_000  # images in the search for duplicates, over all splits; their thumbnails take 77 MB
+MAX_COMPARED_IMAGES = 100_000  # images in the search for duplicates, over all splits; their thumbnails take 77 MB
 READ_BATCH = 64  # images per batch in the search for duplicates
-SAMPLE_COUNT, VIEW_COUNT = 12, 8  # training images in the report, and augmented views of the first one
+SAMPLE_COUNT, NUM_AUGMENTED_VIEWS = 12, 8  # training images in the report, and augmented views of the first one
 FETCH_BATCH = 512  # images per input pipeline if shards are in a bucket; limits the shards on the local disk
 
 
 def build_report(
     folder: Path,
-    scored: Scored,
+    scored: SplitPredictions,
     images: ImageStore,
     explain: "Explainer",
     report_fields: Mapping[str, Any],
@@ -60,14 +66,15 @@ def build_report(
     names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
     group_names, group_field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
     class_names, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
-    result = evaluate_arrays(
+    result = score_predictions(
         split, class_names, labels, probabilities, names, groups=group_names, group_field=group_field
     )
     result = replace(result, sources=images.list_sources(split, indices))
     data = describe_data(dataset)
     report_content = {
         "seed": config.seed,
-        "data": data | {"undecodable": images.list_undecodable(), "notes": data["notes"] + images.describe_remaining()},
+        "data": data
+        | {"undecodable": images.list_undecodable(), "notes": data["notes"] + images.describe_readable_counts()},
         "config": config.model_dump(mode="json"),
         "versions": collect_versions(),
         **report_fields,
@@ -81,7 +88,7 @@ def build_report(
     return write_report(folder, result, report_content, report_images)
 
 
-def select_training_samples(images: ImageStore) -> Samples:
+def select_training_samples(images: ImageStore) -> TrainingSamples:
     """Select `SAMPLE_COUNT` random training images, and augment the first one if augmentation is configured."""
     split, config = images.dataset.splits["train"], images.config
     indices = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
@@ -89,18 +96,18 @@ def select_training_samples(images: ImageStore) -> Samples:
     augmented = (
         augment_views(config.augmentation, config.seed, originals, indices) if config.augmentation.active else None
     )
-    return Samples(originals, [images.dataset.class_names[i] for i in split.labels[indices]], augmented)
+    return TrainingSamples(originals, [images.dataset.class_names[i] for i in split.labels[indices]], augmented)
 
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return augmented views of the first image, uint8 [VIEW_COUNT, S, S, 3]; arguments as in `augment_examples`."""
+    """Return views of the first image, uint8 [NUM_AUGMENTED_VIEWS, S, S, 3]; arguments as in `augment_examples`."""
     return augment_examples(augmentation, seed, images, indices, 1)[0]
 
 
 def augment_examples(
     augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """Augment each of the first `count` images as in the first `VIEW_COUNT` epochs of training.
+    """Augment each of the first `count` images as in the first `NUM_AUGMENTED_VIEWS` epochs of training.
 
     Mixup and CutMix mix an image with the next one in the first epoch, the one after that in the second, and so on.
 
@@ -109,11 +116,11 @@ def augment_examples(
         indices: indices of the images in the training split, int64 [k], on which the random parameters depend.
 
     Returns:
-        The augmented images, uint8 [count, VIEW_COUNT, S, S, 3].
+        The augmented images, uint8 [count, NUM_AUGMENTED_VIEWS, S, S, 3].
     """
     rows_per_view = 2 if augmentation.mixes else 1  # `mix_pairs` mixes pairs of rows; the first of them is the view
-    epochs = np.tile(np.repeat(np.arange(VIEW_COUNT), rows_per_view), count)
-    rows = np.repeat(np.arange(count), VIEW_COUNT * rows_per_view)
+    epochs = np.tile(np.repeat(np.arange(NUM_AUGMENTED_VIEWS), rows_per_view), count)
+    rows = np.repeat(np.arange(count), NUM_AUGMENTED_VIEWS * rows_per_view)
     if augmentation.mixes:
         rows[1::2] = (rows[1::2] + epochs[1::2] + 1) % len(indices)
     with tf.device("CPU"):  # as in the input pipeline
@@ -122,10 +129,10 @@ def augment_examples(
             labels, weight = tf.zeros(len(rows), tf.int32), tf.ones(len(rows))
             batch = {"image": views, "label": labels, "weight": weight, "index": indices[rows]}
             views = mix_pairs(batch, augmentation, seed, epochs)["image"]
-    return np.asarray(views[::rows_per_view]).reshape(count, VIEW_COUNT, *images.shape[1:])
+    return np.asarray(views[::rows_per_view]).reshape(count, NUM_AUGMENTED_VIEWS, *images.shape[1:])
 
 
-def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED) -> dict[str, int]:
+def allocate_comparisons(counts: Mapping[str, int], limit: int = MAX_COMPARED_IMAGES) -> dict[str, int]:
     """Divide `limit` images equally among the splits; what small splits do not need is divided among the larger ones.
 
     `counts` maps each split to its number of images, the result maps it to the number of images to compare.
@@ -161,7 +168,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
 
 
 def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Callable[[], None]) -> DuplicateImages:
-    """Find duplicates among all images of `splits`, or among a sample if there are more than `MAX_COMPARED`.
+    """Find duplicates among all images of `splits`, or among a sample if there are more than `MAX_COMPARED_IMAGES`.
 
     `check` is called after each batch; it may raise to abort.
 
@@ -185,7 +192,7 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
         return {"split": split, "index": index, "file": images.name_of(split, index), "label": label}
 
     duplicates = find_duplicates(thumbnails, labels, describe)
-    shown_groups = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_WITH_IMAGES]]
+    shown_groups = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_ENTRIES_WITH_IMAGES]]
     group_images = [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown_groups]
     return DuplicateImages(duplicates, group_images)
 

@@ -25,7 +25,7 @@ from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
 from trainer.monitoring.console import PatientConsole
 from trainer.names import decode_cell
-from trainer.report.figures import SERIES, Line, line_chart, to_svg
+from trainer.report.figures import SERIES, Line, draw_line_chart, to_svg
 from trainer.report.page import (
     MAX_IMAGES_PER_TAB,
     MISSING,
@@ -304,7 +304,7 @@ def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
         for i, run in enumerate(runs):
             epochs, values = [row["epoch"] for row in run.history], [row.get(key) for row in run.history]
             lines.append(Line(run.name, SERIES[i % len(SERIES)], epochs, values))
-        if chart := line_chart(title, lines, fractions=key == "val_accuracy"):
+        if chart := draw_line_chart(title, lines, fractions=key == "val_accuracy"):
             charts.append(to_svg(key, chart))
     return charts
 

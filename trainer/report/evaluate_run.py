@@ -19,7 +19,7 @@ from trainer.config.auto import limit_batch_size
 from trainer.config.schema import RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
-from trainer.data.open import OpenedData, open_run_data
+from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.data.remote import show_addresses_in_errors
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.scoring import Scorer
@@ -27,8 +27,14 @@ from trainer.models.grad_cam import make_explainer
 from trainer.monitoring.log import log
 from trainer.names import make_file_stem
 from trainer.report.build import build_report
-from trainer.runs.stored_run import LoadedCheckpoint, StoredRun, map_to_run_classes, rebuild_classifier, without_weights
-from trainer.storage.local import delete_abandoned
+from trainer.runs.stored_run import (
+    LoadedCheckpoint,
+    StoredRun,
+    disable_pretrained_weights,
+    map_to_run_classes,
+    rebuild_classifier,
+)
+from trainer.storage.local import delete_stale_temporary_files
 from trainer.storage.path import storage_path
 from trainer.types import LogMessage, has_fingerprints
 
@@ -62,8 +68,10 @@ def evaluate(
     config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
-        data_config = config.model_copy(update={"model": without_weights(config.model)})  # no weights are fetched
-        return open_run_data(
+        data_config = config.model_copy(
+            update={"model": disable_pretrained_weights(config.model)}
+        )  # no weights are fetched
+        return stage_and_open_run_dataset(
             data_config, log_message, lambda address: stop.check(f"while {address} was fetched"), purpose="evaluate"
         )
 
@@ -117,7 +125,7 @@ def evaluate(
     splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary_folder:
         folder = Path(str(output)) if output.is_local else Path(temporary_folder)
-        delete_abandoned(folder)
+        delete_stale_temporary_files(folder)
         explain = make_explainer(classifier)
         check = partial(stop.check, DURING_EVALUATION)
         with show_addresses_in_errors(images.addresses):

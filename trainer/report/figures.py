@@ -39,7 +39,7 @@ MAX_MARKERS = 60  # a line with more epochs has neither markers nor tooltips
 INK, MUTED, GRID_LINE = "#1f2937", "#6b7280", "#d1d5db"  # text, secondary text, lines behind the data
 PALE, ACCENT = "#94a3b8", "#2563eb"  # secondary and primary data
 RIGHT, MODERATE, WRONG = "#15803d", "#d97706", "#b91c1c"
-TOP_5 = "#7e22ce"  # line of top-5 accuracy; a color of SERIES, so that it has a custom property
+TOP_5_COLOR = "#7e22ce"  # line of top-5 accuracy; a color of SERIES, so that it has a custom property
 SERIES = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490")  # lines of compared runs
 
 # Custom properties of report.css that replace colors in the page, so that charts follow its light or dark theme.
@@ -194,7 +194,7 @@ def _format_scientific(value: float) -> str:
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"
 
 
-def line_chart(
+def draw_line_chart(
     title: str,
     lines: Sequence[Line],
     *,
@@ -285,11 +285,13 @@ def draw_curves(history: Sequence[Mapping[str, Any]], phases: Mapping[str, Mappi
     charts = []
     for title, key in (("Loss (nats)", "loss"), ("Accuracy", "accuracy")):
         lines = [line("training", PALE, key), line("validation", ACCENT, f"val_{key}")]
-        lines += [line("validation, top 5", TOP_5, "val_top_5")] if key == "accuracy" else []
+        lines += [line("validation, top 5", TOP_5_COLOR, "val_top_5")] if key == "accuracy" else []
         best_points = [point for point in lines[1].points if point[0] in best_epochs]
         fractions = key == "accuracy"
-        charts.append(line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **options))
-    charts.append(line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **options))
+        charts.append(
+            draw_line_chart(title, lines, fractions=fractions, best_points=best_points, legend=True, **options)
+        )
+    charts.append(draw_line_chart("Learning rate", [line("learning rate", PALE, "learning_rate")], **options))
     return [chart for chart in charts if chart]
 
 

@@ -31,7 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "\u2013"  # en dash, shown instead of a missing value
 
 
-def require_page_of(folder: StoragePath, command: str, data_file: str) -> None:
+def require_replaceable_page(folder: StoragePath, command: str, data_file: str) -> None:
     """Raise a ConfigError if `folder` has an index.html that `command` did not write, and which it would replace.
 
     The command writes `data_file` next to its page, so a page without this file is another page, such as a report.
@@ -116,7 +116,7 @@ def render(template: str, **context: Any) -> str:
 
 
 GALLERY_SIDE, THUMBNAIL_PIXELS = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
-MAX_WITH_IMAGES = 12  # maximum number of label errors, and of groups of duplicates, shown with images
+MAX_ENTRIES_WITH_IMAGES = 12  # maximum number of label errors, and of groups of duplicates, shown with images
 MAX_IMAGES_PER_GROUP = 4  # images shown per group of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation
 _HEATMAP_SIDE = 28  # height and width of a heatmap in pixels; the browser enlarges it with interpolation
@@ -162,7 +162,7 @@ def _embed_figure(file: Path, alt: str) -> Markup:
 
 
 @dataclass(frozen=True)
-class Samples:
+class TrainingSamples:
     """Training images that the report shows, as the model reads them."""
 
     images: np.ndarray  # uint8 [k, S, S, 3], k >= 1
@@ -183,7 +183,7 @@ class ReportImages:
     """Access to the images of the scored split, and the images of optional sections of the report."""
 
     fetch: FetchImages  # reads images of the scored split
-    samples: Samples | None = None
+    samples: TrainingSamples | None = None
     # Computes Grad-CAM heatmaps for the predicted classes of k rows of the scored split, float32 [k, h, w] in 0..1.
     explain: Callable[[Sequence[int]], np.ndarray] | None = None
     duplicates: DuplicateImages | None = None
@@ -263,13 +263,13 @@ def write_page(
         "random": figures.select_random(result, report["seed"]),
     }
     in_gallery = sorted({index for indices in tabs.values() for index in indices})
-    suspects = report["label_errors"].get("rows", [])[:MAX_WITH_IMAGES]
+    suspects = report["label_errors"].get("rows", [])[:MAX_ENTRIES_WITH_IMAGES]
     shown_rows = sorted({*in_gallery, *(row["index"] for row in suspects)})
     pixels = dict(zip(shown_rows, images.fetch(shown_rows), strict=True))
     heatmaps = dict(zip(in_gallery, images.explain(in_gallery), strict=True)) if images.explain and in_gallery else {}
     gallery = {i: _make_gallery_entry(result, i, pixels[i], heatmaps.get(i)) for i in in_gallery}
     seconds = report["timing"].get("seconds", {})
-    groups = report["duplicates"].get("groups", [])[:MAX_WITH_IMAGES]
+    groups = report["duplicates"].get("groups", [])[:MAX_ENTRIES_WITH_IMAGES]
     group_images = [*(images.duplicates.images if images.duplicates else ()), *[()] * len(groups)]
     page = render(
         "report.html.j2",

@@ -32,11 +32,11 @@ from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.initial_weights import check_same_weights, describe_initial_weights
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS, UNBEGUN, UnbegunStarts, parse_entries
-from trainer.storage.base import is_unfinished
+from trainer.runs.restarts import ATTEMPTS_FILE, UNBEGUN_STARTS_FILE, UnbegunStarts, parse_entries
+from trainer.storage.base import is_temporary_name
 from trainer.storage.disk import make_write_error
 from trainer.storage.lease import acquire_lease, describe_holder, make_in_use_error, plan_patience
-from trainer.storage.local import delete_unfinished, sync, temporary_file, write_json
+from trainer.storage.local import delete_temporary_files, sync, temporary_file, write_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import (
     read_json,
@@ -88,7 +88,7 @@ class RunFolder:
             check_same_weights(self.address, self.run_json.get("initial_weights", {}), self.config)
 
     def begin(
-        self, config: RunConfig, dataset: Dataset, of_phases: dict[str, dict[str, Any]], fields: dict[str, Any]
+        self, config: RunConfig, dataset: Dataset, fields_by_phase: dict[str, dict[str, Any]], fields: dict[str, Any]
     ) -> None:
         """Write config.yaml, which marks the folder as this run's, and run.json; start publishing the folder.
 
@@ -98,7 +98,7 @@ class RunFolder:
         Args:
             config: the configuration to write to config.yaml.
             dataset: the dataset whose fingerprints run.json records.
-            of_phases: `features` and `xla` of run.json: each phase's input, and whether its step is compiled, by phase.
+            fields_by_phase: `features` and `xla` of run.json: by phase, its input, and whether its step is compiled.
             fields: other fields of run.json: `classes` and `advice` describe the run, all others describe this start.
 
         Raises:
@@ -106,7 +106,7 @@ class RunFolder:
             Interrupted: the bucket does not respond, or the lease was lost.
         """
         self.begun = True
-        delete_unfinished(self.path)
+        delete_temporary_files(self.path)
         for line in list_moved_addresses(self.previous, config) if self.previous and self.resuming else ():
             log.info(f"{line}: moved, the fingerprint is the same")
         moves = list_moved_addresses(self.previous, config, INITIAL_WEIGHTS) if self.previous and self.resuming else []
@@ -118,7 +118,11 @@ class RunFolder:
             (self.path / DONE).unlink(missing_ok=True)  # after the write, so that DONE remains if the disk is full
             os.replace(new_file, self.path / "config.yaml")
         sync(self.path)
-        for name, parse in {RUN_JSON: parse_run_json, ATTEMPTS: parse_entries, BREAKDOWN_FILE: parse_breakdown}.items():
+        for name, parse in {
+            RUN_JSON: parse_run_json,
+            ATTEMPTS_FILE: parse_entries,
+            BREAKDOWN_FILE: parse_breakdown,
+        }.items():
             try:
                 read_json(self.path / name, parse, "")
             except DataError as error:
@@ -141,7 +145,7 @@ class RunFolder:
         all_fields = run_fields | (old_json if self.resuming else {"initial_weights": describe_initial_weights(config)})
         recorded_hashes = all_fields.get("data_fingerprint", {})  # older versions wrote one hash, of kind "ends"
         fingerprints = {**(recorded_hashes if isinstance(recorded_hashes, dict) else {}), **dataset.fingerprints}
-        self._written = all_fields | {"data_fingerprint": fingerprints} | of_phases | attempts
+        self._written = all_fields | {"data_fingerprint": fingerprints} | fields_by_phase | attempts
         write_json(self.path / RUN_JSON, self._written)
         self.publisher.begin()
         if self.unbegun:
@@ -191,7 +195,7 @@ class RunFolder:
 
 _CORRUPTION_EFFECTS = {  # name of a corrupt file -> the end of its log message: the consequence of its loss
     RUN_JSON: "; the data cannot be compared with that of earlier starts",
-    ATTEMPTS: "; earlier restarts are not counted",
+    ATTEMPTS_FILE: "; earlier restarts are not counted",
     BREAKDOWN_FILE: "; the time breakdown lacks earlier starts",
 }
 
@@ -387,7 +391,7 @@ def _read_contents(folder: StoragePath) -> FolderContents:
         names = {name for name in names if not name.startswith(".")}  # without the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
-    names = {name for name in names if not is_unfinished(name)} - {LOCK, UNBEGUN, "config.yaml"}
+    names = {name for name in names if not is_temporary_name(name)} - {LOCK, UNBEGUN_STARTS_FILE, "config.yaml"}
     return FolderContents(names, config[0] if config else None, has_checkpoint)
 
 
@@ -530,7 +534,7 @@ def require_output_dir(config: RequestedConfig, workers: int) -> None:
         raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
-def follow_run_folder(config: RequestedConfig) -> RunFolder:
+def make_worker_run_folder(config: RequestedConfig) -> RunFolder:
     """Create the `RunFolder` for a worker other than the chief. It accesses neither the disk nor the bucket."""
     address = config.output_dir or ""
     path = _local_folder(config, address)

@@ -125,7 +125,7 @@ class MetricsWriter:
         the remaining time is estimated from the speed since the last call of this method.
         """
         if self.display:
-            self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, began_step=step)
+            self.display.phase = PhaseProgress(name, step - phase_step, steps, last_epoch, start_step=step)
 
     def log(self, text: str, **fields: Any) -> None:
         """Print `text` above the chief's progress display. Without a display, log it with `fields` for a JSON log."""

@@ -20,14 +20,16 @@ from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, is_checkpoint, is_local_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
-from trainer.storage.local import join_inside
+from trainer.storage.local import safe_join
 from trainer.storage.staging import describe_left_out, divide_listing
 
 PUBLISH_SECONDS = 30.0  # interval at which changed files are published: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
 LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"  # files in a run's folder
 FINAL_RESULTS = ("report/", "export/")  # folders that are published only at the end
-TEMPORARY = ("autotuning/tmp/",)  # folders that are not published, because XLA renames their files when complete
+UNPUBLISHED_FOLDERS = (
+    "autotuning/tmp/",
+)  # folders that are not published, because XLA renames their files when complete
 
 
 def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
@@ -58,7 +60,7 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             if checkpoint not in committed_names or len(file_path) != 1:
                 continue
             target_name = f"checkpoints/{_strip_token(checkpoint)}/{file_path[0]}"
-        downloads.append((info.path, join_inside(local, target_name)))
+        downloads.append((info.path, safe_join(local, target_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed_names), (BEST, read_pointer(remote / BEST))):
@@ -197,7 +199,11 @@ class Publisher:
         for file in sorted(self.local.rglob("*"), key=lambda file: (file != config_file, file)):
             name = file.relative_to(self.local).as_posix()
             is_hidden = any(component.startswith(".") for component in Path(name).parts)
-            prefixes = (f"checkpoints/{PREFIX}", *TEMPORARY, *(() if results else FINAL_RESULTS))  # not copied
+            prefixes = (
+                f"checkpoints/{PREFIX}",
+                *UNPUBLISHED_FOLDERS,
+                *(() if results else FINAL_RESULTS),
+            )  # not copied
             is_tmp = name.endswith(".tmp")  # TensorFlow renames such a file once the program in it is complete
             if is_hidden or is_tmp or name in (DONE, LATEST, BEST) or name.startswith(prefixes) or not file.is_file():
                 continue

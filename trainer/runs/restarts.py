@@ -18,8 +18,8 @@ from trainer.storage.base import StoragePath, request_deadline
 from trainer.storage.local import write_json
 from trainer.storage.small_files import CONTENT_ERRORS, read_json_or_default, require_json_objects
 
-ATTEMPTS = "checkpoints/attempts.json"  # file of `RestartHistory`, in a run's folder
-UNBEGUN = ".starts"  # file of `UnbegunStarts`, in a run's output_dir, next to its lock
+ATTEMPTS_FILE = "checkpoints/attempts.json"  # file of `RestartHistory`, in a run's folder
+UNBEGUN_STARTS_FILE = ".starts"  # file of `UnbegunStarts`, in a run's output_dir, next to its lock
 MAX_ENTRIES = 100  # maximum number of entries in each of these files
 # Stop requests that count as one failure: a spot node is often preempted, but a full disk evicts the pod at each start.
 STOPS_PER_FAILURE = 10
@@ -75,7 +75,7 @@ class UnbegunStarts:
     """
 
     def __init__(self, folder: StoragePath) -> None:
-        self.file = folder / UNBEGUN
+        self.file = folder / UNBEGUN_STARTS_FILE
         self.entries: list[dict[str, Any]] = []
         content = self.file.fetch()
         with contextlib.suppress(*CONTENT_ERRORS):

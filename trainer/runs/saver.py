@@ -10,7 +10,7 @@ from trainer.errors import DataError
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import CheckpointFolder, select_inference_weights
 from trainer.runs.folder import RunFolder
-from trainer.runs.restarts import ATTEMPTS, RestartHistory
+from trainer.runs.restarts import ATTEMPTS_FILE, RestartHistory
 from trainer.training import variables
 
 
@@ -26,7 +26,7 @@ class Saver:
         self.path, self.address, self.publisher, self.folder = folder.path, folder.address, folder.publisher, folder
         self.control, self.saved_step = control, 0
         self.checkpoints = CheckpointFolder(folder.path / "checkpoints", keep, log.info)
-        self.restarts = RestartHistory(folder.path / ATTEMPTS if control.is_chief else None, folder.is_new)
+        self.restarts = RestartHistory(folder.path / ATTEMPTS_FILE if control.is_chief else None, folder.is_new)
         self._newest: tuple[dict[str, Any] | None, dict[str, np.ndarray]] = None, {}
 
     def broadcast_newest(self, resuming: bool) -> bool:

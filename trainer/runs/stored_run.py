@@ -188,9 +188,9 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     """Rebuild a run's classifier with a checkpoint's weights. Sets Keras' global dtype policy to the run's policy."""
     import keras
 
-    from trainer.cluster.devices import POLICIES
+    from trainer.cluster.devices import DTYPE_POLICIES
 
-    keras.config.set_dtype_policy(POLICIES[run.config.runtime.precision])
+    keras.config.set_dtype_policy(DTYPE_POLICIES[run.config.runtime.precision])
     num_classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
     return rebuild_classifier(run.config.model, num_classes, run.config.seed, checkpoint.values, source)
 
@@ -220,7 +220,7 @@ def map_to_run_classes(run: StoredRun, dataset: Dataset) -> Dataset:
     return replace(dataset, class_names=names, splits=splits, notes=notes)
 
 
-def without_weights(model: Model) -> Model:
+def disable_pretrained_weights(model: Model) -> Model:
     """Return a copy of the settings with `weights=none`: a checkpoint's model needs no pretrained weights."""
     return model.model_copy(update={"weights": "none"})
 
@@ -240,6 +240,6 @@ def rebuild_classifier(
     from trainer.models.classifier import build_classifier  # imports TensorFlow, which is slow
     from trainer.runs.restore import assign_values
 
-    classifier = build_classifier(without_weights(model), class_count, seed)
+    classifier = build_classifier(disable_pretrained_weights(model), class_count, seed)
     assign_values(classifier, classifier.variables, values, source)
     return classifier

@@ -87,7 +87,7 @@ class Service:
         self.cancelled = 0  # number of requests that were cancelled at the end of `drain`
         self.log = open_log(settings.log, settings.log_seconds)
         self.metrics = ServingMetrics(settings, self.log)
-        self.metrics.ready.set_function(lambda: not self.not_ready_reason())
+        self.metrics.ready.set_function(lambda: not self.get_unready_reason())
         self.metrics.active.set_function(lambda: self.active)
         self.metrics.queued.set_function(self._count_queued)
         self._memory = MemoryBudget(settings.max_bytes)
@@ -184,7 +184,7 @@ class Service:
             version.requests -= 1
             self._close_unused()
 
-    def not_ready_reason(self) -> str:
+    def get_unready_reason(self) -> str:
         """Return why the service is not ready; "" if it is ready."""
         return "stopping" if self.stopping else "" if self.version else "the model is being loaded"
 
@@ -307,12 +307,12 @@ class Service:
         state = "UNLOADING" if self.stopping else "AVAILABLE" if self.version else "LOADING"
         status = {"error_code": "OK", "error_message": ""}
         versions = [{"version": self.export.version, "state": state, "status": status}]
-        body = {"name": self.settings.name, "ready": not self.not_ready_reason(), "model_version_status": versions}
-        return _json_response(body, 503 if self.not_ready_reason() else 200)
+        body = {"name": self.settings.name, "ready": not self.get_unready_reason(), "model_version_status": versions}
+        return _json_response(body, 503 if self.get_unready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
         """Respond to a readiness probe: 200, or 503 while the first version is being loaded or the server stops."""
-        reason = self.not_ready_reason()
+        reason = self.get_unready_reason()
         return Response(f"{reason or 'ready'}\n", 503 if reason else 200, media_type="text/plain")
 
     async def get_metrics(self, request: Request) -> Response:

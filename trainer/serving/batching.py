@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.serving.requests import EncodedImage
 
-LARGE_PIXELS = 2_000_000  # an image is large if its decoding cost (`EncodedImage.cost`) exceeds this, in PNG pixels
+LARGE_IMAGE_COST = 2_000_000  # an image is large if its decoding cost (`EncodedImage.cost`) exceeds this, in PNG pixels
 Model = Callable[[list[EncodedImage]], Sequence[Any]]  # returns one prediction per image
 
 
@@ -27,8 +27,8 @@ class Batcher:
     An idle model gets the next batch as soon as the queue has `size` images or the oldest image has waited for `window`
     seconds. While the model is busy, images wait.
 
-    Large images (`LARGE_PIXELS`) are in separate batches. They get at most half of the model's time while small images
-    wait: after a batch of large images that took t seconds, small images are preferred for t seconds.
+    Large images (`LARGE_IMAGE_COST`) are in separate batches. They get at most half of the model's time while small
+    images wait: after a batch of large images that took t seconds, small images are preferred for t seconds.
 
     Args:
         run_model: predicts a batch.
@@ -63,7 +63,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         new_items = [_QueuedImage(image, loop.create_future(), loop.time()) for image in images]
         for item in new_items:
-            (self._large if item.image.cost > LARGE_PIXELS else self._small).append(item)
+            (self._large if item.image.cost > LARGE_IMAGE_COST else self._small).append(item)
         self._arrived.set()
         return list(await asyncio.gather(*(item.prediction for item in new_items)))
 
@@ -83,7 +83,7 @@ class Batcher:
                 for item in batch:
                     if not item.prediction.done():
                         item.prediction.set_exception(error)
-            if batch[0].image.cost > LARGE_PIXELS:
+            if batch[0].image.cost > LARGE_IMAGE_COST:
                 self._prefer_small_until = 2 * loop.time() - start_time  # for as long again as this batch took
 
     async def _next_batch(self) -> list[_QueuedImage]:

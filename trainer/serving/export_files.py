@@ -58,7 +58,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
         Interrupted: the bucket does not respond.
     """
     failures: list[tuple[str, DataError]] = []  # (version, error)
-    for graph in list_exports(address):
+    for graph in list_export_versions(address):
         try:
             export = read_export(address, graph, cache_dir, log_message, lambda: None)
         except DataError as error:
@@ -70,7 +70,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
     raise failures[0][1]
 
 
-def list_exports(address: str) -> list[ObjectInfo]:
+def list_export_versions(address: str) -> list[ObjectInfo]:
     """List the file `saved_model.pb` of each version at an address (see `find_export`), newest first.
 
     Raises DataError if there is no version.
@@ -91,7 +91,7 @@ def read_export(
 
     Args:
         address: the setting `model`, for messages.
-        graph: the version's `saved_model.pb`, from `list_exports`.
+        graph: the version's `saved_model.pb`, from `list_export_versions`.
         cache_dir: folder for local copies.
         log_message: logs what is copied.
         check: called after each copied file; may raise an exception to cancel.

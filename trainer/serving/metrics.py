@@ -16,11 +16,11 @@ from trainer.monitoring.log import format_utc_now
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.prediction_log import PredictionLog
 from trainer.serving.requests import EncodedImage
-from trainer.serving.settings import Settings, batch_sizes
+from trainer.serving.settings import Settings, list_batch_sizes
 
 WINDOW_PREDICTIONS = 5000  # drift is measured over at most this many of the latest predictions
 MIN_PREDICTIONS = 100  # drift is not reported for fewer predictions
-LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
+NUM_LOGGED_CLASSES = 5  # number of probabilities per line of the prediction log
 MAX_LOGGED_NAME_CHARACTERS = 200  # longer file names are truncated in the prediction log
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # upper limits, in seconds
 disable_created_metrics()  # prometheus_client would add a metric `..._created`, the creation time, to each counter
@@ -34,7 +34,7 @@ class ServingMetrics(Collector):
         self.current: VersionMetrics | None = None  # metrics of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         kwargs: Any = {"namespace": "kubetune_serving", "registry": registry}
-        sizes, twentieths = batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
+        sizes, twentieths = list_batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
         self.ready = Gauge("ready", "1 while the server is ready", **kwargs)
         self.requests = Counter("requests", "Requests by route and status", ["route", "code"], **kwargs)
         self.seconds = Histogram("request_seconds", "Latency of requests", ["route"], buckets=LATENCY_BUCKETS, **kwargs)
@@ -107,7 +107,7 @@ class VersionMetrics:
         self, time: str, image: EncodedImage, probabilities: np.ndarray, embedding: np.ndarray | None
     ) -> str:
         """Format a line of the prediction log: JSON with the most probable classes and the projected embedding [C']."""
-        top_indices = np.argsort(-probabilities, kind="stable")[:LOGGED_CLASSES]
+        top_indices = np.argsort(-probabilities, kind="stable")[:NUM_LOGGED_CLASSES]
         line: dict[str, Any] = {
             "time": time,
             "request": image.request,

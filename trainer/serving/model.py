@@ -9,13 +9,17 @@ import tensorflow as tf
 from trainer.errors import DataError
 from trainer.private_api import make_saved_model_proto
 from trainer.serving.export_files import GRAPH, Export, Prediction
-from trainer.serving.settings import batch_sizes
+from trainer.serving.settings import list_batch_sizes
 from trainer.storage.disk import translate_disk_error
 
 # Operations that read or write files, print, or call Python; `saved_model_cli scan` warns about the first three.
 FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
 IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # names of signatures
-OUTPUTS = ("probabilities", "embedding", "heatmap")  # outputs of `explain`; other signatures return only the first
+EXPLAIN_OUTPUTS = (
+    "probabilities",
+    "embedding",
+    "heatmap",
+)  # outputs of `explain`; other signatures return only the first
 
 
 class ServedModel:
@@ -78,8 +82,8 @@ class ServedModel:
         return self.predict(images[:half], explain) + self.predict(images[half:], explain)
 
     def warm_up(self, max_batch: int) -> list[int]:
-        """Call each signature once per batch size, so that later calls are fast; return `batch_sizes(max_batch)`."""
-        for size in (sizes := batch_sizes(max_batch)):
+        """Call each signature once per batch size, so that later calls are fast. Return the batch sizes."""
+        for size in (sizes := list_batch_sizes(max_batch)):
             for signature in filter(None, (self._classify, self._explain)):
                 self._call(signature, [self._blank] * size)
         return sizes
@@ -88,9 +92,9 @@ class ServedModel:
         """Call a signature with encoded images; return one prediction per image."""
         padded = list(images)
         if self._pad:
-            padded += [self._blank] * (batch_sizes(len(padded))[-1] - len(padded))
+            padded += [self._blank] * (list_batch_sizes(len(padded))[-1] - len(padded))
         outputs = {name: value.numpy() for name, value in signature(image_bytes=tf.constant(padded, tf.string)).items()}
-        return [Prediction(**{n: outputs[n][i] for n in OUTPUTS if n in outputs}) for i in range(len(images))]
+        return [Prediction(**{n: outputs[n][i] for n in EXPLAIN_OUTPUTS if n in outputs}) for i in range(len(images))]
 
 
 def _drop_heatmap(signature: Callable[..., Any]) -> Callable[..., Any]:

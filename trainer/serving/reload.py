@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import DataError, Interrupted, TrainerError
 from trainer.monitoring.log import log, log_traceback
 from trainer.serving.app import Service
-from trainer.serving.export_files import Export, list_exports, read_export
+from trainer.serving.export_files import Export, list_export_versions, read_export
 from trainer.storage.base import ObjectInfo, request_deadline
 from trainer.storage.staging import is_remote
 
@@ -22,7 +22,7 @@ LoadModel = Callable[[Export], "ServedModel"]
 POLL_SECONDS = 10.0  # timeout of each bucket request of a check for a newer version
 
 
-async def load_first(service: Service, load_model: LoadModel) -> set[ObjectInfo | None]:
+async def load_first_version(service: Service, load_model: LoadModel) -> set[ObjectInfo | None]:
     """Load and serve `service.export`; if it cannot be loaded, load and serve the newest version that can be loaded.
 
     Returns:
@@ -52,7 +52,7 @@ def _load_earlier(
     Adds the versions that cannot be loaded to `failed`. Raises `first_error` if no version can be loaded.
     """
     error = first_error
-    for graph in list_exports(service.settings.model):
+    for graph in list_export_versions(service.settings.model):
         if graph not in failed:
             log.warning(f"trying version {graph.path.parent.name}, as a newer one is not served: {error}")
             service.metrics.failed_versions.inc()
@@ -109,7 +109,7 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
 def _find_newest(service: Service, failed: set[ObjectInfo | None]) -> ObjectInfo | None:
     """Return the `saved_model.pb` of the newest version that is not in `failed`; None if all versions are in it."""
     with request_deadline(POLL_SECONDS):
-        graphs = list_exports(service.settings.model)
+        graphs = list_export_versions(service.settings.model)
     return next((graph for graph in graphs if graph not in failed), None)
 
 

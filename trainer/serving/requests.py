@@ -32,7 +32,7 @@ CONCURRENT_PIXELS_FACTOR = 4  # limit of the decoding cost per client, as a mult
 # Up to this multiple of `max_bytes`, an overlong body is read and discarded, so that the client gets the response.
 DISCARDED_BODIES_FACTOR = 4
 MAX_FIELDS = 16  # maximum per form, in addition to its files
-CLOSE = {"Connection": "close"}  # header of the response if a body is not read to the end
+CLOSE_HEADERS = {"Connection": "close"}  # header of the response if a body is not read to the end
 
 Image.MAX_IMAGE_PIXELS = None  # disables Pillow's own limit, which warns or raises; `max_pixels` replaces it
 
@@ -166,7 +166,9 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
     """
     header = request.headers.get("content-length", "")
     declared_size = int(header) if header.isdigit() else 0
-    size_error = HTTPException(413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE)
+    size_error = HTTPException(
+        413, f"the request exceeds {max_bytes:,} bytes; send fewer or smaller images", CLOSE_HEADERS
+    )
     if declared_size > max_bytes and request.headers.get("expect", "").lower() == "100-continue":
         raise size_error  # before the client sends the body
     body = bytearray()
@@ -185,9 +187,11 @@ async def read_body(request: Request, reserve: Callable[[int], None], max_bytes:
                 reserve(len(chunk))
                 body += chunk
     except TimeoutError:
-        raise (size_error if num_discarded else HTTPException(408, "the request was sent too slowly", CLOSE)) from None
+        raise (
+            size_error if num_discarded else HTTPException(408, "the request was sent too slowly", CLOSE_HEADERS)
+        ) from None
     except ClientDisconnect:
-        raise HTTPException(400, "the request is incomplete", CLOSE) from None
+        raise HTTPException(400, "the request is incomplete", CLOSE_HEADERS) from None
     if num_discarded:
         raise size_error
     return bytes(body)

@@ -20,7 +20,7 @@ from trainer.errors import INTERRUPTED, ConfigError, Interrupted
 from trainer.monitoring.log import log, log_unbuffered
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
-from trainer.serving.reload import follow_versions, load_first
+from trainer.serving.reload import follow_versions, load_first_version
 from trainer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ async def _run_service(
 async def _load(service: Service, load_model: LoadModel) -> None:
     """Load the model in a thread, so that the server responds meanwhile, and then newer versions as they appear.
 
-    Raises the same errors as `load_first`.
+    Raises the same errors as `load_first_version`.
     """
-    failed = await load_first(service, load_model)
+    failed = await load_first_version(service, load_model)
     if service.settings.poll:
         await follow_versions(service, load_model, failed)

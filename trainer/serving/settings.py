@@ -57,7 +57,7 @@ class Settings(Section):
         return self
 
 
-def batch_sizes(max_batch: int) -> list[int]:
+def list_batch_sizes(max_batch: int) -> list[int]:
     """Return the batch sizes for warm-up and padding: powers of two up to the first that is at least `max_batch`."""
     return [2**power for power in range((max_batch - 1).bit_length() + 1)]
 

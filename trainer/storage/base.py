@@ -26,15 +26,17 @@ class ConflictError(TrainerError):
 Version = int | str
 ANY: Version = -1  # value of `only_if` for an unconditional write; no file has this version
 
-UNFINISHED_DIGITS = 15  # digits of the random number in a temporary name; a date and time in a user's file name has 14
+TEMPORARY_NAME_DIGITS = (
+    15  # digits of the random number in a temporary name; a date and time in a user's file name has 14
+)
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
 _TEMPORARY_NAME = re.compile(
-    rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{UNFINISHED_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
+    rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{TEMPORARY_NAME_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
 )
-ABANDONED_SECONDS = 3600.0  # age at which a temporary file is deleted although another machine may have written it
+STALE_SECONDS = 3600.0  # age at which a temporary file is deleted although another machine may have written it
 
 
-def is_unfinished(name: str) -> bool:
+def is_temporary_name(name: str) -> bool:
     """Return whether `name` is the name, path or address of a temporary file or folder, or of a part of an upload."""
     return bool(_TEMPORARY_NAME.search(name))
 

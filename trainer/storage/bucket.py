@@ -24,9 +24,9 @@ import google_crc32c
 from trainer.errors import ConfigError, DataError, Interrupted
 from trainer.monitoring.health import health
 from trainer.names import encode_utf8
-from trainer.storage.base import ANY, ConflictError, ObjectInfo, StoragePath, Version, is_unfinished
+from trainer.storage.base import ANY, ConflictError, ObjectInfo, StoragePath, Version, is_temporary_name
 from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
-from trainer.storage.retries import CHECK_BUCKET, NO_BUCKET, CorruptTransfer, Result, Timeouts
+from trainer.storage.retries import CHECK_BUCKET_FIX, NO_BUCKET_PROBLEM, CorruptTransfer, Result, Timeouts
 
 MAX_CONCURRENT_REQUESTS = 8  # of one transfer
 MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
@@ -196,10 +196,10 @@ class BucketPath(StoragePath):
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
         infos = [info for page, _ in self._pages("" if recursive else "/") for info in page]
-        return sorted((i for i in infos if not is_unfinished(str(i.path))), key=lambda i: str(i.path).encode())
+        return sorted((i for i in infos if not is_temporary_name(str(i.path))), key=lambda i: str(i.path).encode())
 
     def folders(self) -> Sequence[StoragePath]:
-        prefixes = {prefix for _, on_page in self._pages("/") for prefix in on_page if not is_unfinished(prefix)}
+        prefixes = {prefix for _, on_page in self._pages("/") for prefix in on_page if not is_temporary_name(prefix)}
         # An object such as "p//x" in the folder "p" has the prefix "p//", which would become the path of "p" again.
         return [replace(self, key=prefix.rstrip("/")) for prefix in sorted(prefixes) if not f"/{prefix}".endswith("//")]
 
@@ -213,8 +213,8 @@ class BucketPath(StoragePath):
         try:
             replace(self, key="")._page("", "", 1)
         except DataError as error:  # the bucket does not exist, or this account may not list it
-            if NO_BUCKET in str(error):
-                return DataError(f"{self}: {NO_BUCKET}", fix=CHECK_BUCKET)
+            if NO_BUCKET_PROBLEM in str(error):
+                return DataError(f"{self}: {NO_BUCKET_PROBLEM}", fix=CHECK_BUCKET_FIX)
         return DataError(f"{self}: there is no such object", fix="check the address")
 
     def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:

@@ -25,9 +25,9 @@ from trainer.monitoring.log import log
 from trainer.private_api import disable_bucket_metadata, get_credentials, mount_transport
 from trainer.storage import retries
 from trainer.storage.retries import (
-    CHECK_BUCKET,
-    NO_BUCKET,
-    TRANSIENT_CODES,
+    CHECK_BUCKET_FIX,
+    NO_BUCKET_PROBLEM,
+    TRANSIENT_STATUSES,
     CorruptTransfer,
     Result,
     Timeouts,
@@ -85,7 +85,7 @@ def _describe_transient_error(error: Exception) -> str | None:
         return f"corrupt response: {error}"
     if isinstance(error, GoogleAPICallError):
         rate_limited = error.code == 403 and "ratelimitexceeded" in str(error.errors).lower()
-        if error.code in TRANSIENT_CODES or rate_limited:
+        if error.code in TRANSIENT_STATUSES or rate_limited:
             return f"{int(error.code or 0)} {http.client.responses.get(int(error.code or 0), '')}".strip()
         return None
     if isinstance(error, RefreshError):
@@ -194,7 +194,7 @@ def describe_identity() -> str:
 def _translate_permanent_error(error: Exception, address: str, permission: str) -> DataError | None:
     """Translate a permanent error of Google's client to a DataError with a fix. Return None for any other error."""
     if isinstance(error, NotFound):
-        return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
+        return DataError(f"{address}: {NO_BUCKET_PROBLEM}", fix=CHECK_BUCKET_FIX)
     is_denied = isinstance(error, GoogleAPICallError) and error.code in (401, 403)
     if is_denied or isinstance(error, GoogleAuthError):  # GoogleAuthError: the client gets no new token after a 401
         is_anonymous = isinstance(get_credentials(get_client()), AnonymousCredentials)
@@ -206,7 +206,7 @@ def _translate_permanent_error(error: Exception, address: str, permission: str) 
     if isinstance(error, ClientError):  # includes 401 and 403
         response = f"({int(error.code or 0)}: {error.message})"
         if not is_denied:
-            return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
+            return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET_FIX)
         missing_permission = (re.findall(r"(?:storage|serviceusage)\.\w+\.\w+", str(error.message)) or [permission])[0]
         problem = f"{address}: {describe_identity()} lacks the permission {missing_permission} {response}"
         return DataError(problem, fix="grant it (roles: docs/storage.md)")

@@ -19,14 +19,14 @@ import google_crc32c
 from trainer.errors import DataError
 from trainer.names import MAX_COMPONENT_BYTES, encode_file_name, encode_utf8, escape_unprintable, find_path_error
 from trainer.storage.base import (
-    ABANDONED_SECONDS,
     ANY,
-    UNFINISHED_DIGITS,
+    STALE_SECONDS,
+    TEMPORARY_NAME_DIGITS,
     ConflictError,
     ObjectInfo,
     StoragePath,
     Version,
-    is_unfinished,
+    is_temporary_name,
 )
 from trainer.storage.scratch import is_running
 
@@ -62,7 +62,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     sync(path.parent)
 
 
-def join_inside(folder: Path, name: str) -> Path:
+def safe_join(folder: Path, name: str) -> Path:
     """Join a folder and an untrusted "/"-separated name, such as the name of an object in a bucket.
 
     Raises:
@@ -88,7 +88,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     The parent folder is created if needed. If the block does not rename the file, it is deleted at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary_path = make_temporary_name(path)
+    temporary_path = make_temporary_path(path)
     try:
         with add_path_to_errors(path):
             yield temporary_path
@@ -101,7 +101,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Create and yield a temporary folder next to `path`, and delete it at the end unless the block has renamed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary_path = make_temporary_name(path)
+    temporary_path = make_temporary_path(path)
     temporary_path.mkdir()
     try:
         with add_path_to_errors(path):
@@ -110,10 +110,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary_path, ignore_errors=True)
 
 
-def make_temporary_name(path: Path) -> Path:
+def make_temporary_path(path: Path) -> Path:
     """Return the unused path `.NAME.PID-DIGITS` next to `path`. NAME is truncated if the result would be too long."""
     # Random digits, because process IDs are not unique on a disk that several pods use.
-    suffix = f".{os.getpid()}-{secrets.randbelow(10**UNFINISHED_DIGITS):0{UNFINISHED_DIGITS}d}"
+    suffix = f".{os.getpid()}-{secrets.randbelow(10**TEMPORARY_NAME_DIGITS):0{TEMPORARY_NAME_DIGITS}d}"
     return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
 
 
@@ -127,7 +127,7 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) -> None:
+def delete_temporary_files(folder: Path, age: float = 0.0, recursive: bool = True) -> None:
     """Delete the temporary files and folders below `folder` that were last modified at least `age` seconds ago.
 
     If `age` is 0, the caller must ensure that no other process is writing to `folder`.
@@ -136,26 +136,26 @@ def delete_unfinished(folder: Path, age: float = 0.0, recursive: bool = True) ->
         recursive: include subfolders; if False, only files and folders directly in `folder` are deleted.
     """
     for dirpath, dirnames, filenames in os.walk(folder):
-        for name in filter(is_unfinished, [*filenames, *dirnames]):
+        for name in filter(is_temporary_name, [*filenames, *dirnames]):
             path = Path(dirpath, name)
             with contextlib.suppress(OSError):  # deleted meanwhile
                 if time.time() - path.lstat().st_mtime >= age:
                     path.unlink() if name in filenames else shutil.rmtree(path)
-        dirnames[:] = [name for name in dirnames if recursive and not is_unfinished(name)]
+        dirnames[:] = [name for name in dirnames if recursive and not is_temporary_name(name)]
 
 
-def delete_abandoned(folder: Path, name: str = "") -> None:
+def delete_stale_temporary_files(folder: Path, name: str = "") -> None:
     """Delete the temporary files and folders directly in `folder`, except those of other running local processes.
 
-    Also delete those older than `ABANDONED_SECONDS` (an hour), because process IDs are reused. If `name` is not empty,
+    Also delete those older than `STALE_SECONDS` (an hour), because process IDs are reused. If `name` is not empty,
     delete only the temporary files of the file with this name, which must be too short to be truncated.
     """
     with contextlib.suppress(OSError):  # the folder does not exist
-        for path in filter(lambda path: is_unfinished(path.name), list(folder.iterdir())):
+        for path in filter(lambda path: is_temporary_name(path.name), list(folder.iterdir())):
             stem, _, suffix = path.name.removeprefix(".").rpartition(".")
             if name in ("", stem):
                 with contextlib.suppress(OSError):  # deleted meanwhile
-                    is_old = time.time() - path.lstat().st_mtime >= ABANDONED_SECONDS
+                    is_old = time.time() - path.lstat().st_mtime >= STALE_SECONDS
                     if is_old or not is_running(suffix.partition("-")[0]):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -171,7 +171,7 @@ class LocalPath(StoragePath):
         return str(self.path)
 
     def __truediv__(self, name: str) -> LocalPath:
-        return LocalPath(join_inside(self.path, name))
+        return LocalPath(safe_join(self.path, name))
 
     @property
     def name(self) -> str:
@@ -212,10 +212,10 @@ class LocalPath(StoragePath):
             for dirpath, dirnames, filenames in os.walk(self.path, onerror=_raise_unless_not_found):
                 for name in filenames:
                     path = Path(dirpath, name)
-                    if not is_unfinished(name):
+                    if not is_temporary_name(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                             infos.append(LocalPath(path)._make_info(path.stat()))
-                dirnames[:] = [name for name in dirnames if recursive and not is_unfinished(name)]
+                dirnames[:] = [name for name in dirnames if recursive and not is_temporary_name(name)]
         return sorted(infos, key=lambda info: encode_file_name(str(info.path)))
 
     def folders(self) -> Sequence[StoragePath]:

@@ -15,9 +15,9 @@ READ_SECONDS = 30.0  # read timeout of each attempt
 INITIAL_BACKOFF_SECONDS = 0.5  # doubled at each retry; the pause is uniformly random between 0 and the backoff
 MAX_BACKOFF_SECONDS = 16.0
 MAX_BAD_REQUESTS = 5  # retries after responses with status 400, because a request can be corrupted in transit
-TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses after which a retry can succeed
-NO_BUCKET = "there is no such bucket, or this account has no access to it"  # problem in error messages
-CHECK_BUCKET = "check the address"  # fix in error messages
+TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}  # HTTP statuses after which a retry can succeed
+NO_BUCKET_PROBLEM = "there is no such bucket, or this account has no access to it"  # problem in error messages
+CHECK_BUCKET_FIX = "check the address"  # fix in error messages
 
 # Not seeded, because all workers in a run have the same seed and would retry at the same time.
 _jitter = random.SystemRandom()

@@ -20,9 +20,9 @@ from trainer.errors import DataError, TrainerError
 from trainer.names import escape_unprintable
 from trainer.storage import retries
 from trainer.storage.retries import (
-    CHECK_BUCKET,
-    NO_BUCKET,
-    TRANSIENT_CODES,
+    CHECK_BUCKET_FIX,
+    NO_BUCKET_PROBLEM,
+    TRANSIENT_STATUSES,
     CorruptTransfer,
     Result,
     Timeouts,
@@ -150,7 +150,7 @@ def classify_error(error: BaseException, address: str, permission: str) -> Trans
         return _classify_credentials_error(failure, address)
     if failure.status is None:
         return _classify_without_response(error, failure, address)
-    if failure.status in TRANSIENT_CODES or failure.status == _CONFLICT_STATUS or failure.code == "RequestTimeout":
+    if failure.status in TRANSIENT_STATUSES or failure.status == _CONFLICT_STATUS or failure.code == "RequestTimeout":
         return Transient(f"{failure.status} {http.client.responses.get(failure.status, '')}".strip())
     if failure.code in _WRONG_REGION_CODES or failure.status == 301:
         problem, value = f"{address}: is in another region", os.environ.get("AWS_REGION")
@@ -161,7 +161,7 @@ def classify_error(error: BaseException, address: str, permission: str) -> Trans
     if failure.status in (401, 403):
         return _make_denial(address, permission, failure)
     if failure.status == 404:
-        return DataError(f"{address}: {NO_BUCKET}", fix=CHECK_BUCKET)
+        return DataError(f"{address}: {NO_BUCKET_PROBLEM}", fix=CHECK_BUCKET_FIX)
     if failure.status == 400 and failure.code not in _PERMANENT_CODES:
         return Transient("400 corrupt request")
     return _make_refusal(address, failure)
@@ -193,7 +193,7 @@ def _classify_credentials_error(failure: Failure, address: str) -> Transient | T
     has_role = any(name in os.environ for name in ("AWS_ROLE_ARN", *_POD_ROLE_VARIABLES)) or (
         "KUBERNETES_SERVICE_HOST" in os.environ
     )
-    is_refused = failure.status is not None and failure.status not in TRANSIENT_CODES
+    is_refused = failure.status is not None and failure.status not in TRANSIENT_STATUSES
     if has_role and not is_refused:
         return Transient("no access token")
     reason = f" ({failure.status} {failure.code})".replace(" )", ")") if failure.status and has_role else ""
@@ -230,7 +230,7 @@ def _make_denial(address: str, permission: str, failure: Failure) -> DataError:
 
 def _make_refusal(address: str, failure: Failure) -> DataError:
     response = f"({failure.status}: {failure.message or failure.code or 'no reason'})"
-    return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET)
+    return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET_FIX)
 
 
 def _make_printable(failure: Failure) -> str:

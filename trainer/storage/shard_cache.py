@@ -20,7 +20,7 @@ from typing import IO
 from trainer.errors import DataError, Interrupted
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo, Version
-from trainer.storage.local import join_inside
+from trainer.storage.local import safe_join
 from trainer.storage.path import storage_path
 from trainer.storage.staging import VERSIONS
 from trainer.types import LogMessage
@@ -86,7 +86,7 @@ class ShardCache:
         self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
         self.folder, self._lock = _lock_folder(cache_dir, address)
         for name in entries:
-            join_inside(self.folder, name)
+            safe_join(self.folder, name)
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes of each shard on disk; least recently required first
         self._in_transfer: dict[str, int] = {}  # name -> bytes of the complete shard

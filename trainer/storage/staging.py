@@ -14,8 +14,8 @@ from pathlib import Path
 
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, find_path_error
-from trainer.storage.base import ABANDONED_SECONDS, ObjectInfo, Version, is_unfinished
-from trainer.storage.local import join_inside, write_json
+from trainer.storage.base import STALE_SECONDS, ObjectInfo, Version, is_temporary_name
+from trainer.storage.local import safe_join, write_json
 from trainer.storage.path import SCHEMES, StoragePath, storage_path
 from trainer.storage.small_files import read_json_or_default, require_json_object
 from trainer.types import LogMessage
@@ -55,7 +55,7 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     if copy.left_out:
         note(f"{address}: {describe_left_out(copy.left_out)}")
     _delete_obsolete(copy)
-    fetch_missing(address, copy.entries, copy.folder, note, check)
+    download_missing_files(address, copy.entries, copy.folder, note, check)
     return copy.path
 
 
@@ -189,7 +189,7 @@ def has_wildcard(text: str) -> bool:
     return any(character in text for character in "*?[")
 
 
-def fetch_missing(
+def download_missing_files(
     address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
 ) -> None:
     """Download the files that a local folder does not already contain in the same version.
@@ -216,7 +216,7 @@ def fetch_missing(
     start = last_report = time.monotonic()
 
     def download(name: str) -> str:
-        missing[name].path.download(join_inside(folder, name), expected=missing[name])
+        missing[name].path.download(safe_join(folder, name), expected=missing[name])
         return name
 
     with ThreadPoolExecutor(MAX_TRANSFERS, "staging") as pool:
@@ -279,8 +279,8 @@ def _delete_obsolete(copy: Copy) -> None:
         name = file.relative_to(copy.folder).as_posix()
         if not file.is_file() or name == VERSIONS or name in copy.entries:
             continue
-        is_temporary = is_unfinished(name)
-        if is_temporary and time.time() - file.stat().st_mtime < ABANDONED_SECONDS:
+        is_temporary = is_temporary_name(name)
+        if is_temporary and time.time() - file.stat().st_mtime < STALE_SECONDS:
             continue
         if is_temporary or copy.matches(name):
             file.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def compute_class_weights(
     return weights_per_class
 
 
-def max_plausible_loss(settings: LossSettings, classes: int) -> float:
+def compute_divergence_threshold(settings: LossSettings, classes: int) -> float:
     """Return the mean loss above which training counts as diverged. `classes`, at least 2, is the number of classes.
 
     The result is `MAX_LOSS_RATIO` times ln(classes). Class weights and distillation scale the losses, so it is
@@ -126,12 +126,12 @@ def distillation_loss(teacher_logits: tf.Tensor, logits: tf.Tensor, temperature:
     return temperature**2 * tf.reduce_sum(tf.exp(teacher_log_p) * (teacher_log_p - log_p), -1)
 
 
-def log_probs(probabilities: tf.Tensor) -> tf.Tensor:
+def safe_log(probabilities: tf.Tensor) -> tf.Tensor:
     """Return the natural logarithm of float32 probabilities of any shape, clamped so that it is finite for 0."""
     return tf.math.log(tf.maximum(probabilities, _MIN_PROBABILITY))
 
 
-def weighted_losses(
+def compute_weighted_losses(
     batch: dict[str, Any], logits: tf.Tensor, settings: LossSettings, teacher_logits: tf.Tensor | None = None
 ) -> tf.Tensor:
     """Compute the weighted loss of each example, float32 [b]. It is 0 for padding, whose weight is 0.
@@ -169,7 +169,7 @@ def weighted_losses(
     return losses_per_target[0] if len(losses_per_target) == 1 else losses_per_target[0] + losses_per_target[1]
 
 
-def example_accuracy(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
+def compute_example_accuracy(batch: dict[str, Any], logits: tf.Tensor) -> tf.Tensor:
     """Return 1 for each correctly classified example and 0 for others, float32 [b]; padding is not masked.
 
     For an example mixed by mixup or cutmix, return the predicted class's weight in the mix.

@@ -31,10 +31,10 @@ from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
     compute_class_weights,
-    example_accuracy,
-    log_probs,
-    max_plausible_loss,
-    weighted_losses,
+    compute_divergence_threshold,
+    compute_example_accuracy,
+    compute_weighted_losses,
+    safe_log,
 )
 from trainer.types import Batch, Dataset
 
@@ -134,13 +134,13 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
 def require_plausible(
     losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
 ) -> None:
-    """Raise `Diverged` if a mean loss exceeds `max_plausible_loss`, or is not finite.
+    """Raise `Diverged` if a mean loss exceeds `compute_divergence_threshold`, or is not finite.
 
     `losses` contains mean losses by name. The one named "val_loss" is the validation loss, which has neither class
     weights nor distillation. `classes` is the number of classes. `step`, `phase` and `epoch` are for the message.
     """
     for name, loss in losses.items():
-        limit = max_plausible_loss(LossSettings() if name == "val_loss" else settings, classes)
+        limit = compute_divergence_threshold(LossSettings() if name == "val_loss" else settings, classes)
         if not loss <= limit:  # also true for NaN
             loss_name = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
@@ -254,7 +254,7 @@ class TrainingStep:
         """Return the variables of optimizer, averages and loss scale, by their names in checkpoints."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
-        return by_name.optimizer_variables(self.optimizer) | shadows | scale
+        return by_name.collect_optimizer_variables(self.optimizer) | shadows | scale
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -391,7 +391,7 @@ class TrainingStep:
         settings, tensors = self.settings, dict[str, Any](batch)
         teacher_logits = None
         if "teacher" in tensors:
-            teacher_logits = log_probs(tensors["teacher"])
+            teacher_logits = safe_log(tensors["teacher"])
         elif self.teacher:
             teacher_logits = self.teacher(tensors["image"])
         tf_variables = [v.value for v in self.variables]
@@ -403,12 +403,12 @@ class TrainingStep:
                 batch["image"], training=True, batch_norm_training=settings.batch_norm_training, seed=settings.seed,
                 step=run_step, position=batch["position"], weight=batch["weight"],
             )  # fmt: skip
-            losses = weighted_losses(tensors, logits, settings, teacher_logits)
+            losses = compute_weighted_losses(tensors, logits, settings, teacher_logits)
             l2_penalty = self.network.l2_loss() / (self.replicas * self.micro_batches)
             loss = tf.reduce_sum(losses) / tf.maximum(examples, 1.0) + l2_penalty  # 0 if all images are skipped
             scaled_loss = loss * self.loss_scale[0] if self.loss_scale else loss
         gradients = tape.gradient(scaled_loss, tf_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        num_correct = tf.reduce_sum(example_accuracy(tensors, logits) * batch["weight"])
+        num_correct = tf.reduce_sum(compute_example_accuracy(tensors, logits) * batch["weight"])
         sums = tf.stack([tf.reduce_sum(losses), num_correct, tf.reduce_sum(batch["weight"])])
         return [*gradients, sums, *(statistics[name] for name in self.statistics_sizes)]
 

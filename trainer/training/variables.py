@@ -42,7 +42,7 @@ def assign_values(variables: dict[str, Any], values: dict[str, np.ndarray], sour
         _unwrap_keras_variable(variable).assign(values[name])
 
 
-def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+def collect_optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """Return an optimizer's variables by names that are the same in each process.
 
     A name contains the variable's index and its Keras path, such as "optimizer/0000/optimizer/iteration". Keras gives

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws as draw_ids
-from trainer.data.augment.draws import LEVELS, RandomDraws, tabulate_levels
+from trainer.data.augment.draws import NUM_LEVELS, RandomDraws, tabulate_levels
 
 MAX_ASPECT = 4 / 3  # maximum aspect ratio of a crop, width : height; the minimum is 1 / MAX_ASPECT
 
@@ -95,12 +95,12 @@ def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
         min_area: minimum area of a crop as a fraction of the image, between 0 and 1 (both excluded).
 
     Returns:
-        Square roots of the aspect ratios, and maximum areas as fractions of the image, both float64 [LEVELS].
+        Square roots of the aspect ratios, and maximum areas as fractions of the image, both float64 [NUM_LEVELS].
     """
     max_log_aspect = min(np.log(MAX_ASPECT), -np.log(min_area))
     grid = np.linspace(0, max_log_aspect, 100_001)
     cumulative = 1 - np.exp(-grid) - min_area * grid  # distribution function of the log aspect, not normalized
-    upper_half = np.interp((np.arange(LEVELS // 2) + 0.5) / (LEVELS // 2) * cumulative[-1], cumulative, grid)
+    upper_half = np.interp((np.arange(NUM_LEVELS // 2) + 0.5) / (NUM_LEVELS // 2) * cumulative[-1], cumulative, grid)
     log_aspects = np.concatenate([-upper_half[::-1], upper_half])
     return np.exp(log_aspects / 2), np.exp(-np.abs(log_aspects))
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.affine import compile_with_xla
-from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, LEVELS, MIX, MIX_METHOD, RandomDraws
+from trainer.data.augment.draws import CUTMIX_X, CUTMIX_Y, CUTOUT_X, CUTOUT_Y, MIX, MIX_METHOD, NUM_LEVELS, RandomDraws
 
 GRAY = 128  # middle of the pixel range, close to zero after any backbone's preprocessing
 
@@ -50,10 +50,10 @@ def _flatten(images: tf.Tensor) -> tf.Tensor:
 
 
 def beta_quantiles(alpha: float) -> np.ndarray:
-    """Return `LEVELS` equally likely values of a Beta(alpha, alpha) variable, increasing, float64 [LEVELS]."""
+    """Return `NUM_LEVELS` equally likely values of a Beta(alpha, alpha) variable, increasing, float64 [NUM_LEVELS]."""
     from scipy import stats  # not at the top: the import takes half a second or more, and few runs need it
 
-    return stats.beta.ppf((np.arange(LEVELS) + 0.5) / LEVELS, alpha, alpha)
+    return stats.beta.ppf((np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS, alpha, alpha)
 
 
 def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
