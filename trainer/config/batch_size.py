@@ -105,8 +105,8 @@ def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: 
 
     On CPUs, the size is 16 below 1,000 images, 32 below 50,000, and 64 otherwise, also if the GPU's memory or the
     backbone is unknown. On GPUs, the size per GPU is the largest power of two, up to `MAX_BATCH_SIZE_PER_GPU`, that
-    fits into `MEMORY_FRACTION` of its memory. The global size must also leave `MIN_STEPS_PER_EPOCH` steps, or not exceed
-    the size for CPUs.
+    fits into `MEMORY_FRACTION` of its memory. The global size must also leave `MIN_STEPS_PER_EPOCH` steps, or not
+    exceed the size for CPUs.
 
     Args:
         config: configuration with the phases, the precision and the backbone resolved.
