@@ -1,4 +1,4 @@
-"""Choose the data source, `data=...`, if the arguments only give the data's location."""
+"""Choose the data source, `data=...`, from the location of the data, if the arguments do not choose it."""
 
 import glob
 import re
@@ -13,21 +13,24 @@ from trainer.errors import ConfigError, DataError
 from trainer.names import escape_unprintable
 from trainer.storage.path import StoragePath, storage_path
 
-_RECORDS = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)  # suffix of a TFRecord file
-_INFO = "dataset_info.json"  # file in each folder that TensorFlow Datasets has prepared
+# Suffix of a TFRecord file, also if it is followed by the number of a shard: .tfrecord-00000-of-00001.
+_RECORD_SUFFIX = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
+_TFDS_INFO_FILE = "dataset_info.json"  # file in the folder of each dataset that TensorFlow Datasets has prepared
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     """Add `data=...` if the arguments give data.root, data.name or data.pattern, but no source and no experiment.
 
-    The argument data.root is replaced if the data is a prepared dataset in a subfolder of data.root, or record files.
+    The argument data.root is replaced by the subfolder if the data is a prepared dataset in a subfolder of data.root,
+    and by data.pattern if the data is record files. With -h, --help, --version or data.root=null, nothing is chosen.
 
     Returns:
         The arguments, and a log line about the choice and its reason, or "" if nothing was chosen.
 
     Raises:
-        ConfigError: data.root cannot be parsed, has an unsupported scheme or refers to another key, or a sweep's values
-            of data.root have different sources.
+        ConfigError: data.root cannot be parsed or resolved here, for example because it refers to another key; it has
+            an unsupported scheme; or a sweep's values of data.root are given by a function other than choice(...), or
+            have different sources.
         DataError: data.root is not a supported source, or has several prepared datasets.
     """
     values = map_argument_values(arguments)
@@ -36,23 +39,24 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
     if has_choice or key is None:
         return list(arguments), ""
     if key != "data.root":
-        group, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
-        return [f"data={group}", *arguments], f"{key}={values[key]}: {reason}, so data={group}"
+        source, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
+        return [f"data={source}", *arguments], f"{key}={values[key]}: {reason}, so data={source}"
     roots = _parse_roots(values["data.root"], is_sweep(list(arguments)))
     if None in roots:
         return list(arguments), ""
-    groups, reasons, replacements = zip(*map(_detect_source_or_raise, roots), strict=True)
-    if len(set(groups)) > 1:
+    sources, reasons, replacements = zip(*map(_detect_source_of_root, roots), strict=True)
+    if len(set(sources)) > 1:
         joined_values = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
         problem = f"the values are of several sources ({joined_values})"
         raise ConfigError(problem, key="data.root", value=values["data.root"], fix="sweep over those of one source")
-    new_arguments, other_arguments = [f"data={groups[0]}"], list(arguments)
+    new_arguments, other_arguments = [f"data={sources[0]}"], list(arguments)
     if any(replacements):
         root_arguments = [
             replacement[0] if replacement else f"data.root={quote_if_needed(root)}"
             for replacement, root in zip(replacements, roots, strict=True)
         ]
         root_values = [argument.partition("=")[2] for argument in root_arguments]
+        # Several values are those of a sweep, so a value that contains a comma is quoted.
         joined_values = (
             ",".join(quote(v) if "," in v and v[:1] not in "'\"" else v for v in root_values)
             if root_values[1:]
@@ -65,26 +69,27 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _parse_roots(text: str, sweep: bool) -> list[Any]:
-    """Parse the value of data.root to a list of paths, which are several in a sweep. The value null becomes None.
+    """Parse the value of data.root into a list of paths: one, or several in a sweep. The value null becomes None.
 
-    Raises ConfigError if a path cannot be parsed, or is known only when a run begins.
+    Raises ConfigError if a path cannot be parsed or resolved here, or if a sweep's values are given by a function other
+    than choice(...).
     """
     function = FUNCTION.fullmatch(text)
     problem = "is known only when a run begins, so the source of the data cannot be chosen by it"
-    unknown_error = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
+    unresolved_error = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
     if sweep and function and function[1] != "choice":
-        raise unknown_error
+        raise unresolved_error
     (override,) = translate_overrides([f"data.root={text}"], sweep)
     parsed = parse_override(override)
     value_texts = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [override.partition("=")[2]]
     try:
         return [evaluate_override(f"data.root={value_text}") for value_text in value_texts]
     except ConfigError:
-        raise unknown_error from None  # a reference to another key
+        raise unresolved_error from None  # usually a reference to another key, or to a variable that is not set
 
 
-def _detect_source_or_raise(root: str) -> tuple[str, str, list[str]]:
-    """Call `detect_source`; raise a ConfigError about data.root if `root` is not an address."""
+def _detect_source_of_root(root: str) -> tuple[str, str, list[str]]:
+    """Call `detect_source`, or raise a ConfigError about data.root if `check_address` rejects `root`."""
     try:
         return detect_source(check_address(root))
     except InvalidValue as error:
@@ -94,8 +99,8 @@ def _detect_source_or_raise(root: str) -> tuple[str, str, list[str]]:
 def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
-    A folder with both subfolders of images and record files is an image folder. System folders such as lost+found are
-    ignored.
+    A folder with record files is nevertheless an image folder if one of its first nine subfolders contains images.
+    System folders such as lost+found are ignored.
 
     Returns:
         The source (a choice of the config group `data`), the reason for the log, and a list with the argument that
@@ -110,28 +115,29 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     folder = storage_path(root)
     file_names = [info.path.name for info in folder.list(recursive=False)]
     folders = [subfolder for subfolder in folder.folders() if not is_system_name(subfolder.name)]
-    # In a bucket, only the first two are inspected, since each costs requests; two suffice to detect several datasets.
+    # Each folder in a bucket costs requests, so only the first two are searched for prepared datasets. Two suffice to
+    # detect that there are several, but a dataset in a later folder is not detected.
     inspected_folders = folders if folder.is_local else folders[:2]
-    datasets = [subfolder for subfolder in inspected_folders if (subfolder / _INFO).exists()] + [
+    datasets = [subfolder for subfolder in inspected_folders if (subfolder / _TFDS_INFO_FILE).exists()] + [
         subfolder
         for parent in inspected_folders[:9]
         for subfolder in parent.folders()[:9]
-        if (subfolder / _INFO).exists()
+        if (subfolder / _TFDS_INFO_FILE).exists()
     ]
-    if _INFO in file_names:
-        return "tfds", f"{_INFO}, a prepared dataset", []
+    if _TFDS_INFO_FILE in file_names:
+        return "tfds", f"{_TFDS_INFO_FILE}, a prepared dataset", []
     if len(datasets) == 1:
         return (
             "tfds",
-            f"{_INFO} in {escape_unprintable(datasets[0].name)}, a prepared dataset",
+            f"{_TFDS_INFO_FILE} in {escape_unprintable(datasets[0].name)}, a prepared dataset",
             [f"data.root={quote_if_needed(str(datasets[0]))}"],
         )
     if datasets:
         problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
         raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
-    record_names = sorted(name for name in file_names if _RECORDS.search(name))
+    record_names = sorted(name for name in file_names if _RECORD_SUFFIX.search(name))
     if record_names and not any(map(_holds_images, folders[:9])):
-        suffix_match = _RECORDS.search(record_names[0])
+        suffix_match = _RECORD_SUFFIX.search(record_names[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix_match[0] if suffix_match else ''}*"
         return "tfrecords", f"{len(record_names)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
@@ -144,13 +150,16 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         if folder.name.lower().endswith(".csv"):
             return "csv", "a CSV file", []
         problem = "is a file"
-        if _RECORDS.search(folder.name):
+        if _RECORD_SUFFIX.search(folder.name):
             fix = f"write data=tfrecords {format_argument('data.pattern', glob.escape(root))} data.class_names=[...]"
     raise DataError(problem, key="data.root", value=root, fix=fix)
 
 
 def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
-    """Return whether a class folder has an image, or a split folder has one in its first three class folders."""
+    """Return whether a class folder has an image, or a split folder has one in its first three class folders.
+
+    `depth`: number of levels of folders to search, 1 for a class folder.
+    """
     from trainer.data.image_files import EXTENSIONS
 
     if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):

@@ -1,10 +1,10 @@
 """Start a training process's watchdog: a separate process, because all threads of the training process need the GIL.
 
-TensorFlow holds the GIL in some calls, above all while its servers connect, which takes forever if a peer has failed.
+TensorFlow holds the GIL in some calls, above all while its servers connect, which never returns if a peer has failed.
 No signal handler, timer, control channel or HTTP thread can run then. Therefore `start` starts a process that runs
-`trainer.cluster.watchdog_process`, and sends it this process's state every second and at each change.
+`trainer.cluster.watchdog_process`, and sends it this process's state every `INTERVAL_SECONDS` and at each change.
 
-A process that is blocked in C code can choose its exit code only in C. `_arm_exit` lets the C library wait for a byte
+A process that is blocked in C code can choose its exit code only in C. `_arm_exit` makes the C library wait for a byte
 from the watchdog and then call `_exit`. If the process does not exit, the watchdog sends SIGKILL.
 """
 
@@ -38,7 +38,10 @@ class _SignalEvent(ctypes.Structure):
 
 
 class _ReadRequest(ctypes.Structure):
-    """glibc's `struct aiocb` on 64-bit machines: a request for an asynchronous read."""
+    """glibc's `struct aiocb` on 64-bit machines: a request for an asynchronous read.
+
+    `internal` covers the remaining fields, including `aio_offset`. All of them are 0.
+    """
 
     _fields_ = (
         ("descriptor", ctypes.c_int), ("opcode", ctypes.c_int), ("priority", ctypes.c_int),
@@ -49,20 +52,20 @@ class _ReadRequest(ctypes.Structure):
 
 _SIGEV_THREAD = 2  # value of `sigevent.sigev_notify`: call a function in a new thread
 _processes: list[subprocess.Popen[bytes]] = []  # the watchdog process, between `start` and `stop`
-_keep_alive: list[Any] = []  # objects that the C library uses until this process ends, and a descriptor
+_keep_alive: list[Any] = []  # objects that the C library uses until this process ends, and `exit_writer`
 
 
 def start(
     runtime: Runtime, control: ControlChannel, signals: socket.socket, listener: socket.socket | None, **labels: str
 ) -> int | None:
-    """Start this process's watchdog, and send it this process's state every second and at each change.
+    """Start this process's watchdog, and send it this process's state every `INTERVAL_SECONDS` and at each change.
 
     Must be called before TensorFlow is imported.
 
     Args:
         runtime: the run's settings, of which `termination_log` and `log_format` also apply to the watchdog.
         control: the control channel, whose connections the watchdog observes.
-        signals: `StopFlag.unread`, the socket with the signal numbers that no thread has read yet.
+        signals: `StopFlag.unread`, the end of the wake-up pipe with the signal numbers that no thread has read yet.
         listener: the listening socket for `/healthz`, on which the watchdog responds when this process cannot; None if
             there is no HTTP server.
         labels: labels of JSON log lines, as in `trainer.monitoring.log.configure`.
@@ -76,7 +79,7 @@ def start(
     for writer in (state_writer, stack_writer):
         os.set_blocking(writer, False)  # a suspended watchdog does not read
     faulthandler.register(STACK_SIGNAL, file=stack_writer, all_threads=True)
-    with contextlib.suppress(OSError, AttributeError):  # another C library; the watchdog then sends SIGKILL
+    with contextlib.suppress(OSError, AttributeError):  # without it, the watchdog can only send SIGKILL
         _arm_exit(exit_reader)
     peers = {
         peer: (connection.socket.fileno(), control.cluster.addresses[peer])
@@ -89,17 +92,18 @@ def start(
     }  # fmt: skip
     if listener:
         listener.setblocking(False)  # both processes accept connections: `accept` must not block if the other is first
-    descriptors = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
+    inherited_fds = [state_reader, exit_writer, stack_reader, signals.fileno(), *(fd for fd, _ in peers.values())]
     command, environment = build_module_command("trainer.cluster.watchdog_process", json.dumps(settings))
     try:
         child = subprocess.Popen(
-            command, pass_fds=[*descriptors, *([listener.fileno()] if listener else [])], env=environment,
+            command, pass_fds=[*inherited_fds, *([listener.fileno()] if listener else [])], env=environment,
             stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # This process keeps `exit_writer` open. Otherwise the watchdog's end would complete the read and exit this process.
+    # `exit_writer` is never closed in this process. Otherwise the watchdog's exit would close the pipe's last writer,
+    # and the end of file would complete the read and exit this process.
     _keep_alive.append(exit_writer)
     _processes.append(child)
     os.close(state_reader)
@@ -114,7 +118,7 @@ def start(
         while child.poll() is None:
             send_state()
             time.sleep(INTERVAL_SECONDS)
-        if child not in _processes:  # `stop` has ended it
+        if child not in _processes:  # `stop` killed it
             return
         log.warning(f"watchdog: has ended (exit code {child.returncode}); the run continues without it")
 
@@ -135,7 +139,8 @@ def stop() -> None:
 def _encode_state(control: ControlChannel) -> bytes:
     """Encode this process's state for the watchdog as one JSON line.
 
-    A write of at most 4096 bytes to a pipe is atomic (PIPE_BUF on Linux). The watchdog skips a line that is truncated.
+    A write of at most 4096 bytes (PIPE_BUF on Linux) to a pipe is atomic. A line can be longer, for example with many
+    workers, and a pipe that is almost full then truncates it. The watchdog skips such a line.
     """
     state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
              "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
@@ -143,7 +148,7 @@ def _encode_state(control: ControlChannel) -> bytes:
 
 
 def _arm_exit(descriptor: int) -> None:
-    """Let the C library exit this process with code 75 as soon as a byte can be read from `descriptor`.
+    """Make the C library exit this process with code 75 when a byte, or the end of file, can be read from `descriptor`.
 
     This requests an asynchronous read, on whose completion a new thread calls `_exit`. Raises OSError if the C library
     rejects the request, and AttributeError if it has no `aio_read`.
@@ -151,7 +156,7 @@ def _arm_exit(descriptor: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     exit_address = ctypes.cast(libc["_exit"], ctypes.c_void_p).value
     buffer = ctypes.create_string_buffer(1)
-    event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, exit_address)
+    event = _SignalEvent(INTERRUPTED, 0, _SIGEV_THREAD, exit_address)  # `value` is the argument of `_exit`
     request = _ReadRequest(descriptor, 0, 0, ctypes.addressof(buffer), 1, event)
     _keep_alive.extend([buffer, request])
     if libc.aio_read(ctypes.byref(request)):

@@ -1,4 +1,4 @@
-"""Find configuration keys that have no effect because of other keys, such as the source or the optimizer of a phase."""
+"""Find configuration keys that a run does not read: because of another key, such as data.source, or in any case."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import OVERFIT_VALUES, Data, RequestedConfig, configure_teacher
 from trainer.errors import ConfigError
 
-# Key of `data` -> values of data.source that read the key; keys that are not listed are read for every source.
+# Key of `data` -> values of data.source with which the key is read. For other keys, the source makes no difference.
 _SOURCES: dict[str, tuple[str, ...]] = {
     "root": ("image_folder", "csv", "tfds"),
     "name": ("tfds",),
@@ -27,15 +27,17 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "label_kind": ("tfds", "tfrecords"),
     "shard_by": ("tfds", "tfrecords"),
 }
-_GEOMETRY = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")  # transformations that need fill pixels
-Reasons = Iterator[tuple[str, str]]  # (key in a section, why it is not read)
+# Keys of `augmentation` whose transformations expose pixels outside the image, which `fill` determines.
+_GEOMETRIC_KEYS = ("rotation", "shift", "shear", "zoom", "stretch", "randaugment")
+Reasons = Iterator[tuple[str, str]]  # pairs: key in a section, reason why it is not read
 
 
 def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     """Find the keys that differ from their default but are not read.
 
     Returns:
-        Dotted key -> reason, a predicate such as "is not read without momentum".
+        A dict from dotted key to reason, a verb phrase such as "is not read without momentum". If there are several
+        reasons, it has the last one. The keys of the teacher's model and phases begin with "distillation.".
     """
     sections: list[tuple[str, Section, Reasons]] = [
         ("data", config.data, _check_data(config.data)),
@@ -57,15 +59,19 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         if getattr(section, key) != type(section).model_fields[key].default
     }
     if teacher := configure_teacher(config):
-        teacher_keys = find_unread_keys(teacher).items()
+        teacher_reasons = find_unread_keys(teacher).items()
+        # The other keys of the teacher's run are not set below `distillation`.
         reasons_by_key |= {
-            f"distillation.{key}": reason for key, reason in teacher_keys if key.startswith(("model.", "phases."))
+            f"distillation.{key}": reason for key, reason in teacher_reasons if key.startswith(("model.", "phases."))
         }
     return reasons_by_key
 
 
 def _list_phases(config: RequestedConfig) -> dict[str, Phase]:
-    """Return the phases by their key below `phases`: "head", or "auto.few_similar.head" with phases=auto."""
+    """Return the phases by their key below `phases`, such as "head".
+
+    With phases=auto, these are the phases of all rows of `PhaseTable`: "auto.few_similar.head".
+    """
     if not isinstance(config.phases, AutoPhases):
         return config.phases
     phases_by_row = {row: row_phases for row, row_phases in config.phases.auto if isinstance(row_phases, dict)}
@@ -91,7 +97,7 @@ def _check_export(config: RequestedConfig) -> Reasons:
 
 
 def _check_overfit(config: RequestedConfig, *keys: str) -> Reasons:
-    """Yield `keys`, which `apply_overfit` overrides, if debug.overfit is set."""
+    """Yield `keys`, which are read only without debug.overfit, if debug.overfit is set."""
     if config.debug.overfit:
         yield from ((key, "is not read with debug.overfit") for key in keys)
 
@@ -113,8 +119,8 @@ def _check_augmentation(config: RequestedConfig) -> Reasons:
     yield from _check_overfit(config, *type(config.augmentation).model_fields)
     if not config.augmentation.randaugment:
         yield "magnitude", "is not read without augmentation.randaugment"
-    if not any(getattr(config.augmentation, key) for key in _GEOMETRY):
-        yield "fill", f"is not read without one of {', '.join(_GEOMETRY)}"
+    if not any(getattr(config.augmentation, key) for key in _GEOMETRIC_KEYS):
+        yield "fill", f"is not read without one of {', '.join(_GEOMETRIC_KEYS)}"
 
 
 def _check_phase(phase: Phase, config: RequestedConfig) -> Reasons:
@@ -135,15 +141,15 @@ def _check_optimizer(phase: Phase) -> Reasons:
 
 
 def _check_schedule(phase: Phase) -> Reasons:
-    valid_keys = {"cosine": {"final"}, "exponential": {"decay", "every"}, "time": {"decay"}, "step": {"decay", "at"}}
-    for key in {"final", "decay", "every", "at"} - valid_keys.get(phase.schedule.name, set()):
+    keys_by_name = {"cosine": {"final"}, "exponential": {"decay", "every"}, "time": {"decay"}, "step": {"decay", "at"}}
+    for key in {"final", "decay", "every", "at"} - keys_by_name.get(phase.schedule.name, set()):
         yield key, f"is not read with schedule.name={phase.schedule.name}"
 
 
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
-    """Raise a ConfigError if one of `keys`, from the command line, differs from its default but is not read.
+    """Raise a ConfigError if any of the command-line `keys` differs from its default but is not read.
 
-    The error's `faults` list all these keys.
+    The error's `faults` contain one ConfigError for each such key.
     """
     reasons_by_key = find_unread_keys(config)
     if faults := [ConfigError(reasons_by_key[key], key=key, value=_get_value(config, key), fix="remove it")
@@ -152,7 +158,7 @@ def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
 
 
 def _get_value(config: RequestedConfig, key: str) -> Any:
-    """Return the value of a dotted key as users write it: a bool as "true" or "false"."""
+    """Return the value of a dotted key; a bool as users write it, "true" or "false"."""
     value: Any = config
     for name in key.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)

@@ -29,6 +29,7 @@ ONNX_OPSET = 18  # operator set version; introduced by ONNX 1.13 (2022) and supp
 def export_keras(bundle: ExportBundle, path: Path) -> None:
     """Write a Keras model atomically: float32 [n, S, S, 3] RGB in 0..255 -> float32 probabilities [n, classes].
 
+    S is `bundle.image_size`, here and in `export_onnx`.
     `keras.saving.load_model(path)` loads the file in safe mode, without this package.
     """
     with temporary_folder(path) as folder, as_plain_float32(bundle.model):
@@ -38,7 +39,7 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
 
 
 def export_onnx(bundle: ExportBundle, path: Path) -> None:
-    """Write an ONNX model atomically: `images` float32 [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes].
+    """Write an ONNX model atomically: `images` [n, S, S, 3] RGB in 0..255 -> `probabilities` [n, classes], in float32.
 
     The file is for ONNX Runtime, TensorRT and OpenVINO. Its metadata entry `labels` has one class name per line.
     Requires the packages of the extra `onnx`.
@@ -68,9 +69,9 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
     "tflite_int8": ("model_int8.tflite", partial(export_tflite, precision="int8")),
     "onnx": ("model.onnx", export_onnx),
 }
-RUN_PRECISION_FORMATS = frozenset(
-    {"saved_model"}
-)  # formats that compute in the run's precision; the others are float32
+# Formats that compute in the run's precision, and are compared with its probabilities. All others are converted from
+# the float32 model, and are compared with float32 probabilities.
+RUN_PRECISION_FORMATS = frozenset({"saved_model"})
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # packages of the extra `onnx`
 
 
@@ -79,7 +80,7 @@ def check_formats(formats: Iterable[str], backbone: str) -> None:
 
     Raises:
         ConfigError: a package of the extra `onnx` is not installed, or the backbone is a ConvNeXt: tf2onnx 1.17 cannot
-            convert the operation Erfc of its GELU activations.
+            convert the operation Erfc in its GELU activations.
     """
     if "onnx" not in formats:
         return
@@ -109,20 +110,23 @@ def export_formats(
 ) -> dict[str, dict[str, Any]]:
     """Write each format below `folder`, score it, and delete it if it is refused (`verify.judge_accuracy_drop`).
 
-    If the accuracy drop exceeds the limit but is not significant, a warning is logged.
+    A warning is logged if a format is refused, or if its accuracy drop exceeds the limit but is not statistically
+    significant.
 
     Args:
         formats: keys of `FORMATS`.
-        held_out: examples of the parity check.
+        held_out: examples on which the formats are scored, with the probabilities of the trained model.
         max_accuracy_drop: largest acceptable net loss of correct predictions, as a fraction of the examples.
         check: called before each format and each batch; may raise an exception to stop the export.
 
     Returns:
-        By format: its scores (`verify.score`), `path` relative to `folder`, `bytes`, and `refused` (True if it was
-        deleted).
+        A dict from format to its scores (`verify.score`), `path` relative to `folder`, `bytes`, and `refused` (True if
+        it was deleted).
 
     Raises:
         ModelError: a written file cannot be loaded.
+        Interrupted: the disk is full or fails while a file is loaded.
+        Exception: any error of `check`, or of the library that writes a format.
     """
     exports: dict[str, dict[str, Any]] = {}
     delete_temporary_files(folder)
@@ -145,7 +149,9 @@ def export_formats(
         if refused:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             with contextlib.suppress(OSError):
-                path.parent.rmdir()  # a model server would wait for a version in an empty saved_model/
+                # A model server would wait for a version in an empty saved_model/. Other formats are directly in
+                # `folder`, which is not empty: `rmdir` fails.
+                path.parent.rmdir()
         exports[name] = {"path": relative_path, "bytes": size, **scores, "refused": refused}
     return exports
 

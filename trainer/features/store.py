@@ -1,8 +1,8 @@
 """Features of a split's images, which are computed once, stored in memory or on disk, and read instead of the images.
 
-On disk, `NAME.rows` contains a row for each example in each view, at a fixed offset. After a block of consecutive rows
-is written, a JSON line with its range and checksum is appended to `NAME.list`. So a restart can read the rows that
-earlier starts have written. Missing and corrupt rows are computed again.
+On disk, `NAME.rows` contains, for each view, a row for each example and one of zeros for padding, at fixed offsets.
+After a block of consecutive rows is written, a JSON line with its range and checksum is appended to `NAME.list`. So a
+restart can read the rows that earlier starts wrote. Missing and corrupt rows are computed again.
 """
 
 import json
@@ -59,12 +59,15 @@ class Features:
 
     @property
     def location(self) -> str:
-        """The storage location, for log lines: the path of a file, or "memory"."""
+        """Where the rows are stored, for log lines: the path of NAME.rows, or "memory" if they are not on disk."""
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
     def bytes(self) -> int:
-        """Size of all views of the examples that this worker reads, in bytes."""
+        """Size of all views of the examples that this worker reads, in bytes.
+
+        Rows of other examples are never written: their memory pages and disk blocks are not allocated.
+        """
         return count_feature_bytes(self.shape, self.dtype, self.views, len(self.indices))
 
     def tensor(self) -> tf.Tensor:
@@ -72,11 +75,11 @@ class Features:
         return wrap_array(self.array)
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        """Return the features [b, *shape] of examples, each in its epoch's view.
+        """Return the features of examples, each in its epoch's view: [b, *shape] in `dtype`.
 
         Args:
             tensor: all rows, from the method `tensor`.
-            index: example indices, int64 [b]; `split.count` for padding.
+            index: example indices, int64 [b]; `split.count` for padding and for unreadable images.
             epoch: epoch of each example, int64 [b].
         """
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
@@ -96,7 +99,7 @@ class Features:
         """Convert rows [n, *shape] of any float dtype to the NumPy dtype in which `write` stores them.
 
         Raises:
-            DataError: a finite value is too large for float16.
+            DataError: all values are finite, and one is too large for float16.
         """
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
@@ -119,14 +122,17 @@ class Features:
         Raises:
             OSError: the rows cannot be written to disk, and the features are not in memory.
         """
-        gaps = np.flatnonzero(np.diff(index) != 1) + 1
-        for indices, values in zip(np.split(index, gaps), np.split(rows, gaps), strict=True):
+        run_starts = np.flatnonzero(np.diff(index) != 1) + 1
+        for indices, values in zip(np.split(index, run_starts), np.split(rows, run_starts), strict=True):
             if len(indices):
                 self._write_block(view, int(indices[0]), np.ascontiguousarray(values), bad)
         self.bad |= bad
 
     def _write_block(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
-        """Store rows of consecutive examples. If the disk fails, features in memory are no longer written to disk."""
+        """Store rows of consecutive examples.
+
+        If the disk fails, features in memory are no longer written to disk, and their files are deleted.
+        """
         count, start = len(rows), view * (self.split.count + 1) + first
         if self.cached_in == "memory":
             assert self.array is not None
@@ -136,11 +142,11 @@ class Features:
                      "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
             try:
                 # Do not write through a mapped file, because a full disk would then kill the process with SIGBUS.
-                with open(self.file.with_suffix(".rows"), "r+b") as file:
-                    file.seek(start * self.row_bytes)
-                    file.write(rows.data.cast("B"))
-                with open(self.file.with_suffix(".list"), "a") as blocks:
-                    blocks.write(json.dumps(block) + "\n")
+                with open(self.file.with_suffix(".rows"), "r+b") as rows_file:
+                    rows_file.seek(start * self.row_bytes)
+                    rows_file.write(rows.data.cast("B"))
+                with open(self.file.with_suffix(".list"), "a") as list_file:
+                    list_file.write(json.dumps(block) + "\n")
             except OSError as error:
                 if self.cached_in != "memory":
                     raise
@@ -152,7 +158,7 @@ class Features:
         self.stored[view, first : first + count] = True
 
     def complete(self) -> None:
-        """Make the features readable, which requires that all rows are stored."""
+        """Make the features readable. Requires that the rows of all `indices` are stored, in each view."""
         assert not any(self.missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
@@ -173,11 +179,11 @@ def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
-    """Prepare `features` for writing, and load the rows that earlier starts have stored in `file`.
+    """Prepare `features` for writing, and load the rows that earlier starts stored in `file`.
 
     Features that fit the memory budget are stored in memory, and also on disk if they fit the disk budget. Features
     that fit only the disk budget are stored only on disk. The least recently used features in the same folder are
-    deleted to stay within the disk budget.
+    deleted to stay within the disk budget. Disk errors are logged, not raised.
 
     Args:
         features: new features, which are modified and returned.
@@ -203,7 +209,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
             _evict(file, features.bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as sparse_file:
                 sparse_file.truncate(num_rows * features.row_bytes)
-            file.with_suffix(".list").touch()
+            file.with_suffix(".list").touch()  # marks the features as recently used, for `_evict`
             features.file = file
             _load_rows(features)
         except OSError as error:
@@ -218,7 +224,7 @@ def _load_rows(features: Features) -> None:
     """Mark rows on disk that match their checksums as stored, and copy them to `features.array` unless it is None."""
     assert features.file
     num_corrupt, rows_per_view = 0, features.split.count + 1
-    with open(features.file.with_suffix(".rows"), "rb") as rows:
+    with open(features.file.with_suffix(".rows"), "rb") as rows_file:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:
                 block = json.loads(line)
@@ -231,28 +237,29 @@ def _load_rows(features: Features) -> None:
             if not in_range or any(not first <= index < first + count for index in bad):
                 continue
             start = view * rows_per_view + first
-            rows.seek(start * features.row_bytes)
-            content = rows.read(count * features.row_bytes)
+            rows_file.seek(start * features.row_bytes)
+            content = rows_file.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == checksum
-            num_corrupt += not is_intact
-            features.stored[view, first : first + count] = is_intact  # a later line overrides an earlier line
+            num_corrupt += not is_intact  # also counts a line that a later one replaces
+            features.stored[view, first : first + count] = is_intact  # the last line about a row decides
             if is_intact:
                 features.bad |= bad
                 if features.array is not None:
                     values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
     if num_corrupt:
-        blocks = f"{num_corrupt} block{'s' * (num_corrupt > 1)}"
-        features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
+        corrupt_blocks = f"{num_corrupt} block{'s' * (num_corrupt > 1)}"
+        features.log_message(f"{corrupt_blocks} of {features.file}.rows corrupt; computing the features again")
 
 
 def _evict(file: Path, num_required_bytes: int, budget: int) -> None:
     """Delete the least recently used features in the folder, except `file`, until the required bytes fit the budget."""
     other_files = []
     for path in file.parent.glob("*.list"):
-        rows = path.with_suffix(".rows")
-        if path.stem != file.name and rows.exists():
-            other_files.append((path.stat().st_mtime, rows.stat().st_blocks * 512, path.with_suffix("")))
+        rows_path = path.with_suffix(".rows")
+        if path.stem != file.name and rows_path.exists():
+            # The space that the sparse file takes on disk: `st_blocks` counts units of 512 bytes.
+            other_files.append((path.stat().st_mtime, rows_path.stat().st_blocks * 512, path.with_suffix("")))
     total_bytes = num_required_bytes + sum(num_bytes for _, num_bytes, _ in other_files)
     for _, num_bytes, other_file in sorted(other_files):
         if total_bytes <= budget:

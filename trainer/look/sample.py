@@ -1,4 +1,4 @@
-"""Choose the images of a dataset to examine, and those to show. The choice depends only on the labels and the seed."""
+"""Choose the images of a dataset to examine, and those to show. The same data, limit and seed give the same choice."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,15 +9,18 @@ import numpy as np
 from trainer.data.splits import rank_within_classes
 from trainer.types import Split
 
-PER_CLASS, MAX_SHOWN = 6, 400  # maximum number of images on the page, per class and in total
-MAX_CLASSES = 1_000  # maximum number of classes with images on the page; the rarest ones if there are more
+# Maximum number of examples on the page, per class and in total. If there are more than `MAX_SHOWN` classes, the page
+# has one example per class instead.
+PER_CLASS, MAX_SHOWN = 6, 400
+MAX_CLASSES = 1_000  # maximum number of classes with examples on the page; the rarest ones if there are more
 
 
 def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:
     """Return the indices of at most `limit` examples, int64 [k], increasing.
 
-    Files are chosen at even spacing in the split's order. Records are chosen at even spacing in as few random shards as
-    possible, because a whole shard is fetched from a bucket, or indexed, to read one record.
+    Image files are chosen at even spacing in the split's order. Records are chosen at even spacing in a few shards,
+    because a whole shard is fetched from a bucket, or indexed, to read one record. These shards are drawn in random
+    order until they have at least `limit` records. `seed` has no other effect.
     """
     if split.count <= limit:
         return np.arange(split.count)
@@ -35,34 +38,39 @@ def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:
 
 
 def concatenate(splits: Mapping[str, Split]) -> tuple[Split, dict[str, int]]:
-    """Join splits into one split. Return it, and split name -> index in it of the split's first example."""
-    members = list(splits.values())
+    """Join splits of one dataset into one split, without `groups`.
+
+    Returns:
+        The joined split, and a dict from split name to the index of that split's first example in the joined split.
+    """
+    parts = list(splits.values())
     joined = replace(
-        members[0],
+        parts[0],
         name="all",
-        labels=np.concatenate([split.labels for split in members]),
-        files=tuple(chain.from_iterable(split.files for split in members)),
-        shards=tuple(chain.from_iterable(split.shards for split in members)),
+        labels=np.concatenate([split.labels for split in parts]),
+        files=tuple(chain.from_iterable(split.files for split in parts)),
+        shards=tuple(chain.from_iterable(split.shards for split in parts)),
         groups=None,
     )
-    return joined, dict(zip(splits, accumulate((split.count for split in members), initial=0), strict=False))
+    # Not strict, because the last item of `accumulate` is the total.
+    return joined, dict(zip(splits, accumulate((split.count for split in parts), initial=0), strict=False))
 
 
 def choose_examples(
     labels: np.ndarray, sample: np.ndarray, seed: int, only_sample: bool = False
 ) -> dict[int, np.ndarray]:
-    """Choose random examples of each class to show.
+    """Choose random examples to show of each class that has examples, but only of the `MAX_CLASSES` rarest ones.
 
-    At most `PER_CLASS` examples per class and about `MAX_SHOWN` in total are chosen, but at least one for each of the
-    `MAX_CLASSES` rarest classes. Examples of `sample` are preferred.
+    The number per class is at most `PER_CLASS`, and smaller if the total would exceed `MAX_SHOWN`, but at least one.
+    Examples of `sample` are preferred.
 
     Args:
         labels: class index of each example, int32 [n].
         sample: indices of the examined examples, int64 [s].
-        only_sample: choose examples outside `sample` only for classes without an example in `sample`.
+        only_sample: choose an example outside `sample` only for a class without one in `sample`, and then just one.
 
     Returns:
-        Class index -> example indices, int64 [k], increasing.
+        A dict from class index to example indices, int64 [k], increasing.
     """
     counts = np.bincount(labels)
     nonempty_classes = np.flatnonzero(counts)

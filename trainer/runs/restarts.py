@@ -1,9 +1,9 @@
-"""Record a run's starts, and limit the number of starts without progress.
+"""Record a run's starts, and limit the number of restarts without progress.
 
 The `podFailurePolicy` of our Kubernetes Jobs ignores disrupted pods, and pods that end with exit code 75. Without
-another limit, a run without progress would be restarted forever. Therefore starts without progress are counted here,
-and at the limit the run ends with exit code 3. Starts that only wait for other workers, or for a folder that is in use,
-are not counted.
+another limit, a run without progress would be restarted forever. Therefore failures among its restarts are counted
+here, and at the limit the run ends with exit code 3. A start that ends while it waits for the rendezvous, or for an
+output_dir that is in use, is not counted: starts are recorded after that (`trainer.runs.folder.open_run_folder`).
 """
 
 import contextlib
@@ -24,7 +24,8 @@ MAX_ENTRIES = 100  # maximum number of entries in each of these files
 # Stop requests that count as one failure: a spot node is often preempted, but a full disk evicts the pod at each start.
 STOPS_PER_FAILURE = 10
 RECORD_SECONDS = 5.0  # deadline of the bucket requests that record the end of a start
-# How a start has ended: after a stop request; with exit code 1 or 75; with another exit code.
+# `kind`: how a start ended, unless it was killed (None). It ended after a stop request; with exit code 1 or 75; with
+# another exit code, after which the Job does not restart the pod.
 STOPPED, FAILED, REFUSED = "stopped", "failed", "refused"
 
 
@@ -37,16 +38,20 @@ def parse_entries(value: Any) -> list[dict[str, Any]]:
 
 
 def count_failures(entries: list[dict[str, Any]]) -> int:
-    """Count the failures among starts without progress. Ten stop requests count as one, a refused start as none."""
+    """Count the failures among restarts without progress.
+
+    A refused start counts as none, `STOPS_PER_FAILURE` stop requests as one, any other start (failed or killed) as one.
+    """
     num_stops = sum(entry["kind"] == STOPPED for entry in entries)
     return sum(entry["kind"] not in (STOPPED, REFUSED) for entry in entries) + num_stops // STOPS_PER_FAILURE
 
 
 def require_few_failures(entries: list[dict[str, Any]], max_failures: int, outcome: str, file: object) -> None:
-    """Raise GaveUp if `count_failures` of the starts without progress is at least `max_failures`.
+    """Raise GaveUp if `count_failures` of the restarts without progress is at least `max_failures`.
 
     Args:
-        entries: the starts without progress, oldest first. The message has the reasons of the last three.
+        entries: the restarts without progress, oldest first. The message has the reasons of the last three that were
+            not refused.
         max_failures: `runtime.max_restarts_without_progress`.
         outcome: verb phrase for the message, such as "made no progress beyond step 420".
         file: path of the file with the entries, for the message.
@@ -68,21 +73,22 @@ def _now() -> str:
 
 
 class UnbegunStarts:
-    """A run's starts that ended before the run began or resumed, oldest first, in a file in its output_dir.
+    """The starts of a run since it last began or resumed, oldest first, in a file in its output_dir.
 
-    A start is added when it opens the folder, because it can be killed at any moment. A refused start is removed. All
-    starts are removed when the run begins or resumes; from then on, `RestartHistory` records the starts.
+    A start is added as soon as it opens the folder, so that it is counted even if it is killed. So after `begin`, the
+    last entry is this process. A refused start is removed. When the run begins or resumes, all starts are removed, and
+    this start is recorded in `RestartHistory` instead. A corrupt file counts as empty.
     """
 
     def __init__(self, folder: StoragePath) -> None:
         self.file = folder / UNBEGUN_STARTS_FILE
         self.entries: list[dict[str, Any]] = []
-        content = self.file.fetch()
+        fetched = self.file.fetch()
         with contextlib.suppress(*CONTENT_ERRORS):
-            self.entries = parse_entries(json.loads(content[0])) if content else []
+            self.entries = parse_entries(json.loads(fetched[0])) if fetched else []
 
     def begin(self, max_failures: int) -> None:
-        """Add this start. Raises GaveUp if too many earlier starts failed, not counting the run's first start."""
+        """Add this start, or raise GaveUp if too many of the earlier entries, except the first one, are failures."""
         require_few_failures(self.entries[1:], max_failures, "ended before the run began or resumed", self.file)
         self.entries.append({"step": 0, "started": _now(), "kind": None, "reason": None})
         self._write()
@@ -90,7 +96,7 @@ class UnbegunStarts:
     def end(self, error: BaseException | None) -> None:
         """Record the error that ended this start; remove the start if it was refused. Storage errors are ignored.
 
-        `error` is None if the start ended without one, which counts as refused.
+        `error` is None if the start ended without an error, as a learning-rate range test does; it counts as refused.
         """
         kind = FAILED
         if isinstance(error, StopRequested):
@@ -112,6 +118,7 @@ class UnbegunStarts:
 
     def _write(self) -> None:
         if self.entries:
+            # Retain the first entry, since `begin` does not count it.
             self.file.write(json.dumps(self.entries[:1] + self.entries[1:][-MAX_ENTRIES + 1 :], indent=1) + "\n")
         else:
             self.file.delete()
@@ -120,8 +127,9 @@ class UnbegunStarts:
 class RestartHistory:
     """The starts that began or resumed a run, oldest first. After `begin`, the last entry is this process.
 
-    An entry is {"step", "started", "kind", "reason"}: the step from which the process resumed, the time of its start,
-    and how and why it ended. `kind` and `reason` are None while the process runs, and remain None if it is killed.
+    An entry is {"step", "started", "kind", "reason"}: the step from which the process resumed, the time when it was
+    recorded (ISO 8601, UTC), and how and why it ended. `kind` and `reason` are None while the process runs, and remain
+    None if it is killed.
     """
 
     def __init__(self, file: Path | None, is_new: bool = False) -> None:
@@ -135,7 +143,7 @@ class RestartHistory:
         )
 
     def require_progress(self, step: int, max_failures: int) -> None:
-        """Raise GaveUp if the restarts without progress beyond `step` have at least `max_failures` failures."""
+        """Raise GaveUp if the restarts without progress beyond `step` count as at least `max_failures` failures."""
         restarts = self.entries[1:]  # the first entry is not a restart
         num_progressed = max((n for n, entry in enumerate(restarts, 1) if step > entry["step"]), default=0)
         require_few_failures(restarts[num_progressed:], max_failures, f"made no progress beyond step {step}", self.file)
@@ -148,7 +156,7 @@ class RestartHistory:
         self._write()
 
     def end(self, kind: str, reason: str) -> None:
-        """Record how and why this process ended. Later calls change nothing. A disk error is only logged."""
+        """Record how and why this process ended, in the first call after `begin`. A disk error is only logged."""
         if self._begun and self.entries[-1]["kind"] is None:
             self.entries[-1] |= {"kind": kind, "reason": reason}
             try:

@@ -1,4 +1,4 @@
-"""Translation of failed downloads by other libraries (Keras, TFDS) to errors with a fix."""
+"""Request the size of a download, and translate failed downloads by other libraries (Keras, TFDS) for the user."""
 
 import http.client
 import ssl
@@ -9,21 +9,23 @@ from typing import Any
 from trainer.errors import Interrupted
 from trainer.names import escape_unprintable
 
-CONNECT_SECONDS = 20.0  # timeout of `request_size`
+CONNECT_SECONDS = 20.0  # timeout of each socket operation of `request_size`: connecting, and each read
 _NETWORK_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException, urllib.error.URLError)
 # Error classes of requests and TFDS, by name because those libraries are not imported here. TFDS raises
 # NonMatchingChecksumError for an incomplete file, too.
 _NETWORK_ERROR_NAMES = {"RequestException", "DownloadError", "NonMatchingChecksumError"}
-_RETRYABLE_STATUSES = (408, 429)  # request timeout, too many requests; all 5xx statuses are also retryable
-# Beginnings of the error messages of `keras.utils.get_file`, which raises plain Exception and ValueError.
-_KERAS_MESSAGES = ("URL fetch failure", "Incomplete or corrupted file")
+_RETRYABLE_CLIENT_STATUSES = (408, 429)  # request timeout, too many requests; all 5xx statuses are also retryable
+# Prefixes of the error messages of `keras.utils.get_file`, which raises plain Exception and ValueError.
+_KERAS_ERROR_PREFIXES = ("URL fetch failure", "Incomplete or corrupted file")
 
 
 def request_size(url: str) -> int:
-    """Return the size in bytes of the file at a URL, without downloading it. Return 0 if the server does not state it.
+    """Return the size in bytes of the file at a URL, without downloading it; 0 if the response has no Content-Length.
 
     Raises:
-        OSError: the server does not respond within `CONNECT_SECONDS`, or refuses the request (`urllib.error.URLError`).
+        OSError: the server cannot be reached or times out, or it responds with an error (`urllib.error.HTTPError`).
+        http.client.HTTPException: the response is not HTTP.
+        ValueError: `url` is not a URL.
     """
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS) as response:
         return int(response.headers.get("Content-Length") or 0)
@@ -32,25 +34,25 @@ def request_size(url: str) -> int:
 def translate_download_error(
     error: BaseException, problem: str, *, key: str, value: str | None, fix: str
 ) -> Interrupted | None:
-    """Translate a failed download to an Interrupted if the same download can succeed later.
+    """Translate a failed download into an `Interrupted` if the same download can succeed later.
 
     Return None for any other error, including a server's refusal of the address (403, 404). A timeout or an overloaded
     server (408, 429, 5xx) is not a refusal.
 
     Args:
-        error: error of urllib, requests, Keras or TFDS; its causes are also inspected.
-        problem: which download failed, for the message.
+        error: error of urllib, requests, Keras or TFDS. Its causes and contexts are also inspected.
+        problem: beginning of the message, such as "TFDS cannot download it".
         key: argument or configuration key that requires the download.
         value: value of `key`.
-        fix: what the user can do without a network.
+        fix: what the user can do without network access.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    statuses = [status for error in chain if (status := _get_status(error))]
-    is_refused = any(status < 500 and status not in _RETRYABLE_STATUSES for status in statuses)
+    statuses = [status for link in chain if (status := _get_status(link))]
+    is_refused = any(status < 500 and status not in _RETRYABLE_CLIENT_STATUSES for status in statuses)
     if is_refused or not any(map(_is_network_error, chain)):
         return None
     reason = escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
@@ -63,7 +65,7 @@ def _is_network_error(error: BaseException) -> bool:
     return (
         isinstance(error, _NETWORK_ERRORS)
         or bool(class_names & _NETWORK_ERROR_NAMES)
-        or str(error).startswith(_KERAS_MESSAGES)
+        or str(error).startswith(_KERAS_ERROR_PREFIXES)
     )
 
 

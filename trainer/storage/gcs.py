@@ -1,7 +1,7 @@
 """`GcsPath`, the `StoragePath` of an object or folder in a Google Cloud Storage bucket.
 
-The version of an object is its generation. Complete objects are verified by their CRC32C. Each request has timeouts
-and is retried by `gcs_client.call_with_retries`.
+The version of an object is its generation. Uploads, and reads of whole objects, are verified by their CRC32C. The
+methods `_request_*` make one attempt with the given timeouts; `BucketPath` calls them through `_call`, which retries.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from trainer.storage.bucket import (
 from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts
 
-MAX_COMPOSED_PARTS = 32  # Google's limit per compose request
-MAX_MEMORY_BYTES = 256 << 20  # maximum total size of the upload parts in memory
-CLEANUP_SECONDS = 10.0  # deadline for deleting one part after an upload
+MAX_COMPOSED_PARTS = 32  # source objects per compose request (limit of Cloud Storage)
+MAX_MEMORY_BYTES = 256 << 20  # maximum total size of the upload parts in memory, unless a single part is larger
+CLEANUP_SECONDS = 10.0  # deadline of each request that deletes a part after an upload
 
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"  # fields of the response to a list request
 # Google Cloud permission that each action requires, for error messages.
@@ -49,7 +49,7 @@ _PERMISSIONS: dict[Action, str] = {
 
 
 def _decode_crc32c(crc32c: str | None) -> int | None:
-    """Decode a CRC32C as Google's storage reports it: base64 of 4 big-endian bytes, or None if it is unknown."""
+    """Decode a CRC32C as Cloud Storage reports it: base64 of 4 big-endian bytes. None, if it is unknown, stays None."""
     return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
 
 
@@ -69,6 +69,7 @@ class GcsPath(BucketPath):
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
         blob = self._make_blob(version)
         try:
+            # Raw, because the CRC32C is that of the stored bytes, which may be compressed. It is verified below.
             data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=timeouts, retry=None)
         except NotFound:
             return None
@@ -139,9 +140,12 @@ class GcsPath(BucketPath):
         """Upload the parts as objects with verified CRC32C, and compose them into one object with an atomic request.
 
         A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. If the process
-        is killed, `list` omits the remaining parts, and `delete_tree` deletes them.
+        is killed, `list` omits the parts that it leaves behind, and `delete_tree` deletes them.
+
+        Raises:
+            DataError: the composed object, which is already visible, does not have the size and CRC32C of the source.
         """
-        part_bytes = max(buckets.PART_BYTES, -(-size // MAX_COMPOSED_PARTS))
+        part_bytes = max(buckets.PART_BYTES, -(-size // MAX_COMPOSED_PARTS))  # rounded up
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
         starts = range(0, size, part_bytes)
         parts = [folder / f"{index:02d}" for index in range(len(starts))]
@@ -168,6 +172,7 @@ class GcsPath(BucketPath):
         finally:
             with contextlib.suppress(DataError, Interrupted), request_deadline(CLEANUP_SECONDS):
                 map_in_threads(lambda part: part.delete(), parts)
+        # Read the source again: it may have changed while the parts were uploaded.
         crc = google_crc32c.value(b"")
         for start in starts:
             crc = google_crc32c.extend(crc, read_part(start))

@@ -20,8 +20,8 @@ CLASSES = {  # value of `optimizer.name` -> class in `keras.optimizers`
 class WarmUp(LearningRateSchedule):
     """A linear warm-up, followed by another schedule.
 
-    At step s of the first `steps` steps, the learning rate is peak * (s + 1) / (steps + 1). From then on,
-    `main_schedule` determines it, with step 0 as the first step after the warm-up.
+    At step s = 0, ..., steps - 1, the learning rate is peak * (s + 1) / (steps + 1). From then on, `main_schedule`
+    determines it, with step 0 as the first step after the warm-up.
     """
 
     def __init__(self, peak: float, steps: int, main_schedule: LearningRateSchedule) -> None:
@@ -50,7 +50,7 @@ def build_schedule(
         schedule: the function, its constants and the length of the warm-up.
         rate: learning rate at the end of the warm-up.
         total_steps: length of the phase in steps.
-        steps_per_epoch, batch_size: convert lengths in epochs or examples to steps.
+        steps_per_epoch, batch_size: used to convert lengths in epochs or examples to steps.
     """
 
     def steps(duration: Any) -> int:
@@ -65,10 +65,11 @@ def build_schedule(
         case "time":
             main_schedule = schedules.InverseTimeDecay(rate, 1, schedule.decay)
         case "step":
+            # The configuration requires `decay` here; `or 1.0` is for the type checker.
             rates = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
             # Keras changes the rate one step after a boundary, so the boundaries are one step earlier.
-            main_schedule = schedules.PiecewiseConstantDecay([steps(start) - 1 for start in schedule.at], rates)
-        case _:
+            main_schedule = schedules.PiecewiseConstantDecay([steps(position) - 1 for position in schedule.at], rates)
+        case _:  # constant
             main_schedule = schedules.PiecewiseConstantDecay([0], [rate, rate])
     return WarmUp(rate, warmup_steps, main_schedule) if warmup_steps else main_schedule
 
@@ -87,22 +88,25 @@ def build_optimizer(
     optimizer_class = getattr(keras.optimizers, CLASSES[optimizer.name])
     if lr_multipliers:
         optimizer_class = _with_lr_multipliers(optimizer_class, lr_multipliers)
-    # The names of the optimizer's variables in checkpoints contain this name. Keras' default ends with a counter.
+    # The names of the optimizer's variables in checkpoints contain this name. The Keras default, such as "adam_1",
+    # depends on the class and on how many of its optimizers this process has already built.
     return optimizer_class(learning_rate=rate, name="optimizer", **optimizer.options)
 
 
 def _with_lr_multipliers(base_class: Any, lr_multipliers: tuple[float, ...]) -> Any:
     """Derive an optimizer class that multiplies the learning rate, and thus the weight decay, per variable.
 
-    Scaling the gradients instead would have no effect in adaptive optimizers, which normalize gradients.
+    Scaling the gradients instead would have almost no effect in adaptive optimizers, which normalize gradients. The
+    class ignores `exclude_from_weight_decay`.
     """
 
     class WithLearningRateMultipliers(base_class):
-        weight_decay: Any
+        weight_decay: Any  # set by the Keras constructor
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            # Keras decays all variables at one rate before the first update. Here a variable decays before its update.
+            # In each step, Keras decays all variables with the same learning rate, before it updates the first one.
+            # Here, each variable decays with its own learning rate, before its update.
             self.decay, self.weight_decay = self.weight_decay, None
 
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
