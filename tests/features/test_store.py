@@ -127,6 +127,21 @@ def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     second = opened(tmp_path, notes)
     assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
     assert notes == [f"1 block of {tmp_path}/f/x.rows corrupt; computing the features again"]
+    # Computed again with other values, as on another processor: the block is intact from then on.
+    second.write(0, np.arange(4, COUNT), values(1, range(4, COUNT)), {})
+    third = opened(tmp_path, notes)
+    assert not third.missing(0).any()
+    assert len(notes) == 1
+
+
+def test_a_block_after_a_truncated_line_is_read(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.write(0, np.arange(4), values(0, range(4)), {})
+    with open(tmp_path / "f" / "x.list", "a") as listed:
+        listed.write('{"view": 0, "first": 9, "cou')  # killed here
+    second = opened(tmp_path)
+    second.write(0, np.arange(4, COUNT), values(0, range(4, COUNT)), {})
+    assert not opened(tmp_path).missing(0).any()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])

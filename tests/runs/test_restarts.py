@@ -99,6 +99,23 @@ def test_starts_that_end_before_the_run_begins_are_limited(home: StoragePath) ->
     start(home, None)
 
 
+def test_a_start_records_its_end_once(home: StoragePath) -> None:
+    """The end is recorded by the thread that exits, and by the context that is left; a killed start before remains."""
+    start(home, None)
+    refused = UnbegunStarts(home)
+    refused.begin(2)
+    refused.end(ConfigError("wrong"))
+    refused.end(ConfigError("wrong"))
+    assert [entry["kind"] for entry in UnbegunStarts(home).entries] == [None]
+    for _ in range(2):
+        start(home, None)
+    gave_up = UnbegunStarts(home)
+    with pytest.raises(GaveUp) as error:
+        gave_up.begin(2)
+    gave_up.end(error.value)
+    assert len(UnbegunStarts(home).entries) == 3
+
+
 def test_a_refused_start_leaves_no_record(home: StoragePath) -> None:
     start(home, ModelError("no such backbone"))
     assert not (home / ".starts").exists()

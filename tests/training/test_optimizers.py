@@ -208,3 +208,9 @@ def test_two_replicas_with_multipliers_train_as_one() -> None:
     results = result_of(TWO_REPLICAS)
     for name, expected in seven_steps(tf.distribute.get_strategy()).items():
         assert_near(results[name], expected)
+
+
+def test_the_positions_of_a_step_schedule_need_no_order() -> None:
+    positions = ["1 epochs", "64 examples"]
+    one, other = (schedule_of(name="step", decay=0.1, at=at) for at in (positions, positions[::-1]))
+    assert [float(one(s)) for s in range(STEPS + 1)] == [float(other(s)) for s in range(STEPS + 1)]

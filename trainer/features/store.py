@@ -99,13 +99,13 @@ class Features:
         """Convert rows [n, *shape] of any float dtype to the NumPy dtype in which `write` stores them.
 
         Raises:
-            DataError: all values are finite, and one is too large for float16.
+            DataError: a finite value is too large for float16.
         """
         if self.dtype == "bfloat16":
             return np.asarray(tf.bitcast(tf.cast(rows, tf.bfloat16), tf.uint16))
         with np.errstate(over="ignore"):
             converted = rows.astype(STORED_DTYPES[self.dtype], copy=False)
-        if self.dtype == "float16" and not np.isfinite(converted).all() and np.isfinite(rows).all():
+        if self.dtype == "float16" and (np.isfinite(rows) & ~np.isfinite(converted)).any():
             problem, fix = "features exceed 65,504, the largest float16 value", "use features_dtype=bfloat16"
             raise DataError(problem, key="features_dtype", value="float16", fix=fix)
         return converted
@@ -146,7 +146,7 @@ class Features:
                     rows_file.seek(start * self.row_bytes)
                     rows_file.write(rows.data.cast("B"))
                 with open(self.file.with_suffix(".list"), "a") as list_file:
-                    list_file.write(json.dumps(block) + "\n")
+                    list_file.write("\n" + json.dumps(block) + "\n")  # a kill can have truncated the last line
             except OSError as error:
                 if self.cached_in != "memory":
                     raise
@@ -223,7 +223,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
 def _load_rows(features: Features) -> None:
     """Mark rows on disk that match their checksums as stored, and copy them to `features.array` unless it is None."""
     assert features.file
-    num_corrupt, rows_per_view = 0, features.split.count + 1
+    corrupt_blocks, rows_per_view = set[tuple[int, int, int]](), features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows_file:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:
@@ -240,16 +240,18 @@ def _load_rows(features: Features) -> None:
             rows_file.seek(start * features.row_bytes)
             content = rows_file.read(count * features.row_bytes)
             is_intact = crc32c_hex(content) == checksum
-            num_corrupt += not is_intact  # also counts a line that a later one replaces
             features.stored[view, first : first + count] = is_intact  # the last line about a row decides
-            if is_intact:
+            if not is_intact:
+                corrupt_blocks.add((view, first, count))
+            else:
+                corrupt_blocks.discard((view, first, count))
                 features.bad |= bad
                 if features.array is not None:
                     values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
-    if num_corrupt:
-        corrupt_blocks = f"{num_corrupt} block{'s' * (num_corrupt > 1)}"
-        features.log_message(f"{corrupt_blocks} of {features.file}.rows corrupt; computing the features again")
+    if corrupt_blocks:
+        blocks = f"{len(corrupt_blocks)} block{'s' * (len(corrupt_blocks) > 1)}"
+        features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 
 def _evict(file: Path, num_required_bytes: int, budget: int) -> None:

@@ -83,6 +83,7 @@ class UnbegunStarts:
     def __init__(self, folder: StoragePath) -> None:
         self.file = folder / UNBEGUN_STARTS_FILE
         self.entries: list[dict[str, Any]] = []
+        self._is_open = False  # whether the last entry is this start, and its end is not recorded
         fetched = self.file.fetch()
         with contextlib.suppress(*CONTENT_ERRORS):
             self.entries = parse_entries(json.loads(fetched[0])) if fetched else []
@@ -91,10 +92,13 @@ class UnbegunStarts:
         """Add this start, or raise GaveUp if too many of the earlier entries, except the first one, are failures."""
         require_few_failures(self.entries[1:], max_failures, "ended before the run began or resumed", self.file)
         self.entries.append({"step": 0, "started": _now(), "kind": None, "reason": None})
+        self._is_open = True
         self._write()
 
     def end(self, error: BaseException | None) -> None:
         """Record the error that ended this start; remove the start if it was refused. Storage errors are ignored.
+
+        Only the first call after `begin` has an effect.
 
         `error` is None if the start ended without an error, as a learning-rate range test does; it counts as refused.
         """
@@ -103,8 +107,9 @@ class UnbegunStarts:
             kind = STOPPED
         elif error is None or (isinstance(error, TrainerError) and error.exit_code not in (INTERRUPTED, BUG)):
             kind = REFUSED
-        if not self.entries or self.entries[-1]["kind"] is not None:
+        if not self._is_open:
             return
+        self._is_open = False
         self.entries[-1] |= {"kind": kind, "reason": str(error)}
         if kind == REFUSED:
             self.entries.pop()
@@ -113,7 +118,7 @@ class UnbegunStarts:
 
     def clear(self) -> None:
         """Remove all starts, because the run begins or resumes."""
-        self.entries = []
+        self.entries, self._is_open = [], False
         self._write()
 
     def _write(self) -> None:

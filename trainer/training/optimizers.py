@@ -67,8 +67,10 @@ def build_schedule(
         case "step":
             # The configuration requires `decay` here; `or 1.0` is for the type checker.
             rates = [rate * (schedule.decay or 1.0) ** i for i in range(len(schedule.at) + 1)]
-            # Keras changes the rate one step after a boundary, so the boundaries are one step earlier.
-            main_schedule = schedules.PiecewiseConstantDecay([steps(position) - 1 for position in schedule.at], rates)
+            # Keras changes the rate one step after a boundary, so the boundaries are one step earlier. It adds rates up
+            # if they are not sorted, as positions in several units can be.
+            boundaries = sorted(steps(position) - 1 for position in schedule.at)
+            main_schedule = schedules.PiecewiseConstantDecay(boundaries, rates)
         case _:  # constant
             main_schedule = schedules.PiecewiseConstantDecay([0], [rate, rate])
     return WarmUp(rate, warmup_steps, main_schedule) if warmup_steps else main_schedule
