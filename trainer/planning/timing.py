@@ -115,6 +115,8 @@ def estimate_time(
         phase was measured.
     """
     deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
+    if time.monotonic() >= deadline:  # with a budget of 0, nothing is measured
+        return {}
     scoring_seconds, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
     for name, phase in config.phases.items():
         if time.monotonic() >= deadline:
