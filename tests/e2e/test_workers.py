@@ -36,7 +36,7 @@ def train_by(workers: int, folder: Path, *overrides: str) -> Path:
         train(*overrides, f"output_dir={out}")
         return out
     started = start_workers(folder, workers, *overrides, f"output_dir={out}")
-    assert started.wait(400) == [0] * workers, started.output(0)
+    assert started.wait(900) == [0] * workers, started.output(0)
     return out
 
 
@@ -98,7 +98,7 @@ def test_a_hostile_process_neither_joins_nor_ends_a_run(tmp_path: Path, monkeypa
     peers = attack(workers, ATTACKS)
     workers.wait_for("step 4/", seconds=400)
     peers += attack(workers, ATTACKS)
-    assert workers.wait(400) == [0, 0], workers.output(0)
+    assert workers.wait(900) == [0, 0], workers.output(0)
     assert (out / "DONE").exists()
     for peer in peers:
         peer.close()
@@ -157,7 +157,7 @@ def test_two_devices_of_one_process_train_the_same_and_resume(tmp_path: Path) ->
     assert "devices: 2 CPUs" in first.output(0)
     first.terminate()
     second = start_workers(tmp_path / "second", 1, *mirrored)
-    assert second.wait(300) == [0]
+    assert second.wait(900) == [0]
     assert_same_weights(tmp_path / "run", alone)
 
 
@@ -175,7 +175,7 @@ def test_sigterm_on_any_worker_stops_all_and_the_resumed_run_is_equal(tmp_path: 
     for i in range(2):
         assert f"at step {step}; everything is saved" in first.output(i)
     second = start_workers(tmp_path / "second", 2, *LONG, f"output_dir={out}")
-    assert second.wait(400) == [0, 0]
+    assert second.wait(900) == [0, 0]
     assert_same_run(calm, out)
     ledger = json.loads((out / "ledger.json").read_text())["seconds"]
     assert ledger["down"] > 0
