@@ -16,7 +16,7 @@ from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare
 from trainer.monitoring.log import log
 from trainer.report.compare import SIGNIFICANCE_LEVEL
 from trainer.report.figures import SERIES, shorten_name, to_svg
-from trainer.report.page import render
+from trainer.report.page import INDEX, render, write_output
 from trainer.report.scatter import Point, draw_scatter
 from trainer.storage.path import StoragePath
 from trainer.types import Dataset
@@ -210,7 +210,7 @@ def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
 def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
     """Write backbones.json and index.html to `folder`, and print the table."""
     summary = summarize(rows, facts)
-    (folder / SUMMARY).write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    (folder / "index.html").write(render_page(rows, facts, summary["created"]))
+    write_output(folder, SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_output(folder, INDEX, render_page(rows, facts, summary["created"]))
     print("\n".join([*format_table(rows), "", *describe(rows, facts), *explain_columns(rows)]))
-    log.info(f"page: {folder / 'index.html'}")
+    log.info(f"page: {folder / INDEX}")

@@ -34,8 +34,13 @@ from trainer.monitoring.log import log
 from trainer.monitoring.progress import log_while_slow
 from trainer.report.build import augment_examples
 from trainer.report.figures import save
-from trainer.report.page import INDEX, MAX_ENTRIES_WITH_IMAGES, MAX_IMAGES_PER_GROUP, require_replaceable_page
-from trainer.storage.local import delete_stale_temporary_files
+from trainer.report.page import (
+    INDEX,
+    MAX_ENTRIES_WITH_IMAGES,
+    MAX_IMAGES_PER_GROUP,
+    require_replaceable_page,
+    write_output,
+)
 from trainer.storage.path import StoragePath, storage_path
 
 FACTS = "look.json"
@@ -146,9 +151,7 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
         if name not in figure_files:
             (output / name).delete()
     for name, data in (figure_files | files).items():
-        if output.is_local:
-            delete_stale_temporary_files(Path(str(output)), name)
-        (output / name).write(data)
+        write_output(output, name, data)
 
 
 def show(config: RequestedConfig, output: str, limit: int) -> None:

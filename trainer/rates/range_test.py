@@ -21,7 +21,7 @@ from trainer.models.freezing import apply_thaw
 from trainer.monitoring.log import log
 from trainer.rates.curve import Bounds, Suggestion, count_steps_per_decade, has_diverged, smooth, suggest
 from trainer.report.figures import to_svg
-from trainer.report.page import INDEX, render, require_replaceable_page
+from trainer.report.page import INDEX, render, require_replaceable_page, write_output
 from trainer.report.scatter import draw_rates
 from trainer.runs.folder import open_run_folder
 from trainer.storage.path import storage_path
@@ -80,8 +80,8 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     smoothed = smooth(losses)
     suggestion = suggest(rates, smoothed)
     results = summarize(name, original_phase, rates, losses, suggestion)
-    (page_folder / SUMMARY).write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    (page_folder / INDEX).write(render_page(name, original_phase, rates, losses, suggestion))
+    write_output(page_folder, SUMMARY, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_output(page_folder, INDEX, render_page(name, original_phase, rates, losses, suggestion))
     print("\n".join(describe(name, original_phase, rates, smoothed, suggestion)))
     log.info(f"page: {page_folder / INDEX}")
 

@@ -22,7 +22,7 @@ from trainer.names import encode_cell, escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
 from trainer.report.schema import Report
-from trainer.storage.local import write_atomically
+from trainer.storage.local import delete_stale_temporary_files, write_atomically
 from trainer.storage.path import StoragePath
 from trainer.types import EvaluationResult
 
@@ -39,6 +39,13 @@ def require_replaceable_page(folder: StoragePath, command: str, data_file: str) 
     if (folder / INDEX).exists() and not (folder / data_file).exists():
         problem = f"has an {INDEX} that {command} did not write"
         raise ConfigError(problem, key="output", value=str(folder), fix="choose another folder")
+
+
+def write_output(folder: StoragePath, name: str, content: bytes | str) -> None:
+    """Write a file of a command's output atomically, after deleting what killed processes left of it."""
+    if folder.is_local:
+        delete_stale_temporary_files(Path(str(folder)), name)
+    (folder / name).write(content)
 
 
 # The functions from here to `format_count` are template filters. Templates output Markup unchanged, and escape all

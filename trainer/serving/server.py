@@ -148,11 +148,9 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
     """
 
-    def load(service: Service) -> Coroutine[Any, Any, None]:
-        return _load(service, load_model)
-
     with listen(settings.host, settings.port) as listener:
-        run_service(lambda: Service(settings, export), listener, load, f" while {export.folder} is loaded")
+        note = f" while {export.folder} is loaded"
+        run_service(lambda: Service(settings, export), listener, lambda service: _load(service, load_model), note)
 
 
 def listen(host: str, port: int) -> socket.socket:
