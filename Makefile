@@ -15,7 +15,7 @@ LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashe
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint bench image pretrained manifests lock clean
+.PHONY: help setup train test test-all lint bench image pretrained manifests pin lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ pretrained: $(READY) ## Train the packaged backbone again
 
 manifests: $(READY) ## Write k8s/job.yaml and k8s/multiworker.yaml from k8s/base and k8s/overlays
 	$(BIN)/python scripts/manifests.py
+
+pin: $(READY) ## Pin the images of other projects to the digests of their registries (needs skopeo)
+	$(BIN)/python scripts/pin_images.py
 
 lock: $(READY) ## Choose the newest versions that pyproject.toml allows, and write both locks
 	$(LOCK) pyproject.toml --upgrade --extra dev --output-file requirements.lock

@@ -12,7 +12,8 @@ import pytest
 import trainer
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pretrained", "manifests", "lock", "clean"]
+TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pretrained", "manifests", "pin",
+           "lock", "clean"]  # fmt: skip
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
