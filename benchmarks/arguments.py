@@ -12,13 +12,13 @@ from trainer.config.schema import Augmentation, Data
 
 SIZE, BATCH = 160, 32  # of the recipe, as is the augmentation; rotation in degrees
 FLIP_ROTATE_ZOOM = Augmentation(flip_horizontal=True, rotation=72, zoom=0.2, fill="reflect")
-SYNTHETIC = 600  # photos, in five classes
+SYNTHETIC = 3600  # photos, in five classes: about the number of flower photos of the recipe
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """--data, --weights, --alpha, --rounds, --out."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help=f"class folders; default: {SYNTHETIC} generated photos of noise")
+    parser.add_argument("--data", type=Path, help=f"class folders; default: {SYNTHETIC} generated photos")
     parser.add_argument(
         "--weights", default="none", type=_absolute_path, help="MobileNetV2 without its top; default: random"
     )
@@ -62,7 +62,7 @@ def command_of(row: str, options: argparse.Namespace, rounds: int, model: bool =
 
 def describe_data(options: argparse.Namespace, root: Path) -> str:
     """Text such as "600 given photos in 5 classes"."""
-    kind = "given photos" if options.data else "photos of noise"
+    kind = "given photos" if options.data else "generated photos"
     return f"{count_of(root):,} {kind} in {len(photos_of(root))} classes"
 
 

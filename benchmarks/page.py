@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from benchmarks.processes import ROOT
 from benchmarks.results import Result, amount, read
+from benchmarks.whole_recipe import WHOLE
 from trainer.report.figures import ACCENT, GRID_LINE, INK, MUTED, create_figure, save, style_axes
 
 PAGE, CHART, README = Path("docs", "performance.md"), Path("docs", "images", "performance.png"), Path("README.md")
@@ -59,13 +60,13 @@ def page(results: Sequence[Result]) -> str:
 
 
 def speed_table(recipe: Result) -> str:
-    """The table of README.md: the whole recipe against each peer, with the accuracies of both."""
+    """The table of README.md: whole processes against each peer, with the accuracies of both."""
     (accuracies,) = (extra for extra in recipe.tables if extra.title == "Validation accuracy")
     scores = {(row[0], row[1]): f"{row[3]} ({row[4]})" for row in accuracies.rows if row[2] == "from layer 100"}
     (examples,) = {row[5] for row in accuracies.rows}
     rows = []
     for label, side in OURS.items():
-        for c in (c for c in recipe.comparisons if c.what == f"{label}, {side}: total"):
+        for c in (c for c in recipe.comparisons if c.what == f"{label}, {side}: {WHOLE}"):
             ratio = f"{c.ratio:.1f} ({min(c.ratios):.1f} to {max(c.ratios):.1f})"
             times = [amount(c.other, c.unit), amount(c.ours, c.unit)]
             rows.append([label, c.against, *times, ratio, scores[label, c.against], scores[label, side]])

@@ -1,4 +1,4 @@
-"""Photos of the benchmarks: generated noise, and folders of links to given photos."""
+"""Photos of the benchmarks: generated ones, and folders of links to given photos."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,20 @@ from trainer.data.image_files import EXTENSIONS
 
 
 def write_photos(root: Path, count: int, classes: int = 2) -> Path:
-    """Write class folders of JPEG files of 500 x 333 pixels, quality 90: noise of several sizes."""
+    """Write class folders of JPEG files of 500 x 333 pixels, quality 90: noise of several sizes.
+
+    Each class has a mean color; the colors of its photos vary around it, so that neighbouring classes overlap.
+    """
     rng = np.random.default_rng(0)
+    colors = rng.uniform(0, 1, (classes, 3))
     for number in range(count):
-        image = np.zeros((333, 500, 3))
+        image = np.zeros((333, 500, 3)) + colors[number % classes] + rng.normal(0, 0.3, 3).clip(-1, 1)
         for size in (4, 16, 64, 256):  # coarse and strong to fine and weak
             grain = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
             image += np.asarray(grain.resize((500, 333), Image.Resampling.BICUBIC), float) * 2 / size**0.5
         folder = root / f"class_{number % classes}"
         folder.mkdir(parents=True, exist_ok=True)
+        image -= image.min()
         Image.fromarray((image * 255 / image.max()).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
     return root
 

@@ -27,12 +27,14 @@ class Completed:
         output: its standard output.
         peak_mb: peak resident memory, pages of mapped files included.
         own_mb: peak anonymous memory, sampled every 50 ms.
+        seconds: time from its start to its end.
     """
 
     began: float
     output: str
     peak_mb: float
     own_mb: float
+    seconds: float
 
 
 def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
@@ -52,6 +54,7 @@ def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
             while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid:
+                    seconds = time.time() - began
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break
                 own = max(own, _own_mb(process.pid))
@@ -66,7 +69,7 @@ def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
         if process.returncode:
             end = (output + errors.read().decode(errors="replace"))[-2000:]
             sys.exit(f"{shlex.join(whole)} ended with {process.returncode}:\n{end}")
-    return Completed(began, output, usage.ru_maxrss / 1024, own)
+    return Completed(began, output, usage.ru_maxrss / 1024, own, seconds)
 
 
 def _own_mb(pid: int) -> float:
@@ -112,11 +115,12 @@ class TrainerRun:
         return self.at("evaluating ") - self.at("run: ")
 
 
-def train(overrides: Sequence[str], scratch: Path) -> TrainerRun:
-    """Run the command line with a new output folder and cache, without exports."""
+def train(overrides: Sequence[str], scratch: Path, exports: bool = False) -> TrainerRun:
+    """Run the command line with a new output folder and cache, with the default exports or without exports."""
     with tempfile.TemporaryDirectory(dir=scratch) as own:
         output = Path(own, "run")
-        quiet = ("runtime.log_format=json", "runtime.progress=lines", "export.formats=[]", f"output_dir={output}")
+        quiet = ["runtime.log_format=json", "runtime.progress=lines", f"output_dir={output}"]
+        quiet += [] if exports else ["export.formats=[]"]
         process = run("-m", "trainer", *overrides, *quiet, environment={"KUBETUNE_CACHE": f"{own}/cache"})
         breakdown = json.loads((output / "ledger.json").read_text())["seconds"]
     lines = [json.loads(line) for line in process.output.splitlines()]

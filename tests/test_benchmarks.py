@@ -69,7 +69,7 @@ def recipe_of(alpha: float, seconds: float, seeds: int) -> Result:
     peers = {name: factor for factor, name in enumerate(whole_recipe.PEERS, 2)}
     sides = [(label, side) for label in whole_recipe.AUGMENTATIONS for side in whole_recipe.OURS[label]]
     totals = [
-        Comparison(f"{label}, {side}: total", peer, "s", [seconds] * seeds, [seconds * factor] * seeds)
+        Comparison(f"{label}, {side}: {whole_recipe.WHOLE}", peer, "s", [seconds] * seeds, [seconds * factor] * seeds)
         for label, side in sides
         for peer, factor in peers.items()
     ]
@@ -106,14 +106,17 @@ def test_a_recipe_is_compared_seed_by_seed() -> None:
     def outcome(seconds: float, accuracy: float, **breakdown: float) -> whole_recipe.Outcome:
         epochs = {"head": [0.1, 0.2, 0.3], "fine_tune": [seconds / 10] * 4}
         last = {"head": 0.5, "fine_tune": accuracy}
-        return whole_recipe.Outcome(seconds, epochs, last, breakdown, Completed(0.0, "", 100 * seconds, own_mb=1.0))
+        return whole_recipe.Outcome(
+            seconds, epochs, last, breakdown, Completed(0.0, "", 100 * seconds, own_mb=1.0, seconds=2 * seconds)
+        )
 
     outcomes = {
         ("none", PEER): [outcome(30, 0.75), outcome(60, 0.875)],
         ("none", "ours"): [outcome(10, 0.875, train=8, start=2, lost=0), outcome(15, 1.0, train=12, start=3, lost=0)],
     }
-    whole, head, tune = whole_recipe.comparisons(outcomes, "none", "ours", PEER)
-    assert (whole.ratios, head.ratios, tune.ratios) == ([3.0, 4.0], [1.0, 1.0], [3.0, 4.0])
+    whole, training, head, tune = whole_recipe.comparisons(outcomes, "none", "ours", PEER)
+    assert whole.ours == [20.0, 30.0]
+    assert (whole.ratios, training.ratios, head.ratios, tune.ratios) == ([3.0, 4.0], [3.0, 4.0], [1.0, 1.0], [3.0, 4.0])
     assert whole_recipe.peaks(outcomes["none", "ours"]) == [1000.0, 1500.0]
     rows = whole_recipe.accuracies(outcomes, [40, 80]).rows  # 35 + 80 of 120
     assert rows[-1] == ["none", "ours", "from layer 100", "0.958", "0.906 to 0.982", "120", "0.875, 1.000"]
@@ -124,7 +127,7 @@ def test_a_recipe_is_compared_seed_by_seed() -> None:
 def test_growth_is_relative_to_the_smallest_size_with_the_same_cache() -> None:
     def run_of(seconds: float, peak: float) -> TrainerRun:
         lines = [{"message": "run: here", "at": 4.0}, {"message": "evaluating 4", "at": 4.0 + seconds}]
-        return TrainerRun(Completed(0.0, "", peak, peak / 2), lines, {})
+        return TrainerRun(Completed(0.0, "", peak, peak / 2, seconds), lines, {})
 
     sizes = {1: (2.0, 100.0), 4: (4.0, 200.0), 16: (32.0, 100.0)}
     outcomes = {f"data.cache={cache}, {n}x": [run_of(*of)] for cache in ("none", "disk") for n, of in sizes.items()}
@@ -165,6 +168,7 @@ def test_every_round_has_every_side_once_and_begins_with_a_different_one() -> No
 def test_the_memory_and_exit_code_of_a_process_are_measured() -> None:
     completed = run("-c", "import time; held = b'x' * 300_000_000; time.sleep(0.5); print('done')")
     assert completed.output == "done\n"
+    assert completed.seconds >= 0.5
     assert completed.peak_mb > 280
     assert completed.own_mb > 280
     with pytest.raises(SystemExit, match=r"(?s)ended with 3:.*failure"):
