@@ -34,17 +34,17 @@ OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> additional 
 }
 WHOLE = "whole process"
 PHASES = {"head": "head", "fine_tune": "from layer 100"}
-HOW = """One process per run, {rounds} seeds, interleaved. {data}; seed i validates on the i-th of five disjoint folds,
-the same examples on both sides. {model}. The time of the whole process is from its start to its end. Ours includes what
-the peers do not do: the score of the best weights, the report, SavedModel and TFLite, each loaded back and scored; the
-peers end after their second `fit`. The time of training is from opening the data (TensorFlow is imported) to the end of
-the second phase: decoding, features, building, tracing, training, validation and checkpoints. The time per epoch is between the ends of two epochs, with validation and
-without the first epoch of a phase, which compiles. Accuracy is that of the last epoch of a phase, with
-`training.keep=last` on our side. The peers are those of `benchmarks/plain_keras.py`: `image_dataset_from_directory`,
-cache, shuffle, prefetch, the augmentation and preprocessing layers in the graph, the backbone called with
-`training=False`. As in the notebook, Keras trains thawed normalization nevertheless, another training than ours; in
-the two others the statistics are frozen, and gamma and beta train, as in ours. The best one has no XLA and one call per
-epoch."""
+HOW = """One process per run, {rounds} seeds, interleaved. {data}; seed i validates on the i-th of five disjoint
+folds, the same examples on both sides. {model}. The time of the whole process is from its start to its end. Ours
+includes what the peers do not do: the score of the best weights, the report, SavedModel and TFLite, each loaded back
+and scored; the peers end after their second `fit`. The time of training is from opening the data (TensorFlow is
+imported) to the end of the second phase: decoding, features, building, tracing, training, validation and checkpoints.
+The time per epoch is between the ends of two epochs, with validation and without the first epoch of a phase, which
+compiles. Accuracy is that of the last epoch of a phase, with `training.keep=last` on our side. The peers are those of
+`benchmarks/plain_keras.py`: `image_dataset_from_directory`, cache, shuffle, prefetch, the augmentation and
+preprocessing layers in the graph, the backbone called with `training=False`. As in the notebook, Keras trains thawed
+normalization nevertheless, another training than ours; in the two others the statistics are frozen, and gamma and
+beta train, as in ours. The best one has no XLA and one call per epoch."""
 
 
 @dataclass(frozen=True)
