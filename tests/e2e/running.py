@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def without_timing(value: Any) -> Any:
     return [without_timing(v) for v in value] if isinstance(value, list) else value
 
 
+def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Positions at which two JSON values or texts differ, with both values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{at}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{at}[{index}]")
+    elif isinstance(one, str) and isinstance(other, str) and "\n" in one + other:
+        yield from differences(one.splitlines(), other.splitlines(), at)
+    elif one != other:
+        yield f"{at}: {one!r}, {other!r}"[:300]
+
+
 def story(folder: Path) -> list[Any]:
     """metrics.jsonl without timing."""
     return [without_timing(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -158,4 +173,4 @@ def assert_same_run(one: Path, other: Path, levels: int = 0) -> None:
     for name in ("predictions.csv", "report.json"):
         texts = [(p / "report" / name).read_text().replace(str(p.parents[levels]), "") for p in (one, other)]
         mine, theirs = (without_timing(json.loads(text)) if name == "report.json" else text for text in texts)
-        assert mine == theirs
+        assert mine == theirs, f"{name} differs at {list(differences(mine, theirs))[:20]}"

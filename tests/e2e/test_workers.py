@@ -36,7 +36,7 @@ def train_by(workers: int, folder: Path, *overrides: str) -> Path:
         train(*overrides, f"output_dir={out}")
         return out
     started = start_workers(folder, workers, *overrides, f"output_dir={out}")
-    assert started.wait(900) == [0] * workers, started.output(0)
+    assert started.wait() == [0] * workers, started.output(0)
     return out
 
 
@@ -64,7 +64,7 @@ def test_workers_with_another_configuration_refuse_with_the_difference(
 ) -> None:
     out = tmp_path / "run"
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={out}", own={1: own})
-    assert workers.wait(120) == [WRONG_INPUT] * 2
+    assert workers.wait() == [WRONG_INPUT] * 2
     for i in range(2):
         for text in ("configuration", *texts):
             assert text in workers.output(i)
@@ -75,7 +75,7 @@ def test_workers_with_another_configuration_refuse_with_the_difference(
 def test_cache_and_budgets_may_differ_between_workers_but_not_the_output(tmp_path: Path) -> None:
     own = {1: [f"runtime.cache_dir={tmp_path}/c1", "runtime.memory_budget_gb=1", f"output_dir={tmp_path}/b"]}
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={tmp_path}/a", own=own)
-    assert workers.wait(120) == [WRONG_INPUT] * 2
+    assert workers.wait() == [WRONG_INPUT] * 2
     output = workers.output(1)
     assert "output_dir" in output
     assert "cache_dir" not in output
@@ -84,12 +84,12 @@ def test_cache_and_budgets_may_differ_between_workers_but_not_the_output(tmp_pat
 
 def test_several_workers_need_an_output_dir(tmp_path: Path) -> None:
     workers = start_workers(tmp_path, 1, *SHARED, size=2)
-    assert workers.wait(120) == [WRONG_INPUT]
+    assert workers.wait() == [WRONG_INPUT]
     assert "output_dir" in workers.output(0)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_hostile_process_neither_joins_nor_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It connects to the ports of both workers in the rendezvous, and later, when TensorFlow listens there."""
     monkeypatch.setenv("JOB_UID", TOKEN)  # as the manifests set it
@@ -98,7 +98,7 @@ def test_a_hostile_process_neither_joins_nor_ends_a_run(tmp_path: Path, monkeypa
     peers = attack(workers, ATTACKS)
     workers.wait_for("step 4/", seconds=400)
     peers += attack(workers, ATTACKS)
-    assert workers.wait(900) == [0, 0], workers.output(0)
+    assert workers.wait() == [0, 0], workers.output(0)
     assert (out / "DONE").exists()
     for peer in peers:
         peer.close()
@@ -123,7 +123,7 @@ def test_a_finished_run_is_finished_for_a_worker_alone(tmp_path: Path) -> None:
     small = (*SHARED, "debug.max_steps=1", "export.formats=[]", f"output_dir={out}")
     train(*small)
     workers = start_workers(tmp_path, 1, *small, size=2)  # the other worker does not exist any more
-    assert workers.wait(120) == [0]
+    assert workers.wait() == [0]
     assert "finished" in workers.output(0)
 
 
@@ -148,7 +148,7 @@ def test_one_two_and_three_workers_agree(tmp_path: Path, overrides: tuple[str, .
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_devices_of_one_process_train_the_same_and_resume(tmp_path: Path) -> None:
     alone = train_by(1, tmp_path / "alone", *LONG, "training.accumulate=2")
     mirrored = (*LONG, "runtime.replicas=2", f"output_dir={tmp_path / 'run'}")
@@ -157,7 +157,7 @@ def test_two_devices_of_one_process_train_the_same_and_resume(tmp_path: Path) ->
     assert "devices: 2 CPUs" in first.output(0)
     first.terminate()
     second = start_workers(tmp_path / "second", 1, *mirrored)
-    assert second.wait(900) == [0]
+    assert second.wait() == [0]
     assert_same_weights(tmp_path / "run", alone)
 
 
@@ -175,7 +175,7 @@ def test_sigterm_on_any_worker_stops_all_and_the_resumed_run_is_equal(tmp_path: 
     for i in range(2):
         assert f"at step {step}; everything is saved" in first.output(i)
     second = start_workers(tmp_path / "second", 2, *LONG, f"output_dir={out}")
-    assert second.wait(900) == [0, 0]
+    assert second.wait() == [0, 0]
     assert_same_run(calm, out)
     ledger = json.loads((out / "ledger.json").read_text())["seconds"]
     assert ledger["down"] > 0
@@ -192,7 +192,7 @@ def test_after_a_lost_worker_another_number_of_workers_resumes(tmp_path: Path) -
         started = start_workers(tmp_path / str(number), workers, *LONG, *epsilon, f"output_dir={out}")
         started.wait_for(f"step {24 + 24 * number}/")
         started[lost].send_signal(signal.SIGKILL)
-        codes = started.wait(120)
+        codes = started.wait()
         assert codes == [-9 if i == lost else INTERRUPTED for i in range(workers)]
     train(*LONG, *epsilon, f"output_dir={out}")
     assert_near(out, calm)
@@ -203,13 +203,13 @@ def test_after_a_lost_worker_another_number_of_workers_resumes(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_by_file_another_number_of_workers_is_refused_inside_an_epoch(tmp_path: Path) -> None:
     prepared = tmp_path / "digits"
     program("prepare", "data=digits", f"output={prepared}", "data.shards=4")
     data = ("data=tfds", f"data.root={prepared}", "data.shard_by=file", "debug.max_examples=null")
     overrides = (*SHARED, *data, "training.batch_size=48", "runtime.checkpoint_every='8 steps'")
-    calm, out = train_by(2, tmp_path / "calm", *overrides), tmp_path / "run"
+    calm, out = train_by(2, tmp_path / "calm", *overrides), tmp_path / "stopped" / "run"
     first = start_workers(tmp_path / "first", 2, *overrides, f"output_dir={out}")
     first.wait_for("step 36/")
     assert "worker 1 has 2 of 4 shards with 628 of 1,257 records" in first.output(1)
@@ -217,52 +217,51 @@ def test_by_file_another_number_of_workers_is_refused_inside_an_epoch(tmp_path: 
     error = train(*overrides, f"output_dir={out}", code=WRONG_INPUT).stderr
     assert re.search("file.*2 workers.*record.*1", error)
     second = start_workers(tmp_path / "second", 2, *overrides, f"output_dir={out}")
-    assert second.wait(200) == [0, 0]
-    assert_same_run(calm, out)
+    assert second.wait() == [0, 0]
+    assert_same_run(calm, out, levels=1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_that_never_gets_anywhere_gives_up_with_3(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    overrides = (*SHARED, "runtime.checkpoint_every='1000 steps'", "phases.head.epochs=40",
+    # Long epochs: the end of the first one, which is the best so far, would be progress.
+    overrides = (*SHARED, "debug.max_examples=null", "runtime.checkpoint_every='1000 steps'", "phases.head.epochs=40",
                  "runtime.max_restarts_without_progress=2", f"output_dir={out}")  # fmt: skip
     for number in range(3):  # the first start and two restarts
         started = start_workers(tmp_path / str(number), 2, *overrides)
         started.wait_for("phase head: ", index=1)
         started[1].send_signal(signal.SIGKILL)
-        assert started.wait(120) == [INTERRUPTED, -9]
+        assert started.wait() == [INTERRUPTED, -9]
     last = start_workers(tmp_path / "last", 2, *overrides)
-    assert last.wait(120) == [GAVE_UP] * 2
+    assert last.wait() == [GAVE_UP] * 2
     for i in range(2):
         assert re.search("2 restarts.*step 0", last.output(i))
     assert "lost worker 1 (" in last.output(0)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_peer_that_fails_in_the_start_of_tensorflow_ends_all_with_75(tmp_path: Path) -> None:
     """TensorFlow on the chief waits for the peer forever, and holds Python's GIL meanwhile."""
     workers = start_workers(tmp_path, 2, *SHARED, f"output_dir={tmp_path / 'run'}")
-    address = json.loads(
-        dict(entry.split("=", 1) for entry in Path(f"/proc/{workers[1].pid}/environ").read_text().split("\0") if entry)["TF_CONFIG"]
-    )["cluster"]["worker"][1]  # fmt: skip
+    address = workers.addresses[1]
     workers.wait_for("workers: all 2 are connected", index=1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     taken = None
     while taken is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):  # the rendezvous still uses the port
             taken = socket.create_server(("", int(address.rpartition(":")[2])))
     assert taken
     with taken:
-        assert workers.wait(120) == [INTERRUPTED] * 2
+        assert workers.wait() == [INTERRUPTED] * 2
     assert f"TensorFlow cannot start its server at {address}" in workers.output(1)
     assert "Python had not run for" in workers.output(0)
     assert "ensure_initialized" in workers.output(0)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("when", ["at once", "while TensorFlow starts"])
 def test_a_second_process_of_one_index_makes_no_worker_hang(tmp_path: Path, when: str) -> None:
     """It can bind the port of its index when the first one frees it for TensorFlow, whose server then cannot start."""
@@ -273,10 +272,12 @@ def test_a_second_process_of_one_index_makes_no_worker_hang(tmp_path: Path, when
         workers.wait_for("workers: all 2 are connected", index=1)
     workers.start_again(1)
     started = "phase head: "  # with one of the two; otherwise the chief ends by itself
-    workers.wait_until(lambda: started in workers.output(0) or workers[0].poll() is not None, "worker 0", 200)
+    workers.wait_until(lambda: started in workers.output(0) or workers[0].poll() is not None, "worker 0")
+    # The one that is too many starts as slowly as the run; without the chief it would end with another code.
+    workers.wait_until(lambda: any(workers[i].poll() is not None for i in (1, 2)), "one of the two to end")
     if started in workers.output(0):
         workers[0].send_signal(signal.SIGTERM)
-    chief, first, second = workers.wait(200)
+    chief, first, second = workers.wait()
     outputs = [workers.output(index) for index in range(3)]
     assert chief == INTERRUPTED, outputs[0]
     assert {first, second} <= {WRONG_INPUT, INTERRUPTED}, outputs

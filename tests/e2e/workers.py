@@ -20,6 +20,8 @@ SHARED = (
     "runtime.start_timeout=60",
 )
 
+PATIENCE = 600.0  # seconds of waiting for an event, on a machine that is busy with other work
+
 
 class Workers:
     """Started workers; each logs to a file of its own."""
@@ -36,15 +38,14 @@ class Workers:
 
     def start_again(self, index: int) -> None:
         """Start another process of the same index while the first one runs; its own number is the next one."""
-        variables = Path(f"/proc/{self[index].pid}/environ").read_text().split("\0")
-        environment = dict(variable.split("=", 1) for variable in variables if variable)
+        environment = make_environment(self.addresses, index)
         with open(self.folder / f"worker-{len(self.processes)}.log", "w") as log:
             self.processes.append(subprocess.Popen(
                 self[index].args, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
             ))  # fmt: skip
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
         """Return the exit codes of all workers; after `seconds`, kill the others and fail."""
         deadline = time.monotonic() + seconds
         try:
@@ -54,11 +55,11 @@ class Workers:
         finally:
             self.kill()
 
-    def wait_for(self, text: str, index: int = 0, seconds: float = 120) -> None:
+    def wait_for(self, text: str, index: int = 0, seconds: float = PATIENCE) -> None:
         """Wait until the output of a worker contains `text`."""
         self.wait_until(lambda: text in self.output(index), f"{text!r} in the output of worker {index}", seconds)
 
-    def wait_until(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait_until(self, true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             ended = [p.poll() for p in self.processes]
@@ -68,7 +69,7 @@ class Workers:
                 raise AssertionError(f"timeout in waiting for {what}; exit codes {ended}\n{outputs}")
             time.sleep(0.02)
 
-    def terminate(self, index: int = 0, seconds: float = 60) -> None:
+    def terminate(self, index: int = 0, seconds: float = PATIENCE) -> None:
         """Send SIGTERM to a worker; assert that all end as interrupted."""
         self[index].send_signal(signal.SIGTERM)
         assert set(self.wait(seconds)) == {INTERRUPTED}, self.output(index)
@@ -81,6 +82,12 @@ class Workers:
                 process.wait()
 
 
+def make_environment(addresses: Sequence[str], index: int) -> dict[str, str]:
+    """Environment of a worker."""
+    task = {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": index}}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)}
+
+
 def start_workers(
     folder: Path, count: int, *overrides: str, own: dict[int, Sequence[str]] | None = None, size: int | None = None
 ) -> Workers:
@@ -89,10 +96,7 @@ def start_workers(
     addresses = [f"127.0.0.1:{port}" for port in free_ports(size or count)]
     processes = []
     for index in range(count):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {
-            **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task),
-        }  # fmt: skip
+        environment = make_environment(addresses, index)
         with open(folder / f"worker-{index}.log", "w") as log:
             processes.append(
                 subprocess.Popen(
