@@ -28,14 +28,16 @@ from trainer.data.open import stage_and_open_run_dataset
 from trainer.evaluation.scoring import get_images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Cut, Trunk
-from trainer.features.plan import divide_phases
+from trainer.features.plan import TrunkEngine, divide_phases
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier, build_classifier
 
+ENGINES: dict[TrunkEngine, str] = {"tensorflow": "TensorFlow", "litert": "LiteRT"}
 PHASES = {"head": "the whole backbone, pooled", "fine_tune": "up to layer 97 (thawed from 100)"}
 HOW = """One process; the training images are decoded and in memory on both sides. Ours is the pass of a run: it reads
 them in order, computes, and stores the features in memory and in a file with checksums. Bare is one compiled function
-over the same images, {rows} at once as ours, whose outputs are discarded. Both were traced before. {data}; {model}."""
+of TensorFlow over the same images, {rows} at once as ours, whose outputs are discarded. Both were traced before.
+{data}; {model}."""
 
 
 def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple[Worker, ImageStore, Classifier]:
@@ -54,10 +56,10 @@ def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple
 
 
 def our_pass(
-    worker: Worker, images: ImageStore, classifier: Classifier, cut: Cut, scratch: Path
+    worker: Worker, images: ImageStore, classifier: Classifier, cut: Cut, scratch: Path, engine: TrunkEngine
 ) -> Callable[[], float]:
-    """A function that computes all features, and returns images/s."""
-    compute, split = FeaturePass(worker, images, classifier), images.dataset.splits["train"]
+    """A function that computes all features with one library, and returns images/s."""
+    compute, split = FeaturePass(worker, images, classifier, engine), images.dataset.splits["train"]
 
     def once() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -99,15 +101,19 @@ def measure(options: argparse.Namespace) -> Result:
         for phase, layers in PHASES.items():
             cut = divisions[phase].cut
             assert cut is not None
-            ours = our_pass(worker, images, classifier, cut, scratch)
-            sides = {"ours": ours, "bare": bare_pass(images, classifier, cut)}
+            sides: dict[str, Callable[[], float]] = {
+                name: our_pass(worker, images, classifier, cut, scratch, name) for name in ENGINES
+            }
+            sides["bare"] = bare_pass(images, classifier, cut)
             speeds: dict[str, list[float]] = {side: [] for side in sides}
             for turn in range(rounds + 1):
                 for side, once in sides.items():
                     speed = once()
                     if turn:  # the first traces
                         speeds[side].append(speed)
-            comparisons.append(Comparison(layers, "bare inference", "images/s", speeds["ours"], speeds["bare"]))
+            for name, library in ENGINES.items():
+                row = f"{layers}, by {library}"
+                comparisons.append(Comparison(row, "bare inference", "images/s", speeds[name], speeds["bare"]))
         values = {
             "data": describe_data(options, root),
             "model": describe_model(options),

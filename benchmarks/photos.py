@@ -17,7 +17,7 @@ def write_photos(root: Path, count: int, classes: int = 2) -> Path:
     rng = np.random.default_rng(0)
     colors = rng.uniform(0, 1, (classes, 3))
     for number in range(count):
-        image = np.zeros((333, 500, 3)) + colors[number % classes] + rng.normal(0, 0.3, 3).clip(-1, 1)
+        image = np.zeros((333, 500, 3)) + 100 * (colors[number % classes] + rng.normal(0, 0.3, 3))
         for size in (4, 16, 64, 256):  # coarse and strong to fine and weak
             grain = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
             image += np.asarray(grain.resize((500, 333), Image.Resampling.BICUBIC), float) * 2 / size**0.5

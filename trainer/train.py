@@ -85,7 +85,7 @@ def train_run(
     with record_failures(run, folder), show_addresses_in_errors(run.images.addresses):
         restored, sharding = restore(run)
         features, compiled, teacher = choose_inputs(run, folder, divisions, baseline)
-        record_start(run, folder, {"features": features.input_kinds, "xla": compiled}, advice)
+        record_start(run, folder, features.to_json() | {"xla": compiled}, advice)
         run.plan = make_plan(run, features, compiled, teacher, sharding)
         with run.clock.span("train"):
             while run.state.phase < len(run.config.phases):
@@ -195,7 +195,7 @@ def choose_inputs(
     recorded, control, device = folder.run_json if folder.resuming else {}, run.worker.control, detect_device()
     settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
-    features = FeaturePlan(divisions, choose_features(control, run.images, divisions, recorded))
+    features = choose_features(control, run.images, divisions, device, compiled, recorded)
     run.images.train_images_read_once = train_images_read_once(run.config, features.input_kinds, run.state.phase)
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)

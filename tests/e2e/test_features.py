@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.running import SMALL, assert_near, assert_same_run, kill_after, kill_at, start_until, train, variables_of
+from tests.e2e.running import (
+    SMALL,
+    assert_near,
+    assert_same_run,
+    assert_same_weights,
+    kill_after,
+    kill_at,
+    start_until,
+    train,
+    variables_of,
+)
 from tests.e2e.workers import SHARED, train_alone_and_by_two
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
@@ -18,14 +28,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIXED = ("augmentation=none", "model.dropout=0.2", "export.formats=[]")
 LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
+LITERT = "runtime.trunk_engine=litert"
 VIEWS = ("augmentation=light", "phases.head.augmented_views=2", "phases.head.epochs=3", "export.formats=[]")
 KILLS = 3
 
 
 @pytest.mark.parametrize(
     "extra",
-    [(), ("phases.fine_tune.batch_norm=affine",), ("phases.fine_tune.batch_norm=train",)],
-    ids=["frozen", "affine", "train"],
+    [(), ("phases.fine_tune.batch_norm=affine",), ("phases.fine_tune.batch_norm=train",), (LITERT,)],
+    ids=["frozen", "affine", "train", "litert"],
 )
 def test_cached_and_live_runs_end_with_the_same_weights(tmp_path: Path, extra: tuple[str, ...]) -> None:
     cached, live = tmp_path / "cached", tmp_path / "live"
@@ -99,7 +110,7 @@ def test_a_run_stopped_while_computing_features_resumes_with_those_in_the_cache(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("extra", [(), VIEWS], ids=["plain", "views"])
+@pytest.mark.parametrize("extra", [(), VIEWS, (LITERT,)], ids=["plain", "views", "litert"])
 def test_two_workers_train_as_one_in_two_micro_batches(tmp_path: Path, extra: tuple[str, ...]) -> None:
     train_alone_and_by_two(tmp_path, *SHARED, *FIXED, *extra, "phases.fine_tune.augmented_views=null")
 
@@ -138,3 +149,20 @@ def test_cached_features_without_frozen_layers_are_refused(tmp_path: Path) -> No
     run = ("experiment=quickstart", "augmentation=none", "debug=fast", "phases=end_to_end")
     error = train(*run, "phases.all.features=cached", f"output_dir={tmp_path / 'run'}", code=WRONG_INPUT).stderr
     assert "phases.all.features=cached: " in error
+
+
+@pytest.mark.timeout(1800)
+def test_with_litert_a_killed_run_and_one_on_two_devices_have_the_same_bits(tmp_path: Path) -> None:
+    """Frozen layers by LiteRT on augmented images, in both phases."""
+    calm, killed, divided = (tmp_path / name for name in ("calm", "killed", "divided"))
+    run = (*SMALL, "augmentation=light", LITERT, "training.virtual_replicas=2", "export.formats=[]")
+    output = train(*run, f"output_dir={calm}").stdout
+    for phase in ("head", "fine_tune"):
+        assert f"frozen layers of phase {phase}: LiteRT, as configured" in output
+    assert json.loads((calm / "run.json").read_text())["engines"] == {"head": "litert", "fine_tune": "litert"}
+    for text in ("step 4/", "step 16/"):  # within the first and the second phase
+        kill_at(text, *run, f"output_dir={killed}")
+    train(*run, f"output_dir={killed}")
+    assert_same_run(calm, killed)
+    train(*run, "runtime.replicas=2", f"output_dir={divided}")
+    assert_same_weights(calm, divided)

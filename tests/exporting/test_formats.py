@@ -35,9 +35,10 @@ from trainer.errors import ConfigError, Interrupted, ModelError
 from trainer.evaluation.paired import compare_paired
 from trainer.exporting.bundle import ParityExamples, as_plain_float32
 from trainer.exporting.formats import FORMATS, check_formats, export_formats, export_keras, raise_if_refused
-from trainer.exporting.tflite import export_tflite, suppress_litert_output
+from trainer.exporting.tflite import export_tflite
 from trainer.exporting.verify import judge_accuracy_drop, load_export, score
 from trainer.models.batch_norm import PaddingAwareBatchNormalization
+from trainer.monitoring.log import suppress_litert_output
 
 # Largest difference of a probability by the precision of the format; 1e-4 for others.
 TOLERANCE = {"tflite_float16": 0.01, "tflite_dynamic": 0.05, "tflite_int8": 0.1}

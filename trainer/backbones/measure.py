@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from trainer.backbones.folds import FoldPlan
 from trainer.backbones.results import FoldResult, Measurements
+from trainer.cluster.devices import detect_device
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation, RunConfig
 from trainer.data.host import allocate_array
@@ -19,9 +20,10 @@ from trainer.data.sharding import UNSHARDED, steps_per_epoch
 from trainer.data.splits import take
 from trainer.errors import DataError, Interrupted
 from trainer.evaluation.scoring import Scorer, get_images_per_call
+from trainer.features.compute import FeaturePass
 from trainer.features.cut import Cut, Tail, Trunk
 from trainer.features.inputs import FeatureCache
-from trainer.features.plan import FeaturePlan, divide_phases
+from trainer.features.plan import FeaturePlan, InputKind, divide_phases, plan_engines
 from trainer.features.store import STORED_DTYPES, Features
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
 from trainer.models.freezing import apply_thaw
@@ -69,8 +71,13 @@ def open_network(config: RunConfig, worker: Worker, images: ImageStore, classifi
     divisions = divide_phases(config, classifier)
     cut = divisions[phase].cut
     assert cut is not None, "a frozen backbone has a cut"
-    plan = FeaturePlan(divisions, {phase: "cached"})
-    cache = FeatureCache(worker, images, classifier, plan, Scorer(worker, classifier))
+    kinds: dict[str, InputKind] = {phase: "cached"}
+    engines = plan_engines(
+        config, detect_device(), images.dataset, classifier.image_size, divisions, {phase: False}, kinds
+    )
+    plan = FeaturePlan(divisions, kinds, {phase: engines[phase].engine})
+    feature_pass = FeaturePass(worker, images, classifier, plan.engines[phase])
+    cache = FeatureCache(feature_pass, plan, Scorer(worker, classifier))
     features_of_splits = cache.open(phase, ("train",))
     if features_of_splits is None:
         worker.stop.check("while features were computed")

@@ -7,6 +7,8 @@ from trainer.config.model import NAMED_WEIGHTS
 from trainer.config.phases import LENGTH_KEYS
 from trainer.config.schema import RequestedConfig, RunConfig, Runtime
 
+# Keys of `runtime` that affect the weights of a run.
+AFFECTING_WEIGHTS = ("precision", "xla", "trunk_engine", "deterministic", "replicas")
 # Keys and sections that can change on resume, because they do not affect how the weights are trained.
 CHANGEABLE_ON_RESUME = (
     "output_dir",
@@ -15,7 +17,7 @@ CHANGEABLE_ON_RESUME = (
     "experiment_name",
     "data.fingerprint",
     "debug.profile_steps",
-    *(f"runtime.{key}" for key in Runtime.model_fields if key not in ("precision", "xla", "deterministic", "replicas")),
+    *(f"runtime.{key}" for key in Runtime.model_fields if key not in AFFECTING_WEIGHTS),
 )
 # Keys whose address can change on resume if the content at the new address has the fingerprint that the run recorded.
 ADDRESSES = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "distillation.teacher")

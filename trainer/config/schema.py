@@ -222,13 +222,16 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Runtime(Section):
-    """Devices, logs and caches. Only precision, xla, deterministic and replicas can affect the weights."""
+    """Devices, logs and caches. Only precision, xla, trunk_engine, deterministic and replicas affect the weights."""
 
     precision: Precision | Literal["auto"] = "float32"
     """Data type of computations; weights and loss are float32. auto: chosen by the device (docs/speed.md)."""
     xla: bool | Literal["auto"] = False
     """Compile the training step with XLA, which makes it 7 to 15 times slower on CPUs; auto: decided for each phase
     (docs/speed.md)."""
+    trunk_engine: Literal["auto", "tensorflow", "litert"] = "auto"
+    """Library that computes the frozen layers below the cut; auto: LiteRT in long phases of mobile networks on a CPU,
+    otherwise TensorFlow (docs/features.md)."""
     deterministic: bool = True
     """Make runs on the same machine bitwise reproducible."""
     replicas: int | None = Field(None, ge=1, le=1024)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +16,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from trainer.exporting.bundle import ExportBundle, as_plain_float32
 from trainer.exporting.model_card import format_labels
-from trainer.monitoring.log import drop_stderr_lines
+from trainer.monitoring.log import suppress_litert_output
 from trainer.storage.local import write_atomically
-
-_LOG_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
-# Context manager that drops the stderr lines that every conversion and every new interpreter prints.
-suppress_litert_output = partial(drop_stderr_lines, _LOG_LINES)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metadata: input and output descriptions, and the class names in a zip archive at the end of the file

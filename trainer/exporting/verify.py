@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.errors import ModelError
 from trainer.evaluation.paired import compare_paired
 from trainer.exporting.bundle import ParityExamples
-from trainer.exporting.tflite import suppress_litert_output
+from trainer.monitoring.log import suppress_litert_output
 from trainer.storage.disk import translate_disk_error
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [b, S, S, 3] -> float32 probabilities [b, classes]

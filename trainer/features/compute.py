@@ -1,6 +1,6 @@
 """A pass over a split's images that computes and stores their features, in parallel on all workers."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,15 @@ import tensorflow as tf
 
 from trainer.cluster.worker import Worker
 from trainer.config.schema import Augmentation
+from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, Pixels, convert_data_errors
 from trainer.data.order import split_by_device_calls
 from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
 from trainer.errors import StopRequested
 from trainer.evaluation.scoring import get_images_per_call
 from trainer.features.cut import Cut, Trunk
+from trainer.features.litert import LiteTrunk
+from trainer.features.plan import TrunkEngine
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
@@ -43,10 +46,11 @@ Requests = Sequence[FeatureRequest]
 class FeaturePass:
     """Computes and stores the features of one split in each call of `fill`. Compiles the trunk for equal cuts once."""
 
-    def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier) -> None:
-        self.worker, self.images, self.classifier = worker, images, classifier
+    def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier, engine: TrunkEngine) -> None:
+        self.worker, self.images, self.classifier, self.engine = worker, images, classifier, engine
         self.rows = get_images_per_call() * worker.replicas  # number of images in a device call on this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
+        self._converted: dict[tuple[str, ...], LiteTrunk] = {}
 
     def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
         """Compute and store the missing features of one split. With `exchange`, all workers must call this together.
@@ -130,7 +134,7 @@ class FeaturePass:
         The weight is 0 for padding and for images that cannot be read, otherwise 1. A stop request ends the iteration
         early.
         """
-        compute, local_results = self._compile_trunk(cuts), self.worker.strategy.experimental_local_results
+        compute = self._compile_trunk(cuts)
         if pixels.array is not None and not augmentation.active:
             source = self._iterate_memory(pixels, shard)
         else:
@@ -139,8 +143,7 @@ class FeaturePass:
             for images, weights in stream:
                 outputs = compute(images, weights)
                 health.record_progress()
-                # np.asarray avoids the copy that Tensor.numpy() makes.
-                yield [_concatenate([np.asarray(values) for values in local_results(output)]) for output in outputs]
+                yield outputs
 
     def _iterate_pipeline(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
@@ -185,8 +188,26 @@ class FeaturePass:
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
-    def _compile_trunk(self, cuts: Sequence[Cut]) -> Any:
-        """Return a `tf.function` that maps images and weights to a list of the weights and the features at each cut."""
+    def convert_trunk(self, cuts: Sequence[Cut]) -> LiteTrunk:
+        """Return the layers below the cuts, converted for LiteRT in the first call with these cuts."""
+        key = tuple(cut.layer for cut in cuts)
+        if key not in self._converted:
+            self._converted[key] = LiteTrunk(self.classifier, cuts, count_usable_cpus())
+        return self._converted[key]
+
+    def _compile_trunk(self, cuts: Sequence[Cut]) -> Callable[[Any, Any], list[np.ndarray]]:
+        """Return a function that maps a device call's images and weights to the weights and the features at each cut.
+
+        Its results are the values of all replicas of this worker, float32 [rows, ...].
+        """
+        local_results = self.worker.strategy.experimental_local_results
+
+        def join(values: Any) -> np.ndarray:
+            return _concatenate([np.asarray(value) for value in local_results(values)])  # .numpy() would copy
+
+        if self.engine == "litert":
+            converted = self.convert_trunk(cuts)
+            return lambda images, weights: [join(weights), *converted.features(join(images))]
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -195,7 +216,8 @@ class FeaturePass:
                 return [weights, *trunk.features(images)]
 
             self._compiled[key] = tf.function(lambda *batch: strategy.run(replica, args=batch), autograph=False)
-        return self._compiled[key]
+        compiled = self._compiled[key]
+        return lambda images, weights: [join(values) for values in compiled(images, weights)]
 
     def _store_block(
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool

@@ -15,6 +15,7 @@ from trainer.data.sharding import select_worker_examples
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Tail
+from trainer.features.litert import LiveTail
 from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
@@ -53,21 +54,29 @@ def open_inputs(
     Raises:
         DataError: an image cannot be read, or a feature is too large for float16.
     """
-    augmentation, kind = images.config.augmentation, plan.input_kinds[name]
+    augmentation, kind, engine = images.config.augmentation, plan.input_kinds[name], plan.engines[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
+    feature_pass = FeaturePass(worker, images, classifier, engine)
+    network: Network = classifier
+    if kind != "cached" and engine == "litert":
+        network = LiveTail(classifier, plan.cut(name), feature_pass.convert_trunk([plan.cut(name)]))
+
+    def scorer_of(scored: Network) -> Scorer:
+        return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
+
     if kind == "live":
-        return Inputs(classifier, scorer, images.split("train"), images.split("validation"), augmentation, views)
-    cache = FeatureCache(worker, images, classifier, plan, scorer)
+        live_scorer = scorer if network is classifier else scorer_of(network)
+        return Inputs(network, live_scorer, images.split("train"), images.split("validation"), augmentation, views)
+    cache = FeatureCache(feature_pass, plan, scorer)
     features = cache.open(name, ("train", "validation") if kind == "cached" else ("validation",))
     if features is None:
         return None
     tail = Tail(classifier, plan.cut(name))
-    tail_scorer = Scorer(worker, tail, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
     if kind == "cached":
         train_features, validation_features = features
-        return Inputs(tail, tail_scorer, train_features, validation_features, Augmentation(), None)
+        return Inputs(tail, scorer_of(tail), train_features, validation_features, Augmentation(), None)
     (validation_features,) = features  # the kind is "validation": training on images, validation on features
-    return Inputs(classifier, tail_scorer, images.split("train"), validation_features, augmentation, views)
+    return Inputs(network, scorer_of(tail), images.split("train"), validation_features, augmentation, views)
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
@@ -82,11 +91,14 @@ def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
 class FeatureCache:
     """Opens the features of a phase: reads the rows that an earlier start stored on disk, and computes the others."""
 
-    worker: Worker
-    images: ImageStore
-    classifier: Classifier
+    feature_pass: FeaturePass
     plan: FeaturePlan
     scorer: Scorer
+
+    @property
+    def images(self) -> ImageStore:
+        """The images of the run."""
+        return self.feature_pass.images
 
     def open(self, phase: str, splits: Sequence[str]) -> list[Features] | None:
         """Return a phase's complete features, in the order of `splits`. All workers call this together.
@@ -100,7 +112,8 @@ class FeatureCache:
         Raises:
             DataError: an image cannot be read, or a feature is too large for float16.
         """
-        feature_pass, control = FeaturePass(self.worker, self.images, self.classifier), self.worker.control
+        feature_pass, worker = self.feature_pass, self.feature_pass.worker
+        control = worker.control
         opened_features: list[Features] = []
         for split in splits:
             memory_used = sum(features.bytes for features in opened_features if features.cached_in == "memory")
@@ -114,7 +127,7 @@ class FeatureCache:
                 if not control.any_worker("no space for later features", later is None) and later is not None:
                     requests.append(FeatureRequest(self.plan.cut(later_phase), later, required=False))
             # If all workers read the same features, each computes a shard, and they exchange them.
-            exchange = split == "train" and self.scorer.sharding.by == "record" and self.worker.size > 1
+            exchange = split == "train" and self.scorer.sharding.by == "record" and worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
             is_complete = feature_pass.fill(requests, augmentation, exchange)
             if control.any_worker("features not done", not is_complete or requests[0].failed):
@@ -128,7 +141,8 @@ class FeatureCache:
     def _later_phases_in_same_pass(self, phase: str, split: str) -> list[str]:
         """Return the later phases whose features can be computed in the pass for `phase`.
 
-        Such a phase reads the same views of the split, but at a different cut. Neither `phase` nor any phase between
+        Such a phase reads the same views of the split, but at a different cut, and computes the trunk with the same
+        engine. Neither `phase` nor any phase between
         the two updates the later phase's trunk.
         """
         names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
@@ -140,7 +154,7 @@ class FeatureCache:
                 same_views = kinds[later] == "cached" and phases[later].augmented_views == phases[phase].augmented_views
             else:
                 same_views = kinds[later] != "live"
-            if not same_views:
+            if not same_views or self.plan.engines[later] != self.plan.engines[phase]:
                 continue
             cut = self.plan.cut(later)
             if cut.layer not in cut_layers and not updated_variables & cut.variables.keys():
@@ -169,13 +183,13 @@ class FeatureCache:
         disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         if memory_budget is None and disk_used + features.bytes > disk_budget:
             return None
-        fingerprint = self.images.dataset.fingerprint
-        decoded_name = build_cache_name(examples, self.classifier.image_size, config.model.resize, fingerprint)
+        classifier, fingerprint = self.feature_pass.classifier, self.images.dataset.fingerprint
+        decoded_name = build_cache_name(examples, classifier.image_size, config.model.resize, fingerprint)
         key = (
-            _FORMAT, decoded_name, self.classifier.spec.name, cut.layer, cut.pooled and self.classifier.pooling,
+            _FORMAT, decoded_name, classifier.spec.name, cut.layer, cut.pooled and classifier.pooling,
             cut.fingerprint(), features.dtype, runtime.precision, features.views,
             (config.seed, config.augmentation.model_dump_json()) if is_augmented else None,
-            get_images_per_call(), runtime.deterministic, tf.__version__,
+            get_images_per_call(), runtime.deterministic, tf.__version__, self.feature_pass.engine,
         )  # fmt: skip
         digest = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
         file = runtime.cache_folder / "features" / f"{split}-{digest}"

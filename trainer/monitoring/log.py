@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn, TextIO
 
 from trainer.monitoring.health import health
@@ -228,3 +229,8 @@ def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
             for line in captured.read().decode(errors="replace").splitlines():
                 if not pattern.search(line):
                     print(line, file=sys.stderr)
+
+
+_LITERT_LINES = re.compile(r"^fully_quantize: \d|^INFO: Created TensorFlow Lite XNNPACK delegate")
+# Context manager that drops the stderr lines that every conversion for LiteRT and every new interpreter prints.
+suppress_litert_output = partial(drop_stderr_lines, _LITERT_LINES)

@@ -22,7 +22,7 @@ from trainer.data.tfds import check_download
 from trainer.distillation.own_teacher import must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import divide_phases, plan_features, train_images_read_once
+from trainer.features.plan import EngineChoice, divide_phases, plan_engines, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.planning import checks, estimates, network_plot, sections
@@ -234,7 +234,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     budget = max(config.runtime.memory_budget or get_default_memory_budget(), disk_budget)
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
-    read_once = train_images_read_once(config, {name: choice.input_kind for name, choice in choices.items()})
+    input_kinds = {name: choice.input_kind for name, choice in choices.items()}
+    read_once = train_images_read_once(config, input_kinds)
     caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
@@ -249,8 +250,16 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     computations = {}
     with plan.collect_errors():
         computations = plan_computations(config, device, replicas, classifier, dataset, divisions)
-    lines = {name: c.describe(name, config).partition(": ")[2] for name, c in computations.items()}
-    plan.print_section("computation", list(lines.items()))
+    compiled = {name: computations[name].xla if name in computations else False for name in config.phases}
+    engines: dict[str, EngineChoice] = {}
+    with plan.collect_errors():
+        engines = plan_engines(config, device, dataset, image_size, divisions, compiled, input_kinds)
+    computation_rows = []
+    for name, computation in computations.items():
+        computation_rows.append((name, computation.describe(name, config).partition(": ")[2]))
+        if name in engines and engines[name].engine == "litert":
+            computation_rows.append(("", f"frozen layers: {engines[name].describe(name).partition(': ')[2]}"))
+    plan.print_section("computation", computation_rows)
     cache_texts = {"memory": "in memory", "disk": f"in {config.runtime.cache_dir}", "none": "not cached"}
     rows = [(name, choice.describe(name).partition(": ")[2]) for name, choice in choices.items()]
     for name, cache in caches.items():
@@ -288,8 +297,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
     if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
-        compiled = {name: computation.xla for name, computation in computations.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, compiled, epoch_steps)
+        libraries = {name: choice.engine for name, choice in engines.items()}
+        seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     checkpoint = count_variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
     sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))

@@ -10,13 +10,15 @@ import tensorflow as tf
 
 from trainer.config.schema import Augmentation, Phase, RunConfig
 from trainer.data.augment.apply import augment
+from trainer.data.host import count_usable_cpus
 from trainer.evaluation.scoring import Predictor
 from trainer.features.cut import Cut, Tail
-from trainer.features.plan import Division, FeatureChoice, select_stored_dtype
+from trainer.features.litert import LiteTrunk, LiveTail
+from trainer.features.plan import Division, FeatureChoice, TrunkEngine, select_stored_dtype
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import apply_thaw
 from trainer.training.optimizers import build_optimizer, build_schedule
-from trainer.training.step import StepSettings, TrainingStep
+from trainer.training.step import Network, StepSettings, TrainingStep
 from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # after this time, no further measurement begins
@@ -66,12 +68,14 @@ def _make_batches(shape: tuple[int, ...], dtype: str, augmentation: Augmentation
 
 
 def measure_training(
-    config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, cut: Cut | None, xla: bool
-) -> float:
+    config: RunConfig, classifier: Classifier, dataset: Dataset, phase: Phase, network: Network, cut: Cut | None,
+    xla: bool,
+) -> float:  # fmt: skip
     """Measure the seconds per image of training in a phase. This changes the classifier's weights.
 
     Args:
-        cut: boundary between trunk and tail, if the tail is trained on features; None to train on images.
+        network: the classifier, or its tail.
+        cut: the cut whose features the network takes; None if it takes images.
         xla: whether XLA compiles the step.
     """
     thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
@@ -79,7 +83,6 @@ def measure_training(
     schedule = build_schedule(phase.schedule, learning_rate, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
     optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
     settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
-    network = Tail(classifier, cut) if cut else classifier
     step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
                         dataclasses.replace(settings, accumulate=1, virtual_replicas=None))  # fmt: skip
     image_size = classifier.image_size
@@ -98,9 +101,15 @@ def measure_scoring(classifier: Classifier, seed: int) -> float:
     return measure_call(lambda: predictor.predict([batch], 1)) / BATCH_SIZE
 
 
+def measure_trunk(trunk: LiteTrunk, image_size: int, seed: int) -> float:
+    """Measure the seconds per image in which LiteRT computes features."""
+    images = np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, image_size, image_size, 3), np.uint8)
+    return measure_call(lambda: trunk.features(images)) / BATCH_SIZE
+
+
 def estimate_time(
     config: RunConfig, classifier: Classifier, dataset: Dataset, inputs: Mapping[str, tuple[FeatureChoice, Division]],
-    compiled: Mapping[str, bool], steps_per_epoch: int,
+    engines: Mapping[str, TrunkEngine], compiled: Mapping[str, bool], steps_per_epoch: int,
 ) -> dict[str, float]:  # fmt: skip
     """Estimate the seconds of each phase, including its validation, and of the scoring at the end, on one device.
 
@@ -108,6 +117,7 @@ def estimate_time(
 
     Args:
         inputs: by phase name, the planned input, and the division of the network into trunk and tail.
+        engines: by phase name, the library that computes the trunk.
         compiled: by phase name, whether XLA compiles the step.
 
     Returns:
@@ -126,9 +136,15 @@ def estimate_time(
         steps = config.phase_steps(phase, steps_per_epoch)
         num_images = steps / steps_per_epoch * counts["train"]
         cut = division.cut if is_cached else None
-        seconds = num_images * measure_training(config, classifier, dataset, phase, cut, compiled[name])
+        network: Network = Tail(classifier, cut) if cut else classifier
+        feature_seconds = scoring_seconds  # per image
+        if division.cut and engines[name] == "litert":
+            trunk = LiteTrunk(classifier, [division.cut], count_usable_cpus())
+            feature_seconds = measure_trunk(trunk, classifier.image_size, config.seed)
+            network = network if cut else LiveTail(classifier, division.cut, trunk)
+        seconds = num_images * measure_training(config, classifier, dataset, phase, network, cut, compiled[name])
         if is_cached:  # features are computed once, for training and validation
-            seconds += scoring_seconds * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
+            seconds += feature_seconds * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])
         else:
             num_passes = 1 if choice.input_kind == "validation" else -(-steps // steps_per_epoch)
             seconds += scoring_seconds * counts["validation"] * num_passes * config.training.validation_share
