@@ -38,8 +38,16 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return result
 
 
-COMMANDS = [(f"{page.relative_to(ROOT)}: {verb} {' '.join(words)}", verb, words)
-            for page in PAGES for verb, words in commands(page)]  # fmt: skip
+def list_commands() -> list[tuple[str, str, list[str]]]:
+    """Every command once, with the pages that have it: its name, verb and arguments."""
+    pages: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
+    for page in PAGES:
+        for verb, words in commands(page):
+            pages.setdefault((verb, tuple(words)), {})[str(page.relative_to(ROOT))] = None
+    return [(f"{', '.join(of)}: {verb} {' '.join(words)}", verb, list(words)) for (verb, words), of in pages.items()]
+
+
+COMMANDS = list_commands()
 
 
 def test_the_pages_have_commands() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from tests.data.images import fill_folder
 from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose
+from trainer.config.model import Model
 from trainer.config.schema import configure_teacher, load
 from trainer.data.digits import prepare_digits
 from trainer.data.tfds_folder import LABELS
-from trainer.models.classifier import build_classifier
-from trainer.planning import dry_run, estimates, timing
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.planning import checks, dry_run, estimates, timing
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
 from trainer.training import variables
@@ -35,13 +37,34 @@ ROOT = Path(__file__).parent.parent
 HERE = ("runtime.deterministic=false",)
 
 
+def build_each_once() -> Callable[..., Classifier]:
+    """`build_classifier`, which here returns the same network for equal arguments.
+
+    A plan reads its network, sets anew which layers are trainable, and changes no weights without measured steps.
+    """
+    networks: dict[tuple[str, int, int], Classifier] = {}
+
+    def build(model: Model, class_count: int, seed: int) -> Classifier:
+        key = (model.model_dump_json(), class_count, seed)
+        if key not in networks:
+            networks[key] = build_classifier(model, class_count, seed)
+        return networks[key]
+
+    return build
+
+
+NETWORKS = {module: build_each_once() for module in (dry_run, checks)}  # of the run, and of its teacher
+
+
 @pytest.fixture
 def planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Planned:
     """Run a plan in this process and check its exit code: stdout with blanks and line ends as one blank each, stderr.
 
-    Steps are not measured, because each network would be compiled.
+    Steps are not measured, because each network would be compiled, and a network is built once for all plans.
     """
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.0)
+    for module, build in NETWORKS.items():
+        monkeypatch.setattr(module, "build_classifier", build)
 
     def call(*arguments: str, code: int = 0) -> tuple[str, str]:
         capsys.readouterr()
@@ -66,12 +89,20 @@ def begin_run(folder: Path, *arguments: str) -> None:
     CheckpointFolder(folder / "checkpoints", 2, print).save(state.to_json(), {"w": np.zeros(2, np.float32)}, None)
 
 
-def test_the_quickstart(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which a new process planned the default run with measured steps, and its stdout."""
+    folder = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, "-m", "trainer.plan", "--plot=net.png", "--summary", "output_dir=new", "seed=7"]
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    return folder, done.stdout
+
+
+def test_the_quickstart(quickstart: tuple[Path, str]) -> None:
+    folder, stdout = quickstart
+    lines = [" ".join(line.split()) for line in stdout.splitlines()]
     for expected in (
         "changed seed = 7 (was 42)",
         "output_dir new: new",
@@ -87,7 +118,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
         assert expected in lines
     for name, count in (("train", "1,257"), ("validation", "180"), ("test", "360")):
         assert any(line.startswith(f"{name} {count} examples in 1 shard, ") for line in lines)
-    plain = done.stdout.splitlines()
+    plain = stdout.splitlines()
     assert max(map(len, plain)) <= 100
     layers = plain[plain.index("layers") + 1 : plain.index("memory (estimate)") - 1]  # of --summary
     assert max(map(len, layers)) <= 80
@@ -95,8 +126,8 @@ def test_the_quickstart(tmp_path: Path) -> None:
     totals = " ".join(map(str.strip, layers[-2:]))
     assert totals == "423,018 parameters; trainable ones by phase: 1 head 12,810, 2 fine_tune 394,858"
     assert [line for line in plain if line != line.rstrip()] == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.png"]
-    with Image.open(tmp_path / "net.png") as image:
+    assert sorted(p.name for p in folder.iterdir()) == ["net.png"]
+    with Image.open(folder / "net.png") as image:
         assert image.format == "PNG"
         assert 800 <= image.width <= 2000
         assert 800 <= image.height <= 2000
@@ -270,23 +301,18 @@ def test_the_plan_of_a_gpu_has_its_memory_by_phase_and_what_would_be_slow(
     assert "! 1 CPUs augment about 2,950 small images per second" in out
 
 
-def test_the_time_of_a_run_is_estimated_from_measured_steps(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BUDGET_SECONDS", 600.0)
-    arguments = ("data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32", "phases.fine_tune.thaw=all")
-    arguments += ("augmentation=light", "phases.fine_tune.epochs=40")
-    out, _ = planned(*arguments)
+def test_the_time_of_a_run_is_estimated_from_measured_steps(quickstart: tuple[Path, str], planned: Planned) -> None:
     measured = re.search(
         r"estimated from a few steps on this machine. head about (\d+ \w+) fine_tune about (\d+ \w+) "
         r"scoring about \d+ \w+ in total about ",
-        out,
+        " ".join(quickstart[1].split()),
     )
-    assert measured, out
+    assert measured, quickstart[1]
     head, fine_tune = (
         int(number) * {"s": 1, "min": 60}[unit] for number, unit in (text.split() for text in measured.groups())
     )
-    assert fine_tune > head  # 40 epochs of all layers, and 5 of the head on features
-    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.0)
-    assert "estimated from a few steps" not in planned(*arguments)[0]
+    assert fine_tune > head  # 25 epochs of all layers, and 5 of the head
+    assert "estimated from a few steps" not in planned("seed=7")[0]  # without time for a measurement
 
 
 def test_times_are_rough() -> None:
@@ -302,14 +328,19 @@ def test_another_width_of_a_warm_start_is_refused(planned: Planned, tmp_path: Pa
     assert re.match(r"error: warm_start=.*: is of another backbone: \d+ of 260 variables .* model.alpha", err)
 
 
+@cache
+def teacher_values() -> dict[str, np.ndarray]:
+    """The variables of a teacher."""
+    model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
+    return variables.copy_values(build_classifier(model, 10, 1).variables)
+
+
 def leave_teacher(home: Path) -> Path:
     """Write the files of a finished run that a student reads."""
     home.parent.mkdir(exist_ok=True)
     begin_run(home, "data=digits", "model=glyphs_mobilenet_v2")
     (home / "run.json").write_text(json.dumps({"classes": list("0123456789")}))
-    model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
-    values = variables.copy_values(build_classifier(model, 10, 1).variables)
-    CheckpointFolder(home / "checkpoints", 2, print).save(RunState(step=240).to_json(), values, 240)
+    CheckpointFolder(home / "checkpoints", 2, print).save(RunState(step=240).to_json(), teacher_values(), 240)
     return home
 
 

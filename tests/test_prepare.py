@@ -1,16 +1,28 @@
-"""`python -m trainer.prepare` as a process."""
+"""`python -m trainer.prepare` as a process, and again in this one."""
 
 import subprocess
 from pathlib import Path
 
+import pytest
 import tensorflow_datasets as tfds
 
+from tests.cli.verbs import exit_code_of
 from tests.data.images import fill_folder, noise
 from tests.e2e.running import program
+from tests.errors import raises
+from trainer import prepare as command
+from trainer.cli.compose import compose
+from trainer.config.schema import load
+from trainer.data.prepare import prepare as prepare_here
+from trainer.errors import DataError
 
 
 def prepare(*arguments: str, cache: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     return program("prepare", *arguments, f"runtime.cache_dir={cache}", code=code, cwd=cache)
+
+
+def prepare_in_this_process(*arguments: str, output: Path, cache: Path) -> None:
+    prepare_here(load(compose([*arguments, f"runtime.cache_dir={cache}"]) or {}), str(output))
 
 
 def test_an_image_folder_becomes_a_tfds_folder_and_that_one_another(tmp_path: Path) -> None:
@@ -29,24 +41,27 @@ def test_an_image_folder_becomes_a_tfds_folder_and_that_one_another(tmp_path: Pa
     info = tfds.builder_from_directory(tmp_path / "out").info
     assert {name: split.num_examples for name, split in info.splits.items()} == {"train": 33, "validation": 8}
     assert info.features["label"].names == ["cat", "dog"]
-    prepare("data=tfds", f"data.root={tmp_path}/out", f"output={tmp_path}/second", cache=tmp_path)
+    prepare_in_this_process("data=tfds", f"data.root={tmp_path}/out", output=tmp_path / "second", cache=tmp_path)
     assert tfds.builder_from_directory(tmp_path / "second").info.splits["train"].num_examples == 33
 
 
-def test_damaged_images_end_with_2_or_are_skipped(tmp_path: Path) -> None:
+def test_damaged_images_end_with_2_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = fill_folder(tmp_path / "photos", {"cat": 5, "dog": 5})
     (photos / "dog" / "02.jpg").write_bytes(noise(1)[:400])
-    arguments = ("data=image_folder", f"data.root={photos}", f"output={tmp_path}/out")
-    error = prepare(*arguments, cache=tmp_path, code=2).stderr
+    arguments = ("data=image_folder", f"data.root={photos}")
+    error = prepare(*arguments, f"output={tmp_path}/out", cache=tmp_path, code=2).stderr
     assert f"{photos}/dog/02.jpg: " in error
     assert "data.on_error=skip" in error
-    done = prepare(*arguments, "data.on_error=skip", cache=tmp_path)
-    assert f"skipped {photos}/dog/02.jpg: " in done.stdout
-    assert f"{tmp_path}/out holds 9 images of 2 classes" in done.stdout
+    prepare_in_this_process(*arguments, "data.on_error=skip", output=tmp_path / "out", cache=tmp_path)
+    stdout = capsys.readouterr().out
+    assert f"skipped {photos}/dog/02.jpg: " in stdout
+    assert f"{tmp_path}/out holds 9 images of 2 classes" in stdout
 
 
-def test_bad_arguments_end_with_2(tmp_path: Path) -> None:
-    gone = ("data=image_folder", "data.root=gone", f"output={tmp_path}/out")
-    for arguments, text in ((("data=digits",), "output: "), (gone, "data.root=gone: ")):
-        assert f"error: {text}" in prepare(*arguments, cache=tmp_path, code=2).stderr
+def test_bad_arguments_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code of an error in the data is that of the damaged images above."""
+    assert exit_code_of(command.main, "data=digits") == 2
+    assert "error: output: " in capsys.readouterr().err
+    with raises(DataError, key="data.root", value="gone"):
+        prepare_in_this_process("data=image_folder", "data.root=gone", output=tmp_path / "out", cache=tmp_path)
     assert not (tmp_path / "out").exists()

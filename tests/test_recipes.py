@@ -233,13 +233,19 @@ def test_the_strong_presets_score_the_best_epoch_of_the_whole_validation_split()
         assert (training.keep, training.validation_share) == ("best", 1.0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+SWITCHES = [
+    ("augmentation=strong", "phases=progressive", "model=vgg16", "debug=fast", "runtime=pod"),
+    ("phases=head_only", "runtime=gpu"),
+    ("runtime=gpu_pod",),
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),  # the quick ones have each preset once, and the switches in turn
     [
-        ("augmentation=strong", "phases=progressive", "model=vgg16", "debug=fast", "runtime=pod"),
-        ("phases=head_only", "runtime=gpu"),
-        ("runtime=gpu_pod",),
+        pytest.param(name, changes, marks=() if (i + k) % len(SWITCHES) == 0 else pytest.mark.slow)
+        for i, name in enumerate(PRESETS)
+        for k, changes in enumerate(SWITCHES)
     ],
 )
 def test_switches_compose_with_every_preset(name: str, changes: tuple[str, ...]) -> None:

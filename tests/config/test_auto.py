@@ -1,6 +1,8 @@
 """The advice table of `auto`: choices by counts, reasons, and that a run chooses once."""
 
 import json
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,13 @@ from trainer.errors import ConfigError
 from trainer.types import CPU, Device
 
 
+@cache
+def composed(*arguments: str) -> dict[str, Any]:
+    return compose(["data=digits", *arguments]) or {}
+
+
 def requested(*arguments: str) -> RequestedConfig:
-    return load(compose(["data=digits", "model=auto", "phases=auto", *arguments]) or {})
+    return load(composed("model=auto", "phases=auto", *arguments))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_the_precision_follows_the_compute_capability(device: Device, precision:
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
-    alone = load(compose(["data=digits", "runtime=gpu"]) or {})
+    alone = load(composed("runtime=gpu"))
     assert alone.auto_keys == ["runtime.precision"]
     began, _ = resolve_auto(alone, 100, 3, Device("GPU", "L4", (8, 9)))
     stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
@@ -106,7 +113,7 @@ def test_phases_are_validated_although_the_precision_is_auto() -> None:
 def test_a_given_value_is_not_chosen() -> None:
     config, reasons = resolve_auto(requested("model.backbone=VGG16", "training.batch_size=24"), 100, 3)
     assert (config.model.backbone, config.training.batch_size, len(reasons)) == ("VGG16", 24, 1)
-    whole = load(compose(["data=digits"]) or {})
+    whole = load(composed())
     assert resolve_auto(whole, 100, 3) == (whole, [])
 
 
@@ -159,7 +166,7 @@ def test_overfitting_resolves_the_batch_size_to_its_default() -> None:
     ],
 )
 def test_a_batch_is_at_most_an_epoch(arguments: tuple[str, ...], images: int, replicas: int, batch: int) -> None:
-    requested = load_resolved(compose(["data=digits", *arguments]) or {})
+    requested = load_resolved(composed(*arguments))
     config, reason = limit_batch_size(requested, images, replicas)
     assert config.training.batch_size == batch
     limited = batch != requested.training.batch_size

@@ -1,6 +1,7 @@
 """`training.batch_size=auto`: by the images, and by the memory of a GPU."""
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,9 +20,14 @@ H100, L4, T4 = (
 FINE_TUNED = ("data=digits", "phases=end_to_end", "training.batch_size=auto", "runtime=gpu")
 
 
+@cache
+def composed(*arguments: str) -> dict[str, Any]:
+    return compose([*FINE_TUNED, *arguments]) or {}
+
+
 def resolve(*arguments: str, images: int = 100_000, device: Device = H100, replicas: int = 1) -> tuple[RunConfig, str]:
     """Return the configuration, and the reason for the batch size."""
-    requested = load(compose([*FINE_TUNED, *arguments]) or {})
+    requested = load(composed(*arguments))
     config, reasons = resolve_auto(requested, images, 10, device, replicas=replicas)
     return config, next(reason for reason in reasons if reason.startswith("training.batch_size=auto"))
 
@@ -91,7 +97,7 @@ def test_mixed_pairs_on_each_gpu_need_an_even_batch() -> None:
 def test_a_resumed_run_keeps_its_batch_on_another_gpu() -> None:
     began, _ = resolve("model=efficientnet_b7", device=L4)
     stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
-    requested = load(compose([*FINE_TUNED, "model=efficientnet_b7"]) or {})
+    requested = load(composed("model=efficientnet_b7"))
     config, reasons = resolve_auto(requested, 100_000, 10, H100, begun=stored, replicas=4)
     assert config.training.batch_size == 8
     assert "training.batch_size=auto: 8, as this run began" in reasons

@@ -20,11 +20,7 @@ from tests.e2e.running import catches, has_loaded
 from tests.k8s.rendered import pods_of
 from trainer.cli.sweep import EVENT_FILE, serialize_job
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(images.unsupported() != "", reason=images.unsupported()),
-    pytest.mark.timeout(1800),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 REVISION = "0123456789ab"
 BUILD_ARGUMENTS = (f"--build-arg=VERSION={trainer.__version__}", f"--build-arg=REVISION={REVISION}")
@@ -34,6 +30,13 @@ import ctypes, tensorflow as tf
 ctypes.CDLL("libnccl.so.2")
 print(tf.config.list_physical_devices("GPU"))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _supported() -> None:
+    """A fixture and no mark: the sources of apt take seconds to read, also where these tests are not selected."""
+    if reason := images.unsupported():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from trainer.data.open import OpenedData
 from trainer.errors import DataError
 from trainer.exporting.export import BATCH_SIZE, MAX_PARITY_EXAMPLES, export_classifier, record_exports, score_all
 from trainer.exporting.verify import load_export
-from trainer.models.classifier import build_classifier
-from trainer.models.grad_cam import make_explainer
+from trainer.models.classifier import Classifier, build_classifier
+from trainer.models.grad_cam import Explainer, make_explainer
 from trainer.runs.stored_run import StoredRun
 from trainer.storage.path import storage_path
 from trainer.types import Dataset, Split, SplitPredictions
@@ -52,19 +52,25 @@ def test_a_report_that_a_killed_export_left_half_written_is_deleted(tmp_path: Pa
     assert not left.exists()
 
 
+@pytest.fixture(scope="module")
+def explained() -> tuple[Classifier, Explainer]:
+    classifier = build_classifier(make_config().model, 3, 1)
+    return classifier, make_explainer(classifier)
+
+
 def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    explained: tuple[Classifier, Explainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, count = make_config(), MAX_PARITY_EXAMPLES + 100
     images = image_store(tmp_path, count + 5, config)
-    classifier, labels = build_classifier(config.model, 3, 1), images.dataset.splits["test"].labels[5:]
+    (classifier, explainer), labels = explained, images.dataset.splits["test"].labels[5:]
     probabilities = np.full((count, 3), 0.1, np.float32)
     probabilities[np.arange(count), labels] = 0.8
     scored = SplitPredictions("test", np.arange(5, count + 5), labels, probabilities)
     read: list[tuple[str, Any]] = []
     rows = images.rows
     monkeypatch.setattr(images, "rows", lambda name, some: read.append((name, some)) or rows(name, some))
-    facts = export_classifier(tmp_path / "export", classifier, images, scored, make_explainer(classifier))
+    facts = export_classifier(tmp_path / "export", classifier, images, scored, explainer)
     reference = json.loads((tmp_path / "export" / "reference.json").read_text())
     assert (facts["keras"]["examples"], reference["embedding"]["n"]) == (MAX_PARITY_EXAMPLES, MAX_PARITY_EXAMPLES)
     assert reference["n"] == count
@@ -74,12 +80,14 @@ def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     assert (tmp_path / "export" / "labels.txt").read_text() == "a\nb\nc\n"
 
 
-def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    classifier = build_classifier(make_config().model, 3, 1)
+def test_every_example_that_can_be_decoded_is_scored(
+    explained: tuple[Classifier, Explainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier, explainer = explained
     images = image_store(tmp_path, BATCH_SIZE + 4, make_config("skip"))
     split = images.dataset.splits["test"]
     Path(split.files[7]).write_bytes(b"no image")
-    scored = score_all(make_explainer(classifier), images, "test")
+    scored = score_all(explainer, images, "test")
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
     assert capsys.readouterr().out.count("skipped ") == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))
@@ -87,7 +95,7 @@ def test_every_example_that_can_be_decoded_is_scored(tmp_path: Path, capsys: pyt
     np.testing.assert_allclose(scored.probabilities[[6, BATCH_SIZE + 1]], classifier.probabilities(some), atol=1e-6)
     failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), make_config(), 32, lambda _: None)
     with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
-        score_all(make_explainer(classifier), failing, "test")
+        score_all(explainer, failing, "test")
 
 
 def test_a_run_in_half_precision_is_compared_in_the_precision_of_the_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The cut of a classifier, and its tail, which learns from features what the whole learns from images."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import keras
@@ -24,6 +25,16 @@ def build(name: str = "MobileNetV2", size: int = 32, **changes: Any) -> Classifi
     if name.startswith("MobileNetV2"):
         options |= {"alpha": 0.35, "weights": "glyphs", "image_size": 48}
     return build_classifier(config.Model(**(options | changes)), CLASSES, 1)
+
+
+@cache
+def built(name: str, size: int) -> Classifier:
+    """The classifier of `build`, the same object for equal arguments, whose weights no test changes.
+
+    A test of a cut thaws anew what it needs.
+    """
+    keras.utils.clear_session()  # resets the counter of automatic layer names
+    return build(name, size)
 
 
 def photos(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +70,7 @@ def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tup
     ],
 )
 def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: str, shape: tuple[int, ...]) -> None:
-    keras.utils.clear_session()  # resets the counter of automatic layer names
-    classifier = build(name, size)
+    classifier = built(name, size)
     plan, cut = cut_of(classifier, thaw)
     assert (cut.layer_index, cut.layer, cut.shape) == (number, layer, shape)
     assert cut.pooled == (thaw == "none")
@@ -82,13 +92,13 @@ def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: st
     ],
 )
 def test_batch_norm_that_trains_is_above_the_cut(thaw: str, batch_norm: str, layer: str) -> None:
-    _, cut = cut_of(build(), thaw, batch_norm)
+    _, cut = cut_of(built("MobileNetV2", 48), thaw, batch_norm)
     assert cut.layer == layer
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0"])
-def test_without_frozen_layers_there_is_no_cut(name: str) -> None:
-    assert cut_of(build(name), "all")[1] is None
+@pytest.mark.parametrize(("name", "size"), [("MobileNetV2", 48), ("EfficientNetB0", 32)])
+def test_without_frozen_layers_there_is_no_cut(name: str, size: int) -> None:
+    assert cut_of(built(name, size), "all")[1] is None
 
 
 def test_the_fingerprint_is_that_of_the_weights_below_the_cut() -> None:
@@ -185,7 +195,7 @@ def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
 
 
 def test_one_trunk_serves_several_cuts() -> None:
-    classifier = build()
+    classifier = built("MobileNetV2", 48)
     images, _ = photos(classifier)
     cuts = [cut for thaw in ("none", "from_layer:100") if (cut := cut_of(classifier, thaw)[1])]
     together = Trunk(classifier, cuts).features(images)

@@ -210,9 +210,7 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
         if container.get("command", [""])[0].endswith("/trtexec"):  # nothing of the trainer
             continue
         (choice,) = [a for a in container["args"] if a.startswith("runtime=")]
-        composed = compose(["data=digits", choice])
-        assert composed is not None
-        runtime = load(composed).runtime
+        runtime = _configuration(("data=digits", choice), "").runtime
         settings[name] = (runtime.precision, runtime.xla, runtime.http_port, runtime.cache_dir)
         overridden = [a for a in container["args"] if re.match(r"runtime\.(precision|xla|steps_per_call)=", a)]
         assert overridden == [], name

@@ -1,6 +1,7 @@
 """The registry of backbones against keras.applications."""
 
 import re
+from functools import cache
 
 import keras
 import numpy as np
@@ -88,6 +89,14 @@ def test_the_configuration_groups_have_these_backbones() -> None:
             assert int(size[1]) == find_backbone(named[path.stem]).default_size, path.stem
 
 
+@cache
+def phases_of(group: str) -> list[config.Phase]:
+    """The phases of a group of the configuration."""
+    tree = compose([f"phases={group}", "data=digits"])
+    assert tree is not None
+    return list(config.load(tree).phases.values())
+
+
 @pytest.mark.parametrize(
     "group", [p.stem if p.stem in QUICK else pytest.param(p.stem, marks=pytest.mark.slow)
               for p in GROUPS if p.stem not in ("auto", "glyphs_mobilenet_v2")]
@@ -103,10 +112,7 @@ def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str
         classifier.features(images), classifier.backbone(prepared, training=False), rtol=1e-4, atol=1e-5
     )
     for phases in ("two_phase", "progressive", "progressive_blocks", "end_to_end", "head_only"):
-        tree = compose([f"phases={phases}", "data=digits"])
-        assert tree is not None
-        loaded = config.load(tree).phases.values()
-        plans = [apply_thaw(classifier, phase.thaw, phase.batch_norm, layer_decay=0.9) for phase in loaded]
+        plans = [apply_thaw(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in phases_of(phases)]
         counts = [len(plan.trainable) for plan in plans]
         assert counts == sorted(set(counts)), phases  # each phase trains more than the one before
         assert all(len(plan.lr_multipliers) in (0, len(plan.trainable)) for plan in plans)

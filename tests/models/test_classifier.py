@@ -2,6 +2,8 @@
 
 import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,12 @@ def build(seed: int = 1, classes: int = 3, **changes: Any) -> Classifier:
     return build_classifier(config.Model(**(SMALL | changes)), classes, seed)
 
 
+@cache
+def built(seed: int = 1, **changes: Any) -> Classifier:
+    """The classifier of `build`, the same object for equal arguments, whose weights no test changes."""
+    return build(seed, **changes)
+
+
 def some_images(count: int, size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype("uint8")
 
@@ -51,7 +59,7 @@ def policy() -> Iterator[None]:
     ],
 )
 def test_a_backbone_at_its_smallest_size(name: str, channels: int) -> None:
-    classifier = build(backbone=name, alpha=None, image_size=32)
+    classifier = built(backbone=name, alpha=None)
     assert classifier.backbone.output_shape == (None, 1, 1, channels)
     probabilities = tf.function(classifier.probabilities)(some_images(2)).numpy()
     assert probabilities.dtype == np.float32
@@ -75,10 +83,10 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
 
 
 def test_l2_penalizes_the_kernels_of_the_head_alone() -> None:
-    classifier = build(hidden=4, l2=0.5)
+    classifier = built(hidden=4, l2=0.5)
     kernels = [classifier.hidden[0].dense.kernel.numpy(), classifier.output.kernel.numpy()]
     np.testing.assert_allclose(classifier.l2_loss(), 0.5 * sum((k**2).sum() for k in kernels), rtol=1e-5)
-    assert build().l2_loss() == 0
+    assert built().l2_loss() == 0
 
 
 def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> None:
@@ -105,7 +113,7 @@ def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> 
 
 
 def test_initial_values_are_a_function_of_the_seed() -> None:
-    one, same, other = build(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
+    one, same, other = built(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
     assert list(one.variables) == list(same.variables)
     assert next(iter(one.variables)) == "backbone/Conv1/kernel"
     assert list(one.variables)[-4:] == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
@@ -141,7 +149,7 @@ def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precisio
 
 
 def test_drop_connect_is_disabled() -> None:
-    classifier = build(backbone="EfficientNetB0", alpha=None)
+    classifier = built(backbone="EfficientNetB0", alpha=None)
     apply_thaw(classifier, "none", "frozen")
     images = some_images(2)
     np.testing.assert_array_equal(classifier.features(images, True), classifier.features(images, False))
@@ -157,7 +165,7 @@ def save(classifier: Classifier, path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["some.weights.h5", "some.keras", "some.h5"])  # the last has the older layout
 def test_weights_of_a_file_are_loaded(name: str, tmp_path: Path) -> None:
-    source, path = build(1), tmp_path / name
+    source, path = built(), tmp_path / name
     (source.backbone.save_weights if name.endswith(".weights.h5") else source.backbone.save)(path)
     target = build(2, weights=str(path))
     for key, variable in target.variables.items():
@@ -166,7 +174,7 @@ def test_weights_of_a_file_are_loaded(name: str, tmp_path: Path) -> None:
 
 
 def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, packed = build(1), tmp_path / "packed.weights.h5"
+    source, packed = built(), tmp_path / "packed.weights.h5"
     full = save(source, tmp_path / "full.weights.h5")
     with h5py.File(full) as old, h5py.File(packed, "w") as new:
 
@@ -187,53 +195,83 @@ def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pyt
 
 
 def test_weights_of_another_alpha_or_network_are_refused(tmp_path: Path) -> None:
-    path, older = save(build(1), tmp_path / "mobile.weights.h5"), tmp_path / "older.h5"
+    path, older = save(built(), tmp_path / "mobile.weights.h5"), tmp_path / "older.h5"
     with raises(ModelError, "model.weights", path, "set model.alpha=0.35", "MobileNetV2 with alpha 1 .* alpha 0.35"):
         build(alpha=None, weights=str(path))
     problem = r"VGG16 .* 260 arrays, the backbone 26, .* 0 of shape \[3, 3, 512, 512\], the backbone 5"
     with raises(ModelError, "model.weights", path, "VGG16", problem):
         build(backbone="vgg16", alpha=None, weights=str(path))
-    build(1).backbone.save(older)
+    built().backbone.save(older)
     with raises(ModelError, "model.weights", older, "VGG16", "VGG16 .*layer") as caught:
         build(backbone="vgg16", alpha=None, weights=str(older))
     assert "\n" not in str(caught.value)
 
 
+def build_efficient_net(seed: int = 1, **changes: Any) -> Classifier:
+    return build(seed, backbone="EfficientNetB0", alpha=None, **changes)
+
+
+class EfficientNets:
+    """EfficientNets with the same weights, from a file and as Keras would download it; no test changes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = build_efficient_net()
+        set_normalization(self.source, *IMAGENET)
+        self.path = save(self.source, folder / "imagenet.weights.h5")
+        with self.as_download():
+            self.imagenet = build_efficient_net(weights="imagenet")
+        self.from_file = build_efficient_net(weights=str(self.path))
+        set_normalization(self.source, [0.5] * 3, [0.4] * 3)  # values that were not trained on ImageNet
+        self.other_path = save(self.source, folder / "other.weights.h5")
+        self.source.backbone.get_layer("normalization").finalize_state()
+
+    @contextmanager
+    def as_download(self) -> Iterator[None]:
+        """The download of `weights="imagenet"` is replaced by the local file."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(self.path))
+            yield
+
+
+@pytest.fixture(scope="module")
+def efficient_nets(tmp_path_factory: pytest.TempPathFactory) -> EfficientNets:
+    return EfficientNets(tmp_path_factory.mktemp("efficient"))
+
+
 @pytest.mark.parametrize("imagenet", [True, False])
 def test_an_efficient_net_from_a_file_normalizes_as_with_imagenet_weights(
-    imagenet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imagenet: bool, efficient_nets: EfficientNets
 ) -> None:
-    """Keras adds a layer for `weights="imagenet"`, which is merged here; the download is replaced by a local file."""
-    source = build(backbone="EfficientNetB0", alpha=None)
-    set_normalization(source, *(IMAGENET if imagenet else ([0.5] * 3, [0.4] * 3)))
-    path = save(source, tmp_path / "efficient.weights.h5")
+    """Keras adds a layer for `weights="imagenet"`, which is merged here."""
     images = some_images(2).astype("float32")
     if imagenet:
-        monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
-        expected = build(backbone="EfficientNetB0", alpha=None, weights="imagenet")
-        names = [[x.name for x in each.backbone.layers[1:]] for each in (expected, source)]  # Keras counts input layers
+        expected, loaded = efficient_nets.imagenet, efficient_nets.from_file
+        # Keras counts input layers.
+        names = [[x.name for x in each.backbone.layers[1:]] for each in (expected, efficient_nets.source)]
         assert names[0] == names[1]
     else:  # values that were not trained on ImageNet are unchanged
-        source.backbone.get_layer("normalization").finalize_state()
-        expected = source
-    loaded = build(backbone="EfficientNetB0", alpha=None, weights=str(path))
+        expected, loaded = efficient_nets.source, build_efficient_net(weights=str(efficient_nets.other_path))
     theirs, ours = (normalized(classifier, images) for classifier in (expected, loaded))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (np.abs(theirs).max() > 4) == imagenet  # divided twice
 
 
-@pytest.mark.parametrize("into", ["none", "imagenet"])
-@pytest.mark.parametrize("imagenet", [True, False])
+@pytest.mark.parametrize(
+    ("imagenet", "into"),  # each value is in a quick test; both kinds of weights have equal variables
+    [
+        (True, "none"),
+        (False, "imagenet"),
+        pytest.param(True, "imagenet", marks=pytest.mark.slow),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
-    imagenet: bool, into: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imagenet: bool, into: str, efficient_nets: EfficientNets
 ) -> None:
     """A checkpoint has variables alone: neither Keras' second division nor the constants of the Normalization."""
-    source = build(backbone="EfficientNetB0", alpha=None)
-    set_normalization(source, *IMAGENET)
-    path = save(source, tmp_path / "efficient.weights.h5")
-    monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
-    trained = build(backbone="EfficientNetB0", alpha=None, weights="imagenet" if imagenet else str(path))
-    rebuilt = build(2, backbone="EfficientNetB0", alpha=None, weights=into)  # "imagenet": a warm start
+    trained = efficient_nets.imagenet if imagenet else efficient_nets.from_file
+    with efficient_nets.as_download():
+        rebuilt = build_efficient_net(2, weights=into)  # "imagenet": a warm start
     for name, variable in rebuilt.variables.items():
         variable.assign(trained.variables[name].numpy())
     refresh_normalization(rebuilt.backbone)
@@ -259,20 +297,20 @@ def test_a_run_as_weights_names_warm_start(name: str, tmp_path: Path) -> None:
     for file in ("config.yaml", "run.json"):
         (run / file).write_text("{}")
     if name.endswith(".keras"):
-        build(backbone="VGG16", alpha=None).backbone.save(run / name)
+        built().backbone.save(run / name)
     with raises(ModelError, "model.weights", run / name, f"set 'warm_start={run}' ", "is a folder|does not fit"):
-        build(weights=str(run / name))
+        build(backbone="VGG16", alpha=None, weights=str(run / name))  # has no other alphas to compare the file with
 
 
 def test_the_packaged_weights_separate_strokes_better_than_random_ones() -> None:
-    packed = build(weights="glyphs", image_size=48)
+    packed = built(weights="glyphs", image_size=48)
     image = np.full((2, 48, 48, 3), 255, "uint8")
     image[0, 10:38, 22:26] = 0
     image[1, 22:26, 10:38] = 0
     vertical, horizontal = packed.pool(packed.features(image)).numpy()
     assert np.isfinite([vertical, horizontal]).all()
     assert np.abs(vertical - horizontal).max() > 0.1
-    random = build(image_size=48)
+    random = built(image_size=48)
     one, other = random.pool(random.features(image)).numpy()
     assert np.abs(one - other).max() < 0.01
 

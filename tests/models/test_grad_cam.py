@@ -1,5 +1,7 @@
 """Grad-CAM against its closed forms; probabilities and embeddings against the classifier."""
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,12 @@ def build(**changes: Any) -> Classifier:
     return build_classifier(config.Model(**(SMALL | changes)), 4, 1)
 
 
+@cache
+def built() -> Classifier:
+    """The classifier of `build`, the same object in all tests."""
+    return build()
+
+
 def some_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 96, 96, 3)).astype("uint8")
 
@@ -29,7 +37,7 @@ def scaled(heat: np.ndarray) -> np.ndarray:
 
 def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -> None:
     """Zhou et al. 2016: the kernel column of the class, applied at every position."""
-    classifier, images = build(), some_images(3)
+    classifier, images = built(), some_images(3)
     classes = np.array([2, 0, 3], "int32")
     kernel = classifier.output.kernel.numpy()
     expected = scaled(np.einsum("bhwc,cb->bhw", classifier.features(images).numpy(), kernel[:, classes]))
@@ -50,7 +58,7 @@ def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) -> None:
-    classifier, images = build(pooling=pooling), some_images(3)
+    classifier, images = replace(built(), pooling=pooling), some_images(3)
     explained = tf.function(lambda x: explain(classifier, x))(images)
     np.testing.assert_allclose(explained["probabilities"], classifier.probabilities(images), atol=1e-6)
     np.testing.assert_allclose(explained["embedding"], classifier.pool(classifier.features(images)), atol=1e-5)
@@ -61,15 +69,18 @@ def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) 
 
 
 def test_a_class_without_support_has_a_heatmap_of_zeros() -> None:
-    classifier, images = build(), some_images(1)
-    kernel = classifier.output.kernel.numpy()
+    classifier, images = built(), some_images(1)
+    before = classifier.output.kernel.numpy()
+    kernel = before.copy()
     kernel[:, 3] = -1.0  # the features are outputs of a ReLU, so each of them lowers the logit
     classifier.output.kernel.assign(kernel)
-    assert not explain(classifier, images, tf.constant([3]))["heatmap"].numpy().any()
+    heatmap = explain(classifier, images, tf.constant([3]))["heatmap"].numpy()
+    classifier.output.kernel.assign(before)
+    assert not heatmap.any()
 
 
 def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
-    classifier, images = build(), some_images(BATCH_SIZE + 5)
+    classifier, images = replace(built()), some_images(BATCH_SIZE + 5)
     traced = []
     features = classifier.features
     object.__setattr__(classifier, "features", lambda x: traced.append(x.shape) or features(x))

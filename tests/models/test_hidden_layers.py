@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from tests.models.test_classifier import build, some_images
+from tests.models.test_classifier import build, built, some_images
 from tests.processes import result_of
 from tests.training.small_network import assert_near
 from trainer.cluster.devices import check_batch_size
@@ -28,7 +28,7 @@ NORMALIZED = {"hidden": [6, 5], "hidden_batch_norm": True}
 
 
 def test_a_list_of_one_layer_is_the_layer_and_others_have_names_and_seeds_of_their_own() -> None:
-    one, listed, two = build(hidden=7), build(hidden=[7]), build(hidden=[7, 7, 4])
+    one, listed, two = built(hidden=7), build(hidden=[7]), build(hidden=[7, 7, 4])
     values = variables.copy_values(one.variables)
     assert_near(variables.copy_values(listed.variables), values, atol=0)
     names = [f"head/{x}/{y}" for x in ("hidden", "hidden_2", "hidden_3", "output") for y in ("kernel", "bias")]
@@ -67,7 +67,7 @@ def test_the_values_of_hidden_layers_with_batch_norm() -> None:
 
 
 def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> None:
-    classifier = build(**NORMALIZED)
+    classifier = built(hidden=(6, 5), hidden_batch_norm=True)
     plan = apply_thaw(classifier, "none", "frozen")
     weights = dict.fromkeys(("hidden", "hidden_2", "output"), ("kernel", "bias"))
     weights |= dict.fromkeys(("hidden_norm", "hidden_2_norm"), ("gamma", "beta"))
@@ -92,7 +92,7 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
 @cache
 def features() -> np.ndarray:
     """The features of these images, which do not depend on the head."""
-    classifier = build(weights="glyphs", image_size=48)
+    classifier = built(weights="glyphs", image_size=48)
     apply_thaw(classifier, "none", "frozen")
     cut = find_cut(classifier)
     assert cut is not None
@@ -106,8 +106,9 @@ def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: 
     batch, steps = 16, len(labels) // 16
     weight = np.ones(batch * steps, np.float32)
     weight[[17, 20, 31]] = 0.0
+    weights = "none" if on_features else "glyphs"  # a tail has only the head
     with strategy.scope():
-        classifier = build(**NORMALIZED, dropout=0.2, weights="glyphs", image_size=48)
+        classifier = build(**NORMALIZED, dropout=0.2, weights=weights, image_size=48)
         optimizer = keras.optimizers.SGD(0.05)
     thaw = apply_thaw(classifier, "none", "frozen")
     network: Any = classifier
@@ -163,7 +164,7 @@ def test_two_replicas_normalize_as_one_and_with_virtual_replicas_with_the_same_b
 
 
 def test_a_keras_model_has_only_layers_of_keras() -> None:
-    classifier, images = build(**NORMALIZED), some_images(2).astype(np.float32)
+    classifier, images = built(hidden=(6, 5), hidden_batch_norm=True), some_images(2).astype(np.float32)
     model = classifier.build_keras_model()
     with as_plain_float32(model):
         assert {type(layer).__module__.partition(".")[0] for layer in model.layers} == {"keras"}

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.sharding import UNSHARDED
 from trainer.distillation.teacher import load_teacher, open_teacher
 from trainer.errors import ConfigError
-from trainer.models.classifier import build_classifier
+from trainer.models.classifier import Classifier, build_classifier
 from trainer.planning import estimates
 from trainer.planning.estimates import ACTIVATIONS, DECODED, check_device_memory
 from trainer.planning.warnings import find_run_warnings
@@ -59,12 +60,18 @@ def open_student(folder: Path, *overrides: str) -> ImageStore:
     return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 32, lambda _: None)
 
 
+@cache
+def network_of_student() -> Classifier:
+    """The network of every student, whose weights no test changes."""
+    config = load_resolved(compose(["data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32"]) or {})
+    return build_classifier(config.model, 10, 1)
+
+
 def refusal(images: ImageStore, worker: Worker, with_teacher: bool) -> str:
     """Return the message of a run that does not fit into this machine's memory."""
     teacher = load_teacher(worker, images, "x", None) if with_teacher else None
-    classifier = build_classifier(images.config.model, 10, 1)
     with pytest.raises(ConfigError) as refused:
-        find_run_warnings(images, classifier, teacher, worker, 0)
+        find_run_warnings(images, network_of_student(), teacher, worker, 0)
     return str(refused.value)
 
 

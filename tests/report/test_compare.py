@@ -17,9 +17,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.cli.verbs import exit_code_of
 from tests.errors import raises
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
+from trainer.compare import main
 from trainer.data.records import frame_record, serialize_example
 from trainer.errors import DataError
 from trainer.evaluation.metrics import score_predictions
@@ -236,7 +238,7 @@ def test_a_reader_of_the_table_that_ends_early_does_not_end_the_command(tmp_path
     assert (tmp_path / "compare.html").is_file()
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 0.7)
     make_run(tmp_path / "b", 0.9)
     done = command("a", "b", "output=out/page.html", cwd=tmp_path)
@@ -250,11 +252,12 @@ def test_the_command(tmp_path: Path) -> None:
         (f"a {spelling}" for spelling in ("./a/", "b/../a", str(tmp_path / "a"), "link")), "at least two"
     )
     wrong = same | {"a": "at least two", "a nowhere": "nowhere has no report", "a b output=x.txt": "output=x.txt:"}
+    monkeypatch.chdir(tmp_path)
     for arguments, start in wrong.items():
-        done = command(*arguments.split(), cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"error: {start}")
-        assert done.stderr.count("\n") == 1
+        assert exit_code_of(main, *arguments.split()) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {start}")
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [{}, {"test": 3}, {"test": {"per_class": [3]}}, {"data": {}}, {"timing": None}])

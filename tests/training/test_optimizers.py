@@ -37,6 +37,13 @@ OPTIMIZERS: list[tuple[dict[str, Any], Callable[[float], Any]]] = [
 ]  # fmt: skip
 NAMES = ["-".join(map(str, given.values())) for given, _ in OPTIMIZERS]
 
+# The last of each class, with most options, is quick, where `test_every_optimizer_has_the_steps_of_keras` has them all.
+LAST_OF_CLASS = {given["name"]: index for index, (given, _) in enumerate(OPTIMIZERS)}
+ONE_OF_CLASS_QUICK = [
+    pytest.param(*case, id=name, marks=() if index in LAST_OF_CLASS.values() else pytest.mark.slow)
+    for index, (case, name) in enumerate(zip(OPTIMIZERS, NAMES, strict=True))
+]
+
 # 12 steps from 0.02, three per epoch, eight examples per step.
 SCHEDULES: list[tuple[dict[str, Any], Callable[[int], float]]] = [
     ({"name": "constant"}, lambda _: 0.02),
@@ -124,7 +131,7 @@ def one_optimizer_per_variable(make: Callable[[float], Any], rate: Callable[[int
     return weights
 
 
-@pytest.mark.parametrize(("settings", "make"), OPTIMIZERS, ids=NAMES)
+@pytest.mark.parametrize(("settings", "make"), ONE_OF_CLASS_QUICK)
 def test_multipliers_are_equal_to_one_optimizer_per_variable(
     settings: dict[str, Any], make: Callable[[float], Any]
 ) -> None:
