@@ -26,9 +26,7 @@ class ConflictError(TrainerError):
 Version = int | str
 ANY: Version = -1  # value of `only_if` for an unconditional write; no file has this version
 
-TEMPORARY_NAME_DIGITS = (
-    15  # digits of the random number in a temporary name; a date and time in a user's file name has 14
-)
+TEMPORARY_NAME_DIGITS = 15  # digits at the end of a temporary name; a date and time in a user's file name has 14
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
 _TEMPORARY_NAME = re.compile(
     rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{TEMPORARY_NAME_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
