@@ -1,5 +1,6 @@
 """The source that is chosen where the arguments give only the address of the data."""
 
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,30 @@ def test_record_files_become_a_pattern(tmp_path: Path) -> None:
     data = compose(arguments)["data"]  # type: ignore[index]
     assert (data["source"], data["pattern"]) == ("tfrecords", f"{tmp_path}/r [[]1]/*.tfrec*")
     assert "2 record files" in note
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["x-train.tfrecord-00000-of-00002", "x-train.tfrecord-00001-of-00002"], "*.tfrecord*"),
+        (["a.TFRecords"], "*.TFRecords*"),
+        (["a.tfrecord_00", "a.tfrecord_01"], "*.tfrecord*"),  # `_` is no word boundary
+        (["a.tfrecord.gz"], "*.tfrecord*"),
+        (["a.tfrecord", "a.tfrecord.idx", "b.tfrecord"], "*.tfrecord"),
+        (["x.tfrecord-00000-of-00001", "x.tfrecord-00000-of-00001.md5"], f"*.tfrecord-{5 * '[0-9]'}-of-{5 * '[0-9]'}"),
+    ],
+)
+def test_names_of_record_files(tmp_path: Path, names: list[str], pattern: str) -> None:
+    arguments = detect_source(str(photos(tmp_path, *names)))[2]
+    assert [argument.partition("=")[2].strip("'") for argument in arguments] == [f"{tmp_path}/{pattern}"]
+    assert all(fnmatch.fnmatch(name, pattern) != name.endswith((".idx", ".md5")) for name in names)
+
+
+@pytest.mark.parametrize("name", ["a.tfrecord.idx", "a.tfrecord.txt", "a.tfrecordings"])
+def test_other_files_are_no_record_files(tmp_path: Path, name: str) -> None:
+    photos(tmp_path, name)
+    with raises(DataError, key="data.root", value=str(tmp_path), problem="has 1 files and no folders"):
+        detect_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(

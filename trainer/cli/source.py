@@ -1,5 +1,6 @@
 """Choose the data source, `data=...`, from the location of the data, if the arguments do not choose it."""
 
+import fnmatch
 import glob
 import re
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from trainer.names import escape_unprintable
 from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, map_in_threads
 from trainer.storage.path import StoragePath, storage_path
 
-# Suffix of a TFRecord file, also if it is followed by the number of a shard: .tfrecord-00000-of-00001.
-_RECORD_SUFFIX = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
+# End of the name of a record file: a suffix, optionally with the number of a shard as in .tfrecord-00000-of-00001, and
+# with the suffix of a compression, which a run refuses. A file next to it, such as its index .tfrecord.idx, is none.
+_RECORD_ENDING = re.compile(r"(\.tfrec(?:ord)?s?)([-_.]?\d+([-_]?of[-_]?\d+)?)?(\.gz|\.zlib)?$", re.I)
 _TFDS_INFO_FILE = "dataset_info.json"  # file in the folder of each dataset that TensorFlow Datasets has prepared
 _MAX_SUBFOLDERS = 9  # of a folder, that are searched for prepared datasets
 _MAX_CLASS_FOLDERS = 3  # of these, that are searched for images
@@ -130,11 +132,14 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     if datasets:
         problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
         raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
-    record_names = sorted(name for name in file_names if _RECORD_SUFFIX.search(name))
-    if record_names and not have_images:
-        suffix_match = _RECORD_SUFFIX.search(record_names[0])
-        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix_match[0] if suffix_match else ''}*"
-        return "tfrecords", f"{len(record_names)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
+    endings = {name: match for name in file_names if (match := _RECORD_ENDING.search(name))}
+    if endings and not have_images:
+        ending = endings[min(endings)]
+        # The shortest pattern that matches no other file.
+        patterns = [f"*{ending[1]}*", "*" + re.sub(r"\d+", "*", ending[0]), "*" + re.sub(r"\d", "[0-9]", ending[0])]
+        pattern = next((p for p in patterns if {*fnmatch.filter(file_names, p)} == endings.keys()), patterns[0])
+        pattern = f"{glob.escape(root.rstrip('/'))}/{pattern}"
+        return "tfrecords", f"{len(endings)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
     problem = f"has {len(file_names)} files and no folders" if file_names else "does not exist, or is empty"
@@ -145,7 +150,7 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         if folder.name.lower().endswith(".csv"):
             return "csv", "a CSV file", []
         problem = "is a file"
-        if _RECORD_SUFFIX.search(folder.name):
+        if _RECORD_ENDING.search(folder.name):
             fix = f"write data=tfrecords {format_argument('data.pattern', glob.escape(root))} data.class_names=[...]"
     raise DataError(problem, key="data.root", value=root, fix=fix)
 
