@@ -71,7 +71,7 @@ def test_names_of_record_files(tmp_path: Path, names: list[str], pattern: str) -
 @pytest.mark.parametrize("name", ["a.tfrecord.idx", "a.tfrecord.txt", "a.tfrecordings"])
 def test_other_files_are_no_record_files(tmp_path: Path, name: str) -> None:
     photos(tmp_path, name)
-    with raises(DataError, key="data.root", value=str(tmp_path), problem="has 1 files and no folders"):
+    with raises(DataError, key="data.root", value=str(tmp_path), problem="has 1 file and no folders"):
         detect_source(str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from trainer.cli.compose import is_sweep
 from trainer.cli.overrides import evaluate_override, map_argument_values, parse_override, translate_overrides
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import FUNCTION, format_argument, quote, quote_if_needed
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, format_count
 from trainer.names import escape_unprintable
 from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, map_in_threads
 from trainer.storage.path import StoragePath, storage_path
@@ -142,7 +142,9 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         return "tfrecords", f"{len(endings)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
-    problem = f"has {len(file_names)} files and no folders" if file_names else "does not exist, or is empty"
+    problem = (
+        f"has {format_count(len(file_names), 'file')} and no folders" if file_names else "does not exist, or is empty"
+    )
     fix = (
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
