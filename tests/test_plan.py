@@ -68,7 +68,8 @@ def begin_run(folder: Path, *arguments: str) -> None:
 
 def test_the_quickstart(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer.plan", "--plot=net.png", "--summary", "output_dir=new", "seed=7"]
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("TF_CPP_MIN_LOG_LEVEL", "COLUMNS")}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
