@@ -1,4 +1,4 @@
-"""Limits on the length of modules and the size of RunContext, and modules that must not import TensorFlow."""
+"""Limits on the length of modules and the size of RunContext, modules that must not import TensorFlow, duplicates."""
 
 import pytest
 
@@ -19,6 +19,19 @@ LIGHT = (
 def test_no_module_is_too_long() -> None:
     assert not [p for p in (ROOT / "trainer").rglob("*.py") if len(p.read_text().splitlines()) > MAX_LINES]
     assert len(list((ROOT / "trainer").glob("*.py"))) <= MAX_AT_THE_TOP
+
+
+@pytest.mark.parametrize(
+    ("code", "module"),
+    [
+        ('"index.html"', "report/page.py"),  # INDEX
+        ("indent=1,", "storage/base.py"),  # encode_json
+        ("is not a phase of the configuration", "rates/range_test.py"),  # require_phase
+    ],
+)
+def test_what_one_function_or_constant_defines_is_written_once(code: str, module: str) -> None:
+    counts = {p: p.read_text().count(code) for p in (ROOT / "trainer").rglob("*.py")}
+    assert {str(p.relative_to(ROOT / "trainer")): n for p, n in counts.items() if n} == {module: 1}
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.errors import BUG, INTERRUPTED, GaveUp, StopRequested, TrainerError, format_count
 from trainer.monitoring.log import log
-from trainer.storage.base import StoragePath, request_deadline
+from trainer.storage.base import StoragePath, encode_json, request_deadline
 from trainer.storage.local import write_json
 from trainer.storage.small_files import CONTENT_ERRORS, read_json_or_default, require_json_objects
 
@@ -124,7 +124,7 @@ class UnbegunStarts:
     def _write(self) -> None:
         if self.entries:
             # Retain the first entry, since `begin` does not count it.
-            self.file.write(json.dumps(self.entries[:1] + self.entries[1:][-MAX_ENTRIES + 1 :], indent=1) + "\n")
+            self.file.write(encode_json(self.entries[:1] + self.entries[1:][-MAX_ENTRIES + 1 :]))
         else:
             self.file.delete()
 

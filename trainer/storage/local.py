@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import secrets
@@ -29,6 +28,7 @@ from trainer.storage.base import (
     ObjectInfo,
     StoragePath,
     Version,
+    encode_json,
     is_temporary_name,
 )
 from trainer.storage.scratch import is_running
@@ -82,7 +82,7 @@ def safe_join(folder: Path, name: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically and flushed to disk."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, encode_json(value))
 
 
 @contextlib.contextmanager
