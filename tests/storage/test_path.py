@@ -203,7 +203,7 @@ def test_large_content(home: StoragePath) -> None:
 
 
 @pytest.mark.parametrize("emulator", ["gs"], indirect=True)
-def test_composed_parts_are_composed(in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_composed_parts_are_composed(in_bucket: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "PART_BYTES", 10_000)
     monkeypatch.setattr(gcs, "MAX_PART_BYTES", 10_000)
     monkeypatch.setattr(gcs, "MAX_COMPOSED_PARTS", 4)
@@ -222,7 +222,7 @@ def test_the_parts_of_an_upload_take_at_most_256_mb(gigabytes: int) -> None:
         raise DataError("enough")
 
     with raises(DataError, problem="enough"), request_deadline(0.1):
-        storage_path("gs://b/x")._upload(gigabytes << 30, read_range, ANY)
+        gcs.GcsPath("b", "x")._upload(gigabytes << 30, read_range, ANY)
     assert max(lengths) * MAX_CONCURRENT_REQUESTS <= 256 << 20
 
 
