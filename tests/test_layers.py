@@ -1,4 +1,4 @@
-"""Limits on the length of modules and the size of RunContext, and modules that must not import TensorFlow."""
+"""Limits on the length of modules and the size of RunContext, modules that must not import TensorFlow, duplicates."""
 
 import dataclasses
 
@@ -46,6 +46,19 @@ def imports() -> list[str]:
     done = run_python(PROGRAM, *LIGHT, timeout=120)
     assert done.stderr == ""
     return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "module"),
+    [
+        ('"index.html"', "report/page.py"),  # INDEX
+        ("indent=1,", "storage/base.py"),  # encode_json
+        ("is not a phase of the configuration", "rates/range_test.py"),  # require_phase
+    ],
+)
+def test_what_one_function_or_constant_defines_is_written_once(code: str, module: str) -> None:
+    counts = {p: p.read_text().count(code) for p in (ROOT / "trainer").rglob("*.py")}
+    assert {str(p.relative_to(ROOT / "trainer")): n for p, n in counts.items() if n} == {module: 1}
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -94,7 +94,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which a new process planned the default run with measured steps, and its stdout."""
     folder = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, "-m", "trainer.plan", "--plot=net.png", "--summary", "output_dir=new", "seed=7"]
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("TF_CPP_MIN_LOG_LEVEL", "COLUMNS")}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return folder, done.stdout

@@ -15,6 +15,11 @@ UNREADABLE = 6  # a result of trainer.predict, not a failure
 INTERRUPTED = 75  # the same command resumes; EX_TEMPFAIL of sysexits.h
 
 
+def format_count(count: int, singular: str, plural: str | None = None) -> str:
+    """Format a count with its noun, like "1 image" or "2,000 images"."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
 class TrainerError(Exception):
     """A failure that is printed as `KEY=VALUE: problem; fix` instead of a traceback.
 
@@ -54,7 +59,7 @@ class ConfigError(TrainerError):
         """Build an error that lists `faults`, one per line. Its first line is "SUBJECT has N faults:"."""
         all_faults = tuple(faults)
         lines = "\n".join(f"  {fault}" for fault in all_faults)
-        error = cls(f"{subject} has {len(all_faults)} fault{'s' * (len(all_faults) > 1)}:\n{lines}")
+        error = cls(f"{subject} has {format_count(len(all_faults), 'fault')}:\n{lines}")
         error.faults = all_faults
         return error
 

@@ -39,7 +39,7 @@ from trainer.config.schema import load
 from trainer.config.typed import format_argument
 from trainer.config.unread import require_read
 from trainer.data.prepare import parse_job_part, prepare
-from trainer.errors import INTERRUPTED, ConfigError
+from trainer.errors import INTERRUPTED, ConfigError, format_count
 from trainer.models.backbones import parse_backbones
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
@@ -96,9 +96,8 @@ def _write_weights(names: str, output: str) -> None:
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress
         files = prepare_weights(parse_backbones(names, "weights"), output, log.info)
-    outcome = (
-        f"{output} holds {len(files)} files of weights; train with them: {format_argument('model.weights', output)}"
-    )
+    file_count, argument = format_count(len(files), "file"), format_argument("model.weights", output)
+    outcome = f"{output} holds {file_count} of weights; train with them: {argument}"
     log.info(outcome)
     termination.set_success_message(outcome)
 

@@ -1,11 +1,14 @@
 """The source that is chosen where the arguments give only the address of the data."""
 
+import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.verbs import exit_code_of
 from tests.errors import raises
+from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose
 from trainer.cli.source import choose_source, detect_source
@@ -46,6 +49,30 @@ def test_record_files_become_a_pattern(tmp_path: Path) -> None:
     data = compose(arguments)["data"]  # type: ignore[index]
     assert (data["source"], data["pattern"]) == ("tfrecords", f"{tmp_path}/r [[]1]/*.tfrec*")
     assert "2 record files" in note
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["x-train.tfrecord-00000-of-00002", "x-train.tfrecord-00001-of-00002"], "*.tfrecord*"),
+        (["a.TFRecords"], "*.TFRecords*"),
+        (["a.tfrecord_00", "a.tfrecord_01"], "*.tfrecord*"),  # `_` is no word boundary
+        (["a.tfrecord.gz"], "*.tfrecord*"),
+        (["a.tfrecord", "a.tfrecord.idx", "b.tfrecord"], "*.tfrecord"),
+        (["x.tfrecord-00000-of-00001", "x.tfrecord-00000-of-00001.md5"], f"*.tfrecord-{5 * '[0-9]'}-of-{5 * '[0-9]'}"),
+    ],
+)
+def test_names_of_record_files(tmp_path: Path, names: list[str], pattern: str) -> None:
+    arguments = detect_source(str(photos(tmp_path, *names)))[2]
+    assert [argument.partition("=")[2].strip("'") for argument in arguments] == [f"{tmp_path}/{pattern}"]
+    assert all(fnmatch.fnmatch(name, pattern) != name.endswith((".idx", ".md5")) for name in names)
+
+
+@pytest.mark.parametrize("name", ["a.tfrecord.idx", "a.tfrecord.txt", "a.tfrecordings"])
+def test_other_files_are_no_record_files(tmp_path: Path, name: str) -> None:
+    photos(tmp_path, name)
+    with raises(DataError, key="data.root", value=str(tmp_path), problem="has 1 file and no folders"):
+        detect_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +119,45 @@ def test_a_bucket_of_many_classes_is_inspected_with_few_requests(
     monkeypatch.setattr(type(root), "is_local", False)
     monkeypatch.setattr(type(root), "stat", lambda self: requests.append(str(self)))
     assert detect_source(str(tmp_path))[0] == "image_folder"
-    assert len(requests) < 5
+    assert len(requests) < 10
+
+
+@pytest.fixture(scope="module")
+def bucket_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running(tmp_path_factory.mktemp("buckets")):
+        yield f"gs://{BUCKET}"
+
+
+@pytest.mark.parametrize("in_bucket", [False, True])
+@pytest.mark.parametrize(
+    ("name", "names", "source", "dataset"),
+    [
+        ("third", ("logs/x", "notes/x", "prepared/dataset_info.json"), "tfds", "prepared"),
+        ("below", ("logs/x", "notes/x", "prepared/1.0.0/dataset_info.json"), "tfds", "prepared/1.0.0"),
+        ("twelfth", (*(f"notes/{k}/x" for k in range(9)), *(f"{k:02d}/x" for k in range(11)),
+                     "z/1.0.0/dataset_info.json"), "tfds", "z/1.0.0"),
+        ("mixed", ("cat/1.jpg", "dog/2.jpg", "prepared/dataset_info.json"), "tfds", "prepared"),
+        ("classes", ("cat/1.jpg", "dog/2.jpg", "empty/x"), "image_folder", None),
+        ("records", ("a.tfrecord", *(f"{k:02d}/x" for k in range(11)), "z/cat/1.jpg"), "image_folder", None),
+    ],
+)  # fmt: skip
+def test_a_dataset_is_detected_in_any_folder(
+    bucket_address: str, tmp_path: Path, name: str, names: tuple[str, ...], source: str, dataset: str | None,
+    in_bucket: bool,
+) -> None:  # fmt: skip
+    root = storage_path(bucket_address if in_bucket else tmp_path) / name
+    for file in names:
+        (root / file).write("x")
+    arguments = [f"data.root={root / dataset}"] if dataset else []
+    assert detect_source(str(root))[::2] == (source, arguments)
+
+
+def test_several_datasets_in_a_bucket_are_refused(bucket_address: str) -> None:
+    root = storage_path(bucket_address) / "several"
+    for name in ("logs/x", "notes/x", "a/dataset_info.json", "b/1.0.0/dataset_info.json"):
+        (root / name).write("x")
+    with raises(DataError, key="data.root", value=str(root), problem="2 prepared datasets", fix="several/b/1.0.0"):
+        detect_source(str(root))
 
 
 def test_other_keys_name_their_source() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from scripts.same_bits import free_ports
 from trainer.cluster.protocol import MAGIC, PREFIX
+from trainer.cluster.watchdog import encode_state
 from trainer.cluster.watchdog_process import (
     INTERVAL_SECONDS,
     PEER_TIMEOUT_SECONDS,
@@ -28,11 +30,13 @@ from trainer.cluster.watchdog_process import (
     Peer,
     _Watchdog,
     decide_end_reason,
+    decode_indices,
     parse_newest_state,
     parse_unread_messages,
 )
 from trainer.errors import INTERRUPTED
 from trainer.monitoring.health import health
+from trainer.names import MAX_COMPONENT_BYTES
 
 ROOT = Path(__file__).parents[2]
 GIL_SECONDS = 90
@@ -215,7 +219,7 @@ def test_requests_for_stacks_do_not_block_a_process(tmp_path: Path) -> None:
     [
         (b'{"a": 1}\n{"a": 2}\n', {"a": 2}, b""),
         (b'{"a": 1}\n{"a": 2}\n{"a"', {"a": 2}, b'{"a"'),
-        (b'{"a": 1}\n{"a{"a": 2}\n', {"a": 1}, b""),  # the pipe was full
+        (b'{"a": 1}\n{"a{"a": 2}\n', {"a": 1}, b""),
         (b'{"a{"a": 2}\n', None, b""),
         (b'5\n"\xff"\n', None, b""),
         (b"", None, b""),
@@ -223,6 +227,22 @@ def test_requests_for_stacks_do_not_block_a_process(tmp_path: Path) -> None:
 )
 def test_the_newest_state_is_the_last_whole_line(data: bytes, state: dict[str, int] | None, rest: bytes) -> None:
     assert parse_newest_state(data) == (state, rest)
+
+
+@pytest.mark.parametrize("character", ["a", "ü", "\U0001f600", "\x1f", "\udce9"])
+def test_a_state_is_a_line_that_a_pipe_takes_as_a_whole(monkeypatch: pytest.MonkeyPatch, character: str) -> None:
+    monkeypatch.setattr(health, "activity", character * 5000)
+    monkeypatch.setattr(health, "phase", "p" * MAX_COMPONENT_BYTES)
+    watched = [0, *range(3, 2000)]
+    line = encode_state(watched)
+    assert len(line) <= select.PIPE_BUF
+    assert line.count(b"\n") == 1
+    state, rest = parse_newest_state(line)
+    assert state is not None
+    assert rest == b""
+    assert state["phase"] == health.phase
+    assert len(state["activity"]) >= 500
+    assert decode_indices(state["watched"]) == watched
 
 
 @contextmanager

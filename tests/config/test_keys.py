@@ -226,6 +226,13 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
         (["data=digits", "resume=must"], {"resume": "without output_dir"}),
         (["data=digits", "debug=overfit", "debug.max_examples=9", "model.dropout=0.1", "augmentation.zoom=0.1"],
          {"debug.max_examples": "debug.overfit", "model.dropout": "debug.overfit", "augmentation.zoom": "debug.overfit"}),
+        (["data=digits", "debug=overfit", "distillation.teacher=runs/1", "distillation.alpha=0.1",
+          "distillation.temperature=2"],  # 0.1 is the default
+         {"distillation.teacher": "debug.overfit", "distillation.temperature": "debug.overfit"}),
+        (["data=digits", "debug=overfit", "distillation.teacher=train", "distillation.model.backbone=ResNet50",
+          "distillation.phases.head.thaw=none", "distillation.phases.head.steps=2"],
+         dict.fromkeys(["distillation.teacher", "distillation.model.backbone", "distillation.phases.head.thaw",
+                        "distillation.phases.head.steps"], "debug.overfit")),
         (["data=digits", "phases.head.schedule={name:constant,final:0.1}"],
          {"phases.head.schedule.final": "schedule.name=constant"}),
         (["data=digits", "phases.head.optimizer={name:sgd,learning_rate:.1,nesterov:true}"],

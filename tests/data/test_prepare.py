@@ -26,6 +26,7 @@ from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.monitoring.log import configure
 from trainer.storage.base import is_temporary_name
+from trainer.storage.local import make_temporary_suffix
 from trainer.storage.path import storage_path
 from trainer.types import Split
 
@@ -224,10 +225,11 @@ def test_old_temporary_files_of_killed_preparations_are_deleted(tmp_path: Path, 
     scratch.mkdir()
     shard = "x-train.tfrecord-00000-of-00001"
     files = {f".{shard}.1.tmp": False, f".{shard}.2.tmp": True, ".x.1-000000000000001": False}
-    files[f".{shard}.{ended_process()}-000000000000003"] = not alone  # another pod's, if there are several
+    left = f".{shard}{make_temporary_suffix(ended_process())}"
+    files[left] = not alone  # another pod's, if there are several
     for name in files:
         (scratch / name).touch()
-        if not name.endswith((".2.tmp", "3")):
+        if not name.endswith(".2.tmp") and name != left:
             os.utime(scratch / name, (1e9, 1e9))
     DatasetFolder(storage_path(scratch), None).create({shard}, alone)
     assert {name: (scratch / name).exists() for name in files} == files

@@ -231,9 +231,14 @@ def test_a_file_that_lost_its_accuracy_is_deleted_and_an_error(tmp_path: Path) -
     assert not outcomes["tflite"]["refused"]
     assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
     lost = r"is exceeded by tflite_int8 \(1\.0000 -> 0\.\d{4} on 100 examples\)"
-    problem = f"{lost}, which were deleted; the other formats were written"
+    problem = f"{lost}, which was deleted; the other formats were written$"
     with raises(ModelError, "export.max_accuracy_drop", "0.01", "raise the limit or .* in export.formats", problem):
         raise_if_refused(outcomes, 0.01)
+    with raises(ModelError, "export.max_accuracy_drop", problem=f"{lost}, which was deleted$"):
+        raise_if_refused({"tflite_int8": outcomes["tflite_int8"]}, 0.01)
+    both = {"tflite_int8": outcomes["tflite_int8"], "keras": outcomes["tflite_int8"]}
+    with raises(ModelError, "export.max_accuracy_drop", problem=r"by tflite_int8 .*, keras .*, which were deleted$"):
+        raise_if_refused(both, 0.01)
     raise_if_refused({"tflite": outcomes["tflite"]}, 0.01)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.look.sample import MAX_CLASSES, PER_CLASS, choose_examples, choose_sample
+from trainer.look.sample import MAX_SHOWN, PER_CLASS, choose_examples, choose_sample
 from trainer.types import Shard, Split
 
 
@@ -43,7 +43,7 @@ def test_examples_of_each_class_prefer_the_sample_and_depend_on_the_seed() -> No
 
 
 def test_many_classes_have_one_example_each_and_at_most_so_many_are_shown() -> None:
-    labels = np.concatenate([np.repeat(np.arange(MAX_CLASSES), 2), np.full(9, MAX_CLASSES)]).astype(np.int32)
+    labels = np.concatenate([np.repeat(np.arange(MAX_SHOWN), 2), np.full(9, MAX_SHOWN)]).astype(np.int32)
     chosen = choose_examples(labels, np.arange(0), 1)
     assert {len(members) for members in chosen.values()} == {1}
-    assert chosen.keys() == set(range(MAX_CLASSES))  # without the most frequent class
+    assert chosen.keys() == set(range(MAX_SHOWN))  # without the most frequent class

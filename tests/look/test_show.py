@@ -29,7 +29,8 @@ from trainer.config.schema import load
 from trainer.data import prepare as preparing
 from trainer.data.images import Pixels
 from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
-from trainer.look import main
+from trainer.look import main, sample
+from trainer.look import page as page_module
 from trainer.look.show import examine, open_data
 from trainer.storage.path import storage_path
 
@@ -183,6 +184,25 @@ def test_a_sample_of_a_large_dataset_counts_all_and_examines_some(tmp_path: Path
     assert "data.test_fraction=0.15" in summary
     assert not (tmp_path / "out" / "augmentation.png").exists()
     assert "augmentation=none" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_page_of_many_classes_is_bounded_and_states_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "MAX_SHOWN", 3)
+    monkeypatch.setattr(page_module, "MAX_ROWS", 4)
+    counts = {"ant": 12, "bee": 4, "cat": 10, "dog": 5, "eel": 6}
+    root = fill_folder(tmp_path / "photos", counts)
+    show(f"data.root={root}", *SMALL, f"output={tmp_path}/out")
+    text = (tmp_path / "out" / "index.html").read_text()
+    (shown,) = re.findall(r'<section id="examples">(.*?)</section>', text, re.S)
+    assert re.findall(r"<h3>(\w+)</h3>", shown) == ["bee", "dog", "eel"]
+    assert shown.count("<img") == 3
+    assert "Of the 3 rarest classes. Not shown: 2 classes with more training examples." in shown
+    (table,) = re.findall(r'<section id="counts">(.*?)</section>', text, re.S)
+    assert re.findall(r"<tr><td>(\w+)</td>", table) == ["bee", "cat", "dog", "eel"]
+    assert "Not listed: 1 class with more training examples. look.json has all counts." in table
+    assert len(read(tmp_path / "out")["counts"]["train"]) == 5
 
 
 @pytest.mark.slow

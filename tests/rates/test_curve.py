@@ -7,7 +7,7 @@ from tests.errors import raises
 from trainer.config.phases import Phase
 from trainer.errors import ConfigError
 from trainer.rates.curve import Bounds, count_steps_per_decade, has_diverged, parse_bounds, smooth, suggest
-from trainer.rates.range_test import describe, make_test_phase, render_page
+from trainer.rates.range_test import describe, make_test_phase, render_page, require_phase
 from trainer.training.optimizers import build_schedule
 
 RATES = np.logspace(-7, 1, 97)
@@ -78,6 +78,13 @@ def test_bounds_that_are_no_range_are_refused(lowest: str, highest: str, key: st
         parse_bounds(lowest, highest)
 
 
+def test_another_phase_is_refused_with_the_names_of_the_phases() -> None:
+    phase = Phase.model_validate({"thaw": "none", "epochs": 3})
+    require_phase("head", {"head": phase})
+    with raises(ConfigError, key="phase", value="hed", problem="not a phase", fix="^use head or fine_tune$"):
+        require_phase("hed", {"head": phase, "fine_tune": phase})
+
+
 def test_the_summary_can_be_pasted_and_the_page_escapes_the_name() -> None:
     phase = Phase.model_validate({"thaw": "none", "epochs": 3})
     losses = curve(0.1)
@@ -86,7 +93,7 @@ def test_the_summary_can_be_pasted_and_the_page_escapes_the_name() -> None:
     assert suggestion is not None
     assert lines[-1] == f"suggested: phases.head.optimizer.learning_rate={suggestion.chosen:g}"
     assert "no rate is suggested" in describe("head", phase, RATES, losses, None)[-1]
-    page = render_page("<b>head</b>", phase, RATES, losses, suggestion)
+    page = render_page("<b>head</b>", lines, RATES, losses, smooth(losses), suggestion)
     assert "<b>head" not in page
     assert "<svg" in page
-    assert "<svg" in render_page("head", phase, RATES, losses, None)
+    assert "<svg" in render_page("head", lines, RATES, losses, smooth(losses), None)

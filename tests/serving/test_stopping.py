@@ -99,7 +99,7 @@ def test_an_incomplete_request_does_not_block_the_exit(exported: Exported) -> No
             served.send()
             assert served.exit_code() == INTERRUPTED
             assert time.monotonic() - began < 30
-        assert "drain=2.0: 1 requests not finished" in served.output
+        assert "drain=2.0: 1 request not finished" in served.output
 
 
 def run(*arguments: str, cwd: Path, program: str = "", code: int = WRONG_INPUT) -> subprocess.CompletedProcess[str]:

@@ -37,6 +37,8 @@ class FaultyProxy:
         self.retry_after = "0"
         self.slow_seconds = 0.02
         self.verifies_uploads = True  # as the real storage, unlike the emulator
+        self.refused = ""  # requests whose path contains this are answered with 403, unless it is empty
+        self.dropped_headers: set[str] = set()  # of responses, in lower case
         self.counts: Counter[str] = Counter()
         self.bytes_out = 0
         self._noise = random.Random(seed)
@@ -96,6 +98,8 @@ class FaultyProxy:
         possible |= {"corrupted"} if media else set()
         possible |= {"corrupted_upload"} if payload[1] > payload[0] else set()
         kind = self.draw(possible)
+        if self.refused and self.refused in request.path:
+            return _respond(request, 403, {}, b"no")
         if kind == "unavailable":
             return _respond(request, 503, {}, b"try later")
         if kind == "limited":
@@ -132,7 +136,7 @@ class FaultyProxy:
             content = response.read()
             if "json" in (response.getheader("Content-Type") or ""):
                 content = content.replace(self.upstream.encode(), self.url.encode())
-            dropped = ("transfer-encoding", "connection", "date")
+            dropped = ("transfer-encoding", "connection", "date", *self.dropped_headers)
             dropped += ("content-length",) if request.command != "HEAD" else ()
             rest = {k: v.replace(self.upstream, self.url) for k, v in response.getheaders() if k.lower() not in dropped}
             return response.status, rest, content

@@ -34,6 +34,21 @@ def test_other_errors_are_not(error: Exception) -> None:
     assert translated(error) is None
 
 
+def test_a_suppressed_context_is_not_inspected() -> None:
+    def fail(hide: bool) -> None:
+        try:
+            raise ConnectionResetError("the check of a newer version failed")
+        except OSError:
+            if hide:
+                raise ValueError("there is no such split") from None
+            raise ValueError("there is no such split")  # noqa: B904
+
+    for hide in (False, True):
+        with pytest.raises(ValueError, match="split") as caught:
+            fail(hide)
+        assert (translated(caught.value) is None) == hide
+
+
 @pytest.fixture
 def address() -> Iterator[str]:
     """The address of a server that responds with the status in the path."""

@@ -15,7 +15,7 @@ from tests.errors import raises
 from tests.storage.emulator import Emulator
 from tests.storage.faulty import EVENLY, KINDS, FaultyProxy, faults
 from tests.storage.s3_server import S3Server
-from trainer.errors import Interrupted
+from trainer.errors import DataError, Interrupted
 from trainer.storage import retries
 from trainer.storage.base import Version, request_deadline
 from trainer.storage.path import ConflictError, StoragePath
@@ -113,6 +113,31 @@ def test_damaged_uploads_that_a_server_stored_are_repeated(proxy: FaultyProxy, i
         version = (in_bucket / "marker").write(f"{number}" * 50, only_if=version)
         assert (in_bucket / "marker").fetch() == (f"{number}".encode() * 50, version)
     assert proxy.counts["corrupted_upload"] > 2
+
+
+@google
+def test_a_response_without_a_checksum_is_not_called_corrupt_content(
+    proxy: FaultyProxy, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", 0.3)
+    proxy.odds = {}
+    (in_bucket / "file").write("x")
+    proxy.dropped_headers = {"x-goog-hash"}
+    with raises(Interrupted, problem=r"file: no request .*\(corrupt response: the response has no CRC32C\)"):
+        (in_bucket / "file").read()
+
+
+@google
+@pytest.mark.parametrize("request_path", ["/compose", "/rewriteTo/"])
+@pytest.mark.usefixtures("small_parts")
+def test_a_refused_composition_names_all_permissions(
+    proxy: FaultyProxy, in_bucket: StoragePath, request_path: str
+) -> None:
+    proxy.odds, proxy.refused = {}, request_path
+    permissions = r"storage.objects.create and storage.objects.get \(storage.objects.delete as well, to replace\)"
+    with raises(DataError, problem=rf"lacks the permission {permissions} \(403: ", fix="grant it"):
+        (in_bucket / "file").write(os.urandom(200_000))
+    assert not in_bucket.is_folder()
 
 
 def test_a_lost_response_does_not_hide_a_real_conflict(proxy: FaultyProxy, in_bucket: StoragePath) -> None:

@@ -4,7 +4,8 @@ import os
 import pickle
 import resource
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import google_crc32c
@@ -13,12 +14,13 @@ import pytest
 from tests.errors import raises
 from tests.storage.emulator import BUCKET
 from trainer.errors import ConfigError, DataError
-from trainer.storage.base import Version
-from trainer.storage.bucket import BucketPath, ReplacedError
+from trainer.storage import bucket, gcs
+from trainer.storage.base import ANY, Version, request_deadline
+from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, BucketPath, ReplacedError
 from trainer.storage.path import ConflictError, ObjectInfo, StoragePath, storage_path
 
 
-def names(files: list[ObjectInfo]) -> list[str]:
+def names(files: Iterable[ObjectInfo]) -> list[str]:
     return [info.path.name for info in files]
 
 
@@ -198,6 +200,47 @@ def test_large_content(home: StoragePath) -> None:
     content = os.urandom(4_000_000)  # more than 32 parts of 64 KiB
     version = (home / "file").write(content)
     assert (home / "file").fetch() == (content, version)
+
+
+@pytest.mark.parametrize("emulator", ["gs"], indirect=True)
+def test_composed_parts_are_composed(in_bucket: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "PART_BYTES", 10_000)
+    monkeypatch.setattr(gcs, "MAX_PART_BYTES", 10_000)
+    monkeypatch.setattr(gcs, "MAX_COMPOSED_PARTS", 4)
+    content = os.urandom(171_000)  # 18 parts, composed to 5, 2 and 1
+    version = (in_bucket / "file").write(content)
+    assert (in_bucket / "file").fetch() == (content, version)
+    assert names(info for page, _ in in_bucket._pages("") for info in page) == ["file"]
+
+
+@pytest.mark.parametrize("gigabytes", [1, 9, 20])
+def test_the_parts_of_an_upload_take_at_most_256_mb(gigabytes: int) -> None:
+    lengths = []
+
+    def read_range(_start: int, length: int) -> bytes:
+        lengths.append(length)
+        raise DataError("enough")
+
+    with raises(DataError, problem="enough"), request_deadline(0.1):
+        gcs.GcsPath("b", "x")._upload(gigabytes << 30, read_range, ANY)
+    assert max(lengths) * MAX_CONCURRENT_REQUESTS <= 256 << 20
+
+
+@pytest.mark.parametrize("changed", [0, 8 << 20, 16 << 20], ids=["first", "second", "last"])
+def test_a_source_that_changes_during_its_upload_does_not_become_visible(in_bucket: BucketPath, changed: int) -> None:
+    """It has three parts, each of which is read twice."""
+    content, reads = os.urandom(20_000_000), Counter[int]()
+
+    def read_range(start: int, length: int) -> bytes:
+        reads[start] += 1
+        data = content[start : start + length]
+        return data[::-1] if start == changed and reads[start] == 2 else data
+
+    (in_bucket / "file").write("before")
+    with raises(DataError, problem=r"file: the source changed while it was uploaded", fix="same command again"):
+        (in_bucket / "file")._upload(len(content), read_range, ANY)
+    assert (in_bucket / "file").read() == b"before"
+    assert [info.path for page, _ in in_bucket._pages("") for info in page] == [in_bucket / "file"]
 
 
 def test_parts_of_a_killed_upload_are_not_listed_and_are_deleted(in_bucket: StoragePath) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.storage.local import delete_stale_temporary_files
+from trainer.storage.local import delete_stale_temporary_files, make_temporary_suffix
 from trainer.storage.scratch import open_scratch_file, scratch_folder
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, signal, sys, tempfile
 from trainer.storage.scratch import open_scratch_file, scratch_folder
@@ -82,19 +83,44 @@ def test_without_a_folder_for_temporary_files_its_user_reports_the_reason(
 def test_temporary_files_of_ended_processes_are_deleted_at_once_and_those_of_others_when_old(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    running, left = os.getppid(), make_temporary_suffix(ended.pid)
+    old, other = f".page.html{make_temporary_suffix(running)}", f".other.html{left}"
     names = {
-        f".page.html.{ended.pid}-000000000004711": False,
-        f".page.html.{os.getppid()}-000000000004711": True,
-        f".page.html.{os.getppid()}-000000000004712": False,  # old
-        f".other.html.{ended.pid}-000000000004711": True,
+        f".page.html{left}": False,
+        f".page.html{make_temporary_suffix(running)}": True,
+        old: False,
+        other: True,
         "page.html": True,
         ".page.html": True,
     }
     for name in names:
         (tmp_path / name).touch()
-    os.utime(tmp_path / f".page.html.{os.getppid()}-000000000004712", (0, 0))
+    os.utime(tmp_path / old, (0, 0))
     delete_stale_temporary_files(tmp_path, "page.html")
     assert {name: (tmp_path / name).exists() for name in names} == names
     delete_stale_temporary_files(tmp_path)
-    assert not (tmp_path / f".other.html.{ended.pid}-000000000004711").exists()
+    assert not (tmp_path / other).exists()
     delete_stale_temporary_files(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a container is simulated with namespaces, which needs root")
+@pytest.mark.parametrize("namespace", ["--uts", "--pid"], ids=["host", "container"])
+def test_temporary_files_of_another_machine_are_not_deleted_before_they_are_old(tmp_path: Path, namespace: str) -> None:
+    """The writer runs in a namespace of its own. The process with the same ID on this machine has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    program = f"""
+import socket
+from pathlib import Path
+from trainer.storage.local import make_temporary_suffix
+{"socket.sethostname('another-machine')" if namespace == "--uts" else ""}
+Path(".page.html" + make_temporary_suffix({ended.pid})).touch()
+"""
+    command = ["unshare", namespace, "--fork", sys.executable, "-c", program]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    (file,) = tmp_path.iterdir()
+    delete_stale_temporary_files(tmp_path)
+    assert file.exists()
+    os.utime(file, (0, 0))
+    delete_stale_temporary_files(tmp_path)
+    assert not file.exists()

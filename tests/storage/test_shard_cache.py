@@ -172,7 +172,7 @@ def test_an_outage_interrupts_only_readers_that_need_the_bucket(
             assert cache.require("a", NAMES[1:3], NAMES[3:]) == pytest.approx(0, abs=0.05)
             with raises(Interrupted, problem="s05: no request succeeded within 0.5 s", fix="same command"):
                 cache.require("a", ["s05"])
-            assert notes == [f"waiting for 1 shards of {shards}, the first is s05"]
+            assert notes == [f"waiting for 1 shard of {shards}, the first is s05"]
         finally:
             emulator.start()
         assert cache.require("a", ["s05"], NAMES) > 0

@@ -1,7 +1,6 @@
 """Rank the backbones of a comparison; print the table, and write index.html and backbones.json."""
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.report.compare import SIGNIFICANCE_LEVEL
 from trainer.report.figures import SERIES, shorten_name, to_svg
 from trainer.report.page import INDEX, render, write_output
 from trainer.report.scatter import Point, draw_scatter
+from trainer.storage.base import encode_json
 from trainer.storage.path import StoragePath
 from trainer.types import Dataset
 
@@ -210,7 +210,7 @@ def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
 def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
     """Write backbones.json and index.html to `folder`, and print the table."""
     summary = summarize(rows, facts)
-    write_output(folder, SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_output(folder, SUMMARY, encode_json(summary))
     write_output(folder, INDEX, render_page(rows, facts, summary["created"]))
     print("\n".join([*format_table(rows), "", *describe(rows, facts), *explain_columns(rows)]))
     log.info(f"page: {folder / INDEX}")

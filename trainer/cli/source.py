@@ -1,5 +1,6 @@
 """Choose the data source, `data=...`, from the location of the data, if the arguments do not choose it."""
 
+import fnmatch
 import glob
 import re
 from collections.abc import Sequence
@@ -9,13 +10,17 @@ from trainer.cli.compose import is_sweep
 from trainer.cli.overrides import evaluate_override, map_argument_values, parse_override, translate_overrides
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import FUNCTION, format_argument, quote, quote_if_needed
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, format_count
 from trainer.names import escape_unprintable
+from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, map_in_threads
 from trainer.storage.path import StoragePath, storage_path
 
-# Suffix of a TFRecord file, also if it is followed by the number of a shard: .tfrecord-00000-of-00001.
-_RECORD_SUFFIX = re.compile(r"\.tfrec(ord)?s?\b|\.tfrecord-\d", re.I)
+# End of the name of a record file: a suffix, optionally with the number of a shard as in .tfrecord-00000-of-00001, and
+# with the suffix of a compression, which a run refuses. A file next to it, such as its index .tfrecord.idx, is none.
+_RECORD_ENDING = re.compile(r"(\.tfrec(?:ord)?s?)([-_.]?\d+([-_]?of[-_]?\d+)?)?(\.gz|\.zlib)?$", re.I)
 _TFDS_INFO_FILE = "dataset_info.json"  # file in the folder of each dataset that TensorFlow Datasets has prepared
+_MAX_SUBFOLDERS = 9  # of a folder, that are searched for prepared datasets
+_MAX_CLASS_FOLDERS = 3  # of these, that are searched for images
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -99,7 +104,7 @@ def _detect_source_of_root(root: str) -> tuple[str, str, list[str]]:
 def detect_source(root: str) -> tuple[str, str, list[str]]:
     """Detect the kind of data source at an address.
 
-    A folder with record files is nevertheless an image folder if one of its first nine subfolders contains images.
+    A folder with record files is nevertheless an image folder if one of its subfolders contains images.
     System folders such as lost+found are ignored.
 
     Returns:
@@ -115,17 +120,9 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     folder = storage_path(root)
     file_names = [info.path.name for info in folder.list(recursive=False)]
     folders = [subfolder for subfolder in folder.folders() if not is_system_name(subfolder.name)]
-    # Each folder in a bucket costs requests, so only the first two are searched for prepared datasets. Two suffice to
-    # detect that there are several, but a dataset in a later folder is not detected.
-    inspected_folders = folders if folder.is_local else folders[:2]
-    datasets = [subfolder for subfolder in inspected_folders if (subfolder / _TFDS_INFO_FILE).exists()] + [
-        subfolder
-        for parent in inspected_folders[:9]
-        for subfolder in parent.folders()[:9]
-        if (subfolder / _TFDS_INFO_FILE).exists()
-    ]
     if _TFDS_INFO_FILE in file_names:
         return "tfds", f"{_TFDS_INFO_FILE}, a prepared dataset", []
+    datasets, have_images = _inspect_folders(folders)
     if len(datasets) == 1:
         return (
             "tfds",
@@ -135,14 +132,19 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     if datasets:
         problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
         raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
-    record_names = sorted(name for name in file_names if _RECORD_SUFFIX.search(name))
-    if record_names and not any(map(_holds_images, folders[:9])):
-        suffix_match = _RECORD_SUFFIX.search(record_names[0])
-        pattern = f"{glob.escape(root.rstrip('/'))}/*{suffix_match[0] if suffix_match else ''}*"
-        return "tfrecords", f"{len(record_names)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
+    endings = {name: match for name in file_names if (match := _RECORD_ENDING.search(name))}
+    if endings and not have_images:
+        ending = endings[min(endings)]
+        # The shortest pattern that matches no other file.
+        patterns = [f"*{ending[1]}*", "*" + re.sub(r"\d+", "*", ending[0]), "*" + re.sub(r"\d", "[0-9]", ending[0])]
+        pattern = next((p for p in patterns if {*fnmatch.filter(file_names, p)} == endings.keys()), patterns[0])
+        pattern = f"{glob.escape(root.rstrip('/'))}/{pattern}"
+        return "tfrecords", f"{len(endings)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
     if folders:
         return "image_folder", "class folders", []
-    problem = f"has {len(file_names)} files and no folders" if file_names else "does not exist, or is empty"
+    problem = (
+        f"has {format_count(len(file_names), 'file')} and no folders" if file_names else "does not exist, or is empty"
+    )
     fix = (
         "give a folder with one folder per class, a dataset of TFDS, or a folder of .tfrecord files; or choose data=..."
     )
@@ -150,18 +152,41 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         if folder.name.lower().endswith(".csv"):
             return "csv", "a CSV file", []
         problem = "is a file"
-        if _RECORD_SUFFIX.search(folder.name):
+        if _RECORD_ENDING.search(folder.name):
             fix = f"write data=tfrecords {format_argument('data.pattern', glob.escape(root))} data.class_names=[...]"
     raise DataError(problem, key="data.root", value=root, fix=fix)
 
 
-def _holds_images(folder: StoragePath, depth: int = 2) -> bool:
-    """Return whether a class folder has an image, or a split folder has one in its first three class folders.
+def _inspect_folders(folders: Sequence[StoragePath]) -> tuple[list[StoragePath], bool]:
+    """Return the prepared datasets in `folders`, directly or one level below, and whether a folder contains images.
 
-    `depth`: number of levels of folders to search, 1 for a class folder.
+    Each folder in a bucket costs requests, so they are inspected eight at a time, until all of eight contain images.
+    The others are then class folders too, of which only local ones are searched for datasets.
     """
+    datasets: list[StoragePath] = []
+    have_images = False
+    for start in range(0, len(folders), MAX_CONCURRENT_REQUESTS):
+        results = map_in_threads(_inspect_folder, folders[start : start + MAX_CONCURRENT_REQUESTS])
+        datasets += [dataset for in_folder, _ in results for dataset in in_folder]
+        have_images |= any(has_images for _, has_images in results)
+        if all(has_images for _, has_images in results):
+            remaining = folders[start + MAX_CONCURRENT_REQUESTS :]
+            return [*datasets, *(f for f in remaining if f.is_local and (f / _TFDS_INFO_FILE).exists())], True
+    return datasets, have_images
+
+
+def _inspect_folder(folder: StoragePath) -> tuple[list[StoragePath], bool]:
+    """Return the prepared datasets in a folder, and whether it has images, or if it has no dataset, a subfolder has."""
+    if (folder / _TFDS_INFO_FILE).exists():
+        return [folder], False
+    if _has_images(folder):
+        return [], True
+    subfolders = folder.folders()[:_MAX_SUBFOLDERS]
+    datasets = [subfolder for subfolder in subfolders if (subfolder / _TFDS_INFO_FILE).exists()]
+    return datasets, not datasets and any(map(_has_images, subfolders[:_MAX_CLASS_FOLDERS]))
+
+
+def _has_images(folder: StoragePath) -> bool:
     from trainer.data.image_files import EXTENSIONS
 
-    if any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False)):
-        return True
-    return depth > 1 and any(_holds_images(subfolder, depth - 1) for subfolder in folder.folders()[:3])
+    return any(info.path.name.lower().endswith(EXTENSIONS) for info in folder.list(recursive=False))

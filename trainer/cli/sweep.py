@@ -29,7 +29,7 @@ from trainer.cluster.processes import build_module_command
 from trainer.config.diff import flatten, may_change_on_resume
 from trainer.config.schema import apply_overfit
 from trainer.config.typed import INTERPOLATION, format_argument, quote, quote_if_needed
-from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT, ConfigError, Interrupted, TrainerError
+from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT, ConfigError, Interrupted, TrainerError, format_count
 from trainer.monitoring import termination
 from trainer.monitoring.log import log
 from trainer.private_api import is_grid, make_session_end_summary
@@ -318,7 +318,10 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
         raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=job_number, fix="add -m, or unset it")
     jobs = _list_jobs(arguments)
     if int(job_number) >= len(jobs):
-        problem, fix = f"the sweep has {len(jobs)} jobs, from 0", f"set the completions of the Job to {len(jobs)}"
+        problem, fix = (
+            f"the sweep has {format_count(len(jobs), 'job')}, from 0",
+            f"set the completions of the Job to {len(jobs)}",
+        )
         raise ConfigError(problem, key="SWEEP_JOB", value=job_number, fix=fix)
     job, tree = jobs[int(job_number)]
     configure_log(apply_overfit(load_and_require_read(tree | {"output_dir": job.folder}, job.arguments)).runtime)

@@ -13,15 +13,17 @@ import ctypes
 import faulthandler
 import json
 import os
+import select
 import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.processes import build_module_command
-from trainer.cluster.watchdog_process import INTERVAL_SECONDS, STACK_SIGNAL
+from trainer.cluster.watchdog_process import INTERVAL_SECONDS, STACK_SIGNAL, encode_indices
 from trainer.config.schema import Runtime
 from trainer.errors import INTERRUPTED
 from trainer.monitoring.health import health
@@ -50,9 +52,10 @@ class _ReadRequest(ctypes.Structure):
     )  # fmt: skip
 
 
+_MAX_CHARACTER_BYTES = 6  # of a character in a JSON text in UTF-8: a control character is \u001f
 _SIGEV_THREAD = 2  # value of `sigevent.sigev_notify`: call a function in a new thread
 _processes: list[subprocess.Popen[bytes]] = []  # the watchdog process, between `start` and `stop`
-_keep_alive: list[Any] = []  # objects that the C library uses until this process ends, and `exit_writer`
+_keep_alive: list[Any] = []  # objects that the C library uses until this process ends
 
 
 def start(
@@ -102,9 +105,8 @@ def start(
     except OSError as error:
         log.warning(f"watchdog: cannot be started ({error.strerror or error})")
         return None
-    # `exit_writer` is never closed in this process. Otherwise the watchdog's exit would close the pipe's last writer,
-    # and the end of file would complete the read and exit this process.
-    _keep_alive.append(exit_writer)
+    # `exit_writer` stays open in this process. Otherwise the watchdog's exit would close the pipe's last writer, and
+    # the end of file would complete the read and exit this process.
     _processes.append(child)
     os.close(state_reader)
     os.close(stack_reader)
@@ -112,7 +114,7 @@ def start(
     def send_state() -> None:
         # The pipe is full if the watchdog is suspended, and closed if it was killed. Training continues in both cases.
         with contextlib.suppress(OSError):
-            os.write(state_writer, _encode_state(control))
+            os.write(state_writer, encode_state(control.watched_peers()))
 
     def send_states() -> None:
         while child.poll() is None:
@@ -136,15 +138,20 @@ def stop() -> None:
         child.wait()
 
 
-def _encode_state(control: ControlChannel) -> bytes:
-    """Encode this process's state for the watchdog as one JSON line.
+def encode_state(watched_peers: Iterable[int]) -> bytes:
+    """Encode this process's state for the watchdog as one JSON line of at most 4096 bytes.
 
-    A write of at most 4096 bytes (PIPE_BUF on Linux) to a pipe is atomic. A line can be longer, for example with many
-    workers, and a pipe that is almost full then truncates it. The watchdog skips such a line.
+    A pipe takes such a line as a whole or not at all (PIPE_BUF on Linux), also if it is almost full. The activity is
+    cut to the bytes that are left, at least 500 characters with 2000 workers and the longest name of a phase.
     """
-    state = {"activity": health.describe()[:500], "phase": health.phase, "step": health.values.get("step"),
-             "limit": health.unresponsive_timeout, "watched": control.watched_peers()}  # fmt: skip
-    return json.dumps(state).encode() + b"\n"
+    state = {"activity": "", "phase": health.phase, "step": health.values.get("step"),
+             "limit": health.unresponsive_timeout, "watched": encode_indices(watched_peers)}  # fmt: skip
+    free_bytes = select.PIPE_BUF - len(_encode_line(state))
+    return _encode_line(state | {"activity": health.describe()[: max(free_bytes, 0) // _MAX_CHARACTER_BYTES]})
+
+
+def _encode_line(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def _arm_exit(descriptor: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainer.config.base import Section
+from trainer.config.diff import flatten
 from trainer.config.phases import AutoPhases, Phase
 from trainer.config.schema import OVERFIT_VALUES, Data, RequestedConfig, configure_teacher
 from trainer.errors import ConfigError
@@ -58,6 +59,9 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
         for key, reason in reasons
         if getattr(section, key) != type(section).model_fields[key].default
     }
+    if config.distillation:
+        values = flatten(config.distillation.model_dump(mode="json", exclude_defaults=True), "distillation.")
+        reasons_by_key |= dict(_check_overfit(config, *values))
     if teacher := configure_teacher(config):
         teacher_reasons = find_unread_keys(teacher).items()
         # The other keys of the teacher's run are not set below `distillation`.

@@ -12,7 +12,7 @@ from trainer.data.image_files import SPLIT_NAMES, ImageFile, ListedImages, build
 from trainer.data.records import MAX_GROUPS, join_first
 from trainer.data.splits import SPLITS, RawData
 from trainer.data.table import Row, Table, read_table
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_error, normalize_class_name
 from trainer.storage.base import ObjectInfo
@@ -62,7 +62,10 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
     if group_column:
         _check_groups(data, [image.group or "" for members in images.values() for image in members])
     images_by_split = {name: images[name] for name in SPLITS if name in images}
-    contents = {name: f"{len(members)} rows of {escape_unprintable(root)}" for name, members in images_by_split.items()}
+    contents = {
+        name: f"{format_count(len(members), 'row')} of {escape_unprintable(root)}"
+        for name, members in images_by_split.items()
+    }
     unread_columns = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
     names = join_first([escape_unprintable(name) for name in unread_columns if name])
     notes = [f"columns that are not read: {names}; data.group_field=COLUMN reports scores by one"] if names else []

@@ -19,7 +19,7 @@ from trainer.data.image_files import (
 )
 from trainer.data.records import join_first
 from trainer.data.splits import SPLITS, RawData
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.names import escape_unprintable, normalize_class_name
 from trainer.types import Purpose
 
@@ -60,7 +60,9 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
         problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX) from None
     location = f"below {escape_unprintable(root)}"
-    contents = {name: f"its folder has {len(members)} images {location}" for name, members in images.items()}
+    contents = {
+        name: f"its folder has {format_count(len(members), 'image')} {location}" for name, members in images.items()
+    }
     name = os.path.basename(os.path.abspath(root))
     return build_raw_data(ListedImages(name, class_names, images, contents, notes, ignored), data, purpose)
 

@@ -12,7 +12,7 @@ from trainer.data.open import open_dataset
 from trainer.data.records import SOURCE_FIELD, locate_records, read_source_name
 from trainer.data.remote import fetch_local_copies, replace_local_paths, show_addresses_in_errors
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, format_count
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
@@ -79,7 +79,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
         summary = (
             f"{output_path} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
-            f"{len(entries)} shards ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
+            f"{format_count(len(entries), 'shard')} ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "
             f"python -m trainer data=tfds {format_argument('data.root', output_path)}{orientation_argument}"
         )
     log.info(summary)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, format_count
 from trainer.types import Split
 
 ShardingMode = Literal["record", "file"]
@@ -176,7 +176,8 @@ def plan_sharding(
         reason = "image files have no shards"
     elif len(split.shards) < num_parts:
         reader_phrase = f"{num_parts} virtual replicas" if virtual_replicas else f"{num_parts} workers"
-        reason = f"{len(split.shards)} shards are too few for {reader_phrase}"
+        shards = format_count(len(split.shards), "shard")
+        reason = f"{shards} {'is' if len(split.shards) == 1 else 'are'} too few for {reader_phrase}"
     elif checkpoint.get("by"):
         reason = "as in the checkpoint"
     elif virtual_replicas:

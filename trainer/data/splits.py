@@ -24,7 +24,7 @@ from trainer.data.records import (
 )
 from trainer.data.sharding import count_shard_records
 from trainer.data.tfds_folder import read_manifest_and_labels
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.monitoring.health import health
 from trainer.names import encode_file_name, escape_unprintable, normalize_class_name
 from trainer.storage.arrays import pack, unpack
@@ -280,7 +280,7 @@ def build_split(
         count = len(labels[shard.path])
         if count != shard.count and source.data.on_error == "fail":
             path = escape_unprintable(shard.path)
-            problem = f"shard {path} holds {count} records, but dataset_info.json lists {shard.count}"
+            problem = f"shard {path} holds {format_count(count, 'record')}, but dataset_info.json lists {shard.count}"
             raise DataError(problem, fix="prepare the dataset again, or set data.on_error=skip to use it nevertheless")
         shards.append(replace(shard, count=count, start=min(shard.start, count), stop=min(shard.stop, count)))
     all_labels = np.concatenate([np.zeros(0, np.int32), *(labels[s.path][s.start : s.stop] for s in shards)])
@@ -288,7 +288,9 @@ def build_split(
     readable_indices = np.flatnonzero(all_labels >= 0)
     if not readable_indices.size:
         paths = list(dict.fromkeys(escape_unprintable(shard.path) for shard in ranges))
-        content = f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {len(all_labels)} records"
+        content = (
+            f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {format_count(len(all_labels), 'record')}"
+        )
         faults = [fault for fault in skipped if any(path in fault for path in paths)]
         if faults and all(fault.endswith(NOT_LABELLED_SUFFIX) for fault in faults):
             raise make_label_error(faults[0], source.data.label_field)

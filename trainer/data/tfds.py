@@ -24,7 +24,7 @@ from trainer.data.splits import (
     read_shards,
     take,
 )
-from trainer.errors import DataError, Interrupted
+from trainer.errors import DataError, Interrupted, format_count
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_error
 from trainer.storage.disk import translate_disk_error
@@ -332,11 +332,12 @@ def _check_overlaps(splits: dict[str, Split], specs: dict[str, str]) -> list[str
     """Raise a DataError if train overlaps another split. Return a list with one note if validation and test overlap."""
     for name in ("validation", "test"):
         if name in splits and (count := count_overlap(splits["train"], splits[name])):
-            problem = f"has {count} examples in common with data.train_split={specs['train']}"
+            problem = f"has {format_count(count, 'example')} in common with data.train_split={specs['train']}"
             fix = "set a split without training examples"
             raise DataError(problem, key=f"data.{name}_split", value=specs[name], fix=fix)
     if "validation" in splits and "test" in splits and (count := count_overlap(splits["validation"], splits["test"])):
-        return [f"validation and test have {count} examples in common: the checkpoint is selected on test examples"]
+        examples = format_count(count, "example")
+        return [f"validation and test have {examples} in common: the checkpoint is selected on test examples"]
     return []
 
 

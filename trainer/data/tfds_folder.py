@@ -19,7 +19,7 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.names import escape_unprintable
 from trainer.storage.arrays import unpack
-from trainer.storage.base import STALE_SECONDS, StoragePath, is_temporary_name
+from trainer.storage.base import STALE_SECONDS, StoragePath, encode_json, is_temporary_name
 from trainer.storage.disk import make_write_error
 from trainer.storage.local import compute_file_crc32c, delete_stale_temporary_files, delete_temporary_files
 from trainer.storage.small_files import CONTENT_ERRORS
@@ -148,7 +148,7 @@ class DatasetFolder:
         else:
             (self.folder / entry.file).upload(temporary)
             temporary.unlink()
-        (self.folder / f".{entry.file}.json").write(json.dumps(asdict(entry), indent=1) + "\n")
+        (self.folder / f".{entry.file}.json").write(encode_json(asdict(entry)))
 
     def finish(
         self,
@@ -176,7 +176,7 @@ class DatasetFolder:
             "label": tfds.features.ClassLabel(names=list(class_names)),
         } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
-        (self.folder / MANIFEST).write(json.dumps(manifest, indent=1) + "\n")
+        (self.folder / MANIFEST).write(encode_json(manifest))
         npz_buffer = io.BytesIO()
         np.savez_compressed(npz_buffer, **labels)  # type: ignore[arg-type]
         (self.folder / LABELS).write(npz_buffer.getvalue())

@@ -172,8 +172,9 @@ def raise_if_refused(
         if scores["refused"]
     ]
     if refused:
+        others = "; the other formats were written" if len(refused) < len(exports) else ""
         raise ModelError(
-            f"is exceeded by {', '.join(refused)}, which were deleted; the other formats were written",
+            f"is exceeded by {', '.join(refused)}, which {'was' if len(refused) == 1 else 'were'} deleted{others}",
             key=f"{section}max_accuracy_drop",
             value=f"{max_accuracy_drop:g}",
             fix=f"raise the limit or leave out the format in {section}formats, then start the same command again",

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from trainer.config.schema import RunConfig
 from trainer.look.facts import Facts
-from trainer.look.sample import MAX_CLASSES
 from trainer.look.suggestions import Suggestion
 from trainer.report.figures import (
     INK,
@@ -25,6 +24,7 @@ from trainer.report.page import THUMBNAIL_PIXELS, embed_thumbnail, render
 
 MAX_DRAWN, MAX_CAPTION = 60, 16  # number of images in examples.png; characters of a caption
 MAX_BARS = 60  # number of classes in counts.png
+MAX_ROWS = 1_000  # number of classes in the table of counts
 THUMBNAIL_SIDE = 80  # longest side, in pixels, of the images on a page with more than `MANY_CLASSES` classes
 MANY_CLASSES = 60
 # EXIF orientation -> name on the page.
@@ -127,13 +127,16 @@ def render_page(facts: Facts, suggestions: Sequence[Suggestion], images: PageIma
         ]
         for members, group in zip(images.duplicates, groups, strict=False)
     ]
+    train_counts = facts.counts["train"]
+    rarest = sorted(range(len(train_counts)), key=lambda k: train_counts[k])
     changes = config.augmentation.model_dump(mode="json", exclude_defaults=True)
     return render(
         "look.html.j2",
         facts=facts,
         suggestions=suggestions,
         examples=[(name, [embed(e, name) for e in members]) for name, members in images.examples.items()],
-        max_classes=MAX_CLASSES,
+        num_hidden_classes=sum(count > 0 for count in train_counts) - len(images.examples),
+        listed_classes=sorted(rarest[:MAX_ROWS]),
         augmented=augmented,
         changes=changes,
         seed=config.seed,

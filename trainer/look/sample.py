@@ -10,9 +10,8 @@ from trainer.data.splits import rank_within_classes
 from trainer.types import Split
 
 # Maximum number of examples on the page, per class and in total. If there are more than `MAX_SHOWN` classes, the page
-# has one example per class instead.
+# has one example of each of the rarest ones.
 PER_CLASS, MAX_SHOWN = 6, 400
-MAX_CLASSES = 1_000  # maximum number of classes with examples on the page; the rarest ones if there are more
 
 
 def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:
@@ -59,7 +58,7 @@ def concatenate(splits: Mapping[str, Split]) -> tuple[Split, dict[str, int]]:
 def choose_examples(
     labels: np.ndarray, sample: np.ndarray, seed: int, only_sample: bool = False
 ) -> dict[int, np.ndarray]:
-    """Choose random examples to show of each class that has examples, but only of the `MAX_CLASSES` rarest ones.
+    """Choose random examples to show of each class that has examples, but only of the `MAX_SHOWN` rarest ones.
 
     The number per class is at most `PER_CLASS`, and smaller if the total would exceed `MAX_SHOWN`, but at least one.
     Examples of `sample` are preferred.
@@ -74,7 +73,7 @@ def choose_examples(
     """
     counts = np.bincount(labels)
     nonempty_classes = np.flatnonzero(counts)
-    rarest = nonempty_classes[np.argsort(counts[nonempty_classes], kind="stable")][:MAX_CLASSES]
+    rarest = nonempty_classes[np.argsort(counts[nonempty_classes], kind="stable")][:MAX_SHOWN]
     per_class = int(np.clip(MAX_SHOWN // max(len(rarest), 1), 1, PER_CLASS))
     not_in_sample = np.ones(len(labels), bool)
     not_in_sample[sample] = False

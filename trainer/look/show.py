@@ -1,6 +1,5 @@
 """Open the data of a configuration, examine it, and write the page, the figures and look.json."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,7 @@ from trainer.report.page import (
     require_replaceable_page,
     write_output,
 )
+from trainer.storage.base import encode_json
 from trainer.storage.path import StoragePath, storage_path
 
 FACTS = "look.json"
@@ -143,7 +143,7 @@ def write_files(content: Content, config: RunConfig, output: StoragePath) -> Non
         figures["augmentation.png"] = draw_augmentation(content.images.augmented)
     suggestions = [{"title": s.title, "reason": s.reason, "arguments": s.arguments} for s in content.suggestions]
     facts: dict[str, Any] = asdict(content.facts) | {"suggestions": suggestions}
-    files: dict[str, bytes | str] = {FACTS: json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
+    files: dict[str, bytes | str] = {FACTS: encode_json(facts)}
     files[INDEX] = render_page(content.facts, content.suggestions, content.images, config)
     with tempfile.TemporaryDirectory() as folder:
         figure_files = {name: save(figure, Path(folder) / name).read_bytes() for name, figure in figures.items()}

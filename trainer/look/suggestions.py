@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from trainer.config.typed import format_argument
 from trainer.data.open import MAX_CLASS_RATIO, MIN_SPLIT_EXAMPLES
+from trainer.errors import format_count
 from trainer.look.facts import Facts
-from trainer.report.page import format_count
 
 MIN_SCORED_EXAMPLES = 100  # validation or test examples; with fewer, one example is more than 1 point of accuracy
 ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often

@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from trainer.errors import format_count
 from trainer.look.facts import Facts
 from trainer.look.suggestions import Suggestion
 from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
-from trainer.report.page import format_count
 
 WIDTH = 80  # terminal columns
 _MAX_NOTES, _MAX_FAULTS = 6, 3  # number of notes, and of unreadable files, that are listed

@@ -1,4 +1,7 @@
-"""A rich console for a terminal or a pipe whose reader may exit before the command does."""
+"""A rich console for a terminal or a pipe whose reader may exit before the command does, and the width of its lines."""
+
+import shutil
+import sys
 
 from rich.console import Console
 
@@ -12,3 +15,8 @@ class PatientConsole(Console):
         """Discard all further output, so that the command continues. Rich calls this after a BrokenPipeError."""
         self.quiet = True
         discard_if_closed(self.file)  # type: ignore[arg-type]
+
+
+def get_width(default: int) -> int:
+    """Return the characters per line of stdout: of the terminal, or $COLUMNS, which precedes it, or else `default`."""
+    return Console().width if sys.stdout.isatty() else shutil.get_terminal_size((default, 24)).columns

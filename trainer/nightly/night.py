@@ -1,6 +1,5 @@
 """Run one night of `trainer.nightly`: measure the drift of the served version, retrain, compare, and promote."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from trainer.monitoring.health import health
 from trainer.monitoring.http import serve
 from trainer.monitoring.log import log
 from trainer.monitoring.termination import set_success_message
+from trainer.storage.base import encode_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json
 
@@ -181,7 +181,7 @@ def _read_nights(records: StoragePath) -> list[Night]:
 
 
 def _write_night(records: StoragePath, night: Night) -> None:
-    (records / f"{night.day}.json").write(json.dumps(asdict(night), indent=1) + "\n")
+    (records / f"{night.day}.json").write(encode_json(asdict(night)))
 
 
 def train(settings: Settings, night: Night) -> int:

@@ -1,10 +1,8 @@
 """Dry run (`trainer.plan`): open the dataset, build the network, and plan phases, memory and bytes without training."""
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
@@ -25,6 +23,7 @@ from trainer.exporting.formats import check_formats
 from trainer.features.plan import EngineChoice, divide_phases, plan_engines, plan_features, train_images_read_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
+from trainer.monitoring.console import get_width
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
 from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
@@ -286,8 +285,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     plan.print_section("model", model_rows)
     if summary:
         plan.print(Text("\nlayers", style="bold"))
-        width = Console().width if sys.stdout.isatty() else PIPE_WIDTH
-        print("\n".join(format_layers(classifier, phases, width)), flush=True)
+        print("\n".join(format_layers(classifier, phases, get_width(PIPE_WIDTH))), flush=True)
     sections.show_memory(plan, memory)
     num_values = replica_batch * classifier.image_size**2 * 3
     if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), num_values):

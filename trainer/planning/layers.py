@@ -10,7 +10,7 @@ from trainer.models.classifier import Classifier, count_parameters
 from trainer.planning.estimates import PhasePlan, count_model_parameters
 from trainer.report.figures import shorten_name
 
-PIPE_WIDTH = 80  # characters per line if the output is not a terminal
+PIPE_WIDTH = 80  # characters per line if neither a terminal nor $COLUMNS determines them
 _COLUMNS = ("#", "layer", "type", "output", "dtype", "parameters", "trains in")
 _NAME, _TYPE = 1, 2  # indices of the columns that are shortened in a narrow terminal, first the type
 _RIGHT_ALIGNED = (0, 5)  # indices of the columns with numbers

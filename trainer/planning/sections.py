@@ -1,6 +1,5 @@
 """Print the sections of a plan, each a heading with a table. `Plan` collects the warnings and errors."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from trainer.data.images import CachePlan
 from trainer.distillation.own_teacher import locate_teacher
 from trainer.errors import ConfigError, TrainerError
 from trainer.models.weights_folder import describe_weights
+from trainer.monitoring.console import get_width
 from trainer.planning import checks
 from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
 from trainer.planning.timing import format_time
@@ -31,7 +31,7 @@ from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.staging import is_remote
 from trainer.types import Dataset
 
-WIDTH = 100  # characters per line if the output is not a terminal
+WIDTH = 100  # characters per line if neither a terminal nor $COLUMNS determines them
 MAX_NAMES = 5  # maximum number of printed class names or addresses
 Rows = list[tuple[str, str]]  # (label, value)
 
@@ -69,7 +69,7 @@ class Plan:
 
     def print(self, *renderables: RenderableType) -> None:
         """Print Rich tables and texts, without trailing spaces."""
-        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        console = Console(width=get_width(WIDTH), highlight=False)
         with console.capture() as captured:
             console.print(*renderables, sep="\n")
         print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines()), flush=True)

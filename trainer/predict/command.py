@@ -16,9 +16,10 @@ from trainer.predict.images import ImageFile
 from trainer.predict.model import Model, Preprocessing, make_decoder
 from trainer.predict.page import write_page
 from trainer.predict.parts import Parts, identify, predict_images
-from trainer.predict.results import Overview, encode_summary, format_summary, summarize, write_tables
+from trainer.predict.results import Overview, format_summary, summarize, write_tables
+from trainer.report.page import INDEX
 from trainer.runs.folder import collect_versions
-from trainer.storage.base import StoragePath
+from trainer.storage.base import StoragePath, encode_json
 from trainer.storage.local import delete_stale_temporary_files, write_atomically
 
 # Preprocessing of the page's images if the model's own is unknown, because the model decodes images itself.
@@ -92,14 +93,14 @@ def predict_into(
         overview = write_tables(folder, images, model.class_names, parts, options.top, options.print_line)
         summary = describe(model, overview, options)
         decode = model.decode or make_decoder(UNKNOWN_PREPROCESSING)
-        write_page(folder / "index.html", summary, images, model.class_names, overview, decode)
-        write_atomically(folder / "predictions.json", encode_summary(summary))
+        write_page(folder / INDEX, summary, images, model.class_names, overview, decode)
+        write_atomically(folder / "predictions.json", encode_json(summary, allow_nan=False))
         if not output.is_local:
             for file in sorted(folder.iterdir()):
                 (output / file.name).upload(file)
         parts.delete_all()
     lines = format_summary(summary, images, overview.errors)
-    log.info("\n".join([*lines, f"  page   {output}/index.html", f"  table  {output}/predictions.csv"]))
+    log.info("\n".join([*lines, f"  page   {output}/{INDEX}", f"  table  {output}/predictions.csv"]))
     if options.print_line:
         options.print_line(json.dumps({"summary": summary}))
     require_readable(overview, images, options.source, f"{output}/predictions.csv")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
@@ -230,10 +229,3 @@ def wrap(text: str) -> list[str]:
             lines, line = [*lines, line], f"{indent}  "
         line += ("" if line.endswith(" ") or not line else " ") + word
     return [*lines, line]
-
-
-def encode_summary(summary: dict[str, Any]) -> str:
-    """Encode the summary as JSON for predictions.json."""
-    buffer = io.StringIO()
-    json.dump(summary, buffer, indent=1, ensure_ascii=False, allow_nan=False)
-    return buffer.getvalue() + "\n"

@@ -1,8 +1,8 @@
 """The learning-rate range test of a phase: training steps with a learning rate that grows exponentially."""
 
-import json
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from trainer.report.figures import to_svg
 from trainer.report.page import INDEX, render, require_replaceable_page, write_output
 from trainer.report.scatter import draw_rates
 from trainer.runs.folder import open_run_folder
+from trainer.storage.base import encode_json
 from trainer.storage.path import storage_path
 from trainer.train import choose_inputs, make_plan, restore, set_up
 
@@ -48,9 +49,8 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     """
     page_folder = storage_path(output)
     require_replaceable_page(page_folder, "trainer.rates", SUMMARY)
-    if phase is not None and not isinstance(config.phases, AutoPhases) and phase not in config.phases:
-        fix = f"use {' or '.join(config.phases)}"
-        raise ConfigError("is not a phase of the configuration", key="phase", value=phase, fix=fix)
+    if phase is not None and not isinstance(config.phases, AutoPhases):
+        require_phase(phase, config.phases)
     if configure_teacher(config):
         fix = "leave it out, or give the output_dir of a trained teacher, without distillation.model"
         raise ConfigError("is not trained in a range test", key="distillation.teacher", value="train", fix=fix)
@@ -62,9 +62,7 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
             run, divisions, _, rss_bytes = set_up(test_config, run_folder, control, stop, time.time())
             try:
                 name = phase or next(iter(run.config.phases))
-                if name not in run.config.phases:  # phases=auto has only now chosen the phases
-                    fix = f"use {' or '.join(run.config.phases)}"
-                    raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
+                require_phase(name, run.config.phases)  # phases=auto has only now chosen the phases
                 original_phase = run.config.phases[name]
                 use_test_phase(run, name, bounds)
                 with show_addresses_in_errors(run.images.addresses):
@@ -79,11 +77,19 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
             run_folder.abandon()
     smoothed = smooth(losses)
     suggestion = suggest(rates, smoothed)
+    lines = describe(name, original_phase, rates, smoothed, suggestion)
     results = summarize(name, original_phase, rates, losses, suggestion)
-    write_output(page_folder, SUMMARY, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_output(page_folder, INDEX, render_page(name, original_phase, rates, losses, suggestion))
-    print("\n".join(describe(name, original_phase, rates, smoothed, suggestion)))
+    write_output(page_folder, SUMMARY, encode_json(results))
+    write_output(page_folder, INDEX, render_page(name, lines, rates, losses, smoothed, suggestion))
+    print("\n".join(lines))
     log.info(f"page: {page_folder / INDEX}")
+
+
+def require_phase(name: str, phases: Mapping[str, Phase]) -> None:
+    """Raise a ConfigError about the argument `phase` if there is no phase of this name."""
+    if name not in phases:
+        fix = f"use {' or '.join(phases)}"
+        raise ConfigError("is not a phase of the configuration", key="phase", value=name, fix=fix)
 
 
 def use_test_phase(run: RunContext, name: str, bounds: Bounds) -> None:
@@ -189,13 +195,16 @@ def summarize(
 
 
 def render_page(
-    name: str, phase: Phase, rates: np.ndarray, losses: np.ndarray, suggestion: Suggestion | None
-) -> str:  # fmt: skip
-    """Render the self-contained HTML page with the summary and the curve."""
-    smoothed = smooth(losses)
+    name: str,
+    lines: list[str],
+    rates: np.ndarray,
+    losses: np.ndarray,
+    smoothed: np.ndarray,
+    suggestion: Suggestion | None,
+) -> str:
+    """Render the self-contained HTML page with the summary, which `describe` returned as `lines`, and the curve."""
     marks: list[tuple[str, float]] = []
     if suggestion:
         marks = [("steepest descent", suggestion.steepest), ("a tenth of the minimum's", suggestion.tenth)]
     chart = draw_rates("Loss over the learning rate", rates, losses, smoothed, marks)
-    lines = describe(name, phase, rates, smoothed, suggestion)
     return render("rates.html.j2", name=name, lines=lines, chart=to_svg("rates", chart))

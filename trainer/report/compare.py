@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +22,7 @@ from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.intervals import wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
-from trainer.monitoring.console import PatientConsole
+from trainer.monitoring.console import PatientConsole, get_width
 from trainer.names import decode_cell
 from trainer.report.figures import SERIES, Line, draw_line_chart, to_svg
 from trainer.report.page import (
@@ -311,7 +310,7 @@ def _draw_curves(runs: Sequence[ScoredRun]) -> list[Markup]:
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a table of the runs, and the configuration keys whose values differ."""
-    console = PatientConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = PatientConsole(highlight=False, width=get_width(120))
     table = Table(title=f"on {len(comparison.files):,} common examples", title_justify="left")
     table.add_column("run")
     for name in ("accuracy", "difference", "95 %", "only first correct", "only this correct", "p"):

@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from trainer.config.diff import flatten
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, format_count
 from trainer.names import encode_cell, escape_unprintable
 from trainer.report import figures
 from trainer.report.figures import Chart, FetchImages, to_svg
@@ -48,8 +48,8 @@ def write_output(folder: StoragePath, name: str, content: bytes | str) -> None:
     (folder / name).write(content)
 
 
-# The functions from here to `format_count` are template filters. Templates output Markup unchanged, and escape all
-# other values.
+# The functions from here to `format_duration` are template filters, as `format_count` is. Templates output Markup
+# unchanged, and escape all other values.
 
 
 def shorten(name: object, max_length: int = 28) -> str:
@@ -82,11 +82,6 @@ def format_duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, remainder = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
-
-
-def format_count(count: int, singular: str, plural: str | None = None) -> str:
-    """Format a count with its noun, like "1 image" or "2,000 images"."""
-    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 @cache

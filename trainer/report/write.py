@@ -17,7 +17,7 @@ from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions, write_probabilities
 from trainer.report import figures
 from trainer.report.figures import Chart
-from trainer.report.page import ReportImages, write_page
+from trainer.report.page import INDEX, ReportImages, write_page
 from trainer.report.schema import Report
 from trainer.storage.local import write_atomically
 from trainer.types import FINGERPRINT_KINDS, Dataset, EvaluationResult
@@ -148,7 +148,7 @@ def write_report(folder: Path, result: EvaluationResult, run: Mapping[str, Any],
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "report_seconds": round(time.monotonic() - start_time, 3),
     }
-    write_page(folder / "index.html", report, _to_json_types(run.get("config", {})), result, images, charts)
+    write_page(folder / INDEX, report, _to_json_types(run.get("config", {})), result, images, charts)
     report_text = json.dumps(report, indent=2, allow_nan=False)
     # Write each list of numbers, such as a row of the confusion matrix, on one line.
     report_text = re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), report_text)

@@ -87,8 +87,14 @@ def count_steps_to_profile(step: int, window: tuple[int, int] | None) -> int:
     `window` is the first and the last step to profile, counted from 1; None to profile no steps. All workers call this,
     so that they run the same number of steps in a device call.
     """
-    boundaries = [window[0] - 1, window[1]] if window else []
+    profiled = _list_profiled_steps(window)
+    boundaries = (profiled.start, profiled.stop) if profiled else ()
     return next((boundary - step for boundary in boundaries if boundary > step), sys.maxsize)
+
+
+def _list_profiled_steps(window: tuple[int, int] | None) -> range:
+    """Return the steps to profile, counted from 0; `window` is that of `count_steps_to_profile`."""
+    return range(window[0] - 1, window[1]) if window else range(0)
 
 
 class MetricsWriter:
@@ -219,12 +225,12 @@ class MetricsWriter:
         """
         if self.folder is None:
             return
-        if window and not self._profiling and window[0] - 1 <= step < window[1]:
+        is_profiled = step in _list_profiled_steps(window)
+        if is_profiled and not self._profiling:
             tf.profiler.experimental.start(str(self.folder / "logs"))
-            self._profiling = True
-        elif self._profiling and not (window and step < window[1]):
+        elif self._profiling and not is_profiled:
             tf.profiler.experimental.stop()
-            self._profiling = False
+        self._profiling = is_profiled
 
     def stop_display(self) -> None:
         """Erase the progress display, if there is one. Later lines are written to the log."""

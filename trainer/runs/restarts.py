@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import BUG, INTERRUPTED, GaveUp, StopRequested, TrainerError
+from trainer.errors import BUG, INTERRUPTED, GaveUp, StopRequested, TrainerError, format_count
 from trainer.monitoring.log import log
-from trainer.storage.base import StoragePath, request_deadline
+from trainer.storage.base import StoragePath, encode_json, request_deadline
 from trainer.storage.local import write_json
 from trainer.storage.small_files import CONTENT_ERRORS, read_json_or_default, require_json_objects
 
@@ -62,7 +62,7 @@ def require_few_failures(entries: list[dict[str, Any]], max_failures: int, outco
     counted_entries = [entry for entry in entries if entry["kind"] != REFUSED]
     lines = [f"  {e['started']}: {e['reason'] or 'killed (out of memory or disk?)'}" for e in counted_entries[-3:]]
     stops_note = f" ({STOPS_PER_FAILURE} stop requests count as one)" if len(counted_entries) > num_failures else ""
-    problem = f"{num_failures} restarts in a row{stops_note} {outcome}, the last ones with:"
+    problem = f"{format_count(num_failures, 'restart')} in a row{stops_note} {outcome}, the last ones with:"
     fix = f"fix the cause, then delete {file} or raise this limit"
     key = "runtime.max_restarts_without_progress"
     raise GaveUp("\n".join([problem, *lines]), key=key, value=max_failures, fix=fix)
@@ -124,7 +124,7 @@ class UnbegunStarts:
     def _write(self) -> None:
         if self.entries:
             # Retain the first entry, since `begin` does not count it.
-            self.file.write(json.dumps(self.entries[:1] + self.entries[1:][-MAX_ENTRIES + 1 :], indent=1) + "\n")
+            self.file.write(encode_json(self.entries[:1] + self.entries[1:][-MAX_ENTRIES + 1 :]))
         else:
             self.file.delete()
 

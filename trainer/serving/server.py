@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from trainer.errors import INTERRUPTED, ConfigError, Interrupted
+from trainer.errors import INTERRUPTED, ConfigError, Interrupted, format_count
 from trainer.monitoring.log import log, log_unbuffered
 from trainer.serving.app import Service
 from trainer.serving.export_files import Export
@@ -243,7 +243,9 @@ async def _run_service(
     service.close()
     await asyncio.to_thread(service.close_log)
     if count := service.cancelled + service.active:
-        raise Interrupted(f"{count} requests not finished", key="drain", value=settings.drain, fix="give more seconds")
+        raise Interrupted(
+            f"{format_count(count, 'request')} not finished", key="drain", value=settings.drain, fix="give more seconds"
+        )
     log.info(f"{signals[0]}: every accepted request got its response")
 
 

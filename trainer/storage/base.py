@@ -6,12 +6,14 @@ This module does not import the client libraries for buckets, because their impo
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import DataError, TrainerError
 
@@ -26,14 +28,17 @@ class ConflictError(TrainerError):
 Version = int | str
 ANY: Version = -1  # value of `only_if` for an unconditional write; no file has this version
 
-TEMPORARY_NAME_DIGITS = (
-    15  # digits of the random number in a temporary name; a date and time in a user's file name has 14
-)
+TEMPORARY_NAME_DIGITS = 15  # digits at the end of a temporary name; a date and time in a user's file name has 14
 # `.name.<process>-<15 digits>` is a temporary local file or folder; `name.parts-<token>/` holds the parts of an upload.
 _TEMPORARY_NAME = re.compile(
     rf"(^|/)(\.[^/]+\.\d{{1,7}}-\d{{{TEMPORARY_NAME_DIGITS}}}$|[^/]+\.parts-[0-9a-f]{{32}}/)", re.ASCII
 )
 STALE_SECONDS = 3600.0  # age at which a temporary file is deleted although another machine may have written it
+
+
+def encode_json(value: Any, *, allow_nan: bool = True) -> str:
+    """Encode a value as the text of a JSON file: indented, and with a final line break."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
 def is_temporary_name(name: str) -> bool:

@@ -40,7 +40,8 @@ def translate_download_error(
     server (408, 429, 5xx) is not a refusal.
 
     Args:
-        error: error of urllib, requests, Keras or TFDS. Its causes and contexts are also inspected.
+        error: error of urllib, requests, Keras or TFDS. Its causes and contexts are also inspected, but not a context
+            that `raise ... from None` suppresses.
         problem: beginning of the message, such as "TFDS cannot download it".
         key: argument or configuration key that requires the download.
         value: value of `key`.
@@ -50,7 +51,7 @@ def translate_download_error(
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     statuses = [status for link in chain if (status := _get_status(link))]
     is_refused = any(status < 500 and status not in _RETRYABLE_CLIENT_STATUSES for status in statuses)
     if is_refused or not any(map(_is_network_error, chain)):

@@ -22,7 +22,6 @@ from trainer.monitoring.health import health
 from trainer.storage import bucket as buckets
 from trainer.storage.base import ANY, ObjectInfo, Version, request_deadline
 from trainer.storage.bucket import (
-    MAX_CONCURRENT_REQUESTS,
     WRITE_ID,
     Action,
     BucketPath,
@@ -35,9 +34,10 @@ from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts
 
 MAX_COMPOSED_PARTS = 32  # source objects per compose request (limit of Cloud Storage)
-MAX_MEMORY_BYTES = 256 << 20  # maximum total size of the upload parts in memory, unless a single part is larger
+MAX_PART_BYTES = 32 << 20  # a larger file has more parts, so that the parts in memory take at most 256 MiB
 CLEANUP_SECONDS = 10.0  # deadline of each request that deletes a part after an upload
 
+_CONTENT_TYPE = "application/octet-stream"  # of all objects that this module writes
 _FIELDS = "items(name,size,generation,crc32c),prefixes,nextPageToken"  # fields of the response to a list request
 # Google Cloud permission that each action requires, for error messages.
 _PERMISSIONS: dict[Action, str] = {
@@ -46,11 +46,19 @@ _PERMISSIONS: dict[Action, str] = {
     "write": "storage.objects.create (storage.objects.delete as well, to replace)",
     "delete": "storage.objects.delete",
 }
+_COMPOSE_PERMISSIONS = "storage.objects.create and storage.objects.get (storage.objects.delete as well, to replace)"
 
 
 def _decode_crc32c(crc32c: str | None) -> int | None:
     """Decode a CRC32C as Cloud Storage reports it: base64 of 4 big-endian bytes. None, if it is unknown, stays None."""
     return None if crc32c is None else int.from_bytes(base64.b64decode(crc32c), "big")
+
+
+def _require_crc32c(blob: Any) -> int:
+    """Return the CRC32C of the `storage.Blob` of a response. Cloud Storage sends it for each object."""
+    if (crc32c := _decode_crc32c(blob.crc32c)) is None:
+        raise CorruptTransfer("the response has no CRC32C")
+    return crc32c
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class GcsPath(BucketPath):
             data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=timeouts, retry=None)
         except NotFound:
             return None
-        if google_crc32c.value(data) != _decode_crc32c(blob.crc32c):
+        if google_crc32c.value(data) != _require_crc32c(blob):
             raise CorruptTransfer("CRC32C differs")
         return data, int(blob.generation)
 
@@ -104,7 +112,7 @@ class GcsPath(BucketPath):
         condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
         try:
             blob.upload_from_string(
-                data, content_type="application/octet-stream", checksum="crc32c",
+                data, content_type=_CONTENT_TYPE, checksum="crc32c",
                 if_generation_match=condition, timeout=timeouts, retry=None,
             )  # fmt: skip
         except exceptions.PreconditionFailed as error:
@@ -137,45 +145,73 @@ class GcsPath(BucketPath):
         return Written(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
-        """Upload the parts as objects with verified CRC32C, and compose them into one object with an atomic request.
+        """Upload the parts as objects with verified CRC32C, compose them under a temporary name, verify, and copy.
 
-        A resumable upload would be sequential, and servers differ in how they treat a repeated chunk. If the process
-        is killed, `list` omits the parts that it leaves behind, and `delete_tree` deletes them.
+        The copy, which is atomic and within the storage, makes the object visible. A resumable upload would be
+        sequential, and servers differ in how they treat a repeated chunk. If the process is killed, `list` omits the
+        parts that it leaves behind, and `delete_tree` deletes them.
 
         Raises:
-            DataError: the composed object, which is already visible, does not have the size and CRC32C of the source.
+            DataError: the composed object does not have the size and CRC32C of the source. It is deleted.
         """
-        part_bytes = max(buckets.PART_BYTES, -(-size // MAX_COMPOSED_PARTS))  # rounded up
+        # Few large parts rather than many small ones, because each compose request takes a limited number.
+        part_bytes = max(buckets.PART_BYTES, min(MAX_PART_BYTES, -(-size // MAX_COMPOSED_PARTS)))  # rounded up
         folder = replace(self, key=f"{self.key}.parts-{uuid.uuid4().hex}")
         starts = range(0, size, part_bytes)
-        parts = [folder / f"{index:02d}" for index in range(len(starts))]
+        temporary: list[GcsPath] = []  # the objects to delete at the end
 
         def read_part(start: int) -> bytes:
             return read_range(start, min(part_bytes, size - start))
 
-        def upload_part(index: int) -> Version:
-            generation = parts[index]._upload_object(read_part(starts[index]), ANY)
+        def upload_part(index: int) -> Any:
+            part = folder / f"{index:02d}"
+            temporary.append(part)
+            generation = part._upload_object(read_part(starts[index]), ANY)
             health.record_progress()
-            return generation
-
-        def compose(timeouts: Timeouts) -> ObjectInfo:
-            blob = self._make_blob()
-            blob.content_type = "application/octet-stream"
-            part_blobs = [part._make_blob(generation) for part, generation in zip(parts, generations, strict=True)]
-            blob.compose(part_blobs, timeout=timeouts, retry=None)
-            return self._make_info(blob)
+            return part._make_blob(generation)
 
         try:
-            threads = min(MAX_CONCURRENT_REQUESTS, max(1, MAX_MEMORY_BYTES // part_bytes))
-            generations = map_in_threads(upload_part, range(len(starts)), threads)
-            info = call_with_retries(str(self), "storage.objects.create and storage.objects.get", compose)
+            blobs = map_in_threads(upload_part, range(len(starts)))
+            while len(blobs) > 1:
+                groups = [blobs[i : i + MAX_COMPOSED_PARTS] for i in range(0, len(blobs), MAX_COMPOSED_PARTS)]
+                targets = [folder / f"{len(temporary) + index:02d}" for index in range(len(groups))]
+                temporary += targets
+                blobs = map_in_threads(lambda pair: pair[0]._compose(pair[1]), zip(targets, groups, strict=True))
+            # Read the source again: it may have changed while the parts were uploaded.
+            crc = google_crc32c.value(b"")
+            for start in starts:
+                crc = google_crc32c.extend(crc, read_part(start))
+            (composed,) = blobs
+            if (composed.size, _decode_crc32c(composed.crc32c)) != (size, crc):
+                raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
+            return self._copy_object(composed)
         finally:
             with contextlib.suppress(DataError, Interrupted), request_deadline(CLEANUP_SECONDS):
-                map_in_threads(lambda part: part.delete(), parts)
-        # Read the source again: it may have changed while the parts were uploaded.
-        crc = google_crc32c.value(b"")
-        for start in starts:
-            crc = google_crc32c.extend(crc, read_part(start))
-        if (info.size, info.crc32c) != (size, crc):
-            raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
-        return info.version
+                map_in_threads(lambda path: path.delete(), temporary)
+
+    def _compose(self, sources: Sequence[Any]) -> Any:
+        """Concatenate objects in the same bucket into this one, and return it. Each is the `Blob` of a generation."""
+
+        def compose(timeouts: Timeouts) -> Any:
+            blob = self._make_blob()
+            blob.content_type = _CONTENT_TYPE
+            blob.compose(sources, timeout=timeouts, retry=None)
+            _require_crc32c(blob)
+            return blob
+
+        blob = call_with_retries(str(self), _COMPOSE_PERMISSIONS, compose)
+        health.record_progress()
+        return blob
+
+    def _copy_object(self, source: Any) -> Version:
+        """Copy a generation of another object in the same bucket, a `Blob`, to this object, within the storage."""
+
+        def copy(timeouts: Timeouts) -> Version:
+            blob, token = self._make_blob(), None
+            blob.content_type = _CONTENT_TYPE
+            while True:  # once, unless the storage cannot copy by reference
+                token, *_ = blob.rewrite(source, token=token, timeout=timeouts, retry=None)
+                if token is None:
+                    return int(blob.generation)
+
+        return call_with_retries(str(self), _COMPOSE_PERMISSIONS, copy)

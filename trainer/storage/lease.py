@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from trainer.errors import DataError, Interrupted
-from trainer.storage.base import ConflictError, StoragePath, Version, request_deadline
+from trainer.storage.base import ConflictError, StoragePath, Version, encode_json, request_deadline
 from trainer.storage.small_files import CONTENT_ERRORS, require_nonnegative
 from trainer.types import LogMessage
 
@@ -280,7 +280,7 @@ def _format_holder(state: _State | None) -> str:
 
 
 def _encode_state(state: _State) -> str:
-    return json.dumps(asdict(state), indent=1, ensure_ascii=False) + "\n"
+    return encode_json(asdict(state))
 
 
 def _read_state(file: StoragePath) -> tuple[_State | None, Version | None]:

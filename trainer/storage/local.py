@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
+import platform
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,11 +28,13 @@ from trainer.storage.base import (
     ObjectInfo,
     StoragePath,
     Version,
+    encode_json,
     is_temporary_name,
 )
 from trainer.storage.scratch import is_running
 
 _BLOCK_BYTES = 1 << 22  # bytes that a copy or a checksum reads at once
+_MACHINE_DIGITS = 5  # digits of a temporary name that identify the machine, before the random ones
 _NOT_FOUND_ERRORS = (FileNotFoundError, NotADirectoryError)
 
 
@@ -78,7 +82,7 @@ def safe_join(folder: Path, name: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically and flushed to disk."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, encode_json(value))
 
 
 @contextlib.contextmanager
@@ -112,9 +116,23 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 def make_temporary_path(path: Path) -> Path:
     """Return the unused path `.NAME.PID-DIGITS` next to `path`. NAME is truncated if the result would be too long."""
-    # Random digits, because process IDs are not unique on a disk that several pods use.
-    suffix = f".{os.getpid()}-{secrets.randbelow(10**TEMPORARY_NAME_DIGITS):0{TEMPORARY_NAME_DIGITS}d}"
+    suffix = make_temporary_suffix(os.getpid())
     return path.with_name("." + os.fsdecode(os.fsencode(path.name)[: MAX_COMPONENT_BYTES - 1 - len(suffix)]) + suffix)
+
+
+def make_temporary_suffix(process: int) -> str:
+    """Return `.PID-DIGITS` for a temporary name of a local process: digits of the machine, then random digits."""
+    num_random = TEMPORARY_NAME_DIGITS - _MACHINE_DIGITS
+    return f".{process}-{_compute_machine_digits()}{secrets.randbelow(10**num_random):0{num_random}d}"
+
+
+@cache
+def _compute_machine_digits() -> str:
+    """Hash what process IDs are unique in: the machine and its PID namespace, of which each container has one."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()) % 10**_MACHINE_DIGITS:0{_MACHINE_DIGITS}d}"
 
 
 @contextlib.contextmanager
@@ -145,18 +163,21 @@ def delete_temporary_files(folder: Path, age: float = 0.0, recursive: bool = Tru
 
 
 def delete_stale_temporary_files(folder: Path, name: str = "") -> None:
-    """Delete the temporary files and folders directly in `folder`, except those of other running local processes.
+    """Delete the temporary files and folders directly in `folder` that killed processes have left.
 
-    Also delete those older than `STALE_SECONDS` (an hour), because process IDs are reused. If `name` is not empty,
-    delete only the temporary files of the file with this name, which must be too short to be truncated.
+    These are those of local processes that have ended, and all that are older than `STALE_SECONDS` (an hour). Younger
+    ones of another machine or container may be in use. If `name` is not empty, delete only the temporary files of the
+    file with this name, which must be too short to be truncated.
     """
     with contextlib.suppress(OSError):  # the folder does not exist
         for path in filter(lambda path: is_temporary_name(path.name), list(folder.iterdir())):
             stem, _, suffix = path.name.removeprefix(".").rpartition(".")
             if name in ("", stem):
                 with contextlib.suppress(OSError):  # deleted meanwhile
+                    process, _, digits = suffix.partition("-")
                     is_old = time.time() - path.lstat().st_mtime >= STALE_SECONDS
-                    if is_old or not is_running(suffix.partition("-")[0]):
+                    is_local = digits.startswith(_compute_machine_digits())
+                    if is_old or (is_local and not is_running(process)):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

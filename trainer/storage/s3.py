@@ -170,27 +170,28 @@ class S3Path(BucketPath):
         """Upload a large file in one multipart upload, whose last request makes the object visible.
 
         If the process is killed, the parts remain unless the bucket has a rule that deletes them (docs/storage.md).
+
+        Raises:
+            DataError: the source changed during the upload, which is cancelled.
         """
         part_bytes = max(buckets.PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
 
-        crc = sent_crc = google_crc32c.value(b"")
+        crc = google_crc32c.value(b"")
         for start in range(0, size, part_bytes):  # first, because the metadata is sent before the content
             crc = google_crc32c.extend(crc, read_range(start, min(part_bytes, size - start)))
 
         def read_parts() -> Iterator[bytes]:
-            nonlocal sent_crc
             sent_crc = google_crc32c.value(b"")
             for start in range(0, size, part_bytes):
                 part = read_range(start, min(part_bytes, size - start))
                 sent_crc = google_crc32c.extend(sent_crc, part)
+                if start + part_bytes >= size and sent_crc != crc:  # before the last part, so nothing becomes visible
+                    problem = f"{self}: the source changed while it was uploaded"
+                    raise DataError(problem, fix="start the same command again")
                 health.record_progress()
                 yield part
 
-        version = self._send_parts(part_bytes, read_parts, crc)
-        if sent_crc != crc:
-            self.delete()
-            raise DataError(f"{self}: the source changed while it was uploaded", fix="start the same command again")
-        return version
+        return self._send_parts(part_bytes, read_parts, crc)
 
     def _send_parts(self, part_bytes: int, read_parts: Callable[[], Iterator[bytes]], crc: int) -> Version:
         """Upload all parts, and upload all of them again after a transient error that obstore did not retry.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-from trainer.errors import DataError, Interrupted
+from trainer.errors import DataError, Interrupted, format_count
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo, Version
 from trainer.storage.local import safe_join
@@ -191,7 +191,8 @@ class ShardCache:
             if not has_logged and time.monotonic() - start > REPORT_SECONDS:
                 has_logged = True
                 first_name = escape_unprintable(missing_names[0])
-                self.note(f"waiting for {len(missing_names)} shards of {self.address}, the first is {first_name}")
+                shards = format_count(len(missing_names), "shard")
+                self.note(f"waiting for {shards} of {self.address}, the first is {first_name}")
         seconds = time.monotonic() - start
         if has_logged:
             self.note(f"{self.address}: continuing after {seconds:.0f} s of waiting for shards")
