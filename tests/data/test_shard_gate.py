@@ -125,7 +125,7 @@ def slow(*values: object) -> Any:
     [
         slow(replace(ORDER, first_step=200), 1, 0.4, PLAIN, 1),
         slow(ORDER, 7, 0.4, PLAIN, 1),
-        (replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
+        slow(replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
         slow(replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
         (replace(ORDER, batch_size=20, window=60), 2, 0.5, AUGMENTED, 2),
         (replace(ORDER, shuffle=False, first_step=200), 4, 1.0, PLAIN, 1),
