@@ -181,18 +181,25 @@ def group(name: str) -> Augmentation:
     return load({str(key): value for key, value in tree.items()}).augmentation
 
 
+UNWARPED: dict[str, object] = {"rotation": 0.0, "shift": 0.0, "shear": 0.0, "zoom": 0.0, "stretch": 0.0}
+
+
 @pytest.mark.parametrize(
-    "augmentation",
+    "changes",
+    # Quick: one operation of RandAugment per image, whose graph has all operations, where the slow ones apply three.
     [
-        EVERYTHING,
-        EVERYTHING.model_copy(update={"rotation": 0.0, "shift": 0.0, "shear": 0.0, "zoom": 0.0, "stretch": 0.0}),
+        pytest.param({}, id="affine", marks=pytest.mark.slow),
+        pytest.param(UNWARPED, id="crop", marks=pytest.mark.slow),
+        pytest.param({"randaugment": 1}, id="affine with one operation"),
+        pytest.param({"randaugment": 1, **UNWARPED}, id="crop with one operation"),
     ],
-    ids=["affine", "crop"],
 )
-def test_the_same_bits_in_any_batch(augmentation: Augmentation) -> None:
-    epoch = np.full(COUNT, EPOCH)
+def test_the_same_bits_in_any_batch(changes: dict[str, object]) -> None:
+    epoch, augmentation = np.full(COUNT, EPOCH), EVERYTHING.model_copy(update=changes)
     # Compiled for each size, as a pipeline is: the optimizer of graphs may round otherwise than eager execution.
-    compiled = tf.function(lambda images, epoch, index: augment(images, augmentation, SEED, epoch, index))
+    compiled = tf.function(
+        lambda images, epoch, index: augment(images, augmentation, SEED, epoch, index), autograph=False
+    )
     whole = compiled(tf.constant(IMAGES), tf.constant(epoch), tf.constant(INDEX)).numpy()
     for rows in ([5], list(range(COUNT))[::-1] * 3):
         some = compiled(tf.constant(IMAGES[rows]), tf.constant(epoch[:1].repeat(len(rows))), tf.constant(INDEX[rows]))

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import resource
+import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data.images import record
+from tests.data.products import combinations
 from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, shard_split
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
@@ -25,31 +28,70 @@ from trainer.types import Dataset, Split
 NEEDED = (COUNT + 1) * SIDE * SIDE * 3
 
 
+@cache
 def expected() -> np.ndarray:
-    return np.stack([decode_image(tf.constant(jpeg(i)), SIDE, "stretch") for i in range(COUNT)])
+    images = np.stack([decode_image(tf.constant(jpeg(i)), SIDE, "stretch") for i in range(COUNT)])
+    images.flags.writeable = False
+    return images
 
 
-@pytest.mark.parametrize("make", [file_split, shard_split])
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_the_cache_holds_every_image_in_index_order(make: object, cache: str, tmp_path: Path) -> None:
-    pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
+    """Both splits, for tests that change no image."""
+    folder = tmp_path_factory.mktemp("splits")
+    return {"files": file_split(folder / "files"), "shards": shard_split(folder / "shards")}
+
+
+@pytest.fixture(scope="module")
+def filled_once(splits: dict[str, Split], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the disk cache of the files."""
+    folder = tmp_path_factory.mktemp("filled")
+    opened(splits["files"], "disk", folder)
+    return folder
+
+
+@pytest.fixture
+def filled(splits: dict[str, Split], filled_once: Path, tmp_path: Path) -> Split:
+    """The files, whose disk cache an earlier start has written to the test's folder."""
+    shutil.copytree(filled_once / "cache", tmp_path / "cache")
+    notes: list[str] = []
+    opened(splits["files"], "disk", tmp_path, notes)
+    assert "written by an earlier start" in notes[0]  # it is used, unless a test damages it
+    return splits["files"]
+
+
+MAKERS = {"files": file_split, "shards": shard_split}
+
+
+# Quick: each cache and each kind of split. The cache is filled by the same batches.
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
+)
+def test_the_cache_holds_every_image_in_index_order(
+    splits: dict[str, Split], kind: str, cache: str, tmp_path: Path
+) -> None:
+    pixels = opened(splits[kind], cache, tmp_path)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
     assert not pixels.array[COUNT].any()
     assert (pixels.cached_in, pixels.array.nbytes) == (cache, NEEDED)
     np.testing.assert_array_equal(pixels.tensor(), pixels.array)
 
 
-@pytest.mark.parametrize("make", [file_split, shard_split])
-@pytest.mark.parametrize("cache", ["memory", "none"])
-def test_rows_are_the_requested_images(make: object, cache: str, tmp_path: Path) -> None:
-    pixels = opened(make(tmp_path / "data"), cache, tmp_path)  # type: ignore[operator]
+# Quick: live images of both kinds of split, and a cache, whose rows do not depend on the split.
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    combinations(lambda *case: case != ("shards", "memory"), MAKERS, ["memory", "none"]),
+)
+def test_rows_are_the_requested_images(splits: dict[str, Split], kind: str, cache: str, tmp_path: Path) -> None:
+    pixels = opened(splits[kind], cache, tmp_path)
     indices = np.array([30, 2, 30, 11])
     np.testing.assert_array_equal(pixels.rows(indices), expected()[indices])
     assert pixels.rows(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
 
 
-def test_the_tensor_is_over_the_memory_of_the_array(tmp_path: Path) -> None:
-    pixels = opened(file_split(tmp_path), "memory", tmp_path)
+def test_the_tensor_is_over_the_memory_of_the_array(splits: dict[str, Split], tmp_path: Path) -> None:
+    pixels = opened(splits["files"], "memory", tmp_path)
     tensor = pixels.tensor()
     pixels.array[5, 0, 0, 0] ^= 1
     assert int(tensor[5, 0, 0, 0]) == int(pixels.array[5, 0, 0, 0])
@@ -63,9 +105,11 @@ def test_the_tensor_is_over_the_memory_of_the_array(tmp_path: Path) -> None:
         (NEEDED - 1, NEEDED - 1, "none", "not cached, decoded each time they are read (they fit neither memory budget"),
     ],
 )
-def test_auto_caches_what_fits_and_logs_why(memory: int, disk: int, cache: str, note: str, tmp_path: Path) -> None:
+def test_auto_caches_what_fits_and_logs_why(
+    splits: dict[str, Split], memory: int, disk: int, cache: str, note: str, tmp_path: Path
+) -> None:
     notes: list[str] = []
-    pixels = opened(file_split(tmp_path), "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
+    pixels = opened(splits["files"], "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
     assert (pixels.cached_in, len(notes)) == (cache, 1)
     assert notes[0].startswith(f"decoded train images (37 at 10 px, 11.4 kB): {note}")
 
@@ -81,78 +125,90 @@ def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"size": 11}, {"resize": "crop"}, {"fingerprint": "other"}])
-def test_other_pixels_have_another_cache(change: dict[str, object], tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    opened(split, "disk", tmp_path, notes)
-    opened(split, "disk", tmp_path, notes, **change)
+def test_other_pixels_have_another_cache(filled: Split, change: dict[str, object], tmp_path: Path) -> None:
+    notes: list[str] = []
+    opened(filled, "disk", tmp_path, notes, **change)
     assert not any("earlier start" in note for note in notes)
 
 
-def test_a_fill_that_was_killed_is_done_again(tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    opened(split, "disk", tmp_path, notes)
+def test_a_fill_that_was_killed_is_done_again(filled: Split, tmp_path: Path) -> None:
+    notes: list[str] = []
     (about,) = (tmp_path / "cache").glob("*.json")
     about.unlink()  # as after a kill between the two renames
     (data,) = (tmp_path / "cache").glob("*.u8")
     data.write_bytes(b"\7" * 100)
-    pixels = opened(split, "disk", tmp_path, notes)
+    pixels = opened(filled, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
     assert not any("earlier start" in note for note in notes)
 
 
-@pytest.mark.parametrize("position", [0, 1234, NEEDED - 1])
-def test_a_damaged_byte_of_the_disk_cache_is_noticed(position: int, tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    opened(split, "disk", tmp_path, notes)
+@pytest.mark.parametrize("position", [pytest.param(0, marks=pytest.mark.slow), 1234, NEEDED - 1])
+def test_a_damaged_byte_of_the_disk_cache_is_noticed(filled: Split, position: int, tmp_path: Path) -> None:
+    notes: list[str] = []
     (data,) = (tmp_path / "cache").glob("*.u8")
     content = bytearray(data.read_bytes())
     content[position] ^= 1
     data.write_bytes(content)
-    pixels = opened(split, "disk", tmp_path, notes)
+    pixels = opened(filled, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
-    assert notes[1] == f"{data} is corrupt (checksum mismatch); decoding the images again"
-    opened(split, "disk", tmp_path, notes)
+    assert notes[0] == f"{data} is corrupt (checksum mismatch); decoding the images again"
+    opened(filled, "disk", tmp_path, notes)
     assert "written by an earlier start" in notes[-1]
 
 
-@pytest.mark.parametrize("about", ["", "7", "[]", '{"bad": {}}', '{"bad": 5, "crc32c": 1}', "\xff"])
-def test_a_damaged_description_of_the_disk_cache_means_decoding_again(about: str, tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    opened(split, "disk", tmp_path, notes)
+# Quick: one of each error of Python: a ValueError, TypeError, KeyError and AttributeError.
+@pytest.mark.parametrize(
+    "about",
+    [
+        *(pytest.param(about, marks=pytest.mark.slow) for about in ("", "7")),
+        "[]",
+        '{"bad": {}}',
+        '{"bad": 5, "crc32c": 1}',
+        "\xff",
+    ],
+)
+def test_a_damaged_description_of_the_disk_cache_means_decoding_again(
+    filled: Split, about: str, tmp_path: Path
+) -> None:
+    notes: list[str] = []
     (file,) = (tmp_path / "cache").glob("*.json")
     file.write_bytes(about.encode("latin-1"))
-    pixels = opened(split, "disk", tmp_path, notes)
+    pixels = opened(filled, "disk", tmp_path, notes)
     np.testing.assert_array_equal(pixels.array[:COUNT], expected())
     assert not any("earlier start" in note for note in notes)
 
 
-@pytest.mark.parametrize("bad", [{"x": ""}, {"999999": ""}, {"-1": ""}, {"0": "another"}, ["x"]])
-def test_a_bad_example_that_was_not_recorded_means_decoding_again(bad: object, tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    opened(split, "disk", tmp_path, notes)
+# Quick: an index on each side, and another checksum. The slow ones are a ValueError and an AttributeError, as above.
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"999999": ""}, {"-1": ""}, {"0": "another"},
+        *(pytest.param(bad, marks=pytest.mark.slow) for bad in ({"x": ""}, ["x"])),
+    ],
+)  # fmt: skip
+def test_a_bad_example_that_was_not_recorded_means_decoding_again(filled: Split, bad: object, tmp_path: Path) -> None:
+    notes: list[str] = []
     (file,) = (tmp_path / "cache").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_bytes()) | {"bad": bad}))
-    pixels = opened(split, "disk", tmp_path, notes, on_error="skip")
+    pixels = opened(filled, "disk", tmp_path, notes, on_error="skip")
     assert not pixels.known_unreadable
     assert not any("earlier start" in note for note in notes)
 
 
-def test_a_stop_request_ends_the_verification_of_the_disk_cache(tmp_path: Path) -> None:
+def test_a_stop_request_ends_the_verification_of_the_disk_cache(filled: Split, tmp_path: Path) -> None:
     def stop() -> None:
         raise StopRequested("stop")
 
-    split = file_split(tmp_path)
-    opened(split, "disk", tmp_path)
     with pytest.raises(StopRequested):
-        opened(split, "disk", tmp_path, check=stop)
+        opened(filled, "disk", tmp_path, check=stop)
 
 
-def test_a_disk_that_takes_no_more_means_live_decoding(tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
+def test_a_disk_that_takes_no_more_means_live_decoding(splits: dict[str, Split], tmp_path: Path) -> None:
+    notes: list[str] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        pixels = opened(split, "disk", tmp_path, notes)
+        pixels = opened(splits["files"], "disk", tmp_path, notes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pixels.cached_in == "none"
@@ -181,10 +237,13 @@ def damage(split: Split, index: int) -> None:
             writer.write(content)
 
 
-@pytest.mark.parametrize("make", [file_split, shard_split])
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_damaged_image_is_named_while_the_cache_fills(make: object, cache: str, tmp_path: Path) -> None:
-    split = make(tmp_path / "data")  # type: ignore[operator]
+# Quick: each cache and each kind of split. The cache is filled by the same batches.
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
+)
+def test_a_damaged_image_is_named_while_the_cache_fills(kind: str, cache: str, tmp_path: Path) -> None:
+    split = MAKERS[kind](tmp_path / "data")
     damage(split, 12)
     problem = re.escape(f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300")
     with raises(DataError, fix=r"remove it, or set data\.on_error=skip", problem=f"^{problem}$") as caught:
@@ -192,9 +251,13 @@ def test_a_damaged_image_is_named_while_the_cache_fills(make: object, cache: str
     assert caught.value.__cause__ is None
 
 
-@pytest.mark.parametrize(("make", "training"), [(file_split, True), (shard_split, False), (shard_split, True)])
-def test_a_damaged_image_is_named_when_decoded_live(make: object, training: bool, tmp_path: Path) -> None:
-    split = make(tmp_path / "data")  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    # A truncated shard, below, is named in training.
+    [("files", True), ("shards", False), pytest.param("shards", True, marks=pytest.mark.slow)],
+)
+def test_a_damaged_image_is_named_when_decoded_live(kind: str, training: bool, tmp_path: Path) -> None:
+    split = MAKERS[kind](tmp_path / "data")
     damage(split, 12)
     pixels = opened(split, "none", tmp_path)
     with raises(DataError, problem=r"cannot decode .*: Invalid JPEG data"), convert_data_errors(pixels):
@@ -210,10 +273,17 @@ def first_epoch(pixels: Pixels) -> tf.data.Dataset:
 
 
 @pytest.mark.parametrize(
-    ("make", "cache"), [(file_split, "memory"), (shard_split, "disk"), (file_split, "none"), (shard_split, "none")]
+    ("kind", "cache"),
+    # Quick: cached and live. Bad images of the disk cache are in the next test.
+    [
+        ("files", "memory"),
+        pytest.param("shards", "disk", marks=pytest.mark.slow),
+        pytest.param("files", "none", marks=pytest.mark.slow),
+        ("shards", "none"),
+    ],
 )
-def test_a_skipped_image_has_no_weight_and_is_black(make: object, cache: str, tmp_path: Path) -> None:
-    split, notes = make(tmp_path / "data"), []  # type: ignore[operator]
+def test_a_skipped_image_has_no_weight_and_is_black(kind: str, cache: str, tmp_path: Path) -> None:
+    split, notes = MAKERS[kind](tmp_path / "data"), []
     damage(split, 12)
     damage(split, 33)
     pixels = opened(split, cache, tmp_path, notes, on_error="skip")
@@ -236,22 +306,32 @@ def test_what_was_skipped_is_remembered_with_the_disk_cache(tmp_path: Path) -> N
         opened(split, "disk", tmp_path)
 
 
+HOW = ["cached", "live", "skipped"]
+
+
 @pytest.mark.parametrize(
-    ("stop", "lost", "reason"),
-    [(-30, [36], "truncated record at .*"), (0, list(range(20, 37)), "the shard ends before this record")],
-)
-def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, tmp_path: Path) -> None:
+    ("stop", "lost", "reason", "how"),
+    # Quick: what is skipped of both, and of one each that it is named from a cache and live.
+    [
+        *combinations(lambda *case: case[-1] != "cached", [-30], [[36]], ["truncated record at .*"], HOW),
+        *combinations(lambda *case: case[-1] != "live", [0], [[*range(20, 37)]], ["the shard ends before this record"], HOW),
+    ],
+)  # fmt: skip
+def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, how: str, tmp_path: Path) -> None:
     split = shard_split(tmp_path)
     path = Path(split.shards[3].path)
     path.write_bytes(path.read_bytes()[:stop])
-    with raises(DataError, problem=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}$"):
-        opened(split, "memory", tmp_path)
-    pixels = opened(split, "none", tmp_path)
-    with raises(DataError, problem=r"3\.tfrec#"), convert_data_errors(pixels):
-        list(first_epoch(pixels))
-    skipping = opened(split, "memory", tmp_path, on_error="skip")
-    assert list(skipping.bad) == lost
-    assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
+    if how == "cached":
+        with raises(DataError, problem=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}$"):
+            opened(split, "memory", tmp_path)
+    elif how == "live":
+        pixels = opened(split, "none", tmp_path)
+        with raises(DataError, problem=r"3\.tfrec#"), convert_data_errors(pixels):
+            list(first_epoch(pixels))
+    else:
+        skipping = opened(split, "memory", tmp_path, on_error="skip")
+        assert list(skipping.bad) == lost
+        assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
 
 
 def test_iteration_ends_if_no_image_is_readable(tmp_path: Path) -> None:
@@ -288,8 +368,8 @@ def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: 
     assert notes[-1] == "an image of train cannot be read; searching for it"
 
 
-def test_errors_outside_the_pipeline_are_not_converted(tmp_path: Path) -> None:
-    pixels = opened(file_split(tmp_path), "none", tmp_path)
+def test_errors_outside_the_pipeline_are_not_converted(splits: dict[str, Split], tmp_path: Path) -> None:
+    pixels = opened(splits["files"], "none", tmp_path)
     with pytest.raises(tf.errors.InvalidArgumentError), convert_data_errors(pixels):
         tf.ensure_shape(tf.zeros([2]), [3])
 

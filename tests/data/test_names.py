@@ -57,7 +57,7 @@ def image_names(seed: int, count: int) -> list[str]:
     return [os.fsdecode(os.fsencode(name)[:251]) + ".jpg" for name in file_names(seed, count)]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) -> None:
     """Every image of every folder arrives; all files have one line per class, in UTF-8; a reader gets the names back."""
     folders: dict[str, str] = {}

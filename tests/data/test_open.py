@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +19,7 @@ from PIL import Image
 
 from tests.data.images import fill_folder, noise
 from tests.errors import ANY, raises
+from tests.processes import run_python
 from trainer.config.schema import Data, load
 from trainer.data.image_folder import SUPPORTED_LAYOUT_FIX
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
@@ -92,17 +91,23 @@ def test_digits_are_the_pixels_of_scikit_learn(digits_cache: Path) -> None:
 
 
 def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from trainer.config.schema import Data\n"
-        "from trainer.data.open import open_dataset\n"
-        "options = {'cache_dir': Path(sys.argv[1]), 'max_examples': None, 'log_message': print}\n"
-        "d = open_dataset(Data(source='digits'), seed=1, **options)\n"
-        "print(d.fingerprint, d.splits['train'].count, 'tensorflow' in sys.modules)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    lines = [process.communicate()[0].splitlines()[-1] for process in both]
+    """Two forks of a process that has imported the program, which takes longer than to open the data."""
+    program = """
+    import os, sys
+    from pathlib import Path
+    import sklearn.datasets
+    from trainer.config.schema import Data
+    from trainer.data.open import open_dataset
+    first = os.fork()
+    options = {'cache_dir': Path(sys.argv[1]), 'max_examples': None, 'log_message': lambda _: None}
+    d = open_dataset(Data(source='digits'), seed=1, **options)
+    line = f"{d.fingerprint} {d.splits['train'].count} {'tensorflow' in sys.modules}\\n"
+    os.write(1, line.encode())
+    if first:
+        assert os.waitpid(first, 0)[1] == 0
+    """
+    lines = run_python(program, tmp_path).stdout.splitlines()
+    assert len(lines) == 2
     assert lines[0] == lines[1]
     assert lines[0].endswith(" 1257 False")  # nothing here imports TensorFlow
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checksums", "digits", "labels"]

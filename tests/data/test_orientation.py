@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from tests.data.images import fill_folder
 from tests.data.splits_on_disk import opened
-from tests.data.test_decoding import encoded, saved_decoder, smooth
+from tests.data.test_decoding import assert_saved_decodes_as_mapped, encoded, smooth
 from tests.data.test_open import folder
 from trainer.data import examine
 from trainer.data.decoding import decode_image
@@ -122,12 +122,8 @@ def test_exif_data_may_follow_other_segments() -> None:
 
 
 def test_a_saved_model_turns_images_as_training_does(tmp_path: Path) -> None:
-    loaded = saved_decoder(tmp_path)
-    for kind in ("JPEG", "PNG", "WEBP"):
-        for orientation in (1, 4, 6):
-            data = tf.constant(photo(orientation, kind))
-            mapped = next(iter(tf.data.Dataset.from_tensors(data).map(lambda d: decode_image(d, 40, "crop"))))
-            np.testing.assert_array_equal(loaded.decode(data), mapped)
+    images = [photo(orientation, kind) for kind in ("JPEG", "PNG", "WEBP") for orientation in (1, 4, 6)]
+    assert_saved_decodes_as_mapped(images, tmp_path)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk", "none"])

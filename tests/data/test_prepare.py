@@ -126,7 +126,30 @@ def damaged() -> dict[str, bytes]:
             "half.webp": noise(1, "WEBP")[:60]}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", damaged())
+def test_all_that_training_skips_is_refused_by_name_or_skipped(tmp_path: Path) -> None:
+    root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
+    paths = sorted(root / "dog" / name for name in damaged())
+    for path in paths:
+        path.write_bytes(damaged()[path.name])
+    split = folder(tmp_path, root, validation_fraction=0).splits["train"]
+    skipping = pixels_of(split, "memory", tmp_path, on_error="skip")
+    assert sorted(split.name_of(index) for index in skipping.bad) == [str(path) for path in paths]
+    out = prepared(tmp_path, root, on_error="skip")
+    records = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
+    assert records.count == 6
+    pixels_of(records, "memory", tmp_path, fingerprint="prepared")
+    for named, start in ((paths[:5], "7 images"), (paths[5:], "2 images")):  # a message has five names
+        with raises(DataError, fix="data.on_error=skip", problem=f"{start} cannot be read or decoded:\n") as caught:
+            prepared(tmp_path / start, root)
+        assert all(f"\n  {path}: " in caught.value.problem for path in named)
+        for path in named:
+            path.unlink()
+
+
+# Quick: one alone; the test above has all.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "half.jpg" else pytest.mark.slow) for name in damaged()]
+)
 def test_what_training_refuses_is_refused_by_name(tmp_path: Path, name: str) -> None:
     root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     (root / "dog" / name).write_bytes(damaged()[name])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from tests.data.images import noise, record
 from tests.data.orders import Batches, assert_same
+from tests.data.products import combinations
 from tests.data.splits_on_disk import COUNT, opened, shard_split
 from tests.errors import raises
 from trainer.config.schema import Augmentation
@@ -46,6 +48,12 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         shards += [Shard(str(path), count, start, stop) for start, stop in ranges]
     used = sum(shard.stop - shard.start for shard in shards)
     return Split("train", (np.arange(used) % 3).astype(np.int32), shards=tuple(shards))
+
+
+@pytest.fixture(scope="module")
+def local(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Pixels:
+    """The images of the shards where they are, decoded once: `test_pipeline` shows that the cache changes no bits."""
+    return opened(split, "memory", tmp_path_factory.mktemp("local"), size=SIDE)
 
 
 class Strict(ShardCache):
@@ -106,26 +114,33 @@ def taken(
 ORDER = Order(batch_size=8, seed=5, window=100)
 
 
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# Quick: each kind of sharding, a window smaller and larger than a batch and than a shard, and no shuffling. The slow ones
+# differ from a quick one in the window, the worker or the number of steps.
 @pytest.mark.parametrize(
     ("order", "call", "part", "augmentation", "replicas"),
     [
-        (replace(ORDER, first_step=200), 1, 0.4, PLAIN, 1),
-        (ORDER, 7, 0.4, PLAIN, 1),
-        (replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
-        (replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
+        slow(replace(ORDER, first_step=200), 1, 0.4, PLAIN, 1),
+        slow(ORDER, 7, 0.4, PLAIN, 1),
+        slow(replace(ORDER, window=7), 3, 0.4, PLAIN, 1),
+        slow(replace(ORDER, window=300, first_epoch=2, first_step=150), 5, 0.6, PLAIN, 1),
         (replace(ORDER, batch_size=20, window=60), 2, 0.5, AUGMENTED, 2),
         (replace(ORDER, shuffle=False, first_step=200), 4, 1.0, PLAIN, 1),
         (replace(ORDER, sharding=Sharding(1, 2), window=3, first_step=200), 3, 0.4, PLAIN, 1),
-        (replace(ORDER, sharding=Sharding(0, 2), window=90), 3, 0.4, PLAIN, 1),
+        slow(replace(ORDER, sharding=Sharding(0, 2), window=90), 3, 0.4, PLAIN, 1),
         (replace(ORDER, sharding=Sharding(1, 3, "file"), batch_size=12, window=50, first_step=40), 4, 0.4, PLAIN, 1),
-        (replace(ORDER, sharding=Sharding(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
+        slow(replace(ORDER, sharding=Sharding(0, 2, "file"), window=64), 5, 0.5, AUGMENTED, 1),
         (replace(ORDER, sharding=Sharding(1, 2, "file", 4), batch_size=12, window=64), 5, 0.6, PLAIN, 2),
-        (replace(ORDER, sharding=Sharding(0, 1, "file", 2), window=64), 5, 0.6, AUGMENTED, 1),
+        slow(replace(ORDER, sharding=Sharding(0, 1, "file", 2), window=64), 5, 0.6, AUGMENTED, 1),
     ],
 )
 def test_a_pipeline_opens_only_what_was_required(
-    split: Split, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation, replicas: int
-) -> None:
+    split: Split, local: Pixels, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation,
+    replicas: int,
+) -> None:  # fmt: skip
     steps = steps_per_epoch(split, order.batch_size, order.sharding)
     if call == 7:
         steps = 3 * steps - 5
@@ -134,7 +149,6 @@ def test_a_pipeline_opens_only_what_was_required(
     strict = arriving(split, tmp_path, part)
     batches = taken(strict, order, steps, call, augmentation, replicas)
     assert strict.bad == {}
-    local = opened(split, "none", tmp_path, size=SIDE)
     assert_same(batches, taken(local, order, steps, call, augmentation, replicas))
     assert strict.shards.largest <= strict.shards.budget
 
@@ -150,9 +164,9 @@ def test_with_one_block_less_a_shard_would_be_missing(
     assert len(Path(strict.failures.name).read_text().splitlines()) > 50
 
 
-@pytest.mark.parametrize(("part", "sharding"), [(1.0, UNSHARDED), (0.3, UNSHARDED), (1.0, Sharding(1, 3))])
+@pytest.mark.parametrize(("part", "sharding"), [slow(1.0, UNSHARDED), (0.3, UNSHARDED), (1.0, Sharding(1, 3))])
 def test_an_evaluation_opens_only_what_was_required(
-    split: Split, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
+    split: Split, local: Pixels, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     options = {"batch_size": 12, "replicas": 2, "fraction": part, "sharding": sharding}
@@ -169,13 +183,15 @@ def test_an_evaluation_opens_only_what_was_required(
         return seen
 
     strict = arriving(split, tmp_path, 0.4)
-    assert_same(scored(strict), scored(opened(split, "none", tmp_path, size=SIDE)))
+    assert_same(scored(strict), scored(local))
     assert strict.bad == {}
 
 
-def test_random_access_requires_what_it_reads(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_access_requires_what_it_reads(
+    split: Split, local: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
-    strict, local = arriving(split, tmp_path, 0.35), opened(split, "none", tmp_path, size=SIDE)
+    strict = arriving(split, tmp_path, 0.35)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
     np.testing.assert_array_equal(strict.rows(indices), local.rows(indices))
     assert strict.bad == {}
@@ -194,14 +210,14 @@ def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
         pixels.rows(np.arange(COUNT))
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+# Both are filled by the same batches.
+@pytest.mark.parametrize("cache", [slow("memory"), "disk"])
 def test_caches_are_filled_from_shards_that_come_and_go(
-    split: Split, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+    split: Split, local: Pixels, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict = arriving(split, tmp_path / "remote", 0.5)
     fetched = opened(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
-    local = opened(split, cache, tmp_path / "local", size=SIDE)
     np.testing.assert_array_equal(fetched.array, local.array)
 
 
@@ -223,26 +239,39 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
     assert pixels.bad == {}
 
 
-@pytest.mark.parametrize(("window", "batch"), [(1, 6), (13, 60), (400, 6), (9999, 60)])
+SHARDINGS = [UNSHARDED, Sharding(0, 2), Sharding(2, 3), Sharding(1, 2, "file"), Sharding(2, 3, "file")]
+# Window, and rows of a batch.
+WINDOWS = [(1, 6), (13, 60), (400, 6), (9999, 60)]
+# Where a stream begins: the epoch, the step as a fraction of an epoch, and whether it is shuffled.
+BEGINNINGS = [(0, 0.0, True), (3, 0.999, False), (1, 0.5, True), (0, 1.0, True)]
+
+
 @pytest.mark.parametrize(
-    "sharding", [UNSHARDED, Sharding(0, 2), Sharding(2, 3), Sharding(1, 2, "file"), Sharding(2, 3, "file")], ids=str
-)
+    ("windows", "sharding", "beginning"),
+    # Quick: windows of one record with each sharding, because they are empty on most workers, and the others in turn.
+    combinations(
+        lambda windows, sharding, beginning: BEGINNINGS.index(beginning)
+        == (SHARDINGS.index(sharding) + WINDOWS.index(windows)) % 4
+        and (windows == WINDOWS[0] or SHARDINGS.index(sharding) % 3 + 1 == WINDOWS.index(windows)),
+        WINDOWS, SHARDINGS, BEGINNINGS,
+    ),
+    ids=str,
+)  # fmt: skip
 def test_reads_are_those_of_the_blocks_that_have_rows(
-    split: Split, window: int, batch: int, sharding: Sharding
+    split: Split, windows: tuple[int, int], sharding: Sharding, beginning: tuple[int, float, bool]
 ) -> None:
-    steps = steps_per_epoch(split, batch, sharding)
-    firsts = [(0, 0), (3, steps - 1), (1, steps // 2), (0, steps)]
-    for (epoch, step), shuffle in zip(firsts, (True, False, True, True), strict=True):
-        order = Order(batch, 3, window, first_epoch=epoch, first_step=step, shuffle=shuffle, sharding=sharding)
-        block, number = make_training_blocks(split, order), 0
-        for rows, shards in itertools.islice(compute_block_shards(block, None), 6):
-            made = block(tf.constant(number, tf.int64))
-            while not len(made["index"]):
-                number += 1
-                made = block(tf.constant(number, tf.int64))
-            assert rows == len(made["index"])
-            np.testing.assert_array_equal(shards, made["ranges"][:, 0])
+    (window, batch), (epoch, fraction, shuffle) = windows, beginning
+    first = int(steps_per_epoch(split, batch, sharding) * fraction)
+    order = Order(batch, 3, window, first_epoch=epoch, first_step=first, shuffle=shuffle, sharding=sharding)
+    block, number = make_training_blocks(split, order), 0
+    for rows, shards in itertools.islice(compute_block_shards(block, None), 6):
+        made = block(tf.constant(number, tf.int64))
+        while not len(made["index"]):
             number += 1
+            made = block(tf.constant(number, tf.int64))
+        assert rows == len(made["index"])
+        np.testing.assert_array_equal(shards, made["ranges"][:, 0])
+        number += 1
 
 
 def test_reads_of_a_sequence_end_with_it(split: Split) -> None:
