@@ -8,6 +8,10 @@ IMAGE ?= kubetune
 DEVICE ?= cpu
 BUILD ?= docker build
 TARGET ?=
+# Variable of `make test-all`: part K of N, as K/N. tests/durations.json has the seconds of each test; to measure them
+# again, add --store-durations --durations-path tests/durations.json to the command.
+SHARD ?=
+SPLIT := $(if $(SHARD),--durations-path tests/durations.json --splits $(notdir $(SHARD)) --group $(patsubst %/,%,$(dir $(SHARD))))
 # The image's lock: the same versions without development tools, with the libraries of GPUs
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	--quiet
@@ -31,8 +35,8 @@ train: $(READY) ## Fine-tune, with ARGS="experiment=... phases.head.epochs=3"
 test: $(READY) ## Run the quick tests (about half an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 30 -m "not slow and not gpu"
 
-test-all: $(READY) ## Run every test that needs no GPU (several hours)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800
+test-all: $(READY) ## Run every test that needs no GPU (several hours), or a part of about equal length: SHARD=1/4
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800 $(SPLIT)
 
 lint: $(READY) ## Check style, types, layers and YAML (about 2 minutes)
 	$(BIN)/python -m ruff check .

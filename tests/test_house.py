@@ -108,3 +108,18 @@ def test_the_image_describes_itself_as_the_package_does() -> None:
     assert description
     assert trainer.__doc__
     assert f"kubetune: {description[1].lower()}" == trainer.__doc__.lower()
+
+
+def test_the_parts_of_all_tests_have_each_test_once() -> None:
+    """`make test-all SHARD=K/N`, on a file of tests."""
+
+    def collect(*arguments: str) -> list[str]:
+        command = run("make", "-n", "test-all", *arguments).stdout.splitlines()[-1]
+        assert command.startswith(".venv/bin/python -m pytest ")
+        options = command.split(' -m "not gpu" ')[1].split()
+        done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", *options, "tests/storage/test_path.py")
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    parts = [collect(f"SHARD={number}/2") for number in (1, 2)]
+    assert all(parts)
+    assert parts[0] + parts[1] == collect()
