@@ -11,30 +11,18 @@ import yaml
 
 from tests.errors import raises
 from tests.models.efficient_net import IMAGENET, normalized, set_normalization
-from tests.processes import run_python
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import apply_changes, choose_other_source
 from trainer.models.classifier import build_classifier
 from trainer.runs.checkpoints import CheckpointFolder
-from trainer.runs.stored_run import StoredRun, map_to_run_classes
+from trainer.runs.stored_run import StoredRun, find_run, load_checkpoint, map_to_run_classes, open_classifier
 from trainer.storage.path import storage_path
 from trainer.training import variables
 from trainer.training.state import RunState
 from trainer.types import Dataset, Split
 
 CLASSES = [str(digit) for digit in range(10)]
-# Runs in its own process, since a strategy must be created before the first tensor.
-PROGRAM = """
-import sys
-import numpy as np
-from tests.errors import raises
-from tests.models.efficient_net import normalized
-from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
-folder, images, output = sys.argv[1:]
-run = find_run(folder)
-np.save(output, normalized(open_classifier(run, load_checkpoint(run, "last")), np.load(images)))
-"""
 
 
 def stored_run(folder: Path) -> StoredRun:
@@ -164,13 +152,12 @@ def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(
     config = load(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
     trained = build_classifier(config.model, len(CLASSES), 1)
 
-    run, images, output = tmp_path / "run", tmp_path / "images.npy", tmp_path / "output.npy"
+    run, images = tmp_path / "run", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")
     values = variables.copy_values(trained.variables)
     CheckpointFolder(run / "checkpoints", 1, print).save(RunState(step=1).to_json(), values, None)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))
-    np.save(images, np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32"))
-    run_python(PROGRAM, run, images, output, timeout=120)
-    expected = normalized(trained, np.load(images))
-    np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
+    stored, expected = find_run(str(run)), normalized(trained, images)
+    scored = normalized(open_classifier(stored, load_checkpoint(stored, "last")), images)
+    np.testing.assert_allclose(scored, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 4  # normalised twice, as the published weights require
