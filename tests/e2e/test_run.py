@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @dataclass
 class Monitored:
-    """A run in a pod, and what it has told from its start to its end."""
+    """A run in a pod, with its log, health and metrics from its start to its end."""
 
     folder: Path
     pod: list[str]  # the overrides of its pod
