@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import growth, page, plain_keras, whole_recipe
+from benchmarks import gpu, growth, page, plain_keras, whole_recipe
 from benchmarks.__main__ import ROWS
 from benchmarks.input_pipeline import ROWS as PIPELINES
 from benchmarks.photos import count_of, link_fold, link_times, photos_of, write_photos
@@ -182,13 +182,20 @@ def test_every_side_of_the_input_reads_the_folder(side: str, photos: Path) -> No
     assert 0 < seconds["later"] < seconds["cold"]
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_peers_begin_with_the_weights_of_a_file(frozen: bool, tmp_path: Path) -> None:
-    file = str(tmp_path / "published.weights.h5")
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[np.ndarray]]:
+    """A file of weights, and the weights."""
+    file = str(tmp_path_factory.mktemp("weights") / "published.weights.h5")
     network = keras.applications.MobileNetV2(input_shape=(160, 160, 3), include_top=False, weights=None, alpha=0.35)
     network.save_weights(file)
+    return file, network.get_weights()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_peers_begin_with_the_weights_of_a_file(frozen: bool, published: tuple[str, list[np.ndarray]]) -> None:
+    file, weights = published
     _, backbone = plain_keras.build(2, file, 0.35, augment=False, frozen_statistics=frozen)
-    for mine, theirs in zip(backbone.get_weights(), network.get_weights(), strict=True):
+    for mine, theirs in zip(backbone.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
@@ -220,8 +227,10 @@ def test_every_row_runs_on_a_few_photos(row: str, photos: Path, tmp_path: Path) 
     page.write(tmp_path / "out", tmp_path)
 
 
-def test_what_has_no_time_left_is_written_as_not_measured(tmp_path: Path) -> None:
-    run("-m", "benchmarks.gpu", "--small", "--budget", "0", "--only", "ResNet50", "--out", str(tmp_path))
+def test_what_has_no_time_left_is_written_as_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--small", "--budget", "0", "--only", "ResNet50", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])  # in this process; the next test starts one
+    gpu.main()
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["result"] for row in results["steps"]] == [{"not_measured": "no time left"}] * 4
     text = (tmp_path / "gpu.md").read_text()

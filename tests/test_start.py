@@ -13,23 +13,31 @@ from tests.processes import run_python
 from trainer.cli.process import _hide_packages
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
-from trainer.config.schema import load
-from trainer.models.classifier import build_classifier
+from trainer.config.schema import Model
+from trainer.models.classifier import Classifier, build_classifier
 from trainer.models.weights import refresh_normalization
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.restore import assign_values, load_warm_start
 from trainer.training import variables
 from trainer.training.state import RunState
 
+MODEL = Model(backbone="EfficientNetB0", weights="none", image_size=32)
+
+
+@pytest.fixture(scope="module")
+def normalizing() -> Classifier:
+    """An EfficientNet with the input normalization of ImageNet."""
+    classifier = build_classifier(MODEL, 3, 1)
+    set_normalization(classifier, *IMAGENET)
+    refresh_normalization(classifier.backbone)
+    return classifier
+
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bool, tmp_path: Path) -> None:
-    config = load({"data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
-                 "model": {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}})  # fmt: skip
-    one, other = (build_classifier(config.model, 3, seed) for seed in (1, 2))
-    set_normalization(one, *IMAGENET)
-    refresh_normalization(one.backbone)
-    values = variables.copy_values(one.variables)
+def test_an_efficient_net_from_values_gets_their_input_normalization(
+    resumed: bool, normalizing: Classifier, tmp_path: Path
+) -> None:
+    other, values = build_classifier(MODEL, 3, 2), variables.copy_values(normalizing.variables)
     if resumed:
         assign_values(other, other.variables, values, "a checkpoint")
     else:
@@ -37,7 +45,7 @@ def test_an_efficient_net_from_values_gets_their_input_normalization(resumed: bo
         _, count = load_warm_start(ControlChannel(discover({}), {}), other, str(tmp_path), tmp_path)
         assert count == len(values)
     image = np.full((1, 32, 32, 3), 200, "float32")
-    np.testing.assert_allclose(normalized(one, image), normalized(other, image), rtol=1e-5)
+    np.testing.assert_allclose(normalized(normalizing, image), normalized(other, image), rtol=1e-5)
 
 
 def test_packages_of_the_report_are_imported_with_the_report() -> None:

@@ -1,10 +1,12 @@
 """The folders of the jobs of a sweep, their hyperparameters, and the end of a sweep."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from tests.errors import raises
+from trainer.cli import sweep as module
 from trainer.cli.compose import compose, is_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
@@ -143,10 +145,19 @@ def test_swept_keys_are_those_with_several_values() -> None:
     assert _swept_keys(arguments) == {"seed", "a.b", "augmentation"}
 
 
+@pytest.fixture
+def _listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """List the jobs of the same arguments once for all pods of a test: it takes a second each time."""
+    list_jobs = module._list_jobs
+    listed = functools.cache(lambda arguments: list_jobs(list(arguments)))
+    monkeypatch.setattr(module, "_list_jobs", lambda arguments: listed(tuple(arguments)))
+
+
 GRID = ["-m", "seed=1,2", "augmentation=none,light", "phases=head_only", "output_dir=gs://bucket/grid"]
 POD = {"JOB_COMPLETION_INDEX": "2", "JOB_NAME": "kubetune-sweep"}
 
 
+@pytest.mark.usefixtures("_listed_once")
 def test_each_pod_of_an_indexed_job_trains_its_job_of_the_grid() -> None:
     """The same jobs and folders as those of the sweep on one machine, which can then list their scores."""
     selected = [select_job(GRID, {**POD, "SWEEP_JOB": str(index)}) for index in range(4)]
@@ -191,6 +202,7 @@ def test_the_jobs_are_listed_without_a_trace(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("_listed_once")
 def test_models_of_a_teacher_can_be_swept() -> None:
     given = ["-m", "seed=1,2", "distillation.teacher=train", "distillation.model=glyphs_mobilenet_v2,resnet50",
              "output_dir=runs/s"]  # fmt: skip

@@ -18,7 +18,13 @@ import pytest
 
 from scripts.same_bits import free_ports
 from tests.errors import raises
-from trainer.cluster.control import Connection, ProtocolError, list_differences
+from trainer.cluster.control import (
+    HEARTBEAT_INTERVAL_SECONDS,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    Connection,
+    ProtocolError,
+    list_differences,
+)
 from trainer.cluster.discovery import Cluster, discover
 from trainer.cluster.rendezvous import rendezvous
 from trainer.errors import ConfigError, Interrupted
@@ -185,6 +191,7 @@ def test_bytes_of_another_protocol_are_refused() -> None:
 
 WORKER = """
 import json, os, sys, time
+from trainer.cluster import control
 from trainer.cluster.discovery import discover
 from trainer.cluster.rendezvous import _Rendezvous, rendezvous
 from trainer.cli.process import exit_with_code
@@ -203,19 +210,23 @@ def work(arguments):
             peers.barrier("never")
         time.sleep(60)
 
+control.HEARTBEAT_INTERVAL_SECONDS, control.HEARTBEAT_TIMEOUT_SECONDS = map(float, sys.argv[2:])
 with exit_with_code():
     work(sys.argv[1:])
 """
+HEARTBEATS = (HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS)
 
 
-def processes(count: int, mode: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+def processes(
+    count: int, mode: str, folder: Path, heartbeats: tuple[float, float] = HEARTBEATS
+) -> list[subprocess.Popen[bytes]]:
     workers = []
     for cluster in clusters(count):
         environment = {**os.environ, "TF_CONFIG": json.dumps(
             {"cluster": {"worker": cluster.addresses}, "task": {"type": "worker", "index": cluster.index}}
         )}  # fmt: skip
         with open(folder / f"{cluster.index}.log", "w") as log:
-            command = [sys.executable, "-c", textwrap.dedent(WORKER), mode]
+            command = [sys.executable, "-c", textwrap.dedent(WORKER), mode, *map(str, heartbeats)]
             workers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return workers
 
@@ -242,8 +253,9 @@ def test_a_killed_worker_ends_all_at_once_with_75(lost: int, tmp_path: Path) -> 
         assert "ended 75 " in text
 
 
-def test_a_frozen_worker_ends_all_within_thirty_seconds(tmp_path: Path) -> None:
-    workers = processes(3, "wait", tmp_path)
+@pytest.mark.parametrize("heartbeats", [(0.5, 6.0), pytest.param(HEARTBEATS, marks=pytest.mark.slow)])
+def test_a_frozen_worker_ends_all_within_thirty_seconds(heartbeats: tuple[float, float], tmp_path: Path) -> None:
+    workers = processes(3, "wait", tmp_path, heartbeats)
     await_ready(3, tmp_path)
     workers[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()

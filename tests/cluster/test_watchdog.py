@@ -133,7 +133,7 @@ def test_a_call_with_a_limit_of_its_own(tmp_path: Path) -> None:
     assert "in: the servers, longer than its limit of 6 s" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_a_process_that_holds_the_gil(tmp_path: Path, name: str) -> None:
     with started(tmp_path, "hold_gil()") as (child, _):
         time.sleep(1)  # until it holds the GIL; an earlier signal is handled by Python

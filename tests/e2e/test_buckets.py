@@ -39,11 +39,15 @@ def calm(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Iterator[Emulator | S3Server]:
-    """A server of Google's buckets, or by parametrization of S3's, with the data and the weights."""
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Emulator | S3Server]:
+    """A server of Google's buckets, or by parametrization of S3's or an empty one, with the data and the weights."""
     scheme = getattr(request, "param", "gs")
+    if scheme == "empty":
+        with running(tmp_path / "objects") as server:
+            yield server
+        return
     with (running if scheme == "gs" else s3_running)(tmp_path / "objects") as server:
-        for file in prepared.iterdir():
+        for file in request.getfixturevalue("prepared").iterdir():
             if file.is_file() and not file.name.startswith("."):
                 (storage_path(f"{scheme}://bucket/digits") / file.name).upload(file)
         (storage_path(f"{scheme}://bucket/weights") / WEIGHTS.name).upload(WEIGHTS)
@@ -150,8 +154,10 @@ def test_a_run_in_the_bucket_is_evaluated_into_the_bucket(tmp_path: Path) -> Non
         assert text in error
 
 
+@pytest.mark.parametrize("server", ["empty"], indirect=True)
+@pytest.mark.usefixtures("server")
 def test_a_missing_address_is_named(tmp_path: Path) -> None:
-    gone = start(tmp_path / "1", tmp_path / "c", "data.root=gs://bucket/nowhere")
+    gone = start(tmp_path / "1", tmp_path / "c", "data.root=gs://bucket/nowhere", "model.weights=glyphs")
     no_bucket = start(tmp_path / "2", tmp_path / "c", output="gs://no-such-bucket/runs/1")
     assert gone.wait(120) == [WRONG_INPUT]
     assert re.search("error: .*gs://bucket/nowhere", gone.output(0))

@@ -8,36 +8,63 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.running import ROOT, SMALL, catches, has_loaded, start, train
 from tests.processes import run_python
 
+ANSWERS: list[tuple[list[str], int, str, str]] = [
+    (["--help"], 0, "out", "kubetune fine-tunes an image classifier in phases."),
+    (["--cfg", "job"], 0, "out", "weights: glyphs"),
+    (["experiment=flowers_mobilenet_v2", "data=image_folder", "data.root=x", "--cfg", "job"], 0, "out", "image_size: 160"),
+    (["runtime=pod", "--cfg", "job"], 0, "out", "http_port: 8080"),
+    (["data=digitss"], 2, "err", "error: data=digitss: there is no such data; did you mean digits?"),
+    (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key; did you mean phases.head.epochs?"),
+    (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),
+    (["data=image_folder"], 2, "err", "error: data.root: must be given; add data.root=..."),
+    (["seed=[1"], 2, "err", "error: seed=[1: cannot be read as a value"),
+    (["phases.haed.epochs=3"], 2, "err", "phases.haed.thaw: there is no phase 'haed'; did you mean head?"),
+    (["runtime.max_fruitless_restarts=3"], 2, "err", "use runtime.max_restarts_without_progress"),
+]  # fmt: skip
+# The command with each list of arguments, one after the other: importing it takes longer than the answers.
+PROGRAM = """
+import json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from trainer.__main__ import main
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "stream", "sentence"),
-    [
-        (["--help"], 0, "out", "kubetune fine-tunes an image classifier in phases."),
-        (["--cfg", "job"], 0, "out", "weights: glyphs"),
-        (["experiment=flowers_mobilenet_v2", "data=image_folder", "data.root=x", "--cfg", "job"], 0, "out", "image_size: 160"),
-        (["runtime=pod", "--cfg", "job"], 0, "out", "http_port: 8080"),
-        (["data=digitss"], 2, "err", "error: data=digitss: there is no such data; did you mean digits?"),
-        (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key; did you mean phases.head.epochs?"),
-        (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),
-        (["data=image_folder"], 2, "err", "error: data.root: must be given; add data.root=..."),
-        (["seed=[1"], 2, "err", "error: seed=[1: cannot be read as a value"),
-        (["phases.haed.epochs=3"], 2, "err", "phases.haed.thaw: there is no phase 'haed'; did you mean head?"),
-        (["runtime.max_fruitless_restarts=3"], 2, "err", "use runtime.max_restarts_without_progress"),
-    ],
-)  # fmt: skip
-def test_answers_at_once(arguments: list[str], code: int, stream: str, sentence: str, tmp_path: Path) -> None:
-    began = time.monotonic()
-    result = train(*arguments, code=code, cwd=tmp_path)
-    print(f"answered in {time.monotonic() - began:.2f} s")
-    assert sentence in (result.stdout if stream == "out" else result.stderr)
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []  # nothing was written, no folder was made
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, out, err = ["trainer", *arguments], StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    slow = "tensorflow" in sys.modules
+    answers.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "slow": slow, "files": os.listdir()})
+print("RESULT", json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    options = {"cwd": tmp_path_factory.mktemp("empty"), "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    result = run_python(PROGRAM, json.dumps([arguments for arguments, *_ in ANSWERS]), **options)
+    return list(json.loads(result.stdout.split("RESULT")[1]))
+
+
+@pytest.mark.parametrize("number", range(len(ANSWERS)), ids=[" ".join(arguments) for arguments, *_ in ANSWERS])
+def test_answers_at_once(number: int, answers: list[dict[str, Any]]) -> None:
+    _, code, stream, sentence = ANSWERS[number]
+    answer = answers[number]
+    assert answer["code"] == code
+    assert sentence in answer[stream]
+    assert "Traceback" not in answer["err"]
+    assert not answer["slow"]  # TensorFlow was not imported
+    assert answer["files"] == []  # nothing was written, no folder was made
 
 
 def test_tensorflow_is_not_imported_before_the_configuration_is_right() -> None:

@@ -1,4 +1,7 @@
-"""Monitoring of a run in a pod (`runtime=pod`): health, metrics, JSON log and termination message."""
+"""Monitoring of a run in a pod (`runtime=pod`): health, metrics, JSON log and termination message.
+
+tests/e2e/test_run.py monitors its undisturbed run, from start to end.
+"""
 
 import json
 import os
@@ -16,11 +19,9 @@ import pytest
 from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL, program
 from tests.e2e.workers import SHARED, Workers, start_workers
-from tests.monitoring.test_http import get, metrics, parse_metrics
+from tests.monitoring.test_http import get, metrics
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
-# Two epochs of six steps.
-SHORT = (*SMALL, "phases.head.epochs=1", "phases.fine_tune.epochs=1")
 LABELS = "logging.googleapis.com/labels"
 
 
@@ -66,61 +67,6 @@ def response(port: int, path: str = "/healthz") -> tuple[int, str]:
 def steps(port: int) -> float:
     match = re.search(r"^kubetune_step (\S+)$", response(port, "/metrics")[1], re.MULTILINE)
     return float(match[1]) if match else 0.0
-
-
-def test_a_run_is_monitored_from_its_start_to_its_end(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    pod = as_pod(tmp_path / "pod", port)
-    run = start_workers(tmp_path, 1, *SHORT, *pod, f"output_dir={tmp_path / 'run'}")
-    healths: list[tuple[int, str]] = []
-    seen: list[dict[str, float]] = []
-    phases: set[str] = set()
-    while run[0].poll() is None:
-        if (health := response(port))[0]:
-            healths.append(health)
-        code, text = response(port, "/metrics")
-        if code == 200:  # not before the start, after the end, or while the watchdog responds
-            phases |= set(re.findall(r'kubetune_info{phase="(\w+)"', text))
-            seen.append(parse_metrics(text))
-        time.sleep(0.1)
-    assert run.wait() == [0], run.output(0)
-    assert {code for code, _ in healths} == {200}
-    assert {"importing TensorFlow\n", "compiling the first step\n", "export\n"} <= {text for _, text in healths}
-    assert phases == {"start", "head", "fine_tune", "finish"}
-
-    counted = [s["kubetune_step"] for s in seen if "kubetune_step" in s]
-    assert counted == sorted(counted)
-    last = seen[-1]
-    assert (last["kubetune_step"], last["kubetune_epoch"], last["kubetune_workers"]) == (12, 2, 1)
-    assert 0 < last["kubetune_goodput_ratio"] < 1
-    assert 0 <= last["kubetune_data_wait_ratio"] <= 1
-    assert last["kubetune_images_per_second"] > 0
-    assert last["kubetune_loss"] > 0
-    assert 0 < last["kubetune_last_step_age_seconds"] < 300
-    assert 0 < last["kubetune_checkpoint_age_seconds"] < 300
-    assert last["kubetune_last_progress_age_seconds"] <= last["kubetune_last_step_age_seconds"]
-
-    log = entries(run.output(0))
-    warnings = [entry for entry in log if entry["severity"] != "INFO"]
-    assert {entry["severity"] for entry in warnings} == {"WARNING"}
-    assert any("debug.max_examples=90" in entry["message"] for entry in warnings)
-    assert {entry[LABELS]["worker"] for entry in log} == {"0"}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    intervals = [entry for entry in log if "images_per_second" in entry]
-    for line, entry in zip([line for line in lines if line["kind"] == "train"], intervals, strict=True):
-        expected = {key: value for key, value in line.items() if key not in ("kind", "timing")}
-        assert {key: entry[key] for key in expected} == expected
-        assert entry["goodput"] == line["timing"]["goodput"]
-    accuracies = [line["val_accuracy"] for line in lines if line["kind"] == "epoch"]
-    assert [entry["val_accuracy"] for entry in log if "val_accuracy" in entry] == accuracies
-    accuracy = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["test"]["accuracy"]
-    assert message(tmp_path / "pod").startswith(f"exit code 0 (done): test accuracy {accuracy:.4f} (95 % interval ")
-    assert message(tmp_path / "pod").endswith(f"{tmp_path}/run/report/index.html")
-
-    again = start_workers(tmp_path / "again", 1, *SHORT, *pod, f"output_dir={tmp_path / 'run'}")
-    assert again.wait() == [0]
-    assert [entry["severity"] for entry in entries(again.output(0))] == ["INFO"]
-    assert re.match(rf"exit code 0 \(done\): {tmp_path}/run .*finished", message(tmp_path / "pod"))
 
 
 def block(photos: Path) -> None:

@@ -14,8 +14,10 @@ import yaml
 
 from scripts.recipes_page import list_values
 from tests.data.images import noise, record
+from tests.data.test_open import images
 from tests.e2e.running import train, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, RECIPES, preset
+from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import LabeledImages, write_dataset
 
 BEANS = ("angular_leaf_spot", "bean_rust", "healthy")
@@ -53,8 +55,8 @@ DECAYS: dict[tuple[str, str], Callable[[int], float]] = {
 FOLDERS = ("flowers_efficientnet_b0", "flowers_efficientnet_b0_stepwise", "xception_image_folder", "xception_medical")
 CHOSEN_BY_DATA = ("photos",)  # tests/e2e/test_documented_commands.py runs it
 RECORDS = ("flowers_tfrecords_xception",)
-# One preset of each source, with a small network.
-QUICK = {"beans_xception": "mobilenet_v2", "flowers_tfrecords_xception": "mobilenet_v2"}
+# One preset of records with splits and one of records without, with the network of the fewest layers and parameters.
+SMALLER = {"beans_xception": "mobilenet", "flowers_tfrecords_xception": "mobilenet"}
 
 
 def jpeg(number: int) -> bytes:
@@ -133,8 +135,8 @@ def check_against_registry(name: str, out: Path, model: str | None, classes: int
     report = json.loads((out / "report" / "report.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     side = SMALLEST.get(backbone, 48)
-    make = getattr(keras.applications, "MobileNetV2" if model else backbone)
-    narrow = {"alpha": 0.35} if model else {}
+    make = getattr(keras.applications, "MobileNet" if model else backbone)
+    narrow = {"alpha": 0.25} if model else {}
     network = make(weights=None, include_top=False, input_shape=(side, side, 3), **narrow)
     phases = list(RECIPES[name]["trainable"])
     for phase in phases:
@@ -175,12 +177,26 @@ def check(name: str, out: Path, model: str | None = None) -> None:
     assert (out / "DONE").exists()
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_record_files_of_a_preset_are_opened(name: str, tmp_path: Path) -> None:
+    """A run then reads them as it reads the records of a TFDS folder, which the next test has."""
+    config = preset(name, *images_of(tmp_path, name), f"runtime.cache_dir={tmp_path / 'cache'}")
+    dataset = stage_and_open_run_dataset(config, print, lambda _: None).dataset
+    assert dataset.class_names == FLOWERS
+    assert {split: len(opened.shards) for split, opened in dataset.splits.items()} == {"train": 5, "validation": 1}
+    assert dataset.splits["validation"].count == SCORED[name]
+    np.testing.assert_array_equal(dataset.splits["train"].labels, np.arange(100) % 5)
+    numbers = {"validation": range(20), "train": [100 * file + at for file in range(1, 6) for at in range(20)]}
+    for split, expected in numbers.items():
+        assert images(dataset.splits[split]) == [jpeg(number) for number in expected]
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["beans_xception", pytest.param("flowers_tfrecords_xception", marks=pytest.mark.slow)])
 def test_a_preset_of_folders_and_one_of_records_run(name: str, tmp_path: Path) -> None:
-    overrides = (*small(name, QUICK[name]), "model.alpha=0.35", *images_of(tmp_path, name))
+    overrides = (*small(name, SMALLER[name]), "model.alpha=0.25", *images_of(tmp_path, name))
     train(*overrides, f"output_dir={tmp_path / 'run'}")
-    check(name, tmp_path / "run", QUICK[name])
+    check(name, tmp_path / "run", SMALLER[name])
 
 
 @pytest.mark.slow

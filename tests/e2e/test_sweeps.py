@@ -20,8 +20,8 @@ RATE = "phases.head.optimizer.learning_rate"
 
 
 def without_the_extra(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a Python that cannot import any plugin of Hydra, as if none were installed."""
-    program = "import sys; sys.modules['hydra_plugins'] = None; from trainer.__main__ import main; main()"
+    """Run the command line in a Python that can import neither Optuna nor plugins of Hydra, as without the extra."""
+    program = "import sys; sys.modules |= dict.fromkeys(['hydra_plugins', 'optuna']); from trainer.__main__ import main; main()"
     return run_python(program, *arguments, code=code)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,27 @@ print("the end")
 """
 
 
-@pytest.mark.parametrize(("width", "figures"), [(80, 1), (120, 3), (200, 6)])
-def test_a_terminal_shows_phase_epoch_bar_and_time_first_and_nothing_is_left(width: int, figures: int) -> None:
-    output = on_terminal([sys.executable, "-c", PROGRAM, *FIGURES], width)
+WIDTHS = {80: 1, 120: 3, 200: 6}  # columns of a terminal: the figures that it has room for
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[int, str]:
+    """The output of the program on each terminal, at the same time, since it mostly waits."""
+    with ThreadPoolExecutor() as pool:
+        written = pool.map(lambda width: on_terminal([sys.executable, "-c", PROGRAM, *FIGURES], width), WIDTHS)
+        return dict(zip(WIDTHS, written, strict=True))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_terminal_shows_phase_epoch_bar_and_time_first_and_nothing_is_left(
+    width: int, outputs: dict[int, str]
+) -> None:
+    output = outputs[width]
     drawn = [part for part in re.split(r"[\r\n]|\x1b\[[\d;?]*[A-Za-z]", output) if part.strip()]
     assert max(map(len, drawn)) < width
     training = [line for line in drawn if line.startswith("fine_tune  epoch 7/12  ")]
     assert any(re.search(r"epoch 7/12  [━╌]+   50%  left 0:0\d  loss 0.1234", line) for line in training), training
-    assert sum(figure in training[-1] for figure in FIGURES) >= figures
+    assert sum(figure in training[-1] for figure in FIGURES) >= WIDTHS[width]
     for stage in ("fine_tune  validation  ", "evaluation  ", "export  ", "report  "):
         assert any(line.startswith(stage) and "left 0:0" in line for line in drawn), stage
     assert [line for line in screen(output, width) if line] == ["fine_tune  epoch 7 done", "the end"]

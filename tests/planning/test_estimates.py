@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,13 @@ def test_the_advice_is_about_what_does_not_fit(
         check_device_memory(config, uses, 8 * GB, 1)
 
 
-def open_student(folder: Path, *overrides: str) -> ImageStore:
-    """Open the digits for a student, of a teacher below `folder`."""
-    teacher = folder / "teacher" if (folder / "teacher").exists() else leave_teacher(folder / "teacher")
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return leave_teacher(tmp_path_factory.mktemp("runs") / "teacher")
+
+
+def open_student(folder: Path, teacher: Path, *overrides: str) -> ImageStore:
+    """Open the digits for a student, with a cache below `folder`."""
     config = load(compose([
         "data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32", "debug.max_examples=60",
         f"distillation.teacher={teacher}", f"runtime.cache_dir={folder / 'cache'}", *overrides,
@@ -60,18 +63,11 @@ def open_student(folder: Path, *overrides: str) -> ImageStore:
     return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 32, lambda _: None)
 
 
-@cache
-def network_of_student() -> Classifier:
-    """The network of every student, whose weights no test changes."""
-    config = load_resolved(compose(["data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32"]) or {})
-    return build_classifier(config.model, 10, 1)
-
-
-def refusal(images: ImageStore, worker: Worker, with_teacher: bool) -> str:
+def refusal(images: ImageStore, classifier: Classifier, worker: Worker, with_teacher: bool) -> str:
     """Return the message of a run that does not fit into this machine's memory."""
     teacher = load_teacher(worker, images, "x", None) if with_teacher else None
     with pytest.raises(ConfigError) as refused:
-        find_run_warnings(images, network_of_student(), teacher, worker, 0)
+        find_run_warnings(images, classifier, teacher, worker, 0)
     return str(refused.value)
 
 
@@ -85,29 +81,34 @@ def needed(message: str) -> float:
 
 
 def test_a_teacher_counts_while_it_predicts_in_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
     monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 100_000_000)
-    live = open_student(tmp_path, "augmentation=light")
-    alone, taught = (needed(refusal(live, worker, with_teacher)) for with_teacher in (False, True))
+    live = open_student(tmp_path, teacher_folder, "augmentation=light")
+    classifier = build_classifier(live.config.model, 10, 1)
+    alone, taught = (needed(refusal(live, classifier, worker, with_teacher)) for with_teacher in (False, True))
     assert 8 < taught - alone < 11  # MB: variables 1.7 and activations 7.4
-    before = open_student(tmp_path, "augmentation=none")
-    alone, taught = (needed(refusal(before, worker, with_teacher)) for with_teacher in (False, True))
+    before = open_student(tmp_path, teacher_folder, "augmentation=none")
+    alone, taught = (needed(refusal(before, classifier, worker, with_teacher)) for with_teacher in (False, True))
     assert taught - alone < 0.2  # its logits
 
 
 def test_images_that_are_read_once_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
     monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 50_000_000)
-    images = open_student(tmp_path, "augmentation=none", "debug.max_examples=1000")
-    again = needed(refusal(images, worker, with_teacher=False))
+    images = open_student(tmp_path, teacher_folder, "augmentation=none", "debug.max_examples=1000")
+    classifier = build_classifier(images.config.model, 10, 1)
+    again = needed(refusal(images, classifier, worker, with_teacher=False))
     images.train_images_read_once = True
-    assert again - needed(refusal(images, worker, with_teacher=False)) == pytest.approx(1001 * 32 * 32 * 3 / 1e6, abs=1)
+    once = needed(refusal(images, classifier, worker, with_teacher=False))
+    assert again - once == pytest.approx(1001 * 32 * 32 * 3 / 1e6, abs=1)
 
 
-def test_the_network_of_a_teacher_is_released_once_its_logits_are_computed(tmp_path: Path, worker: Worker) -> None:
-    images = open_student(tmp_path, "augmentation=none")
+def test_the_network_of_a_teacher_is_released_once_its_logits_are_computed(
+    tmp_path: Path, teacher_folder: Path, worker: Worker
+) -> None:
+    images = open_student(tmp_path, teacher_folder, "augmentation=none")
     configured = load_teacher(worker, images, "x", None)
     assert configured.network
     assert configured.network.classifier

@@ -1,6 +1,7 @@
 """Predictions of exports: tables, page, unreadable images, and parts that are used again. In this process."""
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -71,7 +72,9 @@ def run(*arguments: str) -> int:
     return exit_code_of(predict.main, *arguments)
 
 
+@functools.cache
 def expected() -> np.ndarray:
+    """The probabilities of the photos; the tests do not change them."""
     return predictions_of(small_model(), some_images(70, seed=3))
 
 
@@ -150,12 +153,18 @@ def test_parts_are_used_again_and_corrupt_ones_are_not(done: Path, export: Path,
     assert not folder.exists()
 
 
-def test_a_prediction_does_not_depend_on_the_other_images(export: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def everything(export: Path, photos: Path) -> ImagePredictions:
+    """The predictions of the LiteRT file for all images."""
+    return open_predictions(export / "model.tflite", str(photos))
+
+
+def test_a_prediction_does_not_depend_on_the_other_images(
+    export: Path, photos: Path, everything: ImagePredictions, tmp_path: Path
+) -> None:
     names = ["05.png", "69.png", "31.png"]
     (tmp_path / "list.csv").write_text("file\n" + "".join(f"{photos}/{name}\n" for name in names))
-    some, everything = (
-        open_predictions(export / "model.tflite", str(address)) for address in (tmp_path / "list.csv", photos)
-    )
+    some = open_predictions(export / "model.tflite", str(tmp_path / "list.csv"))
     images = [Path(image.name).name for image in list_images(str(photos))]
     rows = [images.index(name) for name in names]
     assert some.probabilities.tobytes() == everything.probabilities[rows].tobytes()
@@ -166,8 +175,10 @@ def open_predictions(file: Path, address: str, flip: bool = False) -> ImagePredi
     return parts.predict_images(model, list_images(address), flip)
 
 
-def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photos: Path, done: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_litert_file_predicts_the_same_and_has_no_distance(
+    export: Path, photos: Path, done: Path, everything: ImagePredictions, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = tmp_path / "lite"
     assert run(f"run={export / 'model.tflite'}", f"images={photos}/0*.png", f"output={out}", "top=1") == DONE
     written = capsys.readouterr().out
@@ -177,7 +188,7 @@ def test_a_litert_file_predicts_the_same_and_has_no_distance(export: Path, photo
     assert list(rows[0])[:5] == ["file", "prediction", "confidence", "distance", "error"]
     assert {row["distance"] for row in rows} == {""}
     np.testing.assert_allclose(np.load(out / "probabilities.npy"), expected()[:10], atol=1e-5)
-    reasons = [error for error in open_predictions(export / "model.tflite", str(photos)).errors if error]
+    reasons = [error for error in everything.errors if error]
     assert reasons == [row["error"] for row in rows_of(done) if row["error"]]
     assert "No distance from the training distribution" in (out / "index.html").read_text()
 
@@ -268,7 +279,8 @@ def test_wrong_arguments_are_one_sentence(
     assert message in line
 
 
-@pytest.mark.parametrize("what", ["nothing", "labels", "reference", "corrupt"])
+# A file alone lacks both labels and reference: once is enough for the quick tests.
+@pytest.mark.parametrize("what", ["nothing", "labels", pytest.param("reference", marks=pytest.mark.slow), "corrupt"])
 def test_exports_that_are_incomplete(
     what: str, export: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def post_until_refused(url: str, number: int, ends: Counter[str]) -> None:
 
 def test_no_accepted_request_is_lost(exported: Exported) -> None:
     ends: Counter[str] = Counter()
-    arguments = (f"model={exported.folder}", "batch=4", "queue=512", "linger=8")
+    arguments = (f"model={exported.folder}", "batch=4", "queue=512", "linger=4")
     with ThreadPoolExecutor(12) as pool, Served(*arguments) as served:
         served.ready()
         assert catches(served.process.pid, signal.SIGTERM)
@@ -50,7 +50,7 @@ def test_no_accepted_request_is_lost(exported: Exported) -> None:
         slow = socket.create_connection(("127.0.0.1", served.port))  # has sent half of a head
         slow.sendall(b"GET /healthz HTTP/1.1\r\nHo")
         served.send()
-        served.wait_for("SIGTERM: .* 8 s")
+        served.wait_for("SIGTERM: .* 4 s")
         assert served.client.get("/readyz").status_code == 503
         status = served.client.get("/v1/models/kubetune")
         assert (status.status_code, status.headers["connection"]) == (503, "close")

@@ -377,10 +377,11 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
     arguments, folder = _use_sweep_folder(arguments)
-    with suppress(ImportError):  # Optuna belongs to the extra `sweep`
-        import optuna
+    if _list_sweepers(arguments) and not _only_prints(arguments):  # importing Optuna takes seconds
+        with suppress(ImportError):  # Optuna belongs to the extra `sweep`
+            import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # its INFO lines repeat the log of the jobs
+            optuna.logging.set_verbosity(optuna.logging.WARNING)  # its INFO lines repeat the log of the jobs
     sweep = Sweep(folder, swept=_swept_keys(arguments))
     try:
         compose(arguments, run_job=sweep.run)
@@ -396,12 +397,22 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
 
 def _search_space_is_empty(arguments: list[str]) -> bool:
     """Return whether the arguments request an Optuna search without values to search, which would repeat one job."""
-    sweepers = [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
-    if not sweepers or {"--cfg", "-c", "--help"} & set(arguments):
+    sweepers = _list_sweepers(arguments)
+    if not sweepers or _only_prints(arguments):
         return False
     if set(sweepers) - {"hydra/sweeper=optuna", "sweep=optuna"} or any("hydra.sweeper.params" in a for a in arguments):
         return False
     return not _swept_keys(arguments)
+
+
+def _list_sweepers(arguments: list[str]) -> list[str]:
+    """List the arguments that choose another sweeper than that of grids, or a preset of one."""
+    return [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
+
+
+def _only_prints(arguments: list[str]) -> bool:
+    """Return whether the arguments print the configuration or the help instead of running anything."""
+    return bool({"--cfg", "-c", "--help"} & set(arguments))
 
 
 def _swept_keys(arguments: list[str]) -> set[str]:
