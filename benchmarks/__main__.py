@@ -32,6 +32,7 @@ def main() -> None:
     common = ["--weights", options.weights, "--alpha", str(options.alpha), "--out", str(out)]
     common += ["--data", str(options.data)] if options.data else []
     common += ["--rounds", str(options.rounds)] if options.rounds else []
+    common += ["--peers", *options.peers]
     for row in options.only or ROWS:
         print(f"== benchmarks.{ROWS[row]}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{ROWS[row]}", *common], check=True)

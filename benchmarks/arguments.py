@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.peers import PEERS
 from benchmarks.photos import count_of, photos_of, write_photos
 from trainer.config.schema import Augmentation, Data
 
@@ -16,7 +17,7 @@ SYNTHETIC = 3600  # photos, in five classes: about the number of flower photos o
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """--data, --weights, --alpha, --rounds, --out."""
+    """--data, --weights, --alpha, --rounds, --peers, --out."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help=f"class folders; default: {SYNTHETIC} generated photos")
     parser.add_argument(
@@ -24,6 +25,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--alpha", type=float, default=0.35, help="width of MobileNetV2")
     parser.add_argument("--rounds", type=int, help="of every row; default: each row's own number")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="of the whole recipe; default: all")
     parser.add_argument("--out", type=Path, help="folder for one JSON file per row; default: a new one")
     return parser
 
@@ -55,6 +57,7 @@ def all_to_train(root: Path) -> Data:
 def command_of(row: str, options: argparse.Namespace, rounds: int, model: bool = True) -> str:
     """The command that measures a row again, without its paths."""
     words = ["python", "-m", "benchmarks", "--only", row, "--rounds", str(rounds)]
+    words += ["--peers", *options.peers] if row == "recipe" and tuple(options.peers) != PEERS else []
     words += ["--data", "FOLDER"] if options.data else []
     words += ["--weights", "FILE"] if model and options.weights != "none" else []
     return shlex.join([*words, "--alpha", f"{options.alpha:g}"] if model else words)

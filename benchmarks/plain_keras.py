@@ -24,8 +24,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.peers import PEERS
+
 SIZE, BATCH, EPOCHS, FROM_LAYER = 160, 32, 5, 100
-PEERS = ("notebook", "corrected", "best")
 NORM = keras.layers.BatchNormalization
 
 

@@ -96,13 +96,14 @@ def ours(
 def measure(options: argparse.Namespace) -> list[Result]:
     """Results of the recipe: time, and memory."""
     rounds = options.rounds or 3
+    peers = [name for name, peer in PEERS.items() if peer in options.peers]
     runs_of: dict[tuple[str, str], list[Outcome]] = {}
     with photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         splits = [link_fold(root, scratch / f"fold-{turn}", turn) for turn in range(rounds)]
         examples = [count_of(split / "validation") for split in splits]
         for label, augmentation in AUGMENTATIONS.items():
-            for turn, side in in_turns([*PEERS, *OURS[label]], rounds):
+            for turn, side in in_turns([*peers, *OURS[label]], rounds):
                 outcome = (
                     plain(splits[turn], options, augmentation, turn + 1, PEERS[side])
                     if side in PEERS
@@ -123,7 +124,7 @@ def measure(options: argparse.Namespace) -> list[Result]:
             c
             for label in AUGMENTATIONS
             for side in OURS[label]
-            for peer in PEERS
+            for peer in peers
             for c in comparisons(runs_of, label, side, peer)
         ],
         tables=[accuracies(runs_of, examples), time_breakdowns(runs_of)],
@@ -137,7 +138,7 @@ def measure(options: argparse.Namespace) -> list[Result]:
             Comparison(f"{label}, {side}", peer, "MB", peaks(runs_of[label, side]), peaks(runs_of[label, peer]))
             for label in AUGMENTATIONS
             for side in OURS[label]
-            for peer in PEERS
+            for peer in peers
         ],
     )
     return [recipe, memory]

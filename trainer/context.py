@@ -1,5 +1,6 @@
 """The state of a run and of its current phase on one worker; open and score a phase, and record how a run ends."""
 
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -232,6 +233,8 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     current epoch.
     """
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
+    if state.phase:
+        gc.collect()  # deletes the graphs of the phase before; Python itself collects garbage rarely (cli/process.py)
     inputs = open_phase_inputs(run, name)
     teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
     lr = phase.optimizer.learning_rate

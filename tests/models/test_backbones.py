@@ -108,8 +108,9 @@ def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str
     classifier = build_classifier(model.model_copy(update={"weights": "none", "image_size": small}), 3, seed=1)
     images = np.random.default_rng(0).integers(0, 256, (2, small, small, 3)).astype("uint8")
     prepared = getattr(keras.applications, kind.module).preprocess_input(images.astype("float32"))
-    np.testing.assert_allclose(
-        classifier.features(images), classifier.backbone(prepared, training=False), rtol=1e-4, atol=1e-5
+    expected = np.asarray(classifier.backbone(prepared, training=False))
+    np.testing.assert_allclose(  # rounding is relative to the largest values that were added up
+        classifier.features(images), expected, rtol=1e-4, atol=1e-5 * max(np.abs(expected).max(), 1)
     )
     for phases in ("two_phase", "progressive", "progressive_blocks", "end_to_end", "head_only"):
         plans = [apply_thaw(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in phases_of(phases)]
