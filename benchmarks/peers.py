@@ -1,3 +1,3 @@
-"""The peers of the whole recipe, which `benchmarks/plain_keras.py` describes. Without imports, which would cost time."""
+"""The peers of the whole recipe (`benchmarks/plain_keras.py`). Without imports, which would cost time."""
 
 PEERS = ("notebook", "corrected", "best")
