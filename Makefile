@@ -33,7 +33,7 @@ train: $(READY) ## Fine-tune, with ARGS="experiment=... phases.head.epochs=3"
 	$(BIN)/python -m trainer $(ARGS)
 
 test: $(READY) ## Run the quick tests (about half an hour on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 30 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 30 -m "not slow and not gpu"
 
 test-all: $(READY) ## Run every test that needs no GPU (several hours), or a part of about equal length: SHARD=1/4
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800 $(SPLIT)

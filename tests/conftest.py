@@ -17,6 +17,7 @@ from trainer.storage.path import StoragePath, storage_path
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and `trainer.plan` reads it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,32 +40,35 @@ def _supported() -> None:
 
 
 @pytest.fixture(scope="module")
-def image() -> Iterator[str]:
-    """The image of this checkout, for CPUs."""
-    tag = f"localhost/kubetune-test:{uuid.uuid4().hex[:12]}"
+def base() -> Iterator[None]:
+    """The base image, in the store, which is locked once for all images: a second lock would wait for the first."""
     with images.store():
         with timed("\nbase"):
             images.make_base()
-        with timed("dependencies"):
-            images.build(ROOT, DEPENDENCIES, "--target=dependencies")
-        with timed("image"):
-            images.build(ROOT, tag, *BUILD_ARGUMENTS)
-        print(f"{images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
-        yield tag
-        images.remove(tag)
+        yield
 
 
 @pytest.fixture(scope="module")
-def tensorboard() -> Iterator[str]:
+def image(base: None) -> Iterator[str]:  # noqa: ARG001 - its fixture
+    """The image of this checkout, for CPUs."""
+    tag = f"localhost/kubetune-test:{uuid.uuid4().hex[:12]}"
+    with timed("dependencies"):
+        images.build(ROOT, DEPENDENCIES, "--target=dependencies")
+    with timed("image"):
+        images.build(ROOT, tag, *BUILD_ARGUMENTS)
+    print(f"{images.inspect(tag)['Size'] / MEGABYTE:,.0f} MB")
+    yield tag
+    images.remove(tag)
+
+
+@pytest.fixture(scope="module")
+def tensorboard(base: None) -> Iterator[str]:  # noqa: ARG001 - its fixture
     """The image of TensorBoard."""
     tag = f"localhost/kubetune-test-tensorboard:{uuid.uuid4().hex[:12]}"
-    with images.store():
-        with timed("\nbase"):
-            images.make_base()
-        with timed("tensorboard"):
-            images.build(ROOT, tag, "--target=tensorboard")
-        yield tag
-        images.remove(tag)
+    with timed("tensorboard"):
+        images.build(ROOT, tag, "--target=tensorboard")
+    yield tag
+    images.remove(tag)
 
 
 @contextmanager

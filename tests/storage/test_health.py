@@ -60,5 +60,5 @@ def test_parts_of_a_large_file_are_progress(in_bucket: StoragePath, tmp_path: Pa
     (in_bucket / "large").upload(whole)
     sent = len(moments)
     (in_bucket / "large").download(tmp_path / "again")
-    assert sent == 5  # parts of 8 MB
+    assert sent == (6 if str(in_bucket).startswith("gs://") else 5)  # parts of 8 MB; GCS then gets the final name
     assert len(moments) - sent == 3  # chunks of 16 MB
