@@ -230,7 +230,7 @@ def test_a_run_that_never_gets_anywhere_gives_up_with_3(tmp_path: Path) -> None:
                  "runtime.max_restarts_without_progress=2", f"output_dir={out}")  # fmt: skip
     for number in range(3):  # the first start and two restarts
         started = start_workers(tmp_path / str(number), 2, *overrides)
-        started.wait_for("phase head: ", index=1)
+        started.wait_for(" steps (40 epochs)", index=1)  # of the line about the phase, after the start is recorded
         started[1].send_signal(signal.SIGKILL)
         assert started.wait() == [INTERRUPTED, -9]
     last = start_workers(tmp_path / "last", 2, *overrides)
