@@ -8,10 +8,11 @@ IMAGE ?= kubetune
 DEVICE ?= cpu
 BUILD ?= docker build
 TARGET ?=
-# Variable of `make test-all`: part K of N, as K/N. tests/durations.json has the seconds of each test; to measure them
-# again, add --store-durations --durations-path tests/durations.json to the command.
+# Variable of `make test-all`: part K of N of the slow tests, as K/N. tests/durations.json has their
+# approximate seconds; to measure them, add --store-durations --durations-path tests/durations.json to its command.
 SHARD ?=
-SPLIT := $(if $(SHARD),--durations-path tests/durations.json --splits $(notdir $(SHARD)) --group $(patsubst %/,%,$(dir $(SHARD))))
+PART := --splits $(notdir $(SHARD)) --group $(patsubst %/,%,$(dir $(SHARD))) --durations-path tests/durations.json
+SELECTED := $(if $(SHARD),-m "slow and not gpu" $(PART),-m "not gpu")
 # The image's lock: the same versions without development tools, with the libraries of GPUs
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	--quiet
@@ -32,11 +33,11 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY) ## Fine-tune, with ARGS="experiment=... phases.head.epochs=3"
 	$(BIN)/python -m trainer $(ARGS)
 
-test: $(READY) ## Run the quick tests (about half an hour on two cores)
+test: $(READY) ## Run the quick tests (about 12 minutes on two quiet cores)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 30 -m "not slow and not gpu"
 
-test-all: $(READY) ## Run every test that needs no GPU (several hours), or a part of about equal length: SHARD=1/4
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout 1800 $(SPLIT)
+test-all: $(READY) ## Run every test that needs no GPU (several hours), or a part of the slow ones: SHARD=1/4
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 1800 $(SELECTED)
 
 lint: $(READY) ## Check style, types, layers and YAML (about 2 minutes)
 	$(BIN)/python -m ruff check .
