@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from scripts.same_bits import differences
 
 ROOT = Path(__file__).parents[2]
 # Both phases, augmentation, dropout, EMA, an uneven last batch: all state that a checkpoint could miss.
@@ -123,20 +124,6 @@ def without_timing(value: Any) -> Any:
     return [without_timing(v) for v in value] if isinstance(value, list) else value
 
 
-def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
-    """Positions at which two JSON values or texts differ, with both values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            yield from differences(one.get(key), other.get(key), f"{at}.{key}")
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from differences(*pair, f"{at}[{index}]")
-    elif isinstance(one, str) and isinstance(other, str) and "\n" in one + other:
-        yield from differences(one.splitlines(), other.splitlines(), at)
-    elif one != other:
-        yield f"{at}: {one!r}, {other!r}"[:300]
-
-
 def story(folder: Path) -> list[Any]:
     """metrics.jsonl without timing."""
     return [without_timing(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -173,7 +160,9 @@ def assert_same_run(one: Path, other: Path, levels: int = 0, exported: bool = Tr
     assert story(one) == story(other)
     for name in ("predictions.csv", "report.json"):
         texts = [(p / "report" / name).read_text().replace(str(p.parents[levels]), "") for p in (one, other)]
-        mine, theirs = (without_timing(json.loads(text)) if name == "report.json" else text for text in texts)
+        mine, theirs = (
+            without_timing(json.loads(text)) if name == "report.json" else text.split("\n") for text in texts
+        )
         if name == "report.json" and not exported:
             mine, theirs = ({**report, "export": None} for report in (mine, theirs))
-        assert mine == theirs, f"{name} differs at {list(differences(mine, theirs))[:20]}"
+        assert mine == theirs, differences(mine, theirs, name)[:20]

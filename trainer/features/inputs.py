@@ -142,8 +142,7 @@ class FeatureCache:
         """Return the later phases whose features can be computed in the pass for `phase`.
 
         Such a phase reads the same views of the split, but at a different cut, and computes the trunk with the same
-        engine. Neither `phase` nor any phase between
-        the two updates the later phase's trunk.
+        engine. Neither `phase` nor any phase between the two updates the later phase's trunk.
         """
         names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
         updated_variables: set[str] = set()

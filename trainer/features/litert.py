@@ -41,6 +41,8 @@ class LiteTrunk:
                 interpreter = Interpreter(model_content=content, num_threads=1)
                 interpreter.allocate_tensors()
                 self._interpreters.put(interpreter)
+        self._input = interpreter.get_input_details()[0]["index"]
+        self._outputs = [detail["index"] for detail in interpreter.get_output_details()]
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="litert")
 
     def features(self, images: np.ndarray) -> list[np.ndarray]:
@@ -50,12 +52,10 @@ class LiteTrunk:
         def compute(first: int) -> None:
             interpreter = self._interpreters.get()
             try:
-                input_index = interpreter.get_input_details()[0]["index"]
-                output_indices = [detail["index"] for detail in interpreter.get_output_details()]
                 for row in range(first, len(images), self.threads):
-                    interpreter.set_tensor(input_index, images[row : row + 1].astype(np.float32))
+                    interpreter.set_tensor(self._input, images[row : row + 1].astype(np.float32))
                     interpreter.invoke()
-                    for output, index in zip(outputs, output_indices, strict=True):
+                    for output, index in zip(outputs, self._outputs, strict=True):
                         output[row] = interpreter.get_tensor(index)[0]
             finally:
                 self._interpreters.put(interpreter)

@@ -143,12 +143,12 @@ def plan_features(
     """
     num_train = dataset.splits["train"].count
     num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    steps_per_epoch = -(-num_train // config.training.batch_size)
+    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
-        cut, epochs = divisions[name].cut, config.phase_steps(phase, steps_per_epoch) / steps_per_epoch
+        cut, epochs = divisions[name].cut, config.phase_steps(phase, per_epoch) / per_epoch
         choice = _choose(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
