@@ -27,7 +27,7 @@ Undocumented names without an underscore, with the modules that use them:
 | library | name | used in |
 | --- | --- | --- |
 | keras | `Function.operations`, `Operation.input`, `Operation.output` | models/bn_folding.py, features/cut.py |
-| keras | `Normalization.mean`, `Normalization.variance` | exporting/bundle.py |
+| keras | `Normalization.mean`, `Normalization.variance` | models/grad_cam.py |
 | tensorboard | `compat.proto`, `summary.writer.record_writer` | cli/sweep.py, runs/metrics.py |
 | tensorboard | `plugins.hparams`, `plugins.scalar.summary_v2` | cli/sweep.py |
 | uvicorn | `H11Protocol` and its attributes `conn`, `cycle`, `loop`, `transport` | serving/server.py |

@@ -1,12 +1,13 @@
 """A small network, its export bundle, and the examples of the parity check."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.exporting.bundle import ExportBundle, ParityExamples
+from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32
 from trainer.exporting.reference import compute_reference
 from trainer.exporting.verify import load_export, score
 
@@ -44,7 +45,29 @@ def bundle_for(model: keras.Model, resize: str = "stretch") -> ExportBundle:
 
     images = some_images(40)
     reference = compute_reference("test", NAMES, predictions_of(model, images), images.mean((1, 2)), SIZE, resize)
-    return ExportBundle(model, explain, NAMES, SIZE, resize, reference, lambda: some_images(60, seed=1))  # type: ignore[arg-type]
+    predict = trace_predict(model)
+    with as_plain_float32(model):
+        predict_in_float32 = trace_predict(model)
+    return ExportBundle(
+        build_model=lambda: model,
+        predict=predict,
+        predict_in_float32=predict_in_float32,
+        explain=explain,
+        variables=[variable.value for variable in model.variables],
+        class_names=NAMES,
+        image_size=SIZE,
+        resize=resize,  # type: ignore[arg-type]
+        reference=reference,
+        calibration_images=lambda: some_images(60, seed=1),
+    )
+
+
+def trace_predict(model: keras.Model) -> Any:
+    """Return a function of images that is traced with the model's present layers."""
+    spec = tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32, "images")
+    predict = tf.function(lambda images: {"probabilities": model(images, training=False)}, input_signature=[spec])
+    predict.get_concrete_function()
+    return predict
 
 
 def predictions_of(model: keras.Model, images: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from trainer.config import schema as config
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.grad_cam import BATCH_SIZE, explain, make_explainer
+from trainer.models.grad_cam import BATCH_SIZE, explain_features, make_explainer
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "glyphs", "image_size": 96}
 
@@ -41,7 +41,7 @@ def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -
     classes = np.array([2, 0, 3], "int32")
     kernel = classifier.output.kernel.numpy()
     expected = scaled(np.einsum("bhwc,cb->bhw", classifier.features(images).numpy(), kernel[:, classes]))
-    heatmap = explain(classifier, images, tf.constant(classes))["heatmap"].numpy()
+    heatmap = explain_features(classifier, classifier.features(images), tf.constant(classes))["heatmap"].numpy()
     assert heatmap.shape == (3, 3, 3)
     assert expected.max() == 1
     np.testing.assert_allclose(heatmap, expected, atol=1e-5)
@@ -53,17 +53,19 @@ def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
     (w1, b1), (w2, _) = classifier.hidden[0].dense.get_weights(), classifier.output.get_weights()
     slopes = ((pooled @ w1 + b1 > 0) * w2[:, 1]) @ w1.T
     expected = scaled(np.einsum("bhwc,bc->bhw", maps, slopes))
-    np.testing.assert_allclose(explain(classifier, images, tf.constant([1, 1]))["heatmap"], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        explain_features(classifier, classifier.features(images), tf.constant([1, 1]))["heatmap"], expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) -> None:
     classifier, images = replace(built(), pooling=pooling), some_images(3)
-    explained = tf.function(lambda x: explain(classifier, x))(images)
+    explained = tf.function(lambda x: explain_features(classifier, classifier.features(x)))(images)
     np.testing.assert_allclose(explained["probabilities"], classifier.probabilities(images), atol=1e-6)
     np.testing.assert_allclose(explained["embedding"], classifier.pool(classifier.features(images)), atol=1e-5)
     most_probable = np.argmax(explained["probabilities"], axis=1).astype("int32")
-    expected = explain(classifier, images, tf.constant(most_probable))["heatmap"]
+    expected = explain_features(classifier, classifier.features(images), tf.constant(most_probable))["heatmap"]
     np.testing.assert_allclose(explained["heatmap"], expected, atol=1e-5)
     assert {name: value.dtype for name, value in explained.items()} == dict.fromkeys(explained, tf.float32)
 
@@ -74,7 +76,7 @@ def test_a_class_without_support_has_a_heatmap_of_zeros() -> None:
     kernel = before.copy()
     kernel[:, 3] = -1.0  # the features are outputs of a ReLU, so each of them lowers the logit
     classifier.output.kernel.assign(kernel)
-    heatmap = explain(classifier, images, tf.constant([3]))["heatmap"].numpy()
+    heatmap = explain_features(classifier, classifier.features(images), tf.constant([3]))["heatmap"].numpy()
     classifier.output.kernel.assign(before)
     assert not heatmap.any()
 
@@ -83,12 +85,12 @@ def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
     classifier, images = replace(built()), some_images(BATCH_SIZE + 5)
     traced = []
     features = classifier.features
-    object.__setattr__(classifier, "features", lambda x: traced.append(x.shape) or features(x))
+    object.__setattr__(classifier, "features", lambda x, **options: traced.append(x.shape) or features(x, **options))
     explainer = make_explainer(classifier)
     many, few = explainer(images), explainer(images[:3])
     assert len(traced) == 1
     assert many.keys() == few.keys() == {"probabilities", "embedding", "heatmap"}
-    expected = explain(classifier, images[-4:])
+    expected = explain_features(classifier, features(images[-4:]))
     for name, values in many.items():
         assert (len(values), values.dtype) == (len(images), np.float32)
         np.testing.assert_allclose(values[-4:], expected[name], atol=2e-5)

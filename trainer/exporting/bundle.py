@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,18 @@ from trainer.types import Orientation
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
 
 @dataclass(frozen=True)
 class ExportBundle:
     """A trained model with the metadata for its exports. S is `image_size`, the side of its square input in pixels."""
 
-    model: keras.Model  # float32 [n, S, S, 3] in 0..255 -> float32 probabilities [n, classes]
+    build_model: Callable[[], keras.Model]  # builds a model: float32 [n, S, S, 3] in 0..255 -> probabilities
+    predict: Any  # tf.function: float32 [n, S, S, 3] in 0..255 -> {"probabilities": float32 [n, classes]}
+    predict_in_float32: Any  # the same function, computing in float32 in a run of any precision
     explain: Callable[[Any], dict[str, Any]]  # uint8 [n, S, S, 3] -> probabilities, embedding, heatmap, as tensors
+    variables: Sequence[tf.Variable]  # all variables that `predict` and `explain` read
     class_names: tuple[str, ...]  # in the order of the probabilities
     image_size: int
     resize: Resize  # how images become square
@@ -60,23 +64,16 @@ def as_plain_float32(model: keras.Model) -> Iterator[None]:
     """Context manager in which `model` computes in float32 and contains only Keras' own layer classes.
 
     LiteRT and ONNX have few kernels for half precision, and a file with custom layers could be loaded only with this
-    package. The statistics of Normalization layers become NumPy arrays, because tf2onnx would turn tensors into model
-    inputs.
+    package.
     """
-
     originals = [(layer, layer.dtype_policy, type(layer)) for layer in _collect_layers(model)]
-    norms = [(layer, layer.mean, layer.variance) for layer, _, cls in originals if cls.__name__ == "Normalization"]
     try:
-        for layer, mean, variance in norms:
-            layer.mean, layer.variance = np.asarray(mean), np.asarray(variance)
         for layer, _, cls in originals:
             layer.dtype_policy = "float32"
             if get_library_class(layer) is not cls:  # a subclass that this package defines
                 swap_class(layer, get_library_class(layer))
         yield
     finally:
-        for layer, mean, variance in norms:
-            layer.mean, layer.variance = mean, variance
         for layer, policy, cls in originals:
             layer.dtype_policy = policy
             if type(layer) is not cls:

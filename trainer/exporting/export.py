@@ -72,9 +72,20 @@ def export_classifier(
     calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
     reference = compute_reference(scored.split, class_names, scored.probabilities, embeddings, image_size, resize)
     reference["orientation"] = config.data.orientation
+    probabilities = float32_probabilities = scored.probabilities[positions]
+    float32_explainer = explainer
+    in_half_precision = computes_in_half_precision(classifier.backbone)
+    if in_half_precision and not RUN_PRECISION_FORMATS.issuperset(config.export.formats):
+        check()
+        with as_plain_float32(classifier.backbone):
+            float32_explainer = make_explainer(classifier)
+        float32_probabilities = float32_explainer(parity_images)["probabilities"]
     bundle = ExportBundle(
-        model=classifier.build_keras_model(),
-        explain=explainer.compiled,
+        build_model=classifier.build_keras_model,
+        predict=explainer.predict,
+        predict_in_float32=float32_explainer.predict,
+        explain=explainer.explain,
+        variables=explainer.variables,
         class_names=class_names,
         image_size=image_size,
         resize=resize,
@@ -84,11 +95,6 @@ def export_classifier(
     )
     write_atomically(folder / "labels.txt", format_labels(class_names))
     write_reference(folder / "reference.json", bundle.reference)
-    probabilities = float32_probabilities = scored.probabilities[positions]
-    if computes_in_half_precision(bundle.model) and not RUN_PRECISION_FORMATS.issuperset(config.export.formats):
-        check()
-        with as_plain_float32(bundle.model):
-            float32_probabilities = make_explainer(classifier)(parity_images)["probabilities"]
     parity_data = ParityExamples(parity_images, scored.labels[positions], probabilities, float32_probabilities)
     return export_formats(folder, config.export.formats, bundle, parity_data, config.export.max_accuracy_drop, check)
 

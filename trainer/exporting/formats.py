@@ -32,8 +32,9 @@ def export_keras(bundle: ExportBundle, path: Path) -> None:
     S is `bundle.image_size`, here and in `export_onnx`.
     `keras.saving.load_model(path)` loads the file in safe mode, without this package.
     """
-    with temporary_folder(path) as folder, as_plain_float32(bundle.model):
-        bundle.model.save(f"{folder}/{path.name}")
+    model = bundle.build_model()
+    with temporary_folder(path) as folder, as_plain_float32(model):
+        model.save(f"{folder}/{path.name}")
         sync(folder / path.name)
         os.replace(folder / path.name, path)
 
@@ -48,13 +49,8 @@ def export_onnx(bundle: ExportBundle, path: Path) -> None:
     import tf2onnx
 
     logging.getLogger("tf2onnx").setLevel(logging.WARNING)
-    model, size = bundle.model, bundle.image_size
-    spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with as_plain_float32(model):
-        predict = tf.function(
-            lambda images: {"probabilities": model(images, training=False)}, input_signature=spec, autograph=False
-        )
-        converted, _ = tf2onnx.convert.from_function(predict, input_signature=spec, opset=ONNX_OPSET)
+    signature = [tf.TensorSpec([None, bundle.image_size, bundle.image_size, 3], tf.float32, "images")]
+    converted, _ = tf2onnx.convert.from_function(bundle.predict_in_float32, signature, opset=ONNX_OPSET)
     onnx.helper.set_model_props(converted, {"labels": format_labels(bundle.class_names)})
     write_atomically(path, converted.SerializeToString())
 

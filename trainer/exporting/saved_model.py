@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,13 @@ from trainer.data.decoding import decode_image
 from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.reference import write_reference
+from trainer.models.grad_cam import trace
 from trainer.storage.local import temporary_folder, write_atomically
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"  # the path that TensorFlow Serving expects
 # Images in the larger of two warm-up requests: after a warm-up with one image, the first larger batch would be slow.
 WARMUP_BATCH_SIZE = 4
 MAX_PARALLEL_DECODING = 32  # images of one request that are decoded at the same time
-
-trace = partial(tf.function, autograph=False)  # AutoGraph would double the tracing time, and no function needs it
 
 
 def write_warmup(saved_model: Path, image_size: int) -> None:
@@ -54,26 +52,18 @@ def _encode_request(signature: str, name: str, value: np.ndarray) -> bytes:
 
 
 class _ServedModule(tf.Module):
-    """The object that is saved: the functions of the signatures, the model's variables, and two assets.
+    """The object that is saved: the functions of the signatures, the variables that they read, and two assets.
 
-    The model is not an attribute, because saving or loading its thousands of objects would take seconds. The functions
-    `images` and `decode` are traced once; the signatures for encoded images call `decode`, and `image_bytes` also
-    `images`.
+    A Keras model is not an attribute, because saving or loading its thousands of objects would take seconds. The
+    signatures for encoded images call `decode`, which is traced once.
     """
 
     def __init__(self, bundle: ExportBundle, labels: Path, reference: Path) -> None:
         super().__init__(name="classifier")
-        model, side, resize, orientation = bundle.model, bundle.image_size, bundle.resize, bundle.orientation
+        side, resize, orientation = bundle.image_size, bundle.resize, bundle.orientation
         self.labels, self.reference = (tf.saved_model.Asset(str(path)) for path in (labels, reference))
-        self.model_variables = [variable.value for variable in model.variables]
-        images_spec, encoded_spec = (
-            tf.TensorSpec([None, side, side, 3], tf.float32, "images"),
-            tf.TensorSpec([None], tf.string, "image_bytes"),
-        )
-
-        @trace(input_signature=[images_spec])
-        def images(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {"probabilities": model(images, training=False)}
+        self.model_variables = list(bundle.variables)
+        encoded_spec = tf.TensorSpec([None], tf.string, "image_bytes")
 
         @trace(input_signature=[encoded_spec])
         def decode(image_bytes: tf.Tensor) -> tf.Tensor:
@@ -86,13 +76,13 @@ class _ServedModule(tf.Module):
 
         @trace(input_signature=[encoded_spec])
         def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-            return images(tf.cast(decode(image_bytes), tf.float32))
+            return bundle.predict(tf.cast(decode(image_bytes), tf.float32))
 
         @trace(input_signature=[encoded_spec])
         def explain(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
             return bundle.explain(decode(image_bytes))
 
-        self.images, self.image_bytes, self.explain = images, image_bytes, explain
+        self.images, self.image_bytes, self.explain = bundle.predict, image_bytes, explain
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:

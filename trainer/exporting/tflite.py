@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
-from trainer.exporting.bundle import ExportBundle, as_plain_float32
+from trainer.exporting.bundle import ExportBundle
 from trainer.exporting.model_card import format_labels
 from trainer.monitoring.log import suppress_litert_output
 from trainer.storage.local import write_atomically
@@ -102,15 +102,11 @@ def export_tflite(bundle: ExportBundle, path: Path, precision: Precision) -> Non
             if there is a kernel, otherwise in float32; "int8": 8-bit weights and computation, with ranges calibrated
             on training images. Input and output are float32, or uint8 for "int8" (probabilities in steps of 1/256).
     """
-    size = bundle.image_size
-    spec = [tf.TensorSpec([None, size, size, 3], tf.float32, "images")]
-    with as_plain_float32(bundle.model), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # The converter warns of missing input statistics, but it measures them on the calibration images.
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs were expected")
-        predict = tf.function(
-            lambda images: bundle.model(images, training=False), input_signature=spec, autograph=False
-        )
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], bundle.model)
+        predict = bundle.predict_in_float32
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([predict.get_concrete_function()], predict)
         converter.experimental_lower_to_saved_model = False  # weights stay constants, which is faster; int8 needs it
         if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]

@@ -8,7 +8,7 @@ Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ CONVOLUTIONS = {
 }
 # Kernels and bias of a folded convolution, in its compute dtype. A SeparableConv2D has a depthwise and a pointwise
 # kernel, the other layers have one.
-FoldedWeights = tuple[list[tf.Tensor], tf.Tensor]
+FoldedWeights = tuple[Sequence[tf.Tensor | tf.Variable], tf.Tensor | tf.Variable]
 
 
 def apply_folded(
@@ -73,6 +73,14 @@ def fold_weights(network: keras.Model) -> dict[str, FoldedWeights]:
     return {convolution.name: _fold(convolution, norm) for convolution, norm in find_foldable_pairs(network)}
 
 
+def fold_into_variables(network: keras.Model) -> dict[str, FoldedWeights]:
+    """Like `fold_weights`, but return variables, which a SavedModel stores outside its graph (limited to 2 GB)."""
+    return {
+        name: ([tf.Variable(kernel, trainable=False) for kernel in kernels], tf.Variable(bias, trainable=False))
+        for name, (kernels, bias) in fold_weights(network).items()
+    }
+
+
 def find_foldable_pairs(network: keras.Model) -> list[tuple[keras.Layer, keras.layers.BatchNormalization]]:
     """Find the pairs of a convolution without activation and the BatchNormalization that is its only consumer.
 
@@ -117,7 +125,7 @@ def _fold(convolution: Any, norm: Any) -> FoldedWeights:
 
 def _convolve(convolution: Any, weights: FoldedWeights, maps: Any, **_: Any) -> Any:
     """Convolve feature maps [b, h, w, C] with folded weights, in the layer's compute dtype."""
-    op, (kernels, bias) = CONVOLUTIONS[type(convolution)], weights
+    op, (kernels, bias) = CONVOLUTIONS[type(convolution)], tf.nest.map_structure(tf.convert_to_tensor, weights)
     options = {name: getattr(convolution, name) for name in ("strides", "padding", "dilation_rate")}
     outputs = op(tf.cast(maps, convolution.compute_dtype), *kernels, **options)
     return tf.nn.bias_add(outputs, bias)  # bias_add, because TensorFlow fuses it with the convolution

@@ -20,7 +20,7 @@ from trainer.models.batch_norm import (
     update_moving_averages,
     use_example_weights,
 )
-from trainer.models.bn_folding import apply_folded
+from trainer.models.bn_folding import FoldedWeights, apply_folded
 from trainer.models.weights import build_with_weights
 from trainer.stateless_random import DROPOUT, random_uniform
 
@@ -64,8 +64,9 @@ class Classifier:
     image_size: int
 
     def features(
-        self, images: Any, batch_norm_training: bool = False, weight: Any = None, fold_trainable: bool = True
-    ) -> Any:
+        self, images: Any, batch_norm_training: bool = False, weight: Any = None, fold_trainable: bool = True,
+        folded: Mapping[str, FoldedWeights] | None = None,
+    ) -> Any:  # fmt: skip
         """Compute feature maps, [b, h, w, C] in the backbone's compute dtype.
 
         Args:
@@ -75,10 +76,12 @@ class Classifier:
                 `training=True` could update the averages (keras#20285).
             weight: 1 for examples and 0 for padding, float32 [b]. Batch statistics exclude padding; None includes all.
             fold_trainable: whether trainable BatchNormalization layers are folded too (`bn_folding.apply_folded`).
+            folded: the backbone's folded weights, if its variables no longer change; by default they are computed from
+                the variables in each call.
         """
         pixels = self.spec.preprocess(keras.ops.cast(images, "float32"))
         with use_example_weights(weight if batch_norm_training else None):
-            return apply_folded(self.backbone, pixels, batch_norm_training, fold_trainable=fold_trainable)
+            return apply_folded(self.backbone, pixels, batch_norm_training, folded, fold_trainable)
 
     def pool(self, features: Any) -> Any:
         """Pool feature maps [b, h, w, C] to float32 [b, C]. Features [b, C] are already pooled, and only cast."""

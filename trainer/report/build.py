@@ -1,5 +1,6 @@
 """Build the report of a scored split from its predictions and images, and write its figures for TensorBoard."""
 
+import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
+from tensorboard.plugins.image.metadata import create_summary_metadata
 
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
@@ -198,12 +201,17 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
 
 
 def write_tensorboard_images(folder: Path, logs: Path, report: Mapping[str, Any], step: int) -> None:
-    """Write the figures of the report in `folder` to `logs`, which is replaced, as TensorBoard images of `step`."""
+    """Write the figures of the report in `folder` to `logs`, which is replaced, as TensorBoard images of `step`.
+
+    The PNG files are written as they are: `tf.summary.image` would encode their pixels again, which takes longer than
+    drawing them. Its format is a tensor of strings: width, height, and one PNG per image.
+    """
     shutil.rmtree(logs, ignore_errors=True)
-    writer = tf.summary.create_file_writer(str(logs))
+    writer, metadata = tf.summary.create_file_writer(str(logs)), create_summary_metadata(None, None)
     with writer.as_default(step=step), tf.device("CPU"):
         for name, file in report["figures"].items():
-            image = tf.io.decode_png((folder / file).read_bytes(), channels=3)
-            tf.summary.image(f"report/{name}", image[None])
+            png = (folder / file).read_bytes()
+            width, height = Image.open(io.BytesIO(png)).size
+            tf.summary.write(f"report/{name}", tf.constant([str(width), str(height), png]), metadata=metadata)
     writer.close()
     log.info(f"figures: {folder}, and in TensorBoard under {logs.name}")
