@@ -464,7 +464,7 @@ def finish(run: RunContext) -> None:
         StopRequested: a stop was requested. The next start repeats this function.
     """
     # Imported here, because SciPy and matplotlib would delay the first training step by seconds.
-    from trainer.exporting.export import export_classifier
+    from trainer.exporting.export import choose_parity_examples, export_classifier
     from trainer.exporting.formats import raise_if_refused
     from trainer.exporting.model_card import write_model_card
     from trainer.models.grad_cam import make_explainer
@@ -479,7 +479,11 @@ def finish(run: RunContext) -> None:
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
-        predictions = run.scorer.score(images.split(split), config.training.batch_size, f"scores of {split}")
+        scorer, embedded = (
+            run.scorer.with_embeddings(run.classifier),
+            choose_parity_examples(dataset.splits[split].count),
+        )
+        predictions = scorer.score(images.split(split), config.training.batch_size, "final scores", embedded=embedded)
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
@@ -497,7 +501,6 @@ def finish(run: RunContext) -> None:
         log.info("exporting")
         exports = export_classifier(saver.path / "export", run.classifier, images, predictions, explain, check=check)
         exports = {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()}
-        check()
         clock.lap()
         log.info("writing the report")
         health.set_activity("report")

@@ -140,6 +140,9 @@ class SplitPredictions:
     labels: np.ndarray  # int32 [n]: class index
     probabilities: np.ndarray  # float32 [n, classes]
     losses: np.ndarray | tuple[()] = ()  # float32 [n]: cross-entropy of the logits; () if not computed
+    # int64 [m]: indices of the examples with an embedding, ascending; () if no embeddings were requested
+    embedded_indices: np.ndarray | tuple[()] = ()
+    embeddings: np.ndarray | tuple[()] = ()  # float32 [m, C]: pooled features of these examples
 
 
 @dataclass(frozen=True)

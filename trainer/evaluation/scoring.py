@@ -1,7 +1,8 @@
 """Predict and score a split on all replicas and workers, and compute the validation scores of an epoch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -33,44 +34,76 @@ class Network(Protocol):
         """Return logits, float32 [b, classes], for images [b, S, S, 3] in 0..255, or for features if it is a tail."""
 
 
+class EmbeddingNetwork(Network, Protocol):
+    """A network that also computes embeddings, such as a classifier."""
+
+    def logits_and_embeddings(self, images: Any) -> tuple[Any, Any]:
+        """Return logits, float32 [b, classes], and pooled features, float32 [b, C], for images [b, S, S, 3]."""
+
+
+class Predictions(NamedTuple):
+    """Predictions for n examples, and embeddings of m of them, both ordered by example index."""
+
+    probabilities: np.ndarray  # float32 [n, classes]
+    labels: np.ndarray  # int32 [n]
+    indices: np.ndarray  # int64 [n]: example indices
+    losses: np.ndarray  # float32 [n]: cross-entropy of the logits
+    embedded_indices: np.ndarray  # int64 [m]: indices of the examples with an embedding
+    embeddings: np.ndarray  # float32 [m, C]
+
+
 class Predictor:
     """A network that predicts batches of a distributed dataset, compiled for the replicas of a strategy."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
-        self.strategy, self.network = strategy, network
+    def __init__(
+        self, strategy: tf.distribute.Strategy, network: Network, embedder: EmbeddingNetwork | None = None
+    ) -> None:
+        """Create a predictor. `embedder`: the same network if it should compute embeddings too."""
+        self.strategy, self.network, self.embedder = strategy, network, embedder
         self._predict = tf.function(lambda batch: strategy.run(self._replica, args=(batch,)), autograph=False)
 
-    def _replica(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, Batch]:
-        logits = self.network.logits(batch["image"], training=False)
+    def _replica(self, batch: Batch) -> tuple[tf.Tensor, ...]:
+        """Return probabilities, losses, labels, indices, weights and, with an embedder, embeddings of a batch."""
+        if self.embedder is not None:
+            logits, embeddings = self.embedder.logits_and_embeddings(batch["image"])
+        else:
+            logits, embeddings = self.network.logits(batch["image"], training=False), None
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
-        return tf.nn.softmax(logits), losses, batch
+        outputs = tf.nn.softmax(logits), losses, batch["label"], batch["index"], batch["weight"]
+        return outputs if embeddings is None else (*outputs, embeddings)
 
     def predict(
-        self, batches: Any, count: int, is_ready: Callable[[], bool] = lambda: True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        self,
+        batches: Any,
+        count: int,
+        is_ready: Callable[[], bool] = lambda: True,
+        embedded: np.ndarray | tuple[()] = (),
+    ) -> Predictions:
         """Predict batches of a distributed dataset.
 
         Args:
             batches: iterable of distributed batches (`trainer.types.Batch`).
             count: number of batches to predict.
             is_ready: called before each batch; the prediction ends early if it returns False.
+            embedded: indices of the examples whose embeddings are returned; requires an embedder.
 
         Returns:
-            Probabilities float32 [n, classes], labels int32 [n], example indices int64 [n] and losses (cross-entropy of
-            the logits) float32 [n], without padding, ordered by index.
+            The predictions, without those for padding.
         """
-        chunks: list[tuple[np.ndarray, ...]] = []
+        chunks: list[Predictions] = []
         stream, local_results = iter(batches), self.strategy.experimental_local_results
         for i in range(count):
             health.record_progress(i, count)
             if not is_ready():
                 break
-            outputs, losses, batch = self._predict(next(stream))
-            other_columns = [local_results(batch[k]) for k in ("label", "index", "weight")]
-            for tensors in zip(local_results(outputs), local_results(losses), *other_columns, strict=True):
-                probabilities, loss, label, index, weight = (tensor.numpy() for tensor in tensors)
-                is_example = weight > 0  # padding has weight 0
-                chunks.append((probabilities[is_example], label[is_example], index[is_example], loss[is_example]))
+            columns = [local_results(column) for column in self._predict(next(stream))]
+            for tensors in zip(*columns, strict=True):
+                probabilities, losses, labels, indices, weights, *others = (tensor.numpy() for tensor in tensors)
+                is_example = weights > 0  # padding has weight 0
+                has_embedding = is_example & np.isin(indices, embedded)
+                embeddings = others[0][has_embedding] if others else np.zeros((0, 0), np.float32)
+                rows = (column[is_example] for column in (probabilities, labels, indices, losses))
+                chunks.append(Predictions(*rows, indices[has_embedding], embeddings))
         return _join_by_index(chunks)
 
 
@@ -87,6 +120,7 @@ class Scorer:
         sharding: Sharding = UNSHARDED,
         on_wait: Callable[[float], None] = lambda _: None,
         rows: int | None = None,
+        embedder: EmbeddingNetwork | None = None,
     ) -> None:
         """Create a scorer.
 
@@ -96,12 +130,24 @@ class Scorer:
             sharding: which examples this worker predicts.
             on_wait: called with the seconds of each wait for shards from a bucket.
             rows: images per replica and device call; defaults to the batch size per replica.
+            embedder: the same network if it should compute embeddings too.
         """
         self.worker, self.sharding, self.on_wait, self.rows = worker, sharding, on_wait, rows
-        self.predictor = Predictor(worker.strategy, network)
+        self.predictor = Predictor(worker.strategy, network, embedder)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
-    def score(self, source: BatchSource, batch_size: int, topic: str, fraction: float = 1.0) -> SplitPredictions:
+    def with_embeddings(self, network: EmbeddingNetwork) -> "Scorer":
+        """Return a scorer with the settings of this one that also computes the embeddings of `network`."""
+        return Scorer(self.worker, network, self.sharding, self.on_wait, self.rows, embedder=network)
+
+    def score(
+        self,
+        source: BatchSource,
+        batch_size: int,
+        topic: str,
+        fraction: float = 1.0,
+        embedded: np.ndarray | tuple[()] = (),
+    ) -> SplitPredictions:
         """Predict the examples of `source`. All workers must call this.
 
         A stop request ends the call early, with incomplete predictions and without an exception, so call
@@ -112,6 +158,7 @@ class Scorer:
             batch_size: the global batch size.
             topic: name under which the predictions are gathered on the control channel, the same on all workers.
             fraction: fraction of the batches to predict; every call predicts the same examples.
+            embedded: indices of the examples whose embeddings are returned; requires an embedder.
 
         Returns:
             On the chief, the predictions for all these examples; on any other worker, only for the examples in its
@@ -125,20 +172,19 @@ class Scorer:
         rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
         gate, count = batches.open_gate(), rows
         with convert_data_errors(source):
-            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, count))
+            ready = partial(self._wait_for_shards, gate, count)
+            predictions = self.predictor.predict(stream, batches.count or 0, ready, embedded)
         gate.close()
         if self.worker.size > 1:
-            keys = ("probabilities", "labels", "indices", "losses")
-            shards = self.worker.control.gather_arrays(topic, dict(zip(keys, arrays, strict=True)))
+            shards = self.worker.control.gather_arrays(topic, predictions._asdict())
             if shards:
-                arrays = _join_by_index([tuple(shard[n] for n in keys) for shard in shards if len(shard["labels"])])
-        probabilities, labels, indices, losses = arrays
-        if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
+                predictions = _join_by_index([Predictions(**shard) for shard in shards if len(shard["labels"])])
+        if self.worker.is_chief and not len(predictions.labels) and self.worker.stop.reason is None:
             reasons = [f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.bad.items())]
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
-        return SplitPredictions(source.split.name, indices, labels, probabilities, losses)
+        return SplitPredictions(source.split.name, **predictions._asdict())
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
         """Return the batches of a source and their distributed dataset, which are built once and reused later."""
@@ -165,15 +211,21 @@ class Scorer:
         return self.worker.stop.reason is None
 
 
-def _join_by_index(
-    chunks: Sequence[tuple[np.ndarray, ...]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate tuples of arrays (probabilities, labels, indices, losses), and sort the rows by index."""
+def _join_by_index(chunks: Sequence[Predictions]) -> Predictions:
+    """Concatenate predictions, and sort the rows by index."""
     if not chunks:
-        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    probabilities, labels, indices, losses = (np.concatenate(column) for column in zip(*chunks, strict=True))
-    order = np.argsort(indices, kind="stable")
-    return probabilities[order], labels[order], indices[order], losses[order]
+        no_rows, no_indices = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+        return Predictions(no_rows, np.zeros(0, np.int32), no_indices, np.zeros(0, np.float32), no_indices, no_rows)
+    *columns, embedded_indices = (np.concatenate(column) for column in list(zip(*chunks, strict=True))[:-1])
+    # A chunk without embeddings has no width.
+    embeddings = [chunk.embeddings for chunk in chunks if len(chunk.embedded_indices)] or [chunks[0].embeddings]
+    order = np.argsort(columns[2], kind="stable")
+    embedded_order = np.argsort(embedded_indices, kind="stable")
+    return Predictions(
+        *(column[order] for column in columns),
+        embedded_indices[embedded_order],
+        np.concatenate(embeddings)[embedded_order],
+    )
 
 
 def compute_validation_scores(

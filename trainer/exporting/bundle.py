@@ -49,6 +49,17 @@ class ParityExamples:
     float32_probabilities: np.ndarray
 
 
+def sample_examples(examples: ParityExamples, max_count: int) -> ParityExamples:
+    """Return at most `max_count` of the examples, at equal intervals."""
+    rows = np.linspace(0, len(examples.labels) - 1, min(max_count, len(examples.labels))).astype(np.int64)
+    return ParityExamples(
+        examples.images[rows],
+        examples.labels[rows],
+        examples.probabilities[rows],
+        examples.float32_probabilities[rows],
+    )
+
+
 def _collect_layers(root: Any) -> list[Any]:
     """List a model and its layers, including the layers of nested models."""
     return [root, *(inner for layer in getattr(root, "layers", ()) for inner in _collect_layers(layer))]

@@ -33,6 +33,11 @@ MAX_PARITY_EXAMPLES = 1000  # examples with which each exported file is compared
 MAX_CALIBRATION_IMAGES = 200  # training images for calibrating int8 quantization
 
 
+def choose_parity_examples(count: int) -> np.ndarray:
+    """Choose the examples of a split of `count` examples for the parity check, int64 [n] in ascending order."""
+    return _sample_indices(count, MAX_PARITY_EXAMPLES)
+
+
 def _sample_indices(count: int, max_samples: int) -> np.ndarray:
     """Sample up to `max_samples` distinct indices in [0, `count`), int64 [n] in ascending order.
 
@@ -54,7 +59,7 @@ def export_classifier(
     Args:
         images: images of the run's dataset, for the parity check and the calibration of int8.
         scored: predictions for all decodable examples of the test split, or of the validation split if there is no
-            test split.
+            test split. Embeddings that it has, those of `choose_parity_examples`, are not computed again.
         explainer: computes probabilities, embeddings and heatmaps of `classifier`.
         check: called before each format and each batch of the parity check; may raise an exception to stop the export.
 
@@ -66,9 +71,13 @@ def export_classifier(
         ModelError: a written file cannot be loaded.
     """
     config, dataset, image_size = images.config, images.dataset, classifier.image_size
-    positions = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
+    if len(scored.embedded_indices):
+        positions = np.searchsorted(scored.indices, scored.embedded_indices)
+    else:
+        positions = choose_parity_examples(len(scored.indices))
     parity_images = images.rows(scored.split, scored.indices[positions])
-    class_names, resize, embeddings = dataset.class_names, config.model.resize, explainer(parity_images)["embedding"]
+    embeddings = np.asarray(scored.embeddings) if len(scored.embeddings) else explainer(parity_images)["embedding"]
+    class_names, resize = dataset.class_names, config.model.resize
     calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
     reference = compute_reference(scored.split, class_names, scored.probabilities, embeddings, image_size, resize)
     reference["orientation"] = config.data.orientation

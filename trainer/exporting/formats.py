@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.errors import ConfigError, ModelError
-from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32
+from trainer.exporting.bundle import ExportBundle, ParityExamples, as_plain_float32, sample_examples
 from trainer.exporting.model_card import format_labels
 from trainer.exporting.saved_model import export_saved_model
 from trainer.exporting.tflite import export_tflite
@@ -68,6 +68,9 @@ FORMATS: dict[str, tuple[str, Callable[[ExportBundle, Path], None]]] = {
 # Formats that compute in the run's precision, and are compared with its probabilities. All others are converted from
 # the float32 model, and are compared with float32 probabilities.
 RUN_PRECISION_FORMATS = frozenset({"saved_model"})
+# Examples with which these are checked. They contain the trainer's own functions, which round as in the trainer, and an
+# error in writing or reading would change all predictions.
+MAX_UNCONVERTED_EXAMPLES = 256
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # packages of the extra `onnx`
 
 
@@ -133,7 +136,7 @@ def export_formats(
         path = folder / relative_path
         write(bundle, path)
         expected = (
-            held_out
+            sample_examples(held_out, MAX_UNCONVERTED_EXAMPLES)
             if name in RUN_PRECISION_FORMATS
             else replace(held_out, probabilities=held_out.float32_probabilities)
         )

@@ -130,6 +130,14 @@ class Classifier:
         maps = self.features(images, batch_norm_training, weight, fold_trainable=not training)
         return self.head_logits(maps, training, seed, step, position, weight)
 
+    def logits_and_embeddings(self, images: Any) -> tuple[Any, Any]:
+        """Compute logits, float32 [b, classes], and embeddings (pooled features), float32 [b, C], of images.
+
+        `images` is uint8 or float32 [b, S, S, 3] in 0..255.
+        """
+        maps = self.features(images)
+        return self.head_logits(maps), self.pool(maps)
+
     def probabilities(self, images: Any) -> Any:
         """Compute class probabilities, float32 [b, classes], of images, uint8 or float32 [b, S, S, 3] in 0..255."""
         return keras.ops.softmax(self.logits(images))
