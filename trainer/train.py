@@ -477,13 +477,10 @@ def finish(run: RunContext) -> None:
     health.enter_phase(FINISH)
     images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
-        split = choose_scored_split(dataset.splits)
-        log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")
-        scorer, embedded = (
-            run.scorer.with_embeddings(run.classifier),
-            choose_parity_examples(dataset.splits[split].count),
-        )
-        predictions = scorer.score(images.split(split), config.training.batch_size, "final scores", embedded=embedded)
+        split = dataset.splits[choose_scored_split(dataset.splits)]
+        log.info(f"evaluating {split.count:,} {split.name} examples")
+        scorer, embedded = run.scorer.with_embeddings(run.classifier), choose_parity_examples(split.count)
+        predictions = scorer.score(images.split(split.name), config.training.batch_size, "final", embedded=embedded)
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()

@@ -83,6 +83,9 @@ class _ServedModule(tf.Module):
             return bundle.explain(decode(image_bytes))
 
         self.images, self.image_bytes, self.explain = bundle.predict, image_bytes, explain
+        # Traced before `tf.saved_model.save`, in whose context TensorFlow would trace `bundle.predict` again.
+        for function in (image_bytes, explain):
+            function.get_concrete_function()
 
 
 def export_saved_model(bundle: ExportBundle, folder: Path) -> None:
