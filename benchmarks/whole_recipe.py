@@ -1,4 +1,4 @@
-"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and ours.
+"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and our defaults.
 
     python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 1.0
 
@@ -26,11 +26,10 @@ from benchmarks.results import Comparison, Result, Table, save, spread
 from trainer.evaluation.intervals import wilson_interval
 
 PEERS = {"Keras as in the notebook": "notebook", "Keras corrected": "corrected", "best plain Keras": "best"}
-LIVE = ["phases.head.features=live", "phases.fine_tune.features=live"]
 AUGMENTATIONS = {"no augmentation": "none", "flip, rotation, zoom": "standard"}
 OURS: dict[str, dict[str, list[str]]] = {  # augmentation -> side -> additional arguments
-    "no augmentation": {"ours": [], "ours, live": LIVE},
-    "flip, rotation, zoom": {"ours, 2 fixed views in the head": ["phases.head.augmented_views=2"], "ours, live": LIVE},
+    "no augmentation": {"ours": []},
+    "flip, rotation, zoom": {"ours": [], "ours, 2 fixed views in the head": ["phases.head.augmented_views=2"]},
 }
 WHOLE = "whole process"
 PHASES = {"head": "head", "fine_tune": "from layer 100"}
