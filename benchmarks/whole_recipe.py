@@ -1,4 +1,4 @@
-"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and our defaults.
+"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and ours.
 
     python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 1.0
 

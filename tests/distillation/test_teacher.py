@@ -81,7 +81,7 @@ with strategy.scope():
 batch = {"image": images, "label": np.zeros(4, np.int32), "weight": np.ones(4, np.float32), "index": np.arange(4)}
 parts = tf.data.Dataset.from_tensor_slices(batch).batch(2)
 stream = strategy.distribute_datasets_from_function(lambda _: parts)
-print("RESULT" + json.dumps(Predictor(strategy, teacher).predict(stream, 1)[0].tolist()))
+print("RESULT" + json.dumps(Predictor(strategy, teacher).predict(stream, 1).probabilities.tolist()))
 """
 
 
@@ -98,6 +98,7 @@ def test_scoring_takes_a_teacher(model: keras.Model, exported: Path) -> None:
     rows = {"image": images, "label": np.zeros(4, np.int32), "weight": np.array([1, 1, 0, 1], np.float32)}
     batches = tf.data.Dataset.from_tensor_slices(rows | {"index": np.array([3, 1, 0, 2])}).batch(2)
     teacher = load_saved_model_teacher(exported, "x")
-    probabilities, _, indices, *_ = Predictor(tf.distribute.get_strategy(), teacher).predict(batches, 2)
+    predicted = Predictor(tf.distribute.get_strategy(), teacher).predict(batches, 2)
+    probabilities, indices = predicted.probabilities, predicted.indices
     assert indices.tolist() == [1, 2, 3]
     np.testing.assert_allclose(probabilities, model.predict(images.astype("float32"), verbose=0)[[1, 3, 0]], atol=1e-5)

@@ -273,7 +273,8 @@ for name, make in {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam
         rows, _, _ = step.run(batches, 7, 0, 0)
         values = variables.copy_values(network.variables | step.checkpoint_variables())
         validation = strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))
-        p, labels, index, *_ = Predictor(strategy, network).predict(validation, 3)
+        predicted = Predictor(strategy, network).predict(validation, 3)
+        p, labels, index = predicted.probabilities, predicted.labels, predicted.indices
         out[f"{name}-{len(extra)}"] = [
             rows.tolist(), [v.ravel().tolist() for v in values.values()], p.tolist(), labels.tolist(), index.tolist()]
 print("RESULT" + json.dumps(out))

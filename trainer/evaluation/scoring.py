@@ -1,8 +1,9 @@
 """Predict and score a split on all replicas and workers, and compute the validation scores of an epoch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -41,7 +42,8 @@ class EmbeddingNetwork(Network, Protocol):
         """Return logits, float32 [b, classes], and pooled features, float32 [b, C], for images [b, S, S, 3]."""
 
 
-class Predictions(NamedTuple):
+@dataclass(frozen=True)
+class Predictions:
     """Predictions for n examples, and embeddings of m of them, both ordered by example index."""
 
     probabilities: np.ndarray  # float32 [n, classes]
@@ -176,7 +178,7 @@ class Scorer:
             predictions = self.predictor.predict(stream, batches.count or 0, ready, embedded)
         gate.close()
         if self.worker.size > 1:
-            shards = self.worker.control.gather_arrays(topic, predictions._asdict())
+            shards = self.worker.control.gather_arrays(topic, vars(predictions))
             if shards:
                 predictions = _join_by_index([Predictions(**shard) for shard in shards if len(shard["labels"])])
         if self.worker.is_chief and not len(predictions.labels) and self.worker.stop.reason is None:
@@ -184,7 +186,7 @@ class Scorer:
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
-        return SplitPredictions(source.split.name, **predictions._asdict())
+        return SplitPredictions(source.split.name, **vars(predictions))
 
     def _open(self, source: BatchSource, batch_size: int, fraction: float) -> tuple[Batches, Any]:
         """Return the batches of a source and their distributed dataset, which are built once and reused later."""
@@ -216,15 +218,18 @@ def _join_by_index(chunks: Sequence[Predictions]) -> Predictions:
     if not chunks:
         no_rows, no_indices = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
         return Predictions(no_rows, np.zeros(0, np.int32), no_indices, np.zeros(0, np.float32), no_indices, no_rows)
-    *columns, embedded_indices = (np.concatenate(column) for column in list(zip(*chunks, strict=True))[:-1])
-    # A chunk without embeddings has no width.
-    embeddings = [chunk.embeddings for chunk in chunks if len(chunk.embedded_indices)] or [chunks[0].embeddings]
-    order = np.argsort(columns[2], kind="stable")
-    embedded_order = np.argsort(embedded_indices, kind="stable")
+
+    def join(column: str, order: np.ndarray, chunks: Sequence[Predictions] = chunks) -> np.ndarray:
+        return np.concatenate([getattr(chunk, column) for chunk in chunks])[order]
+
+    order = np.argsort(np.concatenate([chunk.indices for chunk in chunks]), kind="stable")
+    embedded_order = np.argsort(np.concatenate([chunk.embedded_indices for chunk in chunks]), kind="stable")
+    # The embeddings of a chunk that has none have no width.
+    with_embeddings = [chunk for chunk in chunks if len(chunk.embedded_indices)] or list(chunks[:1])
     return Predictions(
-        *(column[order] for column in columns),
-        embedded_indices[embedded_order],
-        np.concatenate(embeddings)[embedded_order],
+        *(join(column, order) for column in ("probabilities", "labels", "indices", "losses")),
+        join("embedded_indices", embedded_order),
+        join("embeddings", embedded_order, with_embeddings),
     )
 
 
