@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: flo
 
 
 def response(port: int, path: str = "/healthz") -> tuple[int, str]:
-    """Code and text of a response; (0, "") before the server listens."""
+    """Code and text of a response; (0, "") before the server listens, and if the process ends during the response."""
     try:
         return get(port, path)
-    except OSError:
+    except (OSError, HTTPException):
         return 0, ""
 
 
