@@ -76,7 +76,7 @@ def our_pass(
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """A function that runs the layers below the cut on the same images, and returns images/s."""
-    rows, pixels = get_images_per_call(), images.split("train").tensor()
+    rows, pixels = get_images_per_call(), images.open_split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])

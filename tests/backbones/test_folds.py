@@ -27,8 +27,10 @@ def test_the_number_of_folds_follows_the_number_of_examples_and_the_rarest_class
     per_class: list[int], expected: int
 ) -> None:
     plan = plan_folds(data_of(per_class), None, 1)
-    assert plan.count == expected
-    counts = np.array([np.bincount(plan.of[data_of(per_class).splits["train"].labels == c]) for c in (0, 1)])
+    assert plan.num_folds == expected
+    counts = np.array(
+        [np.bincount(plan.fold_of_example[data_of(per_class).splits["train"].labels == c]) for c in (0, 1)]
+    )
     assert (np.ptp(counts, axis=1) <= 1).all()  # stratified
     train, scored = plan.split(0)
     assert sorted([*train, *scored]) == list(range(sum(per_class)))
@@ -36,9 +38,9 @@ def test_the_number_of_folds_follows_the_number_of_examples_and_the_rarest_class
 
 def test_above_ten_thousand_examples_or_with_one_fold_the_validation_split_is_scored() -> None:
     for plan in (plan_folds(data_of([6000, 4000], [10, 20]), None, 1), plan_folds(data_of([4, 4], [2, 1]), 1, 1)):
-        assert plan.count == 1
+        assert plan.num_folds == 1
         train, scored = plan.split(0)
-        assert len(scored) == (30 if len(plan.of) > 10_000 else 3)
+        assert len(scored) == (30 if len(plan.fold_of_example) > 10_000 else 3)
         assert train[-1] + 1 == scored[0]
     with raises(DataError, key="folds", value=1, fix="validation_fraction"):
         plan_folds(data_of([4, 4]), 1, 1)
@@ -53,7 +55,7 @@ def test_folds_are_a_function_of_the_seed_and_the_examples() -> None:
 def test_the_examples_of_a_group_are_in_one_fold() -> None:
     groups = [f"patient {i // 4}" for i in range(80)]
     plan = plan_folds(data_of([40, 40]), 5, 1, groups)
-    folds_of = {group: set(plan.of[np.array(groups) == group]) for group in groups}
+    folds_of = {group: set(plan.fold_of_example[np.array(groups) == group]) for group in groups}
     assert {len(folds) for folds in folds_of.values()} == {1}
     assert "grouped" in plan.reason
     few = plan_folds(data_of([40, 40]), None, 1, [f"{i % 3}" for i in range(80)])

@@ -65,14 +65,14 @@ def test_a_fold_is_a_function_of_the_data_and_not_of_the_folds_before(opened: tu
 def test_rows_of_features_are_those_of_the_examples_and_unreadable_ones_remain_so(
     opened: tuple[Network, Dataset],
 ) -> None:
-    features = replace(opened[0].features, bad={5: "broken"})
+    features = replace(opened[0].features, unreadable={5: "broken"})
     indices = np.array([1, 5, 7])
     rows = take_rows(features, indices, "validation")
     assert features.array is not None
     assert rows.array is not None
     np.testing.assert_array_equal(rows.array[:3], features.array[indices])
     assert not rows.array[3].any()
-    assert rows.bad == {1: "broken"}
+    assert rows.unreadable == {1: "broken"}
     np.testing.assert_array_equal(rows.split.labels, features.split.labels[indices])
 
 

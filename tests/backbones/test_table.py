@@ -28,7 +28,7 @@ from trainer.backbones.table import (
 )  # fmt: skip
 from trainer.config.phases import Phase
 from trainer.errors import ConfigError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.paired import compare_paired
 from trainer.storage.path import storage_path
 from trainer.types import Dataset, Split
@@ -68,7 +68,7 @@ def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> 
     rows = rank(NETWORKS, facts_of(*NETWORKS))
     assert [row.label for row in rows] == ["large", "equal", "small", "bad"]  # of two equal ones, the smaller first
     assert [row.accuracy for row in rows] == [0.9, 0.9, 0.89, 0.5]
-    assert rows[2].interval == wilson_interval(178, N)
+    assert rows[2].interval == compute_wilson_interval(178, N)
     assert rows[0].fold_accuracies == [0.8, 1.0]
     correct = {each.label: np.concatenate([f.predictions for f in each.folds]) == LABELS for each in NETWORKS}
     raw = [compare_paired(correct["large"], correct[name]).p for name in ("equal", "small", "bad")]

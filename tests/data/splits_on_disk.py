@@ -52,6 +52,6 @@ def opened(
     options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
     pixels = Pixels(split, log_message=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
     needed = count_image_bytes(split, pixels.size)
-    plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
+    plan = plan_image_cache(cache, needed, memory_budget, disk_budget, read_once=False)  # type: ignore[arg-type]
     fill_cache(pixels, plan, folder / "cache", fingerprint)
     return pixels

@@ -68,14 +68,14 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path, name: str) -> None:
     images = store(tmp_path, **DATA[name])
     everything = np.arange(images.dataset.splits["train"].count)
     with raises(DataError, problem=f"cannot decode {HOME}/{name}"), show_addresses_in_errors(images.addresses):
-        images.rows("train", everything)
+        images.read_images("train", everything)
 
 
 @KINDS
 def test_an_image_that_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     logging.getLogger("trainer").propagate = True
     images = store(tmp_path, on_error="skip", **DATA[name])
-    images.rows("train", np.arange(images.dataset.splits["train"].count))
+    images.read_images("train", np.arange(images.dataset.splits["train"].count))
     assert [line.partition(": ")[0] for line in images.list_undecodable()] == [f"{HOME}/{name}"]
     assert f"skipped {HOME}/{name}" in caplog.text
     assert str(tmp_path) not in caplog.text

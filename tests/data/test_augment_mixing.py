@@ -10,7 +10,7 @@ from scipy import stats
 from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, drawn, level
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
-from trainer.data.augment.mixing import beta_quantiles, mix_pairs
+from trainer.data.augment.mixing import compute_beta_quantiles, mix_pairs
 
 LABELS, WEIGHTS = np.arange(COUNT, dtype=np.int32) * 10, np.ones(COUNT, np.float32)
 OTHER = np.arange(COUNT) ^ 1
@@ -31,7 +31,7 @@ def boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Masks of cutmix, bool [COUNT, SIDE, SIDE], and the fraction that stays visible, [COUNT]."""
     covered = np.zeros((COUNT, SIDE, SIDE), bool)
     centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTMIX_X, draws.CUTMIX_Y)]
-    sides = np.rint(np.sqrt(1 - beta_quantiles(alpha)[level(draws.MIX)]) * SIDE).astype(int)
+    sides = np.rint(np.sqrt(1 - compute_beta_quantiles(alpha)[level(draws.MIX)]) * SIDE).astype(int)
     for mask, x, y, side in zip(covered, *centres, sides, strict=True):
         left, top = x - side // 2, y - side // 2
         mask[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = True
@@ -91,7 +91,7 @@ def test_any_even_part_of_a_batch_gives_the_same_bits(changes: dict[str, float])
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 8.0])
 def test_quantiles_have_the_moments_of_the_beta_distribution(alpha: float) -> None:
-    values = beta_quantiles(alpha)
+    values = compute_beta_quantiles(alpha)
     assert np.isfinite(values).all()
     np.testing.assert_allclose(values.mean(), 0.5, atol=1e-6)
     np.testing.assert_allclose(values.var(), 1 / (4 * (2 * alpha + 1)), rtol=2e-3)

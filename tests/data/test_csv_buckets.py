@@ -49,7 +49,7 @@ def opened(config: RunConfig, lines: list[str] | None = None) -> OpenedData:
 def names(config: RunConfig, data: OpenedData) -> list[str]:
     images = ImageStore(data, config, 10, lambda _: None)
     everything = np.arange(data.dataset.splits["train"].count)
-    assert images.rows("train", everything).std() > 10
+    assert images.read_images("train", everything).std() > 10
     return sorted(images.name_of("train", i) for i in everything)
 
 

@@ -96,8 +96,10 @@ def test_moving_copying_and_touching_change_nothing(pets: Path, tmp_path: Path) 
 
 def test_an_unchanged_file_is_read_once(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, read = folder(tmp_path, pets), []
-    read_whole = fingerprint._read_whole
-    monkeypatch.setattr(fingerprint, "_read_whole", lambda handle, size: read.append(size) or read_whole(handle, size))
+    read_whole = fingerprint._read_all_bytes
+    monkeypatch.setattr(
+        fingerprint, "_read_all_bytes", lambda handle, size: read.append(size) or read_whole(handle, size)
+    )
     assert folder(tmp_path, pets).fingerprint == first.fingerprint
     assert read == []
     os.utime(pets / "dog" / "1.bmp", (1e9 + 1, 1e9 + 1))
@@ -121,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_left_to_decoding(
         raise OSError(5, "Input/output error")
 
     first = folder(tmp_path / "a", pets)
-    monkeypatch.setattr(fingerprint, "_read_whole", fail)
+    monkeypatch.setattr(fingerprint, "_read_all_bytes", fail)
     assert folder(tmp_path / "b", pets).fingerprint != first.fingerprint
 
 

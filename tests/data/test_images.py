@@ -86,8 +86,8 @@ def test_the_cache_holds_every_image_in_index_order(
 def test_rows_are_the_requested_images(splits: dict[str, Split], kind: str, cache: str, tmp_path: Path) -> None:
     pixels = opened(splits[kind], cache, tmp_path)
     indices = np.array([30, 2, 30, 11])
-    np.testing.assert_array_equal(pixels.rows(indices), expected()[indices])
-    assert pixels.rows(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(pixels.read_images(indices), expected()[indices])
+    assert pixels.read_images(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
 
 
 def test_the_tensor_is_over_the_memory_of_the_array(splits: dict[str, Split], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_stop_request_ends_the_verification_of_the_disk_cache(filled: Split, t
         raise StopRequested("stop")
 
     with pytest.raises(StopRequested):
-        opened(filled, "disk", tmp_path, check=stop)
+        opened(filled, "disk", tmp_path, check_stop=stop)
 
 
 def test_a_disk_that_takes_no_more_means_live_decoding(splits: dict[str, Split], tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_disk_that_takes_no_more_means_live_decoding(splits: dict[str, Split],
     assert pixels.cached_in == "none"
     assert re.search(r"cannot be cached in .*File too large", notes[-1])
     assert list((tmp_path / "cache").iterdir()) == []
-    np.testing.assert_array_equal(pixels.rows(np.arange(COUNT)), expected())
+    np.testing.assert_array_equal(pixels.read_images(np.arange(COUNT)), expected())
 
 
 def test_a_cache_folder_that_cannot_be_made_means_live_decoding(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_skipped_image_has_no_weight_and_is_black(kind: str, cache: str, tmp_p
     assert not image[weight == 0].any()
     np.testing.assert_array_equal(image[weight > 0], expected()[index[weight > 0]])
     reason = "Invalid JPEG data, size 300"
-    assert pixels.bad == {12: reason, 33: reason}
+    assert pixels.unreadable == {12: reason, 33: reason}
     assert [n for n in notes if n.startswith("skipped")].count(f"skipped {split.name_of(12)}: {reason}") == 1
 
 
@@ -301,7 +301,7 @@ def test_what_was_skipped_is_remembered_with_the_disk_cache(tmp_path: Path) -> N
     split = file_split(tmp_path)
     damage(split, 12)
     first = opened(split, "disk", tmp_path, on_error="skip")
-    assert opened(split, "disk", tmp_path, on_error="skip").bad == first.bad
+    assert opened(split, "disk", tmp_path, on_error="skip").unreadable == first.unreadable
     with raises(DataError, problem=r"12\.jpg"):
         opened(split, "disk", tmp_path)
 
@@ -330,8 +330,8 @@ def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, how
             list(first_epoch(pixels))
     else:
         skipping = opened(split, "memory", tmp_path, on_error="skip")
-        assert list(skipping.bad) == lost
-        assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
+        assert list(skipping.unreadable) == lost
+        assert all(re.fullmatch(reason, why) for why in skipping.unreadable.values())
 
 
 def test_iteration_ends_if_no_image_is_readable(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_iteration_ends_if_no_image_is_readable(tmp_path: Path) -> None:
     batches = list(first_epoch(pixels))
     assert not np.concatenate([b["weight"] for b in batches]).any()
     assert sorted(np.concatenate([b["index"] for b in batches])[:COUNT]) == list(range(COUNT))
-    assert sorted(pixels.bad) == list(range(COUNT))
+    assert sorted(pixels.unreadable) == list(range(COUNT))
     assert len([n for n in notes if n.startswith("skipped")]) == 20
     assert notes[-1] == "further skipped images are only counted"
 

@@ -86,7 +86,7 @@ def test_a_class_or_split_that_cannot_be_decoded_ends_the_run(tmp_path: Path, ca
     def check(bad: set[int], name: str = "train") -> None:
         root = tmp_path / f"{name}{len(bad)}"
         pixels = pixels_of(undecodable(root, bad, name), cache, tmp_path, on_error="skip", fingerprint=str(root))
-        pixels.rows(np.arange(6))
+        pixels.read_images(np.arange(6))
         require_readable(pixels, ("cat", "dog"))
 
     check({1, 3})
@@ -110,8 +110,8 @@ def test_workers_that_each_read_a_part_refuse_a_class_that_none_can_decode(tmp_p
     splits = {"train": undecodable(tmp_path / "a", {1, 3, 5}), "validation": undecodable(tmp_path / "b", {2})}
     stores = [store(splits, "none", tmp_path) for _ in range(2)]
     for number, images in enumerate(stores):
-        images.rows("train", [3, 4, 5] if number else [0, 1, 2])
-        images.rows("validation", [2] if number else [0, 1])
+        images.read_images("train", [3, 4, 5] if number else [0, 1, 2])
+        images.read_images("validation", [2] if number else [0, 1])
         images.require_readable()
     peers = connected(clusters(2), 20, [])
     in_threads(lambda peer: stores[peer.index].gather_unreadable(peer), peers)
@@ -129,8 +129,8 @@ def test_workers_that_each_read_a_part_refuse_a_class_that_none_can_decode(tmp_p
 def test_an_image_store_refuses_such_a_split_when_it_is_cached(tmp_path: Path) -> None:
     splits = {"train": undecodable(tmp_path / "a", {1, 3, 5}), "validation": undecodable(tmp_path / "b", {2})}
     images = store(splits, "memory", tmp_path)
-    images.split("validation")
+    images.open_split("validation")
     line = "validation: 1 of 6 images could not be decoded, left are 5 (cat 2, dog 3)"
     assert images.describe_readable_counts() == [line]
     with raises(DataError, problem="none of the 3 training images of dog can be decoded"):
-        images.split("train")
+        images.open_split("train")

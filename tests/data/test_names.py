@@ -75,7 +75,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     for where in ("memory", "disk", "none"):
         pixels = Pixels(train, 12, "stretch", "fail")
         fill_cache(pixels, CachePlan(where, 1, ""), tmp_path / "cache", dataset.fingerprint)
-        sums.append(int(pixels.rows(np.arange(train.count)).sum()))
+        sums.append(int(pixels.read_images(np.arange(train.count)).sum()))
     assert len(set(sums)) == 1
 
     options = {"source": "image_folder", "root": str(tmp_path / "photos")}
@@ -120,8 +120,8 @@ def test_a_file_that_is_not_utf8_and_vanishes_is_named(tmp_path: Path, on_error:
     pixels = Pixels(train, 12, "stretch", on_error)  # type: ignore[arg-type]
     if on_error == "skip":
         fill_cache(pixels, CachePlan("memory", 1, ""), tmp_path, "")
-        assert list(pixels.bad) == [index]
-        assert "No such file" in pixels.bad[index]
+        assert list(pixels.unreadable) == [index]
+        assert "No such file" in pixels.unreadable[index]
         return
     with raises(DataError, problem=r"cannot decode .*/caf\\xe9.jpg: .* No such file", fix="data.on_error=skip"):
         fill_cache(pixels, CachePlan("memory", 1, ""), tmp_path, "")

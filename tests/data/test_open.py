@@ -24,7 +24,7 @@ from trainer.config.schema import Data, load
 from trainer.data.image_folder import SUPPORTED_LAYOUT_FIX
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
-from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
+from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_examples, select_per_class
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError, Interrupted, TrainerError
 from trainer.types import Dataset, Shard, Split
@@ -379,14 +379,14 @@ def test_max_examples_mixes_the_classes(tmp_path: Path) -> None:
 def test_limits_on_records_select_the_right_records() -> None:
     labels = np.random.default_rng(0).integers(0, 3, 30).astype(np.int32)
     split = Split("train", labels[2:28], shards=(Shard("a", 15, 2, 15), Shard("b", 15, 0, 13)))
-    for limited in (select_per_class(split, 2, 1), select_at_most(split, 7, 1), take(split, np.arange(26))):
+    for limited in (select_per_class(split, 2, 1), select_at_most(split, 7, 1), select_examples(split, np.arange(26))):
         numbers = [s.start + k + 15 * (s.path == "b") for s in limited.shards for k in range(s.stop - s.start)]
         assert labels[numbers].tolist() == limited.labels.tolist()
         assert numbers == sorted(set(numbers))
         assert [limited.name_of(i) for i in range(limited.count)] == [f"{'ab'[n // 15]}#{n % 15}" for n in numbers]
     assert np.bincount(select_per_class(split, 2, 1).labels).tolist() == [2, 2, 2]
-    assert take(split, np.arange(26)).shards == split.shards
-    assert take(split, np.zeros(0, int)).shards == ()
+    assert select_examples(split, np.arange(26)).shards == split.shards
+    assert select_examples(split, np.zeros(0, int)).shards == ()
 
 
 def test_split_sizes_leave_something_to_train_on() -> None:

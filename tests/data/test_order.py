@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tests.data.orders import epoch_order
 from trainer.data.order import Order, make_sequence_blocks, make_training_blocks, select_examples_to_score
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.types import Shard, Split
 
 
@@ -60,7 +60,7 @@ def test_image_files_are_shuffled_whole_whatever_the_window() -> None:
 @pytest.mark.parametrize("split", [files(53), MANY])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_blocks_from_any_step_continue_the_stream(split: Split, shuffle: bool) -> None:
-    steps = steps_per_epoch(split, 8)
+    steps = count_steps_per_epoch(split, 8)
 
     def rows(epoch: int, step: int, count: int) -> np.ndarray:
         order = Order(batch_size=8, seed=7, window=10, first_epoch=epoch, first_step=step, shuffle=shuffle)

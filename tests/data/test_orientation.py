@@ -131,7 +131,7 @@ def test_the_switch_decides_in_every_cache(tmp_path: Path, cache: str) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(photo(6))
     splits = [Split("train", np.zeros(1, np.int32), (str(path),), orientation=o) for o in ("exif", "ignore")]  # type: ignore[arg-type]
-    turned, stored = (opened(split, cache, tmp_path, size=20).rows(np.array([0]))[0] for split in splits)
+    turned, stored = (opened(split, cache, tmp_path, size=20).read_images(np.array([0]))[0] for split in splits)
     np.testing.assert_array_equal(turned, decoded(photo(6), 20))
     np.testing.assert_array_equal(stored, decoded(photo(6), 20, orientation="ignore"))
     assert not np.array_equal(turned, stored)

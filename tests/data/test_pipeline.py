@@ -19,7 +19,7 @@ from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order
 from trainer.data.pipeline import build_evaluation_batches, build_training_batches
-from trainer.data.sharding import Sharding, ShardingMode, assign_shards, steps_per_epoch
+from trainer.data.sharding import Sharding, ShardingMode, assign_shards, count_steps_per_epoch
 
 BATCH, STEPS = 8, 5  # 37 examples: five batches, the last with three of padding
 ORDER = Order(BATCH, seed=5, window=12)
@@ -74,7 +74,7 @@ class Sources:
 
     def _read(self, source: str) -> np.ndarray:
         """All images, in the order of their indices."""
-        return self.pixels(source).rows(np.arange(COUNT))
+        return self.pixels(source).read_images(np.arange(COUNT))
 
     def _take(self, source: str, augmentation: Augmentation) -> Batches:
         """Three epochs by one worker with one replica."""
@@ -226,7 +226,7 @@ def test_windows_can_be_empty_on_a_worker_by_record(sources: Sources, tmp_path: 
 def test_workers_by_file_read_shards_of_their_own(sources: Sources) -> None:
     pixels = sources.pixels("shards-none")  # 9, 10, 1 and 17 records
     own = assign_shards(pixels.split, 2)
-    steps = steps_per_epoch(pixels.split, BATCH, Sharding(0, 2, "file"))
+    steps = count_steps_per_epoch(pixels.split, BATCH, Sharding(0, 2, "file"))
     assert [list(shards) for shards in own] == [[2, 3], [0, 1]]
     assert steps == 5  # 19 records in rows of 4
     for epoch in range(2):
@@ -252,7 +252,7 @@ def test_workers_by_file_read_shards_of_their_own(sources: Sources) -> None:
 @pytest.fixture(scope="module")
 def four_parts(sources: Sources) -> Batches:
     """Two epochs by four workers that have shards of their own."""
-    steps = steps_per_epoch(sources.pixels("shards-memory").split, BATCH, Sharding(0, 1, "file", 4))
+    steps = count_steps_per_epoch(sources.pixels("shards-memory").split, BATCH, Sharding(0, 1, "file", 4))
     assert steps == 9  # 17 records in rows of 2
     batches = take_global(sources.pixels("shards-memory"), 2 * steps, 4, 1, "file", augmentation=PAIRS)
     index, weight = (np.concatenate([batch[name] for batch in batches[:steps]]) for name in ("index", "weight"))

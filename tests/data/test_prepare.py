@@ -62,7 +62,7 @@ IMAGES = {
 
 
 def pixels_by_name(split: Split, names: list[str], cache: Path) -> dict[str, np.ndarray]:
-    rows = pixels_of(split, "none", cache, size=15).rows(np.arange(split.count))
+    rows = pixels_of(split, "none", cache, size=15).read_images(np.arange(split.count))
     return dict(zip(names, rows, strict=True))
 
 
@@ -133,7 +133,7 @@ def test_all_that_training_skips_is_refused_by_name_or_skipped(tmp_path: Path) -
         path.write_bytes(damaged()[path.name])
     split = folder(tmp_path, root, validation_fraction=0).splits["train"]
     skipping = pixels_of(split, "memory", tmp_path, on_error="skip")
-    assert sorted(split.name_of(index) for index in skipping.bad) == [str(path) for path in paths]
+    assert sorted(split.name_of(index) for index in skipping.unreadable) == [str(path) for path in paths]
     out = prepared(tmp_path, root, on_error="skip")
     records = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
     assert records.count == 6

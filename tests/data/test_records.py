@@ -26,7 +26,7 @@ from trainer.data.records import (
     read_labels,
     serialize_example,
 )
-from trainer.data.tfds_folder import MANIFEST, ShardEntry
+from trainer.data.tfds_folder import MANIFEST_FILE, ShardEntry
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Shard, Split
@@ -104,7 +104,7 @@ def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
     for entry in manifest:
         content = (tmp_path / "out" / entry.file).read_bytes()
         assert (entry.bytes, entry.crc32c) == (len(content), f"{google_crc32c.value(content):08x}")
-    assert [e["file"] for e in json.loads((tmp_path / "out" / MANIFEST).read_text())] == [e.file for e in manifest]
+    assert [e["file"] for e in json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())] == [e.file for e in manifest]
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
@@ -215,7 +215,7 @@ def test_a_truncated_shard_is_named_with_the_record(tmp_path: Path, cut: int) ->
     path = write_shard(tmp_path / "a.tfrec", [serialize_example(noise(i), 0) for i in range(4)])
     os.truncate(path, path.stat().st_size - cut)
     index = index_shard(path)
-    assert index.fault == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
+    assert index.error == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
     assert index.count == 3
 
 
@@ -223,9 +223,9 @@ def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) ->
     path = write_shard(tmp_path / "a.tfrec", [b"x" * 50] * 3)
     content = path.read_bytes()
     path.write_bytes(content[: 2 * 66 + 5])
-    assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).fault)
+    assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).error)
     path.write_bytes(content[:66] + b"\xff" + content[67:])
-    assert "is corrupt at the header of record 1" in str(index_shard(path).fault)
+    assert "is corrupt at the header of record 1" in str(index_shard(path).error)
 
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:

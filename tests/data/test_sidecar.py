@@ -9,7 +9,7 @@ import pytest
 from tests.data.images import noise
 from tests.data.test_open import CLASSES, opened
 from tests.errors import raises
-from trainer.data.tfds_folder import LABELS, MANIFEST, read_manifest_and_labels
+from trainer.data.tfds_folder import LABELS_FILE, MANIFEST_FILE, read_manifest_and_labels
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Dataset
@@ -52,12 +52,12 @@ def test_without_a_shard_it_is_the_same_dataset(tmp_path: Path) -> None:
 
 def test_preparing_again_writes_the_same_labels_and_no_shard(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets")
-    labels, times = (folder / LABELS).read_bytes(), {f: f.stat().st_mtime_ns for f in folder.glob("*.tfrecord*")}
-    assert (write(tmp_path / "other") / LABELS).read_bytes() == labels
-    (folder / LABELS).unlink()
+    labels, times = (folder / LABELS_FILE).read_bytes(), {f: f.stat().st_mtime_ns for f in folder.glob("*.tfrecord*")}
+    assert (write(tmp_path / "other") / LABELS_FILE).read_bytes() == labels
+    (folder / LABELS_FILE).unlink()
     assert read_manifest_and_labels(folder) == ({}, {})
     write(folder)
-    assert (folder / LABELS).read_bytes() == labels
+    assert (folder / LABELS_FILE).read_bytes() == labels
     assert {f: f.stat().st_mtime_ns for f in times} == times
 
 
@@ -78,9 +78,9 @@ def test_a_local_shard_that_is_missing_or_changed_is_not_replaced_by_the_manifes
 def test_labels_that_contradict_the_manifest_are_not_used(tmp_path: Path) -> None:
     folder, other = write(tmp_path / "pets"), write(tmp_path / "other", broken=3)
     for name, content in (
-        (LABELS, (folder / LABELS).read_bytes()[:-20]),
-        (LABELS, (other / LABELS).read_bytes()),
-        (MANIFEST, b"{"),
+        (LABELS_FILE, (folder / LABELS_FILE).read_bytes()[:-20]),
+        (LABELS_FILE, (other / LABELS_FILE).read_bytes()),
+        (MANIFEST_FILE, b"{"),
     ):
         (folder / name).write_bytes(content)
         assert read_manifest_and_labels(folder) == ({}, {})

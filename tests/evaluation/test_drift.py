@@ -10,14 +10,14 @@ import scipy.stats
 
 from trainer.evaluation.drift import (
     Window,
+    compute_embedding_distance,
+    compute_psi,
     compute_psi_quantile,
-    embedding_distance,
-    embedding_distance_quantile,
+    estimate_embedding_distance_quantile,
+    get_most_severe_level,
     measure_drift,
     merge_bins,
-    most_severe_level,
     parse_reference,
-    population_stability_index,
 )
 
 WIDTH = 6
@@ -26,15 +26,15 @@ WIDTH = 6
 def test_population_stability_is_the_documented_sum() -> None:
     a, b = np.array([500_000, 300_000, 200_000]), np.array([200_000, 300_000, 500_000])
     expected = 2 * 0.3 * np.log(0.5 / 0.2)
-    assert population_stability_index(a, b) == pytest.approx(expected, rel=1e-4)
-    assert population_stability_index(b, a) == pytest.approx(population_stability_index(a, b))
-    assert population_stability_index(a, 3 * a) == pytest.approx(0, abs=1e-9)
-    assert np.isfinite(population_stability_index([10, 0], [0, 10]))
+    assert compute_psi(a, b) == pytest.approx(expected, rel=1e-4)
+    assert compute_psi(b, a) == pytest.approx(compute_psi(a, b))
+    assert compute_psi(a, 3 * a) == pytest.approx(0, abs=1e-9)
+    assert np.isfinite(compute_psi([10, 0], [0, 10]))
 
 
 def test_the_limit_of_the_index_is_its_quantile_without_drift() -> None:
     draw, p = np.random.default_rng(3), np.array([0.4, 0.2, 0.15, 0.15, 0.1])
-    indices = [population_stability_index(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
+    indices = [compute_psi(draw.multinomial(400, p), draw.multinomial(150, p)) for _ in range(4000)]
     assert np.mean(np.array(indices) < compute_psi_quantile(400, 150, 5)) == pytest.approx(0.99, abs=0.006)
     exact = scipy.stats.chi2.ppf(0.99, 19) * (1 / 100 + 1 / 50)
     assert compute_psi_quantile(100, 50, 20) == pytest.approx(exact, rel=1e-9)
@@ -59,10 +59,10 @@ def test_the_distance_agrees_with_the_matrix_square_root() -> None:
     reference = {"mean": m1, "covariance": s1}
     root = scipy.linalg.sqrtm(s1 @ s2)
     expected = (((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)) / np.trace(s1)
-    assert embedding_distance(reference, m2, s2) == pytest.approx(expected, rel=1e-6)
-    assert embedding_distance(reference, m1, s1) == pytest.approx(0, abs=1e-9)
-    assert embedding_distance(reference, m1 + np.sqrt(np.trace(s1) / WIDTH), s1) == pytest.approx(1)
-    assert np.isfinite(embedding_distance(reference, m1, np.zeros((WIDTH, WIDTH))))
+    assert compute_embedding_distance(reference, m2, s2) == pytest.approx(expected, rel=1e-6)
+    assert compute_embedding_distance(reference, m1, s1) == pytest.approx(0, abs=1e-9)
+    assert compute_embedding_distance(reference, m1 + np.sqrt(np.trace(s1) / WIDTH), s1) == pytest.approx(1)
+    assert np.isfinite(compute_embedding_distance(reference, m1, np.zeros((WIDTH, WIDTH))))
 
 
 def sample(seed: int, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,11 +93,13 @@ def reference() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [20, 100, 1000])
 def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> None:
-    same = [most_severe_level(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)]
+    same = [
+        get_most_severe_level(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)
+    ]
     assert same.count("shifted") <= 1  # 30 measures, each wrong in 1 of 100 cases
     measured = measure_drift(reference(), window_of(*sample(3, count, shift=1.0)))
     levels = {m.name: m.level for m in measured}
-    assert levels["confidence"] == levels["embedding"] == most_severe_level(measured) == "shifted"
+    assert levels["confidence"] == levels["embedding"] == get_most_severe_level(measured) == "shifted"
     assert levels["classes"] != "shifted"
 
 
@@ -111,9 +113,9 @@ def test_other_classes_shift_only_the_classes() -> None:
 
 def test_the_limit_of_few_embeddings_is_larger_and_reproducible() -> None:
     own = reference()["embedding"]
-    few, many = embedding_distance_quantile(own, 600, 10), embedding_distance_quantile(own, 600, 1000)
+    few, many = estimate_embedding_distance_quantile(own, 600, 10), estimate_embedding_distance_quantile(own, 600, 1000)
     assert few > 4 * many > 0
-    assert embedding_distance_quantile(own, 600, 10) == few
+    assert estimate_embedding_distance_quantile(own, 600, 10) == few
 
 
 @pytest.mark.parametrize("count", [WIDTH, WIDTH + 4, 100])
@@ -122,8 +124,8 @@ def test_the_limit_of_the_distance_is_its_quantile_without_drift(count: int) -> 
     for _ in range(500):
         first, second = (draw.multivariate_normal(mean, covariance, size) for size in (300, count))
         moments = {"mean": first.mean(0), "covariance": np.cov(first, rowvar=False)}
-        distances.append(embedding_distance(moments, second.mean(0), np.cov(second, rowvar=False)))
-    limit = embedding_distance_quantile({"mean": mean, "covariance": covariance}, 300, count)
+        distances.append(compute_embedding_distance(moments, second.mean(0), np.cov(second, rowvar=False)))
+    limit = estimate_embedding_distance_quantile({"mean": mean, "covariance": covariance}, 300, count)
     assert np.mean(np.array(distances) < limit) == pytest.approx(0.985, abs=0.0151)
 
 

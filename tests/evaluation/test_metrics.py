@@ -10,7 +10,7 @@ from sklearn.metrics import classification_report, log_loss
 from tests.errors import raises
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.metrics import measure_calibration, score, score_predictions
 
 NAMES = ("a", "b", "c")
@@ -56,7 +56,7 @@ def test_scores_agree_with_scikit_learn() -> None:
 def test_top_5_counts_ties_in_the_order_of_the_classes() -> None:
     scores = score(np.arange(6), np.full((6, 6), 1 / 6, np.float32), [str(k) for k in range(6)])
     assert (scores["top_5"], scores["accuracy"]) == pytest.approx((5 / 6, 1 / 6))
-    assert scores["top_5_interval"] == list(wilson_interval(5, 6))
+    assert scores["top_5_interval"] == list(compute_wilson_interval(5, 6))
 
 
 def test_everything_is_ready_for_json() -> None:
@@ -81,13 +81,13 @@ def test_a_certain_and_right_model_has_a_loss_of_zero_and_a_certain_and_wrong_on
     ],
 )
 def test_wilson_matches_the_published_values(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert compute_wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_stays_within_0_and_1() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
     for n in (1, 7, 1000):
-        assert (wilson_interval(0, n)[0], wilson_interval(n, n)[1]) == (0.0, 1.0)
+        assert (compute_wilson_interval(0, n)[0], compute_wilson_interval(n, n)[1]) == (0.0, 1.0)
 
 
 def test_calibration_by_hand() -> None:

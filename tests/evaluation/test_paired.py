@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from trainer.evaluation.intervals import macro_f1_interval, mean_interval
+from trainer.evaluation.intervals import compute_macro_f1_interval, compute_mean_interval
 from trainer.evaluation.paired import adjust_p_values, compare_paired
 
 
@@ -66,16 +66,16 @@ def test_the_interval_of_macro_f1_is_that_of_resampled_examples() -> None:
     drawn = [rng.integers(0, 300, 300) for _ in range(400)]
     scores = [f1_score(labels[d], answers[d], average="macro") for d in drawn]
     expected = np.percentile(scores, [2.5, 97.5])
-    low, high = macro_f1_interval(table)
+    low, high = compute_macro_f1_interval(table)
     assert (low, high) == pytest.approx(tuple(expected), abs=0.015)
     assert low < f1_score(labels, answers, average="macro") < high
-    assert macro_f1_interval(table) == (low, high)
-    assert macro_f1_interval(np.diag([5, 5])) == (1.0, 1.0)
+    assert compute_macro_f1_interval(table) == (low, high)
+    assert compute_macro_f1_interval(np.diag([5, 5])) == (1.0, 1.0)
 
 
 def test_the_interval_of_a_mean() -> None:
-    assert mean_interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
-    assert mean_interval(np.array([2.0])) == (2.0, 2.0)
-    low, high = mean_interval(np.arange(100.0))
+    assert compute_mean_interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
+    assert compute_mean_interval(np.array([2.0])) == (2.0, 2.0)
+    low, high = compute_mean_interval(np.arange(100.0))
     assert (low + high) / 2 == pytest.approx(49.5)
     assert high - low == pytest.approx(2 * 1.96 * 29.011 / 10, rel=1e-3)

@@ -22,7 +22,7 @@ from tests.exporting.subjects import (
     some_images,
 )
 from trainer.data.decoding import decode_image
-from trainer.evaluation.drift import Window, measure_drift, most_severe_level
+from trainer.evaluation.drift import Window, get_most_severe_level, measure_drift
 from trainer.exporting.saved_model import WARMUP_FILE, export_saved_model
 
 
@@ -136,5 +136,5 @@ def test_the_reference_is_the_distribution_of_its_own_examples(model: keras.Mode
     for row, vector in zip(explained["probabilities"].numpy(), explained["embedding"].numpy(), strict=True):
         window.add(int(row.argmax()), float(row.max()), vector)
     drift = measure_drift(reference, window)
-    assert most_severe_level(drift) == "stable"
+    assert get_most_severe_level(drift) == "stable"
     assert max(measure.value for measure in drift) < 1e-3

@@ -13,7 +13,7 @@ from trainer.config import schema as config
 from trainer.features.cut import Cut, Tail, Trunk, find_cut
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.freezing import FreezingPlan, set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import Network, StepSettings, TrainingStep
 
@@ -44,8 +44,8 @@ def photos(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels
 
 
-def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tuple[ThawPlan, Cut | None]:
-    plan = apply_thaw(classifier, thaw, batch_norm)
+def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tuple[FreezingPlan, Cut | None]:
+    plan = set_trainable_layers(classifier, thaw, batch_norm)
     return plan, find_cut(classifier)
 
 
@@ -115,7 +115,7 @@ def test_the_fingerprint_is_that_of_the_weights_below_the_cut() -> None:
 
 def calibrate(classifier: Classifier, images: np.ndarray) -> None:
     """Set the averages of BatchNormalization; without them the output of random layers vanishes."""
-    apply_thaw(classifier, "all", "train")
+    set_trainable_layers(classifier, "all", "train")
     norms = [layer for layer in classifier.backbone.layers if isinstance(layer, BATCH_NORM_CLASS)]
     for layer in norms:
         layer.momentum, layer.usual = 0.0, layer.momentum
@@ -141,7 +141,7 @@ def features_of(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndar
     return np.concatenate([compute(part)[0] for part in np.split(padded, len(padded) // BATCH)])[:COUNT]
 
 
-def train(plan: ThawPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def train(plan: FreezingPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Losses of a few steps; the weights stay in the classifier."""
     settings = StepSettings(seed=3, batch_norm_training=plan.batch_norm_training, label_smoothing=0.1)
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)

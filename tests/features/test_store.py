@@ -64,7 +64,7 @@ def small_files() -> Iterator[Any]:
 def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -> None:
     features = filled(tmp_path, memory_budget=memory)
     features.complete()
-    features.bad[3] = "damaged"
+    features.unreadable[3] = "damaged"
     assert features.cached_in == ("memory" if memory == NEEDED else "disk")
     batches = build_training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
     stream = batches.dataset.as_numpy_iterator()
@@ -104,7 +104,7 @@ def test_a_later_start_reads_intact_rows(tmp_path: Path, memory: int) -> None:
     second = opened(tmp_path, memory_budget=memory)
     assert np.flatnonzero(~second.missing(0)).tolist() == [0, 1, 2, 7]
     assert np.flatnonzero(~second.missing(1)).tolist() == [5]
-    assert second.bad == {2: "no JPEG"}
+    assert second.unreadable == {2: "no JPEG"}
     for view in range(VIEWS):
         index = np.flatnonzero(second.missing(view))
         second.write(view, index, values(view, index), {})
@@ -249,7 +249,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
             pixels, chosen, rows=4, replicas=1, view=EpochAugmentation(augmentation, 5, view)
         )
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
-        expected = augment(pixels.rows(chosen), augmentation, 5, np.full(4, view), chosen)
+        expected = augment(pixels.read_images(chosen), augmentation, 5, np.full(4, view), chosen)
         np.testing.assert_array_equal(batch["image"], expected)
         np.testing.assert_array_equal(batch["index"], chosen)
         seen.append(batch["image"])

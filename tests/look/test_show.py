@@ -143,7 +143,7 @@ def test_images_are_those_of_training(photos: Path) -> None:
     shown = {e.file: e.pixels for members in content.images.examples.values() for e in members}
     assert len(shown) == 11  # 6 and the readable 5
     order = np.array([names.index(file) for file in shown])
-    np.testing.assert_array_equal(np.stack(list(shown.values())), pixels.rows(order))
+    np.testing.assert_array_equal(np.stack(list(shown.values())), pixels.read_images(order))
     indices = np.array(sorted(each.index for each in content.images.augmented))
     assert [train.labels[i] for i in indices] in ([0, 1], [1, 0])
     view = EpochAugmentation(resolved.augmentation, 5, 3)

@@ -13,11 +13,11 @@ from tests.errors import raises
 from trainer.cli.compose import compose, find_conf_folder
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.backbones import backbones, find_backbone
+from trainer.models.backbones import find_backbone, get_backbones
 from trainer.models.classifier import build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
-ALL = [backbone.name for backbone in backbones().values()]
+ALL = [backbone.name for backbone in get_backbones().values()]
 
 
 def test_the_registry_holds_every_network_of_keras_applications() -> None:
@@ -113,7 +113,7 @@ def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str
         classifier.features(images), expected, rtol=1e-4, atol=1e-5 * max(np.abs(expected).max(), 1)
     )
     for phases in ("two_phase", "progressive", "progressive_blocks", "end_to_end", "head_only"):
-        plans = [apply_thaw(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in phases_of(phases)]
+        plans = [set_trainable_layers(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in phases_of(phases)]
         counts = [len(plan.trainable) for plan in plans]
         assert counts == sorted(set(counts)), phases  # each phase trains more than the one before
         assert all(len(plan.lr_multipliers) in (0, len(plan.trainable)) for plan in plans)

@@ -11,7 +11,7 @@ from trainer.config import schema as config
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.bn_folding import apply_folded, find_foldable_pairs, fold_weights
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_no_operation_of_normalization_is_left(classifier: Classifier, pixels: t
 
 
 def test_the_gradients_are_those_of_the_layers(classifier: Classifier, pixels: tf.Tensor) -> None:
-    plan = apply_thaw(classifier, "from_layer:100", "frozen")
+    plan = set_trainable_layers(classifier, "from_layer:100", "frozen")
     trained = [variable.value for name, variable in plan.trainable.items() if name.startswith("backbone/")]
 
     def gradients(forward: Any) -> list[np.ndarray]:

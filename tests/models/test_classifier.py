@@ -20,7 +20,7 @@ from trainer.config import schema as config
 from trainer.errors import Interrupted, ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.weights import refresh_normalization
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
@@ -128,7 +128,7 @@ def test_initial_values_are_a_function_of_the_seed() -> None:
 def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precision: str) -> None:
     keras.config.set_dtype_policy(precision)
     classifier = build(weights="glyphs", image_size=48, hidden=8)
-    plan = apply_thaw(classifier, "from_block:block_16", "train")
+    plan = set_trainable_layers(classifier, "from_block:block_16", "train")
 
     @tf.function
     def step(images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -150,7 +150,7 @@ def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precisio
 
 def test_drop_connect_is_disabled() -> None:
     classifier = built(backbone="EfficientNetB0", alpha=None)
-    apply_thaw(classifier, "none", "frozen")
+    set_trainable_layers(classifier, "none", "frozen")
     images = some_images(2)
     np.testing.assert_array_equal(classifier.features(images, True), classifier.features(images, False))
 

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.exporting.bundle import as_plain_float32
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.features.plan import divide_phases
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import StepSettings, TrainingStep
 
@@ -68,7 +68,7 @@ def test_the_values_of_hidden_layers_with_batch_norm() -> None:
 
 def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> None:
     classifier = built(hidden=(6, 5), hidden_batch_norm=True)
-    plan = apply_thaw(classifier, "none", "frozen")
+    plan = set_trainable_layers(classifier, "none", "frozen")
     weights = dict.fromkeys(("hidden", "hidden_2", "output"), ("kernel", "bias"))
     weights |= dict.fromkeys(("hidden_norm", "hidden_2_norm"), ("gamma", "beta"))
     assert sorted(plan.trainable) == sorted(f"head/{layer}/{n}" for layer, names in weights.items() for n in names)
@@ -93,7 +93,7 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
 def features() -> np.ndarray:
     """The features of these images, which do not depend on the head."""
     classifier = built(weights="glyphs", image_size=48)
-    apply_thaw(classifier, "none", "frozen")
+    set_trainable_layers(classifier, "none", "frozen")
     cut = find_cut(classifier)
     assert cut is not None
     trunk = Trunk(classifier, [cut])
@@ -110,7 +110,7 @@ def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: 
     with strategy.scope():
         classifier = build(**NORMALIZED, dropout=0.2, weights=weights, image_size=48)
         optimizer = keras.optimizers.SGD(0.05)
-    thaw = apply_thaw(classifier, "none", "frozen")
+    thaw = set_trainable_layers(classifier, "none", "frozen")
     network: Any = classifier
     source: np.ndarray = images
     if on_features:

@@ -16,9 +16,9 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError
-from trainer.models.backbones import backbones, find_backbone
+from trainer.models.backbones import find_backbone, get_backbones
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.planning.computation import (
     IMAGES_PER_LAYER,
@@ -146,7 +146,7 @@ def check_decisions(backbone: str) -> dict[str, bool]:
     """Return for each thaw rule whether XLA compiles the step on an H100, after a check by a backward search."""
     classifier, decisions = build(backbone), {}
     for thaw in THAWS:
-        apply_thaw(classifier, thaw, "frozen")
+        set_trainable_layers(classifier, thaw, "frozen")
         decision, known = decide_for(classifier), dict[int, bool]()
         pools = [op for op in classifier.backbone.operations if type(op).__name__ in NO_DETERMINISTIC_XLA_GRADIENT]
         needed = [op.name for op in pools if depends_on_trained(op.input, known)]
@@ -158,7 +158,7 @@ def check_decisions(backbone: str) -> dict[str, bool]:
 
 def make_gradient(classifier: Classifier, thaw: str, xla: bool = False, batch_norm: str = "frozen") -> Any:
     """Return a function that computes the gradients of images, as a training step does."""
-    plan = apply_thaw(classifier, thaw, batch_norm)  # type: ignore[arg-type]
+    plan = set_trainable_layers(classifier, thaw, batch_norm)  # type: ignore[arg-type]
     trained = plan.trainable
 
     def differentiate(images: tf.Tensor) -> Any:
@@ -203,7 +203,7 @@ def test_the_gradient_has_the_operations_of_the_graph(thaw: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("backbone", [spec.name for spec in backbones().values()])
+@pytest.mark.parametrize("backbone", [spec.name for spec in get_backbones().values()])
 def test_every_backbone_has_a_decision_in_every_phase(backbone: str) -> None:
     decisions = check_decisions(backbone)
     keras.backend.clear_session()
@@ -285,7 +285,7 @@ def test_a_gpu_computes_the_gradient_that_the_decision_allows(backbone: str) -> 
     if not tf.config.list_physical_devices("GPU"):
         pytest.skip("needs a GPU")
     classifier = build(backbone)
-    apply_thaw(classifier, "all", "frozen")
+    set_trainable_layers(classifier, "all", "frozen")
     tf.config.experimental.enable_op_determinism()
     images = tf.zeros((2, classifier.image_size, classifier.image_size, 3), tf.uint8)
     assert make_gradient(classifier, "all", decide_for(classifier).xla)(images)

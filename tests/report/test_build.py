@@ -61,5 +61,5 @@ def test_thumbnails_are_equal_with_and_without_a_cache(tmp_path: Path, cache: An
     small = reporting.read_thumbnails(pixels, indices, lambda: checks.append(1))
     good = indices != 4
     np.testing.assert_array_equal(small[good], make_thumbnails(images[indices[good]]))
-    assert (list(pixels.bad), len(checks)) == ([4], 2)
+    assert (list(pixels.unreadable), len(checks)) == ([4], 2)
     assert reporting.read_thumbnails(pixels, indices[:0], lambda: None).shape == (0, 16, 16, 3)

@@ -14,7 +14,7 @@ from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.models.backbones import BackboneSpec
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import Network, StepSettings, TrainingStep
 
@@ -109,7 +109,7 @@ def check(classifier: Classifier, first: int, optimizer: str) -> None:
     plain = variables.copy_values(classifier.variables)
 
     variables.assign_values(classifier.variables, begin, "the beginning")
-    plan, cut = apply_thaw(classifier, f"from_layer:{first}", "affine"), find_cut(classifier)
+    plan, cut = set_trainable_layers(classifier, f"from_layer:{first}", "affine"), find_cut(classifier)
     assert not plan.batch_norm_training
     assert cut is not None
     trunk = tf.function(Trunk(classifier, [cut]).features)
@@ -164,7 +164,7 @@ def test_only_a_training_step_computes_trained_normalization_as_layers() -> None
     classifier = small()
     images, _ = photos(12)
     calibrate(classifier, images[0])
-    plan = apply_thaw(classifier, "from_layer:4", "affine")
+    plan = set_trainable_layers(classifier, "from_layer:4", "affine")
     counts = []
     for training in (True, False):
         logits = tf.function(lambda x, training=training: classifier.logits(x, training=training))

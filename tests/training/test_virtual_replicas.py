@@ -53,7 +53,7 @@ if replicas > 1:
 tf.config.experimental.enable_op_determinism()
 from tests.training.test_affine import photos, small
 from trainer.features.cut import Tail, Trunk, find_cut
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
@@ -74,7 +74,7 @@ for number, (norm, kind) in enumerate(itertools.product(norms, inputs)):
     optimizer, extra = list(optimizers)[(number + number // 3) % 3], extras[number % 3]
     with strategy.scope():
         classifier = small()
-    thaw = apply_thaw(classifier, "last_layers:5" if kind == "features" else "all", norm)
+    thaw = set_trainable_layers(classifier, "last_layers:5" if kind == "features" else "all", norm)
     network, source = classifier, images
     if kind == "features":
         cut = find_cut(classifier)

@@ -124,7 +124,7 @@ def _open_comparison(
     pool = pool_examples(data.dataset)
     split, field = pool.splits["train"], no_weights.data.group_field
     plan = plan_folds(data.dataset, folds, no_weights.data.split_seed, read_groups(split, field) if field else None)
-    usage = "scored" if plan.count == 1 else f"in {plan.count} folds"
+    usage = "scored" if plan.num_folds == 1 else f"in {plan.num_folds} folds"
     log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {usage} ({plan.reason})")
     control, (_, num_replicas) = ControlChannel(discover({}), {}), choose_devices(no_weights.runtime, 1)
     num_train = len(plan.split(0)[0])
@@ -149,7 +149,7 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
     folder = comparison.output / RESULTS / make_folder_name(model.backbone, _make_cache_key(comparison, config))
     result_folder = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
     results_by_fold: dict[int, FoldResult | None] = {
-        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.count)
+        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.num_folds)
     }
     measurements: Measurements | None = result_folder.read_measurements()
     if measurements is not None and measurements.machine != comparison.machine:
@@ -180,7 +180,8 @@ def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, A
     weights = config.model.weights if weights_file is None else f"{compute_file_crc32c(weights_file):08x}"
     return {
         "data": dataset.fingerprint, "classes": list(dataset.class_names), "orientation": config.data.orientation,
-        "folds": hashlib.sha256(comparison.folds.of.tobytes()).hexdigest(), "window": config.data.shuffle_window,
+        "folds": hashlib.sha256(comparison.folds.fold_of_example.tobytes()).hexdigest(),
+        "window": config.data.shuffle_window,
         "model": config.model.model_dump(mode="json")
         | {"weights": weights, "image_size": find_image_size(config.model)},
         "phases": {name: phase.model_dump(mode="json") for name, phase in config.phases.items()},

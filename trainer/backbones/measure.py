@@ -16,8 +16,8 @@ from trainer.data.host import allocate_array
 from trainer.data.images import ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
-from trainer.data.sharding import UNSHARDED, steps_per_epoch
-from trainer.data.splits import take
+from trainer.data.sharding import UNSHARDED, count_steps_per_epoch
+from trainer.data.splits import select_examples
 from trainer.errors import DataError, Interrupted
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.compute import FeaturePass
@@ -26,7 +26,7 @@ from trainer.features.inputs import FeatureCache
 from trainer.features.plan import FeaturePlan, InputKind, divide_phases, plan_engines
 from trainer.features.store import STORED_DTYPES, Features
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.training import variables
@@ -126,9 +126,9 @@ def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
     array[: len(indices)] = features.array[indices]
     new_index = {int(index): i for i, index in enumerate(indices)}
     return Features(
-        replace(take(features.split, indices), name=name), features.shape, features.dtype, 1,
+        replace(select_examples(features.split, indices), name=name), features.shape, features.dtype, 1,
         np.arange(len(indices), dtype=np.int64), features.threads, log.info, array=array,
-        bad={new_index[index]: reason for index, reason in features.bad.items() if index in new_index},
+        unreadable={new_index[index]: reason for index, reason in features.unreadable.items() if index in new_index},
     )  # fmt: skip
 
 
@@ -137,12 +137,12 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
     config, worker, strategy = network.config, network.worker, network.worker.strategy
     ((name, phase),) = config.phases.items()
     batch_size, split = config.training.batch_size, features.split
-    per_epoch = steps_per_epoch(split, batch_size)
+    per_epoch = count_steps_per_epoch(split, batch_size)
     total = config.phase_steps(phase, per_epoch)
-    if len(features.bad) == split.count:
-        reason = next(iter(features.bad.values()))
+    if len(features.unreadable) == split.count:
+        reason = next(iter(features.unreadable.values()))
         raise DataError(f"no training example of a fold could be read, the first: {reason}", fix="repair the images")
-    thaw = apply_thaw(network.classifier, phase.thaw, phase.batch_norm)
+    thaw = set_trainable_layers(network.classifier, phase.thaw, phase.batch_norm)
     rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, rate, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with strategy.scope():

@@ -47,7 +47,7 @@ class ImageFile:
     group: str | None = None  # value of data.group_field
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """The path, and the number of the row in a CSV file, escaped for display in messages."""
         return escape_unprintable(self.path) + (f" (row {self.row})" if self.row else "")
 
@@ -64,7 +64,9 @@ class ListedImages:
     name: str  # name of the dataset
     class_names: tuple[str, ...]
     images: Mapping[str, list[ImageFile]]  # by split, for the splits that the source defines, which include train
-    contents: Mapping[str, str]  # split -> description of its files, for the error message if none is readable
+    split_descriptions: Mapping[
+        str, str
+    ]  # split -> description of its files, for the error message if none is readable
     notes: list[str] = field(default_factory=list)
     ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
 
@@ -83,7 +85,7 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
         DataError: with on_error="fail", a file cannot be read or is not an image; a split has no readable file.
     """
     images = listed.images
-    identities, errors = _inspect(list(chain.from_iterable(images.values())), purpose)
+    identities, errors = _inspect_files(list(chain.from_iterable(images.values())), purpose)
     if errors and data.on_error == "fail":
         details, num_files = join_first(list(errors.values()), "\n  "), len(identities)
         problem = f"{len(errors)} of {num_files} files are not readable {_FORMATS} images:\n  {details}"
@@ -91,7 +93,9 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
     readable_images = {name: [image for image in images.get(name, ()) if image.path not in errors] for name in SPLITS}
     for name, members in images.items():
         if not readable_images[name]:
-            raise make_empty_split_error(name, listed.contents[name], [errors[image.path] for image in members])
+            raise make_empty_split_error(
+                name, listed.split_descriptions[name], [errors[image.path] for image in members]
+            )
     sorted_images = {
         name: sorted(members, key=lambda image: image.sort_key(data.split_seed))
         for name, members in readable_images.items()
@@ -105,13 +109,17 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
 
 
 def _make_split(name: str, images: list[ImageFile]) -> Split:
+    """Build a split of image files, in the order of `images`."""
     groups = tuple(image.group for image in images if image.group is not None)
     labels = np.array([image.label for image in images], np.int32)
     return Split(name, labels, files=tuple(image.path for image in images), groups=groups or None)
 
 
-def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str], dict[str, str]]:
-    """Return path -> identity for all files, and path -> error message for those that are not readable images.
+def _inspect_files(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str], dict[str, str]]:
+    """Read the first and last bytes of each file, and determine its identity and whether it is an image.
+
+    Returns:
+        Path -> identity for all files, and path -> error message for those that are not readable images.
 
     An identity is "NAME SIZE HASH", with a hash of the file's first and last bytes, or "" if the file cannot be read.
     """
@@ -136,7 +144,7 @@ def _inspect(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str, str],
     with ThreadPoolExecutor(16) as pool:  # on a network disk each file costs a round trip
         results = list(chain.from_iterable(pool.map(inspect_batch, range(0, len(images), _FILES_PER_TASK))))
     image_results = list(zip(images, results, strict=True))
-    errors = {image.path: f"{image.shown}: {problem}" for image, (_, problem) in image_results if problem}
+    errors = {image.path: f"{image.display_name}: {problem}" for image, (_, problem) in image_results if problem}
     return {image.path: identity for image, (identity, _) in image_results}, errors
 
 

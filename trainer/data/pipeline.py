@@ -51,13 +51,13 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, batch_si
     # captures. This would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
         cached_rows = tf.experimental.Optional.from_value(source.tensor())
-    bad_indices = tf.constant(sorted(source.bad), tf.int64)
+    unreadable_indices = tf.constant(sorted(source.unreadable), tf.int64)
 
     def gather(rows: Row) -> Row:
         weight = rows["weight"]
-        if source.bad:
-            is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
-            weight = tf.where(is_bad, 0.0, weight)
+        if source.unreadable:
+            is_unreadable = tf.reduce_any(tf.equal(rows["index"][:, None], unreadable_indices[None, :]), axis=1)
+            weight = tf.where(is_unreadable, 0.0, weight)
         index = tf.where(weight > 0, rows["index"], source.split.count)  # row `split.count` is for padding
         return {**rows, "weight": weight, "image": source.gather_rows(cached_rows.get_value(), index, rows["epoch"])}
 
@@ -86,10 +86,10 @@ def _prefetch(
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if source.threads:
         options.threading.private_threadpool_size = source.threads
-    ahead = compute_max_rows_ahead(
+    max_rows_ahead = compute_max_rows_ahead(
         rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (parallel or 0)
     )
-    return batches.prefetch(num_elements).with_options(options), ahead
+    return batches.prefetch(num_elements).with_options(options), max_rows_ahead
 
 
 def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset:
@@ -157,17 +157,20 @@ def build_training_batches(
     else:
         parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, part_orders[0].rows) for block in blocks))
         batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
-    dataset, ahead = _prefetch(
+    dataset, max_rows_ahead = _prefetch(
         batches.map(augment_rows, num_parallel_calls=num_calls).apply(assert_infinite),
         source, rows, replicas, num_calls, 0,
     )  # fmt: skip
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
-            return source.open_gate("training", compute_block_shards(blocks[0], None), ahead)
-        names = [f"training, part {part.sharding.worker}" for part in part_orders]
+            return source.open_gate("training", compute_block_shards(blocks[0], None), max_rows_ahead)
+        names = [f"training, part {part.sharding.worker_index}" for part in part_orders]
         return ShardGates(
-            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(names, blocks, strict=True)]
+            [
+                source.open_gate(n, compute_block_shards(b, None), max_rows_ahead)
+                for n, b in zip(names, blocks, strict=True)
+            ]
         )
 
     return Batches(dataset, None, open_gate)
@@ -187,10 +190,11 @@ def build_evaluation_batches(
         replicas: number of replicas on this worker.
         fraction: fraction of the global batches to score; see `select_examples_to_score` in trainer/data/order.py.
         sharding: the index of this worker, and the number of workers.
-        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores whole elements.
+        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores complete
+            elements.
     """
     indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
-    rows = rows * replicas if rows else batch_size // sharding.workers
+    rows = rows * replicas if rows else batch_size // sharding.num_workers
     return build_indexed_batches(source, indices, rows=rows, replicas=replicas)
 
 
@@ -227,8 +231,8 @@ def build_indexed_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite padding, so that a strategy does not check for the end of the dataset.
     endless_batches = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, prefetched)
+    dataset, max_rows_ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, prefetched)
     num_batches = -(-len(indices) // rows)
     return Batches(
-        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), ahead)
+        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), max_rows_ahead)
     )

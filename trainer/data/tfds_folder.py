@@ -24,10 +24,10 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.local import compute_file_crc32c, delete_stale_temporary_files, delete_temporary_files
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MANIFEST = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
-LABELS = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
-INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
-METADATA_FILES = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
+MANIFEST_FILE = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
+LABELS_FILE = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
+INFO_FILE = "dataset_info.json"  # marks a complete dataset, so it is written last
+METADATA_FILES = (INFO_FILE, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,13 @@ class DatasetFolder:
             DataError: the folder cannot be written to, or contains files that do not belong to this dataset.
             Interrupted: the disk is full or fails.
         """
-        names = {MANIFEST, LABELS, *METADATA_FILES} | shards
+        names = {MANIFEST_FILE, LABELS_FILE, *METADATA_FILES} | shards
         self.alone = alone and self.folder.is_local
-        prefixes = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA_FILES)))
+        prefixes = (
+            f"{MANIFEST_FILE}.tmp",
+            f".{MANIFEST_FILE}",
+            *(f".{name}." for name in (*shards, LABELS_FILE, *METADATA_FILES)),
+        )
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,7 @@ class DatasetFolder:
         Entries in a corrupt manifest or sidecar file are left out, so that their shards are written again.
         """
         files = self._list_files()
-        manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
+        manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST_FILE]
         sidecars = [parse_manifest(b"[%s]" % path.read()) for path in files if _is_sidecar(path.name)]
         return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
@@ -176,10 +180,10 @@ class DatasetFolder:
             "label": tfds.features.ClassLabel(names=list(class_names)),
         } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
-        (self.folder / MANIFEST).write(encode_json(manifest))
+        (self.folder / MANIFEST_FILE).write(encode_json(manifest))
         npz_buffer = io.BytesIO()
         np.savez_compressed(npz_buffer, **labels)  # type: ignore[arg-type]
-        (self.folder / LABELS).write(npz_buffer.getvalue())
+        (self.folder / LABELS_FILE).write(npz_buffer.getvalue())
         with tempfile.TemporaryDirectory() as local_dir:
             for entry in manifest:  # TFDS only checks that files with these names exist
                 Path(local_dir, str(entry["file"])).touch()
@@ -192,7 +196,7 @@ class DatasetFolder:
                 data_dir=local_dir, features=features, split_infos=split_infos, filename_template=template,
                 version="1.0.0", check_data=False,
             )  # fmt: skip
-            for file in sorted(Path(local_dir).iterdir(), key=lambda file: file.name == INFO):
+            for file in sorted(Path(local_dir).iterdir(), key=lambda file: file.name == INFO_FILE):
                 if file.stat().st_size:  # a metadata file: the shards here are empty
                     (self.folder / file.name).write(file.read_bytes())
         for path in self._list_files():
@@ -220,7 +224,10 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
         missing or corrupt, or if the files contradict each other. The labels must then be read from the shards.
     """
     try:
-        entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
+        entries, labels = (
+            parse_manifest((folder / MANIFEST_FILE).read_bytes()),
+            unpack((folder / LABELS_FILE).read_bytes()),
+        )
     except (OSError, *CONTENT_ERRORS):
         return {}, {}
     is_consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())

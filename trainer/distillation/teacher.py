@@ -191,12 +191,12 @@ def open_teacher(
     if images.config.augmentation.active:
         log.info("teacher: it predicts in every step, for the augmented images")
         return OpenedTeacher(configured.fingerprint, network=network)
-    labels = _soft_labels(worker, images, sharding, configured, network)
+    labels = _compute_soft_labels(worker, images, sharding, configured, network)
     configured.network = None
     return OpenedTeacher(configured.fingerprint, soft_labels=labels)
 
 
-def _soft_labels(
+def _compute_soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher, teacher: Teacher
 ) -> np.ndarray | None:
     """Compute and cache the soft labels of the training images, float32 [training examples, classes].
@@ -209,7 +209,7 @@ def _soft_labels(
     subject = f"{split.count:,} training images at {teacher.image_size} px"
     log.info(f"soft labels of {subject}: computed once, stored in {labels_file}")
     same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as the student's
-    pixels = images.split("train") if same_images else images.at("train", teacher.image_size, resize)
+    pixels = images.open_split("train") if same_images else images.open_resized("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
     predictions = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):

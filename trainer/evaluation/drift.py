@@ -107,9 +107,7 @@ class Window:
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
 
-def population_stability_index(
-    reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray
-) -> float:
+def compute_psi(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
     """Return the PSI of two histograms [bins]: the sum of (q - p) ln(q / p) over their frequencies p and q.
 
     It is 0 for equal frequencies. Half a count is added to every bin, so that it is finite if a bin is empty.
@@ -143,7 +141,7 @@ def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
     return np.add.reduceat(reference, edges), np.add.reduceat(counts, edges)
 
 
-def embedding_distance(
+def compute_embedding_distance(
     reference: Mapping[str, Any], mean: Sequence[float] | np.ndarray, covariance: Sequence[Any] | np.ndarray
 ) -> float:
     """Return the squared Frechet distance between two Gaussians, divided by the trace of the reference's covariance.
@@ -167,8 +165,10 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """Estimate the 0.99 quantile of `embedding_distance` without drift, by a parametric bootstrap.
+def estimate_embedding_distance_quantile(
+    reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0
+) -> float:
+    """Estimate the 0.99 quantile of `compute_embedding_distance` without drift, by a parametric bootstrap.
 
     Pairs of samples, of `reference_n` and `n` embeddings, are drawn from the Gaussian in `reference`, the value of
     `embedding` in reference.json (Efron and Tibshirani 1993, chapter 6).
@@ -191,7 +191,7 @@ def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, 
     distances = []
     for _ in range(BOOTSTRAP_SAMPLES):
         resampled = dict(zip(("mean", "covariance"), sample_moments(reference_n), strict=True))
-        distances.append(embedding_distance(resampled, *sample_moments(n)))
+        distances.append(compute_embedding_distance(resampled, *sample_moments(n)))
     return float(np.quantile(distances, DRIFT_FREE_QUANTILE))
 
 
@@ -208,19 +208,21 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
     for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
         floor, value = (
             compute_psi_quantile(reference_n, window.n, len(counts)),
-            population_stability_index(expected, counts),
+            compute_psi(expected, counts),
         )
         measures.append(Measure(name, value, max(PSI_MODERATE, floor), max(PSI_SHIFTED, floor), window.n))
     if "embedding" in reference and window.embedding_count > 1:
         moments = reference["embedding"]
-        floor = embedding_distance_quantile(moments, int(moments.get("n", reference_n)), window.embedding_count)
+        floor = estimate_embedding_distance_quantile(
+            moments, int(moments.get("n", reference_n)), window.embedding_count
+        )
         moderate, shifted = max(EMBEDDING_MODERATE, floor), max(EMBEDDING_SHIFTED, floor)
-        value = embedding_distance(moments, *window.fit_gaussian())
+        value = compute_embedding_distance(moments, *window.fit_gaussian())
         measures.append(Measure("embedding", value, moderate, shifted, window.embedding_count))
     return measures
 
 
-def most_severe_level(measures: Sequence[Measure]) -> Level:
+def get_most_severe_level(measures: Sequence[Measure]) -> Level:
     """Return the most severe level of one or more measures."""
     return max((measure.level for measure in measures), key=("stable", "moderate", "shifted").index)
 

@@ -12,7 +12,7 @@ from trainer.data.pipeline import Batches, build_evaluation_batches
 from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import DataError, StopRequested
-from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
+from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, compute_macro_f1, count_top_k
 from trainer.monitoring.health import health
 from trainer.types import Batch, SplitPredictions
 
@@ -122,7 +122,7 @@ class Scorer:
             Interrupted: the bucket with the shards does not respond.
         """
         batches, stream = self._open(source, batch_size, fraction)
-        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
+        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.num_workers
         gate, count = batches.open_gate(), rows
         with convert_data_errors(source):
             arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, count))
@@ -134,7 +134,9 @@ class Scorer:
                 arrays = _join_by_index([tuple(shard[n] for n in keys) for shard in shards if len(shard["labels"])])
         probabilities, labels, indices, losses = arrays
         if self.worker.is_chief and not len(labels) and self.worker.stop.reason is None:
-            reasons = [f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.bad.items())]
+            reasons = [
+                f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.unreadable.items())
+            ]
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
@@ -197,7 +199,7 @@ def compute_validation_scores(
     scores = {
         "val_loss": float(np.where(label_probabilities < MIN_PROBABILITY, losses, losses_from_probabilities).mean()),
         "val_accuracy": float((predictions == labels).mean()),
-        "val_macro_f1": macro_f1(predictions, labels),
+        "val_macro_f1": compute_macro_f1(predictions, labels),
         "val_n": len(labels),
     }
     if probabilities.shape[1] > TOP_K:

@@ -67,7 +67,7 @@ def export_classifier(
     """
     config, dataset, image_size = images.config, images.dataset, classifier.image_size
     positions = _sample_indices(len(scored.indices), MAX_PARITY_EXAMPLES)
-    parity_images = images.rows(scored.split, scored.indices[positions])
+    parity_images = images.read_images(scored.split, scored.indices[positions])
     class_names, resize, embeddings = dataset.class_names, config.model.resize, explainer(parity_images)["embedding"]
     calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
     reference = compute_reference(scored.split, class_names, scored.probabilities, embeddings, image_size, resize)
@@ -79,7 +79,7 @@ def export_classifier(
         image_size=image_size,
         resize=resize,
         reference=reference,
-        calibration_images=lambda: images.rows("train", calibration_indices),
+        calibration_images=lambda: images.read_images("train", calibration_indices),
         orientation=config.data.orientation,
     )
     write_atomically(folder / "labels.txt", format_labels(class_names))
@@ -116,11 +116,11 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> SplitPred
     """
     labels = images.dataset.splits[split].labels
     batches = [
-        explainer(images.rows(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
+        explainer(images.read_images(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
         for start in range(0, len(labels), BATCH_SIZE)
     ]
     images.require_readable()
-    decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.open_split(split).unreadable))
     return SplitPredictions(
         split, decodable_indices, labels[decodable_indices], np.concatenate(batches)[decodable_indices]
     )

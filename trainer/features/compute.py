@@ -83,7 +83,7 @@ class FeaturePass:
         is_missing_by_view = np.logical_or.reduce(is_missing)
         locations = " and ".join(request.features.location for request in incomplete_requests)
         log.info(f"  features of {split.name}: {np.sum(is_missing_by_view):,} images to compute; stored in {locations}")
-        pixels = self.images.split(split.name)
+        pixels = self.images.open_split(split.name)
         with convert_data_errors(pixels):
             return all(
                 self._fill_view(incomplete_requests, pixels, augmentation, exchange, view, is_missing_in_view)
@@ -171,13 +171,13 @@ class FeaturePass:
     def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from the image cache. Consecutive images are not copied."""
         all_images, padding_index, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
-        bad_indices = list(pixels.bad)
+        unreadable_indices = list(pixels.unreadable)
         for first in range(0, len(shard), self.rows):
             if self.worker.stop.reason is not None:
                 return
             indices = shard[first : first + self.rows]
             index = np.pad(indices, (0, self.rows - len(indices)), constant_values=padding_index)
-            weights = ((index < padding_index) & ~np.isin(index, bad_indices)).astype(np.float32)
+            weights = ((index < padding_index) & ~np.isin(index, unreadable_indices)).astype(np.float32)
 
             def on_replica(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
                 start = context.replica_id_in_sync_group % self.worker.replicas * per_replica
@@ -227,21 +227,23 @@ class FeaturePass:
         `index`, int64 [n], contains the block's example indices. `outputs` are their items from `_compute_batches`.
         """
         columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
-        bad_indices = index[columns[0] == 0] if columns else index
-        reasons = np.array([pixels.bad.get(int(i), "") for i in bad_indices] if len(bad_indices) else [], str)
+        unreadable_indices = index[columns[0] == 0] if columns else index
+        reasons = np.array(
+            [pixels.unreadable.get(int(i), "") for i in unreadable_indices] if len(unreadable_indices) else [], str
+        )
         features = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
-        block = {"index": index, "failed": bad_indices, "reasons": reasons}
+        block = {"index": index, "failed": unreadable_indices, "reasons": reasons}
         for i, (request, values) in enumerate(zip(requests, features, strict=True)):
             block[f"rows{i}"] = request.features.encode(values)
         if exchange:
             blocks = self.worker.control.gather_arrays("features", block)
             joined_block = {key: np.concatenate([arrays[key] for arrays in blocks]) for key in block} if blocks else {}
             block = self.worker.control.broadcast_arrays("features", joined_block)
-        bad = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
+        unreadable = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
         for i, request in enumerate(requests):
             try:
                 if not request.failed:
-                    request.features.write(view, block["index"], block[f"rows{i}"], bad)
+                    request.features.write(view, block["index"], block[f"rows{i}"], unreadable)
             except OSError as error:
                 request.failed = True
                 log.info(f"  features cannot be stored in {request.features.location}: {error.strerror}")

@@ -46,7 +46,7 @@ class Cut:
 def find_cut(classifier: Classifier) -> Cut | None:
     """Return the cut with the most layers below it, or None if no cut has a layer with weights below it.
 
-    Call `apply_thaw` (`trainer.models.freezing`) first, because it determines which layers are frozen.
+    Call `set_trainable_layers` (`trainer.models.freezing`) first, because it determines which layers are frozen.
     """
     backbone, operations = classifier.backbone, classifier.backbone.operations
     consumers = enumerate(operations[1:], 1)

@@ -66,7 +66,9 @@ def open_inputs(
 
     if kind == "live":
         live_scorer = scorer if network is classifier else scorer_of(network)
-        return Inputs(network, live_scorer, images.split("train"), images.split("validation"), augmentation, views)
+        return Inputs(
+            network, live_scorer, images.open_split("train"), images.open_split("validation"), augmentation, views
+        )
     cache = FeatureCache(feature_pass, plan, scorer)
     features = cache.open(name, ("train", "validation") if kind == "cached" else ("validation",))
     if features is None:
@@ -76,13 +78,15 @@ def open_inputs(
         train_features, validation_features = features
         return Inputs(tail, scorer_of(tail), train_features, validation_features, Augmentation(), None)
     (validation_features,) = features  # the kind is "validation": training on images, validation on features
-    return Inputs(network, scorer_of(tail), images.split("train"), validation_features, augmentation, views)
+    return Inputs(network, scorer_of(tail), images.open_split("train"), validation_features, augmentation, views)
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
     """Change the plan so that a phase reads images, because there is no space for its features."""
     if plan.input_kinds[name] == "cached":
-        images.drop("train")  # opened without a cache, because they were to be read once; now opened again with a cache
+        images.release_split(
+            "train"
+        )  # opened without a cache, because they were to be read once; now opened again with a cache
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 
@@ -127,14 +131,14 @@ class FeatureCache:
                 if not control.any_worker("no space for later features", later is None) and later is not None:
                     requests.append(FeatureRequest(self.plan.cut(later_phase), later, required=False))
             # If all workers read the same features, each computes a shard, and they exchange them.
-            exchange = split == "train" and self.scorer.sharding.by == "record" and worker.size > 1
+            exchange = split == "train" and self.scorer.sharding.mode == "record" and worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
             is_complete = feature_pass.fill(requests, augmentation, exchange)
             if control.any_worker("features not done", not is_complete or requests[0].failed):
                 return None
             features.complete()
-            if features.bad:
-                self.images.split(split).known_unreadable |= features.bad
+            if features.unreadable:
+                self.images.open_split(split).known_unreadable |= features.unreadable
             opened_features.append(features)
         return opened_features
 

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
 from trainer.data.images import ImageStore
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
@@ -104,7 +104,9 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
     divisions = {}
     for name, phase in config.phases.items():
         try:
-            plan = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+            plan = set_trainable_layers(
+                classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
+            )
         except ModelError as error:
             key = f"phases.{name}.{error.key}" if error.key else f"phases.{name}"
             raise ModelError(error.problem, key=key, value=error.value, fix=error.fix) from None
@@ -143,7 +145,7 @@ def plan_features(
     """
     num_train = dataset.splits["train"].count
     num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
@@ -178,7 +180,7 @@ def plan_engines(
         ConfigError: `runtime.trunk_engine` is `litert`, and a phase cannot use LiteRT.
     """
     requested, counts = config.runtime.trunk_engine, {name: split.count for name, split in dataset.splits.items()}
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if input_kinds[name] == "cached":

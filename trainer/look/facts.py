@@ -204,12 +204,12 @@ def _find_duplicates(
     pixels, starts = open_pixels(config, data, COMPARED_SIDE, whole=True)
     positions = np.concatenate([indices + starts[name] for name, indices in sample.items()])
     all_thumbnails = read_thumbnails(pixels, positions, health.record_progress)
-    bad = pixels.bad
-    reasons = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
+    unreadable = pixels.unreadable
+    reasons = (f"{describe_example(pixels, position)}: {unreadable[position]}" for position in sorted(unreadable))
     undecodable = [replace_local_paths(reason, data.addresses) for reason in reasons]
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for (name, indices), start in zip(sample.items(), accumulate(map(len, sample.values()), initial=0), strict=False):
-        readable = ~np.isin(indices + starts[name], list(bad))
+        readable = ~np.isin(indices + starts[name], list(unreadable))
         thumbnails[name] = indices[readable], all_thumbnails[start : start + len(indices)][readable]
     labels = {name: split.labels for name, split in dataset.splits.items()}
 

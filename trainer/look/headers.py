@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.data.examine import parse_orientation
 from trainer.data.records import index_shard, read_examples
-from trainer.data.splits import take
+from trainer.data.splits import select_examples
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.storage.shard_cache import ShardCache
@@ -109,7 +109,7 @@ def _read_file_header(path: str) -> Header | None:
 
 def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache | None) -> Headers:
     """Read the headers of records, and the values of their other fields."""
-    result, selected_split, position = Headers(), take(split, indices), 0
+    result, selected_split, position = Headers(), select_examples(split, indices), 0
     for path, ranges in groupby(selected_split.shards, lambda shard: shard.path):
         if shards:
             shards.require(_READER, [os.path.basename(path)])
@@ -117,9 +117,9 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
         index_of = dict(zip(records, indices[position : position + len(records)].tolist(), strict=True))
         position += len(records)
         try:
-            for record, _, example, fault in read_examples(path, index_shard(path), records):
+            for record, _, example, error in read_examples(path, index_shard(path), records):
                 health.record_progress()
-                if fault:
+                if error:
                     continue
                 for name, value in example.features.feature.items():
                     values = [*value.bytes_list.value, *value.int64_list.value]

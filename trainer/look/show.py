@@ -101,8 +101,8 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     ]
     first = starts["train"]
     positions = np.unique([*chain.from_iterable(groups), *(first + i for m in selected.values() for i in m.tolist())])
-    decoded = zip(positions.tolist(), pixels.rows(positions.astype(np.int64)), strict=True)
-    rows = {position: image for position, image in decoded if position not in pixels.bad}
+    decoded = zip(positions.tolist(), pixels.read_images(positions.astype(np.int64)), strict=True)
+    rows = {position: image for position, image in decoded if position not in pixels.unreadable}
     readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in selected.items()}
     examples = {
         k: [Example(replace_local_paths(train.name_of(i), data.addresses), rows[first + i]) for i in members]

@@ -10,7 +10,7 @@ from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
 
 WIDTH = 80  # terminal columns
-_MAX_NOTES, _MAX_FAULTS = 6, 3  # number of notes, and of unreadable files, that are listed
+_MAX_NOTES, _MAX_UNREADABLE = 6, 3  # number of notes, and of unreadable files, that are listed
 
 
 def _wrap(label: str, text: str, width: int = 12) -> str:
@@ -58,9 +58,9 @@ def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -
     lines.append(_wrap("formats", f"{_list_counts(facts.formats)}; {_list_counts(facts.modes)}"))
     lines.append(_wrap("sizes", _format_sizes(facts)))
     lines.append(_wrap("duplicates", _format_duplicates(facts)))
-    faults = [*facts.skipped, *facts.undecodable]
-    lines.append(_wrap("unreadable", f"{len(faults):,}" if faults else "none"))
-    lines += [_wrap("", fault) for fault in faults[:_MAX_FAULTS]]
+    unreadable = [*facts.skipped, *facts.undecodable]
+    lines.append(_wrap("unreadable", f"{len(unreadable):,}" if unreadable else "none"))
+    lines += [_wrap("", line) for line in unreadable[:_MAX_UNREADABLE]]
     suggested = {f"{key}={value}" for suggestion in suggestions for key, value in suggestion.settings}
     notes = [note for note in facts.notes if not any(argument in note for argument in suggested)]
     lines += [_wrap("note", note) for note in notes[:_MAX_NOTES]]

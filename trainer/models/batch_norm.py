@@ -88,7 +88,7 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
 def tracks_statistics(layer: keras.layers.Layer) -> bool:
     """Return whether training updates a layer's moving averages.
 
-    For a backbone layer, call `trainer.models.freezing.apply_thaw` first, which sets its class.
+    For a backbone layer, call `trainer.models.freezing.set_trainable_layers` first, which sets its class.
     """
     return isinstance(layer, PaddingAwareBatchNormalization) and layer.trainable
 

@@ -19,27 +19,27 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 
 
 @dataclass(frozen=True)
-class ThawPlan:
+class FreezingPlan:
     """The trainable and frozen variables of a classifier in one phase."""
 
     thaw: str  # the rule, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
     groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
-    first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
-    first_thawed_name: str | None  # name of the layer with index `first_thawed`
-    num_thawed_layers: int  # number of backbone layers that the rule selects
-    layer_count: int  # number of backbone layers
+    first_trainable: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
+    first_trainable_name: str | None  # name of the layer with index `first_trainable`
+    num_selected_layers: int  # number of backbone layers that the rule selects
+    num_layers: int  # number of backbone layers
     batch_norm_training: bool  # whether training updates moving averages in the backbone
     lr_multipliers: tuple[float, ...]  # per variable of `trainable`, relative to the head; empty if all are 1
     lr_summary: str  # text with each block's multiplier; empty if all are 1
 
     def format_lines(self) -> list[str]:
         """Format the plan as lines for the log: a heading, a table with a row per group, and the multipliers."""
-        summary = f"all {self.layer_count} layers of the backbone are frozen"
-        if self.first_thawed is not None:
-            summary = (f"{self.num_thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
-                       f"{self.first_thawed} ({self.first_thawed_name})")  # fmt: skip
+        summary = f"all {self.num_layers} layers of the backbone are frozen"
+        if self.first_trainable is not None:
+            summary = (f"{self.num_selected_layers} of {self.num_layers} layers thawed, the first trainable one is "
+                       f"{self.first_trainable} ({self.first_trainable_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
             sizes = f"{count_parameters(group):,}", f"{count_variable_bytes(group) / 1e6:,.2f} MB"
@@ -49,9 +49,9 @@ class ThawPlan:
         return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {summary}", *rows, *filter(None, [self.lr_summary])]
 
 
-def apply_thaw(
+def set_trainable_layers(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
-) -> ThawPlan:
+) -> FreezingPlan:
     """Set `.trainable` of every backbone layer for a phase, and return the plan. The head always trains.
 
     Training steps must be traced after this call, because an already traced function ignores the change.
@@ -80,8 +80,8 @@ def apply_thaw(
         if is_norm:  # batch statistics must exclude padding
             uses_batch_statistics = layer.trainable and batch_norm == "train"
             swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else BATCH_NORM_CLASS)
-    thawed_indices = [index for index in sorted(selected_indices) if layers[index].trainable_weights]
-    if selected_indices and not thawed_indices:
+    trainable_indices = [index for index in sorted(selected_indices) if layers[index].trainable_weights]
+    if selected_indices and not trainable_indices:
         frozen_class = BATCH_NORM_CLASS if batch_norm == "frozen" else ()
         *_, last_index = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
         fix = f"include layer {last_index} ({layers[last_index].name}), or use none to train the head alone"
@@ -102,23 +102,23 @@ def apply_thaw(
     assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
     trainable = {n: v for n, v in classifier.variables.items() if (n in head and v.trainable) or id(v) in trained_ids}
-    multipliers, summary = _lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
-    return ThawPlan(
+    multipliers, summary = _compute_lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
+    return FreezingPlan(
         thaw=thaw,
         batch_norm=batch_norm,
         trainable=trainable,
         groups={name: group for name, group in groups.items() if group},
-        first_thawed=thawed_indices[0] if thawed_indices else None,
-        first_thawed_name=layers[thawed_indices[0]].name if thawed_indices else None,
-        num_thawed_layers=len(selected_indices),
-        layer_count=len(layers),
+        first_trainable=trainable_indices[0] if trainable_indices else None,
+        first_trainable_name=layers[trainable_indices[0]].name if trainable_indices else None,
+        num_selected_layers=len(selected_indices),
+        num_layers=len(layers),
         batch_norm_training=bool(moving_ids),
         lr_multipliers=multipliers,
         lr_summary=summary,
     )
 
 
-def _lr_multipliers(
+def _compute_lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
     """Return the learning-rate multiplier of each trainable variable, and a text with each block's multiplier.

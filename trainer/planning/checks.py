@@ -22,7 +22,7 @@ from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
 from trainer.names import normalize_class_name
-from trainer.planning.estimates import Uses, count_model_parameters, estimate_teacher_memory
+from trainer.planning.estimates import MemoryUses, count_model_parameters, estimate_teacher_memory
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
 from trainer.runs.initial_weights import open_local_checkpoints
 from trainer.runs.restore import collect_shapes, match_warm_start, read_warm_start
@@ -50,7 +50,7 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
         yield str(folder)
 
 
-def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
+def build_dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     """Build the dataset of `root`, a TFDS folder in a bucket, from its metadata, without downloading examples.
 
     Class names and counts are correct, but all labels are 0 and the fingerprint is empty.
@@ -198,13 +198,13 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
 
 
 def plan_teacher(
-    config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int,
+    config: RunConfig, distillation: Distillation, dataset: Dataset, num_examples: int, replicas: int,
     trained_first: Model | None = None,
-) -> tuple[str, Uses]:  # fmt: skip
+) -> tuple[str, MemoryUses]:  # fmt: skip
     """Check the teacher as a run does, but without downloading weights, and estimate its memory.
 
     Args:
-        examples: number of examples that a replica processes in one forward pass.
+        num_examples: number of examples that a replica processes in one forward pass.
         replicas: number of replicas on this worker.
         trained_first: model configuration of a teacher that the run trains first, so that it has no files yet; None
             for an existing teacher.
@@ -226,9 +226,9 @@ def plan_teacher(
     estimate = partial(
         estimate_teacher_memory,
         every_step=predicts_every_step,
-        examples=examples,
+        num_examples=num_examples,
         replicas=replicas,
-        labels=count * len(dataset.class_names),
+        num_label_values=count * len(dataset.class_names),
         precision=config.runtime.precision,
     )
     usage = "predicts in every step" if predicts_every_step else f"predicts once, for {count:,} training images"

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import RunConfig
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.errors import ConfigError
 from trainer.features.plan import Division
 from trainer.models.classifier import Classifier
@@ -95,7 +95,7 @@ def plan_computations(
             run's results are bit-identical on any number of devices.
         divisions: by phase name, the division of the network into trunk and tail.
     """
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     computations, num_replicas = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
         images = config.phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas

@@ -16,7 +16,7 @@ from trainer.features.cut import Cut, Tail
 from trainer.features.litert import LiteTrunk, LiveTail
 from trainer.features.plan import Division, FeatureChoice, TrunkEngine, select_stored_dtype
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import Network, StepSettings, TrainingStep
 from trainer.types import Dataset, choose_scored_split
@@ -78,7 +78,7 @@ def measure_training(
         cut: the cut whose features the network takes; None if it takes images.
         xla: whether XLA compiles the step.
     """
-    thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    thaw = set_trainable_layers(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     learning_rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, learning_rate, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
     optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)

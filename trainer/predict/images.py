@@ -27,11 +27,11 @@ class ImageFile(NamedTuple):
     """An image to predict, or a row of a CSV list that does not refer to an image."""
 
     name: str  # the path, or the cell of the CSV list, escaped for display; in the output's column "file"
-    address: str  # local path or gs:// address; "" if `fault` is set
+    address: str  # local path or gs:// address; "" if `error` is set
     # Changes with the content. Local file: size and time of the last change, or "absent" if it cannot be accessed.
     # Object: size and generation or ETag, or "" if the bucket was not listed.
     version: str = ""
-    fault: str = ""  # reason why there is no address; "" if there is one
+    error: str = ""  # reason why there is no address; "" if there is one
 
 
 def list_images(address: str) -> list[ImageFile]:
@@ -111,25 +111,25 @@ def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
 def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
     """Return the `ImageFile` for a cell of the CSV list at `path`: an address, or a path relative to the list.
 
-    If the cell is not valid, `ImageFile.fault` has the reason. A list in a bucket cannot refer to local files.
+    If the cell is not valid, `ImageFile.error` has the reason. A list in a bucket cannot refer to local files.
     """
     name = escape_unprintable(cell)
     if not cell:
-        return ImageFile("", "", fault="the list has no file name in this row")
+        return ImageFile("", "", error="the list has no file name in this row")
     if "://" in cell:
         try:
             check_address(cell)
         except InvalidValue as error:
-            return ImageFile(name, "", fault=f"{error.problem}; {error.fix}")
+            return ImageFile(name, "", error=f"{error.problem}; {error.fix}")
         return ImageFile(name, cell)
     if not path.is_local:
-        if fault := find_path_error(cell):
-            return ImageFile(name, "", fault=fault)
+        if error := find_path_error(cell):
+            return ImageFile(name, "", error=error)
         return ImageFile(name, str(path.parent / cell))
     if "\0" in cell:
-        return ImageFile(name, "", fault="it has a null character")
+        return ImageFile(name, "", error="it has a null character")
     image = _image_from_path(os.path.join(os.path.dirname(str(path)), os.path.expanduser(cell)))
-    return ImageFile(name, image.address, image.version, image.fault)
+    return ImageFile(name, image.address, image.version, image.error)
 
 
 def _image_from_path(file: str) -> ImageFile:
@@ -150,8 +150,8 @@ def read_image(image: ImageFile) -> bytes | str:
     Raises:
         Interrupted: the bucket does not respond.
     """
-    if image.fault:
-        return image.fault
+    if image.error:
+        return image.error
     try:
         if is_remote(image.address):
             content_and_version = storage_path(image.address).fetch()
@@ -175,5 +175,5 @@ def _read_local_file(path: str) -> bytes | str:
 
 
 def describe_versions(images: Sequence[ImageFile]) -> list[list[str]]:
-    """Return each image's name, address, version and fault, on which its prediction depends."""
-    return [[image.name, escape_unprintable(image.address), image.version, image.fault] for image in images]
+    """Return each image's name, address, version and error, on which its prediction depends."""
+    return [[image.name, escape_unprintable(image.address), image.version, image.error] for image in images]

@@ -128,7 +128,7 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
     """
     if not np.isfinite(sums).all():
         first_step = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
-        raise _divergence_error("loss", "not finite", first_step, phase, epoch)
+        raise _make_divergence_error("loss", "not finite", first_step, phase, epoch)
 
 
 def require_plausible(
@@ -144,12 +144,12 @@ def require_plausible(
         if not loss <= limit:  # also true for NaN
             loss_name = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
-                raise _divergence_error(loss_name, "not finite", step, phase, epoch)
+                raise _make_divergence_error(loss_name, "not finite", step, phase, epoch)
             reason = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
-            raise _divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, reason)
+            raise _make_divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, reason)
 
 
-def _divergence_error(loss_name: str, value: str, step: int, phase: str, epoch: int, reason: str = "") -> Diverged:
+def _make_divergence_error(loss_name: str, value: str, step: int, phase: str, epoch: int, reason: str = "") -> Diverged:
     """Build an error about the `value` of a loss at a step; `reason` ends the sentence."""
     fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
     return Diverged(f"the {loss_name} is {value} at step {step} (phase {phase}, epoch {epoch}){reason}", fix=fix)
