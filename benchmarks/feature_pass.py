@@ -67,8 +67,10 @@ def our_pass(
             features = open_features(unfilled, Path(folder) / "f", 4 * GIGABYTE, 4 * GIGABYTE)
             assert features is not None
             began = time.perf_counter()
-            assert compute.fill([FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False)
-            features.complete()
+            assert compute.compute_missing(
+                [FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False
+            )
+            features.finish_writing()
             return split.count / (time.perf_counter() - began)
 
     return once

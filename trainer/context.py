@@ -338,7 +338,7 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
     """Raise `Diverged` if one of the mean losses (by name) is not finite, or too large for a classifier that learns."""
     state, num_classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
-    require_plausible(losses, settings, classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
+    require_plausible(losses, settings, num_classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:

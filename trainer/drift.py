@@ -27,8 +27,8 @@ from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import (
+    DriftMeasure,
     LogPeriod,
-    Measure,
     find_version,
     format_measures,
     get_most_severe_level,
@@ -68,7 +68,7 @@ def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
     return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
 
 
-def measure(reference_address: str, log_address: str, period: LogPeriod, output: str) -> list[Measure]:
+def measure(reference_address: str, log_address: str, period: LogPeriod, output: str) -> list[DriftMeasure]:
     """Measure the drift of logged predictions from a reference. Return the measures, log them, and plot them.
 
     Args:

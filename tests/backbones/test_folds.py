@@ -47,7 +47,7 @@ def test_above_ten_thousand_examples_or_with_one_fold_the_validation_split_is_sc
 
 
 def test_folds_are_a_function_of_the_seed_and_the_examples() -> None:
-    first, again, other = (plan_folds(data_of([50, 70]), 5, seed).of for seed in (1, 1, 2))
+    first, again, other = (plan_folds(data_of([50, 70]), 5, seed).fold_of_example for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
@@ -59,7 +59,7 @@ def test_the_examples_of_a_group_are_in_one_fold() -> None:
     assert {len(folds) for folds in folds_of.values()} == {1}
     assert "grouped" in plan.reason
     few = plan_folds(data_of([40, 40]), None, 1, [f"{i % 3}" for i in range(80)])
-    assert few.count == 3
+    assert few.num_folds == 3
     with raises(ConfigError, key="folds", value=4, problem="the 3 groups"):
         plan_folds(data_of([40, 40]), 4, 1, [f"{i % 3}" for i in range(80)])
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tests.config.test_schema import tree
 from tests.e2e.running import ROOT, program
 from trainer.backbones.folds import plan_folds, pool_examples
-from trainer.backbones.measure import Network, measure, open_network, score_fold, take_rows
+from trainer.backbones.measure import Network, measure, open_network, score_fold, select_features
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
@@ -67,7 +67,7 @@ def test_rows_of_features_are_those_of_the_examples_and_unreadable_ones_remain_s
 ) -> None:
     features = replace(opened[0].features, unreadable={5: "broken"})
     indices = np.array([1, 5, 7])
-    rows = take_rows(features, indices, "validation")
+    rows = select_features(features, indices, "validation")
     assert features.array is not None
     assert rows.array is not None
     np.testing.assert_array_equal(rows.array[:3], features.array[indices])

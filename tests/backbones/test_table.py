@@ -17,8 +17,8 @@ from trainer.backbones.results import (
     require_comparison_folder,
 )
 from trainer.backbones.table import (
+    ComparisonFacts,
     EvaluatedBackbone,
-    Facts,
     describe,
     explain_columns,
     find_fastest,
@@ -48,12 +48,12 @@ def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: in
     return EvaluatedBackbone(label, folds, measured)
 
 
-def facts_of(*networks: EvaluatedBackbone, random: str = "") -> Facts:
+def facts_of(*networks: EvaluatedBackbone, random: str = "") -> ComparisonFacts:
     dataset = Dataset(HOSTILE, ("a", HOSTILE), {"train": Split("train", LABELS)}, "1")
     folds = FoldPlan(np.repeat([0, 1], N // 2), 2, "as given")
     weights = {each.label: "none" if each.label == random else "imagenet" for each in networks}
     phase = Phase.model_validate({"thaw": "none", "epochs": 5})
-    return Facts(dataset, folds, "one CPU, 2 cores", "head", phase, weights)
+    return ComparisonFacts(dataset, folds, "one CPU, 2 cores", "head", phase, weights)
 
 
 NETWORKS = (

@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.stats
 
 from trainer.evaluation.drift import (
-    Window,
+    PredictionWindow,
     compute_embedding_distance,
     compute_psi,
     compute_psi_quantile,
@@ -73,8 +73,8 @@ def sample(seed: int, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.nd
     return classes, confidence, draw.multivariate_normal(mean + shift, covariance, count)
 
 
-def window_of(*values: np.ndarray, size: int | None = None) -> Window:
-    window = Window(3, size)
+def window_of(*values: np.ndarray, size: int | None = None) -> PredictionWindow:
+    window = PredictionWindow(3, size)
     for chosen, confidence, vector in zip(*values, strict=True):
         window.add(int(chosen), float(confidence), vector)
     return window
@@ -104,7 +104,7 @@ def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> N
 
 
 def test_other_classes_shift_only_the_classes() -> None:
-    window = Window(3)
+    window = PredictionWindow(3)
     for confidence in sample(4, 300)[1]:
         window.add(2, float(confidence))
     levels = {m.name: m.level for m in measure_drift(reference(), window)}
@@ -142,7 +142,7 @@ def test_a_window_has_the_last_predictions_only() -> None:
 
 @pytest.mark.parametrize(("confidence", "index"), [(0.0, 0), (0.049, 0), (0.05, 1), (0.999, 19), (1.0, 19), (1.01, 19)])
 def test_the_bins_of_confidence(confidence: float, index: int) -> None:
-    window = Window(1)
+    window = PredictionWindow(1)
     window.add(0, confidence)
     assert window.confidences.nonzero()[0] == [index]
 

@@ -22,7 +22,7 @@ from tests.exporting.subjects import (
     some_images,
 )
 from trainer.data.decoding import decode_image
-from trainer.evaluation.drift import Window, get_most_severe_level, measure_drift
+from trainer.evaluation.drift import PredictionWindow, get_most_severe_level, measure_drift
 from trainer.exporting.saved_model import WARMUP_FILE, export_saved_model
 
 
@@ -130,7 +130,7 @@ def test_the_reference_is_the_distribution_of_its_own_examples(model: keras.Mode
     predictions = predictions_of(model, images).argmax(-1)
     np.testing.assert_allclose(reference["class_frequencies"], np.bincount(predictions, minlength=3) / 40)
     assert sum(reference["confidence_histogram"]["counts"]) == 40
-    served, window = tf.saved_model.load(str(folder)), Window(3)
+    served, window = tf.saved_model.load(str(folder)), PredictionWindow(3)
     files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
     explained = served.signatures["explain"](image_bytes=files)
     for row, vector in zip(explained["probabilities"].numpy(), explained["embedding"].numpy(), strict=True):

@@ -17,7 +17,7 @@ from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import ConfigError
 from trainer.features.cut import Tail, Trunk
-from trainer.features.litert import LiteTrunk, LiveTail
+from trainer.features.litert import LiteRTClassifier, LiteRTTrunk
 from trainer.features.plan import (
     LITERT_BACKBONES,
     MIN_LITERT_PIXELS,
@@ -58,7 +58,7 @@ def test_features_are_those_of_tensorflow(name: str, size: int, thaw: str) -> No
     images, _ = photos(classifier)
     _, cut = cut_of(classifier, thaw)
     (expected,) = Trunk(classifier, [cut]).features(images)
-    (features,) = LiteTrunk(classifier, [cut], threads=2).features(images)
+    (features,) = LiteRTTrunk(classifier, [cut], threads=2).features(images)
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -67,9 +67,9 @@ def test_features_of_an_image_depend_on_nothing_else(classifier: Classifier) -> 
     """Neither on the other images of a call, the number of threads, the images' dtype, nor the other cuts."""
     images, _ = photos(classifier)
     cuts = [cut for thaw in ("none", "from_layer:100") if (cut := cut_of(classifier, thaw)[1])]
-    both = LiteTrunk(classifier, cuts, threads=3).features(images)
+    both = LiteRTTrunk(classifier, cuts, threads=3).features(images)
     for cut, expected in zip(cuts, both, strict=True):
-        alone = LiteTrunk(classifier, [cut], threads=1)
+        alone = LiteRTTrunk(classifier, [cut], threads=1)
         np.testing.assert_array_equal(alone.features(images[::-1].astype(np.float32))[0], expected[::-1])
         np.testing.assert_array_equal(alone.features(images[3:4])[0], expected[3:4])
         assert alone.features(images[:0])[0].shape == (0, *cut.shape)
@@ -81,7 +81,7 @@ def test_a_step_on_images_is_the_step_on_features(classifier: Classifier, thaw: 
     images, labels = photos(classifier)
     plan, cut = cut_of(classifier, thaw, batch_norm)
     begin = variables.copy_values(classifier.variables)
-    trunk = LiteTrunk(classifier, [cut], threads=2)
+    trunk = LiteRTTrunk(classifier, [cut], threads=2)
 
     def train(network: Network, inputs: np.ndarray) -> dict[str, np.ndarray]:
         variables.assign_values(classifier.variables, begin, "the beginning")
@@ -93,7 +93,7 @@ def test_a_step_on_images_is_the_step_on_features(classifier: Classifier, thaw: 
         variables.assign_values(classifier.variables, begin, "the beginning")
         return trained
 
-    live = train(LiveTail(classifier, cut, trunk), images)
+    live = train(LiteRTClassifier(classifier, cut, trunk), images)
     cached = train(Tail(classifier, cut), trunk.features(images)[0])
     whole = train(classifier, images)
     for name, value in live.items():
@@ -204,9 +204,9 @@ def test_the_weights_are_those_of_the_conversion() -> None:
     images, _ = photos(other)
     _, cut = cut_of(other, "none")
     kernel = next(iter(cut.variables.values()))
-    before = LiteTrunk(other, [cut], threads=1)
+    before = LiteRTTrunk(other, [cut], threads=1)
     kernel.assign(kernel.value * 1.5)
-    after = LiteTrunk(other, [cut], threads=1)
+    after = LiteRTTrunk(other, [cut], threads=1)
     (expected,) = Trunk(other, [cut]).features(images)
     np.testing.assert_allclose(after.features(images)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert (before.features(images)[0] != after.features(images)[0]).any()

@@ -47,7 +47,7 @@ def opened(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
 def filled(folder: Path, **changes: Any) -> Features:
     features = opened(folder, **changes)
     for view in range(features.views):
-        index = np.flatnonzero(features.missing(view))
+        index = np.flatnonzero(features.find_missing(view))
         features.write(view, index, features.encode(values(view, index)), {})
     return features
 
@@ -63,7 +63,7 @@ def small_files() -> Iterator[Any]:
 @pytest.mark.parametrize("memory", [NEEDED, NEEDED - 1])
 def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -> None:
     features = filled(tmp_path, memory_budget=memory)
-    features.complete()
+    features.finish_writing()
     features.unreadable[3] = "damaged"
     assert features.cached_in == ("memory" if memory == NEEDED else "disk")
     batches = build_training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
@@ -82,7 +82,7 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> None:
     features = filled(tmp_path, dtype=dtype, memory_budget=NEEDED // 2)
-    features.complete()
+    features.finish_writing()
     rows = features.gather_rows(features.tensor(), tf.constant([4, 10], tf.int64), tf.constant([1, 0], tf.int64))
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows, tf.cast(np.stack([values(1, [4])[0], values(0, [10])[0]]), dtype))
@@ -102,13 +102,13 @@ def test_a_later_start_reads_intact_rows(tmp_path: Path, memory: int) -> None:
     with open(tmp_path / "f" / "x.list", "a") as listed:
         listed.write('{"view": 0, "first": 9, "cou')  # killed here
     second = opened(tmp_path, memory_budget=memory)
-    assert np.flatnonzero(~second.missing(0)).tolist() == [0, 1, 2, 7]
-    assert np.flatnonzero(~second.missing(1)).tolist() == [5]
+    assert np.flatnonzero(~second.find_missing(0)).tolist() == [0, 1, 2, 7]
+    assert np.flatnonzero(~second.find_missing(1)).tolist() == [5]
     assert second.unreadable == {2: "no JPEG"}
     for view in range(VIEWS):
-        index = np.flatnonzero(second.missing(view))
+        index = np.flatnonzero(second.find_missing(view))
         second.write(view, index, values(view, index), {})
-    second.complete()
+    second.finish_writing()
     rows = np.asarray(second.tensor()).reshape(VIEWS, COUNT + 1, *SHAPE)
     for view in range(VIEWS):
         np.testing.assert_array_equal(rows[view, :COUNT], values(view, range(COUNT)))
@@ -125,12 +125,12 @@ def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
     rows.write_bytes(content)
     notes: list[str] = []
     second = opened(tmp_path, notes)
-    assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
+    assert np.flatnonzero(second.find_missing(0)).tolist() == list(range(4, COUNT))
     assert notes == [f"1 block of {tmp_path}/f/x.rows corrupt; computing the features again"]
     # Computed again with other values, as on another processor: the block is intact from then on.
     second.write(0, np.arange(4, COUNT), values(1, range(4, COUNT)), {})
     third = opened(tmp_path, notes)
-    assert not third.missing(0).any()
+    assert not third.find_missing(0).any()
     assert len(notes) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_block_after_a_truncated_line_is_read(tmp_path: Path) -> None:
         listed.write('{"view": 0, "first": 9, "cou')  # killed here
     second = opened(tmp_path)
     second.write(0, np.arange(4, COUNT), values(0, range(4, COUNT)), {})
-    assert not opened(tmp_path).missing(0).any()
+    assert not opened(tmp_path).find_missing(0).any()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
@@ -162,16 +162,16 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
             block,
         )
         listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert opened(tmp_path).missing(0).all()
+    assert opened(tmp_path).find_missing(0).all()
 
 
 def test_a_worker_stores_and_counts_only_its_own_rows(tmp_path: Path) -> None:
     indices = np.array([1, 2, 9])
     features = filled(tmp_path, indices=indices, memory_budget=0)
-    assert features.bytes == VIEWS * 3 * 24 == count_feature_bytes(SHAPE, "float32", VIEWS, 3)
-    features.complete()
-    assert not any(features.missing(view).any() for view in range(VIEWS))
-    assert np.flatnonzero(~opened(tmp_path).missing(1)).tolist() == [1, 2, 9]
+    assert features.num_bytes == VIEWS * 3 * 24 == count_feature_bytes(SHAPE, "float32", VIEWS, 3)
+    features.finish_writing()
+    assert not any(features.find_missing(view).any() for view in range(VIEWS))
+    assert np.flatnonzero(~opened(tmp_path).find_missing(1)).tolist() == [1, 2, 9]
 
 
 def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: Any) -> None:
@@ -182,7 +182,7 @@ def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: A
         features.write(view, np.arange(COUNT), values(view, range(COUNT)), {})
     assert notes == [f"features cannot be stored in {tmp_path}/f (File too large); using memory only"]
     assert list((tmp_path / "f").iterdir()) == []
-    features.complete()
+    features.finish_writing()
     np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
 
 
@@ -193,7 +193,7 @@ def test_with_a_disk_that_has_become_read_only_features_stay_in_memory(tmp_path:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
         assert notes == [f"features cannot be stored in {disk}/f (Read-only file system); using memory only"]
-        assert not features.missing(0).any()
+        assert not features.find_missing(0).any()
 
 
 def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_files: Any) -> None:

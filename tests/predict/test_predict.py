@@ -25,7 +25,15 @@ from trainer.predict import command, parts
 from trainer.predict.images import ImageFile, list_images
 from trainer.predict.model import Model, open_export_model
 from trainer.predict.parts import ImagePredictions, Parts, decode_part
-from trainer.predict.results import WIDTH, format_summary, make_header, make_row, rank, summarize, write_tables
+from trainer.predict.results import (
+    WIDTH,
+    find_top_classes,
+    format_summary,
+    make_header,
+    make_row,
+    summarize,
+    write_tables,
+)
 from trainer.storage.path import storage_path
 
 CLASSES = ("daisy", "löwenzahn", "rose\\nred")
@@ -313,7 +321,7 @@ def test_hostile_cells() -> None:
     row = make_row(ImageFile("=1+2.png", ""), names, part, 0, 1)
     assert row == ["'=1+2.png", '\'=HYPERLINK("x")', "0.500000", "1.0000", "", "0.500000", "0.250000", "0.250000"]
     assert make_row(ImageFile("@x.png", ""), names, part, 1, 1) == ["'@x.png", "", "", "", "'-bad", "", "", ""]
-    assert rank(np.array([0.25, 0.5, 0.25], np.float32), 3) == [1, 0, 2]
+    assert find_top_classes(np.array([0.25, 0.5, 0.25], np.float32), 3) == [1, 0, 2]
 
 
 def test_a_part_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:

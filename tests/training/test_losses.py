@@ -39,7 +39,7 @@ def test_a_loss_that_no_classifier_has_is_that_of_a_diverged_run() -> None:
     assert compute_divergence_threshold(weighted, 2) == pytest.approx(1200 * np.log(2))
     distilled = LossSettings(alpha=0.1, temperature=3.0)
     assert compute_divergence_threshold(distilled, 10) == pytest.approx(2700 * np.log(10))
-    where: dict[str, Any] = {"classes": 2, "step": 7, "phase": "head", "epoch": 1}
+    where: dict[str, Any] = {"num_classes": 2, "step": 7, "phase": "head", "epoch": 1}
     require_plausible({"loss": 800.0, "val_loss": 200.0}, weighted, **where)
     fix, at = "phases.head.optimizer.learning_rate", r"at step 7 \(phase head, epoch 1\)"
     with raises(Diverged, fix=fix, problem=f"the loss is 460,583 {at}: at most 208 is plausible for 2 classes"):

@@ -20,7 +20,7 @@ from trainer.backbones.results import (
     make_folder_name,
     require_comparison_folder,
 )
-from trainer.backbones.table import EvaluatedBackbone, Facts, rank, write_results
+from trainer.backbones.table import ComparisonFacts, EvaluatedBackbone, rank, write_results
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy, choose_devices, detect_device
 from trainer.cluster.discovery import discover
@@ -88,7 +88,7 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
                 later_sizes = [find_image_size(models[other]) for other in order[position:]]
                 images.train_images_read_once = images.size not in later_sizes
             measured[label] = _evaluate_backbone(comparison, label, models[label], images)
-    facts = Facts(
+    facts = ComparisonFacts(
         dataset=comparison.data.dataset, folds=comparison.folds, machine=comparison.machine, phase=choices.phase,
         settings=comparison.config.phases[choices.phase],
         weights={label: model.weights for label, model in choices.models.items()},

@@ -50,7 +50,7 @@ class Network:
     classifier: Classifier
     cut: Cut
     features: Features  # of all examples in the pool
-    initial: dict[str, np.ndarray]  # initial values of the head's variables, by name
+    initial_values: dict[str, np.ndarray]  # of the head's variables, by name
     scorer: Scorer  # computes predictions from features
 
 
@@ -101,18 +101,18 @@ def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
     classifier, training = network.classifier, network.config.training
     train_indices, held_out_indices = folds.split(fold)
     start = time.perf_counter()
-    variables.assign_values(classifier.head_variables, network.initial, "the initial values")
-    step = _train_head(network, take_rows(network.features, train_indices, "train"))
+    variables.assign_values(classifier.head_variables, network.initial_values, "the initial values")
+    step = _train_head(network, select_features(network.features, train_indices, "train"))
     seconds = time.perf_counter() - start
     if step.averages:
         step.averages.swap()  # predict with the averaged weights (EMA)
-    held_out = take_rows(network.features, held_out_indices, "validation")
+    held_out = select_features(network.features, held_out_indices, "validation")
     predictions = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
     network.worker.stop.check("while a fold was scored")
     return FoldResult(held_out_indices[predictions.indices], predictions.probabilities.argmax(axis=1), seconds)
 
 
-def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
+def select_features(features: Features, indices: np.ndarray, name: str) -> Features:
     """Copy the features of some examples into memory, as the features of a new split.
 
     Args:

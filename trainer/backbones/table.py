@@ -35,7 +35,7 @@ class EvaluatedBackbone:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ComparisonFacts:
     """What all backbones in the table have in common, and each backbone's weights."""
 
     dataset: Dataset  # its train split pools the train and validation examples
@@ -72,7 +72,7 @@ class Row:
         return self.p is not None and self.p < SIGNIFICANCE_LEVEL
 
 
-def rank(networks: Sequence[EvaluatedBackbone], facts: Facts) -> list[Row]:
+def rank(networks: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[Row]:
     """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
     Returns:
@@ -142,7 +142,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
+def describe(rows: Sequence[Row], facts: ComparisonFacts) -> list[str]:
     """Return the lines below the printed table and on the page: examples, head, and the recommended backbone."""
     n, num_folds, settings = rows[0].examples, facts.folds.num_folds, facts.settings
     examples = "validation examples" if num_folds == HOLD_OUT else f"out-of-fold predictions, {num_folds} folds"
@@ -167,7 +167,7 @@ def explain_columns(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], facts: ComparisonFacts) -> dict[str, Any]:
     """Return the content of backbones.json."""
     dataset, folds = facts.dataset, facts.folds
     return {
@@ -193,7 +193,7 @@ def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
+def render_page(rows: Sequence[Row], facts: ComparisonFacts, created: str) -> str:
     """Render the page as HTML that loads no other file. `created`: time in ISO 8601."""
     points = [
         Point(row.label, row.measurements.single_ms, row.accuracy, row.interval, SERIES[i % len(SERIES)])
@@ -207,7 +207,7 @@ def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
     )  # fmt: skip
 
 
-def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
+def write_results(folder: StoragePath, rows: Sequence[Row], facts: ComparisonFacts) -> None:
     """Write backbones.json and index.html to `folder`, and print the table."""
     summary = summarize(rows, facts)
     write_output(folder, SUMMARY, encode_json(summary))

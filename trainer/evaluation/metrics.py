@@ -84,7 +84,7 @@ def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[di
     ]
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+def compute_scores(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Return `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
 
     Args:
@@ -96,7 +96,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         DataError: there is no example, a shape is wrong, a label is out of range, or a probability is not finite.
     """
     n, num_classes = len(labels), len(class_names)
-    _validate(labels, probabilities, num_classes)
+    _require_valid_predictions(labels, probabilities, num_classes)
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
@@ -123,7 +123,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     }
 
 
-def _validate(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
+def _require_valid_predictions(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
     n = len(labels)
     if n == 0:
         raise DataError("the split has no examples to evaluate", fix="add examples to it or choose another split")
@@ -217,7 +217,7 @@ def score_predictions(
         raise DataError(
             f"split {split!r} has {len(labels)} labels but {len(names)} file names", fix="read the whole split again"
         )
-    scores = score(labels, probabilities, class_names)
+    scores = compute_scores(labels, probabilities, class_names)
     if groups is not None:
         scores["groups"] = score_groups(labels, probabilities.argmax(axis=1), groups, group_field)
     return EvaluationResult(split, tuple(class_names), labels, probabilities, tuple(names), scores)

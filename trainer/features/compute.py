@@ -17,14 +17,14 @@ from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
 from trainer.errors import StopRequested
 from trainer.evaluation.scoring import get_images_per_call
 from trainer.features.cut import Cut, Trunk
-from trainer.features.litert import LiteTrunk
+from trainer.features.litert import LiteRTTrunk
 from trainer.features.plan import TrunkEngine
 from trainer.features.store import Features
 from trainer.models.classifier import Classifier
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 
-# A block consists of the features that a worker computes, exchanges and stores together.
+# A block is the set of features that a worker computes, exchanges with other workers and stores at once.
 BLOCK_BYTES = 32 << 20  # approximate maximum size of a block
 MAX_CALLS_PER_BLOCK = 8  # maximum number of device calls whose outputs form a block
 MAX_DECODED_BYTES = 256 << 20  # maximum total size of the images that are decoded while the trunk is compiled
@@ -44,15 +44,20 @@ Requests = Sequence[FeatureRequest]
 
 
 class FeaturePass:
-    """Computes and stores the features of one split in each call of `fill`. Compiles the trunk for equal cuts once."""
+    """Computes and stores the features of one split in each call of `compute_missing`.
+
+    The trunk below a set of cuts is compiled, or converted for LiteRT, once.
+    """
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier, engine: TrunkEngine) -> None:
         self.worker, self.images, self.classifier, self.engine = worker, images, classifier, engine
-        self.rows = get_images_per_call() * worker.replicas  # number of images in a device call on this worker
+        self.images_per_call = (
+            get_images_per_call() * worker.replicas
+        )  # number of images in a device call on this worker
         self._compiled: dict[tuple[str, ...], Any] = {}
-        self._converted: dict[tuple[str, ...], LiteTrunk] = {}
+        self._converted: dict[tuple[str, ...], LiteRTTrunk] = {}
 
-    def fill(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
+    def compute_missing(self, requests: Requests, augmentation: Augmentation, exchange: bool) -> bool:
         """Compute and store the missing features of one split. With `exchange`, all workers must call this together.
 
         If this worker cannot store a request's features, it sets the request's `failed`. It does not inform the other
@@ -93,7 +98,7 @@ class FeaturePass:
 
     def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
         """Return which examples lack features on this worker or, with `exchange`, on any worker, as bool [count]."""
-        is_missing, control = request.features.missing(view), self.worker.control
+        is_missing, control = request.features.find_missing(view), self.worker.control
         if not exchange:
             return is_missing
         gathered = control.gather("missing features", np.packbits(is_missing).tobytes())
@@ -110,20 +115,24 @@ class FeaturePass:
         `is_missing`, bool [count], selects the examples.
         """
         worker = self.worker
-        shards = split_by_device_calls(np.flatnonzero(is_missing), self.rows, worker.size if exchange else 1)
+        shards = split_by_device_calls(np.flatnonzero(is_missing), self.images_per_call, worker.size if exchange else 1)
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
-        calls_per_block = max(min(BLOCK_BYTES // (self.rows * row_bytes), MAX_CALLS_PER_BLOCK), 1)
+        calls_per_block = max(min(BLOCK_BYTES // (self.images_per_call * row_bytes), MAX_CALLS_PER_BLOCK), 1)
         health.record_progress(0, len(shards[0]))
         with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             # No shard is larger than the first one, so all workers exchange the same number of blocks.
-            for first in range(0, len(shards[0]), calls_per_block * self.rows):
-                indices = shard[first : first + calls_per_block * self.rows]
-                outputs = [output for _, output in zip(range(0, len(indices), self.rows), batches, strict=False)]
+            for first in range(0, len(shards[0]), calls_per_block * self.images_per_call):
+                indices = shard[first : first + calls_per_block * self.images_per_call]
+                outputs = [
+                    output for _, output in zip(range(0, len(indices), self.images_per_call), batches, strict=False)
+                ]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
                 self._store_block(requests, pixels, view, indices, outputs, exchange)
-                health.record_progress(min(first + calls_per_block * self.rows, len(shards[0])), len(shards[0]))
+                health.record_progress(
+                    min(first + calls_per_block * self.images_per_call, len(shards[0])), len(shards[0])
+                )
         return True
 
     def _compute_batches(
@@ -136,31 +145,35 @@ class FeaturePass:
         """
         compute = self._compile_trunk(cuts)
         if pixels.array is not None and not augmentation.active:
-            source = self._iterate_memory(pixels, shard)
+            source = self._iterate_cached_images(pixels, shard)
         else:
-            source = self._iterate_pipeline(pixels, shard, augmentation, view)
+            source = self._iterate_decoded_images(pixels, shard, augmentation, view)
         with closing(source) as stream:
             for images, weights in stream:
                 outputs = compute(images, weights)
                 health.record_progress()
                 yield outputs
 
-    def _iterate_pipeline(
+    def _iterate_decoded_images(
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from an input pipeline that decodes and augments images."""
         replicas, view_settings = self.worker.replicas, EpochAugmentation(augmentation, self.images.config.seed, view)
         # Decode many batches while the trunk is compiled. If shards have to be fetched, prefetch only the default (0).
-        max_batches = MAX_DECODED_BYTES // (self.rows // replicas * self.classifier.image_size**2 * 3)
-        prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, -(-len(shard) // self.rows) * replicas))
+        max_batches = MAX_DECODED_BYTES // (self.images_per_call // replicas * self.classifier.image_size**2 * 3)
+        prefetched = (
+            0
+            if pixels.shards
+            else max(2 * replicas, min(max_batches, -(-len(shard) // self.images_per_call) * replicas))
+        )
         batches = build_indexed_batches(
-            pixels, shard, rows=self.rows, replicas=replicas, view=view_settings, prefetched=prefetched
+            pixels, shard, rows=self.images_per_call, replicas=replicas, view=view_settings, prefetched=prefetched
         )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.open_gate()
         try:
             while self.worker.stop.reason is None:
-                gate.wait_for(self.rows)
+                gate.wait_for(self.images_per_call)
                 batch = next(stream)
                 yield batch["image"], batch["weight"]
         except StopRequested:  # raised by `wait_for` while a shard is fetched
@@ -168,15 +181,19 @@ class FeaturePass:
         finally:
             gate.close()
 
-    def _iterate_memory(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
+    def _iterate_cached_images(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from the image cache. Consecutive images are not copied."""
-        all_images, padding_index, per_replica = pixels.tensor(), pixels.split.count, self.rows // self.worker.replicas
+        all_images, padding_index, per_replica = (
+            pixels.tensor(),
+            pixels.split.count,
+            self.images_per_call // self.worker.replicas,
+        )
         unreadable_indices = list(pixels.unreadable)
-        for first in range(0, len(shard), self.rows):
+        for first in range(0, len(shard), self.images_per_call):
             if self.worker.stop.reason is not None:
                 return
-            indices = shard[first : first + self.rows]
-            index = np.pad(indices, (0, self.rows - len(indices)), constant_values=padding_index)
+            indices = shard[first : first + self.images_per_call]
+            index = np.pad(indices, (0, self.images_per_call - len(indices)), constant_values=padding_index)
             weights = ((index < padding_index) & ~np.isin(index, unreadable_indices)).astype(np.float32)
 
             def on_replica(context: Any, index: np.ndarray = index, weights: np.ndarray = weights) -> tuple[Any, Any]:
@@ -188,11 +205,11 @@ class FeaturePass:
 
             yield self.worker.strategy.experimental_distribute_values_from_function(on_replica)
 
-    def convert_trunk(self, cuts: Sequence[Cut]) -> LiteTrunk:
+    def convert_trunk(self, cuts: Sequence[Cut]) -> LiteRTTrunk:
         """Return the layers below the cuts, converted for LiteRT in the first call with these cuts."""
         key = tuple(cut.layer for cut in cuts)
         if key not in self._converted:
-            self._converted[key] = LiteTrunk(self.classifier, cuts, count_usable_cpus())
+            self._converted[key] = LiteRTTrunk(self.classifier, cuts, count_usable_cpus())
         return self._converted[key]
 
     def _compile_trunk(self, cuts: Sequence[Cut]) -> Callable[[Any, Any], list[np.ndarray]]:
@@ -202,12 +219,12 @@ class FeaturePass:
         """
         local_results = self.worker.strategy.experimental_local_results
 
-        def join(values: Any) -> np.ndarray:
+        def join_replicas(values: Any) -> np.ndarray:
             return _concatenate([np.asarray(value) for value in local_results(values)])  # .numpy() would copy
 
         if self.engine == "litert":
             converted = self.convert_trunk(cuts)
-            return lambda images, weights: [join(weights), *converted.features(join(images))]
+            return lambda images, weights: [join_replicas(weights), *converted.features(join_replicas(images))]
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
             trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
@@ -217,7 +234,7 @@ class FeaturePass:
 
             self._compiled[key] = tf.function(lambda *batch: strategy.run(replica, args=batch), autograph=False)
         compiled = self._compiled[key]
-        return lambda images, weights: [join(values) for values in compiled(images, weights)]
+        return lambda images, weights: [join_replicas(values) for values in compiled(images, weights)]
 
     def _store_block(
         self, requests: Requests, pixels: Pixels, view: int, index: np.ndarray, outputs: list, exchange: bool
@@ -250,4 +267,5 @@ class FeaturePass:
 
 
 def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenate arrays along axis 0. A single array is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -29,7 +29,7 @@ class Cut:
     dtype: str  # dtype of the trunk's output: float32 if pooled, otherwise the compute dtype
     variables: dict[str, keras.Variable]  # the trunk's variables, by their names in `Classifier.variables`
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return a hash of the names and values of the trunk's variables, 16 hex digits."""
         digest = hashlib.sha256()
         for name, variable in self.variables.items():

@@ -22,7 +22,7 @@ from trainer.monitoring.log import suppress_litert_output
 MAX_WEIGHT_BYTES = 512 << 20  # of all interpreters together, each of which has the trunk's weights
 
 
-class LiteTrunk:
+class LiteRTTrunk:
     """The layers below one or more cuts of a classifier, for inference on the CPU, in float32.
 
     The constructor copies the layers' variables, so they must not change later. Calls from several threads are safe.
@@ -76,10 +76,10 @@ def _convert(classifier: Classifier, cuts: Sequence[Cut]) -> bytes:
     return content
 
 
-class LiveTail(Tail):
+class LiteRTClassifier(Tail):
     """A classifier whose frozen layers, below a cut, are computed by LiteRT. It takes images."""
 
-    def __init__(self, classifier: Classifier, cut: Cut, trunk: LiteTrunk) -> None:
+    def __init__(self, classifier: Classifier, cut: Cut, trunk: LiteRTTrunk) -> None:
         """`trunk`: the layers below the cut."""
         super().__init__(classifier, cut)
         self.trunk = trunk

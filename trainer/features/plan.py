@@ -119,7 +119,7 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
     return divisions
 
 
-def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
+def are_train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
     """Return whether the training images are read only to compute features, so that caching them is useless.
 
     `first` is the index of the first phase to consider, which has not yet ended.
@@ -151,7 +151,7 @@ def plan_features(
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
         cut, epochs = divisions[name].cut, config.phase_steps(phase, per_epoch) / per_epoch
-        choice = _choose(config, phase, cut, epochs, num_train + num_validation, budget)
+        choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
@@ -253,7 +253,7 @@ def choose_features(
     return FeaturePlan(divisions, input_kinds, engines)
 
 
-def _choose(
+def _choose_input(
     config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, num_examples: int, budget: int
 ) -> FeatureChoice:
     """Choose "cached" or "live" for one phase.

@@ -65,7 +65,7 @@ class Features:
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Size of all views of the examples that this worker reads, in bytes.
 
         Rows of other examples are never written: their memory pages and disk blocks are not allocated.
@@ -91,7 +91,7 @@ class Features:
         """Return a gate that never waits, because features are read without the shards of the images."""
         return ShardGate(None, self.split, reader, blocks, max_rows_ahead)
 
-    def missing(self, view: int) -> np.ndarray:
+    def find_missing(self, view: int) -> np.ndarray:
         """Return which of this worker's examples have no stored features in a view, as bool [count]."""
         required = np.zeros(self.split.count, bool)
         required[self.indices] = True
@@ -159,9 +159,9 @@ class Features:
                 self.file = None
         self.stored[view, first : first + count] = True
 
-    def complete(self) -> None:
+    def finish_writing(self) -> None:
         """Make the features readable. Requires that the rows of all `indices` are stored, in each view."""
-        assert not any(self.missing(view).any() for view in range(self.views))
+        assert not any(self.find_missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
             # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
@@ -196,8 +196,8 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     Returns:
         The features, or None if they fit neither budget, or if they do not fit in memory and the disk fails.
     """
-    in_memory = memory_budget is not None and features.bytes <= memory_budget
-    on_disk = features.bytes <= disk_budget
+    in_memory = memory_budget is not None and features.num_bytes <= memory_budget
+    on_disk = features.num_bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
     features.cached_in = "memory" if in_memory else "disk"
@@ -208,7 +208,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _evict(file, features.bytes, disk_budget)
+            _evict(file, features.num_bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as sparse_file:
                 sparse_file.truncate(num_rows * features.row_bytes)
             file.with_suffix(".list").touch()  # marks the features as recently used, for `_evict`

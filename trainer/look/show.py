@@ -49,7 +49,7 @@ AUGMENTED = 4  # number of images that are shown next to their augmented views
 
 
 @dataclass(frozen=True)
-class Content:
+class PageContent:
     """The page's content: facts, suggestions, and images at the image size of training."""
 
     facts: Facts
@@ -123,7 +123,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     )
 
 
-def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
+def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, PageContent]:
     """Open the data and examine at most `limit` images. Return the resolved configuration, and the page's content."""
     resolved, data = open_data(config)
     try:
@@ -133,10 +133,10 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
     finally:
         if data.shards:
             data.shards.close()
-    return resolved, Content(facts, suggest(facts), images)
+    return resolved, PageContent(facts, suggest(facts), images)
 
 
-def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
+def write_files(content: PageContent, config: RunConfig, output: StoragePath) -> None:
     """Write the figures, look.json and, last, the page, each atomically. Delete older figures that are not written."""
     figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
     if content.images.augmented:

@@ -51,7 +51,7 @@ class Computation:
         return f"computation of phase {name}: {config.runtime.precision}, {determinism}, {xla_state}"
 
 
-def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseWorkload) -> Computation:
+def decide_computation(config: RunConfig, name: str, device: Device, workload: PhaseWorkload) -> Computation:
     """Decide whether XLA compiles the training step of phase `name`.
 
     With `runtime.xla=auto`, XLA compiles on GPUs if the phase is long enough to outweigh the compilation time, unless
@@ -62,10 +62,12 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
             an operation that the phase differentiates.
     """
     runtime = config.runtime
-    blockers = [op for op in facts.differentiated if op.kind in NO_DETERMINISTIC_XLA_GRADIENT]
+    blockers = [op for op in workload.differentiated if op.class_name in NO_DETERMINISTIC_XLA_GRADIENT]
     obstacle = ""
     if device.kind == "GPU" and runtime.deterministic and blockers:
-        obstacle = f"the gradient of {blockers[0].name} ({blockers[0].kind}) has no deterministic XLA kernel on GPUs"
+        obstacle = (
+            f"the gradient of {blockers[0].name} ({blockers[0].class_name}) has no deterministic XLA kernel on GPUs"
+        )
     if runtime.xla is True and obstacle:
         raise ConfigError(
             f"{obstacle}, and phase {name} needs it",
@@ -79,9 +81,9 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
         return Computation(False, "on a CPU it would be slower")
     if obstacle:
         return Computation(False, obstacle)
-    min_images = IMAGES_PER_LAYER * facts.layers
-    reason = f"{facts.images:,} images per GPU, and compiling {facts.layers} layers pays from {min_images:,} on"
-    return Computation(facts.images >= min_images, reason)
+    min_images = IMAGES_PER_LAYER * workload.layers
+    reason = f"{workload.images:,} images per GPU, and compiling {workload.layers} layers pays from {min_images:,} on"
+    return Computation(workload.images >= min_images, reason)
 
 
 def plan_computations(

@@ -13,7 +13,7 @@ from trainer.data.augment.apply import augment
 from trainer.data.host import count_usable_cpus
 from trainer.evaluation.scoring import Predictor
 from trainer.features.cut import Cut, Tail
-from trainer.features.litert import LiteTrunk, LiveTail
+from trainer.features.litert import LiteRTClassifier, LiteRTTrunk
 from trainer.features.plan import Division, FeatureChoice, TrunkEngine, select_stored_dtype
 from trainer.models.classifier import Classifier
 from trainer.models.freezing import set_trainable_layers
@@ -101,7 +101,7 @@ def measure_scoring(classifier: Classifier, seed: int) -> float:
     return measure_call(lambda: predictor.predict([batch], 1)) / BATCH_SIZE
 
 
-def measure_trunk(trunk: LiteTrunk, image_size: int, seed: int) -> float:
+def measure_trunk(trunk: LiteRTTrunk, image_size: int, seed: int) -> float:
     """Measure the seconds per image in which LiteRT computes features."""
     images = np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, image_size, image_size, 3), np.uint8)
     return measure_call(lambda: trunk.features(images)) / BATCH_SIZE
@@ -139,9 +139,9 @@ def estimate_time(
         network: Network = Tail(classifier, cut) if cut else classifier
         feature_seconds = scoring_seconds  # per image
         if division.cut and engines[name] == "litert":
-            trunk = LiteTrunk(classifier, [division.cut], count_usable_cpus())
+            trunk = LiteRTTrunk(classifier, [division.cut], count_usable_cpus())
             feature_seconds = measure_trunk(trunk, classifier.image_size, config.seed)
-            network = network if cut else LiveTail(classifier, division.cut, trunk)
+            network = network if cut else LiteRTClassifier(classifier, division.cut, trunk)
         seconds = num_images * measure_training(config, classifier, dataset, phase, network, cut, compiled[name])
         if is_cached:  # features are computed once, for training and validation
             seconds += feature_seconds * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])

@@ -31,7 +31,7 @@ class ImageFile(NamedTuple):
     # Changes with the content. Local file: size and time of the last change, or "absent" if it cannot be accessed.
     # Object: size and generation or ETag, or "" if the bucket was not listed.
     version: str = ""
-    error: str = ""  # reason why there is no address; "" if there is one
+    error: str = ""  # reason why the row of the CSV list is invalid; "" if there is an address
 
 
 def list_images(address: str) -> list[ImageFile]:
@@ -123,8 +123,8 @@ def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
             return ImageFile(name, "", error=f"{error.problem}; {error.fix}")
         return ImageFile(name, cell)
     if not path.is_local:
-        if error := find_path_error(cell):
-            return ImageFile(name, "", error=error)
+        if reason := find_path_error(cell):
+            return ImageFile(name, "", error=reason)
         return ImageFile(name, str(path.parent / cell))
     if "\0" in cell:
         return ImageFile(name, "", error="it has a null character")

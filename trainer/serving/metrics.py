@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import trainer
-from trainer.evaluation.drift import Window, compute_embedding_distance, compute_psi, merge_bins
+from trainer.evaluation.drift import PredictionWindow, compute_embedding_distance, compute_psi, merge_bins
 from trainer.monitoring.log import format_utc_now
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.prediction_log import PredictionLog
@@ -60,7 +60,7 @@ class VersionMetrics:
 
     def __init__(self, metrics: ServingMetrics, export: Export) -> None:
         self.export, self._metrics = export, metrics
-        self._window = Window(len(export.classes), WINDOW_PREDICTIONS)
+        self._window = PredictionWindow(len(export.classes), WINDOW_PREDICTIONS)
         reference = export.reference or {}
         self._class_names = reference.get("classes", export.classes)  # labels.txt has spaces instead of line breaks
         embedding = reference.get("embedding", {})
