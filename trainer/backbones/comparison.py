@@ -112,6 +112,7 @@ def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Mod
 
 
 def _find_local_weights(model: Model) -> Path | None:
+    """Return the local weights file of a backbone, or None for "imagenet" and "none" (`find_weights_file`)."""
     return find_weights_file(find_backbone(model.backbone), find_image_size(model), model.alpha, model.weights)
 
 
@@ -139,6 +140,7 @@ def _open_comparison(
 
 
 def _open_images(comparison: Comparison, size: int) -> ImageStore:
+    """Open the pooled examples as images of `size` x `size` pixels."""
     return ImageStore(comparison.data, comparison.config, size, comparison.worker.stop.check)
 
 

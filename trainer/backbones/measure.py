@@ -37,12 +37,13 @@ from trainer.types import Dataset
 # Part of TensorFlow's warning about repeated tracing, which is intended: each fold's head has a new step function.
 _RETRACING_WARNING = "triggered tf.function retracing"
 WARM_UP_CALLS = 3  # calls before the timed ones; the first call compiles
-MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # number of timed calls, and the limit of their total time
+MIN_REPEATS, MAX_REPEATS = 5, 50  # minimum and maximum number of timed calls
+MAX_SECONDS = 5.0  # after this total time, no further call is timed, except for `MIN_REPEATS` calls
 
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen backbone with a head, and the features of all examples."""
+    """A backbone to measure: frozen, with a head that is trained per fold, and the cached features of all examples."""
 
     config: RunConfig  # with this backbone's `model` section, and one phase, which trains the head
     worker: Worker
@@ -133,7 +134,7 @@ def select_features(features: Features, indices: np.ndarray, name: str) -> Featu
 
 
 def _train_head(network: Network, features: Features) -> TrainingStep:
-    """Train the head for the phase's whole length. Return the training step, which has the averaged weights (EMA)."""
+    """Train the head for the full length of the phase. Return the training step, which has the EMA weights."""
     config, worker, strategy = network.config, network.worker, network.worker.strategy
     ((name, phase),) = config.phases.items()
     batch_size, split = config.training.batch_size, features.split
@@ -142,7 +143,7 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
     if len(features.unreadable) == split.count:
         reason = next(iter(features.unreadable.values()))
         raise DataError(f"no training example of a fold could be read, the first: {reason}", fix="repair the images")
-    thaw = set_trainable_layers(network.classifier, phase.thaw, phase.batch_norm)
+    freezing = set_trainable_layers(network.classifier, phase.thaw, phase.batch_norm)
     rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, rate, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with strategy.scope():
@@ -150,7 +151,7 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
     fold_data = replace(network.dataset, splits={"train": split})
     settings = StepSettings.from_config(config, fold_data, batch_norm_training=False, xla=False)
     tail, stop = Tail(network.classifier, network.cut), worker.stop_requested
-    step = TrainingStep(strategy, tail, thaw.trainable, optimizer, settings, should_stop=stop)
+    step = TrainingStep(strategy, tail, freezing.trainable, optimizer, settings, should_stop=stop)
     order = Order(batch_size=batch_size, seed=config.seed, window=config.data.shuffle_window, first_epoch=0,
                   first_step=0, sharding=UNSHARDED)  # fmt: skip
     batches = build_training_batches(features, order, replicas=worker.replicas, augmentation=Augmentation())

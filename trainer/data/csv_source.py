@@ -20,10 +20,8 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
 from trainer.types import Purpose
 
-REQUIRED_COLUMNS, OPTIONAL_COLUMNS = (
-    ("file", "label"),
-    ("split", "group"),
-)  # columns; data.group_field sets the real name of "group"
+REQUIRED_COLUMNS = ("file", "label")
+OPTIONAL_COLUMNS = ("split", "group")  # data.group_field sets the real name of "group"
 _EMPTY_CLASS_NAME = normalize_class_name("")
 
 

@@ -159,6 +159,7 @@ def _read_cache(file: Path) -> dict[int, int]:
 
 
 def _write_cache(file: Path, checksums: dict[int, int]) -> None:
+    """Cache checksums, by result of `_hash_stat`. If the disk fails, they are not cached."""
     keys, values = np.array(list(checksums), np.uint64), np.array(list(checksums.values()), np.uint32)
     try:
         write_atomically(file, pack({"keys": keys, "checksums": values}))

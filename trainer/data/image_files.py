@@ -64,9 +64,8 @@ class ListedImages:
     name: str  # name of the dataset
     class_names: tuple[str, ...]
     images: Mapping[str, list[ImageFile]]  # by split, for the splits that the source defines, which include train
-    split_descriptions: Mapping[
-        str, str
-    ]  # split -> description of its files, for the error message if none is readable
+    # Split -> description of its files, for the error message if none is readable.
+    split_descriptions: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
     ignored: dict[int, str] = field(default_factory=dict)  # class index -> description of the files that are not images
 
@@ -125,6 +124,7 @@ def _inspect_files(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str,
     """
 
     def inspect(image: ImageFile) -> tuple[str, str]:
+        """Return the identity of a file, and why it is not a readable image; "" if it is one."""
         try:
             size, head, digest = digest_head_and_tail(image.path, _END_BYTES)
         except OSError as error:

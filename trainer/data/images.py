@@ -102,9 +102,8 @@ class Pixels:
     on_error: Literal["fail", "skip"]  # data.on_error
     threads: int | None = None  # size of a private thread pool; None for one decode per CPU, in TensorFlow's pool
     log_message: LogMessage = lambda _: None
-    check_stop: Callable[[], None] = lambda: (
-        None
-    )  # called between batches, and while a cache is read; raises StopRequested to cancel
+    # Called between batches, and while a cache is read; raises StopRequested to cancel.
+    check_stop: Callable[[], None] = lambda: None
     array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None if not cached
     cached_in: Literal["memory", "disk", "none"] = "none"
     shards: ShardCache | None = None  # fetches shards from a bucket; None if all shards are local
@@ -492,6 +491,7 @@ class ImageStore:
         return self._open(name, size, resize, "none")
 
     def _open(self, name: str, size: int, resize: Resize, cache: CacheSetting) -> Pixels:
+        """Open the images of a split at a size, and cache them as `cache`, a value of data.cache, configures."""
         split, runtime = self.dataset.splits[name], self.config.runtime
         check_stop = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
@@ -593,6 +593,7 @@ class ImageStore:
         return self._data.addresses
 
     def _log(self, text: str) -> None:
+        """Log a line in which local copies are named by their addresses in the bucket."""
         log.info(replace_local_paths(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:

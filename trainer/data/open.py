@@ -278,6 +278,7 @@ def reorder_classes(raw: RawData, names: tuple[str, ...] | None) -> RawData:
 
 
 def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
+    """Join the names of the classes with these indices for a message."""
     return join_first([raw.class_names[i] for i in classes])
 
 

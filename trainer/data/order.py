@@ -168,10 +168,8 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
     window_size = (order.window if shuffle else MAX_BLOCK_RECORDS) if split.shards else epoch_rows
     worker = sharding.worker_index if by_file else 0
     num_windows, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
-    first_epoch, first_row = (
-        order.first_epoch + order.first_step // step_count,
-        order.first_step % step_count * step_rows,
-    )
+    first_epoch = order.first_epoch + order.first_step // step_count
+    first_row = order.first_step % step_count * step_rows
     # If the first step is only padding, the stream begins in the last window, whose examples all precede the step.
     first_window = min(first_row // window_size, num_windows - 1)
 

@@ -31,16 +31,16 @@ DEVICE_BUFFER_ELEMENTS = 2
 
 
 def _build_batches(
-    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, batch_size: int
+    source: BatchSource, compute_block: Callable[[tf.Tensor], Block], num_blocks: int | None, batch_size: int
 ) -> tf.data.Dataset:
-    """Build batches of `batch_size` rows from the first `count` blocks, or from infinitely many if `count` is None.
+    """Build batches of `batch_size` rows from `num_blocks` blocks, or from infinitely many if `num_blocks` is None.
 
-    `block` computes a block from its index. A batch has the keys image, weight, index, position, epoch and label.
+    `compute_block` computes a block from its index. A batch has the keys image, weight, index, position, epoch, label.
     """
     if isinstance(source, Pixels) and source.array is None:
-        batches = build_row_dataset(source, block, count).batch(batch_size, drop_remainder=True)
+        batches = build_row_dataset(source, compute_block, num_blocks).batch(batch_size, drop_remainder=True)
     else:
-        batches = _build_cached_batches(source, build_block_dataset(block, count), batch_size)
+        batches = _build_cached_batches(source, build_block_dataset(compute_block, num_blocks), batch_size)
     labels = tf.constant(source.split.labels, tf.int32)
     return batches.map(without_autograph(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
@@ -72,12 +72,12 @@ def _concatenate(*parts: Row) -> Row:
 
 
 def _prefetch(
-    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, num_elements: int
+    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, num_calls: int | None, num_elements: int
 ) -> tuple[tf.data.Dataset, int]:
     """Prefetch `num_elements` elements of `rows` rows, or 2 elements per replica if `num_elements` is 0.
 
     Return the dataset, and the maximum number of rows that it pulls in advance (see `compute_max_rows_ahead`).
-    `parallel` is the number of elements that are augmented in parallel; None if elements are not augmented.
+    `num_calls` is the number of elements that are augmented in parallel; None if elements are not augmented.
     """
     num_elements = num_elements or 2 * replicas
     options = tf.data.Options()
@@ -87,7 +87,7 @@ def _prefetch(
     if source.threads:
         options.threading.private_threadpool_size = source.threads
     max_rows_ahead = compute_max_rows_ahead(
-        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (parallel or 0)
+        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (num_calls or 0)
     )
     return batches.prefetch(num_elements).with_options(options), max_rows_ahead
 
@@ -205,7 +205,7 @@ def build_indexed_batches(
     rows: int,
     replicas: int,
     view: EpochAugmentation | None = None,
-    prefetched: int = 0,
+    num_prefetched: int = 0,
 ) -> Batches:
     """Build batches of the examples at `indices`, followed by infinitely many batches of padding.
 
@@ -214,7 +214,7 @@ def build_indexed_batches(
         rows: this worker's rows in a global batch. An element has rows / replicas rows.
         replicas: number of replicas on this worker.
         view: how images are augmented; None for no augmentation.
-        prefetched: number of elements to prefetch; 0 for 2 elements per replica.
+        num_prefetched: number of elements to prefetch; 0 for 2 elements per replica.
     """
     count, block = make_sequence_blocks(source.split, indices, rows)
 
@@ -231,7 +231,7 @@ def build_indexed_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite padding, so that a strategy does not check for the end of the dataset.
     endless_batches = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, max_rows_ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, prefetched)
+    dataset, max_rows_ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, num_prefetched)
     num_batches = -(-len(indices) // rows)
     return Batches(
         dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), max_rows_ahead)

@@ -51,6 +51,7 @@ class ShardIndex:
 
     @property
     def count(self) -> int:
+        """Number of records, n."""
         return len(self.offsets)
 
 
@@ -91,13 +92,9 @@ def is_truncated_at(file: Path, start: int) -> bool:
 
 def frame_record(payload: bytes) -> bytes:
     """Return the bytes of one record: header, payload and footer."""
-    prefix = struct.pack("<Q", len(payload))
-    return (
-        prefix
-        + struct.pack("<I", compute_masked_crc32c(prefix))
-        + payload
-        + struct.pack("<I", compute_masked_crc32c(payload))
-    )
+    length = struct.pack("<Q", len(payload))
+    length_crc, payload_crc = (struct.pack("<I", compute_masked_crc32c(content)) for content in (length, payload))
+    return length + length_crc + payload + payload_crc
 
 
 def make_unreadable_error(path: str | Path, error: OSError) -> DataError:
@@ -362,9 +359,8 @@ def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.n
             raise DataError(problem, key="data.label_field", value=fields.label_field, fix=fix)
         if fields.image_field not in features or features[fields.image_field].WhichOneof("kind") != "bytes_list":
             raise _make_missing_image_error(record_name, fields.image_field, example)
-        if fields.label_kind.startswith("index") and list(features[fields.label_field].int64_list.value) == [
-            UNLABELLED
-        ]:
+        label_feature = features[fields.label_field]
+        if fields.label_kind.startswith("index") and list(label_feature.int64_list.value) == [UNLABELLED]:
             errors.append(f"{record_name} {NOT_LABELLED_SUFFIX}")
             continue
         labels[record_index] = _parse_label(record_name, example, fields)

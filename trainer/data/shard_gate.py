@@ -80,13 +80,8 @@ class ShardGate:
             blocks: for each block of the pipeline, its number of rows and the indices of its shards.
             max_rows_ahead: the result of `compute_max_rows_ahead` for the pipeline.
         """
-        self.shards, self.reader, self.split, self.max_rows_ahead, self._block_iterator = (
-            shards,
-            reader,
-            split,
-            max_rows_ahead,
-            blocks,
-        )
+        self.shards, self.reader, self.split = shards, reader, split
+        self.max_rows_ahead, self._block_iterator = max_rows_ahead, blocks
         is_cached = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if is_cached else shard.path for shard in split.shards]
         # The blocks that are not yet taken completely: number of rows up to the end of the block, names of its shards.

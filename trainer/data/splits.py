@@ -226,9 +226,8 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             identities[path] = entries[name].identity if has_entry else f"{name} {stat.st_size} {digest}"
         except OSError as error:
             raise make_unreadable_error(path, error) from None
-        cache_key = repr(
-            (identities[path], stat.st_mtime_ns, fields.label_field, fields.image_field, source.num_classes)
-        )
+        key_fields = (identities[path], stat.st_mtime_ns, fields.label_field, fields.image_field, source.num_classes)
+        cache_key = repr(key_fields)
         cache_key += repr(label_format) if data.label_kind != "index" else ""
         cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:24]}.npz"
         with suppress(OSError, ValueError, KeyError):  # missing or corrupt: read the shard again

@@ -164,6 +164,7 @@ def _open_folder(root: str) -> Any:
 
 
 def _get_first_line(error: Exception) -> str:
+    """Return the first line of an error message, escaped, or the type of the error if it has no message."""
     return escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 

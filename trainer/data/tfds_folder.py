@@ -135,6 +135,7 @@ class DatasetFolder:
         return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
     def _list_files(self) -> list[StoragePath]:
+        """Return the files directly in the dataset's folder."""
         return [info.path for info in self.folder.list(recursive=False)]
 
     def has_intact_shard(self, entry: ShardEntry) -> bool:
@@ -224,10 +225,8 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
         missing or corrupt, or if the files contradict each other. The labels must then be read from the shards.
     """
     try:
-        entries, labels = (
-            parse_manifest((folder / MANIFEST_FILE).read_bytes()),
-            unpack((folder / LABELS_FILE).read_bytes()),
-        )
+        entries = parse_manifest((folder / MANIFEST_FILE).read_bytes())
+        labels = unpack((folder / LABELS_FILE).read_bytes())
     except (OSError, *CONTENT_ERRORS):
         return {}, {}
     is_consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
@@ -235,4 +234,5 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
 
 
 def _is_sidecar(name: str) -> bool:
+    """Return whether a file name is that of a shard's sidecar file, `.NAME.json`."""
     return name.startswith(".") and name.endswith(".json")

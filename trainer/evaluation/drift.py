@@ -94,6 +94,7 @@ class PredictionWindow:
                 self._update(*self._recent.popleft(), -1)
 
     def _update(self, predicted: int, bin_index: int, vector: np.ndarray | None, sign: int) -> None:
+        """Add a prediction to the counts and moments (`sign` 1), or subtract it (`sign` -1)."""
         self.classes[predicted] += sign
         self.confidences[bin_index] += sign
         if vector is not None:

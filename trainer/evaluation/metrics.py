@@ -124,6 +124,7 @@ def compute_scores(labels: np.ndarray, probabilities: np.ndarray, class_names: S
 
 
 def _require_valid_predictions(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
+    """Raise the DataErrors of `compute_scores`."""
     n = len(labels)
     if n == 0:
         raise DataError("the split has no examples to evaluate", fix="add examples to it or choose another split")

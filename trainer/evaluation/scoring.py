@@ -34,13 +34,14 @@ class Network(Protocol):
 
 
 class Predictor:
-    """A network that predicts batches of a distributed dataset, compiled for the replicas of a strategy."""
+    """Computes a network's predictions for the batches of a distributed dataset, on all replicas of a strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: Network) -> None:
         self.strategy, self.network = strategy, network
         self._predict = tf.function(lambda batch: strategy.run(self._replica, args=(batch,)), autograph=False)
 
     def _replica(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, Batch]:
+        """Return the probabilities and losses of one replica's batch, and the batch. Called in replica context."""
         logits = self.network.logits(batch["image"], training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
         return tf.nn.softmax(logits), losses, batch
@@ -75,7 +76,7 @@ class Predictor:
 
 
 class Scorer:
-    """Scores the examples of a split with a network; each worker predicts its own shard of the examples.
+    """Computes a network's predictions for a split; each worker predicts its own shard of the examples.
 
     The workers do not wait for each other between batches. At the end the chief gathers all workers' predictions.
     """
@@ -123,9 +124,9 @@ class Scorer:
         """
         batches, stream = self._open(source, batch_size, fraction)
         rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.num_workers
-        gate, count = batches.open_gate(), rows
+        gate = batches.open_gate()
         with convert_data_errors(source):
-            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, count))
+            arrays = self.predictor.predict(stream, batches.count or 0, lambda: self._wait_for_shards(gate, rows))
         gate.close()
         if self.worker.size > 1:
             keys = ("probabilities", "labels", "indices", "losses")

@@ -1,4 +1,4 @@
-"""A pass over a split's images that computes and stores their features, in parallel on all workers."""
+"""Compute and store the features of a split in one pass over its images, in parallel on all workers."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -51,9 +51,7 @@ class FeaturePass:
 
     def __init__(self, worker: Worker, images: ImageStore, classifier: Classifier, engine: TrunkEngine) -> None:
         self.worker, self.images, self.classifier, self.engine = worker, images, classifier, engine
-        self.images_per_call = (
-            get_images_per_call() * worker.replicas
-        )  # number of images in a device call on this worker
+        self.images_per_call = get_images_per_call() * worker.replicas  # on all replicas of this worker together
         self._compiled: dict[tuple[str, ...], Any] = {}
         self._converted: dict[tuple[str, ...], LiteRTTrunk] = {}
 
@@ -119,20 +117,19 @@ class FeaturePass:
         shard = shards[worker.index if exchange else 0]
         row_bytes = max(request.features.row_bytes for request in requests)
         calls_per_block = max(min(BLOCK_BYTES // (self.images_per_call * row_bytes), MAX_CALLS_PER_BLOCK), 1)
+        block_images = calls_per_block * self.images_per_call
         health.record_progress(0, len(shards[0]))
         with closing(self._compute_batches([r.cut for r in requests], pixels, shard, augmentation, view)) as batches:
             # No shard is larger than the first one, so all workers exchange the same number of blocks.
-            for first in range(0, len(shards[0]), calls_per_block * self.images_per_call):
-                indices = shard[first : first + calls_per_block * self.images_per_call]
+            for first in range(0, len(shards[0]), block_images):
+                indices = shard[first : first + block_images]
                 outputs = [
                     output for _, output in zip(range(0, len(indices), self.images_per_call), batches, strict=False)
                 ]
                 if worker.should_stop("between features") if exchange else worker.stop.reason is not None:
                     return False
                 self._store_block(requests, pixels, view, indices, outputs, exchange)
-                health.record_progress(
-                    min(first + calls_per_block * self.images_per_call, len(shards[0])), len(shards[0])
-                )
+                health.record_progress(min(first + block_images, len(shards[0])), len(shards[0]))
         return True
 
     def _compute_batches(
@@ -161,13 +158,15 @@ class FeaturePass:
         replicas, view_settings = self.worker.replicas, EpochAugmentation(augmentation, self.images.config.seed, view)
         # Decode many batches while the trunk is compiled. If shards have to be fetched, prefetch only the default (0).
         max_batches = MAX_DECODED_BYTES // (self.images_per_call // replicas * self.classifier.image_size**2 * 3)
-        prefetched = (
-            0
-            if pixels.shards
-            else max(2 * replicas, min(max_batches, -(-len(shard) // self.images_per_call) * replicas))
-        )
+        num_batches = -(-len(shard) // self.images_per_call) * replicas
+        num_prefetched = 0 if pixels.shards else max(2 * replicas, min(max_batches, num_batches))
         batches = build_indexed_batches(
-            pixels, shard, rows=self.images_per_call, replicas=replicas, view=view_settings, prefetched=prefetched
+            pixels,
+            shard,
+            rows=self.images_per_call,
+            replicas=replicas,
+            view=view_settings,
+            num_prefetched=num_prefetched,
         )
         stream = iter(self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset))
         gate = batches.open_gate()
@@ -183,11 +182,8 @@ class FeaturePass:
 
     def _iterate_cached_images(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from the image cache. Consecutive images are not copied."""
-        all_images, padding_index, per_replica = (
-            pixels.tensor(),
-            pixels.split.count,
-            self.images_per_call // self.worker.replicas,
-        )
+        all_images, padding_index = pixels.tensor(), pixels.split.count
+        per_replica = self.images_per_call // self.worker.replicas
         unreadable_indices = list(pixels.unreadable)
         for first in range(0, len(shard), self.images_per_call):
             if self.worker.stop.reason is not None:
@@ -241,13 +237,14 @@ class FeaturePass:
     ) -> None:
         """Store the features in a block and, with `exchange`, in the blocks that other workers computed.
 
-        `index`, int64 [n], contains the block's example indices. `outputs` are their items from `_compute_batches`.
+        `index`, int64 [n], contains the block's example indices. `outputs` are what `_compute_batches` yielded
+        for them.
         """
         columns = [_concatenate(column)[: len(index)] for column in zip(*outputs, strict=True)]
         unreadable_indices = index[columns[0] == 0] if columns else index
-        reasons = np.array(
-            [pixels.unreadable.get(int(i), "") for i in unreadable_indices] if len(unreadable_indices) else [], str
-        )
+        # `pixels.unreadable` reads a file, so only if there are any.
+        unreadable = pixels.unreadable if len(unreadable_indices) else {}
+        reasons = np.array([unreadable.get(int(i), "") for i in unreadable_indices], str)
         features = columns[1:] or [np.zeros((0, *request.features.shape), np.float32) for request in requests]
         block = {"index": index, "failed": unreadable_indices, "reasons": reasons}
         for i, (request, values) in enumerate(zip(requests, features, strict=True)):
@@ -256,11 +253,11 @@ class FeaturePass:
             blocks = self.worker.control.gather_arrays("features", block)
             joined_block = {key: np.concatenate([arrays[key] for arrays in blocks]) for key in block} if blocks else {}
             block = self.worker.control.broadcast_arrays("features", joined_block)
-        unreadable = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
+        block_unreadable = {int(i): str(reason) for i, reason in zip(block["failed"], block["reasons"], strict=True)}
         for i, request in enumerate(requests):
             try:
                 if not request.failed:
-                    request.features.write(view, block["index"], block[f"rows{i}"], unreadable)
+                    request.features.write(view, block["index"], block[f"rows{i}"], block_unreadable)
             except OSError as error:
                 request.failed = True
                 log.info(f"  features cannot be stored in {request.features.location}: {error.strerror}")

@@ -1,4 +1,4 @@
-"""The cut of a classifier into a frozen trunk, whose outputs are computed once, and a tail that is trained on them."""
+"""Cut a classifier into a frozen trunk, whose outputs are computed once, and a tail that is trained on them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from trainer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor at which the backbone is cut into trunk and tail.
+    """A tensor at which the backbone is cut into trunk (the layers below it) and tail (those above it, and the head).
 
     The layers below the cut are frozen. The layers above the cut use no other output of the layers below it.
     """

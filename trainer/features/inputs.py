@@ -1,4 +1,4 @@
-"""The inputs of a phase: images, or cached features, which are the outputs of the frozen layers (the trunk)."""
+"""Open the inputs of a phase: images, or cached features, which are the outputs of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def open_inputs(
     """Open the inputs of a phase. If it reads cached features, all workers compute the missing ones together.
 
     Args:
-        name: name of the phase, whose thaw rule must already be applied to `classifier`.
+        name: name of the phase, whose layers of `classifier` must already be frozen and unfrozen.
         plan: plan that determines the input of each phase.
         scorer: scorer of the complete classifier.
 
@@ -84,9 +84,7 @@ def open_inputs(
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
     """Change the plan so that a phase reads images, because there is no space for its features."""
     if plan.input_kinds[name] == "cached":
-        images.release_split(
-            "train"
-        )  # opened without a cache, because they were to be read once; now opened again with a cache
+        images.release_split("train")  # it has no cache, because it was to be read once; it is opened again with one
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 

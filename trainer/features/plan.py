@@ -1,4 +1,4 @@
-"""The choice between images and cached features as the input of each phase (docs/features.md)."""
+"""Choose the input of each phase, images or cached features, and the library that computes them (docs/features.md)."""
 
 import math
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class Division:
-    """How a phase divides the classifier: where it can be cut, and what the phase updates and differentiates."""
+    """How a phase divides the classifier: where it can be cut into frozen trunk and tail, and what is trained."""
 
     cut: Cut | None  # None if no frozen layers with weights can be cut off
     updated: frozenset[str]  # names, as in `Classifier.variables`, of the variables that the phase can change
@@ -94,9 +94,9 @@ def select_stored_dtype(phase: Phase, cut: Cut) -> str:
 
 
 def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Apply the thaw rule of each phase in turn, and return each phase's division by phase name.
+    """Freeze and unfreeze layers for each phase in turn, and return each phase's division by phase name.
 
-    The last phase's rule remains applied to the classifier.
+    The layers remain as the last phase sets them.
 
     Raises:
         ModelError: a thaw rule cannot be applied. The error's key begins with `phases.NAME`.
@@ -235,6 +235,7 @@ def choose_features(
     config, dataset = images.config, images.dataset
 
     def choose() -> tuple[dict[str, InputKind], dict[str, TrunkEngine], list[str]]:
+        """Return the input kind and engine of each phase, by name, and log lines about them."""
         if run_json:
             features, engines = run_json.get("features", {}), run_json.get("engines", {})
             kinds = {name: features.get(name, "live") for name in config.phases}

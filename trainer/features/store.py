@@ -1,4 +1,4 @@
-"""Features of a split's images, which are computed once, stored in memory or on disk, and read instead of the images.
+"""Store the features of a split's images in memory or on disk, so that they are read instead of the images.
 
 On disk, `NAME.rows` contains, for each view, a row for each example and one of zeros for padding, at fixed offsets.
 After a block of consecutive rows is written, a JSON line with its range and checksum is appended to `NAME.list`. So a
@@ -45,9 +45,7 @@ class Features:
     array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
     file: Path | None = None  # path of NAME.rows and NAME.list without suffix; None if nothing is on disk
     stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]: which rows are stored
-    unreadable: dict[int, str] = field(
-        default_factory=dict
-    )  # index -> reason, for unreadable images; they have weight 0
+    unreadable: dict[int, str] = field(default_factory=dict)  # index -> reason; these examples have weight 0
 
     @property
     def parallel(self) -> int:
@@ -160,7 +158,7 @@ class Features:
         self.stored[view, first : first + count] = True
 
     def finish_writing(self) -> None:
-        """Make the features readable. Requires that the rows of all `indices` are stored, in each view."""
+        """Make the features readable, by `array`. Requires that the rows of all `indices` are stored, in each view."""
         assert not any(self.find_missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None

@@ -231,6 +231,7 @@ def _find_duplicates(
 
 
 def _count_copies(groups: Sequence[Sequence[tuple[str, int]]], splits: Mapping[str, Split]) -> dict[str, int]:
+    """Count the exact copies and their groups. `groups` has the (split, index) of each example in a group."""
     spans_splits = [len({name for name, _ in group}) > 1 for group in groups]
     has_several_labels = [len({int(splits[name].labels[index]) for name, index in group}) > 1 for group in groups]
     num_images = sum(map(len, groups))

@@ -22,7 +22,7 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
 _HEAD_BYTES = 2**16  # number of bytes at the start of a file in which the EXIF orientation is searched for
-_READ_BYTES = 1 << 20  # chunk size to read whole files
+_READ_BYTES = 1 << 20  # chunk size to read complete files
 _THREADS = 16  # for files on a network disk, where opening one takes a round trip
 _READER = "headers"  # name of this reader in the shard cache
 # Pillow's mode -> name on the page.
@@ -85,6 +85,7 @@ def parse_header(head: bytes, size: int, content: BinaryIO) -> Header:
 
 
 def _digest(chunks: Iterator[bytes]) -> str:
+    """Hash the content that `chunks` yields, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         digest.update(chunk)
@@ -92,12 +93,14 @@ def _digest(chunks: Iterator[bytes]) -> str:
 
 
 def _read_chunks(path: str) -> Iterator[bytes]:
+    """Yield the content of a file in chunks of `_READ_BYTES`."""
     with open(path, "rb") as file:
         while chunk := file.read(_READ_BYTES):
             yield chunk
 
 
 def _read_file_header(path: str) -> Header | None:
+    """Read the header of an image file. Return None if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -138,6 +141,8 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
 
 
 def _read_file_headers(split: Split, indices: np.ndarray) -> Headers:
+    """Read the headers of image files, in several threads."""
+
     def read(index: int) -> Header | None:
         health.record_progress()
         return _read_file_header(split.files[index])

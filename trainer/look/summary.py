@@ -23,10 +23,12 @@ def _wrap(label: str, text: str, width: int = 12) -> str:
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:
+    """Format counts by name, such as "JPEG 12, PNG 3"."""
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _format_sizes(facts: Facts) -> str:
+    """Format the quantiles of the image sizes."""
     side, elongation = facts.shorter_side, facts.elongation
     if not side:
         return "unknown"
@@ -37,6 +39,7 @@ def _format_sizes(facts: Facts) -> str:
 
 
 def _format_duplicates(facts: Facts) -> str:
+    """Format the numbers of duplicates, by type."""
     result = facts.duplicates
     count = result["across_splits"] + result["different_labels"] + result["within_one_split_and_class"]
     if not (count or facts.copies["groups"]):

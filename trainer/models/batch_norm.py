@@ -59,6 +59,7 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalize inputs [..., channels], channels last. Update the moving averages, or collect the statistics."""
         weights = _example_weights.get()
         if weights is None or not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)

@@ -1,4 +1,7 @@
-"""Freezing: select a phase's trainable layers, and compute their learning-rate multipliers."""
+"""Freeze and unfreeze layers: select a phase's trainable layers, and compute their learning-rate multipliers.
+
+The configuration key `thaw` of a phase is the rule that selects the layers. Messages call the selected layers thawed.
+"""
 
 import bisect
 import difflib
@@ -20,9 +23,9 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 
 @dataclass(frozen=True)
 class FreezingPlan:
-    """The trainable and frozen variables of a classifier in one phase."""
+    """The trainable and frozen variables of a classifier in one phase, and the learning-rate multipliers."""
 
-    thaw: str  # the rule, such as "last_blocks:2"
+    thaw: str  # the rule that selects the trainable layers, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
     groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
@@ -52,7 +55,7 @@ class FreezingPlan:
 def set_trainable_layers(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
 ) -> FreezingPlan:
-    """Set `.trainable` of every backbone layer for a phase, and return the plan. The head always trains.
+    """Freeze or unfreeze every backbone layer for a phase (Keras' `trainable`). The head always trains.
 
     Training steps must be traced after this call, because an already traced function ignores the change.
 
@@ -87,7 +90,7 @@ def set_trainable_layers(
         fix = f"include layer {last_index} ({layers[last_index].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
-    # Sets of variable ids. The last two contain moving averages that training updates.
+    # Sets of `id`s of variables. The last two have the moving averages that training updates.
     trained_ids = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norm_ids = {id(variable) for layer in layers if isinstance(layer, BATCH_NORM_CLASS) for variable in layer.weights}
     moving_ids = {id(v) for layer in layers if tracks_statistics(layer) for v in layer.non_trainable_weights}

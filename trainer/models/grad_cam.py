@@ -18,6 +18,7 @@ class Explainer:
     compiled: Any  # tf.function: uint8 [n, S, S, 3] -> tensors of `explain` by name; a SavedModel export contains it
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the results of `explain` for n >= 1 images, in batches."""
         batches = [self.compiled(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
         return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 

@@ -168,12 +168,14 @@ def make_missing_error(folder: str | Path, spec: BackboneSpec, name: str, alpha:
 
 
 def _format_name(spec: BackboneSpec, alpha: float | None) -> str:
+    """Return the backbone's name for messages, with its width multiplier if it takes one."""
     return spec.name + (f" with alpha {alpha or 1.0:g}" if spec.takes_alpha else "")
 
 
 def _make_mismatch_error(
     path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None
 ) -> ModelError:
+    """Build the error for a weights file that does not fit the backbone. `detail` is the reason."""
     problem = f"does not fit {_format_name(spec, alpha)} without its top: {detail}"
     return ModelError(problem, key="model.weights", value=path,
                       fix=fix or _suggest_warm_start(path) or f"use weights of {spec.name}")  # fmt: skip
@@ -198,6 +200,7 @@ def _check_file(path: Path) -> None:
 
 
 def _make_corrupt_error(path: Path, reason: object) -> ModelError:
+    """Build the error for a weights file that cannot be read."""
     problem = f"is not a Keras weights file or is corrupt ({reason})"
     return ModelError(problem, key="model.weights", value=path, fix="replace the file")
 
@@ -226,6 +229,7 @@ def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
 
 
 def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
+    """Return the number of variables of each shape in a network."""
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 

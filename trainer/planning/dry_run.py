@@ -298,9 +298,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         libraries = {name: choice.engine for name, choice in engines.items()}
         seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
-    checkpoint_bytes = count_variable_bytes(classifier.variables.values()) + max(
-        p.optimizer_bytes + p.ema_bytes for p in phases
-    )
+    max_training_bytes = max(phase.optimizer_bytes + phase.ema_bytes for phase in phases)
+    checkpoint_bytes = count_variable_bytes(classifier.variables.values()) + max_training_bytes
     sections.show_bytes(plan, phases, caches, checkpoint_bytes, 4 * estimates.count_model_parameters(classifier))
 
 

@@ -162,7 +162,7 @@ HALF_PRECISION = "weights in half precision"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
-ESTIMATE_TOLERANCE = 1.25  # a run is refused if its estimate exceeds the memory by more than this factor
+ESTIMATE_TOLERANCE = 1.25  # a run is rejected if its estimate exceeds the memory by more than this factor
 
 
 def estimate_memory(

@@ -61,6 +61,7 @@ def divide_into_stages(classifier: Classifier) -> list[Stage]:
 
 
 def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
+    """Build the stage of the backbone layers with these indices."""
     layers = classifier.backbone.layers[indices.start : indices.stop]
     weights = [variable for layer in layers for variable in layer.weights]
     return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count_parameters(weights))

@@ -226,13 +226,15 @@ def show_weights(plan: Plan) -> Rows:
     return []
 
 
-def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch_steps: int, by: str) -> None:
+def show_phases(
+    plan: Plan, config: RunConfig, phases: list[PhasePlan], num_parameters: int, epoch_steps: int, sharding_mode: str
+) -> None:
     """Print a table of the phases.
 
     Args:
-        total: number of all parameters of the model.
+        num_parameters: number of all parameters of the model.
         epoch_steps: number of steps per epoch.
-        by: unit in which the dataset is sharded over workers, "record" or "file".
+        sharding_mode: unit in which the dataset is sharded over workers, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -251,9 +253,9 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         layers = f"{phase.freezing.num_selected_layers}/{phase.freezing.num_layers}"
         cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in cells))
-    suffix = f"; sharded by {by}" if plan.cluster.size > 1 else ""
-    steps = sum(phase.steps for phase in phases)
-    summary = f"  {steps:,} steps at most, {epoch_steps:,} per epoch{suffix}; {total:,} parameters, the head included"
+    suffix = f"; sharded by {sharding_mode}" if plan.cluster.size > 1 else ""
+    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {epoch_steps:,} per epoch{suffix}"
+    summary = f"  {step_counts}; {num_parameters:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
@@ -294,10 +296,8 @@ def show_bytes(
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
     )
     staging_note = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
-    num_saves, num_stored = (
-        sum(phase.max_checkpoints for phase in phases),
-        config.runtime.keep_checkpoints + len(phases),
-    )
+    num_saves = sum(phase.max_checkpoints for phase in phases)
+    num_stored = config.runtime.keep_checkpoints + len(phases)
     formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
     plan.print_section("bytes", [
         ("read", f"{format_bytes(num_bytes_read or plan.bytes_to_stage)} of images{staging_note}"),

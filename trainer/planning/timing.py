@@ -23,7 +23,7 @@ from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # after this time, no further measurement begins
 BATCH_SIZE = 8  # images per measured step
-CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls, after a first call that compiles
+MAX_TIMED_CALLS, MAX_TIMED_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls of one measurement
 
 
 def format_time(seconds: float) -> str:
@@ -42,7 +42,7 @@ def measure_call(call: Callable[[], object]) -> float:
     """Return the median time of a few calls in seconds. The first call, which compiles, is not timed."""
     call()
     seconds: list[float] = []
-    while len(seconds) < CALLS and sum(seconds) < CALL_SECONDS:
+    while len(seconds) < MAX_TIMED_CALLS and sum(seconds) < MAX_TIMED_SECONDS:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
@@ -78,12 +78,12 @@ def measure_training(
         cut: the cut whose features the network takes; None if it takes images.
         xla: whether XLA compiles the step.
     """
-    thaw = set_trainable_layers(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    freezing = set_trainable_layers(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     learning_rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, learning_rate, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
-    optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
-    step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
+    optimizer = build_optimizer(phase.optimizer, schedule, freezing.lr_multipliers)
+    settings = StepSettings.from_config(config, dataset, freezing.batch_norm_training, xla)
+    step = TrainingStep(tf.distribute.get_strategy(), network, freezing.trainable, optimizer,
                         dataclasses.replace(settings, accumulate=1, virtual_replicas=None))  # fmt: skip
     image_size = classifier.image_size
     if cut:

@@ -126,6 +126,7 @@ def _open_run(run: StoredRun, arguments: dict[str, str], flip: bool, stop: StopF
 
 
 def _open_export(address: str, key: str, flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
+    """Open an export. Return the model, and with `flip` why mirror images were not measured, otherwise {}."""
     with suppress_import_noise():
         from trainer.predict.command import configure_reproducible_predictions
         from trainer.predict.model import open_export_model

@@ -64,6 +64,7 @@ def list_images_of_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
 
 
 def _list_local(address: str) -> list[ImageFile]:
+    """List the local images of a folder, a glob pattern or a path. Raise a DataError if nothing matches."""
     if os.path.isdir(address):
         try:  # the two counters receive files that are not images, which are not reported
             files = find_image_files(address, EXTENSIONS, Counter(), Counter())
@@ -79,6 +80,7 @@ def _list_local(address: str) -> list[ImageFile]:
 
 
 def _list_bucket(address: str) -> list[ImageFile]:
+    """List the images of a folder, a glob pattern or an object in a bucket, sorted by address."""
     # `plan_copy` lists the objects. Nothing is copied, so the local folder and the limit of bytes have no effect.
     plan = plan_copy(address, Path("/"), 2**63)
     images = (
@@ -95,6 +97,7 @@ def _is_visible_image(name: str) -> bool:
 
 
 def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
+    """List the images in the column `file` of a CSV list. Raise a DataError if it is not such a list."""
     try:
         csv_text = path.read_text().removeprefix("\ufeff")
         rows = list(csv.DictReader(io.StringIO(csv_text, newline="")))
@@ -166,6 +169,7 @@ def read_image(image: ImageFile) -> bytes | str:
 
 
 def _read_local_file(path: str) -> bytes | str:
+    """Return the content of a regular file of at most `MAX_FILE_BYTES`, or the reason why it is not read."""
     file_stat = os.stat(path)
     if not stat.S_ISREG(file_stat.st_mode):  # opening a pipe would block until a process writes to it
         return "is not a file"

@@ -241,11 +241,13 @@ def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_m
 
 
 def _has_saved_model(root: StoragePath) -> bool:
+    """Return whether a folder is, or has at the usual paths, a SavedModel or numbered versions of one."""
     folders = (root, root / "saved_model", root / "export" / "saved_model")  # each may have numbered versions
     return (root / "saved_model.pb").exists() or any(map(list_versions, folders))
 
 
 def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
+    """Open the newest SavedModel at an address, which decodes and predicts encoded images itself."""
     export = find_export(address, cache_dir, log_message)
     served = ServedModel(export)
     reference, width = export.reference or {}, len(export.classes)
@@ -277,10 +279,8 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
                 embeddings[i] = p.embedding
         return probabilities, embeddings, reasons
 
-    distance, no_distance_reason = (
-        build_embedding_distance(reference),
-        "" if reference else "the export has no reference.json",
-    )
+    distance = build_embedding_distance(reference)
+    no_distance_reason = "" if reference else "the export has no reference.json"
     if distance is None or not served.explains:
         distance, no_distance_reason = None, no_distance_reason or "the export has no embedding"
     name = f"SavedModel {export.folder if not is_remote(address) else address}"

@@ -48,6 +48,7 @@ def make_header(class_names: Sequence[str], top: int) -> list[str]:
 
 
 def _format(value: float, digits: int) -> str:
+    """Format a number with `digits` decimals, or "" for NaN."""
     return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 

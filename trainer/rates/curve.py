@@ -56,7 +56,7 @@ def parse_bounds(lowest: str, highest: str) -> Bounds:
 def count_steps_per_decade(bounds: Bounds, steps_per_epoch: int) -> int:
     """Return the number of steps in which the learning rate grows tenfold.
 
-    The whole test takes about one epoch, but at least `MIN_STEPS` and at most `MAX_STEPS` steps.
+    The test takes about one epoch, but at least `MIN_STEPS` and at most `MAX_STEPS` steps.
     """
     num_steps = min(max(steps_per_epoch, MIN_STEPS), MAX_STEPS)
     return max(math.ceil(num_steps / math.log10(bounds.highest / bounds.lowest)), 1)

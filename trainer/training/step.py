@@ -46,7 +46,7 @@ INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000  # as in `keras.opti
 
 
 class Network(Protocol):
-    """The network that a step trains: a classifier, or its tail on cached features."""
+    """The network that a step trains: a `Classifier` on images, or its `Tail` on cached features."""
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
@@ -229,6 +229,7 @@ class TrainingStep:
         self.is_multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         # Devices of this worker.
         local_devices: tuple[str, ...] = strategy.extended.worker_devices if self.is_multi_worker else ()
+        # How `_add_replicas_in_tree` sums vectors over the replicas.
         self.exchanges_slices = len(local_devices) == 1 and "GPU" not in local_devices[0]
         parts = settings.virtual_replicas
         self.micro_batches = parts // self.replicas if parts else settings.accumulate  # number per step on each replica

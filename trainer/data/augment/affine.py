@@ -163,6 +163,7 @@ def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 
 @compile_with_xla
 def _pack_images(images: tf.Tensor) -> tf.Tensor:
+    """Pack the channels of images, uint8 [b, S, S, 3], into int32 [b, S, S]."""
     return pack(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
