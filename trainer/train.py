@@ -45,7 +45,7 @@ from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_t
 from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import Division, FeaturePlan, are_train_images_read_once, choose_features, divide_phases
+from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, reads_images_only_once
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import FreezingPlan, set_trainable_layers
 from trainer.models.weights_folder import locate_weights
@@ -196,7 +196,7 @@ def choose_inputs(
     settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
     features = choose_features(control, run.images, divisions, device, compiled, recorded)
-    run.images.train_images_read_once = are_train_images_read_once(run.config, features.input_kinds, run.state.phase)
+    run.images.train_images_read_once = reads_images_only_once(run.config, features.input_kinds, run.state.phase)
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
@@ -276,9 +276,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in thaw.format_lines():
         log.info(f"  {line}")
-    run.images.train_images_read_once = are_train_images_read_once(
-        run.config, run.plan.features.input_kinds, state.phase
-    )
+    run.images.train_images_read_once = reads_images_only_once(run.config, run.plan.features.input_kinds, state.phase)
 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.is_out_of_patience(state, phase.early_stopping)
@@ -477,7 +475,7 @@ def finish(run: RunContext) -> None:
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
-    images.train_images_read_once = are_train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
+    images.train_images_read_once = reads_images_only_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = choose_scored_split(dataset.splits)
         log.info(f"evaluating {dataset.splits[split].count:,} {split} examples")

@@ -11,9 +11,9 @@ from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut
 from trainer.features.plan import (
     FeatureChoice,
-    are_train_images_read_once,
     divide_phases,
     plan_features,
+    reads_images_only_once,
     select_stored_dtype,
 )
 from trainer.models.classifier import Classifier, build_classifier
@@ -127,9 +127,9 @@ def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
     assert parts["norms"].cut is not None
     assert not parts["norms"].updated & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
-    assert not are_train_images_read_once(config(), {})
-    assert not are_train_images_read_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
-    assert are_train_images_read_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
+    assert not reads_images_only_once(config(), {})
+    assert not reads_images_only_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
+    assert reads_images_only_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:

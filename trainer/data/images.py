@@ -91,10 +91,7 @@ def wrap_array(array: np.ndarray | None) -> tf.Tensor:
 
 @dataclass
 class Pixels:
-    """The decoded images of a split, cached in memory or on disk, or decoded each time they are read.
-
-    Batches are bit-identical with every kind of cache.
-    """
+    """The decoded images of a split. Batches are bit-identical with every kind of cache, and without one."""
 
     split: Split
     size: int  # side S of an image, in pixels
@@ -219,17 +216,11 @@ def convert_data_errors(source: BatchSource) -> Iterator[None]:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
         pixels = source
         probe = Pixels(
-            pixels.split,
-            pixels.size,
-            pixels.resize,
-            "skip",
-            pixels.threads,
-            check_stop=pixels.check_stop,
-            shards=pixels.shards,
-        )
-        index = next(
-            (min(probe.unreadable) for _ in _iterate_from(probe, source.stored_count) if probe.unreadable), None
-        )
+            pixels.split, pixels.size, pixels.resize, "skip", pixels.threads,
+            check_stop=pixels.check_stop, shards=pixels.shards,
+        )  # fmt: skip
+        batches = _iterate_from(probe, source.stored_count)
+        index = next((min(probe.unreadable) for _ in batches if probe.unreadable), None)
         if index is None:
             raise
         problem = f"cannot decode {describe_example(source, index)}: {find_failure_reason(source, index)}"
@@ -473,8 +464,7 @@ class ImageStore:
 
         Args:
             size: side of the images in pixels.
-            check_stop: called between batches with an activity, "while the train images were decoded"; raises
-                StopRequested to cancel.
+            check_stop: called between batches with an activity, such as "while images were decoded"; raises to cancel.
         """
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images

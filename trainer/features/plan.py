@@ -119,7 +119,7 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
     return divisions
 
 
-def are_train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
+def reads_images_only_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
     """Return whether the training images are read only to compute features, so that caching them is useless.
 
     `first` is the index of the first phase to consider, which has not yet ended.

@@ -20,7 +20,7 @@ from trainer.data.tfds import check_download
 from trainer.distillation.own_teacher import must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import EngineChoice, are_train_images_read_once, divide_phases, plan_engines, plan_features
+from trainer.features.plan import EngineChoice, divide_phases, plan_engines, plan_features, reads_images_only_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.monitoring.console import get_width
@@ -234,7 +234,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     input_kinds = {name: choice.input_kind for name, choice in choices.items()}
-    read_once = are_train_images_read_once(config, input_kinds)
+    read_once = reads_images_only_once(config, input_kinds)
     caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
