@@ -80,7 +80,7 @@ NETWORKS = ("among=[mobilenet_v2:0.35@glyphs,mobilenet_v2:0.35@none]", "model.im
             "data=digits", "debug.max_examples=40", "phases.head.epochs=2")  # fmt: skip
 
 
-def predictions_in(folder: Path) -> dict[str, Any]:
+def read_predictions(folder: Path) -> dict[str, Any]:
     files = sorted((folder / "results").glob("*/fold-*.json"))
     return {str(path.relative_to(folder)): json.loads(path.read_text())["predictions"] for path in files}
 
@@ -103,8 +103,8 @@ def test_a_killed_comparison_continues_and_ends_as_an_uninterrupted_one(tmp_path
     assert "computed before" in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     program("backbones", *arguments("calm"))
-    assert predictions_in(tmp_path / "killed") == predictions_in(tmp_path / "calm")
-    assert len(predictions_in(tmp_path / "calm")) == 6
+    assert read_predictions(tmp_path / "killed") == read_predictions(tmp_path / "calm")
+    assert len(read_predictions(tmp_path / "calm")) == 6
     summaries = [json.loads((tmp_path / name / "backbones.json").read_text()) for name in ("killed", "calm")]
     scores = [[(n["name"], n["accuracy"], n["p"], n["parameters"]) for n in s["networks"]] for s in summaries]
     assert scores[0] == scores[1]

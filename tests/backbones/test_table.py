@@ -38,7 +38,9 @@ LABELS = np.tile([0, 1], N // 2).astype(np.int32)
 HOSTILE = "<script>alert(1)</script>\n' \"é"
 
 
-def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000) -> EvaluatedBackbone:
+def make_network(
+    label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000
+) -> EvaluatedBackbone:
     """A network that predicts all examples correctly except those at `wrong`, in two folds."""
     predictions = LABELS.astype(np.int64)
     predictions[list(wrong)] = 1 - predictions[list(wrong)]
@@ -48,7 +50,7 @@ def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: in
     return EvaluatedBackbone(label, folds, measured)
 
 
-def facts_of(*networks: EvaluatedBackbone, random: str = "") -> ComparisonFacts:
+def make_facts(*networks: EvaluatedBackbone, random: str = "") -> ComparisonFacts:
     dataset = Dataset(HOSTILE, ("a", HOSTILE), {"train": Split("train", LABELS)}, "1")
     folds = FoldPlan(np.repeat([0, 1], N // 2), 2, "as given")
     weights = {each.label: "none" if each.label == random else "imagenet" for each in networks}
@@ -57,15 +59,15 @@ def facts_of(*networks: EvaluatedBackbone, random: str = "") -> ComparisonFacts:
 
 
 NETWORKS = (
-    network("large", range(20), single_ms=50.0),
-    network("small", range(5, 27), single_ms=8.0),
-    network("bad", range(100), single_ms=1.0),
-    network("equal", range(180, 200), parameters=2_000_000),
+    make_network("large", range(20), single_ms=50.0),
+    make_network("small", range(5, 27), single_ms=8.0),
+    make_network("bad", range(100), single_ms=1.0),
+    make_network("equal", range(180, 200), parameters=2_000_000),
 )
 
 
 def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> None:
-    rows = rank(NETWORKS, facts_of(*NETWORKS))
+    rows = rank(NETWORKS, make_facts(*NETWORKS))
     assert [row.label for row in rows] == ["large", "equal", "small", "bad"]  # of two equal ones, the smaller first
     assert [row.accuracy for row in rows] == [0.9, 0.9, 0.89, 0.5]
     assert rows[2].interval == compute_wilson_interval(178, N)
@@ -83,14 +85,14 @@ def test_an_example_that_one_network_could_not_read_counts_for_none() -> None:
     short = NETWORKS[0].folds[1]
     partial = EvaluatedBackbone("partial", [NETWORKS[0].folds[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
                               NETWORKS[0].measurements)  # fmt: skip
-    assert {row.examples for row in rank([partial, NETWORKS[1]], facts_of(partial, NETWORKS[1]))} == {N - 1}
+    assert {row.examples for row in rank([partial, NETWORKS[1]], make_facts(partial, NETWORKS[1]))} == {N - 1}
 
 
 def test_the_table_has_80_columns_and_marks_random_weights() -> None:
-    long = network(
+    long = make_network(
         "InceptionResNetV2 (a very long path of weights)", range(3), parameters=134_000_000, single_ms=12345.6
     )
-    facts = facts_of(*NETWORKS, long, random="bad")
+    facts = make_facts(*NETWORKS, long, random="bad")
     rows = rank([*NETWORKS, long], facts)
     lines = format_table(rows)
     assert len(lines) == 6
@@ -105,8 +107,8 @@ def test_the_table_has_80_columns_and_marks_random_weights() -> None:
 
 
 def test_the_files_state_the_same_and_escape_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hostile = network(HOSTILE, range(3))
-    facts = facts_of(*NETWORKS, hostile)
+    hostile = make_network(HOSTILE, range(3))
+    facts = make_facts(*NETWORKS, hostile)
     rows = rank([*NETWORKS, hostile], facts)
     write_results(storage_path(str(tmp_path)), rows, facts)
     printed = capsys.readouterr().out
@@ -122,7 +124,7 @@ def test_the_files_state_the_same_and_escape_names(tmp_path: Path, capsys: pytes
     require_comparison_folder(storage_path(str(tmp_path)))  # it can continue there
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("mine")
     with raises(ConfigError, key="output", value=str(tmp_path), problem=r"index\.html"):
         require_comparison_folder(storage_path(str(tmp_path)))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.images import noise, record
+from tests.data.images import encode_noise, serialize_record
 from tests.data.orders import Batches, assert_same
-from tests.data.products import combinations
-from tests.data.splits_on_disk import COUNT, opened, shard_split
+from tests.data.products import make_combinations
+from tests.data.splits_on_disk import COUNT, open_pixels, write_shard_split
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
@@ -42,7 +42,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         path = folder / f"x-{number:02d}.tfrecord"
         with tf.io.TFRecordWriter(str(path)) as writer:
             for image in itertools.islice(images, count):
-                writer.write(record(image=noise(image, "PNG", size=(SIDE, SIDE))))
+                writer.write(serialize_record(image=encode_noise(image, "PNG", size=(SIDE, SIDE))))
         ranges = [(number % 3, count - number % 2)] if number < SHARDS - 1 else [(0, count)]
         ranges = [(0, 9), (12, count)] if number == 5 else ranges
         shards += [Shard(str(path), count, start, stop) for start, stop in ranges]
@@ -53,7 +53,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @pytest.fixture(scope="module")
 def local(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Pixels:
     """The images of the shards where they are, decoded once: `test_pipeline` shows that the cache changes no bits."""
-    return opened(split, "memory", tmp_path_factory.mktemp("local"), size=SIDE)
+    return open_pixels(split, "memory", tmp_path_factory.mktemp("local"), size=SIDE)
 
 
 class Strict(ShardCache):
@@ -91,7 +91,7 @@ def arriving(
         cache.nothing_else(set())
     shards = tuple(Shard(str(cache.folder / Path(s.path).name), s.count, s.start, s.stop) for s in split.shards)
     fetched = Split("train", split.labels, shards=shards)
-    return opened(fetched, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
+    return open_pixels(fetched, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
 
 
 def taken(
@@ -198,7 +198,7 @@ def test_random_access_requires_what_it_reads(
 
 
 def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
-    pixels = opened(shard_split(tmp_path), "none", tmp_path, on_error="skip")
+    pixels = open_pixels(write_shard_split(tmp_path), "none", tmp_path, on_error="skip")
     order = Order(batch_size=4, seed=1, window=8)
     taken(pixels, order, 9, augmentation=AUGMENTED)
     (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
@@ -217,7 +217,7 @@ def test_caches_are_filled_from_shards_that_come_and_go(
 ) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict = arriving(split, tmp_path / "remote", 0.5)
-    fetched = opened(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
+    fetched = open_pixels(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
     np.testing.assert_array_equal(fetched.array, local.array)
 
 
@@ -249,7 +249,7 @@ BEGINNINGS = [(0, 0.0, True), (3, 0.999, False), (1, 0.5, True), (0, 1.0, True)]
 @pytest.mark.parametrize(
     ("windows", "sharding", "beginning"),
     # Quick: windows of one record with each sharding, because they are empty on most workers, and the others in turn.
-    combinations(
+    make_combinations(
         lambda windows, sharding, beginning: BEGINNINGS.index(beginning)
         == (SHARDINGS.index(sharding) + WINDOWS.index(windows)) % 4
         and (windows == WINDOWS[0] or SHARDINGS.index(sharding) % 3 + 1 == WINDOWS.index(windows)),

@@ -48,14 +48,14 @@ def test_bins_are_merged_until_each_has_5_percent_of_the_reference() -> None:
     assert sums == [100, 15]
 
 
-def gaussian(seed: int, scale: float = 1.0, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def draw_gaussian(seed: int, scale: float = 1.0, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(seed)
     factor = draw.standard_normal((WIDTH, WIDTH)) * scale
     return draw.standard_normal(WIDTH) + offset, factor @ factor.T
 
 
 def test_the_distance_agrees_with_the_matrix_square_root() -> None:
-    (m1, s1), (m2, s2) = gaussian(1), gaussian(2, 1.5, 0.7)
+    (m1, s1), (m2, s2) = draw_gaussian(1), draw_gaussian(2, 1.5, 0.7)
     reference = {"mean": m1, "covariance": s1}
     root = scipy.linalg.sqrtm(s1 @ s2)
     expected = (((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root.real)) / np.trace(s1)
@@ -65,15 +65,15 @@ def test_the_distance_agrees_with_the_matrix_square_root() -> None:
     assert np.isfinite(compute_embedding_distance(reference, m1, np.zeros((WIDTH, WIDTH))))
 
 
-def sample(seed: int, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_sample(seed: int, count: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(seed)
     classes = draw.choice(3, count, p=[0.5, 0.3, 0.2])
     confidence = draw.beta(8, 2 + 6 * shift, count)
-    mean, covariance = gaussian(5)
+    mean, covariance = draw_gaussian(5)
     return classes, confidence, draw.multivariate_normal(mean + shift, covariance, count)
 
 
-def window_of(*values: np.ndarray, size: int | None = None) -> PredictionWindow:
+def fill_window(*values: np.ndarray, size: int | None = None) -> PredictionWindow:
     window = PredictionWindow(3, size)
     for chosen, confidence, vector in zip(*values, strict=True):
         window.add(int(chosen), float(confidence), vector)
@@ -81,7 +81,7 @@ def window_of(*values: np.ndarray, size: int | None = None) -> PredictionWindow:
 
 
 def reference() -> dict[str, Any]:
-    window = window_of(*sample(1, 600))
+    window = fill_window(*draw_sample(1, 600))
     mean, covariance = window.fit_gaussian()
     return {
         "n": window.n,
@@ -94,10 +94,11 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize("count", [20, 100, 1000])
 def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> None:
     same = [
-        get_most_severe_level(measure_drift(reference(), window_of(*sample(seed, count)))) for seed in range(10, 20)
+        get_most_severe_level(measure_drift(reference(), fill_window(*draw_sample(seed, count))))
+        for seed in range(10, 20)
     ]
     assert same.count("shifted") <= 1  # 30 measures, each wrong in 1 of 100 cases
-    measured = measure_drift(reference(), window_of(*sample(3, count, shift=1.0)))
+    measured = measure_drift(reference(), fill_window(*draw_sample(3, count, shift=1.0)))
     levels = {m.name: m.level for m in measured}
     assert levels["confidence"] == levels["embedding"] == get_most_severe_level(measured) == "shifted"
     assert levels["classes"] != "shifted"
@@ -105,7 +106,7 @@ def test_samples_of_the_reference_are_stable_and_others_shifted(count: int) -> N
 
 def test_other_classes_shift_only_the_classes() -> None:
     window = PredictionWindow(3)
-    for confidence in sample(4, 300)[1]:
+    for confidence in draw_sample(4, 300)[1]:
         window.add(2, float(confidence))
     levels = {m.name: m.level for m in measure_drift(reference(), window)}
     assert levels == {"classes": "shifted", "confidence": "stable"}  # no embeddings
@@ -120,7 +121,7 @@ def test_the_limit_of_few_embeddings_is_larger_and_reproducible() -> None:
 
 @pytest.mark.parametrize("count", [WIDTH, WIDTH + 4, 100])
 def test_the_limit_of_the_distance_is_its_quantile_without_drift(count: int) -> None:
-    (mean, covariance), draw, distances = gaussian(5), np.random.default_rng(8), []
+    (mean, covariance), draw, distances = draw_gaussian(5), np.random.default_rng(8), []
     for _ in range(500):
         first, second = (draw.multivariate_normal(mean, covariance, size) for size in (300, count))
         moments = {"mean": first.mean(0), "covariance": np.cov(first, rowvar=False)}
@@ -130,9 +131,9 @@ def test_the_limit_of_the_distance_is_its_quantile_without_drift(count: int) -> 
 
 
 def test_a_window_has_the_last_predictions_only() -> None:
-    values = sample(1, 500)
+    values = draw_sample(1, 500)
     last = [column[-60:] for column in values]
-    window, expected = window_of(*values, size=60), window_of(*last)
+    window, expected = fill_window(*values, size=60), fill_window(*last)
     assert window.n == window.embedding_count == 60
     np.testing.assert_array_equal(window.classes, expected.classes)
     np.testing.assert_array_equal(window.confidences, expected.confidences)

@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_arrays_that_do_not_match_are_refused(name: str) -> None:
+def test_arrays_that_do_not_match_are_rejected(name: str) -> None:
     (labels, probabilities, classes, files), problem, fix = WRONG[name]
     with raises(DataError, problem=problem, fix=fix):
         score_predictions("test", classes, labels, probabilities, files)

@@ -10,7 +10,7 @@ from trainer.evaluation.intervals import compute_macro_f1_interval, compute_mean
 from trainer.evaluation.paired import adjust_p_values, compare_paired
 
 
-def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+def make_outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
     first = [True] * (both + lost) + [False] * (won + neither)
     second = [True] * both + [False] * lost + [True] * won + [False] * neither
     return np.array(first), np.array(second)
@@ -20,7 +20,7 @@ def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, 
 def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
     m, k = lost + won, min(lost, won)
     tail = sum(comb(m, i) for i in range(k + 1)) / 2**m
-    pair = compare_paired(*outcomes(50, lost, won, 20))
+    pair = compare_paired(*make_outcomes(50, lost, won, 20))
     assert pair.p == pytest.approx(min(1.0, 2 * tail))
     assert (pair.lost, pair.won) == (lost, won)
     assert pair.difference == pytest.approx((won - lost) / (70 + m))
@@ -28,7 +28,7 @@ def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
 
 
 def test_swapping_the_two_changes_only_the_sign() -> None:
-    one, other = outcomes(30, 4, 11, 9)
+    one, other = make_outcomes(30, 4, 11, 9)
     pair, swapped = compare_paired(one, other), compare_paired(other, one)
     assert (swapped.difference, swapped.p) == (-pair.difference, pair.p)
     assert swapped.interval == pytest.approx((-pair.interval[1], -pair.interval[0]))

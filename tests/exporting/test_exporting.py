@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from tests.data.test_orientation import photo
+from tests.data.test_orientation import encode_photo
 from tests.exporting.subjects import (
     SIZE,
     bundle_for,
@@ -68,7 +68,7 @@ def test_photos_are_turned_upright_as_in_training(model: keras.Model, tmp_path: 
     export_saved_model(bundle, tmp_path / "1")
     served = tf.saved_model.load(str(tmp_path / "1")).signatures
     wide = np.random.default_rng(1).integers(0, 256, (50, 90, 3)).astype("uint8")
-    photos = [photo(o, kind, wide) for o in (1, 3, 6) for kind in ("JPEG", "PNG", "WEBP")]
+    photos = [encode_photo(o, kind, wide) for o in (1, 3, 6) for kind in ("JPEG", "PNG", "WEBP")]
     decode = partial(decode_image, size=SIZE, resize="stretch", orientation=orientation)
     pixels = np.stack([decode(tf.constant(data)).numpy() for data in photos]).astype("float32")
     for name in ("image_bytes", "explain"):

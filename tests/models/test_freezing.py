@@ -21,15 +21,15 @@ def classifier() -> Classifier:
     return build_classifier(model, 3, seed=1)
 
 
-def some_images(count: int) -> np.ndarray:
+def make_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3)).astype("uint8")
 
 
-def values_of(classifier: Classifier) -> dict[str, np.ndarray]:
+def copy_values(classifier: Classifier) -> dict[str, np.ndarray]:
     return {name: variable.numpy() for name, variable in classifier.variables.items()}
 
 
-def trainable_layers(classifier: Classifier) -> list[int]:
+def list_trainable_layers(classifier: Classifier) -> list[int]:
     return [i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights]
 
 
@@ -59,7 +59,7 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
         for i in range(first, 154)
         if layers[i].weights and (batch_norm == "train" or not isinstance(layers[i], BATCH_NORM_CLASS))
     ]
-    assert trainable_layers(classifier) == expected
+    assert list_trainable_layers(classifier) == expected
     assert plan.first_trainable == expected[0]
     assert plan.first_trainable_name == layers[expected[0]].name
     assert plan.batch_norm_training == (batch_norm == "train")
@@ -70,7 +70,7 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
 
 def test_a_pattern_thaws_the_layers_it_matches(classifier: Classifier) -> None:
     plan = set_trainable_layers(classifier, "pattern:^block_1[56]_(expand|project)$", "frozen")
-    names = [classifier.backbone.layers[i].name for i in trainable_layers(classifier)]
+    names = [classifier.backbone.layers[i].name for i in list_trainable_layers(classifier)]
     assert names == ["block_15_expand", "block_15_project", "block_16_expand", "block_16_project"]
     assert len(plan.trainable) == 4 + 4
 
@@ -108,7 +108,7 @@ def test_plans_without_multipliers(classifier: Classifier) -> None:
 def test_none_trains_the_head_alone(classifier: Classifier) -> None:
     set_trainable_layers(classifier, "all", "train")
     plan = set_trainable_layers(classifier, "none", "train")  # layers thawed before are frozen again
-    assert trainable_layers(classifier) == []
+    assert list_trainable_layers(classifier) == []
     assert list(plan.trainable) == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
     assert plan.first_trainable is None
     assert not plan.batch_norm_training
@@ -125,19 +125,19 @@ def test_the_table_has_every_group_and_the_sum(classifier: Classifier) -> None:
 
 def test_frozen_batch_norm_has_no_batch_statistics_and_no_updates(classifier: Classifier) -> None:
     plan = set_trainable_layers(classifier, "all", "frozen")
-    images, before = some_images(4), values_of(classifier)
+    images, before = make_images(4), copy_values(classifier)
     alone = np.concatenate([classifier.features(images[i : i + 1], plan.batch_norm_training) for i in range(4)])
     np.testing.assert_allclose(classifier.features(images, plan.batch_norm_training), alone, atol=1e-5)
     classifier.features(images, True)  # no effect on layers that are not trainable
-    np.testing.assert_equal(values_of(classifier), before)
+    np.testing.assert_equal(copy_values(classifier), before)
     assert not any("BN" in name or "bn_" in name for name in plan.trainable)
 
 
 def test_trained_batch_norm_updates_thawed_layers_only(classifier: Classifier) -> None:
     plan = set_trainable_layers(classifier, "from_block:block_16", "train")
-    before = values_of(classifier)
-    tf.function(lambda x: classifier.features(x, plan.batch_norm_training))(some_images(4))
-    moved = {n.split("/")[1] for n, value in values_of(classifier).items() if not np.array_equal(value, before[n])}
+    before = copy_values(classifier)
+    tf.function(lambda x: classifier.features(x, plan.batch_norm_training))(make_images(4))
+    moved = {n.split("/")[1] for n, value in copy_values(classifier).items() if not np.array_equal(value, before[n])}
     assert moved == {"block_16_expand_BN", "block_16_depthwise_BN", "block_16_project_BN", "Conv_1_bn"}
 
 
@@ -158,7 +158,7 @@ def test_trained_batch_norm_updates_thawed_layers_only(classifier: Classifier) -
         ("sideways:3", "not a freezing rule", "use"),
     ],
 )
-def test_a_rule_without_a_match_is_refused(classifier: Classifier, thaw: str, problem: str, fix: str) -> None:
+def test_a_rule_without_a_match_is_rejected(classifier: Classifier, thaw: str, problem: str, fix: str) -> None:
     with raises(ModelError, "thaw", thaw, fix, problem):
         set_trainable_layers(classifier, thaw, "frozen")
 
@@ -166,12 +166,12 @@ def test_a_rule_without_a_match_is_refused(classifier: Classifier, thaw: str, pr
 def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
     """Twelve images and four rows of padding have the outputs and averages of Keras with the twelve images alone."""
     set_trainable_layers(classifier, "all", "train")
-    images = some_images(16)
+    images = make_images(16)
     images[12:] = 0
-    before = values_of(classifier)
+    before = copy_values(classifier)
 
     def after(features: Callable[[], tf.Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        results = features().numpy()[:12], values_of(classifier)
+        results = features().numpy()[:12], copy_values(classifier)
         for name, value in before.items():
             classifier.variables[name].assign(value)
         return results
@@ -222,10 +222,10 @@ def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None
 
 def test_a_batch_of_padding_alone_updates_nothing(classifier: Classifier) -> None:
     set_trainable_layers(classifier, "all", "train")
-    before = values_of(classifier)
+    before = copy_values(classifier)
     features = classifier.features(np.zeros((2, 32, 32, 3), "uint8"), True, tf.zeros(2))
     assert np.isfinite(features).all()
-    np.testing.assert_equal(values_of(classifier), before)
+    np.testing.assert_equal(copy_values(classifier), before)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ NOT_DETERMINISTIC = {
 }  # fmt: skip
 
 
-def a_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str = "MobileNetV2") -> RunConfig:
+def make_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str = "MobileNetV2") -> RunConfig:
     config = load({
         "data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "model": {"backbone": backbone, "weights": "none", "image_size": find_backbone(backbone).min_size},
@@ -59,7 +59,7 @@ def decide(
     device: Device = H100,
     **settings: Any,
 ) -> Computation:
-    return decide_computation(a_config(**settings), "head", device, PhaseWorkload(images, 100, operations))
+    return decide_computation(make_config(**settings), "head", device, PhaseWorkload(images, 100, operations))
 
 
 @pytest.mark.parametrize(
@@ -83,19 +83,19 @@ def test_xla_compiles_what_it_can_and_what_pays(given: dict[str, Any], xla: bool
     assert reason in computation.reason
 
 
-def test_xla_that_cannot_be_deterministic_is_refused_if_it_is_set() -> None:
+def test_xla_that_cannot_be_deterministic_is_rejected_if_it_is_set() -> None:
     problem = "the gradient of pool1_pool .* no deterministic XLA kernel on GPUs, and phase head needs it"
     with raises(ConfigError, "runtime.xla", "true", "use auto or false, set runtime.deterministic=false", problem):
         decide(xla=True, operations=(CONV, POOL))
 
 
 def test_the_line_about_a_phase_has_precision_order_and_reason() -> None:
-    line = Computation(False, "on a CPU it would be slower").describe("head", a_config())
+    line = Computation(False, "on a CPU it would be slower").describe("head", make_config())
     assert line == "computation of phase head: float32, deterministic, XLA off, on a CPU it would be slower"
 
 
 def test_a_resumed_run_keeps_what_its_first_start_decided(capsys: pytest.CaptureFixture[str]) -> None:
-    control, config = ControlChannel(discover({}), {}), a_config()
+    control, config = ControlChannel(discover({}), {}), make_config()
     now = {"head": Computation(True, "x"), "fine_tune": Computation(False, "x")}
     assert adopt_computations(control, config, H100, now, {}) == {"head": True, "fine_tune": False}
     assert adopt_computations(control, config, H100, now, {"xla": {"fine_tune": True}}) == dict.fromkeys(now, True)
@@ -106,7 +106,7 @@ def test_a_resumed_run_keeps_what_its_first_start_decided(capsys: pytest.Capture
 
 def test_a_run_on_a_cpu_with_set_values_logs_no_decision(capsys: pytest.CaptureFixture[str]) -> None:
     now = {"head": Computation(False, "as configured")}
-    assert adopt_computations(ControlChannel(discover({}), {}), a_config(xla=False), CPU, now, {}) == {"head": False}
+    assert adopt_computations(ControlChannel(discover({}), {}), make_config(xla=False), CPU, now, {}) == {"head": False}
     assert capsys.readouterr().out == ""
 
 
@@ -120,7 +120,7 @@ def test_the_presets_of_gpus_leave_both_to_the_device(preset: str) -> None:
 
 
 def build(backbone: str) -> Classifier:
-    return build_classifier(a_config(backbone=backbone).model, 2, 1)
+    return build_classifier(make_config(backbone=backbone).model, 2, 1)
 
 
 def depends_on_trained(tensor: Any, known: dict[int, bool]) -> bool:
@@ -139,7 +139,7 @@ def depends_on_trained(tensor: Any, known: dict[int, bool]) -> bool:
 
 def decide_for(classifier: Classifier) -> Computation:
     facts = PhaseWorkload(10**9, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone))
-    return decide_computation(a_config(), "head", H100, facts)
+    return decide_computation(make_config(), "head", H100, facts)
 
 
 def check_decisions(backbone: str) -> dict[str, bool]:

@@ -67,7 +67,7 @@ def test_too_few_cpus_for_the_decoder_are_a_warning(facts: dict[str, Any], work:
         assert ("runtime.memory_budget_gb" in warnings[0]) is (facts.get("cached_in") == "none")
 
 
-def a_config(precision: str) -> RunConfig:
+def make_config(precision: str) -> RunConfig:
     phases = {"head": {"thaw": "none", "epochs": 1}, "all": {"thaw": "all", "epochs": 1}}
     return load_resolved(tree(phases=phases, runtime__precision=precision))
 
@@ -78,7 +78,7 @@ def classifier() -> Classifier:
 
 
 def plan(classifier: Classifier, precision: str, examples: int = 8) -> dict[str, PhasePlan]:
-    return {phase.name: phase for phase in plan_phases(a_config(precision), classifier, 10, examples)}
+    return {phase.name: phase for phase in plan_phases(make_config(precision), classifier, 10, examples)}
 
 
 def test_activations_follow_batch_precision_and_the_thawed_part(classifier: Classifier) -> None:
