@@ -22,8 +22,8 @@ from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import ShardingPlan, plan_sharding, require_resumable
 from trainer.distillation.own_teacher import locate_teacher
-from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
+from trainer.distillation.teacher_files import read_scores
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer, compute_validation_scores
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.test_control import clusters, connected, in_threads
 from tests.data.images import encode_noise, fill_folder
-from tests.data.splits_on_disk import open_logged as pixels_of
+from tests.data.splits_on_disk import open_pixels as pixels_of
 from tests.data.test_open import CLASSES, open_folder, open_logged
 from tests.errors import raises
 from trainer.config.schema import load

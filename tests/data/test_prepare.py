@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.data.images import encode_noise, fill_folder
-from tests.data.splits_on_disk import open_logged as pixels_of
+from tests.data.splits_on_disk import open_pixels as pixels_of
 from tests.data.test_open import open_folder, open_logged
 from tests.data.test_orientation import encode_photo
 from tests.disks import fill, small_disk

@@ -240,7 +240,7 @@ def test_the_least_recently_used_features_are_deleted(tmp_path: Path) -> None:
 
 def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -> None:
     """In the feature pass and in live training."""
-    pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
+    pixels = splits_on_disk.open_pixels(splits_on_disk.write_file_split(tmp_path / "data"), "none", tmp_path)
     augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
     chosen = np.array([2, 3, 11, 30])
     seen = []

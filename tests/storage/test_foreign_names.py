@@ -14,7 +14,7 @@ from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
 from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
-from trainer.distillation.source import describe_teacher
+from trainer.distillation.teacher_files import describe_teacher
 from trainer.errors import DataError
 from trainer.planning.checks import fetch_metadata, plan_staging
 from trainer.runs.checkpoints import read_pointer

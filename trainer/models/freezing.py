@@ -98,9 +98,9 @@ def set_trainable_layers(
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
         is_head = name in head and id(variable) not in average_ids
-        kind = "head" if is_head else "batch norm" if name in head or id(variable) in norm_ids else "backbone"
+        component = "head" if is_head else "batch norm" if name in head or id(variable) in norm_ids else "backbone"
         role = "trains" if name in head or id(variable) in trained_ids else "frozen"
-        groups[f"{kind}, {'moving averages' if id(variable) in average_ids else role}"].append(variable)
+        groups[f"{component}, {'moving averages' if id(variable) in average_ids else role}"].append(variable)
     expected = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
     assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
@@ -130,15 +130,15 @@ def _compute_lr_multipliers(
     """
     layers = classifier.backbone.layers
     starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
-    names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
+    block_names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
     multiplier_by_id: dict[int, float] = {}  # id of the variable -> multiplier
     multiplier_by_block: dict[str, float] = {}  # block name -> multiplier, only for blocks with trainable weights
     for index, layer in enumerate(layers):
         block_index = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
-        multiplier = backbone_rate * layer_decay ** (len(names) - block_index)
+        multiplier = backbone_rate * layer_decay ** (len(block_names) - block_index)
         multiplier_by_id |= {id(variable): multiplier for variable in layer.weights}
         if layer.trainable_weights:
-            multiplier_by_block[names[block_index]] = multiplier
+            multiplier_by_block[block_names[block_index]] = multiplier
     if backbone_rate == layer_decay == 1 or not multiplier_by_block:
         return (), ""
     summary = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} per block down: head 1"
