@@ -320,8 +320,8 @@ class TrainingStep:
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
 
-        def one_step(i: Any, stopped: Any, rows: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, wait_seconds, stop_flag = self._fetch(batches, after=rows[0])
+        def one_step(i: Any, stopped: Any, last_sums: Any, waited: Any, all_sums: Any) -> tuple[Any, ...]:
+            batch, wait_seconds, stop_flag = self._fetch(batches, after=last_sums[0])
             step_index = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             terms = on_replicas(terms_fn, args=(batch, run_step + step_index, examples))
@@ -332,17 +332,19 @@ class TrainingStep:
                 self.network.update_moving_averages(self.strategy, by_layer)
             if self.averages:
                 self._update_averages(phase_step + step_index)
-            row = local_results(sums)[0] if virtual_replicas else tf.add_n(local_results(sums))
+            step_sums = local_results(sums)[0] if virtual_replicas else tf.add_n(local_results(sums))
             if polls:
                 stopped = local_results(stop_flags)[0] > 0
-            return i + 1, stopped, (*rows[1:], row), waited + wait_seconds, per_step.write(i, row)
+            last_sums = (*last_sums[1:], step_sums)
+            return i + 1, stopped, last_sums, waited + wait_seconds, all_sums.write(i, step_sums)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
-        per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        rows = (tf.zeros([3]),) * (1 if polls else 2)  # sums of the last one or two steps; a fetch waits for the first
-        initial_values = (tf.constant(0), stop_requested, rows, tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial_values)
-        sums = per_step.stack()
+        all_sums = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
+        # Sums of the last one or two steps; a fetch waits for the first of them.
+        last_sums = (tf.zeros([3]),) * (1 if polls else 2)
+        initial_values = (tf.constant(0), stop_requested, last_sums, tf.zeros([], tf.float64), all_sums)
+        _, stopped, _, waited, all_sums = tf.while_loop(is_unfinished, one_step, initial_values)
+        sums = all_sums.stack()
         if self.is_multi_worker and not virtual_replicas:  # `sums` has the sums over the local replicas only
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
