@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.errors import ConfigError
 
-LOWEST, HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
+DEFAULT_LOWEST, DEFAULT_HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
 MIN_STEPS, MAX_STEPS = 100, 400  # limits of a test's length, which is otherwise one epoch
 DIVERGENCE_FACTOR = 4.0  # the test ends when the smoothed loss exceeds its minimum by this factor
 SMOOTHING_STEPS = 3.0  # standard deviation of the smoothing kernel, in steps
