@@ -103,7 +103,7 @@ def taken(
     batches: Batches = []
     for first in range(0, steps, call):
         now = min(call, steps - first)
-        gate.wait_for(now * order.rows)
+        gate.wait_for(now * order.rows_per_worker)
         batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
     time.sleep(0.05)  # reading ahead continues, and logs what it cannot read
     del stream

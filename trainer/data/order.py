@@ -35,8 +35,8 @@ class Order:
     sharding: Sharding = UNSHARDED
 
     @property
-    def rows(self) -> int:
-        """Number of rows per worker in a global batch."""
+    def rows_per_worker(self) -> int:
+        """Number of rows that each worker has in a global batch."""
         return self.batch_size // self.sharding.num_workers
 
 
@@ -157,7 +157,7 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
     epoch are not read. A block has only this worker's rows, so it can be empty. With sharding by file, a worker with
     fewer records than others ends each epoch with padding.
     """
-    sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
+    sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows_per_worker
     shards = assign_shards(split, sharding.num_workers)[sharding.worker_index] if by_file else None
     # Number of rows per epoch and per step in the stream from which this worker takes its rows.
     epoch_rows, step_rows = split.count, order.batch_size

@@ -147,7 +147,7 @@ def build_training_batches(
         return batch
 
     part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.split_into_parts()]
-    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows // replicas
+    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows_per_worker // replicas
     num_calls = source.parallel if augmentation.active else None
     # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
     # each step.
@@ -155,7 +155,9 @@ def build_training_batches(
     if len(blocks) == 1:
         batches = _build_batches(source, blocks[0], None, rows)
     else:
-        parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, part_orders[0].rows) for block in blocks))
+        parts = tf.data.Dataset.zip(
+            tuple(_build_batches(source, block, None, part_orders[0].rows_per_worker) for block in blocks)
+        )
         batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
     dataset, max_rows_ahead = _prefetch(
         batches.map(augment_rows, num_parallel_calls=num_calls).apply(assert_infinite),

@@ -75,14 +75,14 @@ class DatasetFolder:
                 Not used if `folder` is local: a shard is then written to `folder` under a temporary name.
         """
         scratch_folder = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
-        self.folder, self.scratch, self.alone = folder, scratch_folder, False
+        self.folder, self.scratch, self.is_only_writer = folder, scratch_folder, False
 
-    def create(self, shards: set[str], alone: bool) -> None:
-        """Create the folder, and delete the temporary files of killed processes.
+    def create(self, shards: set[str], is_only_writer: bool) -> None:
+        """Create the folder, delete the temporary files of killed processes, and require that there are no other files.
 
         Args:
             shards: file names of all shards in the dataset.
-            alone: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
+            is_only_writer: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
                 (`STALE_SECONDS`) are not deleted, because another pod may be writing them.
 
         Raises:
@@ -90,7 +90,7 @@ class DatasetFolder:
             Interrupted: the disk is full or fails.
         """
         names = {MANIFEST_FILE, LABELS_FILE, *METADATA_FILES} | shards
-        self.alone = alone and self.folder.is_local
+        self.is_only_writer = is_only_writer and self.folder.is_local
         prefixes = (
             f"{MANIFEST_FILE}.tmp",
             f".{MANIFEST_FILE}",
@@ -99,7 +99,7 @@ class DatasetFolder:
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            self._delete_abandoned(shards)
+            self._delete_all_temporary_files(shards)
             files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             extras = sorted({file.name for file in files} - names)
             extras = [name for name in extras if not (name.startswith(prefixes) or is_temporary_name(name))]
@@ -109,18 +109,18 @@ class DatasetFolder:
             problem = f"has other files ({', '.join(map(escape_unprintable, extras[:3]))}{', ...' * (len(extras) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
-    def _delete_abandoned(self, shards: set[str]) -> None:
+    def _delete_all_temporary_files(self, shards: set[str]) -> None:
         """Delete the temporary files of killed processes, including those that older versions named `.SHARD.*.tmp`."""
-        self._delete_unfinished()
+        self._delete_temporary_files()
         for file in self.scratch.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # another pod has deleted the file
                 is_shard = any(file.name.startswith(f".{shard}.") for shard in shards)
                 if is_shard and time.time() - file.stat().st_mtime >= STALE_SECONDS:
                     file.unlink()
 
-    def _delete_unfinished(self) -> None:
+    def _delete_temporary_files(self) -> None:
         """Delete the temporary files of killed processes, unless another pod may be writing them."""
-        if self.alone:
+        if self.is_only_writer:
             delete_stale_temporary_files(self.scratch)
         delete_temporary_files(self.scratch, STALE_SECONDS, recursive=False)
 
@@ -204,7 +204,7 @@ class DatasetFolder:
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
-            self._delete_unfinished()
+            self._delete_temporary_files()
             for temporary_file in self.scratch.glob(".*.tmp"):
                 temporary_file.unlink()
 

@@ -280,7 +280,7 @@ def write_dataset(
     except OSError as error:
         raise make_unreadable_error(error.filename, error) from None
     part_index, num_parts = options.part
-    output_folder.create({plan.file for plan in all_plans}, alone=num_parts == 1)
+    output_folder.create({plan.file for plan in all_plans}, is_only_writer=num_parts == 1)
 
     def read_finished() -> dict[str, ShardEntry]:
         """Return the entries of intact shards that were written from the same examples, by file name."""
