@@ -32,7 +32,7 @@ def test_the_number_of_folds_follows_the_number_of_examples_and_the_rarest_class
         [np.bincount(plan.fold_of_example[make_dataset(per_class).splits["train"].labels == c]) for c in (0, 1)]
     )
     assert (np.ptp(counts, axis=1) <= 1).all()  # stratified
-    train, scored = plan.split(0)
+    train, scored = plan.get_indices(0)
     assert sorted([*train, *scored]) == list(range(sum(per_class)))
 
 
@@ -42,7 +42,7 @@ def test_above_ten_thousand_examples_or_with_one_fold_the_validation_split_is_sc
         plan_folds(make_dataset([4, 4], [2, 1]), 1, 1),
     ):
         assert plan.num_folds == 1
-        train, scored = plan.split(0)
+        train, scored = plan.get_indices(0)
         assert len(scored) == (30 if len(plan.fold_of_example) > 10_000 else 3)
         assert train[-1] + 1 == scored[0]
     with raises(DataError, key="folds", value=1, fix="validation_fraction"):
@@ -94,4 +94,4 @@ def test_the_pool_has_train_and_validation_but_no_test_examples() -> None:
 
 def test_an_example_that_every_fold_trains_on_is_never_scored() -> None:
     plan = FoldPlan(np.array([-1, 0, -1]), 1, "")
-    assert [part.tolist() for part in plan.split(0)] == [[0, 2], [1]]
+    assert [part.tolist() for part in plan.get_indices(0)] == [[0, 2], [1]]

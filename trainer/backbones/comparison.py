@@ -128,7 +128,7 @@ def _open_comparison(
     usage = "scored" if plan.num_folds == 1 else f"in {plan.num_folds} folds"
     log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {usage} ({plan.reason})")
     control, (_, num_replicas) = ControlChannel(discover({}), {}), choose_devices(no_weights.runtime, 1)
-    num_train = len(plan.split(0)[0])
+    num_train = len(plan.get_indices(0)[0])
     config, reasons = resolve_auto(no_weights, num_train, len(pool.class_names), detect_device(), replicas=num_replicas)
     for reason in reasons:
         log.info(reason)

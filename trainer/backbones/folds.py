@@ -25,7 +25,7 @@ class FoldPlan:
     num_folds: int
     reason: str
 
-    def split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    def get_indices(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of the examples to train on and of the examples to score, both int64 [k], increasing."""
         return np.flatnonzero(self.fold_of_example != fold), np.flatnonzero(self.fold_of_example == fold)
 

@@ -100,7 +100,7 @@ def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
         StopRequested: after a signal.
     """
     classifier, training = network.classifier, network.config.training
-    train_indices, held_out_indices = folds.split(fold)
+    train_indices, held_out_indices = folds.get_indices(fold)
     start = time.perf_counter()
     variables.assign_values(classifier.head_variables, network.initial_values, "the initial values")
     step = _train_head(network, select_features(network.features, train_indices, "train"))

@@ -91,7 +91,7 @@ def rank(networks: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[
     for i in order:
         network, num_correct, measurements = networks[i], int(correct[i].sum()), networks[i].measurements
         head_seconds = [result.seconds for result in network.folds]
-        num_train = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.num_folds)]
+        num_train = [len(facts.folds.get_indices(fold)[0]) for fold in range(facts.folds.num_folds)]
         rows.append(Row(
             label=network.label, weights=facts.weights[network.label], accuracy=num_correct / len(common_indices),
             interval=compute_wilson_interval(num_correct, len(common_indices)), examples=len(common_indices),

@@ -1,4 +1,4 @@
-"""Build a dataset from a list of image files: check their first bytes, order them, and divide them into splits."""
+"""Build a dataset from a list of image files: check their first bytes, sort them, and divide them into splits."""
 
 import hashlib
 from bisect import bisect_right
@@ -51,7 +51,7 @@ class ImageFile:
         """The path, and the number of the row in a CSV file, escaped for display in messages."""
         return escape_unprintable(self.path) + (f" (row {self.row})" if self.row else "")
 
-    def sort_key(self, seed: int) -> tuple[bytes, str]:
+    def make_sort_key(self, seed: int) -> tuple[bytes, str]:
         """Return a key for sorting files by a hash of `seed` and their name."""
         content = f"{seed}/{self.name}".encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=8).digest(), self.name
@@ -61,8 +61,8 @@ class ImageFile:
 class ListedImages:
     """The image files of an image folder or CSV file (the source), before any image is read."""
 
-    name: str  # name of the dataset
-    class_names: tuple[str, ...]
+    name: str  # of the dataset
+    class_names: tuple[str, ...]  # by class index
     images: Mapping[str, list[ImageFile]]  # by split, for the splits that the source defines, which include train
     # Split -> description of its files, for the error message if none is readable.
     split_descriptions: Mapping[str, str]
@@ -71,7 +71,7 @@ class ListedImages:
 
 
 def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawData:
-    """Build a dataset: check the first bytes of each file, and divide missing splits off from the training images.
+    """Build a dataset: check the first bytes of each file, and hold out training images for missing splits.
 
     Images are sorted by a hash of data.split_seed and their name, which mixes the classes. Missing splits get a
     fraction of each class: the first images become the validation split, the next ones the test split, and all others
@@ -96,12 +96,12 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
                 name, listed.split_descriptions[name], [errors[image.path] for image in members]
             )
     sorted_images = {
-        name: sorted(members, key=lambda image: image.sort_key(data.split_seed))
+        name: sorted(members, key=lambda image: image.make_sort_key(data.split_seed))
         for name, members in readable_images.items()
     }
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     missing_splits = {name: fraction for name, fraction in fractions.items() if name not in images}
-    sorted_images |= _divide(sorted_images["train"], missing_splits)
+    sorted_images |= _divide_by_class(sorted_images["train"], missing_splits)
     splits = {name: _make_split(name, members) for name, members in sorted_images.items() if members}
     notes = listed.notes + list_unused_fractions(data, images)
     return RawData(listed.name, listed.class_names, splits, identities, list(errors.values()), notes, listed.ignored)
@@ -148,7 +148,7 @@ def _inspect_files(images: list[ImageFile], purpose: Purpose) -> tuple[dict[str,
     return {image.path: identity for image, (identity, _) in image_results}, errors
 
 
-def _divide(images: list[ImageFile], fractions: dict[str, float]) -> dict[str, list[ImageFile]]:
+def _divide_by_class(images: list[ImageFile], fractions: dict[str, float]) -> dict[str, list[ImageFile]]:
     """Divide the first images of each class among the splits in `fractions`, in order. The others stay in train."""
     counts = Counter(image.label for image in images)
     edges = {label: list(accumulate(compute_split_sizes(count, fractions).values())) for label, count in counts.items()}
