@@ -67,8 +67,10 @@ def our_pass(
             features = open_features(unfilled, Path(folder) / "f", 4 * GIGABYTE, 4 * GIGABYTE)
             assert features is not None
             began = time.perf_counter()
-            assert compute.fill([FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False)
-            features.complete()
+            assert compute.compute_missing(
+                [FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False
+            )
+            features.finish_writing()
             return split.count / (time.perf_counter() - began)
 
     return once
@@ -76,7 +78,7 @@ def our_pass(
 
 def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
     """A function that runs the layers below the cut on the same images, and returns images/s."""
-    rows, pixels = get_images_per_call(), images.split("train").tensor()
+    rows, pixels = get_images_per_call(), images.open_split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])

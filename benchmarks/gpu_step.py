@@ -26,7 +26,7 @@ from trainer.data.host import count_usable_cpus
 from trainer.data.pipeline import prefetch_to_device
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.gradients import find_differentiated_operations
 from trainer.planning.computation import PhaseWorkload, decide_computation
 from trainer.training.optimizers import build_optimizer, build_schedule
@@ -98,7 +98,7 @@ def measure_ours(settings: Settings, config: RunConfig) -> dict[str, Any]:
     tf.config.experimental.enable_op_determinism()
     ((name, phase),) = config.phases.items()
     classifier = build_classifier(config.model, CLASSES, 1)
-    plan = apply_thaw(classifier, phase.thaw, phase.batch_norm)
+    plan = set_trainable_layers(classifier, phase.thaw, phase.batch_norm)
     facts = PhaseWorkload(
         MANY_IMAGES, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone)
     )

@@ -19,7 +19,9 @@ def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixe
     cache = Path(tempfile.mkdtemp())
     dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, log_message=print)
     pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", log_message=print)
-    plan = plan_image_cache(cached, count_image_bytes(pixels.split, size), get_default_memory_budget(), 0, once=False)
+    plan = plan_image_cache(
+        cached, count_image_bytes(pixels.split, size), get_default_memory_budget(), 0, read_once=False
+    )
     fill_cache(pixels, plan, cache, dataset.fingerprint)
     return dataset, pixels
 

@@ -33,7 +33,7 @@ from trainer.cli.process import suppress_import_noise
 from trainer.config.schema import Data
 from trainer.data.open import open_dataset
 from trainer.data.records import RecordLocation, index_shard, read_image
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.types import Dataset, Split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +183,7 @@ def cell(scores: Sequence[Score]) -> str:
     """Mean accuracy, its 95 % interval (n of one test split), and the accuracy of each seed where they differ."""
     n = scores[0].n
     mean = statistics.mean(score.correct for score in scores)
-    low, high = wilson_interval(round(mean), n)
+    low, high = compute_wilson_interval(round(mean), n)
     each = [f"{score.correct / n:.3f}" for score in scores]
     seeds = f"; {' '.join(each)}" if len(set(each)) > 1 else "; 1 seed" if len(each) == 1 else ""
     return f"**{mean / n:.3f}** [{low:.3f}, {high:.3f}]{seeds}"

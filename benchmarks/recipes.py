@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 
 SEEDS = (1, 2, 3)
 
@@ -86,7 +86,7 @@ def main() -> None:
                     score(teacher, *photos, *wide, "augmentation=none", f"seed={seed}")
                 scores.append(score(scratch / f"{len(name)}-{seed}-{abs(hash(name))}", *overrides, f"seed={seed}"))
             right, n = sum(f[0] for f in scores), sum(f[1] for f in scores)
-            low, high = wilson_interval(round(right / len(SEEDS)), n // len(SEEDS))
+            low, high = compute_wilson_interval(round(right / len(SEEDS)), n // len(SEEDS))
             each = ", ".join(f"{f[0] / f[1]:.3f}" for f in scores)
             print(f"| {name} | {right / n:.3f} | {n // len(SEEDS)} | {low:.3f} to {high:.3f} | {each} | "
                   f"{sum(f[2] for f in scores) / len(scores):.0f} |", flush=True)  # fmt: skip

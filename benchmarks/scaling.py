@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling
 
-Counted on the models: trainable parameters (`apply_thaw`, batch norm frozen, which is the default) and the
+Counted on the models: trainable parameters (`set_trainable_layers`, batch norm frozen, which is the default) and the
 multiply-adds of a forward pass (TensorFlow's profiler, convolutions and matrix products). Assumed: all constants below.
 efficiency = compute / (compute + all-reduce), no overlap: one packed collective waits for the whole backward pass.
 """
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from trainer.config.schema import Model
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
 # Backbone -> bounds of the giga-multiply-adds of a forward pass with 1,000 classes, 5 % around torchvision's table of
 # the same networks. Keras' ResNet50 is v1 (He et al. 2016: 3.8; stride in the first 1x1), torchvision's is v1.5 (4.1).
@@ -98,7 +98,7 @@ def phases(backbone: str) -> list[Phase]:
     forward = multiply_adds(classifier)
     low, high = BACKBONES[backbone]
     assert low <= (forward + 1000 * width) / 1e9 <= high, f"{backbone}: {forward:,} multiply-adds"
-    plans = (apply_thaw(classifier, thaw, "frozen") for thaw in ("none", "all"))
+    plans = (set_trainable_layers(classifier, thaw, "frozen") for thaw in ("none", "all"))
     head, everything = (sum(math.prod(v.shape) for v in plan.trainable.values()) for plan in plans)
     assert head == 5 * (width + 1), f"{backbone}: the head has {head:,} parameters"
     name = f"{backbone} {classifier.image_size} px, {forward / 1e9:.2f} GMAC"

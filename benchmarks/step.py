@@ -34,7 +34,7 @@ from benchmarks.results import Comparison, Result, save
 from trainer.config.phases import Optimizer, Schedule
 from trainer.config.schema import Augmentation, Model
 from trainer.models.classifier import build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
@@ -57,7 +57,7 @@ def endless(batches: tf.data.Dataset) -> Iterator[Any]:
 def build_step(model: Model, classes: int, thaw: str) -> TrainingStep:
     """The step of a phase with Adam."""
     classifier = build_classifier(model, classes, 1)
-    plan = apply_thaw(classifier, thaw, "frozen")
+    plan = set_trainable_layers(classifier, thaw, "frozen")
     rate = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
     optimizer = build_optimizer(Optimizer(), rate)
     return TrainingStep(tf.distribute.get_strategy(), classifier, plan.trainable, optimizer, StepSettings(seed=1))

@@ -23,7 +23,7 @@ from benchmarks.arguments import argument_parser, command_of, describe_data, des
 from benchmarks.photos import count_of, link_fold
 from benchmarks.processes import Completed, in_turns, run, train
 from benchmarks.results import Comparison, Result, Table, save, spread
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 
 PEERS = {"Keras as in the notebook": "notebook", "Keras corrected": "corrected", "best plain Keras": "best"}
 AUGMENTATIONS = {"no augmentation": "none", "flip, rotation, zoom": "standard"}
@@ -170,7 +170,7 @@ def accuracies(runs_of: dict[tuple[str, str], list[Outcome]], examples: Sequence
             each = [outcome.accuracy[phase] for outcome in outcomes]
             n = sum(examples)
             right = round(sum(accuracy * count for accuracy, count in zip(each, examples, strict=True)))
-            low, high = wilson_interval(right, n)
+            low, high = compute_wilson_interval(right, n)
             seeds = ", ".join(f"{value:.3f}" for value in each)
             rows.append([label, side, name, f"{right / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
     header = ["augmentation", "side", "after", "accuracy", "95 % interval", "n", "each seed"]

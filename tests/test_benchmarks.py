@@ -18,7 +18,7 @@ from benchmarks.processes import Completed, TrainerRun, in_turns, run
 from benchmarks.results import Comparison, Result, Table, amount, read, save, spread
 from trainer.config.schema import Model
 from trainer.models.classifier import build_classifier, count_parameters
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
 ROOT = Path(__file__).parents[1]
 PEER = "best plain Keras"
@@ -209,7 +209,9 @@ def test_plain_keras_trains_normalization_unless_it_is_corrected(peer: str, phot
     assert result["averages_changed"] == (peer == "notebook")
     assert [len(values) for values in result["val_accuracy"].values()] == [plain_keras.EPOCHS] * 2
     model = Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32)
-    trained = apply_thaw(build_classifier(model, 2, 1), f"from_layer:{plain_keras.FROM_LAYER}", "affine").trainable
+    trained = set_trainable_layers(
+        build_classifier(model, 2, 1), f"from_layer:{plain_keras.FROM_LAYER}", "affine"
+    ).trainable
     assert result["trainable"] == count_parameters(trained.values())
 
 

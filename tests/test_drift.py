@@ -14,7 +14,7 @@ from PIL import Image
 from tests.cli.verbs import exit_code_of
 from tests.processes import run_python
 from trainer import drift
-from trainer.evaluation.drift import Measure, Window
+from trainer.evaluation.drift import DriftMeasure, PredictionWindow
 from trainer.exporting.reference import compute_reference
 from trainer.report import figures as drawing
 from trainer.report.drift import draw
@@ -94,11 +94,11 @@ def test_other_predictions_are_shifted_and_exit_with_4(run: Path, compare: Call)
 
 def test_each_level_has_its_own_colour(run: Path, tmp_path: Path) -> None:
     reference = json.loads((run / "export" / "reference.json").read_text())
-    window = Window(len(NAMES))
+    window = PredictionWindow(len(NAMES))
     window.add(0, 0.9, None)
     colours = {}
     for level, value in (("stable", 0.1), ("moderate", 0.2), ("shifted", 0.4)):
-        draw(tmp_path / f"{level}.png", reference, window, [Measure("classes", value, 0.15, 0.3, 1)])
+        draw(tmp_path / f"{level}.png", reference, window, [DriftMeasure("classes", value, 0.15, 0.3, 1)])
         with Image.open(tmp_path / f"{level}.png") as image:
             pixels = {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in image.convert("RGB").getcolors(10**6) or ()}
         colours[level] = pixels & {drawing.RIGHT, drawing.MODERATE, drawing.WRONG}

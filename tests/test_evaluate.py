@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.errors import raises
-from tests.models.efficient_net import IMAGENET, normalized, set_normalization
+from tests.models.efficient_net import IMAGENET, normalize, set_normalization
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import apply_changes, choose_other_source
@@ -159,6 +159,6 @@ def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(
     (run / "run.json").write_text(json.dumps({"classes": CLASSES, "data_fingerprint": ""}))
     stored = find_run(str(run))
     opened = open_classifier(stored, load_checkpoint(stored, "last"))
-    expected = normalized(trained, images)
-    np.testing.assert_allclose(normalized(opened, images), expected, rtol=1e-4, atol=1e-5)
+    expected = normalize(trained, images)
+    np.testing.assert_allclose(normalize(opened, images), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 4  # normalised twice, as the published weights require

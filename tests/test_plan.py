@@ -22,7 +22,7 @@ from trainer.cli.compose import compose
 from trainer.config.model import Model
 from trainer.config.schema import configure_teacher, load
 from trainer.data.digits import prepare_digits
-from trainer.data.tfds_folder import LABELS
+from trainer.data.tfds_folder import LABELS_FILE
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.planning import checks, dry_run, estimates, timing
 from trainer.runs.checkpoints import CheckpointFolder
@@ -238,9 +238,9 @@ def test_data_in_a_bucket_is_listed_and_not_fetched(planned: Planned, tmp_path: 
         assert "balance most training examples" in out
         assert f"write output ✓ {output}: a probe was written and deleted" in out
 
-        (there / LABELS).delete()  # as TFDS and older versions write it
+        (there / LABELS_FILE).delete()  # as TFDS and older versions write it
         out, _ = planned(*arguments, f"runtime.cache_dir={cache}")
-        size = sum(file.stat().st_size for file in local.iterdir() if file.name != LABELS) / 1e6
+        size = sum(file.stat().st_size for file in local.iterdir() if file.name != LABELS_FILE) / 1e6
         assert f"bucket {there}: would fetch {len(list(local.iterdir())) - 1} files, {size:.1f} MB, to {cache}" in out
         assert "train 1,257 examples in 1 shard" in out
         assert "names and counts are from its metadata" in out

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.cli.verbs import exit_code_of
-from tests.data.images import fill_folder, noise
+from tests.data.images import encode_noise, fill_folder
 from tests.e2e.running import program
 from tests.errors import raises
 from trainer import prepare as command
@@ -27,7 +27,7 @@ def prepare_in_this_process(*arguments: str, output: Path, cache: Path) -> None:
 
 def test_an_image_folder_becomes_a_tfds_folder_and_that_one_another(tmp_path: Path) -> None:
     photos = fill_folder(tmp_path / "photos", {"cat": 20, "dog": 20})
-    (photos / "dog" / "blank.gif").write_bytes(noise(99, "GIF"))
+    (photos / "dog" / "blank.gif").write_bytes(encode_noise(99, "GIF"))
     done = prepare(
         "data=image_folder", f"data.root={photos}", f"output={tmp_path}/out", "data.shards=2", cache=tmp_path
     )
@@ -47,7 +47,7 @@ def test_an_image_folder_becomes_a_tfds_folder_and_that_one_another(tmp_path: Pa
 
 def test_damaged_images_end_with_2_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = fill_folder(tmp_path / "photos", {"cat": 5, "dog": 5})
-    (photos / "dog" / "02.jpg").write_bytes(noise(1)[:400])
+    (photos / "dog" / "02.jpg").write_bytes(encode_noise(1)[:400])
     arguments = ("data=image_folder", f"data.root={photos}")
     error = prepare(*arguments, f"output={tmp_path}/out", cache=tmp_path, code=2).stderr
     assert f"{photos}/dog/02.jpg: " in error

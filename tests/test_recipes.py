@@ -19,7 +19,7 @@ from trainer.config.base import Duration
 from trainer.config.schema import Phase, RunConfig, load, load_resolved
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier, count_parameters
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training.optimizers import build_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -194,7 +194,7 @@ def count_trainable(name: str, phase: str) -> int:
     size = {"Xception": 71, "InceptionV3": 75}.get(model.backbone, 32)
     network = build_classifier(model.model_copy(update={"weights": "none", "image_size": size}), recipe["classes"], 1)
     settings = preset(name).phases[phase]
-    return count_parameters(apply_thaw(network, settings.thaw, settings.batch_norm).trainable.values())
+    return count_parameters(set_trainable_layers(network, settings.thaw, settings.batch_norm).trainable.values())
 
 
 def test_the_flowers_of_the_notebook_train_as_many_parameters_as_it_prints() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models.efficient_net import IMAGENET, normalized, set_normalization
+from tests.models.efficient_net import IMAGENET, normalize, set_normalization
 from tests.processes import run_python
 from trainer.cli.process import _hide_packages
 from trainer.cluster.control import ControlChannel
@@ -45,7 +45,7 @@ def test_an_efficient_net_from_values_gets_their_input_normalization(
         _, count = load_warm_start(ControlChannel(discover({}), {}), other, str(tmp_path), tmp_path)
         assert count == len(values)
     image = np.full((1, 32, 32, 3), 200, "float32")
-    np.testing.assert_allclose(normalized(normalizing, image), normalized(other, image), rtol=1e-5)
+    np.testing.assert_allclose(normalize(normalizing, image), normalize(other, image), rtol=1e-5)
 
 
 def test_packages_of_the_report_are_imported_with_the_report() -> None:

@@ -22,14 +22,14 @@ from trainer.data.pipeline import build_training_batches, prefetch_to_device
 from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import ShardingPlan, plan_sharding, require_resumable
 from trainer.distillation.own_teacher import locate_teacher
-from trainer.distillation.source import read_scores
 from trainer.distillation.teacher import OpenedTeacher
+from trainer.distillation.teacher_files import read_scores
 from trainer.errors import BUG, INTERRUPTED, DataError, Interrupted, StopRequested, TrainerError
 from trainer.evaluation.scoring import Scorer, compute_validation_scores
 from trainer.features.inputs import Inputs, open_inputs, switch_to_images
 from trainer.features.plan import FeaturePlan
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import ThawPlan
+from trainer.models.freezing import FreezingPlan
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.clock import Clock
@@ -45,7 +45,7 @@ from trainer.training.step import StepSettings, TrainingStep, require_plausible
 
 @dataclass
 class RunPlan:
-    """The decisions that each start makes before its first step."""
+    """The decisions that each start of a run makes before its first training step."""
 
     features: FeaturePlan
     compiled: dict[str, bool]  # phase name -> whether XLA compiles the training step
@@ -71,7 +71,7 @@ class RunContext:
 
 @dataclass
 class PhaseRun:
-    """The compiled step and the input pipeline of one phase."""
+    """The compiled training step, the learning-rate schedule and the input pipeline of one phase."""
 
     name: str
     phase: Phase
@@ -115,33 +115,39 @@ def broadcast_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
     return ShardingPlan(**run.worker.control.broadcast("sharding", lambda: asdict(plan_run_sharding(run, image_cache))))
 
 
-def show_phase(run: RunContext, name: str, total: int) -> None:
-    """Show a phase with its number of steps, `total`, and its last epoch in the progress display."""
+def show_phase(run: RunContext, name: str, total_steps: int) -> None:
+    """Show a phase in the progress display, with its number of steps and the number of its last epoch."""
     state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
-    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total // per_epoch)
-    run.metrics.enter_phase(name, step=state.step, phase_step=state.phase_step, steps=total, last_epoch=last_epoch)
+    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total_steps // per_epoch)
+    run.metrics.enter_phase(
+        name, step=state.step, phase_step=state.phase_step, steps=total_steps, last_epoch=last_epoch
+    )
 
 
 def is_checkpoint_due(run: RunContext) -> bool:
     """Return whether `runtime.checkpoint_every` has passed since the last checkpoint."""
-    every = run.config.runtime.checkpoint_every.steps(run.plan.sharding.steps_per_epoch, run.config.training.batch_size)
-    return run.state.step - run.saver.saved_step >= max(every, 1)
+    per_epoch, batch_size = run.plan.sharding.steps_per_epoch, run.config.training.batch_size
+    steps_between_checkpoints = run.config.runtime.checkpoint_every.steps(per_epoch, batch_size)
+    return run.state.step - run.saver.saved_step >= max(steps_between_checkpoints, 1)
 
 
 def raise_stopped(run: RunContext, when: str) -> NoReturn:
-    """Disconnect from the other workers, which stop at the same step, and raise StopRequested."""
+    """Disconnect from the other workers, which stop at the same step, and raise StopRequested.
+
+    `when` completes the message: "SIGTERM WHEN; everything is saved".
+    """
     run.worker.control.disconnect()
     reason = run.worker.stop.reason or "stopped by another worker"
     raise StopRequested(f"{reason} {when}; everything is saved", fix=run.saver.resume_hint)
 
 
 @contextmanager
-def advise_export(run: str) -> Iterator[None]:
-    """Add to a DataError raised in this block how to export the trained weights anyway. `run`: the run's output_dir."""
+def advise_export(output_dir: str) -> Iterator[None]:
+    """Add to a DataError raised in this block how to export the weights of the run in `output_dir` nevertheless."""
     try:
         yield
     except DataError as error:
-        command = f"python -m trainer.export {format_argument('run', run)} data.on_error=skip"
+        command = f"python -m trainer.export {format_argument('run', output_dir)} data.on_error=skip"
         reason = "this run, which is trained, accepts no other data"
         error.fix = f"{error.fix or 'repair the data'}; {reason}: then export it with {command}"
         raise
@@ -186,6 +192,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     control, stop, saver = run.worker.control, run.worker.stop, run.saver
 
     def record(code: int, reason: str) -> None:
+        """Record how this start ends: its exit code and the reason."""
         if folder.begun:
             saver.restarts.record_failure(code, reason)
             with suppress(OSError):  # the disk may have the same problem as before
@@ -226,11 +233,15 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
             folder.abandon(sys.exception())
 
 
-def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseRun:
+def open_phase(run: RunContext, name: str, freezing: FreezingPlan, total_steps: int) -> PhaseRun:
     """Open the inputs of a phase, and build its learning-rate schedule, optimizer, training step and batches.
 
-    `thaw`: the phase's trainable layers. `total`: its maximum number of steps. Batches start at the current step of the
-    current epoch.
+    The batches start at the current step of the current epoch.
+
+    Args:
+        name: name of the phase.
+        freezing: the phase's trainable variables and their learning-rate multipliers.
+        total_steps: maximum number of steps of the phase.
     """
     config, state, worker, phase = run.config, run.state, run.worker, run.config.phases[name]
     if state.phase:
@@ -238,17 +249,21 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
     inputs = open_phase_inputs(run, name)
     teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
     lr = phase.optimizer.learning_rate
-    schedule = build_schedule(phase.schedule, lr, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
+    schedule = build_schedule(
+        phase.schedule, lr, total_steps=total_steps, steps_per_epoch=per_epoch, batch_size=batch_size
+    )
     with worker.strategy.scope():
-        optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
+        optimizer = build_optimizer(phase.optimizer, schedule, freezing.lr_multipliers)
     on_gpu = detect_device().kind == "GPU"
     settings = StepSettings.from_config(
-        config, run.images.dataset, thaw.batch_norm_training, run.plan.compiled[name],
+        config, run.images.dataset, freezing.batch_norm_training, run.plan.compiled[name],
         polls_each_step=not on_gpu or worker.size > 1, phase=state.phase,
     )  # fmt: skip
     logits = teacher.network.logits if teacher and teacher.network else None  # None if batches have soft labels
-    stop, trained = worker.stop_requested, thaw.trainable
-    step = TrainingStep(worker.strategy, inputs.network, trained, optimizer, settings, should_stop=stop, teacher=logits)
+    step = TrainingStep(
+        worker.strategy, inputs.network, freezing.trainable, optimizer, settings,
+        should_stop=worker.stop_requested, teacher=logits,
+    )  # fmt: skip
     # The order of the examples depends only on the seed and the epoch, so a resumed epoch continues in the same order.
     order = Order(
         batch_size=batch_size,
@@ -266,7 +281,8 @@ def open_phase(run: RunContext, name: str, thaw: ThawPlan, total: int) -> PhaseR
         dataset = prefetch_to_device(dataset, "GPU:0")
     iterator = iter(worker.strategy.distribute_datasets_from_function(lambda _: dataset))
     return PhaseRun(
-        name, phase, total, step=step, schedule=schedule, inputs=inputs, batches=iterator, gate=batches.open_gate(),
+        name, phase, total_steps, step=step, schedule=schedule, inputs=inputs, batches=iterator,
+        gate=batches.open_gate(),
         checkpoint_variables=run.classifier.variables | step.checkpoint_variables(),
     )  # fmt: skip
 
@@ -322,15 +338,15 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
     """Raise `Diverged` if one of the mean losses (by name) is not finite, or too large for a classifier that learns."""
     state, num_classes = run.state, len(run.images.dataset.class_names)
     settings, epoch = current.step.settings, state.epoch + 1
-    require_plausible(losses, settings, classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
+    require_plausible(losses, settings, num_classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the content of report.json except for the scores. `exports`: format -> entry in report.json."""
     teacher = {}
     if run.config.distillation:
-        address = locate_teacher(run.config.distillation.teacher, run.saver.address)
-        teacher = {"teacher": read_scores(address, run.images.dataset.fingerprint)}
+        teacher_path = locate_teacher(run.config.distillation.teacher, run.saver.address)
+        teacher = {"teacher": read_scores(teacher_path, run.images.dataset.fingerprint)}
     start = {"starts": run.state.starts, "workers": run.worker.size, "command": run.saver.folder.read_last_command()}
     return {
         "title": run.config.experiment_name or run.images.dataset.name,

@@ -27,12 +27,12 @@ from trainer.cli.arguments import parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError, Drifted
 from trainer.evaluation.drift import (
+    DriftMeasure,
     LogPeriod,
-    Measure,
     find_version,
     format_measures,
+    get_most_severe_level,
     measure_drift,
-    most_severe_level,
     read_log,
     read_reference,
 )
@@ -68,7 +68,7 @@ def parse_time(arguments: Mapping[str, str], key: str) -> datetime:
     return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
 
 
-def measure(reference_address: str, log_address: str, period: LogPeriod, output: str) -> list[Measure]:
+def measure(reference_address: str, log_address: str, period: LogPeriod, output: str) -> list[DriftMeasure]:
     """Measure the drift of logged predictions from a reference. Return the measures, log them, and plot them.
 
     Args:
@@ -93,7 +93,7 @@ def measure(reference_address: str, log_address: str, period: LogPeriod, output:
         figure = Path(temp_dir) / "drift.png"
         draw(figure, reference, window, measures)
         output_path.write(figure.read_bytes())
-    verdict = f"verdict: {most_severe_level(measures)}"
+    verdict = f"verdict: {get_most_severe_level(measures)}"
     log.info("\n".join([verdict, *format_measures(measures, num_invalid), f"  figure   {output}"]))
     return measures
 
@@ -114,7 +114,7 @@ def main() -> None:
             version.name if version else None,
         )
         measures = measure(arguments["reference"], arguments["log"], period, output)
-        if most_severe_level(measures) == "shifted":
+        if get_most_severe_level(measures) == "shifted":
             shifted_names = ", ".join(item.name for item in measures if item.level == "shifted")
             fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
             raise Drifted(f"{shifted_names} shifted from reference={arguments['reference']}", fix=fix)

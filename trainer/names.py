@@ -11,18 +11,19 @@ import unicodedata
 
 MAX_COMPONENT_BYTES = 255  # limit of common file systems for a component of a path
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidirectional marks, which can reorder text
-_ENDS = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
+_SURROUNDING_SPACES = re.compile("^[\\s\ufeff]+|[\\s\ufeff]+$")
 # First character of a cell that a spreadsheet would take for a formula (full-width characters included), or the quote
 # that `encode_cell` adds.
-_BEGIN = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
-_FORMULA = re.compile(rf"[\s\ufeff]*{_BEGIN}")
+_FORMULA_START = r"['=+@\-\uff1d\uff0b\uff20\uff0d]"
+_FORMULA = re.compile(rf"[\s\ufeff]*{_FORMULA_START}")
 # Where the decimal separator is a comma, spreadsheets separate cells at ";", even in quotes that do not begin the line.
-_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_BEGIN})")
-_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_BEGIN})")
+_FORMULA_IN_NAME = re.compile(rf"(;[\s\ufeff]*)(?={_FORMULA_START})")
+_ESCAPED_IN_NAME = re.compile(rf"(;[\s\ufeff]*)'(?={_FORMULA_START})")
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 
 
 def _escape(character: str) -> str:
+    """Return the escape sequence of one unprintable character."""
     if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
@@ -44,7 +45,7 @@ def normalize_class_name(name: str) -> str:
     TFDS strips these spaces too. A byte order mark, with which some CSV files begin, counts as a space. A name without
     any other character becomes "\x20".
     """
-    return _ENDS.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
+    return _SURROUNDING_SPACES.sub("", unicodedata.normalize("NFC", escape_unprintable(name))) or r"\x20"
 
 
 def encode_cell(name: str) -> str:

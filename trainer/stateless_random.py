@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import tensorflow as tf
 
-# Coordinates that identify the use. Without one, two uses whose other coordinates are equal would get equal numbers.
+# Coordinates that identify what the numbers are used for. Without one, two uses whose other coordinates are equal would
+# get equal numbers.
 AUGMENTATION, DROPOUT, ORDER, SHARDS, SUBSET = 1, 2, 3, 4, 5
 
 # The constants of SplitMix64 as signed integers.
@@ -33,6 +34,7 @@ def _shift_right(x: Bits, count: int) -> Bits:
 
 
 def _mix(x: Bits) -> Bits:
+    """Apply SplitMix64's finalizer, a bijection of 64 bits in which each bit of the result depends on each bit of x."""
     x = _wrap((x ^ _shift_right(x, 30)) * _MULTIPLIER_1)
     x = _wrap((x ^ _shift_right(x, 27)) * _MULTIPLIER_2)
     return x ^ _shift_right(x, 31)

@@ -45,9 +45,9 @@ from trainer.distillation.teacher import ConfiguredTeacher, load_teacher, open_t
 from trainer.errors import INTERRUPTED, DataError, StopRequested
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, train_images_read_once
+from trainer.features.plan import Division, FeaturePlan, choose_features, divide_phases, reads_images_only_once
 from trainer.models.classifier import build_classifier, count_parameters
-from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.freezing import FreezingPlan, set_trainable_layers
 from trainer.models.weights_folder import locate_weights
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import log
@@ -196,7 +196,7 @@ def choose_inputs(
     settings = run.config, device, run.worker.replicas * run.worker.size, run.classifier, run.images.dataset
     compiled = adopt_computations(control, run.config, device, plan_computations(*settings, divisions), recorded)
     features = choose_features(control, run.images, divisions, device, compiled, recorded)
-    run.images.train_images_read_once = train_images_read_once(run.config, features.input_kinds, run.state.phase)
+    run.images.train_images_read_once = reads_images_only_once(run.config, features.input_kinds, run.state.phase)
     health.set_activity("opening the teacher")
     has_teacher = run.config.distillation and run.state.phase < len(run.config.phases)
     teacher = load_teacher(run.worker, run.images, run.saver.address, run.state.teacher) if has_teacher else None
@@ -244,7 +244,7 @@ def make_plan(
     """Plan the sharding unless `sharding` is set, create the scorer, and open the teacher if one is `configured`."""
     worker, config, state, images = run.worker, run.config, run.state, run.images
     health.set_activity("opening the training images")
-    cache = "features" if images.train_images_read_once else images.split("train").cached_in  # opens it on all workers
+    cache = "features" if images.train_images_read_once else images.open_split("train").cached_in
     sharding = sharding or broadcast_sharding(run, cache)
     state.sharding = sharding.checkpoint_state
     if worker.size > 1:
@@ -271,12 +271,12 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     total = run.config.phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
     show_phase(run, name, total)
-    thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    thaw = set_trainable_layers(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     log.info(f"phase {name}: {total} steps ({total / steps_per_epoch:.3g} epochs), {phase.optimizer.name} "
         f"{phase.optimizer.learning_rate:g} {phase.schedule.name}")  # fmt: skip
     for line in thaw.format_lines():
         log.info(f"  {line}")
-    run.images.train_images_read_once = train_images_read_once(run.config, run.plan.features.input_kinds, state.phase)
+    run.images.train_images_read_once = reads_images_only_once(run.config, run.plan.features.input_kinds, state.phase)
 
     def finished() -> bool:
         return state.phase_step >= total or early_stopping.is_out_of_patience(state, phase.early_stopping)
@@ -306,7 +306,7 @@ def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> 
     end_phase(run, name, thaw)
 
 
-def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
+def end_phase(run: RunContext, name: str, thaw: FreezingPlan) -> None:
     """Load the phase weights (best or last, by `training.keep`), and advance the state to the next phase.
 
     If `training.validation_share` is below 1, score them on the whole validation split first.
@@ -320,7 +320,7 @@ def end_phase(run: RunContext, name: str, thaw: ThawPlan) -> None:
     full_scores: dict[str, float] | None = {}
     if training.validation_share < 1:
         log.info(f"phase {name}: scoring the {training.keep} weights on the whole validation split")
-        full_scores = score_validation(run, run.scorer, run.images.split("validation"))
+        full_scores = score_validation(run, run.scorer, run.images.open_split("validation"))
     if full_scores is None:
         raise_stopped(run, f"at the end of phase {name}")
     summary, entry = early_stopping.summarize_phase(state, name, step, full_scores)
@@ -475,12 +475,14 @@ def finish(run: RunContext) -> None:
     control, stop, dataset = run.worker.control, run.worker.stop, run.images.dataset
     check = partial(stop.check, AFTER_TRAINING)
     health.enter_phase(FINISH)
-    images.train_images_read_once = train_images_read_once(config, run.plan.features.input_kinds, run.state.phase)
+    images.train_images_read_once = reads_images_only_once(config, run.plan.features.input_kinds, run.state.phase)
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = dataset.splits[choose_scored_split(dataset.splits)]
         log.info(f"evaluating {split.count:,} {split.name} examples")
         scorer, embedded = run.scorer.with_embeddings(run.classifier), choose_parity_examples(split.count)
-        predictions = scorer.score(images.split(split.name), config.training.batch_size, "final", embedded=embedded)
+        predictions = scorer.score(
+            images.open_split(split.name), config.training.batch_size, "final", embedded=embedded
+        )
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()

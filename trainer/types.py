@@ -44,12 +44,12 @@ CPU = Device()
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file with `count` records. A split uses its records `start` to `stop` - 1."""
+    """A TFRecord file, and the range of its records that a split uses: `start` to `stop` - 1."""
 
     path: str
-    count: int
-    start: int
-    stop: int
+    count: int  # number of records in the file
+    start: int  # index of the first record that the split uses
+    stop: int  # index of the last record that the split uses, plus 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Split:
 
     @property
     def count(self) -> int:
+        """Number of examples."""
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
@@ -127,7 +128,7 @@ class Batch(TypedDict):
     index: tf.Tensor  # int64 [b]: example index in the split
     position: tf.Tensor  # int64 [b]: example index in the global batch
     other_label: NotRequired[tf.Tensor]  # int32 [b]: label of the image that mixup or cutmix mixes in
-    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label`; the weight of `other_label` is 1 - mix
+    mix: NotRequired[tf.Tensor]  # float32 [b]: weight of `label` in the loss; the weight of `other_label` is 1 - mix
     teacher: NotRequired[tf.Tensor]  # float32 [b, classes]: soft labels, the teacher's probabilities
 
 

@@ -12,27 +12,27 @@ from trainer.config.schema import load
 from trainer.errors import ConfigError
 
 
-def chosen(among: str, given: set[str] | None = None, **changes: Any) -> Choices:
+def choose(among: str, given: set[str] | None = None, **changes: Any) -> Choices:
     return configure_comparison(load(tree(**changes)), parse_candidates(among), given or set())
 
 
 def test_networks_have_their_own_size_and_the_weights_of_all_or_their_own() -> None:
     settings = {"model__image_size": 48, "model__weights": "glyphs"}  # those of the composed network
-    models = chosen("[mobilenet_v2:0.35@none, Xception, mobilenet_v2]", **settings).models
+    models = choose("[mobilenet_v2:0.35@none, Xception, mobilenet_v2]", **settings).models
     assert {name: (m.weights, m.alpha, find_image_size(m)) for name, m in models.items()} == {
         "MobileNetV2 0.35": ("none", 0.35, 224),
         "Xception": ("imagenet", None, 299),
         "MobileNetV2": ("imagenet", None, 224),
     }
     given = {"model.image_size", "model.weights"}
-    models = chosen("mobilenet_v2", given, model__image_size=96, model__weights="/weights").models
+    models = choose("mobilenet_v2", given, model__image_size=96, model__weights="/weights").models
     assert [(m.weights, m.image_size) for m in models.values()] == [("/weights", 96)]
 
 
 def test_a_network_with_several_weights_is_named_by_them() -> None:
-    assert list(chosen("mobilenet,mobilenet@none").models) == ["MobileNet", "MobileNet@none"]
+    assert list(choose("mobilenet,mobilenet@none").models) == ["MobileNet", "MobileNet@none"]
     files = "mobilenet@a/x.weights.h5,mobilenet@b/x.weights.h5,mobilenet@b/"
-    assert list(chosen(files).models) == ["MobileNet@x.weights.h5", "MobileNet@b/x.weights.h5", "MobileNet@b"]
+    assert list(choose(files).models) == ["MobileNet@x.weights.h5", "MobileNet@b/x.weights.h5", "MobileNet@b"]
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,13 @@ def test_a_network_with_several_weights_is_named_by_them() -> None:
         ("<script>", "<script>", "use one of|did you mean"),
     ],
 )
-def test_a_list_that_cannot_be_read_is_refused(text: str, value: str, fix: str) -> None:
+def test_a_list_that_cannot_be_read_is_rejected(text: str, value: str, fix: str) -> None:
     with raises(ConfigError, key="among", value=value, fix=fix):
         parse_candidates(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "five", "2.5", "", "101", "٣"])
-def test_a_number_of_folds_that_is_none_is_refused(text: str) -> None:
+def test_a_number_of_folds_that_is_none_is_rejected(text: str) -> None:
     with raises(ConfigError, key="folds", value=text):
         parse_folds(text)
 
@@ -71,9 +71,9 @@ def test_a_number_of_folds_that_is_none_is_refused(text: str) -> None:
         ("phases.fine_tune.epochs", "only head is trained"),
     ],
 )
-def test_arguments_that_a_comparison_does_not_read_are_refused(key: str, reason: str) -> None:
+def test_arguments_that_a_comparison_does_not_read_are_rejected(key: str, reason: str) -> None:
     with raises(ConfigError, key=key, problem=f"has no effect in a comparison: .*{reason}", fix="remove it"):
-        chosen("vgg16", {key}, phases__fine_tune={"thaw": "all", "epochs": 1})
+        choose("vgg16", {key}, phases__fine_tune={"thaw": "all", "epochs": 1})
 
 
 def test_the_first_phase_of_the_head_alone_is_trained_without_early_stopping() -> None:
@@ -92,6 +92,6 @@ def test_the_first_phase_of_the_head_alone_is_trained_without_early_stopping() -
         configure_comparison(load({**tree(), "phases": {"auto": ROWS}}), parse_candidates("vgg16"), set())
 
 
-def test_a_size_that_a_network_cannot_have_is_refused_before_anything_is_computed() -> None:
+def test_a_size_that_a_network_cannot_have_is_rejected_before_anything_is_computed() -> None:
     with raises(ConfigError, key="model.image_size", value=60, problem="Xception", fix="at least 71"):
-        chosen("vgg16,xception", {"model.image_size"}, model__image_size=60)
+        choose("vgg16,xception", {"model.image_size"}, model__image_size=60)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tests.config.test_schema import tree
 from tests.e2e.running import ROOT, program
 from trainer.backbones.folds import plan_folds, pool_examples
-from trainer.backbones.measure import Network, measure, open_network, score_fold, take_rows
+from trainer.backbones.measure import Network, measure, open_network, score_fold, select_features
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
@@ -65,14 +65,14 @@ def test_a_fold_is_a_function_of_the_data_and_not_of_the_folds_before(opened: tu
 def test_rows_of_features_are_those_of_the_examples_and_unreadable_ones_remain_so(
     opened: tuple[Network, Dataset],
 ) -> None:
-    features = replace(opened[0].features, bad={5: "broken"})
+    features = replace(opened[0].features, unreadable={5: "broken"})
     indices = np.array([1, 5, 7])
-    rows = take_rows(features, indices, "validation")
+    rows = select_features(features, indices, "validation")
     assert features.array is not None
     assert rows.array is not None
     np.testing.assert_array_equal(rows.array[:3], features.array[indices])
     assert not rows.array[3].any()
-    assert rows.bad == {1: "broken"}
+    assert rows.unreadable == {1: "broken"}
     np.testing.assert_array_equal(rows.split.labels, features.split.labels[indices])
 
 
@@ -80,7 +80,7 @@ NETWORKS = ("among=[mobilenet_v2:0.35@glyphs,mobilenet_v2:0.35@none]", "model.im
             "data=digits", "debug.max_examples=40", "phases.head.epochs=2")  # fmt: skip
 
 
-def predictions_in(folder: Path) -> dict[str, Any]:
+def read_predictions(folder: Path) -> dict[str, Any]:
     files = sorted((folder / "results").glob("*/fold-*.json"))
     return {str(path.relative_to(folder)): json.loads(path.read_text())["predictions"] for path in files}
 
@@ -103,8 +103,8 @@ def test_a_killed_comparison_continues_and_ends_as_an_uninterrupted_one(tmp_path
     assert "computed before" in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     program("backbones", *arguments("calm"))
-    assert predictions_in(tmp_path / "killed") == predictions_in(tmp_path / "calm")
-    assert len(predictions_in(tmp_path / "calm")) == 6
+    assert read_predictions(tmp_path / "killed") == read_predictions(tmp_path / "calm")
+    assert len(read_predictions(tmp_path / "calm")) == 6
     summaries = [json.loads((tmp_path / name / "backbones.json").read_text()) for name in ("killed", "calm")]
     scores = [[(n["name"], n["accuracy"], n["p"], n["parameters"]) for n in s["networks"]] for s in summaries]
     assert scores[0] == scores[1]

@@ -17,8 +17,8 @@ from trainer.backbones.results import (
     require_comparison_folder,
 )
 from trainer.backbones.table import (
+    ComparisonFacts,
     EvaluatedBackbone,
-    Facts,
     describe,
     explain_columns,
     find_fastest,
@@ -28,7 +28,7 @@ from trainer.backbones.table import (
 )  # fmt: skip
 from trainer.config.phases import Phase
 from trainer.errors import ConfigError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.paired import compare_paired
 from trainer.storage.path import storage_path
 from trainer.types import Dataset, Split
@@ -38,7 +38,9 @@ LABELS = np.tile([0, 1], N // 2).astype(np.int32)
 HOSTILE = "<script>alert(1)</script>\n' \"é"
 
 
-def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000) -> EvaluatedBackbone:
+def make_network(
+    label: str, wrong: range, *, single_ms: float = 10.0, parameters: int = 1_000_000
+) -> EvaluatedBackbone:
     """A network that predicts all examples correctly except those at `wrong`, in two folds."""
     predictions = LABELS.astype(np.int64)
     predictions[list(wrong)] = 1 - predictions[list(wrong)]
@@ -48,27 +50,27 @@ def network(label: str, wrong: range, *, single_ms: float = 10.0, parameters: in
     return EvaluatedBackbone(label, folds, measured)
 
 
-def facts_of(*networks: EvaluatedBackbone, random: str = "") -> Facts:
+def make_facts(*networks: EvaluatedBackbone, random: str = "") -> ComparisonFacts:
     dataset = Dataset(HOSTILE, ("a", HOSTILE), {"train": Split("train", LABELS)}, "1")
     folds = FoldPlan(np.repeat([0, 1], N // 2), 2, "as given")
     weights = {each.label: "none" if each.label == random else "imagenet" for each in networks}
     phase = Phase.model_validate({"thaw": "none", "epochs": 5})
-    return Facts(dataset, folds, "one CPU, 2 cores", "head", phase, weights)
+    return ComparisonFacts(dataset, folds, "one CPU, 2 cores", "head", phase, weights)
 
 
 NETWORKS = (
-    network("large", range(20), single_ms=50.0),
-    network("small", range(5, 27), single_ms=8.0),
-    network("bad", range(100), single_ms=1.0),
-    network("equal", range(180, 200), parameters=2_000_000),
+    make_network("large", range(20), single_ms=50.0),
+    make_network("small", range(5, 27), single_ms=8.0),
+    make_network("bad", range(100), single_ms=1.0),
+    make_network("equal", range(180, 200), parameters=2_000_000),
 )
 
 
 def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> None:
-    rows = rank(NETWORKS, facts_of(*NETWORKS))
+    rows = rank(NETWORKS, make_facts(*NETWORKS))
     assert [row.label for row in rows] == ["large", "equal", "small", "bad"]  # of two equal ones, the smaller first
     assert [row.accuracy for row in rows] == [0.9, 0.9, 0.89, 0.5]
-    assert rows[2].interval == wilson_interval(178, N)
+    assert rows[2].interval == compute_wilson_interval(178, N)
     assert rows[0].fold_accuracies == [0.8, 1.0]
     correct = {each.label: np.concatenate([f.predictions for f in each.folds]) == LABELS for each in NETWORKS}
     raw = [compare_paired(correct["large"], correct[name]).p for name in ("equal", "small", "bad")]
@@ -83,14 +85,14 @@ def test_an_example_that_one_network_could_not_read_counts_for_none() -> None:
     short = NETWORKS[0].folds[1]
     partial = EvaluatedBackbone("partial", [NETWORKS[0].folds[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
                               NETWORKS[0].measurements)  # fmt: skip
-    assert {row.examples for row in rank([partial, NETWORKS[1]], facts_of(partial, NETWORKS[1]))} == {N - 1}
+    assert {row.examples for row in rank([partial, NETWORKS[1]], make_facts(partial, NETWORKS[1]))} == {N - 1}
 
 
 def test_the_table_has_80_columns_and_marks_random_weights() -> None:
-    long = network(
+    long = make_network(
         "InceptionResNetV2 (a very long path of weights)", range(3), parameters=134_000_000, single_ms=12345.6
     )
-    facts = facts_of(*NETWORKS, long, random="bad")
+    facts = make_facts(*NETWORKS, long, random="bad")
     rows = rank([*NETWORKS, long], facts)
     lines = format_table(rows)
     assert len(lines) == 6
@@ -105,8 +107,8 @@ def test_the_table_has_80_columns_and_marks_random_weights() -> None:
 
 
 def test_the_files_state_the_same_and_escape_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hostile = network(HOSTILE, range(3))
-    facts = facts_of(*NETWORKS, hostile)
+    hostile = make_network(HOSTILE, range(3))
+    facts = make_facts(*NETWORKS, hostile)
     rows = rank([*NETWORKS, hostile], facts)
     write_results(storage_path(str(tmp_path)), rows, facts)
     printed = capsys.readouterr().out
@@ -122,7 +124,7 @@ def test_the_files_state_the_same_and_escape_names(tmp_path: Path, capsys: pytes
     require_comparison_folder(storage_path(str(tmp_path)))  # it can continue there
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("mine")
     with raises(ConfigError, key="output", value=str(tmp_path), problem=r"index\.html"):
         require_comparison_folder(storage_path(str(tmp_path)))

@@ -10,7 +10,7 @@ from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
 from trainer.config.batch_size import FOOTPRINTS, GPU_RESERVE, MEMORY_FRACTION, estimate_gpu_bytes, find_footprint
 from trainer.config.schema import RunConfig, load, load_resolved
-from trainer.models.backbones import backbones
+from trainer.models.backbones import get_backbones
 from trainer.types import CPU, Device
 
 H100, L4, T4 = (
@@ -105,7 +105,7 @@ def test_a_resumed_run_keeps_its_batch_on_another_gpu() -> None:
 
 def test_every_backbone_has_its_footprint() -> None:
     assert {name: footprint.side for name, footprint in FOOTPRINTS.items()} == {
-        spec.name: spec.default_size for spec in backbones().values()
+        spec.name: spec.default_size for spec in get_backbones().values()
     }
     assert find_footprint("efficientnet-b7") is FOOTPRINTS["EfficientNetB7"]
     assert find_footprint("of my own") is None

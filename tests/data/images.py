@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-def noise(number: int, kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (12, 12)) -> bytes:
+def encode_noise(number: int, kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (12, 12)) -> bytes:
     """An encoded image of noise with this height and width, a different one for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     out = io.BytesIO()
@@ -15,7 +15,7 @@ def noise(number: int, kind: str = "JPEG", mode: str = "RGB", size: tuple[int, i
     return out.getvalue()
 
 
-def record(**values: bytes | int | list[float]) -> bytes:
+def serialize_record(**values: bytes | int | list[float]) -> bytes:
     """A serialized tf.train.Example with these fields: bytes, int64 or floats."""
     import tensorflow as tf
 
@@ -35,6 +35,6 @@ def fill_folder(root: Path, counts: dict[str, int], start: int = 0) -> Path:
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            (root / name / f"{i:02d}.jpg").write_bytes(noise(start))
+            (root / name / f"{i:02d}.jpg").write_bytes(encode_noise(start))
             start += 1
     return root

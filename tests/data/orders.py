@@ -9,7 +9,7 @@ from trainer.types import Split
 Batches = list[dict[str, np.ndarray]]
 
 
-def epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
+def compute_epoch_order(split: Split, seed: int, epoch: int, window: int) -> np.ndarray:
     """Example indices in the order of an epoch, int64 [count]."""
     count, make = plan_windows(split, seed, window)
     indices = [make(tf.constant(epoch, tf.int64), tf.constant(n, tf.int64))[2].numpy() for n in range(count)]

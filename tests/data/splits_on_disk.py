@@ -5,30 +5,30 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from tests.data.images import noise, record
+from tests.data.images import encode_noise, serialize_record
 from trainer.data.images import Pixels, count_image_bytes, fill_cache, plan_image_cache
 from trainer.types import Shard, Split
 
 COUNT, SIDE = 37, 10
 
 
-def jpeg(number: int) -> bytes:
-    return noise(number, size=(13, 17))
+def encode_jpeg(number: int) -> bytes:
+    return encode_noise(number, size=(13, 17))
 
 
-def labels() -> np.ndarray:
+def make_labels() -> np.ndarray:
     return (np.arange(COUNT) % 3).astype(np.int32)
 
 
-def file_split(root: Path) -> Split:
+def write_file_split(root: Path) -> Split:
     root.mkdir(parents=True, exist_ok=True)
     files = tuple(str(root / f"{i:02d}.jpg") for i in range(COUNT))
     for number, file in enumerate(files):
-        Path(file).write_bytes(jpeg(number))
-    return Split("train", labels(), files=files)
+        Path(file).write_bytes(encode_jpeg(number))
+    return Split("train", make_labels(), files=files)
 
 
-def shard_split(root: Path) -> Split:
+def write_shard_split(root: Path) -> Split:
     """Four shards; of the second the split leaves out two records at each end."""
     root.mkdir(parents=True, exist_ok=True)
     shards, at = [], 0
@@ -36,15 +36,15 @@ def shard_split(root: Path) -> Split:
         path = root / f"{number}.tfrec"
         with tf.io.TFRecordWriter(str(path)) as writer:
             for i in range(count):
-                image = jpeg(at + i - start) if start <= i < stop else b"not of this split"
-                writer.write(record(image=image))
+                image = encode_jpeg(at + i - start) if start <= i < stop else b"not of this split"
+                writer.write(serialize_record(image=image))
         shards.append(Shard(str(path), count, start, stop))
         at += stop - start
     assert at == COUNT
-    return Split("train", labels(), shards=tuple(shards))
+    return Split("train", make_labels(), shards=tuple(shards))
 
 
-def opened(
+def open_pixels(
     split: Split, cache: str, folder: Path, notes: list[str] | None = None, memory_budget: int = 10**9,
     disk_budget: int = 10**9, fingerprint: str = "abc", **changes: object,
 ) -> Pixels:  # fmt: skip
@@ -52,6 +52,6 @@ def opened(
     options: dict[str, object] = {"size": SIDE, "resize": "stretch", "on_error": "fail", "threads": 2}
     pixels = Pixels(split, log_message=(notes if notes is not None else []).append, **(options | changes))  # type: ignore[arg-type]
     needed = count_image_bytes(split, pixels.size)
-    plan = plan_image_cache(cache, needed, memory_budget, disk_budget, once=False)  # type: ignore[arg-type]
+    plan = plan_image_cache(cache, needed, memory_budget, disk_budget, read_once=False)  # type: ignore[arg-type]
     fill_cache(pixels, plan, folder / "cache", fingerprint)
     return pixels

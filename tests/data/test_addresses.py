@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.images import fill_folder, noise
+from tests.data.images import encode_noise, fill_folder
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import RunConfig, load_resolved
@@ -33,8 +33,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     root = fill_folder(folder / "photos", {"cat": 4, "dog": 4})
     fill_folder(folder / "broken", {"cat": 1, "dog": 1})
     (folder / "broken" / "dog" / "00.jpg").write_bytes(b"no image")
-    (root / "cat" / "02.jpg").write_bytes(noise(2)[:200])
-    images = [noise(i)[: 200 if i == 5 else None] for i in range(6)]
+    (root / "cat" / "02.jpg").write_bytes(encode_noise(2)[:200])
+    images = [encode_noise(i)[: 200 if i == 5 else None] for i in range(6)]
     with running(folder / "objects"):
         for file in folder.glob("*/*/*.jpg"):
             (storage_path(HOME) / str(file.relative_to(folder))).upload(file)
@@ -50,7 +50,7 @@ DATA: dict[str, dict[str, Any]] = {
 KINDS = pytest.mark.parametrize("name", list(DATA))
 
 
-def settings(tmp_path: Path, **data: Any) -> RunConfig:
+def make_config(tmp_path: Path, **data: Any) -> RunConfig:
     return load_resolved({
         "data": {"validation_fraction": 0, "cache": "none", **data},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
@@ -58,24 +58,24 @@ def settings(tmp_path: Path, **data: Any) -> RunConfig:
     })  # fmt: skip
 
 
-def store(tmp_path: Path, **data: Any) -> ImageStore:
-    config = settings(tmp_path, **data)
+def open_store(tmp_path: Path, **data: Any) -> ImageStore:
+    config = make_config(tmp_path, **data)
     return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 10, lambda _: None)
 
 
 @KINDS
 def test_an_image_that_cannot_be_decoded(tmp_path: Path, name: str) -> None:
-    images = store(tmp_path, **DATA[name])
+    images = open_store(tmp_path, **DATA[name])
     everything = np.arange(images.dataset.splits["train"].count)
     with raises(DataError, problem=f"cannot decode {HOME}/{name}"), show_addresses_in_errors(images.addresses):
-        images.rows("train", everything)
+        images.read_images("train", everything)
 
 
 @KINDS
 def test_an_image_that_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     logging.getLogger("trainer").propagate = True
-    images = store(tmp_path, on_error="skip", **DATA[name])
-    images.rows("train", np.arange(images.dataset.splits["train"].count))
+    images = open_store(tmp_path, on_error="skip", **DATA[name])
+    images.read_images("train", np.arange(images.dataset.splits["train"].count))
     assert [line.partition(": ")[0] for line in images.list_undecodable()] == [f"{HOME}/{name}"]
     assert f"skipped {HOME}/{name}" in caplog.text
     assert str(tmp_path) not in caplog.text
@@ -85,11 +85,11 @@ def test_an_image_that_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 @KINDS
 def test_an_image_that_cannot_be_prepared(tmp_path: Path, name: str) -> None:
     with raises(DataError, problem=f"{HOME}/{name}"):
-        prepare(settings(tmp_path, **DATA[name]), str(tmp_path / "out"))
+        prepare(make_config(tmp_path, **DATA[name]), str(tmp_path / "out"))
 
 
 def test_a_plan_of_staged_data(tmp_path: Path) -> None:
-    config = settings(tmp_path, source="image_folder", root=f"{HOME}/broken")
+    config = make_config(tmp_path, source="image_folder", root=f"{HOME}/broken")
     stage(f"{HOME}/broken", config.runtime.cache_folder, 10**9, print, lambda: None)
     plan = Plan(config, cluster=None)  # type: ignore[arg-type]
     with raises(DataError, problem=f"{HOME}/broken/dog/00.jpg"):

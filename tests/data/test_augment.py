@@ -11,7 +11,18 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageEnhance
 from scipy import ndimage
 
-from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, augmented, drawn, value
+from tests.data.augmented import (
+    COUNT,
+    EPOCH,
+    IMAGES,
+    INDEX,
+    SEED,
+    SIDE,
+    assert_equal_up_to_rounding,
+    augment_images,
+    draw_numbers,
+    draw_parameter,
+)
 from trainer.config.schema import Augmentation, load
 from trainer.data.augment import draws
 from trainer.data.augment.apply import augment
@@ -26,7 +37,7 @@ EVERYTHING = AFFINE.model_copy(
 )  # fmt: skip
 
 
-def resampled(backwards: np.ndarray, shift: np.ndarray, mode: str) -> np.ndarray:
+def resample_with_scipy(backwards: np.ndarray, shift: np.ndarray, mode: str) -> np.ndarray:
     """SciPy's images: the output at q shows the source at backwards @ (q - centre - shift) + centre, in (x, y)."""
     centre, swap = np.full(2, (SIDE - 1) / 2), np.array([[0, 1], [1, 0]])
     images = np.zeros(IMAGES.shape)
@@ -38,7 +49,7 @@ def resampled(backwards: np.ndarray, shift: np.ndarray, mode: str) -> np.ndarray
     return images
 
 
-def rotations(angles: np.ndarray) -> np.ndarray:
+def make_rotation_matrices(angles: np.ndarray) -> np.ndarray:
     """Matrices [n, 2, 2] from output to source for angles in radians."""
     cos, sin = np.cos(angles), np.sin(angles)
     return np.moveaxis(np.array([[cos, sin], [-sin, cos]]), -1, 0)
@@ -49,111 +60,120 @@ SAME = np.broadcast_to(np.eye(2), (COUNT, 2, 2))
 
 
 def test_flips_are_exact() -> None:
-    across = drawn(draws.FLIP_HORIZONTAL) < 0.5
-    down = drawn(draws.FLIP_VERTICAL) < 0.5
+    across = draw_numbers(draws.FLIP_HORIZONTAL) < 0.5
+    down = draw_numbers(draws.FLIP_VERTICAL) < 0.5
     assert 0 < across.sum() < COUNT
     assert 0 < down.sum() < COUNT
     expected = np.where(across[:, None, None, None], IMAGES[:, :, ::-1], IMAGES)
-    np.testing.assert_array_equal(augmented(flip_horizontal=True), expected)
+    np.testing.assert_array_equal(augment_images(flip_horizontal=True), expected)
     expected = np.where(down[:, None, None, None], expected[:, ::-1], expected)
-    np.testing.assert_array_equal(augmented(flip_horizontal=True, flip_vertical=True), expected)
+    np.testing.assert_array_equal(augment_images(flip_horizontal=True, flip_vertical=True), expected)
 
 
 @pytest.mark.parametrize("fill", ["nearest", "constant", "reflect"])
 def test_rotation(fill: str) -> None:
-    expected = resampled(rotations(np.radians(value(draws.ROTATION, -40, 40))), STILL, fill)
+    expected = resample_with_scipy(
+        make_rotation_matrices(np.radians(draw_parameter(draws.ROTATION, -40, 40))), STILL, fill
+    )
     inside = slice(4, -4) if fill == "constant" else slice(None)  # SciPy's edge differs by a fraction of a pixel there
-    assert_rounded(augmented(rotation=40, fill=fill)[:, inside, inside], expected[:, inside, inside])
+    assert_equal_up_to_rounding(augment_images(rotation=40, fill=fill)[:, inside, inside], expected[:, inside, inside])
 
 
 def test_rotation_is_clockwise_for_positive_angles() -> None:
-    angles = value(draws.ROTATION, -40, 40)
+    angles = draw_parameter(draws.ROTATION, -40, 40)
     images = np.zeros_like(IMAGES)
     images[:, 1:3, 7:9] = 255  # a spot at the top, which a clockwise rotation moves to the right
-    rotated = augmented(images, rotation=40)
+    rotated = augment_images(images, rotation=40)
     across = (rotated.sum((1, 3)) * np.arange(SIDE)).sum(1) / rotated.sum((1, 2, 3)) - (SIDE - 1) / 2
     assert (np.sign(across[np.abs(angles) > 5]) == np.sign(angles[np.abs(angles) > 5])).all()
 
 
 @pytest.mark.parametrize("fill", ["nearest", "reflect"])
 def test_shift(fill: str) -> None:
-    move = np.stack([value(what, -SIDE / 2, SIDE / 2) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
-    assert_rounded(augmented(shift=0.5, fill=fill), resampled(SAME, move, fill))
+    move = np.stack([draw_parameter(what, -SIDE / 2, SIDE / 2) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
+    assert_equal_up_to_rounding(augment_images(shift=0.5, fill=fill), resample_with_scipy(SAME, move, fill))
 
 
 def test_shear_and_zoom() -> None:
-    slope = np.tan(np.radians(value(draws.SHEAR, -20, 20)))
-    assert_rounded(augmented(shear=20), resampled(np.array([[[1, -s], [0, 1]] for s in slope]), STILL, "nearest"))
-    backwards = SAME / value(draws.ZOOM, 0.7, 1.3)[:, None, None]
-    assert_rounded(augmented(zoom=0.3), resampled(backwards, STILL, "nearest"))
+    slope = np.tan(np.radians(draw_parameter(draws.SHEAR, -20, 20)))
+    assert_equal_up_to_rounding(
+        augment_images(shear=20), resample_with_scipy(np.array([[[1, -s], [0, 1]] for s in slope]), STILL, "nearest")
+    )
+    backwards = SAME / draw_parameter(draws.ZOOM, 0.7, 1.3)[:, None, None]
+    assert_equal_up_to_rounding(augment_images(zoom=0.3), resample_with_scipy(backwards, STILL, "nearest"))
 
 
 def test_all_shapes_together_in_one_resampling() -> None:
-    angle, slope = (np.radians(value(w, -h, h)) for w, h in ((draws.ROTATION, 30), (draws.SHEAR, 10)))
-    scale = value(draws.ZOOM, 0.7, 1.3)
-    flips = [drawn(w) < 0.5 for w in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
+    angle, slope = (np.radians(draw_parameter(w, -h, h)) for w, h in ((draws.ROTATION, 30), (draws.SHEAR, 10)))
+    scale = draw_parameter(draws.ZOOM, 0.7, 1.3)
+    flips = [draw_numbers(w) < 0.5 for w in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
     forwards = [
-        rotations(-angle)[i]
+        make_rotation_matrices(-angle)[i]
         @ np.array([[1, np.tan(slope[i])], [0, 1]])
         @ (np.eye(2) * scale[i])
         @ np.diag([-1.0 if flip[i] else 1.0 for flip in flips])
         for i in range(COUNT)
     ]
-    move = np.stack([value(what, -0.2 * SIDE, 0.2 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
-    changed = augmented(**{**AFFINE.model_dump(), "contrast": 0.0, "brightness": 0.0})
-    assert_rounded(changed, resampled(np.linalg.inv(forwards), move, "nearest"), 0.03)
+    move = np.stack([draw_parameter(what, -0.2 * SIDE, 0.2 * SIDE) for what in (draws.SHIFT_X, draws.SHIFT_Y)], axis=1)
+    changed = augment_images(**{**AFFINE.model_dump(), "contrast": 0.0, "brightness": 0.0})
+    assert_equal_up_to_rounding(changed, resample_with_scipy(np.linalg.inv(forwards), move, "nearest"), 0.03)
 
 
 def test_colours() -> None:
-    factor = value(draws.CONTRAST, 0.5, 1.5)[:, None, None, None]
-    plus = value(draws.BRIGHTNESS, -0.3 * 255, 0.3 * 255)[:, None, None, None]
+    factor = draw_parameter(draws.CONTRAST, 0.5, 1.5)[:, None, None, None]
+    plus = draw_parameter(draws.BRIGHTNESS, -0.3 * 255, 0.3 * 255)[:, None, None, None]
     mean = IMAGES.mean((1, 2, 3), keepdims=True)
     contrasted = (IMAGES - mean) * factor + mean
-    assert_rounded(augmented(contrast=0.5), np.clip(contrasted, 0, 255), 1e-3)
-    assert_rounded(augmented(brightness=0.3), np.clip(IMAGES + plus, 0, 255), 1e-3)
-    assert_rounded(augmented(contrast=0.5, brightness=0.3), np.clip(contrasted + plus, 0, 255), 1e-3)
+    assert_equal_up_to_rounding(augment_images(contrast=0.5), np.clip(contrasted, 0, 255), 1e-3)
+    assert_equal_up_to_rounding(augment_images(brightness=0.3), np.clip(IMAGES + plus, 0, 255), 1e-3)
+    assert_equal_up_to_rounding(augment_images(contrast=0.5, brightness=0.3), np.clip(contrasted + plus, 0, 255), 1e-3)
 
 
 def test_saturation() -> None:
-    factors = value(draws.SATURATION, 0.2, 1.8)
+    factors = draw_parameter(draws.SATURATION, 0.2, 1.8)
     assert factors.min() < 0.5
     assert factors.max() > 1.5
-    for image, result, factor in zip(IMAGES, augmented(saturation=0.8), factors, strict=True):
+    for image, result, factor in zip(IMAGES, augment_images(saturation=0.8), factors, strict=True):
         pillow = np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor), float)
         np.testing.assert_allclose(result, pillow, atol=1.6)  # Pillow rounds the grey and the result
         grey = image @ np.array([0.299, 0.587, 0.114])
-        assert_rounded(result, np.clip(grey[..., None] + factor * (image - grey[..., None]), 0, 255), 1e-3)
+        assert_equal_up_to_rounding(result, np.clip(grey[..., None] + factor * (image - grey[..., None]), 0, 255), 1e-3)
 
 
 def test_hue() -> None:
-    turns = value(draws.HUE, -0.4, 0.4)
-    for image, result, turn in zip(IMAGES, augmented(hue=0.4), turns, strict=True):
+    turns = draw_parameter(draws.HUE, -0.4, 0.4)
+    for image, result, turn in zip(IMAGES, augment_images(hue=0.4), turns, strict=True):
         expected = [
             np.multiply(colorsys.hsv_to_rgb((h + turn) % 1, s, v), 255)
             for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3) / 255)
         ]
-        assert_rounded(result.reshape(-1, 3), expected, 0.01)
+        assert_equal_up_to_rounding(result.reshape(-1, 3), expected, 0.01)
 
 
 def test_stretch_is_along_the_sides_of_the_result() -> None:
-    scales = np.stack([value(what, 0.7, 1.3) for what in (draws.STRETCH_X, draws.STRETCH_Y)], axis=1)
+    scales = np.stack([draw_parameter(what, 0.7, 1.3) for what in (draws.STRETCH_X, draws.STRETCH_Y)], axis=1)
     backwards = np.stack([np.diag(1 / scale) for scale in scales])
-    assert_rounded(augmented(stretch=0.3), resampled(backwards, STILL, "nearest"))
-    expected = resampled(rotations(np.radians(value(draws.ROTATION, -30, 30))) @ backwards, STILL, "nearest")
-    assert_rounded(augmented(stretch=0.3, rotation=30), expected)
+    assert_equal_up_to_rounding(augment_images(stretch=0.3), resample_with_scipy(backwards, STILL, "nearest"))
+    expected = resample_with_scipy(
+        make_rotation_matrices(np.radians(draw_parameter(draws.ROTATION, -30, 30))) @ backwards, STILL, "nearest"
+    )
+    assert_equal_up_to_rounding(augment_images(stretch=0.3, rotation=30), expected)
 
 
 def test_two_ranges_of_rotation_add_up() -> None:
-    angles = np.radians(value(draws.ROTATION, -40, 40) + value(draws.SECOND_ROTATION, -108, 108))
-    assert_rounded(augmented(rotation=(40, 108), fill="reflect"), resampled(rotations(angles), STILL, "reflect"))
+    angles = np.radians(draw_parameter(draws.ROTATION, -40, 40) + draw_parameter(draws.SECOND_ROTATION, -108, 108))
+    assert_equal_up_to_rounding(
+        augment_images(rotation=(40, 108), fill="reflect"),
+        resample_with_scipy(make_rotation_matrices(angles), STILL, "reflect"),
+    )
 
 
 def test_cutout_is_a_grey_square_that_may_extend_over_the_edge() -> None:
-    centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTOUT_X, draws.CUTOUT_Y)]
+    centres = [(draw_numbers(what) * SIDE).astype(int) for what in (draws.CUTOUT_X, draws.CUTOUT_Y)]
     expected = IMAGES.astype(np.float32)
     for image, x, y in zip(expected, *centres, strict=True):
         image[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3] = 128
-    np.testing.assert_array_equal(augmented(cutout=6 / SIDE), expected)
+    np.testing.assert_array_equal(augment_images(cutout=6 / SIDE), expected)
     sizes = (expected != IMAGES).any(-1).sum((1, 2))
     assert sizes.min() < 30 < sizes.max() == 36
 
@@ -173,7 +193,7 @@ def test_draws_are_never_renumbered() -> None:
 GROUPS = sorted(path.stem for path in (ROOT / "conf" / "augmentation").glob("*.yaml"))
 
 
-def group(name: str) -> Augmentation:
+def compose_augmentation(name: str) -> Augmentation:
     """The augmentation group, composed as by the command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = OmegaConf.to_container(compose("config", ["data=digits", f"augmentation={name}"]), resolve=True)
@@ -208,15 +228,15 @@ def test_the_same_bits_in_any_batch(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_group_composes_and_changes_every_image(name: str) -> None:
-    augmentation = group(name)
+    augmentation = compose_augmentation(name)
     assert augmentation.active == (name != "none")
-    changed = np.abs(augmented(**augmentation.model_dump()) - IMAGES).mean((1, 2, 3)) > 1
+    changed = np.abs(augment_images(**augmentation.model_dump()) - IMAGES).mean((1, 2, 3)) > 1
     assert changed.mean() == (0 if name == "none" else 1)
 
 
 @pytest.mark.parametrize(("seed", "epoch", "shift"), [(12, 3, 0), (11, 4, 0), (11, 3, 1000)])
 def test_other_coordinates_give_other_images(seed: int, epoch: int, shift: int) -> None:
-    first = augmented(**EVERYTHING.model_dump())
+    first = augment_images(**EVERYTHING.model_dump())
     other = augment(tf.constant(IMAGES), EVERYTHING, seed, np.full(COUNT, epoch), INDEX + shift).numpy()
     assert (np.abs(other - first).mean((1, 2, 3)) > 1).all()
 

@@ -5,7 +5,15 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from tests.data.augmented import COUNT, IMAGES, SIDE, assert_rounded, augmented, drawn, level
+from tests.data.augmented import (
+    COUNT,
+    IMAGES,
+    SIDE,
+    assert_equal_up_to_rounding,
+    augment_images,
+    draw_level,
+    draw_numbers,
+)
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
 from trainer.data.augment.affine import draw_crops, resample, tabulate_aspects
@@ -13,15 +21,17 @@ from trainer.data.augment.apply import augment
 from trainer.data.augment.draws import RandomDraws
 
 
-def boxes(least: float) -> np.ndarray:
+def draw_boxes(least: float) -> np.ndarray:
     """Left, top, width and height of each crop, float64 [n, 4]."""
-    root, largest = (values[level(draws.CROP_ASPECT)] for values in tabulate_aspects(least))
-    area = least + (largest - least) * drawn(draws.CROP_AREA)
+    root, largest = (values[draw_level(draws.CROP_ASPECT)] for values in tabulate_aspects(least))
+    area = least + (largest - least) * draw_numbers(draws.CROP_AREA)
     width, height = np.sqrt(area) * root, np.sqrt(area) / root
-    return np.stack([(1 - width) * drawn(draws.CROP_X), (1 - height) * drawn(draws.CROP_Y), width, height], axis=1)
+    return np.stack(
+        [(1 - width) * draw_numbers(draws.CROP_X), (1 - height) * draw_numbers(draws.CROP_Y), width, height], axis=1
+    )
 
 
-def cropped(image: np.ndarray, left: float, top: float, width: float, height: float) -> np.ndarray:
+def crop(image: np.ndarray, left: float, top: float, width: float, height: float) -> np.ndarray:
     """Bilinear crop between pixel centres, float64 [SIDE, SIDE, 3]."""
     for axis, (start, length) in enumerate(((top, height), (left, width))):
         position = (start + np.linspace(0, 1, SIDE) * length) * (SIDE - 1)
@@ -32,19 +42,19 @@ def cropped(image: np.ndarray, left: float, top: float, width: float, height: fl
 
 
 def test_a_crop_shows_its_window() -> None:
-    windows = boxes(0.2)
+    windows = draw_boxes(0.2)
     assert windows[:, 2].min() < 0.7
-    expected = np.stack([cropped(image, *box) for image, box in zip(IMAGES, windows, strict=True)])
-    assert_rounded(augmented(crop=0.2), expected)
-    flips = [drawn(what) < 0.5 for what in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
+    expected = np.stack([crop(image, *box) for image, box in zip(IMAGES, windows, strict=True)])
+    assert_equal_up_to_rounding(augment_images(crop=0.2), expected)
+    flips = [draw_numbers(what) < 0.5 for what in (draws.FLIP_HORIZONTAL, draws.FLIP_VERTICAL)]
     for image, across, down in zip(expected, *flips, strict=True):
         image[:] = image[:: -1 if down else 1, :: -1 if across else 1]
-    assert_rounded(augmented(crop=0.2, flip_horizontal=True, flip_vertical=True), expected)
+    assert_equal_up_to_rounding(augment_images(crop=0.2, flip_horizontal=True, flip_vertical=True), expected)
 
 
 def test_with_an_affine_transform_the_window_is_the_same() -> None:
-    alone = augmented(crop=0.2, flip_horizontal=True)
-    together = augmented(crop=0.2, flip_horizontal=True, rotation=1e-4, fill="nearest")
+    alone = augment_images(crop=0.2, flip_horizontal=True)
+    together = augment_images(crop=0.2, flip_horizontal=True, rotation=1e-4, fill="nearest")
     assert np.abs(together - alone).max() <= 1
 
 
@@ -75,7 +85,7 @@ def test_a_crop_never_reads_beyond_the_edge(side: int, flip: bool) -> None:
     count = {8: 2000, 224: 20, 1024: 2}[side]
     white = tf.fill([count, side, side, 3], tf.constant(255, tf.uint8))
     options = Augmentation(crop=0.999, flip_horizontal=flip, flip_vertical=flip)
-    assert_rounded(augment(white, options, 1, np.zeros(count, np.int64), np.arange(count)), 255, 1e-3)
+    assert_equal_up_to_rounding(augment(white, options, 1, np.zeros(count, np.int64), np.arange(count)), 255, 1e-3)
 
 
 def maps() -> np.ndarray:
@@ -100,7 +110,7 @@ def test_it_equals_tensorflows_resampling_rounded(fill: str) -> None:
     )
     assert result.dtype == tf.uint8
     assert 0.02 < np.mean(expected == 0) < 0.98 or fill != "constant"
-    assert_rounded(result.numpy(), expected.numpy())
+    assert_equal_up_to_rounding(result.numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize("fill", ["nearest", "constant", "reflect"])

@@ -7,10 +7,20 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from tests.data.augmented import COUNT, EPOCH, IMAGES, INDEX, SEED, SIDE, assert_rounded, drawn, level
+from tests.data.augmented import (
+    COUNT,
+    EPOCH,
+    IMAGES,
+    INDEX,
+    SEED,
+    SIDE,
+    assert_equal_up_to_rounding,
+    draw_level,
+    draw_numbers,
+)
 from trainer.config.schema import Augmentation
 from trainer.data.augment import draws
-from trainer.data.augment.mixing import beta_quantiles, mix_pairs
+from trainer.data.augment.mixing import compute_beta_quantiles, mix_pairs
 
 LABELS, WEIGHTS = np.arange(COUNT, dtype=np.int32) * 10, np.ones(COUNT, np.float32)
 OTHER = np.arange(COUNT) ^ 1
@@ -27,11 +37,11 @@ def mix(weight: np.ndarray = WEIGHTS, rows: slice = slice(None), **changes: Any)
     return tuple(result[name].numpy() for name in dtypes)
 
 
-def boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
+def draw_boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Masks of cutmix, bool [COUNT, SIDE, SIDE], and the fraction that stays visible, [COUNT]."""
     covered = np.zeros((COUNT, SIDE, SIDE), bool)
-    centres = [(drawn(what) * SIDE).astype(int) for what in (draws.CUTMIX_X, draws.CUTMIX_Y)]
-    sides = np.rint(np.sqrt(1 - beta_quantiles(alpha)[level(draws.MIX)]) * SIDE).astype(int)
+    centres = [(draw_numbers(what) * SIDE).astype(int) for what in (draws.CUTMIX_X, draws.CUTMIX_Y)]
+    sides = np.rint(np.sqrt(1 - compute_beta_quantiles(alpha)[draw_level(draws.MIX)]) * SIDE).astype(int)
     for mask, x, y, side in zip(covered, *centres, sides, strict=True):
         left, top = x - side // 2, y - side // 2
         mask[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = True
@@ -40,18 +50,18 @@ def boxes(alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 def test_mixup_blends_neighbours_with_beta_weights() -> None:
     images, other, weight = mix(mixup=0.4)
-    expected = stats.beta.ppf((level(draws.MIX) + 0.5) / draws.NUM_LEVELS, 0.4, 0.4)
+    expected = stats.beta.ppf((draw_level(draws.MIX) + 0.5) / draws.NUM_LEVELS, 0.4, 0.4)
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
     np.testing.assert_array_equal(other, LABELS[OTHER])
     lam = expected[:, None, None, None]
-    assert_rounded(images, lam * IMAGES + (1 - lam) * IMAGES[OTHER], 1e-3)
+    assert_equal_up_to_rounding(images, lam * IMAGES + (1 - lam) * IMAGES[OTHER], 1e-3)
     assert weight.min() < 0.2
     assert weight.max() > 0.8
 
 
 def test_cutmix_covers_a_square_with_the_other_image() -> None:
     images, other, weight = mix(cutmix=1.0)
-    covered, left = boxes(1.0)
+    covered, left = draw_boxes(1.0)
     assert 0 < left.min() < 0.5 < left.max()
     np.testing.assert_array_equal(images, np.where(covered[..., None], IMAGES[OTHER], IMAGES))
     np.testing.assert_allclose(weight, left, atol=1e-6)
@@ -60,7 +70,7 @@ def test_cutmix_covers_a_square_with_the_other_image() -> None:
 
 def test_with_both_a_coin_decides() -> None:
     both, cut, up = mix(mixup=0.4, cutmix=1.0), mix(cutmix=1.0), mix(mixup=0.4)
-    is_cut = drawn(draws.MIX_METHOD) < 0.5
+    is_cut = draw_numbers(draws.MIX_METHOD) < 0.5
     assert 0 < is_cut.sum() < COUNT
     for result, by_cutmix, by_mixup in zip(both, cut, up, strict=True):
         mask = is_cut.reshape(-1, *[1] * (result.ndim - 1))
@@ -91,7 +101,7 @@ def test_any_even_part_of_a_batch_gives_the_same_bits(changes: dict[str, float])
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 8.0])
 def test_quantiles_have_the_moments_of_the_beta_distribution(alpha: float) -> None:
-    values = beta_quantiles(alpha)
+    values = compute_beta_quantiles(alpha)
     assert np.isfinite(values).all()
     np.testing.assert_allclose(values.mean(), 0.5, atol=1e-6)
     np.testing.assert_allclose(values.var(), 1 / (4 * (2 * alpha + 1)), rtol=2e-3)

@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
-from tests.data.augmented import COUNT, EPOCH, INDEX, SEED, augmented, drawn
+from tests.data.augmented import COUNT, EPOCH, INDEX, SEED, augment_images, draw_numbers
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.draws import RANDAUGMENT
@@ -29,7 +29,7 @@ def _affine(entries: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     return lambda image: image.transform(image.size, Image.Transform.AFFINE, entries, Image.Resampling.BILINEAR)
 
 
-def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
+def make_pillow_operation(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
     """The published operation with strength 0.5."""
     slope, factor = sign * 0.3 * STRENGTH, 1 + sign * 0.9 * STRENGTH
     return {
@@ -54,7 +54,7 @@ def pillow(name: str, sign: int) -> Callable[[Image.Image], Image.Image]:
 @pytest.mark.parametrize("name", list(OPERATIONS))
 def test_an_operation_is_pillows(name: str, sign: int) -> None:
     result = OPERATIONS[name](tf.constant(IMAGES), tf.fill([COUNT], float(sign)), STRENGTH, "constant").numpy()
-    expected = np.stack([np.asarray(pillow(name, sign)(Image.fromarray(image))) for image in IMAGES])
+    expected = np.stack([np.asarray(make_pillow_operation(name, sign)(Image.fromarray(image))) for image in IMAGES])
     far = np.abs(result.astype(int) - expected)
     if name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "equalize"):
         assert far.max() == 0
@@ -83,14 +83,14 @@ def test_each_image_goes_through_the_operations_it_drew() -> None:
     names = list(OPERATIONS)
     expected = IMAGES
     for turn in range(3):
-        chosen = (drawn(RANDAUGMENT + 2 * turn) * len(names)).astype(int)
-        directions = np.where(drawn(RANDAUGMENT + 2 * turn + 1) < 0.5, -1.0, 1.0)
+        chosen = (draw_numbers(RANDAUGMENT + 2 * turn) * len(names)).astype(int)
+        directions = np.where(draw_numbers(RANDAUGMENT + 2 * turn + 1) < 0.5, -1.0, 1.0)
         assert len(set(chosen)) > 4
         expected = np.concatenate([
             OPERATIONS[names[which]](expected[i : i + 1], tf.constant(directions[i : i + 1], tf.float32), 0.3, "reflect")
             for i, which in enumerate(chosen)
         ])  # fmt: skip
-    np.testing.assert_array_equal(augmented(IMAGES, randaugment=3, fill="reflect"), expected)  # magnitude 9 of 30
+    np.testing.assert_array_equal(augment_images(IMAGES, randaugment=3, fill="reflect"), expected)  # magnitude 9 of 30
 
 
 def test_the_order_of_operations_is_what_a_draw_means() -> None:

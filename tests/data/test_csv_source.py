@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.images import fill_folder, noise
-from tests.data.test_open import counts, folder, opened
+from tests.data.images import encode_noise, fill_folder
+from tests.data.test_open import count_classes, open_folder, open_logged
 from tests.errors import raises
 from trainer.cli.source import choose_source, detect_source
 from trainer.config.schema import load
@@ -17,14 +17,14 @@ from trainer.errors import DataError
 from trainer.types import Dataset
 
 
-def table(root: Path, content: str | bytes, name: str = "labels.csv") -> Path:
+def write_table(root: Path, content: str | bytes, name: str = "labels.csv") -> Path:
     root.mkdir(exist_ok=True)
     (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return root / name
 
 
-def listed(cache: Path, file: Path, **data: Any) -> Dataset:
-    return opened(cache, source="csv", root=str(file), **data)
+def open_listed(cache: Path, file: Path, **data: Any) -> Dataset:
+    return open_logged(cache, source="csv", root=str(file), **data)
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def list_folder(root: Path) -> list[str]:
 
 
 def test_the_csv_file_of_a_folder_is_the_same_dataset(tmp_path: Path, pets: Path) -> None:
-    by_folder = folder(tmp_path, pets, test_fraction=0.2)
-    file = table(tmp_path / "pets", "\n".join(["file,label", *reversed(list_folder(pets))]))
-    by_list = listed(tmp_path, file, test_fraction=0.2)
+    by_folder = open_folder(tmp_path, pets, test_fraction=0.2)
+    file = write_table(tmp_path / "pets", "\n".join(["file,label", *reversed(list_folder(pets))]))
+    by_list = open_listed(tmp_path, file, test_fraction=0.2)
     assert by_list.fingerprint == by_folder.fingerprint
     assert by_list.class_names == by_folder.class_names
     for name, split in by_folder.splits.items():
@@ -51,18 +51,18 @@ def test_the_csv_file_of_a_folder_is_the_same_dataset(tmp_path: Path, pets: Path
 def test_rows_have_splits_and_groups(tmp_path: Path, pets: Path) -> None:
     split = ("Train", "train", "val", " test ", "valid", "TEST")
     rows = [f"{row},{split[i % 6]},site {i % 2}" for i, row in enumerate(list_folder(pets))]
-    file = table(tmp_path / "pets", "\n".join(["File,Label,Split,Site", *rows]))
-    dataset = listed(tmp_path, file, group_field="site")
-    assert counts(dataset) == {"train": 8, "validation": 8, "test": 8}
+    file = write_table(tmp_path / "pets", "\n".join(["File,Label,Split,Site", *rows]))
+    dataset = open_listed(tmp_path, file, group_field="site")
+    assert count_classes(dataset) == {"train": 8, "validation": 8, "test": 8}
     for part in dataset.splits.values():
         assert part.groups == tuple(f"site {int(Path(path).stem) % 2}" for path in part.files)
-    few = listed(tmp_path, file, group_field="site", max_examples=3).splits["test"]
+    few = open_listed(tmp_path, file, group_field="site", max_examples=3).splits["test"]
     assert few.groups == tuple(f"site {int(Path(path).stem) % 2}" for path in few.files)
-    plain = listed(tmp_path, file)
+    plain = open_listed(tmp_path, file)
     assert plain.splits["test"].groups is None
     assert "columns that are not read: site; data.group_field=COLUMN reports scores by one" in plain.notes
     with raises(DataError, "data.group_field", "ward", "set one of label, site", f"is not a column of {file}"):
-        listed(tmp_path, file, group_field="ward")
+        open_listed(tmp_path, file, group_field="ward")
 
 
 FORMATS = {
@@ -81,8 +81,8 @@ def test_common_kinds_of_csv_are_read(tmp_path: Path, pets: Path, name: str) -> 
     separator = b";" if b";" in header else b"\t" if b"\t" in header else b","
     cells = [row.encode().split(b",") for row in list_folder(pets)]
     rows = [separator.join(reversed(pair) if name == "tabs" else pair) for pair in cells]
-    dataset = listed(tmp_path, table(tmp_path / "pets", header % b"\n".join(rows)))
-    assert counts(dataset) == {"train": 20, "validation": 4}
+    dataset = open_listed(tmp_path, write_table(tmp_path / "pets", header % b"\n".join(rows)))
+    assert count_classes(dataset) == {"train": 20, "validation": 4}
     assert dataset.class_names == ("cat", "dog")
 
 
@@ -91,9 +91,9 @@ def test_names_may_have_any_character(tmp_path: Path) -> None:
     rows = ["file,label"]
     (tmp_path / "pets").mkdir()
     for number, name in enumerate(names):
-        (tmp_path / "pets" / name).write_bytes(noise(number))
+        (tmp_path / "pets" / name).write_bytes(encode_noise(number))
         rows.append('"{}","{}"'.format(name.replace('"', '""'), ("x, y", "<b>\n")[number % 2]))
-    dataset = listed(tmp_path, table(tmp_path / "pets", "\n".join(rows)), validation_fraction=0)
+    dataset = open_listed(tmp_path, write_table(tmp_path / "pets", "\n".join(rows)), validation_fraction=0)
     assert {Path(path).name for path in dataset.splits["train"].files} == set(names)
     assert dataset.class_names == (r"<b>\n", "x, y")
 
@@ -101,7 +101,9 @@ def test_names_may_have_any_character(tmp_path: Path) -> None:
 def test_paths_may_be_absolute_or_above_the_folder(tmp_path: Path, pets: Path) -> None:
     paths = [str(pets / "cat" / "00.jpg"), "../pets/cat/01.jpg", "../pets/dog/00.jpg", str(pets / "dog" / "01.jpg")]
     rows = [f"{path},{Path(path).parent.name}" for path in paths]
-    dataset = listed(tmp_path, table(tmp_path / "lists", "\n".join(["file,label", *rows])), validation_fraction=0)
+    dataset = open_listed(
+        tmp_path, write_table(tmp_path / "lists", "\n".join(["file,label", *rows])), validation_fraction=0
+    )
     assert {str(Path(path).resolve()) for path in dataset.splits["train"].files} == {
         str((tmp_path / "lists" / path).resolve()) for path in paths
     }
@@ -133,18 +135,18 @@ FAULTS: dict[str, tuple[str | bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_list_is_explained_with_its_row(tmp_path: Path, pets: Path, name: str) -> None:
+def test_an_invalid_list_is_explained_with_its_row(tmp_path: Path, pets: Path, name: str) -> None:
     content, problem, fix = FAULTS[name]
-    file = table(pets, content)
+    file = write_table(pets, content)
     with raises(DataError, "data.root", str(file), fix, problem):
-        listed(tmp_path, file)
+        open_listed(tmp_path, file)
 
 
 def test_a_list_that_is_not_there_is_named(tmp_path: Path, pets: Path) -> None:
     with raises(DataError, "data.root", str(pets / "x.csv"), "file,label", "does not exist"):
-        listed(tmp_path, pets / "x.csv")
+        open_listed(tmp_path, pets / "x.csv")
     with raises(DataError, "data.root", str(pets), "file,label", "is a folder"):
-        listed(tmp_path, pets)
+        open_listed(tmp_path, pets)
 
 
 def test_files_that_are_missing_or_no_images_fail_with_their_row_or_are_skipped(tmp_path: Path, pets: Path) -> None:
@@ -154,7 +156,7 @@ def test_files_that_are_missing_or_no_images_fail_with_their_row_or_are_skipped(
     (pets / "cat" / "03.jpg").unlink()
     (pets / "cat" / "folder").mkdir()
     rows = [*(f"cat/{i:02d}.jpg,cat" for i in range(12) if i != 3), *(f"dog/{i:02d}.jpg,dog" for i in range(12))]
-    file = table(pets, "\n".join(["file,label", *rows, "cat/03.tif,cat", "cat/folder,cat"]))
+    file = write_table(pets, "\n".join(["file,label", *rows, "cat/03.tif,cat", "cat/folder,cat"]))
     reasons = [
         f"{pets}/cat/01.jpg (row 3): cannot be read (No such file or directory)",
         f"{pets}/cat/02.jpg (row 4): does not begin like a JPEG, PNG, BMP, GIF or WebP",
@@ -162,32 +164,32 @@ def test_files_that_are_missing_or_no_images_fail_with_their_row_or_are_skipped(
         f"{pets}/cat/folder (row 26): cannot be read (Is a directory)",
     ]
     with raises(DataError, fix="data.on_error=skip", problem="4 of 25 files are not readable JPEG") as caught:
-        listed(tmp_path, file)
+        open_listed(tmp_path, file)
     assert caught.value.problem.split("\n  ")[1:] == reasons
-    dataset = listed(tmp_path, file, on_error="skip")
+    dataset = open_listed(tmp_path, file, on_error="skip")
     assert list(dataset.skipped) == reasons
-    assert sum(counts(dataset).values()) == 21
+    assert sum(count_classes(dataset).values()) == 21
 
 
-def test_too_many_groups_are_refused(tmp_path: Path) -> None:
+def test_too_many_groups_are_rejected(tmp_path: Path) -> None:
     rows = [f"{i}.jpg,{'ab'[i % 2]},patient {i}" for i in range(120)]
-    file = table(tmp_path / "pets", "\n".join(["file,label,who", *rows]))
+    file = write_table(tmp_path / "pets", "\n".join(["file,label,who", *rows]))
     with raises(DataError, "data.group_field", "who", "at most 100", "120 different values in 120 rows"):
-        listed(tmp_path, file, group_field="who")
-    file = table(tmp_path / "pets", "file,label,who\na.jpg,a,x\nb.jpg,b,\n")
+        open_listed(tmp_path, file, group_field="who")
+    file = write_table(tmp_path / "pets", "file,label,who\na.jpg,a,x\nb.jpg,b,\n")
     with raises(DataError, "data.root", str(file), "unknown", "row 3 has no who"):
-        listed(tmp_path, file, group_field="who")
+        open_listed(tmp_path, file, group_field="who")
 
 
 def test_a_csv_file_is_chosen_by_its_name(tmp_path: Path) -> None:
-    file = table(tmp_path / "pets", HEAD, "My Labels.CSV")
+    file = write_table(tmp_path / "pets", HEAD, "My Labels.CSV")
     assert detect_source(str(file))[0] == "csv"
     assert choose_source([f"data.root={file}"])[0] == ["data=csv", f"data.root={file}"]
 
 
 def test_prepared_records_have_the_names_and_groups(tmp_path: Path, pets: Path) -> None:
     rows = [f"{row},{'train' if i % 3 else 'test'},{'ns'[i % 2]}" for i, row in enumerate(list_folder(pets))]
-    file = table(pets, "\n".join(["file,label,split,site", *rows]))
+    file = write_table(pets, "\n".join(["file,label,split,site", *rows]))
     config = load({
         "data": {"source": "csv", "root": str(file), "group_field": "site"},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
@@ -195,8 +197,8 @@ def test_prepared_records_have_the_names_and_groups(tmp_path: Path, pets: Path) 
     })  # fmt: skip
     prepare(config, str(tmp_path / "out"))
     shutil.rmtree(pets)
-    prepared = opened(tmp_path, source="tfds", root=str(tmp_path / "out"), group_field="site")
-    assert counts(prepared) == {"train": 12, "validation": 4, "test": 8}
+    prepared = open_logged(tmp_path, source="tfds", root=str(tmp_path / "out"), group_field="site")
+    assert count_classes(prepared) == {"train": 12, "validation": 4, "test": 8}
     assert sorted(prepared.splits["test"].groups or ()) == ["n"] * 4 + ["s"] * 4
     names = [name for split in prepared.splits.values() for name in read_source_names(split)]
     assert sorted(names) == sorted(row.partition(",")[0] for row in rows)

@@ -11,14 +11,14 @@ from PIL import Image
 from trainer.data.decoding import ANTIALIAS_ABOVE, decode_image
 
 
-def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
+def make_smooth_image(height: int, width: int, channels: int = 3) -> np.ndarray:
     """An image without sharp edges, uint8 [H, W, C]."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 100 * np.sin(x / (9 + 3 * c) + c) * np.cos(y / (11 + c)) for c in range(channels)]
     return np.stack(waves, axis=-1).astype(np.uint8)
 
 
-def encoded(pixels: np.ndarray, kind: str, mode: str = "RGB") -> bytes:
+def encode_image(pixels: np.ndarray, kind: str, mode: str = "RGB") -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(out, kind, **({"quality": 95} if kind == "JPEG" else {}))
     return out.getvalue()
@@ -31,7 +31,7 @@ KINDS += [("PNG", "1"), ("BMP", "RGB"), ("BMP", "L"), ("BMP", "P"), ("BMP", "RGB
 @pytest.mark.parametrize(("kind", "mode"), KINDS)
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
 def test_every_format_becomes_rgb(kind: str, mode: str, resize: str) -> None:
-    data = encoded(smooth(24, 24), kind, mode)
+    data = encode_image(make_smooth_image(24, 24), kind, mode)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     pixels = decode_image(tf.constant(data), 24, resize)
     assert pixels.dtype == tf.uint8
@@ -40,7 +40,7 @@ def test_every_format_becomes_rgb(kind: str, mode: str, resize: str) -> None:
 
 
 def test_transparency_is_dropped() -> None:
-    pixels = smooth(16, 16, 4)
+    pixels = make_smooth_image(16, 16, 4)
     pixels[..., 3] = 0
     out = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(out, "PNG")
@@ -57,7 +57,7 @@ def test_first_frame_of_an_animation() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("height", "width"), [(60, 101), (101, 60)])
 def test_crop_takes_the_centre_square(kind: str, height: int, width: int) -> None:
-    data = encoded(smooth(height, width), kind)
+    data = encode_image(make_smooth_image(height, width), kind)
     whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     top, left = (height - 60) // 2, (width - 60) // 2
     decoded = decode_image(tf.constant(data), 60, "crop").numpy()
@@ -67,7 +67,7 @@ def test_crop_takes_the_centre_square(kind: str, height: int, width: int) -> Non
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 48), (100, 140, 60), (333, 500, 224)])
 def test_resizing_is_bilinear_in_half_pixel_coordinates(height: int, width: int, size: int) -> None:
-    pixels = smooth(height, width)
+    pixels = make_smooth_image(height, width)
 
     def at(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
@@ -78,14 +78,14 @@ def test_resizing_is_bilinear_in_half_pixel_coordinates(height: int, width: int,
     fx, fy, source = fx[None, :, None], fy[:, None, None], pixels.astype(float)
     top = source[y0][:, x0] * (1 - fx) + source[y0][:, x1] * fx
     bottom = source[y1][:, x0] * (1 - fx) + source[y1][:, x1] * fx
-    decoded = decode_image(tf.constant(encoded(pixels, "PNG")), size, "stretch").numpy()
+    decoded = decode_image(tf.constant(encode_image(pixels, "PNG")), size, "stretch").numpy()
     assert np.abs(decoded - (top * (1 - fy) + bottom * fy)).max() <= 0.51
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(("size", "ratio"), [(96, 1), (48, 2), (24, 4), (12, 8)])
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(size: int, ratio: int, mode: str) -> None:
-    data = encoded(smooth(96, 96), "JPEG", mode)
+    data = encode_image(make_smooth_image(96, 96), "JPEG", mode)
     draft = Image.open(io.BytesIO(data))
     draft.draft(None, (size, size))
     assert draft.size == (96 // ratio, 96 // ratio)
@@ -98,7 +98,7 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(size: int, ratio: int, mode
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
 @pytest.mark.parametrize(("height", "width"), [(95, 130), (130, 95), (95, 400)])
 def test_a_jpeg_is_decoded_at_least_at_the_requested_size(resize: str, height: int, width: int) -> None:
-    data = tf.constant(encoded(smooth(height, width), "JPEG"))
+    data = tf.constant(encode_image(make_smooth_image(height, width), "JPEG"))
     for size, ratio in ((48, 1), (47, 2), (24, 2), (23, 4), (12, 4), (11, 8), (3, 8)):
         whole = tf.io.decode_jpeg(data, channels=3, ratio=ratio)
         assert min(whole.shape[:2]) >= size
@@ -114,12 +114,18 @@ def test_a_jpeg_is_decoded_at_least_at_the_requested_size(resize: str, height: i
 
 def test_a_large_photo_is_averaged_not_sampled() -> None:
     chequered = np.repeat((np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
-    decoded = decode_image(tf.constant(encoded(chequered, "PNG")), 40, "stretch").numpy()
+    decoded = decode_image(tf.constant(encode_image(chequered, "PNG")), 40, "stretch").numpy()
     assert np.abs(decoded[2:-2, 2:-2].astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"hello", encoded(smooth(60, 80), "JPEG")[:900], encoded(smooth(9, 9), "PNG")[:-8]]
+    "data",
+    [
+        b"",
+        b"hello",
+        encode_image(make_smooth_image(60, 80), "JPEG")[:900],
+        encode_image(make_smooth_image(9, 9), "PNG")[:-8],
+    ],
 )
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
 def test_damage_raises(data: bytes, resize: str) -> None:
@@ -143,4 +149,6 @@ def assert_saved_decodes_as_mapped(images: list[bytes], folder: Path) -> None:
 
 
 def test_saved_model_decodes_the_same(tmp_path: Path) -> None:
-    assert_saved_decodes_as_mapped([encoded(smooth(50, 70), kind, mode) for kind, mode in KINDS], tmp_path)
+    assert_saved_decodes_as_mapped(
+        [encode_image(make_smooth_image(50, 70), kind, mode) for kind, mode in KINDS], tmp_path
+    )

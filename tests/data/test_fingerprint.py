@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_open import folder, opened, write_records
+from tests.data.test_open import open_folder, open_logged, write_records
 from tests.errors import raises
 from trainer.config.diff import may_change_on_resume
 from trainer.data import fingerprint
@@ -20,7 +20,7 @@ from trainer.runs.folder import check_same_data
 from trainer.types import Dataset, has_fingerprints
 
 
-def bitmap(number: int) -> bytes:
+def encode_bitmap(number: int) -> bytes:
     """A BMP of 90 x 90 pixels, 24 KB, between equal edges: all of these have the same size, first and last bytes."""
     pixels = np.random.default_rng(number).integers(0, 256, (90, 90, 3), np.uint8)
     pixels[:2], pixels[-2:] = 255, 255
@@ -34,7 +34,7 @@ def pets(tmp_path: Path) -> Path:
     root = tmp_path / "pets"
     for number, name in enumerate(["cat", "dog"] * 5):
         (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name / f"{number}.bmp").write_bytes(bitmap(number))
+        (root / name / f"{number}.bmp").write_bytes(encode_bitmap(number))
         os.utime(root / name / f"{number}.bmp", (1e9, 1e9))
     return root
 
@@ -43,7 +43,7 @@ def replace_image(root: Path) -> None:
     """Another image, of the same size, ends and modification time."""
     file = root / "cat" / "4.bmp"
     before = file.read_bytes()
-    file.write_bytes(bitmap(77))
+    file.write_bytes(encode_bitmap(77))
     os.utime(file, (1e9, 1e9))
     after = file.read_bytes()
     assert (before[:64], before[-64:], len(before)) == (after[:64], after[-64:], len(after))
@@ -55,9 +55,9 @@ def test_an_image_replaced_by_one_of_equal_size_and_ends_is_noticed(
 ) -> None:
     monkeypatch.setattr(fingerprint, "MAX_FULL_READ_BYTES", whole_bytes)
     notes: list[str] = []
-    before = opened(tmp_path, notes, source="image_folder", root=str(pets))
+    before = open_logged(tmp_path, notes, source="image_folder", root=str(pets))
     replace_image(pets)
-    after = folder(tmp_path, pets)
+    after = open_folder(tmp_path, pets)
     assert before.fingerprint == before.fingerprints[kind] != after.fingerprint
     assert before.fingerprints["ends"] == after.fingerprints["ends"]
     assert any(n.startswith(f"data fingerprint: {before.fingerprint}, of the {kind}") for n in notes)
@@ -70,7 +70,7 @@ def test_all_bytes_are_covered_on_request(pets: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(fingerprint, "_MAX_BLOCKS", 2)
 
     def both() -> tuple[Dataset, Dataset]:
-        return folder(tmp_path, pets), folder(tmp_path, pets, fingerprint="content")
+        return open_folder(tmp_path, pets), open_folder(tmp_path, pets, fingerprint="content")
 
     sampled, whole = both()
     file = pets / "dog" / "3.bmp"
@@ -85,32 +85,34 @@ def test_all_bytes_are_covered_on_request(pets: Path, tmp_path: Path, monkeypatc
 
 
 def test_moving_copying_and_touching_change_nothing(pets: Path, tmp_path: Path) -> None:
-    first = folder(tmp_path, pets)
+    first = open_folder(tmp_path, pets)
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert folder(tmp_path, tmp_path / "copy").fingerprints == first.fingerprints
+    assert open_folder(tmp_path, tmp_path / "copy").fingerprints == first.fingerprints
     pets.rename(tmp_path / "moved")
     for file in (tmp_path / "moved").rglob("*.bmp"):
         os.utime(file)
-    assert folder(tmp_path, tmp_path / "moved").fingerprints == first.fingerprints
+    assert open_folder(tmp_path, tmp_path / "moved").fingerprints == first.fingerprints
 
 
 def test_an_unchanged_file_is_read_once(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, read = folder(tmp_path, pets), []
-    read_whole = fingerprint._read_whole
-    monkeypatch.setattr(fingerprint, "_read_whole", lambda handle, size: read.append(size) or read_whole(handle, size))
-    assert folder(tmp_path, pets).fingerprint == first.fingerprint
+    first, read = open_folder(tmp_path, pets), []
+    read_whole = fingerprint._read_all_bytes
+    monkeypatch.setattr(
+        fingerprint, "_read_all_bytes", lambda handle, size: read.append(size) or read_whole(handle, size)
+    )
+    assert open_folder(tmp_path, pets).fingerprint == first.fingerprint
     assert read == []
     os.utime(pets / "dog" / "1.bmp", (1e9 + 1, 1e9 + 1))
-    assert folder(tmp_path, pets).fingerprint == first.fingerprint
+    assert open_folder(tmp_path, pets).fingerprint == first.fingerprint
     assert len(read) == 1
     (table,) = (tmp_path / "checksums").iterdir()
     table.write_bytes(table.read_bytes()[:-30])
-    assert folder(tmp_path, pets).fingerprint == first.fingerprint
+    assert open_folder(tmp_path, pets).fingerprint == first.fingerprint
     assert len(read) == 11
     just_now = time.time()
     os.utime(pets / "dog" / "1.bmp", (just_now, just_now))  # it may change again within the clock's resolution
     for count in (12, 13):
-        folder(tmp_path, pets)
+        open_folder(tmp_path, pets)
         assert len(read) == count
 
 
@@ -120,20 +122,20 @@ def test_a_file_that_cannot_be_read_is_left_to_decoding(
     def fail(*_: object) -> list[bytes]:
         raise OSError(5, "Input/output error")
 
-    first = folder(tmp_path / "a", pets)
-    monkeypatch.setattr(fingerprint, "_read_whole", fail)
-    assert folder(tmp_path / "b", pets).fingerprint != first.fingerprint
+    first = open_folder(tmp_path / "a", pets)
+    monkeypatch.setattr(fingerprint, "_read_all_bytes", fail)
+    assert open_folder(tmp_path / "b", pets).fingerprint != first.fingerprint
 
 
 def test_a_shard_replaced_under_its_manifest_is_noticed(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10})
     other = write_records(tmp_path / "other", {"train": [0, 2, 1] * 10})
-    first, streamed = (opened(tmp_path, source="tfds", root=str(root), streamed=s) for s in (False, True))
+    first, streamed = (open_logged(tmp_path, source="tfds", root=str(root), streamed=s) for s in (False, True))
     assert first.fingerprints == streamed.fingerprints  # in a bucket the manifest is compared with the objects
     (shard,) = root.glob("*.tfrecord*")
     assert shard.stat().st_size == (other / shard.name).stat().st_size
     shutil.copyfile(other / shard.name, shard)
-    assert opened(tmp_path, source="tfds", root=str(root)).fingerprint != first.fingerprint
+    assert open_logged(tmp_path, source="tfds", root=str(root)).fingerprint != first.fingerprint
 
 
 def test_runs_compare_the_most_thorough_hash_that_both_have() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.images import record
-from tests.data.products import combinations
-from tests.data.splits_on_disk import COUNT, SIDE, file_split, jpeg, opened, shard_split
+from tests.data.images import serialize_record
+from tests.data.products import make_combinations
+from tests.data.splits_on_disk import COUNT, SIDE, encode_jpeg, open_pixels, write_file_split, write_shard_split
 from tests.errors import raises
 from trainer.config.schema import GIGABYTE, Augmentation, load
 from trainer.data.decoding import decode_image
@@ -29,8 +29,8 @@ NEEDED = (COUNT + 1) * SIDE * SIDE * 3
 
 
 @cache
-def expected() -> np.ndarray:
-    images = np.stack([decode_image(tf.constant(jpeg(i)), SIDE, "stretch") for i in range(COUNT)])
+def decode_expected() -> np.ndarray:
+    images = np.stack([decode_image(tf.constant(encode_jpeg(i)), SIDE, "stretch") for i in range(COUNT)])
     images.flags.writeable = False
     return images
 
@@ -39,14 +39,14 @@ def expected() -> np.ndarray:
 def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
     """Both splits, for tests that change no image."""
     folder = tmp_path_factory.mktemp("splits")
-    return {"files": file_split(folder / "files"), "shards": shard_split(folder / "shards")}
+    return {"files": write_file_split(folder / "files"), "shards": write_shard_split(folder / "shards")}
 
 
 @pytest.fixture(scope="module")
 def filled_once(splits: dict[str, Split], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the disk cache of the files."""
     folder = tmp_path_factory.mktemp("filled")
-    opened(splits["files"], "disk", folder)
+    open_pixels(splits["files"], "disk", folder)
     return folder
 
 
@@ -55,24 +55,24 @@ def filled(splits: dict[str, Split], filled_once: Path, tmp_path: Path) -> Split
     """The files, whose disk cache an earlier start has written to the test's folder."""
     shutil.copytree(filled_once / "cache", tmp_path / "cache")
     notes: list[str] = []
-    opened(splits["files"], "disk", tmp_path, notes)
+    open_pixels(splits["files"], "disk", tmp_path, notes)
     assert "written by an earlier start" in notes[0]  # it is used, unless a test damages it
     return splits["files"]
 
 
-MAKERS = {"files": file_split, "shards": shard_split}
+MAKERS = {"files": write_file_split, "shards": write_shard_split}
 
 
 # Quick: each cache and each kind of split. The cache is filled by the same batches.
 @pytest.mark.parametrize(
     ("kind", "cache"),
-    combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
+    make_combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
 )
 def test_the_cache_holds_every_image_in_index_order(
     splits: dict[str, Split], kind: str, cache: str, tmp_path: Path
 ) -> None:
-    pixels = opened(splits[kind], cache, tmp_path)
-    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    pixels = open_pixels(splits[kind], cache, tmp_path)
+    np.testing.assert_array_equal(pixels.array[:COUNT], decode_expected())
     assert not pixels.array[COUNT].any()
     assert (pixels.cached_in, pixels.array.nbytes) == (cache, NEEDED)
     np.testing.assert_array_equal(pixels.tensor(), pixels.array)
@@ -81,17 +81,17 @@ def test_the_cache_holds_every_image_in_index_order(
 # Quick: live images of both kinds of split, and a cache, whose rows do not depend on the split.
 @pytest.mark.parametrize(
     ("kind", "cache"),
-    combinations(lambda *case: case != ("shards", "memory"), MAKERS, ["memory", "none"]),
+    make_combinations(lambda *case: case != ("shards", "memory"), MAKERS, ["memory", "none"]),
 )
 def test_rows_are_the_requested_images(splits: dict[str, Split], kind: str, cache: str, tmp_path: Path) -> None:
-    pixels = opened(splits[kind], cache, tmp_path)
+    pixels = open_pixels(splits[kind], cache, tmp_path)
     indices = np.array([30, 2, 30, 11])
-    np.testing.assert_array_equal(pixels.rows(indices), expected()[indices])
-    assert pixels.rows(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(pixels.read_images(indices), decode_expected()[indices])
+    assert pixels.read_images(np.zeros(0, np.int64)).shape == (0, SIDE, SIDE, 3)
 
 
 def test_the_tensor_is_over_the_memory_of_the_array(splits: dict[str, Split], tmp_path: Path) -> None:
-    pixels = opened(splits["files"], "memory", tmp_path)
+    pixels = open_pixels(splits["files"], "memory", tmp_path)
     tensor = pixels.tensor()
     pixels.array[5, 0, 0, 0] ^= 1
     assert int(tensor[5, 0, 0, 0]) == int(pixels.array[5, 0, 0, 0])
@@ -109,17 +109,17 @@ def test_auto_caches_what_fits_and_logs_why(
     splits: dict[str, Split], memory: int, disk: int, cache: str, note: str, tmp_path: Path
 ) -> None:
     notes: list[str] = []
-    pixels = opened(splits["files"], "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
+    pixels = open_pixels(splits["files"], "auto", tmp_path, notes, memory_budget=memory, disk_budget=disk)
     assert (pixels.cached_in, len(notes)) == (cache, 1)
     assert notes[0].startswith(f"decoded train images (37 at 10 px, 11.4 kB): {note}")
 
 
 def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    first = opened(split, "disk", tmp_path, notes)
+    split, notes = write_file_split(tmp_path), []
+    first = open_pixels(split, "disk", tmp_path, notes)
     for file in split.files:
         os.unlink(file)
-    second = opened(split, "disk", tmp_path, notes)
+    second = open_pixels(split, "disk", tmp_path, notes)
     np.testing.assert_array_equal(first.array, second.array)
     assert "written by an earlier start" in notes[1]
 
@@ -127,7 +127,7 @@ def test_the_disk_cache_serves_later_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"size": 11}, {"resize": "crop"}, {"fingerprint": "other"}])
 def test_other_pixels_have_another_cache(filled: Split, change: dict[str, object], tmp_path: Path) -> None:
     notes: list[str] = []
-    opened(filled, "disk", tmp_path, notes, **change)
+    open_pixels(filled, "disk", tmp_path, notes, **change)
     assert not any("earlier start" in note for note in notes)
 
 
@@ -137,8 +137,8 @@ def test_a_fill_that_was_killed_is_done_again(filled: Split, tmp_path: Path) -> 
     about.unlink()  # as after a kill between the two renames
     (data,) = (tmp_path / "cache").glob("*.u8")
     data.write_bytes(b"\7" * 100)
-    pixels = opened(filled, "disk", tmp_path, notes)
-    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    pixels = open_pixels(filled, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], decode_expected())
     assert not any("earlier start" in note for note in notes)
 
 
@@ -149,10 +149,10 @@ def test_a_damaged_byte_of_the_disk_cache_is_noticed(filled: Split, position: in
     content = bytearray(data.read_bytes())
     content[position] ^= 1
     data.write_bytes(content)
-    pixels = opened(filled, "disk", tmp_path, notes)
-    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    pixels = open_pixels(filled, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], decode_expected())
     assert notes[0] == f"{data} is corrupt (checksum mismatch); decoding the images again"
-    opened(filled, "disk", tmp_path, notes)
+    open_pixels(filled, "disk", tmp_path, notes)
     assert "written by an earlier start" in notes[-1]
 
 
@@ -173,8 +173,8 @@ def test_a_damaged_description_of_the_disk_cache_means_decoding_again(
     notes: list[str] = []
     (file,) = (tmp_path / "cache").glob("*.json")
     file.write_bytes(about.encode("latin-1"))
-    pixels = opened(filled, "disk", tmp_path, notes)
-    np.testing.assert_array_equal(pixels.array[:COUNT], expected())
+    pixels = open_pixels(filled, "disk", tmp_path, notes)
+    np.testing.assert_array_equal(pixels.array[:COUNT], decode_expected())
     assert not any("earlier start" in note for note in notes)
 
 
@@ -190,7 +190,7 @@ def test_a_bad_example_that_was_not_recorded_means_decoding_again(filled: Split,
     notes: list[str] = []
     (file,) = (tmp_path / "cache").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_bytes()) | {"bad": bad}))
-    pixels = opened(filled, "disk", tmp_path, notes, on_error="skip")
+    pixels = open_pixels(filled, "disk", tmp_path, notes, on_error="skip")
     assert not pixels.known_unreadable
     assert not any("earlier start" in note for note in notes)
 
@@ -200,7 +200,7 @@ def test_a_stop_request_ends_the_verification_of_the_disk_cache(filled: Split, t
         raise StopRequested("stop")
 
     with pytest.raises(StopRequested):
-        opened(filled, "disk", tmp_path, check=stop)
+        open_pixels(filled, "disk", tmp_path, check_stop=stop)
 
 
 def test_a_disk_that_takes_no_more_means_live_decoding(splits: dict[str, Split], tmp_path: Path) -> None:
@@ -208,30 +208,30 @@ def test_a_disk_that_takes_no_more_means_live_decoding(splits: dict[str, Split],
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        pixels = opened(splits["files"], "disk", tmp_path, notes)
+        pixels = open_pixels(splits["files"], "disk", tmp_path, notes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pixels.cached_in == "none"
     assert re.search(r"cannot be cached in .*File too large", notes[-1])
     assert list((tmp_path / "cache").iterdir()) == []
-    np.testing.assert_array_equal(pixels.rows(np.arange(COUNT)), expected())
+    np.testing.assert_array_equal(pixels.read_images(np.arange(COUNT)), decode_expected())
 
 
 def test_a_cache_folder_that_cannot_be_made_means_live_decoding(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     notes: list[str] = []
-    assert opened(file_split(tmp_path), "disk", tmp_path, notes).cached_in == "none"
+    assert open_pixels(write_file_split(tmp_path), "disk", tmp_path, notes).cached_in == "none"
     assert "cannot be cached in" in notes[-1]
 
 
-def damage(split: Split, index: int) -> None:
+def damage_image(split: Split, index: int) -> None:
     """Truncate an image file, or the image in a record."""
     if split.files:
-        Path(split.files[index]).write_bytes(jpeg(index)[:300])
+        Path(split.files[index]).write_bytes(encode_jpeg(index)[:300])
         return
     path, _, number = split.name_of(index).rpartition("#")
     records = [r.numpy() for r in tf.data.TFRecordDataset(path)]
-    records[int(number)] = record(image=jpeg(index)[:300])
+    records[int(number)] = serialize_record(image=encode_jpeg(index)[:300])
     with tf.io.TFRecordWriter(path) as writer:
         for content in records:
             writer.write(content)
@@ -240,14 +240,14 @@ def damage(split: Split, index: int) -> None:
 # Quick: each cache and each kind of split. The cache is filled by the same batches.
 @pytest.mark.parametrize(
     ("kind", "cache"),
-    combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
+    make_combinations(lambda *case: case in {("shards", "memory"), ("files", "disk")}, MAKERS, ["memory", "disk"]),
 )
 def test_a_damaged_image_is_named_while_the_cache_fills(kind: str, cache: str, tmp_path: Path) -> None:
     split = MAKERS[kind](tmp_path / "data")
-    damage(split, 12)
+    damage_image(split, 12)
     problem = re.escape(f"cannot decode {split.name_of(12)}: Invalid JPEG data, size 300")
     with raises(DataError, fix=r"remove it, or set data\.on_error=skip", problem=f"^{problem}$") as caught:
-        opened(split, cache, tmp_path)
+        open_pixels(split, cache, tmp_path)
     assert caught.value.__cause__ is None
 
 
@@ -258,16 +258,18 @@ def test_a_damaged_image_is_named_while_the_cache_fills(kind: str, cache: str, t
 )
 def test_a_damaged_image_is_named_when_decoded_live(kind: str, training: bool, tmp_path: Path) -> None:
     split = MAKERS[kind](tmp_path / "data")
-    damage(split, 12)
-    pixels = opened(split, "none", tmp_path)
+    damage_image(split, 12)
+    pixels = open_pixels(split, "none", tmp_path)
     with raises(DataError, problem=r"cannot decode .*: Invalid JPEG data"), convert_data_errors(pixels):
         for _ in (
-            first_epoch(pixels) if training else build_evaluation_batches(pixels, batch_size=8, replicas=1).dataset
+            iterate_first_epoch(pixels)
+            if training
+            else build_evaluation_batches(pixels, batch_size=8, replicas=1).dataset
         ):
             pass
 
 
-def first_epoch(pixels: Pixels) -> tf.data.Dataset:
+def iterate_first_epoch(pixels: Pixels) -> tf.data.Dataset:
     batches = build_training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
     return batches.dataset.take(2 * 5)
 
@@ -284,26 +286,26 @@ def first_epoch(pixels: Pixels) -> tf.data.Dataset:
 )
 def test_a_skipped_image_has_no_weight_and_is_black(kind: str, cache: str, tmp_path: Path) -> None:
     split, notes = MAKERS[kind](tmp_path / "data"), []
-    damage(split, 12)
-    damage(split, 33)
-    pixels = opened(split, cache, tmp_path, notes, on_error="skip")
-    batches = list(first_epoch(pixels))
+    damage_image(split, 12)
+    damage_image(split, 33)
+    pixels = open_pixels(split, cache, tmp_path, notes, on_error="skip")
+    batches = list(iterate_first_epoch(pixels))
     weight, index, image = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index", "image"))
     assert sorted(index[weight > 0]) == [i for i in range(COUNT) if i not in (12, 33)]
     assert not image[weight == 0].any()
-    np.testing.assert_array_equal(image[weight > 0], expected()[index[weight > 0]])
+    np.testing.assert_array_equal(image[weight > 0], decode_expected()[index[weight > 0]])
     reason = "Invalid JPEG data, size 300"
-    assert pixels.bad == {12: reason, 33: reason}
+    assert pixels.unreadable == {12: reason, 33: reason}
     assert [n for n in notes if n.startswith("skipped")].count(f"skipped {split.name_of(12)}: {reason}") == 1
 
 
 def test_what_was_skipped_is_remembered_with_the_disk_cache(tmp_path: Path) -> None:
-    split = file_split(tmp_path)
-    damage(split, 12)
-    first = opened(split, "disk", tmp_path, on_error="skip")
-    assert opened(split, "disk", tmp_path, on_error="skip").bad == first.bad
+    split = write_file_split(tmp_path)
+    damage_image(split, 12)
+    first = open_pixels(split, "disk", tmp_path, on_error="skip")
+    assert open_pixels(split, "disk", tmp_path, on_error="skip").unreadable == first.unreadable
     with raises(DataError, problem=r"12\.jpg"):
-        opened(split, "disk", tmp_path)
+        open_pixels(split, "disk", tmp_path)
 
 
 HOW = ["cached", "live", "skipped"]
@@ -313,48 +315,48 @@ HOW = ["cached", "live", "skipped"]
     ("stop", "lost", "reason", "how"),
     # Quick: what is skipped of both, and of one each that it is named from a cache and live.
     [
-        *combinations(lambda *case: case[-1] != "cached", [-30], [[36]], ["truncated record at .*"], HOW),
-        *combinations(lambda *case: case[-1] != "live", [0], [[*range(20, 37)]], ["the shard ends before this record"], HOW),
+        *make_combinations(lambda *case: case[-1] != "cached", [-30], [[36]], ["truncated record at .*"], HOW),
+        *make_combinations(lambda *case: case[-1] != "live", [0], [[*range(20, 37)]], ["the shard ends before this record"], HOW),
     ],
 )  # fmt: skip
 def test_a_truncated_shard_is_named(stop: int, lost: list[int], reason: str, how: str, tmp_path: Path) -> None:
-    split = shard_split(tmp_path)
+    split = write_shard_split(tmp_path)
     path = Path(split.shards[3].path)
     path.write_bytes(path.read_bytes()[:stop])
     if how == "cached":
         with raises(DataError, problem=rf"cannot decode .*3\.tfrec#{lost[0] - 20}: {reason}$"):
-            opened(split, "memory", tmp_path)
+            open_pixels(split, "memory", tmp_path)
     elif how == "live":
-        pixels = opened(split, "none", tmp_path)
+        pixels = open_pixels(split, "none", tmp_path)
         with raises(DataError, problem=r"3\.tfrec#"), convert_data_errors(pixels):
-            list(first_epoch(pixels))
+            list(iterate_first_epoch(pixels))
     else:
-        skipping = opened(split, "memory", tmp_path, on_error="skip")
-        assert list(skipping.bad) == lost
-        assert all(re.fullmatch(reason, why) for why in skipping.bad.values())
+        skipping = open_pixels(split, "memory", tmp_path, on_error="skip")
+        assert list(skipping.unreadable) == lost
+        assert all(re.fullmatch(reason, why) for why in skipping.unreadable.values())
 
 
 def test_iteration_ends_if_no_image_is_readable(tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
+    split, notes = write_file_split(tmp_path), []
     for file in split.files:
         os.unlink(file)
     with raises(DataError, problem=r"cannot decode .*\.jpg: .*No such file"):
-        opened(split, "memory", tmp_path)
-    pixels = opened(split, "none", tmp_path, notes, on_error="skip")
-    batches = list(first_epoch(pixels))
+        open_pixels(split, "memory", tmp_path)
+    pixels = open_pixels(split, "none", tmp_path, notes, on_error="skip")
+    batches = list(iterate_first_epoch(pixels))
     assert not np.concatenate([b["weight"] for b in batches]).any()
     assert sorted(np.concatenate([b["index"] for b in batches])[:COUNT]) == list(range(COUNT))
-    assert sorted(pixels.bad) == list(range(COUNT))
+    assert sorted(pixels.unreadable) == list(range(COUNT))
     assert len([n for n in notes if n.startswith("skipped")]) == 20
     assert notes[-1] == "further skipped images are only counted"
 
 
 def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: Path) -> None:
-    split, notes = file_split(tmp_path), []
-    damage(split, 30)
-    pixels = opened(split, "none", tmp_path, notes)
+    split, notes = write_file_split(tmp_path), []
+    damage_image(split, 30)
+    pixels = open_pixels(split, "none", tmp_path, notes)
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    batches = iter(strategy.distribute_datasets_from_function(lambda _: first_epoch(pixels)))
+    batches = iter(strategy.distribute_datasets_from_function(lambda _: iterate_first_epoch(pixels)))
 
     @tf.function
     def several() -> tf.Tensor:
@@ -369,7 +371,7 @@ def test_a_damaged_image_is_named_through_a_compiled_distributed_loop(tmp_path: 
 
 
 def test_errors_outside_the_pipeline_are_not_converted(splits: dict[str, Split], tmp_path: Path) -> None:
-    pixels = opened(splits["files"], "none", tmp_path)
+    pixels = open_pixels(splits["files"], "none", tmp_path)
     with pytest.raises(tf.errors.InvalidArgumentError), convert_data_errors(pixels):
         tf.ensure_shape(tf.zeros([2]), [3])
 

@@ -17,14 +17,14 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.data.images import fill_folder, noise
+from tests.data.images import encode_noise, fill_folder
 from tests.errors import ANY, raises
 from tests.processes import run_python
 from trainer.config.schema import Data, load
 from trainer.data.image_folder import SUPPORTED_LAYOUT_FIX
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
-from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_per_class, take
+from trainer.data.splits import SPLITS, compute_split_sizes, select_at_most, select_examples, select_per_class
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError, Interrupted, TrainerError
 from trainer.types import Dataset, Shard, Split
@@ -32,7 +32,7 @@ from trainer.types import Dataset, Shard, Split
 CLASSES = ("cat", "dog", "owl")
 
 
-def opened(cache: Path, notes: list[str] | None = None, **options: Any) -> Dataset:
+def open_logged(cache: Path, notes: list[str] | None = None, **options: Any) -> Dataset:
     """`open_dataset` with these options of it and of `data`."""
     names = ("seed", "max_examples", "streamed", "purpose")
     chosen = {"seed": 1, "max_examples": None} | {name: options.pop(name) for name in names if name in options}
@@ -40,15 +40,15 @@ def opened(cache: Path, notes: list[str] | None = None, **options: Any) -> Datas
     return open_dataset(Data(**options), cache_dir=cache, log_message=log_message, **chosen)
 
 
-def folder(cache: Path, root: Path, **data: Any) -> Dataset:
-    return opened(cache, source="image_folder", root=str(root), **data)
+def open_folder(cache: Path, root: Path, **data: Any) -> Dataset:
+    return open_logged(cache, source="image_folder", root=str(root), **data)
 
 
-def counts(dataset: Dataset) -> dict[str, int]:
+def count_classes(dataset: Dataset) -> dict[str, int]:
     return {name: split.count for name, split in dataset.splits.items()}
 
 
-def images(split: Split) -> list[bytes]:
+def read_encoded_images(split: Split) -> list[bytes]:
     return [read_image(record) for record in locate_records(split)]
 
 
@@ -56,7 +56,7 @@ def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> 
     """A TFDS folder whose image k is noise(k), counted over the splits."""
     first, splits = 0, {}
     for name, values in labels.items():
-        splits[name] = [(noise(first + k), label) for k, label in enumerate(values)]
+        splits[name] = [(encode_noise(first + k), label) for k, label in enumerate(values)]
         first += len(values)
     write_dataset(root, LabeledImages("pets", CLASSES, splits), WriteOptions(shards=shards))
     return root
@@ -65,13 +65,13 @@ def write_records(root: Path, labels: dict[str, list[int]], shards: int = 1) -> 
 @pytest.fixture(scope="module")
 def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
-    opened(cache, source="digits")
+    open_logged(cache, source="digits")
     return cache
 
 
 def test_digits_have_their_fixed_splits(digits_cache: Path) -> None:
-    dataset = opened(digits_cache, source="digits")
-    assert counts(dataset) == {"train": 1257, "validation": 180, "test": 360}
+    dataset = open_logged(digits_cache, source="digits")
+    assert count_classes(dataset) == {"train": 1257, "validation": 180, "test": 360}
     assert dataset.class_names == tuple("0123456789")
     for split in dataset.splits.values():
         assert abs(np.bincount(split.labels) / split.count - 0.1).max() < 0.01
@@ -83,8 +83,8 @@ def test_digits_are_the_pixels_of_scikit_learn(digits_cache: Path) -> None:
 
     pixels, labels = load_digits(return_X_y=True)
     known = {np.round(p * 255 / 16).astype(np.uint8).tobytes(): label for p, label in zip(pixels, labels, strict=True)}
-    test = opened(digits_cache, source="digits").splits["test"]
-    for image, label in zip(images(test), test.labels, strict=True):
+    test = open_logged(digits_cache, source="digits").splits["test"]
+    for image, label in zip(read_encoded_images(test), test.labels, strict=True):
         decoded = Image.open(io.BytesIO(image))
         assert (decoded.format, decoded.mode, decoded.size) == ("PNG", "L", (8, 8))
         assert known[decoded.tobytes()] == label
@@ -116,12 +116,12 @@ def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with raises(DataError, "runtime.cache_dir", tmp_path / "cache", "set a writable folder", "Not a directory"):
-        opened(tmp_path / "cache", source="digits")
+        open_logged(tmp_path / "cache", source="digits")
 
 
 def test_a_folder_is_split_by_fraction_in_every_class(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 50, "dog": 20})
-    dataset = folder(tmp_path, root, test_fraction=0.1)
+    dataset = open_folder(tmp_path, root, test_fraction=0.1)
     assert dataset.name == "pets"
     assert [np.bincount(dataset.splits[n].labels).tolist() for n in SPLITS] == [[35, 14], [10, 4], [5, 2]]
     files = [set(split.files) for split in dataset.splits.values()]
@@ -129,31 +129,31 @@ def test_a_folder_is_split_by_fraction_in_every_class(tmp_path: Path) -> None:
     for split in dataset.splits.values():
         assert [("cat", "dog").index(Path(file).parent.name) for file in split.files] == split.labels.tolist()
     assert 2 < dataset.splits["train"].labels[:25].sum() < 12  # the classes are mixed from the start
-    again = folder(tmp_path, root, test_fraction=0.1)
+    again = open_folder(tmp_path, root, test_fraction=0.1)
     assert [split.files for split in again.splits.values()] == [split.files for split in dataset.splits.values()]
-    other = folder(tmp_path, root, test_fraction=0.1, split_seed=7)
+    other = open_folder(tmp_path, root, test_fraction=0.1, split_seed=7)
     assert set(other.splits["test"].files) != set(dataset.splits["test"].files)
-    (root / "cat" / "new.jpg").write_bytes(noise(1000))
-    grown = folder(tmp_path, root, test_fraction=0.1).splits["validation"].files
+    (root / "cat" / "new.jpg").write_bytes(encode_noise(1000))
+    grown = open_folder(tmp_path, root, test_fraction=0.1).splits["validation"].files
     assert len(set(dataset.splits["validation"].files) - set(grown)) <= 1
 
 
 def test_image_files_are_selected_by_name(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 5, "dog": 5})
     (root / "cat" / "deep" / "er").mkdir(parents=True)
-    (root / "cat" / "deep" / "er" / "A.JPEG").write_bytes(noise(100))
+    (root / "cat" / "deep" / "er" / "A.JPEG").write_bytes(encode_noise(100))
     for number, (name, kind) in enumerate({"b.Png": "PNG", "c.bmp": "BMP", "d.gif": "GIF"}.items()):
-        (root / "dog" / name).write_bytes(noise(101 + number, kind))
+        (root / "dog" / name).write_bytes(encode_noise(101 + number, kind))
     for number, (name, kind) in enumerate({"e.webp": "WEBP", "f.jfif": "JPEG"}.items()):
-        (root / "dog" / name).write_bytes(noise(110 + number, kind))
+        (root / "dog" / name).write_bytes(encode_noise(110 + number, kind))
     for name in (".hidden.jpg", "g.heic", "h.heic", "i.tif", "notes", "Thumbs.db"):
         (root / "dog" / name).write_bytes(b"no")
     for system in ("lost+found", "__MACOSX", "dog/@eaDir"):
         (root / system).mkdir()
-        (root / system / "SYNOPHOTO_THUMB.jpg").write_bytes(noise(1))
+        (root / system / "SYNOPHOTO_THUMB.jpg").write_bytes(encode_noise(1))
     (root / ".git").mkdir()
     (root / "cat" / "back").symlink_to(root / "cat")  # a circle ends
-    dataset = folder(tmp_path, root)
+    dataset = open_folder(tmp_path, root)
     names = sorted(Path(file).name for split in dataset.splits.values() for file in split.files)
     assert [name for name in names if "0" not in name] == ["A.JPEG", "b.Png", "c.bmp", "d.gif", "e.webp", "f.jfif"]
     assert dataset.class_names == ("cat", "dog")
@@ -173,47 +173,50 @@ def test_files_next_to_the_class_folders_are_noted(tmp_path: Path, classes_in: t
     root = tmp_path / "pets"
     for i, split in enumerate(classes_in):
         fill_folder(root / split, {"cat": 5, "dog": 5}, start=10 * i)
-    assert not any("directly in" in note for note in folder(tmp_path, root).notes)
+    assert not any("directly in" in note for note in open_folder(tmp_path, root).notes)
     for name in ("a.JPG", "b.jpg", "labels.csv", ".hidden.jpg", "Thumbs.db"):
-        (root / loose_in / name).write_bytes(noise(1))
+        (root / loose_in / name).write_bytes(encode_noise(1))
     where = root / loose_in
-    assert f"2 .jpg, 1 .csv ignored: directly in {where}, not in a class folder" in folder(tmp_path, root).notes
+    assert f"2 .jpg, 1 .csv ignored: directly in {where}, not in a class folder" in open_folder(tmp_path, root).notes
 
 
 @pytest.mark.parametrize("validation", ["validation", "val", "valid"])
 def test_split_folders_are_the_splits(tmp_path: Path, validation: str) -> None:
     for start, (name, count) in enumerate({"train": 10, validation: 4, "test": 3}.items()):
         fill_folder(tmp_path / "pets" / name, {"cat": count, "dog": count}, 100 * start)
-    dataset = folder(tmp_path, tmp_path / "pets", test_fraction=0.5)
-    assert counts(dataset) == {"train": 20, "validation": 8, "test": 6}
+    dataset = open_folder(tmp_path, tmp_path / "pets", test_fraction=0.5)
+    assert count_classes(dataset) == {"train": 20, "validation": 8, "test": 6}
     assert {Path(f).parts[-3] for f in dataset.splits["validation"].files} == {validation}
     shutil.rmtree(tmp_path / "pets" / validation)  # then a fraction of train validates
-    assert counts(folder(tmp_path, tmp_path / "pets")) == {"train": 16, "validation": 4, "test": 6}
+    assert count_classes(open_folder(tmp_path, tmp_path / "pets")) == {"train": 16, "validation": 4, "test": 6}
 
 
 def test_a_fraction_is_the_split_that_has_no_folder_and_one_that_is_not_used_is_noted(tmp_path: Path) -> None:
     for start, (name, count) in enumerate({"train": 10, "validation": 4}.items()):
         fill_folder(tmp_path / "pets" / name, {"cat": count, "dog": count}, 100 * start)
-    dataset = folder(tmp_path, tmp_path / "pets", validation_fraction=0.3, test_fraction=0.2)
-    assert counts(dataset) == {"train": 16, "validation": 8, "test": 4}
+    dataset = open_folder(tmp_path, tmp_path / "pets", validation_fraction=0.3, test_fraction=0.2)
+    assert count_classes(dataset) == {"train": 16, "validation": 8, "test": 4}
     assert "data.validation_fraction=0.3 is not used: the data has a validation split" in dataset.notes
-    assert not [note for note in folder(tmp_path, tmp_path / "pets").notes if "not used" in note]
+    assert not [note for note in open_folder(tmp_path, tmp_path / "pets").notes if "not used" in note]
     records = str(write_records(tmp_path / "set", {"train": [0, 1, 2, 2] * 5, "test": [0, 1, 2]}))
-    dataset = opened(tmp_path, source="tfds", root=records, test_fraction=0.3)
+    dataset = open_logged(tmp_path, source="tfds", root=records, test_fraction=0.3)
     assert "data.test_fraction=0.3 is not used: the data has a test split" in dataset.notes
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_path(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
     shutil.copytree(root, tmp_path / "elsewhere" / "animals")
-    first = folder(tmp_path, root).fingerprint
-    assert first == folder(tmp_path, tmp_path / "elsewhere" / "animals").fingerprint
+    first = open_folder(tmp_path, root).fingerprint
+    assert first == open_folder(tmp_path, tmp_path / "elsewhere" / "animals").fingerprint
     assert len(first) == 16
-    others = {first, *(folder(tmp_path, root, **{key: 3}).fingerprint for key in ("split_seed", "labels_per_class"))}
-    (root / "cat" / "00.jpg").write_bytes(noise(500))
-    others.add(folder(tmp_path, root).fingerprint)
+    others = {
+        first,
+        *(open_folder(tmp_path, root, **{key: 3}).fingerprint for key in ("split_seed", "labels_per_class")),
+    }
+    (root / "cat" / "00.jpg").write_bytes(encode_noise(500))
+    others.add(open_folder(tmp_path, root).fingerprint)
     (root / "cat").rename(root / "lion")
-    others.add(folder(tmp_path, root).fingerprint)
+    others.add(open_folder(tmp_path, root).fingerprint)
     assert len(others) == 5
 
 
@@ -241,7 +244,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("paths", "problem", "fix"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_other_layouts_are_refused(tmp_path: Path, paths: str | None, problem: str, fix: str) -> None:
+def test_other_layouts_are_rejected(tmp_path: Path, paths: str | None, problem: str, fix: str) -> None:
     root = tmp_path / "pets"
     if paths is not None:
         root.mkdir()
@@ -249,10 +252,10 @@ def test_other_layouts_are_refused(tmp_path: Path, paths: str | None, problem: s
         target = root / path
         (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
         if not path.endswith("/"):
-            target.write_bytes(noise(len(path)))
+            target.write_bytes(encode_noise(len(path)))
     problem, fix = problem.replace("{root}", str(root)), fix.replace("{root}", str(root))
     with raises(DataError, "data.root", str(root), re.escape(fix), problem):
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
 
 
 def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, problem in (("circle", "Too many levels of symbolic links"), ("file", "Not a directory")):
         with raises(DataError, "data.root", f"{tmp_path}/{name}", problem=f"{problem}: {tmp_path}/{name} "):
-            folder(tmp_path, tmp_path / name)
+            open_folder(tmp_path, tmp_path / name)
 
 
 def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
@@ -271,7 +274,7 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
         if before == 0:  # root may read everything
             os.seteuid(65534)
         with raises(DataError, "data.root", str(root), problem=f"Permission denied: {root} "):
-            folder(tmp_path, root)
+            open_folder(tmp_path, root)
     finally:
         os.seteuid(before)
         root.chmod(0o700)
@@ -282,11 +285,11 @@ def test_a_folder_cannot_be_two_splits(tmp_path: Path) -> None:
     fill_folder(root / "train", {"cat": 5, "owl": 5})
     (root / "validation").symlink_to(root / "train")
     with raises(DataError, "data.root", str(root), "a separate folder", f"are the same folder .{root}/train."):
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    assert folder(tmp_path, fill_folder(tmp_path / "a", {"train": 4, "car": 4})).class_names == ("car", "train")
+    assert open_folder(tmp_path, fill_folder(tmp_path / "a", {"train": 4, "car": 4})).class_names == ("car", "train")
 
 
 def test_files_that_are_no_images_fail_or_are_skipped(tmp_path: Path) -> None:
@@ -300,17 +303,17 @@ def test_files_that_are_no_images_fail_or_are_skipped(tmp_path: Path) -> None:
         f"{root}/dog/03.jpg: is a TIFF: name it .tif, and convert it with python -m trainer.prepare",
     ]
     with raises(DataError, fix="data.on_error=skip", problem="3 of 16 files are not readable JPEG.*") as caught:
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
     assert caught.value.problem.split("\n  ")[1:] == reasons
     for number in (4, 5, 6):
         (root / "dog" / f"0{number}.jpg").write_bytes(b"")
     with raises(DataError, fix="data.on_error=skip", problem="(?s)6 of 16 files .*\n  and 1 more") as caught:
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
     for number in (4, 5, 6):
         (root / "dog" / f"0{number}.jpg").write_bytes(b"\xff\xd8\xff")
-    dataset = folder(tmp_path, root, on_error="skip")
+    dataset = open_folder(tmp_path, root, on_error="skip")
     assert list(dataset.skipped) == reasons
-    assert sum(counts(dataset).values()) == 13
+    assert sum(count_classes(dataset).values()) == 13
     assert f"3 skipped (data.on_error=skip), the first: {reasons[0]}" in dataset.notes
 
 
@@ -320,11 +323,11 @@ def test_a_class_of_other_files_is_named_with_them(tmp_path: Path) -> None:
     for number in range(6):
         (root / "dog" / f"{number}.heic").write_bytes(b"no")
     with raises(DataError, problem="no training example of dog; dog: 6 .heic ignored"):
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
     shutil.rmtree(root / "cat")
     (root / "cat").mkdir()
     with raises(DataError, "data.root", problem="no images in its class folders .cat, dog, .*6 .heic ignored"):
-        folder(tmp_path, root)
+        open_folder(tmp_path, root)
 
 
 def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) -> None:
@@ -332,20 +335,23 @@ def test_class_names_of_the_configuration_are_those_of_the_data(tmp_path: Path) 
     root = fill_folder(tmp_path / "pets", {"cat": 9, "dog": 4, "owl": 4})
     images = {"source": "image_folder", "root": str(root)}
     for data in (tfds, images):
-        plain, renumbered = opened(tmp_path, **data), opened(tmp_path, **data, class_names=("owl", "cat", "dog"))
+        plain, renumbered = (
+            open_logged(tmp_path, **data),
+            open_logged(tmp_path, **data, class_names=("owl", "cat", "dog")),
+        )
         assert renumbered.class_names == ("owl", "cat", "dog")
         for name, split in plain.splits.items():
             by_name = [[d.class_names[i] for i in d.splits[name].labels] for d in (plain, renumbered)]
             assert by_name[0] == by_name[1], split.name
         assert "the class indices follow the order of data.class_names, not that of the dataset" in renumbered.notes
-        assert opened(tmp_path, **data, class_names=CLASSES).fingerprint == plain.fingerprint
+        assert open_logged(tmp_path, **data, class_names=CLASSES).fingerprint == plain.fingerprint
         for names, problem in (
             (("cat", "dog", "yak"), "only .* has owl, only data.class_names has yak"),
             (("cat", "dog"), "only .* has owl"),
             (("cat", "dog", "owl", "owl"), "a name is repeated"),
         ):
             with raises(DataError, "data.class_names", f"[{','.join(names)}]", "leave it out", problem):
-                opened(tmp_path, **data, class_names=names)
+                open_logged(tmp_path, **data, class_names=names)
 
 
 @pytest.mark.parametrize("classes", [("cat",), ("cat", "dog"), CLASSES, (*CLASSES, "yak")])
@@ -354,24 +360,24 @@ def test_an_evaluation_reads_other_classes_than_those_of_data_class_names(
 ) -> None:
     root = fill_folder(tmp_path / "pets", dict.fromkeys(classes, 3))
     options = {"class_names": ("owl", "cat", "dog"), "purpose": "evaluate", "validation_fraction": 0.0}
-    assert set(folder(tmp_path, root, **options).class_names) == set(classes)
+    assert set(open_folder(tmp_path, root, **options).class_names) == set(classes)
 
 
 def test_labels_per_class_selects_that_many_by_seed(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 20, "dog": 20, "owl": 3})
     notes: list[str] = []
-    few, whole = folder(tmp_path, root, labels_per_class=5, notes=notes), folder(tmp_path, root)
+    few, whole = open_folder(tmp_path, root, labels_per_class=5, notes=notes), open_folder(tmp_path, root)
     train = few.splits["train"]
     assert np.bincount(train.labels).tolist() == [5, 5, 2]
     assert set(train.files) < set(whole.splits["train"].files)
     assert few.splits["validation"].files == whole.splits["validation"].files
-    assert folder(tmp_path, root, labels_per_class=5).splits["train"].files == train.files
-    assert folder(tmp_path, root, labels_per_class=5, seed=2).splits["train"].files != train.files
+    assert open_folder(tmp_path, root, labels_per_class=5).splits["train"].files == train.files
+    assert open_folder(tmp_path, root, labels_per_class=5, seed=2).splits["train"].files != train.files
     assert "data.labels_per_class=5: fewer examples exist of owl" in notes
 
 
 def test_max_examples_mixes_the_classes(tmp_path: Path) -> None:
-    dataset = folder(tmp_path, fill_folder(tmp_path / "pets", {"cat": 40, "dog": 40, "owl": 10}), max_examples=6)
+    dataset = open_folder(tmp_path, fill_folder(tmp_path / "pets", {"cat": 40, "dog": 40, "owl": 10}), max_examples=6)
     for name in ("train", "validation"):
         assert np.bincount(dataset.splits[name].labels).tolist() == [2, 2, 2]
 
@@ -379,14 +385,14 @@ def test_max_examples_mixes_the_classes(tmp_path: Path) -> None:
 def test_limits_on_records_select_the_right_records() -> None:
     labels = np.random.default_rng(0).integers(0, 3, 30).astype(np.int32)
     split = Split("train", labels[2:28], shards=(Shard("a", 15, 2, 15), Shard("b", 15, 0, 13)))
-    for limited in (select_per_class(split, 2, 1), select_at_most(split, 7, 1), take(split, np.arange(26))):
+    for limited in (select_per_class(split, 2, 1), select_at_most(split, 7, 1), select_examples(split, np.arange(26))):
         numbers = [s.start + k + 15 * (s.path == "b") for s in limited.shards for k in range(s.stop - s.start)]
         assert labels[numbers].tolist() == limited.labels.tolist()
         assert numbers == sorted(set(numbers))
         assert [limited.name_of(i) for i in range(limited.count)] == [f"{'ab'[n // 15]}#{n % 15}" for n in numbers]
     assert np.bincount(select_per_class(split, 2, 1).labels).tolist() == [2, 2, 2]
-    assert take(split, np.arange(26)).shards == split.shards
-    assert take(split, np.zeros(0, int)).shards == ()
+    assert select_examples(split, np.arange(26)).shards == split.shards
+    assert select_examples(split, np.zeros(0, int)).shards == ()
 
 
 def test_split_sizes_leave_something_to_train_on() -> None:
@@ -403,7 +409,7 @@ def test_imbalance_tiny_splits_and_copies_are_noted(tmp_path: Path) -> None:
     fill_folder(root / "validation", {"cat": 2, "dog": 2, "owl": 1}, 100)
     (root / "validation" / "owl" / "00.jpg").unlink()
     shutil.copy(root / "train" / "cat" / "03.jpg", root / "validation" / "cat" / "00.jpg")
-    dataset = folder(tmp_path, root, notes=notes)
+    dataset = open_folder(tmp_path, root, notes=notes)
     assert notes.pop().startswith("data fingerprint: ")
     assert list(dataset.notes) == notes
     patterns = (
@@ -418,10 +424,10 @@ def test_imbalance_tiny_splits_and_copies_are_noted(tmp_path: Path) -> None:
 
 def test_a_tfds_folder_gives_its_splits(tmp_path: Path) -> None:
     labels = {"train": [0, 1, 2] * 10, "validation": [0, 1, 2] * 2, "test": [2, 1, 0]}
-    dataset = opened(tmp_path, source="tfds", root=str(write_records(tmp_path / "pets", labels, shards=3)))
+    dataset = open_logged(tmp_path, source="tfds", root=str(write_records(tmp_path / "pets", labels, shards=3)))
     assert dataset.class_names == CLASSES
     assert {name: split.labels.tolist() for name, split in dataset.splits.items()} == labels
-    assert images(dataset.splits["test"]) == [noise(36), noise(37), noise(38)]
+    assert read_encoded_images(dataset.splits["test"]) == [encode_noise(36), encode_noise(37), encode_noise(38)]
     assert [(s.count, s.start, s.stop) for s in dataset.splits["train"].shards] == [(10, 0, 10)] * 3
 
 
@@ -444,48 +450,48 @@ RANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("data", "expected"), RANGES)
 def test_splits_are_ranges_of_records(tmp_path: Path, data: dict[str, str], expected: dict[str, Any]) -> None:
     root = str(write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=3))
-    dataset = opened(tmp_path, source="tfds", root=root, **data)
-    expected = {name: [noise(k) for k in numbers] for name, numbers in expected.items()}
-    assert {name: images(split) for name, split in dataset.splits.items()} == expected
+    dataset = open_logged(tmp_path, source="tfds", root=root, **data)
+    expected = {name: [encode_noise(k) for k in numbers] for name, numbers in expected.items()}
+    assert {name: read_encoded_images(split) for name, split in dataset.splits.items()} == expected
 
 
 def test_validation_is_drawn_if_train_is_sorted_by_class(tmp_path: Path) -> None:
     root = str(write_records(tmp_path / "pets", {"train": [0] * 20 + [1] * 20 + [2] * 20}))
     notes: list[str] = []
-    dataset = opened(tmp_path, source="tfds", root=root, notes=notes)
+    dataset = open_logged(tmp_path, source="tfds", root=root, notes=notes)
     assert np.bincount(dataset.splits["validation"].labels).tolist() == [4, 4, 4]
     assert np.bincount(dataset.splits["train"].labels).tolist() == [16, 16, 16]
-    both = images(dataset.splits["train"]) + images(dataset.splits["validation"])
-    assert sorted(both) == sorted(noise(k) for k in range(60))
+    both = read_encoded_images(dataset.splits["train"]) + read_encoded_images(dataset.splits["validation"])
+    assert sorted(both) == sorted(encode_noise(k) for k in range(60))
     assert [n for n in notes if "validation was drawn record by record with data.split_seed=42; shards written by" in n]
 
 
 def test_labels_are_read_once(tmp_path: Path) -> None:
     root = str(write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=3))
     notes: list[str] = []
-    first = opened(tmp_path, source="tfds", root=root, notes=notes)
+    first = open_logged(tmp_path, source="tfds", root=root, notes=notes)
     assert f"reading the labels of 3 shards (once, cached in {tmp_path}/labels)" in notes
     (first_labels, *_) = sorted((tmp_path / "labels").iterdir())
     damaged = bytearray(first_labels.read_bytes())
     damaged[damaged.index(b"}") + 80] ^= 1  # in the array, after its header
     first_labels.write_bytes(damaged)
-    damaged_again = opened(tmp_path, source="tfds", root=root)
+    damaged_again = open_logged(tmp_path, source="tfds", root=root)
     assert damaged_again.splits["train"].labels.tolist() == first.splits["train"].labels.tolist()
     notes.clear()
-    second = opened(tmp_path, source="tfds", root=root, notes=notes)
+    second = open_logged(tmp_path, source="tfds", root=root, notes=notes)
     assert not [line for line in notes if "reading the labels" in line]
     assert second.fingerprint == first.fingerprint
     assert second.splits["train"].labels.tolist() == first.splits["train"].labels.tolist()
     shutil.copytree(root, tmp_path / "elsewhere")
-    assert opened(tmp_path, source="tfds", root=str(tmp_path / "elsewhere")).fingerprint == first.fingerprint
+    assert open_logged(tmp_path, source="tfds", root=str(tmp_path / "elsewhere")).fingerprint == first.fingerprint
 
 
-def test_overlapping_splits_are_refused_or_noted(tmp_path: Path) -> None:
+def test_overlapping_splits_are_rejected_or_noted(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10, "test": [0, 1, 2]})
     data, problem = {"source": "tfds", "root": str(root)}, "6 examples in common with data.train_split=train"
     with raises(DataError, "data.validation_split", "train[80%:]", problem=problem):
-        opened(tmp_path, **data, validation_split="train[80%:]")
-    notes = opened(tmp_path, **data, validation_split="test").notes
+        open_logged(tmp_path, **data, validation_split="train[80%:]")
+    notes = open_logged(tmp_path, **data, validation_split="test").notes
     assert "validation and test have 3 examples in common: the checkpoint is selected on test examples" in notes
 
 
@@ -503,13 +509,13 @@ def test_a_split_that_is_trained_on_is_not_scored(
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, "test": [0, 1, 2] * 2}, shards=2)
     for explicit in ({}, {"test_split": None}):
         notes: list[str] = []
-        dataset = opened(tmp_path, notes, source="tfds", root=str(root), **data, **explicit)
-        assert {name: counts(dataset).get(name, 0) for name in expected} == expected
+        dataset = open_logged(tmp_path, notes, source="tfds", root=str(root), **data, **explicit)
+        assert {name: count_classes(dataset).get(name, 0) for name in expected} == expected
         assert [line for line in notes if re.search(note, line)], notes
-        every = [image for split in dataset.splits.values() for image in images(split)]
+        every = [image for split in dataset.splits.values() for image in read_encoded_images(split)]
         assert len(every) == len(set(every))
     with raises(DataError, "data.test_split", "test", "without training examples", "examples in common"):
-        opened(tmp_path, source="tfds", root=str(root), **data, test_split="test")
+        open_logged(tmp_path, source="tfds", root=str(root), **data, test_split="test")
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
@@ -518,12 +524,12 @@ def test_a_split_that_is_not_labelled_is_left_out(tmp_path: Path, name: str) -> 
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [-1] * 6}, shards=2)
     data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
     notes: list[str] = []
-    assert counts(opened(tmp_path, notes, **data)) == {"train": 18, "validation": 6}
+    assert count_classes(open_logged(tmp_path, notes, **data)) == {"train": 18, "validation": 6}
     assert f"the split {name} of the dataset is not used: its examples have no label (-1)" in notes
     fix = "leave its split out .*data.test_split=none"
     for on_error in ("fail", "skip"):
         with raises(DataError, "data.label_field", "label", fix, r"record 0 of shard .* is not labelled \(-1\)"):
-            opened(tmp_path, **data, **{f"{name}_split": name}, on_error=on_error)
+            open_logged(tmp_path, **data, **{f"{name}_split": name}, on_error=on_error)
 
 
 @pytest.mark.parametrize("name", ["train", "validation"])
@@ -533,10 +539,10 @@ def test_a_record_without_a_label_among_others_is_skipped(tmp_path: Path, name: 
     root = write_records(tmp_path / "pets", labels)
     data = {"source": "tfds", "root": str(root)}
     with raises(DataError, "data.label_field", "label", "data.on_error=skip", "record 4 of shard .* is not labelled"):
-        opened(tmp_path, **data)
+        open_logged(tmp_path, **data)
     notes: list[str] = []
-    dataset = opened(tmp_path, notes, **data, on_error="skip")
-    assert counts(dataset) == {"train": 24, "validation": 6} | {name: len(labels[name]) - 1}
+    dataset = open_logged(tmp_path, notes, **data, on_error="skip")
+    assert count_classes(dataset) == {"train": 24, "validation": 6} | {name: len(labels[name]) - 1}
     assert (dataset.splits[name].labels >= 0).all()
     assert len(dataset.skipped) == 1
     assert re.fullmatch(r"record 4 of shard .* is not labelled \(-1\)", dataset.skipped[0])
@@ -548,30 +554,30 @@ def test_a_split_of_the_dataset_can_be_left_out(tmp_path: Path, name: str) -> No
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 8, name: [0, -1, 1]}, shards=2)
     data = {"source": "tfds", "root": str(root), "validation_fraction": 0.25}
     with raises(DataError, "data.label_field", "label", problem="record 1 of shard .* is not labelled"):
-        opened(tmp_path, **data)
-    assert counts(opened(tmp_path, **data, **{f"{name}_split": "none"})) == {"train": 18, "validation": 6}
+        open_logged(tmp_path, **data)
+    assert count_classes(open_logged(tmp_path, **data, **{f"{name}_split": "none"})) == {"train": 18, "validation": 6}
 
 
 def test_a_dataset_of_one_split_is_trained_on(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"test": [0, 1, 2] * 10})
     data = {"source": "tfds", "root": str(root), "train_split": "test"}
-    assert counts(opened(tmp_path, **data)) == {"train": 24, "validation": 6}
-    assert counts(opened(tmp_path, **data, test_fraction=0.1)) == {"train": 21, "validation": 6, "test": 3}
+    assert count_classes(open_logged(tmp_path, **data)) == {"train": 24, "validation": 6}
+    assert count_classes(open_logged(tmp_path, **data, test_fraction=0.1)) == {"train": 21, "validation": 6, "test": 3}
 
 
 def test_missing_tfds_datasets_are_named(tmp_path: Path) -> None:
-    def refused(key: str, value: str, fix: str, problem: str) -> None:
+    def rejected(key: str, value: str, fix: str, problem: str) -> None:
         with raises(DataError, f"data.{key}", value, fix, problem):
-            opened(tmp_path, source="tfds", **{key: value}, data_dir=str(tmp_path))
+            open_logged(tmp_path, source="tfds", **{key: value}, data_dir=str(tmp_path))
 
     gone = f"{tmp_path}/gone"
-    refused("root", gone, "write one with python -m trainer.prepare", "has no prepared dataset")
+    rejected("root", gone, "write one with python -m trainer.prepare", "has no prepared dataset")
     write_records(tmp_path / "gone" / "1.0.0", {"train": [0, 1, 2]})
-    refused("root", gone, f"set data.root={gone}/1.0.0$", "has no prepared dataset")
-    refused("name", "beans", "set data.download=true .*, or data.data_dir", f"is not prepared in {tmp_path}$")
-    refused("name", "tf_flower", "set data.name=tf_flowers", f"no dataset .* and none is prepared in {tmp_path}$")
+    rejected("root", gone, f"set data.root={gone}/1.0.0$", "has no prepared dataset")
+    rejected("name", "beans", "set data.download=true .*, or data.data_dir", f"is not prepared in {tmp_path}$")
+    rejected("name", "tf_flower", "set data.name=tf_flowers", f"no dataset .* and none is prepared in {tmp_path}$")
     (write_records(tmp_path / "bad", {"train": [0, 1, 2]}) / "dataset_info.json").write_text("{")
-    refused("root", f"{tmp_path}/bad", "prepare the dataset again", "TFDS cannot read this folder")
+    rejected("root", f"{tmp_path}/bad", "prepare the dataset again", "TFDS cannot read this folder")
 
 
 @pytest.mark.parametrize(
@@ -595,7 +601,7 @@ def test_only_a_download_that_the_network_ends_can_be_retried(
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
     with raises(kind, "data.name", "beans", problem="cannot download", fix="on another machine"):
-        opened(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
+        open_logged(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
 
 
 def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,13 +612,13 @@ def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
     with raises(Interrupted, problem=rf"^{tmp_path}: cannot be written to \(No space", fix="make space"):
-        opened(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
+        open_logged(tmp_path, source="tfds", name="beans", data_dir=str(tmp_path), download=True)
 
 
 def test_a_prepared_dataset_is_opened_by_name(tmp_path: Path) -> None:
     write_records(tmp_path / "pets" / "1.0.0", {"train": [0, 1, 2] * 5, "test": [0, 1, 2]})
-    dataset = opened(tmp_path, source="tfds", name="pets", data_dir=str(tmp_path))
-    assert counts(dataset) == {"train": 12, "validation": 3, "test": 3}
+    dataset = open_logged(tmp_path, source="tfds", name="pets", data_dir=str(tmp_path))
+    assert count_classes(dataset) == {"train": 12, "validation": 3, "test": 3}
 
 
 @pytest.mark.parametrize(
@@ -627,7 +633,7 @@ def test_a_prepared_dataset_is_opened_by_name(tmp_path: Path) -> None:
 def test_wrong_splits_and_fields_are_named(tmp_path: Path, key: str, value: str, fix: str, problem: str) -> None:
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10})
     with raises(DataError, f"data.{key}", value, fix, problem):
-        opened(tmp_path, source="tfds", root=str(root), **{key: value})
+        open_logged(tmp_path, source="tfds", root=str(root), **{key: value})
 
 
 def test_another_file_format_is_named(tmp_path: Path) -> None:
@@ -635,7 +641,7 @@ def test_another_file_format_is_named(tmp_path: Path) -> None:
     info = json.loads((root / "dataset_info.json").read_text())
     (root / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "array_record"}))
     with raises(DataError, fix="file_format=tfrecord", problem="pets is stored as array_record"):
-        opened(tmp_path, source="tfds", root=str(root))
+        open_logged(tmp_path, source="tfds", root=str(root))
 
 
 def test_damaged_shards_fail_or_are_skipped(tmp_path: Path) -> None:
@@ -645,19 +651,19 @@ def test_damaged_shards_fail_or_are_skipped(tmp_path: Path) -> None:
     os.truncate(second, second.stat().st_size - 10)
     truncated = f"shard {second} is truncated: it ends inside record 14, 10 bytes early"
     with raises(DataError, fix="write it again, or set data.on_error=skip", problem=truncated):
-        opened(tmp_path, **data)
+        open_logged(tmp_path, **data)
     content = bytearray(first.read_bytes())
     content[int(index_shard(first).offsets[3]) + 50] ^= 1
     first.write_bytes(bytes(content))
     damaged = f"record 3 of shard {first} is corrupt (checksum mismatch)"
     with raises(DataError, fix="write it again, or set data.on_error=skip", problem=re.escape(damaged)):
-        opened(tmp_path, **data)
-    dataset = opened(tmp_path, **data, on_error="skip", validation_fraction=0)
-    assert images(dataset.splits["train"]) == [noise(k) for k in range(29) if k != 3]
+        open_logged(tmp_path, **data)
+    dataset = open_logged(tmp_path, **data, on_error="skip", validation_fraction=0)
+    assert read_encoded_images(dataset.splits["train"]) == [encode_noise(k) for k in range(29) if k != 3]
     assert list(dataset.skipped) == [damaged, truncated]
     second.unlink()
     with raises(DataError, problem=f"{second} cannot be read: No such file or directory"):
-        opened(tmp_path, **data, on_error="skip")
+        open_logged(tmp_path, **data, on_error="skip")
 
 
 def test_a_shard_of_another_length_is_named(tmp_path: Path) -> None:
@@ -665,20 +671,20 @@ def test_a_shard_of_another_length_is_named(tmp_path: Path) -> None:
     first, second = sorted(root.glob("*.tfrecord*"))
     first.write_bytes(first.read_bytes() + second.read_bytes())
     with raises(DataError, fix="data.on_error=skip", problem=f"{first} holds 30 records, but .* lists 15"):
-        opened(tmp_path, source="tfds", root=str(root))
+        open_logged(tmp_path, source="tfds", root=str(root))
 
 
 def test_a_pattern_is_split_by_files(tmp_path: Path) -> None:
     write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"source": "tfrecords", "pattern": f"{tmp_path}/pets/*.tfrecord*", "class_names": CLASSES}
-    dataset = opened(tmp_path, **data, test_fraction=0.2)
+    dataset = open_logged(tmp_path, **data, test_fraction=0.2)
     shards = {name: len(split.shards) for name, split in dataset.splits.items()}
     assert shards == {"train": 3, "validation": 1, "test": 1}
-    assert images(dataset.splits["validation"]) == [noise(k) for k in range(6)]
-    assert images(dataset.splits["test"]) == [noise(k) for k in range(6, 12)]
+    assert read_encoded_images(dataset.splits["validation"]) == [encode_noise(k) for k in range(6)]
+    assert read_encoded_images(dataset.splits["test"]) == [encode_noise(k) for k in range(6, 12)]
     assert dataset.name == "pets"
     one = {**data, "pattern": f"{tmp_path}/pets/*-00000-of*", "validation_fraction": 0}
-    assert list(opened(tmp_path, **one).splits) == ["train"]
+    assert list(open_logged(tmp_path, **one).splits) == ["train"]
 
 
 UNNAMED: list[tuple[tuple[str, ...], str | None, str, str]] = [
@@ -695,14 +701,14 @@ def test_wrong_names_of_records_without_names_are_named(
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     (root / "label.labels.txt").unlink()
     with raises(DataError, key, ANY, fix, problem):
-        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=names)
+        open_logged(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=names)
 
 
 def test_labels_that_begin_with_1_are_suspected_where_0_is_absent(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"train": [1, 2] * 10}, shards=5)
     (root / "label.labels.txt").unlink()
     with raises(DataError, fix="if labels begin with 1, set data.label_kind=index1", problem="no training .* of cat"):
-        opened(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=CLASSES)
+        open_logged(tmp_path, source="tfrecords", pattern=f"{root}/*.tfrecord*", class_names=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -715,21 +721,21 @@ def test_numbers_of_tfds_that_are_no_class_label_can_be_read(tmp_path: Path, sha
     feature = tfds.features.Tensor(shape=shape, dtype=np.int64) if shape else tfds.features.Scalar(np.int64)
     tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": feature}).save_config(str(root))
     with raises(DataError, "data.label_field", "label", f"set data.class_names, and {fix}"):
-        opened(tmp_path, source="tfds", root=str(root))
+        open_logged(tmp_path, source="tfds", root=str(root))
 
 
 def test_records_next_to_class_names_have_the_labels_of_these(tmp_path: Path) -> None:
     root = write_records(tmp_path / "pets", {"train": [0, 1, 2] * 10}, shards=5)
     data = {"source": "tfrecords", "pattern": f"{root}/*.tfrecord*"}
     order = ("owl", "cat", "dog")
-    split = opened(tmp_path, **data, class_names=order).splits["validation"]
+    split = open_logged(tmp_path, **data, class_names=order).splits["validation"]
     assert [order[label] for label in split.labels] == [*CLASSES, *CLASSES]
     (root / "label.labels.txt").unlink()
-    assert opened(tmp_path, **data, class_names=order).splits["validation"].labels.tolist() == [0, 1, 2] * 2
+    assert open_logged(tmp_path, **data, class_names=order).splits["validation"].labels.tolist() == [0, 1, 2] * 2
     write_records(tmp_path / "more", {"train": [0, 1, 2] * 10}, shards=5)
     (root / "label.labels.txt").write_text("dog\ncat\nowl\n")
     with raises(DataError, "data.pattern", fix="of one of them", problem="numbered differently: .* has dog, cat, owl"):
-        opened(tmp_path, source="tfrecords", pattern=f"{tmp_path}/*/*.tfrecord*", class_names=CLASSES)
+        open_logged(tmp_path, source="tfrecords", pattern=f"{tmp_path}/*/*.tfrecord*", class_names=CLASSES)
 
 
 FIRST = "{root}/pets-train.tfrecord-00000-of-00005"
@@ -753,7 +759,7 @@ def test_wrong_patterns_are_named(
     value = change.get(key.removeprefix("data."), ANY) if key and key != "data.class_names" else ANY
     value = value.replace("{root}", str(root)) if isinstance(value, str) else value
     with raises(DataError, key, value, fix, problem.replace("{root}", str(root))):
-        opened(tmp_path, source="tfrecords", **data)
+        open_logged(tmp_path, source="tfrecords", **data)
 
 
 def test_overfitting_trains_on_one_batch_and_scores_it(tmp_path: Path) -> None:
@@ -781,12 +787,12 @@ def test_a_run_needs_a_validation_split() -> None:
 def test_a_root_that_is_one_folder_too_high_is_noticed(split: str, tmp_path: Path) -> None:
     for name in ("spring", "autumn"):
         fill_folder(tmp_path / "root" / split / name, {"oak": 4, "elm": 4})
-    notes = folder(tmp_path / "cache", tmp_path / "root").notes
+    notes = open_folder(tmp_path / "cache", tmp_path / "root").notes
     assert any(
         "elm, oak below" in note and f"data.root={tmp_path / 'root' / split / 'autumn'}" in note for note in notes
     )
     fill_folder(tmp_path / "root" / split, {"spring": 1})  # an image of its own
-    assert not any("two folders" in note for note in folder(tmp_path / "cache", tmp_path / "root").notes)
+    assert not any("two folders" in note for note in open_folder(tmp_path / "cache", tmp_path / "root").notes)
 
 
 @pytest.mark.parametrize("splits", [("",), ("train", "val")])
@@ -802,7 +808,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, partial(count_and_list, getattr(os, name)))
-    folder(tmp_path, tmp_path / "pets")
+    open_folder(tmp_path, tmp_path / "pets")
     below = {path: count for path, count in listed.items() if path.startswith(f"{tmp_path}/pets")}
     assert set(below.values()) == {1}, below
     assert len(below) == (3 if splits == ("",) else 7)

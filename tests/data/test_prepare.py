@@ -1,4 +1,4 @@
-"""What `trainer.prepare` writes is what training reads: the same images are refused, and the others have equal pixels."""
+"""What `trainer.prepare` writes is what training reads: the same images are rejected, and the others have equal pixels."""
 
 import io
 import os
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.images import fill_folder, noise
-from tests.data.splits_on_disk import opened as pixels_of
-from tests.data.test_open import folder, opened
-from tests.data.test_orientation import photo
+from tests.data.images import encode_noise, fill_folder
+from tests.data.splits_on_disk import open_pixels as pixels_of
+from tests.data.test_open import open_folder, open_logged
+from tests.data.test_orientation import encode_photo
 from tests.disks import fill, small_disk
 from tests.errors import raises
 from trainer.config.schema import load
@@ -31,7 +31,7 @@ from trainer.storage.path import storage_path
 from trainer.types import Split
 
 
-def prepared(tmp_path: Path, root: Path, **data: Any) -> Path:
+def prepare_folder(tmp_path: Path, root: Path, **data: Any) -> Path:
     """The folder that `trainer.prepare` writes of an image folder, all of it for training."""
     config = load({
         "data": {"source": "image_folder", "root": str(root), "validation_fraction": 0, **data},
@@ -42,7 +42,7 @@ def prepared(tmp_path: Path, root: Path, **data: Any) -> Path:
     return tmp_path / "out"
 
 
-def encoded(kind: str, mode: str, **options: Any) -> bytes:
+def encode_image(kind: str, mode: str, **options: Any) -> bytes:
     """An image of noise, whose alpha or transparent colour is noise as well."""
     out, pixels = io.BytesIO(), np.random.default_rng(3).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     image = Image.fromarray(pixels, "RGBA").convert(mode)
@@ -53,16 +53,16 @@ def encoded(kind: str, mode: str, **options: Any) -> bytes:
 
 
 IMAGES = {
-    "jpeg.jpg": encoded("JPEG", "RGB"), "cmyk.jpg": encoded("JPEG", "CMYK"), "turned.jpg": photo(6),
-    "grey.png": encoded("PNG", "L"), "alpha.png": encoded("PNG", "RGBA"), "turned.png": photo(8, "PNG"),
-    "transparent.gif": encoded("GIF", "P"), "grey.gif": encoded("GIF", "L"), "palette.bmp": encoded("BMP", "P"),
-    "opaque.webp": encoded("WEBP", "RGB"), "alpha.webp": encoded("WEBP", "RGBA", lossless=True),
-    "turned.webp": photo(5, "WEBP"), "photo.jfif": encoded("JPEG", "L"),
+    "jpeg.jpg": encode_image("JPEG", "RGB"), "cmyk.jpg": encode_image("JPEG", "CMYK"), "turned.jpg": encode_photo(6),
+    "grey.png": encode_image("PNG", "L"), "alpha.png": encode_image("PNG", "RGBA"), "turned.png": encode_photo(8, "PNG"),
+    "transparent.gif": encode_image("GIF", "P"), "grey.gif": encode_image("GIF", "L"), "palette.bmp": encode_image("BMP", "P"),
+    "opaque.webp": encode_image("WEBP", "RGB"), "alpha.webp": encode_image("WEBP", "RGBA", lossless=True),
+    "turned.webp": encode_photo(5, "WEBP"), "photo.jfif": encode_image("JPEG", "L"),
 }  # fmt: skip
 
 
-def pixels_by_name(split: Split, names: list[str], cache: Path) -> dict[str, np.ndarray]:
-    rows = pixels_of(split, "none", cache, size=15).rows(np.arange(split.count))
+def decode_by_name(split: Split, names: list[str], cache: Path) -> dict[str, np.ndarray]:
+    rows = pixels_of(split, "none", cache, size=15).read_images(np.arange(split.count))
     return dict(zip(names, rows, strict=True))
 
 
@@ -71,13 +71,13 @@ def test_prepared_images_have_the_pixels_of_the_files(tmp_path: Path, orientatio
     root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     for name, data in IMAGES.items():
         (root / "dog" / name).write_bytes(data)
-    files = folder(tmp_path, root, orientation=orientation, validation_fraction=0).splits["train"]
-    direct = pixels_by_name(files, [str(Path(file).relative_to(root)) for file in files.files], tmp_path)
-    out = prepared(tmp_path, root, orientation=orientation)
+    files = open_folder(tmp_path, root, orientation=orientation, validation_fraction=0).splits["train"]
+    direct = decode_by_name(files, [str(Path(file).relative_to(root)) for file in files.files], tmp_path)
+    out = prepare_folder(tmp_path, root, orientation=orientation)
     data = {"source": "tfds", "root": str(out), "orientation": orientation, "validation_fraction": 0}
-    records = opened(tmp_path, **data).splits["train"]
+    records = open_logged(tmp_path, **data).splits["train"]
     names = [read_source_name(record) for record in locate_records(records)]
-    again = pixels_by_name(records, names, tmp_path)
+    again = decode_by_name(records, names, tmp_path)
     assert (
         again.keys()
         == direct.keys()
@@ -93,54 +93,54 @@ def test_the_command_that_is_printed_reads_the_images_as_they_were_prepared(
 ) -> None:
     root = fill_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
     configure()
-    out = prepared(tmp_path, root, orientation=orientation)
+    out = prepare_folder(tmp_path, root, orientation=orientation)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "train on it" in line)
     command = f"python -m trainer data=tfds data.root={out}"
     assert line.partition("train on it: ")[2] == command + " data.orientation=ignore" * (orientation == "ignore")
 
 
-def test_a_tiff_is_converted_and_one_with_16_bits_refused(tmp_path: Path) -> None:
+def test_a_tiff_is_converted_and_one_with_16_bits_rejected(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     exif, tiff, png = Image.Exif(), io.BytesIO(), root / "dog" / "same.png"
     exif[0x0112] = 3
-    image = Image.open(io.BytesIO(encoded("PNG", "RGB")))
+    image = Image.open(io.BytesIO(encode_image("PNG", "RGB")))
     image.save(tiff, "TIFF", exif=exif)
     (root / "dog" / "a.tif").write_bytes(tiff.getvalue())
     image.transpose(Image.Transpose.ROTATE_180).save(png)
-    data = {"source": "tfds", "root": str(prepared(tmp_path, root)), "validation_fraction": 0}
-    records = opened(tmp_path, **data).splits["train"]
+    data = {"source": "tfds", "root": str(prepare_folder(tmp_path, root)), "validation_fraction": 0}
+    records = open_logged(tmp_path, **data).splits["train"]
     names = [read_source_name(record) for record in locate_records(records)]
-    by_name = pixels_by_name(records, names, tmp_path)
+    by_name = decode_by_name(records, names, tmp_path)
     np.testing.assert_array_equal(by_name["dog/a.tif"], by_name["dog/same.png"])
     Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(root / "dog" / "deep.tiff")
     with raises(
         DataError, fix="data.on_error=skip", problem="dog/deep.tiff: has pixels of mode I.*save it with 8 bits"
     ):
-        prepared(tmp_path / "other", root)
+        prepare_folder(tmp_path / "other", root)
 
 
-def damaged() -> dict[str, bytes]:
-    png, jpeg = noise(1, "PNG"), noise(1)
+def make_damaged_files() -> dict[str, bytes]:
+    png, jpeg = encode_noise(1, "PNG"), encode_noise(1)
     return {"no end.png": png[:-12], "half.png": png[: len(png) // 2], "half.jpg": jpeg[: len(jpeg) // 2],
-            "short.jpg": jpeg[:-30], "half.bmp": noise(1, "BMP")[:200], "half.gif": noise(1, "GIF")[:400],
-            "half.webp": noise(1, "WEBP")[:60]}  # fmt: skip
+            "short.jpg": jpeg[:-30], "half.bmp": encode_noise(1, "BMP")[:200], "half.gif": encode_noise(1, "GIF")[:400],
+            "half.webp": encode_noise(1, "WEBP")[:60]}  # fmt: skip
 
 
-def test_all_that_training_skips_is_refused_by_name_or_skipped(tmp_path: Path) -> None:
+def test_all_that_training_skips_is_rejected_by_name_or_skipped(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
-    paths = sorted(root / "dog" / name for name in damaged())
+    paths = sorted(root / "dog" / name for name in make_damaged_files())
     for path in paths:
-        path.write_bytes(damaged()[path.name])
-    split = folder(tmp_path, root, validation_fraction=0).splits["train"]
+        path.write_bytes(make_damaged_files()[path.name])
+    split = open_folder(tmp_path, root, validation_fraction=0).splits["train"]
     skipping = pixels_of(split, "memory", tmp_path, on_error="skip")
-    assert sorted(split.name_of(index) for index in skipping.bad) == [str(path) for path in paths]
-    out = prepared(tmp_path, root, on_error="skip")
-    records = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
+    assert sorted(split.name_of(index) for index in skipping.unreadable) == [str(path) for path in paths]
+    out = prepare_folder(tmp_path, root, on_error="skip")
+    records = open_logged(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
     assert records.count == 6
     pixels_of(records, "memory", tmp_path, fingerprint="prepared")
     for named, start in ((paths[:5], "7 images"), (paths[5:], "2 images")):  # a message has five names
         with raises(DataError, fix="data.on_error=skip", problem=f"{start} cannot be read or decoded:\n") as caught:
-            prepared(tmp_path / start, root)
+            prepare_folder(tmp_path / start, root)
         assert all(f"\n  {path}: " in caught.value.problem for path in named)
         for path in named:
             path.unlink()
@@ -148,20 +148,20 @@ def test_all_that_training_skips_is_refused_by_name_or_skipped(tmp_path: Path) -
 
 # Quick: one alone; the test above has all.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "half.jpg" else pytest.mark.slow) for name in damaged()]
+    "name", [pytest.param(name, marks=() if name == "half.jpg" else pytest.mark.slow) for name in make_damaged_files()]
 )
-def test_what_training_refuses_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_what_training_rejects_is_rejected_by_name(tmp_path: Path, name: str) -> None:
     root = fill_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
-    (root / "dog" / name).write_bytes(damaged()[name])
-    split = folder(tmp_path, root, validation_fraction=0).splits["train"]
+    (root / "dog" / name).write_bytes(make_damaged_files()[name])
+    split = open_folder(tmp_path, root, validation_fraction=0).splits["train"]
     with raises(DataError, problem=f"cannot decode {root}/dog/{name}: "):
         pixels_of(split, "memory", tmp_path)
     with raises(
         DataError, fix="data.on_error=skip", problem=f"1 image cannot be read or decoded:\n  {root}/dog/{name}: "
     ):
-        prepared(tmp_path, root)
-    out = prepared(tmp_path, root, on_error="skip")
-    records = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
+        prepare_folder(tmp_path, root)
+    out = prepare_folder(tmp_path, root, on_error="skip")
+    records = open_logged(tmp_path, source="tfds", root=str(out), validation_fraction=0).splits["train"]
     assert records.count == 6
     pixels_of(records, "memory", tmp_path, fingerprint="prepared")
 
@@ -169,14 +169,14 @@ def test_what_training_refuses_is_refused_by_name(tmp_path: Path, name: str) -> 
 def test_a_record_is_named_with_its_file_to_the_last_message(tmp_path: Path) -> None:
     shard = tmp_path / "a.tfrec"
     payloads = [
-        serialize_example(noise(i)[: 200 if i == 1 else None], 0, {"filename": f"dog/{i}.jpg"}) for i in range(3)
+        serialize_example(encode_noise(i)[: 200 if i == 1 else None], 0, {"filename": f"dog/{i}.jpg"}) for i in range(3)
     ]
     shard.write_bytes(b"".join(map(frame_record, payloads)))
     data = {"source": "tfrecords", "pattern": str(shard), "class_names": ("dog", "cat"), "validation_fraction": 0}
     with raises(DataError, problem="no training example of cat"):
-        opened(tmp_path, **data)
-    shard.write_bytes(shard.read_bytes() + frame_record(serialize_example(noise(9), 1)))
-    split = opened(tmp_path, **data).splits["train"]
+        open_logged(tmp_path, **data)
+    shard.write_bytes(shard.read_bytes() + frame_record(serialize_example(encode_noise(9), 1)))
+    split = open_logged(tmp_path, **data).splits["train"]
     with raises(DataError, problem=rf"cannot decode {shard}#1 \(dog/1.jpg\): "):
         pixels_of(split, "memory", tmp_path)
     notes: list[str] = []
@@ -192,26 +192,26 @@ def test_pixels_of_12_bits_are_noted(tmp_path: Path, largest: int, more: str) ->
     for number in range(3):
         pixels = np.linspace(0, largest, 100).astype(np.uint16).reshape(10, 10)
         Image.fromarray(pixels).save(root / "cat" / f"{number}.png")
-    (note,) = [n for n in folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
+    (note,) = [n for n in open_folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
     line = "3 of 7 training images are PNGs with 16 bits per channel, of which the upper 8 are used"
     assert note.startswith(line + more)
     assert (note == line) == (not more)
-    out = prepared(tmp_path, root)
-    notes = opened(tmp_path, source="tfds", root=str(out), validation_fraction=0).notes
+    out = prepare_folder(tmp_path, root)
+    notes = open_logged(tmp_path, source="tfds", root=str(out), validation_fraction=0).notes
     assert note in notes
 
 
 def test_the_pixels_of_a_sample_are_those_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.data.examine.MAX_EXAMINED_FILES", 2)  # the first and the last file
     root = fill_folder(tmp_path / "scans", {"cat": 2, "dog": 4})
-    last = Path(folder(tmp_path, root, validation_fraction=0).splits["train"].files[-1])
+    last = Path(open_folder(tmp_path, root, validation_fraction=0).splits["train"].files[-1])
     Image.fromarray(np.full((10, 10), 4095, np.uint16)).save(last, "PNG")
-    (note,) = [n for n in folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
+    (note,) = [n for n in open_folder(tmp_path, root, validation_fraction=0).notes if "16 bits" in n]
     assert note.startswith("1 of 2 examined training images are PNGs with 16 bits")
     assert "their largest value is 4,095" in note
 
 
-def labelled(count: int = 8) -> LabeledImages:
+def make_labelled_images(count: int = 8) -> LabeledImages:
     """Images of 4 kB."""
     noise = np.random.default_rng(1).integers(0, 255, (count, 36, 36, 3), np.uint8)
     images = [io.BytesIO() for _ in range(count)]
@@ -227,16 +227,16 @@ def test_shards_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, worker
         fill(disk, leave=8192)
         for _ in range(3):
             with pytest.raises(OSError, match="No space left"):
-                write_dataset(disk / "out", labelled(), options)
+                write_dataset(disk / "out", make_labelled_images(), options)
             deadline = time.monotonic() + 10
             while any(is_temporary_name(file.name) for file in (disk / "out").iterdir()):  # threads end after the error
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         (disk / "filler").unlink()
-        assert write_dataset(disk / "out", labelled(2), options)
+        assert write_dataset(disk / "out", make_labelled_images(2), options)
 
 
-def ended_process() -> int:
+def start_and_end_process() -> int:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     return child.pid
@@ -248,7 +248,7 @@ def test_old_temporary_files_of_killed_preparations_are_deleted(tmp_path: Path, 
     scratch.mkdir()
     shard = "x-train.tfrecord-00000-of-00001"
     files = {f".{shard}.1.tmp": False, f".{shard}.2.tmp": True, ".x.1-000000000000001": False}
-    left = f".{shard}{make_temporary_suffix(ended_process())}"
+    left = f".{shard}{make_temporary_suffix(start_and_end_process())}"
     files[left] = not alone  # another pod's, if there are several
     for name in files:
         (scratch / name).touch()

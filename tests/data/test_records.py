@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.images import fill_folder, noise, record
+from tests.data.images import encode_noise, fill_folder, serialize_record
 from tests.errors import raises
 from trainer.data.records import (
     LabelFields,
@@ -26,7 +26,7 @@ from trainer.data.records import (
     read_labels,
     serialize_example,
 )
-from trainer.data.tfds_folder import MANIFEST, ShardEntry
+from trainer.data.tfds_folder import MANIFEST_FILE, ShardEntry
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
 from trainer.types import Shard, Split
@@ -44,7 +44,7 @@ def write(out: Path, examples: Sequence[tuple[ImageSource, int]], **options: Any
     return write_dataset(out, LabeledImages("x", CLASSES, {"train": examples}), WriteOptions(**options)) or []
 
 
-def images(path: Path, field: str = "image") -> list[bytes]:
+def read_stored_images(path: Path, field: str = "image") -> list[bytes]:
     count = index_shard(path).count
     split = Split("train", np.zeros(count, np.int32), shards=(Shard(str(path), count, 0, count),), image_field=field)
     return [read_image(record) for record in locate_records(split)]
@@ -60,12 +60,12 @@ def examples(tmp_path: Path) -> Examples:
 def test_tensorflow_reads_our_records_and_examples(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    payloads = [serialize_example(noise(i), i) for i in range(3)]
+    payloads = [serialize_example(encode_noise(i), i) for i in range(3)]
     path = write_shard(tmp_path / "a.tfrec", payloads)
     records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
     assert records == payloads
     example = tf.train.Example.FromString(records[2])
-    assert example.features.feature["image"].bytes_list.value[0] == noise(2)
+    assert example.features.feature["image"].bytes_list.value[0] == encode_noise(2)
     assert example.features.feature["label"].int64_list.value[0] == 2
     assert example.SerializeToString(deterministic=True) == records[2]
 
@@ -73,13 +73,13 @@ def test_tensorflow_reads_our_records_and_examples(tmp_path: Path) -> None:
 def test_tensorflows_own_records_are_read(tmp_path: Path) -> None:
     import tensorflow as tf
 
-    payload = record(photo=b"bytes", box=[0.5, 1.5], **{"class": 1})
+    payload = serialize_record(photo=b"bytes", box=[0.5, 1.5], **{"class": 1})
     path = str(tmp_path / "a.tfrec")
     with tf.io.TFRecordWriter(path) as writer:
         for _ in range(5):
             writer.write(payload)
     assert read_labels(path, index_shard(path), LabelFields("class", "photo", 2))[0].tolist() == [1] * 5
-    assert images(Path(path), "photo") == [b"bytes"] * 5
+    assert read_stored_images(Path(path), "photo") == [b"bytes"] * 5
 
 
 def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
@@ -104,7 +104,7 @@ def test_tfds_reads_what_is_written(tmp_path: Path, examples: Examples) -> None:
     for entry in manifest:
         content = (tmp_path / "out" / entry.file).read_bytes()
         assert (entry.bytes, entry.crc32c) == (len(content), f"{google_crc32c.value(content):08x}")
-    assert [e["file"] for e in json.loads((tmp_path / "out" / MANIFEST).read_text())] == [e.file for e in manifest]
+    assert [e["file"] for e in json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())] == [e.file for e in manifest]
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
@@ -154,7 +154,7 @@ def test_an_interrupted_write_leaves_finished_shards_and_no_dataset(tmp_path: Pa
     assert manifest == write(tmp_path / "whole", examples, shards=3)
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path: Path, examples: Examples) -> None:
+def test_a_folder_with_other_files_is_rejected(tmp_path: Path, examples: Examples) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with raises(DataError, "output", str(tmp_path), "set an empty folder", r"other files \(photos, thesis.txt\)"):
         write(tmp_path, examples)
@@ -164,16 +164,16 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, examples: Examples
 
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")])
 def test_jpeg_and_png_bytes_are_unchanged(tmp_path: Path, kind: str, mode: str) -> None:
-    image = noise(1, kind, mode)
+    image = encode_noise(1, kind, mode)
     (entry,) = write(tmp_path, [(image, 0)])
-    assert images(tmp_path / entry.file) == [image]
+    assert read_stored_images(tmp_path / entry.file) == [image]
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF"])
 def test_other_formats_become_png_without_loss(tmp_path: Path, kind: str) -> None:
-    image = noise(1, kind)
+    image = encode_noise(1, kind)
     (entry,) = write(tmp_path, [(image, 0)])
-    (content,) = images(tmp_path / entry.file)
+    (content,) = read_stored_images(tmp_path / entry.file)
     stored = Image.open(io.BytesIO(content))
     assert stored.format == "PNG"
     assert stored.convert("RGB").tobytes() == Image.open(io.BytesIO(image)).convert("RGB").tobytes()
@@ -196,7 +196,8 @@ def test_damaged_images_are_named_or_skipped(tmp_path: Path, examples: Examples)
 
 def test_a_damaged_image_of_a_record_is_named_with_its_file(tmp_path: Path) -> None:
     payloads = [
-        serialize_example(noise(i)[: 300 if i == 1 else None], i % 2, {"filename": f"cat/{i}.jpg"}) for i in range(3)
+        serialize_example(encode_noise(i)[: 300 if i == 1 else None], i % 2, {"filename": f"cat/{i}.jpg"})
+        for i in range(3)
     ]
     path = write_shard(tmp_path / "a.tfrec", payloads)
     split = Split("train", np.zeros(3, np.int32), shards=(Shard(str(path), 3, 0, 3),))
@@ -212,10 +213,10 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 5, 400])
 def test_a_truncated_shard_is_named_with_the_record(tmp_path: Path, cut: int) -> None:
-    path = write_shard(tmp_path / "a.tfrec", [serialize_example(noise(i), 0) for i in range(4)])
+    path = write_shard(tmp_path / "a.tfrec", [serialize_example(encode_noise(i), 0) for i in range(4)])
     os.truncate(path, path.stat().st_size - cut)
     index = index_shard(path)
-    assert index.fault == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
+    assert index.error == f"shard {path} is truncated: it ends inside record 3, {cut} bytes early"
     assert index.count == 3
 
 
@@ -223,9 +224,9 @@ def test_a_cut_inside_a_header_and_a_damaged_header_are_named(tmp_path: Path) ->
     path = write_shard(tmp_path / "a.tfrec", [b"x" * 50] * 3)
     content = path.read_bytes()
     path.write_bytes(content[: 2 * 66 + 5])
-    assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).fault)
+    assert "is truncated: it ends inside record 2, 7 bytes early" in str(index_shard(path).error)
     path.write_bytes(content[:66] + b"\xff" + content[67:])
-    assert "is corrupt at the header of record 1" in str(index_shard(path).fault)
+    assert "is corrupt at the header of record 1" in str(index_shard(path).error)
 
 
 def test_other_files_are_no_shards(tmp_path: Path) -> None:
@@ -269,11 +270,11 @@ def test_wrong_labels_are_named(tmp_path: Path, label: str, image: str, key: str
 NAMES = ("cat", "dog", "owl")
 
 
-def labels_of(path: Path, values: list[Any], kind: str = "index") -> list[int]:
+def write_and_read_labels(path: Path, values: list[Any], kind: str = "index") -> list[int]:
     """The labels of records with these values, which are numbers, text, or lists of them."""
     payloads = []
     for value in values:
-        example = get_example_class().FromString(record(image=b"image"))
+        example = get_example_class().FromString(serialize_record(image=b"image"))
         feature = example.features.feature["label"]
         listed = value if isinstance(value, list) else [value]
         lists = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}
@@ -293,7 +294,7 @@ def labels_of(path: Path, values: list[Any], kind: str = "index") -> list[int]:
     ],
 )
 def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[Any], expected: list[int]) -> None:
-    assert labels_of(tmp_path, values, kind) == expected
+    assert write_and_read_labels(tmp_path, values, kind) == expected
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_labels_are_read_as_configured(tmp_path: Path, kind: str, values: list[A
 )
 def test_other_labels_are_described(tmp_path: Path, kind: str, value: Any, key: str, fix: str, problem: str) -> None:
     with raises(DataError, f"data.{key}", kind if key == "label_kind" else "label", fix, problem):
-        labels_of(tmp_path, [value], kind)
+        write_and_read_labels(tmp_path, [value], kind)
 
 
 @pytest.mark.parametrize("kind", ["index", "onehot"])
@@ -342,15 +343,15 @@ def test_other_labels_are_described(tmp_path: Path, kind: str, value: Any, key: 
 def test_a_one_hot_label_of_another_number_of_classes_is_named(tmp_path: Path, kind: str, value: list[Any]) -> None:
     problem = rf"holds .* one-hot for {len(value)} classes, but there are 3 class names$"
     with raises(DataError, "data.class_names", None, f"give {len(value)} class names", problem):
-        labels_of(tmp_path, [value], kind)
+        write_and_read_labels(tmp_path, [value], kind)
 
 
 @pytest.mark.parametrize(("payload", "more"), [(b"hello", ""), (b"\xff\xd8\xff", ""), (b"", ": it has no fields")])
 def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: bytes, more: str) -> None:
     path = str(write_shard(tmp_path / "a.tfrec", [serialize_example(b"image", 0), payload]))
-    labels, faults = read_labels(path, index_shard(path), LabelFields("label", "image", 3))
+    labels, errors = read_labels(path, index_shard(path), LabelFields("label", "image", 3))
     assert labels.tolist() == [0, -1]
-    assert faults == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum matches{more}"]
+    assert errors == [f"record 1 of shard {path} is not a tf.train.Example, although its checksum matches{more}"]
     split = Split("train", labels, shards=(Shard(path, 2, 0, 2),))
     with raises(DataError, problem="a.tfrec#1 is not a tf.train.Example"):
         read_image(locate_records(split)[1])
@@ -359,8 +360,8 @@ def test_a_payload_that_is_no_example_is_described(tmp_path: Path, payload: byte
 
 
 @pytest.mark.parametrize("field", ["filename", "file_name", "image/filename"])
-def test_faults_name_the_source_of_a_record(tmp_path: Path, field: str) -> None:
-    payload = record(**{"label": 7, "image": b"x", field: b"cat/\x01.jpg"})
+def test_errors_name_the_source_of_a_record(tmp_path: Path, field: str) -> None:
+    payload = serialize_record(**{"label": 7, "image": b"x", field: b"cat/\x01.jpg"})
     path = str(write_shard(tmp_path / "a.tfrec", [payload]))
     named = rf"record 0 of shard {path} \(cat/\\x01.jpg\)"
     with raises(DataError, "data.label_field", "label", problem=f"the label 7 of {named} is outside 0..2"):

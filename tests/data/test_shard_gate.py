@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.data.images import noise, record
+from tests.data.images import encode_noise, serialize_record
 from tests.data.orders import Batches, assert_same
-from tests.data.products import combinations
-from tests.data.splits_on_disk import COUNT, opened, shard_split
+from tests.data.products import make_combinations
+from tests.data.splits_on_disk import COUNT, open_pixels, write_shard_split
 from tests.errors import raises
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order, compute_block_shards, make_sequence_blocks, make_training_blocks
 from trainer.data.pipeline import build_evaluation_batches, build_training_batches
-from trainer.data.sharding import UNSHARDED, Sharding, steps_per_epoch
+from trainer.data.sharding import UNSHARDED, Sharding, count_steps_per_epoch
 from trainer.errors import DataError
 from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
@@ -42,7 +42,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         path = folder / f"x-{number:02d}.tfrecord"
         with tf.io.TFRecordWriter(str(path)) as writer:
             for image in itertools.islice(images, count):
-                writer.write(record(image=noise(image, "PNG", size=(SIDE, SIDE))))
+                writer.write(serialize_record(image=encode_noise(image, "PNG", size=(SIDE, SIDE))))
         ranges = [(number % 3, count - number % 2)] if number < SHARDS - 1 else [(0, count)]
         ranges = [(0, 9), (12, count)] if number == 5 else ranges
         shards += [Shard(str(path), count, start, stop) for start, stop in ranges]
@@ -53,7 +53,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @pytest.fixture(scope="module")
 def local(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Pixels:
     """The images of the shards where they are, decoded once: `test_pipeline` shows that the cache changes no bits."""
-    return opened(split, "memory", tmp_path_factory.mktemp("local"), size=SIDE)
+    return open_pixels(split, "memory", tmp_path_factory.mktemp("local"), size=SIDE)
 
 
 class Strict(ShardCache):
@@ -91,7 +91,7 @@ def arriving(
         cache.nothing_else(set())
     shards = tuple(Shard(str(cache.folder / Path(s.path).name), s.count, s.start, s.stop) for s in split.shards)
     fetched = Split("train", split.labels, shards=shards)
-    return opened(fetched, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
+    return open_pixels(fetched, "none", folder, size=SIDE, on_error="skip", shards=cache, **changes)
 
 
 def taken(
@@ -103,7 +103,7 @@ def taken(
     batches: Batches = []
     for first in range(0, steps, call):
         now = min(call, steps - first)
-        gate.wait_for(now * order.rows)
+        gate.wait_for(now * order.rows_per_worker)
         batches += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(now * replicas)]
     time.sleep(0.05)  # reading ahead continues, and logs what it cannot read
     del stream
@@ -141,14 +141,14 @@ def test_a_pipeline_opens_only_what_was_required(
     split: Split, local: Pixels, tmp_path: Path, order: Order, call: int, part: float, augmentation: Augmentation,
     replicas: int,
 ) -> None:  # fmt: skip
-    steps = steps_per_epoch(split, order.batch_size, order.sharding)
+    steps = count_steps_per_epoch(split, order.batch_size, order.sharding)
     if call == 7:
         steps = 3 * steps - 5
     else:  # across the end of an epoch
         order, steps = replace(order, first_step=order.first_step or steps - 60), 120
     strict = arriving(split, tmp_path, part)
     batches = taken(strict, order, steps, call, augmentation, replicas)
-    assert strict.bad == {}
+    assert strict.unreadable == {}
     assert_same(batches, taken(local, order, steps, call, augmentation, replicas))
     assert strict.shards.largest <= strict.shards.budget
 
@@ -175,7 +175,7 @@ def test_an_evaluation_opens_only_what_was_required(
         scoring = build_evaluation_batches(pixels, **options)  # type: ignore[arg-type]
         gate, stream, seen = scoring.open_gate(), iter(scoring.dataset), []
         for _ in range(scoring.count or 0):
-            gate.wait_for(12 // sharding.workers)
+            gate.wait_for(12 // sharding.num_workers)
             seen += [{k: v.numpy() for k, v in next(stream).items()} for _ in range(2)]
         time.sleep(0.05)
         del stream
@@ -184,7 +184,7 @@ def test_an_evaluation_opens_only_what_was_required(
 
     strict = arriving(split, tmp_path, 0.4)
     assert_same(scored(strict), scored(local))
-    assert strict.bad == {}
+    assert strict.unreadable == {}
 
 
 def test_random_access_requires_what_it_reads(
@@ -193,12 +193,12 @@ def test_random_access_requires_what_it_reads(
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict = arriving(split, tmp_path, 0.35)
     indices = np.random.default_rng(1).integers(0, split.count, 60)
-    np.testing.assert_array_equal(strict.rows(indices), local.rows(indices))
-    assert strict.bad == {}
+    np.testing.assert_array_equal(strict.read_images(indices), local.read_images(indices))
+    assert strict.unreadable == {}
 
 
 def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
-    pixels = opened(shard_split(tmp_path), "none", tmp_path, on_error="skip")
+    pixels = open_pixels(write_shard_split(tmp_path), "none", tmp_path, on_error="skip")
     order = Order(batch_size=4, seed=1, window=8)
     taken(pixels, order, 9, augmentation=AUGMENTED)
     (gone,) = (shard.path for shard in pixels.split.shards if shard.count == 17)
@@ -207,7 +207,7 @@ def test_a_shard_that_vanishes_is_named_at_the_gate(tmp_path: Path) -> None:
     with raises(DataError, **expected):  # type: ignore[arg-type]
         taken(pixels, order, 9, augmentation=AUGMENTED)
     with raises(DataError, **expected):  # type: ignore[arg-type]
-        pixels.rows(np.arange(COUNT))
+        pixels.read_images(np.arange(COUNT))
 
 
 # Both are filled by the same batches.
@@ -217,7 +217,7 @@ def test_caches_are_filled_from_shards_that_come_and_go(
 ) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
     strict = arriving(split, tmp_path / "remote", 0.5)
-    fetched = opened(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
+    fetched = open_pixels(strict.split, cache, tmp_path / "remote", size=SIDE, on_error="fail", shards=strict.shards)
     np.testing.assert_array_equal(fetched.array, local.array)
 
 
@@ -232,11 +232,11 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
         time.sleep(0.01)
     shutil.move(Path(split.shards[0].path).parent, tmp_path / "gone")
     try:
-        steps = steps_per_epoch(split, 8)
+        steps = count_steps_per_epoch(split, 8)
         assert len(taken(pixels, ORDER, 2 * steps, 10)) == 2 * steps
     finally:
         shutil.move(tmp_path / "gone", Path(split.shards[0].path).parent)
-    assert pixels.bad == {}
+    assert pixels.unreadable == {}
 
 
 SHARDINGS = [UNSHARDED, Sharding(0, 2), Sharding(2, 3), Sharding(1, 2, "file"), Sharding(2, 3, "file")]
@@ -249,7 +249,7 @@ BEGINNINGS = [(0, 0.0, True), (3, 0.999, False), (1, 0.5, True), (0, 1.0, True)]
 @pytest.mark.parametrize(
     ("windows", "sharding", "beginning"),
     # Quick: windows of one record with each sharding, because they are empty on most workers, and the others in turn.
-    combinations(
+    make_combinations(
         lambda windows, sharding, beginning: BEGINNINGS.index(beginning)
         == (SHARDINGS.index(sharding) + WINDOWS.index(windows)) % 4
         and (windows == WINDOWS[0] or SHARDINGS.index(sharding) % 3 + 1 == WINDOWS.index(windows)),
@@ -261,7 +261,7 @@ def test_reads_are_those_of_the_blocks_that_have_rows(
     split: Split, windows: tuple[int, int], sharding: Sharding, beginning: tuple[int, float, bool]
 ) -> None:
     (window, batch), (epoch, fraction, shuffle) = windows, beginning
-    first = int(steps_per_epoch(split, batch, sharding) * fraction)
+    first = int(count_steps_per_epoch(split, batch, sharding) * fraction)
     order = Order(batch, 3, window, first_epoch=epoch, first_step=first, shuffle=shuffle, sharding=sharding)
     block, number = make_training_blocks(split, order), 0
     for rows, shards in itertools.islice(compute_block_shards(block, None), 6):

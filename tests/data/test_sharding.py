@@ -76,7 +76,7 @@ def test_virtual_replicas_have_the_same_sharding_on_any_number_of_workers(
 ) -> None:
     plans = [plan_sharding(shard_by, split, workers, 8, cache, before, replicas) for workers in (1, 2, 4)]
     assert [plan.reason for plan in plans] == [reason] * 3
-    assert [plan.by for plan in plans] == [by] * 3
+    assert [plan.mode for plan in plans] == [by] * 3
     assert len({tuple(plan.checkpoint_state.items()) for plan in plans}) == 1
     for plan in plans:
         require_resumable(plan, plans[0].checkpoint_state, epoch_step=3)
@@ -112,6 +112,6 @@ def test_a_checkpoint_between_epochs_resumes_with_the_same_steps() -> None:
     ],
 )
 def test_a_checkpoint_inside_an_epoch_needs_the_same_sharding(now: ShardingPlan, epoch_step: int, why: str) -> None:
-    problem = f"used file on 2 workers, this start uses {now.by} on {now.workers} .*{why}"
+    problem = f"used file on 2 workers, this start uses {now.mode} on {now.num_workers} .*{why}"
     with raises(ConfigError, fix="resume with 2 workers", problem=problem):
         require_resumable(now, BEFORE, epoch_step)

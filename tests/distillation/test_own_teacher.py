@@ -17,13 +17,13 @@ from trainer.runs.folder import is_finished, open_run_folder
 from trainer.storage.path import StoragePath, storage_path
 
 
-def settings(home: StoragePath, tmp_path: Path, **changes: Any) -> RunConfig:
+def make_config(home: StoragePath, tmp_path: Path, **changes: Any) -> RunConfig:
     distillation = {"teacher": "train", "model": {"backbone": "ResNet50"}}
     cache = str(tmp_path / "cache")
     return load_resolved(tree(output_dir=str(home), runtime__cache_dir=cache, distillation=distillation, **changes))
 
 
-def teacher_of(config: RunConfig) -> RunConfig:
+def get_teacher_config(config: RunConfig) -> RunConfig:
     teacher = configure_teacher(config)
     assert isinstance(teacher, RunConfig)
     return teacher
@@ -34,17 +34,17 @@ def choose(config: RunConfig) -> tuple[Any, Any]:
 
 
 def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path: Path) -> None:
-    config = settings(home, tmp_path)
+    config = make_config(home, tmp_path)
     for state in (NEW, BEGUN, SAVED):
-        leave(teacher_of(config), state)
-        assert choose(config) == (config, teacher_of(config))
-    leave(teacher_of(config), FINISHED)
+        leave(get_teacher_config(config), state)
+        assert choose(config) == (config, get_teacher_config(config))
+    leave(get_teacher_config(config), FINISHED)
     assert choose(config) == (config, None)
     for state in (BEGUN, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
         leave(config, state)
         assert choose(config) == (config, None)
     assert is_finished(config)
-    assert is_finished(teacher_of(config))
+    assert is_finished(get_teacher_config(config))
     if not home.is_local:  # a start on another node downloads the student alone
         folder = open_run_folder(config)
         assert not (folder.path / "teacher").exists()
@@ -53,61 +53,63 @@ def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path
 
 
 def test_a_longer_teacher_is_trained_unless_its_student_has_begun(home: StoragePath, tmp_path: Path) -> None:
-    config, longer = settings(home, tmp_path), settings(home, tmp_path, phases__head__epochs=9)
-    leave(teacher_of(config), FINISHED)
-    assert must_train(longer, teacher_of(longer))
+    config, longer = make_config(home, tmp_path), make_config(home, tmp_path, phases__head__epochs=9)
+    leave(get_teacher_config(config), FINISHED)
+    assert must_train(longer, get_teacher_config(longer))
     leave(config, SAVED)
-    assert not must_train(longer, teacher_of(longer))  # the run is extended, with the teacher that it began with
+    assert not must_train(
+        longer, get_teacher_config(longer)
+    )  # the run is extended, with the teacher that it began with
 
 
-def test_a_folder_that_the_student_cannot_use_is_refused_before_the_teacher_trains(
+def test_a_folder_that_the_student_cannot_use_is_rejected_before_the_teacher_trains(
     home: StoragePath, tmp_path: Path
 ) -> None:
-    config = settings(home, tmp_path)
+    config = make_config(home, tmp_path)
     (home / "notes.txt").write("mine")
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(notes.txt\)"):
         choose(config)
     (home / "notes.txt").delete()
     leave(config, SAVED)
     with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
-        choose(settings(home, tmp_path, seed=5))
+        choose(make_config(home, tmp_path, seed=5))
 
 
 def test_another_run_cannot_use_the_folder_of_a_teacher(home: StoragePath, tmp_path: Path) -> None:
-    config = settings(home, tmp_path)
-    leave(teacher_of(config), SAVED)
+    config = make_config(home, tmp_path)
+    leave(get_teacher_config(config), SAVED)
     alone = load_resolved(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(teacher\)"):
         open_run_folder(alone)
-    other = settings(home, tmp_path, seed=5)
+    other = make_config(home, tmp_path, seed=5)
     with raises(ConfigError, "output_dir", f"{home}/teacher", "same values", "seed: 42 -> 5"):
         open_run_folder(choose(other)[1])
 
 
 def test_a_run_that_must_exist_can_be_that_of_its_teacher(home: StoragePath, tmp_path: Path) -> None:
-    config = settings(home, tmp_path, resume="must")
+    config = make_config(home, tmp_path, resume="must")
     with raises(ConfigError, "resume", "must", "resume=auto", "holds no run"):
         open_run_folder(choose(config)[1])
-    leave(teacher_of(settings(home, tmp_path)), FINISHED)
+    leave(get_teacher_config(make_config(home, tmp_path)), FINISHED)
     now, teacher = choose(config)
     assert teacher is None
-    leave(now, SAVED)  # not refused, although the student has no run yet
+    leave(now, SAVED)  # not rejected, although the student has no run yet
     assert choose(config) == (config, None)
 
 
 def test_a_new_folder_is_that_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = settings(storage_path(""), tmp_path).model_copy(update={"output_dir": None})
+    config = make_config(storage_path(""), tmp_path).model_copy(update={"output_dir": None})
     now, teacher = choose(config)
     assert (now.output_dir, teacher.output_dir) == (now.output_dir, f"{now.output_dir}/teacher")
     folder = open_run_folder(teacher)
     folder.student = now.output_dir
-    assert f"output_dir={now.output_dir} " in folder_hint(folder)
+    assert f"output_dir={now.output_dir} " in make_folder_hint(folder)
     folder.abandon()
-    assert not Path(str(now.output_dir)).exists()  # a refused start leaves nothing
+    assert not Path(str(now.output_dir)).exists()  # a rejected start leaves nothing
 
 
-def folder_hint(folder: Any) -> str:
+def make_folder_hint(folder: Any) -> str:
     from trainer.runs.saver import Saver
 
     return Saver(folder, ControlChannel(discover({}), {}), 1).resume_hint
@@ -131,4 +133,4 @@ def test_errors_of_its_run_have_the_keys_of_the_command() -> None:
         raise DataError("is missing", key="data.root")
     with pytest.raises(ConfigError) as caught, rename_teacher_keys():
         raise ConfigError.of_faults([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
-    assert [fault.key for fault in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]
+    assert [error.key for error in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]

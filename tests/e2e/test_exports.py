@@ -214,7 +214,7 @@ def test_darker_digits_and_another_dataset_drift_and_held_out_digits_do_not(trai
     served = tf.saved_model.load(str(trained / "export" / "saved_model" / "1"))
     reference = json.loads((trained / "export" / "reference.json").read_text())
     projection = np.array(reference["embedding"]["projection"])
-    images = open_images(find_run(str(trained)), reference["image_size"]).rows("validation", np.arange(180))
+    images = open_images(find_run(str(trained)), reference["image_size"]).read_images("validation", np.arange(180))
 
     def log(name: str, requests: np.ndarray) -> Path:
         path = tmp_path / f"{name}.jsonl"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.images import noise
-from tests.data.test_names import fill
+from tests.data.images import encode_noise
+from tests.data.test_names import fill_classes
 from tests.e2e.running import ROOT, program, train
 from tests.nasty import file_names, mixed_names
 from tests.serving.running import Served
@@ -67,7 +67,7 @@ def test_a_whole_run_with_nasty_names(tmp_path: Path) -> None:
     for name in mixed_names(SEED, 16):
         folders.setdefault(normalize_class_name(name), name)
     files = [os.fsdecode(os.fsencode(name)[:251]) + ".jpg" for name in mixed_names(SEED + 1, 8)]
-    fill(tmp_path / "photos [2024]", list(folders.values()), files)
+    fill_classes(tmp_path / "photos [2024]", list(folders.values()), files)
     before, home = tree_of(tmp_path), tmp_path / "work"
     home.mkdir()
     cache = f"runtime.cache_dir={tmp_path}/cache"
@@ -97,7 +97,7 @@ def test_a_whole_run_with_nasty_names(tmp_path: Path) -> None:
     with Served(f"model={run}", f"cache_dir={tmp_path}/cache", f"log={home}/{log}") as served:
         served.ready()
         for name in files:
-            assert sorted(posted(served, name, noise(1))) == names
+            assert sorted(posted(served, name, encode_noise(1))) == names
     measured(f"reference=./{run_name}", f"log=./{log}", f"output=./{figure}", cwd=home)
     assert {path.split("/")[0] for path in tree_of(tmp_path) - before} == {"work", "cache"}
     written = {run_name, "prepared [2024]", "again", "comparison.html", "exported", log, figure}
@@ -125,7 +125,7 @@ def test_a_run_in_a_bucket_with_nasty_names(tmp_path: Path) -> None:
         for name in evil:
             put(folder, name, b"x")
         for number, (name, file) in enumerate(product(folders.values(), files)):
-            put(folder, f"{name}/{file}", noise(number))
+            put(folder, f"{name}/{file}", encode_noise(number))
         output, names = f"output_dir={quote_if_needed(run)}", sorted(folders)
         cache = f"runtime.cache_dir={tmp_path}/cache"
         out = train(*TINY, f"data.root={root}", output, cache, cwd=home).stdout

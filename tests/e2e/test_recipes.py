@@ -13,8 +13,8 @@ import tensorflow as tf
 import yaml
 
 from scripts.recipes_page import list_values
-from tests.data.images import noise, record
-from tests.data.test_open import images
+from tests.data.images import encode_noise, serialize_record
+from tests.data.test_open import read_encoded_images
 from tests.e2e.running import train, variables_of
 from tests.test_recipes import FLOWERS, PRESETS, RECIPES, preset
 from trainer.data.open import stage_and_open_run_dataset
@@ -60,7 +60,7 @@ SMALLER = {"beans_xception": "mobilenet", "flowers_tfrecords_xception": "mobilen
 
 
 def jpeg(number: int) -> bytes:
-    return noise(number, size=(40, 40))
+    return encode_noise(number, size=(40, 40))
 
 
 def tfds_folder(root: Path, name: str) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def record_files(root: Path) -> tuple[str, ...]:
     for file in range(6):
         with tf.io.TFRecordWriter(str(root / "records" / f"{file}.tfrec")) as writer:
             for at in range(20):
-                writer.write(record(image=jpeg(100 * file + at), **{"class": at % 5}))
+                writer.write(serialize_record(image=jpeg(100 * file + at), **{"class": at % 5}))
     return (f"data.pattern={root / 'records'}/*.tfrec",)
 
 
@@ -188,7 +188,7 @@ def test_the_record_files_of_a_preset_are_opened(name: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(dataset.splits["train"].labels, np.arange(100) % 5)
     numbers = {"validation": range(20), "train": [100 * file + at for file in range(1, 6) for at in range(20)]}
     for split, expected in numbers.items():
-        assert images(dataset.splits[split]) == [jpeg(number) for number in expected]
+        assert read_encoded_images(dataset.splits[split]) == [jpeg(number) for number in expected]
 
 
 @pytest.mark.timeout(900)

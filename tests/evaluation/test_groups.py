@@ -11,7 +11,7 @@ from tests.errors import raises
 from tests.evaluation.examples import HOSTILE, make_result
 from tests.report.test_write import Page, write
 from trainer.errors import DataError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.metrics import score_groups, score_predictions
 
 LABELS = np.array([0, 1, 0, 1, 2, 0], np.int32)
@@ -23,7 +23,7 @@ def test_groups_by_hand() -> None:
     scores = score_groups(LABELS, PREDICTIONS, GROUPS, "site")
     assert scores["field"] == "site"
     first, second = scores["rows"]
-    interval = list(wilson_interval(4, 4))
+    interval = list(compute_wilson_interval(4, 4))
     assert first == {"name": "a", "n": 4, "correct": 4, "accuracy": 1.0, "interval": interval, "macro_f1": 1.0}
     assert (second["n"], second["correct"], second["accuracy"]) == (2, 1, 0.5)
     assert second["macro_f1"] == pytest.approx(1 / 3)  # class 0: 2/3; class 1: 0

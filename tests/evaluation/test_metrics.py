@@ -10,8 +10,8 @@ from sklearn.metrics import classification_report, log_loss
 from tests.errors import raises
 from tests.evaluation.examples import make_result
 from trainer.errors import DataError
-from trainer.evaluation.intervals import wilson_interval
-from trainer.evaluation.metrics import measure_calibration, score, score_predictions
+from trainer.evaluation.intervals import compute_wilson_interval
+from trainer.evaluation.metrics import compute_scores, measure_calibration, score_predictions
 
 NAMES = ("a", "b", "c")
 # Predictions a, b, b, a for truths a, a, b, b: two of four are right; c never occurs and is never predicted.
@@ -20,7 +20,7 @@ PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.3, 0.5, 0.2], [0.
 
 
 def test_scores_by_hand() -> None:
-    scores = score(LABELS, PROBABILITIES, NAMES)
+    scores = compute_scores(LABELS, PROBABILITIES, NAMES)
     assert (scores["n"], scores["correct"], scores["accuracy"], scores["majority"]) == (4, 2, 0.5, 0.5)
     assert scores["confusion"] == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert scores["loss"] == pytest.approx(-np.log([0.9, 0.2, 0.5, 0.4]).mean(), rel=1e-6)
@@ -34,7 +34,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_a_class_never_predicted_differs_from_a_class_without_examples() -> None:
-    scores = score(np.array([0, 1]), np.array([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7]]), NAMES)
+    scores = compute_scores(np.array([0, 1]), np.array([[0.8, 0.1, 0.1], [0.1, 0.2, 0.7]]), NAMES)
     assert [row["undefined"] for row in scores["per_class"]] == [[], ["precision"], ["recall"]]
     assert scores["macro_f1"] == pytest.approx(1 / 3)  # b is never predicted and c never occurs: both count as 0
 
@@ -54,9 +54,9 @@ def test_scores_agree_with_scikit_learn() -> None:
 
 
 def test_top_5_counts_ties_in_the_order_of_the_classes() -> None:
-    scores = score(np.arange(6), np.full((6, 6), 1 / 6, np.float32), [str(k) for k in range(6)])
+    scores = compute_scores(np.arange(6), np.full((6, 6), 1 / 6, np.float32), [str(k) for k in range(6)])
     assert (scores["top_5"], scores["accuracy"]) == pytest.approx((5 / 6, 1 / 6))
-    assert scores["top_5_interval"] == list(wilson_interval(5, 6))
+    assert scores["top_5_interval"] == list(compute_wilson_interval(5, 6))
 
 
 def test_everything_is_ready_for_json() -> None:
@@ -66,8 +66,8 @@ def test_everything_is_ready_for_json() -> None:
 
 def test_a_certain_and_right_model_has_a_loss_of_zero_and_a_certain_and_wrong_one_a_finite_loss() -> None:
     certain = np.eye(3, dtype=np.float32)
-    assert str(score(np.arange(3), certain, NAMES)["loss"]) == "0.0"
-    assert score(np.array([1, 2, 0]), certain, NAMES)["loss"] == pytest.approx(-np.log(1e-7))
+    assert str(compute_scores(np.arange(3), certain, NAMES)["loss"]) == "0.0"
+    assert compute_scores(np.array([1, 2, 0]), certain, NAMES)["loss"] == pytest.approx(-np.log(1e-7))
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_a_certain_and_right_model_has_a_loss_of_zero_and_a_certain_and_wrong_on
     ],
 )
 def test_wilson_matches_the_published_values(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert compute_wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_stays_within_0_and_1() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
     for n in (1, 7, 1000):
-        assert (wilson_interval(0, n)[0], wilson_interval(n, n)[1]) == (0.0, 1.0)
+        assert (compute_wilson_interval(0, n)[0], compute_wilson_interval(n, n)[1]) == (0.0, 1.0)
 
 
 def test_calibration_by_hand() -> None:
@@ -114,7 +114,7 @@ def test_the_result_has_the_arrays_of_the_scores() -> None:
     result = score_predictions("validation", NAMES, LABELS, PROBABILITIES, list("wxyz"))
     assert (result.split, result.class_names, result.names) == ("validation", NAMES, ("w", "x", "y", "z"))
     assert (result.labels.dtype, result.probabilities.dtype) == (np.int32, np.float32)
-    assert result.metrics == score(LABELS, PROBABILITIES, NAMES)
+    assert result.metrics == compute_scores(LABELS, PROBABILITIES, NAMES)
 
 
 NOT_FINITE = np.where([[False] * 3, [False] * 3, [False, True, False], [False] * 3], np.nan, PROBABILITIES)
@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_arrays_that_do_not_match_are_refused(name: str) -> None:
+def test_arrays_that_do_not_match_are_rejected(name: str) -> None:
     (labels, probabilities, classes, files), problem, fix = WRONG[name]
     with raises(DataError, problem=problem, fix=fix):
         score_predictions("test", classes, labels, probabilities, files)

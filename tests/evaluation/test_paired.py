@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from trainer.evaluation.intervals import macro_f1_interval, mean_interval
+from trainer.evaluation.intervals import compute_macro_f1_interval, compute_mean_interval
 from trainer.evaluation.paired import adjust_p_values, compare_paired
 
 
-def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+def make_outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
     first = [True] * (both + lost) + [False] * (won + neither)
     second = [True] * both + [False] * lost + [True] * won + [False] * neither
     return np.array(first), np.array(second)
@@ -20,7 +20,7 @@ def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, 
 def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
     m, k = lost + won, min(lost, won)
     tail = sum(comb(m, i) for i in range(k + 1)) / 2**m
-    pair = compare_paired(*outcomes(50, lost, won, 20))
+    pair = compare_paired(*make_outcomes(50, lost, won, 20))
     assert pair.p == pytest.approx(min(1.0, 2 * tail))
     assert (pair.lost, pair.won) == (lost, won)
     assert pair.difference == pytest.approx((won - lost) / (70 + m))
@@ -28,7 +28,7 @@ def test_p_is_the_binomial_tail_on_both_sides(lost: int, won: int) -> None:
 
 
 def test_swapping_the_two_changes_only_the_sign() -> None:
-    one, other = outcomes(30, 4, 11, 9)
+    one, other = make_outcomes(30, 4, 11, 9)
     pair, swapped = compare_paired(one, other), compare_paired(other, one)
     assert (swapped.difference, swapped.p) == (-pair.difference, pair.p)
     assert swapped.interval == pytest.approx((-pair.interval[1], -pair.interval[0]))
@@ -66,16 +66,16 @@ def test_the_interval_of_macro_f1_is_that_of_resampled_examples() -> None:
     drawn = [rng.integers(0, 300, 300) for _ in range(400)]
     scores = [f1_score(labels[d], answers[d], average="macro") for d in drawn]
     expected = np.percentile(scores, [2.5, 97.5])
-    low, high = macro_f1_interval(table)
+    low, high = compute_macro_f1_interval(table)
     assert (low, high) == pytest.approx(tuple(expected), abs=0.015)
     assert low < f1_score(labels, answers, average="macro") < high
-    assert macro_f1_interval(table) == (low, high)
-    assert macro_f1_interval(np.diag([5, 5])) == (1.0, 1.0)
+    assert compute_macro_f1_interval(table) == (low, high)
+    assert compute_macro_f1_interval(np.diag([5, 5])) == (1.0, 1.0)
 
 
 def test_the_interval_of_a_mean() -> None:
-    assert mean_interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
-    assert mean_interval(np.array([2.0])) == (2.0, 2.0)
-    low, high = mean_interval(np.arange(100.0))
+    assert compute_mean_interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
+    assert compute_mean_interval(np.array([2.0])) == (2.0, 2.0)
+    low, high = compute_mean_interval(np.arange(100.0))
     assert (low + high) / 2 == pytest.approx(49.5)
     assert high - low == pytest.approx(2 * 1.96 * 29.011 / 10, rel=1e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
-from trainer.evaluation.metrics import count_top_k, macro_f1
+from trainer.evaluation.metrics import compute_macro_f1, count_top_k
 from trainer.evaluation.scoring import compute_validation_scores
 
 
@@ -31,4 +31,4 @@ def test_top_5_and_macro_f1_are_those_of_scikit_learn(classes: int) -> None:
 
 def test_ties_and_classes_that_are_only_predicted() -> None:
     assert count_top_k(np.full((7, 7), 1 / 7, np.float32), np.arange(7)) == 5
-    assert macro_f1(np.array([0, 2]), np.array([0, 1])) == pytest.approx(1 / 3)
+    assert compute_macro_f1(np.array([0, 2]), np.array([0, 1])) == pytest.approx(1 / 3)

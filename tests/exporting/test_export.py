@@ -68,8 +68,8 @@ def test_the_reference_is_of_all_examples_and_parity_is_checked_on_a_thousand(
     probabilities[np.arange(count), labels] = 0.8
     scored = SplitPredictions("test", np.arange(5, count + 5), labels, probabilities)
     read: list[tuple[str, Any]] = []
-    rows = images.rows
-    monkeypatch.setattr(images, "rows", lambda name, some: read.append((name, some)) or rows(name, some))
+    rows = images.read_images
+    monkeypatch.setattr(images, "read_images", lambda name, some: read.append((name, some)) or rows(name, some))
     facts = export_classifier(tmp_path / "export", classifier, images, scored, explainer)
     reference = json.loads((tmp_path / "export" / "reference.json").read_text())
     assert (facts["keras"]["examples"], reference["embedding"]["n"]) == (MAX_PARITY_EXAMPLES, MAX_PARITY_EXAMPLES)
@@ -91,7 +91,7 @@ def test_every_example_that_can_be_decoded_is_scored(
     assert scored.indices.tolist() == [i for i in range(split.count) if i != 7]
     assert capsys.readouterr().out.count("skipped ") == 1
     np.testing.assert_array_equal(scored.labels, np.delete(split.labels, 7))
-    some = images.rows("test", [6, BATCH_SIZE + 2])
+    some = images.read_images("test", [6, BATCH_SIZE + 2])
     np.testing.assert_allclose(scored.probabilities[[6, BATCH_SIZE + 1]], classifier.probabilities(some), atol=1e-6)
     failing = ImageStore(OpenedData(images.dataset, {}, None, "none"), make_config(), 32, lambda _: None)
     with pytest.raises(DataError, match=r"cannot decode .*0007\.png"):
@@ -111,7 +111,7 @@ def test_a_run_in_half_precision_is_compared_in_the_precision_of_the_file(tmp_pa
     images, explainer = image_store(tmp_path, 20, make_config()), make_explainer(classifier)
     scored = score_all(explainer, images, "test")
     facts = export_classifier(tmp_path / "export", classifier, images, scored, explainer)["keras"]
-    predicted = load_export(tmp_path / "export" / "model.keras")(images.rows("test", scored.indices))
+    predicted = load_export(tmp_path / "export" / "model.keras")(images.read_images("test", scored.indices))
     assert np.abs(predicted - scored.probabilities).max() > 0.01  # compared with the precision of the run
     assert facts["largest_difference"] < 1e-3
     assert (facts["lost"], facts["gained"], facts["accuracy"]) == (0, 0, facts["trainer_accuracy"])

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from tests.data.test_orientation import photo
+from tests.data.test_orientation import encode_photo
 from tests.exporting.subjects import (
     SIZE,
     bundle_for,
@@ -22,7 +22,7 @@ from tests.exporting.subjects import (
     some_images,
 )
 from trainer.data.decoding import decode_image
-from trainer.evaluation.drift import Window, measure_drift, most_severe_level
+from trainer.evaluation.drift import PredictionWindow, get_most_severe_level, measure_drift
 from trainer.exporting.saved_model import WARMUP_FILE, export_saved_model
 
 
@@ -68,7 +68,7 @@ def test_photos_are_turned_upright_as_in_training(model: keras.Model, tmp_path: 
     export_saved_model(bundle, tmp_path / "1")
     served = tf.saved_model.load(str(tmp_path / "1")).signatures
     wide = np.random.default_rng(1).integers(0, 256, (50, 90, 3)).astype("uint8")
-    photos = [photo(o, kind, wide) for o in (1, 3, 6) for kind in ("JPEG", "PNG", "WEBP")]
+    photos = [encode_photo(o, kind, wide) for o in (1, 3, 6) for kind in ("JPEG", "PNG", "WEBP")]
     decode = partial(decode_image, size=SIZE, resize="stretch", orientation=orientation)
     pixels = np.stack([decode(tf.constant(data)).numpy() for data in photos]).astype("float32")
     for name in ("image_bytes", "explain"):
@@ -130,11 +130,11 @@ def test_the_reference_is_the_distribution_of_its_own_examples(model: keras.Mode
     predictions = predictions_of(model, images).argmax(-1)
     np.testing.assert_allclose(reference["class_frequencies"], np.bincount(predictions, minlength=3) / 40)
     assert sum(reference["confidence_histogram"]["counts"]) == 40
-    served, window = tf.saved_model.load(str(folder)), Window(3)
+    served, window = tf.saved_model.load(str(folder)), PredictionWindow(3)
     files = tf.constant([tf.io.encode_png(image).numpy() for image in images])
     explained = served.signatures["explain"](image_bytes=files)
     for row, vector in zip(explained["probabilities"].numpy(), explained["embedding"].numpy(), strict=True):
         window.add(int(row.argmax()), float(row.max()), vector)
     drift = measure_drift(reference, window)
-    assert most_severe_level(drift) == "stable"
+    assert get_most_severe_level(drift) == "stable"
     assert max(measure.value for measure in drift) < 1e-3

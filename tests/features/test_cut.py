@@ -13,7 +13,7 @@ from trainer.config import schema as config
 from trainer.features.cut import Cut, Tail, Trunk, find_cut
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.freezing import FreezingPlan, set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import Network, StepSettings, TrainingStep
 
@@ -37,15 +37,15 @@ def built(name: str, size: int) -> Classifier:
     return build(name, size)
 
 
-def photos(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
+def make_photos(classifier: Classifier) -> tuple[np.ndarray, np.ndarray]:
     rng, size = np.random.default_rng(3), classifier.image_size
     labels = rng.integers(0, CLASSES, COUNT).astype(np.int32)
     images = rng.integers(0, 120, (COUNT, size, size, 3)) + labels[:, None, None, None] * 60
     return images.astype(np.uint8), labels
 
 
-def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tuple[ThawPlan, Cut | None]:
-    plan = apply_thaw(classifier, thaw, batch_norm)
+def freeze_and_cut(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tuple[FreezingPlan, Cut | None]:
+    plan = set_trainable_layers(classifier, thaw, batch_norm)
     return plan, find_cut(classifier)
 
 
@@ -71,13 +71,13 @@ def cut_of(classifier: Classifier, thaw: str, batch_norm: str = "frozen") -> tup
 )
 def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: str, shape: tuple[int, ...]) -> None:
     classifier = built(name, size)
-    plan, cut = cut_of(classifier, thaw)
+    plan, cut = freeze_and_cut(classifier, thaw)
     assert (cut.layer_index, cut.layer, cut.shape) == (number, layer, shape)
     assert cut.pooled == (thaw == "none")
     names = [each.name for each in classifier.backbone.layers]
     assert names[cut.layer_index] == layer or layer not in names  # ConvNeXt adds without a layer
     assert not cut.variables.keys() & plan.trainable.keys()
-    images, _ = photos(classifier)
+    images, _ = make_photos(classifier)
     (features,) = Trunk(classifier, [cut]).features(images)
     assert features.shape[1:] == shape
     np.testing.assert_allclose(Tail(classifier, cut).logits(features), classifier.logits(images), atol=1e-5)
@@ -92,30 +92,30 @@ def test_the_deepest_cut(name: str, size: int, thaw: str, number: int, layer: st
     ],
 )
 def test_batch_norm_that_trains_is_above_the_cut(thaw: str, batch_norm: str, layer: str) -> None:
-    _, cut = cut_of(built("MobileNetV2", 48), thaw, batch_norm)
+    _, cut = freeze_and_cut(built("MobileNetV2", 48), thaw, batch_norm)
     assert cut.layer == layer
 
 
 @pytest.mark.parametrize(("name", "size"), [("MobileNetV2", 48), ("EfficientNetB0", 32)])
 def test_without_frozen_layers_there_is_no_cut(name: str, size: int) -> None:
-    assert cut_of(built(name, size), "all")[1] is None
+    assert freeze_and_cut(built(name, size), "all")[1] is None
 
 
 def test_the_fingerprint_is_that_of_the_weights_below_the_cut() -> None:
     classifier = build()
-    _, cut = cut_of(classifier, "from_layer:100")
-    before = cut.fingerprint()
+    _, cut = freeze_and_cut(classifier, "from_layer:100")
+    before = cut.compute_fingerprint()
     classifier.output.bias.assign_add([1.0, 0.0, 0.0])
     above, below = (classifier.variables[f"backbone/{n}/kernel"] for n in ("block_11_depthwise", "Conv1"))
     above.assign(above.value + 1)
-    assert cut.fingerprint() == before
+    assert cut.compute_fingerprint() == before
     below.assign(below.value * 1.01)
-    assert cut.fingerprint() != before
+    assert cut.compute_fingerprint() != before
 
 
-def calibrate(classifier: Classifier, images: np.ndarray) -> None:
+def set_moving_averages(classifier: Classifier, images: np.ndarray) -> None:
     """Set the averages of BatchNormalization; without them the output of random layers vanishes."""
-    apply_thaw(classifier, "all", "train")
+    set_trainable_layers(classifier, "all", "train")
     norms = [layer for layer in classifier.backbone.layers if isinstance(layer, BATCH_NORM_CLASS)]
     for layer in norms:
         layer.momentum, layer.usual = 0.0, layer.momentum
@@ -124,7 +124,7 @@ def calibrate(classifier: Classifier, images: np.ndarray) -> None:
         layer.momentum = layer.usual
 
 
-def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Tensor]]:
+def make_batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Tensor]]:
     """Epochs in index order; the last batch of each is padded with weight 0."""
     data = tf.data.Dataset.from_tensor_slices(
         {"image": images, "label": labels, "weight": np.ones(len(labels), np.float32), "index": np.arange(len(labels))}
@@ -134,19 +134,19 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Ten
     return iter(with_position.map(lambda rows: {**rows, "position": tf.range(BATCH, dtype=tf.int64)}))
 
 
-def features_of(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndarray:
+def compute_features(classifier: Classifier, cut: Cut, images: np.ndarray) -> np.ndarray:
     """Features computed in batches of a live step: random deep networks amplify rounding differences."""
     compute = tf.function(Trunk(classifier, [cut]).features)
     padded = np.pad(images, [(0, -COUNT % BATCH), (0, 0), (0, 0), (0, 0)])
     return np.concatenate([compute(part)[0] for part in np.split(padded, len(padded) // BATCH)])[:COUNT]
 
 
-def train(plan: ThawPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def train(plan: FreezingPlan, network: Network, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Losses of a few steps; the weights stay in the classifier."""
     settings = StepSettings(seed=3, batch_norm_training=plan.batch_norm_training, label_smoothing=0.1)
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     step = TrainingStep(tf.distribute.get_strategy(), network, plan.trainable, optimizer, settings)
-    rows, _, _ = step.run(batches(images, labels), STEPS, 0, 0)
+    rows, _, _ = step.run(make_batches(images, labels), STEPS, 0, 0)
     return rows
 
 
@@ -175,14 +175,14 @@ def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
     name: str, size: int, thaw: str, batch_norm: str
 ) -> None:
     classifier = build(name, size, hidden=5)
-    images, labels = photos(classifier)
-    calibrate(classifier, images)
+    images, labels = make_photos(classifier)
+    set_moving_averages(classifier, images)
     begin = variables.copy_values(classifier.variables)
-    plan, cut = cut_of(classifier, thaw, batch_norm)
+    plan, cut = freeze_and_cut(classifier, thaw, batch_norm)
     live = train(plan, classifier, images, labels)
     expected = variables.copy_values(classifier.variables)
     variables.assign_values(classifier.variables, begin, "the beginning")
-    cached = train(plan, Tail(classifier, cut), features_of(classifier, cut, images), labels)
+    cached = train(plan, Tail(classifier, cut), compute_features(classifier, cut, images), labels)
     trained = variables.copy_values(classifier.variables)
     np.testing.assert_allclose(cached, live, rtol=1e-4, atol=1e-4)
     moved = 0
@@ -196,8 +196,8 @@ def test_a_tail_learns_from_features_what_the_whole_learns_from_images(
 
 def test_one_trunk_serves_several_cuts() -> None:
     classifier = built("MobileNetV2", 48)
-    images, _ = photos(classifier)
-    cuts = [cut for thaw in ("none", "from_layer:100") if (cut := cut_of(classifier, thaw)[1])]
+    images, _ = make_photos(classifier)
+    cuts = [cut for thaw in ("none", "from_layer:100") if (cut := freeze_and_cut(classifier, thaw)[1])]
     together = Trunk(classifier, cuts).features(images)
     for cut, features in zip(cuts, together, strict=True):
         np.testing.assert_array_equal(features, Trunk(classifier, [cut]).features(images)[0])

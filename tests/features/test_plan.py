@@ -13,8 +13,8 @@ from trainer.features.plan import (
     FeatureChoice,
     divide_phases,
     plan_features,
+    reads_images_only_once,
     select_stored_dtype,
-    train_images_read_once,
 )
 from trainer.models.classifier import Classifier, build_classifier
 from trainer.types import Dataset, Split
@@ -25,10 +25,10 @@ MODEL = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_siz
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return build_classifier(config().model, 3, 1)
+    return build_classifier(make_config().model, 3, 1)
 
 
-def config(**changes: Any) -> RunConfig:
+def make_config(**changes: Any) -> RunConfig:
     phase = {"thaw": "none", "epochs": 3} | {k: v for k, v in changes.items() if k in PHASE}
     more = {k: v for k, v in changes.items() if k not in PHASE}
     training = {"batch_size": BATCH}
@@ -39,7 +39,7 @@ PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
 AUGMENTED = {"augmentation": {"zoom": 0.1}}
 
 
-def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
+def plan_input(configured: RunConfig, classifier: Classifier, budget: int = 10**7) -> FeatureChoice:
     counts = {"train": COUNT, "validation": SCORED}
     splits = {name: Split(name, np.zeros(count, np.int32)) for name, count in counts.items()}
     dataset = Dataset("x", ("a", "b"), splits, "")
@@ -66,7 +66,7 @@ def planned(configured: RunConfig, classifier: Classifier, budget: int = 10**7) 
     ],
 )  # fmt: skip
 def test_auto_caches_if_that_saves_work(classifier: Classifier, changes: Any, cached: bool, why: str) -> None:
-    choice = planned(config(**changes), classifier)
+    choice = plan_input(make_config(**changes), classifier)
     assert (choice.input_kind == "cached") == cached
     assert why in choice.reason
 
@@ -86,29 +86,29 @@ def test_auto_caches_if_that_saves_work(classifier: Classifier, changes: Any, ca
     ],
 )
 def test_a_live_phase_validates_on_features(classifier: Classifier, changes: Any, reads: str, why: str) -> None:
-    choice = planned(config(**changes), classifier)
+    choice = plan_input(make_config(**changes), classifier)
     assert choice.input_kind == reads
     assert choice.reason.endswith(why)
     assert choice.describe("head").startswith("features of phase head: live, ")
 
 
 def test_features_that_do_not_fit_are_live_or_an_error(classifier: Classifier) -> None:
-    choice = planned(config(), classifier, 120 * 1280 * 4 - 1)
+    choice = plan_input(make_config(), classifier, 120 * 1280 * 4 - 1)
     assert choice.input_kind == "validation"
     assert "0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb; validation on" in choice.reason
-    choice = planned(config(), classifier, 20 * 1280 * 4 - 1)
+    choice = plan_input(make_config(), classifier, 20 * 1280 * 4 - 1)
     assert choice.input_kind == "live"
     assert choice.reason.endswith("0.6 MB fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
-    assert planned(config(), classifier, 120 * 1280 * 4).input_kind == "cached"
-    half = config(features_dtype="float16", features="cached")
-    assert planned(half, classifier, 120 * 1280 * 2).input_kind == "cached"
+    assert plan_input(make_config(), classifier, 120 * 1280 * 4).input_kind == "cached"
+    half = make_config(features_dtype="float16", features="cached")
+    assert plan_input(half, classifier, 120 * 1280 * 2).input_kind == "cached"
     with raises(ConfigError, "phases.head.features", "cached", fix="features=auto", problem="^1 view .* fit neither"):
-        planned(half, classifier, 1)
+        plan_input(half, classifier, 1)
 
 
 @pytest.mark.parametrize(("computed", "stored"), [("float32", "float16"), ("bfloat16", "bfloat16")])
 def test_features_of_lower_precision_are_stored_in_it(computed: str, stored: str) -> None:
-    phase = config(features_dtype="float16").phases["head"]
+    phase = make_config(features_dtype="float16").phases["head"]
     assert select_stored_dtype(phase, Cut("x", 1, None, False, (2,), computed, {})) == stored
 
 
@@ -127,9 +127,9 @@ def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
     assert parts["norms"].cut is not None
     assert not parts["norms"].updated & parts["norms"].cut.variables.keys()
     assert parts["all"].cut is None
-    assert not train_images_read_once(config(), {})
-    assert not train_images_read_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
-    assert train_images_read_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
+    assert not reads_images_only_once(make_config(), {})
+    assert not reads_images_only_once(configured, {"head": "cached", "norms": "cached", "all": "live"})
+    assert reads_images_only_once(configured, {"head": "validation", "norms": "cached", "all": "cached"}, first=1)
 
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tests.data import splits_on_disk
-from tests.data.orders import epoch_order
+from tests.data.orders import compute_epoch_order
 from tests.disks import small_disk
 from tests.errors import raises
 from trainer.config.schema import Augmentation
@@ -30,13 +30,13 @@ NEEDED = VIEWS * COUNT * 6 * 4
 SPLIT = Split("train", np.arange(COUNT, dtype=np.int32), files=tuple(f"{i}.jpg" for i in range(COUNT)))
 
 
-def values(view: int, index: np.ndarray | range) -> np.ndarray:
+def make_rows(view: int, index: np.ndarray | range) -> np.ndarray:
     """Float32 [n, *SHAPE], different for each view and example."""
     number = np.asarray(index)[:, None, None] * 10 + view * 1000
     return (number + np.arange(6).reshape(SHAPE)).astype(np.float32)
 
 
-def opened(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
+def open_store(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
     options = {"shape": SHAPE, "dtype": "float32", "views": VIEWS, "indices": np.arange(COUNT), "threads": 2}
     where = {"file": folder / "f" / "x", "memory_budget": NEEDED, "disk_budget": 10 * NEEDED}
     where |= {name: changes.pop(name) for name in list(changes) if name in where}
@@ -44,11 +44,11 @@ def opened(folder: Path, notes: list[str] | None = None, **changes: Any) -> Any:
     return open_features(features, **where)  # type: ignore[arg-type]
 
 
-def filled(folder: Path, **changes: Any) -> Features:
-    features = opened(folder, **changes)
+def open_filled_store(folder: Path, **changes: Any) -> Features:
+    features = open_store(folder, **changes)
     for view in range(features.views):
-        index = np.flatnonzero(features.missing(view))
-        features.write(view, index, features.encode(values(view, index)), {})
+        index = np.flatnonzero(features.find_missing(view))
+        features.write(view, index, features.encode(make_rows(view, index)), {})
     return features
 
 
@@ -62,91 +62,91 @@ def small_files() -> Iterator[Any]:
 
 @pytest.mark.parametrize("memory", [NEEDED, NEEDED - 1])
 def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -> None:
-    features = filled(tmp_path, memory_budget=memory)
-    features.complete()
-    features.bad[3] = "damaged"
+    features = open_filled_store(tmp_path, memory_budget=memory)
+    features.finish_writing()
+    features.unreadable[3] = "damaged"
     assert features.cached_in == ("memory" if memory == NEEDED else "disk")
     batches = build_training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
     stream = batches.dataset.as_numpy_iterator()
     for epoch in range(3):
         parts = [next(stream) for _ in range(3)]
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        np.testing.assert_array_equal(batch["index"][:COUNT], epoch_order(SPLIT, 5, epoch, COUNT))
+        np.testing.assert_array_equal(batch["index"][:COUNT], compute_epoch_order(SPLIT, 5, epoch, COUNT))
         np.testing.assert_array_equal(batch["label"][:COUNT], batch["index"][:COUNT])
         np.testing.assert_array_equal(batch["weight"], [*(batch["index"][:COUNT] != 3), 0])
         real = batch["weight"] > 0
-        np.testing.assert_array_equal(batch["image"][real], values(epoch % VIEWS, batch["index"][real]))
+        np.testing.assert_array_equal(batch["image"][real], make_rows(epoch % VIEWS, batch["index"][real]))
         assert not batch["image"][~real].any()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_come_out_as_they_went_in(tmp_path: Path, dtype: str) -> None:
-    features = filled(tmp_path, dtype=dtype, memory_budget=NEEDED // 2)
-    features.complete()
+    features = open_filled_store(tmp_path, dtype=dtype, memory_budget=NEEDED // 2)
+    features.finish_writing()
     rows = features.gather_rows(features.tensor(), tf.constant([4, 10], tf.int64), tf.constant([1, 0], tf.int64))
     assert rows.dtype == dtype
-    np.testing.assert_array_equal(rows, tf.cast(np.stack([values(1, [4])[0], values(0, [10])[0]]), dtype))
+    np.testing.assert_array_equal(rows, tf.cast(np.stack([make_rows(1, [4])[0], make_rows(0, [10])[0]]), dtype))
 
 
 def test_values_beyond_float16_are_an_error(tmp_path: Path) -> None:
-    features = opened(tmp_path, dtype="float16")
+    features = open_store(tmp_path, dtype="float16")
     with raises(DataError, "features_dtype", "float16", fix="bfloat16", problem="65,504"):
         features.encode(np.full((1, *SHAPE), 7e4, np.float32))
 
 
 @pytest.mark.parametrize("memory", [NEEDED, 0])
 def test_a_later_start_reads_intact_rows(tmp_path: Path, memory: int) -> None:
-    first = opened(tmp_path)
-    first.write(0, np.array([0, 1, 2, 7]), values(0, [0, 1, 2, 7]), {2: "no JPEG"})
-    first.write(1, np.array([5]), values(1, [5]), {})
+    first = open_store(tmp_path)
+    first.write(0, np.array([0, 1, 2, 7]), make_rows(0, [0, 1, 2, 7]), {2: "no JPEG"})
+    first.write(1, np.array([5]), make_rows(1, [5]), {})
     with open(tmp_path / "f" / "x.list", "a") as listed:
         listed.write('{"view": 0, "first": 9, "cou')  # killed here
-    second = opened(tmp_path, memory_budget=memory)
-    assert np.flatnonzero(~second.missing(0)).tolist() == [0, 1, 2, 7]
-    assert np.flatnonzero(~second.missing(1)).tolist() == [5]
-    assert second.bad == {2: "no JPEG"}
+    second = open_store(tmp_path, memory_budget=memory)
+    assert np.flatnonzero(~second.find_missing(0)).tolist() == [0, 1, 2, 7]
+    assert np.flatnonzero(~second.find_missing(1)).tolist() == [5]
+    assert second.unreadable == {2: "no JPEG"}
     for view in range(VIEWS):
-        index = np.flatnonzero(second.missing(view))
-        second.write(view, index, values(view, index), {})
-    second.complete()
+        index = np.flatnonzero(second.find_missing(view))
+        second.write(view, index, make_rows(view, index), {})
+    second.finish_writing()
     rows = np.asarray(second.tensor()).reshape(VIEWS, COUNT + 1, *SHAPE)
     for view in range(VIEWS):
-        np.testing.assert_array_equal(rows[view, :COUNT], values(view, range(COUNT)))
+        np.testing.assert_array_equal(rows[view, :COUNT], make_rows(view, range(COUNT)))
         assert not rows[view, COUNT].any()
 
 
 def test_only_damaged_rows_are_missing(tmp_path: Path) -> None:
-    first = opened(tmp_path)
+    first = open_store(tmp_path)
     for part in (range(4), range(4, COUNT)):
-        first.write(0, np.asarray(part), values(0, part), {})
+        first.write(0, np.asarray(part), make_rows(0, part), {})
     rows = tmp_path / "f" / "x.rows"
     content = bytearray(rows.read_bytes())
     content[5 * 24] ^= 1
     rows.write_bytes(content)
     notes: list[str] = []
-    second = opened(tmp_path, notes)
-    assert np.flatnonzero(second.missing(0)).tolist() == list(range(4, COUNT))
+    second = open_store(tmp_path, notes)
+    assert np.flatnonzero(second.find_missing(0)).tolist() == list(range(4, COUNT))
     assert notes == [f"1 block of {tmp_path}/f/x.rows corrupt; computing the features again"]
     # Computed again with other values, as on another processor: the block is intact from then on.
-    second.write(0, np.arange(4, COUNT), values(1, range(4, COUNT)), {})
-    third = opened(tmp_path, notes)
-    assert not third.missing(0).any()
+    second.write(0, np.arange(4, COUNT), make_rows(1, range(4, COUNT)), {})
+    third = open_store(tmp_path, notes)
+    assert not third.find_missing(0).any()
     assert len(notes) == 1
 
 
 def test_a_block_after_a_truncated_line_is_read(tmp_path: Path) -> None:
-    first = opened(tmp_path)
-    first.write(0, np.arange(4), values(0, range(4)), {})
+    first = open_store(tmp_path)
+    first.write(0, np.arange(4), make_rows(0, range(4)), {})
     with open(tmp_path / "f" / "x.list", "a") as listed:
         listed.write('{"view": 0, "first": 9, "cou')  # killed here
-    second = opened(tmp_path)
-    second.write(0, np.arange(4, COUNT), values(0, range(4, COUNT)), {})
-    assert not opened(tmp_path).missing(0).any()
+    second = open_store(tmp_path)
+    second.write(0, np.arange(4, COUNT), make_rows(0, range(4, COUNT)), {})
+    assert not open_store(tmp_path).find_missing(0).any()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "other"])
 def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> None:
-    filled(tmp_path)
+    open_filled_store(tmp_path)
     rows, listed = tmp_path / "f" / "x.rows", tmp_path / "f" / "x.list"
     if damage == "truncated":
         os.truncate(rows, 24)
@@ -162,45 +162,45 @@ def test_no_rows_are_read_from_a_damaged_file(tmp_path: Path, damage: str) -> No
             block,
         )
         listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert opened(tmp_path).missing(0).all()
+    assert open_store(tmp_path).find_missing(0).all()
 
 
 def test_a_worker_stores_and_counts_only_its_own_rows(tmp_path: Path) -> None:
     indices = np.array([1, 2, 9])
-    features = filled(tmp_path, indices=indices, memory_budget=0)
-    assert features.bytes == VIEWS * 3 * 24 == count_feature_bytes(SHAPE, "float32", VIEWS, 3)
-    features.complete()
-    assert not any(features.missing(view).any() for view in range(VIEWS))
-    assert np.flatnonzero(~opened(tmp_path).missing(1)).tolist() == [1, 2, 9]
+    features = open_filled_store(tmp_path, indices=indices, memory_budget=0)
+    assert features.num_bytes == VIEWS * 3 * 24 == count_feature_bytes(SHAPE, "float32", VIEWS, 3)
+    features.finish_writing()
+    assert not any(features.find_missing(view).any() for view in range(VIEWS))
+    assert np.flatnonzero(~open_store(tmp_path).find_missing(1)).tolist() == [1, 2, 9]
 
 
 def test_with_a_full_disk_features_stay_in_memory(tmp_path: Path, small_files: Any) -> None:
     notes: list[str] = []
-    features = opened(tmp_path, notes)
+    features = open_store(tmp_path, notes)
     small_files(3 * 24)
     for view in range(VIEWS):
-        features.write(view, np.arange(COUNT), values(view, range(COUNT)), {})
+        features.write(view, np.arange(COUNT), make_rows(view, range(COUNT)), {})
     assert notes == [f"features cannot be stored in {tmp_path}/f (File too large); using memory only"]
     assert list((tmp_path / "f").iterdir()) == []
-    features.complete()
-    np.testing.assert_array_equal(features.tensor()[:COUNT], values(0, range(COUNT)))
+    features.finish_writing()
+    np.testing.assert_array_equal(features.tensor()[:COUNT], make_rows(0, range(COUNT)))
 
 
 def test_with_a_disk_that_has_become_read_only_features_stay_in_memory(tmp_path: Path) -> None:
     notes: list[str] = []
     with small_disk(tmp_path / "disk", "1m") as disk:
-        features = opened(disk, notes)
+        features = open_store(disk, notes)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
+        features.write(0, np.arange(COUNT), make_rows(0, range(COUNT)), {})
         assert notes == [f"features cannot be stored in {disk}/f (Read-only file system); using memory only"]
-        assert not features.missing(0).any()
+        assert not features.find_missing(0).any()
 
 
 def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_files: Any) -> None:
-    features = opened(tmp_path, memory_budget=0)
+    features = open_store(tmp_path, memory_budget=0)
     small_files(3 * 24)
     with pytest.raises(OSError, match="File too large"):
-        features.write(0, np.arange(COUNT), values(0, range(COUNT)), {})
+        features.write(0, np.arange(COUNT), make_rows(0, range(COUNT)), {})
 
 
 @pytest.mark.parametrize(
@@ -210,15 +210,15 @@ def test_a_full_disk_is_an_error_without_room_in_memory(tmp_path: Path, small_fi
 def test_features_are_stored_within_the_budgets(
     tmp_path: Path, memory: int, disk: int, where: str, on_disk: bool
 ) -> None:
-    features = opened(tmp_path, memory_budget=memory, disk_budget=disk)
+    features = open_store(tmp_path, memory_budget=memory, disk_budget=disk)
     assert (features.cached_in, (tmp_path / "f" / "x.rows").exists()) == (where, on_disk)
 
 
 def test_without_room_there_are_no_features(tmp_path: Path, small_files: Any) -> None:
-    assert opened(tmp_path, memory_budget=NEEDED - 1, disk_budget=NEEDED - 1) is None
+    assert open_store(tmp_path, memory_budget=NEEDED - 1, disk_budget=NEEDED - 1) is None
     notes: list[str] = []
     small_files(3)
-    assert opened(tmp_path, notes, memory_budget=NEEDED - 1) is None
+    assert open_store(tmp_path, notes, memory_budget=NEEDED - 1) is None
     assert notes == [f"features cannot be stored in {tmp_path}/f (File too large)"]
 
 
@@ -227,7 +227,7 @@ def test_the_least_recently_used_features_are_deleted(tmp_path: Path) -> None:
     size = count_feature_bytes(big, "float32", 1, COUNT)
 
     def open_on_disk(name: str, budget: int) -> Features:
-        return opened(tmp_path, shape=big, views=1, file=tmp_path / "f" / name, memory_budget=0, disk_budget=budget)
+        return open_store(tmp_path, shape=big, views=1, file=tmp_path / "f" / name, memory_budget=0, disk_budget=budget)
 
     for age, name in enumerate(("old", "used", "new")):
         features = open_on_disk(name, 4 * size)
@@ -240,7 +240,7 @@ def test_the_least_recently_used_features_are_deleted(tmp_path: Path) -> None:
 
 def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -> None:
     """In the feature pass and in live training."""
-    pixels = splits_on_disk.opened(splits_on_disk.file_split(tmp_path / "data"), "none", tmp_path)
+    pixels = splits_on_disk.open_pixels(splits_on_disk.write_file_split(tmp_path / "data"), "none", tmp_path)
     augmentation = Augmentation(flip_horizontal=True, rotation=20, contrast=0.2)
     chosen = np.array([2, 3, 11, 30])
     seen = []
@@ -249,7 +249,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
             pixels, chosen, rows=4, replicas=1, view=EpochAugmentation(augmentation, 5, view)
         )
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
-        expected = augment(pixels.rows(chosen), augmentation, 5, np.full(4, view), chosen)
+        expected = augment(pixels.read_images(chosen), augmentation, 5, np.full(4, view), chosen)
         np.testing.assert_array_equal(batch["image"], expected)
         np.testing.assert_array_equal(batch["index"], chosen)
         seen.append(batch["image"])

@@ -7,7 +7,7 @@ from trainer.look.sample import MAX_SHOWN, PER_CLASS, choose_examples, choose_sa
 from trainer.types import Shard, Split
 
 
-def split_of(count: int, shards: int = 0) -> Split:
+def make_split(count: int, shards: int = 0) -> Split:
     labels = (np.arange(count) % 3).astype(np.int32)
     if not shards:
         return Split("train", labels, files=tuple(f"{i}.jpg" for i in range(count)))
@@ -17,7 +17,7 @@ def split_of(count: int, shards: int = 0) -> Split:
 
 @pytest.mark.parametrize("shards", [0, 10])
 def test_a_small_split_is_examined_completely_and_a_large_one_evenly(shards: int) -> None:
-    split = split_of(1000, shards)
+    split = make_split(1000, shards)
     np.testing.assert_array_equal(choose_sample(split, 1000, 1), np.arange(1000))
     chosen = choose_sample(split, 100, 1)
     assert len(np.unique(chosen)) == len(chosen) == 100

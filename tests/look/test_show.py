@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from tests.cli.verbs import exit_code_of
-from tests.data.images import fill_folder, record
+from tests.data.images import fill_folder, serialize_record
 from tests.evaluation.browser import Tab
-from tests.look.photos import HOSTILE, encode, smooth, write_photos
+from tests.look.photos import HOSTILE, encode_image, make_smooth_image, write_photos
 from tests.processes import ROOT, run_python
 from tests.storage.emulator import BUCKET, running
 from trainer import __version__
@@ -72,8 +72,8 @@ def test_the_facts_about_photos_of_all_kinds(page: tuple[Path, str]) -> None:
     assert facts["aspects"]["1:2 to 3:4"] == 3  # two portraits, and a landscape that is turned upright
     assert [120, 80, 16] in facts["frequent_sizes"]
     assert facts["shorter_side"]["min"] == 30
-    assert [fault.rpartition("/")[2].split(":")[0] for fault in facts["skipped"]] == ["text.jpg"]
-    assert [fault.rpartition("/")[2].split(":")[0] for fault in facts["undecodable"]] == ["half.jpg"]
+    assert [line.rpartition("/")[2].split(":")[0] for line in facts["skipped"]] == ["text.jpg"]
+    assert [line.rpartition("/")[2].split(":")[0] for line in facts["undecodable"]] == ["half.jpg"]
     assert any("1 .txt" in note for note in facts["notes"])
     assert not any("skipped" in note for note in facts["notes"])
 
@@ -143,7 +143,7 @@ def test_images_are_those_of_training(photos: Path) -> None:
     shown = {e.file: e.pixels for members in content.images.examples.values() for e in members}
     assert len(shown) == 11  # 6 and the readable 5
     order = np.array([names.index(file) for file in shown])
-    np.testing.assert_array_equal(np.stack(list(shown.values())), pixels.rows(order))
+    np.testing.assert_array_equal(np.stack(list(shown.values())), pixels.read_images(order))
     indices = np.array(sorted(each.index for each in content.images.augmented))
     assert [train.labels[i] for i in indices] in ([0, 1], [1, 0])
     view = EpochAugmentation(resolved.augmentation, 5, 3)
@@ -155,10 +155,10 @@ def test_images_are_those_of_training(photos: Path) -> None:
 
 @pytest.mark.parametrize("orientation", ["exif", "ignore"])
 def test_marked_photos_are_shown_as_training_uses_them(tmp_path: Path, orientation: str) -> None:
-    photos = {f"{label}/{k}.jpg": smooth(k, 120, 60) for k, label in enumerate(("cat", "cat", "dog", "dog"))}
+    photos = {f"{label}/{k}.jpg": make_smooth_image(k, 120, 60) for k, label in enumerate(("cat", "cat", "dog", "dog"))}
     for name, image in photos.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(encode(image, orientation=6))
+        (tmp_path / name).write_bytes(encode_image(image, orientation=6))
     given = [f"data.root={tmp_path}", "data=image_folder", f"data.orientation={orientation}", *SMALL]
     content = examine(load(compose(given) or {}), 100)[1]
     assert content.facts.orientations == {6: 4}
@@ -233,7 +233,12 @@ def test_tfrecords_with_a_field_of_groups(tmp_path: Path) -> None:
             for k in range(20):
                 camera = b"phone" if k % 4 else b"camera"
                 writer.write(
-                    record(image=encode(smooth(20 * shard + k, 30, 20)), label=k % 2, camera=camera, id=100 * shard + k)
+                    serialize_record(
+                        image=encode_image(make_smooth_image(20 * shard + k, 30, 20)),
+                        label=k % 2,
+                        camera=camera,
+                        id=100 * shard + k,
+                    )
                 )
     given = (
         f"data.pattern={tmp_path}/*.tfrec",
@@ -280,7 +285,7 @@ def test_bad_arguments_end_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_another_page_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_another_page_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "index.html").write_text("a report")
     assert exit_code_of(main, "data=digits", f"output={tmp_path}") == 2
     assert "index.html that trainer.look did not write; choose another folder" in capsys.readouterr().err

@@ -20,7 +20,7 @@ GOOD = Settings(
 COUNTS = {"train": [400, 410], "validation": [100, 100], "test": [100, 100]}
 
 
-def facts(settings: dict[str, Any] | None = None, **changes: Any) -> Facts:
+def make_facts(settings: dict[str, Any] | None = None, **changes: Any) -> Facts:
     """Facts that lead to no suggestion, with these changes."""
     sides, shape = summarize([300.0] * 4), summarize([1.3] * 4)
     values = {
@@ -35,12 +35,12 @@ def facts(settings: dict[str, Any] | None = None, **changes: Any) -> Facts:
     return Facts(**(values | changes))  # type: ignore[arg-type]
 
 
-def duplicates(across: int, labels: int) -> dict[str, Any]:
+def make_duplicates(across: int, labels: int) -> dict[str, Any]:
     return {"across_splits": across, "different_labels": labels, "within_one_split_and_class": 0, "groups": []}
 
 
 def test_good_data_has_no_suggestion() -> None:
-    assert suggest(facts()) == []
+    assert suggest(make_facts()) == []
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_good_data_has_no_suggestion() -> None:
         ({}, {"skipped": ("a.jpg: is empty",)}, "data.on_error=skip", "1 file or record cannot be read"),
         ({}, {"undecodable": ("a.jpg: bad", "b.jpg: bad")}, "data.on_error=skip", "2 files or records"),
         ({"orientation": "ignore"}, {"orientations": {1: 3, 6: 1}}, "data.orientation=exif", "1 examined image of 4"),
-        ({}, {"duplicates": duplicates(3, 0)}, "", "3 images are in several splits"),
-        ({}, {"duplicates": duplicates(0, 1)}, "", "1 image has copies with another label"),
+        ({}, {"duplicates": make_duplicates(3, 0)}, "", "3 images are in several splits"),
+        ({}, {"duplicates": make_duplicates(0, 1)}, "", "1 image has copies with another label"),
         ({}, {"counts": COUNTS | {"train": [1300, 400]}}, "training.class_weights=balanced", "cat has 1,300 .* dog 400"),
         ({}, {"counts": {k: COUNTS[k] for k in ("train", "validation")}}, "data.test_fraction=0.15", "no test split"),
         ({"validation_fraction": 0.0}, {"counts": {k: COUNTS[k] for k in ("train", "test")}, "from_train": ()}, "data.validation_fraction=0.2", "no validation split"),
@@ -69,7 +69,7 @@ def test_good_data_has_no_suggestion() -> None:
 def test_a_suggestion_has_a_reason_and_arguments_that_exist(
     settings: dict[str, Any], changes: dict[str, Any], arguments: str, reason: str
 ) -> None:
-    (suggestion,) = suggest(facts(settings, **changes))
+    (suggestion,) = suggest(make_facts(settings, **changes))
     assert suggestion.arguments == arguments
     assert re.search(reason, suggestion.reason), suggestion.reason
     source = ["data=tfds", "data.root=x"] if settings.get("source") == "tfds" else ["data=image_folder", "data.root=x"]
@@ -98,4 +98,4 @@ def test_a_suggestion_has_a_reason_and_arguments_that_exist(
 def test_what_is_configured_or_cannot_be_changed_is_not_suggested(
     settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    assert suggest(facts(settings, **changes)) == []
+    assert suggest(make_facts(settings, **changes)) == []

@@ -14,7 +14,7 @@ def set_normalization(classifier: Classifier, mean: list[float], deviation: list
     norm.adapt_variance.assign(np.square(deviation))
 
 
-def normalized(classifier: Classifier, images: np.ndarray) -> np.ndarray:
+def normalize(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     """The input of the first convolution, of images float32 [n, S, S, 3]."""
     backbone = classifier.backbone
     return keras.Model(backbone.input, backbone.get_layer("stem_conv_pad").input)(images).numpy()

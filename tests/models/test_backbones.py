@@ -13,11 +13,11 @@ from tests.errors import raises
 from trainer.cli.compose import compose, find_conf_folder
 from trainer.config import schema as config
 from trainer.errors import ModelError
-from trainer.models.backbones import backbones, find_backbone
+from trainer.models.backbones import find_backbone, get_backbones
 from trainer.models.classifier import build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
-ALL = [backbone.name for backbone in backbones().values()]
+ALL = [backbone.name for backbone in get_backbones().values()]
 
 
 def test_the_registry_holds_every_network_of_keras_applications() -> None:
@@ -90,7 +90,7 @@ def test_the_configuration_groups_have_these_backbones() -> None:
 
 
 @cache
-def phases_of(group: str) -> list[config.Phase]:
+def load_phases(group: str) -> list[config.Phase]:
     """The phases of a group of the configuration."""
     tree = compose([f"phases={group}", "data=digits"])
     assert tree is not None
@@ -113,7 +113,7 @@ def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str
         classifier.features(images), expected, rtol=1e-4, atol=1e-5 * max(np.abs(expected).max(), 1)
     )
     for phases in ("two_phase", "progressive", "progressive_blocks", "end_to_end", "head_only"):
-        plans = [apply_thaw(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in phases_of(phases)]
+        plans = [set_trainable_layers(classifier, p.thaw, p.batch_norm, layer_decay=0.9) for p in load_phases(phases)]
         counts = [len(plan.trainable) for plan in plans]
         assert counts == sorted(set(counts)), phases  # each phase trains more than the one before
         assert all(len(plan.lr_multipliers) in (0, len(plan.trainable)) for plan in plans)
@@ -123,12 +123,12 @@ def test_a_group_builds_applies_its_preprocessing_and_thaws_by_blocks(group: str
     ("name", "fix"),
     [("mobilnet_v2", r"did you mean MobileNetV2\?"), ("???", "MobileNet, .*ConvNeXtXLarge")],
 )
-def test_an_unknown_name_is_refused_with_the_closest_or_all(name: str, fix: str) -> None:
+def test_an_unknown_name_is_rejected_with_the_closest_or_all(name: str, fix: str) -> None:
     with raises(ModelError, "model.backbone", name, fix):
         find_backbone(name)
 
 
-def test_an_alpha_or_a_size_that_the_network_does_not_have_is_refused() -> None:
+def test_an_alpha_or_a_size_that_the_network_does_not_have_is_rejected() -> None:
     with raises(ModelError, "model.alpha", 0.5, r"only MobileNet, MobileNetV2", "VGG16"):
         find_backbone("vgg16").build(48, 0.5, None)
     with raises(ModelError, "model.image_size", 70, "at least 71", r"Xception \(ImageNet weights: 299 px\)"):

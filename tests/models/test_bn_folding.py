@@ -11,7 +11,7 @@ from trainer.config import schema as config
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.bn_folding import apply_folded, find_foldable_pairs, fold_weights
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def pixels() -> tf.Tensor:
     return tf.constant(np.random.default_rng(3).uniform(-1, 1, (3, 48, 48, 3)), tf.float32)
 
 
-def every_kind(bias: bool = True) -> keras.Model:
+def build_network_of_every_kind(bias: bool = True) -> keras.Model:
     """A network with each kind of convolution before a BatchNormalization with random weights and averages."""
     inputs = x = keras.Input((9, 9, 4))
     for number, layer in enumerate([
@@ -41,14 +41,14 @@ def every_kind(bias: bool = True) -> keras.Model:
     return network
 
 
-def operations(function: Any, *arguments: Any) -> set[str]:
+def list_operations(function: Any, *arguments: Any) -> set[str]:
     graph = tf.function(function).get_concrete_function(*arguments).graph
     return {operation.type for operation in graph.get_operations()}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_kind_of_convolution_has_the_same_outputs(bias: bool) -> None:
-    network, maps = every_kind(bias), tf.random.stateless_uniform([2, 9, 9, 4], [1, 2])
+    network, maps = build_network_of_every_kind(bias), tf.random.stateless_uniform([2, 9, 9, 4], [1, 2])
     assert len(find_foldable_pairs(network)) == 4
     folded = apply_folded(network, maps)
     np.testing.assert_allclose(folded, network(maps, training=False), rtol=1e-5)
@@ -62,15 +62,15 @@ def test_no_operation_of_normalization_is_left(classifier: Classifier, pixels: t
         == sum(isinstance(layer, BATCH_NORM_CLASS) for layer in backbone.layers)
         == 52
     )
-    assert "Rsqrt" in operations(lambda x: backbone(x, training=False), pixels)
+    assert "Rsqrt" in list_operations(lambda x: backbone(x, training=False), pixels)
     weights = fold_weights(backbone)
-    left = operations(lambda x: apply_folded(backbone, x, weights=weights), pixels)
+    left = list_operations(lambda x: apply_folded(backbone, x, weights=weights), pixels)
     assert not {"Rsqrt", "Mul", "Sub"} & left
     assert "BiasAdd" in left
 
 
 def test_the_gradients_are_those_of_the_layers(classifier: Classifier, pixels: tf.Tensor) -> None:
-    plan = apply_thaw(classifier, "from_layer:100", "frozen")
+    plan = set_trainable_layers(classifier, "from_layer:100", "frozen")
     trained = [variable.value for name, variable in plan.trainable.items() if name.startswith("backbone/")]
 
     def gradients(forward: Any) -> list[np.ndarray]:
@@ -84,7 +84,7 @@ def test_the_gradients_are_those_of_the_layers(classifier: Classifier, pixels: t
 
 
 def test_trainable_layers_use_batch_statistics_and_update_their_averages() -> None:
-    networks = [every_kind(), every_kind()]
+    networks = [build_network_of_every_kind(), build_network_of_every_kind()]
     maps = tf.random.stateless_uniform([4, 9, 9, 4], [1, 2])
     for network in networks:
         network.layers[2].trainable = False  # the first BatchNormalization is frozen
@@ -92,7 +92,7 @@ def test_trainable_layers_use_batch_statistics_and_update_their_averages() -> No
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
     for one, other in zip(networks[0].get_weights(), networks[1].get_weights(), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-    before = every_kind()
+    before = build_network_of_every_kind()
     moved = [not np.allclose(a, b) for a, b in zip(before.get_weights(), networks[1].get_weights(), strict=True)]
     assert sum(moved) == 6  # means and variances of the other three
 

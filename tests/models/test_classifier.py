@@ -15,12 +15,12 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
-from tests.models.efficient_net import IMAGENET, normalized, set_normalization
+from tests.models.efficient_net import IMAGENET, normalize, set_normalization
 from trainer.config import schema as config
 from trainer.errors import Interrupted, ModelError
 from trainer.models import weights as weights_module
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.weights import refresh_normalization
 
 SMALL: dict[str, Any] = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "none", "image_size": 32}
@@ -31,12 +31,12 @@ def build(seed: int = 1, classes: int = 3, **changes: Any) -> Classifier:
 
 
 @cache
-def built(seed: int = 1, **changes: Any) -> Classifier:
+def get_built(seed: int = 1, **changes: Any) -> Classifier:
     """The classifier of `build`, the same object for equal arguments, whose weights no test changes."""
     return build(seed, **changes)
 
 
-def some_images(count: int, size: int = 32) -> np.ndarray:
+def make_images(count: int, size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype("uint8")
 
 
@@ -59,9 +59,9 @@ def policy() -> Iterator[None]:
     ],
 )
 def test_a_backbone_at_its_smallest_size(name: str, channels: int) -> None:
-    classifier = built(backbone=name, alpha=None)
+    classifier = get_built(backbone=name, alpha=None)
     assert classifier.backbone.output_shape == (None, 1, 1, channels)
-    probabilities = tf.function(classifier.probabilities)(some_images(2)).numpy()
+    probabilities = tf.function(classifier.probabilities)(make_images(2)).numpy()
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
     assert len(classifier.variables) == len(classifier.backbone.weights) + 2
@@ -69,7 +69,7 @@ def test_a_backbone_at_its_smallest_size(name: str, channels: int) -> None:
 
 def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
     classifier = build(hidden=7, pooling="max", image_size=64)
-    images = some_images(3, 64)
+    images = make_images(3, 64)
     maps = classifier.backbone(images.astype("float32") / 127.5 - 1, training=False).numpy()
     assert maps.shape == (3, 2, 2, 1280)
     (w1, b1), (w2, b2) = classifier.hidden[0].dense.get_weights(), classifier.output.get_weights()
@@ -83,10 +83,10 @@ def test_the_logits_are_preprocessing_backbone_pooling_and_head() -> None:
 
 
 def test_l2_penalizes_the_kernels_of_the_head_alone() -> None:
-    classifier = built(hidden=4, l2=0.5)
+    classifier = get_built(hidden=4, l2=0.5)
     kernels = [classifier.hidden[0].dense.kernel.numpy(), classifier.output.kernel.numpy()]
     np.testing.assert_allclose(classifier.l2_loss(), 0.5 * sum((k**2).sum() for k in kernels), rtol=1e-5)
-    assert built().l2_loss() == 0
+    assert get_built().l2_loss() == 0
 
 
 def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> None:
@@ -113,7 +113,7 @@ def test_dropout_depends_on_seed_step_and_position_but_not_on_the_sharding() -> 
 
 
 def test_initial_values_are_a_function_of_the_seed() -> None:
-    one, same, other = built(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
+    one, same, other = get_built(1, hidden=4), build(1, hidden=4), build(2, hidden=4)
     assert list(one.variables) == list(same.variables)
     assert next(iter(one.variables)) == "backbone/Conv1/kernel"
     assert list(one.variables)[-4:] == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
@@ -128,7 +128,7 @@ def test_initial_values_are_a_function_of_the_seed() -> None:
 def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precision: str) -> None:
     keras.config.set_dtype_policy(precision)
     classifier = build(weights="glyphs", image_size=48, hidden=8)
-    plan = apply_thaw(classifier, "from_block:block_16", "train")
+    plan = set_trainable_layers(classifier, "from_block:block_16", "train")
 
     @tf.function
     def step(images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -137,7 +137,7 @@ def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precisio
             loss = -tf.reduce_mean(tf.nn.log_softmax(logits)[:, 0])
         return logits, tape.gradient(loss, [v.value for v in plan.trainable.values()])
 
-    logits, gradients = step(some_images(4, 48))
+    logits, gradients = step(make_images(4, 48))
     assert classifier.backbone.compute_dtype == precision.removeprefix("mixed_")
     assert {v.dtype for v in classifier.variables.values()} == {"float32"}
     assert logits.dtype == tf.float32
@@ -149,9 +149,9 @@ def test_low_precision_keeps_variables_and_logits_in_float32_and_finite(precisio
 
 
 def test_drop_connect_is_disabled() -> None:
-    classifier = built(backbone="EfficientNetB0", alpha=None)
-    apply_thaw(classifier, "none", "frozen")
-    images = some_images(2)
+    classifier = get_built(backbone="EfficientNetB0", alpha=None)
+    set_trainable_layers(classifier, "none", "frozen")
+    images = make_images(2)
     np.testing.assert_array_equal(classifier.features(images, True), classifier.features(images, False))
 
 
@@ -165,7 +165,7 @@ def save(classifier: Classifier, path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["some.weights.h5", "some.keras", "some.h5"])  # the last has the older layout
 def test_weights_of_a_file_are_loaded(name: str, tmp_path: Path) -> None:
-    source, path = built(), tmp_path / name
+    source, path = get_built(), tmp_path / name
     (source.backbone.save_weights if name.endswith(".weights.h5") else source.backbone.save)(path)
     target = build(2, weights=str(path))
     for key, variable in target.variables.items():
@@ -174,7 +174,7 @@ def test_weights_of_a_file_are_loaded(name: str, tmp_path: Path) -> None:
 
 
 def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, packed = built(), tmp_path / "packed.weights.h5"
+    source, packed = get_built(), tmp_path / "packed.weights.h5"
     full = save(source, tmp_path / "full.weights.h5")
     with h5py.File(full) as old, h5py.File(packed, "w") as new:
 
@@ -194,14 +194,14 @@ def test_float16_weights_fill_float32_variables(tmp_path: Path, monkeypatch: pyt
             np.testing.assert_array_equal(variable.numpy(), expected)
 
 
-def test_weights_of_another_alpha_or_network_are_refused(tmp_path: Path) -> None:
-    path, older = save(built(), tmp_path / "mobile.weights.h5"), tmp_path / "older.h5"
+def test_weights_of_another_alpha_or_network_are_rejected(tmp_path: Path) -> None:
+    path, older = save(get_built(), tmp_path / "mobile.weights.h5"), tmp_path / "older.h5"
     with raises(ModelError, "model.weights", path, "set model.alpha=0.35", "MobileNetV2 with alpha 1 .* alpha 0.35"):
         build(alpha=None, weights=str(path))
     problem = r"VGG16 .* 260 arrays, the backbone 26, .* 0 of shape \[3, 3, 512, 512\], the backbone 5"
     with raises(ModelError, "model.weights", path, "VGG16", problem):
         build(backbone="vgg16", alpha=None, weights=str(path))
-    built().backbone.save(older)
+    get_built().backbone.save(older)
     with raises(ModelError, "model.weights", older, "VGG16", "VGG16 .*layer") as caught:
         build(backbone="vgg16", alpha=None, weights=str(older))
     assert "\n" not in str(caught.value)
@@ -243,7 +243,7 @@ def test_an_efficient_net_from_a_file_normalizes_as_with_imagenet_weights(
     imagenet: bool, efficient_nets: EfficientNets
 ) -> None:
     """Keras adds a layer for `weights="imagenet"`, which is merged here."""
-    images = some_images(2).astype("float32")
+    images = make_images(2).astype("float32")
     if imagenet:
         expected, loaded = efficient_nets.imagenet, efficient_nets.from_file
         # Keras counts input layers.
@@ -251,7 +251,7 @@ def test_an_efficient_net_from_a_file_normalizes_as_with_imagenet_weights(
         assert names[0] == names[1]
     else:  # values that were not trained on ImageNet are unchanged
         expected, loaded = efficient_nets.source, build_efficient_net(weights=str(efficient_nets.other_path))
-    theirs, ours = (normalized(classifier, images) for classifier in (expected, loaded))
+    theirs, ours = (normalize(classifier, images) for classifier in (expected, loaded))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (np.abs(theirs).max() > 4) == imagenet  # divided twice
 
@@ -275,13 +275,13 @@ def test_an_efficient_net_rebuilt_from_its_variables_normalizes_as_before(
     for name, variable in rebuilt.variables.items():
         variable.assign(trained.variables[name].numpy())
     refresh_normalization(rebuilt.backbone)
-    images = some_images(2).astype("float32")
-    theirs, ours = (normalized(classifier, images) for classifier in (trained, rebuilt))
+    images = make_images(2).astype("float32")
+    theirs, ours = (normalize(classifier, images) for classifier in (trained, rebuilt))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert np.abs(theirs).max() > 4
 
 
-def test_files_without_weights_are_refused(tmp_path: Path) -> None:
+def test_files_without_weights_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "x.weights.h5").write_text("version https://git-lfs")
     (tmp_path / "x.pt").write_text("")
     problems = {"missing.weights.h5": "does not exist", ".": "is a folder", "x.pt": "is not a Keras file"}
@@ -297,20 +297,20 @@ def test_a_run_as_weights_names_warm_start(name: str, tmp_path: Path) -> None:
     for file in ("config.yaml", "run.json"):
         (run / file).write_text("{}")
     if name.endswith(".keras"):
-        built().backbone.save(run / name)
+        get_built().backbone.save(run / name)
     with raises(ModelError, "model.weights", run / name, f"set 'warm_start={run}' ", "is a folder|does not fit"):
         build(backbone="VGG16", alpha=None, weights=str(run / name))  # has no other alphas to compare the file with
 
 
 def test_the_packaged_weights_separate_strokes_better_than_random_ones() -> None:
-    packed = built(weights="glyphs", image_size=48)
+    packed = get_built(weights="glyphs", image_size=48)
     image = np.full((2, 48, 48, 3), 255, "uint8")
     image[0, 10:38, 22:26] = 0
     image[1, 22:26, 10:38] = 0
     vertical, horizontal = packed.pool(packed.features(image)).numpy()
     assert np.isfinite([vertical, horizontal]).all()
     assert np.abs(vertical - horizontal).max() > 0.1
-    random = built(image_size=48)
+    random = get_built(image_size=48)
     one, other = random.pool(random.features(image)).numpy()
     assert np.abs(one - other).max() < 0.01
 
@@ -358,6 +358,6 @@ def test_a_full_disk_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.M
         weights_module._download(spec, 32, None)  # type: ignore[arg-type]
 
 
-def test_one_class_is_refused() -> None:
+def test_one_class_is_rejected() -> None:
     with raises(ModelError, fix="another class", problem="number of classes is 1"):
         build(classes=1)

@@ -12,7 +12,7 @@ from trainer.config import schema as config
 from trainer.errors import ModelError
 from trainer.models.batch_norm import BATCH_NORM_CLASS, PaddingAwareBatchNormalization, use_example_weights
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import GROUPS, apply_thaw
+from trainer.models.freezing import GROUPS, set_trainable_layers
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,15 @@ def classifier() -> Classifier:
     return build_classifier(model, 3, seed=1)
 
 
-def some_images(count: int) -> np.ndarray:
+def make_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3)).astype("uint8")
 
 
-def values_of(classifier: Classifier) -> dict[str, np.ndarray]:
+def copy_values(classifier: Classifier) -> dict[str, np.ndarray]:
     return {name: variable.numpy() for name, variable in classifier.variables.items()}
 
 
-def trainable_layers(classifier: Classifier) -> list[int]:
+def list_trainable_layers(classifier: Classifier) -> list[int]:
     return [i for i, layer in enumerate(classifier.backbone.layers) if layer.trainable_weights]
 
 
@@ -51,7 +51,7 @@ def trainable_layers(classifier: Classifier) -> list[int]:
 )
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, first: int, batch_norm: str) -> None:
-    plan = apply_thaw(classifier, thaw, batch_norm)
+    plan = set_trainable_layers(classifier, thaw, batch_norm)
     layers = classifier.backbone.layers
     assert len(layers) == 154
     expected = [
@@ -59,9 +59,9 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
         for i in range(first, 154)
         if layers[i].weights and (batch_norm == "train" or not isinstance(layers[i], BATCH_NORM_CLASS))
     ]
-    assert trainable_layers(classifier) == expected
-    assert plan.first_thawed == expected[0]
-    assert plan.first_thawed_name == layers[expected[0]].name
+    assert list_trainable_layers(classifier) == expected
+    assert plan.first_trainable == expected[0]
+    assert plan.first_trainable_name == layers[expected[0]].name
     assert plan.batch_norm_training == (batch_norm == "train")
     named = classifier.variables
     assert list(plan.trainable) == [n for n in named if n in plan.trainable]
@@ -69,14 +69,14 @@ def test_a_rule_thaws_exactly_from_its_layer(classifier: Classifier, thaw: str, 
 
 
 def test_a_pattern_thaws_the_layers_it_matches(classifier: Classifier) -> None:
-    plan = apply_thaw(classifier, "pattern:^block_1[56]_(expand|project)$", "frozen")
-    names = [classifier.backbone.layers[i].name for i in trainable_layers(classifier)]
+    plan = set_trainable_layers(classifier, "pattern:^block_1[56]_(expand|project)$", "frozen")
+    names = [classifier.backbone.layers[i].name for i in list_trainable_layers(classifier)]
     assert names == ["block_15_expand", "block_15_project", "block_16_expand", "block_16_project"]
     assert len(plan.trainable) == 4 + 4
 
 
 def test_multipliers_decay_per_block(classifier: Classifier) -> None:
-    plan = apply_thaw(classifier, "all", "frozen", backbone_rate=0.5, layer_decay=0.9)
+    plan = set_trainable_layers(classifier, "all", "frozen", backbone_rate=0.5, layer_decay=0.9)
     factors = dict(zip(plan.trainable, plan.lr_multipliers, strict=True))
     expected = {"head/": 1.0, "backbone/Conv_1/": 0.45, "backbone/block_16_": 0.45, "backbone/block_15_": 0.405,
                 "backbone/block_1_": 0.5 * 0.9**16, "backbone/expanded_conv_": 0.5 * 0.9**17,
@@ -90,33 +90,33 @@ def test_multipliers_decay_per_block(classifier: Classifier) -> None:
 
 
 def test_a_multiplier_does_not_depend_on_other_thawed_layers(classifier: Classifier) -> None:
-    whole = apply_thaw(classifier, "all", "train", layer_decay=0.8)
+    whole = set_trainable_layers(classifier, "all", "train", layer_decay=0.8)
     multipliers = dict(zip(whole.trainable, whole.lr_multipliers, strict=True))
-    top = apply_thaw(classifier, "last_blocks:3", "train", layer_decay=0.8)
+    top = set_trainable_layers(classifier, "last_blocks:3", "train", layer_decay=0.8)
     assert set(top.trainable) < set(multipliers)
     assert top.lr_multipliers == tuple(multipliers[name] for name in top.trainable)
     assert "stem" not in top.format_lines()[-1]
 
 
 def test_plans_without_multipliers(classifier: Classifier) -> None:
-    assert apply_thaw(classifier, "none", "frozen", 0.1, 0.9).lr_multipliers == ()  # only the head trains
-    plain = apply_thaw(classifier, "all", "frozen")
+    assert set_trainable_layers(classifier, "none", "frozen", 0.1, 0.9).lr_multipliers == ()  # only the head trains
+    plain = set_trainable_layers(classifier, "all", "frozen")
     assert plain.lr_multipliers == ()
-    assert len(plain.format_lines()) + 1 == len(apply_thaw(classifier, "all", "frozen", 0.1).format_lines())
+    assert len(plain.format_lines()) + 1 == len(set_trainable_layers(classifier, "all", "frozen", 0.1).format_lines())
 
 
 def test_none_trains_the_head_alone(classifier: Classifier) -> None:
-    apply_thaw(classifier, "all", "train")
-    plan = apply_thaw(classifier, "none", "train")  # layers thawed before are frozen again
-    assert trainable_layers(classifier) == []
+    set_trainable_layers(classifier, "all", "train")
+    plan = set_trainable_layers(classifier, "none", "train")  # layers thawed before are frozen again
+    assert list_trainable_layers(classifier) == []
     assert list(plan.trainable) == [f"head/{x}/{y}" for x in ("hidden", "output") for y in ("kernel", "bias")]
-    assert plan.first_thawed is None
+    assert plan.first_trainable is None
     assert not plan.batch_norm_training
     assert plan.format_lines()[0] == "thaw none, batch_norm train: all 154 layers of the backbone are frozen"
 
 
 def test_the_table_has_every_group_and_the_sum(classifier: Classifier) -> None:
-    lines = apply_thaw(classifier, "from_layer:100", "train").format_lines()
+    lines = set_trainable_layers(classifier, "from_layer:100", "train").format_lines()
     assert lines[0].startswith("thaw from_layer:100, batch_norm train: 54 of 154 layers thawed")
     assert lines[0].endswith("101 (block_11_depthwise)")
     assert [line.split("  ")[1] for line in lines[2:]] == [*GROUPS, "all"]
@@ -124,20 +124,20 @@ def test_the_table_has_every_group_and_the_sum(classifier: Classifier) -> None:
 
 
 def test_frozen_batch_norm_has_no_batch_statistics_and_no_updates(classifier: Classifier) -> None:
-    plan = apply_thaw(classifier, "all", "frozen")
-    images, before = some_images(4), values_of(classifier)
+    plan = set_trainable_layers(classifier, "all", "frozen")
+    images, before = make_images(4), copy_values(classifier)
     alone = np.concatenate([classifier.features(images[i : i + 1], plan.batch_norm_training) for i in range(4)])
     np.testing.assert_allclose(classifier.features(images, plan.batch_norm_training), alone, atol=1e-5)
     classifier.features(images, True)  # no effect on layers that are not trainable
-    np.testing.assert_equal(values_of(classifier), before)
+    np.testing.assert_equal(copy_values(classifier), before)
     assert not any("BN" in name or "bn_" in name for name in plan.trainable)
 
 
 def test_trained_batch_norm_updates_thawed_layers_only(classifier: Classifier) -> None:
-    plan = apply_thaw(classifier, "from_block:block_16", "train")
-    before = values_of(classifier)
-    tf.function(lambda x: classifier.features(x, plan.batch_norm_training))(some_images(4))
-    moved = {n.split("/")[1] for n, value in values_of(classifier).items() if not np.array_equal(value, before[n])}
+    plan = set_trainable_layers(classifier, "from_block:block_16", "train")
+    before = copy_values(classifier)
+    tf.function(lambda x: classifier.features(x, plan.batch_norm_training))(make_images(4))
+    moved = {n.split("/")[1] for n, value in copy_values(classifier).items() if not np.array_equal(value, before[n])}
     assert moved == {"block_16_expand_BN", "block_16_depthwise_BN", "block_16_project_BN", "Conv_1_bn"}
 
 
@@ -158,20 +158,20 @@ def test_trained_batch_norm_updates_thawed_layers_only(classifier: Classifier) -
         ("sideways:3", "not a freezing rule", "use"),
     ],
 )
-def test_a_rule_without_a_match_is_refused(classifier: Classifier, thaw: str, problem: str, fix: str) -> None:
+def test_a_rule_without_a_match_is_rejected(classifier: Classifier, thaw: str, problem: str, fix: str) -> None:
     with raises(ModelError, "thaw", thaw, fix, problem):
-        apply_thaw(classifier, thaw, "frozen")
+        set_trainable_layers(classifier, thaw, "frozen")
 
 
 def test_padding_does_not_count_in_batch_norm(classifier: Classifier) -> None:
     """Twelve images and four rows of padding have the outputs and averages of Keras with the twelve images alone."""
-    apply_thaw(classifier, "all", "train")
-    images = some_images(16)
+    set_trainable_layers(classifier, "all", "train")
+    images = make_images(16)
     images[12:] = 0
-    before = values_of(classifier)
+    before = copy_values(classifier)
 
     def after(features: Callable[[], tf.Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        results = features().numpy()[:12], values_of(classifier)
+        results = features().numpy()[:12], copy_values(classifier)
         for name, value in before.items():
             classifier.variables[name].assign(value)
         return results
@@ -221,11 +221,11 @@ def test_a_layer_is_equal_to_keras_own_without_the_padding(affine: bool) -> None
 
 
 def test_a_batch_of_padding_alone_updates_nothing(classifier: Classifier) -> None:
-    apply_thaw(classifier, "all", "train")
-    before = values_of(classifier)
+    set_trainable_layers(classifier, "all", "train")
+    before = copy_values(classifier)
     features = classifier.features(np.zeros((2, 32, 32, 3), "uint8"), True, tf.zeros(2))
     assert np.isfinite(features).all()
-    np.testing.assert_equal(values_of(classifier), before)
+    np.testing.assert_equal(copy_values(classifier), before)
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ _TWO_REPLICAS = """
 import numpy as np, tensorflow as tf
 from trainer.config import schema as config
 from trainer.models.classifier import build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 model = config.Model(backbone="MobileNetV2", alpha=0.35, weights="none", image_size=32, dropout=0.5)
@@ -253,12 +253,12 @@ def scores(classifier, x, position, weight):
     return classifier.logits(
         x, training=True, batch_norm_training=True, seed=1, step=3, position=position, weight=weight)
 one = build_classifier(model, 3, 1)
-apply_thaw(one, "all", "train")
+set_trainable_layers(one, "all", "train")
 alone = tf.function(scores)(one, images[:5], tf.constant(positions[:5]), tf.ones(5))
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     two = build_classifier(model, 3, 1)
-    apply_thaw(two, "all", "train")
+    set_trainable_layers(two, "all", "train")
 def part(array):
     return strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(array[4 * context.replica_id_in_sync_group :][:4]))

@@ -25,11 +25,11 @@ def built() -> Classifier:
     return build()
 
 
-def some_images(count: int) -> np.ndarray:
+def make_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 96, 96, 3)).astype("uint8")
 
 
-def scaled(heat: np.ndarray) -> np.ndarray:
+def scale_to_one(heat: np.ndarray) -> np.ndarray:
     heat = np.maximum(heat, 0)
     top = heat.max((1, 2), keepdims=True)
     return np.divide(heat, top, out=np.zeros_like(heat), where=top > 0)
@@ -37,10 +37,10 @@ def scaled(heat: np.ndarray) -> np.ndarray:
 
 def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -> None:
     """Zhou et al. 2016: the kernel column of the class, applied at every position."""
-    classifier, images = built(), some_images(3)
+    classifier, images = built(), make_images(3)
     classes = np.array([2, 0, 3], "int32")
     kernel = classifier.output.kernel.numpy()
-    expected = scaled(np.einsum("bhwc,cb->bhw", classifier.features(images).numpy(), kernel[:, classes]))
+    expected = scale_to_one(np.einsum("bhwc,cb->bhw", classifier.features(images).numpy(), kernel[:, classes]))
     heatmap = explain_features(classifier, classifier.features(images), tf.constant(classes))["heatmap"].numpy()
     assert heatmap.shape == (3, 3, 3)
     assert expected.max() == 1
@@ -48,11 +48,11 @@ def test_with_a_linear_head_over_mean_pooling_it_is_the_class_activation_map() -
 
 
 def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
-    classifier, images = build(hidden=9), some_images(2)
+    classifier, images = build(hidden=9), make_images(2)
     maps, pooled = classifier.features(images).numpy(), classifier.pool(classifier.features(images)).numpy()
     (w1, b1), (w2, _) = classifier.hidden[0].dense.get_weights(), classifier.output.get_weights()
     slopes = ((pooled @ w1 + b1 > 0) * w2[:, 1]) @ w1.T
-    expected = scaled(np.einsum("bhwc,bc->bhw", maps, slopes))
+    expected = scale_to_one(np.einsum("bhwc,bc->bhw", maps, slopes))
     np.testing.assert_allclose(
         explain_features(classifier, classifier.features(images), tf.constant([1, 1]))["heatmap"], expected, atol=1e-5
     )
@@ -60,7 +60,7 @@ def test_with_a_hidden_layer_it_uses_the_active_units() -> None:
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) -> None:
-    classifier, images = replace(built(), pooling=pooling), some_images(3)
+    classifier, images = replace(built(), pooling=pooling), make_images(3)
     explained = tf.function(lambda x: explain_features(classifier, classifier.features(x)))(images)
     np.testing.assert_allclose(explained["probabilities"], classifier.probabilities(images), atol=1e-6)
     np.testing.assert_allclose(explained["embedding"], classifier.pool(classifier.features(images)), atol=1e-5)
@@ -71,7 +71,7 @@ def test_probabilities_and_embeddings_are_those_of_the_classifier(pooling: str) 
 
 
 def test_a_class_without_support_has_a_heatmap_of_zeros() -> None:
-    classifier, images = built(), some_images(1)
+    classifier, images = built(), make_images(1)
     before = classifier.output.kernel.numpy()
     kernel = before.copy()
     kernel[:, 3] = -1.0  # the features are outputs of a ReLU, so each of them lowers the logit
@@ -82,7 +82,7 @@ def test_a_class_without_support_has_a_heatmap_of_zeros() -> None:
 
 
 def test_any_number_of_images_is_explained_by_one_compiled_function() -> None:
-    classifier, images = replace(built()), some_images(BATCH_SIZE + 5)
+    classifier, images = replace(built()), make_images(BATCH_SIZE + 5)
     traced = []
     features = classifier.features
     object.__setattr__(classifier, "features", lambda x, **options: traced.append(x.shape) or features(x, **options))

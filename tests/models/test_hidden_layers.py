@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from tests.models.test_classifier import build, built, some_images
+from tests.models.test_classifier import build, get_built, make_images
 from tests.processes import result_of
 from tests.training.small_network import assert_near
 from trainer.cluster.devices import check_batch_size
@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.exporting.bundle import as_plain_float32
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.features.plan import divide_phases
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import StepSettings, TrainingStep
 
@@ -28,7 +28,7 @@ NORMALIZED = {"hidden": [6, 5], "hidden_batch_norm": True}
 
 
 def test_a_list_of_one_layer_is_the_layer_and_others_have_names_and_seeds_of_their_own() -> None:
-    one, listed, two = built(hidden=7), build(hidden=[7]), build(hidden=[7, 7, 4])
+    one, listed, two = get_built(hidden=7), build(hidden=[7]), build(hidden=[7, 7, 4])
     values = variables.copy_values(one.variables)
     assert_near(variables.copy_values(listed.variables), values, atol=0)
     names = [f"head/{x}/{y}" for x in ("hidden", "hidden_2", "hidden_3", "output") for y in ("kernel", "bias")]
@@ -67,8 +67,8 @@ def test_the_values_of_hidden_layers_with_batch_norm() -> None:
 
 
 def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> None:
-    classifier = built(hidden=(6, 5), hidden_batch_norm=True)
-    plan = apply_thaw(classifier, "none", "frozen")
+    classifier = get_built(hidden=(6, 5), hidden_batch_norm=True)
+    plan = set_trainable_layers(classifier, "none", "frozen")
     weights = dict.fromkeys(("hidden", "hidden_2", "output"), ("kernel", "bias"))
     weights |= dict.fromkeys(("hidden_norm", "hidden_2_norm"), ("gamma", "beta"))
     assert sorted(plan.trainable) == sorted(f"head/{layer}/{n}" for layer, names in weights.items() for n in names)
@@ -86,21 +86,21 @@ def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> 
 def examples() -> tuple[np.ndarray, np.ndarray]:
     """64 images and their labels, by which they differ in brightness."""
     labels = np.random.default_rng(3).integers(0, 3, 64).astype(np.int32)
-    return (some_images(64, 48) // 2 + labels[:, None, None, None] * 40).astype(np.uint8), labels
+    return (make_images(64, 48) // 2 + labels[:, None, None, None] * 40).astype(np.uint8), labels
 
 
 @cache
 def features() -> np.ndarray:
     """The features of these images, which do not depend on the head."""
-    classifier = built(weights="glyphs", image_size=48)
-    apply_thaw(classifier, "none", "frozen")
+    classifier = get_built(weights="glyphs", image_size=48)
+    set_trainable_layers(classifier, "none", "frozen")
     cut = find_cut(classifier)
     assert cut is not None
     trunk = Trunk(classifier, [cut])
     return np.concatenate([np.asarray(trunk.features(batch)[0]) for batch in np.split(examples()[0], 4)])
 
 
-def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: Any) -> dict[str, list[float]]:
+def train(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: Any) -> dict[str, list[float]]:
     """The variables of the head after four steps of 16 examples, three of which are padding in the second."""
     replicas, (images, labels) = strategy.num_replicas_in_sync, examples()
     batch, steps = 16, len(labels) // 16
@@ -110,7 +110,7 @@ def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: 
     with strategy.scope():
         classifier = build(**NORMALIZED, dropout=0.2, weights=weights, image_size=48)
         optimizer = keras.optimizers.SGD(0.05)
-    thaw = apply_thaw(classifier, "none", "frozen")
+    thaw = set_trainable_layers(classifier, "none", "frozen")
     network: Any = classifier
     source: np.ndarray = images
     if on_features:
@@ -127,7 +127,7 @@ def trained(strategy: tf.distribute.Strategy, *, on_features: bool, **settings: 
 
 
 def test_training_on_features_is_training_on_images_and_moves_the_averages() -> None:
-    live, cached = (trained(tf.distribute.get_strategy(), on_features=of) for of in (False, True))
+    live, cached = (train(tf.distribute.get_strategy(), on_features=of) for of in (False, True))
     assert_near(cached, live, atol=1e-5)
     assert np.abs(np.array(live["head/hidden_norm/moving_mean"])).max() > 1e-3
 
@@ -136,11 +136,11 @@ def test_a_virtual_replica_normalizes_by_its_own_statistics_as_a_micro_batch_doe
     """Their moving averages are those of the whole batch, which is not what the micro-batches compute one by one."""
     strategy = tf.distribute.get_strategy()
     parts, micro = (
-        trained(strategy, on_features=True, **settings) for settings in ({"virtual_replicas": 4}, {"accumulate": 4})
+        train(strategy, on_features=True, **settings) for settings in ({"virtual_replicas": 4}, {"accumulate": 4})
     )
     weights = [name for name in parts if "moving" not in name]
     assert_near({n: parts[n] for n in weights}, {n: micro[n] for n in weights}, atol=1e-5)
-    whole = trained(strategy, on_features=True, virtual_replicas=1)
+    whole = train(strategy, on_features=True, virtual_replicas=1)
     assert np.abs(np.array(whole["head/output/kernel"]) - np.array(parts["head/output/kernel"])).max() > 1e-4
 
 
@@ -149,9 +149,9 @@ import json
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.models.test_hidden_layers import trained
+from tests.models.test_hidden_layers import train
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-print("RESULT" + json.dumps([trained(strategy, on_features=True), trained(strategy, on_features=True, virtual_replicas=4)]))
+print("RESULT" + json.dumps([train(strategy, on_features=True), train(strategy, on_features=True, virtual_replicas=4)]))
 """
 
 
@@ -159,12 +159,12 @@ print("RESULT" + json.dumps([trained(strategy, on_features=True), trained(strate
 def test_two_replicas_normalize_as_one_and_with_virtual_replicas_with_the_same_bits() -> None:
     mirrored, virtual = result_of(TWO_REPLICAS)
     strategy = tf.distribute.get_strategy()
-    assert_near(mirrored, trained(strategy, on_features=True), atol=1e-5)
-    assert virtual == trained(strategy, on_features=True, virtual_replicas=4)
+    assert_near(mirrored, train(strategy, on_features=True), atol=1e-5)
+    assert virtual == train(strategy, on_features=True, virtual_replicas=4)
 
 
 def test_a_keras_model_has_only_layers_of_keras() -> None:
-    classifier, images = built(hidden=(6, 5), hidden_batch_norm=True), some_images(2).astype(np.float32)
+    classifier, images = get_built(hidden=(6, 5), hidden_batch_norm=True), make_images(2).astype(np.float32)
     model = classifier.build_keras_model()
     with as_plain_float32(model):
         assert {type(layer).__module__.partition(".")[0] for layer in model.layers} == {"keras"}
@@ -181,11 +181,11 @@ def test_a_keras_model_has_only_layers_of_keras() -> None:
         ({"hidden": True}, "model.hidden"),
     ],
 )
-def test_hidden_layers_that_cannot_be_built_are_refused(changes: dict[str, Any], key: str) -> None:
+def test_hidden_layers_that_cannot_be_built_are_rejected(changes: dict[str, Any], key: str) -> None:
     with raises(ConfigError) as caught:
         load(tree(**{f"model__{name}": value for name, value in changes.items()}))
-    (fault,) = caught.value.faults
-    assert fault.key == key
+    (error,) = caught.value.faults
+    assert error.key == key
 
 
 def test_batch_norm_without_hidden_layers_is_not_read_and_a_batch_of_one_cannot_be_normalized() -> None:

@@ -1,4 +1,4 @@
-"""Folders of published weights: which file a network reads, and what is refused."""
+"""Folders of published weights: which file a network reads, and what is rejected."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_backbones_are_named_with_their_alpha() -> None:
         ("[xception:0.5]", "xception:0.5", "Xception takes no alpha", "write xception"),
     ],
 )
-def test_other_names_are_refused(text: str, value: str, problem: str, fix: str) -> None:
+def test_other_names_are_rejected(text: str, value: str, problem: str, fix: str) -> None:
     with raises(ConfigError, "weights", value, fix, problem):
         parse_backbones(text, "weights")
 

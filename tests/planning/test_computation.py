@@ -16,9 +16,9 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, load
 from trainer.errors import ConfigError
-from trainer.models.backbones import backbones, find_backbone
+from trainer.models.backbones import find_backbone, get_backbones
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.planning.computation import (
     IMAGES_PER_LAYER,
@@ -43,7 +43,7 @@ NOT_DETERMINISTIC = {
 }  # fmt: skip
 
 
-def a_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str = "MobileNetV2") -> RunConfig:
+def make_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str = "MobileNetV2") -> RunConfig:
     config = load({
         "data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "model": {"backbone": backbone, "weights": "none", "image_size": find_backbone(backbone).min_size},
@@ -59,7 +59,7 @@ def decide(
     device: Device = H100,
     **settings: Any,
 ) -> Computation:
-    return decide_computation(a_config(**settings), "head", device, PhaseWorkload(images, 100, operations))
+    return decide_computation(make_config(**settings), "head", device, PhaseWorkload(images, 100, operations))
 
 
 @pytest.mark.parametrize(
@@ -83,19 +83,19 @@ def test_xla_compiles_what_it_can_and_what_pays(given: dict[str, Any], xla: bool
     assert reason in computation.reason
 
 
-def test_xla_that_cannot_be_deterministic_is_refused_if_it_is_set() -> None:
+def test_xla_that_cannot_be_deterministic_is_rejected_if_it_is_set() -> None:
     problem = "the gradient of pool1_pool .* no deterministic XLA kernel on GPUs, and phase head needs it"
     with raises(ConfigError, "runtime.xla", "true", "use auto or false, set runtime.deterministic=false", problem):
         decide(xla=True, operations=(CONV, POOL))
 
 
 def test_the_line_about_a_phase_has_precision_order_and_reason() -> None:
-    line = Computation(False, "on a CPU it would be slower").describe("head", a_config())
+    line = Computation(False, "on a CPU it would be slower").describe("head", make_config())
     assert line == "computation of phase head: float32, deterministic, XLA off, on a CPU it would be slower"
 
 
 def test_a_resumed_run_keeps_what_its_first_start_decided(capsys: pytest.CaptureFixture[str]) -> None:
-    control, config = ControlChannel(discover({}), {}), a_config()
+    control, config = ControlChannel(discover({}), {}), make_config()
     now = {"head": Computation(True, "x"), "fine_tune": Computation(False, "x")}
     assert adopt_computations(control, config, H100, now, {}) == {"head": True, "fine_tune": False}
     assert adopt_computations(control, config, H100, now, {"xla": {"fine_tune": True}}) == dict.fromkeys(now, True)
@@ -106,7 +106,7 @@ def test_a_resumed_run_keeps_what_its_first_start_decided(capsys: pytest.Capture
 
 def test_a_run_on_a_cpu_with_set_values_logs_no_decision(capsys: pytest.CaptureFixture[str]) -> None:
     now = {"head": Computation(False, "as configured")}
-    assert adopt_computations(ControlChannel(discover({}), {}), a_config(xla=False), CPU, now, {}) == {"head": False}
+    assert adopt_computations(ControlChannel(discover({}), {}), make_config(xla=False), CPU, now, {}) == {"head": False}
     assert capsys.readouterr().out == ""
 
 
@@ -120,7 +120,7 @@ def test_the_presets_of_gpus_leave_both_to_the_device(preset: str) -> None:
 
 
 def build(backbone: str) -> Classifier:
-    return build_classifier(a_config(backbone=backbone).model, 2, 1)
+    return build_classifier(make_config(backbone=backbone).model, 2, 1)
 
 
 def depends_on_trained(tensor: Any, known: dict[int, bool]) -> bool:
@@ -139,14 +139,14 @@ def depends_on_trained(tensor: Any, known: dict[int, bool]) -> bool:
 
 def decide_for(classifier: Classifier) -> Computation:
     facts = PhaseWorkload(10**9, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone))
-    return decide_computation(a_config(), "head", H100, facts)
+    return decide_computation(make_config(), "head", H100, facts)
 
 
 def check_decisions(backbone: str) -> dict[str, bool]:
     """Return for each thaw rule whether XLA compiles the step on an H100, after a check by a backward search."""
     classifier, decisions = build(backbone), {}
     for thaw in THAWS:
-        apply_thaw(classifier, thaw, "frozen")
+        set_trainable_layers(classifier, thaw, "frozen")
         decision, known = decide_for(classifier), dict[int, bool]()
         pools = [op for op in classifier.backbone.operations if type(op).__name__ in NO_DETERMINISTIC_XLA_GRADIENT]
         needed = [op.name for op in pools if depends_on_trained(op.input, known)]
@@ -158,7 +158,7 @@ def check_decisions(backbone: str) -> dict[str, bool]:
 
 def make_gradient(classifier: Classifier, thaw: str, xla: bool = False, batch_norm: str = "frozen") -> Any:
     """Return a function that computes the gradients of images, as a training step does."""
-    plan = apply_thaw(classifier, thaw, batch_norm)  # type: ignore[arg-type]
+    plan = set_trainable_layers(classifier, thaw, batch_norm)  # type: ignore[arg-type]
     trained = plan.trainable
 
     def differentiate(images: tf.Tensor) -> Any:
@@ -180,7 +180,7 @@ def check_gradient(backbone: str, thaw: str) -> None:
     spec = tf.TensorSpec((2, classifier.image_size, classifier.image_size, 3), tf.uint8)
     kinds = {op.type for op in make_gradient(classifier, thaw).get_concrete_function(spec).graph.get_operations()}
     assert not kinds & NOT_DETERMINISTIC
-    computed = {operation.kind for operation in find_differentiated_operations(classifier.backbone)}
+    computed = {operation.class_name for operation in find_differentiated_operations(classifier.backbone)}
     assert bool(computed & set(NO_DETERMINISTIC_XLA_GRADIENT)) is ("MaxPoolGrad" in kinds), (backbone, thaw)
 
 
@@ -203,7 +203,7 @@ def test_the_gradient_has_the_operations_of_the_graph(thaw: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("backbone", [spec.name for spec in backbones().values()])
+@pytest.mark.parametrize("backbone", [spec.name for spec in get_backbones().values()])
 def test_every_backbone_has_a_decision_in_every_phase(backbone: str) -> None:
     decisions = check_decisions(backbone)
     keras.backend.clear_session()
@@ -285,7 +285,7 @@ def test_a_gpu_computes_the_gradient_that_the_decision_allows(backbone: str) -> 
     if not tf.config.list_physical_devices("GPU"):
         pytest.skip("needs a GPU")
     classifier = build(backbone)
-    apply_thaw(classifier, "all", "frozen")
+    set_trainable_layers(classifier, "all", "frozen")
     tf.config.experimental.enable_op_determinism()
     images = tf.zeros((2, classifier.image_size, classifier.image_size, 3), tf.uint8)
     assert make_gradient(classifier, "all", decide_for(classifier).xla)(images)

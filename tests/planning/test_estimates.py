@@ -1,4 +1,4 @@
-"""Memory estimates: what is counted, what is refused, and the advice."""
+"""Memory estimates: what is counted, what is rejected, and the advice."""
 
 import gc
 import weakref
@@ -63,12 +63,12 @@ def open_student(folder: Path, teacher: Path, *overrides: str) -> ImageStore:
     return ImageStore(stage_and_open_run_dataset(config, print, lambda _: None), config, 32, lambda _: None)
 
 
-def refusal(images: ImageStore, classifier: Classifier, worker: Worker, with_teacher: bool) -> str:
+def get_rejection(images: ImageStore, classifier: Classifier, worker: Worker, with_teacher: bool) -> str:
     """Return the message of a run that does not fit into this machine's memory."""
     teacher = load_teacher(worker, images, "x", None) if with_teacher else None
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as rejected:
         find_run_warnings(images, classifier, teacher, worker, 0)
-    return str(refused.value)
+    return str(rejected.value)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def worker() -> Worker:
     return Worker(ControlChannel(Cluster(0, (), "alone", ""), {}), tf.distribute.get_strategy(), StopFlag())
 
 
-def needed(message: str) -> float:
+def parse_needed_bytes(message: str) -> float:
     return float(message.partition("about ")[2].split()[0])
 
 
@@ -86,10 +86,14 @@ def test_a_teacher_counts_while_it_predicts_in_every_step(
     monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 100_000_000)
     live = open_student(tmp_path, teacher_folder, "augmentation=light")
     classifier = build_classifier(live.config.model, 10, 1)
-    alone, taught = (needed(refusal(live, classifier, worker, with_teacher)) for with_teacher in (False, True))
+    alone, taught = (
+        parse_needed_bytes(get_rejection(live, classifier, worker, with_teacher)) for with_teacher in (False, True)
+    )
     assert 8 < taught - alone < 11  # MB: variables 1.7 and activations 7.4
     before = open_student(tmp_path, teacher_folder, "augmentation=none")
-    alone, taught = (needed(refusal(before, classifier, worker, with_teacher)) for with_teacher in (False, True))
+    alone, taught = (
+        parse_needed_bytes(get_rejection(before, classifier, worker, with_teacher)) for with_teacher in (False, True)
+    )
     assert taught - alone < 0.2  # its logits
 
 
@@ -99,9 +103,9 @@ def test_images_that_are_read_once_do_not_count(
     monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 50_000_000)
     images = open_student(tmp_path, teacher_folder, "augmentation=none", "debug.max_examples=1000")
     classifier = build_classifier(images.config.model, 10, 1)
-    again = needed(refusal(images, classifier, worker, with_teacher=False))
+    again = parse_needed_bytes(get_rejection(images, classifier, worker, with_teacher=False))
     images.train_images_read_once = True
-    once = needed(refusal(images, classifier, worker, with_teacher=False))
+    once = parse_needed_bytes(get_rejection(images, classifier, worker, with_teacher=False))
     assert again - once == pytest.approx(1001 * 32 * 32 * 3 / 1e6, abs=1)
 
 

@@ -9,9 +9,9 @@ import pytest
 from tests.config.test_schema import tree
 from trainer.config.batch_size import FOOTPRINTS, Footprint
 from trainer.config.schema import Model, RunConfig, load_resolved
-from trainer.models.backbones import backbones
+from trainer.models.backbones import get_backbones
 from trainer.models.classifier import Classifier, build_classifier, count_parameters
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.planning.estimates import PhasePlan, estimate_activations, plan_phases
 from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
 from trainer.types import CPU, Device
@@ -67,7 +67,7 @@ def test_too_few_cpus_for_the_decoder_are_a_warning(facts: dict[str, Any], work:
         assert ("runtime.memory_budget_gb" in warnings[0]) is (facts.get("cached_in") == "none")
 
 
-def a_config(precision: str) -> RunConfig:
+def make_config(precision: str) -> RunConfig:
     phases = {"head": {"thaw": "none", "epochs": 1}, "all": {"thaw": "all", "epochs": 1}}
     return load_resolved(tree(phases=phases, runtime__precision=precision))
 
@@ -78,18 +78,18 @@ def classifier() -> Classifier:
 
 
 def plan(classifier: Classifier, precision: str, examples: int = 8) -> dict[str, PhasePlan]:
-    return {phase.name: phase for phase in plan_phases(a_config(precision), classifier, 10, examples)}
+    return {phase.name: phase for phase in plan_phases(make_config(precision), classifier, 10, examples)}
 
 
 def test_activations_follow_batch_precision_and_the_thawed_part(classifier: Classifier) -> None:
     half, twice, single = (plan(classifier, p, n) for p, n in [("bfloat16", 8), ("bfloat16", 16), ("float32", 8)])
     for name in ("head", "all"):
-        assert twice[name].activations == single[name].activations == 2 * half[name].activations
-    assert half["head"].activations == half["head"].frozen_activations
-    assert half["all"].frozen_activations < half["all"].activations / 50  # the image itself
-    assert half["head"].activations < half["all"].activations / 4
-    assert single["all"].half_precision_weights == 0
-    assert half["all"].half_precision_weights == 2 * count_parameters(classifier.variables.values())
+        assert twice[name].activation_bytes == single[name].activation_bytes == 2 * half[name].activation_bytes
+    assert half["head"].activation_bytes == half["head"].frozen_activation_bytes
+    assert half["all"].frozen_activation_bytes < half["all"].activation_bytes / 50  # the image itself
+    assert half["head"].activation_bytes < half["all"].activation_bytes / 4
+    assert single["all"].half_precision_bytes == 0
+    assert half["all"].half_precision_bytes == 2 * count_parameters(classifier.variables.values())
 
 
 def test_the_rows_have_all_uses_and_the_memory_of_the_gpu(classifier: Classifier) -> None:
@@ -114,8 +114,10 @@ def measure(name: str) -> Footprint:
     classifier = build_classifier(Model(backbone=name, weights="none", image_size=side), 2, 1)
     counts = []
     for norm in ("frozen", "train"):
-        thaw = apply_thaw(classifier, "all", norm)
-        counts.append(sum(estimate_activations(classifier, thaw.first_thawed, 1, "float32", thaw.batch_norm_training)))
+        thaw = set_trainable_layers(classifier, "all", norm)
+        counts.append(
+            sum(estimate_activations(classifier, thaw.first_trainable, 1, "float32", thaw.batch_norm_training))
+        )
     counts.append(sum(estimate_activations(classifier, None, 1)))
     trained, trained_norm, frozen = (round(count / 4 / side**2) for count in counts)
     return Footprint(
@@ -130,7 +132,7 @@ def test_a_footprint_is_that_of_the_network(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [spec.name for spec in backbones().values()])
+@pytest.mark.parametrize("name", [spec.name for spec in get_backbones().values()])
 def test_every_footprint_is_that_of_the_network(name: str) -> None:
     assert measure(name) == FOOTPRINTS[name]
     keras.backend.clear_session()

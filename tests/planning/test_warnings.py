@@ -10,29 +10,29 @@ from trainer.config.schema import load_resolved
 from trainer.planning.warnings import find_rate_warnings, find_settings_warnings
 
 
-def phases_of(head: dict[str, Any], *thawed: dict[str, Any]) -> dict[str, Phase]:
+def make_phases(head: dict[str, Any], *thawed: dict[str, Any]) -> dict[str, Phase]:
     trees = [{"thaw": "none", "epochs": 1, **head}, *({"thaw": "all", "epochs": 1, **tree} for tree in thawed)]
     return {f"p{i}": Phase.model_validate(tree) for i, tree in enumerate(trees)}
 
 
-def adam(rate: float, name: str = "adam") -> dict[str, Any]:
+def make_adam(rate: float, name: str = "adam") -> dict[str, Any]:
     return {"optimizer": {"name": name, "learning_rate": rate}}
 
 
 @pytest.mark.parametrize(
     ("phases", "warned"),
     [
-        (phases_of(adam(1e-3), adam(2e-4)), []),
-        (phases_of(adam(1e-3), adam(2.1e-4)), ["p1"]),
-        (phases_of(adam(1e-3), adam(1e-3)), ["p1"]),
-        (phases_of(adam(1e-3), adam(1e-3) | {"backbone_rate": 0.2}), []),
-        (phases_of(adam(1e-3), adam(1e-3) | {"backbone_rate": 0.5}), ["p1"]),
-        (phases_of(adam(1e-3), adam(1e-3) | {"schedule": {"warmup": "1 epochs"}}), []),
-        (phases_of(adam(1e-3), adam(1e-3, "rmsprop")), ["p1"]),
-        (phases_of(adam(1e-3), adam(1e-2, "sgd")), []),  # rates of another meaning
-        (phases_of(adam(1e-3, "lion"), adam(1e-3, "lion")), ["p1"]),
-        (phases_of(adam(1e-3), adam(1e-4), adam(5e-4)), ["p2"]),
-        ({"all": Phase.model_validate({"thaw": "all", "epochs": 1, **adam(1e-2)})}, []),
+        (make_phases(make_adam(1e-3), make_adam(2e-4)), []),
+        (make_phases(make_adam(1e-3), make_adam(2.1e-4)), ["p1"]),
+        (make_phases(make_adam(1e-3), make_adam(1e-3)), ["p1"]),
+        (make_phases(make_adam(1e-3), make_adam(1e-3) | {"backbone_rate": 0.2}), []),
+        (make_phases(make_adam(1e-3), make_adam(1e-3) | {"backbone_rate": 0.5}), ["p1"]),
+        (make_phases(make_adam(1e-3), make_adam(1e-3) | {"schedule": {"warmup": "1 epochs"}}), []),
+        (make_phases(make_adam(1e-3), make_adam(1e-3, "rmsprop")), ["p1"]),
+        (make_phases(make_adam(1e-3), make_adam(1e-2, "sgd")), []),  # rates of another meaning
+        (make_phases(make_adam(1e-3, "lion"), make_adam(1e-3, "lion")), ["p1"]),
+        (make_phases(make_adam(1e-3), make_adam(1e-4), make_adam(5e-4)), ["p2"]),
+        ({"all": Phase.model_validate({"thaw": "all", "epochs": 1, **make_adam(1e-2)})}, []),
     ],
 )
 def test_a_rate_of_thawed_layers_above_a_fifth_of_that_of_the_head(phases: dict[str, Phase], warned: list[str]) -> None:
@@ -43,9 +43,9 @@ def test_a_rate_of_thawed_layers_above_a_fifth_of_that_of_the_head(phases: dict[
 
 
 def test_the_rate_that_a_warning_advises_has_no_warning() -> None:
-    (warning,) = find_rate_warnings(phases_of(adam(1e-3), adam(1e-3) | {"backbone_rate": 0.5}))
+    (warning,) = find_rate_warnings(make_phases(make_adam(1e-3), make_adam(1e-3) | {"backbone_rate": 0.5}))
     advised = float(warning.split("learning_rate=")[1].split(",")[0])
-    assert not find_rate_warnings(phases_of(adam(1e-3), adam(advised) | {"backbone_rate": 0.5}))
+    assert not find_rate_warnings(make_phases(make_adam(1e-3), make_adam(advised) | {"backbone_rate": 0.5}))
 
 
 @pytest.mark.parametrize("choice", [name for name in list_choices("phases") if name != "auto"])

@@ -14,34 +14,34 @@ from trainer.names import escape_unprintable
 from trainer.predict.images import MAX_FILE_BYTES, ImageFile, list_images, list_images_of_paths, read_image
 
 
-def fill(folder: Path, *names: str) -> Path:
+def write_images(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / name, "PNG")
     return folder
 
 
-def names_of(images: list[ImageFile], folder: Path) -> list[str]:
+def list_names(images: list[ImageFile], folder: Path) -> list[str]:
     return [image.name.removeprefix(f"{folder}/") for image in images]
 
 
 def test_a_folder_has_all_images_below_it_sorted_by_path(tmp_path: Path) -> None:
-    fill(tmp_path, "b/2.png", "a/1.JPG", "3.webp", ".hidden.png", "a/.trash/4.png", "__MACOSX/5.png")
+    write_images(tmp_path, "b/2.png", "a/1.JPG", "3.webp", ".hidden.png", "a/.trash/4.png", "__MACOSX/5.png")
     (tmp_path / "notes.txt").write_text("no image")
-    assert names_of(list_images(str(tmp_path)), tmp_path) == ["3.webp", "a/1.JPG", "b/2.png"]
-    assert names_of(list_images(f"{tmp_path}/[ab]/*"), tmp_path) == ["a/1.JPG", "b/2.png"]
-    assert names_of(list_images(f"{tmp_path}/3.webp"), tmp_path) == ["3.webp"]
+    assert list_names(list_images(str(tmp_path)), tmp_path) == ["3.webp", "a/1.JPG", "b/2.png"]
+    assert list_names(list_images(f"{tmp_path}/[ab]/*"), tmp_path) == ["a/1.JPG", "b/2.png"]
+    assert list_names(list_images(f"{tmp_path}/3.webp"), tmp_path) == ["3.webp"]
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path: Path) -> None:
-    fill(tmp_path, "photos [2024]/1.png", "photos 2/2.png")
+    write_images(tmp_path, "photos [2024]/1.png", "photos 2/2.png")
     folder = f"{tmp_path}/photos [2024]"
-    assert names_of(list_images(folder), tmp_path) == ["photos [2024]/1.png"]
-    assert names_of(list_images(f"{folder}/*.png"), tmp_path) == ["photos [2024]/1.png"]
+    assert list_names(list_images(folder), tmp_path) == ["photos [2024]/1.png"]
+    assert list_names(list_images(f"{folder}/*.png"), tmp_path) == ["photos [2024]/1.png"]
 
 
 def test_a_list_has_paths_relative_to_it_in_its_order(tmp_path: Path) -> None:
-    fill(tmp_path, "lists/x/1.png", "up.png", "lists/=2.png")
+    write_images(tmp_path, "lists/x/1.png", "up.png", "lists/=2.png")
     rows = [
         "\ufefflabel,file,note",
         '"a,b",x/1.png,',

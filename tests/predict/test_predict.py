@@ -25,7 +25,15 @@ from trainer.predict import command, parts
 from trainer.predict.images import ImageFile, list_images
 from trainer.predict.model import Model, open_export_model
 from trainer.predict.parts import ImagePredictions, Parts, decode_part
-from trainer.predict.results import WIDTH, format_summary, make_header, make_row, rank, summarize, write_tables
+from trainer.predict.results import (
+    WIDTH,
+    find_top_classes,
+    format_summary,
+    make_header,
+    make_row,
+    summarize,
+    write_tables,
+)
 from trainer.storage.path import storage_path
 
 CLASSES = ("daisy", "löwenzahn", "rose\\nred")
@@ -64,7 +72,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
+def read_rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "predictions.csv").open(encoding="utf-8", newline="")))
 
 
@@ -89,7 +97,7 @@ def done(export: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_table_has_a_row_per_image(done: Path, photos: Path) -> None:
-    rows, wanted = rows_of(done), expected()
+    rows, wanted = read_rows(done), expected()
     assert len(rows) == 73
     assert list(rows[0]) == make_header(CLASSES, 3)
     readable = [row for row in rows if not row["error"]]
@@ -184,12 +192,12 @@ def test_a_litert_file_predicts_the_same_and_has_no_distance(
     written = capsys.readouterr().out
     assert "distance: none; a Keras, ONNX or LiteRT file has no embedding" in written
     assert all(len(line) <= WIDTH for line in written.splitlines() if "/" not in line)
-    rows = rows_of(out)
+    rows = read_rows(out)
     assert list(rows[0])[:5] == ["file", "prediction", "confidence", "distance", "error"]
     assert {row["distance"] for row in rows} == {""}
     np.testing.assert_allclose(np.load(out / "probabilities.npy"), expected()[:10], atol=1e-5)
     reasons = [error for error in everything.errors if error]
-    assert reasons == [row["error"] for row in rows_of(done) if row["error"]]
+    assert reasons == [row["error"] for row in read_rows(done) if row["error"]]
     assert "No distance from the training distribution" in (out / "index.html").read_text()
 
 
@@ -251,7 +259,7 @@ def test_none_readable(export: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "2.png").write_text("=cmd")
     assert run(f"export={export}", f"images={tmp_path}", f"output={tmp_path / 'out'}") == WRONG_INPUT
     assert "none of the 2 images can be read, the first" in capsys.readouterr().err
-    assert all(row["error"] for row in rows_of(tmp_path / "out"))
+    assert all(row["error"] for row in read_rows(tmp_path / "out"))
     assert (tmp_path / "out" / "index.html").exists()
 
 
@@ -296,7 +304,7 @@ def test_exports_that_are_incomplete(
     if what in ("labels", "reference"):  # the class names are inside a LiteRT file
         assert code == DONE
         assert "no reference.json: images are turned upright and stretched" in captured.err
-        assert rows_of(tmp_path / "out")[0]["prediction"] in CLASSES
+        assert read_rows(tmp_path / "out")[0]["prediction"] in CLASSES
     else:
         assert code == WRONG_INPUT
         assert captured.err.splitlines()[-1].startswith("error: ")
@@ -313,7 +321,7 @@ def test_hostile_cells() -> None:
     row = make_row(ImageFile("=1+2.png", ""), names, part, 0, 1)
     assert row == ["'=1+2.png", '\'=HYPERLINK("x")', "0.500000", "1.0000", "", "0.500000", "0.250000", "0.250000"]
     assert make_row(ImageFile("@x.png", ""), names, part, 1, 1) == ["'@x.png", "", "", "", "'-bad", "", "", ""]
-    assert rank(np.array([0.25, 0.5, 0.25], np.float32), 3) == [1, 0, 2]
+    assert find_top_classes(np.array([0.25, 0.5, 0.25], np.float32), 3) == [1, 0, 2]
 
 
 def test_a_part_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.training.optimizers import build_schedule
 RATES = np.logspace(-7, 1, 97)
 
 
-def curve(noise: float = 0.0) -> np.ndarray:
+def make_curve(noise: float = 0.0) -> np.ndarray:
     """A loss of 2 that decreases around a rate of 1e-3, has its minimum at 1e-1, and then diverges."""
     x = np.log10(RATES)
     losses = 2 - 1.5 / (1 + np.exp(-4 * (x + 3))) + np.maximum(x + 1, 0) ** 2 * 3
@@ -22,7 +22,7 @@ def curve(noise: float = 0.0) -> np.ndarray:
 
 @pytest.mark.parametrize("noise", [0.0, 0.15])
 def test_the_steepest_descent_and_a_tenth_of_the_minimum(noise: float) -> None:
-    suggestion = suggest(RATES, smooth(curve(noise)))
+    suggestion = suggest(RATES, smooth(make_curve(noise)))
     assert suggestion is not None
     assert 10**-3.5 < suggestion.steepest < 10**-2.5
     assert 10**-3.1 < suggestion.tenth < 10**-1.4
@@ -44,9 +44,9 @@ def test_smoothing_does_not_shift_and_keeps_a_constant() -> None:
 
 
 def test_a_test_ends_when_the_loss_diverges() -> None:
-    assert not has_diverged(curve()[:80])
+    assert not has_diverged(make_curve()[:80])
     assert has_diverged(np.array([2.0, np.nan]))
-    assert has_diverged(np.append(curve()[:80], [50.0] * 5))
+    assert has_diverged(np.append(make_curve()[:80], [50.0] * 5))
 
 
 def test_the_rate_grows_from_the_lowest_to_the_highest() -> None:
@@ -73,12 +73,12 @@ def test_the_rate_grows_from_the_lowest_to_the_highest() -> None:
         ("1", "-1", "highest"),
     ],
 )
-def test_bounds_that_are_no_range_are_refused(lowest: str, highest: str, key: str) -> None:
+def test_bounds_that_are_no_range_are_rejected(lowest: str, highest: str, key: str) -> None:
     with raises(ConfigError, key=key):
         parse_bounds(lowest, highest)
 
 
-def test_another_phase_is_refused_with_the_names_of_the_phases() -> None:
+def test_another_phase_is_rejected_with_the_names_of_the_phases() -> None:
     phase = Phase.model_validate({"thaw": "none", "epochs": 3})
     require_phase("head", {"head": phase})
     with raises(ConfigError, key="phase", value="hed", problem="not a phase", fix="^use head or fine_tune$"):
@@ -87,7 +87,7 @@ def test_another_phase_is_refused_with_the_names_of_the_phases() -> None:
 
 def test_the_summary_can_be_pasted_and_the_page_escapes_the_name() -> None:
     phase = Phase.model_validate({"thaw": "none", "epochs": 3})
-    losses = curve(0.1)
+    losses = make_curve(0.1)
     suggestion = suggest(RATES, smooth(losses))
     lines = describe("head", phase, RATES, smooth(losses), suggestion)
     assert suggestion is not None

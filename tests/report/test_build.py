@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.splits_on_disk import opened
+from tests.data.splits_on_disk import open_pixels
 from trainer.config.schema import Augmentation
 from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mix_pairs
@@ -55,11 +55,11 @@ def test_thumbnails_are_equal_with_and_without_a_cache(tmp_path: Path, cache: An
         Image.fromarray(image).save(file)
     files[4].write_bytes(b"no image")
     split = Split("train", np.zeros(count, np.int32), files=tuple(map(str, files)))
-    pixels = opened(split, cache, tmp_path, size=32, on_error="skip")
+    pixels = open_pixels(split, cache, tmp_path, size=32, on_error="skip")
     checks: list[int] = []
     indices = np.delete(np.arange(count), 1)
     small = reporting.read_thumbnails(pixels, indices, lambda: checks.append(1))
     good = indices != 4
     np.testing.assert_array_equal(small[good], make_thumbnails(images[indices[good]]))
-    assert (list(pixels.bad), len(checks)) == ([4], 2)
+    assert (list(pixels.unreadable), len(checks)) == ([4], 2)
     assert reporting.read_thumbnails(pixels, indices[:0], lambda: None).shape == (0, 16, 16, 3)

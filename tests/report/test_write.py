@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.examples import HOSTILE, fetch, make_history, make_phases, make_result
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.report.figures import INK, Line, draw_line_chart, to_svg
 from trainer.report.page import CATEGORY_COLORS, ReportImages, TrainingSamples
 from trainer.report.write import VALIDATION_NOTE, describe_data, write_report
@@ -95,7 +95,7 @@ def test_report_json(tmp_path: Path) -> None:
     test = report["test"]
     right = int((result.probabilities.argmax(axis=1) == result.labels).sum())
     assert (test["split"], test["n"], test["accuracy"]) == ("test", 60, right / 60)
-    assert test["interval"] == list(wilson_interval(right, 60))
+    assert test["interval"] == list(compute_wilson_interval(right, 60))
     assert "note" not in test
     assert list(report["phases"]) == ["phase_0", "phase_1"]
     last = report["phases"]["phase_1"]
@@ -212,7 +212,7 @@ def test_the_headline_has_the_scores_after_each_phase(tmp_path: Path) -> None:
     head = {"val_accuracy": 0.5, "val_n": 100, "val_macro_f1": 0.4}
     phases = {"head": head, "rest": {"val_accuracy": 0.9, "val_n": 100}}
     report = write(tmp_path, make_result(3, 10), phases=phases)
-    assert report["phases"]["rest"]["val_interval"] == list(wilson_interval(90, 100))
+    assert report["phases"]["rest"]["val_interval"] == list(compute_wilson_interval(90, 100))
     text = text_of(tmp_path)
     assert "validation after head: 50.00\u202f% (40.4–59.6\u202f%); rest: 90.00\u202f% (82.6–94.5\u202f%)" in text
     assert "validation after head: 0.400" in text
@@ -222,7 +222,7 @@ def test_a_phase_shows_that_its_score_is_of_the_whole_validation_split(tmp_path:
     head = {"val_accuracy": 0.5, "val_n": 1000, "epoch_val_accuracy": 0.52, "epoch_val_n": 100}
     phases = {"head": head, "rest": {"val_accuracy": 0.9, "val_n": 1000}}
     report = write(tmp_path, make_result(3, 10), phases=phases)
-    assert report["phases"]["head"]["val_interval"] == list(wilson_interval(500, 1000))
+    assert report["phases"]["head"]["val_interval"] == list(compute_wilson_interval(500, 1000))
     text = text_of(tmp_path)
     assert text.count("whole split; after its best epoch 52.00\u202f% of 100") == 1
 

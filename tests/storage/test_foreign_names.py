@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.images import noise
+from tests.data.images import encode_noise
 from tests.errors import raises
 from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
 from trainer.config.schema import load
 from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
-from trainer.distillation.source import describe_teacher
+from trainer.distillation.teacher_files import describe_teacher
 from trainer.errors import DataError
 from trainer.planning.checks import fetch_metadata, plan_staging
 from trainer.runs.checkpoints import read_pointer
@@ -50,7 +50,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_class_names_next_to_records_in_a_bucket_number_the_classes(in_bucket: StoragePath, tmp_path: Path) -> None:
-    examples: list[tuple[ImageSource, int]] = [(noise(i), i % 2) for i in range(12)]
+    examples: list[tuple[ImageSource, int]] = [(encode_noise(i), i % 2) for i in range(12)]
     write_dataset(in_bucket, LabeledImages("pets", ("cat", "dog"), {"train": examples}), WriteOptions(shards=3))
     data = {"source": "tfrecords", "pattern": f"{in_bucket}/*.tfrecord*", "class_names": ["dog", "cat"]}
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
@@ -122,7 +122,7 @@ def test_an_object_next_to_its_folder_is_not_the_data(
 ) -> None:
     put(in_bucket, placeholder, content)
     for i in range(6):
-        (in_bucket / "p" / ("cat", "dog")[i % 2] / f"{i}.jpg").write(noise(i))
+        (in_bucket / "p" / ("cat", "dog")[i % 2] / f"{i}.jpg").write(encode_noise(i))
     for address in (f"{in_bucket}/p", f"{in_bucket}/p/"):
         assert files(staged(address, tmp_path)[0]) == {f"{('cat', 'dog')[i % 2]}/{i}.jpg" for i in range(6)}
     opened(f"{in_bucket}/p", tmp_path)
@@ -167,11 +167,11 @@ def test_errors_name_the_address_and_not_the_copy(in_bucket: StoragePath, tmp_pa
     with raises(DataError, "data.root", address, problem=f"Not a directory: {address}"):
         opened(address, tmp_path)
     (in_bucket / "q" / "cat" / "1.jpg").write(b"")
-    (in_bucket / "q" / "dog" / "1.jpg").write(noise(1))
+    (in_bucket / "q" / "dog" / "1.jpg").write(encode_noise(1))
     with raises(DataError, problem=f"{in_bucket}/q/cat/1.jpg: is empty"):
         opened(f"{in_bucket}/q", tmp_path)
-    (in_bucket / "r" / "all" / "cat" / "1.jpg").write(noise(1))
-    (in_bucket / "r" / "all" / "dog" / "1.jpg").write(noise(2))
+    (in_bucket / "r" / "all" / "cat" / "1.jpg").write(encode_noise(1))
+    (in_bucket / "r" / "all" / "dog" / "1.jpg").write(encode_noise(2))
     with raises(DataError, "data.root", f"{in_bucket}/r", f"set data.root={in_bucket}/r/all"):
         opened(f"{in_bucket}/r", tmp_path)
 

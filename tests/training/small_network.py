@@ -47,7 +47,7 @@ def make_step(
     )
 
 
-def compiled(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Model:
+def compile_keras_model(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Model:
     """The same network as a model of Keras, compiled with cross-entropy."""
     layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), network.first, network.second]
     model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
@@ -55,7 +55,7 @@ def compiled(network: SmallNetwork, optimizer: Any, **options: Any) -> keras.Mod
     return model
 
 
-def arrays(count: int) -> tuple[np.ndarray, np.ndarray]:
+def make_arrays(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 [count, SIZE, SIZE, 3], and labels, int32 [count], that can be learned."""
     rng = np.random.default_rng(5)
     labels = rng.integers(0, CLASSES, count).astype(np.int32)
@@ -63,9 +63,9 @@ def arrays(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels
 
 
-def stream(count: int, batch: int, replicas: int = 1) -> tf.data.Dataset:
+def make_batches(count: int, batch: int, replicas: int = 1) -> tf.data.Dataset:
     """Infinite epochs in index order; the last batch of each is padded with weight 0."""
-    images, labels = arrays(count)
+    images, labels = make_arrays(count)
 
     def replica_batches() -> Iterator[dict[str, np.ndarray]]:
         while True:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.features.test_cut import calibrate as set_averages
+from tests.features.test_cut import set_moving_averages as set_averages
 from trainer.config import schema as config
 from trainer.features.cut import Tail, Trunk, find_cut
 from trainer.models.backbones import BackboneSpec
 from trainer.models.batch_norm import BATCH_NORM_CLASS
 from trainer.models.classifier import Classifier, build_classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import Network, StepSettings, TrainingStep
 
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 }
 
 
-def small() -> Classifier:
+def build_small() -> Classifier:
     """A classifier of three convolutions, each before a BatchNormalization, and a fourth after an addition."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((12, 12, 3))
@@ -49,7 +49,7 @@ def build(backbone: str, size: int) -> Classifier:
     return build_classifier(model, CLASSES, 1)
 
 
-def photos(size: int) -> tuple[np.ndarray, np.ndarray]:
+def make_photos(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images with a color per class, uint8 [STEPS, BATCH, size, size, 3], and their labels."""
     rng = np.random.default_rng(3)
     labels = rng.integers(0, CLASSES, (STEPS, BATCH)).astype(np.int32)
@@ -84,11 +84,11 @@ def train_plainly(classifier: Classifier, first: int, optimizer: keras.optimizer
             loss = loss_of(labels, output(tf.reduce_mean(tf.cast(maps, tf.float32), axis=[1, 2])))
         optimizer.apply(tape.gradient(loss, [variable.value for variable in trained]), trained)
 
-    for images, labels in zip(*photos(classifier.image_size), strict=True):
+    for images, labels in zip(*make_photos(classifier.image_size), strict=True):
         step(images, labels)
 
 
-def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Tensor]]:
+def make_batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Tensor]]:
     position = np.broadcast_to(np.arange(BATCH), (STEPS, BATCH))
     rows = {"image": images, "label": labels, "weight": np.ones((STEPS, BATCH), np.float32), "index": position,
             "position": position}  # fmt: skip
@@ -97,19 +97,19 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, tf.Ten
 
 def train_here(network: Network, trained: dict[str, keras.Variable], images: np.ndarray, optimizer: Any) -> None:
     step = TrainingStep(tf.distribute.get_strategy(), network, trained, optimizer, StepSettings(seed=3))
-    _, labels = photos(network.classifier.image_size if isinstance(network, Tail) else images.shape[2])
-    step.run(batches(images, labels), STEPS, 0, 0)
+    _, labels = make_photos(network.classifier.image_size if isinstance(network, Tail) else images.shape[2])
+    step.run(make_batches(images, labels), STEPS, 0, 0)
 
 
-def check(classifier: Classifier, first: int, optimizer: str) -> None:
+def check_training(classifier: Classifier, first: int, optimizer: str) -> None:
     """After 20 steps all variables are those of a plain loop to 1e-6, on images and on cached features."""
-    images, _ = photos(classifier.image_size)
+    images, _ = make_photos(classifier.image_size)
     begin = variables.copy_values(classifier.variables)
     train_plainly(classifier, first, OPTIMIZERS[optimizer]())
     plain = variables.copy_values(classifier.variables)
 
     variables.assign_values(classifier.variables, begin, "the beginning")
-    plan, cut = apply_thaw(classifier, f"from_layer:{first}", "affine"), find_cut(classifier)
+    plan, cut = set_trainable_layers(classifier, f"from_layer:{first}", "affine"), find_cut(classifier)
     assert not plan.batch_norm_training
     assert cut is not None
     trunk = tf.function(Trunk(classifier, [cut]).features)
@@ -129,9 +129,9 @@ def check(classifier: Classifier, first: int, optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_small_network_trains_as_in_a_plain_loop(optimizer: str) -> None:
-    classifier = small()
-    calibrate(classifier, photos(12)[0][0])
-    check(classifier, 4, optimizer)
+    classifier = build_small()
+    calibrate(classifier, make_photos(12)[0][0])
+    check_training(classifier, 4, optimizer)
 
 
 @pytest.mark.slow
@@ -147,24 +147,24 @@ def test_a_backbone_trains_as_in_a_plain_loop(backbone: str, size: int, first: i
     the rounding of the folded frozen layers to 5e-5, and Adam divides rounding errors by one another; hence also SGD.
     """
     single = build(backbone, size)
-    calibrate(single, photos(size)[0][:4].reshape(-1, size, size, 3))
+    calibrate(single, make_photos(size)[0][:4].reshape(-1, size, size, 3))
     values = variables.copy_values(single.variables)
     keras.config.set_dtype_policy("float64")
     try:
         classifier = build(backbone, size)
         for name, variable in classifier.variables.items():
             variable.assign(values[name])
-        check(classifier, first, "sgd")
+        check_training(classifier, first, "sgd")
     finally:
         keras.config.set_dtype_policy("float32")
 
 
 def test_only_a_training_step_computes_trained_normalization_as_layers() -> None:
     """Scoring folds it into the convolution, where the result is the same up to rounding."""
-    classifier = small()
-    images, _ = photos(12)
+    classifier = build_small()
+    images, _ = make_photos(12)
     calibrate(classifier, images[0])
-    plan = apply_thaw(classifier, "from_layer:4", "affine")
+    plan = set_trainable_layers(classifier, "from_layer:4", "affine")
     counts = []
     for training in (True, False):
         logits = tf.function(lambda x, training=training: classifier.logits(x, training=training))

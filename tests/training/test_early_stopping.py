@@ -11,7 +11,7 @@ from trainer.training.early_stopping import (
 from trainer.training.state import RunState
 
 
-def after(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
+def run_epochs(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[bool], RunState, list[bool]]:
     """Update with (val_accuracy, val_loss) per epoch; return `best` per epoch, the state, and `is_out_of_patience`."""
     state, best, over = RunState(), [], []
     for epoch, (accuracy, loss) in enumerate(scores, 1):
@@ -22,7 +22,7 @@ def after(scores: list[tuple[float, float]], rule: EarlyStopping) -> tuple[list[
 
 
 def test_accuracy_decides_and_ties_go_to_the_lower_loss() -> None:
-    best, state, _ = after([(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)], EarlyStopping())
+    best, state, _ = run_epochs([(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.85), (0.6, 0.1)], EarlyStopping())
     assert best == [True, True, True, False, False]
     assert state.best is not None
     assert (state.best["epoch"], state.best["step"]) == (3, 30)
@@ -42,7 +42,7 @@ def test_the_best_epoch_of_earlier_phases_stays_best_until_an_epoch_is_better() 
 
 
 def test_the_metric_can_be_the_loss() -> None:
-    best, state, _ = after([(0.5, 1.0), (0.9, 1.1), (0.4, 0.9)], EarlyStopping(metric="loss"))
+    best, state, _ = run_epochs([(0.5, 1.0), (0.9, 1.1), (0.4, 0.9)], EarlyStopping(metric="loss"))
     assert best == [True, False, True]
     assert state.best is not None
     assert state.best["epoch"] == 3
@@ -50,13 +50,13 @@ def test_the_metric_can_be_the_loss() -> None:
 
 def test_patience_counts_epochs_without_a_better_metric() -> None:
     scores = [(0.5, 1.0), (0.6, 0.9), (0.6, 0.8), (0.55, 0.7), (0.9, 0.1)]
-    _, _, over = after(scores, EarlyStopping(patience=2))
+    _, _, over = run_epochs(scores, EarlyStopping(patience=2))
     assert over == [False, False, False, True, False]  # a tie with a lower loss is the best, but no improvement
-    assert after(scores, EarlyStopping(patience=0))[2] == [False] * 5
+    assert run_epochs(scores, EarlyStopping(patience=0))[2] == [False] * 5
 
 
 def test_min_delta_is_the_least_improvement() -> None:
-    best, _, _ = after([(0.50, 1.0), (0.505, 0.9), (0.52, 0.8)], EarlyStopping(min_delta=0.01))
+    best, _, _ = run_epochs([(0.50, 1.0), (0.505, 0.9), (0.52, 0.8)], EarlyStopping(min_delta=0.01))
     assert best == [True, False, True]
 
 

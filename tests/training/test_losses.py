@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests.errors import raises
-from tests.training.small_network import CLASSES, SmallNetwork, arrays, assert_near, make_step, stream
+from tests.training.small_network import CLASSES, SmallNetwork, assert_near, make_arrays, make_batches, make_step
 from trainer.errors import DataError, Diverged
 from trainer.training import variables
 from trainer.training.losses import (
@@ -39,7 +39,7 @@ def test_a_loss_that_no_classifier_has_is_that_of_a_diverged_run() -> None:
     assert compute_divergence_threshold(weighted, 2) == pytest.approx(1200 * np.log(2))
     distilled = LossSettings(alpha=0.1, temperature=3.0)
     assert compute_divergence_threshold(distilled, 10) == pytest.approx(2700 * np.log(10))
-    where: dict[str, Any] = {"classes": 2, "step": 7, "phase": "head", "epoch": 1}
+    where: dict[str, Any] = {"num_classes": 2, "step": 7, "phase": "head", "epoch": 1}
     require_plausible({"loss": 800.0, "val_loss": 200.0}, weighted, **where)
     fix, at = "phases.head.optimizer.learning_rate", r"at step 7 \(phase head, epoch 1\)"
     with raises(Diverged, fix=fix, problem=f"the loss is 460,583 {at}: at most 208 is plausible for 2 classes"):
@@ -56,13 +56,13 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def against(targets: np.ndarray, logits: np.ndarray, gamma: float = 0.0) -> np.ndarray:
+def compute_expected_loss(targets: np.ndarray, logits: np.ndarray, gamma: float = 0.0) -> np.ndarray:
     """The sum over classes of -y (1 - p)^gamma log p."""
     p = softmax(logits)
     return -(targets * (1 - p) ** gamma * np.log(p)).sum(-1)
 
 
-def kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
+def compute_kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
     q, p = softmax(teacher, temperature), softmax(student, temperature)
     return temperature**2 * (q * np.log(q / p)).sum(-1)
 
@@ -71,12 +71,12 @@ def one_hot(labels: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
     return np.eye(4)[labels] * (1 - smoothing) + smoothing / 4
 
 
-def batch(**more: np.ndarray) -> dict[str, tf.Tensor]:
+def make_batch(**more: np.ndarray) -> dict[str, tf.Tensor]:
     return {k: tf.constant(v) for k, v in {"label": LABELS, "weight": WEIGHT, **more}.items()}
 
 
-def mixed_losses(settings: LossSettings, mix: np.ndarray = MIX) -> tf.Tensor:
-    return compute_weighted_losses(batch(other_label=OTHERS, mix=mix), tf.constant(LOGITS), settings)
+def compute_mixed_losses(settings: LossSettings, mix: np.ndarray = MIX) -> tf.Tensor:
+    return compute_weighted_losses(make_batch(other_label=OTHERS, mix=mix), tf.constant(LOGITS), settings)
 
 
 def test_label_smoothing_is_keras_own() -> None:
@@ -93,7 +93,9 @@ def test_focal_is_keras_own_without_its_alpha(gamma: float, smoothing: float) ->
     )
     ours = focal_loss(LABELS, LOGITS, gamma, smoothing)
     np.testing.assert_allclose(ours, theirs(tf.one_hot(LABELS, 4), LOGITS), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ours, against(one_hot(LABELS, smoothing), LOGITS, gamma), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ours, compute_expected_loss(one_hot(LABELS, smoothing), LOGITS, gamma), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_focal_without_gamma_is_cross_entropy() -> None:
@@ -115,27 +117,32 @@ def test_focal_has_a_finite_gradient_for_certain_predictions(gamma: float) -> No
 @pytest.mark.parametrize("gamma", [None, 2.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_mixed_example_is_one_with_mixed_targets(gamma: float | None, smoothing: float) -> None:
-    losses = mixed_losses(LossSettings(label_smoothing=smoothing, focal_gamma=gamma))
+    losses = compute_mixed_losses(LossSettings(label_smoothing=smoothing, focal_gamma=gamma))
     targets = MIX[:, None] * one_hot(LABELS, smoothing) + (1 - MIX[:, None]) * one_hot(OTHERS, smoothing)
-    np.testing.assert_allclose(losses, WEIGHT * against(targets, LOGITS, gamma or 0.0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        losses, WEIGHT * compute_expected_loss(targets, LOGITS, gamma or 0.0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_each_part_of_a_mixed_example_has_the_weight_of_its_own_class() -> None:
     w = np.array([0.5, 2.0, 1.0, 3.0])
-    losses = mixed_losses(LossSettings(class_weights=tuple(w.tolist())))
-    first, second = w[LABELS] * against(one_hot(LABELS), LOGITS), w[OTHERS] * against(one_hot(OTHERS), LOGITS)
+    losses = compute_mixed_losses(LossSettings(class_weights=tuple(w.tolist())))
+    first, second = (
+        w[LABELS] * compute_expected_loss(one_hot(LABELS), LOGITS),
+        w[OTHERS] * compute_expected_loss(one_hot(OTHERS), LOGITS),
+    )
     np.testing.assert_allclose(losses, WEIGHT * (MIX * first + (1 - MIX) * second), rtol=1e-5, atol=1e-6)
 
 
 def test_unmixed_rows_of_a_mixed_batch_have_the_loss_of_an_unmixed_batch() -> None:
     settings = LossSettings(label_smoothing=0.1)
-    unmixed = compute_weighted_losses(batch(), tf.constant(LOGITS), settings)
-    np.testing.assert_array_equal(mixed_losses(settings, np.ones(6, np.float32)), unmixed)
+    unmixed = compute_weighted_losses(make_batch(), tf.constant(LOGITS), settings)
+    np.testing.assert_array_equal(compute_mixed_losses(settings, np.ones(6, np.float32)), unmixed)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_divergence(temperature: float) -> None:
-    expected = kl(TEACHER, LOGITS, temperature)
+    expected = compute_kl(TEACHER, LOGITS, temperature)
     np.testing.assert_allclose(
         distillation_loss(tf.constant(TEACHER), tf.constant(LOGITS), temperature), expected, rtol=1e-5
     )
@@ -154,9 +161,9 @@ def test_a_certain_teacher_gives_a_finite_loss() -> None:
 
 def test_accuracy_of_mixed_examples_is_a_fraction() -> None:
     logits = tf.constant(np.eye(4, dtype=np.float32)[[0, 0, 2, 2, 0, 2]])
-    np.testing.assert_allclose(compute_example_accuracy(batch(), logits), [1, 0, 1, 1, 0, 0])
+    np.testing.assert_allclose(compute_example_accuracy(make_batch(), logits), [1, 0, 1, 1, 0, 0])
     np.testing.assert_allclose(
-        compute_example_accuracy(batch(other_label=OTHERS, mix=MIX), logits), [0.25, 0.25, 1, 1, 0, 0.5]
+        compute_example_accuracy(make_batch(other_label=OTHERS, mix=MIX), logits), [0.25, 0.25, 1, 1, 0, 0.5]
     )
 
 
@@ -180,7 +187,7 @@ def test_class_weights() -> None:
         ({"dog": 0}, " that is not cat"),
     ],
 )
-def test_weights_that_leave_less_than_two_classes_are_refused(weights: dict[str, float], others: str) -> None:
+def test_weights_that_leave_less_than_two_classes_are_rejected(weights: dict[str, float], others: str) -> None:
     names, labels = ("cat", "dog", "owl"), np.array([0, 0, 1, 0])
     fix, problem = "above 0 for at least two classes", f"is 0 for every training example{others}, so"
     with raises(DataError, "training.class_weights", fix=fix, problem=problem):
@@ -212,11 +219,11 @@ class LinearTeacher:
 DISTILLED = {"alpha": 0.1, "temperature": 3.0, "label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5)}
 
 
-def one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = None, **settings: object) -> tuple:
+def run_one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = None, **settings: object) -> tuple:
     """Weights and sums after one step of plain SGD."""
     network = SmallNetwork()
     step = make_step(network, keras.optimizers.SGD(1.0), teacher=teacher and teacher.logits, **settings)
-    batches = stream(20, 8)
+    batches = make_batches(20, 8)
     if soft_labels is not None:
         batches = batches.map(lambda rows: {**rows, "teacher": tf.gather(soft_labels, rows["index"])})
     rows, _, _ = step.run(iter(batches), 1, 0, 0)
@@ -225,7 +232,7 @@ def one_step(teacher: LinearTeacher | None, soft_labels: np.ndarray | None = Non
 
 def test_the_distillation_step_has_the_gradient_of_the_written_out_loss() -> None:
     network, teacher = SmallNetwork(), LinearTeacher()
-    images, labels = (part[:8] for part in arrays(20))
+    images, labels = (part[:8] for part in make_arrays(20))
     before = variables.copy_values(network.variables)
     with tf.GradientTape() as tape:
         logits = network.logits(images)
@@ -237,7 +244,7 @@ def test_the_distillation_step_has_the_gradient_of_the_written_out_loss() -> Non
         loss = tf.reduce_sum(losses) / 8
     gradients = tape.gradient(loss, [v.value for v in network.variables.values()])
     teacher = LinearTeacher()
-    after, row = one_step(teacher, **DISTILLED)
+    after, row = run_one_step(teacher, **DISTILLED)
     assert teacher.calls == 1  # when the graph is traced
     assert row[0] == pytest.approx(float(tf.reduce_sum(losses)), rel=1e-5)
     updates = dict(zip(before, gradients, strict=True))
@@ -245,17 +252,17 @@ def test_the_distillation_step_has_the_gradient_of_the_written_out_loss() -> Non
 
 
 def test_cached_soft_labels_give_the_same_step() -> None:
-    images, _ = arrays(20)
+    images, _ = make_arrays(20)
     soft_labels = tf.nn.softmax(LinearTeacher().logits(images)).numpy()
-    live, row = one_step(LinearTeacher(), **DISTILLED)
-    cached, cached_row = one_step(None, soft_labels, **DISTILLED)
+    live, row = run_one_step(LinearTeacher(), **DISTILLED)
+    cached, cached_row = run_one_step(None, soft_labels, **DISTILLED)
     np.testing.assert_allclose(cached_row, row, rtol=1e-5)
     assert_near(cached, live)
-    assert_near(one_step(None, soft_labels, accumulate=4, **DISTILLED)[0], live)
+    assert_near(run_one_step(None, soft_labels, accumulate=4, **DISTILLED)[0], live)
 
 
 def test_without_a_teacher_the_distillation_settings_have_no_effect() -> None:
-    plain, plain_row = one_step(None)
-    unused, row = one_step(None, alpha=0.1, temperature=3.0)
+    plain, plain_row = run_one_step(None)
+    unused, row = run_one_step(None, alpha=0.1, temperature=3.0)
     np.testing.assert_array_equal(row, plain_row)
     np.testing.assert_equal(unused, plain)

@@ -10,7 +10,14 @@ import pytest
 import tensorflow as tf
 
 from tests.processes import result_of
-from tests.training.small_network import SmallNetwork, arrays, assert_near, compiled, make_step, stream
+from tests.training.small_network import (
+    SmallNetwork,
+    assert_near,
+    compile_keras_model,
+    make_arrays,
+    make_batches,
+    make_step,
+)
 from trainer.config.phases import Optimizer, Schedule
 from trainer.training import variables
 from trainer.training.optimizers import CLASSES, build_optimizer, build_schedule
@@ -58,52 +65,52 @@ SCHEDULES: list[tuple[dict[str, Any], Callable[[int], float]]] = [
 ]  # fmt: skip
 
 
-def schedule_of(**settings: Any) -> Any:
+def make_schedule(**settings: Any) -> Any:
     return build_schedule(Schedule(**settings), 0.02, total_steps=STEPS, steps_per_epoch=3, batch_size=BATCH)
 
 
-def stepwise(optimizer: Any) -> list[np.ndarray]:
+def train_stepwise(optimizer: Any) -> list[np.ndarray]:
     """All weights after each of `STEPS` training steps, 20 examples in batches of 8."""
     network = SmallNetwork()
     step = make_step(network, optimizer)
-    batches, weights = iter(stream(20, BATCH)), []
+    batches, weights = iter(make_batches(20, BATCH)), []
     for done in range(STEPS):
         step.run(batches, 1, done, done)
-        weights.append(flat(network))
+        weights.append(flatten_weights(network))
     return weights
 
 
-def flat(network: SmallNetwork) -> np.ndarray:
+def flatten_weights(network: SmallNetwork) -> np.ndarray:
     return np.concatenate([value.ravel() for value in variables.copy_values(network.variables).values()])
 
 
-def keras_stepwise(optimizer: Any, rate: Callable[[int], float]) -> list[np.ndarray]:
+def train_keras_stepwise(optimizer: Any, rate: Callable[[int], float]) -> list[np.ndarray]:
     """The same with a compiled Keras model whose learning rate is set before each step."""
-    images, labels = arrays(20)
+    images, labels = make_arrays(20)
     network = SmallNetwork()
-    model = compiled(network, optimizer, run_eagerly=True)
+    model = compile_keras_model(network, optimizer, run_eagerly=True)
     weights = []
     for done in range(STEPS):
         rows = slice(done % 3 * BATCH, min(done % 3 * BATCH + BATCH, 20))
         optimizer.learning_rate = rate(done)
         model.train_on_batch(images[rows].astype(np.float32), labels[rows])
-        weights.append(flat(network))
+        weights.append(flatten_weights(network))
     return weights
 
 
 @pytest.mark.parametrize(("settings", "make"), OPTIMIZERS, ids=NAMES)
 def test_every_optimizer_has_the_steps_of_keras(settings: dict[str, Any], make: Callable[[float], Any]) -> None:
-    ours = stepwise(build_optimizer(Optimizer(**settings), schedule_of()))
+    ours = train_stepwise(build_optimizer(Optimizer(**settings), make_schedule()))
     assert np.abs(ours[-1] - ours[0]).max() > 0.01
-    np.testing.assert_allclose(ours, keras_stepwise(make(0.02), lambda _: 0.02), atol=5e-6)
+    np.testing.assert_allclose(ours, train_keras_stepwise(make(0.02), lambda _: 0.02), atol=5e-6)
 
 
 @pytest.mark.parametrize(("settings", "formula"), SCHEDULES)
 def test_every_schedule_has_the_steps_of_keras(settings: dict[str, Any], formula: Callable[[int], float]) -> None:
-    rate, steps = schedule_of(**settings), range(STEPS + 1)
+    rate, steps = make_schedule(**settings), range(STEPS + 1)
     np.testing.assert_allclose([float(rate(s)) for s in steps], [formula(s) for s in steps], rtol=1e-5, atol=1e-8)
-    ours = stepwise(build_optimizer(Optimizer(name="adamax"), rate))
-    np.testing.assert_allclose(ours, keras_stepwise(keras.optimizers.Adamax(0.02), formula), atol=5e-6)
+    ours = train_stepwise(build_optimizer(Optimizer(name="adamax"), rate))
+    np.testing.assert_allclose(ours, train_keras_stepwise(keras.optimizers.Adamax(0.02), formula), atol=5e-6)
 
 
 # ---- learning-rate multipliers ----
@@ -111,9 +118,11 @@ def test_every_schedule_has_the_steps_of_keras(settings: dict[str, Any], formula
 MULTIPLIERS = (0.05, 0.3, 1.0, 0.5)  # first/kernel, first/bias, second/kernel, second/bias
 
 
-def one_optimizer_per_variable(make: Callable[[float], Any], rate: Callable[[int], float]) -> list[np.ndarray]:
+def train_with_one_optimizer_per_variable(
+    make: Callable[[float], Any], rate: Callable[[int], float]
+) -> list[np.ndarray]:
     """The same with one Keras optimizer per variable, its learning rate times the multiplier."""
-    images, labels = arrays(20)
+    images, labels = make_arrays(20)
     network = SmallNetwork()
     owned = list(network.variables.values())
     optimizers = [make(0.0) for _ in owned]
@@ -127,7 +136,7 @@ def one_optimizer_per_variable(make: Callable[[float], Any], rate: Callable[[int
         for optimizer, multiplier, gradient, variable in zip(optimizers, MULTIPLIERS, gradients, owned, strict=True):
             optimizer.learning_rate = multiplier * rate(done)
             optimizer.apply([gradient], [variable])
-        weights.append(flat(network))
+        weights.append(flatten_weights(network))
     return weights
 
 
@@ -136,20 +145,23 @@ def test_multipliers_are_equal_to_one_optimizer_per_variable(
     settings: dict[str, Any], make: Callable[[float], Any]
 ) -> None:
     schedule, formula = SCHEDULES[4]
-    ours = stepwise(build_optimizer(Optimizer(**settings), schedule_of(**schedule), MULTIPLIERS))
-    np.testing.assert_allclose(ours, one_optimizer_per_variable(make, formula), atol=5e-6)
+    ours = train_stepwise(build_optimizer(Optimizer(**settings), make_schedule(**schedule), MULTIPLIERS))
+    np.testing.assert_allclose(ours, train_with_one_optimizer_per_variable(make, formula), atol=5e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_multipliers_do_not_change_the_names_of_variables_and_multipliers_of_one_no_bit(name: Any) -> None:
     network, settings = SmallNetwork(), Optimizer(name=name)
-    plain, multiplied = build_optimizer(settings, schedule_of()), build_optimizer(settings, schedule_of(), MULTIPLIERS)
+    plain, multiplied = (
+        build_optimizer(settings, make_schedule()),
+        build_optimizer(settings, make_schedule(), MULTIPLIERS),
+    )
     assert type(plain) is {"adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}[name]
     for optimizer in (plain, multiplied):
         optimizer.build(list(network.variables.values()))
     assert list(variables.collect_optimizer_variables(plain)) == list(variables.collect_optimizer_variables(multiplied))
-    whole = stepwise(build_optimizer(Optimizer(name=name), schedule_of()))
-    ones = stepwise(build_optimizer(Optimizer(name=name), schedule_of(), (1.0, 1.0, 1.0, 1.0)))
+    whole = train_stepwise(build_optimizer(Optimizer(name=name), make_schedule()))
+    ones = train_stepwise(build_optimizer(Optimizer(name=name), make_schedule(), (1.0, 1.0, 1.0, 1.0)))
     np.testing.assert_array_equal(np.stack(ones), np.stack(whole))
 
 
@@ -161,11 +173,11 @@ def test_an_optimizer_continues_from_its_checkpoint_with_the_same_bits(settings:
     """With multipliers, micro-batches and averages. Another start of a run has built other networks before."""
 
     def step_of(network: SmallNetwork) -> TrainingStep:
-        optimizer = build_optimizer(Optimizer(**settings), schedule_of(name="time", decay=0.1), MULTIPLIERS)
+        optimizer = build_optimizer(Optimizer(**settings), make_schedule(name="time", decay=0.1), MULTIPLIERS)
         return make_step(network, optimizer, accumulate=2, ema=0.9)
 
     network = SmallNetwork()
-    step, batches = step_of(network), iter(stream(16, BATCH))
+    step, batches = step_of(network), iter(make_batches(16, BATCH))
     step.run(batches, 4, 0, 0)
     stored = variables.copy_values(network.variables | step.checkpoint_variables())
     step.run(batches, 3, 4, 4)
@@ -173,14 +185,14 @@ def test_an_optimizer_continues_from_its_checkpoint_with_the_same_bits(settings:
     keras.Variable(0.0)  # counts in the automatic names of Keras
     later = step_of(resumed)
     variables.assign_values(resumed.variables | later.checkpoint_variables(), stored, "the checkpoint")
-    later.run(iter(stream(16, BATCH)), 3, 4, 4)  # an epoch has two steps
+    later.run(iter(make_batches(16, BATCH)), 3, 4, 4)  # an epoch has two steps
     expected = variables.copy_values(network.variables | step.checkpoint_variables())
     values = variables.copy_values(resumed.variables | later.checkpoint_variables())
     assert list(values) == list(expected)
     assert not [name for name, value in values.items() if not np.array_equal(value, expected[name])]
 
 
-def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[float]]]:
+def run_seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[float]]]:
     """The variables of a checkpoint after seven steps, per optimizer; of the first replica."""
     results = {}
     decayed = {"weight_decay": 0.3, "epsilon": 1e-3}
@@ -188,10 +200,10 @@ def seven_steps(strategy: tf.distribute.Strategy) -> dict[str, dict[str, list[fl
     for settings in [*chosen, *({"name": n, **decayed} for n in ("adamw", "adagrad", "adadelta", "nadam"))]:
         with strategy.scope():
             network = SmallNetwork()
-            optimizer = build_optimizer(Optimizer(**settings), schedule_of(name="time", decay=0.1), MULTIPLIERS)
+            optimizer = build_optimizer(Optimizer(**settings), make_schedule(name="time", decay=0.1), MULTIPLIERS)
         step = TrainingStep(strategy, network, network.variables, optimizer, StepSettings(seed=1))
         replicas = strategy.num_replicas_in_sync
-        step.run(iter(strategy.distribute_datasets_from_function(lambda _: stream(20, 8, replicas))), 7, 0, 0)  # noqa: B023
+        step.run(iter(strategy.distribute_datasets_from_function(lambda _: make_batches(20, 8, replicas))), 7, 0, 0)  # noqa: B023
         for variable in network.variables.values():
             first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
             assert all(np.array_equal(first, other) for other in others)
@@ -205,19 +217,19 @@ import json
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.training.test_optimizers import seven_steps
-print("RESULT" + json.dumps(seven_steps(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))))
+from tests.training.test_optimizers import run_seven_steps
+print("RESULT" + json.dumps(run_seven_steps(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))))
 """
 
 
 @pytest.mark.slow
 def test_two_replicas_with_multipliers_train_as_one() -> None:
     results = result_of(TWO_REPLICAS)
-    for name, expected in seven_steps(tf.distribute.get_strategy()).items():
+    for name, expected in run_seven_steps(tf.distribute.get_strategy()).items():
         assert_near(results[name], expected)
 
 
 def test_the_positions_of_a_step_schedule_need_no_order() -> None:
     positions = ["1 epochs", "64 examples"]
-    one, other = (schedule_of(name="step", decay=0.1, at=at) for at in (positions, positions[::-1]))
+    one, other = (make_schedule(name="step", decay=0.1, at=at) for at in (positions, positions[::-1]))
     assert [float(one(s)) for s in range(STEPS + 1)] == [float(other(s)) for s in range(STEPS + 1)]

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests.processes import run_python
-from tests.training.small_network import SmallNetwork, assert_near, make_step, stream
+from tests.training.small_network import SmallNetwork, assert_near, make_batches, make_step
 from trainer.training import variables
 from trainer.training.step import _add_in_tree
 
@@ -18,7 +18,7 @@ from trainer.training.step import _add_in_tree
 def train(steps: int, *, network: SmallNetwork | None = None, **settings: Any) -> tuple[Any, np.ndarray]:
     network = network or SmallNetwork(l2=0.01)
     step = make_step(network, keras.optimizers.SGD(0.1, momentum=0.9), **settings)
-    rows, _, _ = step.run(iter(stream(20, 8)), steps, 0, 0)
+    rows, _, _ = step.run(iter(make_batches(20, 8)), steps, 0, 0)
     return variables.copy_values(network.variables), rows
 
 
@@ -29,14 +29,14 @@ def test_a_sum_in_a_tree() -> None:
 
 
 @cache
-def train_whole(settings: tuple[tuple[str, Any], ...]) -> tuple[Any, np.ndarray]:
+def train_cached(settings: tuple[tuple[str, Any], ...]) -> tuple[Any, np.ndarray]:
     return train(6, **dict(settings))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("settings", [{}, {"clip_norm": 0.05, "ema": 0.9}, {"loss_scaling": True}])
 def test_the_gradient_is_that_of_the_whole_batch(parts: int, settings: dict[str, Any]) -> None:
-    whole, rows = train_whole(tuple(settings.items()))
+    whole, rows = train_cached(tuple(settings.items()))
     divided, divided_rows = train(6, virtual_replicas=parts, **settings)
     assert_near(divided, whole)
     np.testing.assert_allclose(divided_rows, rows, rtol=1e-5)
@@ -51,9 +51,9 @@ if replicas > 1:
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 tf.config.experimental.enable_op_determinism()
-from tests.training.test_affine import photos, small
+from tests.training.test_affine import make_photos, build_small
 from trainer.features.cut import Tail, Trunk, find_cut
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training import variables
 from trainer.training.step import StepSettings, TrainingStep
 strategy = (tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)]) if replicas > 1
@@ -63,7 +63,7 @@ optimizers = {"sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9), "adam": la
 norms, inputs = ["frozen", "affine", "train"], ["live", "features", "mixup"]
 extras = [{}, {"clip_norm": 0.05, "ema": 0.9, "class_weights": (1.0, 2.0, 0.5)}, {"loss_scaling": True}]
 batch, steps = 16, 5
-images, labels = photos(12)
+images, labels = make_photos(12)
 images, labels = images.reshape(-1, 12, 12, 3)[: batch * steps], labels.reshape(-1)[: batch * steps]
 weight = np.ones(batch * steps, np.float32)
 weight[-batch - 5 : -batch] = 0.0  # padding, of whole parts too
@@ -73,8 +73,8 @@ out = {}
 for number, (norm, kind) in enumerate(itertools.product(norms, inputs)):
     optimizer, extra = list(optimizers)[(number + number // 3) % 3], extras[number % 3]
     with strategy.scope():
-        classifier = small()
-    thaw = apply_thaw(classifier, "last_layers:5" if kind == "features" else "all", norm)
+        classifier = build_small()
+    thaw = set_trainable_layers(classifier, "last_layers:5" if kind == "features" else "all", norm)
     network, source = classifier, images
     if kind == "features":
         cut = find_cut(classifier)

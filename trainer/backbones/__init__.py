@@ -28,7 +28,7 @@ from trainer.monitoring.health import health
 
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"among": "is required", "output": "", "folds": ""}
-OUTPUT = "outputs/backbones"  # default of the argument output
+DEFAULT_OUTPUT = "outputs/backbones"  # default of the argument output
 
 
 def main() -> None:
@@ -48,4 +48,4 @@ def main() -> None:
         health.enter_phase("backbones")
         with suppress_import_noise():
             from trainer.backbones.comparison import compare_backbones  # here, because it imports TensorFlow
-        compare_backbones(choices, arguments.get("output", OUTPUT), folds)
+        compare_backbones(choices, arguments.get("output", DEFAULT_OUTPUT), folds)

@@ -20,7 +20,7 @@ from trainer.backbones.results import (
     make_folder_name,
     require_comparison_folder,
 )
-from trainer.backbones.table import EvaluatedBackbone, Facts, rank, write_results
+from trainer.backbones.table import ComparisonFacts, EvaluatedBackbone, rank, write_results
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy, choose_devices, detect_device
 from trainer.cluster.discovery import discover
@@ -88,7 +88,7 @@ def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
                 later_sizes = [find_image_size(models[other]) for other in order[position:]]
                 images.train_images_read_once = images.size not in later_sizes
             measured[label] = _evaluate_backbone(comparison, label, models[label], images)
-    facts = Facts(
+    facts = ComparisonFacts(
         dataset=comparison.data.dataset, folds=comparison.folds, machine=comparison.machine, phase=choices.phase,
         settings=comparison.config.phases[choices.phase],
         weights={label: model.weights for label, model in choices.models.items()},
@@ -112,6 +112,7 @@ def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Mod
 
 
 def _find_local_weights(model: Model) -> Path | None:
+    """Return the local weights file of a backbone, or None for "imagenet" and "none" (`find_weights_file`)."""
     return find_weights_file(find_backbone(model.backbone), find_image_size(model), model.alpha, model.weights)
 
 
@@ -124,10 +125,10 @@ def _open_comparison(
     pool = pool_examples(data.dataset)
     split, field = pool.splits["train"], no_weights.data.group_field
     plan = plan_folds(data.dataset, folds, no_weights.data.split_seed, read_groups(split, field) if field else None)
-    usage = "scored" if plan.count == 1 else f"in {plan.count} folds"
+    usage = "scored" if plan.num_folds == 1 else f"in {plan.num_folds} folds"
     log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {usage} ({plan.reason})")
     control, (_, num_replicas) = ControlChannel(discover({}), {}), choose_devices(no_weights.runtime, 1)
-    num_train = len(plan.split(0)[0])
+    num_train = len(plan.get_indices(0)[0])
     config, reasons = resolve_auto(no_weights, num_train, len(pool.class_names), detect_device(), replicas=num_replicas)
     for reason in reasons:
         log.info(reason)
@@ -139,6 +140,7 @@ def _open_comparison(
 
 
 def _open_images(comparison: Comparison, size: int) -> ImageStore:
+    """Open the pooled examples as images of `size` x `size` pixels."""
     return ImageStore(comparison.data, comparison.config, size, comparison.worker.stop.check)
 
 
@@ -149,7 +151,7 @@ def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images:
     folder = comparison.output / RESULTS / make_folder_name(model.backbone, _make_cache_key(comparison, config))
     result_folder = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
     results_by_fold: dict[int, FoldResult | None] = {
-        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.count)
+        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.num_folds)
     }
     measurements: Measurements | None = result_folder.read_measurements()
     if measurements is not None and measurements.machine != comparison.machine:
@@ -180,7 +182,8 @@ def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, A
     weights = config.model.weights if weights_file is None else f"{compute_file_crc32c(weights_file):08x}"
     return {
         "data": dataset.fingerprint, "classes": list(dataset.class_names), "orientation": config.data.orientation,
-        "folds": hashlib.sha256(comparison.folds.of.tobytes()).hexdigest(), "window": config.data.shuffle_window,
+        "folds": hashlib.sha256(comparison.folds.fold_of_example.tobytes()).hexdigest(),
+        "window": config.data.shuffle_window,
         "model": config.model.model_dump(mode="json")
         | {"weights": weights, "image_size": find_image_size(config.model)},
         "phases": {name: phase.model_dump(mode="json") for name, phase in config.phases.items()},

@@ -13,20 +13,21 @@ from trainer.types import Dataset, Split
 # stratified cross-validation has a small bias and variance (Kohavi 1995). Five folds cost half as much, and with many
 # examples it matters little that a fifth of them is not trained on.
 FOLDS_BY_EXAMPLES = ((500, 10), (10_000, 5))
-HOLD_OUT = 1  # `FoldPlan.count` if the validation split is scored once, without cross-validation
+HOLD_OUT = 1  # `FoldPlan.num_folds` if the validation split is scored once, without cross-validation
 
 
 @dataclass(frozen=True)
 class FoldPlan:
     """The fold in which each example is scored, and the reason for the number of folds."""
 
-    of: np.ndarray  # int64 [n]: fold of each example; -1 for examples that are always trained on and never scored
-    count: int  # number of folds
+    # Fold in which each example is scored, int64 [n]; -1 for examples that are always trained on and never scored.
+    fold_of_example: np.ndarray
+    num_folds: int
     reason: str
 
-    def split(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    def get_indices(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of the examples to train on and of the examples to score, both int64 [k], increasing."""
-        return np.flatnonzero(self.of != fold), np.flatnonzero(self.of == fold)
+        return np.flatnonzero(self.fold_of_example != fold), np.flatnonzero(self.fold_of_example == fold)
 
 
 def pool_examples(dataset: Dataset) -> Dataset:
@@ -91,12 +92,12 @@ def plan_folds(
     return FoldPlan(fold_of, num_folds, reason + ", grouped" * (groups is not None))
 
 
-def _assign_folds(labels: np.ndarray, count: int, seed: int, groups: Sequence[str] | None) -> np.ndarray:
+def _assign_folds(labels: np.ndarray, num_folds: int, seed: int, groups: Sequence[str] | None) -> np.ndarray:
     """Return the fold of each example, int64 [n]. The same arguments always result in the same folds."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to import
 
     splitter_class = StratifiedKFold if groups is None else StratifiedGroupKFold
-    splitter = splitter_class(count, shuffle=True, random_state=seed % 2**32)
+    splitter = splitter_class(num_folds, shuffle=True, random_state=seed % 2**32)
     fold_of = np.zeros(len(labels), np.int64)
     with warnings.catch_warnings():  # groups can prevent exact stratification; the caller checks that a head can learn
         warnings.simplefilter("ignore", UserWarning)

@@ -16,8 +16,8 @@ from trainer.data.host import allocate_array
 from trainer.data.images import ImageStore
 from trainer.data.order import Order
 from trainer.data.pipeline import build_training_batches
-from trainer.data.sharding import UNSHARDED, steps_per_epoch
-from trainer.data.splits import take
+from trainer.data.sharding import UNSHARDED, count_steps_per_epoch
+from trainer.data.splits import select_examples
 from trainer.errors import DataError, Interrupted
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.compute import FeaturePass
@@ -26,7 +26,7 @@ from trainer.features.inputs import FeatureCache
 from trainer.features.plan import FeaturePlan, InputKind, divide_phases, plan_engines
 from trainer.features.store import STORED_DTYPES, Features
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.training import variables
@@ -37,12 +37,13 @@ from trainer.types import Dataset
 # Part of TensorFlow's warning about repeated tracing, which is intended: each fold's head has a new step function.
 _RETRACING_WARNING = "triggered tf.function retracing"
 WARM_UP_CALLS = 3  # calls before the timed ones; the first call compiles
-MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 5, 50, 5.0  # number of timed calls, and the limit of their total time
+MIN_REPEATS, MAX_REPEATS = 5, 50  # minimum and maximum number of timed calls
+MAX_SECONDS = 5.0  # after this total time, no further call is timed, except for `MIN_REPEATS` calls
 
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen backbone with a head, and the features of all examples."""
+    """A backbone to measure: frozen, with a head that is trained per fold, and the cached features of all examples."""
 
     config: RunConfig  # with this backbone's `model` section, and one phase, which trains the head
     worker: Worker
@@ -50,7 +51,7 @@ class Network:
     classifier: Classifier
     cut: Cut
     features: Features  # of all examples in the pool
-    initial: dict[str, np.ndarray]  # initial values of the head's variables, by name
+    initial_values: dict[str, np.ndarray]  # of the head's variables, by name
     scorer: Scorer  # computes predictions from features
 
 
@@ -99,20 +100,20 @@ def score_fold(network: Network, folds: FoldPlan, fold: int) -> FoldResult:
         StopRequested: after a signal.
     """
     classifier, training = network.classifier, network.config.training
-    train_indices, held_out_indices = folds.split(fold)
+    train_indices, held_out_indices = folds.get_indices(fold)
     start = time.perf_counter()
-    variables.assign_values(classifier.head_variables, network.initial, "the initial values")
-    step = _train_head(network, take_rows(network.features, train_indices, "train"))
+    variables.assign_values(classifier.head_variables, network.initial_values, "the initial values")
+    step = _train_head(network, select_features(network.features, train_indices, "train"))
     seconds = time.perf_counter() - start
     if step.averages:
         step.averages.swap()  # predict with the averaged weights (EMA)
-    held_out = take_rows(network.features, held_out_indices, "validation")
+    held_out = select_features(network.features, held_out_indices, "validation")
     predictions = network.scorer.score(held_out, training.batch_size, f"fold {fold + 1}")
     network.worker.stop.check("while a fold was scored")
     return FoldResult(held_out_indices[predictions.indices], predictions.probabilities.argmax(axis=1), seconds)
 
 
-def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
+def select_features(features: Features, indices: np.ndarray, name: str) -> Features:
     """Copy the features of some examples into memory, as the features of a new split.
 
     Args:
@@ -126,23 +127,23 @@ def take_rows(features: Features, indices: np.ndarray, name: str) -> Features:
     array[: len(indices)] = features.array[indices]
     new_index = {int(index): i for i, index in enumerate(indices)}
     return Features(
-        replace(take(features.split, indices), name=name), features.shape, features.dtype, 1,
+        replace(select_examples(features.split, indices), name=name), features.shape, features.dtype, 1,
         np.arange(len(indices), dtype=np.int64), features.threads, log.info, array=array,
-        bad={new_index[index]: reason for index, reason in features.bad.items() if index in new_index},
+        unreadable={new_index[index]: reason for index, reason in features.unreadable.items() if index in new_index},
     )  # fmt: skip
 
 
 def _train_head(network: Network, features: Features) -> TrainingStep:
-    """Train the head for the phase's whole length. Return the training step, which has the averaged weights (EMA)."""
+    """Train the head for the full length of the phase. Return the training step, which has the EMA weights."""
     config, worker, strategy = network.config, network.worker, network.worker.strategy
     ((name, phase),) = config.phases.items()
     batch_size, split = config.training.batch_size, features.split
-    per_epoch = steps_per_epoch(split, batch_size)
+    per_epoch = count_steps_per_epoch(split, batch_size)
     total = config.phase_steps(phase, per_epoch)
-    if len(features.bad) == split.count:
-        reason = next(iter(features.bad.values()))
+    if len(features.unreadable) == split.count:
+        reason = next(iter(features.unreadable.values()))
         raise DataError(f"no training example of a fold could be read, the first: {reason}", fix="repair the images")
-    thaw = apply_thaw(network.classifier, phase.thaw, phase.batch_norm)
+    freezing = set_trainable_layers(network.classifier, phase.thaw, phase.batch_norm)
     rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, rate, total_steps=total, steps_per_epoch=per_epoch, batch_size=batch_size)
     with strategy.scope():
@@ -150,7 +151,7 @@ def _train_head(network: Network, features: Features) -> TrainingStep:
     fold_data = replace(network.dataset, splits={"train": split})
     settings = StepSettings.from_config(config, fold_data, batch_norm_training=False, xla=False)
     tail, stop = Tail(network.classifier, network.cut), worker.stop_requested
-    step = TrainingStep(strategy, tail, thaw.trainable, optimizer, settings, should_stop=stop)
+    step = TrainingStep(strategy, tail, freezing.trainable, optimizer, settings, should_stop=stop)
     order = Order(batch_size=batch_size, seed=config.seed, window=config.data.shuffle_window, first_epoch=0,
                   first_step=0, sharding=UNSHARDED)  # fmt: skip
     batches = build_training_batches(features, order, replicas=worker.replicas, augmentation=Augmentation())

@@ -89,6 +89,7 @@ class ResultFolder:
         self._write("measurements.json", asdict(measurements))
 
     def _parse_fold(self, value: Any) -> FoldResult:
+        """Parse the content of a fold's file. Raise one of `CONTENT_ERRORS` if it is invalid."""
         fields = require_json_object(value)
         indices, predictions = (np.asarray(fields[key]) for key in ("indices", "predictions"))
         for array, limit in ((indices, self.examples), (predictions, self.classes)):
@@ -99,6 +100,7 @@ class ResultFolder:
         return FoldResult(indices, predictions, require_nonnegative(fields["seconds"]))
 
     def _read(self, name: str, parse: Any) -> Any:
+        """Read a JSON file with `parse`. Return None if it does not exist or, with a warning, if it is corrupt."""
         try:
             return read_json(self.folder / name, parse, "")
         except DataError as error:
@@ -106,10 +108,12 @@ class ResultFolder:
             return None
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file atomically."""
         (self.folder / name).write(json.dumps(value) + "\n")
 
 
 def _parse_measurements(value: Any) -> Measurements:
+    """Parse the content of measurements.json. Raise one of `CONTENT_ERRORS` if it is invalid."""
     fields = require_json_object(value)
     return Measurements(
         image_size=int(require_nonnegative(fields["image_size"])),

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.backbones.folds import HOLD_OUT, FoldPlan
 from trainer.backbones.results import SUMMARY, FoldResult, Measurements
 from trainer.config.phases import Phase
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
 from trainer.monitoring.log import log
 from trainer.report.compare import SIGNIFICANCE_LEVEL
@@ -35,7 +35,7 @@ class EvaluatedBackbone:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ComparisonFacts:
     """What all backbones in the table have in common, and each backbone's weights."""
 
     dataset: Dataset  # its train split pools the train and validation examples
@@ -72,7 +72,7 @@ class Row:
         return self.p is not None and self.p < SIGNIFICANCE_LEVEL
 
 
-def rank(networks: Sequence[EvaluatedBackbone], facts: Facts) -> list[Row]:
+def rank(networks: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[Row]:
     """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
     Returns:
@@ -91,10 +91,10 @@ def rank(networks: Sequence[EvaluatedBackbone], facts: Facts) -> list[Row]:
     for i in order:
         network, num_correct, measurements = networks[i], int(correct[i].sum()), networks[i].measurements
         head_seconds = [result.seconds for result in network.folds]
-        num_train = [len(facts.folds.split(fold)[0]) for fold in range(facts.folds.count)]
+        num_train = [len(facts.folds.get_indices(fold)[0]) for fold in range(facts.folds.num_folds)]
         rows.append(Row(
             label=network.label, weights=facts.weights[network.label], accuracy=num_correct / len(common_indices),
-            interval=wilson_interval(num_correct, len(common_indices)), examples=len(common_indices),
+            interval=compute_wilson_interval(num_correct, len(common_indices)), examples=len(common_indices),
             fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in network.folds],
             measurements=measurements, pair=pairs.get(i), p=adjusted_p_values.get(i),
             train_seconds=float(np.mean(head_seconds) + np.mean(num_train) * measurements.batch_ms / 1e3),
@@ -142,9 +142,9 @@ def format_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def describe(rows: Sequence[Row], facts: Facts) -> list[str]:
+def describe(rows: Sequence[Row], facts: ComparisonFacts) -> list[str]:
     """Return the lines below the printed table and on the page: examples, head, and the recommended backbone."""
-    n, num_folds, settings = rows[0].examples, facts.folds.count, facts.settings
+    n, num_folds, settings = rows[0].examples, facts.folds.num_folds, facts.settings
     examples = "validation examples" if num_folds == HOLD_OUT else f"out-of-fold predictions, {num_folds} folds"
     sentences = [
         f"n = {n:,} {examples} ({facts.folds.reason})",
@@ -167,14 +167,14 @@ def explain_columns(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], facts: ComparisonFacts) -> dict[str, Any]:
     """Return the content of backbones.json."""
     dataset, folds = facts.dataset, facts.folds
     return {
         "version": VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)},
-        "folds": {"count": folds.count, "reason": folds.reason, "examples": rows[0].examples},
+        "folds": {"count": folds.num_folds, "reason": folds.reason, "examples": rows[0].examples},
         "head": {"phase": facts.phase, **facts.settings.model_dump(mode="json")},
         "machine": facts.machine,
         "networks": [
@@ -193,7 +193,7 @@ def summarize(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
+def render_page(rows: Sequence[Row], facts: ComparisonFacts, created: str) -> str:
     """Render the page as HTML that loads no other file. `created`: time in ISO 8601."""
     points = [
         Point(row.label, row.measurements.single_ms, row.accuracy, row.interval, SERIES[i % len(SERIES)])
@@ -203,11 +203,11 @@ def render_page(rows: Sequence[Row], facts: Facts, created: str) -> str:
     return render(
         "backbones.html.j2", rows=rows, facts=facts, created=created, sentences=describe(rows, facts),
         chart=to_svg("scatter", chart), significance_level=SIGNIFICANCE_LEVEL, color_count=len(SERIES),
-        hold_out=facts.folds.count == HOLD_OUT,
+        hold_out=facts.folds.num_folds == HOLD_OUT,
     )  # fmt: skip
 
 
-def write_results(folder: StoragePath, rows: Sequence[Row], facts: Facts) -> None:
+def write_results(folder: StoragePath, rows: Sequence[Row], facts: ComparisonFacts) -> None:
     """Write backbones.json and index.html to `folder`, and print the table."""
     summary = summarize(rows, facts)
     write_output(folder, SUMMARY, encode_json(summary))

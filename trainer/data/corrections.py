@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trainer.data.records import join_first, read_source_names
-from trainer.data.splits import RawData, make_empty_split_error, take
+from trainer.data.splits import RawData, make_empty_split_error, select_examples
 from trainer.data.table import read_table
 from trainer.errors import DataError
 from trainer.names import decode_cell, escape_unprintable, normalize_class_name
@@ -141,7 +141,7 @@ def _correct_split(split: Split, targets: dict[tuple[str, int], str | None], lab
     if not is_included.any():
         raise make_empty_split_error(split.name, f"{KEY} excludes all {split.count} of it", ())
     new_split = replace(split, labels=new_labels)
-    return new_split if is_included.all() else take(new_split, np.flatnonzero(is_included))
+    return new_split if is_included.all() else select_examples(new_split, np.flatnonzero(is_included))
 
 
 def _find_examples(raw: RawData, corrections: list[Correction], address: str) -> dict[Correction, list[Example]]:

@@ -20,7 +20,8 @@ from trainer.storage.path import storage_path
 from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
 from trainer.types import Purpose
 
-REQUIRED, OPTIONAL = ("file", "label"), ("split", "group")  # columns; data.group_field sets the real name of "group"
+REQUIRED_COLUMNS = ("file", "label")
+OPTIONAL_COLUMNS = ("split", "group")  # data.group_field sets the real name of "group"
 _EMPTY_CLASS_NAME = normalize_class_name("")
 
 
@@ -51,7 +52,7 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
         path = _find_local_path(root, row, cache_dir)
         if (first_row := first_rows.setdefault(os.path.normpath(path), row.number)) != row.number:
             problem = f"names the file of row {first_row} again: {escape_unprintable(row['file'])}"
-            raise _row_error(root, row, problem, "list each file once")
+            raise _make_row_error(root, row, problem, "list each file once")
         group = _read_group(root, row, group_column) if group_column else None
         image = ImageFile(path, row["file"], labels[_read_label(root, row)], row.number, group)
         images.setdefault(_read_split(root, row, table), []).append(image)
@@ -62,30 +63,32 @@ def open_csv(data: Data, cache_dir: Path, purpose: Purpose = "train") -> RawData
     if group_column:
         _check_groups(data, [image.group or "" for members in images.values() for image in members])
     images_by_split = {name: images[name] for name in SPLITS if name in images}
-    contents = {
+    split_descriptions = {
         name: f"{format_count(len(members), 'row')} of {escape_unprintable(root)}"
         for name, members in images_by_split.items()
     }
-    unread_columns = [name for name in table.columns if name not in (*REQUIRED, "split", group_column)]
+    unread_columns = [name for name in table.columns if name not in (*REQUIRED_COLUMNS, "split", group_column)]
     names = join_first([escape_unprintable(name) for name in unread_columns if name])
     notes = [f"columns that are not read: {names}; data.group_field=COLUMN reports scores by one"] if names else []
     return build_raw_data(
-        ListedImages(Path(root).stem, tuple(class_names), images_by_split, contents, notes), data, purpose
+        ListedImages(Path(root).stem, tuple(class_names), images_by_split, split_descriptions, notes), data, purpose
     )
 
 
 def _read_csv(root: str) -> Table:
-    return read_table(root, "data.root", REQUIRED, OPTIONAL)
+    """Read the CSV file at a storage path, the value of data.root."""
+    return read_table(root, "data.root", REQUIRED_COLUMNS, OPTIONAL_COLUMNS)
 
 
-def _row_error(root: str, row: Row, problem: str, fix: str) -> DataError:
+def _make_row_error(root: str, row: Row, problem: str, fix: str) -> DataError:
+    """Build the error for a row of the CSV file `root`. `problem` continues the message "row N"."""
     return DataError(f"row {row.number} {problem}", key="data.root", value=root, fix=fix)
 
 
 def _read_file(root: str, row: Row) -> str:
     """Return the row's cell in the column `file`, or raise a DataError if it is blank."""
     if not row["file"].strip():
-        raise _row_error(root, row, "has no file", "write its path, or remove the row")
+        raise _make_row_error(root, row, "has no file", "write its path, or remove the row")
     return row["file"]
 
 
@@ -93,7 +96,7 @@ def _read_label(root: str, row: Row) -> str:
     """Return the row's normalized class name, or raise a DataError if it is blank."""
     if (name := normalize_class_name(row["label"])) == _EMPTY_CLASS_NAME:
         file = escape_unprintable(_read_file(root, row))
-        raise _row_error(root, row, f"has no label: {file}", "write the name of its class, or remove the row")
+        raise _make_row_error(root, row, f"has no label: {file}", "write the name of its class, or remove the row")
     return name
 
 
@@ -106,7 +109,7 @@ def _read_split(root: str, row: Row, table: Table) -> str:
         return split
     problem = f"has an unknown split, {escape_unprintable(cell)}" if cell else "has no split"
     fix = "write train, validation (or val, valid) or test in each row, or remove the column"
-    raise _row_error(root, row, problem, fix)
+    raise _make_row_error(root, row, problem, fix)
 
 
 def _find_group_column(data: Data, root: str, table: Table) -> str | None:
@@ -120,13 +123,15 @@ def _find_group_column(data: Data, root: str, table: Table) -> str | None:
 
 
 def _read_group(root: str, row: Row, column: str) -> str:
+    """Return the row's group, the cell in `column`, or raise a DataError if it is blank."""
     if not (group := escape_unprintable(row[column].strip())):
         problem, fix = f"has no {escape_unprintable(column)} (data.group_field)", "write one, such as unknown"
-        raise _row_error(root, row, problem, fix)
+        raise _make_row_error(root, row, problem, fix)
     return group
 
 
 def _check_groups(data: Data, groups: list[str]) -> None:
+    """Raise a DataError if there are more than `MAX_GROUPS` distinct groups."""
     unique_groups = set(groups)
     if len(unique_groups) > MAX_GROUPS:
         problem = f"has {len(unique_groups):,} different values in {len(groups):,} rows, such as {min(unique_groups)!r}"
@@ -148,7 +153,7 @@ def _split_address(root: str, row: Row, address: str) -> tuple[str, str]:
     bucket, _, key = address.removeprefix("gs://").partition("/")
     if reason := find_path_error(key) if bucket else "it names no bucket":
         problem = f"names {escape_unprintable(address)}, which cannot be a file ({reason})"
-        raise _row_error(root, row, problem, "write gs://BUCKET/FOLDER/FILE, or a name relative to the CSV file")
+        raise _make_row_error(root, row, problem, "write gs://BUCKET/FOLDER/FILE, or a name relative to the CSV file")
     return f"gs://{bucket}", key
 
 
@@ -158,8 +163,7 @@ class BucketFiles:
 
     bucket: str  # address of the bucket
     folder: Path
-    # Object info by object name, which is also the path of the copy relative to `folder`.
-    entries: dict[str, ObjectInfo]
+    objects: dict[str, ObjectInfo]  # by object name, which is also the path of the copy relative to `folder`
     absent: frozenset[str]  # object names that the CSV file lists but the bucket does not have
 
     def delete_stale_copies(self) -> None:
@@ -191,7 +195,7 @@ def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[Bu
     for bucket, key in objects:
         names_by_bucket.setdefault(bucket, set()).add(key)
     copies = [_list_bucket(bucket, names, cache_dir) for bucket, names in names_by_bucket.items()]
-    size = sum(info.size for files in copies for info in files.entries.values())
+    size = sum(info.size for files in copies for info in files.objects.values())
     check_budget(root, size, cache_dir, budget)
     if is_remote(root):
         bucket, _, key = root.removeprefix("gs://").partition("/")
@@ -226,6 +230,6 @@ def _list_bucket(bucket: str, names: set[str], cache_dir: Path) -> BucketFiles:
     folders = sorted({name.rpartition("/")[0] for name in names})
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         listings = list(pool.map(list_folder, folders))
-    entries = {name: info for listing in listings for name, info in listing.items() if name in names}
+    objects = {name: info for listing in listings for name, info in listing.items() if name in names}
     folder = find_copy_folder(storage_path(bucket), cache_dir)
-    return BucketFiles(bucket, folder, entries, frozenset(names - entries.keys()))
+    return BucketFiles(bucket, folder, objects, frozenset(names - objects.keys()))

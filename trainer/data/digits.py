@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.tfds_folder import INFO
+from trainer.data.tfds_folder import INFO_FILE
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 
 TEST_EXAMPLES, VALIDATION_EXAMPLES, SPLIT_SEED = 360, 180, 42  # the other 1,257 examples are for training
@@ -25,7 +25,7 @@ def prepare_digits(cache_dir: Path) -> Path:
         OSError: the folder cannot be written.
     """
     folder = cache_dir / "digits"
-    if (folder / INFO).exists():
+    if (folder / INFO_FILE).exists():
         return folder
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -52,6 +52,6 @@ def prepare_digits(cache_dir: Path) -> Path:
         os.rename(temporary_folder, folder)
     except OSError:
         shutil.rmtree(temporary_folder)
-        if not (folder / INFO).exists():
+        if not (folder / INFO_FILE).exists():
             raise
     return folder

@@ -10,22 +10,20 @@ from functools import partial
 import numpy as np
 
 from trainer.data.records import RecordLocation, locate_records, read_image
-from trainer.data.splits import take
+from trainer.data.splits import select_examples
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.types import Split
 
-MAX_EXAMINED_FILES, MAX_EXAMINED_RECORDS = (
-    2000,
-    200,
-)  # maximum number of images in a sample of files and in a sample of records
+MAX_EXAMINED_FILES = 2000  # maximum number of image files in a sample
+MAX_EXAMINED_RECORDS = 200  # maximum number of records in a sample
 _HEAD_BYTES = 2**16  # number of bytes read from the beginning of a file; a photo's EXIF data begins there
 _MAX_DECODED = 8  # number of 16-bit PNGs that are decoded to determine their maximum value
 _ORIENTATION_TAG = 0x0112  # EXIF tag
 
 
-def parse_orientation(data: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8, of an image, of which `data` has all encoded bytes or the first ones.
+def parse_orientation(encoded: bytes) -> int:
+    """Return the EXIF orientation, 1 to 8, of an image, of which `encoded` has all encoded bytes or the first ones.
 
     Return 1, which means upright, if the EXIF data is missing or corrupt.
     """
@@ -33,11 +31,11 @@ def parse_orientation(data: bytes) -> int:
 
     # The markers of JPEG, PNG and WebP. In a WebP, the 4 bytes of the chunk's length are between marker and data.
     for marker, gap in ((b"Exif\0\0", 0), (b"eXIf", 0), (b"EXIF", 4)):
-        start = data.find(marker)
+        start = encoded.find(marker)
         if start >= 0:
             with suppress(Exception):  # corrupt EXIF data raises many exception types
                 exif = Image.Exif()
-                exif.load(data[start + len(marker) + gap :])
+                exif.load(encoded[start + len(marker) + gap :])
                 value = exif.get(_ORIENTATION_TAG, 1)
                 return value if value in range(1, 9) else 1
     return 1
@@ -61,7 +59,7 @@ def _make_sample_readers(split: Split) -> list[Callable[[int], bytes]]:
         indices = np.unique(np.linspace(0, split.count - 1, min(split.count, MAX_EXAMINED_FILES)).astype(int))
         return [partial(read_file, split.files[i]) for i in indices]
     # The first records, because they are in few shards: to locate a record, all record headers of its shard are read.
-    records = locate_records(take(split, np.arange(min(split.count, MAX_EXAMINED_RECORDS))))
+    records = locate_records(select_examples(split, np.arange(min(split.count, MAX_EXAMINED_RECORDS))))
     return [partial(read_record, record) for record in records]
 
 
@@ -72,17 +70,17 @@ def examine_images(split: Split) -> list[str]:
     def examine(read: Callable[[int], bytes]) -> tuple[int, bytes]:
         """Return the EXIF orientation of an image, and its first bytes if it is a 16-bit PNG, otherwise b""."""
         try:
-            data = read(_HEAD_BYTES)
+            encoded = read(_HEAD_BYTES)
         except (OSError, DataError):  # the error is reported when the image is decoded
             return 1, b""
         health.record_progress()
-        is_16_bit_png = data[:4] == b"\x89PNG" and data[24:25] == b"\x10"
-        return parse_orientation(data), data if is_16_bit_png else b""
+        is_16_bit_png = encoded[:4] == b"\x89PNG" and encoded[24:25] == b"\x10"
+        return parse_orientation(encoded), encoded if is_16_bit_png else b""
 
     with warnings.catch_warnings(), ThreadPoolExecutor(16) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about corrupt EXIF data
         results = list(pool.map(examine, readers))
-    notes, png_indices = [], [i for i, (_, data) in enumerate(results) if data]
+    notes, png_indices = [], [i for i, (_, encoded) in enumerate(results) if encoded]
     sample_name = f"{len(readers)}{'' if len(readers) == split.count else ' examined'} training images"
     if num_not_upright := sum(orientation > 1 for orientation, _ in results):
         treatment = "turned upright" if split.orientation == "exif" else "used as they are stored"

@@ -70,6 +70,7 @@ def compute_fingerprints(
 
 
 def _stat(path: str) -> os.stat_result | None:
+    """Return the file status of a path, or None if it cannot be read."""
     try:
         return os.stat(path)
     except OSError:  # the file is reported when it is decoded
@@ -88,7 +89,7 @@ def _compute_checksums(stats: dict[str, os.stat_result], kind: Kind, cache_dir: 
     cache_file = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(stats), 8).hex() if stats else ''}.npz"
     stored_checksums = _read_cache(cache_file)
     uncached_paths = [path for path in stats if keys[path] not in stored_checksums]
-    checksum = partial(_compute_checksum, read=_read_whole if kind == "content" else _read_sample)
+    checksum = partial(_compute_checksum, read=_read_all_bytes if kind == "content" else _read_sampled_blocks)
 
     def checksum_batch(first: int) -> list[int | None]:
         health.record_progress()
@@ -122,21 +123,23 @@ def _compute_checksum(path: str, read: Callable[[int, int], Iterable[bytes]]) ->
         return None
 
 
-def _read_whole(descriptor: int, _size: int) -> Iterable[bytes]:
+def _read_all_bytes(descriptor: int, _size: int) -> Iterable[bytes]:
+    """Yield all bytes of a file, in blocks."""
     while block := os.read(descriptor, _READ_BYTES):
         health.record_progress()
         yield block
 
 
-def _read_sample(descriptor: int, size: int) -> Iterable[bytes]:
+def _read_sampled_blocks(descriptor: int, size: int) -> Iterable[bytes]:
     """Yield evenly spaced blocks of a file, including the first and the last one. Read a small file completely."""
     count = min(_MAX_BLOCKS, 3 + size // _READ_BYTES)
     if size <= count * _BLOCK_BYTES:
-        return _read_whole(descriptor, size)
+        return _read_all_bytes(descriptor, size)
     return (os.pread(descriptor, _BLOCK_BYTES, i * (size - _BLOCK_BYTES) // (count - 1)) for i in range(count))
 
 
 def _digest(text: str, size: int) -> bytes:
+    """Hash a text to `size` bytes."""
     return hashlib.blake2b(os.fsencode(text), digest_size=size).digest()
 
 
@@ -156,6 +159,7 @@ def _read_cache(file: Path) -> dict[int, int]:
 
 
 def _write_cache(file: Path, checksums: dict[int, int]) -> None:
+    """Cache checksums, by result of `_hash_stat`. If the disk fails, they are not cached."""
     keys, values = np.array(list(checksums), np.uint64), np.array(list(checksums.values()), np.uint32)
     try:
         write_atomically(file, pack({"keys": keys, "checksums": values}))

@@ -38,7 +38,7 @@ class _Listing:
 
     folders: list[str]  # sorted
     files: list[str]
-    system: list[str]  # files and folders for which `is_system_name` is true; they are not in the other lists
+    system_names: list[str]  # files and folders for which `is_system_name` is true; they are not in the other lists
 
 
 def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
@@ -55,19 +55,21 @@ def open_image_folder(data: Data, purpose: Purpose = "train") -> RawData:
     """
     root = os.path.expanduser(data.root or "")
     try:
-        class_names, images, notes, ignored = _scan(root, purpose)
+        class_names, images, notes, ignored = _list_images(root, purpose)
     except OSError as error:
         problem = f"{error.strerror}: {escape_unprintable(str(error.filename))} (working directory {os.getcwd()})"
         raise DataError(problem, key="data.root", value=root, fix=SUPPORTED_LAYOUT_FIX) from None
     location = f"below {escape_unprintable(root)}"
-    contents = {
+    split_descriptions = {
         name: f"its folder has {format_count(len(members), 'image')} {location}" for name, members in images.items()
     }
     name = os.path.basename(os.path.abspath(root))
-    return build_raw_data(ListedImages(name, class_names, images, contents, notes, ignored), data, purpose)
+    return build_raw_data(ListedImages(name, class_names, images, split_descriptions, notes, ignored), data, purpose)
 
 
-def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[ImageFile]], list[str], dict[int, str]]:
+def _list_images(
+    root: str, purpose: Purpose
+) -> tuple[tuple[str, ...], dict[str, list[ImageFile]], list[str], dict[int, str]]:
     """List the image files in the class folders of all splits.
 
     Returns:
@@ -83,7 +85,7 @@ def _scan(root: str, purpose: Purpose) -> tuple[tuple[str, ...], dict[str, list[
     system_names = Counter[str]()
     folder_notes = []
     for folder in dict.fromkeys([root, *folders.values()]):
-        system_names.update(_list_system_names(list_folder(folder).system))
+        system_names.update(_list_system_names(list_folder(folder).system_names))
         if counts := Counter(os.path.splitext(name)[1].lower() for name in list_folder(folder).files):
             folder_notes.append(
                 f"{_describe_ignored(counts)}: directly in {escape_unprintable(folder)}, not in a class folder"
@@ -195,6 +197,7 @@ def _find_class_folders(root: str, folder: str, listing: _Listing) -> dict[str, 
 
 
 def _list_folder(folder: str) -> _Listing:
+    """List the files and folders directly in a folder. Raise an OSError if it cannot be listed."""
     with os.scandir(folder) as entries:
         all_names = {entry.name: entry.is_dir() for entry in entries}  # name -> whether it is a folder
     system_names = [name for name in all_names if is_system_name(name)]
@@ -204,6 +207,7 @@ def _list_folder(folder: str) -> _Listing:
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
+    """Return whether a file name has one of `extensions`, in any case, and is not a system name."""
     return name.lower().endswith(extensions) and not is_system_name(name)
 
 

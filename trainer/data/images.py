@@ -23,7 +23,7 @@ from trainer.data.decoding import (
     build_block_dataset,
     decode_blocks,
     describe_decoding_error,
-    error_message,
+    get_error_message,
     make_row_decoder,
     without_autograph,
 )
@@ -33,7 +33,7 @@ from trainer.data.order import Block, BlockShards, compute_block_shards, make_se
 from trainer.data.records import locate_records, read_source_name
 from trainer.data.remote import replace_local_paths
 from trainer.data.shard_gate import LocalShards, ShardGate, compute_max_rows_ahead
-from trainer.data.splits import SPLITS, describe_class_counts, take
+from trainer.data.splits import SPLITS, describe_class_counts, select_examples
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
@@ -46,14 +46,14 @@ from trainer.storage.shard_cache import ShardCache
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import Dataset, LogMessage, Split
 
-Cache = Literal["auto", "memory", "disk", "none"]  # data.cache
+CacheSetting = Literal["auto", "memory", "disk", "none"]  # data.cache
 # TensorFlow errors that a corrupt image never causes.
 _NON_DATA_ERRORS = (tf.errors.ResourceExhaustedError, tf.errors.UnavailableError,
                     tf.errors.CancelledError, tf.errors.AbortedError)  # fmt: skip
 # TensorFlow raises a UnicodeDecodeError instead of its own error if a file name in the message is not UTF-8.
 _READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _MAX_LOGGED_IMAGES = 20  # skipped images per split that are logged by name
-_BATCH_SIZE = 64  # images per batch while a cache is filled, and in `Pixels.rows`
+_BATCH_SIZE = 64  # images per batch while a cache is filled, and in `Pixels.read_images`
 _FORMAT_VERSION = 4  # of the disk cache; increment it when a change of the code changes decoded pixels
 
 
@@ -66,7 +66,7 @@ class BatchSource(Protocol):
     @property
     def parallel(self) -> int: ...  # number of examples that a pipeline decodes in parallel
     @property
-    def bad(self) -> dict[int, str]: ...  # index -> reason, for unreadable examples, which get weight 0
+    def unreadable(self) -> dict[int, str]: ...  # index -> reason, for unreadable examples, which get weight 0
     def tensor(self) -> tf.Tensor: ...  # all cached rows, without a copy
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
@@ -78,7 +78,8 @@ class BatchSource(Protocol):
             epoch: epoch of each example, int64 [b], because features can differ between epochs.
         """
 
-    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate: ...
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], max_rows_ahead: int) -> ShardGate:
+        """Return the gate at which the host waits for the shards of a pipeline; see `ShardGate` for the arguments."""
 
 
 def wrap_array(array: np.ndarray | None) -> tf.Tensor:
@@ -90,7 +91,7 @@ def wrap_array(array: np.ndarray | None) -> tf.Tensor:
 
 @dataclass
 class Pixels:
-    """The decoded images of a split. Batches are bit-identical with every kind of cache."""
+    """The decoded images of a split. Batches are bit-identical with every kind of cache, and without one."""
 
     split: Split
     size: int  # side S of an image, in pixels
@@ -98,7 +99,8 @@ class Pixels:
     on_error: Literal["fail", "skip"]  # data.on_error
     threads: int | None = None  # size of a private thread pool; None for one decode per CPU, in TensorFlow's pool
     log_message: LogMessage = lambda _: None
-    check: Callable[[], None] = lambda: None  # called between batches, and while a cache is read; can raise to cancel
+    # Called between batches, and while a cache is read; raises StopRequested to cancel.
+    check_stop: Callable[[], None] = lambda: None
     array: np.ndarray | None = None  # cache, uint8 [count + 1, S, S, 3], black in the last row; None if not cached
     cached_in: Literal["memory", "disk", "none"] = "none"
     shards: ShardCache | None = None  # fetches shards from a bucket; None if all shards are local
@@ -108,7 +110,7 @@ class Pixels:
     failures: IO[str] = field(default_factory=partial(open_scratch_file, "failures"))
 
     @property
-    def bad(self) -> dict[int, str]:
+    def unreadable(self) -> dict[int, str]:
         """The reason, by example index, for each example that could not be read so far."""
         self.collect_failures()
         return self.known_unreadable
@@ -125,19 +127,23 @@ class Pixels:
 
     @property
     def parallel(self) -> int:
+        """Number of images that a pipeline decodes in parallel."""
         return self.threads or count_usable_cpus()
 
     def tensor(self) -> tf.Tensor:
+        """Return the cache as a CPU tensor, without a copy."""
         return wrap_array(self.array)
 
     def gather_rows(self, tensor: tf.Tensor, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
+        """Gather the cached images of a batch; see `BatchSource`."""
         return tf.gather(tensor, index)
 
-    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], max_rows_ahead: int) -> ShardGate:
+        """Open the gate of a pipeline over this split. It never waits if the images are cached."""
         shards = self.shards or (LocalShards() if self.split.shards else None)
-        return ShardGate(None if self.array is not None else shards, self.split, reader, blocks, ahead)
+        return ShardGate(None if self.array is not None else shards, self.split, reader, blocks, max_rows_ahead)
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
+    def read_images(self, indices: np.ndarray) -> np.ndarray:
         """Return the images of the examples `indices`, int [k] in any order, as uint8 [k, S, S, 3].
 
         An unreadable image is black if `on_error` is "skip".
@@ -164,7 +170,7 @@ def describe_example(pixels: Pixels, index: int) -> str:
     name = pixels.split.name_of(index)
     if pixels.split.shards:
         with suppress(OSError, DataError, IndexError):  # the shard is missing, corrupt or truncated
-            (record,) = locate_records(take(pixels.split, np.array([index])))
+            (record,) = locate_records(select_examples(pixels.split, np.array([index])))
             source = read_source_name(record)
             return f"{name} ({source})" if source else name
     return name
@@ -204,15 +210,17 @@ def convert_data_errors(source: BatchSource) -> Iterator[None]:
     except _READ_ERRORS as error:
         if not isinstance(source, Pixels) or source.array is not None or isinstance(error, _NON_DATA_ERRORS):
             raise
-        if not re.search("Iterator|Dataset", error_message(error)):  # not an error of the input pipeline
+        if not re.search("Iterator|Dataset", get_error_message(error)):  # not an error of the input pipeline
             raise
         if not source.stored_count:
             source.log_message(f"an image of {source.split.name} cannot be read; searching for it")
         pixels = source
         probe = Pixels(
-            pixels.split, pixels.size, pixels.resize, "skip", pixels.threads, check=pixels.check, shards=pixels.shards
-        )
-        index = next((min(probe.bad) for _ in _iterate_from(probe, source.stored_count) if probe.bad), None)
+            pixels.split, pixels.size, pixels.resize, "skip", pixels.threads,
+            check_stop=pixels.check_stop, shards=pixels.shards,
+        )  # fmt: skip
+        batches = _iterate_from(probe, source.stored_count)
+        index = next((min(probe.unreadable) for _ in batches if probe.unreadable), None)
         if index is None:
             raise
         problem = f"cannot decode {describe_example(source, index)}: {find_failure_reason(source, index)}"
@@ -224,14 +232,14 @@ def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
 
     Images that have not been decoded yet count as readable.
     """
-    split, bad = pixels.split, pixels.bad
-    if not bad:
+    split, unreadable = pixels.split, pixels.unreadable
+    if not unreadable:
         return
-    readable_counts = np.bincount(np.delete(split.labels, sorted(bad)), minlength=len(class_names))
+    readable_counts = np.bincount(np.delete(split.labels, sorted(unreadable)), minlength=len(class_names))
     is_lost = (np.bincount(split.labels, minlength=len(class_names)) > 0) & (readable_counts == 0)  # by class
     if readable_counts.any() and (split.name != "train" or not is_lost.any()):
         return
-    index = next(index for index in sorted(bad) if is_lost[split.labels[index]])
+    index = next(index for index in sorted(unreadable) if is_lost[split.labels[index]])
     description = (
         f"{split.name} images"
         if not readable_counts.any()
@@ -240,7 +248,7 @@ def require_readable(pixels: Pixels, class_names: Sequence[str]) -> None:
     num_images = split.count if not readable_counts.any() else int((split.labels == split.labels[index]).sum())
     problem = (
         f"none of the {num_images} {description} can be decoded, "
-        f"the first: {describe_example(pixels, index)}: {bad[index]}"
+        f"the first: {describe_example(pixels, index)}: {unreadable[index]}"
     )
     raise DataError(problem, fix="repair them, or remove the class or split")
 
@@ -252,9 +260,11 @@ def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count
         block: function that computes a block from its index, int64.
         count: number of blocks; None for an infinite dataset.
     """
-    failures = pixels.failures.name if pixels.on_error == "skip" else None
+    failures_file = pixels.failures.name if pixels.on_error == "skip" else None
     blocks = build_block_dataset(block, count)
-    return decode_blocks(blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures=failures)
+    return decode_blocks(
+        blocks, pixels.split, pixels.size, pixels.resize, threads=pixels.parallel, failures_file=failures_file
+    )
 
 
 def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH_SIZE) -> Iterator[np.ndarray]:
@@ -271,7 +281,7 @@ def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int
     for _ in range(0, len(indices), rows):
         gate.wait_for(rows)
         yield next(batches).numpy()
-        pixels.check()
+        pixels.check_stop()
         pixels.collect_failures()
     del batches
     gate.close()
@@ -296,29 +306,29 @@ def _open_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> bool
 
     def report_block() -> None:
         health.record_progress()
-        pixels.check()
+        pixels.check_stop()
 
     try:
         metadata = json.loads(stem.with_suffix(".json").read_bytes())
-        bad, crc32c = {int(index): str(reason) for index, reason in metadata["bad"].items()}, metadata["crc32c"]
-        if any(not 0 <= index < pixels.split.count for index in bad):
+        unreadable, crc32c = {int(index): str(reason) for index, reason in metadata["bad"].items()}, metadata["crc32c"]
+        if any(not 0 <= index < pixels.split.count for index in unreadable):
             return False
-        if pixel_file.stat().st_size != int(np.prod(shape)) or (bad and pixels.on_error == "fail"):
+        if pixel_file.stat().st_size != int(np.prod(shape)) or (unreadable and pixels.on_error == "fail"):
             return False
-        if _extend_crc(compute_file_crc32c(pixel_file, report_block), bad) != crc32c:
+        if _extend_crc(compute_file_crc32c(pixel_file, report_block), unreadable) != crc32c:
             pixels.log_message(f"{pixel_file} is corrupt (checksum mismatch); decoding the images again")
             return False
         # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
         pixels.array, pixels.cached_in = np.memmap(pixel_file, np.uint8, "c", shape=shape), "disk"
     except (OSError, *CONTENT_ERRORS):
         return False
-    pixels.known_unreadable.update(bad)
+    pixels.known_unreadable.update(unreadable)
     return True
 
 
-def _extend_crc(crc: int, bad: dict[int, str]) -> int:
-    """Extend `crc`, the pixels' CRC32C, with the unreadable examples. Return it unchanged if `bad` is empty."""
-    return google_crc32c.extend(crc, json.dumps(sorted(bad.items())).encode()) if bad else crc
+def _extend_crc(crc: int, unreadable: dict[int, str]) -> int:
+    """Extend `crc`, the pixels' CRC32C, with the unreadable examples. Return it unchanged if `unreadable` is empty."""
+    return google_crc32c.extend(crc, json.dumps(sorted(unreadable.items())).encode()) if unreadable else crc
 
 
 def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None:
@@ -334,7 +344,9 @@ def _fill_disk_cache(pixels: Pixels, stem: Path, shape: tuple[int, ...]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary_path, stem.with_suffix(".u8"))
-    write_atomically(stem.with_suffix(".json"), json.dumps({"bad": pixels.bad, "crc32c": _extend_crc(crc, pixels.bad)}))
+    write_atomically(
+        stem.with_suffix(".json"), json.dumps({"bad": pixels.unreadable, "crc32c": _extend_crc(crc, pixels.unreadable)})
+    )
 
 
 def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) -> str:
@@ -354,28 +366,30 @@ def build_cache_name(split: Split, size: int, resize: Resize, fingerprint: str) 
 class CachePlan:
     """Where to cache the decoded images of a split, and why."""
 
-    where: Literal["memory", "disk", "none"]
+    where: Literal["memory", "disk", "none"]  # none: decode them each time they are read
     bytes: int  # size of the decoded images
     reason: str
 
 
-def plan_image_cache(cache: Cache, needed: int, memory_budget: int, disk_budget: int, once: bool) -> CachePlan:
+def plan_image_cache(
+    cache: CacheSetting, num_bytes: int, memory_budget: int, disk_budget: int, read_once: bool
+) -> CachePlan:
     """Choose where to cache the decoded images of a split.
 
     Args:
         cache: data.cache. "auto" chooses memory if the memory budget suffices, else the disk if the disk budget
             suffices, else no cache. Any other value applies regardless of the budgets.
-        needed: size of the images in bytes. The budgets are in bytes, too.
-        once: whether training reads the images only once, to compute features. If so, "auto" does not cache them.
+        num_bytes: size of the images in bytes. The budgets are in bytes, too.
+        read_once: whether training reads the images only once, to compute features. If so, "auto" does not cache them.
     """
     budgets = f"memory budget {format_bytes(memory_budget)}, disk budget {format_bytes(disk_budget)}"
     if cache != "auto":
-        return CachePlan(cache, needed, "as configured")
-    if once:
-        return CachePlan("none", needed, "training reads them once, for features")
-    if needed <= max(memory_budget, disk_budget):
-        return CachePlan("memory" if needed <= memory_budget else "disk", needed, budgets)
-    return CachePlan("none", needed, f"they fit neither {budgets.replace(', ', ' nor ')}")
+        return CachePlan(cache, num_bytes, "as configured")
+    if read_once:
+        return CachePlan("none", num_bytes, "training reads them once, for features")
+    if num_bytes <= max(memory_budget, disk_budget):
+        return CachePlan("memory" if num_bytes <= memory_budget else "disk", num_bytes, budgets)
+    return CachePlan("none", num_bytes, f"they fit neither {budgets.replace(', ', ' nor ')}")
 
 
 def plan_image_caches(
@@ -390,9 +404,9 @@ def plan_image_caches(
     memory_left = config.runtime.memory_budget or get_default_memory_budget()
     disk_budget, _ = choose_disk_budget(config.runtime.disk_budget, config.runtime.cache_folder)
     for name in [split for split in SPLITS if split in dataset.splits]:
-        once, needed = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
-        plans[name] = plan_image_cache(config.data.cache, needed, memory_left, disk_budget, once)
-        memory_left -= needed if plans[name].where == "memory" else 0
+        read_once, num_bytes = name == "train" and train_images_read_once, count_image_bytes(dataset.splits[name], size)
+        plans[name] = plan_image_cache(config.data.cache, num_bytes, memory_left, disk_budget, read_once)
+        memory_left -= num_bytes if plans[name].where == "memory" else 0
     return plans
 
 
@@ -445,35 +459,38 @@ def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) 
 class ImageStore:
     """The decoded images of all splits of a run, under one memory budget."""
 
-    def __init__(self, data: OpenedData, config: RunConfig, size: int, check: Callable[[str], None]) -> None:
+    def __init__(self, data: OpenedData, config: RunConfig, size: int, check_stop: Callable[[str], None]) -> None:
         """Create the store without opening a split.
 
         Args:
             size: side of the images in pixels.
-            check: called between batches with an activity, "while the train images were decoded"; can raise to cancel.
+            check_stop: called between batches with an activity, such as "while images were decoded"; raises to cancel.
         """
         self.dataset, self.config, self.size = data.dataset, config, size
         self.train_images_read_once = False  # if True, data.cache=auto does not cache the training images
-        self._data, self._check, self._opened = data, check, dict[str, Pixels]()
+        self._data, self._check, self._opened = data, check_stop, dict[str, Pixels]()
 
-    def split(self, name: str) -> Pixels:
-        """Return the images of a split. The first call opens the split, and fills its cache if it has one."""
+    def open_split(self, name: str) -> Pixels:
+        """Return the decoded images of a split. The first call opens the split, and fills its cache if it has one."""
         if name not in self._opened:
             self._opened[name] = self._open(name, self.size, self.config.model.resize, self.config.data.cache)
         return self._opened[name]
 
-    def at(self, name: str, size: int, resize: Resize) -> Pixels:
+    def open_resized(self, name: str, size: int, resize: Resize) -> Pixels:
         """Open the images of a split at another size or with another `resize`. They are not cached."""
         return self._open(name, size, resize, "none")
 
-    def _open(self, name: str, size: int, resize: Resize, cache: Cache) -> Pixels:
+    def _open(self, name: str, size: int, resize: Resize, cache: CacheSetting) -> Pixels:
+        """Open the images of a split at a size, and cache them as `cache`, a value of data.cache, configures."""
         split, runtime = self.dataset.splits[name], self.config.runtime
-        check = partial(self._check, f"while the {name} images were decoded")
+        check_stop = partial(self._check, f"while the {name} images were decoded")
         on_error, threads, shards = self.config.data.on_error, runtime.data_threads, self._data.shards
-        pixels = Pixels(split, size, resize, on_error, threads, log_message=self._log, check=check, shards=shards)
-        needed, once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
+        pixels = Pixels(
+            split, size, resize, on_error, threads, log_message=self._log, check_stop=check_stop, shards=shards
+        )
+        num_bytes, read_once = count_image_bytes(split, size), name == "train" and self.train_images_read_once
         disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
-        plan = plan_image_cache(cache, needed, self.memory_left, disk_budget, once)
+        plan = plan_image_cache(cache, num_bytes, self.memory_left, disk_budget, read_once)
         fill_cache(pixels, plan, runtime.cache_folder, self.dataset.fingerprint)
         require_readable(pixels, self.dataset.class_names)
         return pixels
@@ -482,13 +499,14 @@ class ImageStore:
         """Add the unreadable images that the other workers have detected. All workers must call this together."""
         if control.size == 1 or self.config.data.on_error == "fail":
             return
-        local_bad = {
-            name: {int(index): reason for index, reason in pixels.bad.items()} for name, pixels in self._opened.items()
+        local_unreadable = {
+            name: {int(index): reason for index, reason in pixels.unreadable.items()}
+            for name, pixels in self._opened.items()
         }
-        for worker_bad in control.reduce("unreadable images", local_bad, list):
-            for name in worker_bad.keys() & self._opened.keys():
+        for worker_unreadable in control.reduce("unreadable images", local_unreadable, list):
+            for name in worker_unreadable.keys() & self._opened.keys():
                 self._opened[name].known_unreadable |= {
-                    int(index): reason for index, reason in worker_bad[name].items()
+                    int(index): reason for index, reason in worker_unreadable[name].items()
                 }
 
     def require_readable(self) -> None:
@@ -499,23 +517,23 @@ class ImageStore:
     def describe_readable_counts(self) -> list[str]:
         """Return a line per opened split with unreadable images: how many remain, in total and in rare classes."""
         return [
-            f"{name}: {len(pixels.bad)} of {pixels.split.count} images could not be decoded, left are "
-            + describe_class_counts(np.delete(pixels.split.labels, sorted(pixels.bad)), self.dataset.class_names)
+            f"{name}: {len(pixels.unreadable)} of {pixels.split.count} images could not be decoded, left are "
+            + describe_class_counts(np.delete(pixels.split.labels, sorted(pixels.unreadable)), self.dataset.class_names)
             for name, pixels in self._opened.items()
-            if pixels.bad
+            if pixels.unreadable
         ]
 
-    def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the images of the examples `indices` of a split, uint8 [k, S, S, 3]. See `Pixels.rows`."""
-        return self.split(name).rows(np.asarray(indices, np.int64))
+    def read_images(self, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the images of the examples `indices` of a split, uint8 [k, S, S, 3]. See `Pixels.read_images`."""
+        return self.open_split(name).read_images(np.asarray(indices, np.int64))
 
     def close(self) -> None:
         """Stop further transfers of shards from a bucket."""
         if self._data.shards:
             self._data.shards.close()
 
-    def drop(self, name: str) -> None:
-        """Drop the images of a split and their cache in memory. The next call of `split` opens it again."""
+    def release_split(self, name: str) -> None:
+        """Delete the decoded images of a split from memory. The next call of `open_split` opens it again."""
         self._opened.pop(name, None)
 
     @property
@@ -541,7 +559,7 @@ class ImageStore:
         split, shards = self.dataset.splits[name], self._data.shards
         if not split.shards:
             return ()
-        examples = take(split, indices)
+        examples = select_examples(split, indices)
 
         def read() -> Iterator[str]:
             for path, ranges in groupby(examples.shards, lambda shard: shard.path):
@@ -565,6 +583,7 @@ class ImageStore:
         return self._data.addresses
 
     def _log(self, text: str) -> None:
+        """Log a line in which local copies are named by their addresses in the bucket."""
         log.info(replace_local_paths(text, self.addresses))
 
     def list_undecodable(self) -> list[str]:
@@ -573,5 +592,5 @@ class ImageStore:
         return [
             replace_local_paths(f"{describe_example(pixels, index)}: {reason}", self.addresses)
             for _, pixels in pixels_by_split
-            for index, reason in sorted(pixels.bad.items())
+            for index, reason in sorted(pixels.unreadable.items())
         ]

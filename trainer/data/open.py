@@ -27,9 +27,8 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Dataset, LogMessage, Purpose, choose_scored_split
 
-MIN_SPLIT_EXAMPLES = (
-    30  # examples; in a smaller split, one example changes the accuracy by more than 3 percentage points
-)
+# In a split with fewer examples, which is noted, one example changes the accuracy by more than 3 percentage points.
+MIN_SPLIT_EXAMPLES = 30
 MAX_CLASS_RATIO = 3  # examples of the largest training class per example of the smallest; a higher ratio is noted
 
 
@@ -46,7 +45,7 @@ class OpenedData:
 def stage_and_open_run_dataset(
     config: RequestedConfig,
     log_message: LogMessage,
-    check: Callable[[str], None],
+    check_stop: Callable[[str], None],
     stream: bool = True,
     purpose: Purpose = "train",
 ) -> OpenedData:
@@ -55,7 +54,7 @@ def stage_and_open_run_dataset(
     Log lines, notes and errors name files in a bucket by address, not by the path of the local copy.
 
     Args:
-        check: called repeatedly during a copy, with the address that is copied; can raise an exception to cancel.
+        check_stop: called repeatedly during a copy, with the address that is copied; can raise an exception to cancel.
         stream: leave the shards of a prepared dataset in its bucket, and fetch them while they are read.
         purpose: see `open_dataset`.
 
@@ -63,7 +62,7 @@ def stage_and_open_run_dataset(
         DataError: nothing exists at an address, the copies exceed the disk budget, or the dataset cannot be opened.
         Interrupted: a bucket does not respond.
     """
-    local_config, addresses, shards = fetch_local_copies(config, log_message, check, stream)
+    local_config, addresses, shards = fetch_local_copies(config, log_message, check_stop, stream)
 
     def restore_addresses(text: str) -> str:
         return replace_local_paths(text, addresses)
@@ -279,6 +278,7 @@ def reorder_classes(raw: RawData, names: tuple[str, ...] | None) -> RawData:
 
 
 def _list_classes(raw: RawData, classes: Iterable[int]) -> str:
+    """Join the names of the classes with these indices for a message."""
     return join_first([raw.class_names[i] for i in classes])
 
 

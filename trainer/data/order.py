@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shard_records, steps_per_epoch
+from trainer.data.sharding import UNSHARDED, Sharding, assign_shards, count_shard_records, count_steps_per_epoch
 from trainer.stateless_random import ORDER, SHARDS, SUBSET, random_bits
 from trainer.types import Split
 
@@ -35,9 +35,9 @@ class Order:
     sharding: Sharding = UNSHARDED
 
     @property
-    def rows(self) -> int:
-        """Number of rows per worker in a global batch."""
-        return self.batch_size // self.sharding.workers
+    def rows_per_worker(self) -> int:
+        """Number of rows that each worker has in a global batch."""
+        return self.batch_size // self.sharding.num_workers
 
 
 # A block: r consecutive rows of an epoch, and the record ranges to read for them.
@@ -129,21 +129,23 @@ def plan_windows(
     return -(-records.total // window), record_window
 
 
-def _build_block(window: Window, start: tf.Tensor, total: int, batch: int, epoch: tf.Tensor, padding: int) -> Block:
+def _build_block(
+    window: Window, start: tf.Tensor, epoch_rows: int, batch_rows: int, epoch: tf.Tensor, padding: int
+) -> Block:
     """Build the block of a window. If the window is the last one of its epoch, append `padding` rows.
 
-    The window's first row is row `start` of the epoch's `total` rows. Positions are counted modulo `batch` rows.
+    The window's first row is row `start` of the epoch's `epoch_rows` rows. Positions are counted modulo `batch_rows`.
     """
     ranges, offset, index = window
     num_rows = tf.size(index, tf.int64)
-    padding = tf.where(start + num_rows >= total, tf.constant(padding, tf.int64), 0)
+    padding = tf.where(start + num_rows >= epoch_rows, tf.constant(padding, tf.int64), 0)
     paddings = tf.stack([tf.constant(0, tf.int64), padding])[None, :]
     return {
         "ranges": ranges,
         "offset": tf.pad(offset, paddings),
         "index": tf.pad(index, paddings),
         "weight": tf.pad(tf.ones_like(index, tf.float32), paddings),
-        "position": (start + tf.range(num_rows + padding)) % batch,
+        "position": (start + tf.range(num_rows + padding)) % batch_rows,
         "epoch": tf.fill([num_rows + padding], epoch),
     }
 
@@ -155,16 +157,19 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
     epoch are not read. A block has only this worker's rows, so it can be empty. With sharding by file, a worker with
     fewer records than others ends each epoch with padding.
     """
-    sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows
-    shards = assign_shards(split, sharding.workers)[sharding.worker] if by_file else None
+    sharding, by_file, rows = order.sharding, order.sharding.by_file, order.rows_per_worker
+    shards = assign_shards(split, sharding.num_workers)[sharding.worker_index] if by_file else None
     # Number of rows per epoch and per step in the stream from which this worker takes its rows.
-    total, batch = (int(count_shard_records(split)[shards].sum()), rows) if by_file else (split.count, order.batch_size)
-    step_count = steps_per_epoch(split, order.batch_size, sharding)
+    epoch_rows, step_rows = split.count, order.batch_size
+    if by_file:
+        epoch_rows, step_rows = int(count_shard_records(split)[shards].sum()), rows
+    step_count = count_steps_per_epoch(split, order.batch_size, sharding)
     shuffle = order.shuffle or by_file
-    window_size = (order.window if shuffle else MAX_BLOCK_RECORDS) if split.shards else total
-    worker = sharding.worker if by_file else 0
+    window_size = (order.window if shuffle else MAX_BLOCK_RECORDS) if split.shards else epoch_rows
+    worker = sharding.worker_index if by_file else 0
     num_windows, make_window = plan_windows(split, order.seed, window_size, shuffle, shards, worker)
-    first_epoch, first_row = order.first_epoch + order.first_step // step_count, order.first_step % step_count * batch
+    first_epoch = order.first_epoch + order.first_step // step_count
+    first_row = order.first_step % step_count * step_rows
     # If the first step is only padding, the stream begins in the last window, whose examples all precede the step.
     first_window = min(first_row // window_size, num_windows - 1)
 
@@ -172,14 +177,15 @@ def make_training_blocks(split: Split, order: Order) -> Callable[[tf.Tensor], Bl
         windows_done = tf.cast(block_index, tf.int64) + first_window
         epochs_done, window_index = windows_done // num_windows, windows_done % num_windows
         epoch, start = first_epoch + epochs_done, window_index * window_size
-        columns = _build_block(make_window(epoch, window_index), start, total, batch, epoch, step_count * batch - total)
+        padding = step_count * step_rows - epoch_rows
+        columns = _build_block(make_window(epoch, window_index), start, epoch_rows, step_rows, epoch, padding)
         rows_done = tf.where(tf.equal(epochs_done, 0), tf.maximum(first_row - start, 0), 0)
         block = {name: value if name == "ranges" else value[rows_done:] for name, value in columns.items()}
         if by_file:
             return {**block, "position": block["position"] + worker * rows}
-        if sharding.workers == 1:
+        if sharding.num_workers == 1:
             return block
-        mask = tf.equal(block["position"] // rows, sharding.worker)
+        mask = tf.equal(block["position"] // rows, sharding.worker_index)
         return {name: value if name == "ranges" else tf.boolean_mask(value, mask) for name, value in block.items()}
 
     return compute_block
@@ -240,16 +246,16 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
             yield int(num_rows), shards.numpy()
 
 
-def split_by_device_calls(indices: np.ndarray, rows: int, workers: int) -> list[np.ndarray]:
-    """Split `indices`, int64 [n], into one array per worker, each with whole device calls of `rows` images.
+def split_by_device_calls(indices: np.ndarray, rows: int, num_workers: int) -> list[np.ndarray]:
+    """Split `indices`, int64 [n], into one array per worker, each with complete device calls of `rows` images.
 
     Only the last worker's last call can have fewer images. No array is larger than the first.
 
     On some processors the bits of a result depend on its image's position in the call, because a kernel computes the
-    last elements of a batch with other instructions. With whole calls, positions do not depend on `workers`.
+    last elements of a batch with other instructions. With complete calls, positions do not depend on `num_workers`.
     """
     call_starts = np.arange(0, len(indices), rows)
-    edges = [starts[0] if len(starts) else len(indices) for starts in np.array_split(call_starts, workers)]
+    edges = [starts[0] if len(starts) else len(indices) for starts in np.array_split(call_starts, num_workers)]
     return np.split(indices, edges[1:])
 
 
@@ -262,13 +268,14 @@ def select_examples_to_score(
         batch_size: examples per global batch.
         fraction: fraction of the batches to score, rounded up. Below 1, the examples are a random sample, which is the
             same in each call of this function.
-        rows: images per device call, so that workers get whole calls (`split_by_device_calls`); None to divide rows.
+        rows: images per device call, so that workers get complete calls (`split_by_device_calls`); None to
+            divide the examples evenly.
     """
     indices = np.arange(split.count, dtype=np.int64)
     if fraction < 1:
-        num_batches = int(np.ceil(fraction * steps_per_epoch(split, batch_size)))
+        num_batches = int(np.ceil(fraction * count_steps_per_epoch(split, batch_size)))
         shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: num_batches * batch_size])
     if rows:
-        return split_by_device_calls(indices, rows, sharding.workers)[sharding.worker]
-    return np.array_split(indices, sharding.workers)[sharding.worker]
+        return split_by_device_calls(indices, rows, sharding.num_workers)[sharding.worker_index]
+    return np.array_split(indices, sharding.num_workers)[sharding.worker_index]

@@ -20,24 +20,24 @@ def compile_without_inlining(function: Callable[..., tf.Tensor]) -> Any:
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 
-def extract_exif(data: tf.Tensor, is_jpeg: bool) -> tf.Tensor:
+def extract_exif(encoded: tf.Tensor, is_jpeg: bool) -> tf.Tensor:
     """Return the bytes that follow an image's EXIF marker, string [1], or string [0] if it has no marker.
 
     Args:
-        data: the encoded image, a string scalar.
+        encoded: the encoded image, a string scalar.
         is_jpeg: whether the image is a JPEG. Otherwise it is a PNG, a WebP, or an image in a format without EXIF data.
     """
     if is_jpeg:
-        searched_bytes, marker = tf.strings.substr(data, 0, _HEAD_BYTES), tf.constant(b"Exif\0\0")
+        searched_bytes, marker = tf.strings.substr(encoded, 0, _HEAD_BYTES), tf.constant(b"Exif\0\0")
     else:
-        searched_bytes, marker = data, tf.where(tf.strings.substr(data, 0, 4) == b"RIFF", b"EXIF", b"eXIf")
+        searched_bytes, marker = encoded, tf.where(tf.strings.substr(encoded, 0, 4) == b"RIFF", b"EXIF", b"eXIf")
     # TensorFlow splits strings faster than it searches them with regular expressions.
     return tf.raw_ops.StringSplitV2(input=[searched_bytes], sep=marker, maxsplit=1).values[1:]
 
 
-def _slice_bytes(data: tf.Tensor, offset: tf.Tensor | int, num_bytes: int) -> tf.Tensor:
+def _slice_bytes(encoded: tf.Tensor, offset: tf.Tensor | int, num_bytes: int) -> tf.Tensor:
     """Return `num_bytes` bytes of a string from byte `offset`, int32 [num_bytes]. Bytes beyond its end are 0."""
-    substring = tf.strings.substr(data, tf.minimum(offset, tf.strings.length(data)), num_bytes)
+    substring = tf.strings.substr(encoded, tf.minimum(offset, tf.strings.length(encoded)), num_bytes)
     return tf.cast(tf.io.decode_raw(substring, tf.uint8, fixed_length=num_bytes), tf.int32)
 
 
@@ -77,6 +77,7 @@ def _parse_flips(exif: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 @compile_without_inlining
 def _turn(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
+    """Turn pixels [H, W, C] upright by the EXIF data `exif`, a string scalar."""
     is_reversed, is_transposed = _parse_flips(exif)
     pixels = tf.reverse(pixels, tf.reshape(tf.where(is_reversed), [-1]))
     return tf.cond(is_transposed, lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
@@ -84,6 +85,7 @@ def _turn(pixels: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
 
 @compile_without_inlining
 def _compute_crop_offsets(spare: tf.Tensor, exif: tf.Tensor) -> tf.Tensor:
+    """Compute the result of `compute_center_offsets` for the EXIF data `exif`, a string scalar."""
     return (spare + tf.cast(_parse_flips(exif)[0], tf.int32)) // 2
 
 

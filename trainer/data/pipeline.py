@@ -31,16 +31,16 @@ DEVICE_BUFFER_ELEMENTS = 2
 
 
 def _build_batches(
-    source: BatchSource, block: Callable[[tf.Tensor], Block], count: int | None, batch_size: int
+    source: BatchSource, compute_block: Callable[[tf.Tensor], Block], num_blocks: int | None, batch_size: int
 ) -> tf.data.Dataset:
-    """Build batches of `batch_size` rows from the first `count` blocks, or from infinitely many if `count` is None.
+    """Build batches of `batch_size` rows from `num_blocks` blocks, or from infinitely many if `num_blocks` is None.
 
-    `block` computes a block from its index. A batch has the keys image, weight, index, position, epoch and label.
+    `compute_block` computes a block from its index. A batch has the keys image, weight, index, position, epoch, label.
     """
     if isinstance(source, Pixels) and source.array is None:
-        batches = build_row_dataset(source, block, count).batch(batch_size, drop_remainder=True)
+        batches = build_row_dataset(source, compute_block, num_blocks).batch(batch_size, drop_remainder=True)
     else:
-        batches = _build_cached_batches(source, build_block_dataset(block, count), batch_size)
+        batches = _build_cached_batches(source, build_block_dataset(compute_block, num_blocks), batch_size)
     labels = tf.constant(source.split.labels, tf.int32)
     return batches.map(without_autograph(lambda batch: {**batch, "label": tf.gather(labels, batch["index"])}))
 
@@ -51,13 +51,13 @@ def _build_cached_batches(source: BatchSource, blocks: tf.data.Dataset, batch_si
     # captures. This would double the memory of the images. An Optional has no shape.
     with tf.device("CPU:0"):
         cached_rows = tf.experimental.Optional.from_value(source.tensor())
-    bad_indices = tf.constant(sorted(source.bad), tf.int64)
+    unreadable_indices = tf.constant(sorted(source.unreadable), tf.int64)
 
     def gather(rows: Row) -> Row:
         weight = rows["weight"]
-        if source.bad:
-            is_bad = tf.reduce_any(tf.equal(rows["index"][:, None], bad_indices[None, :]), axis=1)
-            weight = tf.where(is_bad, 0.0, weight)
+        if source.unreadable:
+            is_unreadable = tf.reduce_any(tf.equal(rows["index"][:, None], unreadable_indices[None, :]), axis=1)
+            weight = tf.where(is_unreadable, 0.0, weight)
         index = tf.where(weight > 0, rows["index"], source.split.count)  # row `split.count` is for padding
         return {**rows, "weight": weight, "image": source.gather_rows(cached_rows.get_value(), index, rows["epoch"])}
 
@@ -72,12 +72,12 @@ def _concatenate(*parts: Row) -> Row:
 
 
 def _prefetch(
-    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, parallel: int | None, num_elements: int
+    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, num_calls: int | None, num_elements: int
 ) -> tuple[tf.data.Dataset, int]:
     """Prefetch `num_elements` elements of `rows` rows, or 2 elements per replica if `num_elements` is 0.
 
     Return the dataset, and the maximum number of rows that it pulls in advance (see `compute_max_rows_ahead`).
-    `parallel` is the number of elements that are augmented in parallel; None if elements are not augmented.
+    `num_calls` is the number of elements that are augmented in parallel; None if elements are not augmented.
     """
     num_elements = num_elements or 2 * replicas
     options = tf.data.Options()
@@ -86,10 +86,10 @@ def _prefetch(
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if source.threads:
         options.threading.private_threadpool_size = source.threads
-    ahead = compute_max_rows_ahead(
-        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (parallel or 0)
+    max_rows_ahead = compute_max_rows_ahead(
+        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (num_calls or 0)
     )
-    return batches.prefetch(num_elements).with_options(options), ahead
+    return batches.prefetch(num_elements).with_options(options), max_rows_ahead
 
 
 def prefetch_to_device(dataset: tf.data.Dataset, device: str) -> tf.data.Dataset:
@@ -147,7 +147,7 @@ def build_training_batches(
         return batch
 
     part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.split_into_parts()]
-    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows // replicas
+    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows_per_worker // replicas
     num_calls = source.parallel if augmentation.active else None
     # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
     # each step.
@@ -155,19 +155,24 @@ def build_training_batches(
     if len(blocks) == 1:
         batches = _build_batches(source, blocks[0], None, rows)
     else:
-        parts = tf.data.Dataset.zip(tuple(_build_batches(source, block, None, part_orders[0].rows) for block in blocks))
+        parts = tf.data.Dataset.zip(
+            tuple(_build_batches(source, block, None, part_orders[0].rows_per_worker) for block in blocks)
+        )
         batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
-    dataset, ahead = _prefetch(
+    dataset, max_rows_ahead = _prefetch(
         batches.map(augment_rows, num_parallel_calls=num_calls).apply(assert_infinite),
         source, rows, replicas, num_calls, 0,
     )  # fmt: skip
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
-            return source.open_gate("training", compute_block_shards(blocks[0], None), ahead)
-        names = [f"training, part {part.sharding.worker}" for part in part_orders]
+            return source.open_gate("training", compute_block_shards(blocks[0], None), max_rows_ahead)
+        names = [f"training, part {part.sharding.worker_index}" for part in part_orders]
         return ShardGates(
-            [source.open_gate(n, compute_block_shards(b, None), ahead) for n, b in zip(names, blocks, strict=True)]
+            [
+                source.open_gate(n, compute_block_shards(b, None), max_rows_ahead)
+                for n, b in zip(names, blocks, strict=True)
+            ]
         )
 
     return Batches(dataset, None, open_gate)
@@ -187,10 +192,11 @@ def build_evaluation_batches(
         replicas: number of replicas on this worker.
         fraction: fraction of the global batches to score; see `select_examples_to_score` in trainer/data/order.py.
         sharding: the index of this worker, and the number of workers.
-        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores whole elements.
+        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores complete
+            elements.
     """
     indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
-    rows = rows * replicas if rows else batch_size // sharding.workers
+    rows = rows * replicas if rows else batch_size // sharding.num_workers
     return build_indexed_batches(source, indices, rows=rows, replicas=replicas)
 
 
@@ -201,7 +207,7 @@ def build_indexed_batches(
     rows: int,
     replicas: int,
     view: EpochAugmentation | None = None,
-    prefetched: int = 0,
+    num_prefetched: int = 0,
 ) -> Batches:
     """Build batches of the examples at `indices`, followed by infinitely many batches of padding.
 
@@ -210,7 +216,7 @@ def build_indexed_batches(
         rows: this worker's rows in a global batch. An element has rows / replicas rows.
         replicas: number of replicas on this worker.
         view: how images are augmented; None for no augmentation.
-        prefetched: number of elements to prefetch; 0 for 2 elements per replica.
+        num_prefetched: number of elements to prefetch; 0 for 2 elements per replica.
     """
     count, block = make_sequence_blocks(source.split, indices, rows)
 
@@ -227,8 +233,8 @@ def build_indexed_batches(
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite padding, so that a strategy does not check for the end of the dataset.
     endless_batches = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, prefetched)
+    dataset, max_rows_ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, num_prefetched)
     num_batches = -(-len(indices) // rows)
     return Batches(
-        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), ahead)
+        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), max_rows_ahead)
     )

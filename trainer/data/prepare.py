@@ -73,8 +73,8 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
     if entries is None:
         summary = f"part {part[0] + 1} of {part[1]} is written; the last part to end writes the metadata"
     else:
-        for fault in [*dataset.skipped, *(fault for entry in entries for fault in entry.skipped)]:
-            log.info(f"skipped {replace_local_paths(fault, addresses)}")
+        for error in [*dataset.skipped, *(error for entry in entries for error in entry.skipped)]:
+            log.info(f"skipped {replace_local_paths(error, addresses)}")
         # JPEG and PNG images are stored with their EXIF data, so training must ignore it too.
         orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
         summary = (

@@ -47,10 +47,11 @@ class ShardIndex:
 
     offsets: np.ndarray  # int64 [n], bytes
     lengths: np.ndarray  # int64 [n], bytes
-    fault: str | None  # why the file cannot be read beyond record n - 1; None if it is complete
+    error: str | None  # why the file cannot be read beyond record n - 1; None if it is complete
 
     @property
     def count(self) -> int:
+        """Number of records, n."""
         return len(self.offsets)
 
 
@@ -69,9 +70,9 @@ def locate_records(split: Split) -> list[RecordLocation]:
     ]
 
 
-def masked_crc32c(data: bytes) -> int:
+def compute_masked_crc32c(content: bytes) -> int:
     """Compute the checksum that TFRecord files store: the CRC32C, rotated right by 15 bits, plus a constant."""
-    crc = google_crc32c.value(data)
+    crc = google_crc32c.value(content)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -86,13 +87,14 @@ def is_truncated_at(file: Path, start: int) -> bool:
     if len(header) < HEADER_BYTES:
         return True
     length, length_crc = struct.unpack("<QI", header)
-    return length_crc == masked_crc32c(header[:8]) and remaining_bytes < HEADER_BYTES + length + FOOTER_BYTES
+    return length_crc == compute_masked_crc32c(header[:8]) and remaining_bytes < HEADER_BYTES + length + FOOTER_BYTES
 
 
 def frame_record(payload: bytes) -> bytes:
     """Return the bytes of one record: header, payload and footer."""
-    prefix = struct.pack("<Q", len(payload))
-    return prefix + struct.pack("<I", masked_crc32c(prefix)) + payload + struct.pack("<I", masked_crc32c(payload))
+    length = struct.pack("<Q", len(payload))
+    length_crc, payload_crc = (struct.pack("<I", compute_masked_crc32c(content)) for content in (length, payload))
+    return length + length_crc + payload + payload_crc
 
 
 def make_unreadable_error(path: str | Path, error: OSError) -> DataError:
@@ -111,7 +113,7 @@ def index_shard(path: str | Path) -> ShardIndex:
     """Read the record headers of a shard, about a million per second, and return the location of each payload.
 
     If the file is truncated, or a header after the first one is corrupt, the result has the records before that, and
-    its `fault` is the reason. An empty file has no records and no fault.
+    its `error` is the reason. An empty file has no records and no error.
 
     Raises:
         DataError: the file is missing, unreadable, compressed, or not a TFRecord file.
@@ -121,37 +123,37 @@ def index_shard(path: str | Path) -> ShardIndex:
         with open(path, "rb") as file:
             if size == 0:
                 return ShardIndex(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read_headers(escape_unprintable(str(path)), data, size)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard_bytes:
+                return _read_headers(escape_unprintable(str(path)), shard_bytes, size)
     except OSError as error:
         raise make_unreadable_error(path, error) from None
 
 
-def _read_headers(path: str, data: mmap.mmap, size: int) -> ShardIndex:
+def _read_headers(path: str, shard_bytes: mmap.mmap, size: int) -> ShardIndex:
     """Index a memory-mapped shard of `size` bytes, as `index_shard` does. `path` is escaped for messages."""
     offsets: list[int] = []
     lengths: list[int] = []
-    start, fault = 0, None
+    start, error = 0, None
     while start < size:
-        header = data[start : start + HEADER_BYTES]
+        header = shard_bytes[start : start + HEADER_BYTES]
         end = start + HEADER_BYTES
         if len(header) == HEADER_BYTES:
             length, length_crc = struct.unpack("<QI", header)
-            if length_crc != masked_crc32c(header[:8]):
+            if length_crc != compute_masked_crc32c(header[:8]):
                 if start == 0:
                     predicate = "is gzip-compressed" if header[:2] == b"\x1f\x8b" else "is not a TFRecord file"
                     fix = "write its tf.train.Example records as an uncompressed TFRecord file"
                     raise DataError(f"shard {path} {predicate}", fix=fix)
-                fault = f"shard {path} is corrupt at the header of record {len(offsets)}"
+                error = f"shard {path} is corrupt at the header of record {len(offsets)}"
                 break
             end += length + FOOTER_BYTES
         if end > size:
-            fault = f"shard {path} is truncated: it ends inside record {len(offsets)}, {end - size} bytes early"
+            error = f"shard {path} is truncated: it ends inside record {len(offsets)}, {end - size} bytes early"
             break
         offsets.append(start + HEADER_BYTES)
         lengths.append(length)
         start = end
-    return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), fault)
+    return ShardIndex(np.array(offsets, np.int64), np.array(lengths, np.int64), error)
 
 
 def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Iterator[tuple[int, str, Any, str]]:
@@ -163,8 +165,8 @@ def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Itera
         records: indices of the records to read.
 
     Yields:
-        For each record: its index in the shard, its name for messages, its Example, and its fault. The Example is None
-        if the record is corrupt, and the fault is "" if it is intact.
+        For each record: its index in the shard, its name for messages, its Example, and an error description. The
+        Example is None if the record is corrupt, and the description is "" if the record is intact.
 
     Raises:
         OSError: the file cannot be read.
@@ -172,13 +174,13 @@ def read_examples(path: str, index: ShardIndex, records: Iterable[int]) -> Itera
     """
     if not index.count:  # an empty file cannot be mapped
         return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard_bytes:
         for record_index in records:
             start = int(index.offsets[record_index])
             end = start + int(index.lengths[record_index])
-            example, fault = _parse_payload(data[start:end], data[end : end + FOOTER_BYTES])
+            example, error = _parse_payload(shard_bytes[start:end], shard_bytes[end : end + FOOTER_BYTES])
             name = f"record {record_index} of shard {escape_unprintable(path)}"
-            yield record_index, _append_source_name(name, example), example, fault
+            yield record_index, _append_source_name(name, example), example, error
 
 
 # Copy of tensorflow/core/example/{example,feature}.proto, because importing TensorFlow takes eight seconds per process.
@@ -242,12 +244,12 @@ def describe_fields(example: Any) -> str:
     return ", ".join(f"{name} ({field_type})" for name, field_type in sorted(types.items())) or "no fields"
 
 
-NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"  # beginning of a record's fault
+NOT_AN_EXAMPLE = "is not a tf.train.Example, although its checksum matches"  # beginning of an error description
 
 
 def _parse_payload(payload: bytes, footer: bytes) -> tuple[Any, str]:
-    """Verify a payload against its footer. Return its Example and "", or None and the fault."""
-    if struct.pack("<I", masked_crc32c(payload)) != footer:
+    """Verify a payload against its footer. Return its Example and "", or None and a description of the error."""
+    if struct.pack("<I", compute_masked_crc32c(payload)) != footer:
         return None, "is corrupt (checksum mismatch)"
     try:
         example = get_example_class().FromString(payload)
@@ -257,7 +259,7 @@ def _parse_payload(payload: bytes, footer: bytes) -> tuple[Any, str]:
 
 
 def _read_example(record: RecordLocation) -> tuple[Any, str]:
-    """Read and verify a record. Return its Example and "", or None and the fault."""
+    """Read and verify a record. Return its Example and "", or None and a description of the error."""
     with open(record.path, "rb") as file:
         file.seek(record.offset)
         return _parse_payload(file.read(record.length), file.read(FOOTER_BYTES))
@@ -270,12 +272,12 @@ def read_image(record: RecordLocation) -> bytes:
         DataError: the record is corrupt, or its image field does not have exactly one bytes value.
         OSError: the shard cannot be read.
     """
-    example, fault = _read_example(record)
-    if fault:
-        raise DataError(f"{record.name} {fault}", fix="fetch or write the shard again, or set data.on_error=skip")
+    example, error = _read_example(record)
+    if error:
+        raise DataError(f"{record.name} {error}", fix="fetch or write the shard again, or set data.on_error=skip")
     feature = example.features.feature.get(record.image_field)
     if feature is None or len(feature.bytes_list.value) != 1:
-        raise _missing_image_error(_append_source_name(record.name, example), record.image_field, example)
+        raise _make_missing_image_error(_append_source_name(record.name, example), record.image_field, example)
     return feature.bytes_list.value[0]
 
 
@@ -313,7 +315,7 @@ def _append_source_name(record: str, example: Any) -> str:
     return f"{record} ({source_name})" if source_name else record
 
 
-def _missing_image_error(record: str, field: str, example: Any) -> DataError:
+def _make_missing_image_error(record: str, field: str, example: Any) -> DataError:
     """Build the error for the record named `record`, whose field `field` does not hold exactly one encoded image."""
     problem, fix = (
         f"{record} does not have exactly one bytes value in this field",
@@ -326,54 +328,55 @@ def _missing_image_error(record: str, field: str, example: Any) -> DataError:
 class LabelFields:
     """The names of a record's label and image fields, and how to interpret the label."""
 
-    label: str  # name of the label field
-    image: str  # name of the image field
-    classes: int  # number of classes
-    kind: str = "index"  # data.label_kind: index, index1, text or onehot
-    names: tuple[str, ...] = ()  # class names for the kind "text", normalized by `normalize_class_name`
+    label_field: str
+    image_field: str
+    num_classes: int
+    label_kind: str = "index"  # data.label_kind: index, index1, text or onehot
+    class_names: tuple[str, ...] = ()  # only for the label kind "text", normalized by `normalize_class_name`
 
 
 def read_labels(path: str, index: ShardIndex, fields: LabelFields) -> tuple[np.ndarray, list[str]]:
     """Read the labels of the n records of a shard. `index` is the result of `index_shard` for the shard.
 
     Returns:
-        The class index of each record, int32 [n], and a list of faults. Corrupt records, and records that store the
-        index `UNLABELLED`, have the class index -1 and a fault each.
+        The class index of each record, int32 [n], and a list of error descriptions. Corrupt records, and records that
+        store the index `UNLABELLED`, have the class index -1 and an error description each.
 
     Raises:
         DataError: an intact record's image field is missing or does not hold bytes, or its label is missing, not of the
-            kind `fields.kind`, or not one of the classes.
+            kind `fields.label_kind`, or not one of the classes.
         OSError: the shard cannot be read.
     """
     labels = np.full(index.count, -1, np.int32)
-    faults: list[str] = []
-    for record_index, record_name, example, fault in read_examples(path, index, range(index.count)):
-        if fault:
-            faults.append(f"{record_name} {fault}")
+    errors: list[str] = []
+    for record_index, record_name, example, error in read_examples(path, index, range(index.count)):
+        if error:
+            errors.append(f"{record_name} {error}")
             continue
         features = example.features.feature
-        if fields.label not in features:
+        if fields.label_field not in features:
             problem, fix = f"{record_name} has no such field", f"set one of {describe_fields(example)}"
-            raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-        if fields.image not in features or features[fields.image].WhichOneof("kind") != "bytes_list":
-            raise _missing_image_error(record_name, fields.image, example)
-        if fields.kind.startswith("index") and list(features[fields.label].int64_list.value) == [UNLABELLED]:
-            faults.append(f"{record_name} {NOT_LABELLED_SUFFIX}")
+            raise DataError(problem, key="data.label_field", value=fields.label_field, fix=fix)
+        if fields.image_field not in features or features[fields.image_field].WhichOneof("kind") != "bytes_list":
+            raise _make_missing_image_error(record_name, fields.image_field, example)
+        label_feature = features[fields.label_field]
+        if fields.label_kind.startswith("index") and list(label_feature.int64_list.value) == [UNLABELLED]:
+            errors.append(f"{record_name} {NOT_LABELLED_SUFFIX}")
             continue
         labels[record_index] = _parse_label(record_name, example, fields)
-    return labels, faults
+    return labels, errors
 
 
-NOT_LABELLED_SUFFIX = f"is not labelled ({UNLABELLED})"  # end of an unlabelled record's fault
+NOT_LABELLED_SUFFIX = f"is not labelled ({UNLABELLED})"  # end of an unlabelled record's error description
 
 
-def make_label_error(fault: str, field: str) -> DataError:
-    """Build the error for a fault that `read_labels` or `index_shard` reported. `field` is data.label_field."""
-    if not fault.endswith(NOT_LABELLED_SUFFIX):
+def make_label_error(error: str, field: str) -> DataError:
+    """Build the exception for an error description from `read_labels` or `index_shard`. `field` is data.label_field."""
+    if not error.endswith(NOT_LABELLED_SUFFIX):
         fix = "fetch or write it again, or set data.on_error=skip to leave out corrupt records"
-        return DataError(fault, fix=fix)
+        return DataError(error, fix=fix)
     fix = "leave its split out (tfds: data.validation_split=none, data.test_split=none), or set another field"
-    return DataError(fault, key="data.label_field", value=field, fix=f"{fix}, or data.on_error=skip if others have one")
+    return DataError(error, key="data.label_field", value=field, fix=f"{fix}, or data.on_error=skip if others have one")
 
 
 def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
@@ -386,8 +389,8 @@ def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
     """
     for shard in shards:
         index = index_shard(shard.path)
-        for _, _, example, fault in read_examples(shard.path, index, range(shard.start, min(shard.stop, index.count))):
-            if not fault and list(example.features.feature[label_field].int64_list.value) != [UNLABELLED]:
+        for _, _, example, error in read_examples(shard.path, index, range(shard.start, min(shard.stop, index.count))):
+            if not error and list(example.features.feature[label_field].int64_list.value) != [UNLABELLED]:
                 return False
     return bool(shards)
 
@@ -395,47 +398,52 @@ def has_no_labels(shards: Sequence[Shard], label_field: str) -> bool:
 def _parse_label(record: str, example: Any, fields: LabelFields) -> int:
     """Return the class index, from 0, that a record's Example stores. `record` is the record's name for messages.
 
-    Raises DataError if the label field does not hold exactly one label, of the kind `fields.kind` and of a known class.
+    Raises DataError if the label field does not hold exactly one label, of the kind `fields.label_kind` and of a known
+    class.
     """
-    feature = example.features.feature[fields.label]
+    feature = example.features.feature[fields.label_field]
     list_name = feature.WhichOneof("kind")
     values: list[Any] = list(getattr(feature, list_name).value) if list_name else []
     display_values = [_escape_text(v) if isinstance(v, bytes) else v for v in values]
     statement = f"{record} holds {_describe_label(display_values, fields)}"
     is_vector = list_name != "bytes_list" and len(values) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
-    is_onehot = is_vector and len(values) == fields.classes
+    is_onehot = is_vector and len(values) == fields.num_classes
     if is_vector and not is_onehot:
-        problem = f"{statement}, which is one-hot for {len(values)} classes, but there are {fields.classes} class names"
+        problem = (
+            f"{statement}, which is one-hot for {len(values)} classes, but there are {fields.num_classes} class names"
+        )
         fix = f"give {len(values)} class names, or set another data.label_field"
         raise DataError(problem, key="data.class_names", fix=fix)
     actual_kind = "onehot" if is_onehot else "text" if list_name == "bytes_list" else "index"
     if len(values) != 1 and not is_onehot:
         fix = "keep one label per image, or set another field" if values else f"set one of {describe_fields(example)}"
         problem = f"{statement}, and a classifier needs one label"
-        raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+        raise DataError(problem, key="data.label_field", value=fields.label_field, fix=fix)
     if list_name == "float_list" and not is_onehot:
         fix = f"write class indices as integers, or set one of {describe_fields(example)}"
-        raise DataError(f"{statement}, which is not a class index", key="data.label_field", value=fields.label, fix=fix)
-    if actual_kind != fields.kind.removesuffix("1"):
+        raise DataError(
+            f"{statement}, which is not a class index", key="data.label_field", value=fields.label_field, fix=fix
+        )
+    if actual_kind != fields.label_kind.removesuffix("1"):
         fix = f"set data.label_kind={actual_kind}, or another data.label_field of {describe_fields(example)}"
-        raise DataError(f"{statement}", key="data.label_kind", value=fields.kind, fix=fix)
-    if fields.kind == "text":
+        raise DataError(f"{statement}", key="data.label_kind", value=fields.label_kind, fix=fix)
+    if fields.label_kind == "text":
         class_name = normalize_class_name(display_values[0])
-        if class_name not in fields.names:
+        if class_name not in fields.class_names:
             problem = f"{statement}, which is not in data.class_names"
-            fix = f"add it to {join_first(fields.names)}, or set another field"
-            raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
-        return fields.names.index(class_name)
+            fix = f"add it to {join_first(fields.class_names)}, or set another field"
+            raise DataError(problem, key="data.label_field", value=fields.label_field, fix=fix)
+        return fields.class_names.index(class_name)
     if is_onehot:
         return int(np.argmax(values))
-    base = 1 if fields.kind == "index1" else 0
-    if not base <= values[0] < base + fields.classes:
-        problem = f"the label {values[0]} of {record} is outside {base}..{base + fields.classes - 1}"
+    base = 1 if fields.label_kind == "index1" else 0
+    if not base <= values[0] < base + fields.num_classes:
+        problem = f"the label {values[0]} of {record} is outside {base}..{base + fields.num_classes - 1}"
         other_kind = "index" if base else "index1"
-        fits_other = values[0] == (0 if base else fields.classes)
+        fits_other = values[0] == (0 if base else fields.num_classes)
         hint = f"if labels begin with {1 - base}, set data.label_kind={other_kind}; otherwise " if fits_other else ""
-        fix = f"{hint}set another field, or one class name per label instead of {fields.classes}"
-        raise DataError(problem, key="data.label_field", value=fields.label, fix=fix)
+        fix = f"{hint}set another field, or one class name per label instead of {fields.num_classes}"
+        raise DataError(problem, key="data.label_field", value=fields.label_field, fix=fix)
     return int(values[0]) - base
 
 
@@ -447,7 +455,7 @@ def _describe_label(values: Sequence[Any], fields: LabelFields) -> str:
     if not values:
         return "no label"
     value_list = f"({join_first([f'{v:g}' if isinstance(v, float) else str(v) for v in values])})"
-    return f"{len(values)} {'numbers' if len(values) == fields.classes else 'labels'} {value_list}"
+    return f"{len(values)} {'numbers' if len(values) == fields.num_classes else 'labels'} {value_list}"
 
 
 def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
@@ -464,9 +472,9 @@ def read_groups(split: Split, field: str, names: tuple[str, ...] | None = None) 
     groups: list[str] = []
     for shard in split.shards:
         record_indices = range(shard.start, shard.stop)
-        for _, record_name, example, fault in read_examples(shard.path, index_shard(shard.path), record_indices):
-            if fault:
-                raise DataError(f"{record_name} {fault}", fix="fetch or write the shard again")
+        for _, record_name, example, error in read_examples(shard.path, index_shard(shard.path), record_indices):
+            if error:
+                raise DataError(f"{record_name} {error}", fix="fetch or write the shard again")
             feature = example.features.feature.get(field)
             values: list[Any] = [*feature.bytes_list.value, *feature.int64_list.value] if feature else []
             if len(values) != 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.csv_source import plan_copies
-from trainer.data.tfds_folder import INFO, LABELS, MANIFEST, METADATA_FILES, parse_manifest
+from trainer.data.tfds_folder import INFO_FILE, LABELS_FILE, MANIFEST_FILE, METADATA_FILES, parse_manifest
 from trainer.errors import DataError, TrainerError
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
@@ -49,12 +49,12 @@ def resolve_addresses(data: Data) -> tuple[Data, str | None]:
 
 
 def fetch_local_copies(
-    config: RequestedConfig, log_message: LogMessage, check: Callable[[str], None], stream: bool = False
+    config: RequestedConfig, log_message: LogMessage, check_stop: Callable[[str], None], stream: bool = False
 ) -> tuple[RequestedConfig, dict[str, str], ShardCache | None]:
     """Copy the dataset and weights of a configuration from buckets to the local disk.
 
     Args:
-        check: called repeatedly with an address while its files are fetched; can raise an exception to cancel.
+        check_stop: called repeatedly with an address while its files are fetched; can raise an exception to cancel.
         stream: whether to leave the shards of a prepared dataset in the bucket, if `resolve_addresses` permits it.
 
     Returns:
@@ -75,13 +75,13 @@ def fetch_local_copies(
         if not address or not is_remote(address):
             return address
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
-        path = stage(address, runtime.cache_folder, budget, log_message, partial(check, address))
+        path = stage(address, runtime.cache_folder, budget, log_message, partial(check_stop, address))
         folder, bucket_folder = find_copied_folders(path, address, runtime.cache_folder)
         addresses[folder] = bucket_folder
         return path
 
     data, streamed_folder = resolve_addresses(config.data)
-    cache = _open_shard_cache(streamed_folder, runtime, log_message, check) if stream and streamed_folder else None
+    cache = _open_shard_cache(streamed_folder, runtime, log_message, check_stop) if stream and streamed_folder else None
     if streamed_folder and cache:
         addresses[str(cache.folder)] = streamed_folder
         data = data.model_copy(update={"root": str(cache.folder)})
@@ -90,7 +90,9 @@ def fetch_local_copies(
         data, copies = plan_copies(data, runtime.cache_folder, budget)
         for copy in copies:
             copy.delete_stale_copies()
-            download_missing_files(copy.bucket, copy.entries, copy.folder, log_message, partial(check, copy.bucket))
+            download_missing_files(
+                copy.bucket, copy.objects, copy.folder, log_message, partial(check_stop, copy.bucket)
+            )
             addresses[str(copy.folder)] = copy.bucket
     data = data.model_copy(update={key: copy_to_disk(getattr(data, key)) for key in ("root", "pattern")})
     if class_names_address := _find_class_names_file(config.data):
@@ -155,29 +157,30 @@ def find_prepared_files(address: str) -> PreparedFiles | None:
         Interrupted: the bucket does not respond.
     """
     files = {info.path.name: info for info in storage_path(address).list(recursive=False)}
-    if not {MANIFEST, LABELS, INFO} <= files.keys():
+    if not {MANIFEST_FILE, LABELS_FILE, INFO_FILE} <= files.keys():
         return None
-    manifest = parse_manifest(files[MANIFEST].path.read())
+    manifest = parse_manifest(files[MANIFEST_FILE].path.read())
     for shard in manifest.values():
         info = files.get(shard.file)
         if info is None:
             raise DataError(f"{address}/{escape_unprintable(shard.file)} is missing", fix="prepare the dataset again")
         if info.size != shard.bytes or (info.crc32c is not None and f"{info.crc32c:08x}" != shard.crc32c):
             raise DataError(
-                f"{address}/{escape_unprintable(shard.file)} differs from {MANIFEST}", fix="prepare the dataset again"
+                f"{address}/{escape_unprintable(shard.file)} differs from {MANIFEST_FILE}",
+                fix="prepare the dataset again",
             )
-    metadata = {name: files[name] for name in (*METADATA_FILES, MANIFEST, LABELS) if name in files}
+    metadata = {name: files[name] for name in (*METADATA_FILES, MANIFEST_FILE, LABELS_FILE) if name in files}
     return PreparedFiles({name: files[name] for name in manifest}, metadata)
 
 
 def _open_shard_cache(
-    address: str, runtime: Runtime, log_message: LogMessage, check: Callable[[str], None]
+    address: str, runtime: Runtime, log_message: LogMessage, check_stop: Callable[[str], None]
 ) -> ShardCache | None:
     """Fetch the metadata of a prepared bucket folder, and return a cache for its shards; None if it is not prepared."""
     prepared = find_prepared_files(address)
     if prepared is None:
         return None
-    cache_folder, check_address = runtime.cache_folder, partial(check, address)
+    cache_folder, check_address = runtime.cache_folder, partial(check_stop, address)
     budget, _ = choose_disk_budget(runtime.disk_budget, cache_folder)
     cache = ShardCache(address, prepared.shards, cache_folder, budget, log_message, check_address, prepared.metadata)
     download_missing_files(address, prepared.metadata, cache.folder, log_message, check_address)

@@ -69,7 +69,7 @@ class ShardGate:
         split: Split,
         reader: str,
         blocks: Iterator[BlockShards],
-        ahead: int,
+        max_rows_ahead: int,
     ) -> None:
         """Create a gate from which no rows have been taken.
 
@@ -78,9 +78,10 @@ class ShardGate:
             split: the split that the pipeline reads.
             reader: name of the pipeline, unique in the cache.
             blocks: for each block of the pipeline, its number of rows and the indices of its shards.
-            ahead: the result of `compute_max_rows_ahead` for the pipeline.
+            max_rows_ahead: the result of `compute_max_rows_ahead` for the pipeline.
         """
-        self.shards, self.reader, self.split, self.ahead, self._block_iterator = shards, reader, split, ahead, blocks
+        self.shards, self.reader, self.split = shards, reader, split
+        self.max_rows_ahead, self._block_iterator = max_rows_ahead, blocks
         is_cached = isinstance(shards, ShardCache)
         self._names = [os.path.basename(shard.path) if is_cached else shard.path for shard in split.shards]
         # The blocks that are not yet taken completely: number of rows up to the end of the block, names of its shards.
@@ -104,7 +105,7 @@ class ShardGate:
             self._first_block += 1
         self._num_taken += rows
         position = 0  # position in `_blocks` of the block with the last row that can be pulled
-        while self._has_block(position) and self._blocks[position][0] <= self._num_taken + self.ahead:
+        while self._has_block(position) and self._blocks[position][0] <= self._num_taken + self.max_rows_ahead:
             position += 1
         last = position + BLOCKS_AHEAD
         block_range = (self._first_block, self._first_block + last)

@@ -28,25 +28,26 @@ class Sharding:
     the number of workers.
     """
 
-    worker: int = 0  # index of this worker
-    workers: int = 1  # number of workers
-    by: ShardingMode = "record"
-    parts: int | None = None  # number of virtual replicas, a multiple of `workers`; None if each worker is one part
+    worker_index: int = 0
+    num_workers: int = 1
+    mode: ShardingMode = "record"
+    virtual_replicas: int | None = None  # number of them, a multiple of `num_workers`; None if each worker is one part
 
     @property
     def by_file(self) -> bool:
         """Whether the examples are sharded by file. A single part reads all shards, so it counts as by record."""
-        return self.by == "file" and (self.parts or self.workers) > 1
+        return self.mode == "file" and (self.virtual_replicas or self.num_workers) > 1
 
     def split_into_parts(self) -> list["Sharding"]:
         """Return the sharding of each part that this worker reads, as if each part were a worker.
 
         The list has only this sharding if it is by record or without virtual replicas.
         """
-        if not self.by_file or self.parts is None:
+        if not self.by_file or self.virtual_replicas is None:
             return [self]
-        num_parts = self.parts // self.workers  # parts per worker
-        return [Sharding(i, self.parts, self.by) for i in range(self.worker * num_parts, (self.worker + 1) * num_parts)]
+        parts_per_worker = self.virtual_replicas // self.num_workers
+        first_part = self.worker_index * parts_per_worker
+        return [Sharding(i, self.virtual_replicas, self.mode) for i in range(first_part, first_part + parts_per_worker)]
 
 
 UNSHARDED = Sharding()
@@ -57,24 +58,24 @@ def count_shard_records(split: Split) -> np.ndarray:
     return np.array([shard.stop - shard.start for shard in split.shards], np.int64)
 
 
-def assign_shards(split: Split, workers: int) -> list[np.ndarray]:
+def assign_shards(split: Split, num_workers: int) -> list[np.ndarray]:
     """Assign each shard to a worker, and return a list of each worker's shard indices, int64 [k], increasing.
 
     The workers' numbers of records are balanced by longest-processing-time-first scheduling (Graham 1969).
     """
     sizes = count_shard_records(split)
-    loads, worker_of_shard = np.zeros(workers, np.int64), np.zeros(len(sizes), np.int64)
+    loads, worker_of_shard = np.zeros(num_workers, np.int64), np.zeros(len(sizes), np.int64)
     for shard in np.argsort(-sizes, kind="stable"):
         worker_of_shard[shard] = np.argmin(loads)
         loads[worker_of_shard[shard]] += sizes[shard]
-    return [np.flatnonzero(worker_of_shard == worker) for worker in range(workers)]
+    return [np.flatnonzero(worker_of_shard == worker) for worker in range(num_workers)]
 
 
 def select_worker_shards(split: Split, sharding: Sharding) -> np.ndarray:
     """Return the indices of the shards that a worker reads if the split is sharded by file, int64 [k], increasing."""
     parts = sharding.split_into_parts()
-    shards_by_part = assign_shards(split, parts[0].workers)
-    return np.sort(np.concatenate([shards_by_part[part.worker] for part in parts]))
+    shards_by_part = assign_shards(split, parts[0].num_workers)
+    return np.sort(np.concatenate([shards_by_part[part.worker_index] for part in parts]))
 
 
 def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
@@ -88,14 +89,14 @@ def select_worker_examples(split: Split, sharding: Sharding) -> np.ndarray:
     return np.flatnonzero(np.isin(np.repeat(np.arange(len(sizes)), sizes), shards))
 
 
-def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
-    """Return the number of global batches per epoch. The last one can be padded.
+def count_steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDED) -> int:
+    """Return the number of global batches per epoch, each of `batch_size` rows. The last one can be padded.
 
     If the split is sharded by file, the worker or part with the most batches determines the number, and the others end
     the epoch with padding.
     """
     if sharding.by_file:
-        num_parts = sharding.parts or sharding.workers
+        num_parts = sharding.virtual_replicas or sharding.num_workers
         sizes, rows = count_shard_records(split), batch_size // num_parts
         return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, num_parts))
     return -(-split.count // batch_size)
@@ -105,44 +106,46 @@ def steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UNSHARDE
 class ShardingPlan:
     """The sharding of the training split over all workers, and the reason for it."""
 
-    by: ShardingMode
-    workers: int  # number of workers
+    mode: ShardingMode
+    num_workers: int
     steps_per_epoch: int
     reason: str  # a clause for the log line
-    parts: int | None = None  # number of virtual replicas; None if each worker is one part
+    virtual_replicas: int | None = None  # number of them; None if each worker is one part
 
-    def for_worker(self, worker: int) -> Sharding:
+    def for_worker(self, worker_index: int) -> Sharding:
         """Return the sharding with which a worker trains."""
-        return Sharding(worker, self.workers, self.by, self.parts)
+        return Sharding(worker_index, self.num_workers, self.mode, self.virtual_replicas)
 
-    def for_scoring(self, worker: int) -> Sharding:
+    def for_scoring(self, worker_index: int) -> Sharding:
         """Return the sharding with which a worker scores examples and computes features.
 
-        With virtual replicas, the sharding is by record, because each worker then gets examples for whole device calls.
+        With virtual replicas, the sharding is by record, because each worker then gets examples for complete device
+        calls.
         """
-        return Sharding(worker, self.workers, "record" if self.parts else self.by)
+        return Sharding(worker_index, self.num_workers, "record" if self.virtual_replicas else self.mode)
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
         """The values that a checkpoint stores, which `require_resumable` compares with the plan of a later start."""
-        num_workers = self.parts or self.workers  # with virtual replicas, batches do not depend on the real number
-        return {"by": self.by, "workers": num_workers, "steps_per_epoch": self.steps_per_epoch}
+        # With virtual replicas, the batches depend on their number instead of the number of workers.
+        num_parts = self.virtual_replicas or self.num_workers
+        return {"by": self.mode, "workers": num_parts, "steps_per_epoch": self.steps_per_epoch}
 
-    def describe(self, split: Split, worker: int) -> str:
+    def describe(self, split: Split, worker_index: int) -> str:
         """Format the log line about the sharding, with the worker's numbers of shards and records if it is by file."""
-        if self.by == "record":
+        if self.mode == "record":
             return f"sharding: by record ({self.reason}); every worker takes its rows of each global batch"
-        shards, sizes = select_worker_shards(split, self.for_worker(worker)), count_shard_records(split)
+        shards, sizes = select_worker_shards(split, self.for_worker(worker_index)), count_shard_records(split)
         paths = [shard.path for shard in split.shards]  # a split can use several ranges of a file
         num_files, num_records = len({paths[shard] for shard in shards}), sizes[shards].sum()
         return (
-            f"sharding: by file ({self.reason}); worker {worker} has {num_files} of {len(set(paths))} shards with "
-            f"{num_records:,} of {sizes.sum():,} records"
+            f"sharding: by file ({self.reason}); worker {worker_index} has {num_files} of {len(set(paths))} shards "
+            f"with {num_records:,} of {sizes.sum():,} records"
         )
 
 
 def plan_sharding(
-    shard_by: ShardBy, split: Split, workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState,
+    shard_by: ShardBy, split: Split, num_workers: int, batch_size: int, image_cache: str, checkpoint: CheckpointState,
     virtual_replicas: int | None = None,
 ) -> ShardingPlan:  # fmt: skip
     """Choose the sharding of the training split.
@@ -156,19 +159,18 @@ def plan_sharding(
     Args:
         shard_by: data.shard_by.
         split: the training split.
-        workers: number of workers.
         batch_size: rows per global batch.
         image_cache: where decoded images are cached: "memory", "disk" or "none". It is "features" if training reads
             images only once, to compute features.
         checkpoint: `ShardingPlan.checkpoint_state` of the checkpoint to resume from; empty for a new run.
         virtual_replicas: training.virtual_replicas.
     """
-    by: ShardingMode = "record"
-    num_parts = virtual_replicas or workers
+    mode: ShardingMode = "record"
+    num_parts = virtual_replicas or num_workers
     if num_parts > 1 and len(split.shards) >= num_parts:
         auto_mode: ShardingMode = "file" if image_cache == "none" and not virtual_replicas else "record"
-        by = checkpoint.get("by") or auto_mode if shard_by == "auto" else shard_by
-    if shard_by == by:
+        mode = checkpoint.get("by") or auto_mode if shard_by == "auto" else shard_by
+    if shard_by == mode:
         reason = "as configured"
     elif num_parts == 1:
         reason = "there is one worker"
@@ -186,8 +188,8 @@ def plan_sharding(
         reason = "features are cached"
     else:
         reason = f"{'no decoded' if image_cache == 'none' else 'decoded'} images are cached"
-    steps = steps_per_epoch(split, batch_size, Sharding(0, workers, by, virtual_replicas))
-    return ShardingPlan(by, workers, steps, reason, virtual_replicas)
+    steps = count_steps_per_epoch(split, batch_size, Sharding(0, num_workers, mode, virtual_replicas))
+    return ShardingPlan(mode, num_workers, steps, reason, virtual_replicas)
 
 
 def require_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_step: int) -> None:
@@ -203,11 +205,13 @@ def require_resumable(plan: ShardingPlan, checkpoint: CheckpointState, epoch_ste
     Raises:
         ConfigError: the run cannot resume with this plan.
     """
-    if not checkpoint or checkpoint == plan.checkpoint_state or "file" not in (plan.by, checkpoint["by"]):
+    if not checkpoint or checkpoint == plan.checkpoint_state or "file" not in (plan.mode, checkpoint["by"]):
         return
     steps_differ = checkpoint["steps_per_epoch"] != plan.steps_per_epoch
     if epoch_step or steps_differ:
         cause = "the steps per epoch differ" if steps_differ else f"the checkpoint is {epoch_step} steps into an epoch"
         state = f"the checkpoint used {checkpoint['by']} on {checkpoint['workers']} workers"
-        problem = f"cannot resume with another sharding: {state}, this start uses {plan.by} on {plan.workers} ({cause})"
+        problem = (
+            f"cannot resume with another sharding: {state}, this start uses {plan.mode} on {plan.num_workers} ({cause})"
+        )
         raise ConfigError(problem, fix=f"resume with {checkpoint['workers']} workers")

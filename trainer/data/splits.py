@@ -92,7 +92,7 @@ def describe_class_counts(labels: np.ndarray, class_names: Sequence[str]) -> str
     return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in class_indices)}{ellipsis})"
 
 
-def take(split: Split, indices: np.ndarray) -> Split:
+def select_examples(split: Split, indices: np.ndarray) -> Split:
     """Return a split with only the examples at `indices`, int [k], which must be increasing if the split has shards."""
     labels = split.labels[indices]
     if split.groups is not None:
@@ -126,7 +126,7 @@ def rank_within_classes(labels: np.ndarray, seed: int) -> np.ndarray:
 
 def select_per_class(split: Split, limit: int, seed: int) -> Split:
     """Select at most `limit` random examples of each class, and retain their order."""
-    return take(split, np.flatnonzero(rank_within_classes(split.labels, seed) < limit))
+    return select_examples(split, np.flatnonzero(rank_within_classes(split.labels, seed) < limit))
 
 
 def select_at_most(split: Split, limit: int, seed: int) -> Split:
@@ -136,7 +136,7 @@ def select_at_most(split: Split, limit: int, seed: int) -> Split:
     """
     if split.count <= limit:
         return split
-    return take(split, np.sort(np.argsort(rank_within_classes(split.labels, seed), kind="stable")[:limit]))
+    return select_examples(split, np.sort(np.argsort(rank_within_classes(split.labels, seed), kind="stable")[:limit]))
 
 
 def compute_split_sizes(count: int, fractions: dict[str, float]) -> dict[str, int]:
@@ -179,7 +179,7 @@ class RecordSource:
     """Settings for reading the shards of a dataset."""
 
     data: Data
-    classes: int  # number of classes
+    num_classes: int
     cache_dir: Path  # stores the labels of shards for later runs
     log_message: LogMessage
     streamed: bool = False  # whether shards are not yet local, so that labels are read from the folder's labels file
@@ -200,11 +200,11 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
 
     Raises:
         DataError: a shard cannot be read, or a streamed shard is not in the manifest; a record has no valid image or
-            label field; or a shard has a fault and data.on_error is "fail".
+            label field; or a shard or record is corrupt or unlabelled, and data.on_error is "fail".
     """
     data = source.data
     class_names = tuple(map(normalize_class_name, data.class_names or ()))
-    fields = LabelFields(data.label_field, data.image_field, source.classes, data.label_kind, class_names)
+    fields = LabelFields(data.label_field, data.image_field, source.num_classes, data.label_kind, class_names)
     label_format = (data.label_kind, class_names if data.label_kind == "text" else None)
     labels: dict[str, np.ndarray] = {}
     identities: dict[str, str] = {}
@@ -226,7 +226,8 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
             identities[path] = entries[name].identity if has_entry else f"{name} {stat.st_size} {digest}"
         except OSError as error:
             raise make_unreadable_error(path, error) from None
-        cache_key = repr((identities[path], stat.st_mtime_ns, fields.label, fields.image, source.classes))
+        key_fields = (identities[path], stat.st_mtime_ns, fields.label_field, fields.image_field, source.num_classes)
+        cache_key = repr(key_fields)
         cache_key += repr(label_format) if data.label_kind != "index" else ""
         cache_file = source.cache_dir / "labels" / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:24]}.npz"
         with suppress(OSError, ValueError, KeyError):  # missing or corrupt: read the shard again
@@ -237,14 +238,14 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
                 f"reading the labels of {len(paths) - position} shards (once, cached in {cache_file.parent})"
             )
         shard_index = index_shard(path)
-        labels[path], faults = read_labels(path, shard_index, fields)
-        faults += [shard_index.fault] if shard_index.fault else []
-        if not faults:
+        labels[path], errors = read_labels(path, shard_index, fields)
+        errors += [shard_index.error] if shard_index.error else []
+        if not errors:
             with suppress(OSError):  # without cached labels, a later start reads the shard again
                 write_atomically(cache_file, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
-            raise make_label_error(faults[0], data.label_field)
-        skipped += faults
+            raise make_label_error(errors[0], data.label_field)
+        skipped += errors
     return labels, identities, skipped
 
 
@@ -269,7 +270,8 @@ def build_split(
     Args:
         ranges: the record ranges that the split consists of.
         labels: path -> labels of the shard, int32 [records], -1 for a corrupt or unlabelled record.
-        skipped: descriptions of all faults in the dataset. The error for an empty split lists those in its shards.
+        skipped: descriptions of all corrupt or unlabelled shards and records of the dataset. The error for an empty
+            split lists those of its own shards.
 
     Raises:
         DataError: no record is intact and labelled, or the number of records in a shard differs from its `Shard.count`
@@ -291,11 +293,11 @@ def build_split(
         content = (
             f"{join_first(paths)} {'has' if len(paths) == 1 else 'have'} {format_count(len(all_labels), 'record')}"
         )
-        faults = [fault for fault in skipped if any(path in fault for path in paths)]
-        if faults and all(fault.endswith(NOT_LABELLED_SUFFIX) for fault in faults):
-            raise make_label_error(faults[0], source.data.label_field)
-        raise make_empty_split_error(name, content, faults)
-    return take(split, readable_indices)
+        errors = [error for error in skipped if any(path in error for path in paths)]
+        if errors and all(error.endswith(NOT_LABELLED_SUFFIX) for error in errors):
+            raise make_label_error(errors[0], source.data.label_field)
+        raise make_empty_split_error(name, content, errors)
+    return select_examples(split, readable_indices)
 
 
 def find_matching_files(pattern: str) -> list[str]:

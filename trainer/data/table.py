@@ -22,6 +22,7 @@ class Row:
     cells: dict[str, str]  # column name -> text
 
     def __getitem__(self, column: str) -> str:
+        """Return the cell in a column."""
         return self.cells[column]
 
 

@@ -22,7 +22,7 @@ from trainer.data.splits import (
     list_unused_fractions,
     rank_within_classes,
     read_shards,
-    take,
+    select_examples,
 )
 from trainer.errors import DataError, Interrupted, format_count
 from trainer.monitoring.health import health
@@ -49,14 +49,15 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
             the train split overlaps another split.
         Interrupted: the dataset cannot be downloaded now, or a disk is full or fails.
     """
-    info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
-    file_format = info.file_format.value if info.file_format else "tfrecord"
+    dataset_info = (_open_folder(os.path.expanduser(data.root)) if data.root else _open_by_name(data)).info
+    file_format = dataset_info.file_format.value if dataset_info.file_format else "tfrecord"
     if file_format != "tfrecord":
         raise DataError(
-            f"{escape_unprintable(info.name)} is stored as {file_format}", fix="prepare it with file_format=tfrecord"
+            f"{escape_unprintable(dataset_info.name)} is stored as {file_format}",
+            fix="prepare it with file_format=tfrecord",
         )
-    class_names, group_names = _get_class_names(info, data), _get_group_names(info, data)
-    specs, ranges, split_notes = resolve_splits(info, data)
+    class_names, group_names = _get_class_names(dataset_info, data), _get_group_names(dataset_info, data)
+    specs, ranges, split_notes = resolve_splits(dataset_info, data)
     for name in [n for n in ("validation", "test") if n in ranges and getattr(data, f"{n}_split") is None]:
         if not streamed and has_no_labels(ranges[name], data.label_field):
             del ranges[name], specs[name]
@@ -70,7 +71,7 @@ def open_tfds(data: Data, cache_dir: Path, log_message: LogMessage, streamed: bo
         new_splits, new_notes = hold_out_splits(splits["train"], fractions, data.split_seed)
         splits |= new_splits
         notes += new_notes
-    return RawData(info.name, class_names, splits, identities, skipped, notes, group_names=group_names)
+    return RawData(dataset_info.name, class_names, splits, identities, skipped, notes, group_names=group_names)
 
 
 def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
@@ -90,14 +91,14 @@ def list_split_specs(data: Data, existing: Container[str]) -> dict[str, str]:
     }
 
 
-def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
+def resolve_splits(dataset_info: Any, data: Data) -> tuple[dict[str, str], dict[str, list[Shard]], list[str]]:
     """Resolve the configured splits to ranges of the dataset's records.
 
     If data.validation_split or data.test_split is null, the split has the records of the dataset's split with that
     name, except those that are also in data.train_split. If no records remain, the split is left out.
 
     Args:
-        info: the `tfds.core.DatasetInfo` of the dataset.
+        dataset_info: the `tfds.core.DatasetInfo` of the dataset.
 
     Returns:
         Split name -> TFDS split string; split name -> record ranges in shards; and notes about removed records.
@@ -105,8 +106,8 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
     Raises:
         DataError: a split does not exist, is empty, or has a shard outside the dataset's folder.
     """
-    specs, notes = list_split_specs(data, info.splits), []
-    ranges = {name: resolve_split_string(info, spec, name) for name, spec in specs.items()}
+    specs, notes = list_split_specs(data, dataset_info.splits), []
+    ranges = {name: resolve_split_string(dataset_info, spec, name) for name, spec in specs.items()}
     for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
         remaining = _subtract_ranges(ranges[name], ranges["train"])
         if remaining != ranges[name]:
@@ -121,11 +122,11 @@ def resolve_splits(info: Any, data: Data) -> tuple[dict[str, str], dict[str, lis
 
 
 def _subtract_ranges(ranges: list[Shard], removed_ranges: list[Shard]) -> list[Shard]:
-    """Return the ranges of the records that are in `ranges`, but not in `removed`."""
-    for hole in removed_ranges:
+    """Return the ranges of the records that are in `ranges`, but not in `removed_ranges`."""
+    for removed in removed_ranges:
         shards_and_bounds = [
-            (shard, ((shard.start, min(shard.stop, hole.start)), (max(shard.start, hole.stop), shard.stop)))
-            if shard.path == hole.path and max(shard.start, hole.start) < min(shard.stop, hole.stop)
+            (shard, ((shard.start, min(shard.stop, removed.start)), (max(shard.start, removed.stop), shard.stop)))
+            if shard.path == removed.path and max(shard.start, removed.start) < min(shard.stop, removed.stop)
             else (shard, ((shard.start, shard.stop),))
             for shard in ranges
         ]
@@ -163,6 +164,7 @@ def _open_folder(root: str) -> Any:
 
 
 def _get_first_line(error: Exception) -> str:
+    """Return the first line of an error message, escaped, or the type of the error if it has no message."""
     return escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
@@ -232,15 +234,15 @@ def check_download(data: Data) -> None:
                 raise download_error from error
 
 
-def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
+def _get_class_names(dataset_info: Any, data: Data) -> tuple[str, ...]:
     """Check the types of the image and label features, and return the names of the classes.
 
     A label feature that is not a `ClassLabel` has no names. It requires data.class_names, which are then returned.
     """
     import tensorflow_datasets as tfds
 
-    features = dict(info.features) if hasattr(info.features, "items") else {}
-    title = escape_unprintable(info.name)
+    features = dict(dataset_info.features) if hasattr(dataset_info.features, "items") else {}
+    title = escape_unprintable(dataset_info.name)
     feature_list = ", ".join(
         f"{escape_unprintable(name)} ({type(feature).__name__})" for name, feature in sorted(features.items())
     )
@@ -273,29 +275,29 @@ def _get_class_names(info: Any, data: Data) -> tuple[str, ...]:
     return tuple(names or data.class_names or ())
 
 
-def _get_group_names(info: Any, data: Data) -> tuple[str, ...] | None:
+def _get_group_names(dataset_info: Any, data: Data) -> tuple[str, ...] | None:
     """Return the names of the values 0, 1, ... of data.group_field.
 
     Return None if the field has no such names, or if data.group_field is not set.
     """
     if not data.group_field:
         return None
-    features = dict(info.features)
+    features = dict(dataset_info.features)
     if data.group_field not in features:
         matches = difflib.get_close_matches(data.group_field, list(features), 1)
         fix = "set another field, or prepare the data again with data.group_field (python -m trainer.prepare)"
         fix = f"set {escape_unprintable(format_argument('data.group_field', matches[0]))}" if matches else fix
         feature_list = ", ".join(map(escape_unprintable, sorted(features)))
-        problem = f"{escape_unprintable(info.name)} has no such feature; it has {feature_list}"
+        problem = f"{escape_unprintable(dataset_info.name)} has no such feature; it has {feature_list}"
         raise DataError(problem, key="data.group_field", value=data.group_field, fix=fix)
     return tuple(map(escape_unprintable, getattr(features[data.group_field], "names", None) or ())) or None
 
 
-def resolve_split_string(info: Any, spec: str, name: str) -> list[Shard]:
+def resolve_split_string(dataset_info: Any, spec: str, name: str) -> list[Shard]:
     """Resolve a TFDS split string to record ranges in shards.
 
     Args:
-        info: the `tfds.core.DatasetInfo` of the dataset.
+        dataset_info: the `tfds.core.DatasetInfo` of the dataset.
         spec: the split string, such as "train[:80%]".
         name: train, validation or test: which split string `spec` is in the configuration, for error messages.
 
@@ -303,28 +305,28 @@ def resolve_split_string(info: Any, spec: str, name: str) -> list[Shard]:
         DataError: the split does not exist, is empty, or has a shard outside the dataset's folder.
     """
     split_list = ", ".join(
-        f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in info.splits.items()
+        f"{escape_unprintable(split)} ({split_info.num_examples})" for split, split_info in dataset_info.splits.items()
     )
     key, fix = f"data.{name}_split", f"set a split string over {split_list}"
     try:
-        instructions = info.splits[spec].file_instructions
+        instructions = dataset_info.splits[spec].file_instructions
     except Exception as error:  # KeyError, ValueError or AssertionError, depending on the mistake
         raise DataError(
-            f"{escape_unprintable(info.name)} has no such split ({_get_first_line(error)})",
+            f"{escape_unprintable(dataset_info.name)} has no such split ({_get_first_line(error)})",
             key=key,
             value=spec,
             fix=fix,
         ) from None
     shards = [Shard(str(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions if i.take]
-    folder = str(info.data_dir)
+    folder = str(dataset_info.data_dir)
     for file in (os.path.relpath(shard.path, folder) for shard in shards):
-        if fault := find_path_error(file):
+        if reason := find_path_error(file):
             problem = (
-                f"dataset_info.json lists the shard {escape_unprintable(file)}, which is not below {folder} ({fault})"
+                f"dataset_info.json lists the shard {escape_unprintable(file)}, which is not below {folder} ({reason})"
             )
             raise DataError(problem, key=key, value=spec, fix="prepare the dataset again")
     if not shards:
-        raise DataError(f"is empty in {escape_unprintable(info.name)}", key=key, value=spec, fix=fix)
+        raise DataError(f"is empty in {escape_unprintable(dataset_info.name)}", key=key, value=spec, fix=fix)
     return shards
 
 
@@ -381,4 +383,4 @@ def hold_out_splits(train: Split, fractions: dict[str, float], seed: int) -> tup
             f"the tail of the training records lacks classes (they are sorted), so {sampling} with data.split_seed="
             f"{seed}; shards written by python -m trainer.prepare read faster, or set data.validation_split"
         )
-    return {name: replace(take(train, indices), name=name) for name, indices in cuts.items()}, notes
+    return {name: replace(select_examples(train, indices), name=name) for name, indices in cuts.items()}, notes

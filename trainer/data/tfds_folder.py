@@ -24,10 +24,10 @@ from trainer.storage.disk import make_write_error
 from trainer.storage.local import compute_file_crc32c, delete_stale_temporary_files, delete_temporary_files
 from trainer.storage.small_files import CONTENT_ERRORS
 
-MANIFEST = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
-LABELS = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
-INFO = "dataset_info.json"  # marks a complete dataset, so it is written last
-METADATA_FILES = (INFO, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
+MANIFEST_FILE = "kubetune_shards.json"  # JSON list with the `ShardEntry` of each shard
+LABELS_FILE = "kubetune_labels.npz"  # shard file name -> int32 [records], so that labels can be read without the shards
+INFO_FILE = "dataset_info.json"  # marks a complete dataset, so it is written last
+METADATA_FILES = (INFO_FILE, "features.json", "label.labels.txt")  # files that TFDS reads in addition to the shards
 
 
 @dataclass(frozen=True)
@@ -75,27 +75,31 @@ class DatasetFolder:
                 Not used if `folder` is local: a shard is then written to `folder` under a temporary name.
         """
         scratch_folder = Path(str(folder)) if folder.is_local else scratch or Path(tempfile.mkdtemp(prefix="kubetune-"))
-        self.folder, self.scratch, self.alone = folder, scratch_folder, False
+        self.folder, self.scratch, self.is_only_writer = folder, scratch_folder, False
 
-    def create(self, shards: set[str], alone: bool) -> None:
-        """Create the folder, and delete the temporary files of killed processes.
+    def create(self, shards: set[str], is_only_writer: bool) -> None:
+        """Create the folder, delete the temporary files of killed processes, and require that there are no other files.
 
         Args:
             shards: file names of all shards in the dataset.
-            alone: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
+            is_only_writer: whether no other pod writes the dataset. Otherwise, temporary files from the last hour
                 (`STALE_SECONDS`) are not deleted, because another pod may be writing them.
 
         Raises:
             DataError: the folder cannot be written to, or contains files that do not belong to this dataset.
             Interrupted: the disk is full or fails.
         """
-        names = {MANIFEST, LABELS, *METADATA_FILES} | shards
-        self.alone = alone and self.folder.is_local
-        prefixes = (f"{MANIFEST}.tmp", f".{MANIFEST}", *(f".{name}." for name in (*shards, LABELS, *METADATA_FILES)))
+        names = {MANIFEST_FILE, LABELS_FILE, *METADATA_FILES} | shards
+        self.is_only_writer = is_only_writer and self.folder.is_local
+        prefixes = (
+            f"{MANIFEST_FILE}.tmp",
+            f".{MANIFEST_FILE}",
+            *(f".{name}." for name in (*shards, LABELS_FILE, *METADATA_FILES)),
+        )
         fix = "set an empty folder, or the one of an interrupted start with the same data"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            self._delete_abandoned(shards)
+            self._delete_all_temporary_files(shards)
             files = self.scratch.iterdir() if self.folder.is_local else self._list_files()
             extras = sorted({file.name for file in files} - names)
             extras = [name for name in extras if not (name.startswith(prefixes) or is_temporary_name(name))]
@@ -105,18 +109,18 @@ class DatasetFolder:
             problem = f"has other files ({', '.join(map(escape_unprintable, extras[:3]))}{', ...' * (len(extras) > 3)})"
             raise DataError(problem, key="output", value=str(self.folder), fix=fix)
 
-    def _delete_abandoned(self, shards: set[str]) -> None:
+    def _delete_all_temporary_files(self, shards: set[str]) -> None:
         """Delete the temporary files of killed processes, including those that older versions named `.SHARD.*.tmp`."""
-        self._delete_unfinished()
+        self._delete_temporary_files()
         for file in self.scratch.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # another pod has deleted the file
                 is_shard = any(file.name.startswith(f".{shard}.") for shard in shards)
                 if is_shard and time.time() - file.stat().st_mtime >= STALE_SECONDS:
                     file.unlink()
 
-    def _delete_unfinished(self) -> None:
+    def _delete_temporary_files(self) -> None:
         """Delete the temporary files of killed processes, unless another pod may be writing them."""
-        if self.alone:
+        if self.is_only_writer:
             delete_stale_temporary_files(self.scratch)
         delete_temporary_files(self.scratch, STALE_SECONDS, recursive=False)
 
@@ -126,11 +130,12 @@ class DatasetFolder:
         Entries in a corrupt manifest or sidecar file are left out, so that their shards are written again.
         """
         files = self._list_files()
-        manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST]
+        manifests = [parse_manifest(path.read()) for path in files if path.name == MANIFEST_FILE]
         sidecars = [parse_manifest(b"[%s]" % path.read()) for path in files if _is_sidecar(path.name)]
         return {file: entry for entries in (*manifests, *sidecars) for file, entry in entries.items()}
 
     def _list_files(self) -> list[StoragePath]:
+        """Return the files directly in the dataset's folder."""
         return [info.path for info in self.folder.list(recursive=False)]
 
     def has_intact_shard(self, entry: ShardEntry) -> bool:
@@ -176,10 +181,10 @@ class DatasetFolder:
             "label": tfds.features.ClassLabel(names=list(class_names)),
         } | {name: tfds.features.Text() for name in text_fields}
         manifest = [asdict(entry) for entries in splits.values() for entry in entries]
-        (self.folder / MANIFEST).write(encode_json(manifest))
+        (self.folder / MANIFEST_FILE).write(encode_json(manifest))
         npz_buffer = io.BytesIO()
         np.savez_compressed(npz_buffer, **labels)  # type: ignore[arg-type]
-        (self.folder / LABELS).write(npz_buffer.getvalue())
+        (self.folder / LABELS_FILE).write(npz_buffer.getvalue())
         with tempfile.TemporaryDirectory() as local_dir:
             for entry in manifest:  # TFDS only checks that files with these names exist
                 Path(local_dir, str(entry["file"])).touch()
@@ -192,14 +197,14 @@ class DatasetFolder:
                 data_dir=local_dir, features=features, split_infos=split_infos, filename_template=template,
                 version="1.0.0", check_data=False,
             )  # fmt: skip
-            for file in sorted(Path(local_dir).iterdir(), key=lambda file: file.name == INFO):
+            for file in sorted(Path(local_dir).iterdir(), key=lambda file: file.name == INFO_FILE):
                 if file.stat().st_size:  # a metadata file: the shards here are empty
                     (self.folder / file.name).write(file.read_bytes())
         for path in self._list_files():
             if _is_sidecar(path.name):
                 path.delete()
         if self.folder.is_local:
-            self._delete_unfinished()
+            self._delete_temporary_files()
             for temporary_file in self.scratch.glob(".*.tmp"):
                 temporary_file.unlink()
 
@@ -220,7 +225,8 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
         missing or corrupt, or if the files contradict each other. The labels must then be read from the shards.
     """
     try:
-        entries, labels = parse_manifest((folder / MANIFEST).read_bytes()), unpack((folder / LABELS).read_bytes())
+        entries = parse_manifest((folder / MANIFEST_FILE).read_bytes())
+        labels = unpack((folder / LABELS_FILE).read_bytes())
     except (OSError, *CONTENT_ERRORS):
         return {}, {}
     is_consistent = entries.keys() == labels.keys() and all(labels[n].shape == (e.count,) for n, e in entries.items())
@@ -228,4 +234,5 @@ def read_manifest_and_labels(folder: Path) -> tuple[dict[str, ShardEntry], dict[
 
 
 def _is_sidecar(name: str) -> bool:
+    """Return whether a file name is that of a shard's sidecar file, `.NAME.json`."""
     return name.startswith(".") and name.endswith(".json")

@@ -29,7 +29,7 @@ from trainer.data.records import (
     read_source_name,
     serialize_example,
 )
-from trainer.data.tfds_folder import INFO, DatasetFolder, ShardEntry
+from trainer.data.tfds_folder import INFO_FILE, DatasetFolder, ShardEntry
 from trainer.errors import DataError
 from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.base import StoragePath
@@ -91,6 +91,7 @@ class ShardPlan:
 
 
 def _get_source_name(source: ImageSource) -> str:
+    """Return the path of an image file, or a record as PATH#INDEX, escaped for display."""
     if isinstance(source, RecordLocation):
         return source.name
     return "an image in memory" if isinstance(source, bytes) else escape_unprintable(str(source))
@@ -128,6 +129,7 @@ def _format_identity(source: ImageSource) -> str:
 
 
 def _read_encoded(source: ImageSource) -> bytes:
+    """Read the encoded image of a source."""
     if isinstance(source, RecordLocation):
         return read_image(source)
     return source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -197,7 +199,7 @@ def _write_records(plan: ShardPlan, temporary_path: Path, report_image: Callable
 
     Images that cannot be read or decoded are left out and listed in the entry.
     """
-    faults, missing_indices = [], []
+    errors, missing_indices = [], []
     crc = size = num_records = 0
     with add_path_to_errors(temporary_path), open(temporary_path, "wb") as file:
         for index, ((source, label), texts) in enumerate(zip(plan.examples, plan.texts, strict=True)):
@@ -207,7 +209,7 @@ def _write_records(plan: ShardPlan, temporary_path: Path, report_image: Callable
                     convert_for_storage(data, plan.orientation) if plan.verify else data, label, texts
                 )
             except (OSError, ValueError, DataError) as error:
-                faults.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
+                errors.append(f"{_describe_source(source)}: {error.problem if isinstance(error, DataError) else error}")
                 missing_indices.append(index)
             else:
                 record = frame_record(payload)
@@ -216,7 +218,7 @@ def _write_records(plan: ShardPlan, temporary_path: Path, report_image: Callable
             report_image()
         file.flush()
         os.fsync(file.fileno())
-    return ShardEntry(plan.file, num_records, size, f"{crc:08x}", plan.made_of, tuple(faults), tuple(missing_indices))
+    return ShardEntry(plan.file, num_records, size, f"{crc:08x}", plan.made_of, tuple(errors), tuple(missing_indices))
 
 
 def _plan_shards(name: str, images: LabeledImages, options: WriteOptions) -> list[ShardPlan]:
@@ -278,7 +280,7 @@ def write_dataset(
     except OSError as error:
         raise make_unreadable_error(error.filename, error) from None
     part_index, num_parts = options.part
-    output_folder.create({plan.file for plan in all_plans}, alone=num_parts == 1)
+    output_folder.create({plan.file for plan in all_plans}, is_only_writer=num_parts == 1)
 
     def read_finished() -> dict[str, ShardEntry]:
         """Return the entries of intact shards that were written from the same examples, by file name."""
@@ -290,16 +292,16 @@ def write_dataset(
     part_plans = all_plans[part_index::num_parts]
     missing_plans = [plan for plan in part_plans if plan.file not in entries]
     if missing_plans:  # the folder must not be readable as a dataset while shards are missing
-        (output_folder.folder / INFO).delete()
+        (output_folder.folder / INFO_FILE).delete()
     total = sum(len(plan.examples) for plan in part_plans)
     num_done_before = total - sum(len(plan.examples) for plan in missing_plans)
-    faults: list[str] = []
-    has_failed = False  # whether any shard has faults that must not be skipped, or no readable image
+    errors: list[str] = []
+    has_failed = False  # whether any shard has unreadable images that must not be skipped, or no readable image
     written_shards = _write_shards(
         missing_plans, output_folder.scratch, options.workers, lambda done: progress(num_done_before + done, total)
     )
     for temporary_path, entry in written_shards:
-        faults += entry.skipped
+        errors += entry.skipped
         if entry.skipped and (options.on_error == "fail" or not entry.count):
             has_failed = True
             temporary_path.unlink()
@@ -307,8 +309,8 @@ def write_dataset(
             output_folder.commit(temporary_path, entry)
             entries[entry.file] = entry
     if has_failed:
-        fault_lines = join_first(sorted(faults), "\n  ")
-        problem = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be read or decoded:\n  {fault_lines}"
+        error_lines = join_first(sorted(errors), "\n  ")
+        problem = f"{len(errors)} image{'s' * (len(errors) > 1)} cannot be read or decoded:\n  {error_lines}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     progress(total, total)
     if num_parts > 1:  # other pods may have written their shards meanwhile

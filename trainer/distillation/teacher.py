@@ -15,9 +15,9 @@ from trainer.config.schema import Model
 from trainer.data.decoding import Resize, without_autograph
 from trainer.data.images import ImageStore
 from trainer.data.sharding import Sharding
-from trainer.distillation import source
+from trainer.distillation import teacher_files
 from trainer.distillation.own_teacher import locate_teacher
-from trainer.distillation.source import KEY, ROWS_PER_CALL, check_classes, check_same_teacher
+from trainer.distillation.teacher_files import KEY, ROWS_PER_CALL, check_classes, check_same_teacher
 from trainer.errors import DataError
 from trainer.evaluation.scoring import Scorer
 from trainer.models.classifier import Classifier, count_variable_bytes
@@ -130,7 +130,7 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     assert config.distillation
     address = locate_teacher(config.distillation.teacher, run)
     alpha, temperature = config.distillation.alpha, config.distillation.temperature
-    files = source.describe_teacher(address) if worker.is_chief else None
+    files = teacher_files.describe_teacher(address) if worker.is_chief else None
     properties: dict[str, Any] = control.broadcast("teacher", lambda: files.properties if files else None)
     check_classes(address, tuple(properties["classes"]), dataset.class_names)
     check_same_teacher(run, recorded, properties["fingerprint"])
@@ -151,7 +151,7 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
         log.info(f"  soft labels: read from {labels_file}, computed by an earlier start")
         labels = control.broadcast_arrays("soft labels", {} if labels is None else {"answers": labels})["answers"]
     else:
-        arrays = control.broadcast_arrays("teacher's weights", source.read_weights(files) if files else {})
+        arrays = control.broadcast_arrays("teacher's weights", teacher_files.read_weights(files) if files else {})
         network = _build(worker, images, properties["model"], arrays, address)
     return ConfiguredTeacher(properties["fingerprint"], resize, labels_file, network, labels)
 
@@ -163,12 +163,12 @@ def _build(
 
     Args:
         model: configuration of a checkpoint's network, as JSON values; None for a SavedModel.
-        arrays: variables of a checkpoint by name, or files of a SavedModel by path (`source.read_weights`).
+        arrays: variables of a checkpoint by name, or files of a SavedModel by path (`teacher_files.read_weights`).
     """
     with worker.strategy.scope():
         if model is None:
             with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
-                source.write_saved_model(arrays, Path(folder))
+                teacher_files.write_saved_model(arrays, Path(folder))
                 return load_saved_model_teacher(Path(folder), address)
         num_classes, seed = len(images.dataset.class_names), images.config.seed
         classifier = rebuild_classifier(Model(**model), num_classes, seed, arrays, f"{KEY}={address}")
@@ -191,12 +191,12 @@ def open_teacher(
     if images.config.augmentation.active:
         log.info("teacher: it predicts in every step, for the augmented images")
         return OpenedTeacher(configured.fingerprint, network=network)
-    labels = _soft_labels(worker, images, sharding, configured, network)
+    labels = _compute_soft_labels(worker, images, sharding, configured, network)
     configured.network = None
     return OpenedTeacher(configured.fingerprint, soft_labels=labels)
 
 
-def _soft_labels(
+def _compute_soft_labels(
     worker: Worker, images: ImageStore, sharding: Sharding, configured: ConfiguredTeacher, teacher: Teacher
 ) -> np.ndarray | None:
     """Compute and cache the soft labels of the training images, float32 [training examples, classes].
@@ -209,7 +209,7 @@ def _soft_labels(
     subject = f"{split.count:,} training images at {teacher.image_size} px"
     log.info(f"soft labels of {subject}: computed once, stored in {labels_file}")
     same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as the student's
-    pixels = images.split("train") if same_images else images.at("train", teacher.image_size, resize)
+    pixels = images.open_split("train") if same_images else images.open_resized("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
     predictions = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
     if worker.should_stop("while soft labels were computed"):

@@ -44,7 +44,7 @@ Level = Literal["stable", "moderate", "shifted"]
 
 
 @dataclass(frozen=True)
-class Measure:
+class DriftMeasure:
     """The value of one measure of drift, and its thresholds."""
 
     name: str  # classes | confidence | embedding
@@ -59,7 +59,7 @@ class Measure:
         return "shifted" if self.value >= self.shifted else "moderate" if self.value >= self.moderate else "stable"
 
 
-class Window:
+class PredictionWindow:
     """Counts and moments of the latest `size` predictions, or of all predictions if `size` is None. Not thread-safe."""
 
     def __init__(self, class_count: int, size: int | None = None) -> None:
@@ -94,6 +94,7 @@ class Window:
                 self._update(*self._recent.popleft(), -1)
 
     def _update(self, predicted: int, bin_index: int, vector: np.ndarray | None, sign: int) -> None:
+        """Add a prediction to the counts and moments (`sign` 1), or subtract it (`sign` -1)."""
         self.classes[predicted] += sign
         self.confidences[bin_index] += sign
         if vector is not None:
@@ -107,9 +108,7 @@ class Window:
         return mean, (self._outer - self.embedding_count * np.outer(mean, mean)) / (self.embedding_count - 1)
 
 
-def population_stability_index(
-    reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray
-) -> float:
+def compute_psi(reference_counts: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> float:
     """Return the PSI of two histograms [bins]: the sum of (q - p) ln(q / p) over their frequencies p and q.
 
     It is 0 for equal frequencies. Half a count is added to every bin, so that it is finite if a bin is empty.
@@ -143,7 +142,7 @@ def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
     return np.add.reduceat(reference, edges), np.add.reduceat(counts, edges)
 
 
-def embedding_distance(
+def compute_embedding_distance(
     reference: Mapping[str, Any], mean: Sequence[float] | np.ndarray, covariance: Sequence[Any] | np.ndarray
 ) -> float:
     """Return the squared Frechet distance between two Gaussians, divided by the trace of the reference's covariance.
@@ -167,8 +166,10 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0) -> float:
-    """Estimate the 0.99 quantile of `embedding_distance` without drift, by a parametric bootstrap.
+def estimate_embedding_distance_quantile(
+    reference: Mapping[str, Any], reference_n: int, n: int, seed: int = 0
+) -> float:
+    """Estimate the 0.99 quantile of `compute_embedding_distance` without drift, by a parametric bootstrap.
 
     Pairs of samples, of `reference_n` and `n` embeddings, are drawn from the Gaussian in `reference`, the value of
     `embedding` in reference.json (Efron and Tibshirani 1993, chapter 6).
@@ -191,11 +192,11 @@ def embedding_distance_quantile(reference: Mapping[str, Any], reference_n: int, 
     distances = []
     for _ in range(BOOTSTRAP_SAMPLES):
         resampled = dict(zip(("mean", "covariance"), sample_moments(reference_n), strict=True))
-        distances.append(embedding_distance(resampled, *sample_moments(n)))
+        distances.append(compute_embedding_distance(resampled, *sample_moments(n)))
     return float(np.quantile(distances, DRIFT_FREE_QUANTILE))
 
 
-def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]:
+def measure_drift(reference: Mapping[str, Any], window: PredictionWindow) -> list[DriftMeasure]:
     """Measure how far a window of predictions has drifted from `reference`, the content of reference.json.
 
     Return the measures `classes`, `confidence` and `embedding`. The last one is left out unless the reference has
@@ -208,19 +209,21 @@ def measure_drift(reference: Mapping[str, Any], window: Window) -> list[Measure]
     for name, (expected, counts) in {"classes": classes, "confidence": confidences}.items():
         floor, value = (
             compute_psi_quantile(reference_n, window.n, len(counts)),
-            population_stability_index(expected, counts),
+            compute_psi(expected, counts),
         )
-        measures.append(Measure(name, value, max(PSI_MODERATE, floor), max(PSI_SHIFTED, floor), window.n))
+        measures.append(DriftMeasure(name, value, max(PSI_MODERATE, floor), max(PSI_SHIFTED, floor), window.n))
     if "embedding" in reference and window.embedding_count > 1:
         moments = reference["embedding"]
-        floor = embedding_distance_quantile(moments, int(moments.get("n", reference_n)), window.embedding_count)
+        floor = estimate_embedding_distance_quantile(
+            moments, int(moments.get("n", reference_n)), window.embedding_count
+        )
         moderate, shifted = max(EMBEDDING_MODERATE, floor), max(EMBEDDING_SHIFTED, floor)
-        value = embedding_distance(moments, *window.fit_gaussian())
-        measures.append(Measure("embedding", value, moderate, shifted, window.embedding_count))
+        value = compute_embedding_distance(moments, *window.fit_gaussian())
+        measures.append(DriftMeasure("embedding", value, moderate, shifted, window.embedding_count))
     return measures
 
 
-def most_severe_level(measures: Sequence[Measure]) -> Level:
+def get_most_severe_level(measures: Sequence[DriftMeasure]) -> Level:
     """Return the most severe level of one or more measures."""
     return max((measure.level for measure in measures), key=("stable", "moderate", "shifted").index)
 
@@ -335,7 +338,7 @@ def list_log(address: str, period: LogPeriod) -> list[StoragePath]:
     return sorted((file for file in files if file.name.endswith(".jsonl")), key=str)
 
 
-def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> tuple[Window, int]:
+def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> tuple[PredictionWindow, int]:
     """Read a log's predictions in a period, from a file or a folder of files (`list_log`), into a window.
 
     Returns:
@@ -353,7 +356,7 @@ def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> t
         )
     class_indices = {name: i for i, name in enumerate(reference["classes"])}
     embedding_width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
-    window, invalid_count = Window(len(class_indices)), 0
+    window, num_invalid = PredictionWindow(len(class_indices)), 0
     for line in (line for file in files for line in file.read().decode("utf-8", "replace").splitlines()):
         try:
             row = json.loads(line)
@@ -364,7 +367,7 @@ def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> t
             if not is_finite or not 0 <= confidence <= 1.001:  # above 1 by rounding
                 raise ValueError
         except CONTENT_ERRORS:
-            invalid_count += 1
+            num_invalid += 1
             continue
         if name not in class_indices or (embedding is not None and len(embedding) != embedding_width):
             mismatch = f"the class {name}" if name not in class_indices else f"embeddings of {len(embedding)} numbers"
@@ -375,11 +378,14 @@ def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> t
     if not window.n:
         fix = "give another log, or more hours"
         raise NoPredictions(f"has no predictions{period}", key="log", value=address, fix=fix)
-    return window, invalid_count
+    return window, num_invalid
 
 
-def format_measures(measures: Sequence[Measure], invalid: int) -> list[str]:
-    """Format one line per measure, and notes if `embedding` was not measured or `invalid` > 0 lines were skipped."""
+def format_measures(measures: Sequence[DriftMeasure], num_invalid: int) -> list[str]:
+    """Format one line per measure, and notes if `embedding` was not measured or if invalid lines were skipped.
+
+    `num_invalid` is the number of lines of the log that were skipped.
+    """
     lines = [
         f"  {m.name:10} {m.level:9} {m.value:.4f}  (moderate from {m.moderate:.4f}, shifted from {m.shifted:.4f}; "
         f"{m.n:,} predictions)  {DESCRIPTIONS[m.name]}"
@@ -387,6 +393,6 @@ def format_measures(measures: Sequence[Measure], invalid: int) -> list[str]:
     ]
     if "embedding" not in {m.name for m in measures}:
         lines.append("  embedding  not measured: the log has no embeddings")
-    if invalid:
-        lines.append(f"  {invalid:,} invalid lines of the log were skipped")
+    if num_invalid:
+        lines.append(f"  {num_invalid:,} invalid lines of the log were skipped")
     return lines

@@ -110,7 +110,7 @@ def _find_duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
 def find_duplicates(
     thumbnails: Mapping[str, tuple[np.ndarray, np.ndarray]],
     labels: Mapping[str, np.ndarray],
-    describe: Callable[[str, int], dict[str, Any]],
+    describe_example: Callable[[str, int], dict[str, Any]],
     list_all: bool = False,
 ) -> dict[str, Any]:
     """Return `duplicates` of report.json: the groups of images that occur more than once.
@@ -121,7 +121,8 @@ def find_duplicates(
     Args:
         thumbnails: by split, the indices int64 [n] of the compared examples and their thumbnails uint8 [n, 16, 16, 3].
         labels: by split, the class index of each example in the split, int [count].
-        describe: function from an example's split and index to its `split`, `index`, `file` and `label` (class name).
+        describe_example: function from an example's split and index to its `split`, `index`, `file` and `label` (class
+            name).
         list_all: whether groups within one split and class, which are otherwise only counted, are also listed, last.
     """
     splits = list(thumbnails)
@@ -147,7 +148,7 @@ def find_duplicates(
     notable_groups = [group_index for group_index in ranked_groups if ranks[group_index]]
 
     def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
-        return [describe(splits[row_splits[i]], int(row_indices[i])) for i in rows]
+        return [describe_example(splits[row_splits[i]], int(row_indices[i])) for i in rows]
 
     entries = []
     for k in (ranked_groups if list_all else notable_groups)[:MAX_LISTED_GROUPS]:

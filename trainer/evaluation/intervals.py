@@ -6,7 +6,7 @@ BOOTSTRAP_SAMPLES = 400  # resampled confusion matrices for the interval of macr
 _COUNTS_PER_BATCH = 2_000_000  # cells of these matrices in memory at a time, 16 MB
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+def compute_wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return the bounds of the 95 % Wilson score interval of the proportion `successes / n`; (0, 1) if n is 0.
 
     Reference: Wilson 1927, "Probable inference, the law of succession". Two proportions whose intervals do not overlap
@@ -20,7 +20,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
+def compute_mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the bounds of the 95 % interval of the mean of `values`, float [n], n >= 1.
 
     The interval is a normal approximation, which requires a large n. For n = 1 both bounds are the value.
@@ -31,7 +31,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     return mean - margin, mean + margin
 
 
-def macro_f1_interval(confusion: np.ndarray) -> tuple[float, float]:
+def compute_macro_f1_interval(confusion: np.ndarray) -> tuple[float, float]:
     """Return the bounds of the 95 % interval of macro F1 by the percentile bootstrap (Efron 1979).
 
     Instead of drawing n examples with replacement, this function draws the counts of the confusion matrix from a

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.evaluation.intervals import macro_f1_interval, mean_interval, wilson_interval
+from trainer.evaluation.intervals import compute_macro_f1_interval, compute_mean_interval, compute_wilson_interval
 from trainer.types import EvaluationResult
 
 TOP_K = 5  # k of top-k accuracy, which is computed only for more than k classes
@@ -27,7 +27,7 @@ def count_top_k(probabilities: np.ndarray, labels: np.ndarray, k: int = TOP_K) -
     return int((ranked_higher.sum(axis=1) < k).sum())
 
 
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+def compute_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean F1 of the classes that occur as a label or prediction, as scikit-learn's macro `f1_score` does.
 
     `predictions` and `labels` are class indices, int [n] with n >= 1.
@@ -66,7 +66,7 @@ def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[fl
 def _score_accuracy(correct: np.ndarray) -> dict[str, Any]:
     """Return `n`, `correct` (a count), `accuracy` and its `interval`, given which of n >= 1 predictions are correct."""
     n, hits = len(correct), int(correct.sum())
-    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(wilson_interval(hits, n))}
+    return {"n": n, "correct": hits, "accuracy": hits / n, "interval": list(compute_wilson_interval(hits, n))}
 
 
 def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def _score_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[di
     ]
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+def compute_scores(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Return `test` of report.json (`trainer.report.schema.Scores`) without `split`, `note` and `groups`.
 
     Args:
@@ -96,14 +96,14 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
         DataError: there is no example, a shape is wrong, a label is out of range, or a probability is not finite.
     """
     n, num_classes = len(labels), len(class_names)
-    _validate(labels, probabilities, num_classes)
+    _require_valid_predictions(labels, probabilities, num_classes)
     predictions = probabilities.argmax(axis=1)
     correct = predictions == labels
     confidence = probabilities.max(axis=1).astype(np.float64)
     scores: dict[str, Any] = _score_accuracy(correct)
     if num_classes > TOP_K:
         top_k_hits = count_top_k(probabilities, labels)
-        scores |= {"top_5": top_k_hits / n, "top_5_interval": list(wilson_interval(top_k_hits, n))}
+        scores |= {"top_5": top_k_hits / n, "top_5_interval": list(compute_wilson_interval(top_k_hits, n))}
     label_probabilities = probabilities[np.arange(n), labels].astype(np.float64)
     losses = 0.0 - np.log(np.clip(label_probabilities, MIN_PROBABILITY, 1.0))  # -log(1) would be -0.0
     calibration_error, calibration_bins = measure_calibration(confidence, correct)
@@ -112,9 +112,9 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     return scores | {
         "majority": int(np.bincount(labels).max()) / n,
         "loss": float(losses.mean()),
-        "loss_interval": [max(bound, 0.0) for bound in mean_interval(losses)],
-        "macro_f1": macro_f1(predictions, labels),
-        "macro_f1_interval": list(macro_f1_interval(confusion)),
+        "loss_interval": [max(bound, 0.0) for bound in compute_mean_interval(losses)],
+        "macro_f1": compute_macro_f1(predictions, labels),
+        "macro_f1_interval": list(compute_macro_f1_interval(confusion)),
         "per_class": _score_classes(confusion, class_names),
         "confusion": confusion.tolist(),
         "mean_confidence": float(confidence.mean()),
@@ -123,7 +123,8 @@ def score(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[s
     }
 
 
-def _validate(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
+def _require_valid_predictions(labels: np.ndarray, probabilities: np.ndarray, num_classes: int) -> None:
+    """Raise the DataErrors of `compute_scores`."""
     n = len(labels)
     if n == 0:
         raise DataError("the split has no examples to evaluate", fix="add examples to it or choose another split")
@@ -173,7 +174,9 @@ def score_groups(labels: np.ndarray, predictions: np.ndarray, groups: Sequence[s
     rows: list[dict[str, Any]] = []
     for group_index, name in enumerate(names.tolist()):
         truth, predicted = labels[group_indices == group_index], predictions[group_indices == group_index]
-        rows.append({"name": name, **_score_accuracy(truth == predicted), "macro_f1": macro_f1(predicted, truth)})
+        rows.append(
+            {"name": name, **_score_accuracy(truth == predicted), "macro_f1": compute_macro_f1(predicted, truth)}
+        )
     scores: dict[str, Any] = {"field": field, "rows": rows}
     if len(rows) > 1:
         best_row, worst_row = max(rows, key=lambda row: row["accuracy"]), min(rows, key=lambda row: row["accuracy"])
@@ -215,7 +218,7 @@ def score_predictions(
         raise DataError(
             f"split {split!r} has {len(labels)} labels but {len(names)} file names", fix="read the whole split again"
         )
-    scores = score(labels, probabilities, class_names)
+    scores = compute_scores(labels, probabilities, class_names)
     if groups is not None:
         scores["groups"] = score_groups(labels, probabilities.argmax(axis=1), groups, group_field)
     return EvaluationResult(split, tuple(class_names), labels, probabilities, tuple(names), scores)

@@ -14,7 +14,7 @@ from trainer.data.pipeline import Batches, build_evaluation_batches
 from trainer.data.shard_gate import ShardGate, ShardGates
 from trainer.data.sharding import UNSHARDED, Sharding
 from trainer.errors import DataError, StopRequested
-from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, count_top_k, macro_f1
+from trainer.evaluation.metrics import MIN_PROBABILITY, TOP_K, compute_macro_f1, count_top_k
 from trainer.monitoring.health import health
 from trainer.types import Batch, SplitPredictions
 
@@ -55,7 +55,7 @@ class Predictions:
 
 
 class Predictor:
-    """A network that predicts batches of a distributed dataset, compiled for the replicas of a strategy."""
+    """Computes a network's predictions for the batches of a distributed dataset, on all replicas of a strategy."""
 
     def __init__(
         self, strategy: tf.distribute.Strategy, network: Network, embedder: EmbeddingNetwork | None = None
@@ -65,7 +65,10 @@ class Predictor:
         self._predict = tf.function(lambda batch: strategy.run(self._replica, args=(batch,)), autograph=False)
 
     def _replica(self, batch: Batch) -> tuple[tf.Tensor, ...]:
-        """Return probabilities, losses, labels, indices, weights and, with an embedder, embeddings of a batch."""
+        """Return probabilities, losses, labels, indices, weights and, with an embedder, embeddings of a batch.
+
+        Called in replica context.
+        """
         if self.embedder is not None:
             logits, embeddings = self.embedder.logits_and_embeddings(batch["image"])
         else:
@@ -110,7 +113,7 @@ class Predictor:
 
 
 class Scorer:
-    """Scores the examples of a split with a network; each worker predicts its own shard of the examples.
+    """Computes a network's predictions for a split; each worker predicts its own shard of the examples.
 
     The workers do not wait for each other between batches. At the end the chief gathers all workers' predictions.
     """
@@ -171,10 +174,10 @@ class Scorer:
             Interrupted: the bucket with the shards does not respond.
         """
         batches, stream = self._open(source, batch_size, fraction)
-        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.workers
-        gate, count = batches.open_gate(), rows
+        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.num_workers
+        gate = batches.open_gate()
         with convert_data_errors(source):
-            ready = partial(self._wait_for_shards, gate, count)
+            ready = partial(self._wait_for_shards, gate, rows)
             predictions = self.predictor.predict(stream, batches.count or 0, ready, embedded)
         gate.close()
         if self.worker.size > 1:
@@ -182,7 +185,9 @@ class Scorer:
             if shards:
                 predictions = _join_by_index([Predictions(**shard) for shard in shards if len(shard["labels"])])
         if self.worker.is_chief and not len(predictions.labels) and self.worker.stop.reason is None:
-            reasons = [f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.bad.items())]
+            reasons = [
+                f"{source.split.name_of(index)}: {reason}" for index, reason in sorted(source.unreadable.items())
+            ]
             first = f", the first: {reasons[0]}" if reasons else ""
             problem = f"no example of {source.split.name} could be read{first}"
             raise DataError(problem, fix="repair the images, or use another split")
@@ -254,7 +259,7 @@ def compute_validation_scores(
     scores = {
         "val_loss": float(np.where(label_probabilities < MIN_PROBABILITY, losses, losses_from_probabilities).mean()),
         "val_accuracy": float((predictions == labels).mean()),
-        "val_macro_f1": macro_f1(predictions, labels),
+        "val_macro_f1": compute_macro_f1(predictions, labels),
         "val_n": len(labels),
     }
     if probabilities.shape[1] > TOP_K:

@@ -75,7 +75,7 @@ def export_classifier(
         positions = np.searchsorted(scored.indices, scored.embedded_indices)
     else:
         positions = choose_parity_examples(len(scored.indices))
-    parity_images = images.rows(scored.split, scored.indices[positions])
+    parity_images = images.read_images(scored.split, scored.indices[positions])
     embeddings = np.asarray(scored.embeddings) if len(scored.embeddings) else explainer(parity_images)["embedding"]
     class_names, resize = dataset.class_names, config.model.resize
     calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
@@ -99,7 +99,7 @@ def export_classifier(
         image_size=image_size,
         resize=resize,
         reference=reference,
-        calibration_images=lambda: images.rows("train", calibration_indices),
+        calibration_images=lambda: images.read_images("train", calibration_indices),
         orientation=config.data.orientation,
     )
     write_atomically(folder / "labels.txt", format_labels(class_names))
@@ -131,11 +131,11 @@ def score_all(explainer: Explainer, images: ImageStore, split: str) -> SplitPred
     """
     labels = images.dataset.splits[split].labels
     batches = [
-        explainer(images.rows(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
+        explainer(images.read_images(split, np.arange(start, min(start + BATCH_SIZE, len(labels)))))["probabilities"]
         for start in range(0, len(labels), BATCH_SIZE)
     ]
     images.require_readable()
-    decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.split(split).bad))
+    decodable_indices = np.setdiff1d(np.arange(len(labels)), list(images.open_split(split).unreadable))
     return SplitPredictions(
         split, decodable_indices, labels[decodable_indices], np.concatenate(batches)[decodable_indices]
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.drift import CONFIDENCE_BINS, Window
+from trainer.evaluation.drift import CONFIDENCE_BINS, PredictionWindow
 from trainer.names import normalize_class_name
 from trainer.storage.local import write_atomically
 
@@ -41,7 +41,7 @@ def compute_reference(
         `embedding`: `n` (m above), `mean` [C'] and `covariance` [C', C']. If C > 16, C' is 16, and embeddings must be
             multiplied by the matrix `projection` [C, C'] before the comparison; otherwise C' is C.
     """
-    window = Window(len(class_names))
+    window = PredictionWindow(len(class_names))
     for row in probabilities:
         window.add(int(row.argmax()), float(row.max()))
     vectors, projection = embeddings.astype(np.float64), draw_projection(embeddings.shape[1])

@@ -1,4 +1,4 @@
-"""The cut of a classifier into a frozen trunk, whose outputs are computed once, and a tail that is trained on them."""
+"""Cut a classifier into a frozen trunk, whose outputs are computed once, and a tail that is trained on them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from trainer.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor at which the backbone is cut into trunk and tail.
+    """A tensor at which the backbone is cut into trunk (the layers below it) and tail (those above it, and the head).
 
     The layers below the cut are frozen. The layers above the cut use no other output of the layers below it.
     """
@@ -29,7 +29,7 @@ class Cut:
     dtype: str  # dtype of the trunk's output: float32 if pooled, otherwise the compute dtype
     variables: dict[str, keras.Variable]  # the trunk's variables, by their names in `Classifier.variables`
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return a hash of the names and values of the trunk's variables, 16 hex digits."""
         digest = hashlib.sha256()
         for name, variable in self.variables.items():
@@ -46,7 +46,7 @@ class Cut:
 def find_cut(classifier: Classifier) -> Cut | None:
     """Return the cut with the most layers below it, or None if no cut has a layer with weights below it.
 
-    Call `apply_thaw` (`trainer.models.freezing`) first, because it determines which layers are frozen.
+    Call `set_trainable_layers` (`trainer.models.freezing`) first, because it determines which layers are frozen.
     """
     backbone, operations = classifier.backbone, classifier.backbone.operations
     consumers = enumerate(operations[1:], 1)

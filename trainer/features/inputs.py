@@ -1,4 +1,4 @@
-"""The inputs of a phase: images, or cached features, which are the outputs of the frozen layers (the trunk)."""
+"""Open the inputs of a phase: images, or cached features, which are the outputs of the frozen layers (the trunk)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from trainer.data.sharding import select_worker_examples
 from trainer.evaluation.scoring import Scorer, get_images_per_call
 from trainer.features.compute import FeaturePass, FeatureRequest
 from trainer.features.cut import Tail
-from trainer.features.litert import LiveTail
+from trainer.features.litert import LiteRTClassifier
 from trainer.features.plan import FeaturePlan, select_stored_dtype
 from trainer.features.store import Features, open_features
 from trainer.models.classifier import Classifier
@@ -44,7 +44,7 @@ def open_inputs(
     """Open the inputs of a phase. If it reads cached features, all workers compute the missing ones together.
 
     Args:
-        name: name of the phase, whose thaw rule must already be applied to `classifier`.
+        name: name of the phase, whose layers of `classifier` must already be frozen and unfrozen.
         plan: plan that determines the input of each phase.
         scorer: scorer of the complete classifier.
 
@@ -54,35 +54,37 @@ def open_inputs(
     Raises:
         DataError: an image cannot be read, or a feature is too large for float16.
     """
-    augmentation, kind, engine = images.config.augmentation, plan.input_kinds[name], plan.engines[name]
+    augmentation, input_kind, engine = images.config.augmentation, plan.input_kinds[name], plan.engines[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
     feature_pass = FeaturePass(worker, images, classifier, engine)
     network: Network = classifier
-    if kind != "cached" and engine == "litert":
-        network = LiveTail(classifier, plan.cut(name), feature_pass.convert_trunk([plan.cut(name)]))
+    if input_kind != "cached" and engine == "litert":
+        network = LiteRTClassifier(classifier, plan.cut(name), feature_pass.convert_trunk([plan.cut(name)]))
 
-    def scorer_of(scored: Network) -> Scorer:
+    def make_scorer(scored: Network) -> Scorer:
         return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
 
-    if kind == "live":
-        live_scorer = scorer if network is classifier else scorer_of(network)
-        return Inputs(network, live_scorer, images.split("train"), images.split("validation"), augmentation, views)
+    if input_kind == "live":
+        live_scorer = scorer if network is classifier else make_scorer(network)
+        return Inputs(
+            network, live_scorer, images.open_split("train"), images.open_split("validation"), augmentation, views
+        )
     cache = FeatureCache(feature_pass, plan, scorer)
-    features = cache.open(name, ("train", "validation") if kind == "cached" else ("validation",))
+    features = cache.open(name, ("train", "validation") if input_kind == "cached" else ("validation",))
     if features is None:
         return None
     tail = Tail(classifier, plan.cut(name))
-    if kind == "cached":
+    if input_kind == "cached":
         train_features, validation_features = features
-        return Inputs(tail, scorer_of(tail), train_features, validation_features, Augmentation(), None)
+        return Inputs(tail, make_scorer(tail), train_features, validation_features, Augmentation(), None)
     (validation_features,) = features  # the kind is "validation": training on images, validation on features
-    return Inputs(network, scorer_of(tail), images.split("train"), validation_features, augmentation, views)
+    return Inputs(network, make_scorer(tail), images.open_split("train"), validation_features, augmentation, views)
 
 
 def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
     """Change the plan so that a phase reads images, because there is no space for its features."""
     if plan.input_kinds[name] == "cached":
-        images.drop("train")  # opened without a cache, because they were to be read once; now opened again with a cache
+        images.release_split("train")  # it has no cache, because it was to be read once; it is opened again with one
     plan.input_kinds[name] = "live"
     images.train_images_read_once = False
 
@@ -116,25 +118,25 @@ class FeatureCache:
         control = worker.control
         opened_features: list[Features] = []
         for split in splits:
-            memory_used = sum(features.bytes for features in opened_features if features.cached_in == "memory")
+            memory_used = sum(features.num_bytes for features in opened_features if features.cached_in == "memory")
             features = self._open(phase, split, self.images.memory_left - memory_used)
             if control.any_worker("no space for features", features is None) or features is None:
                 return None
             requests = [FeatureRequest(self.plan.cut(phase), features, required=True)]
             for later_phase in self._later_phases_in_same_pass(phase, split):
                 # On disk only, because it is not yet known how much memory will be free in that phase.
-                later = self._open(later_phase, split, None, disk_used=sum(r.features.bytes for r in requests))
+                later = self._open(later_phase, split, None, disk_used=sum(r.features.num_bytes for r in requests))
                 if not control.any_worker("no space for later features", later is None) and later is not None:
                     requests.append(FeatureRequest(self.plan.cut(later_phase), later, required=False))
             # If all workers read the same features, each computes a shard, and they exchange them.
-            exchange = split == "train" and self.scorer.sharding.by == "record" and worker.size > 1
+            exchange = split == "train" and self.scorer.sharding.mode == "record" and worker.size > 1
             augmentation = self.images.config.augmentation if split == "train" else Augmentation()
-            is_complete = feature_pass.fill(requests, augmentation, exchange)
+            is_complete = feature_pass.compute_missing(requests, augmentation, exchange)
             if control.any_worker("features not done", not is_complete or requests[0].failed):
                 return None
-            features.complete()
-            if features.bad:
-                self.images.split(split).known_unreadable |= features.bad
+            features.finish_writing()
+            if features.unreadable:
+                self.images.open_split(split).known_unreadable |= features.unreadable
             opened_features.append(features)
         return opened_features
 
@@ -180,13 +182,13 @@ class FeatureCache:
         dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
-        if memory_budget is None and disk_used + features.bytes > disk_budget:
+        if memory_budget is None and disk_used + features.num_bytes > disk_budget:
             return None
         classifier, fingerprint = self.feature_pass.classifier, self.images.dataset.fingerprint
         decoded_name = build_cache_name(examples, classifier.image_size, config.model.resize, fingerprint)
         key = (
             _FORMAT, decoded_name, classifier.spec.name, cut.layer, cut.pooled and classifier.pooling,
-            cut.fingerprint(), features.dtype, runtime.precision, features.views,
+            cut.compute_fingerprint(), features.dtype, runtime.precision, features.views,
             (config.seed, config.augmentation.model_dump_json()) if is_augmented else None,
             get_images_per_call(), runtime.deterministic, tf.__version__, self.feature_pass.engine,
         )  # fmt: skip

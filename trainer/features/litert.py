@@ -1,4 +1,4 @@
-"""The frozen layers of a network, computed on a CPU by LiteRT instead of TensorFlow, which takes about half as long.
+"""Compute the frozen layers of a network on a CPU with LiteRT instead of TensorFlow, in about half the time.
 
 LiteRT's XNNPACK has faster kernels than TensorFlow for the depthwise and 1 x 1 convolutions of mobile networks. Each
 image is computed alone, so that its features depend neither on the other images of a batch nor on the number of
@@ -19,10 +19,10 @@ from trainer.features.cut import Cut, Tail, Trunk
 from trainer.models.classifier import Classifier
 from trainer.monitoring.log import suppress_litert_output
 
-MAX_WEIGHT_BYTES = 512 << 20  # of all interpreters together, each of which has the trunk's weights
+MAX_WEIGHT_BYTES = 512 << 20  # maximum size of the weights in all interpreters; each has a copy of the trunk's weights
 
 
-class LiteTrunk:
+class LiteRTTrunk:
     """The layers below one or more cuts of a classifier, for inference on the CPU, in float32.
 
     The constructor copies the layers' variables, so they must not change later. Calls from several threads are safe.
@@ -76,11 +76,11 @@ def _convert(classifier: Classifier, cuts: Sequence[Cut]) -> bytes:
     return content
 
 
-class LiveTail(Tail):
-    """A classifier whose frozen layers, below a cut, are computed by LiteRT. It takes images."""
+class LiteRTClassifier(Tail):
+    """A network on images whose frozen layers, below a cut, are computed by LiteRT; only its tail can be trained."""
 
-    def __init__(self, classifier: Classifier, cut: Cut, trunk: LiteTrunk) -> None:
-        """`trunk`: the layers below the cut."""
+    def __init__(self, classifier: Classifier, cut: Cut, trunk: LiteRTTrunk) -> None:
+        """Build the tail above `cut`. `trunk` has the layers below it."""
         super().__init__(classifier, cut)
         self.trunk = trunk
 

@@ -1,4 +1,4 @@
-"""The choice between images and cached features as the input of each phase (docs/features.md)."""
+"""Choose the input of each phase, images or cached features, and the library that computes them (docs/features.md)."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any, Literal
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
 from trainer.data.images import ImageStore
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.models.gradients import DifferentiatedOperation, find_differentiated_operations
 from trainer.monitoring.log import log
 from trainer.storage.disk import choose_disk_budget, format_bytes
@@ -59,7 +59,7 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class Division:
-    """How a phase divides the classifier: where it can be cut, and what the phase updates and differentiates."""
+    """How a phase divides the classifier: where it can be cut into frozen trunk and tail, and what is trained."""
 
     cut: Cut | None  # None if no frozen layers with weights can be cut off
     updated: frozenset[str]  # names, as in `Classifier.variables`, of the variables that the phase can change
@@ -94,9 +94,9 @@ def select_stored_dtype(phase: Phase, cut: Cut) -> str:
 
 
 def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Division]:
-    """Apply the thaw rule of each phase in turn, and return each phase's division by phase name.
+    """Freeze and unfreeze layers for each phase in turn, and return each phase's division by phase name.
 
-    The last phase's rule remains applied to the classifier.
+    The layers remain as the last phase sets them.
 
     Raises:
         ModelError: a thaw rule cannot be applied. The error's key begins with `phases.NAME`.
@@ -104,7 +104,9 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
     divisions = {}
     for name, phase in config.phases.items():
         try:
-            plan = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+            plan = set_trainable_layers(
+                classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
+            )
         except ModelError as error:
             key = f"phases.{name}.{error.key}" if error.key else f"phases.{name}"
             raise ModelError(error.problem, key=key, value=error.value, fix=error.fix) from None
@@ -117,7 +119,7 @@ def divide_phases(config: RunConfig, classifier: Classifier) -> dict[str, Divisi
     return divisions
 
 
-def train_images_read_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
+def reads_images_only_once(config: RunConfig, input_kinds: Mapping[str, InputKind], first: int = 0) -> bool:
     """Return whether the training images are read only to compute features, so that caching them is useless.
 
     `first` is the index of the first phase to consider, which has not yet ended.
@@ -143,13 +145,13 @@ def plan_features(
     """
     num_train = dataset.splits["train"].count
     num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
         cut, epochs = divisions[name].cut, config.phase_steps(phase, per_epoch) / per_epoch
-        choice = _choose(config, phase, cut, epochs, num_train + num_validation, budget)
+        choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
@@ -178,7 +180,7 @@ def plan_engines(
         ConfigError: `runtime.trunk_engine` is `litert`, and a phase cannot use LiteRT.
     """
     requested, counts = config.runtime.trunk_engine, {name: split.count for name, split in dataset.splits.items()}
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if input_kinds[name] == "cached":
@@ -233,6 +235,7 @@ def choose_features(
     config, dataset = images.config, images.dataset
 
     def choose() -> tuple[dict[str, InputKind], dict[str, TrunkEngine], list[str]]:
+        """Return the input kind and engine of each phase, by name, and log lines about them."""
         if run_json:
             features, engines = run_json.get("features", {}), run_json.get("engines", {})
             kinds = {name: features.get(name, "live") for name in config.phases}
@@ -251,7 +254,7 @@ def choose_features(
     return FeaturePlan(divisions, input_kinds, engines)
 
 
-def _choose(
+def _choose_input(
     config: RunConfig, phase: Phase, cut: Cut | None, epochs: float, num_examples: int, budget: int
 ) -> FeatureChoice:
     """Choose "cached" or "live" for one phase.

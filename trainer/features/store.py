@@ -1,4 +1,4 @@
-"""Features of a split's images, which are computed once, stored in memory or on disk, and read instead of the images.
+"""Store the features of a split's images in memory or on disk, so that they are read instead of the images.
 
 On disk, `NAME.rows` contains, for each view, a row for each example and one of zeros for padding, at fixed offsets.
 After a block of consecutive rows is written, a JSON line with its range and checksum is appended to `NAME.list`. So a
@@ -45,7 +45,7 @@ class Features:
     array: np.ndarray | None = None  # [views * (count + 1), *shape]; the last row of each view is 0, for padding
     file: Path | None = None  # path of NAME.rows and NAME.list without suffix; None if nothing is on disk
     stored: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [views, count]: which rows are stored
-    bad: dict[int, str] = field(default_factory=dict)  # index -> reason, for unreadable images; they have weight 0
+    unreadable: dict[int, str] = field(default_factory=dict)  # index -> reason; these examples have weight 0
 
     @property
     def parallel(self) -> int:
@@ -63,7 +63,7 @@ class Features:
         return f"{self.file}.rows" if self.file else "memory"
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Size of all views of the examples that this worker reads, in bytes.
 
         Rows of other examples are never written: their memory pages and disk blocks are not allocated.
@@ -85,11 +85,11 @@ class Features:
         rows = tf.gather(tensor, epoch % self.views * (self.split.count + 1) + index)
         return tf.bitcast(rows, tf.bfloat16) if self.dtype == "bfloat16" else rows
 
-    def open_gate(self, reader: str, blocks: Iterator[BlockShards], ahead: int) -> ShardGate:
+    def open_gate(self, reader: str, blocks: Iterator[BlockShards], max_rows_ahead: int) -> ShardGate:
         """Return a gate that never waits, because features are read without the shards of the images."""
-        return ShardGate(None, self.split, reader, blocks, ahead)
+        return ShardGate(None, self.split, reader, blocks, max_rows_ahead)
 
-    def missing(self, view: int) -> np.ndarray:
+    def find_missing(self, view: int) -> np.ndarray:
         """Return which of this worker's examples have no stored features in a view, as bool [count]."""
         required = np.zeros(self.split.count, bool)
         required[self.indices] = True
@@ -110,14 +110,14 @@ class Features:
             raise DataError(problem, key="features_dtype", value="float16", fix=fix)
         return converted
 
-    def write(self, view: int, index: np.ndarray, rows: np.ndarray, bad: dict[int, str]) -> None:
+    def write(self, view: int, index: np.ndarray, rows: np.ndarray, unreadable: dict[int, str]) -> None:
         """Store the features of examples.
 
         Args:
             view: index of the view.
             index: example indices, int64 [n], increasing.
             rows: features [n, *shape], encoded by `encode`.
-            bad: index -> reason, for each example whose image cannot be read.
+            unreadable: index -> reason, for each example whose image cannot be read.
 
         Raises:
             OSError: the rows cannot be written to disk, and the features are not in memory.
@@ -125,10 +125,10 @@ class Features:
         run_starts = np.flatnonzero(np.diff(index) != 1) + 1
         for indices, values in zip(np.split(index, run_starts), np.split(rows, run_starts), strict=True):
             if len(indices):
-                self._write_block(view, int(indices[0]), np.ascontiguousarray(values), bad)
-        self.bad |= bad
+                self._write_block(view, int(indices[0]), np.ascontiguousarray(values), unreadable)
+        self.unreadable |= unreadable
 
-    def _write_block(self, view: int, first: int, rows: np.ndarray, bad: dict[int, str]) -> None:
+    def _write_block(self, view: int, first: int, rows: np.ndarray, unreadable: dict[int, str]) -> None:
         """Store rows of consecutive examples.
 
         If the disk fails, features in memory are no longer written to disk, and their files are deleted.
@@ -139,7 +139,7 @@ class Features:
             self.array[start : start + count] = rows
         if self.file:
             block = {"view": view, "first": first, "count": count, "crc32c": crc32c_hex(rows),
-                     "bad": {i: why for i, why in bad.items() if first <= i < first + count}}  # fmt: skip
+                     "bad": {i: why for i, why in unreadable.items() if first <= i < first + count}}  # fmt: skip
             try:
                 # Do not write through a mapped file, because a full disk would then kill the process with SIGBUS.
                 with open(self.file.with_suffix(".rows"), "r+b") as rows_file:
@@ -157,9 +157,9 @@ class Features:
                 self.file = None
         self.stored[view, first : first + count] = True
 
-    def complete(self) -> None:
-        """Make the features readable. Requires that the rows of all `indices` are stored, in each view."""
-        assert not any(self.missing(view).any() for view in range(self.views))
+    def finish_writing(self) -> None:
+        """Make the features readable, by `array`. Requires that the rows of all `indices` are stored, in each view."""
+        assert not any(self.find_missing(view).any() for view in range(self.views))
         if self.cached_in == "disk":
             assert self.file is not None
             # Mode "c" is copy-on-write: DLPack requires writable memory, although nothing writes to it.
@@ -194,8 +194,8 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     Returns:
         The features, or None if they fit neither budget, or if they do not fit in memory and the disk fails.
     """
-    in_memory = memory_budget is not None and features.bytes <= memory_budget
-    on_disk = features.bytes <= disk_budget
+    in_memory = memory_budget is not None and features.num_bytes <= memory_budget
+    on_disk = features.num_bytes <= disk_budget
     if not in_memory and not on_disk:
         return None
     features.cached_in = "memory" if in_memory else "disk"
@@ -206,7 +206,7 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
     if on_disk:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _evict(file, features.bytes, disk_budget)
+            _evict(file, features.num_bytes, disk_budget)
             with open(file.with_suffix(".rows"), "ab") as sparse_file:
                 sparse_file.truncate(num_rows * features.row_bytes)
             file.with_suffix(".list").touch()  # marks the features as recently used, for `_evict`
@@ -230,11 +230,11 @@ def _load_rows(features: Features) -> None:
                 block = json.loads(line)
                 view, first, count = (int(block[key]) for key in ("view", "first", "count"))
                 checksum = str(block["crc32c"])
-                bad = {int(index): str(why) for index, why in block["bad"].items()}
+                unreadable = {int(index): str(why) for index, why in block["bad"].items()}
             except CONTENT_ERRORS:  # the process was killed while it wrote the line
                 continue
             in_range = 0 <= view < features.views and first >= 0 and 0 < count < rows_per_view - first
-            if not in_range or any(not first <= index < first + count for index in bad):
+            if not in_range or any(not first <= index < first + count for index in unreadable):
                 continue
             start = view * rows_per_view + first
             rows_file.seek(start * features.row_bytes)
@@ -245,7 +245,7 @@ def _load_rows(features: Features) -> None:
                 corrupt_blocks.add((view, first, count))
             else:
                 corrupt_blocks.discard((view, first, count))
-                features.bad |= bad
+                features.unreadable |= unreadable
                 if features.array is not None:
                     values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values

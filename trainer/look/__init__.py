@@ -27,16 +27,16 @@ from trainer.monitoring.health import health
 
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"output": "", "images": ""}
-OUTPUT, IMAGES = "outputs/look", 4000  # defaults of the arguments output and images
+DEFAULT_OUTPUT, DEFAULT_IMAGES = "outputs/look", 4000  # defaults of the arguments output and images
 MAX_IMAGES = 100_000  # largest value of the argument images; a report compares at most as many to detect duplicates
 
 
 def parse_images(arguments: dict[str, str]) -> int:
     """Parse the argument `images`; raise a ConfigError if it is not an integer from 1 to `MAX_IMAGES`."""
-    text = arguments.get("images", str(IMAGES))
+    text = arguments.get("images", str(DEFAULT_IMAGES))
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IMAGES):
         problem = f"is not a whole number from 1 to {MAX_IMAGES}"
-        raise ConfigError(problem, key="images", value=text, fix=f"write images={IMAGES}")
+        raise ConfigError(problem, key="images", value=text, fix=f"write images={DEFAULT_IMAGES}")
     return int(text)
 
 
@@ -56,4 +56,4 @@ def main() -> None:
         health.enter_phase("look")
         with suppress_import_noise(with_keras=False):
             from trainer.look.show import show  # here, because it imports TensorFlow
-        show(config, options.get("output", OUTPUT), max_images)
+        show(config, options.get("output", DEFAULT_OUTPUT), max_images)

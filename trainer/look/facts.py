@@ -16,7 +16,7 @@ from trainer.data.open import OpenedData
 from trainer.data.remote import replace_local_paths
 from trainer.evaluation.duplicates import find_duplicates
 from trainer.look.headers import Header, Headers, add_digests, group_copies, read_headers
-from trainer.look.sample import choose_sample, concatenate
+from trainer.look.sample import choose_sample, concatenate_splits
 from trainer.models.backbones import find_backbone
 from trainer.monitoring.health import health
 from trainer.names import escape_unprintable
@@ -122,9 +122,11 @@ def measure_sizes(headers: Iterable[Header], orientation: Orientation) -> dict[s
         The fields `width`, `height`, `shorter_side`, `elongation`, `aspects` and `frequent_sizes` of `Facts`.
     """
     sizes = [
-        (item.height, item.width) if orientation == "exif" and item.orientation >= 5 else (item.width, item.height)
-        for item in headers
-        if item.format and min(item.width, item.height) > 0
+        (header.height, header.width)
+        if orientation == "exif" and header.orientation >= 5
+        else (header.width, header.height)
+        for header in headers
+        if header.format and min(header.width, header.height) > 0
     ]
     width, height = np.array(sizes, np.int64).reshape(-1, 2).T
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
@@ -181,18 +183,18 @@ def read_settings(config: RunConfig) -> Settings:
     )
 
 
-def open_pixels(config: RunConfig, data: OpenedData, side: int, whole: bool = False) -> tuple[Pixels, dict[str, int]]:
+def open_pixels(config: RunConfig, data: OpenedData, side: int, stretch: bool = False) -> tuple[Pixels, dict[str, int]]:
     """Open the images of all splits as one split, because building one pipeline takes less time than several.
 
     Args:
         side: height and width of the decoded images, pixels. They are not cached, and unreadable images are skipped.
-        whole: stretch the images, so that all of each is visible; the configured resize may crop them.
+        stretch: stretch the images, so that all of each is visible; the configured resize may crop them.
 
     Returns:
         The images, and the index of the first image of each split.
     """
-    split, starts = concatenate(data.dataset.splits)
-    resize: Resize = "stretch" if whole else config.model.resize
+    split, starts = concatenate_splits(data.dataset.splits)
+    resize: Resize = "stretch" if stretch else config.model.resize
     return Pixels(split, side, resize, "skip", config.runtime.data_threads, shards=data.shards), starts
 
 
@@ -201,15 +203,15 @@ def _find_duplicates(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare the examined images, and return `Facts.duplicates` and `Facts.undecodable`."""
     dataset = data.dataset
-    pixels, starts = open_pixels(config, data, COMPARED_SIDE, whole=True)
+    pixels, starts = open_pixels(config, data, COMPARED_SIDE, stretch=True)
     positions = np.concatenate([indices + starts[name] for name, indices in sample.items()])
     all_thumbnails = read_thumbnails(pixels, positions, health.record_progress)
-    bad = pixels.bad
-    reasons = (f"{describe_example(pixels, position)}: {bad[position]}" for position in sorted(bad))
+    unreadable = pixels.unreadable
+    reasons = (f"{describe_example(pixels, position)}: {unreadable[position]}" for position in sorted(unreadable))
     undecodable = [replace_local_paths(reason, data.addresses) for reason in reasons]
     thumbnails: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for (name, indices), start in zip(sample.items(), accumulate(map(len, sample.values()), initial=0), strict=False):
-        readable = ~np.isin(indices + starts[name], list(bad))
+        readable = ~np.isin(indices + starts[name], list(unreadable))
         thumbnails[name] = indices[readable], all_thumbnails[start : start + len(indices)][readable]
     labels = {name: split.labels for name, split in dataset.splits.items()}
 
@@ -229,6 +231,7 @@ def _find_duplicates(
 
 
 def _count_copies(groups: Sequence[Sequence[tuple[str, int]]], splits: Mapping[str, Split]) -> dict[str, int]:
+    """Count the exact copies and their groups. `groups` has the (split, index) of each example in a group."""
     spans_splits = [len({name for name, _ in group}) > 1 for group in groups]
     has_several_labels = [len({int(splits[name].labels[index]) for name, index in group}) > 1 for group in groups]
     num_images = sum(map(len, groups))

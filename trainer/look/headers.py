@@ -15,14 +15,14 @@ import numpy as np
 
 from trainer.data.examine import parse_orientation
 from trainer.data.records import index_shard, read_examples
-from trainer.data.splits import take
+from trainer.data.splits import select_examples
 from trainer.errors import DataError
 from trainer.monitoring.health import health
 from trainer.storage.shard_cache import ShardCache
 from trainer.types import Split
 
 _HEAD_BYTES = 2**16  # number of bytes at the start of a file in which the EXIF orientation is searched for
-_READ_BYTES = 1 << 20  # chunk size to read whole files
+_READ_BYTES = 1 << 20  # chunk size to read complete files
 _THREADS = 16  # for files on a network disk, where opening one takes a round trip
 _READER = "headers"  # name of this reader in the shard cache
 # Pillow's mode -> name on the page.
@@ -85,6 +85,7 @@ def parse_header(head: bytes, size: int, content: BinaryIO) -> Header:
 
 
 def _digest(chunks: Iterator[bytes]) -> str:
+    """Hash the content that `chunks` yields, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         digest.update(chunk)
@@ -92,12 +93,14 @@ def _digest(chunks: Iterator[bytes]) -> str:
 
 
 def _read_chunks(path: str) -> Iterator[bytes]:
+    """Yield the content of a file in chunks of `_READ_BYTES`."""
     with open(path, "rb") as file:
         while chunk := file.read(_READ_BYTES):
             yield chunk
 
 
 def _read_file_header(path: str) -> Header | None:
+    """Read the header of an image file. Return None if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -109,7 +112,7 @@ def _read_file_header(path: str) -> Header | None:
 
 def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache | None) -> Headers:
     """Read the headers of records, and the values of their other fields."""
-    result, selected_split, position = Headers(), take(split, indices), 0
+    result, selected_split, position = Headers(), select_examples(split, indices), 0
     for path, ranges in groupby(selected_split.shards, lambda shard: shard.path):
         if shards:
             shards.require(_READER, [os.path.basename(path)])
@@ -117,9 +120,9 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
         index_of = dict(zip(records, indices[position : position + len(records)].tolist(), strict=True))
         position += len(records)
         try:
-            for record, _, example, fault in read_examples(path, index_shard(path), records):
+            for record, _, example, error in read_examples(path, index_shard(path), records):
                 health.record_progress()
-                if fault:
+                if error:
                     continue
                 for name, value in example.features.feature.items():
                     values = [*value.bytes_list.value, *value.int64_list.value]
@@ -138,6 +141,8 @@ def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache |
 
 
 def _read_file_headers(split: Split, indices: np.ndarray) -> Headers:
+    """Read the headers of image files, in several threads."""
+
     def read(index: int) -> Header | None:
         health.record_progress()
         return _read_file_header(split.files[index])

@@ -36,7 +36,7 @@ def choose_sample(split: Split, limit: int, seed: int) -> np.ndarray:
     return candidates[np.linspace(0, len(candidates) - 1, limit).astype(np.int64)]
 
 
-def concatenate(splits: Mapping[str, Split]) -> tuple[Split, dict[str, int]]:
+def concatenate_splits(splits: Mapping[str, Split]) -> tuple[Split, dict[str, int]]:
     """Join splits of one dataset into one split, without `groups`.
 
     Returns:

@@ -49,7 +49,7 @@ AUGMENTED = 4  # number of images that are shown next to their augmented views
 
 
 @dataclass(frozen=True)
-class Content:
+class PageContent:
     """The page's content: facts, suggestions, and images at the image size of training."""
 
     facts: Facts
@@ -101,8 +101,8 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     ]
     first = starts["train"]
     positions = np.unique([*chain.from_iterable(groups), *(first + i for m in selected.values() for i in m.tolist())])
-    decoded = zip(positions.tolist(), pixels.rows(positions.astype(np.int64)), strict=True)
-    rows = {position: image for position, image in decoded if position not in pixels.bad}
+    decoded = zip(positions.tolist(), pixels.read_images(positions.astype(np.int64)), strict=True)
+    rows = {position: image for position, image in decoded if position not in pixels.unreadable}
     readable = {k: [i for i in members.tolist() if first + i in rows] for k, members in selected.items()}
     examples = {
         k: [Example(replace_local_paths(train.name_of(i), data.addresses), rows[first + i]) for i in members]
@@ -123,7 +123,7 @@ def collect_images(config: RunConfig, data: OpenedData, facts: Facts, sample: Ma
     )
 
 
-def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
+def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, PageContent]:
     """Open the data and examine at most `limit` images. Return the resolved configuration, and the page's content."""
     resolved, data = open_data(config)
     try:
@@ -133,10 +133,10 @@ def examine(config: RequestedConfig, limit: int) -> tuple[RunConfig, Content]:
     finally:
         if data.shards:
             data.shards.close()
-    return resolved, Content(facts, suggest(facts), images)
+    return resolved, PageContent(facts, suggest(facts), images)
 
 
-def write_files(content: Content, config: RunConfig, output: StoragePath) -> None:
+def write_files(content: PageContent, config: RunConfig, output: StoragePath) -> None:
     """Write the figures, look.json and, last, the page, each atomically. Delete older figures that are not written."""
     figures = {"counts.png": draw_counts(content.facts), "examples.png": draw_examples(content.images.examples)}
     if content.images.augmented:

@@ -47,6 +47,7 @@ def suggest(facts: Facts) -> list[Suggestion]:
 
 
 def _suggest_repairs(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest to skip unreadable files if a run would fail at them, and to use ignored EXIF orientations."""
     count, settings = len(facts.skipped) + len(facts.undecodable), facts.settings
     if count and settings.on_error == "fail":
         reason = f"{format_count(count, 'file or record', 'files or records')} cannot be read, and a run ends with exit"
@@ -66,6 +67,7 @@ def _suggest_repairs(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_removing_copies(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest to remove images that are in several splits."""
     if count := facts.duplicates["across_splits"]:
         reason = f"{format_count(count, 'image')} {'is' if count == 1 else 'are'} in several splits: the network is"
         fix = "Remove copies from one of the splits"
@@ -73,12 +75,14 @@ def _suggest_removing_copies(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_correcting_labels(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest to correct the labels of copies whose labels differ."""
     if count := facts.duplicates["different_labels"]:
         reason = f"{format_count(count, 'image')} {'has' if count == 1 else 'have'} copies with another label"
         yield Suggestion("Correct contradicting labels", f"{reason}; at most one of them is right")
 
 
 def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest a fraction for a missing or small split, or more images for a small split that cannot be enlarged."""
     settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
     if settings.source == "digits" or settings.is_trial:
         return
@@ -103,15 +107,17 @@ def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _describe_small_split(name: str, count: int) -> str:
+    """State how much one of `count` examples changes the accuracy of a split."""
     return f"{name} has only {format_count(count, 'example')}: each is {100 / count:.1f} points of accuracy"
 
 
 def _can_divide(facts: Facts) -> bool:
-    """Return whether the data has enough record files for another split: data.source=tfrecords assigns whole files."""
+    """Return whether there are enough record files for another split: data.source=tfrecords assigns complete files."""
     return facts.settings.source != "tfrecords" or facts.files > len(facts.counts)
 
 
 def _suggest_class_weights(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest balanced class weights if the numbers of training examples per class differ strongly."""
     counts = facts.counts["train"]
     low, high = min(counts), max(counts)
     if high > MAX_CLASS_RATIO * low and low and not facts.settings.class_weights:
@@ -121,6 +127,7 @@ def _suggest_class_weights(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest a larger image size if most images are larger, or a smaller one if most images are smaller."""
     settings, shorter = facts.settings, facts.shorter_side.get("median", 0)
     size = settings.image_size
     if not shorter:
@@ -142,6 +149,7 @@ def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest to crop if stretching distorts the images much, or to stretch if cropping discards much of them."""
     if not facts.elongation:
         return
     elongation, total = facts.elongation["median"], max(sum(facts.aspects.values()), 1)
@@ -168,6 +176,7 @@ def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_augmentation(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest augmentation if there are few training examples per class."""
     counts = facts.counts["train"]
     per_class = sum(counts) / max(len(counts), 1)
     if per_class < ENOUGH_PER_CLASS and not facts.settings.augmented and not facts.settings.is_trial:
@@ -177,6 +186,7 @@ def _suggest_augmentation(facts: Facts) -> Iterator[Suggestion]:
 
 
 def _suggest_groups(facts: Facts) -> Iterator[Suggestion]:
+    """Suggest the field of the records with the fewest values as data.group_field, if there is a suitable one."""
     if facts.group_fields and not facts.settings.group_field:
         name, count = min(facts.group_fields.items(), key=lambda item: (item[1], item[0]))
         others = f"; other such fields: {', '.join(n for n in facts.group_fields if n != name)}"

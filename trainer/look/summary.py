@@ -10,7 +10,7 @@ from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
 
 WIDTH = 80  # terminal columns
-_MAX_NOTES, _MAX_FAULTS = 6, 3  # number of notes, and of unreadable files, that are listed
+_MAX_NOTES, _MAX_UNREADABLE = 6, 3  # number of notes, and of unreadable files, that are listed
 
 
 def _wrap(label: str, text: str, width: int = 12) -> str:
@@ -23,10 +23,12 @@ def _wrap(label: str, text: str, width: int = 12) -> str:
 
 
 def _list_counts(counts: Mapping[str, int]) -> str:
+    """Format counts by name, such as "JPEG 12, PNG 3"."""
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _format_sizes(facts: Facts) -> str:
+    """Format the quantiles of the image sizes."""
     side, elongation = facts.shorter_side, facts.elongation
     if not side:
         return "unknown"
@@ -37,6 +39,7 @@ def _format_sizes(facts: Facts) -> str:
 
 
 def _format_duplicates(facts: Facts) -> str:
+    """Format the numbers of duplicates, by type."""
     result = facts.duplicates
     count = result["across_splits"] + result["different_labels"] + result["within_one_split_and_class"]
     if not (count or facts.copies["groups"]):
@@ -58,9 +61,9 @@ def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -
     lines.append(_wrap("formats", f"{_list_counts(facts.formats)}; {_list_counts(facts.modes)}"))
     lines.append(_wrap("sizes", _format_sizes(facts)))
     lines.append(_wrap("duplicates", _format_duplicates(facts)))
-    faults = [*facts.skipped, *facts.undecodable]
-    lines.append(_wrap("unreadable", f"{len(faults):,}" if faults else "none"))
-    lines += [_wrap("", fault) for fault in faults[:_MAX_FAULTS]]
+    unreadable = [*facts.skipped, *facts.undecodable]
+    lines.append(_wrap("unreadable", f"{len(unreadable):,}" if unreadable else "none"))
+    lines += [_wrap("", line) for line in unreadable[:_MAX_UNREADABLE]]
     suggested = {f"{key}={value}" for suggestion in suggestions for key, value in suggestion.settings}
     notes = [note for note in facts.notes if not any(argument in note for argument in suggested)]
     lines += [_wrap("note", note) for note in notes[:_MAX_NOTES]]

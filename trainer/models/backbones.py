@@ -64,7 +64,7 @@ class BackboneSpec:
             fix = f"use at least {self.min_size}"
             raise ModelError(problem, key="model.image_size", value=image_size, fix=fix)
         if alpha is not None and not self.takes_alpha:
-            names = ", ".join(b.name for b in backbones().values() if b.takes_alpha)
+            names = ", ".join(b.name for b in get_backbones().values() if b.takes_alpha)
             problem, fix = f"{self.name} takes no alpha", f"set it to null; only {names} take it"
             raise ModelError(problem, key="model.alpha", value=alpha, fix=fix)
         options: dict[str, Any] = {"alpha": alpha or 1.0} if self.takes_alpha else {}
@@ -126,7 +126,7 @@ def _renumber_automatic_names(network: keras.Model) -> None:
 
 
 @cache
-def backbones() -> dict[str, BackboneSpec]:
+def get_backbones() -> dict[str, BackboneSpec]:
     """Return all backbones by normalized name, such as "mobilenetv2"."""
     # Values of `block_pattern`.
     mobile_v3 = r"^(expanded_conv(?:_\d+)?)_(?:expand|depthwise|squeeze|project|add)"
@@ -177,7 +177,7 @@ def find_backbone(name: str) -> BackboneSpec:
     Raises:
         ModelError: no backbone has that name. Its `fix` suggests the closest name, or lists all names.
     """
-    registry, normalized = backbones(), _normalize(name)
+    registry, normalized = get_backbones(), _normalize(name)
     if normalized in registry:
         return registry[normalized]
     matches = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)

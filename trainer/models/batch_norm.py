@@ -59,6 +59,7 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalize inputs [..., channels], channels last. Update the moving averages, or collect the statistics."""
         weights = _example_weights.get()
         if weights is None or not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
@@ -88,7 +89,7 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
 def tracks_statistics(layer: keras.layers.Layer) -> bool:
     """Return whether training updates a layer's moving averages.
 
-    For a backbone layer, call `trainer.models.freezing.apply_thaw` first, which sets its class.
+    For a backbone layer, call `trainer.models.freezing.set_trainable_layers` first, which sets its class.
     """
     return isinstance(layer, PaddingAwareBatchNormalization) and layer.trainable
 

@@ -250,12 +250,14 @@ def _name_hidden_layers(count: int) -> list[str]:
 
 
 def _build_norm(units: int, name: str) -> PaddingAwareBatchNormalization:
+    """Build a BatchNormalization layer of the head, `head_NAME`, for [b, units]."""
     norm = PaddingAwareBatchNormalization(momentum=HEAD_NORM_MOMENTUM, dtype="float32", name=f"head_{name}")
     norm.build((None, units))
     return norm
 
 
 def _build_dense(units: int, inputs: int, name: str, seed: int, activation: str | None) -> keras.layers.Dense:
+    """Build a Dense layer of the head, `head_NAME`, with Glorot-uniform initial weights from `seed`."""
     glorot = keras.initializers.GlorotUniform(seed=seed)
     layer = keras.layers.Dense(units, activation, kernel_initializer=glorot, dtype="float32", name=f"head_{name}")
     layer.build((None, inputs))

@@ -1,4 +1,7 @@
-"""Freezing: select a phase's trainable layers, and compute their learning-rate multipliers."""
+"""Freeze and unfreeze layers: select a phase's trainable layers, and compute their learning-rate multipliers.
+
+The configuration key `thaw` of a phase is the rule that selects the layers. Messages call the selected layers thawed.
+"""
 
 import bisect
 import difflib
@@ -19,27 +22,27 @@ GROUPS = ("head, trains", "backbone, trains", "batch norm, trains", "batch norm,
 
 
 @dataclass(frozen=True)
-class ThawPlan:
-    """The trainable and frozen variables of a classifier in one phase."""
+class FreezingPlan:
+    """The trainable and frozen variables of a classifier in one phase, and the learning-rate multipliers."""
 
-    thaw: str  # the rule, such as "last_blocks:2"
+    thaw: str  # the rule that selects the trainable layers, such as "last_blocks:2"
     batch_norm: str  # frozen | affine | train
     trainable: dict[str, keras.Variable]  # the variables that the optimizer updates, by name, in a fixed order
     groups: dict[str, list[keras.Variable]]  # all variables by group, in the order of `GROUPS`, without empty groups
-    first_thawed: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
-    first_thawed_name: str | None  # name of the layer with index `first_thawed`
-    num_thawed_layers: int  # number of backbone layers that the rule selects
-    layer_count: int  # number of backbone layers
+    first_trainable: int | None  # index of the first backbone layer with trainable weights; None if all are frozen
+    first_trainable_name: str | None  # name of the layer with index `first_trainable`
+    num_selected_layers: int  # number of backbone layers that the rule selects
+    num_layers: int  # number of backbone layers
     batch_norm_training: bool  # whether training updates moving averages in the backbone
     lr_multipliers: tuple[float, ...]  # per variable of `trainable`, relative to the head; empty if all are 1
     lr_summary: str  # text with each block's multiplier; empty if all are 1
 
     def format_lines(self) -> list[str]:
         """Format the plan as lines for the log: a heading, a table with a row per group, and the multipliers."""
-        summary = f"all {self.layer_count} layers of the backbone are frozen"
-        if self.first_thawed is not None:
-            summary = (f"{self.num_thawed_layers} of {self.layer_count} layers thawed, the first trainable one is "
-                       f"{self.first_thawed} ({self.first_thawed_name})")  # fmt: skip
+        summary = f"all {self.num_layers} layers of the backbone are frozen"
+        if self.first_trainable is not None:
+            summary = (f"{self.num_selected_layers} of {self.num_layers} layers thawed, the first trainable one is "
+                       f"{self.first_trainable} ({self.first_trainable_name})")  # fmt: skip
         table = [("", "variables", "parameters", "size")]
         for group_name, group in {**self.groups, "all": list(chain(*self.groups.values()))}.items():
             sizes = f"{count_parameters(group):,}", f"{count_variable_bytes(group) / 1e6:,.2f} MB"
@@ -49,10 +52,10 @@ class ThawPlan:
         return [f"thaw {self.thaw}, batch_norm {self.batch_norm}: {summary}", *rows, *filter(None, [self.lr_summary])]
 
 
-def apply_thaw(
+def set_trainable_layers(
     classifier: Classifier, thaw: str, batch_norm: str, backbone_rate: float = 1.0, layer_decay: float = 1.0
-) -> ThawPlan:
-    """Set `.trainable` of every backbone layer for a phase, and return the plan. The head always trains.
+) -> FreezingPlan:
+    """Freeze or unfreeze every backbone layer for a phase (Keras' `trainable`). The head always trains.
 
     Training steps must be traced after this call, because an already traced function ignores the change.
 
@@ -80,14 +83,14 @@ def apply_thaw(
         if is_norm:  # batch statistics must exclude padding
             uses_batch_statistics = layer.trainable and batch_norm == "train"
             swap_class(layer, PaddingAwareBatchNormalization if uses_batch_statistics else BATCH_NORM_CLASS)
-    thawed_indices = [index for index in sorted(selected_indices) if layers[index].trainable_weights]
-    if selected_indices and not thawed_indices:
+    trainable_indices = [index for index in sorted(selected_indices) if layers[index].trainable_weights]
+    if selected_indices and not trainable_indices:
         frozen_class = BATCH_NORM_CLASS if batch_norm == "frozen" else ()
         *_, last_index = (i for i, layer in enumerate(layers) if layer.weights and not isinstance(layer, frozen_class))
         fix = f"include layer {last_index} ({layers[last_index].name}), or use none to train the head alone"
         raise ModelError("thaws no layer with trainable weights", key="thaw", value=thaw, fix=fix)
 
-    # Sets of variable ids. The last two contain moving averages that training updates.
+    # Sets of `id`s of variables. The last two have the moving averages that training updates.
     trained_ids = {id(variable) for layer in layers for variable in layer.trainable_weights}
     norm_ids = {id(variable) for layer in layers if isinstance(layer, BATCH_NORM_CLASS) for variable in layer.weights}
     moving_ids = {id(v) for layer in layers if tracks_statistics(layer) for v in layer.non_trainable_weights}
@@ -95,30 +98,30 @@ def apply_thaw(
     groups: dict[str, list[keras.Variable]] = {name: [] for name in GROUPS}
     for name, variable in classifier.variables.items():
         is_head = name in head and id(variable) not in average_ids
-        kind = "head" if is_head else "batch norm" if name in head or id(variable) in norm_ids else "backbone"
+        component = "head" if is_head else "batch norm" if name in head or id(variable) in norm_ids else "backbone"
         role = "trains" if name in head or id(variable) in trained_ids else "frozen"
-        groups[f"{kind}, {'moving averages' if id(variable) in average_ids else role}"].append(variable)
+        groups[f"{component}, {'moving averages' if id(variable) in average_ids else role}"].append(variable)
     expected = {id(v) for v in classifier.backbone.weights} | {id(v) for v in head.values()}
     assert {id(v) for v in classifier.variables.values()} == expected, "the plan lacks a variable"
     assert sum(map(len, groups.values())) == len(expected), "a variable is in the plan twice"
     trainable = {n: v for n, v in classifier.variables.items() if (n in head and v.trainable) or id(v) in trained_ids}
-    multipliers, summary = _lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
-    return ThawPlan(
+    multipliers, summary = _compute_lr_multipliers(classifier, trainable, backbone_rate, layer_decay)
+    return FreezingPlan(
         thaw=thaw,
         batch_norm=batch_norm,
         trainable=trainable,
         groups={name: group for name, group in groups.items() if group},
-        first_thawed=thawed_indices[0] if thawed_indices else None,
-        first_thawed_name=layers[thawed_indices[0]].name if thawed_indices else None,
-        num_thawed_layers=len(selected_indices),
-        layer_count=len(layers),
+        first_trainable=trainable_indices[0] if trainable_indices else None,
+        first_trainable_name=layers[trainable_indices[0]].name if trainable_indices else None,
+        num_selected_layers=len(selected_indices),
+        num_layers=len(layers),
         batch_norm_training=bool(moving_ids),
         lr_multipliers=multipliers,
         lr_summary=summary,
     )
 
 
-def _lr_multipliers(
+def _compute_lr_multipliers(
     classifier: Classifier, trainable: dict[str, keras.Variable], backbone_rate: float, layer_decay: float
 ) -> tuple[tuple[float, ...], str]:
     """Return the learning-rate multiplier of each trainable variable, and a text with each block's multiplier.
@@ -127,15 +130,15 @@ def _lr_multipliers(
     """
     layers = classifier.backbone.layers
     starts = {"stem": 0, **classifier.spec.find_block_starts([layer.name for layer in layers])}
-    names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
+    block_names, first_layers = sorted(starts, key=starts.__getitem__), sorted(starts.values())
     multiplier_by_id: dict[int, float] = {}  # id of the variable -> multiplier
     multiplier_by_block: dict[str, float] = {}  # block name -> multiplier, only for blocks with trainable weights
     for index, layer in enumerate(layers):
         block_index = bisect.bisect_right(first_layers, index) - 1  # a block ends where the next one begins
-        multiplier = backbone_rate * layer_decay ** (len(names) - block_index)
+        multiplier = backbone_rate * layer_decay ** (len(block_names) - block_index)
         multiplier_by_id |= {id(variable): multiplier for variable in layer.weights}
         if layer.trainable_weights:
-            multiplier_by_block[names[block_index]] = multiplier
+            multiplier_by_block[block_names[block_index]] = multiplier
     if backbone_rate == layer_decay == 1 or not multiplier_by_block:
         return (), ""
     summary = f"learning rate x {backbone_rate:g} in the backbone, x {layer_decay:g} per block down: head 1"

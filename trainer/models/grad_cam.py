@@ -31,6 +31,7 @@ class Explainer:
     variables: Sequence[tf.Variable]  # all variables that the functions read
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the results of `explain_features` for n >= 1 images, in batches."""
         batches = [self.explain(tf.constant(images[i : i + BATCH_SIZE])) for i in range(0, len(images), BATCH_SIZE)]
         return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 

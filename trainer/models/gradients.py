@@ -10,7 +10,7 @@ class DifferentiatedOperation:
     """A backbone operation through which a training step propagates gradients to an input."""
 
     name: str  # name of the layer or operation in the backbone
-    kind: str  # class name of the Keras layer or operation, such as MaxPooling2D
+    class_name: str  # class of the Keras layer or operation, such as MaxPooling2D
 
 
 def find_differentiated_operations(backbone: keras.Model) -> tuple[DifferentiatedOperation, ...]:

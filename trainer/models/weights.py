@@ -55,7 +55,7 @@ def build_with_weights(
         # Report only Keras' sentence about the first object that does not fit, not its list of all objects.
         lines = [line for line in str(error).splitlines() if line.strip()]
         detail = lines[1] if len(lines) > 1 and lines[0].startswith("A total of") else lines[0]
-        raise _mismatch_error(path, spec, alpha, detail.strip()) from error
+        raise _make_mismatch_error(path, spec, alpha, detail.strip()) from error
     if spec.module == "efficientnet":
         _set_published_variance(network)
     return network
@@ -168,12 +168,14 @@ def make_missing_error(folder: str | Path, spec: BackboneSpec, name: str, alpha:
 
 
 def _format_name(spec: BackboneSpec, alpha: float | None) -> str:
+    """Return the backbone's name for messages, with its width multiplier if it takes one."""
     return spec.name + (f" with alpha {alpha or 1.0:g}" if spec.takes_alpha else "")
 
 
-def _mismatch_error(
+def _make_mismatch_error(
     path: Path, spec: BackboneSpec, alpha: float | None, detail: str, fix: str | None = None
 ) -> ModelError:
+    """Build the error for a weights file that does not fit the backbone. `detail` is the reason."""
     problem = f"does not fit {_format_name(spec, alpha)} without its top: {detail}"
     return ModelError(problem, key="model.weights", value=path,
                       fix=fix or _suggest_warm_start(path) or f"use weights of {spec.name}")  # fmt: skip
@@ -194,10 +196,11 @@ def _check_file(path: Path) -> None:
         fix = "use imagenet, glyphs, none, or the path of a .weights.h5, .h5 or .keras file"
         raise ModelError(reason, key="model.weights", value=path, fix=_suggest_warm_start(path) or fix)
     if not (zipfile.is_zipfile(path) if path.suffix == ".keras" else h5py.is_hdf5(path)):
-        raise _corrupt_error(path, "possibly a Git LFS pointer")
+        raise _make_corrupt_error(path, "possibly a Git LFS pointer")
 
 
-def _corrupt_error(path: Path, reason: object) -> ModelError:
+def _make_corrupt_error(path: Path, reason: object) -> ModelError:
+    """Build the error for a weights file that cannot be read."""
     problem = f"is not a Keras weights file or is corrupt ({reason})"
     return ModelError(problem, key="model.weights", value=path, fix="replace the file")
 
@@ -221,11 +224,12 @@ def _count_shapes_in_file(path: Path) -> Counter[tuple[int, ...]]:
                 file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open("model.weights.h5"))
             stack.enter_context(h5py.File(file)).visititems(visit)
     except (OSError, KeyError, RuntimeError) as error:
-        raise _corrupt_error(path, error) from error
+        raise _make_corrupt_error(path, error) from error
     return shapes
 
 
 def _count_shapes(network: keras.Model) -> Counter[tuple[int, ...]]:
+    """Return the number of variables of each shape in a network."""
     return Counter(tuple(variable.shape) for variable in network.weights)
 
 
@@ -239,9 +243,9 @@ def _check_shapes(network: keras.Model, path: Path, spec: BackboneSpec, image_si
         return
     for other in [a for a in ALPHAS if a != (alpha or 1.0)] if spec.takes_alpha else []:
         if _count_shapes(spec.build(image_size, other, None)) == actual:
-            raise _mismatch_error(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
+            raise _make_mismatch_error(path, spec, alpha, f"it is for alpha {other:g}", f"set model.alpha={other:g}")
     detail = f"the file has {sum(actual.values())} arrays, the backbone {sum(expected.values())}"
     if missing := expected - actual:
         shape = max(missing, key=lambda s: (len(s), s))
         detail += f", and the file has {actual[shape]} of shape {list(shape)}, the backbone {expected[shape]}"
-    raise _mismatch_error(path, spec, alpha, detail)
+    raise _make_mismatch_error(path, spec, alpha, detail)

@@ -75,14 +75,14 @@ def _check_download(model: Model) -> str:
 
 
 def prepare_weights(
-    chosen: Sequence[tuple[BackboneSpec, float | None]], output: str, log_message: LogMessage
+    backbones: Sequence[tuple[BackboneSpec, float | None]], output: str, log_message: LogMessage
 ) -> list[str]:
     """Write the ImageNet weights of backbones to a folder, one file per image size with separate weights.
 
     Existing files are not written again.
 
     Args:
-        chosen: pairs of backbone and width multiplier; None means 1, or that the backbone has no multiplier.
+        backbones: pairs of backbone and width multiplier; None means 1, or that the backbone has no multiplier.
         output: folder, local or in a bucket.
         log_message: called with one line per file.
 
@@ -94,7 +94,7 @@ def prepare_weights(
         ModelError: a backbone has no weights for this alpha, or the server refuses the download.
     """
     folder, names = storage_path(output.rstrip("/")), []
-    for spec, alpha in chosen:
+    for spec, alpha in backbones:
         for size in spec.weight_sizes or (spec.default_size,):
             name = spec.name_weights_file(size, alpha)
             names.append(name)

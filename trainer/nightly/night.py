@@ -28,7 +28,7 @@ from trainer.errors import (
     Refused,
     TrainerError,
 )
-from trainer.evaluation.drift import LogPeriod, find_version, most_severe_level
+from trainer.evaluation.drift import LogPeriod, find_version, get_most_severe_level
 from trainer.monitoring.health import health
 from trainer.monitoring.http import serve
 from trainer.monitoring.log import log
@@ -157,7 +157,7 @@ def _measure(settings: Settings, day: str, now: datetime) -> Night:
         log.warning(f"{error}; without predictions there is no drift to measure")
         return Night(day, outcome=NO_PREDICTIONS, reason=error.problem)
     levels = {drift.name: drift.level for drift in measures}
-    if most_severe_level(measures) != "shifted":
+    if get_most_severe_level(measures) != "shifted":
         return Night(day, None, levels, STABLE, f"version {version.name} has not drifted")
     warm_start = _find_promoted_run(version)
     log.info(f"version {version.name} has drifted: training from the weights of {warm_start or 'the backbone'}")

@@ -16,13 +16,13 @@ from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.open import get_display_names, get_ordered_display_names, reorder_classes, require_mapped_classes
 from trainer.data.splits import RawData, compute_split_sizes
 from trainer.data.tfds import resolve_splits, select_missing_fractions
-from trainer.distillation import source
+from trainer.distillation import teacher_files
 from trainer.distillation.own_teacher import locate_teacher
 from trainer.distillation.teacher import load_saved_model_teacher
 from trainer.errors import DataError, TrainerError
 from trainer.models.classifier import Classifier, build_classifier, count_variable_bytes
 from trainer.names import normalize_class_name
-from trainer.planning.estimates import Uses, count_model_parameters, estimate_teacher_memory
+from trainer.planning.estimates import MemoryUses, count_model_parameters, estimate_teacher_memory
 from trainer.runs.checkpoints import CheckpointFolder, read_pointer, select_inference_weights
 from trainer.runs.initial_weights import open_local_checkpoints
 from trainer.runs.restore import collect_shapes, match_warm_start, read_warm_start
@@ -50,7 +50,7 @@ def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
         yield str(folder)
 
 
-def dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
+def build_dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     """Build the dataset of `root`, a TFDS folder in a bucket, from its metadata, without downloading examples.
 
     Class names and counts are correct, but all labels are 0 and the fingerprint is empty.
@@ -181,7 +181,7 @@ def match_local_warm_start(config: RunConfig, classifier: Classifier) -> str:
     return match_warm_start(collect_shapes(classifier.variables), collect_shapes(checkpoint_weights), address)[1]
 
 
-def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.TeacherFiles:
+def check_teacher(address: str, classes: tuple[str, ...] | None) -> teacher_files.TeacherFiles:
     """Return the description of a teacher's files, and check its classes.
 
     Args:
@@ -191,20 +191,20 @@ def check_teacher(address: str, classes: tuple[str, ...] | None) -> source.Teach
         DataError: there is no usable teacher at the address, or it has other classes than the dataset.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
-    files = source.describe_teacher(address)
+    files = teacher_files.describe_teacher(address)
     if classes is not None:
-        source.check_classes(address, files.classes, classes)
+        teacher_files.check_classes(address, files.classes, classes)
     return files
 
 
 def plan_teacher(
-    config: RunConfig, distillation: Distillation, dataset: Dataset, examples: int, replicas: int,
+    config: RunConfig, distillation: Distillation, dataset: Dataset, num_examples: int, replicas: int,
     trained_first: Model | None = None,
-) -> tuple[str, Uses]:  # fmt: skip
+) -> tuple[str, MemoryUses]:  # fmt: skip
     """Check the teacher as a run does, but without downloading weights, and estimate its memory.
 
     Args:
-        examples: number of examples that a replica processes in one forward pass.
+        num_examples: number of examples that a replica processes in one forward pass.
         replicas: number of replicas on this worker.
         trained_first: model configuration of a teacher that the run trains first, so that it has no files yet; None
             for an existing teacher.
@@ -221,14 +221,16 @@ def plan_teacher(
     if trained_first is None:
         files = check_teacher(address, dataset.class_names)
         state = read_newest_state(config) if config.output_dir else None
-        source.check_same_teacher(str(config.output_dir), state.get("teacher") if state else None, files.fingerprint)
+        teacher_files.check_same_teacher(
+            str(config.output_dir), state.get("teacher") if state else None, files.fingerprint
+        )
     predicts_every_step, count = config.augmentation.active, dataset.splits["train"].count
     estimate = partial(
         estimate_teacher_memory,
         every_step=predicts_every_step,
-        examples=examples,
+        num_examples=num_examples,
         replicas=replicas,
-        labels=count * len(dataset.class_names),
+        num_label_values=count * len(dataset.class_names),
         precision=config.runtime.precision,
     )
     usage = "predicts in every step" if predicts_every_step else f"predicts once, for {count:,} training images"
@@ -242,6 +244,8 @@ def plan_teacher(
     model = disable_pretrained_weights(network)
     classifier = build_classifier(model, len(dataset.class_names), config.seed)
     if files and not is_remote(address):
-        variables.assign_values(classifier.variables, source.read_weights(files), f"distillation.teacher={address}")
+        variables.assign_values(
+            classifier.variables, teacher_files.read_weights(files), f"distillation.teacher={address}"
+        )
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {usage}"
     return text, estimate(count_variable_bytes(classifier.variables.values()), classifier)

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.schema import RunConfig
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.errors import ConfigError
 from trainer.features.plan import Division
 from trainer.models.classifier import Classifier
@@ -51,7 +51,7 @@ class Computation:
         return f"computation of phase {name}: {config.runtime.precision}, {determinism}, {xla_state}"
 
 
-def decide_computation(config: RunConfig, name: str, device: Device, facts: PhaseWorkload) -> Computation:
+def decide_computation(config: RunConfig, name: str, device: Device, workload: PhaseWorkload) -> Computation:
     """Decide whether XLA compiles the training step of phase `name`.
 
     With `runtime.xla=auto`, XLA compiles on GPUs if the phase is long enough to outweigh the compilation time, unless
@@ -62,10 +62,12 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
             an operation that the phase differentiates.
     """
     runtime = config.runtime
-    blockers = [op for op in facts.differentiated if op.kind in NO_DETERMINISTIC_XLA_GRADIENT]
+    blockers = [op for op in workload.differentiated if op.class_name in NO_DETERMINISTIC_XLA_GRADIENT]
     obstacle = ""
     if device.kind == "GPU" and runtime.deterministic and blockers:
-        obstacle = f"the gradient of {blockers[0].name} ({blockers[0].kind}) has no deterministic XLA kernel on GPUs"
+        obstacle = (
+            f"the gradient of {blockers[0].name} ({blockers[0].class_name}) has no deterministic XLA kernel on GPUs"
+        )
     if runtime.xla is True and obstacle:
         raise ConfigError(
             f"{obstacle}, and phase {name} needs it",
@@ -79,9 +81,9 @@ def decide_computation(config: RunConfig, name: str, device: Device, facts: Phas
         return Computation(False, "on a CPU it would be slower")
     if obstacle:
         return Computation(False, obstacle)
-    min_images = IMAGES_PER_LAYER * facts.layers
-    reason = f"{facts.images:,} images per GPU, and compiling {facts.layers} layers pays from {min_images:,} on"
-    return Computation(facts.images >= min_images, reason)
+    min_images = IMAGES_PER_LAYER * workload.layers
+    reason = f"{workload.images:,} images per GPU, and compiling {workload.layers} layers pays from {min_images:,} on"
+    return Computation(workload.images >= min_images, reason)
 
 
 def plan_computations(
@@ -95,7 +97,7 @@ def plan_computations(
             run's results are bit-identical on any number of devices.
         divisions: by phase name, the division of the network into trunk and tail.
     """
-    per_epoch = steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     computations, num_replicas = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
         images = config.phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas

@@ -20,7 +20,7 @@ from trainer.data.tfds import check_download
 from trainer.distillation.own_teacher import must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.exporting.formats import check_formats
-from trainer.features.plan import EngineChoice, divide_phases, plan_engines, plan_features, train_images_read_once
+from trainer.features.plan import EngineChoice, divide_phases, plan_engines, plan_features, reads_images_only_once
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import Classifier, build_classifier, count_parameters, count_variable_bytes
 from trainer.monitoring.console import get_width
@@ -72,7 +72,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     plan.print(Text("the teacher, trained first", style="bold reverse"))
     with rename_teacher_keys():
         show_run(teacher_plan, arguments, None, summary)
-    plan.faults += [prefix_teacher_key(fault) for fault in teacher_plan.faults]
+    plan.errors += [prefix_teacher_key(error) for error in teacher_plan.errors]
     plan.trained_first = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
     return teacher_plan
@@ -129,10 +129,10 @@ def _open_data(plan: Plan) -> Rows:
         data, copies = plan_copies(data, cache, budget)
         addresses = {str(copy.folder): copy.bucket for copy in copies}
         for copy in copies:
-            if missing := select_missing(copy.folder, copy.entries):
+            if missing := select_missing(copy.folder, copy.objects):
                 size = sum(info.size for info in missing.values())
                 rows.append(("bucket", f"{copy.bucket}: would fetch {len(missing):,} files, {size / 1e6:,.1f} MB"))
-                plan.to_stage += copy.entries.values()
+                plan.to_stage += copy.objects.values()
         if plan.to_stage:
             return [*rows, *corrections, _NOT_STAGED]
     local_paths = {"root": data.root, "pattern": data.pattern}
@@ -147,7 +147,7 @@ def _open_data(plan: Plan) -> Rows:
     if unstaged_address:
         if data.source != "tfds":
             return [*rows, *corrections, _NOT_STAGED]
-        plan.dataset, plan.labels_known = checks.dataset_from_metadata(config, unstaged_address), False
+        plan.dataset, plan.labels_known = checks.build_dataset_from_metadata(config, unstaged_address), False
         rows += corrections
         return [*rows, ("not opened", "names and counts are from its metadata; labels are known once it is staged")]
     with show_addresses_in_errors(addresses):
@@ -179,7 +179,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
             return False
         raise
     plan.dataset = dataset
-    if config.output_dir and not plan.faults:
+    if config.output_dir and not plan.errors:
         _, run_json = inspect_folder(config)
         check_same_data(config.output_dir, run_json, dataset)
         check_same_weights(config.output_dir, run_json.get("initial_weights", {}), config)
@@ -192,10 +192,10 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
 def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
     """Print the sections about data and storage, and the sections about the network if the dataset can be opened."""
     rows: Rows = []
-    fault_count = len(plan.faults)
+    num_errors = len(plan.errors)
     with plan.collect_errors():
         rows = _open_data(plan)
-    problem = f"✗ {plan.faults[-1]}" if len(plan.faults) > fault_count else ""
+    problem = f"✗ {plan.errors[-1]}" if len(plan.errors) > num_errors else ""
     if plan.dataset:
         with plan.collect_errors():
             require_validation(plan.dataset, plan.config.data.validation_fraction)
@@ -234,7 +234,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     divisions = divide_phases(config, classifier)
     choices = plan_features(config, divisions, dataset, budget)
     input_kinds = {name: choice.input_kind for name, choice in choices.items()}
-    read_once = train_images_read_once(config, input_kinds)
+    read_once = reads_images_only_once(config, input_kinds)
     caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
@@ -245,7 +245,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch
     per_replica = max(replica_batch // config.training.micro_batches(replicas), 1)  # its examples per forward pass
     phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
-    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.by)
+    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.mode)
     computations = {}
     with plan.collect_errors():
         computations = plan_computations(config, device, replicas, classifier, dataset, divisions)
@@ -267,7 +267,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, examples=replica_batch, replicas=plan.replicas, baseline=baseline_bytes
+        classifier, phases, caches, num_examples=replica_batch, replicas=plan.replicas, baseline=baseline_bytes
     )
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
     model_rows = [*_describe_model(config, classifier, num_classes), *weights_rows]
@@ -281,7 +281,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             model_rows.append(("teacher", text))
             memory += uses
     if plot:
-        model_rows.append(("drawing", str(network_plot.draw(classifier, phases, num_classes, plot))))
+        model_rows.append(("drawing", str(network_plot.draw_network(classifier, phases, num_classes, plot))))
     plan.print_section("model", model_rows)
     if summary:
         plan.print(Text("\nlayers", style="bold"))
@@ -293,13 +293,14 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
     plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
-    if not plan.faults and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
+    if not plan.errors and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         libraries = {name: choice.engine for name, choice in engines.items()}
         seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, epoch_steps)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
-    checkpoint = count_variable_bytes(classifier.variables.values()) + max(p.optimizer + p.averages for p in phases)
-    sections.show_bytes(plan, phases, caches, checkpoint, 4 * estimates.count_model_parameters(classifier))
+    max_training_bytes = max(phase.optimizer_bytes + phase.ema_bytes for phase in phases)
+    checkpoint_bytes = count_variable_bytes(classifier.variables.values()) + max_training_bytes
+    sections.show_bytes(plan, phases, caches, checkpoint_bytes, 4 * estimates.count_model_parameters(classifier))
 
 
 def _describe_model(config: RunConfig, classifier: Classifier, num_classes: int) -> Rows:

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.scoring import get_images_per_call
 from trainer.models.bn_folding import find_foldable_pairs
 from trainer.models.classifier import Classifier, count_parameters, count_variable_bytes
-from trainer.models.freezing import ThawPlan, apply_thaw
+from trainer.models.freezing import FreezingPlan, set_trainable_layers
 from trainer.storage.disk import format_bytes
 from trainer.types import Split
 
@@ -47,24 +47,26 @@ class PhasePlan:
     name: str
     steps: int  # maximum; early stopping can end the phase earlier
     epochs: float  # `steps` in epochs
-    thaw: ThawPlan
+    freezing: FreezingPlan
     trainable_parameters: int
     trained_layers: frozenset[int]  # indices in backbone.layers of the layers with trainable variables
-    gradients: int  # bytes
-    optimizer: int  # bytes of the optimizer's variables
-    averages: int  # bytes of the moving averages of the weights (EMA)
-    activations: int  # bytes in training or in scoring, whichever needs more
-    frozen_activations: int  # bytes of `activations` in frozen layers; all of them if scoring needs more
-    half_precision_weights: int  # bytes of the half-precision copies of all weights; 0 in float32
-    saves: int  # maximum number of checkpoints that the phase saves
+    gradient_bytes: int
+    optimizer_bytes: int  # of the optimizer's variables
+    ema_bytes: int  # of the moving averages of the weights
+    activation_bytes: int  # in training or in scoring, whichever needs more
+    frozen_activation_bytes: int  # of `activation_bytes`, those in frozen layers; all of them if scoring needs more
+    half_precision_bytes: int  # of the half-precision copies of all weights; 0 in float32
+    max_checkpoints: int  # maximum number of checkpoints that the phase saves
 
 
-def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, examples: int) -> list[PhasePlan]:
-    """Plan each phase by applying its thaw rule. The layers of `classifier` remain as the last phase sets them.
+def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num_examples: int) -> list[PhasePlan]:
+    """Plan each phase: its steps, trainable layers and memory.
+
+    This freezes and unfreezes layers of `classifier` for each phase in turn; they remain as the last phase sets them.
 
     Args:
         epoch_steps: number of steps per epoch.
-        examples: number of examples that a replica processes in one forward pass of training.
+        num_examples: number of examples that a replica processes in one forward pass of training.
 
     Raises:
         ModelError: a thaw rule cannot be applied.
@@ -73,25 +75,27 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, exa
     num_parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
     steps_per_save = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
     for name, phase in config.phases.items():
-        thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+        freezing = set_trainable_layers(
+            classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
+        )
         steps = config.phase_steps(phase, epoch_steps)
-        trainable_bytes = count_variable_bytes(thaw.trainable.values())
+        trainable_bytes = count_variable_bytes(freezing.trainable.values())
         trained_bytes, frozen_bytes = estimate_activations(
-            classifier, thaw.first_thawed, examples, precision, thaw.batch_norm_training
+            classifier, freezing.first_trainable, num_examples, precision, freezing.batch_norm_training
         )
         # Scoring processes the examples of all micro-batches at once.
-        scored_examples = get_images_per_call() if virtual_replicas else examples * config.training.accumulate
+        scored_examples = get_images_per_call() if virtual_replicas else num_examples * config.training.accumulate
         scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
-        saves = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
+        max_checkpoints = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
         plans.append(PhasePlan(
-            name=name, steps=steps, epochs=steps / epoch_steps, thaw=thaw, saves=saves, gradients=trainable_bytes,
-            averages=trainable_bytes if config.training.ema else 0,
-            trainable_parameters=count_parameters(thaw.trainable.values()),
+            name=name, steps=steps, epochs=steps / epoch_steps, freezing=freezing, max_checkpoints=max_checkpoints,
+            gradient_bytes=trainable_bytes, ema_bytes=trainable_bytes if config.training.ema else 0,
+            trainable_parameters=count_parameters(freezing.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
-            optimizer=count_optimizer_slots(phase.optimizer) * trainable_bytes,
-            activations=max(trained_bytes + frozen_bytes, scoring_bytes),
-            frozen_activations=frozen_bytes if trained_bytes + frozen_bytes >= scoring_bytes else scoring_bytes,
-            half_precision_weights=0 if precision == "float32" else num_parameters * BYTES_PER_VALUE[precision],
+            optimizer_bytes=count_optimizer_slots(phase.optimizer) * trainable_bytes,
+            activation_bytes=max(trained_bytes + frozen_bytes, scoring_bytes),
+            frozen_activation_bytes=frozen_bytes if trained_bytes + frozen_bytes >= scoring_bytes else scoring_bytes,
+            half_precision_bytes=0 if precision == "float32" else num_parameters * BYTES_PER_VALUE[precision],
         ))  # fmt: skip
     return plans
 
@@ -107,7 +111,7 @@ def count_optimizer_slots(optimizer: Optimizer) -> int:
 
 
 def estimate_activations(
-    classifier: Classifier, first_thawed: int | None, examples: int, precision: Precision = "float32",
+    classifier: Classifier, first_trainable: int | None, num_examples: int, precision: Precision = "float32",
     batch_norm_training: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """Estimate the memory of the activations of a batch.
@@ -118,15 +122,16 @@ def estimate_activations(
     also its centered and its scaled input. Measured memory is 0.75 to 1.1 times the estimate.
 
     Args:
-        first_thawed: index in backbone.layers of the first trainable layer; None if all are frozen, or for inference.
-        examples: number of examples in the batch.
+        first_trainable: index in backbone.layers of the first trainable layer; None if all are frozen, or for
+            inference.
+        num_examples: number of examples in the batch.
         precision: precision of the activations.
         batch_norm_training: whether trainable BatchNormalization layers use batch statistics.
 
     Returns:
-        The bytes of the layers from `first_thawed` up, and the bytes of the layers below it.
+        The bytes of the layers from `first_trainable` up, and the bytes of the layers below it.
     """
-    pairs, is_training = find_foldable_pairs(classifier.backbone), first_thawed is not None
+    pairs, is_training = find_foldable_pairs(classifier.backbone), first_trainable is not None
     folded = {norm.name for _, norm in pairs if not (is_training and norm.trainable)}
 
     def output_bytes(layer: keras.Layer) -> int:
@@ -136,8 +141,8 @@ def estimate_activations(
             num_copies = 3 if batch_norm_training and layer.trainable else layer.name not in folded
         return num_copies * sum(math.prod(o.shape[1:]) for o in outputs) * BYTES_PER_VALUE[precision]
 
-    sizes = [examples * output_bytes(layer) for layer in classifier.backbone.layers]
-    cut = len(sizes) if first_thawed is None else first_thawed
+    sizes = [num_examples * output_bytes(layer) for layer in classifier.backbone.layers]
+    cut = len(sizes) if first_trainable is None else first_trainable
     return sum(sizes[cut:]), sum(sorted(sizes[:cut])[-2:])
 
 
@@ -150,47 +155,51 @@ def measure_resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-Uses = list[tuple[str, int]]  # uses of memory: (label, bytes)
+MemoryUses = list[tuple[str, int]]  # uses of memory: (label, bytes)
 # Labels of uses. Three of these uses grow with the batch size: ACTIVATIONS, BATCHES and TEACHER[1].
 DECODED = "decoded images in memory"
 HALF_PRECISION = "weights in half precision"
 ACTIVATIONS, BATCHES = "activations of one batch", "batches read ahead"
 TEACHER = "the teacher's variables", "its activations"
 BATCHES_BYTES_PER_VALUE = 13  # five batches of uint8, of which four are read ahead, and two of float32
-ESTIMATE_TOLERANCE = 1.25  # a run is refused if its estimate exceeds the memory by more than this factor
+ESTIMATE_TOLERANCE = 1.25  # a run is rejected if its estimate exceeds the memory by more than this factor
 
 
 def estimate_memory(
-    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, examples: int,
+    classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, num_examples: int,
     replicas: int, baseline: int,
-) -> Uses:  # fmt: skip
+) -> MemoryUses:  # fmt: skip
     """Estimate this worker's uses of memory in the phase that needs most.
 
     Args:
         caches: plan of the decoded images' cache, by split name.
-        examples: number of examples of a global batch that each replica gets.
+        num_examples: number of examples of a global batch that each replica gets.
         replicas: number of replicas on this worker.
         baseline: resident bytes of the process before the network is built.
     """
-    largest_phase = max(phases, key=lambda p: p.gradients + p.optimizer + p.averages + p.activations)
-    half_precision_bytes = largest_phase.half_precision_weights * replicas
+
+    def count_phase_bytes(phase: PhasePlan) -> int:
+        return phase.gradient_bytes + phase.optimizer_bytes + phase.ema_bytes + phase.activation_bytes
+
+    largest_phase = max(phases, key=count_phase_bytes)
+    half_precision_bytes = largest_phase.half_precision_bytes * replicas
     return [
         ("TensorFlow and libraries, measured here", baseline),
         ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
-        (f"gradients (phase {largest_phase.name})", largest_phase.gradients * replicas),
-        ("optimizer and averages", (largest_phase.optimizer + largest_phase.averages) * replicas),
+        (f"gradients (phase {largest_phase.name})", largest_phase.gradient_bytes * replicas),
+        ("optimizer and averages", (largest_phase.optimizer_bytes + largest_phase.ema_bytes) * replicas),
         *([(HALF_PRECISION, half_precision_bytes)] if half_precision_bytes else []),
-        (ACTIVATIONS, largest_phase.activations * replicas),
-        (BATCHES, examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
+        (ACTIVATIONS, largest_phase.activation_bytes * replicas),
+        (BATCHES, num_examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         (DECODED, sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 
 def estimate_teacher_memory(
-    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, examples: int, replicas: int, labels: int,
-    precision: Precision,
-) -> Uses:  # fmt: skip
+    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, num_examples: int, replicas: int,
+    num_label_values: int, precision: Precision,
+) -> MemoryUses:  # fmt: skip
     """Estimate a teacher's uses of memory on this worker while the student trains.
 
     A teacher that predicts in every step needs its variables and activations. Otherwise only its soft labels, float32,
@@ -200,24 +209,26 @@ def estimate_teacher_memory(
         variable_bytes: bytes of the teacher's variables.
         classifier: the teacher; None for a SavedModel, whose activations are unknown and counted as 0.
         every_step: whether the teacher predicts in every step.
-        examples: number of examples that a replica processes in one forward pass.
+        num_examples: number of examples that a replica processes in one forward pass.
         replicas: number of replicas on this worker.
-        labels: number of soft-label values: training examples times classes.
+        num_label_values: number of soft-label values: training examples times classes.
         precision: precision of the teacher's activations.
     """
     if not every_step:
-        return [("its logits", 4 * labels)]
-    activations = sum(estimate_activations(classifier, None, examples, precision)) if classifier else 0
+        return [("its logits", 4 * num_label_values)]
+    activations = sum(estimate_activations(classifier, None, num_examples, precision)) if classifier else 0
     return [(TEACHER[0], variable_bytes * replicas), (TEACHER[1], activations * replicas)]
 
 
-def select_gpu_uses(uses: Uses) -> Uses:
+def select_gpu_uses(uses: MemoryUses) -> MemoryUses:
     """Select the uses that are in GPU memory if the worker has GPUs."""
     gpu_labels = ("variables", ACTIVATIONS, HALF_PRECISION, *TEACHER)
     return [use for use in uses if use[0] in gpu_labels or use[0].startswith(("grad", "opt"))]
 
 
-def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int, device: str = "this machine") -> str:
+def check_device_memory(
+    config: RunConfig, uses: MemoryUses, limit: int, replicas: int, device: str = "this machine"
+) -> str:
     """Return a warning if the estimated uses exceed a device's memory, or "" if they fit.
 
     Args:
@@ -249,7 +260,7 @@ def check_device_memory(config: RunConfig, uses: Uses, limit: int, replicas: int
     return str(error)
 
 
-def check_worker_memory(config: RunConfig, uses: Uses, replicas: int) -> list[str]:
+def check_worker_memory(config: RunConfig, uses: MemoryUses, replicas: int) -> list[str]:
     """Apply `check_device_memory` to this worker's main memory and to its GPUs; return the warnings.
 
     Args:

@@ -14,24 +14,26 @@ DECODED_IMAGES_PER_SECOND_PER_CPU, AUGMENTED_IMAGES_PER_SECOND_PER_CPU = 945, 2_
 TRAINED_IMAGES_PER_SECOND_PER_GPU = 4_000
 
 
-def describe_gpu_memory(device: Device, phases: list[PhasePlan], variables: int, pixels: int) -> list[tuple[str, str]]:
+def describe_gpu_memory(
+    device: Device, phases: list[PhasePlan], variable_bytes: int, num_values: int
+) -> list[tuple[str, str]]:
     """Return rows (label, text) about the memory that each phase needs on one GPU, and the GPU's memory; [] on CPUs.
 
     Args:
-        variables: bytes of all variables of the classifier.
-        pixels: number of values in the images of one GPU's batch: examples x side x side x 3.
+        variable_bytes: bytes of all variables of the classifier.
+        num_values: number of values in the images of one GPU's batch: examples x side x side x 3.
     """
     if device.kind == "CPU":
         return []
     rows = []
     for phase in phases:
         uses = {
-            "weights": variables + phase.half_precision_weights,
-            "gradients": phase.gradients,
-            "optimizer and averages": phase.optimizer + phase.averages,
-            "activations of trained layers": phase.activations - phase.frozen_activations,
-            "of frozen layers": phase.frozen_activations,
-            "images": pixels * IMAGE_BYTES_PER_VALUE,
+            "weights": variable_bytes + phase.half_precision_bytes,
+            "gradients": phase.gradient_bytes,
+            "optimizer and averages": phase.optimizer_bytes + phase.ema_bytes,
+            "activations of trained layers": phase.activation_bytes - phase.frozen_activation_bytes,
+            "of frozen layers": phase.frozen_activation_bytes,
+            "images": num_values * IMAGE_BYTES_PER_VALUE,
             "CUDA and workspaces, assumed": GPU_RESERVE,
         }
         sizes_text = ", ".join(f"{name} {format_bytes(count)}" for name, count in uses.items() if count)

@@ -45,6 +45,7 @@ def format_layers(classifier: Classifier, phases: Sequence[PhasePlan], width: in
 
 
 def _describe_backbone(classifier: Classifier, phases: Sequence[PhasePlan]) -> list[tuple[str, ...]]:
+    """Return the table rows of the backbone's layers, as cells of `_COLUMNS`."""
     rows: list[tuple[str, ...]] = []
     for index, layer in enumerate(classifier.backbone.layers):
         phase_numbers = [number for number, phase in enumerate(phases, 1) if index in phase.trained_layers]
@@ -54,6 +55,7 @@ def _describe_backbone(classifier: Classifier, phases: Sequence[PhasePlan]) -> l
 
 
 def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]:
+    """Return the table rows of the pooling and the head, which all phases train. `phases` is the number of phases."""
     num_channels, numbers = classifier.backbone.output_shape[-1], _format_numbers(range(1, phases + 1))
     pooling = "GlobalAveragePooling2D" if classifier.pooling == "avg" else "GlobalMaxPooling2D"
     rows = [("", f"{classifier.pooling} pooling", pooling, str(num_channels), "float32", "", "")]

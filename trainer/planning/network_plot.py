@@ -61,19 +61,19 @@ def divide_into_stages(classifier: Classifier) -> list[Stage]:
 
 
 def _make_stage(classifier: Classifier, name: str, indices: range) -> Stage:
+    """Build the stage of the backbone layers with these indices."""
     layers = classifier.backbone.layers[indices.start : indices.stop]
     weights = [variable for layer in layers for variable in layer.weights]
     return Stage(name, indices, tuple(layers[-1].output.shape[1:]), count_parameters(weights))
 
 
-def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Path) -> Path:
+def draw_network(classifier: Classifier, phases: list[PhasePlan], num_classes: int, path: Path) -> Path:
     """Draw the network from images to head as a PNG, and return `path`.
 
     Each row has a box for a stage. The width of the box shows the side of the stage's feature maps, and its color
     whether the stage trains in the last phase. One column per phase shows whether the stage trains in that phase.
 
     Args:
-        classes: number of classes.
         path: the PNG file to write.
     """
     image_size, stages = classifier.image_size, divide_into_stages(classifier)
@@ -82,7 +82,7 @@ def draw(classifier: Classifier, phases: list[PhasePlan], classes: int, path: Pa
     rows: list[Row] = [("images", (image_size, image_size, 3), 0, 0, None)]
     rows += [(s.name, s.shape, len(s.layers), s.parameters, s) for s in stages]
     rows.append((f"{classifier.pooling} pooling", (stages[-1].shape[-1],), 0, 0, None))
-    rows.append((f"head: {hidden}{classes} classes", (classes,), 1 + len(classifier.hidden), head_size, "head"))
+    rows.append((f"head: {hidden}{num_classes} classes", (num_classes,), 1 + len(classifier.hidden), head_size, "head"))
 
     width = FIRST_PHASE_X + PHASE_WIDTH * len(phases)
     figure = create_figure(0.36 * (len(rows) + 3.4), width=max(8.0, 0.68 * width))

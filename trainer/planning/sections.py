@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.models.weights_folder import describe_weights
 from trainer.monitoring.console import get_width
 from trainer.planning import checks
-from trainer.planning.estimates import PhasePlan, Uses, estimate_split_bytes
+from trainer.planning.estimates import MemoryUses, PhasePlan, estimate_split_bytes
 from trainer.planning.timing import format_time
 from trainer.report.counts import format_counts
 from trainer.runs.folder import find_folder_holder, inspect_folder, is_finished, require_output_dir
@@ -44,7 +44,7 @@ class Plan:
     cluster: Cluster
     replicas: int = 1  # number of replicas on this worker
     warnings: list[str] = field(default_factory=list)
-    faults: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
+    errors: list[TrainerError] = field(default_factory=list)  # errors with which a run would end
     dataset: Dataset | None = None  # None until it is opened, or if it cannot be opened
     resuming: bool = False  # True if a run would resume from a checkpoint
     labels_known: bool = True  # False if only the metadata of the dataset was read
@@ -76,12 +76,12 @@ class Plan:
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
-        """Context manager that catches a TrainerError, and adds it to `faults` unless they already contain its text."""
+        """Context manager that catches a TrainerError, and adds it to `errors` unless they already contain its text."""
         try:
             yield
         except TrainerError as error:
-            if str(error) not in map(str, self.faults):
-                self.faults.append(error)
+            if str(error) not in map(str, self.errors):
+                self.errors.append(error)
 
     def show_warnings_and_raise(self) -> None:
         """Print the warnings, and raise the collected errors. For a finished run, the errors become warnings.
@@ -90,15 +90,15 @@ class Plan:
             TrainerError: the only error, or a ConfigError that lists all errors, with the first one's exit code.
         """
         if self.finished:
-            self.warnings += [f"if the run were extended: {fault}" for fault in self.faults]
-            self.faults = []
+            self.warnings += [f"if the run were extended: {error}" for error in self.errors]
+            self.errors = []
         if self.warnings:
             self.print_section("warnings", [("!", warning) for warning in self.warnings], width=1)
-        if len(self.faults) == 1:
-            raise self.faults[0]
-        if self.faults:
-            error = ConfigError.of_faults(self.faults, "the run")
-            error.exit_code = self.faults[0].exit_code  # a run would end with the first error
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            error = ConfigError.of_faults(self.errors, "the run")
+            error.exit_code = self.errors[0].exit_code  # a run would end with the first error
             raise error
 
     def check(self, action: Callable[[], str]) -> str:
@@ -149,12 +149,12 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 state = f"has this run, which would resume at step {newest['step']:,}, phase {phase}"
             if (holder := find_folder_holder(config)) and not plan.finished:
                 plan.warnings.append(f"output_dir={output} is in use by {holder}: a run would wait for it or end")
-        if plan.faults:
-            state = f"a run would fail: {plan.faults[-1]}"
-    fault_count = len(plan.faults)
+        if plan.errors:
+            state = f"a run would fail: {plan.errors[-1]}"
+    num_errors = len(plan.errors)
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
-    state += "; a run with several workers would fail" * (len(plan.faults) > fault_count)
+    state += "; a run with several workers would fail" * (len(plan.errors) > num_errors)
     plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
@@ -226,13 +226,15 @@ def show_weights(plan: Plan) -> Rows:
     return []
 
 
-def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: int, epoch_steps: int, by: str) -> None:
+def show_phases(
+    plan: Plan, config: RunConfig, phases: list[PhasePlan], num_parameters: int, epoch_steps: int, sharding_mode: str
+) -> None:
     """Print a table of the phases.
 
     Args:
-        total: number of all parameters of the model.
+        num_parameters: number of all parameters of the model.
         epoch_steps: number of steps per epoch.
-        by: unit in which the dataset is sharded over workers, "record" or "file".
+        sharding_mode: unit in which the dataset is sharded over workers, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  phase")
@@ -248,16 +250,16 @@ def show_phases(plan: Plan, config: RunConfig, phases: list[PhasePlan], total: i
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
         counts = (f"{phase.steps:,}", f"{phase.epochs:.3g}", f"{phase.trainable_parameters:,}")
-        layers = f"{phase.thaw.num_thawed_layers}/{phase.thaw.layer_count}"
+        layers = f"{phase.freezing.num_selected_layers}/{phase.freezing.num_layers}"
         cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in cells))
-    suffix = f"; sharded by {by}" if plan.cluster.size > 1 else ""
-    steps = sum(phase.steps for phase in phases)
-    summary = f"  {steps:,} steps at most, {epoch_steps:,} per epoch{suffix}; {total:,} parameters, the head included"
+    suffix = f"; sharded by {sharding_mode}" if plan.cluster.size > 1 else ""
+    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {epoch_steps:,} per epoch{suffix}"
+    summary = f"  {step_counts}; {num_parameters:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
 
-def show_memory(plan: Plan, uses: Uses) -> None:
+def show_memory(plan: Plan, uses: MemoryUses) -> None:
     """Print the estimated uses of memory, their sum, and this machine's limit."""
     sizes = [*uses, ("in total", sum(count for _, count in uses)), ("limit of this machine", get_memory_limit_bytes())]
     plan.print_section("memory (estimate)", [(name, f"{format_bytes(count):>11}") for name, count in sizes])
@@ -277,13 +279,15 @@ def show_time(plan: Plan, seconds: dict[str, float], devices: int) -> None:
         plan.print_section("time (estimated from a few steps on this machine)", rows)
 
 
-def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint: int, model: int) -> None:
+def show_bytes(
+    plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan], checkpoint_bytes: int, model_bytes: int
+) -> None:
     """Print the bytes that a run reads and writes.
 
     Args:
         caches: plan of the decoded images' cache, by split name.
-        checkpoint: bytes of a checkpoint.
-        model: bytes of the exported model in float32.
+        checkpoint_bytes: size of a checkpoint.
+        model_bytes: size of the exported model in float32.
     """
     assert plan.dataset
     config, num_epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
@@ -292,10 +296,11 @@ def show_bytes(plan: Plan, phases: list[PhasePlan], caches: dict[str, CachePlan]
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
     )
     staging_note = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
-    num_saves, num_stored = sum(phase.saves for phase in phases), config.runtime.keep_checkpoints + len(phases)
-    formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint)}"
+    num_saves = sum(phase.max_checkpoints for phase in phases)
+    num_stored = config.runtime.keep_checkpoints + len(phases)
+    formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
     plan.print_section("bytes", [
         ("read", f"{format_bytes(num_bytes_read or plan.bytes_to_stage)} of images{staging_note}"),
-        ("checkpoints", f"up to {num_saves:,} of {format_bytes(checkpoint)}; {stored_text}"),
-        ("export", f"{', '.join(formats)}: about {format_bytes(model * len(formats))}" if formats else "nothing"),
+        ("checkpoints", f"up to {num_saves:,} of {format_bytes(checkpoint_bytes)}; {stored_text}"),
+        ("export", f"{', '.join(formats)}: about {format_bytes(model_bytes * len(formats))}" if formats else "nothing"),
     ])  # fmt: skip

@@ -13,17 +13,17 @@ from trainer.data.augment.apply import augment
 from trainer.data.host import count_usable_cpus
 from trainer.evaluation.scoring import Predictor
 from trainer.features.cut import Cut, Tail
-from trainer.features.litert import LiteTrunk, LiveTail
+from trainer.features.litert import LiteRTClassifier, LiteRTTrunk
 from trainer.features.plan import Division, FeatureChoice, TrunkEngine, select_stored_dtype
 from trainer.models.classifier import Classifier
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import Network, StepSettings, TrainingStep
 from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # after this time, no further measurement begins
 BATCH_SIZE = 8  # images per measured step
-CALLS, CALL_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls, after a first call that compiles
+MAX_TIMED_CALLS, MAX_TIMED_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls of one measurement
 
 
 def format_time(seconds: float) -> str:
@@ -42,7 +42,7 @@ def measure_call(call: Callable[[], object]) -> float:
     """Return the median time of a few calls in seconds. The first call, which compiles, is not timed."""
     call()
     seconds: list[float] = []
-    while len(seconds) < CALLS and sum(seconds) < CALL_SECONDS:
+    while len(seconds) < MAX_TIMED_CALLS and sum(seconds) < MAX_TIMED_SECONDS:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
@@ -78,12 +78,12 @@ def measure_training(
         cut: the cut whose features the network takes; None if it takes images.
         xla: whether XLA compiles the step.
     """
-    thaw = apply_thaw(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    freezing = set_trainable_layers(classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
     learning_rate = phase.optimizer.learning_rate
     schedule = build_schedule(phase.schedule, learning_rate, total_steps=100, steps_per_epoch=10, batch_size=BATCH_SIZE)
-    optimizer = build_optimizer(phase.optimizer, schedule, thaw.lr_multipliers)
-    settings = StepSettings.from_config(config, dataset, thaw.batch_norm_training, xla)
-    step = TrainingStep(tf.distribute.get_strategy(), network, thaw.trainable, optimizer,
+    optimizer = build_optimizer(phase.optimizer, schedule, freezing.lr_multipliers)
+    settings = StepSettings.from_config(config, dataset, freezing.batch_norm_training, xla)
+    step = TrainingStep(tf.distribute.get_strategy(), network, freezing.trainable, optimizer,
                         dataclasses.replace(settings, accumulate=1, virtual_replicas=None))  # fmt: skip
     image_size = classifier.image_size
     if cut:
@@ -101,7 +101,7 @@ def measure_scoring(classifier: Classifier, seed: int) -> float:
     return measure_call(lambda: predictor.predict([batch], 1)) / BATCH_SIZE
 
 
-def measure_trunk(trunk: LiteTrunk, image_size: int, seed: int) -> float:
+def measure_trunk(trunk: LiteRTTrunk, image_size: int, seed: int) -> float:
     """Measure the seconds per image in which LiteRT computes features."""
     images = np.random.default_rng(seed).integers(0, 256, (BATCH_SIZE, image_size, image_size, 3), np.uint8)
     return measure_call(lambda: trunk.features(images)) / BATCH_SIZE
@@ -139,9 +139,9 @@ def estimate_time(
         network: Network = Tail(classifier, cut) if cut else classifier
         feature_seconds = scoring_seconds  # per image
         if division.cut and engines[name] == "litert":
-            trunk = LiteTrunk(classifier, [division.cut], count_usable_cpus())
+            trunk = LiteRTTrunk(classifier, [division.cut], count_usable_cpus())
             feature_seconds = measure_trunk(trunk, classifier.image_size, config.seed)
-            network = network if cut else LiveTail(classifier, division.cut, trunk)
+            network = network if cut else LiteRTClassifier(classifier, division.cut, trunk)
         seconds = num_images * measure_training(config, classifier, dataset, phase, network, cut, compiled[name])
         if is_cached:  # features are computed once, for training and validation
             seconds += feature_seconds * (counts["train"] * (phase.augmented_views or 1) + counts["validation"])

@@ -10,7 +10,7 @@ from trainer.config.phases import Phase
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, plan_image_caches
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.distillation.teacher import ConfiguredTeacher
 from trainer.models.classifier import Classifier
 from trainer.planning.estimates import check_worker_memory, estimate_memory, estimate_teacher_memory, plan_phases
@@ -40,16 +40,16 @@ def find_run_warnings(
     train, read_once = dataset.splits["train"], images.train_images_read_once
     replica_batch = max(config.training.batch_size // (worker.size * replicas), 1)
     micro_batch = max(replica_batch // config.training.micro_batches(worker.size * replicas), 1)
-    epoch_steps = steps_per_epoch(train, config.training.batch_size)
+    epoch_steps = count_steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
     phases = plan_phases(config, classifier, epoch_steps, micro_batch)
-    uses = estimate_memory(classifier, phases, caches, examples=replica_batch, replicas=replicas, baseline=baseline)
+    uses = estimate_memory(classifier, phases, caches, num_examples=replica_batch, replicas=replicas, baseline=baseline)
     if teacher:
         network = teacher.network
         uses += estimate_teacher_memory(
             network.variable_bytes if network else 0, network.classifier if network else None,
-            every_step=config.augmentation.active, examples=micro_batch, replicas=replicas,
-            labels=train.count * len(dataset.class_names), precision=config.runtime.precision,
+            every_step=config.augmentation.active, num_examples=micro_batch, replicas=replicas,
+            num_label_values=train.count * len(dataset.class_names), precision=config.runtime.precision,
         )  # fmt: skip
     memory = check_worker_memory(config, uses, worker.size * replicas)
     if not worker.is_chief:

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 ARGUMENTS = {"run": "", "export": "", "images": "is required"} | dict.fromkeys(
     ("output", "checkpoint", "tta", "top"), ""
 )
-TOP = 3  # default number of most probable classes per image
-CACHE = "~/.cache/kubetune"  # folder for local copies of exports in a bucket; $KUBETUNE_CACHE replaces it
+DEFAULT_TOP = 3  # default number of most probable classes per image
+DEFAULT_CACHE = "~/.cache/kubetune"  # folder for local copies of exports in a bucket; $KUBETUNE_CACHE replaces it
 PREDICTION_ACTIVITY = (
     "during the prediction"  # completes the message of a StopRequested: "SIGTERM during the prediction"
 )
@@ -62,7 +62,7 @@ def parse_top(text: str) -> int:
     with suppress(ValueError):
         if text.isascii() and 0 < int(text) < 10**6:
             return int(text)
-    raise ConfigError("is not a positive integer", key="top", value=text, fix=f"write top={TOP}")
+    raise ConfigError("is not a positive integer", key="top", value=text, fix=f"write top={DEFAULT_TOP}")
 
 
 def parse_tta(text: str) -> bool:
@@ -126,11 +126,12 @@ def _open_run(run: StoredRun, arguments: dict[str, str], flip: bool, stop: StopF
 
 
 def _open_export(address: str, key: str, flip: bool, stop: StopFlag) -> tuple[Model, dict[str, Any]]:
+    """Open an export. Return the model, and with `flip` why mirror images were not measured, otherwise {}."""
     with suppress_import_noise():
         from trainer.predict.command import configure_reproducible_predictions
         from trainer.predict.model import open_export_model
     configure_reproducible_predictions(deterministic=True)
-    cache = Path(os.environ.get("KUBETUNE_CACHE") or CACHE).expanduser()
+    cache = Path(os.environ.get("KUBETUNE_CACHE") or DEFAULT_CACHE).expanduser()
     model = open_export_model(address, key, cache, flip, log.info)
     stop.install()
     return model, {"problem": "an export has no data; give the run"} if flip else {}
@@ -142,7 +143,7 @@ def main() -> None:
         arguments, flags = parse_arguments(
             sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+", rest="--json"
         )
-        flip, top = parse_tta(arguments.get("tta", "none")), parse_top(arguments.get("top", str(TOP)))
+        flip, top = parse_tta(arguments.get("tta", "none")), parse_top(arguments.get("top", str(DEFAULT_TOP)))
         key, address, is_run = choose_model(arguments)
         if flags:
             log.setLevel(logging.WARNING)

@@ -15,7 +15,7 @@ from trainer.monitoring.log import log
 from trainer.predict.images import ImageFile
 from trainer.predict.model import Model, Preprocessing, make_decoder
 from trainer.predict.page import write_page
-from trainer.predict.parts import Parts, identify, predict_images
+from trainer.predict.parts import Parts, compute_parts_identity, predict_images
 from trainer.predict.results import Overview, format_summary, summarize, write_tables
 from trainer.report.page import INDEX
 from trainer.runs.folder import collect_versions
@@ -45,10 +45,10 @@ def predict_parts(
 
     `check` is called after each batch, and can raise to stop.
     """
-    parts = Parts(output, identify(model, images, flip), len(images), len(model.class_names))
+    parts = Parts(output, compute_parts_identity(model, images, flip), len(images), len(model.class_names))
     missing = [i for i in range(len(parts)) if parts.read(i) is None]
     if len(missing) < len(parts):
-        num_stored = sum(len(parts.range_of(i)) for i in set(range(len(parts))) - set(missing))
+        num_stored = sum(len(parts.get_image_indices(i)) for i in set(range(len(parts))) - set(missing))
         log.info(f"resuming after {num_stored:,} of {len(images):,} images")
     image_count = 0
 
@@ -59,7 +59,7 @@ def predict_parts(
         check()
 
     for index in missing:
-        indices = parts.range_of(index)
+        indices = parts.get_image_indices(index)
         parts.write(index, predict_images(model, images[indices.start : indices.stop], flip, report))
         if len(missing) > 1:
             log.info(f"predicted {indices.stop:,} of {len(images):,} images")
@@ -91,7 +91,7 @@ def predict_into(
         delete_stale_temporary_files(folder)
         parts = predict_parts(model, images, output, options.flip, check)
         overview = write_tables(folder, images, model.class_names, parts, options.top, options.print_line)
-        summary = describe(model, overview, options)
+        summary = build_summary(model, overview, options)
         decode = model.decode or make_decoder(UNKNOWN_PREPROCESSING)
         write_page(folder / INDEX, summary, images, model.class_names, overview, decode)
         write_atomically(folder / "predictions.json", encode_json(summary, allow_nan=False))
@@ -107,7 +107,7 @@ def predict_into(
     return summary
 
 
-def describe(model: Model, overview: Overview, options: Options) -> dict[str, Any]:
+def build_summary(model: Model, overview: Overview, options: Options) -> dict[str, Any]:
     """Return the content of predictions.json. It contains no times, so that equal inputs give equal content."""
     distance = model.distance
     return {
@@ -117,7 +117,7 @@ def describe(model: Model, overview: Overview, options: Options) -> dict[str, An
         **summarize(overview, model.class_names),
         "reference_rms": distance.reference_rms if distance else None,
         "reference_split": distance.split if distance else None,
-        "no_distance": model.no_distance,
+        "no_distance": model.no_distance_reason,
         "tta": options.tta,
         "notes": list(model.notes),
         "command": options.command,

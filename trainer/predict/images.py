@@ -27,11 +27,11 @@ class ImageFile(NamedTuple):
     """An image to predict, or a row of a CSV list that does not refer to an image."""
 
     name: str  # the path, or the cell of the CSV list, escaped for display; in the output's column "file"
-    address: str  # local path or gs:// address; "" if `fault` is set
+    address: str  # local path or gs:// address; "" if `error` is set
     # Changes with the content. Local file: size and time of the last change, or "absent" if it cannot be accessed.
     # Object: size and generation or ETag, or "" if the bucket was not listed.
     version: str = ""
-    fault: str = ""  # reason why there is no address; "" if there is one
+    error: str = ""  # reason why the row of the CSV list is invalid; "" if there is an address
 
 
 def list_images(address: str) -> list[ImageFile]:
@@ -64,6 +64,7 @@ def list_images_of_paths(paths: Iterable[str | Path]) -> list[ImageFile]:
 
 
 def _list_local(address: str) -> list[ImageFile]:
+    """List the local images of a folder, a glob pattern or a path. Raise a DataError if nothing matches."""
     if os.path.isdir(address):
         try:  # the two counters receive files that are not images, which are not reported
             files = find_image_files(address, EXTENSIONS, Counter(), Counter())
@@ -79,6 +80,7 @@ def _list_local(address: str) -> list[ImageFile]:
 
 
 def _list_bucket(address: str) -> list[ImageFile]:
+    """List the images of a folder, a glob pattern or an object in a bucket, sorted by address."""
     # `plan_copy` lists the objects. Nothing is copied, so the local folder and the limit of bytes have no effect.
     plan = plan_copy(address, Path("/"), 2**63)
     images = (
@@ -95,6 +97,7 @@ def _is_visible_image(name: str) -> bool:
 
 
 def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
+    """List the images in the column `file` of a CSV list. Raise a DataError if it is not such a list."""
     try:
         csv_text = path.read_text().removeprefix("\ufeff")
         rows = list(csv.DictReader(io.StringIO(csv_text, newline="")))
@@ -111,25 +114,25 @@ def _list_csv(address: str, path: StoragePath) -> list[ImageFile]:
 def _image_from_cell(path: StoragePath, cell: str) -> ImageFile:
     """Return the `ImageFile` for a cell of the CSV list at `path`: an address, or a path relative to the list.
 
-    If the cell is not valid, `ImageFile.fault` has the reason. A list in a bucket cannot refer to local files.
+    If the cell is not valid, `ImageFile.error` has the reason. A list in a bucket cannot refer to local files.
     """
     name = escape_unprintable(cell)
     if not cell:
-        return ImageFile("", "", fault="the list has no file name in this row")
+        return ImageFile("", "", error="the list has no file name in this row")
     if "://" in cell:
         try:
             check_address(cell)
         except InvalidValue as error:
-            return ImageFile(name, "", fault=f"{error.problem}; {error.fix}")
+            return ImageFile(name, "", error=f"{error.problem}; {error.fix}")
         return ImageFile(name, cell)
     if not path.is_local:
-        if fault := find_path_error(cell):
-            return ImageFile(name, "", fault=fault)
+        if reason := find_path_error(cell):
+            return ImageFile(name, "", error=reason)
         return ImageFile(name, str(path.parent / cell))
     if "\0" in cell:
-        return ImageFile(name, "", fault="it has a null character")
+        return ImageFile(name, "", error="it has a null character")
     image = _image_from_path(os.path.join(os.path.dirname(str(path)), os.path.expanduser(cell)))
-    return ImageFile(name, image.address, image.version, image.fault)
+    return ImageFile(name, image.address, image.version, image.error)
 
 
 def _image_from_path(file: str) -> ImageFile:
@@ -150,8 +153,8 @@ def read_image(image: ImageFile) -> bytes | str:
     Raises:
         Interrupted: the bucket does not respond.
     """
-    if image.fault:
-        return image.fault
+    if image.error:
+        return image.error
     try:
         if is_remote(image.address):
             content_and_version = storage_path(image.address).fetch()
@@ -166,6 +169,7 @@ def read_image(image: ImageFile) -> bytes | str:
 
 
 def _read_local_file(path: str) -> bytes | str:
+    """Return the content of a regular file of at most `MAX_FILE_BYTES`, or the reason why it is not read."""
     file_stat = os.stat(path)
     if not stat.S_ISREG(file_stat.st_mode):  # opening a pipe would block until a process writes to it
         return "is not a file"
@@ -175,5 +179,5 @@ def _read_local_file(path: str) -> bytes | str:
 
 
 def describe_versions(images: Sequence[ImageFile]) -> list[list[str]]:
-    """Return each image's name, address, version and fault, on which its prediction depends."""
-    return [[image.name, escape_unprintable(image.address), image.version, image.fault] for image in images]
+    """Return each image's name, address, version and error, on which its prediction depends."""
+    return [[image.name, escape_unprintable(image.address), image.version, image.error] for image in images]

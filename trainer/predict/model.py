@@ -36,7 +36,7 @@ EXPORT_FILES = ("model.keras", "model.onnx", "model.tflite", "model_float16.tfli
                 "model_int8.tflite")  # fmt: skip
 SUFFIXES = (".keras", ".onnx", ".tflite")
 
-Pixels = np.ndarray  # uint8 [S, S, 3]
+PixelArray = np.ndarray  # uint8 [S, S, 3]
 # Images, uint8 [n, S, S, 3] -> (probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None).
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
@@ -65,16 +65,16 @@ class Model:
     name: str  # backbone and checkpoint, or the file, for messages
     class_names: tuple[str, ...]
     identity: str  # changes if the weights or the preprocessing change
-    prepare: Callable[[bytes], Pixels | bytes | str]
+    prepare: Callable[[bytes], PixelArray | bytes | str]
     predict: Callable[[Sequence[Any], bool], tuple[np.ndarray, np.ndarray | None, dict[int, str]]]
-    decode: Callable[[bytes], Pixels | str] | None  # encoded image -> pixels or reason; None: unknown preprocessing
+    decode: Callable[[bytes], PixelArray | str] | None  # encoded image -> pixels or reason; None: unknown preprocessing
     distance: EmbeddingDistance | None
-    no_distance: str  # reason why there is no distance; "" if there is one
+    no_distance_reason: str  # reason why there is no distance; "" if there is one
     image_size: int | None = None  # S, in pixels; None for a SavedModel, which decodes images itself
     notes: tuple[str, ...] = ()  # warnings to log
 
 
-def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str]:
+def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], PixelArray | str]:
     """Return a function that decodes an image exactly as in training and evaluation. Several threads may call it.
 
     The function takes encoded bytes, and returns uint8 [S, S, 3], or the reason (a str) why they cannot be decoded.
@@ -89,7 +89,7 @@ def make_decoder(preprocessing: Preprocessing) -> Callable[[bytes], Pixels | str
     # Calls of a tf.function would trace it again in each thread; a concrete function is traced once.
     compiled = tf.function(decode_on_cpu, input_signature=signature, autograph=False).get_concrete_function()
 
-    def decode(data: bytes) -> Pixels | str:
+    def decode(data: bytes) -> PixelArray | str:
         try:
             return np.asarray(compiled(tf.constant(data)).numpy())
         except (tf.errors.CancelledError, tf.errors.AbortedError):
@@ -161,13 +161,13 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
     keep = run.config.training.keep
     is_exported = which in (None, keep) or find_checkpoint(run, keep).name == find_checkpoint(run, str(which)).name
     predict = compile_classifier(classifier)
-    distance, no_distance = None, f"the reference distribution is that of checkpoint={keep}"
+    distance, no_distance_reason = None, f"the reference distribution is that of checkpoint={keep}"
     if is_exported:
         try:
             width = int(classifier.backbone.output_shape[-1])
-            distance, no_distance = _open_distance(read_reference(run.address), width)
+            distance, no_distance_reason = _open_distance(read_reference(run.address), width)
         except DataError as error:
-            no_distance = f"the run {error.problem}"
+            no_distance_reason = f"the run {error.problem}"
     crc = 0
     for name in sorted(checkpoint.values):
         crc = google_crc32c.extend(crc, np.ascontiguousarray(checkpoint.values[name]).tobytes())
@@ -175,7 +175,9 @@ def open_run_model(run: StoredRun, which: str | None) -> tuple[Model, Predict]:
     name = f"{run.config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}"
     settings = f"{run.config.model.model_dump_json()} {run.config.runtime.precision}"
     identity = f"step {checkpoint.step} {crc} {preprocessing} {settings}"
-    return _make_pixel_model(name, run.class_names, identity, preprocessing, predict, distance, no_distance), predict
+    return _make_pixel_model(
+        name, run.class_names, identity, preprocessing, predict, distance, no_distance_reason
+    ), predict
 
 
 def _open_distance(reference: Mapping[str, Any], width: int) -> tuple[EmbeddingDistance | None, str]:
@@ -195,7 +197,7 @@ def _make_pixel_model(
     preprocessing: Preprocessing,
     predict: Predict,
     distance: EmbeddingDistance | None,
-    no_distance: str,
+    no_distance_reason: str,
 ) -> Model:
     """Return a model that decodes images and calls `predict` with the pixels."""
     decode = make_decoder(preprocessing)
@@ -204,7 +206,7 @@ def _make_pixel_model(
         return *predict_padded(predict, np.stack(images), flip), {}
 
     size = preprocessing.image_size
-    return Model(name, class_names, identity, decode, predict_pixels, decode, distance, no_distance, size)
+    return Model(name, class_names, identity, decode, predict_pixels, decode, distance, no_distance_reason, size)
 
 
 def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
@@ -239,11 +241,13 @@ def open_export_model(address: str, key: str, cache_dir: Path, flip: bool, log_m
 
 
 def _has_saved_model(root: StoragePath) -> bool:
+    """Return whether a folder is, or has at the usual paths, a SavedModel or numbered versions of one."""
     folders = (root, root / "saved_model", root / "export" / "saved_model")  # each may have numbered versions
     return (root / "saved_model.pb").exists() or any(map(list_versions, folders))
 
 
 def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: LogMessage) -> Model:
+    """Open the newest SavedModel at an address, which decodes and predicts encoded images itself."""
     export = find_export(address, cache_dir, log_message)
     served = ServedModel(export)
     reference, width = export.reference or {}, len(export.classes)
@@ -275,12 +279,13 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
                 embeddings[i] = p.embedding
         return probabilities, embeddings, reasons
 
-    distance, no_distance = build_embedding_distance(reference), "" if reference else "the export has no reference.json"
+    distance = build_embedding_distance(reference)
+    no_distance_reason = "" if reference else "the export has no reference.json"
     if distance is None or not served.explains:
-        distance, no_distance = None, no_distance or "the export has no embedding"
+        distance, no_distance_reason = None, no_distance_reason or "the export has no embedding"
     name = f"SavedModel {export.folder if not is_remote(address) else address}"
     identity = hashlib.sha256(repr(checksum_files(export.folder)).encode()).hexdigest()
-    return Model(name, export.classes, identity, lambda data: data, predict, decode, distance, no_distance)
+    return Model(name, export.classes, identity, lambda data: data, predict, decode, distance, no_distance_reason)
 
 
 def _read_preprocessing(reference: Mapping[str, Any]) -> Preprocessing | None:
@@ -323,10 +328,16 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if num_outputs != len(class_names):
         problem = f"has {num_outputs} outputs for {len(class_names)} classes"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    no_distance = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
+    no_distance_reason = "a Keras, ONNX or LiteRT file has no embedding; a SavedModel has"
     identity = f"{compute_file_crc32c(local_path)} {preprocessing} {class_names}"
     model = _make_pixel_model(
-        str(file), class_names, identity, preprocessing, lambda images: (classify(images), None), None, no_distance
+        str(file),
+        class_names,
+        identity,
+        preprocessing,
+        lambda images: (classify(images), None),
+        None,
+        no_distance_reason,
     )
     return replace(model, notes=notes)
 

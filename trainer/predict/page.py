@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.predict.images import ImageFile, read_image
-from trainer.predict.model import Pixels
+from trainer.predict.model import PixelArray
 from trainer.predict.results import Overview
 from trainer.report.page import GALLERY_SIDE, THUMBNAIL_PIXELS, embed_thumbnail, render
 from trainer.storage.local import write_atomically
@@ -55,7 +55,7 @@ def write_page(
     images: Sequence[ImageFile],
     class_names: Sequence[str],
     overview: Overview,
-    decode: Callable[[bytes], Pixels | str],
+    decode: Callable[[bytes], PixelArray | str],
 ) -> None:
     """Write the page to `path`. The selected images are read again; images that can no longer be read are left out.
 

@@ -94,7 +94,7 @@ def predict_images(
     return ImagePredictions(probabilities, distances, tuple(errors))
 
 
-def identify(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
+def compute_parts_identity(model: Model, images: Sequence[ImageFile], flip: bool) -> str:
     """Return a hash, 16 hex digits, of everything that predictions depend on. Only parts with this hash are used."""
     digest = hashlib.sha256()
     inputs = (
@@ -115,21 +115,21 @@ class Parts:
     """The parts of a prediction: a file per part, in a folder in the output folder, local or in a bucket."""
 
     def __init__(self, output: StoragePath, identity: str, count: int, classes: int) -> None:
-        """Write nothing yet. `identity`: result of `identify`. `count`: number of images in all parts."""
+        """Write nothing yet. `identity`: result of `compute_parts_identity`. `count`: number of images in all parts."""
         self.folder, self.count, self.classes = output / f"{PREFIX}{identity}", count, classes
         self._num_parts = -(-count // PART_IMAGES)
 
     def __len__(self) -> int:
         return self._num_parts
 
-    def range_of(self, index: int) -> range:
+    def get_image_indices(self, index: int) -> range:
         """Return the indices of a part's images in the list of all images."""
         return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
 
     def read(self, index: int) -> ImagePredictions | None:
         """Read a part. Return None if it does not exist yet or is corrupt."""
         content = (self.folder / f"{index:06d}.npz").fetch()
-        return content and decode_part(content[0], len(self.range_of(index)), self.classes)
+        return content and decode_part(content[0], len(self.get_image_indices(index)), self.classes)
 
     def write(self, index: int, part: ImagePredictions) -> None:
         """Write a part atomically."""

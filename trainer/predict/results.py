@@ -48,6 +48,7 @@ def make_header(class_names: Sequence[str], top: int) -> list[str]:
 
 
 def _format(value: float, digits: int) -> str:
+    """Format a number with `digits` decimals, or "" for NaN."""
     return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -58,14 +59,14 @@ def make_row(image: ImageFile, class_names: Sequence[str], part: ImagePrediction
         return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
     ranked = [
         cell
-        for i in rank(probabilities, top)
+        for i in find_top_classes(probabilities, top)
         for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), 6))
     ]
     cells = [_format(float(p), 6) for p in probabilities]
     return [name, *ranked, _format(float(part.distances[k]), 4), "", *cells]
 
 
-def rank(probabilities: np.ndarray, top: int) -> list[int]:
+def find_top_classes(probabilities: np.ndarray, top: int) -> list[int]:
     """Return the indices of the `top` most probable classes, the most probable first. Ties are broken by class index.
 
     Args:
@@ -74,14 +75,15 @@ def rank(probabilities: np.ndarray, top: int) -> list[int]:
     return [int(i) for i in np.argsort(-probabilities, kind="stable")[:top]]
 
 
-def make_line(image: ImageFile, class_names: Sequence[str], part: ImagePredictions, k: int, top: int) -> str:
+def make_json_line(image: ImageFile, class_names: Sequence[str], part: ImagePredictions, k: int, top: int) -> str:
     """Return the line that --json prints for the image with index `k` in a part: JSON in ASCII."""
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
         return json.dumps(line | {"error": part.errors[k]})
     probabilities, distance = part.probabilities[k], float(part.distances[k])
     ranked = [
-        {"class": class_names[i], "probability": round(float(probabilities[i]), 6)} for i in rank(probabilities, top)
+        {"class": class_names[i], "probability": round(float(probabilities[i]), 6)}
+        for i in find_top_classes(probabilities, top)
     ]
     line |= {"prediction": ranked[0]["class"], "confidence": ranked[0]["probability"], "top": ranked}
     return json.dumps(line | {"distance": None if np.isnan(distance) else round(distance, 4)})
@@ -123,7 +125,7 @@ def write_tables(
                 image = images[start + k]
                 writer.writerow(make_row(image, class_names, part, k, top))
                 if print_line:
-                    print_line(make_line(image, class_names, part, k, top))
+                    print_line(make_json_line(image, class_names, part, k, top))
                 if part.errors[k]:
                     errors[start + k] = part.errors[k]
             matrix_file.write(part.probabilities.tobytes())
@@ -172,7 +174,7 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
     rows = summary["classes"]
     width = min(max((cell_len(escape_unprintable(row["name"])) for row in rows), default=0), 40)
     for row in rows[:MAX_NAMED_CLASSES]:
-        name = fit(row["name"], width)
+        name = fit_to_width(row["name"], width)
         lines.append(f"  {name}  {row['count']:8,}  median confidence {row['median_confidence']:.3f}")
     if len(rows) > MAX_NAMED_CLASSES:
         lines.append(f"  and {len(rows) - MAX_NAMED_CLASSES:,} more classes, in predictions.json")
@@ -182,11 +184,11 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
             f"  distance: root mean square {summary['distance_rms']:.2f}; of the reference's examples {reference:.2f}"
         )
     else:
-        lines += wrap(f"  distance: none; {summary['no_distance']}")
+        lines += wrap_lines(f"  distance: none; {summary['no_distance']}")
     if summary["tta"]:
         lines += format_tta(summary["tta"])
     for index, error in list(errors.items())[:MAX_NAMED_ERRORS]:
-        lines.append(f"  {fit(f'{shorten_start(images[index].name)}: {error}', WIDTH - 2).rstrip()}")
+        lines.append(f"  {fit_to_width(f'{shorten_start(images[index].name)}: {error}', WIDTH - 2).rstrip()}")
     if len(errors) > MAX_NAMED_ERRORS:
         lines.append(f"  and {len(errors) - MAX_NAMED_ERRORS:,} more, in the column error of predictions.csv")
     return lines
@@ -195,7 +197,7 @@ def format_summary(summary: dict[str, Any], images: Sequence[ImageFile], errors:
 def format_tta(tta: dict[str, Any]) -> list[str]:
     """Format the result of `tta.measure_flip`, or the problem that prevented the measurement, as lines."""
     if "problem" in tta:
-        return wrap(f"  tta=flip: its worth was not measured; {tta['problem']}")
+        return wrap_lines(f"  tta=flip: its worth was not measured; {tta['problem']}")
     low, high = tta["interval"]
     return [
         f"  tta=flip on {tta['n']:,} {tta['split']} examples of the run: {tta['outcome']}",
@@ -205,7 +207,7 @@ def format_tta(tta: dict[str, Any]) -> list[str]:
     ]
 
 
-def fit(text: str, width: int) -> str:
+def fit_to_width(text: str, width: int) -> str:
     """Pad or shorten a text to exactly `width` terminal columns. A shortened text ends with an ellipsis."""
     line = escape_unprintable(text)
     return set_cell_size(line, width) if cell_len(line) <= width else set_cell_size(line, width - 1) + "…"
@@ -219,7 +221,7 @@ def shorten_start(name: str, width: int = WIDTH // 2) -> str:
     return f"…{name[start:]}"
 
 
-def wrap(text: str) -> list[str]:
+def wrap_lines(text: str) -> list[str]:
     """Break a text into lines of at most `WIDTH` columns. Further lines are indented by two more columns."""
     indent = " " * (len(text) - len(text.lstrip()))
     lines: list[str] = []

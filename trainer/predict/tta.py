@@ -7,7 +7,7 @@ import numpy as np
 
 from trainer.data.remote import show_addresses_in_errors
 from trainer.errors import Interrupted, TrainerError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.paired import compare_paired
 from trainer.exporting.export import open_images
 from trainer.predict.model import Predict, predict_padded
@@ -46,11 +46,11 @@ def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Calla
         with show_addresses_in_errors(images.addresses):
             for start in range(0, len(indices), BATCH_SIZE):
                 check()
-                rows = images.rows(split, indices[start : start + BATCH_SIZE])
+                rows = images.read_images(split, indices[start : start + BATCH_SIZE])
                 plain_predictions.append(predict_padded(predict, rows, flip=False)[0].argmax(axis=1))
                 flip_predictions.append(predict_padded(predict, rows, flip=True)[0].argmax(axis=1))
             images.require_readable()
-            readable = ~np.isin(indices, list(images.split(split).bad))
+            readable = ~np.isin(indices, list(images.open_split(split).unreadable))
     except Interrupted:
         raise
     except TrainerError as error:
@@ -61,9 +61,9 @@ def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Calla
         "split": split,
         "n": n,
         "accuracy_without": float(are_correct[0].mean()),
-        "interval_without": list(wilson_interval(int(are_correct[0].sum()), n)),
+        "interval_without": list(compute_wilson_interval(int(are_correct[0].sum()), n)),
         "accuracy_with": float(are_correct[1].mean()),
-        "interval_with": list(wilson_interval(int(are_correct[1].sum()), n)),
+        "interval_with": list(compute_wilson_interval(int(are_correct[1].sum()), n)),
         "difference": pair.difference,
         "interval": list(pair.interval),
         "won": pair.won,

@@ -23,18 +23,19 @@ from trainer.cli.process import choose_and_log_source, configure_log, exit_with_
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
-from trainer.rates.curve import HIGHEST, LOWEST, parse_bounds
+from trainer.rates.curve import DEFAULT_HIGHEST, DEFAULT_LOWEST, parse_bounds
 
 # Key -> problem to report if the argument is missing; "" if it is optional.
 ARGUMENTS = {"phase": "", "lowest": "", "highest": "", "output": ""}
-OUTPUT = "outputs/rates"  # default of `output`
+DEFAULT_OUTPUT = "outputs/rates"  # default of `output`
 
 
 def main() -> None:
     """Run `python -m trainer.rates`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
-        bounds = parse_bounds(arguments.get("lowest", str(LOWEST)), arguments.get("highest", str(HIGHEST)))
+        lowest, highest = arguments.get("lowest", str(DEFAULT_LOWEST)), arguments.get("highest", str(DEFAULT_HIGHEST))
+        bounds = parse_bounds(lowest, highest)
         if is_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., this command tests all rates in one pass")
         overrides = choose_and_log_source(overrides)
@@ -45,4 +46,4 @@ def main() -> None:
         health.enter_phase("rates")
         with suppress_import_noise():
             from trainer.rates.range_test import run_range_test  # here, because it imports TensorFlow
-        run_range_test(config, arguments.get("phase"), bounds, arguments.get("output", OUTPUT))
+        run_range_test(config, arguments.get("phase"), bounds, arguments.get("output", DEFAULT_OUTPUT))

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.errors import ConfigError
 
-LOWEST, HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
+DEFAULT_LOWEST, DEFAULT_HIGHEST = 1e-7, 10.0  # default learning rates of the first and the last step
 MIN_STEPS, MAX_STEPS = 100, 400  # limits of a test's length, which is otherwise one epoch
 DIVERGENCE_FACTOR = 4.0  # the test ends when the smoothed loss exceeds its minimum by this factor
 SMOOTHING_STEPS = 3.0  # standard deviation of the smoothing kernel, in steps
@@ -56,7 +56,7 @@ def parse_bounds(lowest: str, highest: str) -> Bounds:
 def count_steps_per_decade(bounds: Bounds, steps_per_epoch: int) -> int:
     """Return the number of steps in which the learning rate grows tenfold.
 
-    The whole test takes about one epoch, but at least `MIN_STEPS` and at most `MAX_STEPS` steps.
+    The test takes about one epoch, but at least `MIN_STEPS` and at most `MAX_STEPS` steps.
     """
     num_steps = min(max(steps_per_epoch, MIN_STEPS), MAX_STEPS)
     return max(math.ceil(num_steps / math.log10(bounds.highest / bounds.lowest)), 1)

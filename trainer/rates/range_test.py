@@ -15,9 +15,9 @@ from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.context import PhaseRun, RunContext, open_phase
 from trainer.data.images import convert_data_errors
 from trainer.data.remote import show_addresses_in_errors
-from trainer.data.sharding import steps_per_epoch
+from trainer.data.sharding import count_steps_per_epoch
 from trainer.errors import ConfigError
-from trainer.models.freezing import apply_thaw
+from trainer.models.freezing import set_trainable_layers
 from trainer.monitoring.log import log
 from trainer.rates.curve import Bounds, Suggestion, count_steps_per_decade, has_diverged, smooth, suggest
 from trainer.report.figures import to_svg
@@ -93,8 +93,8 @@ def require_phase(name: str, phases: Mapping[str, Phase]) -> None:
 
 
 def use_test_phase(run: RunContext, name: str, bounds: Bounds) -> None:
-    """Replace the phases in the configuration of `run` by the test phase for the phase `name`."""
-    num_epoch_steps = steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
+    """Replace all phases in the configuration of `run` by one: the phase `name`, changed for the test."""
+    num_epoch_steps = count_steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
     phase = make_test_phase(run.config.phases[name], bounds, num_epoch_steps)
     debug = run.config.debug.model_copy(update={"max_steps": None})
     run.config = run.images.config = run.config.model_copy(update={"phases": {name: phase}, "debug": debug})
@@ -126,9 +126,11 @@ def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     phase = run.config.phases[name]
     max_steps = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
-    thaw = apply_thaw(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)
+    freezing = set_trainable_layers(
+        run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
+    )
     log.info(f"phase {name}: up to {max_steps} steps of {phase.optimizer.name}")
-    phase_run = open_phase(run, name, thaw, max_steps)
+    phase_run = open_phase(run, name, freezing, max_steps)
     losses = np.zeros(0)
     while len(losses) < max_steps and not (len(losses) and has_diverged(losses)):
         losses = np.concatenate([losses, _run_steps(run, phase_run, min(5, max_steps - len(losses)), len(losses))])

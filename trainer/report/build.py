@@ -84,7 +84,7 @@ def build_report(
     }
 
     def fetch(rows: Sequence[int]) -> np.ndarray:
-        return images.rows(split, indices[list(rows)])
+        return images.read_images(split, indices[list(rows)])
 
     samples = select_training_samples(images) if "train" in splits else None
     report_images = ReportImages(fetch, samples, lambda rows: explain(fetch(rows))["heatmap"], duplicates)
@@ -95,7 +95,7 @@ def select_training_samples(images: ImageStore) -> TrainingSamples:
     """Select `SAMPLE_COUNT` random training images, and augment the first one if augmentation is configured."""
     split, config = images.dataset.splits["train"], images.config
     indices = np.sort(np.random.default_rng(config.seed).permutation(split.count)[:SAMPLE_COUNT])
-    originals = images.rows("train", indices)
+    originals = images.read_images("train", indices)
     augmented = (
         augment_views(config.augmentation, config.seed, originals, indices) if config.augmentation.active else None
     )
@@ -185,8 +185,8 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
         # Files are ordered by class, so they are sampled at equal intervals. Records of shards are not ordered.
         if len(indices) < split.count and not split.shards:
             indices = np.linspace(0, split.count - 1, len(indices)).astype(np.int64)
-        split_thumbnails = read_thumbnails(images.split(name), indices, check)
-        readable = ~np.isin(indices, list(images.split(name).bad))
+        split_thumbnails = read_thumbnails(images.open_split(name), indices, check)
+        readable = ~np.isin(indices, list(images.open_split(name).unreadable))
         thumbnails[name] = indices[readable], split_thumbnails[readable]
     labels = {name: dataset.splits[name].labels for name in splits}
 
@@ -196,7 +196,7 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
 
     duplicates = find_duplicates(thumbnails, labels, describe)
     shown_groups = [group["members"][:MAX_IMAGES_PER_GROUP] for group in duplicates["groups"][:MAX_ENTRIES_WITH_IMAGES]]
-    group_images = [[images.rows(m["split"], [m["index"]])[0] for m in members] for members in shown_groups]
+    group_images = [[images.read_images(m["split"], [m["index"]])[0] for m in members] for members in shown_groups]
     return DuplicateImages(duplicates, group_images)
 
 

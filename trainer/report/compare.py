@@ -20,7 +20,7 @@ from rich.table import Table
 from trainer.config.diff import flatten
 from trainer.data.records import RecordLocation, index_shard, read_image
 from trainer.errors import DataError, TrainerError
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.paired import PairedComparison, adjust_p_values, compare_paired
 from trainer.monitoring.console import PatientConsole, get_width
 from trainer.names import decode_cell
@@ -224,7 +224,7 @@ def _compute_rows(comparison: Comparison) -> list[dict[str, Any]]:
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         num_correct = int(correct.sum())
         row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
-        row |= {"accuracy": num_correct / n, "interval": wilson_interval(num_correct, n)}
+        row |= {"accuracy": num_correct / n, "interval": compute_wilson_interval(num_correct, n)}
         if i > 0:
             pair, p = comparison.pairs[i - 1], comparison.p[i - 1]
             row |= {"pair": pair, "p": p, "verdict": describe_outcome(pair, p)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.drift import CONFIDENCE_BINS, Measure, Window
+from trainer.evaluation.drift import CONFIDENCE_BINS, DriftMeasure, PredictionWindow
 from trainer.report import figures
 from trainer.report.figures import ACCENT, INK, PALE, create_figure, format_label, set_heading, style_axes
 
@@ -14,7 +14,7 @@ MAX_CLASSES = 15  # if there are more, only those whose fraction of the predicti
 LEVEL_COLORS = {"stable": figures.RIGHT, "moderate": figures.MODERATE, "shifted": figures.WRONG}
 
 
-def draw(path: Path, reference: Mapping[str, Any], window: Window, measures: Sequence[Measure]) -> None:
+def draw(path: Path, reference: Mapping[str, Any], window: PredictionWindow, measures: Sequence[DriftMeasure]) -> None:
     """Draw the predicted classes, the largest probabilities, and each measure divided by its threshold for "shifted".
 
     Args:

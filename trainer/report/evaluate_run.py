@@ -102,7 +102,7 @@ def evaluate(
     quantifier = "all " if is_unsplit else ""
     log.info(f"evaluating {quantifier}{dataset.splits[split].count:,} {prefix}examples of {dataset.name}")
     with show_addresses_in_errors(images.addresses):
-        scored = Scorer(worker, classifier).score(images.split(split), config.training.batch_size, split)
+        scored = Scorer(worker, classifier).score(images.open_split(split), config.training.batch_size, split)
     stop.check(DURING_EVALUATION)
     trained_on = is_run_data and (split == "train" or config.debug.overfit)
     report_fields: dict[str, Any] = {

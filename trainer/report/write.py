@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.intervals import compute_wilson_interval
 from trainer.evaluation.label_errors import describe_label_errors
 from trainer.evaluation.predictions import write_predictions, write_probabilities
 from trainer.report import figures
@@ -67,7 +67,9 @@ def _summarize_phases(
         phase = {"epochs": len(rows), "seconds": sum(float(row.get("seconds") or 0) for row in rows), **values}
         phase.setdefault("val_accuracy", None)
         if phase.get("val_n") and phase["val_accuracy"] is not None:
-            phase["val_interval"] = wilson_interval(round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"])
+            phase["val_interval"] = compute_wilson_interval(
+                round(phase["val_accuracy"] * phase["val_n"]), phase["val_n"]
+            )
         summary[name] = phase
     return summary
 

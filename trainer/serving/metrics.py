@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import trainer
-from trainer.evaluation.drift import Window, embedding_distance, merge_bins, population_stability_index
+from trainer.evaluation.drift import PredictionWindow, compute_embedding_distance, compute_psi, merge_bins
 from trainer.monitoring.log import format_utc_now
 from trainer.serving.export_files import Export, Prediction
 from trainer.serving.prediction_log import PredictionLog
@@ -60,7 +60,7 @@ class VersionMetrics:
 
     def __init__(self, metrics: ServingMetrics, export: Export) -> None:
         self.export, self._metrics = export, metrics
-        self._window = Window(len(export.classes), WINDOW_PREDICTIONS)
+        self._window = PredictionWindow(len(export.classes), WINDOW_PREDICTIONS)
         reference = export.reference or {}
         self._class_names = reference.get("classes", export.classes)  # labels.txt has spaces instead of line breaks
         embedding = reference.get("embedding", {})
@@ -140,11 +140,11 @@ class VersionMetrics:
         help_text = "Latest predictions compared with the reference: 0.1 is moderate, 0.25 is shifted"
         stability = GaugeMetricFamily("kubetune_serving_population_stability_index", help_text, labels=["of"])
         reference_counts = np.asarray(reference["class_frequencies"]) * reference["n"]
-        stability.add_metric(["classes"], population_stability_index(reference_counts, counts))
+        stability.add_metric(["classes"], compute_psi(reference_counts, counts))
         reference_histogram = np.asarray(reference["confidence_histogram"]["counts"], np.float64)
-        stability.add_metric(["confidence"], population_stability_index(*merge_bins(reference_histogram, confidences)))
+        stability.add_metric(["confidence"], compute_psi(*merge_bins(reference_histogram, confidences)))
         yield stability
         if gaussian is not None and self._embedding_width:
             help_text = "Frechet distance of the latest embeddings from the reference over its variance: 0.1 is shifted"
-            distance = embedding_distance(reference["embedding"], *gaussian)
+            distance = compute_embedding_distance(reference["embedding"], *gaussian)
             yield GaugeMetricFamily("kubetune_serving_embedding_distance", help_text, distance)

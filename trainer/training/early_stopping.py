@@ -8,21 +8,28 @@ from trainer.config.phases import EarlyStopping
 from trainer.training.state import RunState
 
 
-def update_best(state: RunState, epoch: dict[str, Any], rule: EarlyStopping) -> bool:
+def update_best(state: RunState, epoch_entry: dict[str, Any], rule: EarlyStopping) -> bool:
     """Update `state.best` and `state.bad_epochs` after an epoch, and return whether it is the new best epoch.
 
-    `epoch` is the epoch's history entry. The epoch is an improvement if its score (accuracy or negative loss) exceeds
-    the best score by more than `rule.min_delta`. At equal accuracy, an epoch with a lower loss becomes the best epoch,
-    but counts as one without improvement, so that a saturated accuracy does not select the earliest epoch.
+    The epoch is an improvement if its score (accuracy or negative loss) exceeds the best score by more than
+    `rule.min_delta`. At equal accuracy, an epoch with a lower loss becomes the best epoch, but counts as one without
+    improvement, so that a saturated accuracy does not select the earliest epoch.
+
+    Args:
+        state: the run state, which is changed.
+        epoch_entry: the epoch's entry in `state.history`, with its validation scores.
+        rule: the phase's early stopping: the metric, and the improvement that counts.
     """
-    score = epoch["val_accuracy"] if rule.metric == "accuracy" else -epoch["val_loss"]
+    score = epoch_entry["val_accuracy"] if rule.metric == "accuracy" else -epoch_entry["val_loss"]
     best = state.best
     is_improvement, wins_tie = best is None, False
     if best is not None:
         is_improvement = score > best["value"] + rule.min_delta
-        wins_tie = rule.metric == "accuracy" and score == best["value"] and epoch["val_loss"] < best["val_loss"]
+        wins_tie = rule.metric == "accuracy" and score == best["value"] and epoch_entry["val_loss"] < best["val_loss"]
     if is_improvement or wins_tie:
-        state.best = {"step": state.step, "epoch": epoch["epoch"], "value": score, "val_loss": epoch["val_loss"]}
+        state.best = {
+            "step": state.step, "epoch": epoch_entry["epoch"], "value": score, "val_loss": epoch_entry["val_loss"],
+        }  # fmt: skip
     state.bad_epochs = 0 if is_improvement else state.bad_epochs + 1
     return is_improvement or wins_tie
 
@@ -50,7 +57,7 @@ def find_best_step(state: RunState, rule: EarlyStopping) -> int | None:
 
 
 def summarize_phase(
-    state: RunState, name: str, step: int, whole: Mapping[str, float] = MappingProxyType({})
+    state: RunState, name: str, step: int, full_scores: Mapping[str, float] = MappingProxyType({})
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summarize the finished phase `name`.
 
@@ -58,8 +65,8 @@ def summarize_phase(
         state: the run state at the end of the phase, before it is advanced to the next phase.
         name: name of the phase.
         step: step whose weights the phase ends with; it can belong to an earlier phase.
-        whole: scores of these weights on the whole validation split, if epochs are scored on a fraction of it. They
-            replace the epoch's scores, of which the summary retains `epoch_val_accuracy` and `epoch_val_n`.
+        full_scores: scores of these weights on the entire validation split, if epochs are scored on a fraction of it.
+            They replace the epoch's scores, of which the summary retains `epoch_val_accuracy` and `epoch_val_n`.
 
     Returns:
         The summary, for the report and `state.finished`, and the history entry of `step`. If `step` belongs to an
@@ -71,13 +78,13 @@ def summarize_phase(
     step_entry = next(entry for entry in state.history if entry["step"] == step)
     summary = {
         **{key: value for key, value in step_entry.items() if key.startswith("val_")},
-        **whole,
+        **full_scores,
         "epochs": len(phase_entries),
         "best_epoch": state.best["epoch"],
         "kept_step": step,
         "seconds": sum(entry["seconds"] for entry in phase_entries),
     }
-    if whole:
+    if full_scores:
         summary |= {f"epoch_{key}": step_entry[key] for key in ("val_accuracy", "val_n") if key in step_entry}
     if step_entry["phase"] != name:
         best_entry = next(entry for entry in phase_entries if entry["step"] == state.best["step"])

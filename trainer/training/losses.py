@@ -71,19 +71,19 @@ def compute_class_weights(
     return weights_per_class
 
 
-def compute_divergence_threshold(settings: LossSettings, classes: int) -> float:
-    """Return the mean loss above which training counts as diverged. `classes`, at least 2, is the number of classes.
+def compute_divergence_threshold(settings: LossSettings, num_classes: int) -> float:
+    """Return the mean loss above which training counts as diverged. `num_classes` is at least 2.
 
     The result is `MAX_LOSS_RATIO` times ln(classes). Class weights and distillation scale the losses, so it is
     multiplied by the largest class weight and, with distillation, by the square of a temperature above 1.
     """
     scale = max(settings.class_weights or (1.0,)) * (max(settings.temperature, 1.0) ** 2 if settings.alpha < 1 else 1.0)
-    return MAX_LOSS_RATIO * math.log(classes) * scale
+    return MAX_LOSS_RATIO * math.log(num_classes) * scale
 
 
-def _smooth_labels(labels: tf.Tensor, classes: int, smoothing: float) -> tf.Tensor:
+def _smooth_labels(labels: tf.Tensor, num_classes: int, smoothing: float) -> tf.Tensor:
     """Return smoothed one-hot labels, float32 [b, classes]."""
-    return tf.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
+    return tf.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
 
 
 def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:

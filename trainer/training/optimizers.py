@@ -29,6 +29,7 @@ class WarmUp(LearningRateSchedule):
         self.peak, self.steps, self.main_schedule = peak, steps, main_schedule
 
     def __call__(self, step: Any) -> tf.Tensor:
+        """Return the learning rate at a step of the phase, a float32 scalar."""
         step = tf.cast(step, tf.float32)
         warmup = self.peak * (step + 1) / (self.steps + 1)
         return tf.where(step < self.steps, warmup, self.main_schedule(tf.maximum(step - self.steps, 0)))

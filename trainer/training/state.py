@@ -22,15 +22,17 @@ class RunState:
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # the same sums since the last log line
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # summary of each finished phase, by phase
-    images: float = 0.0  # training examples processed in the run
+    images: float = 0.0  # number of training examples that the run has processed
     train_seconds: float = 0.0  # seconds of training up to this checkpoint
     starts: int = 0  # starts of the run up to this checkpoint, including restarts
     sharding: dict[str, Any] = field(default_factory=dict)  # `trainer.data.sharding.ShardingPlan.checkpoint_state`
     teacher: str | None = None  # fingerprint of the teacher's weights; None if there is no teacher
 
     def to_json(self) -> dict[str, Any]:
+        """Return the state as JSON values, by field name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
+        """Build a state from the result of `to_json`."""
         return cls(**values)

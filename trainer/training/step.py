@@ -5,7 +5,8 @@ example and 0 for padding. It depends neither on padding nor on how the examples
 Therefore replicas all-reduce the sum of weights before they compute gradients. The same all-reduce sums the stop flags
 of the workers, so that all workers stop after the same step.
 
-`TrainingStep.run` executes several steps in one compiled loop (`_loop`). `_terms` is the forward and backward pass.
+`TrainingStep.run` executes several steps in one compiled loop (`_loop`). `_terms` computes the forward and the backward
+pass: the gradients and the sums for metrics, which a step adds up over micro-batches and replicas.
 
 With virtual replicas (VirtualFlow, Or et al. 2022), a global batch consists of a fixed number of equal parts, whatever
 the number of replicas. Sums over the parts are added in one binary tree, first within a replica, then over the
@@ -27,7 +28,6 @@ import tensorflow as tf
 from trainer.config.schema import RunConfig
 from trainer.errors import Diverged
 from trainer.private_api import advance_function_numbers, all_to_all
-from trainer.training import variables as by_name
 from trainer.training.losses import (
     LossSettings,
     compute_class_weights,
@@ -36,6 +36,7 @@ from trainer.training.losses import (
     compute_weighted_losses,
     safe_log,
 )
+from trainer.training.variables import assign_values, collect_optimizer_variables, copy_values
 from trainer.types import Batch, Dataset
 
 CALL_SECONDS = 2.0  # approximate maximum length of a device call that checks for a stop request only at its start
@@ -45,7 +46,7 @@ INITIAL_LOSS_SCALE, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000  # as in `keras.opti
 
 
 class Network(Protocol):
-    """The network that a step trains: a classifier, or its tail on cached features."""
+    """The network that a step trains: a `Classifier` on images, or its `Tail` on cached features."""
 
     def logits(
         self, images: Any, *, training: bool = False, batch_norm_training: bool = False, seed: int = 0, step: Any = 0,
@@ -128,35 +129,35 @@ def require_finite(sums: np.ndarray, step: int, phase: str, epoch: int) -> None:
     """
     if not np.isfinite(sums).all():
         first_step = step - len(sums) + 1 + int(np.argmax(~np.isfinite(sums).all(-1)))
-        raise _divergence_error("loss", "not finite", first_step, phase, epoch)
+        raise _make_divergence_error("loss", "not finite", first_step, phase, epoch)
 
 
 def require_plausible(
-    losses: Mapping[str, float], settings: LossSettings, *, classes: int, step: int, phase: str, epoch: int
+    losses: Mapping[str, float], settings: LossSettings, *, num_classes: int, step: int, phase: str, epoch: int
 ) -> None:
     """Raise `Diverged` if a mean loss exceeds `compute_divergence_threshold`, or is not finite.
 
     `losses` contains mean losses by name. The one named "val_loss" is the validation loss, which has neither class
-    weights nor distillation. `classes` is the number of classes. `step`, `phase` and `epoch` are for the message.
+    weights nor distillation. `num_classes` is the number of classes. `step`, `phase` and `epoch` are for the message.
     """
     for name, loss in losses.items():
-        limit = compute_divergence_threshold(LossSettings() if name == "val_loss" else settings, classes)
+        limit = compute_divergence_threshold(LossSettings() if name == "val_loss" else settings, num_classes)
         if not loss <= limit:  # also true for NaN
             loss_name = "validation loss" if name == "val_loss" else "loss"
             if not np.isfinite(loss):
-                raise _divergence_error(loss_name, "not finite", step, phase, epoch)
-            reason = f": at most {limit:,.0f} is plausible for {classes} classes (docs/training.md)"
-            raise _divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, reason)
+                raise _make_divergence_error(loss_name, "not finite", step, phase, epoch)
+            reason = f": at most {limit:,.0f} is plausible for {num_classes} classes (docs/training.md)"
+            raise _make_divergence_error(loss_name, f"{loss:,.0f}", step, phase, epoch, reason)
 
 
-def _divergence_error(loss_name: str, value: str, step: int, phase: str, epoch: int, reason: str = "") -> Diverged:
+def _make_divergence_error(loss_name: str, value: str, step: int, phase: str, epoch: int, reason: str = "") -> Diverged:
     """Build an error about the `value` of a loss at a step; `reason` ends the sentence."""
     fix = f"lower phases.{phase}.optimizer.learning_rate, or set training.clip_norm=1"
     return Diverged(f"the {loss_name} is {value} at step {step} (phase {phase}, epoch {epoch}){reason}", fix=fix)
 
 
 @dataclass
-class Averages:
+class WeightAverages:
     """Exponential moving averages (EMA) of the trained weights."""
 
     shadows: dict[str, tf.Variable]  # the averages, by name of the weight
@@ -164,9 +165,9 @@ class Averages:
 
     def swap(self) -> None:
         """Exchange the values of averages and weights. A second call exchanges them back."""
-        average_values, weight_values = by_name.copy_values(self.shadows), by_name.copy_values(self.weights)
-        by_name.assign_values(self.weights, average_values, "the averages")
-        by_name.assign_values(self.shadows, weight_values, "the weights")
+        average_values, weight_values = copy_values(self.shadows), copy_values(self.weights)
+        assign_values(self.weights, average_values, "the averages")
+        assign_values(self.shadows, weight_values, "the weights")
 
 
 def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()) -> tf.Tensor:
@@ -200,7 +201,7 @@ class TrainingStep:
         self,
         strategy: tf.distribute.Strategy,
         network: Network,
-        trained: dict[str, keras.Variable],
+        trainable_variables: dict[str, keras.Variable],
         optimizer: keras.optimizers.Optimizer,
         settings: StepSettings,
         *,
@@ -212,8 +213,8 @@ class TrainingStep:
         Args:
             strategy: distributes the step over replicas.
             network: computes the logits and the L2 penalty.
-            trained: the network's trainable variables by name; the optimizer updates no others.
-            optimizer: the optimizer, which is built here for the variables in `trained`.
+            trainable_variables: the network's trainable variables by name; the optimizer updates no others.
+            optimizer: the optimizer, which is built here for the variables in `trainable_variables`.
             settings: settings of the step and its loss.
             should_stop: returns whether this worker is requested to stop. Called at each step, in a TensorFlow thread.
                 If it returns true on any worker, all workers stop after that step. Without `polls_each_step`, it is
@@ -223,10 +224,12 @@ class TrainingStep:
                 batches have soft labels, or if there is no distillation.
         """
         self.strategy, self.network, self.optimizer, self.teacher = strategy, network, optimizer, teacher
-        self.variables, self.settings, self.should_stop = list(trained.values()), settings, should_stop
+        self.variables, self.settings, self.should_stop = list(trainable_variables.values()), settings, should_stop
         self.replicas = strategy.num_replicas_in_sync  # total number on all workers
-        self.on_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        local_devices: tuple[str, ...] = strategy.extended.worker_devices if self.on_workers else ()  # of this worker
+        self.is_multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        # Devices of this worker.
+        local_devices: tuple[str, ...] = strategy.extended.worker_devices if self.is_multi_worker else ()
+        # How `_add_replicas_in_tree` sums vectors over the replicas.
         self.exchanges_slices = len(local_devices) == 1 and "GPU" not in local_devices[0]
         parts = settings.virtual_replicas
         self.micro_batches = parts // self.replicas if parts else settings.accumulate  # number per step on each replica
@@ -237,10 +240,11 @@ class TrainingStep:
             self.loss_scale: list[tf.Variable] | None = None  # float32 scalars: scale, consecutive finite steps
             if settings.loss_scaling:
                 self.loss_scale = [tf.Variable(value, trainable=False) for value in (INITIAL_LOSS_SCALE, 0.0)]
-            self.averages: Averages | None = None
+            self.averages: WeightAverages | None = None
             if settings.ema:
-                shadows = {n: tf.Variable(v, trainable=False) for n, v in by_name.copy_values(trained).items()}
-                self.averages = Averages(shadows, trained)
+                initial_values = copy_values(trainable_variables)
+                shadows = {name: tf.Variable(value, trainable=False) for name, value in initial_values.items()}
+                self.averages = WeightAverages(shadows, trainable_variables)
         self.traced = False  # whether `run` has been called; the first call traces and compiles
         self._steps_per_call = 1  # limit without `polls_each_step`: as many steps as take `CALL_SECONDS`
         self._compiled_loop = tf.function(self._loop, autograph=False)
@@ -254,7 +258,7 @@ class TrainingStep:
         """Return the variables of optimizer, averages and loss scale, by their names in checkpoints."""
         shadows = {f"ema/{name}": shadow for name, shadow in self.averages.shadows.items()} if self.averages else {}
         scale = {f"loss_scale/{i}": variable for i, variable in enumerate(self.loss_scale or [])}
-        return by_name.collect_optimizer_variables(self.optimizer) | shadows | scale
+        return collect_optimizer_variables(self.optimizer) | shadows | scale
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -316,8 +320,8 @@ class TrainingStep:
         def is_unfinished(i: Any, stopped: Any, *_: Any) -> tf.Tensor:
             return tf.logical_and(i < steps, tf.logical_not(stopped)) if polls else i < steps
 
-        def one_step(i: Any, stopped: Any, rows: Any, waited: Any, per_step: Any) -> tuple[Any, ...]:
-            batch, wait_seconds, stop_flag = self._fetch(batches, after=rows[0])
+        def one_step(i: Any, stopped: Any, last_sums: Any, waited: Any, all_sums: Any) -> tuple[Any, ...]:
+            batch, wait_seconds, stop_flag = self._fetch(batches, after=last_sums[0])
             step_index = tf.cast(i, tf.int64)
             examples, stop_flags = on_replicas(self._count_globally, args=(batch, stop_flag))
             terms = on_replicas(terms_fn, args=(batch, run_step + step_index, examples))
@@ -328,18 +332,20 @@ class TrainingStep:
                 self.network.update_moving_averages(self.strategy, by_layer)
             if self.averages:
                 self._update_averages(phase_step + step_index)
-            row = local_results(sums)[0] if virtual_replicas else tf.add_n(local_results(sums))
+            step_sums = local_results(sums)[0] if virtual_replicas else tf.add_n(local_results(sums))
             if polls:
                 stopped = local_results(stop_flags)[0] > 0
-            return i + 1, stopped, (*rows[1:], row), waited + wait_seconds, per_step.write(i, row)
+            last_sums = (*last_sums[1:], step_sums)
+            return i + 1, stopped, last_sums, waited + wait_seconds, all_sums.write(i, step_sums)
 
         # `tf.while_loop`, not a Python loop: the first use of AutoGraph in a process takes a third of a second.
-        per_step = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
-        rows = (tf.zeros([3]),) * (1 if polls else 2)  # sums of the last one or two steps; a fetch waits for the first
-        initial_values = (tf.constant(0), stop_requested, rows, tf.zeros([], tf.float64), per_step)
-        _, stopped, _, waited, per_step = tf.while_loop(is_unfinished, one_step, initial_values)
-        sums = per_step.stack()
-        if self.on_workers and not virtual_replicas:  # `sums` has the sums over the local replicas only
+        all_sums = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3])
+        # Sums of the last one or two steps; a fetch waits for the first of them.
+        last_sums = (tf.zeros([3]),) * (1 if polls else 2)
+        initial_values = (tf.constant(0), stop_requested, last_sums, tf.zeros([], tf.float64), all_sums)
+        _, stopped, _, waited, all_sums = tf.while_loop(is_unfinished, one_step, initial_values)
+        sums = all_sums.stack()
+        if self.is_multi_worker and not virtual_replicas:  # `sums` has the sums over the local replicas only
             sums = self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
         return sums, waited, stopped
 

@@ -19,67 +19,74 @@ from trainer.data.augment.draws import NUM_LEVELS, RandomDraws, tabulate_levels
 MAX_ASPECT = 4 / 3  # maximum aspect ratio of a crop, width : height; the minimum is 1 / MAX_ASPECT
 
 
-def flip(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
-    """Apply each flip that `a` enables with probability 1/2, by copying pixels of images [b, S, S, 3] of any dtype."""
-    horizontal_flip = a.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
-    for is_enabled, draw, axis in (horizontal_flip, (a.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
+def flip(images: tf.Tensor, settings: Augmentation, draws: RandomDraws) -> tf.Tensor:
+    """Flip images, [b, S, S, 3] of any dtype, at random, by copying pixels.
+
+    Each flip that `settings` enables is applied with probability 1/2.
+    """
+    horizontal_flip = settings.flip_horizontal, draw_ids.FLIP_HORIZONTAL, 2
+    for is_enabled, draw, axis in (horizontal_flip, (settings.flip_vertical, draw_ids.FLIP_VERTICAL, 1)):
         if is_enabled:
             # One flag per image takes half the time of `tf.where` with a flag per pixel.
             images = tf.raw_ops.Select(condition=draws.coin(draw), x=tf.reverse(images, [axis]), y=images)
     return images
 
 
-def _compute_matrix(a: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+def _compute_matrix(
+    settings: Augmentation, draws: RandomDraws, crop_matrix: list[list[tf.Tensor]]
+) -> list[list[tf.Tensor]]:
     """Multiply `crop_matrix` by the inverses of flip, zoom, shear, rotation and stretch.
 
     The product is a 2 x 2 matrix, whose entries are Python numbers or float32 [b]. It maps output coordinates relative
     to the output's center to source coordinates relative to the crop's center.
     """
 
-    def times(m: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
-        """Return the product of `matrix` and `m`."""
-        return [[row[0] * m[0][j] + row[1] * m[1][j] for j in range(2)] for row in matrix]
+    def times(factor: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
+        """Return the matrix product of `matrix`, as it is so far, and `factor`."""
+        return [[row[0] * factor[0][j] + row[1] * factor[1][j] for j in range(2)] for row in matrix]
 
     matrix = crop_matrix
-    if a.flip_horizontal:
+    if settings.flip_horizontal:
         matrix = times([[tf.where(draws.coin(draw_ids.FLIP_HORIZONTAL), -1.0, 1.0), 0.0], [0.0, 1.0]])
-    if a.flip_vertical:
+    if settings.flip_vertical:
         matrix = times([[1.0, 0.0], [0.0, tf.where(draws.coin(draw_ids.FLIP_VERTICAL), -1.0, 1.0)]])
-    if a.zoom:
-        scale = draws.select(draw_ids.ZOOM, 1 / tabulate_levels(1 - a.zoom, 1 + a.zoom))
+    if settings.zoom:
+        scale = draws.select(draw_ids.ZOOM, 1 / tabulate_levels(1 - settings.zoom, 1 + settings.zoom))
         matrix = times([[scale, 0.0], [0.0, scale]])
-    if a.shear:
-        tangents = np.tan(np.radians(tabulate_levels(-a.shear, a.shear)))
+    if settings.shear:
+        tangents = np.tan(np.radians(tabulate_levels(-settings.shear, settings.shear)))
         matrix = times([[1.0, -draws.select(draw_ids.SHEAR, tangents)], [0.0, 1.0]])
-    for draw, limit in zip((draw_ids.ROTATION, draw_ids.SECOND_ROTATION), a.rotations, strict=False):
+    for draw, limit in zip((draw_ids.ROTATION, draw_ids.SECOND_ROTATION), settings.rotations, strict=False):
         angles = np.radians(tabulate_levels(-limit, limit))
         cos, sin = draws.select(draw, np.cos(angles)), draws.select(draw, np.sin(angles))
         matrix = times([[cos, sin], [-sin, cos]])
-    if a.stretch:
-        scales = 1 / tabulate_levels(1 - a.stretch, 1 + a.stretch)
+    if settings.stretch:
+        scales = 1 / tabulate_levels(1 - settings.stretch, 1 + settings.stretch)
         scale_x, scale_y = (draws.select(draw, scales) for draw in (draw_ids.STRETCH_X, draw_ids.STRETCH_Y))
         matrix = times([[scale_x, 0.0], [0.0, scale_y]])
     return matrix
 
 
-def warp(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
+def warp(images: tf.Tensor, settings: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Crop, flip, zoom, shear, rotate, stretch and shift images, uint8 [b, S, S, 3], in one resampling.
 
-    Operations that `a` disables are not in the graph. `draws` has the random numbers that select the parameters.
+    Operations that `settings` disables are not in the graph. `draws` has the random numbers that select the parameters.
     """
     batch_size, size = tf.shape(images)[0], images.shape[1]
-    zeros, center, max_shift = tf.zeros([batch_size]), (size - 1) / 2, a.shift * size
+    zeros, center, max_shift = tf.zeros([batch_size]), (size - 1) / 2, settings.shift * size
     crop_matrix, crop_center = [[1.0, 0.0], [0.0, 1.0]], (center, center)
-    if a.crop:
-        (width, height), (left, top) = draw_crops(a.crop, draws)
+    if settings.crop:
+        (width, height), (left, top) = draw_crops(settings.crop, draws)
         crop_matrix = [[width, 0.0], [0.0, height]]
         crop_center = (left + width / 2) * (size - 1), (top + height / 2) * (size - 1)
-    (xx, xy), (yx, yy) = _compute_matrix(a, draws, crop_matrix)
+    (xx, xy), (yx, yy) = _compute_matrix(settings, draws, crop_matrix)
     shifts = tabulate_levels(-max_shift, max_shift)
-    center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if a.shift else zeros)
-    center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if a.shift else zeros)
+    center_x = center + (draws.select(draw_ids.SHIFT_X, shifts) if settings.shift else zeros)
+    center_y = center + (draws.select(draw_ids.SHIFT_Y, shifts) if settings.shift else zeros)
     x, y = crop_center[0] - xx * center_x - xy * center_y, crop_center[1] - yx * center_x - yy * center_y
-    return resample(images, tf.stack([zeros + entry for entry in (xx, xy, x, yx, yy, y)], axis=1), a.fill)
+    return resample(
+        images, tf.stack([zeros + coefficient for coefficient in (xx, xy, x, yx, yy, y)], axis=1), settings.fill
+    )
 
 
 def tabulate_aspects(min_area: float) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +163,7 @@ def unpack(pixels: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 
 @compile_with_xla
 def _pack_images(images: tf.Tensor) -> tf.Tensor:
+    """Pack the channels of images, uint8 [b, S, S, 3], into int32 [b, S, S]."""
     return pack(tf.unstack(tf.cast(images, tf.int32), axis=-1))
 
 
@@ -203,11 +211,12 @@ def _gather_neighbors(pixels: tf.Tensor, upper_left: tf.Tensor) -> tuple[tf.Tens
 
 @compile_with_xla
 def _interpolate(
-    a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, right: tf.Tensor, down: tf.Tensor
-) -> tf.Tensor:
-    """Interpolate each channel between the packed pixels a, b (upper row), c and d (lower row). Round and pack again.
+    upper_left: tf.Tensor, upper_right: tf.Tensor, lower_left: tf.Tensor, lower_right: tf.Tensor,
+    right: tf.Tensor, down: tf.Tensor,
+) -> tf.Tensor:  # fmt: skip
+    """Interpolate each channel bilinearly between four packed pixels, int32 [b, S, S]. Round and pack again.
 
-    `right` and `down` are the distances of the position from `a`, float32 in [0, 1).
+    `right` and `down` are the distances of the position from the upper left pixel, float32 in [0, 1).
     """
 
     def channel(packed: tf.Tensor, shift: int) -> tf.Tensor:
@@ -215,8 +224,8 @@ def _interpolate(
 
     planes = []
     for shift in (0, 8, 16):
-        upper, lower = channel(a, shift), channel(c, shift)
-        upper += right * (channel(b, shift) - upper)
-        lower += right * (channel(d, shift) - lower)
+        upper, lower = channel(upper_left, shift), channel(lower_left, shift)
+        upper += right * (channel(upper_right, shift) - upper)
+        lower += right * (channel(lower_right, shift) - lower)
         planes.append(tf.cast(upper + down * (lower - upper) + 0.5, tf.int32))
     return pack(planes)

@@ -10,10 +10,11 @@ from trainer.data.augment.mixing import apply_cutout
 from trainer.data.augment.randaugment import apply_randaugment
 
 
-def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+def augment(images: tf.Tensor, settings: Augmentation, seed: int, epoch: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """Augment each image of a batch with its own random numbers. Disabled operations are not in the graph.
 
-    The operations are applied in this order. Names in backticks are fields of `a`.
+    The operations are applied in this order. Names in backticks are fields of `settings`, the section `augmentation`
+    of the configuration.
 
     1. Colors, clipped to 0..255. Contrast: mean + factor * (x - mean), with the image's mean and a factor in
        1 +- `contrast`. Brightness: x +- 255 * `brightness`. Saturation: gray + factor * (x - gray), with the pixel's
@@ -35,18 +36,22 @@ def augment(images: tf.Tensor, a: Augmentation, seed: int, epoch: tf.Tensor, ind
     Returns:
         uint8 [b, S, S, 3]. Each image's result is bit-for-bit independent of the other images.
     """
-    if not a.active:
+    if not settings.active:
         return images
     draws = RandomDraws(seed, epoch, index)
-    needs_resampling = bool(a.crop or a.rotation or a.shift or a.shear or a.zoom or a.stretch)
+    needs_resampling = bool(
+        settings.crop or settings.rotation or settings.shift or settings.shear or settings.zoom or settings.stretch
+    )
     if not needs_resampling:
-        images = flip(images, a, draws)
-    if a.contrast or a.brightness or a.saturation or a.hue:
-        images = recolor(images, a, draws)
+        images = flip(images, settings, draws)
+    if settings.contrast or settings.brightness or settings.saturation or settings.hue:
+        images = recolor(images, settings, draws)
     if needs_resampling:
-        images = warp(images, a, draws)
-    if a.randaugment:
-        images = apply_randaugment(images, a, RandomDraws(seed, epoch, index, RANDAUGMENT, 2 * a.randaugment))
-    if a.cutout:
-        images = apply_cutout(images, a.cutout, draws)
+        images = warp(images, settings, draws)
+    if settings.randaugment:
+        images = apply_randaugment(
+            images, settings, RandomDraws(seed, epoch, index, RANDAUGMENT, 2 * settings.randaugment)
+        )
+    if settings.cutout:
+        images = apply_cutout(images, settings.cutout, draws)
     return images

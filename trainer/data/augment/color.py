@@ -10,21 +10,28 @@ from trainer.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Ra
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in the gray value of a pixel (ITU-R BT.601)
 
-Planes = list[tf.Tensor]  # red, green and blue, float32 [b, S, S] each
+Planes = list[tf.Tensor]  # the color channels of a batch: red, green and blue, float32 [b, S, S] each
 Parameter: TypeAlias = tf.Tensor | None  # float32 [b]; None if the operation is disabled
 
 
-def recolor(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
+def recolor(images: tf.Tensor, settings: Augmentation, draws: RandomDraws) -> tf.Tensor:
     """Change the contrast and brightness, then the saturation, then the hue of images, uint8 [b, S, S, 3].
 
-    `a` sets the range of each change, and `draws` selects a value in the range per image. Pixels are clipped to 0..255.
+    `settings` sets the range of each change, and `draws` selects a value in the range per image. Pixels are clipped to
+    0..255.
     """
     pixels = _recolor(
         images,
-        draws.select(CONTRAST, tabulate_levels(1 - a.contrast, 1 + a.contrast)) if a.contrast else None,
-        draws.select(BRIGHTNESS, tabulate_levels(-255 * a.brightness, 255 * a.brightness)) if a.brightness else None,
-        draws.select(SATURATION, tabulate_levels(1 - a.saturation, 1 + a.saturation)) if a.saturation else None,
-        draws.select(HUE, tabulate_levels(-a.hue, a.hue)) if a.hue else None,
+        draws.select(CONTRAST, tabulate_levels(1 - settings.contrast, 1 + settings.contrast))
+        if settings.contrast
+        else None,
+        draws.select(BRIGHTNESS, tabulate_levels(-255 * settings.brightness, 255 * settings.brightness))
+        if settings.brightness
+        else None,
+        draws.select(SATURATION, tabulate_levels(1 - settings.saturation, 1 + settings.saturation))
+        if settings.saturation
+        else None,
+        draws.select(HUE, tabulate_levels(-settings.hue, settings.hue)) if settings.hue else None,
     )
     return unpack(pixels, images.shape)
 

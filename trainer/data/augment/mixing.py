@@ -49,21 +49,21 @@ def _flatten(images: tf.Tensor) -> tf.Tensor:
     return tf.reshape(images, [-1, images.shape[1], 3 * images.shape[1]])
 
 
-def beta_quantiles(alpha: float) -> np.ndarray:
+def compute_beta_quantiles(alpha: float) -> np.ndarray:
     """Return `NUM_LEVELS` equally likely values of a Beta(alpha, alpha) variable, increasing, float64 [NUM_LEVELS]."""
     from scipy import stats  # not at the top: the import takes half a second or more, and few runs need it
 
     return stats.beta.ppf((np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS, alpha, alpha)
 
 
-def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
+def mix_pairs(batch: dict[str, tf.Tensor], settings: Augmentation, seed: int, epoch: tf.Tensor) -> dict[str, tf.Tensor]:
     """Mix each image with its partner, the other image of its pair, by mixup or cutmix.
 
-    Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner, with lam from Beta(`a.mixup`, `a.mixup`).
-    Cutmix (Yun et al. 2019) replaces a square of the image with the same square of the partner. The square's area is
-    1 - x with x from Beta(`a.cutmix`, `a.cutmix`), minus the part outside the image, and lam is the fraction of the
-    image that is not replaced. If both are configured, each is applied with probability 1/2. Padding, and examples
-    whose partner is padding, are not mixed.
+    Mixup (Zhang et al. 2018) computes lam * image + (1 - lam) * partner, with lam from Beta(alpha, alpha), where alpha
+    is `settings.mixup`. Cutmix (Yun et al. 2019) replaces a square of the image with the same square of the partner.
+    The square's area is 1 - x with x from Beta(alpha, alpha), where alpha is `settings.cutmix`, minus the part outside
+    the image, and lam is the fraction of the image that is not replaced. If both are configured, each is applied with
+    probability 1/2. Padding, and examples whose partner is padding, are not mixed.
 
     Args:
         batch: `image` uint8 [b, S, S, 3], `label` int32 [b], `weight` float32 [b] and `index` int64 [b]. b is even, and
@@ -77,15 +77,17 @@ def mix_pairs(batch: dict[str, tf.Tensor], a: Augmentation, seed: int, epoch: tf
     images = _flatten(batch["image"])
     size, partners, draws = images.shape[1], _swap_pairs(images), RandomDraws(seed, epoch, batch["index"])
     can_mix = (batch["weight"] > 0) & (_swap_pairs(batch["weight"]) > 0)
-    is_cut = can_mix if a.cutmix else tf.zeros_like(can_mix)
-    if a.mixup and a.cutmix:
+    is_cut = can_mix if settings.cutmix else tf.zeros_like(can_mix)
+    if settings.mixup and settings.cutmix:
         is_cut &= draws.coin(MIX_METHOD)
     mixture, lam = images, tf.ones_like(batch["weight"])
-    if a.mixup:
-        lam = tf.where(can_mix & ~is_cut, draws.select(MIX, beta_quantiles(a.mixup)), 1.0)
+    if settings.mixup:
+        lam = tf.where(can_mix & ~is_cut, draws.select(MIX, compute_beta_quantiles(settings.mixup)), 1.0)
         mixture = _blend(images, partners, lam)
-    if a.cutmix:
-        sides = tf.cast(draws.select(MIX, np.rint(np.sqrt(1 - beta_quantiles(a.cutmix)) * size)), tf.int32)
+    if settings.cutmix:
+        sides = tf.cast(
+            draws.select(MIX, np.rint(np.sqrt(1 - compute_beta_quantiles(settings.cutmix)) * size)), tf.int32
+        )
         mask, area = _draw_squares(sides, draws, (CUTMIX_X, CUTMIX_Y), size)
         mixture = tf.raw_ops.Select(condition=mask & is_cut[:, None, None], x=partners, y=mixture)
         lam = tf.where(is_cut, 1.0 - tf.cast(area, tf.float32) / float(size * size), lam)

@@ -21,18 +21,20 @@ MAX_MAGNITUDE = 30
 Operation = Callable[[tf.Tensor, tf.Tensor, float, str], tf.Tensor]
 
 
-def apply_randaugment(images: tf.Tensor, a: Augmentation, draws: RandomDraws) -> tf.Tensor:
-    """Apply `a.randaugment` random operations, one after another, to each image, uint8 [b, S, S, 3].
+def apply_randaugment(images: tf.Tensor, settings: Augmentation, draws: RandomDraws) -> tf.Tensor:
+    """Apply `settings.randaugment` random operations, one after another, to each image, uint8 [b, S, S, 3].
 
     Each operation uses two of `draws`, from index `RANDAUGMENT`: the first selects the operation, the second its
     direction.
     """
-    for i in range(a.randaugment):
+    for i in range(settings.randaugment):
         choices = tf.cast(draws.uniform(RANDAUGMENT + 2 * i) * len(OPERATIONS), tf.int32)
         directions = tf.where(draws.coin(RANDAUGMENT + 2 * i + 1), -1.0, 1.0)
         groups = tf.dynamic_partition(tf.range(tf.size(choices)), choices, len(OPERATIONS))
         new_images = [
-            operation(tf.gather(images, rows), tf.gather(directions, rows), a.magnitude / MAX_MAGNITUDE, a.fill)
+            operation(
+                tf.gather(images, rows), tf.gather(directions, rows), settings.magnitude / MAX_MAGNITUDE, settings.fill
+            )
             for operation, rows in zip(OPERATIONS.values(), groups, strict=True)
         ]
         images = tf.ensure_shape(tf.dynamic_stitch(groups, new_images), images.shape)
@@ -55,7 +57,7 @@ def _compute_transforms(name: str, strength: float, size: int) -> list[list[floa
             return [[1, s, s / 2, 0, 1, 0] for s in (-slope, slope)]
         case "shear_y":  # about the left edge, by up to 0.3 pixels per column
             return [[1, 0, 0, s, 1, s / 2] for s in (-slope, slope)]
-        case "translate_x":  # by up to 150 / 331 of the side, in whole pixels
+        case "translate_x":  # by up to 150 / 331 of the side, in integer pixels
             return [[1, 0, x, 0, 1, 0] for x in (-shift, shift)]
         case "translate_y":
             return [[1, 0, 0, 0, 1, y] for y in (-shift, shift)]

@@ -69,6 +69,7 @@ def describe_teacher(address: str) -> TeacherFiles:
 
 
 def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
+    """Describe the exported SavedModel in the folder `home`. Raise a DataError if it is not an export of kubetune."""
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
@@ -87,6 +88,7 @@ def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
 
 
 def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
+    """Describe the best or newest checkpoint of the run in `home`. Raise a DataError if it has none or is corrupt."""
     try:
         settings = config.load_resolved(config.parse_config((home / "config.yaml").read()))
     except ConfigError as error:

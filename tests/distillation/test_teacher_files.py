@@ -12,7 +12,13 @@ import yaml
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
 from trainer.config.schema import load
-from trainer.distillation.source import check_classes, describe_teacher, read_scores, read_weights, write_saved_model
+from trainer.distillation.teacher_files import (
+    check_classes,
+    describe_teacher,
+    read_scores,
+    read_weights,
+    write_saved_model,
+)
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.storage.path import storage_path
