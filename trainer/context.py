@@ -342,7 +342,7 @@ def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[st
 
 
 def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of report.json except for the scores. `exports`: format -> entry in report.json."""
+    """Return the content of report.json except for the scores. `exports`: as `export_classifier` returns them."""
     teacher = {}
     if run.config.distillation:
         teacher_path = locate_teacher(run.config.distillation.teacher, run.saver.address)
@@ -352,7 +352,7 @@ def collect_results(run: RunContext, exports: dict[str, dict[str, Any]]) -> dict
         "title": run.config.experiment_name or run.images.dataset.name,
         "history": run.state.history,
         "phases": run.state.finished,
-        "export": exports,
+        "export": {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()},
         **teacher,
         "trained_on": run.config.debug.overfit,
         "timing": run.clock.report(run.state.images) | start,

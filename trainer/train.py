@@ -479,10 +479,9 @@ def finish(run: RunContext) -> None:
     with clock.span("evaluation", "evaluation"), advise_export(saver.address):
         split = dataset.splits[choose_scored_split(dataset.splits)]
         log.info(f"evaluating {split.count:,} {split.name} examples")
-        scorer, embedded = run.scorer.with_embeddings(run.classifier), choose_parity_examples(split.count)
-        predictions = scorer.score(
-            images.open_split(split.name), config.training.batch_size, "final", embedded=embedded
-        )
+        source, embedded = images.open_split(split.name), choose_parity_examples(split.count)
+        scorer = run.scorer.with_embeddings(run.classifier)
+        predictions = scorer.score(source, config.training.batch_size, "final", embedded=embedded)
         if run.worker.should_stop("after scoring"):
             stop.request("stopped by another worker")
         check()
@@ -499,7 +498,6 @@ def finish(run: RunContext) -> None:
         shutil.rmtree(saver.path / "export", ignore_errors=True)
         log.info("exporting")
         exports = export_classifier(saver.path / "export", run.classifier, images, predictions, explain, check=check)
-        exports = {name: entry | {"path": f"export/{entry['path']}"} for name, entry in exports.items()}
         clock.lap()
         log.info("writing the report")
         health.set_activity("report")

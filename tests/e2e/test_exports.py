@@ -18,7 +18,7 @@ from trainer.config.schema import ExportFormat
 from trainer.data.decoding import decode_image
 from trainer.exporting.export import open_images
 from trainer.exporting.verify import load_export
-from trainer.models.grad_cam import explain
+from trainer.models.grad_cam import explain_features
 from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
 from trainer.storage.arrays import pack
 from trainer.storage.path import storage_path
@@ -66,7 +66,7 @@ def test_explanations_of_the_saved_model_are_those_of_the_trainer(trained: Path)
     pixels = np.stack([decode_image(tf.constant(file), size, "stretch").numpy() for file in files])
     served = tf.saved_model.load(str(trained / "export" / "saved_model" / "1"))
     inside = served.signatures["explain"](image_bytes=tf.constant(files))
-    outside = explain(classifier, pixels)
+    outside = explain_features(classifier, classifier.features(pixels))
     assert inside.keys() == outside.keys() == {"probabilities", "embedding", "heatmap"}
     for name, expected in outside.items():
         np.testing.assert_allclose(inside[name], expected, atol=1e-4, err_msg=name)

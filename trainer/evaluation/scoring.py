@@ -107,8 +107,12 @@ class Predictor:
                 is_example = weights > 0  # padding has weight 0
                 has_embedding = is_example & np.isin(indices, embedded)
                 embeddings = others[0][has_embedding] if others else np.zeros((0, 0), np.float32)
-                rows = (column[is_example] for column in (probabilities, labels, indices, losses))
-                chunks.append(Predictions(*rows, indices[has_embedding], embeddings))
+                chunks.append(
+                    Predictions(
+                        probabilities[is_example], labels[is_example], indices[is_example], losses[is_example],
+                        indices[has_embedding], embeddings,
+                    )
+                )  # fmt: skip
         return _join_by_index(chunks)
 
 
@@ -232,7 +236,10 @@ def _join_by_index(chunks: Sequence[Predictions]) -> Predictions:
     # The embeddings of a chunk that has none have no width.
     with_embeddings = [chunk for chunk in chunks if len(chunk.embedded_indices)] or list(chunks[:1])
     return Predictions(
-        *(join(column, order) for column in ("probabilities", "labels", "indices", "losses")),
+        join("probabilities", order),
+        join("labels", order),
+        join("indices", order),
+        join("losses", order),
         join("embedded_indices", embedded_order),
         join("embeddings", embedded_order, with_embeddings),
     )
