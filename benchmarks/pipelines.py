@@ -1,4 +1,4 @@
-"""The input pipeline of a run, for benchmarks."""
+"""The input pipeline of a run, opened without a run."""
 
 import tempfile
 from pathlib import Path
@@ -14,18 +14,18 @@ from trainer.data.pipeline import build_training_batches
 from trainer.types import Dataset
 
 
-def open_training(source: Data, size: int, cached: Cache) -> tuple[Dataset, Pixels]:
-    """A dataset, and its training images at `size` x `size` pixels; `cached` is the value of `data.cache`."""
-    cache = Path(tempfile.mkdtemp())
-    dataset = open_dataset(source, seed=1, cache_dir=cache, max_examples=None, log_message=print)
+def open_training_images(source: Data, size: int, cache: Cache) -> tuple[Dataset, Pixels]:
+    """Open a dataset, and its training images at `size` x `size` pixels. `cache` is a value of `data.cache`."""
+    cache_dir = Path(tempfile.mkdtemp())
+    dataset = open_dataset(source, seed=1, cache_dir=cache_dir, max_examples=None, log_message=print)
     pixels = Pixels(dataset.splits["train"], size, "stretch", "fail", log_message=print)
-    plan = plan_image_cache(cached, count_image_bytes(pixels.split, size), get_default_memory_budget(), 0, once=False)
-    fill_cache(pixels, plan, cache, dataset.fingerprint)
+    plan = plan_image_cache(cache, count_image_bytes(pixels.split, size), get_default_memory_budget(), 0, once=False)
+    fill_cache(pixels, plan, cache_dir, dataset.fingerprint)
     return dataset, pixels
 
 
-def stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
-    """Infinite stream of shuffled training batches of one replica."""
+def build_training_stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
+    """Build an infinite stream of shuffled, augmented training batches for one replica."""
     return build_training_batches(
         pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation
     ).dataset
