@@ -7,7 +7,7 @@ import pytest
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from tests.runs.test_folder import BEGUN, FINISHED, NEW, SAVED, leave
+from tests.runs.test_folder import FINISHED, NEW, SAVED, STARTED, make_run_in_state
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, configure_teacher, load_resolved
@@ -35,13 +35,13 @@ def choose(config: RunConfig) -> tuple[Any, Any]:
 
 def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path: Path) -> None:
     config = settings(home, tmp_path)
-    for state in (NEW, BEGUN, SAVED):
-        leave(teacher_of(config), state)
+    for state in (NEW, STARTED, SAVED):
+        make_run_in_state(teacher_of(config), state)
         assert choose(config) == (config, teacher_of(config))
-    leave(teacher_of(config), FINISHED)
+    make_run_in_state(teacher_of(config), FINISHED)
     assert choose(config) == (config, None)
-    for state in (BEGUN, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
-        leave(config, state)
+    for state in (STARTED, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
+        make_run_in_state(config, state)
         assert choose(config) == (config, None)
     assert is_finished(config)
     assert is_finished(teacher_of(config))
@@ -54,9 +54,9 @@ def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path
 
 def test_a_longer_teacher_is_trained_unless_its_student_has_begun(home: StoragePath, tmp_path: Path) -> None:
     config, longer = settings(home, tmp_path), settings(home, tmp_path, phases__head__epochs=9)
-    leave(teacher_of(config), FINISHED)
+    make_run_in_state(teacher_of(config), FINISHED)
     assert must_train(longer, teacher_of(longer))
-    leave(config, SAVED)
+    make_run_in_state(config, SAVED)
     assert not must_train(longer, teacher_of(longer))  # the run is extended, with the teacher that it began with
 
 
@@ -68,14 +68,14 @@ def test_a_folder_that_the_student_cannot_use_is_refused_before_the_teacher_trai
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(notes.txt\)"):
         choose(config)
     (home / "notes.txt").delete()
-    leave(config, SAVED)
+    make_run_in_state(config, SAVED)
     with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
         choose(settings(home, tmp_path, seed=5))
 
 
 def test_another_run_cannot_use_the_folder_of_a_teacher(home: StoragePath, tmp_path: Path) -> None:
     config = settings(home, tmp_path)
-    leave(teacher_of(config), SAVED)
+    make_run_in_state(teacher_of(config), SAVED)
     alone = load_resolved(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(teacher\)"):
         open_run_folder(alone)
@@ -88,10 +88,10 @@ def test_a_run_that_must_exist_can_be_that_of_its_teacher(home: StoragePath, tmp
     config = settings(home, tmp_path, resume="must")
     with raises(ConfigError, "resume", "must", "resume=auto", "holds no run"):
         open_run_folder(choose(config)[1])
-    leave(teacher_of(settings(home, tmp_path)), FINISHED)
+    make_run_in_state(teacher_of(settings(home, tmp_path)), FINISHED)
     now, teacher = choose(config)
     assert teacher is None
-    leave(now, SAVED)  # not refused, although the student has no run yet
+    make_run_in_state(now, SAVED)  # not refused, although the student has no run yet
     assert choose(config) == (config, None)
 
 
@@ -101,7 +101,7 @@ def test_a_new_folder_is_that_of_both(tmp_path: Path, monkeypatch: pytest.Monkey
     now, teacher = choose(config)
     assert (now.output_dir, teacher.output_dir) == (now.output_dir, f"{now.output_dir}/teacher")
     folder = open_run_folder(teacher)
-    folder.student = now.output_dir
+    folder.student_output_dir = now.output_dir
     assert f"output_dir={now.output_dir} " in folder_hint(folder)
     folder.abandon()
     assert not Path(str(now.output_dir)).exists()  # a refused start leaves nothing
@@ -130,5 +130,5 @@ def test_errors_of_its_run_have_the_keys_of_the_command() -> None:
     with raises(DataError, "data.root"), rename_teacher_keys():
         raise DataError("is missing", key="data.root")
     with pytest.raises(ConfigError) as caught, rename_teacher_keys():
-        raise ConfigError.of_faults([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
-    assert [fault.key for fault in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]
+        raise ConfigError.combine([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
+    assert [error.key for error in caught.value.errors] == ["distillation.phases.head.thaw", "seed"]

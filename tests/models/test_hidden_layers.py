@@ -184,8 +184,8 @@ def test_a_keras_model_has_only_layers_of_keras() -> None:
 def test_hidden_layers_that_cannot_be_built_are_refused(changes: dict[str, Any], key: str) -> None:
     with raises(ConfigError) as caught:
         load(tree(**{f"model__{name}": value for name, value in changes.items()}))
-    (fault,) = caught.value.faults
-    assert fault.key == key
+    (error,) = caught.value.errors
+    assert error.key == key
 
 
 def test_batch_norm_without_hidden_layers_is_not_read_and_a_batch_of_one_cannot_be_normalized() -> None:

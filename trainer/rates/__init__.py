@@ -33,7 +33,7 @@ OUTPUT = "outputs/rates"  # default of `output`
 def main() -> None:
     """Run `python -m trainer.rates`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
+        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)")
         bounds = parse_bounds(arguments.get("lowest", str(LOWEST)), arguments.get("highest", str(HIGHEST)))
         if is_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., this command tests all rates in one pass")
