@@ -1,4 +1,4 @@
-"""Measure every row of docs/performance.md in sequence, and write the page: `make bench`.
+"""Measure all rows of docs/performance.md in sequence, and write the page: `make bench`.
 
     make bench ARGS="--data FOLDER --weights FILE --alpha 0.35"
     make bench ARGS="--only step --rounds 3"       one row, printed and saved; the page is not written
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from benchmarks import page
-from benchmarks.arguments import argument_parser, output_folder
+from benchmarks.arguments import choose_output_folder, make_argument_parser
 
 ROWS = {
     "recipe": "whole_recipe",
@@ -25,10 +25,11 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    """Measure the selected rows in separate processes, and write the page."""
+    parser = make_argument_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure; the page is not written")
     options = parser.parse_args()
-    out = output_folder(options)
+    out = choose_output_folder(options)
     common = ["--weights", options.weights, "--alpha", str(options.alpha), "--out", str(out)]
     common += ["--data", str(options.data)] if options.data else []
     common += ["--rounds", str(options.rounds)] if options.rounds else []
@@ -39,7 +40,7 @@ def main() -> None:
     if options.only:
         print(f"write the page from all results in {out}: python -m benchmarks.page {out}")
     else:
-        page.write(out)
+        page.write_pages(out)
 
 
 if __name__ == "__main__":

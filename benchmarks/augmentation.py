@@ -1,10 +1,10 @@
-"""Cost of each augmentation: the pipeline of a run with it, against the same pipeline without augmentation.
+"""Measure the cost of each augmentation: the input pipeline of a run with it, compared with the one without.
 
     python -m benchmarks.augmentation --size 224
 
-Photos of 500 x 333 pixels (noise of several sizes, JPEG quality 90) are decoded and resized in every epoch.
-Rounds are interleaved; the ratio of images/s is taken round by round. Processor time is that of all threads of
-the process per image: in the row `none` with decoding, in the others the difference to it.
+Generated photos of 500 x 333 pixels are decoded and resized in every epoch. Rounds are interleaved, and the ratio of
+images/s is computed per round. Processor time is the CPU time of all threads of the process per image: in the row
+`none` the time of decoding and resizing, in the other rows the difference to it.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.arguments import all_to_train
+from benchmarks.arguments import select_all_for_training
 from benchmarks.photos import write_photos
-from benchmarks.pipelines import open_training, stream
+from benchmarks.pipelines import build_training_stream, open_training_images
 from trainer.config.schema import Augmentation
 
 GROUPS = Path(__file__).parent.parent / "conf" / "augmentation"
@@ -43,6 +43,7 @@ SINGLE: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
+    """Measure all augmentations in interleaved rounds, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
@@ -50,33 +51,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
 
-    _, pixels = open_training(all_to_train(write_photos(Path(tempfile.mkdtemp()), 96)), options.size, "none")
+    _, pixels = open_training_images(
+        select_all_for_training(write_photos(Path(tempfile.mkdtemp()), 96)), options.size, "none"
+    )
 
     groups = {f"group {path.stem}": yaml.safe_load(path.read_text()) for path in sorted(GROUPS.glob("[!n]*.yaml"))}
-    chosen = {name: Augmentation(**on) for name, on in {"none": {}, **SINGLE, **groups}.items()}
+    chosen = {name: Augmentation(**keywords) for name, keywords in {"none": {}, **SINGLE, **groups}.items()}
     speeds: dict[str, list[float]] = {name: [] for name in chosen}
     processor: dict[str, list[float]] = {name: [] for name in chosen}
     images = options.batch * options.batches
-    for turn in range(options.rounds + 1):
+    for round_index in range(options.rounds + 1):
         for name, augmentation in chosen.items():
             # A new pipeline each time, so that no other one prefetches during the measurement.
-            batches = iter(stream(pixels, options.batch, augmentation))
+            batches = iter(build_training_stream(pixels, options.batch, augmentation))
             for _ in range(6):
                 next(batches)
-            began, used = time.perf_counter(), time.process_time()
+            started_at, processor_start = time.perf_counter(), time.process_time()
             for _ in range(options.batches):
                 next(batches)
-            if turn:  # the first warms up
-                speeds[name].append(images / (time.perf_counter() - began))
-                processor[name].append((time.process_time() - used) / images * 1000)
+            if round_index:  # the first round is for warm-up
+                speeds[name].append(images / (time.perf_counter() - started_at))
+                processor[name].append((time.process_time() - processor_start) / images * 1000)
             del batches
     decoding = statistics.median(processor["none"])
     print(f"{'':22} {'images/s':>9} {'of none':>8} {'(min, max)':>16} {'ms of processor':>16}")
-    for name, each in speeds.items():
-        ratios = [a / b for a, b in zip(each, speeds["none"], strict=True)]
-        spread = f"({min(ratios):.2f}, {max(ratios):.2f})"
+    for name, values in speeds.items():
+        ratios = [a / b for a, b in zip(values, speeds["none"], strict=True)]
+        ranges = f"({min(ratios):.2f}, {max(ratios):.2f})"
         cost = statistics.median(processor[name]) - (0 if name == "none" else decoding)
-        print(f"{name:22} {statistics.median(each):9,.0f} {statistics.median(ratios):8.2f} {spread:>16} {cost:16.2f}")
+        print(f"{name:22} {statistics.median(values):9,.0f} {statistics.median(ratios):8.2f} {ranges:>16} {cost:16.2f}")
 
 
 if __name__ == "__main__":

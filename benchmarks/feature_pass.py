@@ -1,4 +1,4 @@
-"""The feature pass of a run, against the frozen layers alone on the same images in memory.
+"""Compare the feature pass of a run with the frozen layers alone, on the same images in memory.
 
 python -m benchmarks.feature_pass --data FOLDER --weights FILE --alpha 0.35
 """
@@ -13,8 +13,15 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
-from benchmarks.results import Comparison, Result, save
+from benchmarks.arguments import (
+    choose_output_folder,
+    describe_data,
+    describe_model,
+    format_command,
+    make_argument_parser,
+    open_photos,
+)
+from benchmarks.results import Comparison, Result, save_result
 from trainer.cli.compose import compose
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.devices import build_strategy
@@ -41,7 +48,7 @@ of TensorFlow over the same images, {rows} at once as ours, whose outputs are di
 
 
 def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple[Worker, ImageStore, Classifier]:
-    """The devices, images and classifier of the recipe as a run opens them."""
+    """Open the devices, images and classifier of the flowers recipe as a run does."""
     tree = compose([
         "experiment=flowers_mobilenet_v2", "data=image_folder", f"data.root={root}", "data.cache=memory",
         "augmentation=none", f"model.weights={options.weights}", f"model.alpha={options.alpha}",
@@ -55,48 +62,49 @@ def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple
     return worker, ImageStore(data, config, classifier.image_size, lambda _: None), classifier
 
 
-def our_pass(
+def make_our_pass(
     worker: Worker, images: ImageStore, classifier: Classifier, cut: Cut, scratch: Path, engine: TrunkEngine
 ) -> Callable[[], float]:
-    """A function that computes all features with one library, and returns images/s."""
+    """Make a function that computes and stores all features with one library as a run does, and returns images/s."""
     compute, split = FeaturePass(worker, images, classifier, engine), images.dataset.splits["train"]
 
-    def once() -> float:
+    def run_pass() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             unfilled = Features(split, cut.shape, "float32", 1, np.arange(split.count))
             features = open_features(unfilled, Path(folder) / "f", 4 * GIGABYTE, 4 * GIGABYTE)
             assert features is not None
-            began = time.perf_counter()
+            started_at = time.perf_counter()
             assert compute.compute_missing(
                 [FeatureRequest(cut, features, required=True)], Augmentation(), exchange=False
             )
             features.finish_writing()
-            return split.count / (time.perf_counter() - began)
+            return split.count / (time.perf_counter() - started_at)
 
-    return once
+    return run_pass
 
 
-def bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
-    """A function that runs the layers below the cut on the same images, and returns images/s."""
+def make_bare_pass(images: ImageStore, classifier: Classifier, cut: Cut) -> Callable[[], float]:
+    """Make a function that runs the layers below the cut on the same images, and returns images/s."""
     rows, pixels = get_images_per_call(), images.open_split("train").tensor()
     count = images.dataset.splits["train"].count
     batches = [pixels[start : start + rows] for start in range(0, count, rows)]
     trunk = Trunk(classifier, [cut])
     forward = tf.function(trunk.features)
 
-    def once() -> float:
-        began = time.perf_counter()
+    def run_pass() -> float:
+        started_at = time.perf_counter()
         for batch in batches:
             (features,) = forward(batch)
         features.numpy()
-        return count / (time.perf_counter() - began)
+        return count / (time.perf_counter() - started_at)
 
-    return once
+    return run_pass
 
 
 def measure(options: argparse.Namespace) -> Result:
+    """Measure the feature passes of both phases in interleaved rounds."""
     rounds, comparisons = options.rounds or 7, []
-    with photos(options) as root, tempfile.TemporaryDirectory() as name:
+    with open_photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         worker, images, classifier = open_recipe(root, options, scratch)
         divisions = divide_phases(images.config, classifier)
@@ -104,14 +112,14 @@ def measure(options: argparse.Namespace) -> Result:
             cut = divisions[phase].cut
             assert cut is not None
             sides: dict[str, Callable[[], float]] = {
-                name: our_pass(worker, images, classifier, cut, scratch, name) for name in ENGINES
+                name: make_our_pass(worker, images, classifier, cut, scratch, name) for name in ENGINES
             }
-            sides["bare"] = bare_pass(images, classifier, cut)
+            sides["bare"] = make_bare_pass(images, classifier, cut)
             speeds: dict[str, list[float]] = {side: [] for side in sides}
-            for turn in range(rounds + 1):
-                for side, once in sides.items():
-                    speed = once()
-                    if turn:  # the first traces
+            for round_index in range(rounds + 1):
+                for side, run_pass in sides.items():
+                    speed = run_pass()
+                    if round_index:  # the first round traces
                         speeds[side].append(speed)
             for name, library in ENGINES.items():
                 row = f"{layers}, by {library}"
@@ -125,14 +133,15 @@ def measure(options: argparse.Namespace) -> Result:
         name=f"features-alpha-{options.alpha:g}",
         title=f"Feature pass, MobileNetV2 of width {options.alpha:g}",
         how=HOW.replace("\n", " ").format(**values),
-        command=command_of("features", options, rounds),
+        command=format_command("features", options, rounds),
         comparisons=comparisons,
     )
 
 
 def main() -> None:
-    options = argument_parser(__doc__).parse_args()
-    save(measure(options), output_folder(options))
+    """Measure the feature pass, and save the result."""
+    options = make_argument_parser(__doc__).parse_args()
+    save_result(measure(options), choose_output_folder(options))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Measure one training step in this process, for `benchmarks.gpu`: python -m benchmarks.gpu_step SETTINGS (JSON).
+"""Measure the training step of one network in this process: `python -m benchmarks.gpu_step SETTINGS`.
 
-Prints a JSON object as its last line.
+`benchmarks.gpu` runs this module. SETTINGS is a JSON object with the fields of `Settings`. The last line of the output
+is a JSON object with the result.
 """
 
 import json
@@ -16,8 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.arguments import FLIP_ROTATE_ZOOM, all_to_train
-from benchmarks.pipelines import open_training, stream
+from benchmarks.arguments import FLIP_ROTATE_ZOOM, select_all_for_training
+from benchmarks.pipelines import build_training_stream, open_training_images
 from trainer.cli.compose import compose
 from trainer.cluster.devices import DTYPE_POLICIES, detect_device, set_thread_pools
 from trainer.config.auto import resolve_auto
@@ -32,14 +33,14 @@ from trainer.planning.computation import PhaseWorkload, decide_computation
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
-STEPS, CLASSES = 20, 101  # per call
-FED = {"decoded in memory": ("memory", False), "decoded anew": ("none", False), "augmented": ("memory", True)}
-MANY_IMAGES = 10**9  # so that compiling pays
+STEPS, CLASSES = 20, 101  # optimizer steps per call of the compiled function; classes of the network
+PIPELINES = {"decoded in memory": ("memory", False), "decoded anew": ("none", False), "augmented": ("memory", True)}
+MANY_IMAGES = 10**9  # so many that XLA is chosen wherever it makes the step faster
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One measurement. `photos` is a folder of class folders: then our step is also fed by the pipeline of a run."""
+    """A measurement. `photos` is a folder of class folders for measuring our step with the input pipeline, or None."""
 
     implementation: str  # ours | keras
     backbone: str
@@ -51,7 +52,7 @@ class Settings:
 
 
 def configure(settings: Settings) -> RunConfig:
-    """Resolve the settings of `runtime=gpu` for the device of this machine, and prepare TensorFlow."""
+    """Resolve the configuration of `runtime=gpu` for this machine's device, and set TensorFlow's options."""
     phases = {"all": "end_to_end", "none": "head_only"}[settings.thaw]
     requested = load(compose([
         "data=digits", f"phases={phases}", "runtime=gpu", f"training.batch_size={settings.batch}", "model.weights=none",
@@ -66,7 +67,7 @@ def configure(settings: Settings) -> RunConfig:
 
 
 def make_batch(settings: Settings) -> dict[str, np.ndarray]:
-    """A batch of noise."""
+    """Make a batch of random images and labels."""
     rng, rows = np.random.default_rng(0), np.arange(settings.batch, dtype=np.int64)
     images = rng.integers(0, 255, (settings.batch, settings.side, settings.side, 3), np.uint8)
     labels = rng.integers(0, CLASSES, settings.batch).astype(np.int32)
@@ -75,37 +76,44 @@ def make_batch(settings: Settings) -> dict[str, np.ndarray]:
 
 
 def to_device(batches: tf.data.Dataset) -> Iterator[Any]:
-    """Iterate over batches as a run does."""
+    """Iterate over batches, prefetched to the GPU as in a run."""
     return iter(prefetch_to_device(batches, "GPU:0") if detect_device().kind == "GPU" else batches)
 
 
 def measure_calls(call: Callable[[], object], images: int, seconds: float) -> dict[str, Any]:
-    """Images per second of a call, after the first one, which compiles, and the second."""
-    began = time.perf_counter()
+    """Measure the images per second of `call`, and the duration of its first call, which compiles.
+
+    The second call is not measured, either. `images` is the number of images per call.
+    """
+    started_at = time.perf_counter()
     call()
-    first, speeds = time.perf_counter() - began, list[float]()
+    first_call_seconds, speeds = time.perf_counter() - started_at, list[float]()
     call()
     end = time.perf_counter() + seconds
     while not speeds or time.perf_counter() < end:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         call()
-        speeds.append(images / (time.perf_counter() - began))
-    return {"images_per_second": statistics.median(speeds), "range": [min(speeds), max(speeds)], "first_call": first}
+        speeds.append(images / (time.perf_counter() - started_at))
+    return {
+        "images_per_second": statistics.median(speeds),
+        "range": [min(speeds), max(speeds)],
+        "first_call": first_call_seconds,
+    }
 
 
 def measure_ours(settings: Settings, config: RunConfig) -> dict[str, Any]:
-    """Measure the step of a run, on one batch in memory and, with `photos`, on batches of the pipeline."""
+    """Measure the step of a run on one batch in memory and, with `settings.photos`, with the input pipeline."""
     tf.config.experimental.enable_op_determinism()
     ((name, phase),) = config.phases.items()
     classifier = build_classifier(config.model, CLASSES, 1)
     plan = set_trainable_layers(classifier, phase.thaw, phase.batch_norm)
-    facts = PhaseWorkload(
+    workload = PhaseWorkload(
         MANY_IMAGES, len(classifier.backbone.layers), find_differentiated_operations(classifier.backbone)
     )
-    computation = decide_computation(config, name, detect_device(), facts)
-    rate = build_schedule(phase.schedule, 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
+    computation = decide_computation(config, name, detect_device(), workload)
+    schedule = build_schedule(phase.schedule, 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
     step = TrainingStep(
-        tf.distribute.get_strategy(), classifier, plan.trainable, build_optimizer(phase.optimizer, rate),
+        tf.distribute.get_strategy(), classifier, plan.trainable, build_optimizer(phase.optimizer, schedule),
         StepSettings(seed=1, xla=computation.xla, loss_scaling=config.runtime.precision == "float16",
                      polls_each_step=detect_device().kind == "CPU"),
     )  # fmt: skip
@@ -117,27 +125,27 @@ def measure_ours(settings: Settings, config: RunConfig) -> dict[str, Any]:
 
     bare = tf.data.Dataset.from_tensors(make_batch(settings)).repeat()
     result = measure(bare) | {"xla": computation.xla, "reason": computation.reason, "fed": {}}
-    for kind, (cache, augmented) in FED.items() if settings.photos else ():
-        _, pixels = open_training(all_to_train(Path(str(settings.photos))), settings.side, cache)  # type: ignore[arg-type]
+    for kind, (cache, augmented) in PIPELINES.items() if settings.photos else ():
+        _, pixels = open_training_images(select_all_for_training(Path(str(settings.photos))), settings.side, cache)  # type: ignore[arg-type]
         augmentation = FLIP_ROTATE_ZOOM if augmented else Augmentation()
-        fed = measure(stream(pixels, settings.batch, augmentation))["images_per_second"]
-        result["fed"][kind] = fed / measure(bare)["images_per_second"]  # the bare step again, right after it
+        pipeline_speed = measure(build_training_stream(pixels, settings.batch, augmentation))["images_per_second"]
+        result["fed"][kind] = pipeline_speed / measure(bare)["images_per_second"]  # the bare step again, right after it
     return result
 
 
-class Epochs(keras.callbacks.Callback):
-    """Times epochs of `fit`, and ends it after some seconds of measured epochs."""
+class EpochTimer(keras.callbacks.Callback):
+    """Measures the epochs of `fit`, and ends it after `seconds` of epochs, without the first two."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.seconds, self.measured = seconds, list[float]()
+        self.seconds, self.epoch_seconds = seconds, list[float]()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.began = time.perf_counter()
+        self.started_at = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        self.measured.append(time.perf_counter() - self.began)
-        if len(self.measured) > 2 and sum(self.measured[2:]) > self.seconds:
+        self.epoch_seconds.append(time.perf_counter() - self.started_at)
+        if len(self.epoch_seconds) > 2 and sum(self.epoch_seconds[2:]) > self.seconds:
             self.model.stop_training = True
 
 
@@ -154,15 +162,16 @@ def measure_keras(settings: Settings) -> dict[str, Any]:
     model = keras.Model(inputs, keras.layers.Dense(CLASSES, activation="softmax", dtype="float32")(features))
     model.compile(keras.optimizers.Adam(1e-5), loss="sparse_categorical_crossentropy", steps_per_execution=STEPS,
                   jit_compile=xla)  # fmt: skip
-    batch, epochs = make_batch(settings), Epochs(settings.seconds)
+    batch, epochs = make_batch(settings), EpochTimer(settings.seconds)
     batches = tf.data.Dataset.from_tensors((batch["image"].astype(np.float32), batch["label"])).repeat().prefetch(2)
     model.fit(batches, steps_per_epoch=STEPS, epochs=10_000, verbose=0, callbacks=[epochs])
-    speeds = [settings.batch * STEPS / seconds for seconds in epochs.measured[2:]]
+    speeds = [settings.batch * STEPS / seconds for seconds in epochs.epoch_seconds[2:]]
     return {"images_per_second": statistics.median(speeds), "range": [min(speeds), max(speeds)],
-            "first_call": epochs.measured[0], "xla": xla, "fed": {}}  # fmt: skip
+            "first_call": epochs.epoch_seconds[0], "xla": xla, "fed": {}}  # fmt: skip
 
 
 def main() -> None:
+    """Measure the step that the argument describes, and print the result as JSON."""
     settings = Settings(**json.loads(sys.argv[1]))
     config = configure(settings)
     result = measure_ours(settings, config) if settings.implementation == "ours" else measure_keras(settings)

@@ -1,21 +1,28 @@
-"""Cost of a run with 1x, 4x and 16x the photos, by links, without a cache and with one on disk.
+"""Measure how time and memory of a run grow with the number of photos: 1, 4 and 16 links to each photo.
 
     python -m benchmarks.growth --data FOLDER --weights FILE --alpha 0.35
 
-One epoch of the head phase, with a fifth of the photos for validation. Time should be linear (the same seconds per
-image) and memory constant.
+The run trains one epoch of the head phase, without an image cache or with a cache on disk; a fifth of the photos is for
+validation. Time should be proportional to the number of photos, and memory constant.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
-from benchmarks.photos import count_of, link_times
-from benchmarks.processes import TrainerRun, in_turns, train
-from benchmarks.results import Comparison, Result, Table, save, spread
+from benchmarks.arguments import (
+    choose_output_folder,
+    describe_data,
+    describe_model,
+    format_command,
+    make_argument_parser,
+    open_photos,
+)
+from benchmarks.photos import count_photos, link_repeatedly
+from benchmarks.processes import FinishedRun, interleave, run_trainer
+from benchmarks.results import Comparison, Result, Table, format_median_and_range, save_result
 
-TIMES = (1, 4, 16)
+COPIES = (1, 4, 16)  # numbers of links to each photo
 CACHES = ("none", "disk")
 HOW = """Runs of one head epoch, interleaved: {data} (1x), and 4 and 16 links to each; a fifth is for validation.
 {model}. Seconds are from opening the data to the end of training. Memory is the peak resident memory of the process,
@@ -24,19 +31,20 @@ not."""
 
 
 def measure(options: argparse.Namespace) -> Result:
+    """Run the trainer for each number of copies and each cache, in interleaved rounds."""
     rounds = options.rounds or 3
-    runs_of: dict[str, list[TrainerRun]] = {}
-    with photos(options) as root, tempfile.TemporaryDirectory() as name:
+    runs_by_name: dict[str, list[FinishedRun]] = {}
+    with open_photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        folders = {times: link_times(root, scratch / f"photos-{times}", times) for times in TIMES}
-        counts = {times: count_of(folder) for times, folder in folders.items()}
-        sides = {side_of(cache, times): (cache, times) for cache in CACHES for times in TIMES}
-        for turn, side in in_turns(list(sides), rounds):
-            cache, times = sides[side]
+        folders = {copies: link_repeatedly(root, scratch / f"photos-{copies}", copies) for copies in COPIES}
+        counts = {copies: count_photos(folder) for copies, folder in folders.items()}
+        sides = {name_run(cache, copies): (cache, copies) for cache in CACHES for copies in COPIES}
+        for round_index, side in interleave(list(sides), rounds):
+            cache, copies = sides[side]
             overrides = (
                 "experiment=flowers_mobilenet_v2",
                 "data=image_folder",
-                f"data.root={folders[times]}",
+                f"data.root={folders[copies]}",
                 f"data.cache={cache}",
                 f"model.weights={options.weights}",
                 f"model.alpha={options.alpha}",
@@ -44,59 +52,80 @@ def measure(options: argparse.Namespace) -> Result:
                 "~phases.fine_tune",
                 "phases.head.epochs=1",
             )
-            done = train(overrides, scratch)
-            runs_of.setdefault(side, []).append(done)
-            print(f"round {turn + 1}, {side}: {done.training:.1f} s, {done.process.peak_mb:,.0f} MB", flush=True)
+            finished_run = run_trainer(overrides, scratch)
+            runs_by_name.setdefault(side, []).append(finished_run)
+            print(
+                f"round {round_index + 1}, {side}: {finished_run.training_seconds:.1f} s, "
+                f"{finished_run.process.peak_mb:,.0f} MB",
+                flush=True,
+            )
         how = HOW.replace("\n", " ").format(data=describe_data(options, root), model=describe_model(options))
-    comparisons, sizes = grown(runs_of, counts)
+    comparisons, sizes = compare_sizes(runs_by_name, counts)
     return Result(
         name=f"growth-alpha-{options.alpha:g}",
         title="More photos",
         how=how,
-        command=command_of("growth", options, rounds),
+        command=format_command("growth", options, rounds),
         comparisons=comparisons,
         tables=[sizes],
     )
 
 
-def side_of(cache: str, times: int) -> str:
-    return f"data.cache={cache}, {times}x"
+def name_run(cache: str, copies: int) -> str:
+    """Return the name of a run in the results."""
+    return f"data.cache={cache}, {copies}x"
 
 
-def grown(runs_of: dict[str, list[TrainerRun]], counts: dict[int, int]) -> tuple[list[Comparison], Table]:
-    """Compare each size with the smallest one with the same cache; and a table of all sizes."""
+def compare_sizes(runs_by_name: dict[str, list[FinishedRun]], counts: dict[int, int]) -> tuple[list[Comparison], Table]:
+    """Compare each size with the smallest size with the same cache. Return the comparisons, and a table of all sizes.
+
+    Args:
+        runs_by_name: the runs in all rounds, by `name_run`.
+        counts: number of photos by number of copies.
+    """
     comparisons, rows = [], []
     for cache in CACHES:
-        smallest = runs_of[side_of(cache, TIMES[0])]
-        base = [counts[TIMES[0]] / r.training for r in smallest]
-        for times in TIMES:
-            side = side_of(cache, times)
-            runs = runs_of[side]
-            if times != TIMES[0]:
-                speeds = [counts[times] / r.training for r in runs]
+        smallest_runs = runs_by_name[name_run(cache, COPIES[0])]
+        smallest_speeds = [counts[COPIES[0]] / run.training_seconds for run in smallest_runs]
+        for copies in COPIES:
+            side = name_run(cache, copies)
+            runs = runs_by_name[side]
+            if copies != COPIES[0]:
+                speeds = [counts[copies] / run.training_seconds for run in runs]
                 comparisons += [
-                    Comparison(f"{side}: images/s", "1x", "images/s", speeds, base),
-                    Comparison(f"{side}: memory", "1x", "MB", memory(runs), memory(smallest)),
-                    Comparison(f"{side}: anonymous memory", "1x", "MB", own_memory(runs), own_memory(smallest)),
+                    Comparison(f"{side}: images/s", "1x", "images/s", speeds, smallest_speeds),
+                    Comparison(f"{side}: memory", "1x", "MB", list_peak_mb(runs), list_peak_mb(smallest_runs)),
+                    Comparison(
+                        f"{side}: anonymous memory",
+                        "1x",
+                        "MB",
+                        list_anonymous_mb(runs),
+                        list_anonymous_mb(smallest_runs),
+                    ),
                 ]
-            seconds = spread([r.training for r in runs], "{:.1f}")
-            megabytes = [spread(each, "{:,.0f}") for each in (memory(runs), own_memory(runs))]
-            rows.append([side, f"{counts[times]:,}", seconds, *megabytes])
+            seconds = format_median_and_range([run.training_seconds for run in runs], "{:.1f}")
+            megabytes = [
+                format_median_and_range(values, "{:,.0f}") for values in (list_peak_mb(runs), list_anonymous_mb(runs))
+            ]
+            rows.append([side, f"{counts[copies]:,}", seconds, *megabytes])
     header = ["run", "images", "seconds", "peak resident MB", "anonymous MB"]
     return comparisons, Table("Each size: median (range)", header, rows)
 
 
-def memory(runs: list[TrainerRun]) -> list[float]:
-    return [r.process.peak_mb for r in runs]
+def list_peak_mb(runs: list[FinishedRun]) -> list[float]:
+    """Return the peak resident memory of each run."""
+    return [run.process.peak_mb for run in runs]
 
 
-def own_memory(runs: list[TrainerRun]) -> list[float]:
-    return [r.process.own_mb for r in runs]
+def list_anonymous_mb(runs: list[FinishedRun]) -> list[float]:
+    """Return the peak anonymous memory of each run."""
+    return [run.process.anonymous_mb for run in runs]
 
 
 def main() -> None:
-    options = argument_parser(__doc__).parse_args()
-    save(measure(options), output_folder(options))
+    """Measure the growth, and save the result."""
+    options = make_argument_parser(__doc__).parse_args()
+    save_result(measure(options), choose_output_folder(options))
 
 
 if __name__ == "__main__":

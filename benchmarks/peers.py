@@ -1,3 +1,3 @@
-"""The peers of the whole recipe (`benchmarks/plain_keras.py`). Without imports, which would cost time."""
+"""Names of the alternatives in plain Keras (`benchmarks/plain_keras.py`), in a module that imports nothing slow."""
 
 PEERS = ("notebook", "corrected", "best")

@@ -26,68 +26,70 @@ import tensorflow as tf
 
 from benchmarks.peers import PEERS
 
-SIZE, BATCH, EPOCHS, FROM_LAYER = 160, 32, 5, 100
-NORM = keras.layers.BatchNormalization
+IMAGE_SIZE, BATCH_SIZE, EPOCHS, FROM_LAYER = 160, 32, 5, 100
+BatchNormalization = keras.layers.BatchNormalization
 
 
-class FrozenStatistics(NORM):
-    """BatchNormalization with the moving averages, also in training; gamma and beta train."""
+class FrozenStatistics(BatchNormalization):
+    """A BatchNormalization layer that uses the moving averages also in training. Gamma and beta train."""
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:  # noqa: ARG002 - as Keras calls it
         return super().call(inputs, training=False, mask=mask)
 
 
-class Clock(keras.callbacks.Callback):
-    """Times of the ends of epochs, validation included."""
+class EpochTimer(keras.callbacks.Callback):
+    """Records the times at which epochs end, after their validation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends: list[float] = []
+        self.end_times: list[float] = []
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - as Keras calls it
-        self.ends.append(time.perf_counter())
+        self.end_times.append(time.perf_counter())
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of every epoch but the first, which compiles."""
-        return [b - a for a, b in pairwise(self.ends)]
+        """Seconds of each epoch except the first one, which compiles."""
+        return [b - a for a, b in pairwise(self.end_times)]
 
 
 def open_split(folder: Path, seed: int) -> tuple[tf.data.Dataset, tf.data.Dataset, int]:
-    """Training batches, validation batches, and the number of classes."""
+    """Return training batches, validation batches, and the number of classes."""
     train = keras.utils.image_dataset_from_directory(
-        folder / "train", image_size=(SIZE, SIZE), batch_size=BATCH, seed=seed
+        folder / "train", image_size=(IMAGE_SIZE, IMAGE_SIZE), batch_size=BATCH_SIZE, seed=seed
     )
     validation = keras.utils.image_dataset_from_directory(
-        folder / "validation", image_size=(SIZE, SIZE), batch_size=BATCH, shuffle=False
+        folder / "validation", image_size=(IMAGE_SIZE, IMAGE_SIZE), batch_size=BATCH_SIZE, shuffle=False
     )
     autotune = tf.data.AUTOTUNE
     return train.cache().shuffle(1000).prefetch(autotune), validation.cache().prefetch(autotune), len(train.class_names)
 
 
 def freeze_statistics(backbone: keras.Model) -> keras.Model:
-    """The same network, with a copy of the weights, whose normalization never uses the statistics of a batch."""
+    """Copy a network and its weights. Normalization layers of the copy never use the statistics of a batch."""
 
-    def clone(layer: keras.Layer) -> keras.Layer:
-        kind = FrozenStatistics if isinstance(layer, NORM) else type(layer)
-        return kind.from_config(layer.get_config())
+    def copy_layer(layer: keras.Layer) -> keras.Layer:
+        layer_class = FrozenStatistics if isinstance(layer, BatchNormalization) else type(layer)
+        return layer_class.from_config(layer.get_config())
 
-    cloned = keras.models.clone_model(backbone, clone_function=clone)
-    cloned.set_weights(backbone.get_weights())
-    return cloned
+    copy = keras.models.clone_model(backbone, clone_function=copy_layer)
+    copy.set_weights(backbone.get_weights())
+    return copy
 
 
-def build(
+def build_model(
     classes: int, weights: str, alpha: float, augment: bool, frozen_statistics: bool = False
 ) -> tuple[keras.Model, keras.Model]:
-    """The whole model, float [b, S, S, 3] in 0..255 -> probabilities, and the frozen backbone in it."""
-    backbone = keras.applications.MobileNetV2(input_shape=(SIZE, SIZE, 3), include_top=False, weights=None, alpha=alpha)
+    """Build a classifier, float [b, S, S, 3] in 0..255 -> probabilities. Return it, and the frozen backbone in it."""
+    backbone = keras.applications.MobileNetV2(
+        input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3), include_top=False, weights=None, alpha=alpha
+    )
     if weights != "none":
         backbone.load_weights(weights)
     if frozen_statistics:  # after the weights: a file of weights names the classes of the layers
         backbone = freeze_statistics(backbone)
     backbone.trainable = False
-    inputs = x = keras.Input((SIZE, SIZE, 3))
+    inputs = x = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
     if augment:
         x = keras.layers.RandomFlip("horizontal")(x)
         x = keras.layers.RandomRotation(0.2)(x)
@@ -99,31 +101,37 @@ def build(
     return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x)), backbone
 
 
-def fit(
-    model: keras.Model, rate: float, data: Any, validation: Any, first_epoch: int, options: dict[str, Any]
-) -> tuple[Clock, list[float]]:
-    """Compile with `options` and train five epochs; returns their times and validation accuracies."""
-    clock = Clock()
-    loss, optimizer = "sparse_categorical_crossentropy", keras.optimizers.Adam(rate)
+def train_phase(
+    model: keras.Model,
+    learning_rate: float,
+    training_data: Any,
+    validation: Any,
+    first_epoch: int,
+    options: dict[str, Any],
+) -> tuple[EpochTimer, list[float]]:
+    """Compile a model with `options`, and train `EPOCHS` epochs. Return their times and validation accuracies."""
+    timer = EpochTimer()
+    loss, optimizer = "sparse_categorical_crossentropy", keras.optimizers.Adam(learning_rate)
     model.compile(optimizer, loss=loss, metrics=["accuracy"], **options)
     history = model.fit(
-        data,
+        training_data,
         validation_data=validation,
         initial_epoch=first_epoch,
         epochs=first_epoch + EPOCHS,
-        callbacks=[clock],
+        callbacks=[timer],
         verbose=0,
     )
-    return clock, [float(value) for value in history.history["val_accuracy"]]
+    return timer, [float(value) for value in history.history["val_accuracy"]]
 
 
-def averages_of(backbone: keras.Model) -> list[np.ndarray]:
-    """Copies of the moving averages of all normalization."""
-    norms = [layer for layer in backbone.layers if isinstance(layer, NORM)]
+def copy_moving_averages(backbone: keras.Model) -> list[np.ndarray]:
+    """Return copies of the moving averages of all normalization layers."""
+    norms = [layer for layer in backbone.layers if isinstance(layer, BatchNormalization)]
     return [np.array(value) for layer in norms for value in (layer.moving_mean, layer.moving_variance)]
 
 
 def main() -> None:
+    """Train the head and then the upper layers, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--peer", choices=PEERS, default="notebook")
@@ -134,26 +142,28 @@ def main() -> None:
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
     keras.utils.disable_interactive_logging()
-    began = time.perf_counter()
-    data, validation, classes = open_split(options.data, options.seed)
-    model, backbone = build(
+    started_at = time.perf_counter()
+    training_data, validation, classes = open_split(options.data, options.seed)
+    model, backbone = build_model(
         classes, options.weights, options.alpha, options.augment, frozen_statistics=options.peer != "notebook"
     )
-    one_call = {"jit_compile": False, "steps_per_execution": int(data.cardinality())}
-    compiled = one_call if options.peer == "best" else {}
-    head, first = fit(model, 1e-3, data, validation, 0, compiled)
-    before = averages_of(backbone)
+    one_call = {"jit_compile": False, "steps_per_execution": int(training_data.cardinality())}
+    compile_options = one_call if options.peer == "best" else {}
+    head_timer, head_accuracies = train_phase(model, 1e-3, training_data, validation, 0, compile_options)
+    averages_before = copy_moving_averages(backbone)
     backbone.trainable = True
     for layer in backbone.layers[:FROM_LAYER]:
         layer.trainable = False
-    tuned, second = fit(model, 1e-5, data, validation, EPOCHS, compiled)
-    whole = time.perf_counter() - began
+    fine_tune_timer, fine_tune_accuracies = train_phase(model, 1e-5, training_data, validation, EPOCHS, compile_options)
+    seconds = time.perf_counter() - started_at
     result = {
-        "seconds": whole,
+        "seconds": seconds,
         "trainable": sum(math.prod(variable.shape) for variable in model.trainable_variables),
-        "averages_changed": any((a != b).any() for a, b in zip(before, averages_of(backbone), strict=True)),
-        "epochs": {"head": head.seconds, "fine_tune": tuned.seconds},
-        "val_accuracy": {"head": first, "fine_tune": second},
+        "averages_changed": any(
+            (a != b).any() for a, b in zip(averages_before, copy_moving_averages(backbone), strict=True)
+        ),
+        "epochs": {"head": head_timer.seconds, "fine_tune": fine_tune_timer.seconds},
+        "val_accuracy": {"head": head_accuracies, "fine_tune": fine_tune_accuracies},
     }
     print(json.dumps(result))
 

@@ -1,4 +1,4 @@
-"""Run programs as separate processes, and measure their time and memory, and the times of their log lines."""
+"""Run Python programs in child processes, and measure their duration, memory, and the times of their log lines."""
 
 import datetime
 import json
@@ -15,49 +15,49 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05  # interval at which the memory of a child process is sampled
 
 
 @dataclass(frozen=True)
-class Completed:
-    """A process that exited with 0.
+class FinishedProcess:
+    """A process that has exited with code 0.
 
     Attributes:
-        began: time.time() of its start.
+        started_at: time.time() of its start.
         output: its standard output.
         peak_mb: peak resident memory, pages of mapped files included.
-        own_mb: peak anonymous memory, sampled every 50 ms.
-        seconds: time from its start to its end.
+        anonymous_mb: peak anonymous memory, sampled every 50 ms.
+        seconds: duration of the process.
     """
 
-    began: float
+    started_at: float
     output: str
     peak_mb: float
-    own_mb: float
+    anonymous_mb: float
     seconds: float
 
 
-def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
-    """Run Python with these arguments.
+def run_python(*arguments: str, environment: dict[str, str] | None = None) -> FinishedProcess:
+    """Run Python with these command-line arguments and additional environment variables, and wait for its end.
 
     Raises:
-        SystemExit: it failed; with its command and the end of its output.
+        SystemExit: the exit code is not 0. The message has the command and the end of the output.
     """
-    whole = [sys.executable, *command]
-    # PYTHONPATH makes the modules of this folder available in every working directory.
-    whole_environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
+    command = [sys.executable, *arguments]
+    # With PYTHONPATH, the modules of this repository can be imported in every working directory.
+    full_environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": str(ROOT), **(environment or {})}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        began = time.time()
-        process = subprocess.Popen(whole, cwd=ROOT, env=whole_environment, stdout=out, stderr=errors)
-        own = 0.0
+        started_at = time.time()
+        process = subprocess.Popen(command, cwd=ROOT, env=full_environment, stdout=out, stderr=errors)
+        anonymous_mb = 0.0
         try:
             while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid:
-                    seconds = time.time() - began
+                    seconds = time.time() - started_at
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break
-                own = max(own, _own_mb(process.pid))
+                anonymous_mb = max(anonymous_mb, _read_anonymous_mb(process.pid))
                 time.sleep(POLL_SECONDS)
         finally:
             if process.returncode is None:
@@ -68,71 +68,77 @@ def run(*command: str, environment: dict[str, str] | None = None) -> Completed:
         output = out.read().decode()
         if process.returncode:
             end = (output + errors.read().decode(errors="replace"))[-2000:]
-            sys.exit(f"{shlex.join(whole)} ended with {process.returncode}:\n{end}")
-    return Completed(began, output, usage.ru_maxrss / 1024, own, seconds)
+            sys.exit(f"{shlex.join(command)} ended with {process.returncode}:\n{end}")
+    return FinishedProcess(started_at, output, usage.ru_maxrss / 1024, anonymous_mb, seconds)
 
 
-def _own_mb(pid: int) -> float:
+def _read_anonymous_mb(pid: int) -> float:
+    """Return the anonymous memory of a running process; 0 if the process has ended."""
     try:
         match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:  # the process has just ended
+    except OSError:  # the process has ended
         return 0.0
     return int(match[1]) / 1024 if match else 0.0
 
 
 @dataclass(frozen=True)
-class TrainerRun:
-    """A run of `python -m trainer` and the lines of its log; times are in seconds since the start of the process.
+class FinishedRun:
+    """A finished run of `python -m trainer`. Times are in seconds since the start of the process.
 
     Attributes:
-        lines: its log records, each with `message`, `at`, and the values of an interval or an epoch.
-        breakdown: its time breakdown, seconds per category.
+        process: the process of the run.
+        lines: the parsed JSON log lines. Each has `message`, its time `at`, and the values of an interval or an epoch.
+        breakdown: the run's time breakdown, seconds by category.
     """
 
-    process: Completed
+    process: FinishedProcess
     lines: list[dict[str, Any]]
     breakdown: dict[str, float]
 
-    def at(self, start: str) -> float:
-        """Time of the first line that starts with `start`.
+    def get_time_of(self, prefix: str) -> float:
+        """Return the time of the first log line whose message starts with `prefix`.
 
         Raises:
-            SystemExit: there is none.
+            SystemExit: there is no such line.
         """
         for line in self.lines:
-            if line["message"].startswith(start):
+            if line["message"].startswith(prefix):
                 return float(line["at"])
-        sys.exit(f"no line of the run starts with {start!r}; its last: {[line['message'] for line in self.lines[-5:]]}")
+        last_messages = [line["message"] for line in self.lines[-5:]]
+        sys.exit(f"no line of the run starts with {prefix!r}; the last lines: {last_messages}")
 
     @property
-    def epochs(self) -> list[dict[str, Any]]:
-        """The lines of the ends of epochs."""
+    def epoch_lines(self) -> list[dict[str, Any]]:
+        """The log lines at the ends of epochs."""
         return [line for line in self.lines if "val_accuracy" in line]
 
     @property
-    def training(self) -> float:
+    def training_seconds(self) -> float:
         """Seconds from opening the data to the end of training, without imports, evaluation and report."""
-        return self.at("evaluating ") - self.at("run: ")
+        return self.get_time_of("evaluating ") - self.get_time_of("run: ")
 
 
-def train(overrides: Sequence[str], scratch: Path, exports: bool = False) -> TrainerRun:
-    """Run the command line with a new output folder and cache, with the default exports or without exports."""
-    with tempfile.TemporaryDirectory(dir=scratch) as own:
-        output = Path(own, "run")
-        quiet = ["runtime.log_format=json", "runtime.progress=lines", f"output_dir={output}"]
-        quiet += [] if exports else ["export.formats=[]"]
-        process = run("-m", "trainer", *overrides, *quiet, environment={"KUBETUNE_CACHE": f"{own}/cache"})
+def run_trainer(overrides: Sequence[str], scratch: Path, exports: bool = False) -> FinishedRun:
+    """Run `python -m trainer` with a new output folder and an empty cache below the folder `scratch`.
+
+    `overrides` are the arguments of the run. If `exports` is true, the run writes the default exports, otherwise none.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        output = Path(folder, "run")
+        arguments = [*overrides, "runtime.log_format=json", "runtime.progress=lines", f"output_dir={output}"]
+        arguments += [] if exports else ["export.formats=[]"]
+        process = run_python("-m", "trainer", *arguments, environment={"KUBETUNE_CACHE": f"{folder}/cache"})
         breakdown = json.loads((output / "ledger.json").read_text())["seconds"]
     lines = [json.loads(line) for line in process.output.splitlines()]
     for line in lines:
-        line["at"] = datetime.datetime.fromisoformat(line["time"]).timestamp() - process.began
-    return TrainerRun(process, lines, breakdown)
+        line["at"] = datetime.datetime.fromisoformat(line["time"]).timestamp() - process.started_at
+    return FinishedRun(process, lines, breakdown)
 
 
-def in_turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
-    """Pairs (round, name): every round has each name once, and begins with a different one."""
+def interleave(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """Return (round, name) for each measurement. Each round has all names, and starts with a different one."""
     order = []
-    for turn in range(rounds):
-        first = turn % len(names)
-        order += [(turn, name) for name in (*names[first:], *names[:first])]
+    for round_index in range(rounds):
+        first = round_index % len(names)
+        order += [(round_index, name) for name in (*names[first:], *names[:first])]
     return order

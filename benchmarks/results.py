@@ -1,4 +1,4 @@
-"""Results of one row: pairs of interleaved runs, saved as JSON from which the page is written."""
+"""Results of a benchmark: pairs of interleaved measurements, in JSON files that `benchmarks.page` reads."""
 
 import datetime
 import json
@@ -18,28 +18,29 @@ Unit = Literal["s", "images/s", "MB"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of ours and of something else, interleaved: round i of both is a pair."""
+    """Measurements of this package and of an alternative, in interleaved rounds."""
 
-    what: str
-    against: str
-    unit: Unit
-    ours: list[float]
-    other: list[float]
+    what: str  # what is measured, such as "later epochs, decoded again"
+    against: str  # name of the alternative, such as "directory loader"
+    unit: Unit  # unit of the measurements
+    ours: list[float]  # measurement of this package in each round
+    other: list[float]  # measurement of the alternative in each round
 
     @property
     def ratios(self) -> list[float]:
-        """Ratio per round; above 1 ours is better: faster, or smaller."""
+        """The ratio in each round. Above 1, this package is better (faster, or needs less memory)."""
         pairs = zip(self.ours, self.other, strict=True)
         return [a / b if self.unit == "images/s" else b / a for a, b in pairs]
 
     @property
     def ratio(self) -> float:
+        """The median ratio."""
         return statistics.median(self.ratios)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of other figures; cells are text."""
+    """A table of further measurements. Cells are text."""
 
     title: str
     header: list[str]
@@ -48,63 +49,67 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """A section of the page.
+    """A benchmark's results, which become a section of the page.
 
     Attributes:
+        name: name of the JSON file, without its suffix.
+        title: title of the section.
         how: description of the measurement, in sentences.
-        command: the command that repeats it.
-        machine: cores, processor and versions.
+        command: the command that repeats the measurement.
+        machine: description of the machine, from `describe_machine`.
+        date: date of the measurement, in ISO 8601.
     """
 
-    name: str  # of the file
+    name: str
     title: str
     how: str
     command: str
     comparisons: list[Comparison]
     tables: list[Table] = field(default_factory=list)
-    machine: str = field(default_factory=lambda: this_machine())
+    machine: str = field(default_factory=lambda: describe_machine())
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-def this_machine() -> str:
-    """Usable cores, kind of processor, versions."""
+def describe_machine() -> str:
+    """Describe this machine: usable cores, processor architecture, GPU, and versions of the packages."""
     packages = ", ".join(f"{name} {version(name.lower())}" for name in ("TensorFlow", "Keras"))
     gpu = "a GPU" if os.path.exists("/dev/nvidia0") else "no GPU"
     return f"{count_usable_cpus()} cores ({platform.machine()}), {gpu}, {packages}, Python {platform.python_version()}"
 
 
-def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Median, and the range where there is one: "1.30 (1.10 to 1.52)"."""
-    median = form.format(statistics.median(values))
-    return f"{median} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else median
+def format_median_and_range(values: Sequence[float], number_format: str = "{:.2f}") -> str:
+    """Format the median and the range, such as "1.30 (1.10 to 1.52)"; only the value if there is a single one."""
+    median = number_format.format(statistics.median(values))
+    value_range = f"{number_format.format(min(values))} to {number_format.format(max(values))}"
+    return f"{median} ({value_range})" if len(values) > 1 else median
 
 
-def amount(values: Sequence[float], unit: Unit) -> str:
-    """Median with its unit, three digits or all before the point: "12.3 s"."""
+def format_median(values: Sequence[float], unit: Unit) -> str:
+    """Format the median with its unit, rounded to three significant digits or an integer, such as "12.3 s"."""
     median = statistics.median(values)
     digits = 0 if abs(median) >= 100 else 1 if abs(median) >= 10 else 2 if abs(median) >= 1 else 3
     return f"{median:,.{digits}f} {unit}"
 
 
-def save(result: Result, out: Path) -> None:
-    """Write `out/NAME.json`, and print the ratios."""
+def save_result(result: Result, out: Path) -> None:
+    """Write a result to `out/NAME.json`, and print the ratios."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{result.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
     print(f"== {result.title}")
     for c in result.comparisons:
-        print(f"{c.what}: {amount(c.ours, c.unit)}, {c.against} {amount(c.other, c.unit)}; "
-              f"ratio {spread(c.ratios)}, {len(c.ratios)} rounds")  # fmt: skip
+        print(f"{c.what}: {format_median(c.ours, c.unit)}, {c.against} {format_median(c.other, c.unit)}; "
+              f"ratio {format_median_and_range(c.ratios)}, {len(c.ratios)} rounds")  # fmt: skip
     for table in result.tables:
         print("\n".join([table.title, *(" | ".join(row) for row in [table.header, *table.rows])]))
     print(f"saved to {out / result.name}.json", flush=True)
 
 
-def read(folder: Path) -> list[Result]:
-    """All results of a folder, by file name."""
+def read_results(folder: Path) -> list[Result]:
+    """Read all results in a folder, sorted by file name."""
     results = []
     for file in sorted(folder.glob("*.json")):
-        raw = json.loads(file.read_text())
-        raw["comparisons"] = [Comparison(**c) for c in raw["comparisons"]]
-        raw["tables"] = [Table(**t) for t in raw["tables"]]
-        results.append(Result(**raw))
+        fields = json.loads(file.read_text())
+        fields["comparisons"] = [Comparison(**comparison) for comparison in fields["comparisons"]]
+        fields["tables"] = [Table(**table) for table in fields["tables"]]
+        results.append(Result(**fields))
     return results

@@ -1,10 +1,10 @@
-"""Throughput and latency of a running server, with requests of one image each:
+"""Measure throughput and latency of a running server with requests of one image each:
 
     python -m trainer.serve model=outputs/flowers &
     python -m benchmarks.serving --data photos --requests 3000 --clients 32
 
-Every client holds one connection and sends its next request when it has the response. Latency is from the first byte
-sent to the last one read; processor time is the server's own, and so is comparable on a busy machine too.
+Each client has one connection, and sends its next request when it has received the response. Latency is from the first
+byte sent to the last byte received. Processor time is the server's CPU time, comparable also on a busy machine.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass
 class Responses:
-    """Responses to all clients."""
+    """The responses to all clients."""
 
-    codes: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # of requests with status 200
-    without_retry_after: int = 0  # number of 503 responses without that header
+    codes: Counter[str] = field(default_factory=Counter)  # number of responses by status code or name of an error
+    seconds: list[float] = field(default_factory=list)  # latency of each request with status 200
+    without_retry_after: int = 0  # number of 503 responses without the header Retry-After
 
 
-def bodies(folder: Path | None) -> tuple[list[bytes], str]:
-    """Request bodies with one JPEG each, and their content type."""
+def make_request_bodies(folder: Path | None) -> tuple[list[bytes], str]:
+    """Make request bodies with one JPEG each, from a folder or of noise. Return them, and their content type."""
     if folder:
         files = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))[:500]]
     else:
@@ -45,14 +45,14 @@ def bodies(folder: Path | None) -> tuple[list[bytes], str]:
     return [head + data + b"\r\n--x--\r\n" for data in files], "multipart/form-data; boundary=x"
 
 
-def client(url: str, forms: list[bytes], kind: str, numbers: range, responses: Responses) -> None:
-    """Send the requests of one client, one after the other."""
-    where = urlsplit(url)
-    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=300)
+def run_client(url: str, bodies: list[bytes], content_type: str, numbers: range, responses: Responses) -> None:
+    """Send a client's requests in sequence: for each number, the body of this index, modulo their number."""
+    url_parts = urlsplit(url)
+    connection = http.client.HTTPConnection(url_parts.hostname or "", url_parts.port, timeout=300)
     for number in numbers:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         try:
-            connection.request("POST", "/predict", forms[number % len(forms)], {"Content-Type": kind})
+            connection.request("POST", "/predict", bodies[number % len(bodies)], {"Content-Type": content_type})
             response = connection.getresponse()
             response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -61,13 +61,13 @@ def client(url: str, forms: list[bytes], kind: str, numbers: range, responses: R
             continue
         responses.codes[str(response.status)] += 1
         if response.status == 200:
-            responses.seconds.append(time.perf_counter() - began)
+            responses.seconds.append(time.perf_counter() - started_at)
         elif response.status == 503 and not response.getheader("Retry-After"):
             responses.without_retry_after += 1
 
 
-def processor_seconds(url: str) -> float:
-    """Processor seconds of the server so far; NaN where it does not respond."""
+def read_processor_seconds(url: str) -> float:
+    """Read the server's CPU seconds so far from its metrics; NaN if it does not respond."""
     try:
         with urllib.request.urlopen(f"{url}/metrics") as response:
             families = list(text_string_to_metric_families(response.read().decode()))
@@ -77,6 +77,7 @@ def processor_seconds(url: str) -> float:
 
 
 def main() -> None:
+    """Send requests from all clients at the same time, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8501")
     parser.add_argument("--data", type=Path, help="a folder with JPEGs; default: one of noise, 500 x 333")
@@ -85,22 +86,28 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
 
-    forms, kind = bodies(options.data)
+    bodies, content_type = make_request_bodies(options.data)
     responses = Responses()
     numbers = [range(n, options.requests, options.clients) for n in range(options.clients)]
-    threads = [threading.Thread(target=client, args=(options.url, forms, kind, own, responses)) for own in numbers]
-    began, used = time.perf_counter(), processor_seconds(options.url)
+    threads = [
+        threading.Thread(target=run_client, args=(options.url, bodies, content_type, client_numbers, responses))
+        for client_numbers in numbers
+    ]
+    started_at, processor_seconds = time.perf_counter(), read_processor_seconds(options.url)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    spent, used = time.perf_counter() - began, processor_seconds(options.url) - used
+    elapsed, processor_seconds = (
+        time.perf_counter() - started_at,
+        read_processor_seconds(options.url) - processor_seconds,
+    )
     p50, p99 = np.percentile(responses.seconds, [50, 99]) * 1000 if responses.seconds else (float("nan"), float("nan"))
     summary = {
         "codes": dict(responses.codes),
         "clients": options.clients,
-        "images_per_second": round(len(responses.seconds) / spent, 1),
-        "processor_ms_an_image": round(1000 * used / max(len(responses.seconds), 1), 2),
+        "images_per_second": round(len(responses.seconds) / elapsed, 1),
+        "processor_ms_an_image": round(1000 * processor_seconds / max(len(responses.seconds), 1), 2),
         "p50_ms": round(float(p50), 1),
         "p99_ms": round(float(p99), 1),
         "without_retry_after": responses.without_retry_after,

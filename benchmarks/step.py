@@ -1,4 +1,4 @@
-"""The whole training loop against the compiled step alone on one batch in memory.
+"""Compare the training loop of a run with its compiled step alone on one batch in memory, and with Keras' step.
 
     python -m benchmarks.step --data FOLDER --weights FILE --alpha 0.35
 
@@ -17,20 +17,20 @@ import keras
 import tensorflow as tf
 
 from benchmarks.arguments import (
-    BATCH,
+    BATCH_SIZE,
     FLIP_ROTATE_ZOOM,
-    SIZE,
-    all_to_train,
-    argument_parser,
-    command_of,
+    IMAGE_SIZE,
+    choose_output_folder,
     describe_data,
     describe_model,
-    output_folder,
-    photos,
+    format_command,
+    make_argument_parser,
+    open_photos,
+    select_all_for_training,
 )
-from benchmarks.pipelines import open_training, stream
-from benchmarks.plain_keras import FROM_LAYER, build
-from benchmarks.results import Comparison, Result, save
+from benchmarks.pipelines import build_training_stream, open_training_images
+from benchmarks.plain_keras import FROM_LAYER, build_model
+from benchmarks.results import Comparison, Result, save_result
 from trainer.config.phases import Optimizer, Schedule
 from trainer.config.schema import Augmentation, Model
 from trainer.models.classifier import build_classifier
@@ -38,7 +38,7 @@ from trainer.models.freezing import set_trainable_layers
 from trainer.training.optimizers import build_optimizer, build_schedule
 from trainer.training.step import StepSettings, TrainingStep
 
-STEPS = 10  # per call
+STEPS = 10  # optimizer steps per call of the compiled function
 KERAS = "Keras' step"
 RATIOS = (("loop", "bare step"), ("loop, augmented", "bare step, float images"), ("loop", KERAS))
 PHASES = {"none": "head", "from_layer:100": "from layer 100"}
@@ -49,23 +49,25 @@ and phase, compiled with `steps_per_execution={steps}`, on the same batch in mem
 {model}."""
 
 
-def endless(batches: tf.data.Dataset) -> Iterator[Any]:
-    """The first batch, repeated from memory."""
+def repeat_first_batch(batches: tf.data.Dataset) -> Iterator[Any]:
+    """Repeat the first batch of a dataset from memory."""
     return iter(tf.data.Dataset.from_tensors(next(iter(batches))).repeat())
 
 
 def build_step(model: Model, classes: int, thaw: str) -> TrainingStep:
-    """The step of a phase with Adam."""
+    """Build the training step of a phase that trains with Adam."""
     classifier = build_classifier(model, classes, 1)
     plan = set_trainable_layers(classifier, thaw, "frozen")
-    rate = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
-    optimizer = build_optimizer(Optimizer(), rate)
+    schedule = build_schedule(Schedule(), 1e-5, total_steps=1, steps_per_epoch=1, batch_size=1)
+    optimizer = build_optimizer(Optimizer(), schedule)
     return TrainingStep(tf.distribute.get_strategy(), classifier, plan.trainable, optimizer, StepSettings(seed=1))
 
 
-def keras_step(options: argparse.Namespace, classes: int, thaw: str, batches: Iterator[Any]) -> Callable[[], object]:
-    """A function that takes `STEPS` steps of Keras' own training function."""
-    model, backbone = build(classes, str(options.weights), options.alpha, augment=False)
+def build_keras_step(
+    options: argparse.Namespace, classes: int, thaw: str, batches: Iterator[Any]
+) -> Callable[[], object]:
+    """Build a function that runs `STEPS` steps with the training function that `keras.Model.fit` calls."""
+    model, backbone = build_model(classes, str(options.weights), options.alpha, augment=False)
     if thaw != "none":
         backbone.trainable = True
         for layer in backbone.layers[:FROM_LAYER]:
@@ -79,32 +81,35 @@ def keras_step(options: argparse.Namespace, classes: int, thaw: str, batches: It
 
 
 def measure(options: argparse.Namespace) -> Result:
+    """Measure the steps of both phases in interleaved rounds."""
     rounds = options.rounds or 9
     comparisons = []
-    model = Model(backbone="MobileNetV2", weights=str(options.weights), alpha=options.alpha, image_size=SIZE)
+    model = Model(backbone="MobileNetV2", weights=str(options.weights), alpha=options.alpha, image_size=IMAGE_SIZE)
     tf.config.experimental.enable_op_determinism()
-    with photos(options) as root:
-        dataset, pixels = open_training(all_to_train(root), SIZE, "memory")
-        plain, augmented = (stream(pixels, BATCH, kind) for kind in (Augmentation(), FLIP_ROTATE_ZOOM))
+    with open_photos(options) as root:
+        dataset, pixels = open_training_images(select_all_for_training(root), IMAGE_SIZE, "memory")
+        plain, augmented = (
+            build_training_stream(pixels, BATCH_SIZE, kind) for kind in (Augmentation(), FLIP_ROTATE_ZOOM)
+        )
         for thaw, phase in PHASES.items():
             step = build_step(model, len(dataset.class_names), thaw)
             sources = {
-                "bare step": endless(plain),
-                "bare step, float images": endless(augmented),
+                "bare step": repeat_first_batch(plain),
+                "bare step, float images": repeat_first_batch(augmented),
                 "loop": iter(plain),
                 "loop, augmented": iter(augmented),
             }
-            takes: dict[str, Callable[[], object]] = {
+            steps_by_name: dict[str, Callable[[], object]] = {
                 name: partial(step.run, batches, STEPS, 0, 0) for name, batches in sources.items()
             }
-            takes[KERAS] = keras_step(options, len(dataset.class_names), thaw, endless(plain))
-            speeds: dict[str, list[float]] = {name: [] for name in takes}
-            for turn in range(rounds + 1):
-                for name, take in takes.items():
-                    began = time.perf_counter()
-                    take()
-                    if turn:  # the first traces
-                        speeds[name].append(BATCH * STEPS / (time.perf_counter() - began))
+            steps_by_name[KERAS] = build_keras_step(options, len(dataset.class_names), thaw, repeat_first_batch(plain))
+            speeds: dict[str, list[float]] = {name: [] for name in steps_by_name}
+            for round_index in range(rounds + 1):
+                for name, run_step in steps_by_name.items():
+                    started_at = time.perf_counter()
+                    run_step()
+                    if round_index:  # the first round traces
+                        speeds[name].append(BATCH_SIZE * STEPS / (time.perf_counter() - started_at))
             for name, against in RATIOS:
                 comparisons.append(Comparison(f"{phase}: {name}", against, "images/s", speeds[name], speeds[against]))
         how = HOW.replace("\n", " ").format(
@@ -114,14 +119,15 @@ def measure(options: argparse.Namespace) -> Result:
         name=f"step-alpha-{options.alpha:g}",
         title=f"Training step, MobileNetV2 of width {options.alpha:g}",
         how=how,
-        command=command_of("step", options, rounds),
+        command=format_command("step", options, rounds),
         comparisons=comparisons,
     )
 
 
 def main() -> None:
-    options = argument_parser(__doc__).parse_args()
-    save(measure(options), output_folder(options))
+    """Measure the steps, and save the result."""
+    options = make_argument_parser(__doc__).parse_args()
+    save_result(measure(options), choose_output_folder(options))
 
 
 if __name__ == "__main__":

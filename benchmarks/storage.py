@@ -1,11 +1,11 @@
-"""A run whose data and output are in a bucket against the same run on the local disk.
+"""Compare a run whose data and output are in a bucket with the same run on the local disk.
 
     python -m benchmarks.storage
 
-The bucket is a fake-gcs-server on loopback, so that the client is measured and not a network. Prints, as ratios per
-round: the time until the first step, per epoch, and of the whole run; and, with each response of the bucket delayed by
-a tenth of a second, the seconds that checkpoints stall training, with asynchronous uploads (as in runs) and synchronous
-ones.
+The bucket is a fake-gcs-server on loopback, so that the client is measured and not a network. Prints the ratios per
+round of the time until the first step, per epoch, and of the whole run. It also prints the seconds that checkpoints
+stall training if each response of the bucket is delayed by a tenth of a second, with asynchronous uploads (as in runs)
+and with synchronous ones.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RUN = ("experiment=quickstart", "data=tfds", "phases.head.epochs=1", "phases.fin
 
 
 TRAINER = ["-m", "trainer"]
-WAITS = ["-c", """
+SYNCHRONOUS_TRAINER = ["-c", """
 from trainer.runs.publisher import Publisher
 from trainer.__main__ import main
 begin = Publisher.publish_checkpoints
@@ -36,15 +36,15 @@ main()
 """]  # fmt: skip
 
 
-def seconds_of(data: str, output: str, cache: Path, program: list[str] = TRAINER) -> dict[str, float]:
-    """The time breakdown of one run, and its mean time per epoch."""
-    began = time.monotonic()
+def measure_run(data: str, output: str, cache: Path, program: list[str] = TRAINER) -> dict[str, float]:
+    """Run the trainer. Return its time breakdown, and the seconds per epoch ("epoch") and in all ("whole")."""
+    started_at = time.monotonic()
     command = [sys.executable, *program, *RUN, f"data.root={data}", f"output_dir={output}"]
     subprocess.run(command, check=True, env={**os.environ, "KUBETUNE_CACHE": str(cache)}, stdout=subprocess.DEVNULL)
     report = json.loads((storage_path(output) / "report" / "report.json").read_text())
     steps = sum(phase["epochs"] for phase in report["phases"].values())
     return {**report["timing"]["seconds"], "epoch": report["timing"]["seconds"]["train"] / steps,
-            "whole": time.monotonic() - began}  # fmt: skip
+            "whole": time.monotonic() - started_at}  # fmt: skip
 
 
 def main() -> None:
@@ -61,23 +61,27 @@ def main() -> None:
         with running(scratch / "objects") as server:
             for file in (scratch / "digits").glob("[!.]*"):
                 (storage_path("gs://bucket/digits") / file.name).upload(file)
-            for turn in range(rounds):
-                own = scratch / f"cache-{turn}"
-                runs["local"].append(seconds_of(f"{scratch}/digits", f"{scratch}/run-{turn}", scratch / "local"))
+            for round_index in range(rounds):
+                bucket_cache = scratch / f"cache-{round_index}"
+                runs["local"].append(
+                    measure_run(f"{scratch}/digits", f"{scratch}/run-{round_index}", scratch / "local")
+                )
                 for name in ("bucket, first", "bucket, again"):
-                    output = f"gs://bucket/runs/{turn}-{name[8:]}"
-                    runs[name].append(seconds_of("gs://bucket/digits", output, own))
+                    output = f"gs://bucket/runs/{round_index}-{name[8:]}"
+                    runs[name].append(measure_run("gs://bucket/digits", output, bucket_cache))
                 with faults(server.url, {"slow": 1.0}) as proxy, environment(proxy.url):
                     proxy.slow_seconds, proxy.instead = 0.1, "passed"
-                    for name, program in (("behind", TRAINER), ("waited for", WAITS)):
-                        output = f"gs://bucket/stalls/{turn}-{name[:6]}"
-                        stalls[name].append(seconds_of(f"{scratch}/digits", output, own, program)["checkpoint"])
-    for what in ("start", "epoch", "whole"):
-        local = [run[what] for run in runs["local"]]
+                    for name, program in (("behind", TRAINER), ("waited for", SYNCHRONOUS_TRAINER)):
+                        output = f"gs://bucket/stalls/{round_index}-{name[:6]}"
+                        stalls[name].append(
+                            measure_run(f"{scratch}/digits", output, bucket_cache, program)["checkpoint"]
+                        )
+    for category in ("start", "epoch", "whole"):
+        local = [run[category] for run in runs["local"]]
         for name in ("bucket, first", "bucket, again"):
-            ratios = [run[what] / base for run, base in zip(runs[name], local, strict=True)]
-            print(f"{what}: {name} / local {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-                  f"local {statistics.median(local):.2f} s", flush=True)  # fmt: skip
+            ratios = [run[category] / base for run, base in zip(runs[name], local, strict=True)]
+            print(f"{category}: {name} / local {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                  f"{max(ratios):.2f}); local {statistics.median(local):.2f} s", flush=True)  # fmt: skip
     for name, seconds in stalls.items():
         print(f"checkpoints, uploaded {name}: {statistics.median(seconds):.2f} s of stall "
               f"({min(seconds):.2f} to {max(seconds):.2f})", flush=True)  # fmt: skip

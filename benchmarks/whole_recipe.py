@@ -1,4 +1,4 @@
-"""The whole flowers recipe, five epochs of the head and five from layer 100 on: three peers in plain Keras, and ours.
+"""Compare whole runs of the flowers recipe (five epochs each of head and fine-tuning) with three peers in plain Keras.
 
     python -m benchmarks.whole_recipe --data FOLDER --weights FILE --alpha 1.0
 
@@ -19,10 +19,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import argument_parser, command_of, describe_data, describe_model, output_folder, photos
-from benchmarks.photos import count_of, link_fold
-from benchmarks.processes import Completed, in_turns, run, train
-from benchmarks.results import Comparison, Result, Table, save, spread
+from benchmarks.arguments import (
+    choose_output_folder,
+    describe_data,
+    describe_model,
+    format_command,
+    make_argument_parser,
+    open_photos,
+)
+from benchmarks.photos import count_photos, link_fold
+from benchmarks.processes import FinishedProcess, interleave, run_python, run_trainer
+from benchmarks.results import Comparison, Result, Table, format_median_and_range, save_result
 from trainer.evaluation.intervals import compute_wilson_interval
 
 PEERS = {"Keras as in the notebook": "notebook", "Keras corrected": "corrected", "best plain Keras": "best"}
@@ -48,28 +55,37 @@ beta train, as in ours. The best one has no XLA and one call per epoch."""
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run of either side."""
+    """The measurements of one run, of this package or of a peer."""
 
-    seconds: float  # of training
-    epochs: dict[str, list[float]]  # phase -> seconds of every epoch but its first
+    seconds: float  # duration of the training
+    epochs: dict[str, list[float]]  # phase -> seconds of each epoch except the first one
     accuracy: dict[str, float]  # phase -> validation accuracy after its last epoch
-    breakdown: dict[str, float]  # our time breakdown, seconds per category
-    process: Completed
+    breakdown: dict[str, float]  # this package's time breakdown, seconds by category; empty for a peer
+    process: FinishedProcess
 
 
-def plain(split: Path, options: argparse.Namespace, augmentation: str, seed: int, peer: str) -> Outcome:
+def run_keras(split: Path, options: argparse.Namespace, augmentation: str, seed: int, peer: str) -> Outcome:
+    """Run a peer in plain Keras on the class folders in `split`."""
     flags = ["--augment"] if augmentation != "none" else []
     model = ["--weights", str(options.weights), "--alpha", str(options.alpha)]
-    ended = run("-m", "benchmarks.plain_keras", str(split), "--peer", peer, *model, "--seed", str(seed), *flags)
-    result: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
-    last = {phase: values[-1] for phase, values in result["val_accuracy"].items()}
-    return Outcome(result["seconds"], result["epochs"], last, {}, ended)
+    process = run_python(
+        "-m", "benchmarks.plain_keras", str(split), "--peer", peer, *model, "--seed", str(seed), *flags
+    )
+    result: dict[str, Any] = json.loads(process.output.splitlines()[-1])
+    last_accuracies = {phase: values[-1] for phase, values in result["val_accuracy"].items()}
+    return Outcome(result["seconds"], result["epochs"], last_accuracies, {}, process)
 
 
-def ours(
-    split: Path, options: argparse.Namespace, augmentation: str, seed: int, extra: Sequence[str], scratch: Path
+def run_ours(
+    split: Path,
+    options: argparse.Namespace,
+    augmentation: str,
+    seed: int,
+    extra_arguments: Sequence[str],
+    scratch: Path,
 ) -> Outcome:
-    done = train(
+    """Run this package on the class folders in `split`, with `extra_arguments` arguments."""
+    finished_run = run_trainer(
         [
             "experiment=flowers_mobilenet_v2",
             "data=image_folder",
@@ -79,62 +95,73 @@ def ours(
             f"augmentation={augmentation}",
             f"seed={seed}",
             "training.keep=last",
-            *extra,
+            *extra_arguments,
         ],
         scratch,
         exports=True,
     )
     epochs, accuracy = {}, {}
     for phase in PHASES:
-        own = [line for line in done.epochs if line["phase"] == phase]
-        epochs[phase] = [b["at"] - a["at"] for a, b in pairwise(own)]
-        accuracy[phase] = own[-1]["val_accuracy"]
-    return Outcome(done.training, epochs, accuracy, done.breakdown, done.process)
+        epoch_lines = [line for line in finished_run.epoch_lines if line["phase"] == phase]
+        epochs[phase] = [b["at"] - a["at"] for a, b in pairwise(epoch_lines)]
+        accuracy[phase] = epoch_lines[-1]["val_accuracy"]
+    return Outcome(finished_run.training_seconds, epochs, accuracy, finished_run.breakdown, finished_run.process)
 
 
 def measure(options: argparse.Namespace) -> list[Result]:
-    """Results of the recipe: time, and memory."""
+    """Run all sides in interleaved rounds. Return two results: the time, and the memory."""
     rounds = options.rounds or 3
     peers = [name for name, peer in PEERS.items() if peer in options.peers]
-    runs_of: dict[tuple[str, str], list[Outcome]] = {}
-    with photos(options) as root, tempfile.TemporaryDirectory() as name:
+    outcomes_by_side: dict[tuple[str, str], list[Outcome]] = {}
+    with open_photos(options) as root, tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        splits = [link_fold(root, scratch / f"fold-{turn}", turn) for turn in range(rounds)]
-        examples = [count_of(split / "validation") for split in splits]
+        splits = [link_fold(root, scratch / f"fold-{round_index}", round_index) for round_index in range(rounds)]
+        examples = [count_photos(split / "validation") for split in splits]
         for label, augmentation in AUGMENTATIONS.items():
-            for turn, side in in_turns([*peers, *OURS[label]], rounds):
+            for round_index, side in interleave([*peers, *OURS[label]], rounds):
                 outcome = (
-                    plain(splits[turn], options, augmentation, turn + 1, PEERS[side])
+                    run_keras(splits[round_index], options, augmentation, round_index + 1, PEERS[side])
                     if side in PEERS
-                    else ours(splits[turn], options, augmentation, turn + 1, OURS[label][side], scratch)
+                    else run_ours(
+                        splits[round_index], options, augmentation, round_index + 1, OURS[label][side], scratch
+                    )
                 )
-                runs_of.setdefault((label, side), []).append(outcome)
+                outcomes_by_side.setdefault((label, side), []).append(outcome)
                 accuracy = outcome.accuracy["fine_tune"]
                 whole, training = outcome.process.seconds, outcome.seconds
-                print(f"{label}, {side}, seed {turn + 1}: {whole:.1f} s, {training:.1f} s, {accuracy:.3f}", flush=True)
+                print(
+                    f"{label}, {side}, seed {round_index + 1}: {whole:.1f} s, {training:.1f} s, {accuracy:.3f}",
+                    flush=True,
+                )
         values = {"data": describe_data(options, root), "model": describe_model(options), "rounds": rounds}
     how, alpha = HOW.replace("\n", " ").format(**values), f"{options.alpha:g}"
     recipe = Result(
         name=f"recipe-alpha-{alpha}",
         title=f"Whole recipe, MobileNetV2 of width {alpha}",
         how=how,
-        command=command_of("recipe", options, rounds),
+        command=format_command("recipe", options, rounds),
         comparisons=[
-            c
+            comparison
             for label in AUGMENTATIONS
             for side in OURS[label]
             for peer in peers
-            for c in comparisons(runs_of, label, side, peer)
+            for comparison in compare_with_peer(outcomes_by_side, label, side, peer)
         ],
-        tables=[accuracies(runs_of, examples), time_breakdowns(runs_of)],
+        tables=[tabulate_accuracies(outcomes_by_side, examples), tabulate_time_breakdowns(outcomes_by_side)],
     )
     memory = Result(
         name=f"recipe-memory-alpha-{alpha}",
         title=f"Memory of the whole recipe, MobileNetV2 of width {alpha}",
         how="The peak resident memory of the processes of the row above, imports and report included.",
-        command=command_of("recipe", options, rounds),
+        command=format_command("recipe", options, rounds),
         comparisons=[
-            Comparison(f"{label}, {side}", peer, "MB", peaks(runs_of[label, side]), peaks(runs_of[label, peer]))
+            Comparison(
+                f"{label}, {side}",
+                peer,
+                "MB",
+                list_peak_mb(outcomes_by_side[label, side]),
+                list_peak_mb(outcomes_by_side[label, peer]),
+            )
             for label in AUGMENTATIONS
             for side in OURS[label]
             for peer in peers
@@ -143,58 +170,71 @@ def measure(options: argparse.Namespace) -> list[Result]:
     return [recipe, memory]
 
 
-def peaks(outcomes: Sequence[Outcome]) -> list[float]:
+def list_peak_mb(outcomes: Sequence[Outcome]) -> list[float]:
+    """Return the peak resident memory of each run."""
     return [outcome.process.peak_mb for outcome in outcomes]
 
 
-def comparisons(runs_of: dict[tuple[str, str], list[Outcome]], label: str, side: str, peer: str) -> list[Comparison]:
-    """Time of the whole process, of training, and per epoch of each phase, against one peer."""
-    mine, other = runs_of[label, side], runs_of[label, peer]
-    whole = [[o.process.seconds for o in outcomes] for outcomes in (mine, other)]
-    training = [[o.seconds for o in outcomes] for outcomes in (mine, other)]
+def compare_with_peer(
+    outcomes_by_side: dict[tuple[str, str], list[Outcome]], label: str, side: str, peer: str
+) -> list[Comparison]:
+    """Compare the times of the whole process, of training, and per epoch of each phase with those of a peer."""
+    our_outcomes, peer_outcomes = outcomes_by_side[label, side], outcomes_by_side[label, peer]
+    whole = [[outcome.process.seconds for outcome in outcomes] for outcomes in (our_outcomes, peer_outcomes)]
+    training = [[outcome.seconds for outcome in outcomes] for outcomes in (our_outcomes, peer_outcomes)]
     rows = [
         Comparison(f"{label}, {side}: {WHOLE}", peer, "s", *whole),
         Comparison(f"{label}, {side}: training", peer, "s", *training),
     ]
     for phase, name in PHASES.items():
-        each = [[statistics.median(o.epochs[phase]) for o in outcomes] for outcomes in (mine, other)]
-        rows.append(Comparison(f"{label}, {side}: per epoch, {name}", peer, "s", *each))
+        values = [
+            [statistics.median(outcome.epochs[phase]) for outcome in outcomes]
+            for outcomes in (our_outcomes, peer_outcomes)
+        ]
+        rows.append(Comparison(f"{label}, {side}: per epoch, {name}", peer, "s", *values))
     return rows
 
 
-def accuracies(runs_of: dict[tuple[str, str], list[Outcome]], examples: Sequence[int]) -> Table:
-    """Validation accuracy after each phase, over all seeds, with Wilson's interval: the folds are disjoint."""
+def tabulate_accuracies(outcomes_by_side: dict[tuple[str, str], list[Outcome]], examples: Sequence[int]) -> Table:
+    """Tabulate the validation accuracy after each phase over all seeds, whose folds are disjoint, with its interval."""
     rows = []
-    for (label, side), outcomes in runs_of.items():
+    for (label, side), outcomes in outcomes_by_side.items():
         for phase, name in PHASES.items():
-            each = [outcome.accuracy[phase] for outcome in outcomes]
+            values = [outcome.accuracy[phase] for outcome in outcomes]
             n = sum(examples)
-            right = round(sum(accuracy * count for accuracy, count in zip(each, examples, strict=True)))
-            low, high = compute_wilson_interval(right, n)
-            seeds = ", ".join(f"{value:.3f}" for value in each)
-            rows.append([label, side, name, f"{right / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
+            num_correct = round(sum(accuracy * count for accuracy, count in zip(values, examples, strict=True)))
+            low, high = compute_wilson_interval(num_correct, n)
+            seeds = ", ".join(f"{value:.3f}" for value in values)
+            rows.append([label, side, name, f"{num_correct / n:.3f}", f"{low:.3f} to {high:.3f}", str(n), seeds])
     header = ["augmentation", "side", "after", "accuracy", "95 % interval", "n", "each seed"]
     return Table("Validation accuracy", header, rows)
 
 
-def time_breakdowns(runs_of: dict[tuple[str, str], list[Outcome]]) -> Table:
-    """Time breakdown of our runs."""
+def tabulate_time_breakdowns(outcomes_by_side: dict[tuple[str, str], list[Outcome]]) -> Table:
+    """Tabulate the time breakdown of this package's runs."""
     rows = []
-    for (label, side), outcomes in runs_of.items():
+    for (label, side), outcomes in outcomes_by_side.items():
         if side in PEERS:
             continue
-        spent = {category: [o.breakdown[category] for o in outcomes] for category in outcomes[0].breakdown}
-        cells = [f"{name} {spread(seconds, '{:.1f}')}" for name, seconds in spent.items() if max(seconds) >= 0.05]
+        seconds_by_category = {
+            category: [outcome.breakdown[category] for outcome in outcomes] for category in outcomes[0].breakdown
+        }
+        cells = [
+            f"{name} {format_median_and_range(seconds, '{:.1f}')}"
+            for name, seconds in seconds_by_category.items()
+            if max(seconds) >= 0.05
+        ]
         rows.append([label, side, ", ".join(cells)])
     title = "Time breakdown of our runs (`start` includes the imports; `evaluation` and `finish` follow training)"
     return Table(title, ["augmentation", "side", "seconds: median (range)"], rows)
 
 
 def main() -> None:
-    options = argument_parser(__doc__).parse_args()
-    out = output_folder(options)
+    """Measure the recipe, and save its two results."""
+    options = make_argument_parser(__doc__).parse_args()
+    out = choose_output_folder(options)
     for result in measure(options):
-        save(result, out)
+        save_result(result, out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write docs/images/augmentation.jpg, one row per operation: `PYTHONPATH=. python scripts/augmentation_figure.py`.
+"""Write docs/images/augmentation.jpg, a row per augmentation: `PYTHONPATH=. python scripts/augmentation_figure.py`.
 
-The images are those of scikit-learn.
+The images are scikit-learn's sample images.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from trainer.data.augment.apply import augment
 from trainer.data.augment.mixing import mix_pairs
 
 ROOT = Path(__file__).parent.parent
-SIDE, VIEWS = 112, 7
+SIDE, VIEWS = 112, 7  # side of an image in pixels; number of images per row
 ROWS: dict[str, dict[str, object]] = {
     "rotation=40": {"rotation": 40},
     "rotation=[40,108] fill=reflect": {"rotation": (40, 108), "fill": "reflect"},
@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, object]] = {
 }
 
 
-def photo(name: str) -> np.ndarray:
+def read_square_photo(name: str) -> np.ndarray:
     """Return the centre of a sample image, uint8 [SIDE, SIDE, 3]."""
     image = Image.fromarray(load_sample_image(name))
     left = (image.width - image.height) // 2
@@ -45,9 +45,9 @@ def photo(name: str) -> np.ndarray:
     return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def views(augmentation: Augmentation) -> np.ndarray:
-    """Return an image in VIEWS epochs, mixed with another one if configured, uint8 [VIEWS, SIDE, SIDE, 3]."""
-    images = np.stack([photo("china.jpg"), photo("flower.jpg")] * VIEWS)
+def make_views(augmentation: Augmentation) -> np.ndarray:
+    """Augment an image as in `VIEWS` epochs, with another image for mixup and CutMix: uint8 [VIEWS, SIDE, SIDE, 3]."""
+    images = np.stack([read_square_photo("china.jpg"), read_square_photo("flower.jpg")] * VIEWS)
     index, epoch = np.arange(2 * VIEWS) % 2, np.arange(2 * VIEWS) // 2
     changed = augment(tf.constant(images), augmentation, 3, epoch, index)
     if augmentation.mixes:
@@ -64,7 +64,7 @@ def main() -> None:
     figure = Figure(figsize=(VIEWS * 1.0, len(rows) * 1.16), layout="constrained")
     for panel, (title, options) in zip(figure.subfigures(len(rows), 1), rows.items(), strict=True):
         panel.suptitle(title, x=0.01, ha="left", fontsize=8, family="monospace")
-        for axes, view in zip(panel.subplots(1, VIEWS), views(Augmentation(**options)), strict=True):
+        for axes, view in zip(panel.subplots(1, VIEWS), make_views(Augmentation(**options)), strict=True):
             axes.imshow(view)
             axes.set_axis_off()
     target = ROOT / "docs" / "images" / "augmentation.jpg"

@@ -26,9 +26,9 @@ INTRODUCTION = """# Configuration
 Made by `python scripts/configuration_page.py` from `trainer/config/`; a test fails when it is stale.
 
 Hydra composes the files under `conf/`, arguments of the command line override them, and the result is validated
-before TensorFlow is imported: all faults are listed at once, an unknown key with the nearest known one. An experiment
-chooses its data, model and augmentation by their groups, so that `data=image_folder` after `experiment=...` replaces
-the data as a whole. With neither an experiment nor data, the run is the quickstart.
+before TensorFlow is imported: all errors are listed at once, an unknown key with the most similar known one. An
+experiment chooses its data, model and augmentation by their groups, so that `data=image_folder` after `experiment=...`
+replaces all settings of the data. With neither an experiment nor data, the run is the quickstart.
 
 A duration is written "500 steps", "2 epochs" or "10000 examples"; a phase has exactly one of `epochs`, `steps`,
 `examples`. `null` unsets a value. Three values can be `auto`, chosen once the training images have been counted:
@@ -37,32 +37,32 @@ A duration is written "500 steps", "2 epochs" or "10000 examples"; a phase has e
 `conf/config.yaml`, `conf/runtime/default.yaml` and `conf/debug/none.yaml` repeat the defaults of the most common keys,
 so that `python -m trainer --cfg job` prints them; a test holds both equal.
 
-`conf/config.schema.json` is the JSON schema of the whole, made by the same script. An editor with the YAML language
-server completes and checks the keys of a file in `conf/experiment/` that begins with
+`conf/config.schema.json` is the JSON schema of the configuration, made by the same script. An editor with the YAML
+language server completes and checks the keys of a file in `conf/experiment/` that begins with
 
 ```yaml
 # yaml-language-server: $schema=../config.schema.json
 ```
 
-A renamed key is refused with its new name; config.yaml files of earlier runs are read with either.
+A renamed key is rejected with its new name; config.yaml files of earlier runs can have either name.
 """
 
 
-def kind(annotation: Any) -> str:
-    """A type in words."""
+def describe_type(annotation: Any) -> str:
+    """Describe a field's type for users, such as "list of text"."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Duration:
         return "duration"
     if origin is typing.Annotated:
-        return kind(arguments[0]) + bounds(getattr(annotation.__metadata__[0], "metadata", ()))
+        return describe_type(arguments[0]) + format_bounds(getattr(annotation.__metadata__[0], "metadata", ()))
     if origin is typing.Literal:
         return " ".join(f"`{a}`" for a in arguments)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(kind(a) for a in arguments if a is not type(None))
+        return " or ".join(describe_type(a) for a in arguments if a is not type(None))
     if origin is tuple:
-        return "list of " + kind(arguments[0])
+        return "list of " + describe_type(arguments[0])
     if origin is dict:
-        return "mapping of " + kind(arguments[1])
+        return "mapping of " + describe_type(arguments[1])
     if annotation in (Model, AutoPhases):
         return {Model: "the keys of `model`", AutoPhases: "`auto`"}[annotation]
     if is_section(annotation):
@@ -70,15 +70,18 @@ def kind(annotation: Any) -> str:
     return {"str": "text", "bool": "true or false", "int": "integer", "float": "number"}[annotation.__name__]
 
 
-def bounds(metadata: typing.Iterable[Any]) -> str:
-    """The bounds of a number as text."""
+def format_bounds(metadata: typing.Iterable[Any]) -> str:
+    """Format the bounds of a number, such as " (>= 0, < 1)"; "" if there are none.
+
+    `metadata` are the constraints of a pydantic field.
+    """
     symbols = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     texts = [f"{sign} {getattr(m, k)}" for m in metadata for k, sign in symbols.items() if hasattr(m, k)]
     return f" ({', '.join(texts)})" if texts else ""
 
 
-def default(value: Any) -> str:
-    """A default as it is written."""
+def format_default(value: Any) -> str:
+    """Format a default as users write it."""
     match value:
         case Duration():
             return f"{value.count:g} {value.unit}"
@@ -91,55 +94,69 @@ def default(value: Any) -> str:
     return "must be given" if value is PydanticUndefined else str(value)
 
 
-def sections(
+def list_sections(
     section: type[Section] = RequestedConfig, prefix: str = ""
 ) -> Iterator[tuple[str, str, dict[str, FieldInfo]]]:
-    """Prefix, meaning and plain fields of a section and of those below it; NAME is the name of any phase."""
-    plain, below = {}, []
+    """List a section and its subsections as (prefix of the keys, meaning, fields by key), depth first.
+
+    In prefixes, NAME is a substitute for the name of a phase. Fields that are sections are not among the fields.
+    """
+    own_fields, subsections = {}, []
     for name, field in section.model_fields.items():
         first, *others = list_union_members(field.annotation)
-        whole = typing.get_origin(first) is dict and section is RequestedConfig
-        inner = typing.get_args(first)[1] if whole else first
-        if is_section(inner) and inner is not Duration and not (inner is Model and section is not RequestedConfig):
-            below.append((inner, f"{prefix}{name}." + "NAME." * whole, field))
-            below += [(other, f"{prefix}{name}.", field) for other in others if is_section(other)]
+        has_phase_names = typing.get_origin(first) is dict and section is RequestedConfig
+        section_type = typing.get_args(first)[1] if has_phase_names else first
+        if (
+            is_section(section_type)
+            and section_type is not Duration
+            and not (section_type is Model and section is not RequestedConfig)
+        ):
+            subsections.append((section_type, f"{prefix}{name}." + "NAME." * has_phase_names, field))
+            subsections += [(other, f"{prefix}{name}.", field) for other in others if is_section(other)]
         else:
-            plain[f"{prefix}{name}"] = field
+            own_fields[f"{prefix}{name}"] = field
     if section is not AutoPhases:
-        yield prefix, inspect.getdoc(section) or "", plain
-    for inner, path, field in below:
-        for at, text, fields in sections(inner, path):
-            yield at, text + " Null by default." * (at == path and field.default is None), fields
+        yield prefix, inspect.getdoc(section) or "", own_fields
+    for section_type, path, field in subsections:
+        for section_prefix, text, fields in list_sections(section_type, path):
+            yield (
+                section_prefix,
+                text + " Null by default." * (section_prefix == path and field.default is None),
+                fields,
+            )
 
 
-def page() -> str:
-    """The text of docs/configuration.md."""
+def format_page() -> str:
+    """Format the content of docs/configuration.md."""
     lines = [INTRODUCTION]
-    for prefix, meaning, fields in sections():
+    for prefix, meaning, fields in list_sections():
         lines += [f"## {prefix}*\n", f"{meaning}\n"] if prefix else []
         lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
         for key, field in fields.items():
             text = " ".join((field.description or "").split())
-            lines.append(
-                f"| `{key}` | {kind(field.annotation)}{bounds(field.metadata)} | {default(field.default)} | {text} |"
-            )
+            type_text = describe_type(field.annotation) + format_bounds(field.metadata)
+            lines.append(f"| `{key}` | {type_text} | {format_default(field.default)} | {text} |")
         lines.append("")
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def schema() -> str:
-    """The text of conf/config.schema.json, in which no key is required (groups set the others)."""
+def format_schema() -> str:
+    """Format the content of conf/config.schema.json. No key is required there, because groups set the other keys."""
     tree = RequestedConfig.model_json_schema()
-    for part in (tree, *tree["$defs"].values()):
-        part.pop("required", None)
-        part.pop("title")
-        for field in part["properties"].values():
+    for definition in (tree, *tree["$defs"].values()):
+        definition.pop("required", None)
+        definition.pop("title")
+        for field in definition["properties"].values():
             field.pop("title", None)
     tree["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
-    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "kubetune configuration"}
-    return json.dumps(whole, indent=1) + "\n"
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **tree,
+        "title": "kubetune configuration",
+    }
+    return json.dumps(document, indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    SCHEMA.write_text(schema())
+    PAGE.write_text(format_page())
+    SCHEMA.write_text(format_schema())

@@ -1,8 +1,8 @@
 """Pin the images of other projects to their digests: `make pin`.
 
-The base image in Dockerfile and the images in k8s/ are named by version, `NAME:TAG`. This appends the digest that the
-tag has in its registry today, `NAME:TAG@sha256:...`, and replaces a digest where the tag has moved since. The images
-of EDIT lines that are still empty stay so, and `kubetune:local`, which no registry has.
+The Dockerfile and the manifests in k8s/ name the images by version, `NAME:TAG`. This script appends the digest that the
+tag currently has in its registry, `NAME:TAG@sha256:...`, or replaces an older digest. Empty images, which users edit,
+and `kubetune:local`, which is in no registry, are not changed.
 
 skopeo reads the digests, with its credentials and mirrors (`skopeo login`, registries.conf). No file is written before
 all digests have been read.
@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 120
+TIMEOUT_S = 120  # maximum seconds to read a digest
 REFERENCE = re.compile(
     r"""^(?P<before> ARG[ ]BASE= | [ ]*(?:-[ ])?image:[ ]+["']? )
         (?P<image> [\w.-]+ (?: :\d+ (?=/) )? (?: /[\w.-]+ )* : [\w.-]+ )
         (?: @(?P<digest> sha256:[0-9a-f]{64} ) )?""",
     re.MULTILINE | re.VERBOSE,
 )
-LOCAL = "kubetune:local"
+LOCAL = "kubetune:local"  # image that is built on this machine
 
 
 class PinError(Exception):
@@ -29,17 +29,17 @@ class PinError(Exception):
 
 
 def list_files(root: Path) -> list[Path]:
-    """The files that name images: Dockerfile and all manifests."""
+    """List the files that name images: the Dockerfile and all manifests."""
     return [root / "Dockerfile", *sorted((root / "k8s").rglob("*.yaml"))]
 
 
 def find_images(text: str) -> dict[str, str | None]:
-    """Images (`NAME:TAG`) of the text of a Dockerfile or manifest, each with its digest (`sha256:...`) or None."""
+    """Find the images (`NAME:TAG`) in a Dockerfile or manifest. Return the digest (`sha256:...`) of each, or None."""
     return {match["image"]: match["digest"] for match in REFERENCE.finditer(text) if match["image"] != LOCAL}
 
 
 def pin_images(text: str, digests: dict[str, str]) -> str:
-    """The text with the digest from `digests` (`NAME:TAG` to `sha256:...`) after each of these images."""
+    """Return the text with the digest in `digests` (`NAME:TAG` -> `sha256:...`) after each of these images."""
 
     def pin(match: re.Match[str]) -> str:
         digest = digests.get(match["image"])
@@ -49,7 +49,7 @@ def pin_images(text: str, digests: dict[str, str]) -> str:
 
 
 def read_digest(image: str) -> str:
-    """The digest that the registry has for an image, `NAME:TAG`: that of the index of all architectures."""
+    """Read an image's digest, that of the index of all architectures, from its registry. `image` is `NAME:TAG`."""
     command = ["skopeo", "inspect", "--no-tags", "--format={{.Digest}}", f"docker://{image}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
@@ -66,7 +66,7 @@ def read_digest(image: str) -> str:
 
 
 def main() -> None:
-    """Entry point of `make pin`."""
+    """Pin all images; exit with a message if a digest cannot be read."""
     texts = {path: path.read_text() for path in list_files(ROOT)}
     present = {image: digest for text in texts.values() for image, digest in find_images(text).items()}
     try:

@@ -15,11 +15,11 @@ END = "<!-- The end of what it makes -->\n"
 
 
 def read_registry() -> dict[str, dict[str, Any]]:
-    """Read the recipe of each preset. `values` are flat: `phases.head.thaw`, ...."""
+    """Read the registry: the recipe of each preset. Keys in `values` become dotted keys, such as `phases.head.thaw`."""
     recipes = yaml.safe_load(REGISTRY.read_text())
-    del recipes["head"]  # values that others refer to
+    del recipes["head"]  # values to which the other recipes refer by YAML aliases
     for recipe in recipes.values():
-        flat = {}
+        flat: dict[str, Any] = {}
         for key, value in recipe["values"].items():
             nested = isinstance(value, dict)
             flat |= {f"{key}.{inner}": x for inner, x in value.items()} if nested else {key: value}
@@ -28,17 +28,17 @@ def read_registry() -> dict[str, dict[str, Any]]:
 
 
 def list_values(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The values that a preset has: those of its recipe, and those of its departures."""
+    """Return the values of a preset by key: those of the published recipe, replaced by those of its departures."""
     return recipe["values"] | {row["key"]: row["here"] for row in recipe["departures"] if "key" in row}
 
 
 def read_commands(name: str) -> list[str]:
-    """The commands in the header of a preset, whose last lines end without a backslash."""
+    """Read the lines of the commands in the header of a preset."""
     return re.findall(r"^#   (.*)$", (PRESETS / f"{name}.yaml").read_text(), flags=re.M)
 
 
-def show(value: Any) -> str:
-    """A value as it is written on the command line."""
+def format_value(value: Any) -> str:
+    """Format a value as users write it on the command line."""
     match value:
         case bool() | None:
             return {None: "null", True: "true", False: "false"}[value]
@@ -49,15 +49,15 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def page() -> str:
-    """The text of docs/recipes.md, with the tables made again."""
+def format_page() -> str:
+    """Format the content of docs/recipes.md, with new tables."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    return before + BEGIN + tables(read_registry()) + END + after
+    return before + BEGIN + format_tables(read_registry()) + END + after
 
 
-def tables(recipes: dict[str, dict[str, Any]]) -> str:
-    """The overview, and the values and departures of each preset."""
+def format_tables(recipes: dict[str, dict[str, Any]]) -> str:
+    """Format the overview, and the values and departures of each preset."""
     lines = ["", "| preset | data | backbone, pixels | phases: epochs, trainable parameters | published |",
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, recipe in recipes.items():
@@ -73,17 +73,17 @@ def tables(recipes: dict[str, dict[str, Any]]) -> str:
         for key, value in recipe["values"].items():
             depth = 2 if key.startswith("phases.") else 1
             section, inner = ".".join(key.split(".")[:depth]), ".".join(key.split(".")[depth:])
-            sections.setdefault(section, []).append(f"`{inner}={show(value)}`")
+            sections.setdefault(section, []).append(f"`{inner}={format_value(value)}`")
         lines += [f"- `{section}.*`: {', '.join(values)}" for section, values in sections.items()]
         if recipe["departures"]:
             lines += ["", "Other values:", "", "| recipe | here | why |", "| --- | --- | --- |"]
             for departure in recipe["departures"]:
                 key = departure.get("key")
-                here = f"`{key}={show(departure['here'])}`" if key else departure["here"]
+                here = f"`{key}={format_value(departure['here'])}`" if key else departure["here"]
                 lines.append(f"| {departure['recipe']} | {here} | {departure['why']} |")
         lines.append("")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(format_page())

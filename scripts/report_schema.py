@@ -16,11 +16,11 @@ class _WithoutFieldTitles(GenerateJsonSchema):
         return False
 
 
-def page() -> str:
-    """Return the JSON Schema (draft 2020-12) as text."""
+def format_schema() -> str:
+    """Format the content of docs/report.schema.json, a JSON Schema of draft 2020-12."""
     schema = TypeAdapter(Report).json_schema(schema_generator=_WithoutFieldTitles)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(format_schema(), encoding="utf-8")

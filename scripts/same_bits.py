@@ -1,4 +1,4 @@
-"""Compare the results of the same small runs on two commits, bit by bit.
+"""Compare the results of the same small runs on two commits bit by bit, to check a refactoring.
 
     python scripts/same_bits.py BASE [HEAD] [--only CASE,...] [--folder FOLDER] [--jobs N]
 
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 1800  # seconds of one process
-# Keys of values that depend on machine and time
+TIMEOUT = 1800  # maximum seconds per process
+# Keys of JSON values that depend on the machine and the time
 IGNORED = {"timing", "seconds", "bytes", "train_seconds", "validation_seconds", "starts"}
 
 TINY = (
@@ -37,8 +37,8 @@ TINY = (
 )  # fmt: skip
 LIVE = ("phases.head.features=live", "phases.fine_tune.features=live")
 
-# The commands of each case, in sequence: a module and its arguments, or a number of workers and the arguments of a run.
-# A case can read the results of its cases in NEEDS.
+# Case -> its commands, run in sequence: a module and its arguments, or a number of workers and the arguments of a run.
+# NEEDS has the cases whose results a case reads.
 Command = tuple[str, ...]
 CASES: dict[str, list[Command]] = {
     "quickstart": [("trainer", "output_dir=runs/quickstart", "runtime.cache_dir=cache")],
@@ -76,8 +76,8 @@ NEEDS = {"taught": ["features"], "taught_live": ["features"], "warm": ["features
          "export": ["features"]}  # fmt: skip
 
 
-def unpack(commit: str | None, target: Path) -> None:
-    """Write the tracked files of a commit, or of the working tree, into `target`."""
+def write_source_tree(commit: str | None, target: Path) -> None:
+    """Write the files of a commit, or of the working tree if `commit` is None, to the folder `target`."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     if commit is not None:
@@ -93,7 +93,7 @@ def unpack(commit: str | None, target: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Unused ports of this machine."""
+    """Return ports that are unused on this machine."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
@@ -102,7 +102,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_command(folder: Path, command: Command, log: Path) -> None:
-    """Run one command of a case in `folder`, whose `checkout` holds the code."""
+    """Run a command of a case in `folder`, whose subfolder `checkout` has the code, and append its output to `log`."""
     environment = {**os.environ, "PYTHONPATH": str(folder / "checkout"), "PYTHONHASHSEED": "0"}
     verb, *arguments = command
     if not verb.isdigit():
@@ -112,8 +112,8 @@ def run_command(folder: Path, command: Command, log: Path) -> None:
         programs = []
         for index in range(int(verb)):
             task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            own = [f"runtime.cache_dir=cache-{index}"] if index else []
-            programs.append(([sys.executable, "-m", "trainer", *arguments, *own],
+            worker_arguments = [f"runtime.cache_dir=cache-{index}"] if index else []
+            programs.append(([sys.executable, "-m", "trainer", *arguments, *worker_arguments],
                              environment | {"TF_CONFIG": json.dumps(task)}))  # fmt: skip
     with open(log, "a") as output:
         started = [
@@ -127,35 +127,36 @@ def run_command(folder: Path, command: Command, log: Path) -> None:
         )
 
 
-def make(folder: Path, cases: Sequence[str], jobs: int) -> None:
-    """Run the cases without results in `folder`, `jobs` at a time, each after the cases that it needs."""
+def run_missing_cases(folder: Path, cases: Sequence[str], jobs: int) -> None:
+    """Run the cases that have no results in `folder` yet, `jobs` at a time, each after the cases in `NEEDS`."""
 
     def run_case(case: str) -> None:
-        done, log = folder / f"{case}.done", folder / f"{case}.log"
-        if done.exists():
+        """Run the commands of a case, unless it has results."""
+        done_marker, log = folder / f"{case}.done", folder / f"{case}.log"
+        if done_marker.exists():
             return
         for path in (folder / "runs" / case, log):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        began = time.monotonic()
+        started_at = time.monotonic()
         for command in CASES[case]:
             run_command(folder, command, log)
-        done.touch()
-        print(f"  {folder.name[:12]}  {case}: {time.monotonic() - began:.0f} s", flush=True)
+        done_marker.touch()
+        print(f"  {folder.name[:12]}  {case}: {time.monotonic() - started_at:.0f} s", flush=True)
 
-    for wave in ([c for c in cases if c not in NEEDS], [c for c in cases if c in NEEDS]):
+    for cases_to_run in ([c for c in cases if c not in NEEDS], [c for c in cases if c in NEEDS]):
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run_case, wave))
+            list(pool.map(run_case, cases_to_run))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Comparison
 
 
-def without_ignored(value: Any) -> Any:
-    """A JSON value without the keys that depend on machine and time."""
+def remove_ignored_keys(value: Any) -> Any:
+    """Return a JSON value without the keys in `IGNORED`."""
     if isinstance(value, dict):
-        return {k: without_ignored(v) for k, v in value.items() if k not in IGNORED}
-    return [without_ignored(v) for v in value] if isinstance(value, list) else value
+        return {k: remove_ignored_keys(v) for k, v in value.items() if k not in IGNORED}
+    return [remove_ignored_keys(v) for v in value] if isinstance(value, list) else value
 
 
 def read_npz(path: Path) -> dict[str, bytes]:
@@ -166,7 +167,7 @@ def read_npz(path: Path) -> dict[str, bytes]:
 
 
 def read_json(path: Path) -> Any:
-    return without_ignored(json.loads(path.read_text()))
+    return remove_ignored_keys(json.loads(path.read_text()))
 
 
 def read_state(path: Path) -> Any:
@@ -175,7 +176,7 @@ def read_state(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Any:
-    return [without_ignored(json.loads(line)) for line in path.read_text().splitlines()]
+    return [remove_ignored_keys(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -195,20 +196,24 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def differences(one: Any, other: Any, where: str) -> list[str]:
-    """Paths at which two values differ, with both values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        missing = [f"{where}: {key} is only in one" for key in sorted(one.keys() ^ other.keys())]
-        common = one.keys() & other.keys()
-        return missing + [d for key in common for d in differences(one[key], other[key], f"{where}: {key}")]
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{where}[{i}]")]
-    shown = [repr(value)[:60] for value in (one, other)]
-    return [] if one == other else [f"{where}: {shown[0]} and {shown[1]}"]
+def list_differences(first: Any, other: Any, location: str) -> list[str]:
+    """List the differences between two JSON values. `location` names the values, such as a file name."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        missing = [f"{location}: {key} is only in one" for key in sorted(first.keys() ^ other.keys())]
+        common = first.keys() & other.keys()
+        return missing + [d for key in common for d in list_differences(first[key], other[key], f"{location}: {key}")]
+    if isinstance(first, list) and isinstance(other, list) and len(first) == len(other):
+        return [
+            d
+            for i, pair in enumerate(zip(first, other, strict=True))
+            for d in list_differences(*pair, f"{location}[{i}]")
+        ]
+    excerpts = [repr(value)[:60] for value in (first, other)]
+    return [] if first == other else [f"{location}: {excerpts[0]} and {excerpts[1]}"]
 
 
 def compare(base: Path, head: Path, case: str) -> tuple[int, list[str]]:
-    """Number of compared files of a case, and their differences."""
+    """Compare the results of a case in two folders. Return the number of compared files, and the differences."""
     count, different = 0, []
     for pattern, read in READERS.items():
         names = [
@@ -218,11 +223,12 @@ def compare(base: Path, head: Path, case: str) -> tuple[int, list[str]]:
         different += [f"{name} is only in one of the two" for name in sorted(names[0] ^ names[1])]
         for name in sorted(names[0] & names[1]):
             count += 1
-            different += differences(read(base / name), read(head / name), name)
+            different += list_differences(read(base / name), read(head / name), name)
     return count, different if count else [f"runs/{case}: has no files to compare"]
 
 
 def main() -> None:
+    """Parse the arguments, run the cases on both commits, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
     parser.add_argument("head", nargs="?")
@@ -244,8 +250,8 @@ def main() -> None:
         if commit is None:
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "checkout").is_dir():
-            unpack(commit, folder / "checkout")
-        make(folder, cases, options.jobs)
+            write_source_tree(commit, folder / "checkout")
+        run_missing_cases(folder, cases, options.jobs)
         folders.append(folder)
     total, differing = 0, 0
     for case in cases:

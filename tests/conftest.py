@@ -22,7 +22,7 @@ os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and `trainer.plan` read
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache() -> Iterator[None]:
-    """A new `runtime.cache_dir`, outside of the user's home."""
+    """Use a new `runtime.cache_dir`, outside of the user's home."""
     with tempfile.TemporaryDirectory(prefix="kubetune-tests-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBETUNE_CACHE", str(Path(folder) / "cache"))
         yield
@@ -36,14 +36,14 @@ def _log_as_text() -> None:
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    """A page of a browser."""
+    """Open a page in a browser."""
     with chromium(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
 
 @pytest.fixture(params=["local", "bucket"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoragePath]:
-    """The output_dir of a run, on disk and in a bucket."""
+    """Yield an output_dir for a run, on disk and in a bucket."""
     if request.param == "local":
         yield storage_path(tmp_path / "a run")
         return

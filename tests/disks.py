@@ -1,4 +1,4 @@
-"""A file system that is really full."""
+"""Mount a small file system, and fill it."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Mount a file system of this size (tmpfs) at a new folder; skip the test without the permission."""
+    """Mount a file system of this size (tmpfs) at a new folder; skip the test if this is not permitted."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -23,7 +23,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int = 0) -> Path:
-    """Write a file that leaves about this many bytes free, and return it; deleting it makes space again."""
+    """Write a file that leaves about `leave` bytes free, and return it. Deleting it frees the space."""
     filler, block = folder / "filler", bytes(4096)
     with open(filler, "wb") as file:
         try:

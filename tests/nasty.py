@@ -1,4 +1,4 @@
-"""Names of files, folders, classes, objects and runs that break programs: drawn from a nasty alphabet."""
+"""Names of files, folders, classes, objects and runs that often break programs, drawn at random from difficult parts."""
 
 import os
 import random
@@ -16,7 +16,7 @@ FIXED = (
 
 
 def file_names(seed: int, count: int) -> list[str]:
-    """Different names that a file or folder can have, as Python decodes them; none begins with a dot."""
+    """Draw different names that a file or folder can have, as Python decodes them. None begins with a dot."""
     draw, names = random.Random(seed), dict.fromkeys(FIXED[:count])
     while len(names) < count:
         name = "".join(draw.choices(PIECES, k=draw.randint(1, 6)))
@@ -27,13 +27,13 @@ def file_names(seed: int, count: int) -> list[str]:
 
 
 def mixed_names(seed: int, count: int) -> list[str]:
-    """Different names of files, of which half are fixed ones and half are drawn."""
+    """Draw different names of files, of which half are from `FIXED`."""
     drawn = file_names(seed, len(FIXED) + count)[len(FIXED) :]
     return [*random.Random(seed).sample(FIXED, count // 2), *drawn[: count - count // 2]]
 
 
 def paths(seed: int, count: int) -> list[str]:
-    """Names with slashes, dots and null characters anywhere, as a listing or a record could have them."""
+    """Draw names with slashes, dots and null characters, as a listing or a record could have them."""
     draw = random.Random(seed)
     pieces = (*PIECES, "/", "/", "/", "//", "../", "/..", "./", "\0", "\ud800", "x" * 256)
     return ["".join(draw.choices(pieces, k=draw.randint(1, 7))) for _ in range(count)]

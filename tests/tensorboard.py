@@ -1,4 +1,4 @@
-"""Requests to TensorBoard, as its web page sends them."""
+"""Send requests to TensorBoard, as its web page does."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,16 @@ from werkzeug.test import Client
 
 
 def post(logdir: Path, route: str, request: dict[str, Any]) -> dict[str, Any]:
-    """The response of TensorBoard on `logdir` to a request at /data/plugin/<route>."""
+    """Send a request to /data/plugin/<route> of a TensorBoard that shows `logdir`, and return the response."""
     board = program.TensorBoard(default.get_plugins())
     board.configure(["tensorboard", "--logdir", str(logdir), "--load_fast=false"])
-    read = LocalDataIngester(board.flags)
-    runs = read.deprecated_multiplexer
-    runs.AddRunsFromDirectory(str(logdir))
-    runs.Reload()
-    pages = application.TensorBoardWSGIApp(board.flags, board.plugin_loaders, read.data_provider, None, runs)
-    response = Client(pages).post(f"/data/plugin/{route}", data=json.dumps(request), content_type="application/json")
+    ingester = LocalDataIngester(board.flags)
+    multiplexer = ingester.deprecated_multiplexer
+    multiplexer.AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    wsgi_app = application.TensorBoardWSGIApp(
+        board.flags, board.plugin_loaders, ingester.data_provider, None, multiplexer
+    )
+    response = Client(wsgi_app).post(f"/data/plugin/{route}", data=json.dumps(request), content_type="application/json")
     assert response.status_code == 200, response.text
     return dict(json.loads(response.text))

@@ -1,4 +1,4 @@
-"""Run a program on a pseudo-terminal, and what the terminal then shows."""
+"""Run a program on a pseudo-terminal, and emulate what the terminal then shows."""
 
 import fcntl
 import os
@@ -13,14 +13,17 @@ ROOT = Path(__file__).parents[1]
 
 
 def screen(output: str, width: int) -> list[str]:
-    """The lines that a terminal shows after `output`: carriage return, line feed, cursor up, erase line, wrap."""
+    """Return the lines that a terminal of `width` columns shows after `output`.
+
+    Interprets carriage return, line feed, cursor up and erase line, and wraps long lines.
+    """
     lines, row, column = [""], 0, 0
-    for code, arguments, kind, character in re.findall(r"(\x1b\[)([\d;?]*)([A-Za-z])|([\s\S])", output):
+    for code, arguments, command, character in re.findall(r"(\x1b\[)([\d;?]*)([A-Za-z])|([\s\S])", output):
         if code:
             count = int(arguments or 1) if arguments.isdigit() or not arguments else 0
-            if kind == "A":
+            if command == "A":
                 row = max(row - count, 0)
-            elif kind == "K":
+            elif command == "K":
                 lines[row] = ""
             continue
         if character == "\r":
@@ -38,7 +41,7 @@ def screen(output: str, width: int) -> list[str]:
 
 
 def on_terminal(command: list[str], width: int, cwd: Path = ROOT, code: int = 0) -> str:
-    """Run a command, which ends with this exit code, on a terminal of this width; return what it wrote."""
+    """Run a command on a terminal of this width, check its exit code, and return its output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -48,11 +51,11 @@ def on_terminal(command: list[str], width: int, cwd: Path = ROOT, code: int = 0)
     output = b""
     while True:
         try:
-            part = os.read(master, 65536)
+            chunk = os.read(master, 65536)
         except OSError:  # the terminal is closed
             break
-        if not part:
+        if not chunk:
             break
-        output += part
+        output += chunk
     assert child.wait() == code, output.decode()
     return output.decode()

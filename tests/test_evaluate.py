@@ -42,7 +42,7 @@ def data_of(classes: tuple[str, ...]) -> Dataset:
         (("rose", "daisy", "dahlia"), "'dahlia'"),
     ],
 )
-def test_data_of_unknown_classes_is_refused_by_name(classes: tuple[str, ...], names: str, tmp_path: Path) -> None:
+def test_data_of_unknown_classes_is_rejected_by_name(classes: tuple[str, ...], names: str, tmp_path: Path) -> None:
     with raises(DataError, key="run", value="runs/1", problem=names, fix="'daisy', 'rose', 'tulip'"):
         map_to_run_classes(stored_run(tmp_path), data_of(classes))
 

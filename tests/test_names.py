@@ -67,7 +67,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("name", "problem"), REFUSED.items(), ids=range(len(REFUSED)))
-def test_a_name_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
+def test_a_name_that_cannot_be_a_file_is_rejected(tmp_path: Path, name: str, problem: str) -> None:
     assert find_path_error(name)
     with raises(DataError, problem=problem, fix="rename or remove it"):
         safe_join(tmp_path, name)
@@ -97,11 +97,11 @@ def test_a_phase_is_no_path(name: str) -> None:
     }
     with raises(ConfigError, None) as caught:
         load(tree)
-    assert [fault.fix for fault in caught.value.faults] == ["name phases with letters, digits and _"]
+    assert [error.fix for error in caught.value.errors] == ["name phases with letters, digits and _"]
 
 
 @pytest.mark.parametrize("key", ["data.root", "output_dir", "experiment_name", "warm_start"])
-def test_a_setting_that_is_not_utf8_is_refused(key: str) -> None:
+def test_a_setting_that_is_not_utf8_is_rejected(key: str) -> None:
     tree = {"data": {"source": "image_folder", "root": "x"}, "model": {"backbone": "MobileNetV2"},
             "phases": {"head": {"thaw": "none", "epochs": 1}}}  # fmt: skip
     section, _, name = key.rpartition(".")
@@ -109,10 +109,10 @@ def test_a_setting_that_is_not_utf8_is_refused(key: str) -> None:
     with raises(ConfigError, None) as caught:
         load(tree)
     assert (
-        str(caught.value.faults[0]) == rf"{key}=caf\xe9: is not UTF-8; rename it, or give a link to it with such a name"
+        str(caught.value.errors[0]) == rf"{key}=caf\xe9: is not UTF-8; rename it, or give a link to it with such a name"
     )
 
 
-def test_an_argument_that_is_not_utf8_is_refused() -> None:
+def test_an_argument_that_is_not_utf8_is_rejected() -> None:
     with raises(ConfigError, "output", "caf\udce9", "rename it", "is not UTF-8"):
         parse_arguments(["output=caf\udce9"], "doc", {"output": ""})

@@ -9,15 +9,15 @@ from tests.processes import ROOT, run_python
 
 
 @pytest.mark.parametrize(
-    ("script", "page"),
+    ("script", "function", "page"),
     [
-        ("configuration_page", "configuration.md"),
-        ("recipes_page", "recipes.md"),
-        ("report_schema", "report.schema.json"),
+        ("configuration_page", "format_page", "configuration.md"),
+        ("recipes_page", "format_page", "recipes.md"),
+        ("report_schema", "format_schema", "report.schema.json"),
     ],
 )
-def test_a_generated_page_is_current(script: str, page: str) -> None:
-    program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.page())"
+def test_a_generated_page_is_current(script: str, function: str, page: str) -> None:
+    program = f"import sys; sys.path.insert(0, 'scripts'); import {script} as c; sys.stdout.write(c.{function}())"
     assert run_python(program).stdout == (ROOT / "docs" / page).read_text(), f"run: python scripts/{script}.py"
 
 

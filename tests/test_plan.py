@@ -268,7 +268,7 @@ def test_trouble_ahead_is_warned_of(planned: Planned, tmp_path: Path) -> None:
     assert "note validation has only 10 examples" in out
 
 
-def test_a_batch_that_no_memory_holds_is_refused_with_the_largest_that_fits(
+def test_a_batch_that_no_memory_holds_is_rejected_with_the_largest_that_fits(
     planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimates, "get_memory_limit_bytes", lambda: 2_000_000_000)
@@ -321,7 +321,7 @@ def test_times_are_rough() -> None:
         "1 s", "40 s", "2 min", "12 min", "90 min", "1.5 h", "3.5 h"]  # fmt: skip
 
 
-def test_another_width_of_a_warm_start_is_refused(planned: Planned, tmp_path: Path) -> None:
+def test_another_width_of_a_warm_start_is_rejected(planned: Planned, tmp_path: Path) -> None:
     leave_teacher(tmp_path / "earlier")
     arguments = ("data=digits", "model=glyphs_mobilenet_v2", "model.weights=none", f"warm_start={tmp_path / 'earlier'}")
     planned(*arguments)

@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from trainer.cluster.signals import StopFlag, exit_on_sigterm
 
 if __name__ == "__main__":
-    exit_on_sigterm()  # the imports below take seconds
+    exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 from trainer.cli.compose import is_sweep, load_and_require_read
 from trainer.cli.process import (
-    StartAgain,
+    RestartProcess,
     choose_and_log_source,
     configure_log,
     exit_with_code,
@@ -94,7 +94,7 @@ def main() -> None:
             run_config = teacher or config  # the run that this start trains
             with rename_teacher_keys() if teacher else nullcontext():
                 folder = open_run_folder(run_config) if control.is_chief else make_worker_run_folder(run_config)
-            folder.student = config.output_dir if teacher else None
+            folder.student_output_dir = config.output_dir if teacher else None
             control.on_end = lambda code, reason: folder.record_exit(code, reason, stopped=stop.reason is not None)
             watchdog.start(config.runtime, control, stop.unread, listener, **make_log_labels(config, cluster.index))
             health.set_activity("importing TensorFlow")
@@ -113,7 +113,7 @@ def main() -> None:
             # The student needs the folder that this start has chosen, unless the command already has it.
             folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"
             has_folder = folder_argument in sys.argv or is_sweep(sys.argv)
-            raise StartAgain([] if has_folder else [folder_argument], environment_at_start, stop.has_request)
+            raise RestartProcess([] if has_folder else [folder_argument], environment_at_start, stop.has_request)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from trainer.storage.path import canonicalize_address
 def main() -> None:
     """Run `python -m trainer.compare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, addresses = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, rest="[^-](?s:.*)")
+        options, addresses = parse_arguments(sys.argv[1:], __doc__, {"output": ""}, other_arguments="[^-](?s:.*)")
         addresses = [require_address(address) for address in addresses]
         if len(addresses) < 2 or len(set(map(canonicalize_address, addresses))) != len(addresses):
             raise ConfigError("at least two different runs are required", fix=f"write {format_usage(__doc__)}")

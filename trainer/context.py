@@ -183,8 +183,8 @@ def abandon_on_error(folder: RunFolder, control: ControlChannel) -> Iterator[Non
 def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
     """Record the reason and the time breakdown if this block fails or is stopped. Always close the run's files.
 
-    Before `RunFolder.begin`, only the end of this start is recorded. TensorFlow's errors, `TrainerError` and `OSError`
-    are recorded; other exceptions are not.
+    Before `RunFolder.record_start`, only the end of this start is recorded. TensorFlow's errors, `TrainerError` and
+    `OSError` are recorded; other exceptions are not.
 
     Raises:
         Interrupted: replaces an `OSError` and errors caused by a full disk, because a restart may succeed.
@@ -193,7 +193,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
 
     def record(code: int, reason: str) -> None:
         """Record how this start ends: its exit code and the reason."""
-        if folder.begun:
+        if folder.start_recorded:
             saver.restarts.record_failure(code, reason)
             with suppress(OSError):  # the disk may have the same problem as before
                 run.clock.write()
@@ -202,7 +202,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
 
     def on_request(reason: str) -> None:
         """Record a stop request. End a stalled process immediately, because it would not reach the next step."""
-        if stalled := health.stall_reason():
+        if stalled := health.describe_stall():
             control.end(INTERRUPTED, f"{reason} while {stalled}; checkpoints are intact; {saver.resume_hint}")
         saver.restarts.end(STOPPED, reason)  # now, because the process may be killed before it has saved
         timeout = f"{reason}, but the current step did not end in time; checkpoints are intact; {saver.resume_hint}"
@@ -229,7 +229,7 @@ def record_failures(run: RunContext, folder: RunFolder) -> Iterator[None]:
         run.metrics.close()
         saver.publisher.close()
         run.images.close()
-        if not folder.begun:
+        if not folder.start_recorded:
             folder.abandon(sys.exception())
 
 

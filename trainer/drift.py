@@ -115,7 +115,7 @@ def main() -> None:
         )
         measures = measure(arguments["reference"], arguments["log"], period, output)
         if get_most_severe_level(measures) == "shifted":
-            shifted_names = ", ".join(item.name for item in measures if item.level == "shifted")
+            shifted_names = ", ".join(drift.name for drift in measures if drift.level == "shifted")
             fix = f"inspect {output}, and label some of the new images to evaluate or retrain the model"
             raise Drifted(f"{shifted_names} shifted from reference={arguments['reference']}", fix=fix)
 

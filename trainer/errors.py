@@ -7,12 +7,12 @@ from trainer.names import escape_unprintable
 # Exit codes. A podFailurePolicy in k8s/ ends the Job after 2 and 3, and restarts the pod after 75.
 DONE = 0
 BUG = 1  # an unexpected exception
-WRONG_INPUT = 2  # the same command fails again
-GAVE_UP = 3  # too many restarts without progress
-DRIFTED = 4  # a result of trainer.drift, not a failure
-REFUSED = 5  # a result of trainer.promote, not a failure
-UNREADABLE = 6  # a result of trainer.predict, not a failure
-INTERRUPTED = 75  # the same command resumes; EX_TEMPFAIL of sysexits.h
+WRONG_INPUT = 2  # the configuration or data is invalid: the same command fails again
+GAVE_UP = 3  # the run was restarted too often without progress
+DRIFTED = 4  # result of trainer.drift, not a failure: images or predictions have shifted
+NOT_PROMOTED = 5  # result of trainer.promote, not a failure: the run is worse than the served version
+UNREADABLE = 6  # result of trainer.predict, not a failure: some images cannot be read
+INTERRUPTED = 75  # stopped by an external cause: the same command resumes; EX_TEMPFAIL of sysexits.h
 
 
 def format_count(count: int, singular: str, plural: str | None = None) -> str:
@@ -48,20 +48,20 @@ class ConfigError(TrainerError):
     """The configuration, an argument or an environment variable is wrong. The same command fails again.
 
     Attributes:
-        faults: the errors that this error lists; empty if it describes a single problem.
+        errors: the errors that this error lists; empty if it describes a single problem.
     """
 
     exit_code = WRONG_INPUT
-    faults: tuple[TrainerError, ...] = ()
+    errors: tuple[TrainerError, ...] = ()
 
     @classmethod
-    def of_faults(cls, faults: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
-        """Build an error that lists `faults`, one per line. Its first line is "SUBJECT has N faults:"."""
-        all_faults = tuple(faults)
-        lines = "\n".join(f"  {fault}" for fault in all_faults)
-        error = cls(f"{subject} has {format_count(len(all_faults), 'fault')}:\n{lines}")
-        error.faults = all_faults
-        return error
+    def combine(cls, errors: Iterable[TrainerError], subject: str = "the configuration") -> "ConfigError":
+        """Build an error that lists `errors`, one per line. Its first line is "SUBJECT has N errors:"."""
+        listed_errors = tuple(errors)
+        lines = "\n".join(f"  {error}" for error in listed_errors)
+        combined = cls(f"{subject} has {format_count(len(listed_errors), 'error')}:\n{lines}")
+        combined.errors = listed_errors
+        return combined
 
 
 class DataError(TrainerError):
@@ -108,10 +108,10 @@ class Drifted(TrainerError):
     exit_code = DRIFTED
 
 
-class Refused(TrainerError):
+class NotPromoted(TrainerError):
     """A model is not promoted, because it is worse than the served model. A result, not a failure."""
 
-    exit_code = REFUSED
+    exit_code = NOT_PROMOTED
 
 
 class SomeUnreadable(TrainerError):

@@ -20,7 +20,7 @@ from typing import Any
 from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    exit_on_sigterm()  # the imports below take seconds
+    exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
@@ -41,8 +41,8 @@ CHANGEABLE_KEYS = re.compile(r"(data|runtime)(\..+)?|training\.batch_size|debug\
 FRACTIONS = {"validation_fraction", "test_fraction"}
 # Keys of `data` that select or correct examples -> the value that uses all examples without corrections.
 ALL_EXAMPLES: dict[str, float | None] = dict.fromkeys(FRACTIONS, 0.0) | {"labels_per_class": None, "corrections": None}
-# Keys and config groups that choose another dataset.
-ADDRESSES = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
+# Keys and config groups that choose another dataset than the run's.
+DATASET_KEYS = {"data", "data.root", "data.name", "data.data_dir", "data.pattern"}
 
 
 def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunConfig, RunConfig | None]:
@@ -80,16 +80,15 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
             target_section, source_section = target_section[parent], source_section[parent]
         target_section[name] = source_section[name]
     if "data" in keys and "data.orientation" not in keys:
-        run_config["data"]["orientation"] = run_data.get(
-            "orientation", "ignore"
-        )  # part of the preprocessing that the model was trained with
+        # The orientation is part of the preprocessing that the model was trained with.
+        run_config["data"]["orientation"] = run_data.get("orientation", "ignore")
     if "data" in keys and "data.class_prefix" not in keys:  # so that its classes match the model's classes
         run_config["data"]["class_prefix"] = run_data.get("class_prefix")
     if "data" in keys and "data.class_names" not in keys and isinstance(run_data.get("class_names"), dict):
         run_config["data"]["class_names"] = run_data["class_names"]
     config = load_resolved(run_config)
     require_read(config, keys)
-    if not ADDRESSES & set(keys):
+    if not DATASET_KEYS & set(keys):
         return config, None
     limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
     run_limits = {key: run_data[key] for key in limits if key in run_data}
@@ -106,21 +105,21 @@ def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str
     Returns:
         The changes, and a log line with the choice and its reason; "" if the source is the run's source.
     """
-    with_source, note = choose_source(changes)
-    return (with_source[1:], "") if note and with_source[0] == f"data={source}" else (with_source, note)
+    with_source, log_line = choose_source(changes)
+    return (with_source[1:], "") if log_line and with_source[0] == f"data={source}" else (with_source, log_line)
 
 
 def main() -> None:
     """Run `python -m trainer.evaluate`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-~].*=(?s:.*)")
-        home, run_config, run_json = read_run(options["run"])
-        changes, note = choose_other_source(changes, run_config["data"]["source"])
+        options, changes = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=r"[^-~].*=(?s:.*)")
+        folder, run_config, run_json = read_run(options["run"])
+        changes, log_line = choose_other_source(changes, run_config["data"]["source"])
         config, moved_config = apply_changes(run_config, changes)
         configure_log(config.runtime)
-        if note:
-            log.info(note)
-        run = StoredRun(options["run"], home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
+        if log_line:
+            log.info(log_line)
+        run = StoredRun(options["run"], folder, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
         checkpoint = load_checkpoint(run, options.get("checkpoint"))
         health.enter_phase("evaluate")
         with suppress_import_noise():

@@ -50,7 +50,7 @@ def _choose_output(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, 
     """
     if output := arguments.get("output"):
         return Path(output).expanduser(), False
-    if not run.home.is_local:
+    if not run.folder.is_local:
         raise ConfigError("is in a bucket", key="run", value=run.address, fix="give output=FOLDER on this machine")
     exported = run.config.training.keep
     if (checkpoint := arguments.get("checkpoint", exported)) != exported:
@@ -60,13 +60,13 @@ def _choose_output(run: StoredRun, arguments: Mapping[str, str]) -> tuple[Path, 
             value=checkpoint,
             fix="give output=FOLDER",
         )
-    return Path(str(run.home)) / "export", True
+    return Path(str(run.folder)) / "export", True
 
 
 def main() -> None:
     """Run `python -m trainer.export`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+")
+        arguments, _ = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, other_keys=r"(data|runtime)\..+")
         run = find_run(arguments["run"], _parse_changes(arguments))
         folder, in_run = _choose_output(run, arguments)
         # Before the import of TensorFlow, so that an invalid checkpoint is reported immediately.

@@ -19,7 +19,7 @@ from pathlib import Path
 from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    exit_on_sigterm()  # the imports below take seconds
+    exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose, is_sweep, load_and_require_read
@@ -37,7 +37,9 @@ def main() -> None:
     with exit_with_code():
         with_summary = "--summary" in sys.argv[1:]
         arguments = [a for a in sys.argv[1:] if a != "--summary"]
-        options, run_arguments = parse_arguments(arguments, __doc__, {"--plot": ""}, rest=r"(?!--plot)(?s:.*)")
+        options, run_arguments = parse_arguments(
+            arguments, __doc__, {"--plot": ""}, other_arguments=r"(?!--plot)(?s:.*)"
+        )
         plot = Path(options["--plot"]).expanduser() if "--plot" in options else None
         if plot and plot.suffix != ".png":
             raise ConfigError("is not a PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")

@@ -23,9 +23,9 @@ import sys
 from trainer.cluster.signals import exit_on_sigterm
 
 if __name__ == "__main__":
-    exit_on_sigterm()  # the imports below take seconds
+    exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.arguments import ALL, format_usage, parse_arguments
+from trainer.cli.arguments import MATCH_ALL, format_usage, parse_arguments
 from trainer.cli.compose import compose
 from trainer.cli.overrides import list_argument_keys
 from trainer.cli.process import (
@@ -60,7 +60,9 @@ def _exit_on_signal(signum: int, _frame: object) -> None:
 def main() -> None:
     """Run `python -m trainer.prepare`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, {"output": "", "weights": ""}, rest=ALL)
+        arguments, overrides = parse_arguments(
+            sys.argv[1:], __doc__, {"output": "", "weights": ""}, other_arguments=MATCH_ALL
+        )
         if "weights" not in arguments:
             overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
@@ -75,7 +77,7 @@ def main() -> None:
         used_keys, suffix = (USED_KEYS_OF_WEIGHTS, " weights=...") if "weights" in arguments else (USED_KEYS, "")
         if unread_keys := sorted(key for key in explicit_keys if not used_keys.fullmatch(key)):
             problem = f"is not read by trainer.prepare{suffix}"
-            raise ConfigError.of_faults(ConfigError(problem, key=key, fix="remove it") for key in unread_keys)
+            raise ConfigError.combine(ConfigError(problem, key=key, fix="remove it") for key in unread_keys)
         configure_log(config.runtime)
         job_part = parse_job_part(os.environ)
         start_monitoring(config, *job_part)

@@ -19,7 +19,7 @@ from trainer.cluster.signals import exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.arguments import ALL, parse_arguments
+from trainer.cli.arguments import MATCH_ALL, parse_arguments
 from trainer.cli.process import exit_with_code, suppress_import_noise
 from trainer.errors import ConfigError
 from trainer.monitoring.log import log
@@ -46,7 +46,7 @@ def main() -> None:
         rows = [f"    {f'{key}={values[key]}':{width + 20}}{field.description or ''}" for key, field in fields.items()]
         keys = dict.fromkeys(fields, "") | {"model": "is required"}
         # All keys are accepted here, because `parse_settings` reports unknown keys together with all other errors.
-        arguments, _ = parse_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, more=ALL)
+        arguments, _ = parse_arguments(sys.argv[1:], "\n".join([f"{__doc__}", *rows]), keys, other_keys=MATCH_ALL)
         settings = parse_settings(arguments, os.environ.get("KUBETUNE_CACHE"))
         try:
             from trainer.serving.server import serve

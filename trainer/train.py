@@ -222,8 +222,8 @@ def record_start(run: RunContext, folder: RunFolder, by_phase: dict[str, dict[st
         requested = folder.config
         assert isinstance(requested, RunConfig), "every `auto` is resolved"
         run.saver.restarts.require_progress(step, max_restarts)
-        folder.begin(requested, dataset, by_phase, fields | ({"advice": advice} if advice else {}))
-        run.saver.restarts.begin(step, max_restarts)
+        folder.record_start(requested, dataset, by_phase, fields | ({"advice": advice} if advice else {}))
+        run.saver.restarts.add_start(step, max_restarts)
         run.saver.checkpoints.mark_corrupt_after(step)
         if step:
             rule = list(run.config.phases.values())[: run.state.phase + 1][-1].early_stopping  # the last one at the end
@@ -498,7 +498,7 @@ def finish(run: RunContext) -> None:
         shutil.rmtree(saver.path / "export", ignore_errors=True)
         log.info("exporting")
         exports = export_classifier(saver.path / "export", run.classifier, images, predictions, explain, check=check)
-        clock.lap()
+        clock.update()
         log.info("writing the report")
         health.set_activity("report")
         results, splits = collect_results(run, exports), list(dataset.splits)

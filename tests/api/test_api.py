@@ -46,7 +46,7 @@ def test_a_command_that_fails_has_its_code_and_reason() -> None:
 
 
 def test_the_reason_is_the_last_message() -> None:
-    assert find_reason(["a", "error: b has 2 faults:", "  c", "  d"]) == "b has 2 faults:\n  c\n  d"
+    assert find_reason(["a", "error: b has 2 errors:", "  c", "  d"]) == "b has 2 errors:\n  c\n  d"
     assert find_reason(["interrupted: SIGTERM"]) == "SIGTERM"
     assert find_reason(["x", "y", "z", "Killed"]) == "y\nz\nKilled"
     assert find_reason([]) == ""

@@ -1,4 +1,4 @@
-"""The surface of the command line, frozen in surface.txt: `python -m tests.cli.surface` writes it.
+"""The surface of the command line, recorded in surface.txt: `python -m tests.cli.surface` writes it.
 
 A change of a key, type, bound, default, group, choice, verb or argument is one line of its diff.
 """
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from pydantic.fields import FieldInfo
 
-from scripts.configuration_page import bounds, default, kind, sections
+from scripts.configuration_page import describe_type, format_bounds, format_default, list_sections
 from tests.cli.verbs import exit_code_of
 from trainer.cli.arguments import format_usage
 from trainer.cli.compose import GROUPS, find_conf_folder
@@ -27,11 +27,11 @@ VERBS = (
 
 
 def arguments(verb: ModuleType) -> list[str]:
-    """The keys that a verb passes to `parse_arguments`; required ones are marked."""
+    """List the keys that a command passes to `parse_arguments`; required ones are marked."""
     keys: dict[str, str] = {}
 
-    def read(_arguments: Any, _doc: Any, own: dict[str, str], **_: Any) -> NoReturn:
-        keys.update(own)
+    def read(_arguments: Any, _doc: Any, keys_of_verb: dict[str, str], **_: Any) -> NoReturn:
+        keys.update(keys_of_verb)
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,13 +40,13 @@ def arguments(verb: ModuleType) -> list[str]:
     return [key + " (required)" * bool(problem) for key, problem in keys.items()]
 
 
-def _line(of: str, key: str, field: FieldInfo) -> str:
-    return f"{of} {key}: {kind(field.annotation)}{bounds(field.metadata)} = {default(field.default)}"
+def _line(source: str, key: str, field: FieldInfo) -> str:
+    return f"{source} {key}: {describe_type(field.annotation)}{format_bounds(field.metadata)} = {format_default(field.default)}"
 
 
 def text() -> str:
-    """Every key with its type, bounds and default, every group with its choices, every verb with its arguments."""
-    lines = [_line("key", key, field) for _, _, fields in sections() for key, field in fields.items()]
+    """Format each key with its type, bounds and default, each group with its choices, each command with its arguments."""
+    lines = [_line("key", key, field) for _, _, fields in list_sections() for key, field in fields.items()]
     lines += [f"group {path.parent.relative_to(find_conf_folder())}: {path.stem}" for group in GROUPS
               for path in sorted((find_conf_folder() / group).rglob("*.yaml"))]  # fmt: skip
     for name in VERBS:

@@ -5,7 +5,7 @@ import pytest
 from tests.config.test_schema import tree
 from tests.errors import raises
 from trainer import compare, drift, evaluate, export, plan, prepare, serve
-from trainer.cli.arguments import ALL, format_usage, parse_arguments, require_address
+from trainer.cli.arguments import MATCH_ALL, format_usage, parse_arguments, require_address
 from trainer.config.schema import load
 from trainer.errors import ConfigError
 
@@ -20,7 +20,7 @@ KEYS = {"what": "an image is required", "colour": "", "output": ""}
 
 def test_a_verb_reads_its_own_arguments_and_returns_the_rest() -> None:
     arguments = ["seed=1", "what=a=b", "--cfg", "job", "output=x", "data.root=", "brush.size=3", "~a\nb"]
-    own, rest = parse_arguments(arguments, DOC, KEYS, more=r"brush\..+", rest=ALL)
+    own, rest = parse_arguments(arguments, DOC, KEYS, other_keys=r"brush\..+", other_arguments=MATCH_ALL)
     assert own == {"what": "a=b", "output": "x", "brush.size": "3"}
     assert rest == ["seed=1", "--cfg", "job", "data.root=", "~a\nb"]
 
@@ -40,9 +40,9 @@ def test_a_verb_reads_its_own_arguments_and_returns_the_rest() -> None:
         (["what=a", ""], "", None, "is not key=value"),
     ],
 )
-def test_each_fault_has_its_key_and_the_usage(arguments: list[str], key: str, value: str | None, problem: str) -> None:
+def test_each_error_has_its_key_and_the_usage(arguments: list[str], key: str, value: str | None, problem: str) -> None:
     with raises(ConfigError, key=key, value=value, problem=problem, fix=USAGE.replace("[", r"\[")) as caught:
-        parse_arguments(arguments, DOC, KEYS, more=r"brush\..+")
+        parse_arguments(arguments, DOC, KEYS, other_keys=r"brush\..+")
     assert ("did you mean colour?" in str(caught.value.fix)) == (key == "color")
 
 
@@ -68,7 +68,7 @@ def test_an_address_of_another_scheme_has_its_key_and_the_right_spelling(address
             parse_arguments([f"{key}={address}"], DOC, {key: ""})
     with raises(ConfigError, key=address, value=None, problem=problem, fix=fix):
         require_address(address)
-    with raises(ConfigError, problem=f"output_dir=.*{problem}.*{fix}"):  # lists all faults
+    with raises(ConfigError, problem=f"output_dir=.*{problem}.*{fix}"):  # lists all errors
         load(tree(output_dir=address))
 
 

@@ -89,7 +89,7 @@ def test_folders_of_images_precede_stray_records(tmp_path: Path, names: tuple[st
 
 
 @pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg"), ("lost+found/x", "@eaDir/1.jpg", ".git/x")])
-def test_nothing_that_can_be_read_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_nothing_that_can_be_read_is_rejected(tmp_path: Path, names: tuple[str, ...]) -> None:
     root = photos(tmp_path, *names)
     with raises(DataError, key="data.root", value=str(root), fix="one folder per class"):
         detect_source(str(root))
@@ -152,7 +152,7 @@ def test_a_dataset_is_detected_in_any_folder(
     assert detect_source(str(root))[::2] == (source, arguments)
 
 
-def test_several_datasets_in_a_bucket_are_refused(bucket_address: str) -> None:
+def test_several_datasets_in_a_bucket_are_rejected(bucket_address: str) -> None:
     root = storage_path(bucket_address) / "several"
     for name in ("logs/x", "notes/x", "a/dataset_info.json", "b/1.0.0/dataset_info.json"):
         (root / name).write("x")
@@ -198,7 +198,7 @@ def test_a_sweep_over_record_folders_is_one_over_patterns(tmp_path: Path) -> Non
     assert patterns == [f"{tmp_path}/a,1/*.tfrec*", f"{tmp_path}/b/*.tfrec*"]
 
 
-def test_a_sweep_over_several_sources_is_refused(tmp_path: Path) -> None:
+def test_a_sweep_over_several_sources_is_rejected(tmp_path: Path) -> None:
     photos(tmp_path, "a/cat/1.jpg", "b/dataset_info.json")
     text = f"{tmp_path}/a,{tmp_path}/b"
     with raises(ConfigError, key="data.root", value=text, problem="several sources", fix="one source"):

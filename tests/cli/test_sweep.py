@@ -77,7 +77,7 @@ def job(name: str, score: float | None, code: int = 0) -> Job:
 
 @pytest.mark.parametrize("search", [False, True])
 def test_the_last_lines_name_the_best_job(search: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    Sweep("out", [job("0", 0.5), job("1", 0.75), job("2", 0.75)], is_search=search).close()
+    Sweep("out", [job("0", 0.5), job("1", 0.75), job("2", 0.75)], is_search=search).log_results()
     assert capsys.readouterr().out.splitlines() == [
         "",
         "job   0  val_accuracy 0.5000  seed=0",
@@ -100,9 +100,9 @@ def test_the_last_lines_name_the_best_job(search: bool, capsys: pytest.CaptureFi
 def test_a_grid_is_whole_or_not_and_a_search_needs_one_score(search: bool, jobs: list[Job], code: int | None) -> None:
     sweep = Sweep("out", jobs, is_search=search)
     if code is None:
-        return sweep.close()
+        return sweep.log_results()
     with pytest.raises(TrainerError, match=rf"of {len(jobs)} jobs failed \(0, ") as failed:
-        sweep.close()
+        sweep.log_results()
     assert failed.value.exit_code == code
 
 
@@ -115,13 +115,13 @@ def test_runs_over_seeds_have_a_mean_and_a_standard_deviation(capsys: pytest.Cap
             run("1", 2, "none", {"val_accuracy": 0.7, "test_accuracy": 0.75}),
             run("2", 1, "light", {"val_accuracy": 0.625}), run("3", 2, "light", {})]  # fmt: skip
     sweep = Sweep("out", jobs, swept={"seed", "augmentation"}, is_search=True)
-    sweep.close()
+    sweep.log_results()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "seeds" in line] == [
         "2 seeds  val_accuracy 0.6000 ± 0.1414, test_accuracy 0.5000 ± 0.3536  augmentation=none"
     ]
     sweep.swept = {"augmentation"}
-    sweep.close()
+    sweep.log_results()
     assert "seeds" not in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_a_process_without_a_number_is_left_alone() -> None:
         ([*GRID, "phases.haed.epochs=3"], "0", None, "there is no phase 'haed'", ""),
     ],
 )
-def test_what_a_pod_cannot_train_is_refused(
+def test_what_a_pod_cannot_train_is_rejected(
     arguments: list[str], number: str, key: str | None, problem: str, fix: str
 ) -> None:
     with raises(ConfigError, key=key, problem=problem, fix=fix):

@@ -1,4 +1,4 @@
-"""The verbs of the command line in this process."""
+"""Run the commands of the command line in this process."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 
 def exit_code_of(main: Callable[[], None], *arguments: str) -> int:
-    """The exit code of a verb with these arguments; the handler of SIGTERM, which it removes, is restored."""
+    """Run a command with these arguments, and return its exit code. Restore the SIGTERM handler, which it replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:

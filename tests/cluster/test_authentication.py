@@ -138,7 +138,7 @@ def refuse(peer: Connection) -> None:
     ("respond", "problem"),
     [
         (refuse, "it does not have the token of this Job; it is of another Job"),
-        (lambda peer: accept_peer(peer, "another token"), "it refuses the token of this Job"),
+        (lambda peer: accept_peer(peer, "another token"), "it rejects the token of this Job"),
         (lambda peer: peer.send("refused", reason="exit with 2"), "another server uses its port"),
     ],
 )

@@ -138,7 +138,7 @@ def test_another_server_on_the_port_of_the_chief() -> None:
             rendezvous(worker, 2, lambda _: None, lambda: None)
 
 
-def test_a_worker_of_another_job_is_refused() -> None:
+def test_a_worker_of_another_job_is_rejected() -> None:
     chief, other = clusters(2)
     unknown = Cluster(1, other.addresses, "test", "another job")
     interrupted, refused = connected([chief, unknown], 3, [])
@@ -181,7 +181,7 @@ def test_a_second_process_with_one_index_is_named() -> None:
     assert third.index == 2
 
 
-def test_bytes_of_another_protocol_are_refused() -> None:
+def test_bytes_of_another_protocol_are_rejected() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         accepted, _ = server.accept()
         client.sendall(b"x" * 100)

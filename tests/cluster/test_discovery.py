@@ -164,7 +164,7 @@ A_FOUR = indexed_job_pod(0)
 ONLY_WORKERS, DIFFERENT = "run workers only", "different address"
 SPARSE = {"sparseCluster": {"worker": {"0": "a:1"}}}
 # environment, value, problem, fix
-TF_CONFIG_FAULTS = [
+TF_CONFIG_ERRORS = [
     ({TF: "{worker"}, "'{worker'", r"is not JSON \(Expecting property name", "correct it or unset it"),
     ({TF: "[1]"}, "'[1]'", "is not a JSON object", 'give {"cluster": ..., "task": ...}'),
     ({TF: json.dumps(SPARSE)}, None, "sparseCluster", "enableDynamicWorker: false"),
@@ -195,7 +195,7 @@ CLUSTER_FAULTS: list[tuple[Any, Any, str, str]] = [
     ({"chief": ["a:1", "b:1"], "worker": ["c:1"]}, FIRST, r"2 chiefs \(a:1, b:1\)", "as workers"),
     ({"chief": ["a:1"], "master": ["b:1"]}, {"type": "chief", "index": 0}, "2 chiefs", "as workers"),
 ]
-TF_CONFIG_FAULTS += [(tf_config(cluster, task), None, *expected) for cluster, task, *expected in CLUSTER_FAULTS]
+TF_CONFIG_ERRORS += [(tf_config(cluster, task), None, *expected) for cluster, task, *expected in CLUSTER_FAULTS]
 MANIFEST = "set it in the manifest"
 HOST_NAME, SERVICE_LINK = "cannot be part of a host name", "tcp://10.0.0.7:80"
 BOTH = "unset TF_CONFIG or WORKER_COUNT, or make them agree"
@@ -257,9 +257,9 @@ KUBERNETES_FAULTS = [
 
 @pytest.mark.parametrize(
     ("environment", "key", "value", "problem", "fix"),
-    [*((environment, TF, *rest) for environment, *rest in TF_CONFIG_FAULTS), *KUBERNETES_FAULTS],
+    [*((environment, TF, *rest) for environment, *rest in TF_CONFIG_ERRORS), *KUBERNETES_FAULTS],
 )
-def test_faults(environment: dict[str, str], key: str, value: object, problem: str, fix: str) -> None:
+def test_errors(environment: dict[str, str], key: str, value: object, problem: str, fix: str) -> None:
     with raises(ConfigError, key=key, value=value, problem=problem, fix=fix):
         discover(environment)
 

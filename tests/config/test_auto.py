@@ -97,7 +97,7 @@ def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
     began, _ = resolve_auto(alone, 100, 3, Device("GPU", "L4", (8, 9)))
     stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
     assert stored == began
-    config, reasons = resolve_auto(alone, 100, 3, CPU, begun=stored)
+    config, reasons = resolve_auto(alone, 100, 3, CPU, stored_config=stored)
     assert (config.runtime.precision, config.runtime.xla) == ("bfloat16", "auto")
     assert reasons == ["runtime.precision=auto: bfloat16, as this run began"]
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
 def test_phases_are_validated_although_the_precision_is_auto() -> None:
     faulty = ["data=digits", "augmentation=light", "phases=head_only", "phases.head.features=cached", "runtime=gpu"]
     with pytest.raises(
-        ConfigError, match=r"1 fault:\n  phases\.head\.features=cached: augmentation makes other images"
+        ConfigError, match=r"1 error:\n  phases\.head\.features=cached: augmentation makes other images"
     ):
         load(compose(faulty) or {})
 
@@ -134,14 +134,14 @@ def test_a_resumed_run_and_the_other_workers_adopt_the_choice() -> None:
     began, _ = resolve_auto(requested(), 100, 3)
     before = began.model_copy(update={"model": began.model.model_copy(update={"backbone": "ResNet50"})})
     sent = RunConfig.model_validate(json.loads(json.dumps(before.model_dump(mode="json"))))
-    config, reasons = resolve_auto(requested(), begun=sent)
+    config, reasons = resolve_auto(requested(), stored_config=sent)
     assert config == before
     assert reasons == [
         "model.backbone=auto: ResNet50, as this run began",
         "phases=auto: head, as this run began",
         "training.batch_size=auto: 16, as this run began",
     ]
-    assert resolve_auto(before, begun=began) == (before, [])  # nothing is auto: nothing is adopted
+    assert resolve_auto(before, stored_config=began) == (before, [])  # nothing is auto: nothing is adopted
 
 
 def test_overfitting_resolves_the_batch_size_to_its_default() -> None:

@@ -98,7 +98,7 @@ def test_a_resumed_run_keeps_its_batch_on_another_gpu() -> None:
     began, _ = resolve("model=efficientnet_b7", device=L4)
     stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
     requested = load(composed("model=efficientnet_b7"))
-    config, reasons = resolve_auto(requested, 100_000, 10, H100, begun=stored, replicas=4)
+    config, reasons = resolve_auto(requested, 100_000, 10, H100, stored_config=stored, replicas=4)
     assert config.training.batch_size == 8
     assert "training.batch_size=auto: 8, as this run began" in reasons
 

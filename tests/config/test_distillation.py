@@ -1,4 +1,4 @@
-"""The configuration of a teacher that the run trains itself: its run, its faults, and its files of a group."""
+"""The configuration of a teacher that the run trains itself: its run, its errors, and its files of a group."""
 
 from typing import Any
 
@@ -67,15 +67,15 @@ def test_other_teachers_have_no_run() -> None:
         ({"phases": {"a": CACHED | {"augmented_views": None}}}, "distillation.phases.a.features", "cached", "augmented_views=4"),
     ],
 )  # fmt: skip
-def test_a_fault_names_the_key_of_the_teacher(distillation: dict[str, Any], key: str, value: Any, fix: str) -> None:
+def test_an_error_names_the_key_of_the_teacher(distillation: dict[str, Any], key: str, value: Any, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(student(distillation, augmentation__zoom=0.1))
-    (fault,) = caught.value.faults
+    (error,) = caught.value.errors
 
     def fail() -> None:
-        raise fault
+        raise error
 
-    with raises(type(fault), key, value if value is not None else fault.value, fix):
+    with raises(type(error), key, value if value is not None else error.value, fix):
         fail()
 
 

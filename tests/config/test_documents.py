@@ -13,13 +13,15 @@ SCHEMA = json.loads(configuration_page.SCHEMA.read_text())
 
 
 def test_every_key_has_a_meaning() -> None:
-    fields = {key: field for _, _, fields in configuration_page.sections() for key, field in fields.items()}
+    fields = {key: field for _, _, fields in configuration_page.list_sections() for key, field in fields.items()}
     assert len(fields) > 120
     assert [key for key, field in fields.items() if not field.description] == []
 
 
 def test_the_schema_is_current() -> None:  # the page: tests/test_pages.py
-    assert configuration_page.SCHEMA.read_text() == configuration_page.schema(), "run scripts/configuration_page.py"
+    assert configuration_page.SCHEMA.read_text() == configuration_page.format_schema(), (
+        "run scripts/configuration_page.py"
+    )
 
 
 def test_auto_fits_the_schema() -> None:  # the experiments: tests/test_recipes.py
@@ -37,6 +39,6 @@ def test_auto_fits_the_schema() -> None:  # the experiments: tests/test_recipes.
         {"phases": {"head": {"thaw": "none", "epoch": 3}}},
     ],
 )
-def test_the_schema_refuses_a_fault(tree: dict[str, object]) -> None:
+def test_the_schema_rejects_an_error(tree: dict[str, object]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(tree, SCHEMA)

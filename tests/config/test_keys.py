@@ -90,8 +90,8 @@ def test_a_mistyped_key_is_searched_in_the_whole_tree(key: str, fix: str) -> Non
 def test_a_key_at_a_wrong_depth_is_searched_too(arguments: list[str], key: str, fix: str) -> None:
     with raises(ConfigError) as caught:
         load(compose(["data=digits", *arguments]) or {})
-    (fault,) = [fault for fault in caught.value.faults if fault.key == key]
-    assert fix in str(fault.fix)
+    (error,) = [error for error in caught.value.errors if error.key == key]
+    assert fix in str(error.fix)
 
 
 def numbers(root: Any, prefix: str = "") -> list[tuple[str, list[Any]]]:
@@ -124,8 +124,8 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
         assert all(bounded) or key in checked_by_a_function, key
 
 
-def fault_or_valid(key: str, value: Any) -> list[str]:
-    """The faults of a configuration with this value, [] if it is valid; any other exception fails the test."""
+def list_errors(key: str, value: Any) -> list[str]:
+    """List the errors of a configuration with this value; [] if it is valid. Any other exception fails the test."""
     whole = tree(phases__fine_tune={"thaw": "all", "epochs": 1})
     *path, last = key.split(".")
     branch = whole
@@ -135,19 +135,19 @@ def fault_or_valid(key: str, value: Any) -> list[str]:
     try:
         config = load(whole)
     except ConfigError as error:
-        return [f"{fault}" if fault.fix else f"no fix: {fault}" for fault in error.faults]
+        return [f"{listed}" if listed.fix else f"no fix: {listed}" for listed in error.errors]
     assert config.runtime.log_every.steps(10, 4) > 0
     return []
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
+def test_an_extreme_value_is_valid_or_an_error_in_plain_words(key: str) -> None:
     for text in EXTREMES:
         values: list[Any] = [text, [text], {"a": text}]
         with suppress(ValueError):
             values.append(float(text))
-        for fault in [fault for value in values for fault in fault_or_valid(key, value)]:
-            assert not re.search("no fix|instance of|unable|valid tuple|Input", fault), fault
+        for error in [error for value in values for error in list_errors(key, value)]:
+            assert not re.search("no fix|instance of|unable|valid tuple|Input", error), error
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_an_extreme_value_is_valid_or_a_fault_in_plain_words(key: str) -> None:
 def test_bounds_addresses_and_types(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
     with raises(ConfigError) as caught:
         load(tree(**changes))
-    (fault,) = caught.value.faults
-    assert fault.key == key
-    assert value is None or fault.value == value
-    assert fix.strip("^$").replace("\\", "") in str(fault.fix)
+    (error,) = caught.value.errors
+    assert error.key == key
+    assert value is None or error.value == value
+    assert fix.strip("^$").replace("\\", "") in str(error.fix)
 
 
 def test_classes_and_runs_may_be_called_by_numbers() -> None:
@@ -241,13 +241,13 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
          {"phases.auto.few_similar.head.schedule.final": "schedule.name=constant"}),
     ],
 )  # fmt: skip
-def test_a_key_that_is_not_read_is_refused_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
+def test_a_key_that_is_not_read_is_rejected_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
     config = load(compose(arguments) or {})
     with raises(ConfigError) as caught:
         require_read(config, list_argument_keys(arguments))
-    assert {fault.key for fault in caught.value.faults} == set(reasons)
-    for fault in caught.value.faults:
-        assert reasons[str(fault.key)] in fault.problem
+    assert {error.key for error in caught.value.errors} == set(reasons)
+    for error in caught.value.errors:
+        assert reasons[str(error.key)] in error.problem
 
 
 @pytest.mark.parametrize("split", ["null", "none"])
@@ -259,12 +259,12 @@ def test_a_fraction_is_read_where_the_split_of_the_dataset_is_not_named(split: s
 @pytest.mark.parametrize(
     "key", ["model.image_size=64", "training.batch_size=8", "phases.head.epochs=3", "output_dir=x"]
 )
-def test_prepare_refuses_what_only_a_run_reads(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_rejects_what_only_a_run_reads(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(prepare.main, "data=digits", "output=x", key) == 2
     assert f"{key.partition('=')[0]}: is not read by trainer.prepare; remove it" in capsys.readouterr().err
 
 
-def test_a_value_that_an_experiment_brings_is_not_refused() -> None:
+def test_a_value_that_an_experiment_brings_is_not_rejected() -> None:
     config = load(compose(["experiment=beans_xception", "data=image_folder", "data.root=x"]) or {})
     assert "data.name" in find_unread_keys(config)
     require_read(config, ["data.root"])

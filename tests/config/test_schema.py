@@ -1,4 +1,4 @@
-"""The configuration: its faults, durations, differences, defaults and saved files."""
+"""The configuration: its errors, durations, differences, defaults and saved files."""
 
 import re
 from typing import Any
@@ -88,21 +88,21 @@ CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 
         ({"phases": {"auto": {k: ROWS[k] for k in list(ROWS)[1:]}}}, "phases.auto.few_similar", None, "set phases.auto.few_similar"),
     ],
 )  # fmt: skip
-def test_a_fault_has_key_value_and_fix(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
-    with raises(ConfigError, problem=rf"^the configuration has 1 fault:\n  {re.escape(key)}") as caught:
+def test_an_error_has_key_value_and_fix(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
+    with raises(ConfigError, problem=rf"^the configuration has 1 error:\n  {re.escape(key)}") as caught:
         load(tree(**changes))
-    (fault,) = caught.value.faults
-    assert (fault.key, fault.value) == (key, value)
-    assert fault.problem
-    assert re.search(fix, fault.fix or "")
-    assert str(fault) in caught.value.problem
+    (error,) = caught.value.errors
+    assert (error.key, error.value) == (key, value)
+    assert error.problem
+    assert re.search(fix, error.fix or "")
+    assert str(error) in caught.value.problem
 
 
-def test_all_faults_are_listed_one_per_line() -> None:
-    with raises(ConfigError, problem=r"^the configuration has 4 faults:\n") as caught:
+def test_all_errors_are_listed_one_per_line() -> None:
+    with raises(ConfigError, problem=r"^the configuration has 4 errors:\n") as caught:
         load(tree(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0))
     lines = str(caught.value).splitlines()[1:]
-    assert lines == [f"  {fault}" for fault in caught.value.faults]
+    assert lines == [f"  {error}" for error in caught.value.errors]
     assert len(lines) == 4
 
 
@@ -179,6 +179,6 @@ def test_a_damaged_configuration_is_a_sentence(text: str) -> None:
         parse_config(text)
 
 
-def test_a_key_that_is_a_number_is_refused() -> None:
+def test_a_key_that_is_a_number_is_rejected() -> None:
     with raises(ConfigError, problem="the configuration has a key that is not a text, phases.1", fix="quotes"):
         load({"phases": {1: {}}})

@@ -17,7 +17,7 @@ import trainer
 from tests.container import images
 from tests.container.images import DEPENDENCIES, MEGABYTE, ROOT, USER, run, started
 from tests.e2e.running import catches, has_loaded
-from tests.k8s.rendered import pods_of
+from tests.k8s.rendered import list_pods
 from trainer.cli.sweep import EVENT_FILE, serialize_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -269,7 +269,7 @@ print(urllib.request.urlopen("http://127.0.0.1:6006/data/runs").read().decode())
 
 def test_the_image_of_tensorboard_is_small_and_shows_a_run(tensorboard: str, outputs: Path) -> None:
     """The command of the manifest, on a folder instead of a bucket; both are read through fsspec."""
-    (pods,) = pods_of("overlays/tensorboard")
+    (pods,) = list_pods("overlays/tensorboard")
     own = images.layers(tensorboard)[len(images.layers(images.BASE)) :]
     print_layers(own)
     assert sum(size for _, size, _ in own) < 300 * MEGABYTE

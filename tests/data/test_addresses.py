@@ -21,7 +21,7 @@ from trainer.errors import DataError, ModelError
 from trainer.planning.dry_run import _open_data
 from trainer.planning.sections import Plan
 from trainer.storage.path import storage_path
-from trainer.storage.staging import find_copied_folders, stage
+from trainer.storage.staging import get_staged_and_source_folder, stage
 
 HOME = f"gs://{BUCKET}/data"
 
@@ -107,7 +107,7 @@ def test_a_plan_of_staged_data(tmp_path: Path) -> None:
 )
 def test_a_local_copy_is_replaced_in_texts(tmp_path: Path, address: str, folder: str) -> None:
     path = stage(address, tmp_path, 10**9, print, lambda: None)
-    local, bucket_folder = find_copied_folders(path, address, tmp_path)
+    local, bucket_folder = get_staged_and_source_folder(path, address, tmp_path)
     assert (bucket_folder, Path(local).is_dir()) == (folder, True)
     assert replace_local_paths(f"damaged: {path}/x", {local: bucket_folder}) == f"damaged: {address.rstrip('/')}/x"
 

@@ -62,7 +62,7 @@ class Strict(ShardCache):
     largest = 0
 
     def nothing_else(self, pinned: set[str]) -> None:
-        for name in self.entries.keys() - pinned:
+        for name in self.infos.keys() - pinned:
             self._cached.pop(name, None)
             (self.folder / "empty").touch()
             (self.folder / "empty").rename(self.folder / name)  # an open shard can still be read
@@ -73,7 +73,7 @@ class Strict(ShardCache):
         waited = super().require(reader, names)
         with self._changed:
             pinned = self._get_required_names()
-            self.largest = max(self.largest, sum(self.entries[name].size for name in pinned))
+            self.largest = max(self.largest, sum(self.infos[name].size for name in pinned))
             self.nothing_else(pinned)
         return waited
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from tests.runs.test_folder import BEGUN, FINISHED, NEW, SAVED, leave
+from tests.runs.test_folder import FINISHED, NEW, SAVED, STARTED, make_run_in_state
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.config.schema import RunConfig, configure_teacher, load_resolved
@@ -35,13 +35,13 @@ def choose(config: RunConfig) -> tuple[Any, Any]:
 
 def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path: Path) -> None:
     config = make_config(home, tmp_path)
-    for state in (NEW, BEGUN, SAVED):
-        leave(get_teacher_config(config), state)
+    for state in (NEW, STARTED, SAVED):
+        make_run_in_state(get_teacher_config(config), state)
         assert choose(config) == (config, get_teacher_config(config))
-    leave(get_teacher_config(config), FINISHED)
+    make_run_in_state(get_teacher_config(config), FINISHED)
     assert choose(config) == (config, None)
-    for state in (BEGUN, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
-        leave(config, state)
+    for state in (STARTED, SAVED, FINISHED):  # of the student, in the folder of which the teacher's is
+        make_run_in_state(config, state)
         assert choose(config) == (config, None)
     assert is_finished(config)
     assert is_finished(get_teacher_config(config))
@@ -54,12 +54,11 @@ def test_the_teacher_is_trained_until_it_is_finished(home: StoragePath, tmp_path
 
 def test_a_longer_teacher_is_trained_unless_its_student_has_begun(home: StoragePath, tmp_path: Path) -> None:
     config, longer = make_config(home, tmp_path), make_config(home, tmp_path, phases__head__epochs=9)
-    leave(get_teacher_config(config), FINISHED)
+    make_run_in_state(get_teacher_config(config), FINISHED)
     assert must_train(longer, get_teacher_config(longer))
-    leave(config, SAVED)
-    assert not must_train(
-        longer, get_teacher_config(longer)
-    )  # the run is extended, with the teacher that it began with
+    make_run_in_state(config, SAVED)
+    # the run is extended, with the teacher that it began with
+    assert not must_train(longer, get_teacher_config(longer))
 
 
 def test_a_folder_that_the_student_cannot_use_is_rejected_before_the_teacher_trains(
@@ -70,14 +69,14 @@ def test_a_folder_that_the_student_cannot_use_is_rejected_before_the_teacher_tra
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(notes.txt\)"):
         choose(config)
     (home / "notes.txt").delete()
-    leave(config, SAVED)
+    make_run_in_state(config, SAVED)
     with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
         choose(make_config(home, tmp_path, seed=5))
 
 
 def test_another_run_cannot_use_the_folder_of_a_teacher(home: StoragePath, tmp_path: Path) -> None:
     config = make_config(home, tmp_path)
-    leave(get_teacher_config(config), SAVED)
+    make_run_in_state(get_teacher_config(config), SAVED)
     alone = load_resolved(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(teacher\)"):
         open_run_folder(alone)
@@ -90,10 +89,10 @@ def test_a_run_that_must_exist_can_be_that_of_its_teacher(home: StoragePath, tmp
     config = make_config(home, tmp_path, resume="must")
     with raises(ConfigError, "resume", "must", "resume=auto", "holds no run"):
         open_run_folder(choose(config)[1])
-    leave(get_teacher_config(make_config(home, tmp_path)), FINISHED)
+    make_run_in_state(get_teacher_config(make_config(home, tmp_path)), FINISHED)
     now, teacher = choose(config)
     assert teacher is None
-    leave(now, SAVED)  # not rejected, although the student has no run yet
+    make_run_in_state(now, SAVED)  # not rejected, although the student has no run yet
     assert choose(config) == (config, None)
 
 
@@ -103,7 +102,7 @@ def test_a_new_folder_is_that_of_both(tmp_path: Path, monkeypatch: pytest.Monkey
     now, teacher = choose(config)
     assert (now.output_dir, teacher.output_dir) == (now.output_dir, f"{now.output_dir}/teacher")
     folder = open_run_folder(teacher)
-    folder.student = now.output_dir
+    folder.student_output_dir = now.output_dir
     assert f"output_dir={now.output_dir} " in make_folder_hint(folder)
     folder.abandon()
     assert not Path(str(now.output_dir)).exists()  # a rejected start leaves nothing
@@ -132,5 +131,5 @@ def test_errors_of_its_run_have_the_keys_of_the_command() -> None:
     with raises(DataError, "data.root"), rename_teacher_keys():
         raise DataError("is missing", key="data.root")
     with pytest.raises(ConfigError) as caught, rename_teacher_keys():
-        raise ConfigError.of_faults([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
-    assert [error.key for error in caught.value.faults] == ["distillation.phases.head.thaw", "seed"]
+        raise ConfigError.combine([ConfigError("a", key="phases.head.thaw"), ConfigError("b", key="seed")])
+    assert [error.key for error in caught.value.errors] == ["distillation.phases.head.thaw", "seed"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.same_bits import differences
+from scripts.same_bits import list_differences
 
 ROOT = Path(__file__).parents[2]
 # Both phases, augmentation, dropout, EMA, an uneven last batch: all state that a checkpoint could miss.
@@ -165,4 +165,4 @@ def assert_same_run(one: Path, other: Path, levels: int = 0, exported: bool = Tr
         )
         if name == "report.json" and not exported:
             mine, theirs = ({**report, "export": None} for report in (mine, theirs))
-        assert mine == theirs, differences(mine, theirs, name)[:20]
+        assert mine == theirs, list_differences(mine, theirs, name)[:20]

@@ -163,7 +163,7 @@ def test_a_full_disk_ends_with_75_and_the_run_resumes_later(photos: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_other_data_under_a_run_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_other_data_under_a_run_is_rejected(photos: Path, tmp_path: Path) -> None:
     arguments = [*QUICK, f"data.root={photos}", f"output_dir={tmp_path / 'run'}"]
     train(*arguments, "debug.max_steps=1")
     Image.new("RGB", (60, 80)).save(photos / "dark" / "extra.jpg")

@@ -22,7 +22,7 @@ ANSWERS: list[tuple[list[str], int, str, str]] = [
     (["runtime=pod", "--cfg", "job"], 0, "out", "http_port: 8080"),
     (["data=digitss"], 2, "err", "error: data=digitss: there is no such data; did you mean digits?"),
     (["phases.head.epoch=3"], 2, "err", "phases.head.epoch: there is no such key; did you mean phases.head.epochs?"),
-    (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 faults:"),
+    (["phases.head.epochs=-1", "seed=x"], 2, "err", "the configuration has 2 errors:"),
     (["data=image_folder"], 2, "err", "error: data.root: must be given; add data.root=..."),
     (["seed=[1"], 2, "err", "error: seed=[1: cannot be read as a value"),
     (["phases.haed.epochs=3"], 2, "err", "phases.haed.thaw: there is no phase 'haed'; did you mean head?"),
@@ -76,7 +76,7 @@ def test_tensorflow_is_not_imported_before_the_configuration_is_right() -> None:
     assert run_python(program).stdout.split() == ["2", "False"]
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     error = train(f"output_dir={tmp_path}", code=2).stderr
     assert f"output_dir={tmp_path}" in error
@@ -84,7 +84,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     train(f"output_dir={tmp_path / 'new'}", "resume=must", code=2)
 
 
-def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_an_output_dir_that_cannot_be_made_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     error = train(f"output_dir={tmp_path / 'file' / 'run'}", code=2).stderr
     assert re.search(r"^error: output_dir=.*\(?Not a directory", error)
@@ -125,7 +125,7 @@ def test_a_signal_ends_the_process_before_anything_large_is_imported(module: str
 
 
 @pytest.mark.parametrize("preset", ["pod", "gpu_pod"])
-def test_a_fault_in_the_configuration_of_a_pod_is_in_its_log_and_termination_message(
+def test_an_error_in_the_configuration_of_a_pod_is_in_its_log_and_termination_message(
     preset: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "termination-log"

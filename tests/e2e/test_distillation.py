@@ -42,7 +42,7 @@ def test_a_student_logs_its_teacher_and_caches_the_probabilities(teacher: Path, 
     assert probabilities.std(0).min() > 0
 
 
-def test_a_teacher_of_other_classes_is_refused(teacher: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_is_rejected(teacher: Path, photos: Path, tmp_path: Path) -> None:
     error = train(
         "data=image_folder", f"data.root={photos}", "model=glyphs_mobilenet_v2", "debug=fast",
         f"distillation.teacher={teacher}", f"output_dir={tmp_path / 'run'}", code=2,

@@ -99,7 +99,7 @@ def test_mistakes_are_one_line(trained: Path, argument: str, pattern: str) -> No
     assert re.search(pattern, error_of(f"run={trained}", argument))
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
     assert str(tmp_path) in error_of(f"run={tmp_path}")
 
 

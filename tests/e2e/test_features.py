@@ -145,7 +145,7 @@ def test_a_phase_that_began_cached_is_interrupted_without_space(tmp_path: Path) 
     train(*run)
 
 
-def test_cached_features_without_frozen_layers_are_refused(tmp_path: Path) -> None:
+def test_cached_features_without_frozen_layers_are_rejected(tmp_path: Path) -> None:
     run = ("experiment=quickstart", "augmentation=none", "debug=fast", "phases=end_to_end")
     error = train(*run, "phases.all.features=cached", f"output_dir={tmp_path / 'run'}", code=WRONG_INPUT).stderr
     assert "phases.all.features=cached: " in error

@@ -18,10 +18,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.e2e.running import ROOT
-from tests.promote.runs import contents
+from tests.promote.runs import read_graphs
 from tests.serving.running import Clients, Served
 from tests.storage.emulator import running
-from trainer.errors import DONE, INTERRUPTED, REFUSED
+from trainer.errors import DONE, INTERRUPTED, NOT_PROMOTED
 from trainer.promote.promotion import read_manifest
 from trainer.storage.path import storage_path
 
@@ -139,7 +139,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
     output = run_night(photos, "2026-03-01", cache, DONE)  # the first night has no version yet
     assert "training the first one" in output
     assert record_of("2026-03-01")["outcome"] == "promoted"
-    assert list(contents(models)) == ["1"]
+    assert list(read_graphs(models)) == ["1"]
 
     arguments = (f"model={MODELS}", "poll=0.3", f"log={PREDICTIONS}", "log_seconds=0.5", f"cache_dir={tmp_path}/served")
     with Served(*arguments) as served:
@@ -162,7 +162,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         assert "verdict: shifted" in output
         assert f"training from the weights of {RUNS}/2026-03-01" in output
         assert record_of("2026-03-03")["outcome"] is None
-        assert list(contents(models)) == ["1"]
+        assert list(read_graphs(models)) == ["1"]
 
         clients = Clients(served, 2)
         output = run_night(photos, "2026-03-04", cache, DONE)
@@ -185,10 +185,10 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         send(served, noisy)
         move_log_to("2026-03-04")
         write_photos(photos, digits, mislabelled=("train", "validation"))
-        output = run_night(photos, "2026-03-05", cache, REFUSED, LONG)  # long enough to learn the wrong labels
+        output = run_night(photos, "2026-03-05", cache, NOT_PROMOTED, LONG)  # long enough to learn the wrong labels
         assert re.search(rf"refused: run={RUNS}/2026-03-05: is worse than version 2 on 90 held-out examples", output)
         assert record_of("2026-03-05")["outcome"] == "refused"
-        assert list(contents(models)) == ["1", "2"]
+        assert list(read_graphs(models)) == ["1", "2"]
         assert send(served, digits["stream"]) == len(digits["stream"]) * 60
         assert served.client.get("/v1/models/kubetune").json()["model_version_status"][0]["version"] == "2"
         assert served.metrics()["kubetune_serving_log_dropped_total"] == 0

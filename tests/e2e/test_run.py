@@ -129,7 +129,7 @@ def test_a_finished_run_is_not_repeated(undisturbed: Path) -> None:
     assert "finished" in train(*SMALL, f"output_dir={undisturbed}").stdout
 
 
-def test_another_configuration_in_the_same_folder_is_refused(undisturbed: Path) -> None:
+def test_another_configuration_in_the_same_folder_is_rejected(undisturbed: Path) -> None:
     error = train(*SMALL, f"output_dir={undisturbed}", "training.batch_size=8", "seed=1", code=2).stderr
     assert "seed: 42 -> 1" in error
     assert "training.batch_size: 16 -> 8" in error

@@ -77,7 +77,7 @@ def test_workers_sharded_by_file_fetch_their_own_shards(prepared: Path, tmp_path
     assert_same_run(tmp_path / "local" / "run", tmp_path / "there" / "run")
 
 
-def test_changed_shards_and_a_budget_that_is_too_small_are_refused(prepared: Path, tmp_path: Path) -> None:
+def test_changed_shards_and_a_budget_that_is_too_small_are_rejected(prepared: Path, tmp_path: Path) -> None:
     tight = start(tmp_path / "1", DATA, tmp_path / "c1", "runtime.disk_budget_gb=0.00002")
     changed = tmp_path / "changed"
     shutil.copytree(prepared, changed)

@@ -55,7 +55,7 @@ def test_a_wrong_configuration_ends_the_sweep_before_its_first_job(sweep: tuple[
     assert "Traceback" not in result.stderr
 
 
-def test_a_search_of_nothing_is_refused() -> None:
+def test_a_search_of_nothing_is_rejected() -> None:
     result = train("-m", "hydra/sweeper=optuna", "experiment=quickstart", code=2)
     assert re.match(r"error: hydra/sweeper=optuna: .*KEY=interval\(low, high\) or KEY=choice\(", result.stderr)
 

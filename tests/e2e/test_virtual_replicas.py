@@ -71,7 +71,7 @@ def test_kills_and_another_number_of_workers_after_each_change_nothing(tmp_path:
     assert_same_run(calm, train_by(2, changing, *VIRTUAL, *LIVE))
 
 
-def test_a_number_of_workers_that_does_not_divide_them_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_workers_that_does_not_divide_them_is_rejected(tmp_path: Path) -> None:
     workers = start_workers(tmp_path, 3, *VIRTUAL, f"output_dir={tmp_path / 'run'}")
     assert workers.wait(240) == [WRONG_INPUT] * 3
     assert "training.virtual_replicas=4: is not divisible by 3 replicas; start 1, 2, 4 replicas" in workers.output(0)

@@ -111,7 +111,7 @@ def test_a_finished_run_is_0_in_a_plan_too(offline: Path, tmp_path: Path) -> Non
     assert "finished" in train(*arguments).stdout
 
 
-def test_prepare_refuses_other_keys_with_weights() -> None:
+def test_prepare_rejects_other_keys_with_weights() -> None:
     error = program("prepare", "weights=[xception]", f"output={FOLDER}", "data=digits", "seed=3", code=WRONG_INPUT)
     assert "seed: is not read by trainer.prepare weights=..." in error.stderr
     error = program("prepare", "weights=[xception]", code=WRONG_INPUT)

@@ -59,7 +59,7 @@ def test_two_workers_train_as_one_in_two_micro_batches(tmp_path: Path) -> None:
         (["runtime.log_every='5 steps'", "seed=1"], ["runtime.log_every.count: 4.0 on worker 0, 5.0", "seed: 42 on worker 0, 1"]),
     ],
 )  # fmt: skip
-def test_workers_with_another_configuration_refuse_with_the_difference(
+def test_workers_with_another_configuration_are_rejected_with_the_difference(
     tmp_path: Path, own: list[str], texts: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -204,7 +204,7 @@ def test_after_a_lost_worker_another_number_of_workers_resumes(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_by_file_another_number_of_workers_is_refused_inside_an_epoch(tmp_path: Path) -> None:
+def test_by_file_another_number_of_workers_is_rejected_inside_an_epoch(tmp_path: Path) -> None:
     prepared = tmp_path / "digits"
     program("prepare", "data=digits", f"output={prepared}", "data.shards=4")
     data = ("data=tfds", f"data.root={prepared}", "data.shard_by=file", "debug.max_examples=null")

@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.k8s.defaults import with_defaults
+from tests.k8s.defaults import apply_defaults
 
 RESOURCES = {  # path of the group version -> (kind, plural)
     "api/v1": [("Pod", "pods"), ("ServiceAccount", "serviceaccounts"), ("Service", "services"),
@@ -65,7 +65,7 @@ class ApiServer:
         self._server.server_close()
 
     def add(self, plural: str, tree: dict[str, Any]) -> None:
-        tree = with_defaults(tree)
+        tree = apply_defaults(tree)
         tree["metadata"] = {"namespace": "default", "uid": str(uuid.uuid4()), "resourceVersion": "1"} | tree["metadata"]
         self.objects[plural, tree["metadata"]["name"]] = tree
 

@@ -160,13 +160,13 @@ class Cluster:
             TerminatedPod(f"default/{pod.name}", pod.index, {name: pod.exit_code}, frozenset(pod.conditions))
             for pod in self.terminated
         ]
-        self.condition = self.condition or controller.final_condition(self.spec, terminated)
+        self.condition = self.condition or controller.find_final_condition(self.spec, terminated)
         if self.condition:
             for pod in self.running:
                 self.delete(pod)
             return
         running = [RunningPod(pod.index, pod.deleted) for pod in self.running]
-        for index in controller.indexes_to_start(self.spec, terminated, running):
+        for index in controller.list_indexes_to_start(self.spec, terminated, running):
             self._start(index)
 
     def _start(self, index: int) -> None:

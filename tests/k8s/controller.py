@@ -46,8 +46,8 @@ class JobCondition:
     message: str
 
 
-def action(spec: Spec, pod: TerminatedPod) -> tuple[str, str]:
-    """Action of the first podFailurePolicy rule that matches a failed pod, Count by default; and its message."""
+def choose_action(spec: Spec, pod: TerminatedPod) -> tuple[str, str]:
+    """Return the action of the first podFailurePolicy rule that matches a failed pod (default: Count), and its message."""
     for number, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
         if "onExitCodes" in rule:
             codes = rule["onExitCodes"]
@@ -71,14 +71,14 @@ def failed_indexes(spec: Spec, terminated: Sequence[TerminatedPod]) -> set[int]:
     """Indexes that are not retried: FailIndex, or more counted failures than backoffLimitPerIndex."""
     if "backoffLimitPerIndex" not in spec:
         return set()
-    actions = [(pod.index, action(spec, pod)[0]) for pod in terminated if not pod.succeeded]
+    actions = [(pod.index, choose_action(spec, pod)[0]) for pod in terminated if not pod.succeeded]
     counted = Counter(index for index, name in actions if name == "Count")
     return {index for index, name in actions if name == "FailIndex" or counted[index] > spec["backoffLimitPerIndex"]}
 
 
-def final_condition(spec: Spec, terminated: Sequence[TerminatedPod]) -> JobCondition | None:
+def find_final_condition(spec: Spec, terminated: Sequence[TerminatedPod]) -> JobCondition | None:
     """The condition that ends the Job, by its pods in the order of termination; None while the Job runs."""
-    actions = [action(spec, pod) for pod in terminated if not pod.succeeded]
+    actions = [choose_action(spec, pod) for pod in terminated if not pod.succeeded]
     for name, message in actions:
         if name == "FailJob":
             return JobCondition("Failed", "PodFailurePolicy", message)
@@ -99,9 +99,11 @@ def final_condition(spec: Spec, terminated: Sequence[TerminatedPod]) -> JobCondi
     return None
 
 
-def indexes_to_start(spec: Spec, terminated: Sequence[TerminatedPod], running: Collection[RunningPod]) -> list[int]:
+def list_indexes_to_start(
+    spec: Spec, terminated: Sequence[TerminatedPod], running: Collection[RunningPod]
+) -> list[int]:
     """Indexes that need a pod now, in ascending order; a 0 per pod in a Job that is not Indexed."""
-    if final_condition(spec, terminated):
+    if find_final_condition(spec, terminated):
         return []
     policy = spec.get("podReplacementPolicy", "Failed" if "podFailurePolicy" in spec else "TerminatingOrFailed")
     occupied = [pod.index for pod in running if policy == "Failed" or not pod.deleted]

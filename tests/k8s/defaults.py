@@ -10,8 +10,8 @@ from typing import Any
 Object = dict[str, Any]
 
 
-def with_defaults(tree: Object) -> Object:
-    """A copy of an object with the defaults of its kind."""
+def apply_defaults(tree: Object) -> Object:
+    """Return a copy of an object with the defaults of its kind."""
     tree = copy.deepcopy(tree)
     kind, spec = tree["kind"], tree.get("spec", {})
     name = tree["metadata"]["name"]

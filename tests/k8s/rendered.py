@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from scripts.manifests import K8S, rendered
+from scripts.manifests import K8S, render
 
 OVERLAYS = ["shared", "base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
 FILES = [*sorted(K8S.glob("*.yaml")), K8S / "overlays" / "local" / "runs.yaml"]  # applied alone
@@ -20,26 +20,26 @@ Object = dict[str, Any]
 
 @functools.cache
 def _rendered(folder: str) -> list[Object]:
-    return rendered(folder)
+    return render(folder)
 
 
-def objects(folder: str, kind: str | None = None) -> list[Object]:
-    """Objects that `kubectl apply -k k8s/<folder>` applies."""
+def render_objects(folder: str, kind: str | None = None) -> list[Object]:
+    """Return the objects that `kubectl apply -k k8s/<folder>` applies, or only those of this kind."""
     return [copy.deepcopy(tree) for tree in _rendered(folder) if kind in (None, tree["kind"])]
 
 
-def documents(path: Path) -> list[Object]:
-    """Objects that `kubectl apply -f <path>` applies."""
+def load_documents(path: Path) -> list[Object]:
+    """Load the objects that `kubectl apply -f <path>` applies."""
     return list(yaml.safe_load_all(path.read_text()))
 
 
-def containers_of(spec: Object) -> list[Object]:
-    """All containers of a pod's spec."""
+def list_containers(spec: Object) -> list[Object]:
+    """List all containers of a pod's spec."""
     return [c for kind in ("initContainers", "containers", "ephemeralContainers") for c in spec.get(kind, [])]
 
 
-def only(folder: str, kind: str) -> Object:
-    (tree,) = objects(folder, kind)
+def get_only_object(folder: str, kind: str) -> Object:
+    (tree,) = render_objects(folder, kind)
     return tree
 
 
@@ -110,7 +110,7 @@ class Pods:
             and service["spec"]["clusterIP"] == "None"
             and service["spec"].get("publishNotReadyAddresses") is True
             and service["spec"]["selector"].items() <= self.labels.items()
-            for service in objects("shared", "Service")
+            for service in render_objects("shared", "Service")
         )
 
     def environment(self, index: int = 0) -> dict[str, str]:
@@ -119,7 +119,7 @@ class Pods:
         labels = self.labels | ({"batch.kubernetes.io/job-completion-index": str(index)} if self.indexed else {})
         for variable in self.container.get("env", []):
             if "value" in variable:
-                environment[variable["name"]] = expanded(variable["value"], environment)
+                environment[variable["name"]] = expand_variables(variable["value"], environment)
             elif "resourceFieldRef" in variable["valueFrom"]:
                 kind, _, resource = variable["valueFrom"]["resourceFieldRef"]["resource"].partition(".")
                 environment[variable["name"]] = str(parse_bytes(self.container["resources"][kind][resource]))
@@ -133,7 +133,7 @@ class Pods:
         return environment
 
     def arguments(self, index: int = 0) -> list[str]:
-        return [expanded(argument, self.environment(index)) for argument in self.container["args"]]
+        return [expand_variables(argument, self.environment(index)) for argument in self.container["args"]]
 
 
 def parse_bytes(quantity: str) -> int:
@@ -141,14 +141,14 @@ def parse_bytes(quantity: str) -> int:
     return int(float(number) * {"Mi": 2**20, "Gi": 2**30}[unit])
 
 
-def expanded(text: str, environment: Mapping[str, str]) -> str:
+def expand_variables(text: str, environment: Mapping[str, str]) -> str:
     """Replace `$(NAME)` as the kubelet does; an unknown name is left as it is."""
     return re.sub(r"\$\(([A-Za-z_]\w*)\)", lambda match: environment.get(match[1], match[0]), text)
 
 
-def pods_of(folder: str) -> Iterator[Pods]:
-    """Every kind of pod of an overlay."""
-    for owner in objects(folder):
+def list_pods(folder: str) -> Iterator[Pods]:
+    """List the pods of an overlay, one of each pod template."""
+    for owner in render_objects(folder):
         name, spec = owner["metadata"]["name"], owner.get("spec", {})
         if owner["kind"] == "Job":
             yield Pods(folder, owner, spec["template"], spec, name)
@@ -165,13 +165,13 @@ def pods_of(folder: str) -> Iterator[Pods]:
 
 def local_job(name: str) -> Pods:
     """The pods of tests/k8s/overlays/NAME: an overlay of k8s/ with the changes that this machine needs."""
-    (pods,) = pods_of(os.path.relpath(Path(__file__).parent / "overlays" / name, K8S))
+    (pods,) = list_pods(os.path.relpath(Path(__file__).parent / "overlays" / name, K8S))
     return pods
 
 
-ALL = [pods for folder in OVERLAYS for pods in pods_of(folder)]
+ALL = [pods for folder in OVERLAYS for pods in list_pods(folder)]
 JOBS = [pods for pods in ALL if pods.job is not None]  # those that run the trainer
 
 
-def name_of(pods: Pods) -> str:
+def get_name(pods: Pods) -> str:
     return pods.overlay.removeprefix("overlays/")

@@ -16,16 +16,16 @@ from tests.k8s.rendered import (
     JOBS,
     Object,
     Pods,
-    containers_of,
-    documents,
-    name_of,
-    objects,
-    only,
+    get_name,
+    get_only_object,
+    list_containers,
+    load_documents,
     parse_bytes,
+    render_objects,
 )
 from trainer import backbones, errors, nightly
 from trainer.backbones.candidates import parse_candidates
-from trainer.cli.arguments import ALL as ALL_ARGUMENTS
+from trainer.cli.arguments import MATCH_ALL as ALL_ARGUMENTS
 from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
 from trainer.cli.sweep import select_job
@@ -96,7 +96,7 @@ def test_every_variable_that_the_trainer_reads_is_set_and_no_other() -> None:
     assert set_by_manifests.isdisjoint(SET_ELSEWHERE)
 
 
-@pytest.mark.parametrize("pods", [pods for pods in JOBS if pods.overlay != "overlays/prepare"], ids=name_of)
+@pytest.mark.parametrize("pods", [pods for pods in JOBS if pods.overlay != "overlays/prepare"], ids=get_name)
 def test_cluster_discovery_returns_the_dns_names_of_all_pods(pods: Pods) -> None:
     for index in range(pods.count):
         _, environment = select_job(pods.arguments(index), pods.environment(index))
@@ -158,7 +158,7 @@ def _configuration(arguments: tuple[str, ...], sweep_job: str) -> RequestedConfi
     return load(composed)
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_the_arguments_are_a_configuration(pods: Pods) -> None:
     config = configuration(pods)
     arguments = pods.arguments()
@@ -171,14 +171,14 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
         assert len([a for a in arguments if a.startswith("output=gs://")]) == 1
     elif pods.overlay == "overlays/backbones":
         assert pods.container["command"] == ["python", "-m", "trainer.backbones"]
-        given, _ = parse_arguments(arguments, backbones.__doc__, backbones.ARGUMENTS, rest=ALL_ARGUMENTS)
+        given, _ = parse_arguments(arguments, backbones.__doc__, backbones.ARGUMENTS, other_arguments=ALL_ARGUMENTS)
         assert given["output"].startswith("gs://")
         networks = parse_candidates(given["among"])
         assert len(networks) > 1
         assert config.data.source == "image_folder"
     elif pods.overlay == "overlays/nightly":
         assert pods.container["command"] == ["python", "-m", "trainer.nightly"]
-        given, rest = parse_arguments(arguments, nightly.__doc__, nightly.ARGUMENTS, rest=ALL_ARGUMENTS)
+        given, rest = parse_arguments(arguments, nightly.__doc__, nightly.ARGUMENTS, other_arguments=ALL_ARGUMENTS)
         assert given.keys() >= {"to", "log", "runs"}
         assert not any(argument.startswith("output_dir=") for argument in rest)  # the night names its run
     else:
@@ -192,13 +192,13 @@ def test_the_arguments_are_a_configuration(pods: Pods) -> None:
 
 def containers_with_a_gpu() -> list[tuple[str, Object]]:
     """Every container of every overlay and file that has a GPU, with the name of the overlay or file."""
-    templates = [(name_of(pods), pods.template) for pods in ALL]
+    templates = [(get_name(pods), pods.template) for pods in ALL]
     for path in FILES:
-        templates += [(path.name, tree["spec"]["template"]) for tree in documents(path) if tree["kind"] == "Job"]
+        templates += [(path.name, tree["spec"]["template"]) for tree in load_documents(path) if tree["kind"] == "Job"]
     return [
         (name, container)
         for name, template in templates
-        for container in containers_of(template["spec"])
+        for container in list_containers(template["spec"])
         if container["resources"]["limits"].get("nvidia.com/gpu")
     ]
 
@@ -216,16 +216,16 @@ def test_every_container_with_a_gpu_that_trains_uses_the_settings_of_gpus() -> N
         assert overridden == [], name
     assert set(settings.values()) == {("auto", "auto", 8080, "/cache")}
     cpu = {"local", "prepare", "serve", "serving", "serving-log", "tensorboard"}
-    assert {name_of(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
+    assert {get_name(pods) for pods in ALL} - settings.keys() - {"base"} <= cpu
     assert {"job.yaml", "multiworker.yaml", "base", "nightly", "jobset", "sweep", "backbones"} <= settings.keys()
 
 
-@pytest.mark.parametrize("pods", [pods for pods in JOBS if "nvidia.com/gpu" not in str(pods.spec)], ids=name_of)
+@pytest.mark.parametrize("pods", [pods for pods in JOBS if "nvidia.com/gpu" not in str(pods.spec)], ids=get_name)
 def test_pods_without_a_gpu_use_the_settings_of_pods(pods: Pods) -> None:
     assert "runtime=pod" in pods.arguments()
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_ports_paths_and_disk_are_those_of_the_pod_preset(pods: Pods) -> None:
     runtime = configuration(pods).runtime
     preset = yaml.safe_load((ROOT / "conf" / "runtime" / "pod.yaml").read_text())
@@ -242,11 +242,11 @@ def test_ports_paths_and_disk_are_those_of_the_pod_preset(pods: Pods) -> None:
     assert 2 * budget < 0.92 * limit
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> None:
     assert pods.job is not None
     codes = {"containerName": pods.container["name"], "operator": "In"}
-    final = [errors.WRONG_INPUT, errors.GAVE_UP] + [errors.REFUSED] * (pods.overlay == "overlays/nightly")
+    final = [errors.WRONG_INPUT, errors.GAVE_UP] + [errors.NOT_PROMOTED] * (pods.overlay == "overlays/nightly")
     failing = "FailIndex" if pods.is_sweep else "FailJob"  # the other runs of a sweep continue
     assert pods.job["podFailurePolicy"]["rules"] == [  # all other exit codes count against the backoff limit
         {"action": failing, "onExitCodes": {**codes, "values": final}},
@@ -255,13 +255,13 @@ def test_the_failure_policy_lists_the_exit_codes_of_the_trainer(pods: Pods) -> N
     ]
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_a_new_job_waits_as_long_as_the_pods_of_a_deleted_one_may_save(pods: Pods) -> None:
     assert pods.spec["terminationGracePeriodSeconds"] == lease.GRACE_SECONDS
-    assert lease.plan_patience(pods.environment()["JOB_UID"]) < configuration(pods).runtime.stuck_after
+    assert lease.choose_max_wait(pods.environment()["JOB_UID"]) < configuration(pods).runtime.stuck_after
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_probes_allow_the_time_that_the_trainer_needs_to_respond(pods: Pods) -> None:
     startup, liveness = pods.container["startupProbe"], pods.container["livenessProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # the port opens before TensorFlow is loaded
@@ -277,14 +277,14 @@ def test_prometheus_scrapes_the_trainer_and_alerts_use_its_metrics() -> None:
     assert named >= {"kubetune_last_progress_age_seconds", "kubetune_checkpoint_age_seconds", "kubetune_goodput_ratio"}
     assert named <= served
     assert len({rule["alert"] for rule in rules}) == len(rules)
-    (endpoint,) = only("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (endpoint,) = get_only_object("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] == "/metrics"
     for pods in JOBS:
         assert endpoint["port"] in {port["name"] for port in pods.container["ports"]}
 
 
 def alerts() -> list[dict[str, Any]]:
-    groups = only("overlays/monitoring", "PrometheusRule")["spec"]["groups"]
+    groups = get_only_object("overlays/monitoring", "PrometheusRule")["spec"]["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
 
@@ -294,7 +294,7 @@ def seconds(duration: str) -> int:
 
 def test_the_alert_of_a_stall_fires_before_the_liveness_probe_ends_the_pod() -> None:
     (stall,) = [rule for rule in alerts() if rule["alert"] == "KubetuneNoProgress"]
-    (endpoint,) = only("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (endpoint,) = get_only_object("overlays/monitoring", "PodMonitor")["spec"]["podMetricsEndpoints"]
     threshold = int(stall["expr"].removeprefix("kubetune_last_progress_age_seconds > "))
     # The metric is read once per interval, and the rules are evaluated once per minute by default.
     latest = threshold + seconds(stall["for"]) + seconds(endpoint["interval"]) + 60
@@ -310,7 +310,7 @@ def test_alerts_on_the_state_of_kubernetes_select_by_label_and_end() -> None:
         assert 'label_app_kubernetes_io_part_of="kubetune"' in expression, name
     assert "offset 1h" in rules["KubetuneFailed"]  # the failed Job remains for a week
     for folder in ("overlays/serving", "overlays/serve"):
-        (deployment,) = objects(folder, "Deployment")
+        (deployment,) = render_objects(folder, "Deployment")
         assert deployment["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubetune"
 
 
@@ -319,14 +319,16 @@ def test_every_job_has_its_own_output_dir_which_restarts_keep() -> None:
     for pods in JOBS:
         (variable,) = [v for v in pods.container["env"] if v["name"] == "JOB_NAME"]
         assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
-    cron = only("overlays/nightly", "CronJob")  # its runs are named by their night, and continued by another Job
+    cron = get_only_object(
+        "overlays/nightly", "CronJob"
+    )  # its runs are named by their night, and continued by another Job
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     assert cron["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 24 * 3600
     assert len(cron["metadata"]["name"]) <= 52  # Kubernetes adds eleven characters
 
 
 def test_queued_and_spot_jobs_differ_from_the_base_only_where_intended() -> None:
-    base, queued, spot = (only(folder, "Job") for folder in ("base", "overlays/kueue", "overlays/gke-spot"))
+    base, queued, spot = (get_only_object(folder, "Job") for folder in ("base", "overlays/kueue", "overlays/gke-spot"))
     assert "suspend" not in queued["spec"]  # Kueue's webhook sets it; a second `apply` would end the running pods
     assert queued["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name")
     assert queued == base

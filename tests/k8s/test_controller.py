@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.controller import RunningPod, TerminatedPod, action, final_condition, indexes_to_start
-from tests.k8s.rendered import JOBS, Pods, name_of
+from tests.k8s.controller import RunningPod, TerminatedPod, choose_action, find_final_condition, list_indexes_to_start
+from tests.k8s.rendered import JOBS, Pods, get_name
 
 DISRUPTED = frozenset({"DisruptionTarget"})
 CODES = {"containerName": "trainer", "operator": "In"}
@@ -43,15 +43,15 @@ def pod(index: int, code: int, conditions: frozenset[str] = frozenset(), contain
 @pytest.mark.parametrize("name", ["FailJob", "FailIndex", "Ignore"])
 def test_a_rule_matches_a_pod(rule: dict[str, Any], terminated: TerminatedPod, matches: bool, name: str) -> None:
     spec = {"podFailurePolicy": {"rules": [{"action": name, **rule}]}}
-    assert action(spec, terminated)[0] == (name if matches else "Count")
+    assert choose_action(spec, terminated)[0] == (name if matches else "Count")
 
 
 def test_the_first_matching_rule_applies() -> None:
     first = {"action": "Count", "onExitCodes": {"operator": "In", "values": [75]}}
-    assert action({"podFailurePolicy": RULES}, pod(0, 75))[0] == "Ignore"
-    assert action({"podFailurePolicy": {"rules": [first, *RULES["rules"]]}}, pod(0, 75))[0] == "Count"
-    assert action({"podFailurePolicy": RULES}, pod(0, 2, DISRUPTED))[0] == "FailJob"
-    assert action({}, pod(0, 2, DISRUPTED))[0] == "Count"
+    assert choose_action({"podFailurePolicy": RULES}, pod(0, 75))[0] == "Ignore"
+    assert choose_action({"podFailurePolicy": {"rules": [first, *RULES["rules"]]}}, pod(0, 75))[0] == "Count"
+    assert choose_action({"podFailurePolicy": RULES}, pod(0, 2, DISRUPTED))[0] == "FailJob"
+    assert choose_action({}, pod(0, 2, DISRUPTED))[0] == "Count"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_first_matching_rule_applies() -> None:
 def test_the_condition_that_ends_a_job(
     spec: dict[str, Any], terminated: list[TerminatedPod], reason: str | None
 ) -> None:
-    condition = final_condition(spec, terminated)
+    condition = find_final_condition(spec, terminated)
     assert (condition and condition.reason) == reason
     assert (condition and condition.type) == (reason and ("Complete" if reason == "CompletionsReached" else "Failed"))
 
@@ -95,9 +95,9 @@ def test_the_condition_that_ends_a_job(
 def test_failindex_fails_an_index_without_retries() -> None:
     rules = {"rules": [{"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [42]}}]}
     spec = {**INDEXED, "backoffLimitPerIndex": 5, "podFailurePolicy": rules}
-    assert final_condition(spec, [pod(0, 42)]) is None
-    assert indexes_to_start(spec, [pod(0, 42)], []) == [1]
-    assert final_condition({**spec, "maxFailedIndexes": 0}, [pod(0, 42)]) is not None
+    assert find_final_condition(spec, [pod(0, 42)]) is None
+    assert list_indexes_to_start(spec, [pod(0, 42)], []) == [1]
+    assert find_final_condition({**spec, "maxFailedIndexes": 0}, [pod(0, 42)]) is not None
 
 
 @pytest.mark.parametrize(
@@ -125,23 +125,23 @@ def test_failindex_fails_an_index_without_retries() -> None:
 def test_indexes_to_start(
     spec: dict[str, Any], terminated: list[TerminatedPod], running: list[RunningPod], started: list[int]
 ) -> None:
-    assert indexes_to_start(spec, terminated, running) == started
+    assert list_indexes_to_start(spec, terminated, running) == started
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_every_job_continues_after_preemptions_and_a_crash_and_fails_on_a_user_error(pods: Pods) -> None:
     assert pods.job is not None
     harmless = [pod(0, 75), pod(0, 137, DISRUPTED), pod(0, 143, DISRUPTED)]
-    assert final_condition(pods.job, [*harmless * 50, pod(0, 137)]) is None
-    assert indexes_to_start(pods.job, harmless, []) == list(range(pods.count))
+    assert find_final_condition(pods.job, [*harmless * 50, pod(0, 137)]) is None
+    assert list_indexes_to_start(pods.job, harmless, []) == list(range(pods.count))
     failures = [([pod(0, 2)], "Policy"), ([pod(0, 3)], "Policy"), ([pod(0, 1)] * 4, "Exceeded")]
     if pods.is_sweep:  # its other runs continue, and then it fails
         others = [pod(index, 0) for index in range(1, pods.job["completions"])]
         for terminated, _ in failures:
-            assert final_condition(pods.job, terminated) is None
-            assert indexes_to_start(pods.job, terminated, []) == [1, 2]
+            assert find_final_condition(pods.job, terminated) is None
+            assert list_indexes_to_start(pods.job, terminated, []) == [1, 2]
         failures = [([*terminated, *others], "FailedIndexes") for terminated, _ in failures]
     for terminated, reason in failures:
-        condition = final_condition(pods.job, terminated)
+        condition = find_final_condition(pods.job, terminated)
         assert condition is not None
         assert (condition.type, reason in condition.reason) == ("Failed", True), condition

@@ -11,8 +11,8 @@ import pytest
 
 from scripts.manifests import K8S
 from tests.e2e.running import program, train
-from tests.k8s.controller import TerminatedPod, action
-from tests.k8s.rendered import Object, containers_of, documents
+from tests.k8s.controller import TerminatedPod, choose_action
+from tests.k8s.rendered import Object, list_containers, load_documents
 from tests.k8s.test_pods import breaches
 from tests.storage.emulator import running
 from trainer import export as export_verb
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tensorrt() -> Object:
-    (job,) = documents(K8S / "tensorrt.yaml")
+    (job,) = load_documents(K8S / "tensorrt.yaml")
     return job
 
 
 def test_each_container_of_the_tensorrt_job_reads_the_file_of_the_previous_one(tensorrt: Object) -> None:
     pod = tensorrt["spec"]["template"]["spec"]
-    export, build, upload = containers_of(pod)
+    export, build, upload = list_containers(pod)
     assert export["command"] == ["python", "-m", "trainer.export"]
     settings, _ = parse_arguments(export["args"], export_verb.__doc__, export_verb.ARGUMENTS)
     assert export_verb._parse_changes(settings) == {"export.formats": ["onnx"]}
@@ -55,7 +55,7 @@ def test_the_image_has_what_the_tensorrt_job_exports_with() -> None:
 @pytest.mark.timeout(900)
 def test_the_tensorrt_job_exports_a_run_of_a_bucket_for_trtexec(tensorrt: Object, tmp_path: Path) -> None:
     """The arguments of the manifest on a small run; trtexec sets the shape of the input by its name."""
-    export, build, _ = containers_of(tensorrt["spec"]["template"]["spec"])
+    export, build, _ = list_containers(tensorrt["spec"]["template"]["spec"])
     run, output = "gs://bucket/runs/RUN", tmp_path / "export"
     edits = {"run=gs://BUCKET/runs/RUN": f"run={run}", "output=/scratch/export": f"output={output}"}
     with running(tmp_path / "objects"):
@@ -101,5 +101,5 @@ def test_the_tensorrt_job_retries_what_may_succeed(
     tensorrt: Object, codes: dict[str, int], disrupted: bool, action_taken: str
 ) -> None:
     conditions = frozenset({"DisruptionTarget"}) if disrupted else frozenset()
-    assert action(tensorrt["spec"], TerminatedPod("a", 0, codes, conditions))[0] == action_taken
+    assert choose_action(tensorrt["spec"], TerminatedPod("a", 0, codes, conditions))[0] == action_taken
     assert tensorrt["spec"]["activeDeadlineSeconds"]  # limits failures that are ignored

@@ -38,7 +38,7 @@ def run(server: ApiServer, line: str, folder: Path) -> str:
         "clusters": [{"name": "x", "cluster": {"server": server.address}}],
         "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x", "namespace": "default"}}],
     }))  # fmt: skip
-    path = f"{Path(manifests.kubectl()).parent}:{os.environ['PATH']}"
+    path = f"{Path(manifests.find_kubectl()).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "KUBECONFIG": str(config), "HOME": str(folder)}
     done = subprocess.run(
         ["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scripts import manifests
-from tests.k8s.rendered import OVERLAYS, objects, only, pods_of
+from tests.k8s.rendered import OVERLAYS, get_only_object, list_pods, render_objects
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(manifests.FOLDERS)
@@ -20,7 +20,7 @@ FILES = sorted(manifests.FOLDERS)
 @pytest.mark.parametrize("file", FILES)
 def test_the_file_is_fresh(file: str) -> None:
     text = (manifests.K8S / file).read_text()
-    assert text == manifests.manifest(file), "run: make manifests"
+    assert text == manifests.format_manifest(file), "run: make manifests"
     for document in yaml.compose_all(text):
         assert [key.value for key, _ in document.value][:3] == ["apiVersion", "kind", "metadata"]
 
@@ -38,14 +38,21 @@ def sorted_by_name(tree: Any) -> Any:
 
 @pytest.mark.parametrize("file", FILES)
 def test_kubectl_reads_the_objects_of_the_kustomization(file: str) -> None:
-    label = [manifests.kubectl(), "label", "--local", f"--filename={manifests.K8S / file}", "read=1", "--output=json"]
+    label = [
+        manifests.find_kubectl(),
+        "label",
+        "--local",
+        f"--filename={manifests.K8S / file}",
+        "read=1",
+        "--output=json",
+    ]
     output = subprocess.run(label, capture_output=True, text=True, check=True, timeout=60).stdout
     trees = json.loads("[" + output.replace("\n}\n{", "\n},\n{") + "]")
     for tree in trees:
         assert tree["metadata"]["labels"].pop("read") == "1"
         if not tree["metadata"]["labels"]:
             del tree["metadata"]["labels"]
-    assert sorted_by_name(trees) == sorted_by_name(objects(manifests.FOLDERS[file]))
+    assert sorted_by_name(trees) == sorted_by_name(render_objects(manifests.FOLDERS[file]))
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -69,7 +76,7 @@ def test_every_placeholder_is_marked() -> None:
 def test_the_commands_of_the_header_name_existing_objects(file: str) -> None:
     text = (manifests.K8S / file).read_text()
     header = text.partition("---")[0]
-    name = only(manifests.FOLDERS[file], "Job")["metadata"]["name"]
+    name = get_only_object(manifests.FOLDERS[file], "Job")["metadata"]["name"]
     for command in ("once", "start", "watch", "log", "pause", "stop", "again"):
         assert re.search(rf"^#   {command} ", header, re.M), command
     assert f"kubectl apply -f k8s/{file}" in header
@@ -81,11 +88,11 @@ def test_the_commands_of_the_header_name_existing_objects(file: str) -> None:
 def test_the_number_of_workers_is_written_once() -> None:
     """In an overlay in `workers.yaml`; in the file at two positions, completions (an anchor) and WORKER_COUNT."""
     for overlay in ("multiworker", "prepare"):
-        (pods,) = pods_of(f"overlays/{overlay}")
+        (pods,) = list_pods(f"overlays/{overlay}")
         count = yaml.safe_load((manifests.K8S / "overlays" / overlay / "workers.yaml").read_text())["data"]["count"]
         job = pods.job or {}
         assert job["completions"] == job["parallelism"] == int(pods.environment()["WORKER_COUNT"]) == int(count)
-        assert not objects(f"overlays/{overlay}", "ConfigMap")
+        assert not render_objects(f"overlays/{overlay}", "ConfigMap")
     text = (manifests.K8S / "multiworker.yaml").read_text()
     assert "completions: &workers 2 #" in text
     assert "parallelism: *workers\n" in text
@@ -102,7 +109,7 @@ def test_another_number_of_workers_is_set_everywhere(copied: Path) -> None:
     workers = copied / "overlays" / "multiworker" / "workers.yaml"
     workers.write_text(workers.read_text().replace('count: "2"', 'count: "16"'))
     for overlay in ("multiworker", "jobset"):
-        (run,) = (tree for tree in manifests.rendered(f"overlays/{overlay}") if tree["kind"] in ("Job", "JobSet"))
+        (run,) = (tree for tree in manifests.render(f"overlays/{overlay}") if tree["kind"] in ("Job", "JobSet"))
         text = yaml.safe_dump(run)
         assert "completions: 16\n" in text
         assert "parallelism: 16\n" in text
@@ -123,12 +130,12 @@ def test_optional_lines_can_be_uncommented(copied: Path) -> None:
     ]:
         text = (copied / file).read_text()
         (copied / file).write_text(re.sub(pattern, replacement, text))
-    cron = next(tree for tree in manifests.rendered("overlays/nightly") if tree["kind"] == "CronJob")
+    cron = next(tree for tree in manifests.render("overlays/nightly") if tree["kind"] == "CronJob")
     pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
-    (account,) = [tree for tree in manifests.rendered("shared") if tree["kind"] == "ServiceAccount"]
+    (account,) = [tree for tree in manifests.render("shared") if tree["kind"] == "ServiceAccount"]
     assert account["metadata"]["annotations"].keys() == {"iam.gke.io/gcp-service-account"}
-    by_kind = {tree["kind"]: tree for tree in manifests.rendered("overlays/multiworker")}
+    by_kind = {tree["kind"]: tree for tree in manifests.render("overlays/multiworker")}
     assert by_kind.keys() == {"Job", "NetworkPolicy", "PodDisruptionBudget"}
     budget, job = by_kind["PodDisruptionBudget"], by_kind["Job"]
     assert (budget["kind"], budget["metadata"]["name"]) == ("PodDisruptionBudget", job["metadata"]["name"])
@@ -156,7 +163,7 @@ def test_comments_and_order_are_those_of_the_sources(tmp_path: Path, monkeypatch
         "apiVersion: v1\nkind: Pod\nmetadata:\n  name: one\nspec:\n  hostname: h # new\n"
         '  containers:\n    - name: c\n      image: "yes" # changed\n      command: [a, b]\n'
     )
-    body = manifests.manifest("job.yaml").partition("---\n")[2]
+    body = manifests.format_manifest("job.yaml").partition("---\n")[2]
     assert body == (
         "apiVersion: v1\nkind: Pod\nmetadata:\n  name: one # its name\n  labels:\n    team: a\nspec:\n"
         "  # above\n  # both lines\n  volumes:\n    - name: z # last letter\n    - name: a\n"

@@ -20,12 +20,12 @@ from tests.k8s.rendered import (
     OVERLAYS,
     Object,
     Pods,
-    containers_of,
-    documents,
-    name_of,
-    objects,
-    only,
+    get_name,
+    get_only_object,
+    list_containers,
+    load_documents,
     parse_bytes,
+    render_objects,
 )
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
@@ -45,7 +45,7 @@ def breaches(spec: Object, annotations: dict[str, str]) -> list[str]:
     https://kubernetes.io/docs/concepts/security/pod-security-standards
     """
     pod = spec.get("securityContext", {})
-    own = [(c, c.get("securityContext", {})) for c in containers_of(spec)]
+    own = [(c, c.get("securityContext", {})) for c in list_containers(spec)]
     contexts = [pod, *(context for _, context in own)]
 
     def holds(context: Object, name: str, wanted: Any) -> bool:
@@ -85,7 +85,7 @@ def breaches(spec: Object, annotations: dict[str, str]) -> list[str]:
     return [control for control, holds_here in satisfied.items() if not holds_here]
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_pod_security_restricted(pods: Pods) -> None:
     assert breaches(pods.spec, pods.template["metadata"].get("annotations", {})) == []
 
@@ -129,7 +129,7 @@ def test_the_check_detects_an_old_apparmor_annotation() -> None:
     assert breaches(JOBS[0].spec, annotation) == ["AppArmor"]
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_a_pod_is_unprivileged_and_has_no_token_and_no_variables_of_services(pods: Pods) -> None:
     assert pods.container["securityContext"]["readOnlyRootFilesystem"] is True
     context = pods.spec["securityContext"]
@@ -141,7 +141,7 @@ def test_a_pod_is_unprivileged_and_has_no_token_and_no_variables_of_services(pod
     assert pods.spec["enableServiceLinks"] is False  # they would be variables that the trainer reads
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_every_mount_has_a_volume_and_every_volume_is_mounted(pods: Pods) -> None:
     volumes = [volume["name"] for volume in pods.spec["volumes"]]
     mounts = [mount["name"] for mount in pods.container["volumeMounts"]]
@@ -158,19 +158,19 @@ def gibibytes(quantity: str) -> float:
 
 
 def test_requests_and_limits_of_files() -> None:
-    for tree in (tree for path in FILES for tree in documents(path) if tree["kind"] == "Job"):
+    for tree in (tree for path in FILES for tree in load_documents(path) if tree["kind"] == "Job"):
         check_resources(tree["spec"]["template"]["spec"])
 
 
 def check_resources(spec: Object) -> None:
-    for container in containers_of(spec):
+    for container in list_containers(spec):
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
         assert 0 < cores(requests["cpu"]) < cores(limits["cpu"])  # room for the decoding of images
         assert 0 < gibibytes(requests["memory"]) <= gibibytes(limits["memory"])
         assert 0 < gibibytes(requests["ephemeral-storage"]) <= gibibytes(limits["ephemeral-storage"])
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_requests_and_limits(pods: Pods) -> None:
     check_resources(pods.spec)
     limits = pods.container["resources"]["limits"]
@@ -201,8 +201,8 @@ def quantities_of(tree: Any) -> Iterator[tuple[str, Any]]:
             yield from quantities_of(item)
 
 
-APPLIED = [*(pytest.param(objects(folder), id=folder) for folder in OVERLAYS),
-           *(pytest.param(documents(path), id=path.name) for path in FILES)]  # fmt: skip
+APPLIED = [*(pytest.param(render_objects(folder), id=folder) for folder in OVERLAYS),
+           *(pytest.param(load_documents(path), id=path.name) for path in FILES)]  # fmt: skip
 
 
 @pytest.mark.parametrize("trees", APPLIED)
@@ -225,7 +225,7 @@ def test_every_object_has_the_recommended_labels(trees: list[Object]) -> None:
         assert labels.keys() >= {f"app.kubernetes.io/{name}" for name in RECOMMENDED}, tree["kind"]
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_pods_and_their_owner_have_the_recommended_labels(pods: Pods) -> None:
     labels = pods.template["metadata"]["labels"]
     assert labels.keys() == {f"app.kubernetes.io/{name}" for name in RECOMMENDED}
@@ -235,7 +235,7 @@ def test_pods_and_their_owner_have_the_recommended_labels(pods: Pods) -> None:
 
 
 def test_only_the_monitoring_and_workers_of_the_same_run_may_connect_to_the_pods_of_runs() -> None:
-    spec = only("shared", "NetworkPolicy")["spec"]
+    spec = get_only_object("shared", "NetworkPolicy")["spec"]
     (selected,) = spec["podSelector"]["matchExpressions"]
     assert (selected["key"], selected["operator"]) == ("app.kubernetes.io/name", "In")
     assert {pods.labels["app.kubernetes.io/name"] for pods in JOBS} == set(selected["values"])
@@ -248,7 +248,7 @@ def test_only_the_monitoring_and_workers_of_the_same_run_may_connect_to_the_pods
     assert monitoring["ports"] == [{"port": "http", "protocol": "TCP"}]
     assert [source.keys() for source in monitoring["from"]] == [{"namespaceSelector"}]
     for pods in JOBS:
-        policies = objects(pods.overlay, "NetworkPolicy")
+        policies = render_objects(pods.overlay, "NetworkPolicy")
         assert len(policies) == (pods.workers > 1), pods.overlay
         for policy in policies:
             chosen = policy["spec"]["podSelector"]["matchLabels"]
@@ -257,7 +257,7 @@ def test_only_the_monitoring_and_workers_of_the_same_run_may_connect_to_the_pods
             assert chosen.items() <= pods.labels.items()
             assert chosen["app.kubernetes.io/instance"] == policy["metadata"]["name"] == pods.owner["metadata"]["name"]
             # Deleting the policy of a run must not delete that of all runs, which has another name.
-            assert policy["metadata"]["name"] != only("shared", "NetworkPolicy")["metadata"]["name"]
+            assert policy["metadata"]["name"] != get_only_object("shared", "NetworkPolicy")["metadata"]["name"]
 
 
 def test_a_renamed_run_has_a_policy_of_its_own() -> None:
@@ -272,7 +272,7 @@ def test_a_renamed_run_has_a_policy_of_its_own() -> None:
     assert labels["app.kubernetes.io/instance"] == "flowers"
 
 
-@pytest.mark.parametrize("pods", ALL, ids=name_of)
+@pytest.mark.parametrize("pods", ALL, ids=get_name)
 def test_a_gpu_is_requested_together_with_the_toleration_of_its_node(pods: Pods) -> None:
     gpus = pods.container["resources"]["limits"].get("nvidia.com/gpu", 0)
     tolerated = "nvidia.com/gpu" in [toleration["key"] for toleration in pods.spec.get("tolerations", [])]
@@ -280,7 +280,7 @@ def test_a_gpu_is_requested_together_with_the_toleration_of_its_node(pods: Pods)
     assert bool(gpus) == (pods in JOBS and pods.overlay not in ("overlays/local", "overlays/prepare"))
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_a_job_has_shared_memory_a_grace_period_and_probes(pods: Pods) -> None:
     shared = [mount["name"] for mount in pods.container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
     (volume,) = [volume for volume in pods.spec["volumes"] if volume["name"] in shared]
@@ -300,7 +300,7 @@ def affinity_of(pods: Pods, kind: str) -> tuple[list[Object], list[Object]]:
     return rules.get("requiredDuringSchedulingIgnoredDuringExecution", []), [t["podAffinityTerm"] for t in preferred]
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_workers_of_a_run_are_near_to_each_other_on_different_nodes(pods: Pods) -> None:
     apart, _ = affinity_of(pods, "podAntiAffinity")
     required, near = affinity_of(pods, "podAffinity")
@@ -315,7 +315,7 @@ def test_workers_of_a_run_are_near_to_each_other_on_different_nodes(pods: Pods) 
 QUEUE = "kueue.x-k8s.io/queue-name"
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_all_pods_of_several_workers_start_together(pods: Pods) -> None:
     """Kueue admits the pods of a Job together; two Jobs that have some of their pods each would wait for each other."""
     queued = pods.workers > 1 or pods.is_sweep or pods.overlay == "overlays/kueue"
@@ -329,11 +329,11 @@ def test_a_protected_run_is_not_disturbed() -> None:
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
         "karpenter.sh/do-not-disrupt": "true",
     }
-    (priority,) = documents(K8S / "priorityclass.yaml")
+    (priority,) = load_documents(K8S / "priorityclass.yaml")
     assert pods.spec["priorityClassName"] == priority["metadata"]["name"]
     assert 0 < priority["value"] < 10**9  # above other pods, below those of the system
     assert priority["preemptionPolicy"] == "Never"
-    budget = only(pods.overlay, "PodDisruptionBudget")
+    budget = get_only_object(pods.overlay, "PodDisruptionBudget")
     assert budget["metadata"]["name"] == pods.owner["metadata"]["name"]  # one per run
     assert budget["spec"]["selector"]["matchLabels"] == {"app.kubernetes.io/instance": pods.owner["metadata"]["name"]}
     assert budget["spec"]["selector"]["matchLabels"].items() <= pods.labels.items()
@@ -348,7 +348,7 @@ def test_the_budget_of_another_run_has_its_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(manifests, "K8S", shutil.copytree(K8S, tmp_path / "k8s"))
     base = tmp_path / "k8s" / "base" / "job.yaml"
     base.write_text(base.read_text().replace("name: &run kubetune", "name: &run roses"))
-    trees = {tree["kind"]: tree for tree in manifests.rendered("overlays/protected")}
+    trees = {tree["kind"]: tree for tree in manifests.render("overlays/protected")}
     assert {tree["metadata"]["name"] for tree in trees.values()} == {"roses"}
     selected = trees["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]
     assert selected.items() <= trees["Job"]["spec"]["template"]["metadata"]["labels"].items()

@@ -19,11 +19,11 @@ from tests.k8s.rendered import (
     OVERLAYS,
     Object,
     Pods,
-    containers_of,
-    documents,
-    name_of,
-    objects,
-    only,
+    get_name,
+    get_only_object,
+    list_containers,
+    load_documents,
+    render_objects,
 )
 
 VERSIONS = ("1.30", "1.32", "1.34", utils.latest_version())
@@ -51,7 +51,7 @@ def faults(tree: Object, version: str) -> str | None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_every_object_is_valid(folder: str, version: str) -> None:
-    trees = objects(folder)
+    trees = render_objects(folder)
     assert trees
     for tree in trees:
         if tree["kind"] not in CUSTOM:
@@ -61,13 +61,13 @@ def test_every_object_is_valid(folder: str, version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_file_is_valid(path: Path, version: str) -> None:
-    for tree in documents(path):
+    for tree in load_documents(path):
         assert faults(tree, version) is None, tree["kind"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
-    (replicated,) = only("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
+    (replicated,) = get_only_object("overlays/jobset", "JobSet")["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any"}, **replicated["template"]}
     assert faults(job, version) is None
 
@@ -80,8 +80,8 @@ def test_the_jobs_of_a_jobset_are_valid(version: str) -> None:
         (("spec", "template", "spec", "containers", 0, "env", 0, "value"), 2, "2 is not of type 'string', 'null'"),
     ],
 )  # fmt: skip
-def test_the_check_detects_a_fault(path: tuple[str | int, ...], value: Any, fault: str) -> None:
-    tree = branch = only("base", "Job")
+def test_the_check_detects_an_error(path: tuple[str | int, ...], value: Any, fault: str) -> None:
+    tree = branch = get_only_object("base", "Job")
     for key in path[:-1]:
         branch = branch[key]
     branch[path[-1]] = value
@@ -89,7 +89,7 @@ def test_the_check_detects_a_fault(path: tuple[str | int, ...], value: Any, faul
         assert fault in (faults(tree, version) or ""), version
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_the_rules_of_the_api_server_beyond_its_schema(pods: Pods) -> None:
     """https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-failure-policy"""
     job, spec = pods.job, pods.spec
@@ -115,15 +115,15 @@ def test_names_ports_and_selectors_match() -> None:
             target = action.get("httpGet") or action.get("tcpSocket")
             assert target is None or target["port"] in names, (pods.overlay, probe)
         shared = "shared" if pods in JOBS else pods.overlay
-        accounts = [account["metadata"]["name"] for account in objects(shared, "ServiceAccount")]
+        accounts = [account["metadata"]["name"] for account in render_objects(shared, "ServiceAccount")]
         assert pods.spec["serviceAccountName"] in accounts
     for folder in set(OVERLAYS) - {"shared"}:
-        for service in objects(folder, "Service"):
+        for service in render_objects(folder, "Service"):
             selector = service["spec"]["selector"].items()
             (chosen,) = [p for p in ALL if p.overlay == folder and selector <= p.labels.items()]
             for port in service["spec"].get("ports", []):
-                assert port["targetPort"] in {p["name"] for c in containers_of(chosen.spec) for p in c["ports"]}
-        for deployment in objects(folder, "Deployment"):
+                assert port["targetPort"] in {p["name"] for c in list_containers(chosen.spec) for p in c["ports"]}
+        for deployment in render_objects(folder, "Deployment"):
             labels = deployment["spec"]["template"]["metadata"]["labels"]
             assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
     claim = yaml.safe_load((K8S / "overlays" / "local" / "runs.yaml").read_text())
@@ -132,22 +132,22 @@ def test_names_ports_and_selectors_match() -> None:
     assert used == [claim["metadata"]["name"]]
 
 
-@pytest.mark.parametrize("pods", JOBS, ids=name_of)
+@pytest.mark.parametrize("pods", JOBS, ids=get_name)
 def test_deleting_a_run_deletes_nothing_that_its_pods_or_another_run_need(pods: Pods) -> None:
     """Pods that end after the deletion of their Job still save: account, names and volumes must outlive it.
 
     Pods that end need no disruption budget. The policy of several workers is deleted only with its file: the commands
     of the file delete the Job alone.
     """
-    kinds = {tree["kind"] for tree in objects(pods.overlay)} - {"PodDisruptionBudget"}
+    kinds = {tree["kind"] for tree in render_objects(pods.overlay)} - {"PodDisruptionBudget"}
     assert kinds - ({"NetworkPolicy"} if pods.workers > 1 else set()) == {pods.owner["kind"]}
 
 
-def test_the_api_server_refuses_a_job_whose_image_is_not_edited() -> None:
+def test_the_api_server_rejects_a_job_whose_image_is_not_edited() -> None:
     """An empty image is `Required value` at `kubectl apply`; any other text waits as InvalidImageName or ErrImagePull."""
     for pods in ALL:
         if pods.overlay not in ("overlays/serving", "overlays/local"):
-            images = [container["image"].partition("@")[0] for container in containers_of(pods.spec)]
+            images = [container["image"].partition("@")[0] for container in list_containers(pods.spec)]
             assert images == [""] + ["tensorflow/serving:2.21.0"] * (pods.overlay == "overlays/serving-log")
     for file, count in (("job.yaml", 1), ("multiworker.yaml", 1), ("tensorrt.yaml", 2)):
         assert (K8S / file).read_text().count('image: "" # EDIT: ') == count
@@ -158,7 +158,9 @@ def test_no_image_of_another_project_is_without_a_version() -> None:
 
     `make pin` adds the digest, which only the registry knows (tests/container/test_pin.py).
     """
-    trees = [tree for folder in OVERLAYS for tree in objects(folder)] + [t for path in FILES for t in documents(path)]
+    trees = [tree for folder in OVERLAYS for tree in render_objects(folder)] + [
+        t for path in FILES for t in load_documents(path)
+    ]
     images = {image for tree in trees for image in images_of(tree)} - {"", "kubetune:local"}
     assert {image.partition("@")[0] for image in images} == {
         "tensorflow/serving:2.21.0",
@@ -182,19 +184,22 @@ def images_of(tree: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", ["overlays/serving", "overlays/serve"])
 def test_autoscaler_and_disruption_budget_of_serving_are_consistent(folder: str) -> None:
-    deployment, scaler = only(folder, "Deployment"), only(folder, "HorizontalPodAutoscaler")["spec"]
+    deployment, scaler = (
+        get_only_object(folder, "Deployment"),
+        get_only_object(folder, "HorizontalPodAutoscaler")["spec"],
+    )
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     name = deployment["metadata"]["name"]
     assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     assert "replicas" not in deployment["spec"]  # `apply` would undo what the autoscaler did
-    assert scaler["minReplicas"] > only(folder, "PodDisruptionBudget")["spec"]["maxUnavailable"]
-    assert only(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert scaler["minReplicas"] > get_only_object(folder, "PodDisruptionBudget")["spec"]["maxUnavailable"]
+    assert get_only_object(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].items() <= labels.items()
     (pods,) = [pods for pods in ALL if pods.overlay == folder]
     assert "cpu" in pods.container["resources"]["requests"]  # utilization is relative to it
 
 
 def test_the_headless_service_and_the_podmonitor_select_the_pods_of_the_trainer_only() -> None:
-    wanted = only("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
+    wanted = get_only_object("overlays/monitoring", "PodMonitor")["spec"]["selector"]["matchLabels"]
     trains = {pods.overlay for pods in ALL if wanted.items() <= pods.labels.items()}
     assert trains == {pods.overlay for pods in JOBS} - {"overlays/prepare", "overlays/backbones"}
-    assert only("shared", "Service")["spec"]["selector"] == wanted
+    assert get_only_object("shared", "Service")["spec"]["selector"] == wanted

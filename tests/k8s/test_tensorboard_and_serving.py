@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard import program
 
-from tests.k8s.rendered import objects, pods_of
+from tests.k8s.rendered import list_pods, render_objects
 from trainer.relay.settings import parse_settings as parse_relay_settings
 from trainer.serving import prediction_log
 from trainer.serving.settings import parse_settings
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_locked_tensorboard_accepts_its_arguments_and_reads_buckets() -> None:
-    (pods,) = pods_of("overlays/tensorboard")
+    (pods,) = list_pods("overlays/tensorboard")
     board = program.TensorBoard()
     board.configure(["tensorboard", *pods.arguments()])
     (port,) = [port["containerPort"] for port in pods.container["ports"]]
@@ -33,13 +33,13 @@ def test_the_image_of_tensorboard_is_small_and_reads_buckets() -> None:
     assert {"gcsfs", "fsspec"} <= own.keys()
     assert not own.keys() & {"tensorflow", "keras", "matplotlib"}
     assert len(own) < 60
-    (pods,) = pods_of("overlays/tensorboard")
+    (pods,) = list_pods("overlays/tensorboard")
     assert pods.container["command"] == ["/opt/venv/bin/python", "-m", "tensorboard.main"]  # the stage sets no PATH
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= pods.container.keys()
 
 
 def test_serving_has_the_version_of_the_tensorflow_that_exports() -> None:
-    (pods,) = pods_of("overlays/serving")
+    (pods,) = list_pods("overlays/serving")
     version = re.search(r"^tensorflow==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
     assert version
     assert pods.container["image"].startswith(f"tensorflow/serving:{version[1]}.")
@@ -53,15 +53,15 @@ def test_serving_has_the_version_of_the_tensorflow_that_exports() -> None:
 
 def promoted_to() -> str:
     """The folder of versions that the nightly CronJob writes to."""
-    (pods,) = pods_of("overlays/nightly")
+    (pods,) = list_pods("overlays/nightly")
     return next(text.removeprefix("to=") for text in pods.arguments() if text.startswith("to="))
 
 
 def test_the_server_reads_what_the_nightly_run_promotes_and_logs_what_it_reads() -> None:
-    (pods,) = pods_of("overlays/serve")
+    (pods,) = list_pods("overlays/serve")
     assert pods.container["command"] == ["python", "-m", "trainer.serve"]
     settings = parse_settings(dict(text.split("=", 1) for text in pods.arguments()))
-    (nightly,) = pods_of("overlays/nightly")
+    (nightly,) = list_pods("overlays/nightly")
     assert (settings.model, f"log={settings.log}") == (promoted_to(), nightly.arguments()[1])
     assert settings.poll > 0
     assert settings.host == "0.0.0.0"  # the kubelet and the Service connect to the address of the pod
@@ -81,16 +81,16 @@ def test_the_server_reads_what_the_nightly_run_promotes_and_logs_what_it_reads()
 
 
 def test_the_relay_reads_the_versions_of_its_server_and_logs_what_the_nightly_run_reads() -> None:
-    (pods,) = pods_of("overlays/serving-log")
+    (pods,) = list_pods("overlays/serving-log")
     (relay,) = pods.spec["initContainers"]
     assert (relay["command"], relay["restartPolicy"]) == (["python", "-m", "trainer.relay"], "Always")
     settings = parse_relay_settings(dict(text.split("=", 1) for text in relay["args"]))
     assert f"--model_base_path={settings.model}" in pods.container["args"]
     assert f"--model_name={settings.name}" in pods.container["args"]
     assert f"--rest_api_port={settings.upstream.rpartition(':')[2]}" in pods.container["args"]
-    (nightly,) = pods_of("overlays/nightly")
+    (nightly,) = list_pods("overlays/nightly")
     assert (settings.model, f"log={settings.log}") == (promoted_to(), nightly.arguments()[1])
-    (service,) = objects("overlays/serving-log", "Service")
+    (service,) = render_objects("overlays/serving-log", "Service")
     ports = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
     assert ports == {"grpc": "grpc", "http": "relay"}
     assert relay["ports"] == [{"name": "relay", "containerPort": settings.port}]
@@ -102,13 +102,13 @@ def test_the_relay_reads_the_versions_of_its_server_and_logs_what_the_nightly_ru
 
 
 def test_serving_batches_as_configured() -> None:
-    (pods,) = pods_of("overlays/serving")
+    (pods,) = list_pods("overlays/serving")
     assert "--enable_batching" in pods.arguments()
     (path,) = [a.partition("=")[2] for a in pods.arguments() if a.startswith("--batching_parameters_file=")]
     (mount,) = [m for m in pods.container["volumeMounts"] if path.startswith(f"{m['mountPath']}/")]
     (volume,) = [v for v in pods.spec["volumes"] if v["name"] == mount["name"]]
     (content,) = [
-        o["data"] for o in objects("overlays/serving", "ConfigMap")
+        o["data"] for o in render_objects("overlays/serving", "ConfigMap")
         if o["metadata"]["name"] == volume["configMap"]["name"]
     ]  # fmt: skip
     text = content[path.removeprefix(f"{mount['mountPath']}/")]

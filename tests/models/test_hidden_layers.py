@@ -184,7 +184,7 @@ def test_a_keras_model_has_only_layers_of_keras() -> None:
 def test_hidden_layers_that_cannot_be_built_are_rejected(changes: dict[str, Any], key: str) -> None:
     with raises(ConfigError) as caught:
         load(tree(**{f"model__{name}": value for name, value in changes.items()}))
-    (error,) = caught.value.faults
+    (error,) = caught.value.errors
     assert error.key == key
 
 

@@ -25,7 +25,7 @@ configure()
 display = Display(Console(highlight=False))
 health.enter_phase("fine_tune")
 display.phase = PhaseProgress("fine_tune", 200, 400, 12, start_step=200)
-display.figures = sys.argv[1:]
+display.metric_texts = sys.argv[1:]
 for step in range(200, 601, 100):
     health.set_activity("training")
     health.record_steps(step, 7)
@@ -48,7 +48,7 @@ print("the end")
 """
 
 
-WIDTHS = {80: 1, 120: 3, 200: 6}  # columns of a terminal: the figures that it has room for
+WIDTHS = {80: 1, 120: 3, 200: 6}  # columns of a terminal: the number of metrics that fit
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +76,18 @@ def test_a_terminal_shows_phase_epoch_bar_and_time_first_and_nothing_is_left(
 
 def test_the_time_left_is_that_of_the_phase_or_of_the_activity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.monitoring.display.health", current := Health())
-    phase = PhaseProgress("head", 0, 100, 5, start_step=20, began=1000.0)
+    phase = PhaseProgress("head", 0, 100, 5, start_step=20, started_at=1000.0)
     current.enter_phase("head")
     current.record_steps(20, 2)
     assert format_status_line(80, phase, [], now=1010.0) == "head  epoch 2/5  ━━╌╌╌╌╌╌╌╌   20%  left -:--"
     current.record_steps(60, 3)  # 40 steps in 20 s, 40 left
     assert format_status_line(80, phase, [], now=1020.0).endswith("60%  left 0:20")
     current.set_activity("saving a checkpoint")
-    current.activity_began = 1000.0
+    current.activity_started_at = 1000.0
     assert format_status_line(80, phase, FIGURES[:1], now=1007.0) == "head  saving a checkpoint  0:07  loss 0.1234"
     current.enter_phase(FINISH)
     current.set_activity("evaluation")
-    current.activity_began = 1000.0
+    current.activity_started_at = 1000.0
     current.record_progress(0, 4)
     assert format_status_line(80, phase, [], now=1009.0) == "evaluation  ╌╌╌╌╌╌╌╌╌╌    0%  left -:--"
     current.first_work_count = 0, 1000.0
@@ -104,7 +104,7 @@ def test_the_time_left_is_that_of_the_loop_which_counts(activity: str, monkeypat
     now = 1000.0
     current.enter_phase(FINISH)
     current.set_activity(activity)
-    phase = PhaseProgress(activity, 0, 100, 5, start_step=20, began=1000.0)  # a phase may have any name
+    phase = PhaseProgress(activity, 0, 100, 5, start_step=20, started_at=1000.0)  # a phase may have any name
     for start, first, parts in ((1100.0, 0, 63), (1200.0, 30, 63), (1300.0, 2, 9)):
         now = start
         current.record_progress(first, parts)

@@ -11,18 +11,18 @@ def test_the_stall_reason_names_activity_and_step() -> None:
     health.enter_phase("head")
     health.record_steps(40, 2)
     health.set_activity("training")
-    assert health.stall_reason() is None
+    assert health.describe_stall() is None
     time.sleep(0.3)
     stall = "stalled: no progress for 0 s (runtime.stuck_after=0.2) in: training after step 40"
-    assert health.stall_reason() == stall
+    assert health.describe_stall() == stall
     health.record_progress()
-    assert health.stall_reason() is None
+    assert health.describe_stall() is None
 
 
 def test_without_a_limit_there_is_no_stall() -> None:
     health = Health()
     time.sleep(0.05)
-    assert health.stall_reason() is None
+    assert health.describe_stall() is None
 
 
 def test_waiting_for_another_worker_is_no_stall() -> None:
@@ -30,12 +30,12 @@ def test_waiting_for_another_worker_is_no_stall() -> None:
     health.stuck_after = 0.2
     with health.waiting_for("worker 1"):
         time.sleep(0.3)
-        assert health.stall_reason() is None
+        assert health.describe_stall() is None
         assert health.describe() == "starting, waiting for worker 1"
-    assert health.stall_reason() is None
+    assert health.describe_stall() is None
     assert health.describe() == "starting"
     time.sleep(0.3)
-    assert health.stall_reason() is not None
+    assert health.describe_stall() is not None
 
 
 def test_ages() -> None:

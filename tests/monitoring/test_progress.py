@@ -33,7 +33,7 @@ def lines() -> Iterator[Lines]:
 
 
 def test_a_slow_activity_is_logged_while_it_lasts(lines: Lines) -> None:
-    with log_while_slow("compiling the first step of phase head", after=0.01):
+    with log_while_slow("compiling the first step of phase head", first_log_seconds=0.01):
         assert lines.second.wait(60)
     assert lines.messages[0] == "still compiling the first step of phase head, for 0 s"
     count, threads = len(lines.messages), [thread.name for thread in threading.enumerate()]
@@ -42,7 +42,7 @@ def test_a_slow_activity_is_logged_while_it_lasts(lines: Lines) -> None:
 
 
 def test_a_quick_activity_is_not_logged_even_if_it_fails(lines: Lines) -> None:
-    with pytest.raises(ValueError, match="x"), log_while_slow("compiling", after=3600):
+    with pytest.raises(ValueError, match="x"), log_while_slow("compiling", first_log_seconds=3600):
         raise ValueError("x")
     assert not lines.messages
     assert "slow" not in [thread.name for thread in threading.enumerate()]

@@ -1,4 +1,4 @@
-"""Finished runs with the files that a promotion reads."""
+"""Write finished runs, with the files that a promotion reads."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from tests.report.test_compare import make_run
 from trainer.storage.path import StoragePath, storage_path
 
 
-def finished_run(folder: Path, accuracy: float, content: str = "graph", n: int = 300) -> Path:
-    """A finished run with that accuracy on the same n test examples, whose export has that content."""
+def write_finished_run(folder: Path, accuracy: float, content: str = "graph", n: int = 300) -> Path:
+    """Write a finished run with this accuracy on the same `n` test examples. Its exported files contain `content`."""
     make_run(folder, accuracy, n)
     export = folder / "export" / "saved_model" / "1"
     for name in ("saved_model.pb", "variables/variables.index", "assets/labels.txt"):
@@ -17,8 +17,8 @@ def finished_run(folder: Path, accuracy: float, content: str = "graph", n: int =
     return folder
 
 
-def contents(versions: StoragePath | Path) -> dict[str, str]:
-    """The content of saved_model.pb of each visible version, by number."""
+def read_graphs(versions: StoragePath | Path) -> dict[str, str]:
+    """Read the first word of each visible version's saved_model.pb, by version number."""
     folder = storage_path(versions)
     files = {child.name: (child / "saved_model.pb").fetch() for child in folder.folders()}
     return {name: fetched[0].decode("latin-1").split()[0] for name, fetched in files.items() if fetched}

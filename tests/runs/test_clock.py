@@ -35,7 +35,7 @@ def test_categories_add_up_to_the_wall_time(tmp_path: Path, advance: Callable[[f
         with clock.span("checkpoint"):
             advance(0.1)
         advance(0.05)
-    clock.lap()
+    clock.update()
     clock.write()
     assert sum(clock.seconds.values()) == pytest.approx(2.35, abs=0.01)
     assert clock.seconds["start"] == pytest.approx(2, abs=0.01)
@@ -65,7 +65,7 @@ def test_a_restart_counts_lost_steps_and_the_time_without_a_process(tmp_path: Pa
     first.seconds |= {"start": 10.0, "train": 50.0}
     first.write()
     second = Clock(file, now - 5)  # 35 seconds later
-    second.lap()
+    second.update()
     second.move_lost_time(train_seconds=30.0)
     assert {name: round(second.seconds[name]) for name in CATEGORIES if second.seconds[name]} == {
         "start": 15, "train": 30, "lost": 20, "down": 35,

@@ -1,4 +1,4 @@
-"""A start that is refused changes nothing in the folder of a run, and damaged files in it are named or renamed."""
+"""The folder of a run: a rejected start changes nothing in it, and corrupt files are reported or renamed."""
 
 import json
 import logging
@@ -26,83 +26,85 @@ from trainer.types import Dataset
 
 FINGERPRINT = "0123456789abcdef"
 OTHER = "fedcba9876543210"
-NEW, BEGUN, SAVED, FINISHED = "new", "begun", "saved", "finished"
+NEW, STARTED, SAVED, FINISHED = "new", "begun", "saved", "finished"
 
 
-def settings(folder: object, cache: Path, **changes: Any) -> RunConfig:
+def load_config(folder: object, cache: Path, **changes: Any) -> RunConfig:
     return load_resolved(tree(output_dir=str(folder), runtime__cache_dir=str(cache), **changes))
 
 
-def data(fingerprint: str) -> Dataset:
+def make_dataset(fingerprint: str) -> Dataset:
     return Dataset("x", ("a", "b"), {}, fingerprint, fingerprints={"ends": fingerprint})
 
 
-def begin(config: RunConfig) -> RunFolder:
-    """Begin or resume the run of this configuration, as `train.begin` does."""
+def start_run(config: RunConfig) -> RunFolder:
+    """Start or resume the run of this configuration, as `trainer.train` does."""
     folder = open_run_folder(config)
     assert isinstance(folder.config, RunConfig)
-    folder.check_data(data(FINGERPRINT))
-    folder.begin(folder.config, data(FINGERPRINT), {"head": "cached"}, {"classes": ["a", "b"], "workers": 1})
+    folder.check_data(make_dataset(FINGERPRINT))
+    folder.record_start(
+        folder.config, make_dataset(FINGERPRINT), {"head": "cached"}, {"classes": ["a", "b"], "workers": 1}
+    )
     return folder
 
 
-def close(folder: RunFolder) -> None:
+def close_folder(folder: RunFolder) -> None:
     folder.publisher.close()
     assert folder.lock
     folder.lock.close()
 
 
-def save(folder: RunFolder, step: int) -> None:
+def save_checkpoint(folder: RunFolder, step: int) -> None:
     CheckpointFolder(folder.path / "checkpoints", 2, print).save(RunState(step=step).to_json(), {}, None)
     folder.publisher.publish_checkpoints()
     folder.publisher.wait()
 
 
-def leave(config: RunConfig, state: str) -> None:
-    """Leave a run in this state in its output_dir."""
+def make_run_in_state(config: RunConfig, state: str) -> None:
+    """Make a run in its output_dir, and end it in this state: NEW (nothing), STARTED, SAVED or FINISHED."""
     if state == NEW:
         return
-    folder = begin(config)
-    if state != BEGUN:
-        save(folder, 3)
+    folder = start_run(config)
+    if state != STARTED:
+        save_checkpoint(folder, 3)
     if state == FINISHED:
         folder.publisher.finish("{}\n")
-    close(folder)
+    close_folder(folder)
 
 
-def contents(folder: StoragePath) -> dict[str, bytes]:
-    """All files by name, without lock and lease."""
+def read_files(folder: StoragePath) -> dict[str, bytes]:
+    """Read all files in a folder, by name, without the lock and the lease."""
     infos = {str(info.path).removeprefix(f"{folder}/"): info.path for info in folder.list()}
     return {name: path.read() for name, path in infos.items() if name not in (".lock", ".lease")}
 
 
-@pytest.mark.parametrize("state", [NEW, BEGUN, SAVED, FINISHED])
+@pytest.mark.parametrize("state", [NEW, STARTED, SAVED, FINISHED])
 @pytest.mark.parametrize("found_by", ["this worker", "another worker"])
-def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, state: str, found_by: str) -> None:
-    config = settings(home, tmp_path / "cache")
-    leave(config, state)
-    before = contents(home)
+def test_a_rejected_start_changes_nothing(home: StoragePath, tmp_path: Path, state: str, found_by: str) -> None:
+    config = load_config(home, tmp_path / "cache")
+    make_run_in_state(config, state)
+    before = read_files(home)
     if state in (SAVED, FINISHED):
         with raises(ConfigError, "output_dir", str(home), "same values", "seed: 42 -> 5"):
-            open_run_folder(settings(home, tmp_path / "cache", seed=5))
-        assert contents(home) == before
-    longer = settings(home, tmp_path / "cache", phases__head__epochs=9)
-    refused = open_run_folder(longer)  # and then its data, its weights, ... cannot be opened
+            open_run_folder(load_config(home, tmp_path / "cache", seed=5))
+        assert read_files(home) == before
+    longer = load_config(home, tmp_path / "cache", phases__head__epochs=9)
+    rejected_start = open_run_folder(longer)  # later this start fails, because its data or weights cannot be opened
     if state in (SAVED, FINISHED):
         with raises(DataError, "output_dir", str(home), problem=FINGERPRINT):
-            refused.check_data(data(OTHER))
+            rejected_start.check_data(make_dataset(OTHER))
     if found_by == "this worker":
-        refused.abandon()
+        rejected_start.abandon()
     else:  # its error ends this process at once
-        refused.record_exit(2, "worker 2: seed: is wrong", stopped=False)
-        refused.publisher.close(publish=False)  # the lease of a bucket, which else expires
-    assert refused.lock
-    refused.lock.close()
-    assert contents(home) == before
+        rejected_start.record_exit(2, "worker 2: seed: is wrong", stopped=False)
+        rejected_start.publisher.close(publish=False)  # releases a bucket's lease, which would otherwise expire
+    assert rejected_start.lock
+    rejected_start.lock.close()
+    assert read_files(home) == before
     assert is_finished(config) == (state == FINISHED)
     if state == NEW and home.is_local:
         assert not Path(str(home)).exists()
-    leave(config, FINISHED)  # the original command continues
+    make_run_in_state(config, FINISHED)  # the original command continues
     assert is_finished(config)
 
 
@@ -111,27 +113,27 @@ def test_a_refused_start_changes_nothing(home: StoragePath, tmp_path: Path, stat
 def test_results_whose_checkpoints_are_deleted_are_not_overwritten(
     home: StoragePath, tmp_path: Path, result: str, changes: dict[str, Any]
 ) -> None:
-    config = settings(home, tmp_path / "cache")
-    leave(config, SAVED)
+    config = load_config(home, tmp_path / "cache")
+    make_run_in_state(config, SAVED)
     (home / "checkpoints").delete_tree()
     (home / result).write("{}\n")
-    before, other = contents(home), settings(home, tmp_path / "cache", **changes)
+    before, other = read_files(home), load_config(home, tmp_path / "cache", **changes)
     for function in (open_run_folder, inspect_folder):
         problem = rf"results of a run \({result.split('/')[0]}\), but not its checkpoints"
         with raises(ConfigError, "output_dir", str(home), "another folder", problem):
             function(other)
-    assert contents(home) == before
+    assert read_files(home) == before
     assert is_finished(config) == (result == "DONE")
 
 
 def test_an_extended_run_is_not_finished_before_its_end(home: StoragePath, tmp_path: Path) -> None:
-    config = settings(home, tmp_path / "cache")
-    leave(config, FINISHED)
-    longer = settings(home, tmp_path / "cache", phases__head__epochs=9)
-    close(begin(longer))  # killed soon
+    config = load_config(home, tmp_path / "cache")
+    make_run_in_state(config, FINISHED)
+    longer = load_config(home, tmp_path / "cache", phases__head__epochs=9)
+    close_folder(start_run(longer))  # killed soon
     assert not is_finished(longer)
     assert not (home / "DONE").exists()
-    close(begin(longer))
+    close_folder(start_run(longer))
     assert not (home / "DONE").exists()
 
 
@@ -139,13 +141,13 @@ def test_an_extended_run_is_not_finished_before_its_end(home: StoragePath, tmp_p
 def test_without_a_checkpoint_a_run_can_begin_with_other_settings(
     home: StoragePath, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    leave(settings(home, tmp_path / "cache"), BEGUN)
-    config = settings(home, tmp_path / "cache", **changes)
+    make_run_in_state(load_config(home, tmp_path / "cache"), STARTED)
+    config = load_config(home, tmp_path / "cache", **changes)
     folder = open_run_folder(config)
     assert (folder.resuming, folder.is_new) == (False, True)
-    folder.check_data(data("the fingerprint of other data"))
-    folder.begin(config, data(OTHER), {}, {"classes": ["c"]})
-    close(folder)
+    folder.check_data(make_dataset("the fingerprint of other data"))
+    folder.record_start(config, make_dataset(OTHER), {}, {"classes": ["c"]})
+    close_folder(folder)
     recorded = json.loads((home / "run.json").read())
     assert (recorded["data_fingerprint"], recorded["classes"]) == ({"ends": OTHER}, ["c"])
     assert len(recorded["attempts"]) == 1
@@ -163,26 +165,26 @@ def test_moved_data_is_compared_by_its_fingerprint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, source: str, others: dict[str, Any]
 ) -> None:
     def of(address: str) -> RunConfig:
-        return settings(tmp_path / "run", tmp_path / "cache", data__source=source, **{key: address}, **others)
+        return load_config(tmp_path / "run", tmp_path / "cache", data__source=source, **{key: address}, **others)
 
-    leave(of("/old"), FINISHED)
+    make_run_in_state(of("/old"), FINISHED)
     assert not is_finished(of("/new"))  # it may be other data
     folder = open_run_folder(of("/new"))
     with raises(DataError, "output_dir", str(tmp_path / "run"), problem="other data"):
-        folder.check_data(data(OTHER))
+        folder.check_data(make_dataset(OTHER))
     folder.abandon()
-    close(folder)
+    close_folder(folder)
     assert is_finished(of("/old"))
     logging.getLogger("trainer").propagate = True
-    close(begin(of("/new")))
+    close_folder(start_run(of("/new")))
     assert f"{key.replace('__', '.')}: /old -> /new" in caplog.text
     with raises(ConfigError, "output_dir", problem="seed"):
         open_run_folder(of("/new").model_copy(update={"seed": 5}))
 
 
 def test_other_versions_on_resume_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = settings(tmp_path / "run", tmp_path / "cache")
-    leave(config, SAVED)
+    config = load_config(tmp_path / "run", tmp_path / "cache")
+    make_run_in_state(config, SAVED)
     file = tmp_path / "run" / "run.json"
     recorded = json.loads(file.read_text())
     assert describe_versions(recorded) is None
@@ -190,10 +192,10 @@ def test_other_versions_on_resume_are_logged(tmp_path: Path, caplog: pytest.LogC
     recorded["attempts"][-1]["versions"]["tensorflow"] = "2.1.0"
     file.write_text(json.dumps(recorded))
     logging.getLogger("trainer").propagate = True
-    close(begin(config))
+    close_folder(start_run(config))
     assert f"tensorflow 2.1.0 -> {now}" in caplog.text
     caplog.clear()
-    close(begin(config))
+    close_folder(start_run(config))
     assert "tensorflow" not in caplog.text
 
 
@@ -203,27 +205,27 @@ def test_other_versions_on_resume_are_logged(tmp_path: Path, caplog: pytest.LogC
 def test_temporary_files_of_a_killed_process_are_deleted(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / "checkpoints" / ".step-00000001.3-000000000000004").mkdir(parents=True)
     (tmp_path / "run" / name).write_text("half of a fi")
-    config = settings(tmp_path / "run", tmp_path / "cache")
+    config = load_config(tmp_path / "run", tmp_path / "cache")
     if name == ".config.yaml.17-000000000004711":
         (tmp_path / "run" / "checkpoints" / ".step-00000001.3-000000000000004").rmdir()
         (tmp_path / "run" / "checkpoints").rmdir()
-        leave(config, SAVED)
+        make_run_in_state(config, SAVED)
     else:
-        leave(settings(tmp_path / "other", tmp_path / "cache"), SAVED)
+        make_run_in_state(load_config(tmp_path / "other", tmp_path / "cache"), SAVED)
         for path in (tmp_path / "other").rglob("*"):
             if path.is_file():
                 target = tmp_path / "run" / path.relative_to(tmp_path / "other")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-        close(begin(config))
+        close_folder(start_run(config))
     assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
 
 
-def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_files_of_others_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with raises(ConfigError, "output_dir", str(tmp_path / "run"), "empty folder", r"holds no run \(notes.txt\)"):
-        open_run_folder(settings(tmp_path / "run", tmp_path / "cache"))
+        open_run_folder(load_config(tmp_path / "run", tmp_path / "cache"))
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
@@ -236,23 +238,23 @@ YAML_DAMAGE = [*DAMAGE[:-1], b"[" * 1_000]
 
 @pytest.mark.parametrize("content", [*YAML_DAMAGE, b"a: [", b"- 1", b"\x00", b"seed: 1", b"training: 7", b"unknown: 3"])
 def test_a_damaged_configuration_is_named_if_the_run_has_a_checkpoint(tmp_path: Path, content: bytes) -> None:
-    config = settings(tmp_path / "run", tmp_path / "cache")
-    leave(config, FINISHED)
+    config = load_config(tmp_path / "run", tmp_path / "cache")
+    make_run_in_state(config, FINISHED)
     (tmp_path / "run" / "config.yaml").write_bytes(content)
-    before = contents(storage_path(tmp_path / "run"))
+    before = read_files(storage_path(tmp_path / "run"))
     functions: list[Callable[[RunConfig], object]] = [open_run_folder, is_finished, inspect_folder]
     for function in functions:
         with raises(ConfigError, "output_dir", str(tmp_path / "run"), "restore the file.*warm_start=", "config.yaml"):
             function(config)
-    assert contents(storage_path(tmp_path / "run")) == before
+    assert read_files(storage_path(tmp_path / "run")) == before
 
 
 @pytest.mark.parametrize("content", YAML_DAMAGE)
 def test_a_damaged_configuration_is_replaced_if_the_run_has_no_checkpoint(tmp_path: Path, content: bytes) -> None:
-    config = settings(tmp_path / "run", tmp_path / "cache")
-    leave(config, BEGUN)
+    config = load_config(tmp_path / "run", tmp_path / "cache")
+    make_run_in_state(config, STARTED)
     (tmp_path / "run" / "config.yaml").write_bytes(content)
-    leave(config, FINISHED)
+    make_run_in_state(config, FINISHED)
     assert is_finished(config)
 
 
@@ -261,14 +263,14 @@ def test_a_damaged_configuration_is_replaced_if_the_run_has_no_checkpoint(tmp_pa
 def test_other_damaged_files_are_renamed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes
 ) -> None:
-    config = settings(tmp_path / "run", tmp_path / "cache")
-    leave(config, SAVED)
+    config = load_config(tmp_path / "run", tmp_path / "cache")
+    make_run_in_state(config, SAVED)
     file = tmp_path / "run" / name
     file.write_bytes(content)
     inspect_folder(config)
     assert file.read_bytes() == content
     logging.getLogger("trainer").propagate = True
-    close(begin(config))
+    close_folder(start_run(config))
     aside = file.with_name(f"{file.name}.damaged")
     if (name, content) in [("run.json", b"{}"), ("run.json", b'{"seconds": {"train": NaN}, "as_of": 1}')]:
         assert not aside.exists()  # an object without these keys is one of an earlier version
@@ -279,18 +281,18 @@ def test_other_damaged_files_are_renamed(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == {"ends": FINGERPRINT}
 
 
-@pytest.mark.parametrize("state", [NEW, BEGUN, SAVED])
+@pytest.mark.parametrize("state", [NEW, STARTED, SAVED])
 def test_a_start_that_is_interrupted_before_it_begins_is_recorded_until_one_begins(
     home: StoragePath, tmp_path: Path, state: str
 ) -> None:
-    config = settings(home, tmp_path / "cache", runtime__max_restarts_without_progress=2)
-    leave(config, state)
-    before = contents(home)
+    config = load_config(home, tmp_path / "cache", runtime__max_restarts_without_progress=2)
+    make_run_in_state(config, state)
+    before = read_files(home)
     for _ in range(3):
         folder = open_run_folder(config)
         folder.abandon(Interrupted("the weights could not be downloaded"))
-    assert contents(home).keys() == before.keys() | {".starts"}
+    assert read_files(home).keys() == before.keys() | {".starts"}
     with raises(GaveUp, "runtime.max_restarts_without_progress", problem="2 restarts .* before the run began"):
         open_run_folder(config)
-    close(begin(settings(home, tmp_path / "cache", runtime__max_restarts_without_progress=9)))
-    assert ".starts" not in contents(home)
+    close_folder(start_run(load_config(home, tmp_path / "cache", runtime__max_restarts_without_progress=9)))
+    assert ".starts" not in read_files(home)

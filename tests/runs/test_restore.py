@@ -63,14 +63,14 @@ def test_a_head_of_other_classes_keeps_its_initial_values() -> None:
     assert match_warm_start(MODEL, MODEL, "outputs/a") == (list(MODEL), "")
 
 
-def test_another_width_is_refused_with_counts_and_shapes() -> None:
+def test_another_width_is_rejected_with_counts_and_shapes() -> None:
     other = MODEL | {"backbone/conv/kernel": (3, 3, 3, 32), "backbone/bn/gamma": (32,)}
     problem = r"2 of 3 variables .*conv/kernel \[3, 3, 3, 32\], here \[3, 3, 3, 16\]"
     with raises(DataError, "warm_start", "outputs/a", fix="model.alpha", problem=problem):
         match_warm_start(MODEL, other, "outputs/a")
 
 
-def test_another_network_is_refused_even_if_its_head_fits() -> None:
+def test_another_network_is_rejected_even_if_its_head_fits() -> None:
     other = {"backbone/stem/kernel": (7, 7, 3, 64), "head/output/bias": (5,)}
     with raises(DataError, "warm_start", "outputs/a", fix="model.backbone", problem="none of the backbone's"):
         match_warm_start(MODEL, other, "outputs/a")

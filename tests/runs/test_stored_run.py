@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.errors import raises
-from tests.runs.test_folder import settings
+from tests.runs.test_folder import load_config
 from trainer.config.schema import load
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
@@ -74,7 +74,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{", None])
 def test_a_run_json_that_is_lost_while_the_run_trains_is_written_again(tmp_path: Path, damage: str | None) -> None:
-    file, folder = tmp_path / "run.json", make_worker_run_folder(settings(tmp_path, tmp_path / "cache"))
+    file, folder = tmp_path / "run.json", make_worker_run_folder(load_config(tmp_path, tmp_path / "cache"))
     folder.update_run_json({"attempts": [{"command": ["python", "a b"]}]})
     file.unlink() if damage is None else file.write_text(damage)
     assert folder.read_last_command() == "python 'a b'"

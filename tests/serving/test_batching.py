@@ -24,7 +24,9 @@ def run(
     async def run_both() -> None:
         with ThreadPoolExecutor(1) as pool:
             call = lambda images: model([image.data for image in images])  # noqa: E731
-            batcher = Batcher(call, pool, **({"size": 4, "window": 0.0, "queue": 8, "pixels": 100} | limits))
+            batcher = Batcher(
+                call, pool, **({"max_batch": 4, "window_seconds": 0.0, "max_queued": 8, "max_pixels": 100} | limits)
+            )
             task = asyncio.create_task(batcher.run())
             await scenario(batcher)
             task.cancel()
@@ -86,7 +88,7 @@ def test_an_idle_model_waits_for_the_window_or_a_full_batch() -> None:
         await asyncio.gather(*(batcher.predict(images(name)) for name in "bcde"))
         assert time.monotonic() - began < 0.3
 
-    run(model, scenario, window=0.3)
+    run(model, scenario, window_seconds=0.3)
     assert [len(call) for call in model.calls] == [1, 4]
 
 

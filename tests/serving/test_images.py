@@ -50,7 +50,7 @@ def test_images_pass(kind: str) -> None:
     ],
     ids=["empty", "text", "svg", "pdf", "tiff", "png", "comment", "bomb", "huge", "jpeg", "gif", "webp", "scans"],
 )
-def test_what_is_refused_costs_little(data: bytes, status: int, text: str) -> None:
+def test_what_is_rejected_costs_little(data: bytes, status: int, text: str) -> None:
     tracemalloc.start()
     began = time.process_time()
     response = result(data)

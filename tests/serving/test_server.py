@@ -172,7 +172,7 @@ def test_an_invalid_request_is_an_error_and_the_next_one_is_answered(served: Ser
 def test_a_bug_is_500_and_its_traceback_is_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     async def post() -> httpx.Response:
         service = Service(parse_settings({"model": "any"}), Export("any", Path("any"), "1", ("cat",), None))
-        service.use(service.export, SimpleNamespace(explains=False))  # type: ignore[arg-type]
+        service.serve_version(service.export, SimpleNamespace(explains=False))  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://any") as client:
             response = await client.post(PREDICT, files={"file": photo()})
         service.close()

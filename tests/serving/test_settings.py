@@ -27,6 +27,6 @@ def test_values_get_the_type_of_their_setting() -> None:
         (["queue=0", "batch=0"], "(?s)batch.*queue"),
     ],
 )
-def test_every_fault_is_reported(arguments: list[str], problem: str) -> None:
+def test_every_error_is_reported(arguments: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse_settings(dict(argument.split("=") for argument in ["model=a", *arguments]))

@@ -66,7 +66,7 @@ class S3Server:
             try:
                 urllib.request.urlopen(f"{self.url}/{BUCKET}", timeout=5).close()
             except urllib.error.HTTPError as error:
-                if error.code < 500:  # refused without a signature, as it should be
+                if error.code < 500:  # rejected without a signature, as it should be
                     return
             except OSError:
                 pass

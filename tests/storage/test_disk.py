@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_is_the_mistake_of_the_user_unless_its_d
 def test_the_end_of_a_start_is_recorded_if_the_disk_permits(full: Path) -> None:
     (full / "filler").unlink()
     history = RestartHistory(full / "attempts.json")
-    history.begin(0, 3)
+    history.add_start(0, 3)
     fill(full)
     history.record_failure(75, "the disk is full " * 1000)  # does not raise the error that it records
     assert len(RestartHistory(full / "attempts.json").entries) == 1

@@ -81,7 +81,7 @@ def request_as_tfds(address: str) -> None:
 
 @pytest.mark.parametrize("request_from", [request_as_keras, request_as_tfds])
 @pytest.mark.parametrize(("status", "is_retried"), [(503, True), (429, True), (404, False), (403, False)])
-def test_a_server_that_refuses_the_address_is_not_retried(
+def test_a_server_that_rejects_the_address_is_not_retried(
     request_from: Callable[[str], None], status: int, is_retried: bool, address: str
 ) -> None:
     with pytest.raises(Exception, match=str(status)) as caught:

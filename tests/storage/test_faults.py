@@ -130,7 +130,7 @@ def test_a_response_without_a_checksum_is_not_called_corrupt_content(
 @google
 @pytest.mark.parametrize("request_path", ["/compose", "/rewriteTo/"])
 @pytest.mark.usefixtures("small_parts")
-def test_a_refused_composition_names_all_permissions(
+def test_a_rejected_composition_names_all_permissions(
     proxy: FaultyProxy, in_bucket: StoragePath, request_path: str
 ) -> None:
     proxy.odds, proxy.refused = {}, request_path

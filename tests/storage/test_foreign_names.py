@@ -24,7 +24,7 @@ from trainer.storage.gcs import GcsPath
 from trainer.storage.local import safe_join
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.shard_cache import ShardCache
-from trainer.storage.staging import VERSIONS, divide_listing, plan_copy, stage
+from trainer.storage.staging import VERSIONS, make_staging_plan, separate_invalid_objects, stage
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def test_objects_with_empty_parts_are_left_out_and_named(in_bucket: StoragePath,
     folder, notes = staged(str(in_bucket), tmp_path)
     assert files(folder) == {"cat/1.jpg", "dog/1.jpg"}
     assert not escaped.exists()
-    left_out = (
+    skipped_objects = (
         f"2 objects cannot be files and are left out: {in_bucket}/{escaped}/x.jpg (it begins with a slash), "
         f"{in_bucket}/dog//2.jpg (a component of it is empty)"
     )
-    assert notes[0] == f"{in_bucket}: {left_out}"
-    assert plan_staging(str(in_bucket), tmp_path / "other", 10**9)[1].endswith(f"; {left_out}")
+    assert notes[0] == f"{in_bucket}: {skipped_objects}"
+    assert plan_staging(str(in_bucket), tmp_path / "other", 10**9)[1].endswith(f"; {skipped_objects}")
 
 
 def test_an_address_with_two_slashes_is_that_with_one(in_bucket: StoragePath, tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_an_address_with_two_slashes_is_that_with_one(in_bucket: StoragePath, tm
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_object_leaves_the_folder_of_its_copy(tmp_path: Path, seed: int) -> None:
-    """`divide_listing` and `safe_join` agree on every name of a listing."""
+    """`separate_invalid_objects` and `safe_join` agree on every name of a listing."""
     root = GcsPath("bucket", "p")
     names = {name for name in paths(seed, 1000) if name}
     infos = [ObjectInfo(replace(root, key=f"p/{name}"), 1, 1) for name in names]
-    entries, left_out = divide_listing(root, infos)
-    assert len(entries) + len(left_out) == len(names)
-    assert not any("\n" in line for line in left_out)
+    entries, skipped_objects = separate_invalid_objects(root, infos)
+    assert len(entries) + len(skipped_objects) == len(names)
+    assert not any("\n" in line for line in skipped_objects)
     for name in entries:
         path = safe_join(tmp_path, name)
         assert Path(os.path.normpath(path)).is_relative_to(tmp_path)
@@ -146,8 +146,8 @@ def test_the_first_page_of_a_listing_may_have_only_placeholders(
     for placeholder in ("p/", "p/cat/", "p/cat/a/"):
         put(in_bucket, placeholder, "")
     put(in_bucket, "p/cat/c.jpg")
-    page = GcsPath._page
-    monkeypatch.setattr(GcsPath, "_page", lambda path, token, delimiter: page(path, token, delimiter, 1))
+    page = GcsPath._list_page
+    monkeypatch.setattr(GcsPath, "_list_page", lambda path, token, delimiter: page(path, token, delimiter, 1))
     assert (in_bucket / "p").is_folder()
 
 
@@ -197,11 +197,11 @@ def test_an_address_that_exists_is_no_pattern(in_bucket: StoragePath, tmp_path: 
     folder, _ = staged(address, tmp_path)
     assert (folder.name, files(folder)) == (name, {"cat/1.jpg", "cat/[2].jpg"})
     assert staged(f"{address}/cat/[2].jpg", tmp_path / "a")[0].read_text() == "x"
-    assert set(plan_copy(f"{address}/c*/*.jpg", tmp_path, 10**9).entries) == {"cat/1.jpg", "cat/[2].jpg"}
-    assert set(plan_copy(f"{address}/cat/[0-9].jpg", tmp_path, 10**9).entries) == {"1.jpg"}
-    assert "photos 2/cat/3.jpg" in plan_copy(f"{in_bucket}/photos*/*/*.jpg", tmp_path, 10**9).entries
+    assert set(make_staging_plan(f"{address}/c*/*.jpg", tmp_path, 10**9).infos) == {"cat/1.jpg", "cat/[2].jpg"}
+    assert set(make_staging_plan(f"{address}/cat/[0-9].jpg", tmp_path, 10**9).infos) == {"1.jpg"}
+    assert "photos 2/cat/3.jpg" in make_staging_plan(f"{in_bucket}/photos*/*/*.jpg", tmp_path, 10**9).infos
     with raises(DataError, problem=r"nothing matches .*/photos \[34\]", fix="gcloud storage ls"):
-        plan_copy(f"{in_bucket}/photos [34]", tmp_path, 10**9)
+        make_staging_plan(f"{in_bucket}/photos [34]", tmp_path, 10**9)
 
 
 def test_our_own_file_is_not_overwritten(in_bucket: StoragePath, tmp_path: Path) -> None:

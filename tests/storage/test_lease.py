@@ -36,7 +36,7 @@ from trainer.storage.path import storage_path
 leases.LEASE_SECONDS = float(sys.argv[4])
 try:
     lease = leases.acquire_lease(
-        storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None, patience=float(sys.argv[5]), log_message=print
+        storage_path(sys.argv[1]), sys.argv[2], sys.argv[3] or None, max_wait=float(sys.argv[5]), log_message=print
     )
     print("taken", flush=True)
 except TrainerError as error:
@@ -54,9 +54,9 @@ lease.release()
 class Holder:
     """Another process that holds or requests the lease of a folder."""
 
-    def __init__(self, home: StoragePath, name: str, uid: str = "", patience: float = 0.0) -> None:
+    def __init__(self, home: StoragePath, name: str, uid: str = "", max_wait: float = 0.0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS), str(patience)],
+            [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS), str(max_wait)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_one_of_many_takes_it(home: StoragePath) -> None:
     lease.release()
 
 
-def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath, holder: Holder) -> None:
+def test_another_process_is_rejected_while_the_lease_is_renewed(home: StoragePath, holder: Holder) -> None:
     problem = re.escape("is in use by host-a/1 (uid job-1)")
     with raises(Interrupted, key="output_dir", value=home, problem=f"^{problem}$", fix="start the same command again"):
         acquire_lease(home, "host-b/1", "job-2", note="")
@@ -179,7 +179,7 @@ def test_another_process_is_refused_while_the_lease_is_renewed(home: StoragePath
 
 def test_a_pod_waits_for_the_pod_of_a_deleted_job_that_still_saves(home: StoragePath, holder: Holder) -> None:
     """`kubectl delete` and `apply` in quick succession: the new Job must not fail for good."""
-    new = Holder(home, "host-b/1", "job-2", patience=60)
+    new = Holder(home, "host-b/1", "job-2", max_wait=60)
     assert new.receive() == (f"output_dir={home} is in use by host-a/1 (uid job-1); waiting up to 60 s until it ends")
     assert holder.commit("step-1").startswith("done")
     assert holder.process.stdin
@@ -191,7 +191,7 @@ def test_a_pod_waits_for_the_pod_of_a_deleted_job_that_still_saves(home: Storage
 
 
 def test_a_holder_that_is_killed_while_it_is_waited_for_loses_the_lease(home: StoragePath, holder: Holder) -> None:
-    new = Holder(home, "host-b/1", "job-2", patience=60)
+    new = Holder(home, "host-b/1", "job-2", max_wait=60)
     assert "is in use by" in new.receive()
     os.kill(holder.process.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -201,8 +201,8 @@ def test_a_holder_that_is_killed_while_it_is_waited_for_loses_the_lease(home: St
 
 
 def test_a_process_waits_only_as_a_pod() -> None:
-    assert leases.plan_patience(None) == 0
-    assert leases.plan_patience("4f1c3a52") >= leases.GRACE_SECONDS + leases.LEASE_SECONDS
+    assert leases.choose_max_wait(None) == 0
+    assert leases.choose_max_wait("4f1c3a52") >= leases.GRACE_SECONDS + leases.LEASE_SECONDS
 
 
 def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:

@@ -161,8 +161,8 @@ def test_listing(home: StoragePath) -> None:
 def test_listing_takes_many_pages(in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(23):
         (in_bucket / f"{number:02d}").write("")
-    page = BucketPath._page
-    monkeypatch.setattr(BucketPath, "_page", lambda path, token, delimiter: page(path, token, delimiter, 5))
+    page = BucketPath._list_page
+    monkeypatch.setattr(BucketPath, "_list_page", lambda path, token, delimiter: page(path, token, delimiter, 5))
     assert names(in_bucket.list()) == [f"{number:02d}" for number in range(23)]
 
 
@@ -210,7 +210,7 @@ def test_composed_parts_are_composed(in_bucket: BucketPath, monkeypatch: pytest.
     content = os.urandom(171_000)  # 18 parts, composed to 5, 2 and 1
     version = (in_bucket / "file").write(content)
     assert (in_bucket / "file").fetch() == (content, version)
-    assert names(info for page, _ in in_bucket._pages("") for info in page) == ["file"]
+    assert names(info for page, _ in in_bucket._list_pages("") for info in page) == ["file"]
 
 
 @pytest.mark.parametrize("gigabytes", [1, 9, 20])
@@ -240,7 +240,7 @@ def test_a_source_that_changes_during_its_upload_does_not_become_visible(in_buck
     with raises(DataError, problem=r"file: the source changed while it was uploaded", fix="same command again"):
         (in_bucket / "file")._upload(len(content), read_range, ANY)
     assert (in_bucket / "file").read() == b"before"
-    assert [info.path for page, _ in in_bucket._pages("") for info in page] == [in_bucket / "file"]
+    assert [info.path for page, _ in in_bucket._list_pages("") for info in page] == [in_bucket / "file"]
 
 
 def test_parts_of_a_killed_upload_are_not_listed_and_are_deleted(in_bucket: StoragePath) -> None:

@@ -148,7 +148,7 @@ def test_credentials_that_were_withdrawn(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("service_account")
-def test_a_refused_request_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_request_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     paths: list[str] = []
     respond = Refusing.do_request
     monkeypatch.setattr(Refusing, "do_GET", lambda self: (paths.append(self.path), respond(self)))

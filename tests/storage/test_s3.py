@@ -74,7 +74,7 @@ def test_unusual_names(home: StoragePath, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x01b"], ids=["newline", "control"])
-def test_names_that_the_client_cannot_address_are_refused(home: StoragePath, name: str) -> None:
+def test_names_that_the_client_cannot_address_are_rejected(home: StoragePath, name: str) -> None:
     for act in (lambda file: file.write("x"), lambda file: file.exists()):
         with raises(DataError, problem=r"^s3://[^\n]*cannot address such a name", fix="rename it"):
             act(home / name)

@@ -111,7 +111,7 @@ def test_no_reader_evicts_the_shards_of_another_one(shards: StoragePath, tmp_pat
         assert "s02" in on_disk(cache.folder)
 
 
-def test_more_than_the_budget_at_once_is_refused(shards: StoragePath, tmp_path: Path) -> None:
+def test_more_than_the_budget_at_once_is_rejected(shards: StoragePath, tmp_path: Path) -> None:
     with opened(shards, tmp_path, holds=3) as cache:
         cache.require("evaluation", ["s11"])
         problem = "4 shards of 4e-05 GB are needed at the same time"
@@ -195,7 +195,7 @@ def test_waiting_can_be_cancelled(emulator: Emulator | S3Server, shards: Storage
         raise Stop
 
     with opened(shards, tmp_path, holds=20) as cache:
-        cache.check = cancel
+        cache.check_cancelled = cancel
         emulator.stop()
         try:
             with pytest.raises(Stop):

@@ -152,7 +152,7 @@ class Result:
     @property
     def report(self) -> Report:
         """The run's report. Raises a DataError if there is no report.json yet, or it is corrupt."""
-        report = read_report(self.run.home / "report")
+        report = read_report(self.run.folder / "report")
         if report is None:
             problem = "has no report yet"
             raise DataError(problem, key="run", value=self.address, fix="wait for its end, or call evaluate()")
@@ -164,7 +164,7 @@ class Result:
 
         All lists have the same length. A value is None if the epoch does not have the metric.
         """
-        content = (self.run.home / "metrics.jsonl").fetch()
+        content = (self.run.folder / "metrics.jsonl").fetch()
         lines = content[0].decode("utf-8", "replace").splitlines() if content else []
         rows = []
         for line in lines:
@@ -257,7 +257,7 @@ class Result:
         return self._models[checkpoint]
 
     def _repr_html_(self) -> str:
-        report = read_report(self.run.home / "report")
+        report = read_report(self.run.folder / "report")
         if report is not None:
             return report._repr_html_()
         epochs = len(self.curves.get("epoch", []))
@@ -265,6 +265,7 @@ class Result:
 
 
 def _decode(model: Model, image: ImageFile) -> np.ndarray | None:
+    """Decode an image to the model's input, uint8 [S, S, 3]. Return None as in `Predictions.decode`."""
     content = read_image(image)
     if isinstance(content, str) or model.decode is None:
         return None

@@ -34,7 +34,9 @@ DEFAULT_OUTPUT = "outputs/backbones"  # default of the argument output
 def main() -> None:
     """Run `python -m trainer.backbones`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = parse_arguments(sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
+        arguments, overrides = parse_arguments(
+            sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)"
+        )
         candidates, folds = parse_candidates(arguments["among"]), parse_folds(arguments.get("folds"))
         if is_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., among=[...] lists the networks")

@@ -9,19 +9,10 @@ from trainer.config.keys import suggest_name
 from trainer.errors import ConfigError
 from trainer.names import is_utf8
 
-NOTHING = "(?!)"  # regular expression that matches no string
-ALL = "(?s:.*)"  # regular expression that matches any string, line breaks included
-ADDRESSES = (
-    "run",
-    "model",
-    "export",
-    "images",
-    "output",
-    "reference",
-    "log",
-    "to",
-    "runs",
-)  # keys whose value is a local path or a bucket address
+MATCH_NOTHING = "(?!)"  # regular expression that matches no string
+MATCH_ALL = "(?s:.*)"  # regular expression that matches any string, line breaks included
+# Keys whose value is an address: a local path or the URL of an object or folder in a bucket.
+ADDRESS_KEYS = ("run", "model", "export", "images", "output", "reference", "log", "to", "runs")
 
 
 def require_address(address: str, key: str | None = None) -> str:
@@ -42,7 +33,12 @@ def format_usage(doc: str | None) -> str:
 
 
 def parse_arguments(
-    arguments: Sequence[str], doc: str | None, keys: Mapping[str, str], *, more: str = NOTHING, rest: str = NOTHING
+    arguments: Sequence[str],
+    doc: str | None,
+    keys: Mapping[str, str],
+    *,
+    other_keys: str = MATCH_NOTHING,
+    other_arguments: str = MATCH_NOTHING,
 ) -> tuple[dict[str, str], list[str]]:
     """Parse a command's arguments. `--help` prints `doc`, `--version` prints the version, and both exit.
 
@@ -50,15 +46,15 @@ def parse_arguments(
         arguments: command-line arguments, without the command.
         doc: the command's module docstring, which begins with its usage.
         keys: key -> problem to report if the argument is missing, or "" if the argument is optional.
-        more: regular expression that matches further valid keys.
-        rest: regular expression that matches valid arguments without such a key. They are returned unparsed.
+        other_keys: regular expression that matches valid keys that are not in `keys`.
+        other_arguments: regular expression that matches all other valid arguments. They are returned unparsed.
 
     Returns:
         The values by key, and the unparsed arguments.
 
     Raises:
         ConfigError: an argument is unknown, not `key=value`, not UTF-8, empty or given twice, the value of a key in
-            `ADDRESSES` is not an address, or a required argument is missing.
+            `ADDRESS_KEYS` is not an address, or a required argument is missing.
         SystemExit: after `--help` or `--version`.
     """
     if {"-h", "--help"} & set(arguments):
@@ -75,11 +71,11 @@ def parse_arguments(
         if not is_utf8(argument):
             key, value, name_fix = key if equals else "argument", value or argument, "rename it, or give a link to it"
             raise ConfigError("is not UTF-8", key=key, value=value, fix=f"{name_fix} with such a name")
-        if equals and (key in keys or re.fullmatch(more, key)):
+        if equals and (key in keys or re.fullmatch(other_keys, key)):
             if key in values or not value:
                 raise ConfigError("is given twice" if key in values else "is empty", key=key, value=value, fix=fix)
-            values[key] = require_address(value, key) if key in ADDRESSES else value
-        elif re.fullmatch(rest, argument):
+            values[key] = require_address(value, key) if key in ADDRESS_KEYS else value
+        elif re.fullmatch(other_arguments, argument):
             unparsed_arguments.append(argument)
         elif equals:
             suggestion = suggest_name(key, list(keys))

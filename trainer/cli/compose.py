@@ -1,4 +1,4 @@
-"""Compose the configuration from command-line arguments with Hydra."""
+"""Compose the configuration of a run from command-line arguments with Hydra."""
 
 import datetime
 import os
@@ -124,6 +124,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     composed_trees: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
+        """Run a job of a sweep, or store the composed configuration of a single run. Hydra calls this function."""
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN and run_job is not None:
             return run_job(tree, list(hydra_config.overrides.task), hydra_config)
@@ -181,7 +182,7 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
 def load_and_require_read(composed: dict[str, Any], arguments: list[str]) -> RequestedConfig:
     """Validate a composed configuration, and require that each key in the command-line `arguments` has an effect.
 
-    Raises ConfigError, whose `faults` are all errors in the configuration, or else all keys in `arguments` without an
+    Raises ConfigError, whose `errors` are all errors in the configuration, or else all keys in `arguments` without an
     effect.
     """
     config = load(composed)

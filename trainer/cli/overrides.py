@@ -68,7 +68,7 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
         elif argument.startswith("-"):
             option, equals, _ = argument.partition("=")
             if option not in _OPTIONS:
-                raise _no_such_option_error(argument)
+                raise _make_unknown_option_error(argument)
             num_values_left = 0 if equals else _OPTIONS[option]
             options[_LONG_OPTIONS.get(option, option)] = option
             option_values = argument.partition("=")[2:] if equals else tuple(arguments)[index + 1 : index + 2]
@@ -130,9 +130,9 @@ def evaluate_override(override: str) -> Any:
         fix = "give the value itself; a reference to another key is for runs only"
         raise ConfigError("cannot be resolved", key=parsed.key_or_group, value=parsed.value(), fix=fix) from None
     key = parsed.key_or_group
-    kind = classify_key(RequestedConfig, key)
+    value_type = classify_key(RequestedConfig, key)
     parsers: dict[str, Callable[[Any, str], Any]] = {"weights": parse_weights, "names": parse_names}
-    return parsers[kind](value, key) if kind in parsers else value
+    return parsers[value_type](value, key) if value_type in parsers else value
 
 
 def format_override(override: str) -> str:
@@ -141,10 +141,10 @@ def format_override(override: str) -> str:
     if not match:  # trainer.cli.compose turns distillation.model=NAME into +model@distillation.model=NAME
         return re.sub(r"^\+(\w+)@(distillation\.\1=)", r"\2", override)
     _, key, value = match.groups()
-    kind = classify_key(RequestedConfig, key)
-    if kind in ("text", "weights", "names") and re.fullmatch(QUOTED, value, re.S):
+    value_type = classify_key(RequestedConfig, key)
+    if value_type in ("text", "weights", "names") and re.fullmatch(QUOTED, value, re.S):
         value = _format_text(key, value)
-    elif kind in ("text", "texts", "names"):
+    elif value_type in ("text", "texts", "names"):
         value = re.sub(r'"([\w./~ -]+)"', lambda m: m[1] if m[1].strip() == m[1] and m[1] != "null" else m[0], value)
     return f"{key}={value}"
 
@@ -159,7 +159,7 @@ def _format_text(key: str, value: str) -> str:
 def list_argument_keys(arguments: Sequence[str]) -> set[str]:
     """Return the keys that arguments set, such as {"seed", "data.root"}, except config groups and Hydra's own keys.
 
-    If a value is a whole section, as in `optimizer={name: sgd, momentum: 0.9}`, the section's keys are returned:
+    If a value is a section, as in `optimizer={name: sgd, momentum: 0.9}`, the section's keys are returned:
     {"optimizer.name", "optimizer.momentum"}.
     """
     keys: set[str] = set()
@@ -243,40 +243,40 @@ def _translate_override(text: str, sweep: bool) -> str:
     match = _KEY_VALUE.fullmatch(text)
     if not match:
         if not re.match(r"~|\+{0,2}[\w/]+@?[\w./]*=", text):
-            raise _no_key_error(text)
+            raise _make_missing_key_error(text)
         group, _, value = text.partition("=")
         if not text.startswith("~"):
             _check_choice_is_string(group.lstrip("+"), value)
         parse_override(text)  # ~key, group@package=name, ...
         return text
     plus, key, value = match.groups()
-    kind = "other" if key in GROUPS or key.startswith("hydra") else classify_key(RequestedConfig, key)
-    if kind == "names":
-        kind = "weights" if re.match(r"\s*(choice\s*\(\s*)?\{", value) else "texts"
+    value_type = "other" if key in GROUPS or key.startswith("hydra") else classify_key(RequestedConfig, key)
+    if value_type == "names":
+        value_type = "weights" if re.match(r"\s*(choice\s*\(\s*)?\{", value) else "texts"
     if key in GROUPS:
         _check_group(key, value, sweep)
-    elif kind == "text":
+    elif value_type == "text":
         if FUNCTION.fullmatch(value) and not sweep:
-            raise _several_values_error(text)
+            raise _make_several_values_error(text)
         value = ",".join(_quote_sweep_values(value, _quote_text)) if sweep else _quote_text(value)
-    elif kind == "texts":
+    elif value_type == "texts":
         # Without a sweep, `a, b` is one list in which the brackets may be omitted.
         is_bare = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
         lists = (
             [f"[{value}]"] if is_bare else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
         )
         value = ",".join(_quote_list(item.strip()) for item in lists)
-    elif kind == "weights":
+    elif value_type == "weights":
         values = _quote_sweep_values(value, _quote_weights)
         if not sweep and len(values) > 1:
-            raise _several_values_error(text)
+            raise _make_several_values_error(text)
         value = ",".join(values) if sweep else _quote_weights(value)
     try:
         parsed = parse_override(f"{plus}{key}={value}")
     except ConfigError as error:
-        raise _unreadable_error(text, error) from None
+        raise _make_unreadable_value_error(text, error) from None
     if not sweep and parsed.is_sweep_override():
-        raise _several_values_error(text)
+        raise _make_several_values_error(text)
     return f"{plus}{key}={value}"
 
 
@@ -320,7 +320,7 @@ def _check_group(group: str, value: str, sweep: bool) -> None:
             _check_choice_is_string(group, name)
         return
     if "," in value and not sweep and value[:1] not in "[{(":
-        raise _several_values_error(f"{group}={value}")
+        raise _make_several_values_error(f"{group}={value}")
     raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 
 
@@ -339,7 +339,8 @@ def _check_choice_is_string(group: str, value: str) -> None:
         raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 
 
-def _several_values_error(text: str) -> ConfigError:
+def _make_several_values_error(text: str) -> ConfigError:
+    """Make the error for an argument with several values outside of a sweep, such as `seed=1,2`."""
     key, _, value = text.lstrip("+").partition("=")
     fix = "add -m for a run with each of them"
     if key not in GROUPS:
@@ -352,7 +353,7 @@ def _several_values_error(text: str) -> ConfigError:
     return ConfigError("has several values", key=key, value=value, fix=fix)
 
 
-def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
+def _make_unreadable_value_error(text: str, error: ConfigError) -> ConfigError:
     """Return the error for a value that Hydra cannot parse, with the value as the user typed it."""
     key, _, value = text.lstrip("+").partition("=")
     list_match = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.S)
@@ -362,7 +363,8 @@ def _unreadable_error(text: str, error: ConfigError) -> ConfigError:
     return ConfigError(error.problem, key=key, value=value, fix=describe_syntax(RequestedConfig, key) or error.fix)
 
 
-def _no_key_error(text: str) -> ConfigError:
+def _make_missing_key_error(text: str) -> ConfigError:
+    """Make the error for an argument that is not KEY=VALUE, such as the path of a folder."""
     if Path(text).expanduser().is_dir():
         fix = f"write {format_argument('data.root', text)}"
     else:
@@ -370,7 +372,8 @@ def _no_key_error(text: str) -> ConfigError:
     return ConfigError("is not KEY=VALUE", key=text, fix=fix)
 
 
-def _no_such_option_error(text: str) -> ConfigError:
+def _make_unknown_option_error(text: str) -> ConfigError:
+    """Make the error for an unknown option, which may be a key with dashes, such as `--batch-size=8`."""
     name = text.partition("=")[0].lstrip("-").replace("-", "_")
     known_keys = list_keys(RequestedConfig, {"phases": _COMMON_PHASES})
     suggestion = suggest_key(name, [*GROUPS, *known_keys])

@@ -16,7 +16,17 @@ from trainer.cli.source import choose_source
 from trainer.cluster.processes import replace_process
 from trainer.cluster.signals import ignore_sigterm
 from trainer.config.schema import RequestedConfig, Runtime, load
-from trainer.errors import BUG, DONE, DRIFTED, INTERRUPTED, REFUSED, UNREADABLE, ConfigError, Interrupted, TrainerError
+from trainer.errors import (
+    BUG,
+    DONE,
+    DRIFTED,
+    INTERRUPTED,
+    NOT_PROMOTED,
+    UNREADABLE,
+    ConfigError,
+    Interrupted,
+    TrainerError,
+)
 from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import (
@@ -42,10 +52,10 @@ _GARBAGE_THRESHOLDS = (50_000, 20, 10)
 _log_is_configured = False  # set by `configure_log`
 
 
-class StartAgain(Exception):
-    """Raised by a command that must start again: `exit_with_code` replaces the process by one with the same command.
+class RestartProcess(Exception):
+    """Raised to restart this process: `exit_with_code` replaces it by a new process with the same command.
 
-    The start that trains a teacher ends with this exception, so that the next start trains the student.
+    A process that has trained a teacher raises this exception, so that the new process trains the student.
     """
 
     def __init__(
@@ -138,10 +148,10 @@ def choose_and_log_source(arguments: list[str]) -> list[str]:
 
     Raises ConfigError or DataError if the source cannot be chosen.
     """
-    arguments, note = choose_source(arguments)
-    if note and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
+    arguments, log_line = choose_source(arguments)
+    if log_line and not {"--cfg", "-c", "--cfg=job"} & set(arguments):
         _configure_log_from_arguments()
-        log.info(note)
+        log.info(log_line)
     return arguments
 
 
@@ -173,54 +183,57 @@ def exit_with_code() -> Iterator[None]:
     """Run a command in the block, then exit with a code defined in `trainer.errors`, 0 if the block raises nothing.
 
     A `TrainerError` is logged as one message, any other exception with its traceback. Both set the termination message.
-    `KeyboardInterrupt` exits with `INTERRUPTED`. After `StartAgain`, the process is replaced instead.
+    `KeyboardInterrupt` exits with `INTERRUPTED`. After `RestartProcess`, the process is replaced instead.
     """
-    code, reason, next_start = DONE, "", None
+    exit_code, reason, restart_request = DONE, "", None
     gc.set_threshold(*_GARBAGE_THRESHOLDS)
     configure()
     try:
         with translate_file_errors(), _stdout_errors(), scratch_folder():
             yield
-    except StartAgain as start_again:
-        next_start = start_again
+    except RestartProcess as restart:
+        restart_request = restart
     except TrainerError as error:
         if not _log_is_configured:
             _configure_log_from_arguments()
-        code, reason = error.exit_code, str(error)
+        exit_code, reason = error.exit_code, str(error)
         error_fields = {"key": error.key, "value": error.value, "fix": error.fix}
-        fields: dict[str, object] = {"exit_code": code} | {
+        fields: dict[str, object] = {"exit_code": exit_code} | {
             field: value for field, value in error_fields.items() if value is not None
         }
-        if isinstance(error, ConfigError) and error.faults:
-            fault_keys = ("key", "value", "problem", "fix")
-            fields["faults"] = [{name: getattr(fault, name) for name in fault_keys} for fault in error.faults]
-        outcomes = {INTERRUPTED: "interrupted", DRIFTED: "drift", REFUSED: "refused", UNREADABLE: "unreadable"}
-        outcome = outcomes.get(code, "error")
+        if isinstance(error, ConfigError) and error.errors:
+            attributes = ("key", "value", "problem", "fix")
+            fields["faults"] = [{name: getattr(listed, name) for name in attributes} for listed in error.errors]
+        outcomes = {INTERRUPTED: "interrupted", DRIFTED: "drift", NOT_PROMOTED: "refused", UNREADABLE: "unreadable"}
+        outcome = outcomes.get(exit_code, "error")
         level = logging.ERROR if outcome == "error" else logging.WARNING
         log.log(level, f"{outcome}: {reason}", extra={"fields": fields})
     except KeyboardInterrupt:
-        code, reason = INTERRUPTED, "interrupted before anything was trained"
-        log.warning(reason, extra={"fields": {"exit_code": code}})
+        exit_code, reason = INTERRUPTED, "interrupted before anything was trained"
+        log.warning(reason, extra={"fields": {"exit_code": exit_code}})
     except SystemExit as system_exit:  # Hydra's --help
-        code = system_exit.code if isinstance(system_exit.code, int) else (BUG if system_exit.code else DONE)
+        exit_code = system_exit.code if isinstance(system_exit.code, int) else (BUG if system_exit.code else DONE)
     except BrokenPipeError as error:
         if not discard_if_closed(sys.stdout):  # `... | head` has read enough
-            code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
+            exit_code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
             log_traceback(error)
     except Exception as error:
-        code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
+        exit_code, reason = BUG, f"{type(error).__name__}: {error}; the log has the traceback"
         log_traceback(error)
-    if next_start:
-        replace_process(next_start.arguments, next_start.environment, next_start.has_stop_request)
+    if restart_request:
+        replace_process(restart_request.arguments, restart_request.environment, restart_request.has_stop_request)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_if_closed(sys.stdout)
     except OSError as error:
         discard(sys.stdout)
-        if code == DONE and not stdout_lost_lines():
-            code, reason = INTERRUPTED, f"stdout: cannot be written to ({error.strerror or error}); {FREE_SPACE_FIX}"
+        if exit_code == DONE and not stdout_lost_lines():
+            exit_code, reason = (
+                INTERRUPTED,
+                f"stdout: cannot be written to ({error.strerror or error}); {FREE_SPACE_FIX}",
+            )
             log.warning(f"interrupted: {reason}")
-    termination.write(code, reason)
+    termination.write(exit_code, reason)
     ignore_sigterm()
-    sys.exit(code)
+    sys.exit(exit_code)

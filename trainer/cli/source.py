@@ -15,12 +15,12 @@ from trainer.names import escape_unprintable
 from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, map_in_threads
 from trainer.storage.path import StoragePath, storage_path
 
-# End of the name of a record file: a suffix, optionally with the number of a shard as in .tfrecord-00000-of-00001, and
-# with the suffix of a compression, which a run refuses. A file next to it, such as its index .tfrecord.idx, is none.
+# End of a record file's name: a suffix, optionally with a shard number, as in .tfrecord-00000-of-00001, and with the
+# suffix of a compression format, which a run rejects. Other files, such as the index .tfrecord.idx, do not match.
 _RECORD_ENDING = re.compile(r"(\.tfrec(?:ord)?s?)([-_.]?\d+([-_]?of[-_]?\d+)?)?(\.gz|\.zlib)?$", re.I)
 _TFDS_INFO_FILE = "dataset_info.json"  # file in the folder of each dataset that TensorFlow Datasets has prepared
-_MAX_SUBFOLDERS = 9  # of a folder, that are searched for prepared datasets
-_MAX_CLASS_FOLDERS = 3  # of these, that are searched for images
+_MAX_SUBFOLDERS = 9  # number of a folder's subfolders that are searched for prepared datasets
+_MAX_CLASS_FOLDERS = 3  # number of these subfolders that are searched for images
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -69,8 +69,8 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
         )
         new_arguments.append(f"{root_arguments[0].partition('=')[0]}={joined_values}")
         other_arguments = [a for a in arguments if not re.match(r"\+*data\.root=", a)]
-    note = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(new_arguments)}"
-    return [*new_arguments, *other_arguments], note
+    log_line = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(new_arguments)}"
+    return [*new_arguments, *other_arguments], log_line
 
 
 def _parse_roots(text: str, sweep: bool) -> list[Any]:

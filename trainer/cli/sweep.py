@@ -102,7 +102,7 @@ def extract_scores(report: Any) -> dict[str, float]:
 
 
 class SweepEnded(BaseException):
-    """Raised to end the whole sweep with `error`. Hydra would treat an `Exception` as the failure of a single job."""
+    """Raised to end the sweep with `error`. A BaseException, because Hydra treats an `Exception` as a failed job."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -116,7 +116,7 @@ class Job:
     folder: str  # the run's output_dir
     arguments: list[str]  # command-line arguments, except sweep=... and output_dir=...
     overrides: dict[str, str]  # key -> value in `arguments`: {"seed": "1", ...}
-    code: int = DONE  # exit code of the job's process
+    exit_code: int = DONE  # exit code of the job's process
     scores: dict[str, float] = field(default_factory=dict)  # metric in METRICS -> score; empty for a failed job
 
     @property
@@ -153,13 +153,13 @@ class Sweep:
     swept: set[str] = field(default_factory=set)  # keys whose values differ between jobs
     child: subprocess.Popen[bytes] | None = None  # process of the current job
 
-    def run(self, tree: DictConfig, overrides: list[str], settings: Any) -> float | None:
+    def run(self, tree: DictConfig, overrides: list[str], hydra_config: Any) -> float | None:
         """Run one job, unless it is finished, in a separate process, since TensorFlow cannot be set up twice in one.
 
         Args:
             tree: the job's composed configuration.
             overrides: the job's overrides in Hydra's grammar.
-            settings: Hydra's own configuration (`HydraConf`).
+            hydra_config: Hydra's own configuration (`HydraConf`).
 
         Returns:
             The last phase's validation accuracy, which a search maximizes; None if the job failed.
@@ -170,11 +170,11 @@ class Sweep:
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(signum, self._forward_stop)
-        self.folder = self.folder or str(settings.sweep.dir)
-        self.is_search = not is_grid(settings)
-        self.swept |= {str(key).lstrip("+") for key in settings.sweeper.get("params") or ()}
+        self.folder = self.folder or str(hydra_config.sweep.dir)
+        self.is_search = not is_grid(hydra_config)
+        self.swept |= {str(key).lstrip("+") for key in hydra_config.sweeper.get("params") or ()}
         try:
-            job = self._run_job(resolve(tree), overrides, str(settings.sweep.subdir))
+            job = self._run_job(resolve(tree), overrides, str(hydra_config.sweep.subdir))
         except Exception as error:
             raise SweepEnded(error) from None
         return job.scores.get(OBJECTIVE)
@@ -190,27 +190,28 @@ class Sweep:
             inspect_folder(config)  # raises errors of the folder here, before the job starts
         outcome = " is finished already" if was_finished else ""
         log.info(f"sweep: job {name}: {self._describe_overrides(job)} -> {job.folder}{outcome}")
-        job.code = DONE if was_finished else self._run_process(job.command)
-        if job.code == INTERRUPTED or job.code < 0:
+        job.exit_code = DONE if was_finished else self._run_process(job.command)
+        if job.exit_code == INTERRUPTED or job.exit_code < 0:
             self._raise_if_stopped()
-            cause = f"by signal {-job.code}" if job.code < 0 else f"with exit code {INTERRUPTED}"
+            cause = f"by signal {-job.exit_code}" if job.exit_code < 0 else f"with exit code {INTERRUPTED}"
             raise Interrupted(f"job {name} of the sweep ended {cause}", fix=self._resume_hint())
         self.jobs.append(job)
-        if job.code == DONE:
+        if job.exit_code == DONE:
             fix = f"delete {job.folder}/DONE, and start the same command again to write the report again"
             job.scores = read_json(storage_path(job.folder) / "report" / "report.json", extract_scores, fix) or {}
         self._write_events(job, tree)
         return job
 
     def _run_process(self, arguments: list[str]) -> int:
+        """Run `python -m trainer` with these arguments in a child process, and return its exit code."""
         # In a separate process group, so that Ctrl-C reaches the process only once, through `_forward_stop`.
         command, environment = build_module_command("trainer", *arguments)
         self.child = subprocess.Popen(command, env=environment, process_group=0)
         if self.stop_signal:
             self.child.terminate()
-        code = self.child.wait()
+        exit_code = self.child.wait()
         self.child = None
-        return code
+        return exit_code
 
     def _forward_stop(self, signum: int, _frame: object) -> None:
         self.stop_signal = signal.Signals(signum).name
@@ -225,6 +226,7 @@ class Sweep:
         return f"start the same command again with {format_argument('output_dir', self.folder)} to resume"
 
     def _write_events(self, job: Job, tree: dict[str, Any]) -> None:
+        """Write the event file of a job and, if it has new hyperparameters, the event file of the sweep."""
         swept_overrides = {key: text for key, text in job.overrides.items() if key in self.swept}
         hyperparameters = {key: text for key, text in swept_overrides.items() if not may_change_on_resume(key)}
         values = {key: _get_hyperparameter(tree, key, text) for key, text in hyperparameters.items()}
@@ -232,12 +234,12 @@ class Sweep:
         folder = storage_path(job.folder)
         if not (folder / "config.yaml").exists():  # the job failed early; its next start requires an empty folder
             return
-        _write_event_file(folder, serialize_job(job.name, values, job.scores, job.code == DONE))
+        _write_event_file(folder, serialize_job(job.name, values, job.scores, job.exit_code == DONE))
         if len(self.columns) > num_previous_columns:
             _write_event_file(storage_path(self.folder or ""), serialize_columns(list(self.columns)))
 
     def _describe_overrides(self, job: Job) -> str:
-        """Describe the overrides that differ from those of another job so far; all overrides for the first job."""
+        """Describe the overrides that differ from those of an earlier job; all overrides for the first job."""
         other_overrides = [other.overrides for other in self.jobs if other is not job]
         differences = [
             f"{key}={value}"
@@ -265,15 +267,15 @@ class Sweep:
             lines.append(f"{len(scored_jobs)} seeds  {', '.join(summaries)}  {' '.join(setting)}".rstrip())
         return [*lines, "(mean \u00b1 standard deviation of the runs)"] if lines else []
 
-    def close(self) -> None:
-        """Log each job's score, the mean and standard deviation over seeds, and the best job.
+    def log_results(self) -> None:
+        """Log the sweep's results: each job's score, the mean and standard deviation over seeds, and the best job.
 
         Raises TrainerError, with the first failed job's exit code, if any job of a grid or all jobs of a search failed.
         """
         scored_jobs, failed_jobs = [j for j in self.jobs if j.scores], [j for j in self.jobs if not j.scores]
         lines = [""]
         for job in self.jobs:
-            outcome = f"failed (exit code {job.code})" if job.code else "has no report/report.json"
+            outcome = f"failed (exit code {job.exit_code})" if job.exit_code else "has no report/report.json"
             score = f"{OBJECTIVE} {job.scores[OBJECTIVE]:.4f}" if job.scores else outcome
             lines.append(f"job {job.name:>3}  {score}  {self._describe_overrides(job)}")
         lines += self._describe_seeds()
@@ -291,7 +293,7 @@ class Sweep:
                 f"{len(failed_jobs)} of {len(self.jobs)} jobs failed ({', '.join(job.name for job in failed_jobs)})"
             )
             error = TrainerError(problem, fix="read their errors above")
-            error.exit_code = failed_jobs[0].code or WRONG_INPUT
+            error.exit_code = failed_jobs[0].exit_code or WRONG_INPUT
             raise error
 
 
@@ -337,9 +339,10 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
     arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
     jobs: list[tuple[Job, dict[str, Any]]] = []
 
-    def collect(tree: DictConfig, overrides: list[str], settings: Any) -> None:
+    def collect(tree: DictConfig, overrides: list[str], hydra_config: Any) -> None:
+        """Add the job that Hydra has composed to `jobs`."""
         try:
-            if not is_grid(settings):
+            if not is_grid(hydra_config):
                 problem, fix = "a search chooses each trial by earlier ones", "use a grid, or run the search in one pod"
                 raise ConfigError(problem, key="SWEEP_JOB", fix=fix)
             resolved = resolve(tree)
@@ -348,7 +351,7 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
                 raise ConfigError(
                     "must be given, since each pod trains one job of the sweep", key="output_dir", fix=fix
                 )
-            jobs.append((make_job(resolved, overrides, folder, str(settings.sweep.subdir)), resolved))
+            jobs.append((make_job(resolved, overrides, folder, str(hydra_config.sweep.subdir)), resolved))
         except ConfigError as error:
             raise SweepEnded(error) from None
 
@@ -391,7 +394,7 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
         if not sweep.jobs or any(job.scores for job in sweep.jobs):
             raise
     if sweep.jobs:
-        sweep.close()
+        sweep.log_results()
     return None
 
 
@@ -406,7 +409,7 @@ def _search_space_is_empty(arguments: list[str]) -> bool:
 
 
 def _list_sweepers(arguments: list[str]) -> list[str]:
-    """List the arguments that choose another sweeper than that of grids, or a preset of one."""
+    """List the arguments that choose a sweeper other than the one for grids, or a preset of such a sweeper."""
     return [a for a in arguments if re.match(r"hydra/sweeper=|\+*sweep=", a)]
 
 

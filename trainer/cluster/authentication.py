@@ -54,7 +54,7 @@ def contact_peer(peer: Connection, token: str) -> None:
     try:
         proof = peer.receive_exactly(DIGEST_BYTES)
     except ConnectionError as error:
-        raise WrongTokenError("it refuses the token of this Job") from error
+        raise WrongTokenError("it rejects the token of this Job") from error
     if not hmac.compare_digest(proof, _prove(token, b"accepting", own_nonce, peer_nonce)):
         raise WrongTokenError("it does not have the token of this Job")
 

@@ -92,13 +92,13 @@ def is_complete_program(content: bytes) -> bool:
     truncated program. Empty content is not complete.
     """
 
-    def read_varint(at: int) -> tuple[int, int]:  # returns the integer at an offset, and the offset after it
+    def read_varint(position: int) -> tuple[int, int]:  # returns the integer at an offset, and the offset after it
         value = shift = 0
         while True:
-            byte = content[at]
-            value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+            byte = content[position]
+            value, shift, position = value | (byte & 0x7F) << shift, shift + 7, position + 1
             if byte < 0x80:
-                return value, at
+                return value, position
 
     offset = 0
     try:

@@ -25,8 +25,8 @@ from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log_unbuffered
 from trainer.storage.arrays import pack, unpack
 
-MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker; it is refused before it is read
-MAX_RECV_BYTES = 1 << 20  # per `recv` call
+MAX_HEADER_BYTES = 1 << 20  # a longer header is not from a worker; it is rejected before it is read
+MAX_RECV_BYTES = 1 << 20  # maximum number of bytes per `recv` call
 HEARTBEAT_INTERVAL_SECONDS = 2.0
 HEARTBEAT_TIMEOUT_SECONDS = 20.0  # a peer from which no bytes arrive for this time is lost; ten missed heartbeats
 COMMIT_TIMEOUT_SECONDS = 5.0  # maximum time that `ControlChannel.end` waits for a write in `ControlChannel.committing`
@@ -234,11 +234,12 @@ class ControlChannel:
         self._ignore_peers = True
         health.on_change()
 
-    def watched_peers(self) -> list[int]:
+    def list_watched_peers(self) -> list[int]:
         """Return the indices of the peers whose loss or failure ends this process."""
         return [] if self._shutting_down or self._ignore_peers else sorted({*self.connections} - self._departed_peers)
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
+        """Send a message to all connected peers that have not announced their end; ignore broken connections."""
         for peer, connection in self.connections.items():
             # `_listen` detects a closed connection, `_send_heartbeats` a timeout.
             with contextlib.suppress(OSError):
@@ -246,6 +247,7 @@ class ControlChannel:
                     connection.send(kind, **fields)
 
     def _listen(self, peer: int, connection: Connection) -> None:
+        """Receive the messages of a peer until its connection closes. Runs in a thread per peer."""
         while True:
             try:
                 header, payload = connection.receive()
@@ -268,6 +270,7 @@ class ControlChannel:
                     self.end(code, message, header["worker"])
 
     def _send_heartbeats(self) -> None:
+        """Send heartbeats, and end this process if a peer's heartbeats are missing. Runs in a thread."""
         while not self._shutting_down:
             time.sleep(HEARTBEAT_INTERVAL_SECONDS)
             self._send_to_all("heartbeat")

@@ -22,10 +22,10 @@ from trainer.cluster.discovery import Cluster
 from trainer.errors import ConfigError, Interrupted
 
 REPORT_INTERVAL_SECONDS = 5.0  # between log lines that list the missing workers
-RESPONSE_TIMEOUT_SECONDS = 5.0  # for a connection to open, and for each read and write until the control channel begins
-# The same for a connection to this worker's own address; short, since usually no other process responds there.
+RESPONSE_TIMEOUT_SECONDS = 5.0  # to open a connection, and for each read and write until the control channel uses it
+# Timeout of a connection to this worker's own address; short, since usually no other process responds there.
 SELF_CHECK_TIMEOUT_SECONDS = 1.0
-REACH_TIMEOUT_SECONDS = 30.0  # for reaching another worker's port, with retries
+REACH_TIMEOUT_SECONDS = 30.0  # to connect to another worker's port, with retries
 
 RETRY = "start all workers again"  # the fix of most errors
 
@@ -43,7 +43,7 @@ def rendezvous(
     Raises:
         Interrupted: a worker is missing after `timeout`, another process uses this worker's port, or a worker cannot
             reach another worker. A restart may succeed.
-        ConfigError: the chief refuses this worker, because its Job, number of workers or addresses differ, or another
+        ConfigError: the chief rejects this worker, because its Job, number of workers or addresses differ, or another
             process has the same index.
     """
     if cluster.size == 1:
@@ -120,6 +120,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
         raise ConfigError(problem, key=key, fix=fix)
 
     def _accept(self) -> None:
+        """Accept connections, and respond to each in a separate thread, until the socket is closed."""
         while True:
             try:
                 connection, address = self._socket.accept()
@@ -160,7 +161,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
             self._changed.notify_all()
 
     def _check_join(self, header: dict[str, Any]) -> str | None:
-        """Return the reason to refuse a request to join; None if it is accepted."""
+        """Return the reason to reject a request to join; None if it is accepted."""
         cluster = self.cluster
         if not cluster.is_chief:
             problem = "the workers have different lists of addresses"
@@ -252,7 +253,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
     def _await_start(self, peer: Connection) -> Connection:
         """Wait until the chief, `peer`, sends "go", and return `peer`; until then, log which workers are missing.
 
-        Raises ConfigError if the chief refuses this worker, Interrupted if workers are missing at the deadline or the
+        Raises ConfigError if the chief rejects this worker, Interrupted if workers are missing at the deadline or the
         chief stops responding, and OSError if the connection is closed.
         """
         while True:
@@ -270,7 +271,7 @@ class _Rendezvous(contextlib.AbstractContextManager["_Rendezvous"]):
                 self.log_message(f"workers: {header['text']}")
             elif header["kind"] == "refused":
                 fix = "start all workers with the same image and environment variables"
-                raise ConfigError(f"worker 0 refuses this worker: {header['reason']}", fix=fix)
+                raise ConfigError(f"worker 0 rejects this worker: {header['reason']}", fix=fix)
             elif header["kind"] == "go":
                 return peer
 

@@ -11,12 +11,12 @@ from trainer.monitoring import termination
 from trainer.monitoring.health import health
 from trainer.monitoring.log import exit_at_once, log_unbuffered
 
-STOP_TIMEOUT_SECONDS = 90.0  # for one step after a stop request; Kubernetes kills a pod after 120 s (k8s/base/job.yaml)
+STOP_TIMEOUT_SECONDS = 90.0  # maximum time of one step after a stop request; a pod is killed after 120 s (k8s/base)
 RETRY = "start the same command again, nothing is lost"  # fix in messages about an interruption
 
 
 def exit_on_sigterm() -> None:
-    """Install a SIGTERM handler that exits at once with code 75, for use while there is nothing to save.
+    """Install a SIGTERM handler that exits immediately with code 75, for use while there is nothing to save.
 
     Without a handler the kernel ignores SIGTERM for the first process of a container (`man 7 pid_namespaces`), and the
     pod would run until the end of its grace period.
@@ -41,9 +41,9 @@ def ignore_sigterm() -> None:
 
 
 def end_without_progress(end: Callable[[int, str], None], message: str, seconds: float = STOP_TIMEOUT_SECONDS) -> None:
-    """Call `end` with exit code 75 and `message` if no progress is recorded in the next `seconds`. Returns at once.
+    """Call `end` with exit code 75 and `message` if no progress is recorded in the next `seconds`.
 
-    Waiting for a peer (`health.waiting_for`) counts as progress. A timer thread calls `end`.
+    Returns immediately: a timer thread calls `end`. Waiting for a peer (`health.waiting_for`) counts as progress.
     """
 
     def check() -> None:
@@ -60,7 +60,7 @@ class StopFlag:
 
     Python runs a signal handler only when the main thread returns from TensorFlow, which can take many steps.
     Therefore the handlers do nothing: a thread reads the signal numbers from the wake-up file descriptor and sets the
-    flag at once. The compiled training step reads the flag.
+    flag immediately. The compiled training step reads the flag.
     """
 
     def __init__(self) -> None:
@@ -102,6 +102,7 @@ class StopFlag:
             raise StopRequested(f"{self.reason} {when}", fix=RETRY)
 
     def _watch(self) -> None:
+        """Set the flag at the first SIGTERM or SIGINT, and exit the process at the second one. Runs in a thread."""
         num_signals = 0  # signals to this process; peers' stop requests do not count
         readable = select.poll()
         readable.register(self.unread, select.POLLIN)

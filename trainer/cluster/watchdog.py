@@ -114,9 +114,10 @@ def start(
     def send_state() -> None:
         # The pipe is full if the watchdog is suspended, and closed if it was killed. Training continues in both cases.
         with contextlib.suppress(OSError):
-            os.write(state_writer, encode_state(control.watched_peers()))
+            os.write(state_writer, encode_state(control.list_watched_peers()))
 
     def send_states() -> None:
+        """Send the state periodically until the watchdog ends. Runs in a thread."""
         while child.poll() is None:
             send_state()
             time.sleep(INTERVAL_SECONDS)
@@ -141,8 +142,8 @@ def stop() -> None:
 def encode_state(watched_peers: Iterable[int]) -> bytes:
     """Encode this process's state for the watchdog as one JSON line of at most 4096 bytes.
 
-    A pipe takes such a line as a whole or not at all (PIPE_BUF on Linux), also if it is almost full. The activity is
-    cut to the bytes that are left, at least 500 characters with 2000 workers and the longest name of a phase.
+    A write of at most 4096 bytes to a pipe is atomic (PIPE_BUF on Linux), even if the pipe is almost full. The activity
+    is truncated to the bytes that are left: at least 500 characters with 2000 workers and the longest name of a phase.
     """
     state = {"activity": "", "phase": health.phase, "step": health.values.get("step"),
              "limit": health.unresponsive_timeout, "watched": encode_indices(watched_peers)}  # fmt: skip

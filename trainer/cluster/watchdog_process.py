@@ -61,45 +61,47 @@ class Observation:
     peers: list[Peer]  # peers whose loss or failure ends the process
 
 
-def decide_end_reason(seen: Observation) -> str | None:
+def decide_end_reason(observation: Observation) -> str | None:
     """Return the reason to end an unresponsive process, or None if there is no reason yet.
 
     In order of precedence: a peer has failed, has closed its connection without notice, or has sent nothing for
     `PEER_TIMEOUT_SECONDS`; a signal is still unread `SIGNAL_TIMEOUT_SECONDS` after the last state; the process has
     exceeded its timeout.
     """
-    if seen.seconds < UNRESPONSIVE_SECONDS:
+    if observation.seconds < UNRESPONSIVE_SECONDS:
         return None
-    blocked = f"Python had not run for {seen.seconds:.0f} s in: {seen.activity}"
-    for peer in seen.peers:
+    blocked = f"Python had not run for {observation.seconds:.0f} s in: {observation.activity}"
+    for peer in observation.peers:
         failed = next((m for m in peer.messages if m.get("kind") == "failed"), None)
         if failed:
             _, message = translate_peer_failure(failed["code"], failed["message"], failed["worker"], sender=peer.index)
             return f"{message}; {blocked}"
         cause = "connection closed without notice" if peer.closed else f"no heartbeat for {peer.silent_seconds:.0f} s"
-        left = any(m.get("kind") == "left" for m in peer.messages)
-        if (peer.closed or peer.silent_seconds > PEER_TIMEOUT_SECONDS) and not left:
+        has_left = any(m.get("kind") == "left" for m in peer.messages)
+        if (peer.closed or peer.silent_seconds > PEER_TIMEOUT_SECONDS) and not has_left:
             return f"lost worker {peer.index} ({peer.address}): {cause}; {blocked}"
-    if seen.signal_name and seen.seconds > SIGNAL_TIMEOUT_SECONDS:
-        return f"{seen.signal_name}, and {blocked}; {RETRY}"
-    return f"{blocked}, longer than its limit of {seen.timeout:g} s; {RETRY}" if seen.seconds > seen.timeout else None
+    if observation.signal_name and observation.seconds > SIGNAL_TIMEOUT_SECONDS:
+        return f"{observation.signal_name}, and {blocked}; {RETRY}"
+    if observation.seconds > observation.timeout:
+        return f"{blocked}, longer than its limit of {observation.timeout:g} s; {RETRY}"
+    return None
 
 
-def parse_unread_messages(data: bytes) -> list[dict[str, Any]]:
+def parse_unread_messages(received: bytes) -> list[dict[str, Any]]:
     """Parse the headers of control-channel messages that the process has not read yet.
 
-    `data` can begin in the middle of a message, if the process has read its first bytes, and can end in the middle of
-    another message. Incomplete headers are skipped.
+    `received` can start in the middle of a message, if the process has read its first bytes, and can end in the middle
+    of another message. Incomplete headers are skipped.
     """
-    headers, start = [], data.find(MAGIC)
+    headers, offset = [], received.find(MAGIC)
     with contextlib.suppress(ValueError):  # the process may have read the prefix of a message, but not its header
-        first_header, _ = json.JSONDecoder().raw_decode(data[: max(start, 0) or None].decode())
+        first_header, _ = json.JSONDecoder().raw_decode(received[: max(offset, 0) or None].decode())
         headers += [first_header] if isinstance(first_header, dict) else []
-    while start >= 0 and len(data) >= start + PREFIX.size:
-        _, header_bytes, _ = PREFIX.unpack_from(data, start)
+    while offset >= 0 and len(received) >= offset + PREFIX.size:
+        _, header_bytes, _ = PREFIX.unpack_from(received, offset)
         with contextlib.suppress(ValueError):
-            headers.append(json.loads(data[start + PREFIX.size : start + PREFIX.size + header_bytes]))
-        start = data.find(MAGIC, start + PREFIX.size)
+            headers.append(json.loads(received[offset + PREFIX.size : offset + PREFIX.size + header_bytes]))
+        offset = received.find(MAGIC, offset + PREFIX.size)
     return headers
 
 
@@ -134,10 +136,10 @@ class _Watchdog:
                 last_time = now
                 self.check()
                 continue
-            data = os.read(self.settings["state"], 1 << 16)
-            if not data:
+            received = os.read(self.settings["state"], 1 << 16)
+            if not received:
                 return
-            state, self._unread_state = parse_newest_state(self._unread_state + data)
+            state, self._unread_state = parse_newest_state(self._unread_state + received)
             self.state = state or self.state
             self.seconds, self._unread_bytes, last_time = 0.0, {}, time.monotonic()
 
@@ -223,13 +225,13 @@ def decode_indices(text: str) -> list[int]:
     return [index for index in range(bits.bit_length()) if bits >> index & 1]
 
 
-def parse_newest_state(data: bytes) -> tuple[dict[str, Any] | None, bytes]:
-    """Parse the newest complete state in `data`, which consists of JSON lines. Other lines are skipped.
+def parse_newest_state(received: bytes) -> tuple[dict[str, Any] | None, bytes]:
+    """Parse the newest complete state in `received`, which consists of JSON lines. Other lines are skipped.
 
     Returns:
         The state (None if no line is a JSON object) and the bytes after the last line break.
     """
-    *lines, incomplete_line = data.split(b"\n")
+    *lines, incomplete_line = received.split(b"\n")
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
             if isinstance(state := json.loads(line), dict):

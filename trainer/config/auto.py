@@ -17,7 +17,7 @@ def resolve_auto(
     images: int = 0,
     classes: int = 0,
     device: Device = CPU,
-    begun: RunConfig | None = None,
+    stored_config: RunConfig | None = None,
     replicas: int = 1,
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`.
@@ -27,7 +27,8 @@ def resolve_auto(
         images: number of training images.
         classes: number of classes.
         device: device on which the run trains.
-        begun: configuration with which a resumed run began. Its values are used, and the other arguments are ignored.
+        stored_config: configuration of a resumed run's earlier starts. Its values are used, and the other arguments are
+            ignored.
         replicas: number of replicas on all workers.
 
     Returns:
@@ -35,8 +36,13 @@ def resolve_auto(
     """
     if isinstance(config, RunConfig):
         return config, []
-    if begun:
-        choices = Choices(begun.model.backbone, begun.training.batch_size, begun.phases, begun.runtime.precision)
+    if stored_config:
+        choices = Choices(
+            stored_config.model.backbone,
+            stored_config.training.batch_size,
+            stored_config.phases,
+            stored_config.runtime.precision,
+        )
         explanations = {"model.backbone": choices.backbone, "phases": ", ".join(choices.phases)}
         explanations |= {"training.batch_size": str(choices.batch_size), "runtime.precision": choices.precision}
         explanations = {key: f"{value}, as this run began" for key, value in explanations.items()}

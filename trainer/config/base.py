@@ -36,6 +36,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _require_utf8(cls, value: Any) -> Any:
+        """Reject a string that cannot be encoded as UTF-8 or has a null character."""
         if isinstance(value, str) and not is_utf8(value):
             raise InvalidValue("is not UTF-8", value=value, fix="rename it, or give a link to it with such a name")
         if isinstance(value, str) and "\0" in value:
@@ -69,6 +70,7 @@ _DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(epoch|step
 
 
 def _parse_duration(value: Any) -> Any:
+    """Convert "2 epochs", or a number of steps, to the fields of `Duration`. Return any other value unchanged."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
         if not match:
@@ -156,7 +158,7 @@ _FIXES = {  # error type of pydantic -> fix, because pydantic's own messages nam
 }
 
 
-def _fix_for_section_value(key: str, value: Any, section: type[BaseModel]) -> str:
+def _suggest_key_of_section(key: str, value: Any, section: type[BaseModel]) -> str:
     """Return the fix if the section `key` is set to a plain value: to set a key in the section instead."""
     types_by_key = {name: list_union_members(field.annotation) for name, field in section.model_fields.items()}
     if isinstance(value, str) and "name" in types_by_key:
@@ -190,7 +192,7 @@ def _translate(details: Any, root: type[BaseModel], tree: dict[str, Any]) -> Con
             else {}
         )
         fix = suggest_key(key, list_keys(root, tree | {"phases": phases})) if path[0] == "phases" else "known"
-        section_fix = _fix_for_section_value(key, value, _locate_key(root, (*path, ""))[1])
+        section_fix = _suggest_key_of_section(key, value, _locate_key(root, (*path, ""))[1])
         suggests_other_key = fix.startswith("did") and f" {key}?" not in fix and f" {key}." not in fix
         return ConfigError(
             "has keys, not a value", key=key, value=value, fix=fix if suggests_other_key else section_fix
@@ -218,14 +220,14 @@ def _has_nested_error(path: tuple[Any, ...], error: ValidationError) -> bool:
 
 
 def translate_validation_error(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
-    """Translate pydantic's errors to one ConfigError, whose `faults` are one ConfigError per key.
+    """Translate pydantic's errors to one ConfigError, whose `errors` are one ConfigError per key.
 
     Args:
         error: pydantic's exception.
         root: section type that was validated.
         tree: nested dicts that were validated.
     """
-    faults: dict[str | None, ConfigError] = {}
+    error_by_key: dict[str | None, ConfigError] = {}
     for details in error.errors():
         if (
             details["type"] in ("literal_error", "tuple_type", "dict_type")
@@ -233,7 +235,9 @@ def translate_validation_error(error: ValidationError, root: type[BaseModel], tr
             and _has_nested_error(details["loc"], error)
         ):
             continue  # the value is meant for another member of the union, whose error is reported
-        fault = _translate(details, root, tree)
-        if (first_fault := faults.setdefault(fault.key, fault)) is not fault:  # from another member of a union
-            first_fault.fix = f"{first_fault.fix} or {str(fault.fix).removeprefix('use ')}"
-    return ConfigError.of_faults(faults.values())
+        translated = _translate(details, root, tree)
+        if (
+            first_error := error_by_key.setdefault(translated.key, translated)
+        ) is not translated:  # from another member of a union
+            first_error.fix = f"{first_error.fix} or {str(translated.fix).removeprefix('use ')}"
+    return ConfigError.combine(error_by_key.values())

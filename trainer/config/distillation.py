@@ -12,8 +12,8 @@ from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, NamedPhases, Phase, validate_phases
 from trainer.errors import TrainerError
 
-TRAIN = "train"  # value of `distillation.teacher` with which the run trains its teacher first
-FOLDER = "teacher"  # name of the folder in the student's output_dir that contains the teacher's run
+TRAIN_TEACHER = "train"  # value of `distillation.teacher` with which the run trains its teacher first
+TEACHER_FOLDER = "teacher"  # name of the folder in the student's output_dir that contains the teacher's run
 Error = TypeVar("Error", bound=TrainerError)
 
 
@@ -45,10 +45,11 @@ class Distillation(Section):
 
     @model_validator(mode="after")
     def _check_trained(self) -> Distillation:
-        if self.teacher == TRAIN and self.model is None:
+        """Require a network for a teacher that the run trains, and no network or phases for any other teacher."""
+        if self.teacher == TRAIN_TEACHER and self.model is None:
             fix = "set distillation.model to its network, or write ./train for a folder of this name"
-            raise InvalidValue("is a teacher without a network", key="teacher", value=TRAIN, fix=fix)
-        if self.teacher != TRAIN and (self.model is not None or self.phases is not None):
+            raise InvalidValue("is a teacher without a network", key="teacher", value=TRAIN_TEACHER, fix=fix)
+        if self.teacher != TRAIN_TEACHER and (self.model is not None or self.phases is not None):
             problem = "is trained already, but distillation.model or distillation.phases is set"
             fix = "remove them, or set distillation.teacher=train"
             raise InvalidValue(problem, key="teacher", value=self.teacher, fix=fix)
@@ -57,7 +58,7 @@ class Distillation(Section):
 
 def get_teacher_address(output_dir: str) -> str:
     """Return the output_dir of the teacher's run: OUTPUT_DIR/teacher for the student's `output_dir`."""
-    return f"{output_dir.rstrip('/')}/{FOLDER}"
+    return f"{output_dir.rstrip('/')}/{TEACHER_FOLDER}"
 
 
 def prefix_teacher_key(error: Error) -> Error:

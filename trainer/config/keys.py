@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-# Name in other tools, or a likely guess -> last component of our key; "model.name" and its value are whole keys.
+# Name in other tools, or a likely guess -> last component of the key in this package; "model.name" -> complete key.
 _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "gpus": "replicas", "epoch": "epochs",
             "num_epochs": "epochs", "img_size": "image_size", "size": "image_size", "input_size": "image_size",
             "output": "output_dir", "run_name": "experiment_name", "num_workers": "data_threads", "path": "root",
@@ -17,7 +17,7 @@ _ALIASES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "g
             "model.name": "model.backbone", "wd": "weight_decay", "classes": "class_names", "pretrained": "weights",
             "val_split": "validation_fraction", "val_fraction": "validation_fraction"}  # fmt: skip
 _MAX_SUGGESTED = 3  # keys in one "did you mean"
-Kind = Literal["text", "texts", "weights", "names", "other"]  # see `classify_key`
+ValueType = Literal["text", "texts", "weights", "names", "other"]  # see `classify_key`
 
 
 def list_union_members(annotation: Any) -> list[Any]:
@@ -32,27 +32,27 @@ def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def suggest_name(name: str, known: list[str]) -> str:
+def suggest_name(name: str, known_names: list[str]) -> str:
     """Return "did you mean NAME?" for the known name most similar to `name`, or "known: ..." if none is similar."""
-    matches = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known)}"
+    matches = difflib.get_close_matches(name, known_names, 1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known: {', '.join(known_names)}"
 
 
-def list_keys(root: type[BaseModel], tree: Any = None, inside: bool = False) -> list[str]:
+def list_keys(root: type[BaseModel], tree: Any = None, is_nested: bool = False) -> list[str]:
     """List the dotted keys in a section, depth first.
 
     Args:
         root: type of the section.
         tree: the section's values as nested dicts. It supplies the names in a dict of sections, such as
             `phases.head.epochs`. Without `tree`, a dict of sections has no keys.
-        inside: whether `root` is within another section. If so, an optional section in `root`, such as the teacher's
+        is_nested: whether `root` is within another section. If so, an optional section in `root`, such as the teacher's
             model, is listed as a single key if it is null by default and has no value in `tree`.
     """
     keys = []
     for name, field in root.model_fields.items():
         content = (tree.get(name) if isinstance(tree, dict) else None) or {}
         section, named_section = _find_section_types(field.annotation, content)
-        if inside and (named_section or section) and field.default is None and not content:
+        if is_nested and (named_section or section) and field.default is None and not content:
             keys.append(name)
         elif named_section:
             keys += [
@@ -76,8 +76,8 @@ def add_defaults(root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
             value = _format_durations(value.model_dump(mode="json"))
         elif named_section and isinstance(value, dict):
             value = {
-                key: add_defaults(named_section, item) if isinstance(item, dict) else item
-                for key, item in value.items()
+                key: add_defaults(named_section, child) if isinstance(child, dict) else child
+                for key, child in value.items()
             }
         elif section and isinstance(value, dict):
             value = add_defaults(section, value)
@@ -90,7 +90,7 @@ def _format_durations(value: Any) -> Any:
     """Replace each duration in a dumped section by its text form: {"count": 2, "unit": "epochs"} -> "2 epochs"."""
     if isinstance(value, dict) and value.keys() == {"count", "unit"}:
         return f"{value['count']:g} {value['unit']}"
-    return {key: _format_durations(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return {key: _format_durations(child) for key, child in value.items()} if isinstance(value, dict) else value
 
 
 def _find_section_types(annotation: Any, tree: Any) -> tuple[type[BaseModel] | None, type[BaseModel] | None]:
@@ -110,7 +110,7 @@ def _find_section_types(annotation: Any, tree: Any) -> tuple[type[BaseModel] | N
     return section, named_section
 
 
-def classify_key(root: type[BaseModel], key: str) -> Kind:
+def classify_key(root: type[BaseModel], key: str) -> ValueType:
     """Classify the values that a key takes.
 
     Returns:
@@ -139,12 +139,12 @@ def accepts_list(root: type[BaseModel], key: str) -> bool:
 
 def describe_syntax(root: type[BaseModel], key: str) -> str:
     """Return a hint on the syntax of a key's value, such as "use a whole number"; "" if any string is valid."""
-    types, kind = _resolve_types(root, key), classify_key(root, key)
-    if kind == "weights":
+    types, value_type = _resolve_types(root, key), classify_key(root, key)
+    if value_type == "weights":
         return "write {cat: 1, dog: 2}"
-    if kind == "names":
+    if value_type == "names":
         return "write a list, such as [a,b], or the names that are shown, such as {a: cat, b: dog}"
-    if kind == "texts":
+    if value_type == "texts":
         return "write a list, such as [a,b]"
     if any(is_section(type_) and "unit" in type_.model_fields for type_ in types):
         return 'write "500 steps", "2 epochs" or "10000 examples"'
@@ -170,44 +170,49 @@ def _resolve_types(root: type[BaseModel], key: str) -> list[Any]:
     return types
 
 
-def suggest_key(key: str, known: list[str], tree: Any = None) -> str:
+def suggest_key(key: str, known_keys: list[str], tree: Any = None) -> str:
     """Return "did you mean KEY?" for an unknown key, or "known: ..." with its section's keys if no key is similar.
 
     Args:
-        key: dotted key that is not in `known`.
-        known: dotted keys of the configuration. Similar keys are searched in all sections.
+        key: dotted key that is not in `known_keys`.
+        known_keys: dotted keys of the configuration. Similar keys are searched in all sections.
         tree: value of the key. If it is a dict, its first key is also matched: `head: {epochs: 3}` suggests keys that
             end with `head.epochs`, such as `phases.head.epochs`.
     """
     if isinstance(tree, dict) and tree:
-        if matches := _match_components(f"{key}.{find_first_leaf_key(tree)}", known):
+        if matches := _match_components(f"{key}.{find_first_leaf_key(tree)}", known_keys):
             return _did_you_mean(matches)
         name, value = next(iter(tree.items()))
-        child_suggestion = suggest_key(f"{key}.{name}", [k for k in known if f".{k}".endswith(f".{key}.{name}")], value)
-        key_suggestion = suggest_key(key, known)
+        child_suggestion = suggest_key(
+            f"{key}.{name}", [k for k in known_keys if f".{k}".endswith(f".{key}.{name}")], value
+        )
+        key_suggestion = suggest_key(key, known_keys)
         if child_suggestion.startswith("did") or key_suggestion.startswith("did"):
             return child_suggestion if child_suggestion.startswith("did") else key_suggestion
-        return suggest_key(f"{key}.{name}", known, value)
+        return suggest_key(f"{key}.{name}", known_keys, value)
     section, _, name = key.rpartition(".")
     prefix = section + "." * bool(section)
-    siblings = list(dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)))
+    siblings = list(
+        dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known_keys if k.startswith(prefix))
+    )
     canonical_name = _ALIASES.get(name, name)
-    # From certain to vague: an alias of the key; a slip in a key of this section; the key in another section;
-    # the name in this section; the name anywhere; a misspelled key of this section; a misspelled name in any section.
+    # In order of decreasing confidence: an alias of the key; a slightly misspelled key of this section; the key in
+    # another section; the name in this section; the name in any section; a badly misspelled key of this section; a
+    # misspelled name in any section.
     matches = (
-        [k for k in known if k == _ALIASES.get(key)]
+        [k for k in known_keys if k == _ALIASES.get(key)]
         or _match_similar(key, siblings, prefix, 0.75)
-        or [k for k in known if f".{k}".endswith(f".{key}")]
-        or _match_names(canonical_name, [k for k in known if k.startswith(prefix)])
-        or _match_names(canonical_name, known)
+        or [k for k in known_keys if f".{k}".endswith(f".{key}")]
+        or _match_names(canonical_name, [k for k in known_keys if k.startswith(prefix)])
+        or _match_names(canonical_name, known_keys)
         or _match_similar(key, siblings, prefix, 0.5)
-        or [k for match in difflib.get_close_matches(canonical_name, {k.rpartition(".")[2] for k in known}, 1, 0.7)
-            for k in _match_names(match, known)]
+        or [k for match in difflib.get_close_matches(canonical_name, {k.rpartition(".")[2] for k in known_keys}, 1, 0.7)
+            for k in _match_names(match, known_keys)]
     )  # fmt: skip
     if not matches and key != key.lower():
-        return suggest_key(key.lower(), known)
+        return suggest_key(key.lower(), known_keys)
     if not matches:
-        names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known))
+        names = [k.removeprefix(prefix) for k in siblings] or list(dict.fromkeys(k.split(".")[0] for k in known_keys))
         return f"known: {', '.join(names)}"
     return _did_you_mean(matches)
 
@@ -223,14 +228,14 @@ def find_first_leaf_key(tree: dict[str, Any]) -> str:
     return f"{name}.{find_first_leaf_key(value)}" if isinstance(value, dict) and value else str(name)
 
 
-def _match_components(key: str, known: list[str]) -> list[str]:
+def _match_components(key: str, known_keys: list[str]) -> list[str]:
     """Return the known keys that end with the last component of `key` and have its other components in the same order.
 
     `head.epochs` matches `phases.head.epochs`. An alias such as `lr` counts as the name that it represents.
     """
     *key_parents, name = key.split(".")
     canonical_name, matches = _ALIASES.get(name, name), []
-    for candidate in known:
+    for candidate in known_keys:
         *parents, candidate_name = candidate.split(".")
         remaining_parents = iter(parents)
         if candidate_name == canonical_name and all(parent in remaining_parents for parent in key_parents):

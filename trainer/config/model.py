@@ -66,6 +66,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check_auto_backbone(self) -> Model:
+        """Reject `backbone=auto` with settings that fit only some backbones."""
         if self.backbone == "auto" and self.weights not in ("imagenet", "none") and not self.has_weights_folder:
             problem = f"can choose any network, but weights={self.weights} are of a single one"
             raise InvalidValue(problem, key="backbone", value="auto", fix="set model.backbone to that network")

@@ -39,6 +39,7 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _check_options(self) -> Optimizer:
+        """Reject options that the optimizer does not have."""
         adam_options = {"beta_1", "beta_2", "epsilon"}
         decay_options = adam_options | {"weight_decay"}
         options_by_name = {"adamw": decay_options, "nadam": decay_options, "lion": decay_options - {"epsilon"},
@@ -76,6 +77,7 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _check_complete(self) -> Schedule:
+        """Require the keys without which the schedule is not defined."""
         required_keys = {"exponential": ("decay", "every"), "time": ("decay",), "step": ("decay", "at")}.get(
             self.name, ()
         )
@@ -138,6 +140,7 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _check_length_and_thaw(self) -> Phase:
+        """Require exactly one length, and a valid thaw rule."""
         lengths = [key for key in LENGTH_KEYS if getattr(self, key) is not None]
         if len(lengths) != 1:
             problem = f"has several lengths: {', '.join(lengths)}" if lengths else "has no length"
@@ -187,6 +190,7 @@ class AutoPhases(Section):
     @model_validator(mode="before")
     @classmethod
     def _require_alone(cls, phases: Any) -> Any:
+        """Reject named phases in addition to `auto`."""
         if other_names := ", ".join(name for name in phases if name != "auto"):
             fix = f"unset {other_names}, or choose a group such as phases=two_phase"
             name, phase_value = next((name, value) for name, value in phases.items() if name != "auto")

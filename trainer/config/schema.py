@@ -27,7 +27,7 @@ from trainer.config.base import (
     Section,
     translate_validation_error,
 )
-from trainer.config.distillation import TRAIN, Distillation, get_teacher_address, prefix_teacher_key
+from trainer.config.distillation import TRAIN_TEACHER, Distillation, get_teacher_address, prefix_teacher_key
 from trainer.config.model import Model
 from trainer.config.phases import AutoPhases, Phase, Phases
 from trainer.errors import ConfigError
@@ -359,7 +359,7 @@ class RequestedConfig(Section):
 
     @model_validator(mode="after")
     def _check_resume(self) -> RequestedConfig:
-        if self.resume == "never" and self.distillation and self.distillation.teacher == TRAIN:
+        if self.resume == "never" and self.distillation and self.distillation.teacher == TRAIN_TEACHER:
             problem = "forbids the second start, that of the student, with distillation.teacher=train"
             raise InvalidValue(problem, key="resume", value="never", fix="use auto")
         return self
@@ -439,7 +439,7 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     warm start and no exports, and " teacher" is appended to its experiment_name. Other keys are those of `config`.
     """
     distillation = config.distillation
-    if not distillation or distillation.teacher != TRAIN or distillation.model is None:
+    if not distillation or distillation.teacher != TRAIN_TEACHER or distillation.model is None:
         return None
     values = dict(config) | {"model": distillation.model, "distillation": None, "warm_start": None}
     values |= {"phases": config.phases if distillation.phases is None else distillation.phases}
@@ -449,10 +449,10 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     return teacher if teacher.auto_keys else replace_auto(teacher)
 
 
-def _list_feature_faults(config: RequestedConfig) -> list[ConfigError]:
+def _list_feature_errors(config: RequestedConfig) -> list[ConfigError]:
     """List the errors in the keys `features` and `augmented_views` of all phases; none with phases=auto."""
     names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), replace_auto(config)
-    return [fault for name in names if (fault := resolved.find_feature_error(name))]
+    return [error for name in names if (error := resolved.find_feature_error(name))]
 
 
 def load(tree: dict[str, Any]) -> RequestedConfig:
@@ -466,20 +466,20 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
         `RequestedConfig`.
 
     Raises:
-        ConfigError: the configuration is not valid. `faults` lists all errors, except that a key that is not a string,
+        ConfigError: the configuration is not valid. `errors` lists all errors, except that a key that is not a string,
             or a loop of YAML aliases, is reported alone.
     """
-    if problem := _describe_tree_fault(tree):
+    if problem := _describe_tree_error(tree):
         raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
         raise translate_validation_error(error, RequestedConfig, tree) from None
-    faults = _list_feature_faults(config)
+    errors = _list_feature_errors(config)
     if (teacher := configure_teacher(config)) and config.distillation and config.distillation.phases is not None:
-        faults += [prefix_teacher_key(fault) for fault in _list_feature_faults(teacher)]
-    if faults:
-        raise ConfigError.of_faults(faults)
+        errors += [prefix_teacher_key(error) for error in _list_feature_errors(teacher)]
+    if errors:
+        raise ConfigError.combine(errors)
     return config if config.auto_keys else replace_auto(config)
 
 
@@ -496,7 +496,7 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _describe_tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
+def _describe_tree_error(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
     """Describe the first key in `value` that is not a string, or a loop of YAML aliases; None if it has neither.
 
     Args:
@@ -515,8 +515,8 @@ def _describe_tree_fault(value: Any, path: str = "", above: tuple[int, ...] = ()
         is_class = path in ("training.class_weights", "data.class_names")
         if isinstance(value, dict) and not isinstance(key, str) and not is_class:
             return f"has a key that is not a text, {name}"
-        if fault := _describe_tree_fault(child, name, (*above, id(value))):
-            return fault
+        if problem := _describe_tree_error(child, name, (*above, id(value))):
+            return problem
     return None
 
 
@@ -535,8 +535,8 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
         raise ConfigError(f"is not YAML ({reason})", fix="restore the file") from None
     if not isinstance(tree, dict):
         raise ConfigError("is empty" if tree is None else "is not a mapping of keys to values", fix="restore the file")
-    if fault := _describe_tree_fault(tree):
-        raise ConfigError(fault, fix="restore the file")
+    if problem := _describe_tree_error(tree):
+        raise ConfigError(problem, fix="restore the file")
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("orientation", "ignore")
     for old_key, new_key in RENAMED_KEYS.items():

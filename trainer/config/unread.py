@@ -107,6 +107,7 @@ def _check_overfit(config: RequestedConfig, *keys: str) -> Reasons:
 
 
 def _check_data(data: Data) -> Reasons:
+    """Yield the keys of `data` that are not read with this data source."""
     yield "shards", "is read only by python -m trainer.prepare"
     for key, sources in _SOURCES.items():
         if data.source not in sources:
@@ -120,6 +121,7 @@ def _check_data(data: Data) -> Reasons:
 
 
 def _check_augmentation(config: RequestedConfig) -> Reasons:
+    """Yield the keys of `augmentation` that are not read without another augmentation."""
     yield from _check_overfit(config, *type(config.augmentation).model_fields)
     if not config.augmentation.randaugment:
         yield "magnitude", "is not read without augmentation.randaugment"
@@ -128,6 +130,7 @@ def _check_augmentation(config: RequestedConfig) -> Reasons:
 
 
 def _check_phase(phase: Phase, config: RequestedConfig) -> Reasons:
+    """Yield the keys of a phase that are not read with its other keys."""
     if not config.augmentation.active:
         yield "augmented_views", "is not read without augmentation"
     if phase.thaw == "all":
@@ -153,12 +156,12 @@ def _check_schedule(phase: Phase) -> Reasons:
 def require_read(config: RequestedConfig, keys: Iterable[str]) -> None:
     """Raise a ConfigError if any of the command-line `keys` differs from its default but is not read.
 
-    The error's `faults` contain one ConfigError for each such key.
+    The error's `errors` contain one ConfigError for each such key.
     """
     reasons_by_key = find_unread_keys(config)
-    if faults := [ConfigError(reasons_by_key[key], key=key, value=_get_value(config, key), fix="remove it")
+    if errors := [ConfigError(reasons_by_key[key], key=key, value=_get_value(config, key), fix="remove it")
                   for key in sorted(set(keys) & reasons_by_key.keys())]:  # fmt: skip
-        raise ConfigError.of_faults(faults)
+        raise ConfigError.combine(errors)
 
 
 def _get_value(config: RequestedConfig, key: str) -> Any:

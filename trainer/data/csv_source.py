@@ -17,7 +17,7 @@ from trainer.monitoring.health import health
 from trainer.names import escape_unprintable, find_path_error, normalize_class_name
 from trainer.storage.base import ObjectInfo
 from trainer.storage.path import storage_path
-from trainer.storage.staging import MAX_TRANSFERS, check_budget, find_copy_folder, is_remote
+from trainer.storage.staging import MAX_TRANSFERS, check_budget, get_staging_folder, is_remote
 from trainer.types import Purpose
 
 REQUIRED_COLUMNS = ("file", "label")
@@ -144,7 +144,7 @@ def _find_local_path(root: str, row: Row, cache_dir: Path) -> str:
     file = _read_file(root, row)
     if is_remote(file):
         bucket, key = _split_address(root, row, file)
-        return str(find_copy_folder(storage_path(bucket), cache_dir) / key)
+        return str(get_staging_folder(storage_path(bucket), cache_dir) / key)
     return os.path.join(os.path.dirname(root), file)
 
 
@@ -199,7 +199,7 @@ def plan_copies(data: Data, cache_dir: Path, budget: int) -> tuple[Data, list[Bu
     check_budget(root, size, cache_dir, budget)
     if is_remote(root):
         bucket, _, key = root.removeprefix("gs://").partition("/")
-        local_root = find_copy_folder(storage_path(f"gs://{bucket}"), cache_dir) / key
+        local_root = get_staging_folder(storage_path(f"gs://{bucket}"), cache_dir) / key
         data = data.model_copy(update={"root": str(local_root)})
     return data, copies
 
@@ -231,5 +231,5 @@ def _list_bucket(bucket: str, names: set[str], cache_dir: Path) -> BucketFiles:
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         listings = list(pool.map(list_folder, folders))
     objects = {name: info for listing in listings for name, info in listing.items() if name in names}
-    folder = find_copy_folder(storage_path(bucket), cache_dir)
+    folder = get_staging_folder(storage_path(bucket), cache_dir)
     return BucketFiles(bucket, folder, objects, frozenset(names - objects.keys()))

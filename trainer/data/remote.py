@@ -20,8 +20,8 @@ from trainer.storage.path import storage_path
 from trainer.storage.shard_cache import ShardCache
 from trainer.storage.staging import (
     download_missing_files,
-    find_copied_folders,
     find_prepared_folder,
+    get_staged_and_source_folder,
     has_wildcard,
     is_remote,
     stage,
@@ -76,7 +76,7 @@ def fetch_local_copies(
             return address
         budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         path = stage(address, runtime.cache_folder, budget, log_message, partial(check_stop, address))
-        folder, bucket_folder = find_copied_folders(path, address, runtime.cache_folder)
+        folder, bucket_folder = get_staged_and_source_folder(path, address, runtime.cache_folder)
         addresses[folder] = bucket_folder
         return path
 

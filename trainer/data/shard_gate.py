@@ -139,7 +139,7 @@ class ShardGate:
         while later_bytes < self.shards.budget and later_rows < self.split.count and self._has_block(position):
             assert isinstance(self.shards, ShardCache)  # local shards have the budget 0
             for name in self._blocks[position][1]:
-                later_bytes += 0 if name in selected_names else self.shards.entries[name].size
+                later_bytes += 0 if name in selected_names else self.shards.infos[name].size
                 selected_names[name] = None
             later_rows = self._blocks[position][0] - self._blocks[last][0]
             position += 1

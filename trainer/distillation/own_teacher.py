@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.cluster.control import ControlChannel
-from trainer.config.distillation import TRAIN, get_teacher_address, prefix_teacher_key
+from trainer.config.distillation import TRAIN_TEACHER, get_teacher_address, prefix_teacher_key
 from trainer.config.schema import RequestedConfig, configure_teacher
 from trainer.errors import ConfigError, TrainerError
 from trainer.monitoring.log import log
@@ -74,7 +74,7 @@ def locate_teacher(address: str, output_dir: str) -> str:
         address: value of `distillation.teacher`.
         output_dir: output_dir of the student's run.
     """
-    return get_teacher_address(output_dir) if address == TRAIN else address
+    return get_teacher_address(output_dir) if address == TRAIN_TEACHER else address
 
 
 @contextmanager
@@ -86,6 +86,6 @@ def rename_teacher_keys() -> Iterator[None]:
     try:
         yield
     except TrainerError as error:
-        for fault in (error, *(error.faults if isinstance(error, ConfigError) else ())):
-            prefix_teacher_key(fault)
+        for reported_error in (error, *(error.errors if isinstance(error, ConfigError) else ())):
+            prefix_teacher_key(reported_error)
         raise

@@ -17,7 +17,7 @@ from trainer.runs.checkpoints import crc32c_hex, read_checkpoint, read_pointer, 
 from trainer.storage.local import safe_join
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS, read_json
-from trainer.storage.staging import divide_listing
+from trainer.storage.staging import separate_invalid_objects
 
 KEY = "distillation.teacher"  # the configuration key in error messages
 ROWS_PER_CALL = 32  # images per replica and predict call; constant, so that soft labels are the same for any batch size
@@ -73,7 +73,7 @@ def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
     if not (home / _LABELS).exists():
         problem = f"is a SavedModel without {_LABELS}, so it is not an export of kubetune"
         raise DataError(problem, key=KEY, value=address, fix="give export/saved_model/1 of a run")
-    infos, _ = divide_listing(home, home.list())
+    infos, _ = separate_invalid_objects(home, home.list())
     digest = hashlib.sha256()
     for name, info in sorted(infos.items()):
         crc32c = f"{info.crc32c:08x}" if info.crc32c is not None else crc32c_hex(info.path.read())

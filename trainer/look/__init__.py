@@ -18,7 +18,7 @@ the server of the dataset does not respond.
 
 import sys
 
-from trainer.cli.arguments import ALL, parse_arguments
+from trainer.cli.arguments import MATCH_ALL, parse_arguments
 from trainer.cli.compose import compose, is_sweep, load_and_require_read
 from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import apply_overfit
@@ -43,7 +43,7 @@ def parse_images(arguments: dict[str, str]) -> int:
 def main() -> None:
     """Run `python -m trainer.look`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        options, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=ALL)
+        options, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=MATCH_ALL)
         max_images = parse_images(options)
         if is_sweep(arguments):
             raise ConfigError("a sweep has no page, only a single run has one", fix="remove --multirun and sweep=...")

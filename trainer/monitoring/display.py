@@ -32,7 +32,7 @@ class PhaseProgress:
     steps: int  # maximum length of the phase, in steps
     last_epoch: int  # epoch of the run in which the phase ends, counted from 1
     start_step: int  # step of the run at which this process entered the phase
-    began: float = field(default_factory=time.monotonic)  # time.monotonic() at `start_step`
+    started_at: float = field(default_factory=time.monotonic)  # time.monotonic() at `start_step`
 
     def seconds_left(self, step: int, now: float) -> float | None:
         """Estimate the seconds until the phase ends, including validation, from the speed in this process.
@@ -41,10 +41,10 @@ class PhaseProgress:
         `now` is the current time.monotonic().
         """
         steps_done, steps_left = step - self.start_step, self.first_step + self.steps - step
-        return (now - self.began) / steps_done * steps_left if steps_done > 0 else None
+        return (now - self.started_at) / steps_done * steps_left if steps_done > 0 else None
 
 
-def format_status_line(width: int, phase: PhaseProgress | None, figures: list[str], now: float) -> str:
+def format_status_line(width: int, phase: PhaseProgress | None, metric_texts: list[str], now: float) -> str:
     """Format the status line from `phase` and the global `health`.
 
     While the phase is training, the bar shows the phase's progress, otherwise the progress of the current activity.
@@ -53,7 +53,7 @@ def format_status_line(width: int, phase: PhaseProgress | None, figures: list[st
     Args:
         width: number of columns of the terminal.
         phase: the current training phase; None before the first one.
-        figures: formatted metrics, most important first. Those that do not fit are omitted.
+        metric_texts: formatted metrics, most important first. Those that do not fit are omitted.
         now: the current time.monotonic().
     """
     done, total, fields, seconds_left = *health.work, [health.describe()], health.seconds_left(now)
@@ -69,11 +69,11 @@ def format_status_line(width: int, phase: PhaseProgress | None, figures: list[st
         fields += [BAR_FULL * filled_width + BAR_EMPTY * (bar_width - filled_width), f"{min(done / total, 1):4.0%}"]
         fields.append(f"left {'-:--' if seconds_left is None else format_duration(math.ceil(seconds_left))}")
     else:
-        fields.append(format_duration(now - health.activity_began))
+        fields.append(format_duration(now - health.activity_started_at))
     line = "  ".join(fields)
-    for figure in figures:
-        if len(line) + 2 + len(figure) < width:
-            line += f"  {figure}"
+    for text in metric_texts:
+        if len(line) + 2 + len(text) < width:
+            line += f"  {text}"
     return line[: width - 1]  # some terminals wrap a full line
 
 
@@ -83,7 +83,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.phase: PhaseProgress | None = None
-        self.figures: list[str] = []  # formatted metrics of the last logging interval, most important first
+        self.metric_texts: list[str] = []  # formatted metrics of the last logging interval, most important first
         self._live = Live(
             get_renderable=self._render, console=console, transient=True, refresh_per_second=REFRESHES_PER_SECOND
         )
@@ -91,7 +91,7 @@ class Display:
         set_display_descriptor(1 if console.is_terminal else None)  # 1: the descriptor of stdout
 
     def _render(self) -> Text:
-        line = format_status_line(self.console.width, self.phase, self.figures, time.monotonic())
+        line = format_status_line(self.console.width, self.phase, self.metric_texts, time.monotonic())
         if not self.console.encoding.startswith("utf"):
             line = line.replace(BAR_FULL, "#").replace(BAR_EMPTY, "-")
         return Text(line, no_wrap=True, overflow="crop")

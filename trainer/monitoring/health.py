@@ -24,11 +24,9 @@ class Health:
         self.on_change: Callable[[], None] = lambda: None
         self.values: dict[str, float] = {}  # gauges set so far, by name: step, epoch, loss, ...
         self.work = (0, 0)  # completed and total units of the activity; the total is 0 if it is unknown
-        self.first_work_count = (
-            0,
-            0.0,
-        )  # completed units at the first count of the loop, and time.monotonic() of that count
-        self.activity_began = self._last_progress = time.monotonic()
+        # Completed units at the first count of the current loop, and time.monotonic() of that count.
+        self.first_work_count = (0, 0.0)
+        self.activity_started_at = self._last_progress = time.monotonic()
         self._last_step: float | None = None
         self._saved: float | None = None
         self._waiting_for: str | None = None
@@ -42,7 +40,7 @@ class Health:
     def set_activity(self, activity: str) -> None:
         """Set the main thread's activity. This counts as progress."""
         if activity != self.activity:
-            self.activity, self.work, self.activity_began = activity, (0, 0), time.monotonic()
+            self.activity, self.work, self.activity_started_at = activity, (0, 0), time.monotonic()
         self.record_progress()
         self.on_change()
 
@@ -136,7 +134,7 @@ class Health:
         """Describe the activity and, in a `waiting_for` block, the peer or library that the main thread waits for."""
         return f"{self.activity}, waiting for {self._waiting_for}" if self._waiting_for else self.activity
 
-    def stall_reason(self) -> str | None:
+    def describe_stall(self) -> str | None:
         """Describe the current stall by its duration and activity; return None if there is no stall."""
         seconds = self.seconds_since_progress
         if seconds <= self.stuck_after:

@@ -44,6 +44,7 @@ class HealthCollector(Collector):
         self.health, self.run = health, run
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics at a scrape."""
         health = self.health
         labels = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
         yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", labels)
@@ -95,12 +96,13 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
         timeout = CLIENT_TIMEOUT_SECONDS
 
         def do_GET(self) -> None:
+            """Respond to `/healthz` and `/metrics`; 404 for any other path."""
             path = self.path.partition("?")[0]
             status, body, content_type = 404, b"the paths are /healthz and /metrics\n", "text/plain; charset=utf-8"
             if path == "/metrics":
                 status, (body, content_type) = 200, encode_metrics(registry, self.headers.get("Accept") or "")
             elif path == "/healthz":
-                reason = health.stall_reason()
+                reason = health.describe_stall()
                 _log_stall_once(reason, stall_logged)
                 status, body = 503 if reason else 200, f"{reason or health.describe()}\n".encode()
             self.send_response(status)

@@ -28,7 +28,7 @@ SEVERITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")  # levels that Cl
 log = logging.getLogger("trainer")
 _stderr_descriptor = os.dup(2)  # a copy, because descriptor 2 is redirected while TensorFlow is imported
 _ERASE_LINE = b"\r\x1b[2K\x1b[?25h"  # terminal codes that erase the cursor's line and show the cursor
-_display_descriptor: int | None = None  # of the terminal with the progress display; None if there is no display
+_display_descriptor: int | None = None  # file descriptor of the terminal with the progress display; None without one
 
 
 def set_display_descriptor(descriptor: int | None) -> None:
@@ -50,7 +50,7 @@ def erase_display(*terminals: int) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Erase the progress display, and end the process at once with exit code `code`. Any thread may call this."""
+    """Erase the progress display, and exit immediately (`os._exit`) with exit code `code`. Any thread may call this."""
     erase_display()
     os._exit(code)
 
@@ -72,7 +72,7 @@ class JsonFormatter(logging.Formatter):
         entry |= {} if record.name == log.name else {"logger": record.name}
         step = {"step": int(health.values["step"])} if "step" in health.values else {}
         entry |= {"phase": health.phase} | step | getattr(record, "fields", {}) | self._labels
-        return json.dumps(_without_nan(entry), ensure_ascii=False, default=str)
+        return json.dumps(_replace_nan(entry), ensure_ascii=False, default=str)
 
 
 _original_stderr: TextIO | None = None  # a stream to the original stderr while `drop_stderr_lines` captures it
@@ -175,13 +175,13 @@ def log_unbuffered(text: str) -> None:
     """
     erase_display()
     record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
-    data = memoryview((_stderr_handler.format(record) + "\n").encode(errors="backslashreplace"))
+    remaining = memoryview((_stderr_handler.format(record) + "\n").encode(errors="backslashreplace"))
     lock = _stderr_handler.lock
     acquired = lock.acquire(timeout=1.0) if lock else False
     try:
         with suppress(OSError):
-            while data:
-                data = data[os.write(_stderr_descriptor, data) :]
+            while remaining:
+                remaining = remaining[os.write(_stderr_descriptor, remaining) :]
     finally:
         if lock and acquired:
             lock.release()
@@ -192,11 +192,11 @@ def format_utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _without_nan(value: Any) -> Any:
+def _replace_nan(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, with strings, including those in nested dictionaries."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return {k: _without_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: _replace_nan(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @contextmanager
@@ -204,8 +204,8 @@ def drop_stderr_lines(pattern: re.Pattern[str]) -> Iterator[None]:
     """Capture stderr in this block; at the end of the block, print the captured lines that do not match `pattern`.
 
     The lines are printed even after an exception. Output of C++ libraries, which bypass `logging`, is captured too.
-    Records of `log` are not captured but written at once, because the process may end within the block. If no temporary
-    file can be created, nothing is captured.
+    Records of `log` are not captured but written immediately, because the process may end within the block. If no
+    temporary file can be created, nothing is captured.
     """
     global _original_stderr
     try:

@@ -13,16 +13,17 @@ ShowProgress = Callable[[int, int], None]  # arguments: number of images written
 
 
 @contextmanager
-def show_image_progress(kind: str) -> Iterator[ShowProgress]:
+def show_image_progress(style: str) -> Iterator[ShowProgress]:
     """Yield a function that shows the number of written images in a bar or in log lines.
 
-    Lines are logged at most every ten seconds, and once all images are written. `kind` is `runtime.progress`: "bar",
+    Lines are logged at most every ten seconds, and once all images are written. `style` is `runtime.progress`: "bar",
     "lines", or "auto", which is a bar if stdout is a terminal. Each change of the number is recorded in `health`.
     """
     started_at = last_logged_at = time.monotonic()
     previous_count = logged_count = -1
 
     def show_line(done: int, total: int) -> None:
+        """Record progress, and log a line if the last line is old enough or all images are written."""
         nonlocal previous_count, last_logged_at, logged_count
         if done != previous_count:
             previous_count = done
@@ -33,7 +34,7 @@ def show_image_progress(kind: str) -> Iterator[ShowProgress]:
             message = f"wrote {done} of {total} images ({done / max(now - started_at, 1e-3):.0f}/s)"
             log.info(message, extra={"fields": {"done": done, "total": total}})
 
-    if kind != "bar" and (kind != "auto" or not sys.stdout.isatty()):
+    if style != "bar" and (style != "auto" or not sys.stdout.isatty()):
         yield show_line
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -61,12 +62,12 @@ SLOW_SECONDS = 10.0  # default time until `log_while_slow` logs its first line
 
 
 @contextmanager
-def log_while_slow(activity: str, after: float = SLOW_SECONDS) -> Iterator[None]:
-    """Log that `activity` is still running, after `after` seconds and then after 2, 4, 8, ... times as many seconds."""
+def log_while_slow(activity: str, first_log_seconds: float = SLOW_SECONDS) -> Iterator[None]:
+    """Log that `activity` is still running, after `first_log_seconds`, and then after 2, 4, 8, ... times as long."""
     stopped, started_at = threading.Event(), time.monotonic()
 
     def log_periodically() -> None:
-        next_log_seconds = after
+        next_log_seconds = first_log_seconds
         while not stopped.wait(started_at + next_log_seconds - time.monotonic()):
             log.info(f"still {activity}, for {time.monotonic() - started_at:.0f} s")
             next_log_seconds *= 2

@@ -6,7 +6,7 @@ Kubernetes then shows the end of the log.
 
 from pathlib import Path
 
-from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, REFUSED, UNREADABLE, WRONG_INPUT
+from trainer.errors import BUG, DONE, DRIFTED, GAVE_UP, INTERRUPTED, NOT_PROMOTED, UNREADABLE, WRONG_INPUT
 from trainer.monitoring.log import log_unbuffered
 
 MAX_BYTES = 4096  # length of the longest message that Kubernetes reads
@@ -16,7 +16,7 @@ MEANINGS = {  # exit code of `trainer.errors` -> its meaning in the message
     WRONG_INPUT: "configuration or data is wrong",
     GAVE_UP: "gave up",
     DRIFTED: "drifted",
-    REFUSED: "not promoted",
+    NOT_PROMOTED: "not promoted",
     UNREADABLE: "some images are unreadable",
     INTERRUPTED: "interrupted",
 }

@@ -25,7 +25,7 @@ from trainer.errors import (
     GaveUp,
     Interrupted,
     NoPredictions,
-    Refused,
+    NotPromoted,
     TrainerError,
 )
 from trainer.evaluation.drift import LogPeriod, find_version, get_most_severe_level
@@ -38,10 +38,10 @@ from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import parse_json
 
 RECORDS = "nights"  # folder in `Settings.runs` that contains the records of all nights
-# Outcomes of a night. A second start on the same day measures again after STABLE and NO_PREDICTIONS, continues the run
-# after FAILED, and does nothing after PROMOTED and REFUSED.
+# Outcomes of a night, as stored in its record. A second start on the same day measures again after STABLE and
+# NO_PREDICTIONS, continues the run after FAILED, and does nothing after PROMOTED and NOT_PROMOTED.
 STABLE, NO_PREDICTIONS, FAILED = "stable", "no predictions", "failed"
-PROMOTED, REFUSED = "promoted", "refused"
+PROMOTED, NOT_PROMOTED = "promoted", "refused"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Night:
-    """The record of a night, `runs/nights/DAY.json`, written before the run begins and again with the outcome."""
+    """The record of a night, `runs/nights/DAY.json`, written before the run starts and again with the outcome."""
 
     day: str  # in UTC, such as 2026-01-31; also the name of the run's folder
     warm_start: str | None = None  # output_dir of the run whose weights initialize this one; None for the backbone's
@@ -71,16 +71,16 @@ class Night:
 def parse_night(value: Any) -> Night:
     """Convert a JSON object to a `Night`. Raise a TypeError for wrong fields, a ValueError for an unknown outcome."""
     night = Night(**value)
-    if night.outcome not in (None, STABLE, NO_PREDICTIONS, FAILED, PROMOTED, REFUSED):
+    if night.outcome not in (None, STABLE, NO_PREDICTIONS, FAILED, PROMOTED, NOT_PROMOTED):
         raise ValueError(f"unknown outcome {night.outcome!r}")
     return night
 
 
 def choose_night(nights: list[Night], today: str) -> tuple[Night, bool]:
-    """Choose the night that this start continues or begins. Return it, and whether its run has already begun.
+    """Choose the night of this process. Return its record, and whether an earlier process has already started its run.
 
     It is the newest night if its run is not finished, and otherwise the night of `today`, such as 2026-01-31, whose run
-    has already begun if an earlier start of the day failed.
+    was started before if the outcome is FAILED.
     """
     newest = max(nights, key=lambda night: night.day, default=None)
     if newest and newest.outcome is None:
@@ -93,7 +93,7 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
     """Run a night, or continue an unfinished one.
 
     Raises:
-        Refused: the run is worse than the served version.
+        NotPromoted: the run is worse than the served version.
         Interrupted: the run was interrupted; the next start continues it.
         ConfigError, DataError: the reference, the log or a record cannot be used, or the run cannot be promoted.
         TrainerError: the run failed.
@@ -101,7 +101,7 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
     records = storage_path(settings.runs) / RECORDS
     with _serve_monitoring(runtime):
         night, has_begun = choose_night(_read_nights(records), f"{now:%Y-%m-%d}")
-        if night.outcome in (PROMOTED, REFUSED):
+        if night.outcome in (PROMOTED, NOT_PROMOTED):
             return _finish(f"{settings.runs}/{night.day} is finished already: {night.outcome}; {night.reason}")
         if has_begun:
             log.info(f"continuing {settings.runs}/{night.day}")
@@ -117,7 +117,7 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
             raise Interrupted(f"{settings.runs}/{night.day} is not finished", fix="the next start continues it")
         if exit_code != DONE:
             error = _describe_failure(settings, night.day, exit_code, runtime)
-            if exit_code in (WRONG_INPUT, GAVE_UP):  # the run would fail again, so the next night begins a new one
+            if exit_code in (WRONG_INPUT, GAVE_UP):  # the run would fail again, so the next night trains a new one
                 _write_night(records, replace(night, outcome=FAILED, reason=str(error)))
             raise error
         _promote(settings, night, records)
@@ -129,8 +129,8 @@ def _promote(settings: Settings, night: Night, records: StoragePath) -> None:
 
     try:
         version, reason = promote(f"{settings.runs}/{night.day}", storage_path(settings.to), settings.keep)
-    except Refused as refused:
-        _write_night(records, replace(night, outcome=REFUSED, reason=refused.problem))
+    except NotPromoted as not_promoted:
+        _write_night(records, replace(night, outcome=NOT_PROMOTED, reason=not_promoted.problem))
         raise
     except (ConfigError, DataError) as error:
         _write_night(records, replace(night, outcome=FAILED, reason=str(error)))

@@ -31,7 +31,7 @@ from trainer.storage.disk import get_free_bytes, make_write_error
 from trainer.storage.local import safe_join, temporary_file
 from trainer.storage.path import ObjectInfo, storage_path
 from trainer.storage.small_files import read_json, require_json_object
-from trainer.storage.staging import describe_left_out, is_remote, plan_copy, select_missing
+from trainer.storage.staging import describe_skipped_objects, is_remote, make_staging_plan, select_missing
 from trainer.training import variables
 from trainer.types import Dataset, Split
 
@@ -96,9 +96,9 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
     Raises:
         DataError: the address does not exist, cannot be read, or exceeds the budget.
     """
-    local_copy = plan_copy(address, cache, budget)
-    missing, files = select_missing(local_copy.folder, local_copy.entries), list(local_copy.entries.values())
-    suffix = f"; {describe_left_out(local_copy.left_out)}" if local_copy.left_out else ""
+    local_copy = make_staging_plan(address, cache, budget)
+    missing, files = select_missing(local_copy.folder, local_copy.infos), list(local_copy.infos.values())
+    suffix = f"; {describe_skipped_objects(local_copy.skipped_objects)}" if local_copy.skipped_objects else ""
     if not missing:
         return local_copy.path, f"{address}: is in {local_copy.folder} already{suffix}", files
     size = sum(file.size for file in missing.values())

@@ -35,7 +35,7 @@ from trainer.runs.folder import check_same_data, describe_versions, inspect_fold
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import disable_pretrained_weights
 from trainer.storage.disk import choose_disk_budget, format_bytes
-from trainer.storage.staging import find_copied_folders, is_remote, select_missing
+from trainer.storage.staging import get_staged_and_source_folder, is_remote, select_missing
 from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
@@ -141,7 +141,7 @@ def _open_data(plan: Plan) -> Rows:
             local_paths[key], line, files = checks.plan_staging(address, cache, budget)
             rows.append(("bucket", line))
             if path := local_paths[key]:
-                addresses |= [find_copied_folders(path, address, cache)]
+                addresses |= [get_staged_and_source_folder(path, address, cache)]
             else:
                 unstaged_address, plan.to_stage = address, files
     if unstaged_address:

@@ -97,7 +97,7 @@ class Plan:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            error = ConfigError.of_faults(self.errors, "the run")
+            error = ConfigError.combine(self.errors, "the run")
             error.exit_code = self.errors[0].exit_code  # a run would end with the first error
             raise error
 
@@ -142,7 +142,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
                 plan.finished = True
                 state = "already finished (has DONE): the run would exit at once"
             elif begun := inspect_folder(config)[0]:
-                plan.config, plan.reasons = resolve_auto(config, begun=begun)
+                plan.config, plan.reasons = resolve_auto(config, stored_config=begun)
                 plan.resuming = True
                 newest = checks.read_newest_state(config) or {"step": 0, "phase": 0}
                 phase = ([*plan.config.phases, "the end"])[newest["phase"]]

@@ -141,7 +141,7 @@ def main() -> None:
     """Run `python -m trainer.predict`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
         arguments, flags = parse_arguments(
-            sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, more=r"(data|runtime)\..+", rest="--json"
+            sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, other_keys=r"(data|runtime)\..+", other_arguments="--json"
         )
         flip, top = parse_tta(arguments.get("tta", "none")), parse_top(arguments.get("top", str(DEFAULT_TOP)))
         key, address, is_run = choose_model(arguments)
@@ -149,7 +149,7 @@ def main() -> None:
             log.setLevel(logging.WARNING)
         images = list_images(arguments["images"])
         run = find_run(address, _parse_changes(arguments)) if is_run else None
-        output = choose_output(arguments, run.home if run else None)
+        output = choose_output(arguments, run.folder if run else None)
         health.enter_phase("predict")
         stop = StopFlag()
         model, tta = _open_run(run, arguments, flip, stop) if run else _open_export(address, key, flip, stop)

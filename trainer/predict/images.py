@@ -16,7 +16,7 @@ from trainer.errors import DataError, Interrupted
 from trainer.names import decode_cell, escape_unprintable, find_path_error
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import CONTENT_ERRORS
-from trainer.storage.staging import is_remote, plan_copy
+from trainer.storage.staging import is_remote, make_staging_plan
 
 MAX_FILE_BYTES = 256 * 2**20  # larger local files are not read; objects in a bucket have no limit
 PATH_COLUMN = "file"  # the column with the paths in a CSV list
@@ -81,12 +81,12 @@ def _list_local(address: str) -> list[ImageFile]:
 
 def _list_bucket(address: str) -> list[ImageFile]:
     """List the images of a folder, a glob pattern or an object in a bucket, sorted by address."""
-    # `plan_copy` lists the objects. Nothing is copied, so the local folder and the limit of bytes have no effect.
-    plan = plan_copy(address, Path("/"), 2**63)
+    # `make_staging_plan` lists the objects. Nothing is copied, so the folder and the limit of bytes have no effect.
+    plan = make_staging_plan(address, Path("/"), 2**63)
     images = (
         ImageFile(escape_unprintable(str(info.path)), str(info.path), f"{info.size} {info.version}")
-        for name, info in plan.entries.items()
-        if plan.end or _is_visible_image(name)
+        for name, info in plan.infos.items()
+        if plan.pattern_or_file or _is_visible_image(name)
     )
     return sorted(images, key=lambda image: image.address)
 

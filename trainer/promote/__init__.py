@@ -12,8 +12,8 @@ Example: python -m trainer.promote run=outputs/flowers to=models/flowers
 
 The run is compared with the newest version on the held-out examples that both have scored: a run is worse if it is less
 accurate and McNemar's exact test is significant at 5 %, as in `trainer.compare`. docs/serving.md describes a version.
-Exit codes: 0 promoted, or already the newest version; 5 refused, as it is worse; 2 an argument or the run is wrong, or
-the two cannot be compared; 75 stopped, another process writes to the folder, or the bucket does not respond.
+Exit codes: 0 promoted, or already the newest version; 5 not promoted, as it is worse; 2 an argument or the run is
+wrong, or the two cannot be compared; 75 stopped, another process writes to the folder, or the bucket does not respond.
 """
 
 import sys
@@ -23,7 +23,7 @@ from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.storage.path import storage_path
 
-# Key -> problem if it is missing, "" if it is optional.
+# Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"run": "", "to": "is required", "keep": "", "allow_worse": "", "back": ""}
 DEFAULT_KEEP = 5  # default number of versions to retain
 

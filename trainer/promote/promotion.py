@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.errors import DataError, Interrupted, Refused
+from trainer.errors import DataError, Interrupted, NotPromoted
 from trainer.evaluation.paired import PairedComparison
 from trainer.monitoring.log import format_utc_now, log
 from trainer.report.compare import compare_runs, describe_outcome, read_scored_run
@@ -160,7 +160,7 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
 
     Raises:
         DataError: the run is not finished, lacks a SavedModel or scores, or cannot be compared with the newest version.
-        Refused: the run is worse than the newest version, and `allow_worse` is False.
+        NotPromoted: the run is worse than the newest version, and `allow_worse` is False.
         Interrupted: another process writes to the folder, or the bucket does not respond.
     """
     with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary_path, _hold_lease(folder):
@@ -177,7 +177,7 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
             decision, comparison = _compare(run, newest, allow_worse)
         if not decision.promoted:
             fix = "nothing was changed; allow_worse=true promotes it all the same"
-            raise Refused(f"is {decision.reason}", key="run", value=run, fix=fix)
+            raise NotPromoted(f"is {decision.reason}", key="run", value=run, fix=fix)
         manifest = {"run": canonicalize_address(run), "origin": None, "comparison": comparison, "files": files}
         number = _commit(folder, local_folder, manifest, keep)
         log.info(f"{run} is version {number} of {folder}; {decision.reason}")

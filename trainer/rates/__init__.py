@@ -33,7 +33,7 @@ DEFAULT_OUTPUT = "outputs/rates"  # default of `output`
 def main() -> None:
     """Run `python -m trainer.rates`, and exit with a code of `trainer.errors`."""
     with exit_with_code():
-        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, rest=r"[^-](?s:.*)")
+        arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)")
         lowest, highest = arguments.get("lowest", str(DEFAULT_LOWEST)), arguments.get("highest", str(DEFAULT_HIGHEST))
         bounds = parse_bounds(lowest, highest)
         if is_sweep(overrides):

@@ -12,7 +12,7 @@ used; 75 stopped with unfinished requests.
 
 import sys
 
-from trainer.cli.arguments import ALL, parse_arguments
+from trainer.cli.arguments import MATCH_ALL, parse_arguments
 from trainer.cli.process import exit_with_code
 from trainer.errors import ConfigError
 from trainer.relay.settings import RelaySettings, parse_settings
@@ -27,7 +27,7 @@ def main() -> None:
         rows = [f"    {f'{key}={values[key]}':{width + 24}}{field.description or ''}" for key, field in fields.items()]
         required = {key: "is required" for key, field in fields.items() if field.is_required()}
         arguments, _ = parse_arguments(
-            sys.argv[1:], "\n".join([f"{__doc__}", *rows]), dict.fromkeys(fields, "") | required, more=ALL
+            sys.argv[1:], "\n".join([f"{__doc__}", *rows]), dict.fromkeys(fields, "") | required, other_keys=MATCH_ALL
         )
         settings = parse_settings(arguments)
         try:

@@ -26,7 +26,7 @@ from trainer.monitoring.exposition import encode_metrics
 from trainer.monitoring.log import log, log_traceback
 from trainer.relay.recording import Recorder
 from trainer.relay.settings import RelaySettings
-from trainer.serving.app import identify
+from trainer.serving.app import get_request_id
 from trainer.serving.metrics import ServingMetrics
 from trainer.serving.prediction_log import CLOSE_SECONDS, open_log
 from trainer.serving.requests import MemoryBudget, read_body
@@ -88,22 +88,23 @@ class Relay:
         """Serve an HTTP request as an ASGI application, and count it in the metrics."""
         if scope["type"] != "http":
             return
-        start_time, code, identifier = time.monotonic(), "none", identify(scope)
+        start_time, code, request_id = time.monotonic(), "none", get_request_id(scope)
 
         async def count_and_send(message: Message) -> None:
+            """Send a part of the response, after adding headers and noting the status code."""
             nonlocal code
             if message["type"] == "http.response.start":
                 code = str(message["status"])
-                message["headers"] = [*message["headers"], (b"x-request-id", identifier.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if self.stopping:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
         self.active += 1
         try:
-            response = await self._respond(Request(scope, receive), identifier)
+            response = await self._respond(Request(scope, receive), request_id)
             await response(scope, receive, count_and_send)
-        except asyncio.CancelledError:  # `drain` seconds after the shutdown began
+        except asyncio.CancelledError:  # `drain` seconds after the start of the shutdown
             self.cancelled += 1
         finally:
             self.active -= 1
@@ -111,7 +112,7 @@ class Relay:
             self.metrics.requests.labels(route, code).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - start_time)
 
-    async def _respond(self, request: Request, identifier: str) -> Response:
+    async def _respond(self, request: Request, request_id: str) -> Response:
         """Respond to `/healthz`, `/readyz` and `/metrics`, and forward any other request."""
         try:
             match request.url.path:
@@ -126,18 +127,18 @@ class Relay:
                     return Response(text, headers={"Content-Type": media_type})
             with self._memory.reservation() as reserve:
                 body = await read_body(request, reserve, self.settings.max_bytes)
-                return await self._run(self._forward, request, body, identifier)
+                return await self._run(self._forward, request, body, request_id)
         except HTTPException as error:
-            return _respond_error(error.status_code, error.detail)
+            return _make_error_response(error.status_code, error.detail)
         except Exception as error:
             log_traceback(error)
-            return _respond_error(500, "internal error of the relay")
+            return _make_error_response(500, "internal error of the relay")
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
         """Call a function in one of the threads that forward requests, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    def _forward(self, request: Request, body: bytes, identifier: str) -> Response:
+    def _forward(self, request: Request, body: bytes, request_id: str) -> Response:
         """Forward a request and return the response; if the response has predictions, pass it to the recorder."""
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         predict_match = self._predict.fullmatch(path) if request.method == "POST" else None
@@ -146,7 +147,7 @@ class Relay:
         query = f"?{request.url.query}" if request.url.query else ""
 
         def send(path: str) -> urllib3.BaseHTTPResponse:
-            return self._send(request.method, path + query, body, {**dict(headers), "X-Request-Id": identifier})
+            return self._send(request.method, path + query, body, {**dict(headers), "X-Request-Id": request_id})
 
         if predict_match and not predict_match[1] and version:
             response = send(f"{self._model}/versions/{version}:predict")
@@ -157,7 +158,7 @@ class Relay:
             response = send(path)
         if predict_match and response.status == 200:
             if version:
-                self.recorder.put(version, identifier, response.data)
+                self.recorder.put(version, request_id, response.data)
             else:
                 self.metrics.dropped.inc()
         forwarded = {k: v for k, v in response.headers.items() if k.lower() not in _NOT_FORWARDED}
@@ -202,5 +203,5 @@ class Relay:
         return newest
 
 
-def _respond_error(status: int, problem: str) -> Response:
+def _make_error_response(status: int, problem: str) -> Response:
     return Response(json.dumps({"error": problem}), status, media_type="application/json")

@@ -42,16 +42,16 @@ class Recorder:
         self._thread = threading.Thread(target=self._record_all, name="recording", daemon=True)
         self._thread.start()
 
-    def put(self, version: str, request: str, response: bytes) -> None:
+    def put(self, version: str, request_id: str, response: bytes) -> None:
         """Queue a response's JSON body for recording; drop and count it if the queue is full.
 
-        `request` is the request's identifier, for the log. Does not raise or wait.
+        `request_id` is the request's identifier, for the log. Does not raise or wait.
         """
         with self._lock:
             has_room = self._buffered + len(response) <= MAX_BUFFERED_BYTES
             self._buffered += len(response) if has_room else 0
         if has_room:
-            self._waiting.put((version, request, response))
+            self._waiting.put((version, request_id, response))
         else:
             self._metrics.dropped.inc()
 
@@ -61,17 +61,18 @@ class Recorder:
         self._thread.join(seconds)
 
     def _record_all(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            version, request, response = item
+        """Record queued responses until `close` is called. Runs in a thread."""
+        while (queued_response := self._waiting.get()) is not None:
+            version, request_id, response = queued_response
             try:
-                self._record(version, request, response)
+                self._record(version, request_id, response)
             except Exception as error:  # a bug here must not end the log
                 self._metrics.dropped.inc()
                 log.warning(f"a response of version {version} is not logged ({type(error).__name__}: {error})")
             with self._lock:
                 self._buffered -= len(response)
 
-    def _record(self, version: str, request: str, response: bytes) -> None:
+    def _record(self, version: str, request_id: str, response: bytes) -> None:
         """Count a response's predictions, and log a sample of them."""
         metrics = self._get_version_metrics(version)
         if metrics is None:
@@ -82,7 +83,7 @@ class Recorder:
         except CONTENT_ERRORS:  # for example, a response from another signature
             self._metrics.dropped.inc()
             return
-        images = [EncodedImage(b"", "", 0, request=request) for _ in predictions]
+        images = [EncodedImage(b"", "", 0, request_id=request_id) for _ in predictions]
         self._metrics.current = metrics
         metrics.record(images, predictions)
 

@@ -121,7 +121,7 @@ def evaluate(
     elif trained_on:
         report_fields["note"] = TRAINED_ON_NOTE
     name = f"{checkpoint.name}-{make_file_stem(dataset.name)}-{split}"
-    output = storage_path(options["output"]) if options.get("output") else run.home / "evaluations" / name
+    output = storage_path(options["output"]) if options.get("output") else run.folder / "evaluations" / name
     splits = list(dataset.splits) if is_run_data else [split]
     with tempfile.TemporaryDirectory(prefix="kubetune-report-") as temporary_folder:
         folder = Path(str(output)) if output.is_local else Path(temporary_folder)

@@ -65,7 +65,7 @@ class Clock:
 
     @contextmanager
     def span(self, category: str, activity: str = "") -> Iterator[None]:
-        """Count the time of this block in `category`. Show `activity`, if not empty, at `/healthz` meanwhile."""
+        """Count the time of this block in `category`. Until its end, /healthz shows `activity`, if it is not empty."""
         outer_category, outer_activity = self._category, health.activity
         self._attribute(category)
         if activity:
@@ -81,7 +81,7 @@ class Clock:
         """Count `seconds` of the open span in `wait` instead of in the span's category."""
         self._waited += seconds
 
-    def lap(self) -> None:
+    def update(self) -> None:
         """Count the time until now in the category of the open span, so that `seconds` is up to date."""
         self._attribute(self._category)
 
@@ -116,7 +116,7 @@ class Clock:
 
     def report(self, images: float) -> dict[str, Any]:
         """Return `seconds` by category, `goodput`, the number of trained `images`, and `images_per_second`."""
-        self.lap()
+        self.update()
         return {
             "seconds": {category: round(spent, 3) for category, spent in self.seconds.items()},
             "goodput": round(self.goodput, 4),
@@ -125,7 +125,7 @@ class Clock:
         }
 
     def write(self) -> None:
-        """Write the breakdown as of the last `lap` or change of category, to `file` if there is one."""
+        """Write the breakdown as of the last `update` or change of category, to `file` if there is one."""
         self._written = time.time()
         if self.file:
             write_json(self.file, {"as_of": self._last, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}})

@@ -1,4 +1,7 @@
-"""A run's output_dir: lock it, decide whether the run begins, resumes or is finished, and record its starts."""
+"""A run's output_dir: lock it, decide whether the run is new, resumes or is finished, and record each start.
+
+A start is one process of the run. The first start trains from the initial weights; later ones resume from a checkpoint.
+"""
 
 import datetime
 import fcntl
@@ -21,8 +24,8 @@ import yaml
 import trainer
 from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
-from trainer.config.diff import ADDRESSES, INITIAL_WEIGHTS, list_forbidden_changes, list_moved_addresses
-from trainer.config.distillation import FOLDER
+from trainer.config.diff import ADDRESS_KEYS, INITIAL_WEIGHTS_KEYS, list_forbidden_changes, list_moved_addresses
+from trainer.config.distillation import TEACHER_FOLDER
 from trainer.config.schema import RequestedConfig, RunConfig, configure_teacher, load_resolved, parse_config
 from trainer.config.typed import format_argument
 from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
@@ -32,10 +35,10 @@ from trainer.runs.checkpoints import has_checkpoints
 from trainer.runs.clock import BREAKDOWN_FILE, parse_breakdown
 from trainer.runs.initial_weights import check_same_weights, describe_initial_weights
 from trainer.runs.publisher import DONE, LATEST, Publisher
-from trainer.runs.restarts import ATTEMPTS_FILE, UNBEGUN_STARTS_FILE, UnbegunStarts, parse_entries
+from trainer.runs.restarts import ATTEMPTS_FILE, INCOMPLETE_STARTS_FILE, IncompleteStarts, parse_entries
 from trainer.storage.base import is_temporary_name
 from trainer.storage.disk import make_write_error
-from trainer.storage.lease import acquire_lease, describe_holder, make_in_use_error, plan_patience
+from trainer.storage.lease import acquire_lease, choose_max_wait, describe_holder, make_in_use_error
 from trainer.storage.local import delete_temporary_files, sync, temporary_file, write_json
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.small_files import (
@@ -58,8 +61,8 @@ RESULTS = ("export", "report", DONE)  # files and folders that a run writes afte
 class RunFolder:
     """This run's output_dir, which the chief has locked. Other workers do not access it.
 
-    Before `begin`, a start changes only two files in output_dir: the lock (in a bucket, the lease), and `.starts`, the
-    list of starts that ended before the run began or resumed.
+    Before `record_start`, a start changes only two files in output_dir: the lock (in a bucket, the lease), and
+    `.starts`, the list of starts that have not reached `record_start` (`IncompleteStarts`).
     """
 
     path: Path  # local folder of the run; if output_dir is in a bucket, a cache folder that is published to `address`
@@ -68,26 +71,30 @@ class RunFolder:
     lock: TextIO | None  # the open lock file; None on workers other than the chief
     publisher: Publisher
     config: RequestedConfig  # configuration of this start; if `resuming`, the run's values replace `auto`
-    previous: RunConfig | None = None  # configuration of the last start; None if there was none or it is corrupt
+    previous_config: RunConfig | None = None  # configuration of the last start; None if there was none or it is corrupt
     created: bool = False  # whether this process created the folder
-    begun: bool = False  # whether `begin` was called; always False on workers other than the chief
-    run_json: dict[str, Any] = field(default_factory=dict)  # its content before `begin`; empty if missing or corrupt
-    unbegun: UnbegunStarts | None = None  # the content of `.starts`; None on workers other than the chief
-    student: str | None = None  # output_dir of the student that trains next; None if this is not a teacher's run
+    start_recorded: bool = False  # whether `record_start` was called; always False on workers other than the chief
+    run_json: dict[str, Any] = field(default_factory=dict)  # content before `record_start`; {} if missing or corrupt
+    incomplete_starts: IncompleteStarts | None = None  # the content of `.starts`; None on workers other than the chief
+    student_output_dir: str | None = (
+        None  # output_dir of the student that trains next; None if this is not a teacher's run
+    )
     _written: dict[str, Any] = field(default_factory=dict)  # run.json as last written, if the file is corrupt
 
     @property
     def is_new(self) -> bool:
         """Whether there is no checkpoint, and the last start, if any, had other settings or a corrupt config.yaml."""
-        return not self.resuming and (self.previous is None or bool(_list_changes(self.previous, self.config)))
+        return not self.resuming and (
+            self.previous_config is None or bool(_list_changes(self.previous_config, self.config))
+        )
 
     def check_data(self, dataset: Dataset) -> None:
-        """Raise a DataError if the run resumes, but began with other data or other initial weights."""
+        """Raise a DataError if the run resumes, but its first start had other data or other initial weights."""
         if self.resuming:
             check_same_data(self.address, self.run_json, dataset)
             check_same_weights(self.address, self.run_json.get("initial_weights", {}), self.config)
 
-    def begin(
+    def record_start(
         self, config: RunConfig, dataset: Dataset, fields_by_phase: dict[str, dict[str, Any]], fields: dict[str, Any]
     ) -> None:
         """Write config.yaml, which marks the folder as this run's, and run.json; start publishing the folder.
@@ -105,11 +112,17 @@ class RunFolder:
             OSError: the disk is full or fails.
             Interrupted: the bucket does not respond, or the lease was lost.
         """
-        self.begun = True
+        self.start_recorded = True
         delete_temporary_files(self.path)
-        for line in list_moved_addresses(self.previous, config) if self.previous and self.resuming else ():
+        for line in (
+            list_moved_addresses(self.previous_config, config) if self.previous_config and self.resuming else ()
+        ):
             log.info(f"{line}: moved, the fingerprint is the same")
-        moves = list_moved_addresses(self.previous, config, INITIAL_WEIGHTS) if self.previous and self.resuming else []
+        moves = (
+            list_moved_addresses(self.previous_config, config, INITIAL_WEIGHTS_KEYS)
+            if self.previous_config and self.resuming
+            else []
+        )
         for line in moves:
             log.info(f"{line}: not read, the weights are those of the checkpoint")
         with temporary_file(self.path / "config.yaml") as new_file:
@@ -137,7 +150,7 @@ class RunFolder:
             "command": ["python", "-m", "trainer", *sys.argv[1:]],
             "python": platform.python_version(),
             "versions": collect_versions(),
-            "git": _git_commit(),
+            "git": _describe_git_commit(),
         }
         run_fields = {key: fields[key] for key in ("classes", "advice") if key in fields}
         start_entry |= {key: value for key, value in fields.items() if key not in run_fields}
@@ -147,12 +160,12 @@ class RunFolder:
         fingerprints = {**(recorded_hashes if isinstance(recorded_hashes, dict) else {}), **dataset.fingerprints}
         self._written = all_fields | {"data_fingerprint": fingerprints} | fields_by_phase | attempts
         write_json(self.path / RUN_JSON, self._written)
-        self.publisher.begin()
-        if self.unbegun:
-            self.unbegun.clear()
+        self.publisher.start()
+        if self.incomplete_starts:
+            self.incomplete_starts.clear()
 
     def read_last_command(self) -> str:
-        """Return the command of the last start in run.json, which is this start after `begin`, quoted for a shell."""
+        """Return the command of the last start in run.json, which is this start after `record_start`, for a shell."""
         return shlex.join((read_run_json(self.path) or self._written)["attempts"][-1]["command"])
 
     def update_run_json(self, fields: dict[str, Any]) -> None:
@@ -161,12 +174,12 @@ class RunFolder:
         write_json(self.path / RUN_JSON, self._written)
 
     def record_end(self, error: BaseException | None) -> None:
-        """Record the error that ends this start before `begin`. Later errors are recorded in `RestartHistory`."""
-        if self.unbegun and not self.begun:
-            self.unbegun.end(error)
+        """Record the error that ends this start before `record_start`. `RestartHistory` records later errors."""
+        if self.incomplete_starts and not self.start_recorded:
+            self.incomplete_starts.end(error)
 
     def record_exit(self, code: int, reason: str, stopped: bool) -> None:
-        """Record that this process exits at once with this code, and delete the folder if it is unused.
+        """Record that this process exits immediately with this code, and delete the folder if it is unused.
 
         Called if another thread or worker ends this process, so that `abandon` is not reached. `stopped` is true if the
         cause is a stop request.
@@ -176,16 +189,16 @@ class RunFolder:
         self._delete_if_unused()
 
     def _delete_if_unused(self) -> None:
-        """Delete the folder if this process created it and the run has not begun in it."""
-        if self.lock and self.created and not self.begun:
+        """Delete the folder if this process created it and has not recorded its start in it."""
+        if self.lock and self.created and not self.start_recorded:
             with suppress(OSError):  # other files are in it
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
-                if self.student:
+                if self.student_output_dir:
                     self.path.parent.rmdir()  # the student's output_dir; fails if other files are in it
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Record the error of a start that ended before `begin`; release the folder, and delete it if it is unused."""
+        """Release the folder, and delete it if unused. Record an error that ends the start before `record_start`."""
         self.record_end(error)
         self.publisher.close(publish=False)
         self._delete_if_unused()
@@ -242,7 +255,7 @@ def hash_source() -> str:
     return digest.hexdigest()[:16]
 
 
-def _git_commit() -> str | None:
+def _describe_git_commit() -> str | None:
     """Return $KUBETUNE_REVISION, or else `git describe` of the package; None if neither is available."""
     if revision := os.environ.get("KUBETUNE_REVISION"):  # a container image has no .git
         return revision
@@ -275,19 +288,19 @@ def create_output_folder(name: str | None) -> Path:
     raise ConfigError("outputs/ already has 999 runs that started in this second", fix="give output_dir=FOLDER")
 
 
-def _lock_folder(folder: Path, patience: float) -> TextIO:
+def _lock_folder(folder: Path, max_wait: float) -> TextIO:
     """Create a local folder, and lock it until the returned file is closed or the process ends.
 
     Raises:
         ConfigError: the folder cannot be written to.
-        Interrupted: another process still has the lock after `patience` seconds, or the disk is full or fails.
+        Interrupted: another process still has the lock after `max_wait` seconds, or the disk is full or fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", errors="replace")  # noqa: SIM115 - locked until the process ends
     except OSError as error:
         raise make_write_error(error, folder, "output_dir", "give a folder with write permission") from None
-    deadline, is_wait_logged = time.monotonic() + patience, False
+    deadline, is_wait_logged = time.monotonic() + max_wait, False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -299,7 +312,7 @@ def _lock_folder(folder: Path, patience: float) -> TextIO:
                 lock.close()
                 raise in_use_error from None
         if not is_wait_logged:
-            log.info(f"output_dir={folder} {in_use_error.problem}; waiting up to {patience:.0f} s until it ends")
+            log.info(f"output_dir={folder} {in_use_error.problem}; waiting up to {max_wait:.0f} s until it ends")
         is_wait_logged = True
         time.sleep(LOCK_INTERVAL_SECONDS)
     try:
@@ -340,26 +353,26 @@ def open_run_folder(config: RequestedConfig) -> RunFolder:
     Raises:
         ConfigError: the folder cannot be written to, or cannot be used by this run (`check_folder`).
         DataError: `LATEST` or `BEST` in the bucket is corrupt.
-        GaveUp: too many starts ended before the run began or resumed.
-        Interrupted: another process still uses the folder after a wait (`plan_patience`), the disk is full, or the
+        GaveUp: too many starts ended before the run was ready to train.
+        Interrupted: another process still uses the folder after a wait (`choose_max_wait`), the disk is full, or the
             bucket does not respond.
     """
     address = config.output_dir or str(create_output_folder(config.experiment_name))
-    path = _local_folder(config, address)
+    path = _get_local_folder(config, address)
     created = not config.output_dir or not path.exists()
     job_uid = os.environ.get("JOB_UID") or None
-    patience = plan_patience(job_uid)
-    lock, lease = _lock_folder(path, patience), None
+    max_wait = choose_max_wait(job_uid)
+    lock, lease = _lock_folder(path, max_wait), None
     if is_remote(address):  # a pod of the same Kubernetes Job (JOB_UID) takes over the lease without waiting
         holder = f"process {os.getpid()} on {os.environ.get('HOSTNAME') or platform.node()}"
-        lease = acquire_lease(storage_path(address), holder, job_uid, patience=patience, log_message=log.info)
+        lease = acquire_lease(storage_path(address), holder, job_uid, max_wait=max_wait, log_message=log.info)
     publisher = Publisher(path, lease)
     folder = RunFolder(path, address, False, lock, publisher, config, created=created)
     try:
-        folder.unbegun = UnbegunStarts(storage_path(address))
-        folder.unbegun.begin(config.runtime.max_restarts_without_progress)
+        folder.incomplete_starts = IncompleteStarts(storage_path(address))
+        folder.incomplete_starts.add_start(config.runtime.max_restarts_without_progress)
         publisher.fetch()
-        folder.previous, resumed = check_folder(config, address, _read_contents(storage_path(address)))
+        folder.previous_config, resumed = check_folder(config, address, _read_contents(storage_path(address)))
         folder.resuming, folder.config = resumed is not None, resumed or config
         folder.run_json = read_run_json(path)
         return folder
@@ -391,7 +404,7 @@ def _read_contents(folder: StoragePath) -> FolderContents:
         names = {name for name in names if not name.startswith(".")}  # without the lease
         has_checkpoint = (folder / LATEST).exists()
     config = (folder / "config.yaml").fetch()
-    names = {name for name in names if not is_temporary_name(name)} - {LOCK, UNBEGUN_STARTS_FILE, "config.yaml"}
+    names = {name for name in names if not is_temporary_name(name)} - {LOCK, INCOMPLETE_STARTS_FILE, "config.yaml"}
     return FolderContents(names, config[0] if config else None, has_checkpoint)
 
 
@@ -409,7 +422,7 @@ def check_folder(
         - The configuration of the last start. None if there was none, or if config.yaml is corrupt and there is no
           checkpoint.
         - The configuration with which this start resumes from a checkpoint. None if there is no checkpoint; then the
-          run begins, and its settings can differ from those of the last start.
+          run trains from the beginning, and its settings can differ from those of the last start.
 
     Raises:
         ConfigError: the folder contains another run, other files, checkpoints with a corrupt config.yaml, or results
@@ -419,7 +432,7 @@ def check_folder(
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        teacher_names = {FOLDER} if configure_teacher(config) else set()  # the teacher's run, which trains first
+        teacher_names = {TEACHER_FOLDER} if configure_teacher(config) else set()  # the teacher's run trains first
         if names := contents.names - teacher_names:
             problem, fix = (
                 f"is not empty and holds no run ({escape_unprintable(min(names))})",
@@ -457,7 +470,7 @@ def parse_stored_config(content: bytes, address: str) -> RunConfig:
 def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str, Any]]:
     """Return the configuration with which this start would resume a run, and that run's run.json. Writes nothing.
 
-    Returns None and {} if the run would begin. The second value is also {} if run.json is missing or corrupt.
+    Returns None and {} if the run would not resume. The second value is also {} if run.json is missing or corrupt.
 
     Raises:
         ConfigError: the run cannot use its output_dir (`check_folder`).
@@ -470,7 +483,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
 
 
 def check_same_data(address: str, run_json: dict[str, Any], dataset: Dataset) -> None:
-    """Raise a DataError if the run in output_dir `address` began with a dataset whose fingerprint differs."""
+    """Raise a DataError if the run in output_dir `address` was trained on a dataset with another fingerprint."""
     recorded = run_json.get("data_fingerprint")
     if recorded is not None and not has_fingerprints(dataset, recorded):
         recorded, now = (" ".join(h.values()) if isinstance(h, dict) else h for h in (recorded, dataset.fingerprints))
@@ -486,7 +499,7 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
         ConfigError: the configurations differ in a value that a resumed run cannot change. `address` is the run's
             output_dir, for the message.
     """
-    config, _ = resolve_auto(config, begun=before)
+    config, _ = resolve_auto(config, stored_config=before)
     if changed := list_forbidden_changes(before, config):
         problem = "\n".join(["holds a run with another configuration:", *(f"  {change}" for change in changed)])
         raise ConfigError(problem, key="output_dir", value=address, fix="give another folder, or the same values")
@@ -495,8 +508,8 @@ def check_same_run(config: RequestedConfig, before: RunConfig, address: str) -> 
 
 def _list_changes(before: RunConfig, config: RequestedConfig) -> list[str]:
     """List the changes that a resumed run cannot have, and the changed addresses, as "key: before -> now"."""
-    config, _ = resolve_auto(config, begun=before)
-    moved_addresses = list_moved_addresses(before, config, (*ADDRESSES, *INITIAL_WEIGHTS))
+    config, _ = resolve_auto(config, stored_config=before)
+    moved_addresses = list_moved_addresses(before, config, (*ADDRESS_KEYS, *INITIAL_WEIGHTS_KEYS))
     return [*list_forbidden_changes(before, config), *moved_addresses]
 
 
@@ -512,7 +525,7 @@ def is_finished(config: RequestedConfig) -> bool:
     if not (folder / "DONE").exists():
         return False
     stored_config = parse_stored_config((folder / "config.yaml").read(), config.output_dir)
-    config, _ = resolve_auto(config, begun=stored_config)
+    config, _ = resolve_auto(config, stored_config=stored_config)
     is_same_length = stored_config.phases == config.phases and stored_config.debug.max_steps == config.debug.max_steps
     return is_same_length and not _list_changes(stored_config, config)
 
@@ -537,11 +550,11 @@ def require_output_dir(config: RequestedConfig, workers: int) -> None:
 def make_worker_run_folder(config: RequestedConfig) -> RunFolder:
     """Create the `RunFolder` for a worker other than the chief. It accesses neither the disk nor the bucket."""
     address = config.output_dir or ""
-    path = _local_folder(config, address)
+    path = _get_local_folder(config, address)
     return RunFolder(path, address, resuming=False, lock=None, publisher=Publisher(path, None), config=config)
 
 
-def _local_folder(config: RequestedConfig, address: str) -> Path:
+def _get_local_folder(config: RequestedConfig, address: str) -> Path:
     """Return a run's local folder: output_dir itself, or a cache folder if output_dir is in a bucket."""
     if not is_remote(address):
         return Path(address).expanduser()
@@ -571,4 +584,4 @@ def resolve_auto_once(
     choice, reasons = control.broadcast("advice", choose)
     for reason in reasons:
         log.info(reason)
-    return resolve_auto(config, begun=RunConfig.model_validate(choice))[0], reasons
+    return resolve_auto(config, stored_config=RunConfig.model_validate(choice))[0], reasons

@@ -1,6 +1,6 @@
 """The files from which a new run reads its weights: `model.weights`, and the checkpoint of `warm_start`.
 
-A new run records their checksums in run.json, so that a later start with other weights is refused. A resumed run does
+A new run records their checksums in run.json, so that a later start with other weights is rejected. A resumed run does
 not read these files.
 """
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config.diff import INITIAL_WEIGHTS, flatten
+from trainer.config.diff import INITIAL_WEIGHTS_KEYS, flatten
 from trainer.config.model import NAMED_WEIGHTS
 from trainer.config.schema import RequestedConfig
 from trainer.errors import DataError, TrainerError
@@ -30,21 +30,21 @@ def describe_initial_weights(config: RequestedConfig) -> dict[str, dict[str, str
     """
     weights_by_key = {}
     values = flatten(config.model_dump(mode="json"))
-    for key in INITIAL_WEIGHTS:
+    for key in INITIAL_WEIGHTS_KEYS:
         if (address := values.get(key)) and (crc32c := _compute_crc32c(key, address)):
             weights_by_key[key] = {"address": address, "crc32c": crc32c}
     return weights_by_key
 
 
 def check_same_weights(run: str, recorded: Mapping[str, Any], config: RequestedConfig) -> None:
-    """Raise a DataError if a run began with weights other than those in `config`.
+    """Raise a DataError if a run's first start had other initial weights than those in `config`.
 
     Weights at the recorded address are not compared, nor are weights that no longer exist, because a resumed run does
     not need them.
 
     Args:
         run: the run's output_dir, for the error.
-        recorded: the result of `describe_initial_weights` when the run began.
+        recorded: the result of `describe_initial_weights` at the run's first start.
         config: the configuration of this start.
     """
     values = flatten(config.model_dump(mode="json"))

@@ -93,7 +93,7 @@ def count_steps_to_profile(step: int, window: tuple[int, int] | None) -> int:
 
 
 def _list_profiled_steps(window: tuple[int, int] | None) -> range:
-    """Return the steps to profile, counted from 0; `window` is that of `count_steps_to_profile`."""
+    """Return the steps to profile, counted from 0. `window` is as in `count_steps_to_profile`."""
     return range(window[0] - 1, window[1]) if window else range(0)
 
 
@@ -169,7 +169,7 @@ class MetricsWriter:
         lr_and_wait_texts = [f"lr {lr:.2e}", f"waiting {wait_ratio:.0%}"]
         if self.display:
             speed = [f"{mean_rate:,.0f} images/s", f"goodput {goodput:.0%}"]
-            self.display.figures = [loss_text, accuracy_text, *speed, *lr_and_wait_texts]
+            self.display.metric_texts = [loss_text, accuracy_text, *speed, *lr_and_wait_texts]
             return
         progress = f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
         line = "  ".join([loss_text, accuracy_text, lr_and_wait_texts[0], f"{rate:,.0f} images/s",
@@ -203,6 +203,7 @@ class MetricsWriter:
                 file.write(json.dumps(entry) + "\n")
 
     def _write_scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
+        """Write scalars to the phase's TensorBoard file, on the chief only."""
         if self.folder is None:
             return
         if phase not in self._writers:

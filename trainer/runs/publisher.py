@@ -14,25 +14,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from trainer.config.distillation import FOLDER
+from trainer.config.distillation import TEACHER_FOLDER
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log
 from trainer.runs.checkpoints import PREFIX, is_checkpoint, is_local_checkpoint, read_pointer
 from trainer.storage.base import StoragePath
 from trainer.storage.lease import Lease
 from trainer.storage.local import safe_join
-from trainer.storage.staging import describe_left_out, divide_listing
+from trainer.storage.staging import describe_skipped_objects, separate_invalid_objects
 
 PUBLISH_SECONDS = 30.0  # interval at which changed files are published: metrics, TensorBoard, time breakdown
 MAX_TRANSFERS = 8  # concurrent downloads
 LATEST, BEST, DONE = "checkpoints/LATEST", "checkpoints/BEST", "DONE"  # files in a run's folder
 FINAL_RESULTS = ("report/", "export/")  # folders that are published only at the end
-UNPUBLISHED_FOLDERS = (
-    "autotuning/tmp/",
-)  # folders that are not published, because XLA renames their files when complete
+# Folders that are not published, because XLA renames the files in them when they are complete.
+UNPUBLISHED_FOLDERS = ("autotuning/tmp/",)
 
 
-def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
+def fetch_run(remote: StoragePath, local_folder: Path) -> dict[str, str]:
     """Replace the contents of a local folder with the files of a run in a bucket.
 
     Report, export, DONE, uncommitted checkpoints and a teacher's run are not downloaded.
@@ -44,15 +43,15 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
         DataError: `LATEST` or `BEST` in the bucket is corrupt.
         Interrupted: the bucket does not respond.
     """
-    shutil.rmtree(local, ignore_errors=True)
-    local.mkdir(parents=True)
+    shutil.rmtree(local_folder, ignore_errors=True)
+    local_folder.mkdir(parents=True)
     committed_names = read_pointer(remote / LATEST)
     downloads: list[tuple[StoragePath, Path]] = []
-    infos_by_name, left_out = divide_listing(remote, remote.list())
-    if left_out:
-        log.warning(f"{remote}: {describe_left_out(left_out)}")
+    infos_by_name, skipped_objects = separate_invalid_objects(remote, remote.list())
+    if skipped_objects:
+        log.warning(f"{remote}: {describe_skipped_objects(skipped_objects)}")
     for name, info in infos_by_name.items():
-        if name.startswith((".", f"{FOLDER}/", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
+        if name.startswith((".", f"{TEACHER_FOLDER}/", *FINAL_RESULTS)) or name in (DONE, LATEST, BEST):
             continue
         target_name = name
         if name.startswith(f"checkpoints/{PREFIX}"):
@@ -60,12 +59,12 @@ def fetch_run(remote: StoragePath, local: Path) -> dict[str, str]:
             if checkpoint not in committed_names or len(file_path) != 1:
                 continue
             target_name = f"checkpoints/{_strip_token(checkpoint)}/{file_path[0]}"
-        downloads.append((info.path, safe_join(local, target_name)))
+        downloads.append((info.path, safe_join(local_folder, target_name)))
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(lambda pair: pair[0].download(pair[1]), downloads))
     for pointer, names in ((LATEST, committed_names), (BEST, read_pointer(remote / BEST))):
         if names:
-            (local / pointer).write_text(_strip_token(names[0]) + "\n")
+            (local_folder / pointer).write_text(_strip_token(names[0]) + "\n")
     return {_strip_token(name): name for name in committed_names}
 
 
@@ -76,26 +75,26 @@ class Publisher:
     methods have an effect: `publish_checkpoints` records the checkpoint in `health`, and `finish` writes DONE.
     """
 
-    def __init__(self, local: Path, lease: Lease | None) -> None:
-        """Create a publisher for the folder `local`. It publishes nothing before `begin`."""
-        self.local, self.lease = local, lease
+    def __init__(self, local_folder: Path, lease: Lease | None) -> None:
+        """Create a publisher for a run's local folder. It publishes nothing before `start`."""
+        self.local_folder, self.lease = local_folder, lease
         self.token = uuid.uuid4().hex[:8]
-        self._names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
+        self._remote_names: dict[str, str] = {}  # local name of a checkpoint -> its name in the bucket
         self._published: dict[str, tuple[int, int]] = {}  # file -> size and modification time (ns) when it was copied
         self._error: BaseException | None = None  # raised in the background thread
         self._pending: Future[None] | None = None  # the last submitted publication
-        self._closed, self._begun = threading.Event(), False
+        self._closed, self._started = threading.Event(), False
         if lease:
             self._pool = ThreadPoolExecutor(1, "publisher")  # one thread: publications do not overlap
 
     def fetch(self) -> None:
-        """Replace the contents of `local` with the run's files in the bucket. Raises the errors of `fetch_run`."""
+        """Replace the local folder's contents with the run's files in the bucket. Raises the errors of `fetch_run`."""
         if self.lease:
-            self._names = fetch_run(self.lease.folder, self.local)
+            self._remote_names = fetch_run(self.lease.folder, self.local_folder)
 
-    def begin(self) -> None:
-        """Delete DONE in the bucket, and start publishing changed files: at once, then every `PUBLISH_SECONDS`."""
-        self._begun = True
+    def start(self) -> None:
+        """Delete DONE in the bucket, and start publishing changed files: now, and then every `PUBLISH_SECONDS`."""
+        self._started = True
         if self.lease:
             self.lease.delete(DONE)  # first, because with the new config.yaml it would mark an extended run as finished
             self._submit(self._publish_files)
@@ -131,7 +130,7 @@ class Publisher:
         self.publish_results()
         if self.lease:
             self.lease.commit(DONE, content)
-        (self.local / DONE).write_text(content)
+        (self.local_folder / DONE).write_text(content)
 
     def close(self, publish: bool = True) -> None:
         """Release the lease, if any, after publishing changed files if the run has begun and nothing has failed.
@@ -143,13 +142,15 @@ class Publisher:
         self._closed.set()
         self._pool.shutdown(wait=True)
         try:
-            if publish and self._begun and not self._error:
+            if publish and self._started and not self._error:
                 self._publish_files()
         except Exception as error:  # must not hide the error that ends the run
             self._error = error
         self.lease.release()
 
     def _submit(self, task: Callable[[], None]) -> None:
+        """Run a task in the background thread, and store its error for `check`. Without a lease, do nothing."""
+
         def run_task() -> None:
             try:
                 task()
@@ -171,46 +172,50 @@ class Publisher:
         """
         assert self.lease
         remote = self.lease.folder
-        local_names = (path.name for path in (self.local / "checkpoints").iterdir())
+        local_names = (path.name for path in (self.local_folder / "checkpoints").iterdir())
         names = sorted(filter(is_local_checkpoint, local_names), reverse=True)
         for name in names:
-            if name not in self._names:
-                remote_name, files = f"{name}-{self.token}", (self.local / "checkpoints" / name).iterdir()
+            if name not in self._remote_names:
+                remote_name, files = f"{name}-{self.token}", (self.local_folder / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
                     (remote / f"checkpoints/{remote_name}/{file.name}").upload(file)
                     health.record_progress()
-                self._names[name] = remote_name
-        self._names = {name: remote_name for name, remote_name in self._names.items() if name in names}
+                self._remote_names[name] = remote_name
+        self._remote_names = {name: remote_name for name, remote_name in self._remote_names.items() if name in names}
         self._publish_files()  # before the commit: a resumed run can delete later metrics, but not add missing ones
-        self.lease.commit(LATEST, "".join(f"{self._names[name]}\n" for name in names))
+        self.lease.commit(LATEST, "".join(f"{self._remote_names[name]}\n" for name in names))
         health.record_checkpoint(time.monotonic() - written_at)
-        best = self.local / BEST
-        if best.exists() and (name := best.read_text().strip()) in self._names:
-            (remote / BEST).write(self._names[name] + "\n")
+        best = self.local_folder / BEST
+        if best.exists() and (name := best.read_text().strip()) in self._remote_names:
+            (remote / BEST).write(self._remote_names[name] + "\n")
         for folder in (remote / "checkpoints").folders():
-            if is_checkpoint(folder.name) and folder.name not in self._names.values():
+            if is_checkpoint(folder.name) and folder.name not in self._remote_names.values():
                 folder.delete_tree()
 
     def _publish_files(self, results: bool = False) -> None:
         """Copy changed files, with `results` also report and export, but no checkpoints, to the bucket."""
         assert self.lease
         self.lease.check()
-        config_file = self.local / "config.yaml"  # copied first, so that after a kill the folder counts as a run's
-        for file in sorted(self.local.rglob("*"), key=lambda file: (file != config_file, file)):
-            name = file.relative_to(self.local).as_posix()
+        # config.yaml is copied first, so that the bucket folder is recognized as a run's after a kill.
+        config_file = self.local_folder / "config.yaml"
+        for file in sorted(self.local_folder.rglob("*"), key=lambda file: (file != config_file, file)):
+            name = file.relative_to(self.local_folder).as_posix()
             is_hidden = any(component.startswith(".") for component in Path(name).parts)
-            prefixes = (
-                f"checkpoints/{PREFIX}",
-                *UNPUBLISHED_FOLDERS,
-                *(() if results else FINAL_RESULTS),
-            )  # not copied
+            skipped_prefixes = (f"checkpoints/{PREFIX}", *UNPUBLISHED_FOLDERS, *(() if results else FINAL_RESULTS))
             is_tmp = name.endswith(".tmp")  # TensorFlow renames such a file once the program in it is complete
-            if is_hidden or is_tmp or name in (DONE, LATEST, BEST) or name.startswith(prefixes) or not file.is_file():
+            if (
+                is_hidden
+                or is_tmp
+                or name in (DONE, LATEST, BEST)
+                or name.startswith(skipped_prefixes)
+                or not file.is_file()
+            ):
                 continue
             file_stat = file.stat()
             size_and_time = (file_stat.st_size, file_stat.st_mtime_ns)
             if self._published.get(name) != size_and_time:
-                (self.lease.folder / name).write(file.read_bytes())  # one read, because the file can grow meanwhile
+                # A single read, because the file can grow during the upload.
+                (self.lease.folder / name).write(file.read_bytes())
                 health.record_progress()
                 self._published[name] = size_and_time
 

@@ -47,11 +47,15 @@ class Saver:
         checkpoint, self._newest = self._newest, (None, {})
         return checkpoint
 
-    def save(self, state: dict[str, Any], current: dict[str, Any], best_step: int | None) -> None:
+    def save(self, state: dict[str, Any], current_variables: dict[str, Any], best_step: int | None) -> None:
         """Commit a checkpoint to the local disk, and publish it in the background.
 
-        Before that, waits until the previous checkpoint is published. `current` contains the variables to save, by
-        name, and `best_step` is the step of the best checkpoint so far, or None.
+        Before that, waits until the previous checkpoint is published.
+
+        Args:
+            state: the run state, JSON-serializable.
+            current_variables: the variables to save, by name.
+            best_step: step of the best checkpoint so far; None if there is none.
 
         Raises:
             OSError: the disk is full or fails.
@@ -61,7 +65,7 @@ class Saver:
         if self.control.is_chief:
             self.publisher.wait()
             with self.control.committing():
-                self.checkpoints.save(state, variables.copy_values(current), best_step)
+                self.checkpoints.save(state, variables.copy_values(current_variables), best_step)
             self.publisher.publish_checkpoints()
 
     def broadcast_weights(self, step: int, last_step: int, names: list[str]) -> tuple[int, dict[str, np.ndarray]]:
@@ -94,5 +98,5 @@ class Saver:
     @property
     def resume_hint(self) -> str:
         """The end of an interruption's message, which explains how to resume the run."""
-        output_dir = self.folder.student or self.address
+        output_dir = self.folder.student_output_dir or self.address
         return f"Start the same command again with {format_argument('output_dir', output_dir)} to resume"

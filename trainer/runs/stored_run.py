@@ -26,7 +26,7 @@ class StoredRun:
     """The configuration and the classes of a run, which need not be finished."""
 
     address: str  # output_dir as the user wrote it, for messages
-    home: StoragePath  # output_dir as a storage path
+    folder: StoragePath  # output_dir as a storage path
     config: RunConfig
     class_names: tuple[str, ...]
     fingerprint: str | dict[str, str]  # of the training dataset; `trainer.types.has_fingerprints` compares it
@@ -43,8 +43,8 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         DataError: config.yaml does not exist, or run.json does not exist or is corrupt.
         ConfigError: config.yaml is corrupt.
     """
-    home = storage_path(address)
-    config = (home / "config.yaml").fetch()
+    folder = storage_path(address)
+    config = (folder / "config.yaml").fetch()
     if config is None:
         raise DataError("has no config.yaml", key="run", value=address, fix="give the output_dir of a run")
     try:
@@ -53,12 +53,12 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
     try:
-        run_json = read_json(home / "run.json", _parse_run_json, "")
+        run_json = read_json(folder / "run.json", _parse_run_json, "")
     except DataError:
         run_json = None
     if run_json is None:
         raise DataError("has no run.json, or a corrupt one", key="run", value=address, fix="give another run")
-    return home, config_tree, run_json
+    return folder, config_tree, run_json
 
 
 def _parse_run_json(value: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
         DataError: there is no run, or its run.json is corrupt.
         ConfigError: config.yaml is corrupt or of another version, or `changes` are invalid.
     """
-    home, config_tree, run_json = read_run(address)
+    folder, config_tree, run_json = read_run(address)
     for key, value in (changes or {}).items():
         *section_names, field_name = key.split(".")
         section = config_tree
@@ -95,47 +95,50 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
-    return StoredRun(address, home, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
+    return StoredRun(address, folder, config, tuple(run_json["classes"]), run_json["data_fingerprint"])
 
 
-def find_checkpoint(run: StoredRun, which: str) -> StoragePath:
+def find_checkpoint(run: StoredRun, selector: str) -> StoragePath:
     """Return the folder of one of a run's checkpoints.
 
-    `which` is "best", "last", a step such as "420", or the name of a phase, for the checkpoint with its phase weights.
+    `selector` is "best", "last", a step such as "420", or the name of a phase, which selects the checkpoint with the
+    weights that the phase ended with.
 
     Raises:
-        ConfigError: `which` is none of these, or names a phase that has not ended.
+        ConfigError: `selector` is none of these, or names a phase that has not ended.
         DataError: the run does not have that checkpoint, or `LATEST` or `BEST` is corrupt.
     """
-    folder = run.home / "checkpoints"
-    is_remote = not run.home.is_local  # in a bucket, only checkpoints that LATEST lists are committed
-    latest_names = read_pointer(folder / "LATEST") if is_remote or which == "last" else []
-    checkpoints = {child.name: child for child in folder.folders() if is_checkpoint(child.name)}
+    checkpoints_folder = run.folder / "checkpoints"
+    is_remote = not run.folder.is_local  # in a bucket, only checkpoints that LATEST lists are committed
+    latest_names = read_pointer(checkpoints_folder / "LATEST") if is_remote or selector == "last" else []
+    checkpoints = {child.name: child for child in checkpoints_folder.folders() if is_checkpoint(child.name)}
     if is_remote:
         checkpoints = {name: child for name, child in checkpoints.items() if name in latest_names}
-    if which in ("best", "last"):
-        names = latest_names[:1] if which == "last" else read_pointer(folder / "BEST")
-    elif which.isdecimal():
-        names = [name for name in checkpoints if parse_step(name) == int(which)]
+    if selector in ("best", "last"):
+        names = latest_names[:1] if selector == "last" else read_pointer(checkpoints_folder / "BEST")
+    elif selector.isdecimal():
+        names = [name for name in checkpoints if parse_step(name) == int(selector)]
     else:
         phases = _read_phases(run) or _read_finished_phases(find_checkpoint(run, "last"))
         step_by_phase = {name: phase["kept_step"] for name, phase in phases.items() if "kept_step" in phase}
-        if which in step_by_phase:
-            return find_checkpoint(run, str(step_by_phase[which]))
+        if selector in step_by_phase:
+            return find_checkpoint(run, str(step_by_phase[selector]))
         hint = f", or a phase that has ended: {', '.join(step_by_phase)}" if step_by_phase else ""
-        raise ConfigError("is not a checkpoint", key="checkpoint", value=which, fix=f"give best, last, a step{hint}")
+        raise ConfigError("is not a checkpoint", key="checkpoint", value=selector, fix=f"give best, last, a step{hint}")
     if names and names[0] in checkpoints:
         return checkpoints[names[0]]
     if not checkpoints:
         raise DataError("has no checkpoint yet", key="run", value=run.address, fix="wait until it has saved one")
     steps = ", ".join(map(str, sorted(map(parse_step, checkpoints))))
-    raise DataError(f"is not a checkpoint of {run.address}", key="checkpoint", value=which, fix=f"give one of {steps}")
+    raise DataError(
+        f"is not a checkpoint of {run.address}", key="checkpoint", value=selector, fix=f"give one of {steps}"
+    )
 
 
 def _read_phases(run: StoredRun) -> dict[str, Any]:
     """Read the phase summaries in a run's report, by phase; {} if it does not exist or is corrupt, which is logged."""
     try:
-        return read_json(run.home / "report" / "report.json", _parse_phases, "") or {}
+        return read_json(run.folder / "report" / "report.json", _parse_phases, "") or {}
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
         return {}
@@ -165,22 +168,21 @@ class LoadedCheckpoint:
     values: dict[str, np.ndarray]  # the model's variables by name; averages (EMA) if the run computed them
 
 
-def load_checkpoint(run: StoredRun, which: str | None) -> LoadedCheckpoint:
+def load_checkpoint(run: StoredRun, selector: str | None) -> LoadedCheckpoint:
     """Read one of a run's checkpoints.
 
-    `which` selects the checkpoint, as for `find_checkpoint`. It defaults to the run's `training.keep`, which is the
-    checkpoint that the run exports.
+    `selector` is as for `find_checkpoint`. It defaults to `training.keep`, the checkpoint that the run exports.
 
     Raises:
-        ConfigError: `which` is neither best, last, a step nor a phase that has ended.
+        ConfigError: `selector` is neither best, last, a step nor a phase that has ended.
         DataError: the checkpoint does not exist or is corrupt.
     """
-    which = which or run.config.training.keep
-    state, values = read_checkpoint(find_checkpoint(run, which))
+    selector = selector or run.config.training.keep
+    state, values = read_checkpoint(find_checkpoint(run, selector))
     phases = _read_phases(run)
     if not phases or list(phases.values())[-1].get("kept_step") != state["step"]:
         phases = state.get("finished", {})  # the report, if there is one, is of another checkpoint
-    name = f"step-{state['step']}" if which.isdecimal() else which
+    name = f"step-{state['step']}" if selector.isdecimal() else selector
     return LoadedCheckpoint(name, state["step"], state.get("history", []), phases, select_inference_weights(values))
 
 

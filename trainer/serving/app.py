@@ -36,10 +36,10 @@ from trainer.serving.requests import (
     EncodedImage,
     MemoryBudget,
     PredictRequest,
+    make_unavailable_error,
     parse_instances,
     parse_predict,
     read_body,
-    unavailable_error,
 )
 from trainer.serving.settings import Settings
 
@@ -103,7 +103,7 @@ class Service:
             Route("/readyz", self.get_readiness),
             Route("/metrics", self.get_metrics),
             Route("/predict", self.predict, methods=["POST"]),
-            Route("/v1/models", _json_response({"models": [settings.name]}), methods=["GET"]),
+            Route("/v1/models", _make_json_response({"models": [settings.name]}), methods=["GET"]),
             *(Route(path, self.predict_instances, methods=["POST"]) for path in verb_paths),
             *(Route(path, self.get_status) for path in model_paths),
         ]
@@ -115,7 +115,7 @@ class Service:
         """The version that is served, or the version that is being loaded if no version is served yet."""
         return self.version.export if self.version else self._loading
 
-    def use(self, export: Export, model: ServedModel) -> None:
+    def serve_version(self, export: Export, model: ServedModel) -> None:
         """Serve this version from now on. Requests that are already waiting get predictions from the previous version.
 
         Must be called in the event loop.
@@ -156,7 +156,10 @@ class Service:
         return sum(len(batcher) for version in versions for batcher in version.batchers.values())
 
     def _create_batcher(self, model: ServedModel, metrics: VersionMetrics, explain: bool) -> Batcher:
+        """Create the queue for predictions with or without heatmaps (`explain`)."""
+
         def run_model(images: list[EncodedImage]) -> list[Prediction | str]:
+            """Predict a batch, and record its size, its duration and the predictions in the metrics."""
             start_time = time.monotonic()
             predictions = model.predict([image.data for image in images], explain)
             self.metrics.batches.observe(len(images))
@@ -165,8 +168,8 @@ class Service:
             return predictions
 
         settings = self.settings
-        limits = {"size": settings.batch, "queue": settings.queue, "pixels": settings.max_pixels}
-        return Batcher(run_model, self._model_thread, window=settings.window_ms / 1000, **limits)
+        limits = {"max_batch": settings.batch, "max_queued": settings.queue, "max_pixels": settings.max_pixels}
+        return Batcher(run_model, self._model_thread, window_seconds=settings.window_ms / 1000, **limits)
 
     @contextlib.contextmanager
     def _use_current_version(self) -> Iterator[ServedVersion]:
@@ -176,7 +179,7 @@ class Service:
         """
         version = self.version
         if version is None:
-            raise unavailable_error("the model is being loaded")
+            raise make_unavailable_error("the model is being loaded")
         version.requests += 1
         try:
             yield version
@@ -192,14 +195,15 @@ class Service:
         """Serve an HTTP request as an ASGI application, and count it. While the server stops, close the connection."""
         if scope["type"] != "http":
             return
-        start_time, code, identifier = time.monotonic(), "none", identify(scope)
-        scope.setdefault("state", {})["id"] = identifier
+        start_time, code, request_id = time.monotonic(), "none", get_request_id(scope)
+        scope.setdefault("state", {})["id"] = request_id
 
         async def count_and_send(message: Message) -> None:
+            """Send a part of the response, after adding headers and noting the status code."""
             nonlocal code
             if message["type"] == "http.response.start":
                 code = str(message["status"])
-                message["headers"] = [*message["headers"], (b"x-request-id", identifier.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if self.stopping and not any(name.lower() == b"connection" for name, _ in message["headers"]):
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -211,11 +215,13 @@ class Service:
         except asyncio.CancelledError:  # after `drain` seconds
             self.cancelled += 1
             if code == "none":
-                response = _json_response({"error": "the server has stopped; send the request to another one"}, 503)
+                response = _make_json_response(
+                    {"error": "the server has stopped; send the request to another one"}, 503
+                )
                 await response(scope, receive, count_and_send)
         finally:
             self.active -= 1
-            route = _route_label(scope["path"])
+            route = _get_route_label(scope["path"])
             self.metrics.requests.labels(route, code).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - start_time)
 
@@ -228,12 +234,12 @@ class Service:
         invalid, an image cannot be decoded, the model is being loaded, or the server is overloaded.
         """
         if self.version is None:
-            raise unavailable_error("the model is being loaded")
+            raise make_unavailable_error("the model is being loaded")
         with self._memory.reservation() as reserve:
             body = await read_body(request, reserve, self.settings.max_bytes)
             parsed = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body, *arguments)
             del body
-            images = [replace(image, request=request.state.id) for image in parsed.images]
+            images = [replace(image, request_id=request.state.id) for image in parsed.images]
             client = request.client.host if request.client else ""
             with self._use_current_version() as version:
                 self._check_version(request, version.export)
@@ -244,7 +250,7 @@ class Service:
                         predictions = await version.batchers[parsed.explain].predict(images)
                 except asyncio.QueueFull:
                     problem = f"the queue of {self.settings.queue} images has no room for yours"
-                    raise unavailable_error(problem) from None
+                    raise make_unavailable_error(problem) from None
         for image, prediction in zip(images, predictions, strict=True):
             if isinstance(prediction, str):
                 raise HTTPException(400, f"{image.name} cannot be decoded ({prediction})")
@@ -256,21 +262,23 @@ class Service:
         export, parsed, predictions = await self._predict_images(
             request, parse_predict, content_type, query, self.settings
         )
-        entries = []
+        prediction_objects = []
         for image, prediction in zip(parsed.images, predictions, strict=True):
             probabilities = prediction.probabilities  # float32 [classes]
             top_indices = np.argsort(-probabilities, kind="stable")[: parsed.top_k]
             classes = [{"class": export.classes[i], "probability": float(probabilities[i])} for i in top_indices]
-            entry: dict[str, Any] = {"name": image.name, "classes": classes}
+            prediction_object: dict[str, Any] = {"name": image.name, "classes": classes}
             if prediction.heatmap is not None:
                 reference = export.reference or {}
                 geometry = {  # which area the heatmap covers; crop: the central square, ignore: before EXIF rotation
                     "resize": str(reference.get("resize", "stretch")),
                     "orientation": str(reference.get("orientation", "ignore")),
                 }
-                entry["heatmap"] = {"png": _encode_png(prediction.heatmap), **geometry}
-            entries.append(entry)
-        return _json_response({"model": self.settings.name, "version": export.version, "predictions": entries})
+                prediction_object["heatmap"] = {"png": _encode_png(prediction.heatmap), **geometry}
+            prediction_objects.append(prediction_object)
+        return _make_json_response(
+            {"model": self.settings.name, "version": export.version, "predictions": prediction_objects}
+        )
 
     async def predict_instances(self, request: Request) -> Response:
         """Respond in the format of KServe and TensorFlow Serving, with each image's probabilities of all classes.
@@ -283,9 +291,9 @@ class Service:
         names = ("probabilities", "embedding", "heatmap") if parsed.explain else ("probabilities",)
         columns = {name: [getattr(prediction, name).tolist() for prediction in predictions] for name in names}
         if not parsed.explain:
-            return _json_response({"outputs" if parsed.columnar else "predictions": columns["probabilities"]})
+            return _make_json_response({"outputs" if parsed.columnar else "predictions": columns["probabilities"]})
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return _json_response({"outputs": columns} if parsed.columnar else {"predictions": rows})
+        return _make_json_response({"outputs": columns} if parsed.columnar else {"predictions": rows})
 
     def _check_model(self, request: Request) -> None:
         name = request.path_params["name"]
@@ -308,7 +316,7 @@ class Service:
         status = {"error_code": "OK", "error_message": ""}
         versions = [{"version": self.export.version, "state": state, "status": status}]
         body = {"name": self.settings.name, "ready": not self.get_unready_reason(), "model_version_status": versions}
-        return _json_response(body, 503 if self.get_unready_reason() else 200)
+        return _make_json_response(body, 503 if self.get_unready_reason() else 200)
 
     async def get_readiness(self, _request: Request) -> Response:
         """Respond to a readiness probe: 200, or 503 while the first version is being loaded or the server stops."""
@@ -324,7 +332,7 @@ class Service:
     async def get_page(self, request: Request) -> Response:
         """Respond to browsers with the upload page, and to other clients with KServe's liveness status."""
         if "text/html" not in request.headers.get("accept", ""):
-            return _json_response({"status": "alive"})
+            return _make_json_response({"status": "alive"})
         if self.version is None:
             return Response(LOADING_PAGE, 503, media_type="text/html", headers={"Retry-After": "2"})
         server = {"name": self.settings.name, "version": self.export.version, "classes": len(self.export.classes)}
@@ -334,13 +342,13 @@ class Service:
         return Response(page, media_type="text/html", headers=headers)
 
 
-def identify(scope: Scope) -> str:
+def get_request_id(scope: Scope) -> str:
     """Return a request's identifier: its header X-Request-Id if that matches `REQUEST_ID`, else a new random one."""
     client_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
     return client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
 
 
-def _route_label(path: str) -> str:
+def _get_route_label(path: str) -> str:
     """Return a path's label in the metrics. The set of labels is fixed, so that clients cannot create time series."""
     if path.startswith("/v1/models/"):
         verb = next((verb for verb in (":predict", ":explain") if path.endswith(verb)), "")
@@ -355,7 +363,7 @@ def _encode_png(heatmap: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def _make_json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json.dumps(body), status, headers, media_type="application/json")  # ASCII: encoding cannot fail
 
 
@@ -363,9 +371,9 @@ async def _respond_to_http_error(_request: Request, error: HTTPException) -> Res
     problem = error.detail
     if problem == "Not Found":  # Starlette's router has raised the error
         problem = f"there is no such route; available: {' '.join(FIXED_ROUTES)} /v1/models/NAME /v1/models/NAME:predict"
-    return _json_response({"error": problem}, error.status_code, error.headers)
+    return _make_json_response({"error": problem}, error.status_code, error.headers)
 
 
 async def _respond_to_bug(_request: Request, error: Exception) -> Response:
     log_traceback(error)
-    return _json_response({"error": "internal error; the log of the server has the traceback"}, 500)
+    return _make_json_response({"error": "internal error; the log of the server has the traceback"}, 500)

@@ -81,11 +81,15 @@ def list_export_versions(address: str) -> list[ObjectInfo]:
     for base in (root, root / "saved_model", root / "export" / "saved_model"):
         if versions := list_versions(base):
             return versions
-    raise _no_export_error(address, root)
+    raise _make_no_export_error(address, root)
 
 
 def read_export(
-    address: str, graph: ObjectInfo, cache_dir: Path, log_message: Callable[[str], None], check: Callable[[], None]
+    address: str,
+    graph: ObjectInfo,
+    cache_dir: Path,
+    log_message: Callable[[str], None],
+    check_cancelled: Callable[[], None],
 ) -> Export:
     """Read a version's labels and reference, after copying the version to the local disk if it is in a bucket.
 
@@ -94,7 +98,7 @@ def read_export(
         graph: the version's `saved_model.pb`, from `list_export_versions`.
         cache_dir: folder for local copies.
         log_message: logs what is copied.
-        check: called after each copied file; may raise an exception to cancel.
+        check_cancelled: called after each copied file; may raise an exception to cancel.
 
     Raises:
         DataError: the version differs from its manifest, has no labels, or is larger than `MAX_EXPORT_BYTES`; its
@@ -102,7 +106,7 @@ def read_export(
         Interrupted: the bucket does not respond.
     """
     source = graph.path.parent
-    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, check))
+    folder = Path(stage(str(source), cache_dir, MAX_EXPORT_BYTES, log_message, check_cancelled))
     if (manifest := _read_asset(folder / MANIFEST, address)) is not None:
         parsed = parse_json(manifest, parse_manifest, source / MANIFEST, "promote the run again")
         if damage := describe_corruption(folder, parsed):
@@ -133,7 +137,7 @@ def _read_asset(file: Path, address: str) -> bytes | None:
         raise DataError(problem, key="model", value=address, fix=fix) from None
 
 
-def _no_export_error(address: str, root: StoragePath) -> DataError:
+def _make_no_export_error(address: str, root: StoragePath) -> DataError:
     """Return the error for an address without a SavedModel; its problem and fix depend on what is at the address."""
     if root.exists():
         fix = "give the folder of a SavedModel"

@@ -27,10 +27,13 @@ disable_created_metrics()  # prometheus_client would add a metric `..._created`,
 
 
 class ServingMetrics(Collector):
-    """Server metrics, and the served version's drift, computed at each scrape. `predictions` is the prediction log."""
+    """Server metrics, and the served version's drift, which is computed at each scrape.
 
-    def __init__(self, settings: Settings, predictions: PredictionLog | None = None) -> None:
-        self.settings, self.predictions = settings, predictions
+    `prediction_log` is the log to which `VersionMetrics` writes a sample of the predictions; None if there is none.
+    """
+
+    def __init__(self, settings: Settings, prediction_log: PredictionLog | None = None) -> None:
+        self.settings, self.prediction_log = settings, prediction_log
         self.current: VersionMetrics | None = None  # metrics of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         kwargs: Any = {"namespace": "kubetune_serving", "registry": registry}
@@ -92,10 +95,10 @@ class VersionMetrics:
                 self._window.add(class_index, confidence, embedding)
             self._recorded += 1
             fraction = metrics.settings.log_sample  # the logged predictions are evenly spaced, not random
-            if metrics.predictions and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
+            if metrics.prediction_log and int(self._recorded * fraction) > int((self._recorded - 1) * fraction):
                 lines.append(self._format_log_line(timestamp, image, prediction.probabilities, embedding))
-        if lines and metrics.predictions:
-            metrics.dropped.inc(metrics.predictions.append(lines))
+        if lines and metrics.prediction_log:
+            metrics.dropped.inc(metrics.prediction_log.append(lines))
 
     def _project(self, embedding: np.ndarray | None) -> np.ndarray | None:
         """Project pooled features [C] to the reference's embedding space [C']; None if either has no embedding."""
@@ -110,7 +113,7 @@ class VersionMetrics:
         top_indices = np.argsort(-probabilities, kind="stable")[:NUM_LOGGED_CLASSES]
         line: dict[str, Any] = {
             "time": time,
-            "request": image.request,
+            "request": image.request_id,
             "name": image.name[:MAX_LOGGED_NAME_CHARACTERS],
             "model_version": self.export.version,
         }

@@ -15,11 +15,8 @@ from trainer.storage.disk import translate_disk_error
 # Operations that read or write files, print, or call Python; `saved_model_cli scan` warns about the first three.
 FORBIDDEN_OPS = {"ReadFile", "WriteFile", "PrintV2", "PyFunc", "PyFuncStateless", "EagerPyFunc"}
 IMAGE_BYTES, EXPLAIN = "image_bytes", "explain"  # names of signatures
-EXPLAIN_OUTPUTS = (
-    "probabilities",
-    "embedding",
-    "heatmap",
-)  # outputs of `explain`; other signatures return only the first
+# Outputs of the signature `explain`; other signatures return only the first one.
+EXPLAIN_OUTPUTS = ("probabilities", "embedding", "heatmap")
 
 
 class ServedModel:

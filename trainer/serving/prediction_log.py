@@ -1,6 +1,6 @@
 """A server's prediction log: a local file to which lines are appended, or a local or bucket folder of parts.
 
-A part is one file, `<folder>/<day>/<time>-<server>-<number>.jsonl`, which is written as a whole. Its name has the day
+A part is one file, `<folder>/<day>/<time>-<server>-<number>.jsonl`, which is written in one write. Its name has the day
 and time (UTC) of its first prediction. A part's lines wait in memory until a thread has written them. If the folder or
 bucket cannot be written, lines wait up to a memory limit, and further lines are dropped. No request waits or fails.
 """
@@ -55,7 +55,7 @@ class FileLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
-            raise _unwritable_error(file, error) from None
+            raise _make_unwritable_error(file, error) from None
 
     def append(self, lines: Sequence[str]) -> int:
         if self._descriptor < 0:
@@ -74,10 +74,10 @@ class FileLog:
 
 @dataclass
 class _Part:
-    """The lines of a part. No line is added after `end`."""
+    """The lines of a part. No line is added after `deadline`."""
 
     name: str  # relative to the log's folder
-    end: float  # as `time.monotonic()`, in seconds
+    deadline: float  # as `time.monotonic()`, in seconds
     size: int = 0  # total size of the lines in bytes
     lines: list[str] = field(default_factory=list)
 
@@ -92,9 +92,9 @@ class PartLog:
     def __init__(self, folder: StoragePath, seconds: float) -> None:
         self.folder, self._seconds = folder, seconds
         self._server = f"{os.environ.get('HOSTNAME') or platform.node()}-{secrets.token_hex(4)}"
-        self._complete: deque[_Part] = deque()  # complete parts that are not written yet, oldest first
-        self._open: _Part | None = None  # the part to which lines are added
-        self._buffered = self._number = 0  # size of all these parts in bytes; number of parts so far
+        self._complete_parts: deque[_Part] = deque()  # complete parts that are not written yet, oldest first
+        self._open_part: _Part | None = None  # the part to which lines are added
+        self._buffered = self._num_parts = 0  # size of all these parts in bytes; number of parts so far
         self._failing = self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._write_parts, name="prediction log", daemon=True)
@@ -106,23 +106,23 @@ class PartLog:
                 size = len(line)  # bytes: JSON is ASCII
                 if self._buffered + size > MAX_BUFFERED_BYTES:
                     return len(lines) - index
-                if self._open and self._open.size + size > PART_BYTES:
+                if self._open_part and self._open_part.size + size > PART_BYTES:
                     self._complete_part()
-                if self._open is None:
-                    now, self._number = datetime.now(UTC), self._number + 1
-                    name = f"{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}Z-{self._server}-{self._number:06d}.jsonl"
-                    self._open = _Part(name, time.monotonic() + self._seconds)
-                    self._changed.notify_all()  # the thread then waits until this part's `end`
-                self._open.lines.append(line)
-                self._open.size += size
+                if self._open_part is None:
+                    now, self._num_parts = datetime.now(UTC), self._num_parts + 1
+                    name = f"{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}Z-{self._server}-{self._num_parts:06d}.jsonl"
+                    self._open_part = _Part(name, time.monotonic() + self._seconds)
+                    self._changed.notify_all()  # the thread then waits until this part's `deadline`
+                self._open_part.lines.append(line)
+                self._open_part.size += size
                 self._buffered += size
             return 0
 
     def _complete_part(self) -> None:
         """Complete the open part, if there is one. The caller must hold the lock `_changed`."""
-        if self._open is not None:
-            self._complete.append(self._open)
-            self._open = None
+        if self._open_part is not None:
+            self._complete_parts.append(self._open_part)
+            self._open_part = None
             self._changed.notify_all()
 
     def _write_parts(self) -> None:
@@ -131,7 +131,7 @@ class PartLog:
             is_written = self._write(part.name, "".join(part.lines))
             with self._changed:
                 if is_written:
-                    self._complete.popleft()
+                    self._complete_parts.popleft()
                     self._buffered -= part.size
                 else:
                     self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
@@ -139,14 +139,14 @@ class PartLog:
     def _next_part(self) -> _Part | None:
         """Wait for a complete part, and return the oldest; None once the log is closed and all parts are written."""
         with self._changed:
-            while not self._complete:
-                if self._open and (self._closed or time.monotonic() >= self._open.end):
+            while not self._complete_parts:
+                if self._open_part and (self._closed or time.monotonic() >= self._open_part.deadline):
                     self._complete_part()
                 elif self._closed:
                     return None
                 else:
-                    self._changed.wait(self._open.end - time.monotonic() if self._open else None)
-            return self._complete[0]
+                    self._changed.wait(self._open_part.deadline - time.monotonic() if self._open_part else None)
+            return self._complete_parts[0]
 
     def _write(self, name: str, content: str) -> bool:
         """Write a part, and return whether this succeeded. Log the first of consecutive failures, and the recovery."""
@@ -169,7 +169,7 @@ class PartLog:
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            num_lines = sum(len(part.lines) for part in self._complete)
+            num_lines = sum(len(part.lines) for part in self._complete_parts)
             log.warning(f"log={self.folder}: cannot be written; {num_lines:,} predictions are lost")
 
 
@@ -196,10 +196,10 @@ def open_log(address: str | None, seconds: float) -> PredictionLog | None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable_error(address, error) from None
+            raise _make_unwritable_error(address, error) from None
     return PartLog(storage_path(address), seconds)
 
 
-def _unwritable_error(address: str, error: OSError) -> ConfigError:
+def _make_unwritable_error(address: str, error: OSError) -> ConfigError:
     fix = "give a writable file or folder, or leave log out"
     return ConfigError(f"cannot be written ({error.strerror})", key="log", value=address, fix=fix)

@@ -39,7 +39,7 @@ async def load_first_version(service: Service, load_model: LoadModel) -> set[Obj
     except DataError as error:
         failed.add(export.graph)
         export, model, sizes = await asyncio.to_thread(_load_earlier, service, load_model, failed, error)
-    service.use(export, model)
+    service.serve_version(export, model)
     log.info(f"ready: {len(export.classes)} classes, warm for batches of {', '.join(map(str, sizes))}")
     return failed
 
@@ -100,7 +100,7 @@ async def follow_versions(service: Service, load_model: LoadModel, failed: set[O
             service.metrics.failed_versions.inc()
             log.warning(f"version {name} is not served: {error}; version {previous.version} still is")
             continue
-        service.use(export, model)
+        service.serve_version(export, model)
         log.info(f"serving version {name} ({len(export.classes)} classes) instead of version {previous.version}")
         if is_remote(service.settings.model):  # delete the local copy of the previous version, which is in memory
             await asyncio.to_thread(shutil.rmtree, previous.folder, ignore_errors=True)

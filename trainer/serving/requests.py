@@ -45,7 +45,7 @@ class EncodedImage:
     name: str  # file name, or position in the request such as "images[0]"
     pixels: int  # width x height
     cost: int = 0  # decoding cost: the number of pixels of a PNG that takes equally long to decode
-    request: str = ""  # the request's identifier
+    request_id: str = ""  # identifier of the request, for the prediction log
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ class MemoryBudget:
         size = 0
 
         def reserve(count: int) -> None:
+            """Reserve `count` more bytes."""
             nonlocal size
             if self.reserved + count > CONCURRENT_BODIES_FACTOR * self.max_bytes:
-                raise unavailable_error("too many large requests at the same time")
+                raise make_unavailable_error("too many large requests at the same time")
             self.reserved += count
             size += count
 
@@ -148,7 +149,7 @@ class ClientBudget:
                 del self.reserved[client]
 
 
-def unavailable_error(reason: str) -> HTTPException:
+def make_unavailable_error(reason: str) -> HTTPException:
     """Return an HTTP error 503 with the header `Retry-After`."""
     return HTTPException(503, f"{reason}; try again", {"Retry-After": "1"})
 
@@ -277,7 +278,7 @@ def _parse_images(images: Any, key: str, max_images: int) -> list[tuple[str, byt
     if not isinstance(images, list):
         raise HTTPException(400, f'"{key}" must be a list of images in base64')
     if len(images) > max_images:
-        raise _too_many_images_error(max_images)
+        raise _make_too_many_images_error(max_images)
     return [(f"{key}[{i}]", _decode_base64(image, f"{key}[{i}]")) for i, image in enumerate(images)]
 
 
@@ -316,8 +317,9 @@ def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str
             raise HTTPException(400, f"the form has more than {MAX_FIELDS} fields in addition to its files")
 
     def on_file(file: File) -> None:
+        """Store a file of the form. The parser calls this function."""
         if len(files) == max_images:
-            raise _too_many_images_error(max_images)
+            raise _make_too_many_images_error(max_images)
         file.file_object.seek(0)
         name = (file.file_name or file.field_name or b"").decode(errors="replace")
         files.append((name[:200] or f"file {len(files) + 1}", file.file_object.read()))
@@ -332,7 +334,7 @@ def _parse_form(body: bytes, boundary: bytes, max_images: int) -> tuple[dict[str
     raise HTTPException(400, "the form is malformed: multipart/form-data needs a boundary and complete parts")
 
 
-def _too_many_images_error(max_images: int) -> HTTPException:
+def _make_too_many_images_error(max_images: int) -> HTTPException:
     return HTTPException(413, f"a request may have at most {max_images} images; split it")
 
 

@@ -46,6 +46,7 @@ class Connection(H11Protocol):
         self._set_head_timeout(HEAD_TIMEOUT_SECONDS)
 
     def data_received(self, data: bytes) -> None:
+        """Pass data to uvicorn, and start or cancel the timeout for a request's head."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             if self._head_timeout is None:
@@ -117,7 +118,7 @@ class HttpService(Protocol):
 
     @property
     def loading(self) -> bool:
-        """Whether the model is still being loaded; a signal then exits the process at once."""
+        """Whether the model is still being loaded. A signal then exits the process immediately."""
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request as an ASGI application."""
@@ -135,7 +136,7 @@ AnyService = TypeVar("AnyService", bound=HttpService)
 def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     """Serve an export until SIGTERM or SIGINT is received and every accepted request has a response.
 
-    A signal before the model is loaded, and a second signal, exit the process at once with code 75.
+    A signal before the model is loaded, and a second signal, exit the process immediately with code 75.
 
     Args:
         settings: the server's settings.
@@ -149,8 +150,8 @@ def serve(settings: Settings, export: Export, load_model: LoadModel) -> None:
     """
 
     with listen(settings.host, settings.port) as listener:
-        note = f" while {export.folder} is loaded"
-        run_service(lambda: Service(settings, export), listener, lambda service: _load(service, load_model), note)
+        log_suffix = f" while {export.folder} is loaded"
+        run_service(lambda: Service(settings, export), listener, lambda service: _load(service, load_model), log_suffix)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -167,30 +168,31 @@ def listen(host: str, port: int) -> socket.socket:
 def run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService], Coroutine[Any, Any, None]],
-    note: str = "",
+    background_task: Callable[[AnyService], Coroutine[Any, Any, None]],
+    log_suffix: str = "",
 ) -> None:
     """Run a service until a signal stops it and all accepted requests have a response.
 
     Args:
         make_service: makes the service; called in the event loop.
         listener: the socket from `listen`.
-        work: the service's background task, such as loading the model; an error in it stops the server.
-        note: text after the server's address in the log line, such as " while the model is loaded".
+        background_task: the service's background task, such as loading the model; an error in it stops the server.
+        log_suffix: text after the server's address in the log line, such as " while the model is loaded".
 
     Raises:
         Interrupted: requests were still in progress `drain` seconds after the server had stopped accepting new ones.
-        Exception: an error from `make_service`, or an error from `work`, which is raised after the server has stopped.
+        Exception: an error from `make_service`; or an error from `background_task`, after the server has stopped.
     """
-    asyncio.run(_run_service(make_service, listener, work, note))
+    asyncio.run(_run_service(make_service, listener, background_task, log_suffix))
 
 
 async def _run_service(
     make_service: Callable[[], AnyService],
     listener: socket.socket,
-    work: Callable[[AnyService], Coroutine[Any, Any, None]],
-    note: str,
+    background_task: Callable[[AnyService], Coroutine[Any, Any, None]],
+    log_suffix: str,
 ) -> None:
+    """Run a service, as `run_service` does, in an event loop."""
     service = make_service()
     settings = service.settings
     config = uvicorn.Config(
@@ -213,6 +215,7 @@ async def _run_service(
     signals: list[str] = []  # names of the received signals
 
     def stop(received: signal.Signals) -> None:
+        """Stop the server gracefully; exit if this is the second signal or the model is being loaded."""
         signals.append(received.name)
         if len(signals) > 1:
             log_unbuffered(f"\n{received.name}: exiting now with {service.active} requests in progress")
@@ -226,19 +229,19 @@ async def _run_service(
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop, signum)
-    work_task = asyncio.create_task(work(service))
+    task = asyncio.create_task(background_task(service))
 
     def stop_after_error(task: asyncio.Task[None]) -> None:
         server.should_exit |= not task.cancelled() and task.exception() is not None
 
-    work_task.add_done_callback(stop_after_error)
+    task.add_done_callback(stop_after_error)
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info(f"listening on http://{host}:{port}/{note}")
+    log.info(f"listening on http://{host}:{port}/{log_suffix}")
     await server.serve(sockets=[listener])
-    if work_task.done():
-        work_task.result()  # raises the error from `work`, for example if the model cannot be loaded
-    work_task.cancel()
+    if task.done():
+        task.result()  # raises the error from `background_task`, for example if the model cannot be loaded
+    task.cancel()
     await asyncio.sleep(0.1)  # lets cancelled requests be counted
     service.close()
     await asyncio.to_thread(service.close_log)
@@ -250,7 +253,7 @@ async def _run_service(
 
 
 async def _load(service: Service, load_model: LoadModel) -> None:
-    """Load the model in a thread, so that the server responds meanwhile, and then newer versions as they appear.
+    """Load the model in a thread, while the server responds to probes, and then newer versions as they appear.
 
     Raises the same errors as `load_first_version`.
     """

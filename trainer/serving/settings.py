@@ -50,6 +50,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check_that_a_request_fits_the_queue(self) -> Settings:
+        """Reject a limit of images per request that exceeds the queue."""
         if self.max_images > self.queue:
             problem = f"exceeds queue={self.queue}: a request with so many images would always get 503"
             fix = f"use at most {self.queue}, or a larger queue"

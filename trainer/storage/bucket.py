@@ -28,11 +28,11 @@ from trainer.storage.base import ANY, ConflictError, ObjectInfo, StoragePath, Ve
 from trainer.storage.local import LocalPath, compute_file_crc32c, temporary_file
 from trainer.storage.retries import CHECK_BUCKET_FIX, NO_BUCKET_PROBLEM, CorruptTransfer, Result, Timeouts
 
-MAX_CONCURRENT_REQUESTS = 8  # of one transfer
+MAX_CONCURRENT_REQUESTS = 8  # maximum number of concurrent requests of one transfer
 MAX_UNCHUNKED_BYTES = 32 << 20  # a larger object is downloaded in chunks
 CHUNK_BYTES = 16 << 20  # size of a chunk of a download
 PART_BYTES = 8 << 20  # a larger file is uploaded in parts of at least this size
-MAX_DOWNLOADS = 5  # attempts to download an object whose CRC32C does not match or that is replaced meanwhile
+MAX_DOWNLOADS = 5  # attempts to download an object if its CRC32C does not match, or it is replaced during the download
 WRITE_ID = "kubetune-write"  # key in an object's metadata; its value identifies the write that created the version
 
 Action = Literal["read", "list", "write", "delete"]  # what a request does; error messages name its permission
@@ -40,8 +40,8 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the storage reports about an object after it has written it or refused a conditional write."""
+class WriteResult:
+    """What the storage reports about an object after it has written it or rejected a conditional write."""
 
     version: Version
     write_id: str | None  # identifies the write that created this version; None if another program wrote it
@@ -49,7 +49,7 @@ class Written:
 
 
 class PreconditionFailed(Exception):
-    """The storage refused a conditional write because the object does not have the required version."""
+    """The storage rejected a conditional write because the object does not have the required version."""
 
 
 class ReplacedError(DataError):
@@ -64,7 +64,7 @@ def map_in_threads(
 ) -> list[Result]:
     """Call `function` for each item in threads, with the caller's `request_deadline`. Return the results in order.
 
-    If a call fails, the calls that have not begun are cancelled, and its error is raised.
+    If a call fails, the calls that have not started are cancelled, and its error is raised.
     """
     calls = [partial(copy_context().run, function, item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -103,14 +103,14 @@ class BucketPath(StoragePath):
     def _request_page(
         self, token: str, delimiter: str, max_objects: int | None, timeouts: Timeouts
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
-        """Request a page of a listing. See `_page` for the arguments and the result."""
+        """Request a page of a listing. See `_list_page` for the arguments and the result."""
 
     @abstractmethod
-    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
+    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> WriteResult:
         """Write the object in one request; raise PreconditionFailed if the condition `only_if` does not hold."""
 
     @abstractmethod
-    def _request_written(self, timeouts: Timeouts) -> Written | None:
+    def _request_write_result(self, timeouts: Timeouts) -> WriteResult | None:
         """Request what the storage knows about the object's last write. Return None if the object does not exist."""
 
     @abstractmethod
@@ -146,7 +146,7 @@ class BucketPath(StoragePath):
         return self._call("read", self._request_info) if self.key else None
 
     def is_folder(self) -> bool:
-        return any(page for page, _ in self._pages(""))  # a page without objects, only folder markers, is empty
+        return any(page for page, _ in self._list_pages(""))  # a page without objects, only folder markers, is empty
 
     def fetch(self, version: Version | None = None) -> tuple[bytes, Version] | None:
         return self._call("read", partial(self._request_content, version))
@@ -154,7 +154,8 @@ class BucketPath(StoragePath):
     def read_range(self, start: int, length: int) -> bytes:
         """Read a range of the content. The storage does not compute a checksum for a range.
 
-        So a small object is read and verified as a whole. For a large object, the range is read twice and compared.
+        Therefore a small object is read completely and verified, while a range of a large object is read twice and
+        compared.
         """
         info = self.require_info()
         length = min(length, info.size - start)
@@ -195,11 +196,16 @@ class BucketPath(StoragePath):
         raise Interrupted(problem, fix="start the same command again")
 
     def list(self, recursive: bool = True) -> Sequence[ObjectInfo]:
-        infos = [info for page, _ in self._pages("" if recursive else "/") for info in page]
+        infos = [info for page, _ in self._list_pages("" if recursive else "/") for info in page]
         return sorted((i for i in infos if not is_temporary_name(str(i.path))), key=lambda i: str(i.path).encode())
 
     def folders(self) -> Sequence[StoragePath]:
-        prefixes = {prefix for _, on_page in self._pages("/") for prefix in on_page if not is_temporary_name(prefix)}
+        prefixes = {
+            prefix
+            for _, page_prefixes in self._list_pages("/")
+            for prefix in page_prefixes
+            if not is_temporary_name(prefix)
+        }
         # An object such as "p//x" in the folder "p" has the prefix "p//", which would become the path of "p" again.
         return [replace(self, key=prefix.rstrip("/")) for prefix in sorted(prefixes) if not f"/{prefix}".endswith("//")]
 
@@ -207,24 +213,24 @@ class BucketPath(StoragePath):
         self._call("delete", self._request_deletion)
 
     def delete_tree(self) -> None:
-        map_in_threads(lambda info: info.path.delete(), [info for page, _ in self._pages("") for info in page])
+        map_in_threads(lambda info: info.path.delete(), [info for page, _ in self._list_pages("") for info in page])
 
     def _make_not_found_error(self) -> DataError:
         try:
-            replace(self, key="")._page("", "", 1)
+            replace(self, key="")._list_page("", "", 1)
         except DataError as error:  # the bucket does not exist, or this account may not list it
             if NO_BUCKET_PROBLEM in str(error):
                 return DataError(f"{self}: {NO_BUCKET_PROBLEM}", fix=CHECK_BUCKET_FIX)
         return DataError(f"{self}: there is no such object", fix="check the address")
 
-    def _pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
-        """Yield each page of this folder's listing: the objects, and the prefixes of the subfolders. See `_page`."""
+    def _list_pages(self, delimiter: str) -> Iterator[tuple[Sequence[ObjectInfo], set[str]]]:
+        """Yield each page of this folder's listing: the objects, and the subfolders' prefixes. See `_list_page`."""
         token: str | None = ""
         while token is not None:
-            page, prefixes, token = self._page(token, delimiter)
+            page, prefixes, token = self._list_page(token, delimiter)
             yield page, prefixes
 
-    def _page(
+    def _list_page(
         self, token: str, delimiter: str, max_objects: int | None = None
     ) -> tuple[Sequence[ObjectInfo], set[str], str | None]:
         """Request a page of this folder's listing, with retries.
@@ -250,10 +256,11 @@ class BucketPath(StoragePath):
     def _download(self, to: Path, info: ObjectInfo) -> bool:
         """Copy the version in `info` to the file `to`. Return False if the copy's CRC32C does not match.
 
-        A large object is verified as a whole after all chunks, because chunks have no checksums.
+        A large object is verified after all chunks have been downloaded, because chunks have no checksums.
         """
 
         def copy_chunk(start: int) -> None:
+            """Download the chunk at offset `start`, and write it to the file."""
             length = min(CHUNK_BYTES, info.size - start)
             data = self._call("read", partial(self._attempt_range, info, start, length))
             with open(to, "r+b") as target:
@@ -277,20 +284,21 @@ class BucketPath(StoragePath):
         condition, attempts = only_if, 0
 
         def put(timeouts: Timeouts) -> Version:
+            """Write the object in one attempt, and verify it."""
             nonlocal attempts, condition
             attempts += 1
             try:
-                written = self._request_write(data, write_id, condition, timeouts)
+                result = self._request_write(data, write_id, condition, timeouts)
             except PreconditionFailed as error:
                 # An earlier attempt may have succeeded, but its response was lost. Then the object has our write ID.
-                current = self._request_written(timeouts) if attempts > 1 else None
+                current = self._request_write_result(timeouts) if attempts > 1 else None
                 if current is None or current.write_id != write_id:
                     raise ConflictError(f"{self}: changed since it was read") from error
-                written = current
-            if written.crc32c not in (None, crc):  # only an emulator stores corrupt data
-                condition = ANY if condition == ANY else written.version
+                result = current
+            if result.crc32c not in (None, crc):  # only an emulator stores corrupt data
+                condition = ANY if condition == ANY else result.version
                 raise CorruptTransfer("CRC32C of the stored object differs")
-            return written.version
+            return result.version
 
         return self._call("write", put)
 

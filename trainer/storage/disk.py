@@ -87,7 +87,7 @@ def _compute_disk_usage(folder: Path) -> int:
     num_bytes = 0
     for dirpath, _, filenames in os.walk(folder):
         for filename in filenames:
-            with contextlib.suppress(OSError):  # deleted meanwhile
+            with contextlib.suppress(OSError):  # another process has deleted the file
                 num_bytes += os.lstat(os.path.join(dirpath, filename)).st_blocks * 512  # st_blocks counts 512 bytes
     return num_bytes
 
@@ -200,12 +200,12 @@ def translate_disk_errors(
 
 
 def make_write_error(
-    error: OSError, folder: str | Path, key: str, fix: str, kind: type[TrainerError] = ConfigError
+    error: OSError, folder: str | Path, key: str, fix: str, error_class: type[TrainerError] = ConfigError
 ) -> TrainerError:
     """Make the error for an unwritable `folder`, which is the value of the argument or configuration key `key`.
 
-    The result is an Interrupted if the disk is full or fails; otherwise, it has the type `kind` and this `fix`.
+    The result is an Interrupted if the disk is full or fails; otherwise, it has the type `error_class` and this `fix`.
     """
     if interrupted := translate_disk_error(error, [folder]):
         return interrupted
-    return kind(f"cannot be written to ({error.strerror or error})", key=key, value=folder, fix=fix)
+    return error_class(f"cannot be written to ({error.strerror or error})", key=key, value=folder, fix=fix)

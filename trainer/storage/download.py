@@ -36,8 +36,8 @@ def translate_download_error(
 ) -> Interrupted | None:
     """Translate a failed download into an `Interrupted` if the same download can succeed later.
 
-    Return None for any other error, including a server's refusal of the address (403, 404). A timeout or an overloaded
-    server (408, 429, 5xx) is not a refusal.
+    Return None for any other error, such as a status with which the server rejects the URL (403, 404). After a timeout
+    or an overload of the server (408, 429, 5xx), the same download can succeed.
 
     Args:
         error: error of urllib, requests, Keras or TFDS. Its causes and contexts are also inspected, but not a context
@@ -53,8 +53,8 @@ def translate_download_error(
         chain.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     statuses = [status for link in chain if (status := _get_status(link))]
-    is_refused = any(status < 500 and status not in _RETRYABLE_CLIENT_STATUSES for status in statuses)
-    if is_refused or not any(map(_is_network_error, chain)):
+    is_rejected = any(status < 500 and status not in _RETRYABLE_CLIENT_STATUSES for status in statuses)
+    if is_rejected or not any(map(_is_network_error, chain)):
         return None
     reason = escape_unprintable((str(error).strip().splitlines() or [type(error).__name__])[0])
     fix = f"start the same command again; without a network, {fix}"
@@ -62,6 +62,7 @@ def translate_download_error(
 
 
 def _is_network_error(error: BaseException) -> bool:
+    """Return whether an error of urllib, requests, Keras or TFDS is caused by the network or the server."""
     class_names = {cls.__name__ for cls in type(error).__mro__}
     return (
         isinstance(error, _NETWORK_ERRORS)

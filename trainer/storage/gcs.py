@@ -27,7 +27,7 @@ from trainer.storage.bucket import (
     BucketPath,
     PreconditionFailed,
     ReplacedError,
-    Written,
+    WriteResult,
     map_in_threads,
 )
 from trainer.storage.gcs_client import call_with_retries, get_bucket, get_client
@@ -77,7 +77,8 @@ class GcsPath(BucketPath):
     def _request_content(self, version: Version | None, timeouts: Timeouts) -> tuple[bytes, Version] | None:
         blob = self._make_blob(version)
         try:
-            # Raw, because the CRC32C is that of the stored bytes, which may be compressed. It is verified below.
+            # raw_download, because the CRC32C, which is verified below, is that of the stored bytes, which may be
+            # compressed.
             data = blob.download_as_bytes(raw_download=True, checksum=None, timeout=timeouts, retry=None)
         except NotFound:
             return None
@@ -106,7 +107,7 @@ class GcsPath(BucketPath):
         page = [replace(self, key=blob.name)._make_info(blob) for blob in blobs if not blob.name.endswith("/")]
         return page, set(listing.prefixes), listing.next_page_token or None
 
-    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
+    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> WriteResult:
         blob = self._make_blob()
         blob.metadata = {WRITE_ID: write_id}
         condition = None if only_if == ANY else only_if or 0  # 0: the object must not exist
@@ -117,11 +118,11 @@ class GcsPath(BucketPath):
             )  # fmt: skip
         except exceptions.PreconditionFailed as error:
             raise PreconditionFailed from error
-        return self._make_written(blob)
+        return self._make_write_result(blob)
 
-    def _request_written(self, timeouts: Timeouts) -> Written | None:
+    def _request_write_result(self, timeouts: Timeouts) -> WriteResult | None:
         blob = self._request_blob(timeouts)
-        return None if blob is None else self._make_written(blob)
+        return None if blob is None else self._make_write_result(blob)
 
     def _request_deletion(self, timeouts: Timeouts) -> None:
         with contextlib.suppress(NotFound):
@@ -141,8 +142,8 @@ class GcsPath(BucketPath):
     def _make_info(self, blob: Any) -> ObjectInfo:
         return ObjectInfo(self, int(blob.size), int(blob.generation), _decode_crc32c(blob.crc32c))
 
-    def _make_written(self, blob: Any) -> Written:
-        return Written(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
+    def _make_write_result(self, blob: Any) -> WriteResult:
+        return WriteResult(int(blob.generation), (blob.metadata or {}).get(WRITE_ID), _decode_crc32c(blob.crc32c))
 
     def _upload_parts(self, size: int, read_range: Callable[[int, int], bytes]) -> Version:
         """Upload the parts as objects with verified CRC32C, compose them under a temporary name, verify, and copy.
@@ -164,6 +165,7 @@ class GcsPath(BucketPath):
             return read_range(start, min(part_bytes, size - start))
 
         def upload_part(index: int) -> Any:
+            """Upload a part of the file as an object, and return its `Blob`."""
             part = folder / f"{index:02d}"
             temporary.append(part)
             generation = part._upload_object(read_part(starts[index]), ANY)
@@ -193,6 +195,7 @@ class GcsPath(BucketPath):
         """Concatenate objects in the same bucket into this one, and return it. Each is the `Blob` of a generation."""
 
         def compose(timeouts: Timeouts) -> Any:
+            """Send the compose request."""
             blob = self._make_blob()
             blob.content_type = _CONTENT_TYPE
             blob.compose(sources, timeout=timeouts, retry=None)
@@ -207,6 +210,7 @@ class GcsPath(BucketPath):
         """Copy a generation of another object in the same bucket, a `Blob`, to this object, within the storage."""
 
         def copy(timeouts: Timeouts) -> Version:
+            """Send rewrite requests until the copy is complete, and return the copy's generation."""
             blob, token = self._make_blob(), None
             blob.content_type = _CONTENT_TYPE
             while True:  # once, unless the storage cannot copy by reference

@@ -64,6 +64,7 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
     num_bad_requests, payer_added = 0, False
 
     def classify(error: Exception) -> Transient | DataError | None:
+        """Classify an error of `request` for `retries.call_with_retries`."""
         nonlocal num_bad_requests, payer_added
         if _lacks_payer(error) and not payer_added and (payer_added := _add_payer(address)):
             return Transient("requester pays", immediately=True)
@@ -144,6 +145,7 @@ def get_client() -> Any:
 
 @cache
 def _create_client(_process: int, emulator: str | None) -> Any:
+    """Create the client for a process and an emulator; see `get_client`."""
     credentials: Credentials = AnonymousCredentials()
     project = None
     if not emulator:

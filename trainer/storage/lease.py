@@ -34,7 +34,7 @@ from trainer.types import LogMessage
 
 LEASE_SECONDS = 30.0  # a lease that is not renewed for this time can be taken over; the holder renews it every 10 s
 GRACE_SECONDS = 120.0  # seconds from SIGTERM to SIGKILL, terminationGracePeriodSeconds in k8s/*.yaml
-NAME = ".lease"  # name of the lease file in the folder
+LEASE_FILE = ".lease"  # name of the lease file in the folder
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                     contextlib.suppress(ConflictError, Interrupted, DataError, OSError),
                     request_deadline(self._state.seconds / 3),
                 ):
-                    (self.folder / NAME).write(_encode_state(state), only_if=self._version)
+                    (self.folder / LEASE_FILE).write(_encode_state(state), only_if=self._version)
             self._loss_reason = self._loss_reason or "the lease was released"
 
     def __exit__(self, *_: object) -> None:
@@ -148,7 +148,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         Raises:
             Interrupted: another process has taken over the lease, or no request succeeded in time.
         """
-        file = self.folder / NAME
+        file = self.folder / LEASE_FILE
         with self._write_lock:
             if self._loss_reason:
                 raise Interrupted(f"{self.folder}: {self._loss_reason}")
@@ -167,6 +167,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             self._state, self._renewed_at = state, start
 
     def _renew_until_released(self) -> None:
+        """Renew the lease periodically until it is released or lost. Runs in a thread."""
         interval = pause = self._state.seconds / 3
         while not self._released.wait(pause) and self._loss_reason is None:
             pause = interval
@@ -179,7 +180,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
                 self._loss_reason = f"the lease cannot be renewed ({error})"
 
 
-def plan_patience(uid: str | None) -> float:
+def choose_max_wait(uid: str | None) -> float:
     """Return how many seconds a process should wait for a folder that another process uses.
 
     `uid` is the uid of this process's Kubernetes Job, or None outside a Job. In a Job, the other process is probably a
@@ -200,7 +201,7 @@ def acquire_lease(
     holder: str,
     uid: str | None = None,
     note: str = "",
-    patience: float = 0.0,
+    max_wait: float = 0.0,
     log_message: LogMessage = lambda _text: None,
 ) -> Lease:
     """Acquire the lease on a folder, and complete the last holder's commit if it was interrupted.
@@ -209,15 +210,15 @@ def acquire_lease(
         holder: description of this process, for messages of other processes.
         uid: the Kubernetes Job's uid. A lease whose holder has the same uid is taken over without waiting.
         note: additional description of this process, for messages of other processes.
-        patience: seconds to wait for a holder that renews the lease. A lease that has not been renewed for
-            `LEASE_SECONDS` is taken over regardless of `patience`.
+        max_wait: seconds to wait for a holder that renews the lease. A lease that has not been renewed for
+            `LEASE_SECONDS` is taken over regardless of `max_wait`.
         log_message: called once if this process waits for a holder that renews the lease.
 
     Raises:
-        Interrupted: another process still renews the lease after `patience` seconds, or no request succeeded in time.
+        Interrupted: another process still renews the lease after `max_wait` seconds, or no request succeeded in time.
         DataError: `.lease` is corrupt, or the storage denies access.
     """
-    file, lease_seconds, deadline = folder / NAME, LEASE_SECONDS, time.monotonic() + patience
+    file, lease_seconds, deadline = folder / LEASE_FILE, LEASE_SECONDS, time.monotonic() + max_wait
     last_change: tuple[Version | None, float] | None = None  # version of `.lease`, and when this process first read it
     has_logged = False
     while True:
@@ -230,7 +231,7 @@ def acquire_lease(
                 if now > deadline:
                     raise error
                 if not has_logged:
-                    log_message(f"output_dir={folder} {error.problem}; waiting up to {patience:.0f} s until it ends")
+                    log_message(f"output_dir={folder} {error.problem}; waiting up to {max_wait:.0f} s until it ends")
                 has_logged = True
             if last_change is None or version != last_change[0]:
                 last_change = version, now
@@ -259,7 +260,7 @@ def describe_holder(folder: StoragePath, uid: str | None) -> str | None:
     Raises:
         DataError: `.lease` is corrupt.
     """
-    state = _get_other_holder(_read_state(folder / NAME)[0], uid)
+    state = _get_other_holder(_read_state(folder / LEASE_FILE)[0], uid)
     return f"{state.holder}, last renewed at {re.sub(r'[.][0-9]+', '', state.renewed)}" if state else None
 
 

@@ -33,7 +33,7 @@ from trainer.storage.base import (
 )
 from trainer.storage.scratch import is_running
 
-_BLOCK_BYTES = 1 << 22  # bytes that a copy or a checksum reads at once
+_BLOCK_BYTES = 1 << 22  # bytes per read when a file is copied or its checksum is computed
 _MACHINE_DIGITS = 5  # digits of a temporary name that identify the machine, before the random ones
 _NOT_FOUND_ERRORS = (FileNotFoundError, NotADirectoryError)
 
@@ -156,7 +156,7 @@ def delete_temporary_files(folder: Path, age: float = 0.0, recursive: bool = Tru
     for dirpath, dirnames, filenames in os.walk(folder):
         for name in filter(is_temporary_name, [*filenames, *dirnames]):
             path = Path(dirpath, name)
-            with contextlib.suppress(OSError):  # deleted meanwhile
+            with contextlib.suppress(OSError):  # another process has deleted it
                 if time.time() - path.lstat().st_mtime >= age:
                     path.unlink() if name in filenames else shutil.rmtree(path)
         dirnames[:] = [name for name in dirnames if recursive and not is_temporary_name(name)]
@@ -165,15 +165,15 @@ def delete_temporary_files(folder: Path, age: float = 0.0, recursive: bool = Tru
 def delete_stale_temporary_files(folder: Path, name: str = "") -> None:
     """Delete the temporary files and folders directly in `folder` that killed processes have left.
 
-    These are those of local processes that have ended, and all that are older than `STALE_SECONDS` (an hour). Younger
-    ones of another machine or container may be in use. If `name` is not empty, delete only the temporary files of the
-    file with this name, which must be too short to be truncated.
+    A temporary file is deleted if its process ran on this machine and has ended, or if it is older than `STALE_SECONDS`
+    (an hour). A younger file of another machine or container may be in use. If `name` is not empty, delete only the
+    temporary files of the file with this name, which must be too short to be truncated.
     """
     with contextlib.suppress(OSError):  # the folder does not exist
         for path in filter(lambda path: is_temporary_name(path.name), list(folder.iterdir())):
             stem, _, suffix = path.name.removeprefix(".").rpartition(".")
             if name in ("", stem):
-                with contextlib.suppress(OSError):  # deleted meanwhile
+                with contextlib.suppress(OSError):  # another process has deleted it
                     process, _, digits = suffix.partition("-")
                     is_old = time.time() - path.lstat().st_mtime >= STALE_SECONDS
                     is_local = digits.startswith(_compute_machine_digits())

@@ -30,7 +30,7 @@ from trainer.storage.bucket import (
     BucketPath,
     PreconditionFailed,
     ReplacedError,
-    Written,
+    WriteResult,
 )
 from trainer.storage.retries import CorruptTransfer, Result, Timeouts, Transient
 from trainer.storage.s3_client import call_with_retries, classify_error, get_store, parse_failure
@@ -59,7 +59,7 @@ def _is_missing_object(error: FileNotFoundError) -> bool:
 
 
 def _is_failed_precondition(error: Exception) -> bool:
-    """Return whether a conditional write was refused because its condition does not hold.
+    """Return whether a conditional write was rejected because its condition does not hold.
 
     The result for status 409 is False. It means that another conditional write is in progress, so a retry can succeed.
     """
@@ -119,7 +119,7 @@ class S3Path(BucketPath):
         page = [replace(self, key=meta["path"])._make_info(meta) for meta in metas]
         return page, set(), metas[-1]["path"] if len(metas) == limit else None
 
-    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> Written:
+    def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> WriteResult:
         mode: Any = "overwrite" if only_if == ANY else "create" if only_if is None else {"e_tag": str(only_if)}
         crc = google_crc32c.value(data)
         store, attributes = get_store(self.bucket, timeouts), _make_attributes(write_id, crc)
@@ -129,11 +129,11 @@ class S3Path(BucketPath):
             if _is_failed_precondition(error):
                 raise PreconditionFailed from error
             raise
-        return Written(str(result["e_tag"]), write_id, None)
+        return WriteResult(str(result["e_tag"]), write_id, None)
 
-    def _request_written(self, timeouts: Timeouts) -> Written | None:
+    def _request_write_result(self, timeouts: Timeouts) -> WriteResult | None:
         head = self._get({"head": True}, timeouts)
-        return None if head is None else Written(str(head.meta["e_tag"]), head.attributes.get(WRITE_ID), None)
+        return None if head is None else WriteResult(str(head.meta["e_tag"]), head.attributes.get(WRITE_ID), None)
 
     def _request_deletion(self, timeouts: Timeouts) -> None:
         try:
@@ -181,6 +181,7 @@ class S3Path(BucketPath):
             crc = google_crc32c.extend(crc, read_range(start, min(part_bytes, size - start)))
 
         def read_parts() -> Iterator[bytes]:
+            """Yield the parts of the file, and raise a DataError before the last part if the file has changed."""
             sent_crc = google_crc32c.value(b"")
             for start in range(0, size, part_bytes):
                 part = read_range(start, min(part_bytes, size - start))
@@ -218,7 +219,7 @@ class S3Path(BucketPath):
                     raise retries.make_timeout_error(str(self), deadline, verdict.reason) from error
                 # The last request may have succeeded, but its response may have been lost. Then its repetition fails.
                 if isinstance(verdict, Transient) or parse_failure(error).code == "NoSuchUpload":
-                    written = self._call("read", self._request_written)
+                    written = self._call("read", self._request_write_result)
                     if written is not None and written.write_id == write_id:
                         return written.version
                 if isinstance(verdict, TrainerError):

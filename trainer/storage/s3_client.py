@@ -88,6 +88,7 @@ def get_store(bucket: str, timeouts: Timeouts, retry_seconds: float = 0.0) -> S3
 def _create_store(
     _process: int, settings: tuple[tuple[str, str], ...], bucket: str, timeouts: Timeouts, retry_seconds: float
 ) -> S3Store:
+    """Create the client for a process, environment and bucket; see `get_store`."""
     key = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if dict(settings).get(name)), None)
     endpoint = dict(settings)[key] if key else ""
     if key and not re.match(r"https?://[^/]", endpoint):
@@ -122,12 +123,13 @@ def call_with_retries(address: str, permission: str, request: Callable[[Timeouts
     num_bad_requests = 0
 
     def classify(error: Exception) -> Transient | TrainerError | None:
+        """Classify an error of `request` for `retries.call_with_retries`."""
         nonlocal num_bad_requests
         verdict = classify_error(error, address, permission)
         if isinstance(verdict, Transient) and verdict.reason.startswith("400 "):
             num_bad_requests += 1
             if num_bad_requests > retries.MAX_BAD_REQUESTS:
-                return _make_refusal(address, parse_failure(error))
+                return _make_rejection_error(address, parse_failure(error))
         return verdict
 
     return retries.call_with_retries(address, request, classify)
@@ -159,12 +161,12 @@ def classify_error(error: BaseException, address: str, permission: str) -> Trans
         problem = f"{address}: the storage refused {describe_identity()} ({failure.status} {failure.code})"
         return DataError(problem, fix=_CREDENTIALS_FIX)
     if failure.status in (401, 403):
-        return _make_denial(address, permission, failure)
+        return _make_permission_error(address, permission, failure)
     if failure.status == 404:
         return DataError(f"{address}: {NO_BUCKET_PROBLEM}", fix=CHECK_BUCKET_FIX)
     if failure.status == 400 and failure.code not in _PERMANENT_CODES:
         return Transient("400 corrupt request")
-    return _make_refusal(address, failure)
+    return _make_rejection_error(address, failure)
 
 
 def _classify_without_response(error: BaseException, failure: Failure, address: str) -> Transient | TrainerError:
@@ -187,14 +189,14 @@ def _classify_without_response(error: BaseException, failure: Failure, address: 
 def _classify_credentials_error(failure: Failure, address: str) -> Transient | TrainerError:
     """Translate an error of a server that issues credentials.
 
-    In a pod or with a role, the result is Transient unless the server has refused the request. Elsewhere, for example
+    In a pod or with a role, the result is Transient unless the server has rejected the request. Elsewhere, for example
     on a laptop, a server that does not respond means that there are no credentials.
     """
     has_role = any(name in os.environ for name in ("AWS_ROLE_ARN", *_POD_ROLE_VARIABLES)) or (
         "KUBERNETES_SERVICE_HOST" in os.environ
     )
-    is_refused = failure.status is not None and failure.status not in TRANSIENT_STATUSES
-    if has_role and not is_refused:
+    is_rejected = failure.status is not None and failure.status not in TRANSIENT_STATUSES
+    if has_role and not is_rejected:
         return Transient("no access token")
     reason = f" ({failure.status} {failure.code})".replace(" )", ")") if failure.status and has_role else ""
     return DataError(f"{address}: {describe_identity()} got no credentials{reason}", fix=_CREDENTIALS_FIX)
@@ -220,7 +222,7 @@ def describe_identity() -> str:
     return "the role of this node"
 
 
-def _make_denial(address: str, permission: str, failure: Failure) -> DataError:
+def _make_permission_error(address: str, permission: str, failure: Failure) -> DataError:
     """Make the error for a missing permission. Name the permission in the response, or `permission` if it has none."""
     missing_permission = (re.findall(r"s3:\w+", failure.message) or [permission])[0]
     response = f"({failure.status}: {failure.message})" if failure.message else f"({failure.status})"
@@ -228,7 +230,7 @@ def _make_denial(address: str, permission: str, failure: Failure) -> DataError:
     return DataError(problem, fix="grant it (docs/storage.md)")
 
 
-def _make_refusal(address: str, failure: Failure) -> DataError:
+def _make_rejection_error(address: str, failure: Failure) -> DataError:
     response = f"({failure.status}: {failure.message or failure.code or 'no reason'})"
     return DataError(f"{address}: the storage refused the request {response}", fix=CHECK_BUCKET_FIX)
 

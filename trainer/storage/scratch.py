@@ -56,7 +56,7 @@ def _lock_folder(folder: str | Path) -> int | None:
 def _delete_abandoned(parent: Path) -> None:
     """Delete the scratch folders in `parent` that belong to processes that have ended."""
     for folder in parent.glob(f"{_PREFIX}[0-9]*-*"):
-        with suppress(OSError):  # the folder belongs to another user, or was deleted meanwhile
+        with suppress(OSError):  # the folder belongs to another user, or another process has deleted it
             process_id = folder.name.removeprefix(_PREFIX).partition("-")[0]
             # A process that has just started may have created its folder but not yet locked it.
             if is_running(process_id) and time.time() - folder.stat().st_mtime < _LOCK_GRACE_SECONDS:

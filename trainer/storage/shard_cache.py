@@ -63,29 +63,35 @@ class ShardCache:
     def __init__(
         self,
         address: str,
-        entries: Mapping[str, ObjectInfo],
+        infos: Mapping[str, ObjectInfo],
         cache_dir: Path,
         budget: int,
-        note: LogMessage,
-        check: Callable[[], None],
+        log_message: LogMessage,
+        check_cancelled: Callable[[], None],
         other_files: Iterable[str],
     ) -> None:
         """Choose a local folder below `cache_dir`, reuse the shards in it that are current, and delete other files.
 
         Args:
             address: folder of the shards in a bucket.
-            entries: object info of each shard, by file name.
+            infos: object info of each shard, by file name.
             budget: maximum size of the shards on disk, in bytes. A shard in transfer counts with its full size.
-            note: logs the number of reused shards, and waits that take longer than `REPORT_SECONDS`.
-            check: called while a reader waits; may raise an error to cancel.
+            log_message: logs the number of reused shards, and waits that take longer than `REPORT_SECONDS`.
+            check_cancelled: called while a reader waits; may raise an error to cancel.
             other_files: names of files in the local folder that are not shards and must not be deleted.
 
         Raises:
             DataError: a shard's name is not a valid file name.
         """
-        self.address, self.entries, self.budget, self.note, self.check = address, dict(entries), budget, note, check
+        self.address, self.infos, self.budget, self.log_message, self.check_cancelled = (
+            address,
+            dict(infos),
+            budget,
+            log_message,
+            check_cancelled,
+        )
         self.folder, self._lock = _lock_folder(cache_dir, address)
-        for name in entries:
+        for name in infos:
             safe_join(self.folder, name)
         self._changed = threading.Condition()
         self._cached: dict[str, int] = {}  # name -> bytes of each shard on disk; least recently required first
@@ -97,7 +103,7 @@ class ShardCache:
         self._closed = False
         self._reuse_cached({*other_files})
 
-    def require(self, reader: str, names: Iterable[str], then: Iterable[str] = ()) -> float:
+    def require(self, reader: str, names: Iterable[str], later_names: Iterable[str] = ()) -> float:
         """Wait until shards are on disk, and return the waiting time in seconds.
 
         The shards stay on disk until the reader requires other shards or is released.
@@ -105,7 +111,7 @@ class ShardCache:
         Args:
             reader: name of the input pipeline that reads the shards.
             names: file names of the shards to wait for.
-            then: file names of the shards that the reader needs later, soonest first. They are prefetched.
+            later_names: file names of the shards that the reader needs later, soonest first. They are prefetched.
 
         Raises:
             DataError: a shard was deleted or replaced in the bucket, or all readers' required shards together exceed
@@ -116,7 +122,7 @@ class ShardCache:
         names = tuple(dict.fromkeys(names))
         with self._changed:
             self._needs.pop(reader, None)
-            self._needs[reader] = names, tuple(then)
+            self._needs[reader] = names, tuple(later_names)
             for name in names:
                 self._errors.pop(name, None)
                 if name in self._cached:
@@ -147,13 +153,13 @@ class ShardCache:
     def _reuse_cached(self, other_files: set[str]) -> None:
         """Register the local shards that have the bucket's version. Delete all other files but not `other_files`."""
         for file in sorted(self.folder.iterdir()):
-            if file.name in self.entries and self._is_intact(file.name):
-                self._cached[file.name] = self.entries[file.name].size
+            if file.name in self.infos and self._is_intact(file.name):
+                self._cached[file.name] = self.infos[file.name].size
             elif file.name not in other_files and file.name != VERSIONS:
                 file.unlink(missing_ok=True)
         if self._cached:
-            reused_shards = f"{len(self._cached):,} of {len(self.entries):,} shards"
-            self.note(f"{self.address}: {reused_shards} are already in {self.folder}")
+            reused_shards = f"{len(self._cached):,} of {len(self.infos):,} shards"
+            self.log_message(f"{self.address}: {reused_shards} are already in {self.folder}")
 
     def _is_intact(self, name: str) -> bool:
         """Return whether the local file is complete and its modification time identifies the bucket's version."""
@@ -162,8 +168,8 @@ class ShardCache:
         except OSError:
             return False
         return (stat.st_size, stat.st_mtime_ns) == (
-            self.entries[name].size,
-            _make_mtime_ns(self.entries[name].version),
+            self.infos[name].size,
+            _make_mtime_ns(self.infos[name].version),
         )
 
     def _get_required_names(self) -> set[str]:
@@ -173,7 +179,7 @@ class ShardCache:
     def _check_budget(self) -> None:
         """Raise a DataError if all readers' required shards together exceed the budget."""
         required_names = self._get_required_names()
-        size = sum(self.entries[name].size for name in required_names)
+        size = sum(self.infos[name].size for name in required_names)
         if size > self.budget:
             problem = f"{self.address}: {len(required_names)} shards of {size / 1e9:.3g} GB are needed at the same time"
             budget_gb, fix = f"{self.budget / 1e9:.3g}", "raise it, or lower data.shuffle_window"
@@ -187,15 +193,15 @@ class ShardCache:
                 if name in self._errors:
                     raise self._errors[name]
             self._changed.wait(0.1)
-            self.check()
+            self.check_cancelled()
             if not has_logged and time.monotonic() - start > REPORT_SECONDS:
                 has_logged = True
                 first_name = escape_unprintable(missing_names[0])
                 shards = format_count(len(missing_names), "shard")
-                self.note(f"waiting for {shards} of {self.address}, the first is {first_name}")
+                self.log_message(f"waiting for {shards} of {self.address}, the first is {first_name}")
         seconds = time.monotonic() - start
         if has_logged:
-            self.note(f"{self.address}: continuing after {seconds:.0f} s of waiting for shards")
+            self.log_message(f"{self.address}: continuing after {seconds:.0f} s of waiting for shards")
         return seconds
 
     def _rank_shards(self) -> None:
@@ -212,9 +218,9 @@ class ShardCache:
                 return
             if name in self._cached or name in self._in_transfer or name in self._errors:
                 continue
-            if not self._evict(self.entries[name].size, rank):
+            if not self._evict(self.infos[name].size, rank):
                 return  # a smaller shard that is needed later must not use the space
-            self._in_transfer[name] = self.entries[name].size
+            self._in_transfer[name] = self.infos[name].size
             # A daemon thread, not a pool: the process must be able to exit while a bucket does not respond.
             threading.Thread(target=self._transfer, args=(name,), name=f"shard {name}", daemon=True).start()
 
@@ -241,7 +247,7 @@ class ShardCache:
 
     def _transfer(self, name: str) -> None:
         """Transfer one shard in the calling thread, then start the next transfers and wake up waiting readers."""
-        info, file, transfer_error = self.entries[name], self.folder / name, None
+        info, file, transfer_error = self.infos[name], self.folder / name, None
         try:
             info.path.download(file, expected=info)
             os.utime(file, ns=(time.time_ns(), _make_mtime_ns(info.version)))

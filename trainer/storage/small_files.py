@@ -36,40 +36,40 @@ def require_nonnegative(value: Any) -> float:
     return float(value)
 
 
-def parse_json(content: bytes | str, shape: Callable[[Any], T], name: object, fix: str) -> T:
-    """Parse JSON, and validate and convert the value with `shape`.
+def parse_json(content: bytes | str, convert: Callable[[Any], T], name: object, fix: str) -> T:
+    """Parse JSON, and validate and convert the value with `convert`.
 
     Args:
         content: content of the file, as text or UTF-8 bytes.
-        shape: returns the converted value, or raises one of `CONTENT_ERRORS` if the value is invalid.
+        convert: returns the converted value, or raises one of `CONTENT_ERRORS` if the value is invalid.
         name: name of the file, for the error message.
         fix: what the user can do about a corrupt file, for the error message.
 
     Raises:
-        DataError: the content is not JSON, or `shape` rejects the value.
+        DataError: the content is not JSON, or `convert` rejects the value.
     """
     try:
-        return shape(json.loads(content))
+        return convert(json.loads(content))
     except CONTENT_ERRORS as error:
         reason = (str(error).splitlines() or [""])[0] if isinstance(error, ValueError) else repr(error)
         raise DataError(f"{name} is corrupt ({reason or repr(error)})", fix=fix) from None
 
 
-def read_json(path: StoragePath | Path, shape: Callable[[Any], T], fix: str) -> T | None:
-    """Read a JSON file and convert its value with `shape` (see `parse_json`). Return None if it does not exist.
+def read_json(path: StoragePath | Path, convert: Callable[[Any], T], fix: str) -> T | None:
+    """Read a JSON file and convert its value with `convert` (see `parse_json`). Return None if it does not exist.
 
     Raises:
         DataError: the file is corrupt or cannot be read.
         Interrupted: the bucket does not respond.
     """
     content = storage_path(path).fetch()
-    return None if content is None else parse_json(content[0], shape, path, fix)
+    return None if content is None else parse_json(content[0], convert, path, fix)
 
 
-def read_json_or_default(path: Path, shape: Callable[[Any], T], default: D) -> T | D:
+def read_json_or_default(path: Path, convert: Callable[[Any], T], default: D) -> T | D:
     """Call `read_json` for an optional local file. Return `default` if it is missing, corrupt or unreadable."""
     try:
-        value = read_json(path, shape, "")
+        value = read_json(path, convert, "")
     except DataError:
         return default
     return default if value is None else value

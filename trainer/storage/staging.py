@@ -31,18 +31,21 @@ def is_remote(address: str | None) -> bool:
     return bool(address) and str(address).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
-def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: Callable[[], None]) -> str:
+def stage(
+    address: str, cache_dir: Path, budget: int, log_message: LogMessage, check_cancelled: Callable[[], None]
+) -> str:
     """Copy remote files to `cache_dir`, and return the local path that replaces the address.
 
-    Objects that cannot be local files (see `divide_listing`) are logged and skipped. Files that `cache_dir` already
-    contains in the same version are not downloaded again. Copies of files that are no longer in the bucket are deleted.
+    Objects that cannot be local files (see `separate_invalid_objects`) are logged and skipped. Files that `cache_dir`
+    already contains in the same version are not downloaded again. Copies of files that are no longer in the bucket are
+    deleted.
 
     Args:
         address: a file, folder or pattern such as `gs://bucket/folder/*.tfrec`. An address with wildcard characters
             that exists literally is not a pattern. A local path is returned unchanged.
         budget: maximum total size of the files, in bytes.
-        note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; may raise an error to cancel.
+        log_message: logs what is downloaded and, every few seconds, the progress.
+        check_cancelled: called after each file; may raise an error to cancel.
 
     Raises:
         DataError: nothing matches the address, its files exceed the budget, or the bucket denies access.
@@ -51,15 +54,15 @@ def stage(address: str, cache_dir: Path, budget: int, note: LogMessage, check: C
     """
     if not is_remote(address):
         return address
-    copy = plan_copy(address, cache_dir, budget)
-    if copy.left_out:
-        note(f"{address}: {describe_left_out(copy.left_out)}")
-    _delete_obsolete(copy)
-    download_missing_files(address, copy.entries, copy.folder, note, check)
-    return copy.path
+    plan = make_staging_plan(address, cache_dir, budget)
+    if plan.skipped_objects:
+        log_message(f"{address}: {describe_skipped_objects(plan.skipped_objects)}")
+    _delete_obsolete(plan)
+    download_missing_files(address, plan.infos, plan.folder, log_message, check_cancelled)
+    return plan.path
 
 
-def find_copied_folders(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
+def get_staged_and_source_folder(path: str, address: str, cache_dir: Path) -> tuple[str, str]:
     """Return the local folder of staged files, and the bucket folder that they were copied from.
 
     `path` is the result of `stage(address, ...)`. For `gs://b/photos/*.jpg`, the bucket folder is `gs://b/photos`.
@@ -70,26 +73,30 @@ def find_copied_folders(path: str, address: str, cache_dir: Path) -> tuple[str, 
 
 
 @dataclass(frozen=True)
-class Copy:
+class StagingPlan:
     """The files in a bucket that match an address, and the local folder for their copies."""
 
     folder: Path  # local folder
-    end: str  # last part of the address, relative to the folder: a pattern or file name; "" for the folder itself
-    is_pattern: bool  # whether `end` is a pattern
-    entries: dict[str, ObjectInfo]  # the matching files in the bucket, by name relative to the folder
-    left_out: tuple[str, ...] = ()  # objects that cannot be local files: "ADDRESS (reason)"
+    pattern_or_file: str  # last part of the address, relative to the folder; "" if the address is that of the folder
+    has_pattern: bool  # whether `pattern_or_file` is a pattern
+    infos: dict[str, ObjectInfo]  # the matching files in the bucket, by name relative to the folder
+    skipped_objects: tuple[str, ...] = ()  # objects that cannot be local files: "ADDRESS (reason)"
 
     @property
     def path(self) -> str:
         """The local path or pattern that replaces the address."""
-        return str(self.folder / self.end)
+        return str(self.folder / self.pattern_or_file)
 
     def matches(self, name: str) -> bool:
         """Return whether the address includes the file `name`, which is relative to the folder."""
-        return not self.end or (fnmatch.fnmatchcase(name, self.end) if self.is_pattern else name == self.end)
+        return not self.pattern_or_file or (
+            fnmatch.fnmatchcase(name, self.pattern_or_file) if self.has_pattern else name == self.pattern_or_file
+        )
 
 
-def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[dict[str, ObjectInfo], list[str]]:
+def separate_invalid_objects(
+    folder: StoragePath, objects: Iterable[ObjectInfo]
+) -> tuple[dict[str, ObjectInfo], list[str]]:
     """Divide the objects below `folder` into those that can be local files and those that cannot.
 
     An object cannot be a local file if its name is invalid, such as `a//b`, or is also the name of a folder. Some tools
@@ -98,42 +105,50 @@ def divide_listing(folder: StoragePath, listed: Iterable[ObjectInfo]) -> tuple[d
     Returns:
         The infos of the files, by name relative to `folder`, and "ADDRESS (reason)" for each object that cannot be one.
     """
-    entries = {str(info.path).removeprefix(f"{folder}/"): info for info in listed}
-    reasons = {name: reason for name in entries if (reason := find_path_error(name))}
-    folder_names = {name[:i] for name in entries.keys() - reasons.keys() for i, c in enumerate(name) if c == "/"}
-    shared_names = folder_names & entries.keys()
-    reasons |= {name: "there is a folder of the same name" for name in shared_names if entries[name].size}
-    left_out = [f"{escape_unprintable(str(entries[name].path))} ({why})" for name, why in sorted(reasons.items())]
-    return {name: info for name, info in entries.items() if name not in reasons and name not in shared_names}, left_out
+    infos = {str(info.path).removeprefix(f"{folder}/"): info for info in objects}
+    invalid_names = {name: reason for name in infos if (reason := find_path_error(name))}
+    folder_names = {name[:i] for name in infos.keys() - invalid_names.keys() for i, c in enumerate(name) if c == "/"}
+    shared_names = folder_names & infos.keys()
+    invalid_names |= {name: "there is a folder of the same name" for name in shared_names if infos[name].size}
+    skipped_objects = [
+        f"{escape_unprintable(str(infos[name].path))} ({reason})" for name, reason in sorted(invalid_names.items())
+    ]
+    return {
+        name: info for name, info in infos.items() if name not in invalid_names and name not in shared_names
+    }, skipped_objects
 
 
-def describe_left_out(left_out: Iterable[str]) -> str:
+def describe_skipped_objects(skipped_objects: Iterable[str]) -> str:
     """Format a log message about objects that cannot be files, from "ADDRESS (reason)" of each. It names three."""
-    items = tuple(left_out)
+    items = tuple(skipped_objects)
     suffix = f" and {len(items) - 3} more" * (len(items) > 3)
     clause = "1 object cannot be a file and is" if len(items) == 1 else f"{len(items)} objects cannot be files and are"
     return f"{clause} left out: {', '.join(items[:3])}{suffix}"
 
 
-def plan_copy(address: str, cache_dir: Path, budget: int) -> Copy:
+def make_staging_plan(address: str, cache_dir: Path, budget: int) -> StagingPlan:
     """List the files that match an address, and choose the local folder for their copies. Download nothing.
 
     The arguments have the same meaning as in `stage`, and the same DataError and Interrupted are raised.
     """
-    root, end, is_pattern = _split_address(address)
-    folder = find_copy_folder(root, cache_dir)
-    entries, left_out = divide_listing(root, [(root / end).require_info()] if end and not is_pattern else root.list())
-    copy = Copy(folder, end, is_pattern, {}, tuple(left_out))
-    copy.entries.update({name: info for name, info in entries.items() if copy.matches(name) and name != VERSIONS})
-    if not copy.entries:
-        problem = f"nothing matches {root}/{end}" if end else f"{root} is empty or does not exist"
-        problem += f"; {describe_left_out(left_out)}" if left_out else ""
+    root, pattern_or_file, has_pattern = _split_address(address)
+    folder = get_staging_folder(root, cache_dir)
+    infos, skipped_objects = separate_invalid_objects(
+        root, [(root / pattern_or_file).require_info()] if pattern_or_file and not has_pattern else root.list()
+    )
+    plan = StagingPlan(folder, pattern_or_file, has_pattern, {}, tuple(skipped_objects))
+    plan.infos.update({name: info for name, info in infos.items() if plan.matches(name) and name != VERSIONS})
+    if not plan.infos:
+        problem = (
+            f"nothing matches {root}/{pattern_or_file}" if pattern_or_file else f"{root} is empty or does not exist"
+        )
+        problem += f"; {describe_skipped_objects(skipped_objects)}" if skipped_objects else ""
         raise DataError(problem, fix=f"check the address ({_LIST_COMMANDS[str(root)[:2]]} {shlex.quote(str(root))})")
-    check_budget(address, sum(info.size for info in copy.entries.values()), cache_dir, budget)
-    return copy
+    check_budget(address, sum(info.size for info in plan.infos.values()), cache_dir, budget)
+    return plan
 
 
-def find_copy_folder(root: StoragePath, cache_dir: Path) -> Path:
+def get_staging_folder(root: StoragePath, cache_dir: Path) -> Path:
     """Return the local folder for copies of the files below `root`, which is a folder or a bucket."""
     return cache_dir / "staged" / hashlib.sha256(str(root).encode()).hexdigest()[:16] / root.name
 
@@ -190,29 +205,33 @@ def has_wildcard(text: str) -> bool:
 
 
 def download_missing_files(
-    address: str, entries: dict[str, ObjectInfo], folder: Path, note: LogMessage, check: Callable[[], None]
+    address: str,
+    infos: dict[str, ObjectInfo],
+    folder: Path,
+    log_message: LogMessage,
+    check_cancelled: Callable[[], None],
 ) -> None:
     """Download the files that a local folder does not already contain in the same version.
 
     Args:
         address: address of the files, for log messages.
-        entries: info of each file in the bucket, by name relative to `folder`.
+        infos: info of each file in the bucket, by name relative to `folder`.
         folder: local folder for the copies.
-        note: logs what is downloaded and, every few seconds, the progress.
-        check: called after each file; may raise an error to cancel.
+        log_message: logs what is downloaded and, every few seconds, the progress.
+        check_cancelled: called after each file; may raise an error to cancel.
 
     Raises:
         DataError: a file was deleted or replaced after it was listed, or its name is not a valid name in the folder.
         Interrupted: the bucket does not respond.
         OSError: a copy cannot be written.
     """
-    versions, missing = _read_versions(folder) or {}, select_missing(folder, entries)
+    versions, missing = _read_versions(folder) or {}, select_missing(folder, infos)
     if not missing:
-        note(f"{address}: all files are already in {folder}")
+        log_message(f"{address}: all files are already in {folder}")
         return
     total_bytes, done_bytes = sum(info.size for info in missing.values()), 0
     file_count = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
-    note(f"{address}: fetching {file_count}, {total_bytes / 1e6:,.1f} MB, to {folder}")
+    log_message(f"{address}: fetching {file_count}, {total_bytes / 1e6:,.1f} MB, to {folder}")
     start = last_report = time.monotonic()
 
     def download(name: str) -> str:
@@ -225,19 +244,19 @@ def download_missing_files(
                 name = future.result()
                 versions[name] = missing[name].version
                 done_bytes += missing[name].size
-                check()
+                check_cancelled()
                 if time.monotonic() - last_report > REPORT_SECONDS:
                     last_report = time.monotonic()
                     rate = done_bytes / 1e6 / (last_report - start)
-                    note(f"{address}: {index:,} of {len(missing):,} files, {rate:,.1f} MB/s")
+                    log_message(f"{address}: {index:,} of {len(missing):,} files, {rate:,.1f} MB/s")
                     write_json(folder / VERSIONS, versions)
         finally:
             pool.shutdown(cancel_futures=True)
             write_json(folder / VERSIONS, versions)
 
 
-def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Return the items of `entries` (info by relative name) that a local folder lacks in this version and size."""
+def select_missing(folder: Path, infos: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
+    """Return the items of `infos` (info by relative name) that a local folder lacks in this version and size."""
     versions = _read_versions(folder) or {}
 
     def is_cached(name: str, info: ObjectInfo) -> bool:
@@ -246,7 +265,7 @@ def select_missing(folder: Path, entries: dict[str, ObjectInfo]) -> dict[str, Ob
         except OSError:
             return False
 
-    return {name: info for name, info in entries.items() if not is_cached(name, info)}
+    return {name: info for name, info in infos.items() if not is_cached(name, info)}
 
 
 def identify_staged_file(path: str | Path) -> str | None:
@@ -270,22 +289,22 @@ def _read_versions(folder: Path) -> dict[str, Version] | None:
 _read_versions_cached = cache(_read_versions)
 
 
-def _delete_obsolete(copy: Copy) -> None:
+def _delete_obsolete(plan: StagingPlan) -> None:
     """Delete copies of files that are no longer in the bucket, old temporary files, and folders that are then empty.
 
     A recent temporary file may belong to another process's running download, so it is not deleted.
     """
-    for file in list(copy.folder.rglob("*")):
-        name = file.relative_to(copy.folder).as_posix()
-        if not file.is_file() or name == VERSIONS or name in copy.entries:
+    for file in list(plan.folder.rglob("*")):
+        name = file.relative_to(plan.folder).as_posix()
+        if not file.is_file() or name == VERSIONS or name in plan.infos:
             continue
         is_temporary = is_temporary_name(name)
         if is_temporary and time.time() - file.stat().st_mtime < STALE_SECONDS:
             continue
-        if is_temporary or copy.matches(name):
+        if is_temporary or plan.matches(name):
             file.unlink(missing_ok=True)
-    needed_folders = {parent for name in copy.entries for parent in (copy.folder / name).parents}
-    for folder in sorted((path for path in copy.folder.rglob("*") if path.is_dir()), reverse=True):
+    needed_folders = {parent for name in plan.infos for parent in (plan.folder / name).parents}
+    for folder in sorted((path for path in plan.folder.rglob("*") if path.is_dir()), reverse=True):
         if folder not in needed_folders:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
