@@ -49,7 +49,12 @@ def opened(shards: StoragePath, cache: Path, holds: float, notes: list[str] | No
 
 def settled(cache: ShardCache) -> set[str]:
     """The shards on disk once all transfers have ended."""
-    wait_until(lambda: not cache._in_transfer, lambda: f"{sorted(cache._in_transfer)} are in transfer")
+
+    def has_no_transfer() -> bool:
+        with cache._changed:  # the thread that ends a transfer begins the next one under this lock
+            return not cache._in_transfer
+
+    wait_until(has_no_transfer, lambda: f"{sorted(cache._in_transfer)} are in transfer")
     return on_disk(cache.folder)
 
 
@@ -98,7 +103,8 @@ def test_the_budget_holds_at_every_moment(shards: StoragePath, tmp_path: Path) -
             for at in range(len(order)):
                 cache.require("a", order[at : at + 2], order[at + 2 :])
                 assert set(order[at : at + 2]) <= on_disk(cache.folder)
-                assert cache.used <= cache.budget
+                with cache._changed:
+                    assert cache.used <= cache.budget
         over.set()
         watcher.join()
     assert len(sizes) > 20
