@@ -84,8 +84,9 @@ class Backend(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def backend() -> Iterator[tuple[str, type[Backend]]]:
-    handler = type("Handler", (Backend,), {"answered": [], "may_answer": threading.Event()})
-    handler.may_answer.set()
+    may_answer = threading.Event()
+    may_answer.set()
+    handler = type("Handler", (Backend,), {"answered": [], "may_answer": may_answer})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
