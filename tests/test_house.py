@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import trainer
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pretrained", "manifests", "pin",
@@ -20,7 +21,7 @@ TARGETS = ["setup", "train", "test", "test-all", "lint", "bench", "image", "pret
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(
-        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False, timeout=60
+        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
 
 
@@ -117,7 +118,7 @@ def test_the_parts_of_the_slow_tests_have_each_test_once() -> None:
     def collect(*arguments: str) -> list[str]:
         command = shlex.split(run("make", "-n", "test-all", *arguments).stdout.splitlines()[-1])
         assert command[:3] == [".venv/bin/python", "-m", "pytest"]
-        file = "tests/k8s/test_jobs.py"
+        file = "tests/cluster/test_watchdog.py"
         done = run(sys.executable, *command[1:], "--collect-only", "-q", "-n", "0", file)
         return [line for line in done.stdout.splitlines() if "::" in line]
 

@@ -43,7 +43,7 @@ for module in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def imports() -> list[str]:
     """The lines that the imports of all modules printed."""
-    done = run_python(PROGRAM, *LIGHT, timeout=120)
+    done = run_python(PROGRAM, *LIGHT)
     assert done.stderr == ""
     return done.stdout.splitlines()
 

@@ -58,7 +58,7 @@ print(sorted({"sklearn", "scipy.stats", "matplotlib"} & set(sys.modules)))
 import matplotlib.pyplot, sklearn.metrics, trainer.report.build
 print(matplotlib.pyplot.figure, sklearn.metrics.f1_score)
 """
-    early, later = run_python(program, timeout=120).stdout.splitlines()
+    early, later = run_python(program).stdout.splitlines()
     assert early == "[]"
     assert "None" not in later
 

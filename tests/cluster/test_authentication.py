@@ -5,14 +5,14 @@ import dataclasses
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.cluster.test_control import clusters, connected
+from tests.cluster.test_control import clusters, connect, connected
 from tests.errors import raises
+from tests.waiting import PATIENCE, wait_until
 from trainer.cluster.authentication import (
     DIGEST_BYTES,
     GREETING,
@@ -32,16 +32,6 @@ TOKEN = "4f1c3a52-0000-4000-8000-2d5b8a6f0001"
 
 def job(count: int, token: str = TOKEN) -> list[Cluster]:
     return [dataclasses.replace(cluster, token=token) for cluster in clusters(count)]
-
-
-def connect(cluster: Cluster, index: int = 0, seconds: float = 5) -> Connection:
-    host, _, port = cluster.addresses[index].rpartition(":")
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(ConnectionRefusedError):
-            return Connection(socket.create_connection((host, int(port)), 5))
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def join_without_proof(peer: Connection, cluster: Cluster) -> None:
@@ -90,13 +80,13 @@ def test_a_hostile_peer_does_not_disturb_the_rendezvous(attack: Callable[[Connec
     chief, second = job(2)
     lines: list[str] = []
     channels: list[Any] = []
-    waiting = threading.Thread(target=lambda: channels.extend(connected([chief], 20, lines)))
+    waiting = threading.Thread(target=lambda: channels.extend(connected([chief], PATIENCE, lines)))
     waiting.start()
     peers = [connect(chief) for _ in range(3)]
     for peer in peers:
         with contextlib.suppress(OSError):
             attack(peer, chief)
-    channels += connected([second], 20, lines)
+    channels += connected([second], PATIENCE, lines)
     waiting.join()
     assert all(isinstance(channel, ControlChannel) for channel in channels), channels
     first, other = sorted(channels, key=lambda channel: channel.index)
@@ -149,15 +139,21 @@ def test_a_worker_believes_no_server_without_the_token(respond: Callable[[Connec
 
 
 def test_a_process_with_another_token_is_reported_once() -> None:
-    chief, _ = job(2)
+    chief, second = job(2)
     lines: list[str] = []
-    waiting = threading.Thread(target=lambda: connected([chief], 3, lines))
+    channels: list[Any] = []
+    reports = lambda: [line for line in lines if "a process without the token of this Job; ignored" in line]  # noqa: E731
+    waiting = threading.Thread(target=lambda: channels.extend(connected([chief], PATIENCE, lines)))
     waiting.start()
     for _attempt in range(3):
         with pytest.raises(WrongTokenError):
             contact_peer(connect(chief), "another token")
+    wait_until(reports)
+    channels += connected([second], PATIENCE, [])
     waiting.join()
-    assert len([line for line in lines if "a process without the token of this Job; ignored" in line]) == 1
+    assert len(reports()) == 1
+    for channel in channels:
+        channel.disconnect()
 
 
 class Recorder(Connection):

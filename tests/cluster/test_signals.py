@@ -7,59 +7,74 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.processes import ROOT, run_python
+from tests.waiting import PATIENCE
 from trainer.cluster import signals
 from trainer.errors import INTERRUPTED
 from trainer.monitoring.health import Health
 
 PROGRAM = """
-import signal, sys, time
+import ctypes, signal, sys, threading, time
 from trainer.cluster.signals import StopFlag
 from trainer.errors import StopRequested
-stop = StopFlag()
-stop.on_signal = lambda reason: print("signal", reason, flush=True)
+stop, printed = StopFlag(), threading.Event()
+def print_signal(reason):
+    print("signal", reason, flush=True)
+    printed.set()
+stop.on_signal = print_signal
 print("ready", flush=True)
 {body}
 """
 BUSY = """
-import hashlib, threading
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+library.pthread_mutex_lock(mutex)
 def watch():
     while not stop.reason: time.sleep(0.01)
     print("seen", flush=True)
+    printed.wait()
+    library.pthread_mutex_unlock(mutex)
 threading.Thread(target=watch).start()
-hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in C, where no Python handler can run
+print("main thread is away", flush=True)
+library.pthread_mutex_lock(mutex)  # in C, where no Python handler can run, and no signal interrupts it
 print("main thread is back", flush=True)
 try:
     stop.check("here")
 except StopRequested as error:
     print(error)
 """
-WAITING = "time.sleep(30)"
 PEER = """
 stop.request("SIGTERM on worker 1")
 print("requested", flush=True)
-[time.sleep(0.1) for _ in range(30)]
+printed.wait()
 print(stop.reason)
 """
 
 
-def started(body: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(body: str, *lines: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has printed these lines, and is killed at the end."""
     program = textwrap.dedent(PROGRAM).format(body=textwrap.dedent(body))
-    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=-1, stderr=-1)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    return child
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
+        try:
+            assert child.stdout is not None
+            for line in ("ready", *lines):
+                assert child.stdout.readline() == f"{line}\n"
+            yield child
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -> None:
-    child = started(BUSY)
-    time.sleep(0.2)
-    child.send_signal(number)
-    out, err = child.communicate(timeout=120)
+    with started(BUSY, "main thread is away") as child:
+        child.send_signal(number)
+        out, err = child.communicate(timeout=PATIENCE)
     name = number.name
     *order, last, message = out.splitlines()
     assert sorted(order) == ["seen", f"signal {name}"]
@@ -69,20 +84,20 @@ def test_the_flag_is_set_while_the_main_thread_is_busy(number: signal.Signals) -
 
 
 def test_a_second_signal_ends_at_once_with_75() -> None:
-    child = started(WAITING)
-    child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert child.poll() is None
-    child.send_signal(signal.SIGINT)
-    assert child.wait(120) == 75
+    with started("time.sleep(600)") as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "signal SIGTERM\n"
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 75
+    assert err.splitlines()[-1] == "SIGINT: stopping at once"  # not after the first one
 
 
 def test_a_peers_signal_does_not_make_the_first_own_one_the_second() -> None:
-    child = started(PEER)
-    assert child.stdout is not None
-    child.stdout.readline()
-    child.send_signal(signal.SIGTERM)
-    out, _ = child.communicate(timeout=120)
+    with started(PEER, "requested") as child:
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate(timeout=PATIENCE)
     assert out == "signal SIGTERM\nSIGTERM on worker 1\n"
     assert child.returncode == 0
 
@@ -107,12 +122,12 @@ def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypa
     ended: queue.Queue[tuple[int, str]] = queue.Queue()
     monkeypatch.setattr("trainer.cluster.signals.health", current := Health())
     signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
-    assert ended.get(timeout=60) == (INTERRUPTED, "SIGTERM")
+    assert ended.get(timeout=PATIENCE) == (INTERRUPTED, "SIGTERM")
     checked = threading.Event()
     monkeypatch.setattr(Health, "seconds_since_progress", property(lambda _: checked.set() or 0.1))
     signals.end_without_progress(lambda *outcome: ended.put(outcome), "SIGTERM", seconds=0.2)
     current.record_progress()  # the step has ended: there is time to save
-    assert checked.wait(120)
+    assert checked.wait(PATIENCE)
     time.sleep(0.05)
     assert ended.empty()
 
@@ -121,12 +136,13 @@ def test_a_step_that_does_not_end_after_a_stop_request_ends_the_process(monkeypa
     ("body", "code"),
     [
         ("exit_on_sigterm(); os.kill(os.getpid(), 15)", 75),
-        ("StopFlag(); os.kill(os.getpid(), 15); time.sleep(0.5); os.kill(os.getpid(), 15); time.sleep(9)", 75),
+        ("StopFlag(); os.kill(os.getpid(), 15); time.sleep(0.5); os.kill(os.getpid(), 15); time.sleep(99)", 75),
         ("termination.set_path('/nowhere/x'); termination.write(5); os._exit(5)", 5),
     ],
 )
 def test_signals_do_not_depend_on_who_reads_the_log(body: str, code: int) -> None:
     imports = "import os, time\nfrom trainer.cluster.signals import *\nfrom trainer.monitoring import termination\n"
+    command = [sys.executable, "-c", imports + body]
     with open("/dev/full", "wb") as full:
-        ended = subprocess.run([sys.executable, "-c", imports + body], cwd=ROOT, stderr=full, timeout=30, check=False)
+        ended = subprocess.run(command, cwd=ROOT, stderr=full, timeout=PATIENCE, check=False)
     assert ended.returncode == code

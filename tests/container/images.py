@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import wait_until
+
 ROOT = Path(__file__).parents[2]
 BASE = os.environ.get("KUBETUNE_TEST_BASE") or "localhost/kubetune-test-base"
 DEPENDENCIES = "localhost/kubetune-test-dependencies"
@@ -155,11 +157,13 @@ class Container:
         return subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
     def wait_for(self, text: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while text not in self.logs():
-            assert time.monotonic() < end, self.logs()
-            assert self.running(), self.logs()
-            time.sleep(0.1)
+        def is_logged() -> bool:
+            is_running = self.running()
+            found = text in self.logs()
+            assert found or is_running, self.logs()
+            return found
+
+        wait_until(is_logged, lambda: f"{text!r} in {self.logs()}", seconds)
 
     def running(self) -> bool:
         return self.state("Running") == "true"
@@ -171,10 +175,7 @@ class Container:
         return self.exit_code(120), time.monotonic() - began
 
     def exit_code(self, seconds: float) -> int:
-        end = time.monotonic() + seconds
-        while self.running():
-            assert time.monotonic() < end, f"still running after {seconds:.0f} s:\n{self.logs()}"
-            time.sleep(0.1)
+        wait_until(lambda: not self.running(), lambda: f"the end; its log is\n{self.logs()}", seconds)
         return int(self.state("ExitCode"))
 
 

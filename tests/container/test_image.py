@@ -18,6 +18,7 @@ from tests.container import images
 from tests.container.images import DEPENDENCIES, MEGABYTE, ROOT, USER, run, started
 from tests.e2e.running import catches, has_loaded
 from tests.k8s.rendered import list_pods
+from tests.waiting import wait_until
 from trainer.cli.sweep import EVENT_FILE, serialize_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -169,9 +170,8 @@ def test_the_quickstart_is_interrupted_and_resumed(image: str, outputs: Path) ->
     with started(image, *arguments, volumes=volumes) as container:
         with timed("\nuntil the first phase"):
             container.wait_for("phase head", 300)
-        while not (outputs / "metrics.jsonl").exists() or not (outputs / "metrics.jsonl").read_text():
-            assert container.running(), container.logs()
-            time.sleep(0.1)
+        metrics = outputs / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text(), container.logs, 300)
         code, seconds = container.stop()
         text = container.logs()
     print(f"SIGTERM in training: exit code {code} after {seconds:.1f} s")
@@ -281,8 +281,5 @@ def test_the_image_of_tensorboard_is_small_and_shows_a_run(tensorboard: str, out
     entrypoint = f"--entrypoint={json.dumps(pods.container['command'])}"
     with started(tensorboard, *arguments, volumes={outputs: "/outputs"}, options=[entrypoint]) as container:
         program = ["podman", *images.OWN_STORE, "exec", container.name, pods.container["command"][0], "-c", LIST_RUNS]
-        end = time.monotonic() + 120
-        while "a/logs" not in (text := subprocess.run(program, capture_output=True, text=True, check=False).stdout):
-            assert time.monotonic() < end, f"{text}\n{container.logs()}"
-            assert container.running(), container.logs()
-            time.sleep(1)
+        listed = lambda: subprocess.run(program, capture_output=True, text=True, check=False).stdout  # noqa: E731
+        wait_until(lambda: "a/logs" in listed(), lambda: f"{listed()}\n{container.logs()}")

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
+from tests.waiting import PATIENCE, wait_until
 
 SERVING = "docker.io/tensorflow/serving:2.21.0"
 IMAGES = ("docker.io/library/python:3.12-slim", SERVING, "nvcr.io/nvidia/tensorrt:25.06-py3")
@@ -52,7 +52,7 @@ class Registry:
             source,
             target,
         ]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=PATIENCE)
         return digest
 
 
@@ -78,9 +78,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log)
     try:
-        while not answers(port):
-            assert server.poll() is None, (folder / "log").read_text()
-            time.sleep(0.05)
+        wait_until(lambda: answers(port), (folder / "log").read_text, process=server)
         yield Registry(port, folder, os.environ | {"HOME": str(folder)})
     finally:
         server.kill()
@@ -134,7 +132,7 @@ def test_the_rendered_manifest_has_the_digest(registry: Registry, checkout: Path
     kubectl = Path(sys.executable).parent / "kubectl"
     for overlay in ("serving", "serving-log"):
         command = [kubectl, "kustomize", checkout / "k8s/overlays" / overlay]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
         assert f"image: {short(SERVING)}@{digests[SERVING]}\n" in text
 
 
@@ -173,7 +171,7 @@ def test_without_skopeo(registry: Registry, checkout: Path, tmp_path: Path) -> N
 def pin(checkout: Path, registry: Registry, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "scripts/pin_images.py"], cwd=checkout, env=registry.environment | environment,
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -183,7 +181,7 @@ def pulled(registry: Registry, digest: str) -> str:
     name = SERVING.rpartition(":")[0]
     subprocess.run(
         ["skopeo", "--override-arch=arm64", "copy", f"docker://{name}@{digest}", f"dir:{target}"],
-        env=registry.environment, check=True, timeout=60,
+        env=registry.environment, check=True, timeout=PATIENCE,
     )  # fmt: skip
     manifest = json.loads((target / "manifest.json").read_text())
     layer = target / manifest["layers"][0]["digest"].partition(":")[2]
@@ -233,7 +231,7 @@ def write_layout(folder: Path, content: str) -> str:
 
 def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://localhost:{port}/v2/", timeout=5) as response:
+        with urllib.request.urlopen(f"http://localhost:{port}/v2/", timeout=PATIENCE) as response:
             return bool(response.status == 200)
     except OSError:
         return False

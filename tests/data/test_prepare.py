@@ -4,7 +4,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.data.test_open import open_folder, open_logged
 from tests.data.test_orientation import encode_photo
 from tests.disks import fill, small_disk
 from tests.errors import raises
+from tests.waiting import wait_until
 from trainer.config.schema import load
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record, locate_records, read_source_name, serialize_example
@@ -228,10 +228,8 @@ def test_shards_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, worker
         for _ in range(3):
             with pytest.raises(OSError, match="No space left"):
                 write_dataset(disk / "out", make_labelled_images(), options)
-            deadline = time.monotonic() + 10
-            while any(is_temporary_name(file.name) for file in (disk / "out").iterdir()):  # threads end after the error
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            # The threads end after the error.
+            wait_until(lambda: not any(is_temporary_name(file.name) for file in (disk / "out").iterdir()))
         (disk / "filler").unlink()
         assert write_dataset(disk / "out", make_labelled_images(2), options)
 

@@ -17,6 +17,7 @@ from tests.data.orders import Batches, assert_same
 from tests.data.products import make_combinations
 from tests.data.splits_on_disk import COUNT, open_pixels, write_shard_split
 from tests.errors import raises
+from tests.waiting import wait_until
 from trainer.config.schema import Augmentation
 from trainer.data.images import Pixels
 from trainer.data.order import Order, compute_block_shards, make_sequence_blocks, make_training_blocks
@@ -226,10 +227,7 @@ def test_the_cache_reads_ahead_in_the_order_of_need_and_a_second_epoch_from_disk
     taken(pixels, ORDER, 1)
     cache = pixels.shards
     assert cache
-    deadline = time.monotonic() + 20
-    while len(cache._cached) < SHARDS:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(cache._cached) == SHARDS, lambda: f"{len(cache._cached)} shards are on disk")
     shutil.move(Path(split.shards[0].path).parent, tmp_path / "gone")
     try:
         steps = count_steps_per_epoch(split, 8)

@@ -6,14 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.running import ROOT, SMALL, catches, has_loaded, start, train
+from tests.e2e.running import ROOT, SMALL, has_loaded, start, train
 from tests.processes import run_python
+from tests.waiting import PATIENCE, wait_until
 
 ANSWERS: list[tuple[list[str], int, str, str]] = [
     (["--help"], 0, "out", "kubetune fine-tunes an image classifier in phases."),
@@ -90,33 +90,46 @@ def test_an_output_dir_that_cannot_be_made_is_rejected(tmp_path: Path) -> None:
     assert re.search(r"^error: output_dir=.*\(?Not a directory", error)
 
 
-def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="inspects the process through Linux's /proc")
+def test_sigterm_while_tensorflow_is_imported_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # a line on stderr for each module, once it has been imported
     child = start(*SMALL, f"output_dir={tmp_path / 'run'}")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / ".lock").exists():  # created right before the import
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.3)
-    began = time.monotonic()
+    wait_until(lambda: has_loaded(child.pid, "libtensorflow"), process=child)
     child.send_signal(signal.SIGTERM)
-    _, err = child.communicate(timeout=120)
+    _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 75
-    assert time.monotonic() - began < 3
+    imported = {line.rpartition("|")[2].strip() for line in err.splitlines() if line.startswith("import time:")}
+    assert "pydantic" in imported
+    assert not imported & {"keras", "tensorflow"}
     assert "interrupted: SIGTERM before training began, nothing is lost; start the same command again to resume" in err
+
+
+# Runs a module as `python -m` does, and suspends the process when it has installed a handler of SIGTERM.
+SUSPENDED = """
+import os, runpy, signal, sys
+
+def install_and_suspend(number, handler, install=signal.signal):
+    install(number, handler)
+    if number == signal.SIGTERM:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+signal.signal, sys.argv = install_and_suspend, sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="inspects the process through Linux's /proc")
 @pytest.mark.parametrize("module", ["trainer", "trainer.prepare", "trainer.plan"])
 def test_a_signal_ends_the_process_before_anything_large_is_imported(module: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", module, f"output={tmp_path}"]
+    command = [sys.executable, "-c", SUSPENDED, module, f"output={tmp_path}"]
     child = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1)
-    while not catches(child.pid, signal.SIGTERM):
-        assert child.poll() is None
-        time.sleep(0.001)
+    _, status = os.waitpid(child.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     early = not has_loaded(child.pid, "pydantic_core")
     child.terminate()
-    out, err = child.communicate(timeout=120)
+    child.send_signal(signal.SIGCONT)
+    out, err = child.communicate(timeout=PATIENCE)
     assert early
     assert child.returncode == 75
     assert out == ""

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.e2e.running import ROOT
 from tests.promote.runs import read_graphs
 from tests.serving.running import Clients, Served
 from tests.storage.emulator import running
+from tests.waiting import wait_until
 from trainer.errors import DONE, INTERRUPTED, NOT_PROMOTED
 from trainer.promote.promotion import read_manifest
 from trainer.storage.path import storage_path
@@ -106,10 +106,7 @@ def send(served: Served, rows: list[list[np.ndarray]]) -> int:
     for index, image in enumerate(images):
         response = served.client.post("/predict", files={"file": (f"{index}.png", image)})
         assert response.status_code == 200
-    until = time.monotonic() + 60
-    while len(read_rows()) < before + len(images):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: len(read_rows()) >= before + len(images), lambda: f"{len(read_rows())} rows are logged")
     return len(images)
 
 
@@ -170,8 +167,7 @@ def test_the_loop_from_the_log_to_the_next_version(digits: dict[str, list[list[n
         assert "weights: this run's checkpoint at step " in output
         assert "verdict" not in output  # the decision was that of the night when the run began
         served.wait_for("serving version 2 .* instead of version 1")
-        while "2" not in clients.versions[-4:]:
-            time.sleep(0.05)
+        wait_until(lambda: "2" in clients.versions[-4:], process=served.process)
         clients.stop()
         assert clients.codes.keys() == {200}
         assert record_of("2026-03-03") | {"reason": ""} == {

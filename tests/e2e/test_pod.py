@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL, program
 from tests.e2e.workers import SHARED, Workers, start_workers
 from tests.monitoring.test_http import get, metrics
+from tests.waiting import PATIENCE, wait_until
+from trainer.cluster.signals import STOP_TIMEOUT_SECONDS
 from trainer.errors import INTERRUPTED, WRONG_INPUT
 
 LABELS = "logging.googleapis.com/labels"
@@ -47,14 +48,6 @@ def entries(log: str) -> list[dict[str, Any]]:
 
 def message(folder: Path) -> str:
     return (folder / "termination-log").read_text()
-
-
-def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def response(port: int, path: str = "/healthz") -> tuple[int, str]:
@@ -91,9 +84,9 @@ def stalled(tmp_path: Path, photos: Path) -> tuple[Workers, int, list[str]]:
         "export.formats=[]", f"output_dir={tmp_path / 'run'}", *as_pod(tmp_path / "pod", port), "runtime.stuck_after=4",
     ]  # fmt: skip
     run = start_workers(tmp_path, 1, *overrides)
-    until(lambda: steps(port) >= 6, run[0])
+    wait_until(lambda: steps(port) >= 6, process=run[0])
     block(photos)
-    until(lambda: response(port)[0] == 503, run[0])
+    wait_until(lambda: response(port)[0] == 503, process=run[0])
     return run, port, overrides
 
 
@@ -106,9 +99,7 @@ def test_a_stalled_step_is_reported_and_sigterm_ends_it_at_once(tmp_path: Path, 
     assert re.search(r"\d+ s \(runtime.stuck_after=4\).* after step \d+\n", text)
     assert metrics(port)["kubetune_last_progress_age_seconds"] > 4
     assert metrics(port)["kubetune_last_step_age_seconds"] > 4
-    began = time.monotonic()
-    run.terminate(seconds=30)
-    assert time.monotonic() - began < 3
+    run.terminate(seconds=STOP_TIMEOUT_SECONDS / 2)  # which it would wait for the step
     log = entries(run.output(0))
     (stacks,) = [entry for entry in log if re.search(r"in (train_epoch|probabilities)\n", entry["message"])]
     assert stacks["severity"] == "ERROR"
@@ -123,7 +114,7 @@ def test_a_wrong_configuration_is_in_the_log_and_in_the_termination_message(tmp_
     pod = as_pod(tmp_path, free_ports(1)[0])
     for wrong, reason in (("modle=3", "modle"), ("seed=[1", "cannot be read as a value")):
         run = start_workers(tmp_path, 1, *pod, wrong)
-        assert run.wait(120) == [WRONG_INPUT]
+        assert run.wait(PATIENCE) == [WRONG_INPUT]
         (entry,) = entries(run.output(0))
         assert (entry["severity"], entry["exit_code"]) == ("ERROR", 2)
         assert reason in entry["message"]
@@ -152,9 +143,9 @@ def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
         f"output={tmp_path}/out",
     ]
     with subprocess.Popen([*call, *pod], cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
-        until(lambda: response(port)[0] == 503, child)
+        wait_until(lambda: response(port)[0] == 503, process=child)
         child.send_signal(signal.SIGTERM)
-        out, err = child.communicate(timeout=120)
+        out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == INTERRUPTED
     assert [entry["severity"] for entry in entries(out + err)][-2:] == ["ERROR", "WARNING"]
     assert message(tmp_path / "pod").startswith("exit code 75 (interrupted): SIGTERM")
@@ -164,7 +155,7 @@ def test_sigterm_ends_prepare_at_once(tmp_path: Path, photos: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_stalled_run_resumes(tmp_path: Path, photos: Path) -> None:
     first, _, overrides = stalled(tmp_path, photos)
-    first.terminate(seconds=30)
+    first.terminate(seconds=STOP_TIMEOUT_SECONDS / 2)
     unblock(photos)
     second = start_workers(tmp_path / "second", 1, *overrides)
     assert second.wait(300) == [0], second.output(0)
@@ -200,7 +191,7 @@ def test_two_workers_are_monitored_separately(tmp_path: Path) -> None:
 def test_the_termination_message_after_sigterm_has_the_saved_step(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     run = start_workers(tmp_path, 1, *SMALL, *as_pod(tmp_path / "pod", port), f"output_dir={tmp_path / 'run'}")
-    until(lambda: steps(port) >= 4, run[0])
+    wait_until(lambda: steps(port) >= 4, process=run[0])
     run.terminate()
     request, end = (entry["message"] for entry in entries(run.output(0)) if entry["severity"] == "WARNING")
     assert "SIGTERM" in request

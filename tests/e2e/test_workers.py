@@ -14,11 +14,11 @@ import pytest
 from tests.cluster.test_authentication import (
     TOKEN,
     announce_a_terabyte,
-    connect,
     join_without_proof,
     send_nested_json,
     send_random_bytes,
 )
+from tests.cluster.test_control import connect
 from tests.e2e.running import assert_near, assert_same_run, assert_same_weights, program, train
 from tests.e2e.workers import SHARED, Workers, start_workers, train_alone_and_by_two
 from trainer.cluster.control import Connection
@@ -110,7 +110,7 @@ def attack(workers: Workers, attacks: Sequence[Callable[[Connection, Cluster], N
     for index in range(len(workers.processes)):
         for run_attack in attacks:
             cluster = Cluster(0, workers.addresses, "TF_CONFIG", ",".join(workers.addresses), "another token")
-            peers.append(connect(cluster, index, seconds=60))
+            peers.append(connect(cluster, index))
             peers[-1].socket.settimeout(2)
             with contextlib.suppress(OSError):
                 run_attack(peers[-1], cluster)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, SMALL, assert_same_weights, command, train
+from tests.waiting import wait_until
 from trainer.errors import INTERRUPTED
 
 # A batch that 1, 2, 3 and 4 workers can divide, and one micro-batch size for all of them: the summation order of
@@ -60,14 +61,21 @@ class Workers:
         self.wait_until(lambda: text in self.output(index), f"{text!r} in the output of worker {index}", seconds)
 
     def wait_until(self, true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-        deadline = time.monotonic() + seconds
-        while not true():
-            ended = [p.poll() for p in self.processes]
-            if time.monotonic() > deadline or all(code is not None for code in ended):
-                outputs = "\n".join(f"--- {i}: {self.output(i)[-1500:]}" for i in range(len(self.processes)))
-                self.kill()
-                raise AssertionError(f"timeout in waiting for {what}; exit codes {ended}\n{outputs}")
-            time.sleep(0.02)
+        """Wait until a condition is true; fail, and kill all workers, after `seconds` or when all have ended."""
+
+        def is_true() -> bool:
+            all_ended = all(p.poll() is not None for p in self.processes)
+            result = true()
+            assert result or not all_ended, f"all workers have ended: {what}"
+            return result
+
+        try:
+            wait_until(is_true, what, seconds)
+        except AssertionError as error:
+            codes = [p.poll() for p in self.processes]
+            self.kill()
+            outputs = "\n".join(f"--- {i}: {self.output(i)[-1500:]}" for i in range(len(self.processes)))
+            raise AssertionError(f"{error}; exit codes {codes}\n{outputs}") from None
 
     def terminate(self, index: int = 0, seconds: float = PATIENCE) -> None:
         """Send SIGTERM to a worker; assert that all end as interrupted."""

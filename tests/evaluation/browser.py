@@ -10,11 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -88,12 +89,9 @@ class Tab:
         assert "exceptionDetails" not in response, response["exceptionDetails"]
         return response["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 60.0) -> None:
+    def until(self, expression: str) -> None:
         """Wait until an expression is true."""
-        end = time.monotonic() + seconds
-        while not self.run(expression):
-            assert time.monotonic() < end, f"not in {seconds} s: {expression}"
-            time.sleep(0.05)
+        wait_until(lambda: self.run(expression), expression)
 
     def centre(self, selector: str) -> tuple[float, float]:
         """Scroll to the first element of a selector, and return its centre in the window."""

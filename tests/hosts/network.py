@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,17 +21,18 @@ from typing import Any, Self, TypeVar
 
 import pytest
 
+from tests.waiting import PATIENCE, wait_until
+
 T = TypeVar("T")
 
 FILES = Path("/etc/netns")  # `ip netns exec` mounts the files of <FILES>/<namespace> over /etc
 NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET of sched.h
-KILL_TIMEOUT = 10.0  # seconds until the processes of all hosts have ended
 IP, UNSHARE, SHELL = (shutil.which(name) or name for name in ("ip", "unshare", "sh"))  # of iproute2 and util-linux
 _numbers = itertools.count()
 
 
 def _ip(*arguments: str, text: str = "") -> str:
-    done = subprocess.run([IP, *arguments], input=text, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([IP, *arguments], input=text, capture_output=True, text=True, check=False, timeout=PATIENCE)
     if done.returncode != 0:
         raise RuntimeError(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
     return done.stdout
@@ -176,9 +176,9 @@ class Network:
         for host in hosts:
             folder = FILES / host.namespace
             folder.mkdir(parents=True)
-            # Port 53 is closed, so that a DNS query is refused immediately. With "files" alone the result for an
+            # Port 53 is closed, so that a DNS query is refused immediately, and not after 30 s. With "files" alone the result for an
             # unknown name is "not known", as with cluster DNS, and not "try again".
-            (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+            (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:1\n")
             if Path("/etc/nsswitch.conf").exists():
                 (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
         self._write_hosts_files()
@@ -216,13 +216,14 @@ class Network:
     def _kill(self, namespaces: list[str]) -> None:
         for process in self._started:  # it may not have entered its namespace yet
             process.kill()
-        deadline = time.monotonic() + KILL_TIMEOUT
-        while left := [pid for namespace in namespaces for pid in _pids(namespace)]:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {left} of the hosts still run {KILL_TIMEOUT:.0f} s after SIGKILL")
+
+        def have_ended() -> bool:
+            left = [pid for namespace in namespaces for pid in _pids(namespace)]
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+            return not left
+
+        wait_until(have_ended, "the end of the hosts' processes after SIGKILL")
         for process in self._started:
-            process.wait(timeout=KILL_TIMEOUT)
+            process.wait(timeout=PATIENCE)

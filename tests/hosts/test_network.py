@@ -14,6 +14,7 @@ import pytest
 
 from tests.hosts.jobs import names
 from tests.hosts.network import FILES, Network, needs_root
+from tests.waiting import PATIENCE
 
 pytestmark = needs_root
 FIRST, SECOND, THIRD = HOSTS = names(3)
@@ -38,7 +39,7 @@ for name in sys.argv[1:]:
         address = socket.getaddrinfo(name, 1, type=socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as error:
         address = "unknown" if error.errno == socket.EAI_NONAME else repr(error)
-    print(address, time.monotonic() - began < 1)
+    print(address, time.monotonic() - began < 20)
 """
 WATCH = """
 import socket, sys, time
@@ -58,7 +59,7 @@ def python(network: Network, host: str, code: str, *arguments: str, hostname: st
 
 def output_of(network: Network, host: str, code: str, *arguments: str) -> list[str]:
     process = python(network, host, code, *arguments)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output.split()
 
@@ -69,13 +70,13 @@ def serve(network: Network, host: str) -> Popen[str]:
     return server
 
 
-def connect(network: Network, host: str, peer: str, port: int = 5000, timeout: float = 5) -> socket.socket:
+def connect(network: Network, host: str, peer: str, port: int = 5000, timeout: float = PATIENCE) -> socket.socket:
     """Connect from one host to another, from this process."""
     address = (network.hosts[peer].address, port)
     return network.inside(host, lambda: socket.create_connection(address, timeout=timeout))
 
 
-def connects(network: Network, host: str, peer: str, timeout: float = 5) -> bool:
+def connects(network: Network, host: str, peer: str, timeout: float = PATIENCE) -> bool:
     with contextlib.suppress(TimeoutError), connect(network, host, peer, timeout=timeout):
         return True
     return False
@@ -89,9 +90,9 @@ def refuses(network: Network, host: str, peer: str, port: int = 5000) -> bool:
 
 
 def wait_for(process: Popen[str], line: str) -> None:
-    """Read the output of a process up to this line; kills it after 20 s."""
+    """Read the output of a process up to this line; kills it if it does not come."""
     assert process.stdout is not None
-    timer = threading.Timer(20, process.kill)
+    timer = threading.Timer(PATIENCE, process.kill)
     timer.start()
     try:
         assert any(printed.strip() == line for printed in process.stdout), f"the process ended without {line!r}"
@@ -121,7 +122,7 @@ def leftovers(network: Network) -> list[str]:
 def test_hosts_connect_by_name_and_exchange_bytes(network: Network) -> None:
     code = """
 import socket, sys
-with socket.create_connection((sys.argv[1], 5000), timeout=20) as connection:
+with socket.create_connection((sys.argv[1], 5000)) as connection:
     connection.sendall(b"hello")
     connection.shutdown(socket.SHUT_WR)
     while chunk := connection.recv(1000):
@@ -137,7 +138,7 @@ def test_a_host_resolves_its_peers_and_its_own_short_name_only(network: Network)
     names = [*HOSTS, "localhost", "train-1", "train-0", "train-9.train-workers", "example.com"]
     output = output_of(network, SECOND, RESOLVE, *names)
     assert output[::2] == ["10.77.0.2", "10.77.0.3", "10.77.0.4", "127.0.0.1", "10.77.0.3"] + 3 * ["unknown"]
-    assert set(output[1::2]) == {"True"}  # each in less than a second
+    assert set(output[1::2]) == {"True"}  # each without the timeout of a DNS query
 
 
 def test_a_function_is_called_inside_a_host_and_its_connections_use_that_host(network: Network) -> None:
@@ -158,7 +159,7 @@ def test_signals_reach_the_command_and_its_exit_code_comes_back(network: Network
 import os, signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print(os.getpid(), socket.gethostname(), flush=True)
-time.sleep(60)
+time.sleep(900)
 """
     stopped, killed = (python(network, FIRST, code, hostname=hostname) for _ in range(2))
     for process in (stopped, killed):
@@ -168,15 +169,15 @@ time.sleep(60)
     assert network.pids(SECOND) == []
     stopped.send_signal(signal.SIGTERM)
     killed.kill()
-    assert stopped.wait(timeout=10) == 75
-    assert killed.wait(timeout=10) == -signal.SIGKILL
+    assert stopped.wait(timeout=PATIENCE) == 75
+    assert killed.wait(timeout=PATIENCE) == -signal.SIGKILL
     assert network.pids(FIRST) == []
 
 
 def test_the_command_runs_in_its_folder_with_its_environment(network: Network, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         process = network.popen(FIRST, ["/bin/sh", "-c", "pwd; echo $INDEX; exit 3"], env={"INDEX": "0"}, cwd=tmp_path, stdout=log)  # fmt: skip
-        assert process.wait(timeout=10) == 3
+        assert process.wait(timeout=PATIENCE) == 3
     assert (tmp_path / "log").read_text() == f"{tmp_path}\n0\n"
 
 
@@ -203,7 +204,7 @@ def test_an_open_connection_outlives_a_cut(network: Network) -> None:
         with pytest.raises(TimeoutError):
             connection.recv(1)
         network.join(FIRST)
-        connection.settimeout(20)
+        connection.settimeout(PATIENCE)
         assert connection.recv(1) == b"?"
 
 
@@ -245,7 +246,7 @@ if os.fork() == 0:
     process = python(network, host, code)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert network.pids(host) == [pid]
     return pid
 
@@ -309,7 +310,7 @@ def test_two_networks_are_isolated(network: Network) -> None:
         assert not connects(other, SECOND, FIRST, timeout=0.5)
         other.join(FIRST)
         server.kill()
-        server.wait(timeout=10)
+        server.wait(timeout=PATIENCE)
         assert refuses(network, SECOND, FIRST)
         assert connects(other, SECOND, FIRST)
         assert same_name.poll() is None

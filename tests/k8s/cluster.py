@@ -22,6 +22,7 @@ from tests.k8s.container import Container, start
 from tests.k8s.controller import JobCondition, RunningPod, TerminatedPod
 from tests.k8s.rendered import Pods
 from tests.storage.emulator import Emulator
+from tests.waiting import wait_until
 
 STORAGE, STORAGE_PORT = "storage", 4443  # the first host: 10.77.0.2, as in tests/k8s/overlays/common
 PROBE = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3}  # the defaults of Kubernetes
@@ -98,11 +99,12 @@ class Cluster:
         return self.condition
 
     def _run_until(self, reached: Callable[[], bool], what: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < deadline, f"{what} not reached\n{self.describe()}"
-            self._reconcile()
-            time.sleep(0.02)
+        def step() -> bool:
+            if not (is_reached := reached()):
+                self._reconcile()
+            return is_reached
+
+        wait_until(step, lambda: f"{what}\n{self.describe()}", seconds)
 
     def preempt(self, index: int) -> Pod:
         """Disrupt a pod as the scheduler, a drain or an eviction does: set the condition, then delete the pod."""

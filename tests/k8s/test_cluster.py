@@ -13,6 +13,7 @@ import pytest
 from tests.hosts.network import needs_root
 from tests.k8s.cluster import Cluster
 from tests.k8s.rendered import Pods, local_job
+from tests.waiting import PATIENCE
 from trainer.errors import INTERRUPTED
 
 pytestmark = needs_root
@@ -42,8 +43,11 @@ open("/dev/termination-log", "w").write("done")
 """
 
 
-def job_running(overlay: str, program: str, probed: bool = False, **changes: Any) -> Pods:
-    """A Job with another program, without probes or with frequent ones; `changes` are of the pod template's spec."""
+def job_running(overlay: str, program: str, probed: bool = False, fails_to_start: bool = False, **changes: Any) -> Pods:
+    """A Job with another program, without probes or with frequent ones; `changes` are of the pod template's spec.
+
+    A pod that has not started yet fails its startup probe: only a program that never succeeds may fail it nine times.
+    """
     job = local_job(overlay)
     owner = copy.deepcopy(job.owner)
     spec = owner["spec"]
@@ -51,7 +55,8 @@ def job_running(overlay: str, program: str, probed: bool = False, **changes: Any
     (container,) = spec["template"]["spec"]["containers"]
     container |= {"command": ["python", "-I", "-c", program], "args": []}
     for probe in ("startupProbe", "livenessProbe"):
-        container[probe] |= {"periodSeconds": 1, "failureThreshold": 9 if probe == "startupProbe" else 2}
+        failures = 2 if probe == "livenessProbe" else 9 if fails_to_start else 1000
+        container[probe] |= {"periodSeconds": 0.25, "timeoutSeconds": 60, "failureThreshold": failures}
         if not probed:
             del container[probe]
     return dataclasses.replace(job, owner=owner, template=spec["template"], job=spec)
@@ -63,7 +68,7 @@ def inspections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     inspections = {}
     for overlay in ("job", "multiworker"):
         with Cluster(job_running(overlay, INSPECT), tmp_path_factory.mktemp(overlay)) as cluster:
-            assert cluster.finish(60).type == "Complete", cluster.describe()
+            assert cluster.finish(PATIENCE).type == "Complete", cluster.describe()
             assert {pod.container.message for pod in cluster.pods} == {"done"}
             inspections[overlay] = [json.loads(pod.container.log) for pod in cluster.pods]
     return inspections
@@ -104,7 +109,7 @@ WAIT = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: {on_term})
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(900)
 """
 
 
@@ -114,35 +119,35 @@ def test_deletion_sends_sigterm_only_while_the_grace_period_lasts(tmp_path: Path
     )
     with Cluster(job_running("job", program), tmp_path) as cluster:
         for number in range(3):
-            cluster.wait_until(lambda: "ready" in cluster.log(), "the pod", 20)
+            cluster.wait_until(lambda: "ready" in cluster.log(), "the pod", PATIENCE)
             pod = cluster.preempt(0)
             assert cluster.running == [pod]
-            cluster.wait_until(lambda: len(cluster.pods) == number + 2, "a replacement", 20)  # noqa: B023
+            cluster.wait_until(lambda: len(cluster.pods) == number + 2, "a replacement", PATIENCE)  # noqa: B023
             assert pod.exit_code == INTERRUPTED
         assert cluster.condition is None
 
 
-NO_HANDLER = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+NO_HANDLER = "import time\nprint('ready', flush=True)\ntime.sleep(900)"
 
 
 @pytest.mark.parametrize("program", [WAIT.format(on_term="None"), NO_HANDLER], ids=["ignored", "no handler"])
 def test_a_pod_that_ignores_sigterm_is_killed_after_the_grace_period(program: str, tmp_path: Path) -> None:
     """A signal without a handler does not end process 1 of a container; the log is the termination message."""
     with Cluster(job_running("multiworker", program, terminationGracePeriodSeconds=1), tmp_path) as cluster:
-        cluster.wait_until(lambda: "ready" in cluster.log(0) and "ready" in cluster.log(1), "the pods", 20)
+        cluster.wait_until(lambda: "ready" in cluster.log(0) and "ready" in cluster.log(1), "the pods", PATIENCE)
         began = time.monotonic()
         preempted = cluster.preempt(0)
-        cluster.wait_until(lambda: len(cluster.pods) > 2, "a replacement", 20)
-        assert 1 <= time.monotonic() - began < 5
+        cluster.wait_until(lambda: len(cluster.pods) > 2, "a replacement", PATIENCE)
+        assert time.monotonic() - began >= 1
         assert preempted.exit_code == 128 + signal.SIGKILL
         assert preempted.container.message == "ready\n"
         assert [pod.index for pod in cluster.running] == [1, 0]
 
 
 def test_crashes_are_counted_until_the_job_fails(tmp_path: Path) -> None:
-    program = "import os, sys, time\nif os.environ['JOB_COMPLETION_INDEX'] == '0': time.sleep(60)\nsys.exit(1)"
+    program = "import os, sys, time\nif os.environ['JOB_COMPLETION_INDEX'] == '0': time.sleep(900)\nsys.exit(1)"
     with Cluster(job_running("multiworker", program, terminationGracePeriodSeconds=1), tmp_path) as cluster:
-        assert cluster.finish(60).reason == "MaxFailedIndexesExceeded"
+        assert cluster.finish(PATIENCE).reason == "MaxFailedIndexesExceeded"
         assert [pod.exit_code for pod in cluster.pods if pod.index == 1] == [1, 1, 1, 1]
         assert [pod.exit_code for pod in cluster.pods if pod.index == 0] == [128 + signal.SIGKILL]
 
@@ -164,13 +169,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         print("request", flush=True)
 http.server.HTTPServer(("0.0.0.0", 8080), Handler).serve_forever()
 """.replace("STATUSES", statuses)
-    with Cluster(job_running("job", program, probed=True, terminationGracePeriodSeconds=1), tmp_path) as cluster:
-        cluster.wait_until(lambda: cluster.pods != [], "the pod", 5)
+    fails_to_start = reason == "failed its startupProbe"
+    job = job_running("job", program, True, fails_to_start, terminationGracePeriodSeconds=1)
+    with Cluster(job, tmp_path) as cluster:
+        cluster.wait_until(lambda: cluster.pods != [], "the pod", PATIENCE)
         pod = cluster.pod()
         if reason:
-            cluster.wait_until(lambda: pod.container.exit_code is not None, "its termination", 30)
+            cluster.wait_until(lambda: pod.container.exit_code is not None, "its termination", PATIENCE)
         else:
-            cluster.wait_until(lambda: pod.probe.successes >= 3, "some successes", 30)
+            cluster.wait_until(lambda: pod.probe.successes >= 3, "some successes", PATIENCE)
             assert pod.sigterm_time is None
         assert pod.reason == reason
 
@@ -188,9 +195,9 @@ while True:
     time.sleep(0.005)
 """
     with Cluster(job_running("multiworker", program), tmp_path / "1") as cluster:
-        cluster.wait_until(lambda: "10.77.0.4\nunknown\n" in cluster.log(0), "the name published and removed", 30)
+        cluster.wait_until(lambda: "10.77.0.4\nunknown\n" in cluster.log(0), "the name published and removed", PATIENCE)
     hidden = job_running("multiworker", program)
     hidden.template["metadata"]["labels"]["app.kubernetes.io/name"] = "other"  # which no Service selects
     with Cluster(hidden, tmp_path / "2") as cluster:
-        cluster.wait_until(lambda: len(cluster.pods) > 5, "some replacements", 30)
+        cluster.wait_until(lambda: len(cluster.pods) > 5, "some replacements", PATIENCE)
         assert set(cluster.log(0).split()) <= {"unknown"}

@@ -15,6 +15,7 @@ from tests.k8s.controller import TerminatedPod, choose_action
 from tests.k8s.rendered import Object, list_containers, load_documents
 from tests.k8s.test_pods import breaches
 from tests.storage.emulator import running
+from tests.waiting import PATIENCE
 from trainer import export as export_verb
 from trainer.cli.arguments import parse_arguments
 from trainer.exporting.formats import FORMATS
@@ -80,7 +81,8 @@ def test_the_tensorrt_job_uploads_the_engine(tensorrt: Object, tmp_path: Path) -
     plan.write_bytes(b"engine")
     with running(tmp_path / "objects"):
         environment = {**os.environ, "GOOGLE_CLOUD_PROJECT": "test"}
-        subprocess.run([sys.executable, option, program, str(plan), address], env=environment, check=True, timeout=60)
+        command = [sys.executable, option, program, str(plan), address]
+        subprocess.run(command, env=environment, check=True, timeout=PATIENCE)
         assert storage_path(address).read() == b"engine"
 
 

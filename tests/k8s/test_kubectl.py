@@ -12,6 +12,7 @@ import yaml
 from scripts import manifests
 from tests.k8s.api_server import ApiServer
 from tests.k8s.rendered import FILES, OVERLAYS
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def run(server: ApiServer, line: str, folder: Path) -> str:
     path = f"{Path(manifests.find_kubectl()).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "KUBECONFIG": str(config), "HOME": str(folder)}
     done = subprocess.run(
-        ["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -12,6 +12,7 @@ import yaml
 
 from scripts import manifests
 from tests.k8s.rendered import OVERLAYS, get_only_object, list_pods, render_objects
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(manifests.FOLDERS)
@@ -46,7 +47,7 @@ def test_kubectl_reads_the_objects_of_the_kustomization(file: str) -> None:
         "read=1",
         "--output=json",
     ]
-    output = subprocess.run(label, capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run(label, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     trees = json.loads("[" + output.replace("\n}\n{", "\n},\n{") + "]")
     for tree in trees:
         assert tree["metadata"]["labels"].pop("read") == "1"

@@ -380,4 +380,4 @@ with suppress_import_noise(with_keras=False):
     import trainer.look.show
 print(sorted({"keras", "sklearn"} & set(sys.modules)))
 """
-    assert run_python(program, timeout=120).stdout == "[]\n"
+    assert run_python(program).stdout == "[]\n"

@@ -16,33 +16,34 @@ from trainer.monitoring.health import FINISH, Health
 ROOT = Path(__file__).parents[2]
 FIGURES = ["loss 0.1234", "accuracy 0.9512", "120 images/s", "goodput 83%", "lr 1.00e-03", "waiting 0%"]
 PROGRAM = """
-import logging, sys, time
+import logging, sys
 from rich.console import Console
 from trainer.monitoring.display import Display, PhaseProgress
 from trainer.monitoring.health import FINISH, health
 from trainer.monitoring.log import configure, log
 configure()
 display = Display(Console(highlight=False))
+draw = display._live.refresh  # as its thread does four times a second
 health.enter_phase("fine_tune")
 display.phase = PhaseProgress("fine_tune", 200, 400, 12, start_step=200)
 display.metric_texts = sys.argv[1:]
 for step in range(200, 601, 100):
     health.set_activity("training")
     health.record_steps(step, 7)
-    time.sleep(0.3)
+    draw()
     health.set_activity("validation")
     health.record_progress(0, 4)
-    time.sleep(0.3)
+    draw()
     health.record_progress(3, 4)
-    time.sleep(0.3)
+    draw()
 log.info("fine_tune  epoch 7 done")
 health.enter_phase(FINISH)
 for stage in ("evaluation", "export", "report"):
     health.set_activity(stage)
     health.record_progress(0, 2)
-    time.sleep(0.3)
+    draw()
     health.record_progress(1, 2)
-    time.sleep(0.4)
+    draw()
 display.stop()
 print("the end")
 """
@@ -53,7 +54,7 @@ WIDTHS = {80: 1, 120: 3, 200: 6}  # columns of a terminal: the number of metrics
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[int, str]:
-    """The output of the program on each terminal, at the same time, since it mostly waits."""
+    """The output of the program on each terminal."""
     with ThreadPoolExecutor() as pool:
         written = pool.map(lambda width: on_terminal([sys.executable, "-c", PROGRAM, *FIGURES], width), WIDTHS)
         return dict(zip(WIDTHS, written, strict=True))
@@ -142,7 +143,8 @@ with exit_with_code():
 
 
 INTERRUPTED_PROGRAM = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
+from rich.live import Live
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
@@ -153,29 +155,38 @@ from trainer.monitoring.log import configure
 from trainer.monitoring.progress import show_image_progress
 from trainer.prepare import _exit_on_signal
 configure()
+drawn, handled, refresh = threading.Event(), threading.Event(), Live.refresh
+def refresh_and_notify(live):
+    refresh(live)
+    drawn.set()
+Live.refresh = refresh_and_notify
 how = sys.argv[1]
 if how == "prepare":
     signal.signal(signal.SIGTERM, _exit_on_signal)
     with show_image_progress("bar") as show:
         show(3, 9)
-        time.sleep(0.5)
+        drawn.clear()
+        drawn.wait()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(9)
+        time.sleep(99)
 stop = StopFlag()
+stop.on_signal = lambda name: handled.set()
 display = Display(PatientConsole(highlight=False))
 health.set_activity("training")
 health.record_progress(3, 9)
-time.sleep(0.5)
+drawn.clear()
+drawn.wait()
 os.write(1, b"^C")
 if how == "control":
     control = ControlChannel(discover({}), {})
     control.on_end = lambda code, message: time.sleep(0.6)
     control.end(75, "stalled")
 os.kill(os.getpid(), signal.SIGINT)
+handled.wait()
 time.sleep(0.6)
 if how == "twice":
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(9)
+    time.sleep(99)
 display.stop()
 sys.exit(75)
 """

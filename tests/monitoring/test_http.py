@@ -1,5 +1,6 @@
 """`/healthz` and `/metrics` as requested by a kubelet and by Prometheus."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripts.same_bits import free_ports
 from tests.e2e.running import ROOT, train
 from tests.errors import raises
+from tests.waiting import PATIENCE, wait_until
 from trainer.errors import WRONG_INPUT, ConfigError
 from trainer.monitoring.health import Health
 from trainer.monitoring.http import serve
@@ -41,7 +43,7 @@ def port(server: ThreadingHTTPServer) -> int:
     return server.server_address[1]
 
 
-def get(port: int, path: str, seconds: float = 10, host: str = "127.0.0.1") -> tuple[int, str]:
+def get(port: int, path: str, seconds: float = PATIENCE, host: str = "127.0.0.1") -> tuple[int, str]:
     try:
         with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=seconds) as response:
             return response.status, response.read().decode()
@@ -65,7 +67,7 @@ def test_metrics_are_in_the_format_that_the_client_accepts(
     port: int, kind: str, version: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": kind + version})
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         text, media_type = response.read().decode(), response.headers.get_content_type()
     assert media_type == kind
     parse = openmetrics if "openmetrics" in kind else text_string_to_metric_families
@@ -89,7 +91,7 @@ def test_a_stall_is_503_with_the_reason_until_there_is_progress(
     for _ in range(3):
         code, text = get(port, "/healthz")
         assert code == 503
-        assert text.startswith("stalled: no progress for 0 s (runtime.stuck_after=0.1) in: validation")
+        assert re.match(r"stalled: no progress for \d+ s \(runtime.stuck_after=0.1\) in: validation", text)
     err = capsys.readouterr().err
     assert err.count("stalled: no progress") == 1  # logged once, with the stack of the main thread
     assert "in test_a_stall_is_503_with_the_reason_until_there_is_progress" in err
@@ -100,7 +102,7 @@ def test_a_stall_is_503_with_the_reason_until_there_is_progress(
 def test_metrics_appear_once_their_values_are_known(health: Health, port: int) -> None:
     first = metrics(port)
     assert first["kubetune_info"] == 1
-    assert first["kubetune_last_progress_age_seconds"] < 5
+    assert first["kubetune_last_progress_age_seconds"] < PATIENCE
     assert first["process_resident_memory_bytes"] > 1e6
     assert not {"kubetune_step", "kubetune_loss", "kubetune_last_step_age_seconds"} & first.keys()
     assert "kubetune_checkpoint_age_seconds" not in first
@@ -114,8 +116,8 @@ def test_metrics_appear_once_their_values_are_known(health: Health, port: int) -
         "kubetune_images_per_second": 100, "kubetune_goodput_ratio": 0.7, "kubetune_data_wait_ratio": 0.1,
         "kubetune_workers": 4,
     }  # fmt: skip
-    assert 0 <= then["kubetune_last_step_age_seconds"] < 5
-    assert 60 <= then["kubetune_checkpoint_age_seconds"] < 65
+    assert 0 <= then["kubetune_last_step_age_seconds"] < PATIENCE
+    assert 60 <= then["kubetune_checkpoint_age_seconds"] < 60 + PATIENCE
     time.sleep(0.1)
     assert metrics(port)["kubetune_last_step_age_seconds"] > then["kubetune_last_step_age_seconds"]
     assert 'kubetune_info{phase="head",run="gs://bucket/run",version="' in get(port, "/metrics")[1]
@@ -144,13 +146,16 @@ def test_a_port_in_use_ends_a_run_with_2_at_once(tmp_path: Path) -> None:
 
 
 HANGING = """
-import ctypes, sys, time
+import ctypes, sys, threading
 from trainer.monitoring.http import serve
 from trainer.monitoring.health import health
-health.stuck_after = 2
+def shorten_limit():
+    sys.stdin.readline()
+    health.stuck_after = 0.1
+threading.Thread(target=shorten_limit, daemon=True).start()
 serve(int(sys.argv[1]), health, "")
 print("ready", flush=True)
-{library}(None).sleep(60)
+{library}(None).sleep(900)
 """
 
 
@@ -160,18 +165,26 @@ def test_a_main_thread_blocked_in_c_is_detected(keeps_the_lock: bool) -> None:
     (port,) = free_ports(1)
     program = HANGING.format(library="ctypes.PyDLL" if keeps_the_lock else "ctypes.CDLL")
     command = [sys.executable, "-c", program, str(port)]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=-1, stderr=-1) as child:
+
+    def times_out() -> bool:
+        try:
+            get(port, "/healthz", seconds=2)
+        except TimeoutError:
+            return True
+        return False
+
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=-1, stdout=-1, stderr=-1) as child:
+        assert child.stdin is not None
         assert child.stdout is not None
         try:
             assert child.stdout.readline() == "ready\n"
-            time.sleep(0.5)
             if keeps_the_lock:
-                with pytest.raises(TimeoutError):
-                    get(port, "/healthz", seconds=2)
+                wait_until(times_out, process=child)
             else:
                 assert get(port, "/healthz")[0] == 200
-                time.sleep(2)
-                assert get(port, "/healthz")[0] == 503
+                child.stdin.write("\n")
+                child.stdin.flush()
+                wait_until(lambda: get(port, "/healthz")[0] == 503, process=child)
         finally:
             child.kill()
 
@@ -181,6 +194,6 @@ def test_only_errors_of_the_handler_itself_are_logged(
     server: ThreadingHTTPServer, port: int, capsys: pytest.CaptureFixture[str], error: Exception, logged: int
 ) -> None:
     broken = patch.object(server, "finish_request", side_effect=error)
-    with broken, socket.create_connection(("127.0.0.1", port), 5) as client:
+    with broken, socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         assert client.recv(1) == b""  # the connection is closed after the error is handled
     assert capsys.readouterr().err.count("ValueError: damaged") == logged

@@ -21,7 +21,7 @@ with exit_with_code():
 
 def ended(body: str, file: Path, code: int) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(body="".join(f"    {line}\n" for line in body.splitlines()))
-    return run_python(program, file, code=code, timeout=60)
+    return run_python(program, file, code=code)
 
 
 @pytest.mark.parametrize(

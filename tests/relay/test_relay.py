@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 
 from scripts.same_bits import free_ports
 from tests.errors import raises
+from tests.waiting import PATIENCE, wait_until
 from trainer.errors import ConfigError
 from trainer.evaluation.drift import LogPeriod, measure_drift, read_log
 from trainer.exporting.reference import compute_reference
@@ -31,6 +31,7 @@ from trainer.relay import recording
 from trainer.relay.forwarding import Relay
 from trainer.relay.recording import parse_predictions
 from trainer.relay.settings import parse_settings
+from trainer.serving.export_files import Export
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("daisy", "rose", '<script>"x"')
@@ -46,7 +47,7 @@ class Backend(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     loaded: tuple[int, ...] = (1,)
-    seconds = 0.0  # that a prediction takes
+    may_answer: threading.Event  # predictions wait for it
     answered: list[tuple[str, bytes, str]]  # path, body and content type of each POST
 
     def do_GET(self) -> None:
@@ -66,7 +67,7 @@ class Backend(BaseHTTPRequestHandler):
         except ValueError as error:
             self.respond(400, {"error": f"JSON Parse error: {error}"})
             return
-        time.sleep(self.seconds)
+        assert self.may_answer.wait(PATIENCE)
         self.respond(200, {"predictions": rows_of(len(instances))})
 
     def respond(self, status: int, content: object) -> None:
@@ -83,7 +84,9 @@ class Backend(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def backend() -> Iterator[tuple[str, type[Backend]]]:
-    handler = type("Handler", (Backend,), {"answered": []})
+    may_answer = threading.Event()
+    may_answer.set()
+    handler = type("Handler", (Backend,), {"answered": [], "may_answer": may_answer})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
@@ -108,7 +111,7 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def relay(backend: tuple[str, type[Backend]], models: Path, tmp_path: Path) -> Iterator[Relay]:
     values = {"model": str(models), "log": str(tmp_path / "log"), "upstream": backend[0], "log_seconds": "0.1"}
-    relay = Relay(parse_settings(values | {"timeout": "2"}))
+    relay = Relay(parse_settings(values))
     yield relay
     relay.close()
     relay.close_log()
@@ -130,15 +133,13 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in sorted(folder.rglob("*.jsonl")) for line in part.read_text().splitlines()]
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def dropped(relay: Relay) -> float:
     return relay.metrics.registry.get_sample_value("kubetune_serving_log_dropped_total") or 0.0
+
+
+def await_recorded(relay: Relay) -> None:
+    """Wait until the recorder's thread has recorded or dropped every response so far."""
+    wait_until(lambda: relay.recorder._buffered == 0, lambda: f"{relay.recorder._buffered} bytes are not recorded")
 
 
 def test_a_prediction_is_forwarded_as_it_is_and_logged(
@@ -151,7 +152,7 @@ def test_a_prediction_is_forwarded_as_it_is_and_logged(
     assert (response.status_code, response.headers["x-request-id"]) == (200, "abc")
     assert response.json() == {"predictions": rows_of(2)}
     assert backend[1].answered == [("/v1/models/kubetune/versions/1:predict", body, "application/json; x=1")]
-    wait_for(lambda: len(lines_of(tmp_path / "log")) == 2)
+    wait_until(lambda: len(lines_of(tmp_path / "log")) == 2)
     for line, row in zip(lines_of(tmp_path / "log"), rows_of(2), strict=True):
         assert (line["request"], line["model_version"], line["name"]) == ("abc", "1", "")
         assert (line["class"], line["confidence"]) == (CLASSES[int(np.argmax(row))], pytest.approx(max(row)))
@@ -161,7 +162,7 @@ def test_a_prediction_is_forwarded_as_it_is_and_logged(
 def test_the_log_is_read_by_drift(relay: Relay, models: Path, tmp_path: Path) -> None:
     call(relay, "GET", "/readyz")
     predict(relay, 300)
-    wait_for(lambda: len(lines_of(tmp_path / "log")) == 300)
+    wait_until(lambda: len(lines_of(tmp_path / "log")) == 300)
     reference = json.loads((models / "1" / "assets" / "reference.json").read_text())
     window, invalid = read_log(str(tmp_path / "log"), reference, LogPeriod())
     assert (window.n, invalid) == (300, 0)
@@ -178,7 +179,7 @@ def test_a_new_version_is_logged_under_its_number(
     assert predict(relay).status_code == 200
     backend[1].loaded = (1, 2)
     assert predict(relay, path="/v1/models/kubetune/versions/1:predict").status_code == 200
-    wait_for(lambda: len(lines_of(tmp_path / "log")) == 3)
+    wait_until(lambda: len(lines_of(tmp_path / "log")) == 3)
     assert sorted(line["model_version"] for line in lines_of(tmp_path / "log")) == ["1", "1", "2"]
 
 
@@ -195,13 +196,18 @@ def test_other_requests_and_errors_are_forwarded_and_not_logged(relay: Relay, tm
     assert lines_of(tmp_path / "log") == []
 
 
-def test_an_upstream_that_is_slow_or_absent(relay: Relay, backend: tuple[str, type[Backend]]) -> None:
+def test_an_upstream_that_is_slow_or_absent(backend: tuple[str, type[Backend]], tmp_path: Path) -> None:
+    settings = {"model": "m", "log": str(tmp_path / "log")}
+    relay = Relay(parse_settings(settings | {"upstream": backend[0], "timeout": "0.3"}))
     call(relay, "GET", "/readyz")
-    backend[1].seconds = 5.0
+    backend[1].may_answer.clear()
     response = predict(relay)
-    assert (response.status_code, response.json()) == (504, {"error": "TensorFlow Serving took more than 2 s"})
+    assert (response.status_code, response.json()) == (504, {"error": "TensorFlow Serving took more than 0.3 s"})
+    backend[1].may_answer.set()
+    relay.close()
+    relay.close_log()
     (port,) = free_ports(1)
-    absent = Relay(parse_settings({"model": "m", "log": relay.settings.log, "upstream": f"http://127.0.0.1:{port}"}))
+    absent = Relay(parse_settings(settings | {"upstream": f"http://127.0.0.1:{port}"}))
     assert call(absent, "GET", "/readyz").status_code == 503
     response = predict(absent)
     assert (response.status_code, response.json()) == (503, {"error": "TensorFlow Serving cannot be reached"})
@@ -213,18 +219,27 @@ def test_an_upstream_that_is_slow_or_absent(relay: Relay, backend: tuple[str, ty
 def test_a_log_that_cannot_be_written_delays_and_fails_no_request(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder of the log becomes a file; and the labels of the version cannot be read."""
+    """The folder of the log becomes a file; and the labels of the version cannot be read, after all have a response."""
     call(relay, "GET", "/readyz")
     (tmp_path / "log").rmdir()
     (tmp_path / "log").write_text("")
     assert predict(relay).status_code == 200
+    await_recorded(relay)  # with the labels, which its thread must not find deleted
+    assert dropped(relay) == 0
     (tmp_path / "models" / "1" / "assets" / "labels.txt").unlink()
     relay.recorder._versions.clear()
-    monkeypatch.setattr(recording, "MAX_BUFFERED_BYTES", 200)
-    began = time.monotonic()
+    have_responses, read_labels = threading.Event(), recording.read_labels
+
+    def read_afterwards(model: str, version: str) -> Export:
+        assert have_responses.wait(PATIENCE)
+        return read_labels(model, version)
+
+    monkeypatch.setattr(recording, "read_labels", read_afterwards)
     assert all(predict(relay, 5).status_code == 200 for _ in range(20))
-    assert time.monotonic() - began < 5
-    wait_for(lambda: dropped(relay) == 20)
+    assert dropped(relay) == 0
+    have_responses.set()
+    await_recorded(relay)
+    assert dropped(relay) == 20
     (tmp_path / "log").unlink()
 
 
@@ -233,18 +248,18 @@ def test_responses_that_wait_are_bounded(relay: Relay, monkeypatch: pytest.Monke
 
     def read_slowly(_model: str, _version: str) -> None:
         reading.set()
-        release.wait(20)
+        release.wait(PATIENCE)
         raise OSError("no labels")
 
     monkeypatch.setattr(recording, "read_labels", read_slowly)
     monkeypatch.setattr(recording, "MAX_BUFFERED_BYTES", 1000)
     for _ in range(3):
         relay.recorder.put("1", "a", bytes(400))
-    assert reading.wait(20)
+    assert reading.wait(PATIENCE)
     assert dropped(relay) == 1  # two have room
     release.set()
-    wait_for(lambda: dropped(relay) == 3)
-    assert relay.recorder._buffered == 0
+    await_recorded(relay)
+    assert dropped(relay) == 3
 
 
 def test_the_formats_of_a_response() -> None:
@@ -283,7 +298,7 @@ def test_the_process_finishes_its_requests_and_its_log(
     backend: tuple[str, type[Backend]], models: Path, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
-    backend[1].seconds = 1.0
+    backend[1].may_answer.clear()
     settings = {"model": models, "log": tmp_path / "log", "upstream": backend[0], "port": port, "linger": 0.5}
     command = [sys.executable, "-m", "trainer.relay", *(f"{key}={value}" for key, value in settings.items())]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -291,7 +306,7 @@ def test_the_process_finishes_its_requests_and_its_log(
 
     def get(path: str, body: bytes | None = None) -> int:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", body, timeout=20) as response:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", body, timeout=PATIENCE) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -299,13 +314,15 @@ def test_the_process_finishes_its_requests_and_its_log(
             return 0
 
     try:
-        wait_for(lambda: get("/readyz") == 200)
+        wait_until(lambda: get("/readyz") == 200, process=process)
         body = b'{"instances": [{"b64": "AA=="}]}'
         request = threading.Thread(target=lambda: codes.append(get("/v1/models/kubetune:predict", body)))
         request.start()
-        wait_for(lambda: backend[1].answered)
+        wait_until(lambda: backend[1].answered, process=process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        wait_until(lambda: get("/readyz") != 200, "it stops", process=process)
+        backend[1].may_answer.set()
+        assert process.wait(PATIENCE) == 0
         request.join()
         assert codes == [200]
         assert len(lines_of(tmp_path / "log")) == 1  # although its part was for 60 s

@@ -21,6 +21,7 @@ from tests.cli.verbs import exit_code_of
 from tests.errors import raises
 from tests.evaluation.examples import make_history
 from tests.report.test_write import Page
+from tests.waiting import PATIENCE
 from trainer.compare import main
 from trainer.data.records import frame_record, serialize_example
 from trainer.errors import DataError
@@ -222,7 +223,9 @@ def test_names_are_the_shortest_distinct_ends() -> None:
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "trainer.compare", *arguments]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        program, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
 
 
 def test_a_reader_of_the_table_that_ends_early_does_not_end_the_command(tmp_path: Path) -> None:

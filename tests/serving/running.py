@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.images import photo
+from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds to import TensorFlow and warm a model up on a busy machine
-
 
 if TYPE_CHECKING:
     import keras
@@ -73,7 +71,7 @@ class Served:
         self._reader.start()
         self.port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)/")[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -86,13 +84,16 @@ class Served:
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Wait until the output matches."""
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            if match := re.search(pattern, self.output):
-                return match
-            assert self.process.poll() is None or self._reader.is_alive(), f"ended: {self.output}"
-            time.sleep(0.05)
-        raise AssertionError(f"no {pattern!r} in {self.output}")
+
+        def find() -> re.Match[str] | None:
+            has_ended = not self._reader.is_alive()
+            match = re.search(pattern, self.output)
+            assert match or not has_ended, f"ended without {pattern!r}: {self.output}"
+            return match
+
+        match = wait_until(find, lambda: f"no {pattern!r} in {self.output}")
+        assert match
+        return match
 
     def ready(self) -> Served:
         self.wait_for(r"ready: \d+ classes")
@@ -110,9 +111,9 @@ class Served:
     def send(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def exit_code(self, seconds: float = 60) -> int:
-        code = self.process.wait(seconds)
-        self._reader.join(10)
+    def exit_code(self) -> int:
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         return code
 
     def __enter__(self) -> Served:
@@ -137,7 +138,7 @@ class Clients:
             thread.start()
 
     def _send(self, url: str, number: int) -> None:
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             while not self._stopping.is_set():
                 response = client.post("/predict", files={"file": (f"{number}.jpg", photo(number))})
                 self.codes[response.status_code] += 1

@@ -11,6 +11,7 @@ import pytest
 
 from tests.serving.images import bomb, photo
 from tests.serving.running import ROOT, Exported, Served
+from tests.waiting import PATIENCE, wait_until
 
 
 def load(served: Served, *arguments: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_one_client_with_large_images_neither_fills_the_queue_nor_stops_the_othe
 
     def flood() -> None:
         transport = httpx.HTTPTransport(local_address="127.0.0.2")
-        with httpx.Client(base_url=served.url, transport=transport, timeout=120) as client:
+        with httpx.Client(base_url=served.url, transport=transport, timeout=PATIENCE) as client:
             while not stop.is_set():
                 answers.append(client.post("/predict", files={"file": large}))
                 stop.wait(0.05)  # without a pause, the rejected requests are all that the server has time for
@@ -57,8 +58,7 @@ def test_one_client_with_large_images_neither_fills_the_queue_nor_stops_the_othe
         threads = [threading.Thread(target=flood) for _ in range(8)]
         for thread in threads:
             thread.start()
-        while not any(answer.status_code == 429 for answer in answers):
-            stop.wait(0.05)
+        wait_until(lambda: any(answer.status_code == 429 for answer in answers), process=served.process)
         before = sum(answer.status_code == 200 for answer in answers)
         for _ in range(20):
             response = served.client.post("/predict", files={"file": small})

@@ -3,15 +3,15 @@
 import json
 import re
 import threading
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 
 import pytest
 
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
+from tests.waiting import PATIENCE, wait_until
 from trainer.errors import ConfigError
 from trainer.serving import prediction_log
 from trainer.serving.prediction_log import FileLog, PartLog, open_log
@@ -25,6 +25,7 @@ PART = re.compile(r"20\d\d-\d\d-\d\d/20\d{6}T\d{6}Z-[^/]+-[0-9a-f]{8}-(\d{6})\.j
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction_log, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(prediction_log, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(prediction_log, "CLOSE_SECONDS", PATIENCE)
     monkeypatch.setattr(retries, "INITIAL_BACKOFF_SECONDS", 0.01)
 
 
@@ -32,11 +33,9 @@ def line(number: int) -> str:
     return json.dumps({"request": number}) + "\n"
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = monotonic() + 30
-    while not condition():
-        assert monotonic() < until
-        sleep(0.01)
+def await_written(log: PartLog) -> None:
+    """Wait until the log's thread has written every complete part, and has made room for others."""
+    wait_until(lambda: log._buffered == 0, lambda: f"{log._buffered} bytes are not written")
 
 
 def parts(folder: StoragePath) -> dict[str, list[int]]:
@@ -69,7 +68,7 @@ def test_a_part_ends_with_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(prediction_log, "PART_BYTES", 3 * len(line(1)))
     log = PartLog(storage_path(tmp_path), 3600)
     log.append([line(number) for number in range(8)])
-    wait_for(lambda: len(parts(storage_path(tmp_path))) == 2)
+    wait_until(lambda: len(parts(storage_path(tmp_path))) == 2)
     log.close()
     assert list(parts(storage_path(tmp_path)).values()) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
@@ -78,21 +77,31 @@ def test_a_bucket_that_fails_delays_and_then_drops_predictions_and_no_caller_wai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prediction_log, "MAX_BUFFERED_BYTES", 10 * len(line(1)))
+    may_write, results, write = threading.Event(), list[bool](), PartLog._write
+
+    def write_when_allowed(log: PartLog, name: str, content: str) -> bool:
+        assert may_write.wait(PATIENCE)
+        results.append(write(log, name, content))
+        return results[-1]
+
+    monkeypatch.setattr(PartLog, "_write", write_when_allowed)
+    may_write.set()
     with running(tmp_path / "objects") as server:
         folder = storage_path(f"gs://{BUCKET}/log")
         log = PartLog(folder, 0.05)
         log.append([line(0)])
-        wait_for(lambda: len(parts(folder)) == 1)
+        await_written(log)
+        assert len(parts(folder)) == 1
         server.stop()
-        began = monotonic()
+        may_write.clear()
         dropped = sum(log.append([line(number)]) for number in range(1, 10) for _ in range(2))
         assert dropped == 8  # 10 of 18 have room
-        assert monotonic() - began < 0.5
-        wait_for(lambda: "cannot be written" in capsys.readouterr().err)
-        sleep(1.0)  # further failures are not logged
-        assert "cannot be written" not in capsys.readouterr().err
+        may_write.set()
+        wait_until(lambda: results.count(False) >= 3)
+        assert capsys.readouterr().err.count("cannot be written") == 1  # further failures are not logged
         server.start()
-        wait_for(lambda: len([*chain(*parts(folder).values())]) == 11)
+        await_written(log)
+        assert len([*chain(*parts(folder).values())]) == 11
         assert log.append([line(20)]) == 0  # there is room again
         log.close()
         assert sorted(chain(*parts(folder).values())) == sorted([0, *range(1, 6), *range(1, 6), 20])
@@ -105,12 +114,13 @@ def test_closing_gives_up_on_a_bucket_that_does_not_respond(
     monkeypatch.setattr(prediction_log, "CLOSE_SECONDS", 0.3)
     with running(tmp_path / "objects") as server:
         server.stop()
-        log = PartLog(storage_path(f"gs://{BUCKET}/log"), 3600)
+        log = PartLog(storage_path(f"gs://{BUCKET}/log"), 0.1)
         log.append([line(1), line(2)])
+        wait_until(lambda: log._complete, "the part to be complete")
         log.close()
         assert "2 predictions are lost" in capsys.readouterr().err
         server.start()
-        wait_for(lambda: not any(thread.name == "prediction log" for thread in threading.enumerate()))
+        wait_until(lambda: not log._thread.is_alive(), "the end of the thread")
 
 
 def test_a_file_is_appended_to_and_everything_else_is_a_folder_of_parts(tmp_path: Path) -> None:

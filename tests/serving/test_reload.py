@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from tests.serving.images import cut, photo
 from tests.serving.running import Clients, Exported, Served
 from tests.storage.emulator import BUCKET, Emulator, running
+from tests.waiting import wait_until
 from trainer.storage.path import StoragePath, storage_path
 from trainer.storage.versions import MANIFEST, checksum_files, commit_version
 
@@ -55,8 +55,7 @@ def test_new_versions_are_served_without_losing_a_request(exported: Exported, bu
         bucket.start()
         assert add_version(models, exported, tmp_path) == "5"
         served.wait_for("serving version 5 .* instead of version 4")
-        while "5" not in clients.versions:
-            time.sleep(0.05)
+        wait_until(lambda: "5" in clients.versions, process=served.process)
         response = served.client.post(
             "/predict",
             files=[("file", ("a.jpg", photo(1))), ("file", ("b.jpg", photo(2)))],

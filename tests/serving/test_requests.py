@@ -14,10 +14,12 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from tests.serving.clock import LoopClock
 from tests.serving.images import mutated, photo
-from trainer.serving import requests
 from trainer.serving.requests import (
+    BODY_TIMEOUT_SECONDS,
     CONCURRENT_BODIES_FACTOR,
+    MIN_BYTES_PER_SECOND,
     ClientBudget,
     EncodedImage,
     MemoryBudget,
@@ -142,21 +144,20 @@ def read(chunks: list[tuple[float, bytes]], headers: dict[str, str] | None = Non
     """Status, error and seconds of a body whose chunks come after these pauses in seconds; without length by default."""
 
     async def receive_all() -> tuple[int, str, float]:
-        left = list(chunks)
+        left, clock = list(chunks), LoopClock()
 
         async def receive() -> dict[str, Any]:
             pause, chunk = left.pop(0)
-            await asyncio.sleep(pause)
+            await clock.advance(pause)
             return {"type": "http.request", "body": chunk, "more_body": bool(left)}
 
         raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         request = Request({"type": "http", "method": "POST", "headers": raw}, receive)
-        began = asyncio.get_running_loop().time()
         try:
             await read_body(request, lambda _: None, 10_000_000)
         except HTTPException as error:
-            return error.status_code, error.detail, asyncio.get_running_loop().time() - began
-        return 200, "", asyncio.get_running_loop().time() - began
+            return error.status_code, error.detail, clock.now
+        return 200, "", clock.now
 
     return asyncio.run(receive_all())
 
@@ -169,27 +170,24 @@ LONG = (413, "the request exceeds 10,000,000 bytes; send fewer or smaller images
     ("headers", "expected"), [({}, SLOW), ({"content-length": "9999999"}, SLOW), ({"content-length": "99999999"}, LONG)]
 )
 def test_a_body_without_progress_ends_after_the_grace_period(
-    headers: dict[str, str], expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+    headers: dict[str, str], expected: tuple[int, str]
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
-    status, text, seconds = read([(0.0, b"x")] * 3 + [(0.02, b"x")] * 1000, headers)
+    status, text, seconds = read([(0.0, b"x")] * 3 + [(0.5, b"x")] * 1000, headers)
     assert (status, text) == expected
-    assert seconds < 5  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
+    assert seconds == pytest.approx(BODY_TIMEOUT_SECONDS, abs=1)  # not 10,000,000 bytes / MIN_BYTES_PER_SECOND
 
 
-def test_a_body_that_is_too_long_has_no_more_time_at_the_lowest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
+def test_a_body_that_is_too_long_has_no_more_time_at_the_lowest_rate() -> None:
     for headers in ({"content-length": "99999999"}, {}):
-        chunks = [(0.0, b"x" * 10_000_001)] * (not headers) + [(0.02, b"x" * 10_000)] * 1000
+        chunks = [(0.0, b"x" * 10_000_001)] * (not headers) + [(0.5, b"x" * MIN_BYTES_PER_SECOND)] * 1000
         status, text, seconds = read(chunks, headers)
-        assert ((status, text), seconds < 3) == (LONG, True)
+        assert (status, text) == LONG
+        assert seconds == pytest.approx(BODY_TIMEOUT_SECONDS, abs=1)
 
 
-def test_a_body_that_comes_at_the_lowest_rate_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "BODY_TIMEOUT_SECONDS", 0.3)
-    chunk = b"x" * (requests.MIN_BYTES_PER_SECOND // 5)
-    status, _, seconds = read([(0.1, chunk)] * 8)
-    assert (status, seconds > 0.6) == (200, True)
+def test_a_body_that_comes_at_the_lowest_rate_may_take_longer() -> None:
+    status, _, seconds = read([(1.0, b"x" * MIN_BYTES_PER_SECOND)] * 90)
+    assert (status, seconds) == (200, 90)
 
 
 def test_the_cost_of_an_image_is_its_time_to_decode() -> None:

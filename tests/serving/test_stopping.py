@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -19,17 +18,18 @@ import pytest
 from tests.e2e.running import catches
 from tests.serving.images import photo
 from tests.serving.running import ROOT, Exported, Served
+from tests.waiting import PATIENCE, wait_until
 from trainer.errors import DONE, INTERRUPTED, WRONG_INPUT
 from trainer.serving.server import listen, run_service
 
 
 def post_until_refused(url: str, number: int, ends: Counter[str]) -> None:
     """Post until the port is closed; every second client opens a new connection each time."""
-    client, data = httpx.Client(timeout=120), photo(number)
+    client, data = httpx.Client(timeout=PATIENCE), photo(number)
     while not ends[f"refused {number}"]:
         if number % 2:
             client.close()
-            client = httpx.Client(timeout=120)
+            client = httpx.Client(timeout=PATIENCE)
         try:
             ends[str(client.post(url, files={"file": data}).status_code)] += 1
         except httpx.ConnectError:  # never accepted
@@ -40,23 +40,22 @@ def post_until_refused(url: str, number: int, ends: Counter[str]) -> None:
 
 def test_no_accepted_request_is_lost(exported: Exported) -> None:
     ends: Counter[str] = Counter()
-    arguments = (f"model={exported.folder}", "batch=4", "queue=512", "linger=4")
+    arguments = (f"model={exported.folder}", "batch=4", "queue=512", "linger=8")
     with ThreadPoolExecutor(12) as pool, Served(*arguments) as served:
         served.ready()
         assert catches(served.process.pid, signal.SIGTERM)
         clients = [pool.submit(post_until_refused, f"{served.url}/predict", n, ends) for n in range(12)]
-        while ends["200"] < 50:
-            time.sleep(0.05)
+        wait_until(lambda: ends["200"] >= 50, lambda: ends, process=served.process)
         slow = socket.create_connection(("127.0.0.1", served.port))  # has sent half of a head
         slow.sendall(b"GET /healthz HTTP/1.1\r\nHo")
         served.send()
-        served.wait_for("SIGTERM: .* 4 s")
+        served.wait_for("SIGTERM: .* 8 s")
         assert served.client.get("/readyz").status_code == 503
         status = served.client.get("/v1/models/kubetune")
         assert (status.status_code, status.headers["connection"]) == (503, "close")
         slow.sendall(b"st: a\r\n\r\n")
         assert slow.recv(1000).startswith(b"HTTP/1.1 200 OK")
-        wait(clients, 120)
+        wait(clients, PATIENCE)
         assert dict(ends) == {"200": ends["200"]} | {f"refused {n}": 1 for n in range(12)}
         assert served.exit_code() == DONE
         assert "every accepted request got its response" in served.output.splitlines()[-1]
@@ -83,7 +82,7 @@ def test_while_the_model_loads_a_signal_ends_it_at_once(exported: Exported) -> N
         page = served.client.get("/", headers={"Accept": "text/html"})
         assert (page.status_code, "being loaded" in page.text) == (503, True)
         served.send()
-        assert served.exit_code(20) == INTERRUPTED
+        assert served.exit_code() == INTERRUPTED
         assert "interrupted: SIGTERM before the model was loaded" in served.output
 
 
@@ -93,13 +92,10 @@ def test_an_incomplete_request_does_not_block_the_exit(exported: Exported) -> No
         served.ready()
         with socket.create_connection(("127.0.0.1", served.port)) as stuck:
             stuck.sendall(head)
-            while served.metrics()["kubetune_serving_active_requests"] < 2:
-                time.sleep(0.05)
-            began = time.monotonic()
+            wait_until(lambda: served.metrics()["kubetune_serving_active_requests"] >= 2)
             served.send()
             assert served.exit_code() == INTERRUPTED
-            assert time.monotonic() - began < 30
-        assert "drain=2.0: 1 request not finished" in served.output
+        assert "drain=2.0: 1 request not finished" in served.output  # before the timeout of the request
 
 
 def run(*arguments: str, cwd: Path, program: str = "", code: int = WRONG_INPUT) -> subprocess.CompletedProcess[str]:

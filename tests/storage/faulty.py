@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import http.client
 import io
+import math
 import random
 import re
 import socket
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import google_crc32c
+
+from tests.waiting import PATIENCE
 
 # Not forwarded: unavailable, limited, reset. Forwarded, with a faulty response: lost, slow, truncated, corrupted.
 # Damaged before it is forwarded: corrupted_upload.
@@ -33,6 +36,7 @@ class FaultyProxy:
 
     def __init__(self, upstream: str, odds: dict[str, float], seed: int = 0, scheme: str = "gs") -> None:
         self.upstream, self.odds, self.scheme = upstream, odds, scheme
+        self.faults_left = math.inf  # faults until all requests pass
         self.instead = "unavailable"
         self.retry_after = "0"
         self.slow_seconds = 0.02
@@ -55,9 +59,10 @@ class FaultyProxy:
     def draw(self, possible: set[str]) -> str:
         with self._lock:
             left, kind = self._noise.random(), "passed"
-            for candidate, probability in self.odds.items():
+            for candidate, probability in self.odds.items() if self.faults_left else ():
                 if (left := left - probability) < 0:
                     kind = candidate if candidate in possible else self.instead
+                    self.faults_left -= 1
                     break
             self.counts[kind] += 1
             return kind
@@ -125,7 +130,7 @@ class FaultyProxy:
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """The response of the server, with the proxy's address instead of its own."""
         address = urlsplit(self.upstream)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE)
         try:
             omitted = (
                 ("transfer-encoding",) if self.scheme == "s3" else ("host", "transfer-encoding")

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from obstore.store import S3Store
 
 from scripts.same_bits import free_ports
 from tests.storage.emulator import BUCKET
+from tests.waiting import PATIENCE, wait_until
 
 KEY, SECRET = "tests", "secret"
 READER = "reader"  # an access key that may read only
@@ -62,17 +62,17 @@ class S3Server:
             "-port.lance=0", f"-filer=127.0.0.1:{filer}.{filer_grpc}", "-autoCreateBucket=false",
         ]  # fmt: skip
         self._process = _run(command)
-        for _ in range(1500):
+
+        def rejects_requests() -> bool:
             try:
-                urllib.request.urlopen(f"{self.url}/{BUCKET}", timeout=5).close()
+                urllib.request.urlopen(f"{self.url}/{BUCKET}", timeout=PATIENCE).close()
             except urllib.error.HTTPError as error:
-                if error.code < 500:  # rejected without a signature, as it should be
-                    return
+                return error.code < 500  # rejected without a signature, as it should be
             except OSError:
                 pass
-            assert self._process.poll() is None, "weed ended at once"
-            time.sleep(0.02)
-        raise AssertionError("weed did not answer for 30 s")
+            return False
+
+        wait_until(rejects_requests, "an answer of weed", process=self._process)
 
     def _start_store(self) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,17 +100,17 @@ class S3Server:
         with self.environment():
             store = S3Store(name, client_options={"allow_http": True})
             url = obstore.sign(store, "PUT", "", timedelta(minutes=5))
-        for _ in range(500):
+
+        def is_made() -> bool:
             try:
-                urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=5).close()
-                return
+                urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=PATIENCE).close()
             except urllib.error.HTTPError as error:
-                if error.code == 409:
-                    return
-                if error.code < 500:
+                if error.code < 500 and error.code != 409:  # 409: it exists
                     raise
-            time.sleep(0.02)
-        raise AssertionError(f"no bucket {name}")
+                return error.code == 409
+            return True
+
+        wait_until(is_made, f"bucket {name}")
 
     @contextlib.contextmanager
     def environment(self, url: str | None = None) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import requests
 
+from tests.waiting import PATIENCE
 from trainer.errors import Interrupted
 from trainer.storage.download import translate_download_error
 
@@ -18,7 +19,7 @@ def translated(error: BaseException) -> Interrupted | None:
 
 def test_a_closed_port_is_interrupted_also_as_the_cause_of_another_error() -> None:
     with pytest.raises(requests.RequestException) as caught:
-        requests.get("http://127.0.0.1:9", timeout=5, proxies={"http": ""})
+        requests.get("http://127.0.0.1:9", timeout=PATIENCE, proxies={"http": ""})
     assert translated(caught.value) is not None
     outer = RuntimeError("TFDS failed")
     outer.__cause__ = caught.value
@@ -70,13 +71,13 @@ def address() -> Iterator[str]:
 def request_as_keras(address: str) -> None:
     """Fail like keras.utils.get_file: with a bare Exception, raised while the error of urllib is handled."""
     try:
-        urllib.request.urlopen(address, timeout=5)
+        urllib.request.urlopen(address, timeout=PATIENCE)
     except OSError as error:
         raise Exception(f"URL fetch failure on {address}") from error
 
 
 def request_as_tfds(address: str) -> None:
-    requests.get(address, timeout=5).raise_for_status()
+    requests.get(address, timeout=PATIENCE).raise_for_status()
 
 
 @pytest.mark.parametrize("request_from", [request_as_keras, request_as_tfds])

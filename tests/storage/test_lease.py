@@ -18,6 +18,7 @@ from tests.storage.conftest import folder_of
 from tests.storage.emulator import BUCKET, Emulator, running
 from tests.storage.faulty import faults
 from tests.storage.s3_server import S3Server
+from tests.waiting import PATIENCE, wait_until
 from trainer.errors import DataError, Interrupted
 from trainer.storage import lease as leases
 from trainer.storage.base import Version, request_deadline
@@ -26,6 +27,7 @@ from trainer.storage.path import StoragePath, storage_path
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1.5
+LONG_SECONDS = 900.0  # a lease that does not expire while pytest lets a test run
 
 # Takes the lease, then commits each line of stdin, and prints the results.
 HOLDER = """
@@ -54,9 +56,11 @@ lease.release()
 class Holder:
     """Another process that holds or requests the lease of a folder."""
 
-    def __init__(self, home: StoragePath, name: str, uid: str = "", max_wait: float = 0.0) -> None:
+    def __init__(
+        self, home: StoragePath, name: str, uid: str = "", max_wait: float = 0.0, seconds: float = SECONDS
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(home), name, uid, str(SECONDS), str(max_wait)],
+            [sys.executable, "-c", HOLDER, str(home), name, uid, str(seconds), str(max_wait)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
 
@@ -101,8 +105,9 @@ buckets = pytest.mark.parametrize("home", ["gs", "s3"], indirect=True)
 
 
 @pytest.fixture
-def holder(home: StoragePath) -> Iterator[Holder]:
-    process = Holder(home, "host-a/1", "job-1")
+def holder(request: pytest.FixtureRequest, home: StoragePath) -> Iterator[Holder]:
+    """The holder of the lease, for `SECONDS` or by parametrization longer."""
+    process = Holder(home, "host-a/1", "job-1", seconds=getattr(request, "param", SECONDS))
     assert process.receive() == "taken"
     yield process
     process.end()
@@ -119,11 +124,10 @@ def at_the_same_time(function: Callable[[int], object], count: int) -> None:
 
 
 @every
-def test_a_lease_is_taken_renewed_and_released(home: StoragePath) -> None:
+def test_a_lease_is_taken_renewed_and_released(home: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     with acquire_lease(home, "host-a/1") as lease:
         first = (home / ".lease").version()
-        time.sleep(SECONDS)
-        assert (home / ".lease").version() != first
+        wait_until(lambda: (home / ".lease").version() != first)
         lease.check()
         assert (home / "LATEST").version() is None
         version = lease.commit("LATEST", "step-1")
@@ -131,9 +135,8 @@ def test_a_lease_is_taken_renewed_and_released(home: StoragePath) -> None:
         assert lease.commit("DONE", "") == (home / "DONE").version()
     assert (home / "LATEST").read() == b"step-2"
     refused(f"^{home}: the lease was released; this process publishes nothing more$", lease.check)
-    began = time.monotonic()
+    monkeypatch.setattr(leases, "LEASE_SECONDS", LONG_SECONDS)  # for which it would wait
     acquire_lease(home, "host-b/1").release()
-    assert time.monotonic() - began < SECONDS / 2
 
 
 @every
@@ -172,31 +175,29 @@ def test_another_process_is_rejected_while_the_lease_is_renewed(home: StoragePat
         acquire_lease(home, "host-b/1", "job-2", note="")
     other = Holder(home, "host-c/1", "job-3")
     assert other.receive().startswith("Interrupted")
-    assert other.process.wait(120) == 75
+    assert other.process.wait(PATIENCE) == 75
     other.end()
     assert holder.commit("step-1").startswith("done")
 
 
 def test_a_pod_waits_for_the_pod_of_a_deleted_job_that_still_saves(home: StoragePath, holder: Holder) -> None:
     """`kubectl delete` and `apply` in quick succession: the new Job must not fail for good."""
-    new = Holder(home, "host-b/1", "job-2", max_wait=60)
-    assert new.receive() == (f"output_dir={home} is in use by host-a/1 (uid job-1); waiting up to 60 s until it ends")
+    new = Holder(home, "host-b/1", "job-2", max_wait=900)
+    assert new.receive() == (f"output_dir={home} is in use by host-a/1 (uid job-1); waiting up to 900 s until it ends")
     assert holder.commit("step-1").startswith("done")
     assert holder.process.stdin
     holder.process.stdin.close()  # it ends, and releases the lease
-    assert holder.process.wait(10) == 0
+    assert holder.process.wait(PATIENCE) == 0
     assert new.receive() == "taken"
     assert new.commit("step-2").startswith("done")
     new.end()
 
 
 def test_a_holder_that_is_killed_while_it_is_waited_for_loses_the_lease(home: StoragePath, holder: Holder) -> None:
-    new = Holder(home, "host-b/1", "job-2", max_wait=60)
+    new = Holder(home, "host-b/1", "job-2", max_wait=900)
     assert "is in use by" in new.receive()
     os.kill(holder.process.pid, signal.SIGKILL)
-    began = time.monotonic()
-    assert new.receive() == "taken"
-    assert time.monotonic() - began < 3 * SECONDS
+    assert new.receive() == "taken"  # long before its patience has ended
     new.end()
 
 
@@ -205,11 +206,10 @@ def test_a_process_waits_only_as_a_pod() -> None:
     assert leases.choose_max_wait("4f1c3a52") >= leases.GRACE_SECONDS + leases.LEASE_SECONDS
 
 
+@pytest.mark.parametrize("holder", [LONG_SECONDS], indirect=True)
 def test_the_same_job_takes_over_at_once(home: StoragePath, holder: Holder) -> None:
     assert holder.commit("step-1").startswith("done")
-    began = time.monotonic()
     with acquire_lease(home, "host-b/1", "job-1") as lease:
-        assert time.monotonic() - began < SECONDS / 2
         lease.commit("LATEST", "step-2")
         lost = f"Interrupted: {home}: the lease was taken over by host-b/1 (uid job-1)"
         assert holder.commit("step-1 again").startswith(lost)
@@ -221,7 +221,7 @@ def test_the_lease_of_a_dead_holder_expires(home: StoragePath, holder: Holder) -
     os.kill(holder.process.pid, signal.SIGKILL)
     began = time.monotonic()
     with acquire_lease(home, "host-b/1", "job-2"):
-        assert SECONDS < time.monotonic() - began < 3 * SECONDS
+        assert time.monotonic() - began > SECONDS
 
 
 @every
@@ -321,8 +321,7 @@ def test_an_outage_of_the_storage_longer_than_the_lease(tmp_path: Path) -> None:
             refused("the lease could not be renewed for", act, "start the same command again")
         server.start()
         began = lease._renewed_at
-        while lease._renewed_at == began:
-            time.sleep(0.05)
+        wait_until(lambda: lease._renewed_at != began)
         lease.commit("LATEST", "step-3")  # no other process had taken it
         assert (home / "LATEST").read() == b"step-3"
         lease.release()
@@ -331,7 +330,7 @@ def test_an_outage_of_the_storage_longer_than_the_lease(tmp_path: Path) -> None:
 def test_a_lost_response_is_not_a_lost_lease(
     emulator: Emulator | S3Server, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 20.0)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", LONG_SECONDS)
     odds = {"lost": 0.4, "reset": 0.1}
     with faults(emulator.url, odds, 3, emulator.scheme) as proxy, emulator.environment(proxy.url):
         lease = acquire_lease(in_bucket, "host-a/1")

@@ -120,7 +120,7 @@ def test_a_rewrite_has_a_new_version_except_in_s3(home: StoragePath) -> None:
 
 def test_one_of_many_conditional_writers_wins(home: StoragePath) -> None:
     file = home / "marker"
-    for attempt in range(5):
+    for attempt in range(2 if str(home).startswith("s3://") else 5):  # SeaweedFS lets them wait, each a second longer
         version, won = file.version(), []
         start = threading.Barrier(6)
 
