@@ -116,7 +116,7 @@ def test_closing_gives_up_on_a_bucket_that_does_not_respond(
         server.stop()
         log = PartLog(storage_path(f"gs://{BUCKET}/log"), 0.1)
         log.append([line(1), line(2)])
-        wait_until(lambda: log._complete, "the part to be complete")
+        wait_until(lambda: log._complete_parts, "the part to be complete")
         log.close()
         assert "2 predictions are lost" in capsys.readouterr().err
         server.start()
