@@ -159,9 +159,9 @@ class Container:
     def wait_for(self, text: str, seconds: float) -> None:
         def is_logged() -> bool:
             is_running = self.running()
-            found = text in self.logs()
-            assert found or is_running, self.logs()
-            return found
+            has_text = text in self.logs()
+            assert has_text or is_running, self.logs()
+            return has_text
 
         wait_until(is_logged, lambda: f"{text!r} in {self.logs()}", seconds)
 

@@ -63,9 +63,9 @@ def on_disk(folder: Path) -> set[str]:
 
 
 def require_without_waiting(cache: ShardCache, names: list[str], then: Sequence[str] = ()) -> None:
-    """Require shards that are on disk: `check`, which a waiting reader calls, is not called."""
+    """Require shards that are on disk: `check_cancelled`, which a waiting reader calls, is not called."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "check", lambda: pytest.fail("it waits"))
+        patch.setattr(cache, "check_cancelled", lambda: pytest.fail("it waits"))
         cache.require("a", names, then)
 
 
