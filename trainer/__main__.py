@@ -13,7 +13,7 @@ from trainer.cluster.signals import StopFlag, exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.compose import is_sweep, load_and_require_read
+from trainer.cli.compose import load_and_require_read, requests_sweep
 from trainer.cli.process import (
     RestartProcess,
     choose_and_log_source,
@@ -112,7 +112,7 @@ def main() -> None:
             watchdog.stop()
             # The student needs the folder that this start has chosen, unless the command already has it.
             folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"
-            has_folder = folder_argument in sys.argv or is_sweep(sys.argv)
+            has_folder = folder_argument in sys.argv or requests_sweep(sys.argv)
             raise RestartProcess([] if has_folder else [folder_argument], environment_at_start, stop.has_request)
 
 

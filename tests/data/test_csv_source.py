@@ -183,7 +183,7 @@ def test_too_many_groups_are_rejected(tmp_path: Path) -> None:
 
 def test_a_csv_file_is_chosen_by_its_name(tmp_path: Path) -> None:
     file = write_table(tmp_path / "pets", HEAD, "My Labels.CSV")
-    assert detect_source(str(file))[0] == "csv"
+    assert detect_source(str(file)).source == "csv"
     assert choose_source([f"data.root={file}"])[0] == ["data=csv", f"data.root={file}"]
 
 

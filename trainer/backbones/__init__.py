@@ -20,7 +20,7 @@ import sys
 
 from trainer.backbones.candidates import configure_comparison, parse_candidates, parse_folds
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.overrides import list_argument_keys, map_argument_values
 from trainer.cli.process import choose_and_log_source, exit_with_code, start_monitoring, suppress_import_noise
 from trainer.errors import ConfigError
@@ -38,7 +38,7 @@ def main() -> None:
             sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)"
         )
         candidates, folds = parse_candidates(arguments["among"]), parse_folds(arguments.get("folds"))
-        if is_sweep(overrides):
+        if requests_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., among=[...] lists the networks")
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)

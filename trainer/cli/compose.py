@@ -87,7 +87,7 @@ def _expand_teacher_group(argument: str) -> str:
     return f"+{group}@{key}={names}"
 
 
-def is_sweep(arguments: list[str]) -> bool:
+def requests_sweep(arguments: list[str]) -> bool:
     """Return whether the arguments request several runs, by `-m`, `hydra/sweeper=...` or `sweep=...`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
@@ -120,7 +120,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     if "--version" in arguments:
         print(f"kubetune {trainer.__version__}")
         return None
-    arguments, print_config = _remove_cfg_job(translate_overrides(arguments, sweep=is_sweep(arguments)))
+    arguments, print_config = _remove_cfg_job(translate_overrides(arguments, is_sweep=requests_sweep(arguments)))
     composed_trees: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:

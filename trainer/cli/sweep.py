@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from trainer.cli.compose import compose, is_sweep, load_and_require_read, resolve
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep, resolve
 from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
 from trainer.cluster.processes import build_module_command
@@ -316,7 +316,7 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
     if not re.fullmatch(r"[0-9]{1,6}", job_number):
         fix = "set it to the pod label batch.kubernetes.io/job-completion-index, or unset it"
         raise ConfigError("is not the number of a job", key="SWEEP_JOB", value=job_number, fix=fix)
-    if not is_sweep(arguments):
+    if not requests_sweep(arguments):
         raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=job_number, fix="add -m, or unset it")
     jobs = _list_jobs(arguments)
     if int(job_number) >= len(jobs):
@@ -336,7 +336,7 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
 
     Raises ConfigError if the sweep is a search, or output_dir is not set.
     """
-    arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
+    arguments, folder = _use_sweep_folder(translate_overrides(arguments, is_sweep=True))
     jobs: list[tuple[Job, dict[str, Any]]] = []
 
     def collect(tree: DictConfig, overrides: list[str], hydra_config: Any) -> None:
@@ -373,9 +373,9 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     Raises:
         TrainerError: the configuration cannot be composed, or the sweep was stopped or failed.
     """
-    if not is_sweep(arguments):
+    if not requests_sweep(arguments):
         return compose(arguments)
-    arguments = translate_overrides(arguments, sweep=True)
+    arguments = translate_overrides(arguments, is_sweep=True)
     if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)
